@@ -1,0 +1,161 @@
+"""One normalisation layer per width: deep copies of the layer it replaces, chosen by the width in use.
+
+Activation statistics differ so much between widths that shared batch-norm statistics fail (Any-Precision DNNs, arXiv
+1911.07346; AdaBits, arXiv 1912.09666). Sets exist for every width and for float; those of the trained widths learn in
+training, the others are re-estimated by `calibrate_norms` and are an error before.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tq_lightning.quant.width import Width, bit_width, width_of
+
+FLOAT = "none"  # bits=None; "float" is a method of every module and no key of a ModuleDict
+
+
+def _key(bits: int | None) -> str:
+    return FLOAT if bits is None else str(bits)
+
+
+class PerWidthNorm(nn.Module):
+    """Stands where `layer` stood and hands each call to the copy of the width in use.
+
+    Args:
+        layer: a normalisation layer (timm's with their activation too).
+        width: the model's shared `Width`; its `widths` are the trained ones.
+
+    Attributes:
+        sets: ModuleDict with keys "1".."max_bits" and `FLOAT`. Parameters of untrained sets carry no gradient.
+        calibrated: bool (max_bits + 1,), entry n says that untrained width n has statistics of its own.
+    """
+
+    def __init__(self, layer: nn.Module, width: Width) -> None:
+        super().__init__()
+        self.width = width
+        keys = [str(bits) for bits in range(1, width.max_bits + 1)] + [FLOAT]
+        # the memo keeps the shared width shared where the layer holds an activation quantizer
+        self.sets = nn.ModuleDict({key: copy.deepcopy(layer, {id(width): width}) for key in keys})
+        self.trained = {str(bits) for bits in width.widths}
+        for key, norm in self.sets.items():
+            if key not in self.trained:
+                norm.requires_grad_(False)
+        self.register_buffer("calibrated", torch.zeros(width.max_bits + 1, dtype=torch.bool))
+        self.calibrating = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.sets[_key(self.width.bits)](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("sets", "width") or name.startswith("__"):  # not built yet (deepcopy, unpickling)
+                raise
+            return getattr(self.sets[_key(self.width.bits)], name)
+
+    def check_width(self, bits: int | None) -> None:
+        """Raises ValueError where `bits` would run on statistics that belong to no width."""
+        key = _key(bits)
+        if key in self.trained or self.calibrating or bits is None:
+            return
+        if self.training:
+            raise ValueError(f"width {bits} has no trainable norm; train one of {', '.join(sorted(self.trained))}")
+        if not self.calibrated[bits]:
+            raise ValueError(
+                f"width {bits} was not trained and has no norm statistics yet; call calibrate_norms(model, batches) first"
+            )
+
+    def borrow(self, bits: int | None) -> None:
+        """Gives an untrained set the affine parameters of the next wider trained width (the widest for float)."""
+        trained = sorted(int(key) for key in self.trained if key != FLOAT)
+        donor = next((b for b in trained if bits is not None and b >= bits), trained[-1])
+        own = self.sets[_key(bits)]
+        own.load_state_dict(self.sets[str(donor)].state_dict())
+
+
+def per_width_norms(model: nn.Module) -> list[PerWidthNorm]:
+    """All `PerWidthNorm` of a model, in model order."""
+    return [m for m in model.modules() if isinstance(m, PerWidthNorm)]
+
+
+def train_float_norms(model: nn.Module) -> None:
+    """Makes the float sets trainable: for a joint training that has a float pass."""
+    for norm in per_width_norms(model):
+        norm.trained.add(FLOAT)
+        norm.sets[FLOAT].requires_grad_(True)
+
+
+def untrained_widths(model: nn.Module) -> list[int | None]:
+    """Widths whose norm sets are estimated, not trained: widest first, None (float) last; empty without such norms."""
+    norms = per_width_norms(model)
+    if not norms:
+        return []
+    widths: list[int | None] = [*range(width_of(model).max_bits, 0, -1), None]
+    return [bits for bits in widths if _key(bits) not in norms[0].trained]
+
+
+@torch.no_grad()
+def calibrate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[int | None] | None = None) -> None:
+    """Estimates the norm statistics of untrained widths from a few batches, into sets of their own.
+
+    The affine parameters come from the next wider trained width, the statistics are the plain mean over the batches of
+    what the layers see at that width, quantized as in training. Trained sets, modes, the width and all random states
+    stay as they were: only batch norms of the width being estimated are in training mode.
+
+    Args:
+        model: a prepared model.
+        batches: images (batch, channels, height, width) on the model's device; read once a width, so pass a list.
+        widths: what to estimate; None = every untrained width and float. Trained widths are refused.
+
+    Raises:
+        ValueError: a trained width in `widths`, or no batches.
+    """
+    norms = per_width_norms(model)
+    untrained = untrained_widths(model)
+    widths = untrained if widths is None else widths
+    for bits in widths:
+        if bits not in untrained:
+            raise ValueError(f"width {_key(bits)} was trained; its statistics are not re-estimated")
+    if not norms or not widths:
+        return
+    batches = list(batches)
+    if not batches:
+        raise ValueError("no batches to estimate norm statistics from; pass a list of image batches")
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        for bits in widths:
+            _calibrate(model, norms, batches, bits)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _calibrate(model: nn.Module, norms: list[PerWidthNorm], batches: list[Tensor], bits: int | None) -> None:
+    layers = []
+    for norm in norms:
+        norm.borrow(bits)
+        norm.calibrating = True
+        layers += [m for m in norm.sets[_key(bits)].modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative mean over the batches
+            layer.training = True
+        with bit_width(model, bits, "quantize"):
+            for batch in batches:
+                model(batch)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum, layer.training = momentum, False
+        for norm in norms:
+            norm.calibrating = False
+    if bits is not None:
+        for norm in norms:
+            norm.calibrated[bits] = True
