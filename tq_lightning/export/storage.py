@@ -1,0 +1,222 @@
+"""Byte accounting of a prepared model, layer by layer: what each way of serving all widths costs to store and to read.
+
+Works on the model `prepare()` returns, so that there is one rule of which layer is quantized and which norm gets sets, and
+on the meta device (`meta_model`), where a network of any size takes no memory. A prediction here is the size of the file
+that export writes, but for its header.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from tq_lightning.errors import UserError
+from tq_lightning.export.planes import plane_bytes
+from tq_lightning.models import create_model
+from tq_lightning.quant.norm import FLOAT, PerWidthNorm
+from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.weight import WeightQuantizer
+
+FLOAT_BYTES = 4
+PARTS = ("weights", "scales", "float", "norms")
+PAPER_BITS = 8  # the paper keeps one norm set for each width 1..8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer in bytes, each tensor counted where it is first met (tied weights cost once).
+
+    Attributes:
+        name, kind, shape: layer name, conv | linear | norm | other, shape of its (first) weight.
+        parameters: learnable numbers of the layer in the float network.
+        codes: quantized weights among them; `bits` is their stored width, None where there are none.
+        plane: bytes of one bit plane of the layer.
+        scales: bytes of its scales.
+        floats: bytes of what is kept as it is: biases, float weights, tables.
+        norm_set, sets: bytes of one set of norm parameters and statistics, and how many sets there are.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    codes: int
+    bits: int | None
+    plane: int
+    scales: int
+    floats: int
+    norm_set: int
+    sets: int
+
+
+def meta_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
+    """A model by name with parameters on the meta device (no memory), or on the CPU where its code cannot do without values.
+
+    Raises:
+        UserError: as `create_model`.
+    """
+    try:
+        with torch.device("meta"):
+            return create_model(name, num_classes, **kwargs)
+    except UserError:
+        return create_model(name, num_classes, **kwargs)
+
+
+def layer_rows(model: nn.Module) -> list[Row]:
+    """A row for each layer of a prepared model that stores anything, in model order."""
+    seen: set[int] = set()
+    rows = (_row(name or "(root)", module, seen) for name, module in _layers(model))
+    return [row for row in rows if row.codes or row.floats or row.norm_set]
+
+
+def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the network as it was before prepare(): what prepare() put inside a layer belongs to the layer."""
+    yield name, module
+    if isinstance(module, PerWidthNorm):
+        return
+    for child_name, child in module.named_children():
+        if not isinstance(child, ParametrizationList) and child_name != "parametrizations":
+            yield from _layers(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _row(name: str, module: nn.Module, seen: set[int]) -> Row:
+    if isinstance(module, PerWidthNorm):
+        norm_set = _new(_tensors(module.sets[FLOAT], recurse=True), seen)
+        parameters = sum(p.numel() for p in module.sets[FLOAT].parameters())
+        channels = next((tuple(t.shape) for t in norm_set), ())
+        return Row(name, "norm", channels, parameters, 0, None, 0, 0, 0, _nbytes(norm_set), len(module.sets) - 1)
+    quantized = list(_quantized(module, seen))
+    rest = _new(_tensors(module), seen)
+    weights = [w for w, _ in quantized]
+    shape = next((tuple(w.shape) for w in [*weights, *rest]), ())
+    parameters = sum(p.numel() for p in [*weights, *rest] if isinstance(p, nn.Parameter))
+    kind = _kind(module)
+    is_norm = kind == "norm"
+    return Row(
+        name,
+        kind,
+        shape,
+        parameters,
+        codes=sum(w.numel() for w in weights),
+        bits=quantized[0][1].width.max_bits if quantized else None,
+        plane=sum(plane_bytes(w.numel()) for w in weights),
+        scales=sum(FLOAT_BYTES * _scale_count(w, q) for w, q in quantized),
+        floats=0 if is_norm else _nbytes(rest),
+        norm_set=_nbytes(rest) if is_norm else 0,
+        sets=1 if is_norm else 0,
+    )
+
+
+def _quantized(module: nn.Module, seen: set[int]) -> Iterator[tuple[Tensor, WeightQuantizer]]:
+    for chain in getattr(module, "parametrizations", {}).values():
+        if isinstance(chain[0], WeightQuantizer) and id(chain.original) not in seen:
+            seen.add(id(chain.original))
+            yield chain.original, chain[0]
+
+
+def _tensors(module: nn.Module, recurse: bool = False) -> list[Tensor]:
+    """What the layer itself stores, but for the batch counter of batch norms, which moves no output."""
+    modules = list(module.modules()) if recurse else [module]
+    held: list[Tensor] = [p for m in modules for p in m._parameters.values() if p is not None]
+    for m in modules:
+        own = ((n, b) for n, b in m._buffers.items() if b is not None and n not in m._non_persistent_buffers_set)
+        held += [b for n, b in own if n != "num_batches_tracked"]
+    return held
+
+
+def _new(tensors: Iterable[Tensor], seen: set[int]) -> list[Tensor]:
+    fresh = [t for t in tensors if id(t) not in seen]
+    seen.update(id(t) for t in fresh)
+    return fresh
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _scale_count(weight: Tensor, quantizer: WeightQuantizer) -> int:
+    if not quantizer.normalizer.endswith("_channel"):
+        return 1
+    return weight.shape[quantizer.channel_dim] * quantizer.groups
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, _ConvNd):
+        return "conv"
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+        return "linear"
+    return "norm" if "Norm" in type(module).__name__ else "other"
+
+
+def _float_master(row: Row, bits: int) -> tuple[int, int, int, int]:
+    return FLOAT_BYTES * row.codes, 0, row.floats, row.norm_set
+
+
+def _file_per_width(row: Row, bits: int) -> tuple[int, int, int, int]:
+    return row.plane * bits * (bits + 1) // 2, row.scales * bits, row.floats * bits, row.norm_set * bits
+
+
+def _master8(row: Row, bits: int) -> tuple[int, int, int, int]:
+    return row.plane * bits, row.scales, row.floats, row.norm_set
+
+
+def _packed(row: Row, bits: int) -> tuple[int, int, int, int]:
+    return row.plane * bits, row.scales, row.floats, row.norm_set * row.sets
+
+
+def _paper(row: Row, bits: int) -> tuple[int, int, int, int]:
+    sets = PAPER_BITS if row.sets > 1 else row.sets
+    return row.codes, 0, row.floats, row.norm_set * sets
+
+
+# way of serving the widths 1..max_bits -> bytes of a row in the order of PARTS
+WAYS: dict[str, Callable[[Row, int], tuple[int, int, int, int]]] = {
+    "float_master": _float_master,
+    "file_per_width": _file_per_width,
+    "master8": _master8,
+    "packed": _packed,
+}
+
+
+def total(rows: Iterable[Row], way: str, max_bits: int) -> dict[str, int]:
+    """Bytes of a way by part, and their sum under "total"."""
+    return _sum(WAYS[way](row, max_bits) for row in rows)
+
+
+def _sum(parts: Iterable[tuple[int, int, int, int]]) -> dict[str, int]:
+    columns = [sum(column) for column in zip(*parts, strict=True)] or [0] * len(PARTS)
+    return {"total": sum(columns), **dict(zip(PARTS, columns, strict=True))}
+
+
+def read_at(rows: Iterable[Row], bits: int) -> int:
+    """Bytes read to run at a width: that many planes, the scales, the float tensors, one norm set."""
+    return sum(row.plane * bits + row.scales + row.floats + row.norm_set for row in rows)
+
+
+def paper_total(model: nn.Module) -> tuple[dict[str, int], float]:
+    """The paper's accounting (TruncQuant, arXiv 2506.11431) of an unprepared model, which is prepared in place.
+
+    Float parameters over [8-bit weights of every layer but the stem, the classifier's too; stem, biases and all else in
+    float; 8 sets of batch norm]; no scales, no header. 3.533 for ResNet-50.
+
+    Returns:
+        bytes by part and in total; the ratio.
+    """
+    float_bytes = FLOAT_BYTES * sum(p.numel() for p in model.parameters())
+    prepare(model, skip=("first",), norm="per_width", max_bits=PAPER_BITS, verbose=False)
+    parts = _sum(_paper(row, PAPER_BITS) for row in layer_rows(model))
+    return parts, float_bytes / parts["total"]
+
+
+def record_bytes(model: nn.Module) -> dict[str, Any]:
+    """The byte block of a run record: {"float": float parameters, "packed": the file, "planes": {width: bytes read}}."""
+    rows, max_bits = layer_rows(model), int(model.tq["max_bits"])  # type: ignore[index,arg-type]
+    return {
+        "float": FLOAT_BYTES * sum(row.parameters for row in rows),
+        "packed": total(rows, "packed", max_bits)["total"],
+        "planes": {str(bits): read_at(rows, bits) for bits in range(1, max_bits + 1)},
+    }
