@@ -1,0 +1,134 @@
+"""The loaders handed to Lightning: plain iterables, so that Lightning neither wraps their sampler nor guesses their position."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tq_lightning.data.augment import BatchAugment, seeded
+from tq_lightning.data.order import TrainOrder, derive_seed, eval_batches, share
+from tq_lightning.errors import UserError
+
+
+class Items:
+    """Map-style set of (uint8 image (C, H, W), label) for worker processes; a key is (sample number, seed of its transform).
+
+    Args:
+        read: sample number -> (PIL image, class number).
+        transform: PIL image -> uint8 tensor; its random numbers come from the global generators, seeded here for every sample.
+    """
+
+    def __init__(self, read: Callable[[int], tuple[Any, int]], transform: Callable[[Any], Tensor]) -> None:
+        self.read, self.transform = read, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = key
+        image, label = self.read(index)
+        with seeded(seed):
+            return torch.as_tensor(self.transform(image)), int(label)
+
+
+class _Keys:
+    """Batch sampler of the worker path: asks its owner for the keys when an epoch starts, so that workers can live on."""
+
+    def __init__(self) -> None:
+        self.keys: Callable[[], Iterator[list[tuple[int, int]]]] = lambda: iter(())
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.keys()
+
+
+class Fetch:
+    """Batches of one split by sample number: by tensor indexing where the images are in memory, by worker processes where not.
+
+    Args:
+        images: (N, C, H, W) uint8 in memory, or None.
+        labels: (N,) int64.
+        items: the `Items` to read where `images` is None.
+        workers: processes for `items`; they persist over the epochs.
+    """
+
+    def __init__(self, images: Tensor | None, labels: Tensor, items: Items | None = None, workers: int = 0) -> None:
+        self.images, self.labels, self.items, self.workers = images, labels, items, workers
+        self._sampler = _Keys()
+        self._loader: DataLoader | None = None
+
+    def __call__(self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images uint8, labels) for every tensor of sample numbers that `batches()` yields."""
+        if self.images is not None:
+            return ((self.images.index_select(0, i), self.labels.index_select(0, i)) for i in batches())
+        self._sampler.keys = lambda: ([(n, derive_seed(seed, epoch, n, 5)) for n in i.tolist()] for i in batches())
+        if self._loader is None:
+            # a generator of its own: a DataLoader otherwise draws a worker seed from the global one at every start
+            self._loader = DataLoader(
+                self.items,  # type: ignore[arg-type]
+                batch_sampler=self._sampler,  # type: ignore[arg-type]
+                num_workers=self.workers,
+                persistent_workers=self.workers > 0,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),
+                multiprocessing_context="fork" if self.workers and "fork" in multiprocessing.get_all_start_methods() else None,
+            )
+        return ((images, labels) for images, labels in self._loader)
+
+
+class TrainLoader:
+    """Yields (images uint8, labels, draw) of this process; `draw` holds the random numbers of `BatchAugment` for the batch.
+
+    Position: inside `fit`, Lightning's own counters say which batch of which epoch comes next (they are what a checkpoint restores), and
+    they are read when the first batch is asked for; so a run that goes on in the middle of an epoch sees exactly the rest of it. Elsewhere
+    iteration starts at batch 0 of the epoch last given to `set_epoch`.
+    """
+
+    def __init__(self, fetch: Fetch, order: TrainOrder, augment: BatchAugment) -> None:
+        self.fetch, self.order, self.augment = fetch, order, augment
+        self.epoch = 0
+        self.progress: Callable[[], tuple[int, int] | None] = lambda: None
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def sampler(self) -> "TrainLoader":
+        """Lightning calls `loader.sampler.set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        epoch, start = self.progress() or (self.epoch, 0)
+        order = self.order
+        mine = share(order.size, order.rank, order.world)
+        batches = self.fetch(lambda: (samples[mine] for _, samples in order.batches(epoch, start)), order.seed, epoch)
+        for number, (images, labels) in enumerate(batches, start):
+            yield images, labels, self.augment.draw(epoch, number, order.size, mine)
+
+    def state_dict(self) -> dict[str, int]:
+        """What fixes the order of the data; Lightning stores it in the checkpoint (plain integers)."""
+        order = self.order
+        return {"seed": order.seed, "samples": order.samples.numel(), "batch": order.size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises UserError where an epoch cut short cannot be gone on with, because the data order differs."""
+        if state != self.state_dict():
+            raise UserError(
+                f"the checkpoint lies in the middle of an epoch of {state}, this run has {self.state_dict()}: "
+                "pass the same data.seed, data.samples and global batch size, or a checkpoint from the end of an epoch"
+            )
+
+
+class EvalLoader:
+    """Yields (images uint8, labels) of this process' share of `samples`, in order, each sample once."""
+
+    def __init__(self, fetch: Fetch, samples: Tensor, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.fetch, self.batches = fetch, eval_batches(samples, batch_size, rank, world)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.fetch(lambda: iter(self.batches))
