@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The command line prints its message as one line and exits with status 2; a library caller sees a `ValueError`.
     """
+
+
+class TrainingError(RuntimeError):
+    """A run that can't go on (a non-finite loss, a weight that turned NaN).
+
+    The command line prints its message as one line and exits with status 1; the run's record keeps it as the reason.
+    """

@@ -67,8 +67,8 @@ class WeightQuantizer(nn.Module):
         self.quantizer, self.ste = quantizer, resolve_ste(ste, quantizer)
         self.level, self.normalizer = level, normalizer
         self.channel_dim, self.groups = channel_dim, groups
-        # (u, scale) shared by the passes of one step or one evaluation, see `shared_normalisation`; None outside
-        self._shared: tuple[Tensor, Tensor] | None = None
+        # (u, scale, max) shared by the passes of one step or one evaluation, see `shared_normalisation`; None outside
+        self._shared: tuple[Tensor, Tensor, Tensor] | None = None
         self._sharing = False
 
     def _reduce(self, w: Tensor, how: str) -> Tensor:
@@ -104,20 +104,36 @@ class WeightQuantizer(nn.Module):
         Raises:
             ValueError: `w` holds NaN or infinity; the message names the layer.
         """
+        u, scale, _ = self._normalise(w)
+        return u, scale
+
+    def _normalise(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w = w.float()
         scale = self._scale(w)
         t = torch.tanh(w) if self.normalizer.startswith("tanh") else w
         # twice a maximum near 3e38 would overflow, so the half is taken first; clamped for the all-zero weight
         top = self._reduce(t.detach().abs(), "max").clamp_min(_TINY)
-        return (t * 0.5 / top).add(0.5), scale
+        return (t * 0.5 / top).add(0.5), scale, top
 
     def _normalised(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if not self._sharing:
             return self.normalise(w)
         if self._shared is None:
-            u, scale = self.normalise(w)
-            self._shared = (u.detach().requires_grad_(w.requires_grad and torch.is_grad_enabled()), scale)
-        return self._shared
+            u, scale, top = self._normalise(w.detach())
+            self._shared = (u.requires_grad_(w.requires_grad and torch.is_grad_enabled()), scale, top)
+        return self._shared[:2]
+
+    def normaliser_grad(self, grad_u: Tensor) -> Tensor:
+        """Carries dL/du of the shared leaf to dL/dw, in place of `grad_u`; float32, its shape.
+
+        du/dw is (1 - t^2) / (2 max|t|) with t = tanh(w), or 1 / (2 max|w|) for absmax: the maximum carries no gradient.
+        """
+        assert self._shared is not None
+        u, _, top = self._shared
+        if self.normalizer.startswith("tanh"):
+            t = u.detach().sub(0.5).mul_(2.0).mul_(top)
+            grad_u.mul_(t.square_().neg_().add_(1.0))
+        return grad_u.mul_(0.5).div_(top)
 
     def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Stored codes of `w`: (uint8 codes of width max_bits, shape of `w`; scale, float32, broadcastable)."""
@@ -167,7 +183,7 @@ def shared_normalisation(model: nn.Module) -> Iterator[list[tuple[WeightQuantize
     """Normalises each weight once for all passes inside the block: the weights must not change in it.
 
     The normaliser knows no width, so a joint step over K widths, or an evaluation of many, needs it once. Inside, `u` is a
-    leaf: gradients of all passes meet there, and `normaliser_grads` carries their sum to the weight in one go.
+    leaf: gradients of all passes meet there, and `WeightQuantizer.normaliser_grad` carries their sum to the weight.
 
     Yields:
         (quantizer, its float parameter) for every quantized tensor, in model order.

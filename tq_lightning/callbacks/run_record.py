@@ -1,0 +1,203 @@
+"""RunRecord: writes record.json, the one file that tables and figures are made from."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from tq_lightning import __version__
+from tq_lightning.callbacks.truncation_eval import evaluation_passes
+from tq_lightning.export.storage import record_bytes
+from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
+from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.width import width_of
+
+SCHEMA = 1
+MONITOR = "val/acc1_truncate_mean"
+NAME = "record.json"
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=True))
+    os.replace(temporary, path)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"tq_lightning": __version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "lightning", "timm", "numpy", "optuna", "wandb"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> tuple[str | None, bool]:
+    """(commit, has uncommitted changes) of the source tree this package runs from; (None, False) where it is no checkout."""
+    home = Path(__file__).resolve().parent
+    try:
+        ask = {"cwd": home, "capture_output": True, "text": True, "timeout": 20}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask)  # type: ignore[call-overload]
+        if commit.returncode != 0:
+            return None, False
+        status = subprocess.run(["git", "status", "--porcelain", "--", ".."], **ask)  # type: ignore[call-overload]
+        return commit.stdout.strip(), bool(status.stdout.strip())
+    except (OSError, subprocess.TimeoutExpired):
+        return None, False
+
+
+def read_curves(metrics_file: Path) -> dict[str, list[list[float]]]:
+    """{metric: [[epoch, value], ...]} of a run's metrics.csv, one value an epoch."""
+    curves: dict[str, dict[int, float]] = {}
+    if not metrics_file.is_file():
+        return {}
+    with metrics_file.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if not row.get("epoch"):
+                continue
+            for key, value in row.items():
+                if value and key not in ("epoch", "step"):
+                    curves.setdefault(key, {})[int(float(row["epoch"]))] = round(float(value), 5)
+    return {key: [[e, v] for e, v in sorted(points.items())] for key, points in sorted(curves.items())}
+
+
+@torch.no_grad()
+def code_disagreement(model: torch.nn.Module) -> dict[int, float]:
+    """{width: share of the weight codes that differ between quantize and truncate}, over all quantized weights."""
+    differ = dict.fromkeys(range(1, width_of(model).max_bits + 1), 0)
+    total = 0
+    for _, module, tensor_name, q in weight_quantizers(model):
+        u, _ = q.normalise(original(module, tensor_name))
+        stored = QUANTIZERS[q.quantizer](u, q.width.max_bits)
+        total += stored.numel()
+        for bits in differ:
+            shifted = truncate_codes(stored, q.width.max_bits, bits)
+            differ[bits] += int((QUANTIZERS[q.quantizer](u, bits) != shifted).sum())
+    return {bits: count / total for bits, count in differ.items()}
+
+
+def _at_epoch(curves: dict[str, list[list[float]]], epoch: int) -> dict[str, float]:
+    return {key: value for key, points in curves.items() for e, value in points if e == epoch}
+
+
+class RunRecord(L.Callback):
+    """Keeps `run_dir`/record.json: "running" at the start of a fit, then finished, failed or interrupted with its reason.
+
+    A test adds its block to the record of the run it tests.
+
+    Args:
+        run_dir: the run's directory.
+        config: the resolved configuration, plain types.
+        checkpoint: what a test reads ("best", "last" or a path), for its block.
+    """
+
+    def __init__(self, run_dir: str | Path, config: dict[str, Any], checkpoint: str | None = None) -> None:
+        self.path = Path(run_dir) / NAME
+        self.config, self.checkpoint = config, checkpoint
+        self._record: dict[str, Any] = {}
+        self._start = 0.0
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self._record)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        earlier = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        commit, dirty = git_state()
+        self._start = time.monotonic() - earlier.get("seconds", 0.0)
+        device = trainer.strategy.root_device
+        self._record = {
+            "schema": SCHEMA,
+            "id": earlier.get("id", uuid.uuid4().hex),
+            "status": "running",
+            "reason": None,
+            "command": " ".join(["python -m tq_lightning", *sys.argv[1:]]),
+            "config": self.config,
+            "seed": self.config.get("seed_everything"),
+            "versions": package_versions(),
+            "commit": commit,
+            "dirty": dirty,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": trainer.world_size,
+            "started": earlier.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
+            "seconds": earlier.get("seconds", 0.0),
+            "parameters_quantized": pl_module.report.share,
+        }
+        self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._record and not trainer.sanity_checking:
+            self._update(trainer)
+            self._save(trainer)
+
+    def _update(self, trainer: L.Trainer) -> None:
+        record = self._record
+        record["seconds"] = round(time.monotonic() - self._start, 2)
+        record["steps"] = trainer.global_step
+        curves = read_curves(self.path.parent / "metrics.csv")
+        record["curves"] = curves
+        scored = curves.get(MONITOR, [])
+        record["epochs"] = len({epoch for points in curves.values() for epoch, _ in points})
+        if not scored:
+            return
+        best = max(scored, key=lambda point: point[1])[0]
+        last = scored[-1][0]
+        record["last"] = {"epoch": last, "metrics": _at_epoch(curves, last)}
+        record["best"] = {"epoch": best, "monitor": MONITOR, "metrics": _at_epoch(curves, best)}
+        metrics = record["best"]["metrics"]
+        bits = sorted(int(key.rsplit("_w", 1)[1]) for key in metrics if key.startswith("val/acc1_truncate_w"))
+        record["widths"] = {
+            str(b): {
+                "quantize": metrics[f"val/acc1_quantize_w{b}"],
+                "truncate": metrics[f"val/acc1_truncate_w{b}"],
+                "qt_gap": metrics[f"val/qt_gap_w{b}"],
+            }
+            for b in bits
+        }
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._update(trainer)
+        for bits, share in code_disagreement(pl_module).items():
+            self._record.setdefault("widths", {}).setdefault(str(bits), {})["disagree"] = round(share, 6)
+        self._record["bytes"] = record_bytes(pl_module.model)
+        interrupted = bool(trainer.interrupted)
+        self._record["status"] = "interrupted" if interrupted else "finished"
+        self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if not self._record or self._record["status"] != "running":
+            return
+        stopped = isinstance(exception, KeyboardInterrupt)
+        self._record["status"] = "interrupted" if stopped else "failed"
+        self._record["reason"] = str(exception).splitlines()[0] if str(exception) else type(exception).__name__
+        self._record["seconds"] = round(time.monotonic() - self._start, 2)
+        self._save(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero or not self.path.is_file():
+            return
+        metrics = {k: round(float(v), 5) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+        record = json.loads(self.path.read_text())
+        record["test"] = {
+            "checkpoint": self.checkpoint,
+            "epoch": pl_module.loaded_epoch,
+            "images": len(trainer.datamodule.test_dataset),  # type: ignore[attr-defined]
+            "passes": len(evaluation_passes(pl_module)),
+            "metrics": metrics,
+        }
+        write_json(self.path, record)

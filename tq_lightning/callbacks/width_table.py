@@ -1,0 +1,45 @@
+"""WidthTable: what an evaluation found, a line a width, in the terminal."""
+
+import sys
+from typing import Any
+
+import lightning as L
+
+
+def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
+    """Prints top-1 by width from metric keys: a rich table in a terminal, one plain line elsewhere."""
+    rows = []
+    bits = 8
+    while bits:
+        values = [metrics.get(f"{stage}/{key}_w{bits}") for key in ("acc1_quantize", "acc1_truncate", "qt_gap")]
+        if None not in values:
+            rows.append((bits, *(float(v) for v in values)))  # type: ignore[arg-type]
+        bits -= 1
+    if not rows:
+        return
+    if not sys.stdout.isatty():
+        cells = "  ".join(f"w{b} {q:.2f}/{t:.2f}" for b, q, t, _ in rows)
+        print(f"{title}: top-1 % quantized/truncated  {cells}  float {metrics[f'{stage}/acc1_float']:.2f}", flush=True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in ("bits", "quantized (%)", "truncated (%)", "QT gap (points)"):
+        table.add_column(name, justify="right")
+    for b, q, t, gap in rows:
+        style = "red" if gap >= 5 else None
+        table.add_row(str(b), f"{q:.2f}", f"{t:.2f}", f"{gap:+.2f}", style=style)
+    Console().print(table)
+
+
+class WidthTable(L.Callback):
+    """Prints `print_widths` after each validation and test."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            print_widths(trainer.callback_metrics, "val", f"epoch {trainer.current_epoch} (validation)")  # type: ignore[arg-type]
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            print_widths(trainer.callback_metrics, "test", "test")  # type: ignore[arg-type]

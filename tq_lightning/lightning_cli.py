@@ -1,0 +1,214 @@
+"""fit, validate, test and predict: a LightningCLI with flat keys of our own, and a run directory that nothing overwrites."""
+
+import logging
+import re
+import sys
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ActionYesNo, ArgumentError, set_loader
+from jsonargparse.loaders_dumpers import yaml_load
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from tq_lightning.callbacks.run_logger import RunLogger
+from tq_lightning.callbacks.run_record import MONITOR, NAME, RunRecord
+from tq_lightning.callbacks.width_table import WidthTable
+from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.errors import UserError
+from tq_lightning.training.module import TQModule
+
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+def _plain(value: Any) -> Any:
+    """What sweep engines send as text becomes what was meant: None and null, and numbers such as 1e-3."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, str):
+        if value in ("None", "null"):
+            return None
+        if _SCIENTIFIC.fullmatch(value):
+            return float(value)
+    return value
+
+
+set_loader("tq", lambda text: _plain(yaml_load(text)), exceptions=(yaml.YAMLError,))
+
+
+def newest_checkpoint(root: Path, which: str) -> Path:
+    """The `last` or `best` checkpoint of the newest run under `root`.
+
+    Raises:
+        UserError: there is none; the message says where it was looked for.
+    """
+    pattern = "*/checkpoints/last.ckpt" if which == "last" else "*/checkpoints/best*.ckpt"
+    found = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(
+            f"ckpt_path={which}: no {pattern} under {root}; pass the file of a checkpoint, or the trainer.default_root_dir "
+            "of the run"
+        )
+    return found[-1]
+
+
+def _checkpoint_step(path: Path) -> int:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(checkpoint["global_step"])
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"ckpt_path: {path} is no checkpoint of a run ({reason})") from None
+
+
+class TQCLI(LightningCLI):
+    """LightningCLI over TQModule and TQDataModule.
+
+    `run_dir` is the directory of this run: a new one under trainer.default_root_dir, or that of the checkpoint it goes on
+    from.
+    """
+
+    run_dir: Path
+    resumed: Path | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--checkpoint_every_n_steps",
+            type=int,
+            default=0,
+            help="write checkpoints/last.ckpt every N optimizer steps as well as at every validation (0: only then)",
+        )
+        parser.add_argument("--wandb", action=ActionYesNo, default=False, help="log to Weights & Biases too (WANDB_MODE=offline works)")
+        parser.add_argument("--tensorboard", action=ActionYesNo, default=False, help="log to TensorBoard too")
+
+    def _parse_ckpt_path(self) -> None:
+        config = self.config[self.config.subcommand]
+        given = config.get("ckpt_path")
+        if given is not None:
+            root = Path(config.trainer.default_root_dir or ".")
+            path = newest_checkpoint(root, given) if given in ("last", "best") else Path(given)
+            if not path.is_file():
+                raise UserError(f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run under {root}")
+            self.resume_step = _checkpoint_step(path)
+            self.given_checkpoint = str(given)
+            config.ckpt_path = str(path)
+            self.resumed = path
+        super()._parse_ckpt_path()
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir or "runs")
+        if self.resumed is not None:
+            self.run_dir = self.resumed.parent.parent
+        else:
+            self.run_dir = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        self._dump_config()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self.config_init[self.subcommand]
+        trainer = config["trainer"]
+        plain: list[Callback] = [WidthTable()]
+        if trainer["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]) and sys.stdout.isatty():
+            plain.append(RichProgressBar())
+        if self.subcommand == "fit":
+            plain += self._fit_callbacks(config)
+            if trainer["logger"] in (None, True):
+                kwargs["logger"] = self._loggers(config)
+        else:
+            self.save_config_callback = None
+            kwargs["logger"] = False
+            if self.subcommand == "test":
+                if self.resumed is None:
+                    raise UserError("test needs a checkpoint: pass --ckpt_path best, last, or a file")
+                plain.append(RunRecord(self.run_dir, self.config_dump, self.given_checkpoint))
+        given = trainer["callbacks"]
+        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given] if given else []), *plain]
+        return super().instantiate_trainer(**kwargs)
+
+    def _fit_callbacks(self, config: Any) -> list[Callback]:
+        callbacks: list[Callback] = [RunRecord(self.run_dir, self.config_dump)]
+        if config["trainer"]["enable_checkpointing"] is False or config["trainer"]["fast_dev_run"]:
+            return callbacks
+        folder = self.run_dir / "checkpoints"
+        best = ModelCheckpoint(folder, filename="best-{epoch}", monitor=MONITOR, mode="max", save_top_k=1, auto_insert_metric_name=False)
+        every = config["checkpoint_every_n_steps"]
+        last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
+        callbacks += [best, last]
+        if every > 0:
+            callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, every_n_train_steps=every))
+        return callbacks
+
+    def _loggers(self, config: Any) -> list[Any]:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        resume_step = self.resume_step if self.resumed is not None else None
+        loggers: list[Any] = [RunLogger(str(self.run_dir.parent), self.run_dir.name, resume_step)]
+        if config["tensorboard"]:
+            loggers.append(TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False))
+        if config["wandb"]:
+            from tq_lightning.callbacks.wandb_run import make_wandb_logger
+
+            loggers.append(make_wandb_logger(self.run_dir, self.config_dump))
+        return loggers
+
+
+def _quiet() -> None:
+    # what Lightning says of hardware and data loaders at every start hides the one line a user needs
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*args parameter is intended to run from within Python.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*LeafSpec.*",
+        ".*overrides the configure_model callback.*",
+        ".*The number of training batches.*",
+        ".*`isinstance\\(treespec.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+def _one_line(error: BaseException) -> str:
+    """The sentence of a parser's error: jsonargparse puts the reason last and the whole configuration before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:600] if lines else type(error).__name__
+
+
+def run(argv: list[str]) -> dict[str, Any]:
+    """Runs `argv` ("fit", "--config", ...) in this process.
+
+    Returns:
+        The last metrics as floats, "run_dir" and "record".
+
+    Raises:
+        UserError, TrainingError, KeyboardInterrupt: as `cli.run_fit`.
+    """
+    _quiet()
+    try:
+        cli = TQCLI(
+            TQModule,
+            TQDataModule,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0, "use_distributed_sampler": False},
+            parser_kwargs={"parser_mode": "tq", "exit_on_error": False},
+            args=argv,
+        )
+    except ArgumentError as error:
+        raise UserError(_one_line(error)) from None
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help, --print_config
+            return {}
+        raise KeyboardInterrupt("go on with the same command and --ckpt_path last") from None
+    metrics = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+    return {**metrics, "run_dir": str(cli.run_dir), "record": str(cli.run_dir / NAME)}

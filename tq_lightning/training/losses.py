@@ -1,0 +1,36 @@
+"""Losses: against labels, and against a wider network's logits. One function each; `LOSSES` lists those for labels."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (batch, classes) against labels (batch,) or soft labels (batch, classes)."""
+    return F.cross_entropy(logits.float(), target)
+
+
+def bce(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean binary cross-entropy summed over classes; shapes as in `cross_entropy`. Source: ResNet strikes back, 2110.00476."""
+    if target.dim() == 1:
+        target = F.one_hot(target, logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none").sum(1).mean()
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over the batch. Source: Hinton et al., arXiv 1503.02531.
+
+    Args:
+        logits, teacher: (batch, classes); `teacher` carries no gradient. temperature: T > 0.
+
+    Returns:
+        A float32 scalar, 0 where the two agree.
+    """
+    student = F.log_softmax(logits.float() / temperature, dim=1)
+    target = F.log_softmax(teacher.detach().float() / temperature, dim=1)
+    return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy, "bce": bce}
+TEACHERS = ("none", "widest", "recursive", "external")

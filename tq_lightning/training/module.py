@@ -1,0 +1,320 @@
+"""TQModule: the LightningModule that trains a timm model at several widths at once."""
+
+import os
+import random
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.quant.norm import train_float_norms
+from tq_lightning.quant.prepare import PrepareReport, check_widths, prepare
+from tq_lightning.training.joint import joint_loss
+from tq_lightning.training.losses import LOSSES, TEACHERS, distillation
+
+WIDTH_SCHEDULES = ("all", "sandwich")
+
+
+def as_list(value: Any) -> list:
+    """`8,4,2,1`, `[8,4,2,1]`, `8` and their string twins as a list: what command lines and sweep engines send."""
+    if isinstance(value, str):
+        value = [part.strip().strip("'\"") for part in value.strip().strip("[]()").split(",") if part.strip()]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def as_ints(value: Any, key: str) -> list[int]:
+    """`as_list` with whole numbers; a UserError that names `key` where one is none."""
+    try:
+        return [int(v) for v in as_list(value)]
+    except (TypeError, ValueError):
+        raise UserError(f"{key}: got {value!r}, pass whole numbers such as 8,4,2,1") from None
+
+
+def width_key(bits: int | None) -> str:
+    """How a width is written in metric keys: w4, or float."""
+    return "float" if bits is None else f"w{bits}"
+
+
+class TQModule(L.LightningModule):
+    """A timm model with its quantizers, trained jointly at `widths`. The signature is the configuration.
+
+    Args:
+        name: model name, as `timm.create_model` takes it; resnet8_cifar, resnet20_cifar, resnet56_cifar and
+            preresnet20_cifar are registered too.
+        pretrained: load timm's weights (downloads them).
+        checkpoint_path: file of float weights to start from.
+        num_classes: classes of the head; null = those of the data set.
+        model_args: further arguments of the model, e.g. {expansion: 5} or {img_size: 32}.
+        drop_rate: dropout before the classifier; null = the model's default.
+        drop_path_rate: stochastic depth; null = the model's default.
+        quantizer: floor (TruncQuant) or round (baseline).
+        ste: auto, identity, scaled, slope, clipped, ewgs or dsq; auto = scaled for floor, identity for round.
+        level: endpoint, left or centre.
+        normalizer: tanh, tanh_channel, absmax or absmax_channel.
+        widths: trained widths, e.g. 8,4,2,1.
+        max_bits: stored width.
+        activations: null, or clamp_round, clamp_floor, pact_round, pact_floor, each also with _truncate.
+        skip: layers left in float: first, last, and name patterns.
+        norm: per_width, per_width_all (layer norms too) or shared.
+        loss: cross_entropy or bce, against the labels.
+        teacher: who teaches the narrower widths: none (labels), widest, recursive (the next wider), external.
+        teacher_name: external timm teacher; it teaches the widest width, or all with teacher=external.
+        teacher_checkpoint_path: its weights; null = timm's pretrained ones.
+        distill_weight: share of the teacher's loss at a taught width, the labels get the rest.
+        temperature: of the distillation.
+        float_pass: train a float pass (bits=None) too, ahead of the widths.
+        width_schedule: all, or sandwich (widest, narrowest and `sandwich_random` others a step).
+        sandwich_random: random widths a step of the sandwich.
+        width_weights: factor of each width's loss, in the order of `widths`; null = 1 each.
+        opt: optimiser, a name of timm's (sgd, adam, adamw, lamb, ...).
+        lr: learning rate at the top of the schedule.
+        weight_decay: weight decay.
+        momentum: of sgd and the like.
+        opt_args: further arguments of the optimiser, e.g. {betas: [0.9, 0.95]}.
+        sched: schedule, a name of timm's (cosine, step, multistep, poly, tanh, none), stepped every update.
+        warmup_epochs: epochs of linear warm-up.
+        warmup_lr: where it starts.
+        min_lr: where cosine and poly end.
+        decay_epochs: epochs between decays (step), or their epochs (multistep), e.g. 100,150,180.
+        decay_rate: factor of a decay.
+        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; null = none.
+        calibration_batches: training batches that the norm statistics of untrained widths are estimated from.
+        compile: run the model through torch.compile.
+        seed: of the width schedule and the random states of each step; null = the run's seed.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet8_cifar",
+        pretrained: bool = False,
+        checkpoint_path: str | None = None,
+        num_classes: int | None = None,
+        model_args: dict[str, Any] | None = None,
+        drop_rate: float | None = None,
+        drop_path_rate: float | None = None,
+        quantizer: str = "floor",
+        ste: str = "auto",
+        level: str = "endpoint",
+        normalizer: str = "tanh",
+        widths: list[int] | int | str = [8, 4, 2, 1],  # noqa: B006
+        max_bits: int = 8,
+        activations: str | None = None,
+        skip: list[str] | str = ["first", "last"],  # noqa: B006
+        norm: str = "per_width",
+        loss: str = "cross_entropy",
+        teacher: str = "recursive",
+        teacher_name: str | None = None,
+        teacher_checkpoint_path: str | None = None,
+        distill_weight: float = 1.0,
+        temperature: float = 1.0,
+        float_pass: bool = False,
+        width_schedule: str = "all",
+        sandwich_random: int = 1,
+        width_weights: list[float] | float | str | None = None,
+        opt: str = "sgd",
+        lr: float = 0.05,
+        weight_decay: float = 1e-4,
+        momentum: float = 0.9,
+        opt_args: dict[str, Any] | None = None,
+        sched: str = "cosine",
+        warmup_epochs: float = 0.0,
+        warmup_lr: float = 1e-5,
+        min_lr: float = 0.0,
+        decay_epochs: list[float] | float | str = 30.0,
+        decay_rate: float = 0.1,
+        ema_decay: float | None = None,
+        calibration_batches: int = 8,
+        compile: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            self.widths = check_widths(as_ints(widths, "model.widths"), max_bits)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"model.widths: {error}") from None
+        for key, value, known in (
+            ("loss", loss, tuple(LOSSES)),
+            ("teacher", teacher, TEACHERS),
+            ("width_schedule", width_schedule, WIDTH_SCHEDULES),
+        ):
+            if value not in known:
+                raise UserError(f"model.{key}: got {value!r}, pass one of {', '.join(known)}")
+        if teacher == "external" and teacher_name is None:
+            raise UserError("model.teacher=external needs a model: pass model.teacher_name")
+        if not 0.0 <= distill_weight <= 1.0:
+            raise UserError(f"model.distill_weight: got {distill_weight}, pass a share from 0 to 1")
+        self.passes: tuple[int | None, ...] = ((None,) if float_pass else ()) + self.widths
+        self.width_weights = [1.0] * len(self.passes)
+        if width_weights is not None:
+            self.width_weights = [float(v) for v in as_list(width_weights)]
+            if len(self.width_weights) != len(self.passes):
+                raise UserError(
+                    f"model.width_weights: got {len(self.width_weights)} factors for {len(self.passes)} passes; pass one each"
+                )
+        self.save_hyperparameters()
+        self.model: nn.Module | None = None
+        self.report: PrepareReport | None = None
+        # plain lists hide the teacher and the compiled twin from parameters(), state_dict() and the checkpoint
+        self._teacher: list[nn.Module] = []
+        self._compiled: list[Any] = []
+        self.loaded_epoch: int | None = None
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What belongs to every run: the moving average (first, so that it is what gets evaluated) and the evaluation."""
+        from lightning.pytorch.callbacks import EMAWeightAveraging
+
+        from tq_lightning.callbacks.step_seeds import StepSeeds
+        from tq_lightning.callbacks.truncation_eval import TruncationEval
+
+        callbacks: list[L.Callback] = [StepSeeds(), TruncationEval(self.hparams.calibration_batches)]
+        if self.hparams.ema_decay is not None:
+            callbacks.insert(0, EMAWeightAveraging(decay=self.hparams.ema_decay))
+        return callbacks
+
+    def setup(self, stage: str) -> None:
+        strategy = type(self.trainer.strategy).__name__
+        if strategy in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+            raise UserError(
+                f"trainer.strategy: {strategy} shards the weights, and the normaliser needs the maximum of a whole one; pass ddp"
+            )
+
+    # -- the model -------------------------------------------------------------------------------------------------
+    def configure_model(self) -> None:
+        """Builds and prepares the model once, before the strategy wraps it; the head's size may come from the data."""
+        if self.model is not None:
+            return
+        from tq_lightning.models import create_model
+
+        h = self.hparams
+        data = getattr(self._trainer, "datamodule", None)
+        if h.num_classes is None:
+            if data is None:
+                raise UserError("model.num_classes is null and there is no data set to take it from; pass model.num_classes")
+            h.num_classes = data.num_classes
+        args = dict(h.model_args or {})
+        for key in ("drop_rate", "drop_path_rate"):
+            if h[key] is not None:
+                args[key] = h[key]
+        h.model_args = args
+        model = create_model(h.name, h.num_classes, h.pretrained, h.checkpoint_path, **args)
+        self.attach(model)
+        if h.teacher_name is not None:
+            teacher = create_model(
+                h.teacher_name, h.num_classes, h.teacher_checkpoint_path is None, h.teacher_checkpoint_path
+            )
+            self._teacher = [teacher.eval().requires_grad_(False)]
+
+    def attach(self, model: nn.Module) -> None:
+        """Prepares `model` as the hyper-parameters say and takes it as this module's model."""
+        h = self.hparams
+        try:
+            self.report = prepare(
+                model,
+                quantizer=h.quantizer,
+                ste=h.ste,
+                level=h.level,
+                normalizer=h.normalizer,
+                widths=self.widths,
+                max_bits=h.max_bits,
+                activations=h.activations,
+                skip=as_list(h.skip),
+                norm=h.norm,
+                verbose=self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.is_global_zero,
+            )
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+        if h.float_pass:
+            train_float_norms(model)
+        self.model = model
+        if h.compile:
+            self._compiled = [torch.compile(model)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) -> logits (batch, classes), at the width in use."""
+        assert self.model is not None
+        return (self._compiled[0] if self._compiled else self.model)(images)
+
+    # -- the joint step --------------------------------------------------------------------------------------------
+    def step_widths(self, step: int) -> tuple[int | None, ...]:
+        """The passes of a step, widest first: a function of seed and step alone, so that a resumed run sees the same."""
+        if self.hparams.width_schedule == "all" or len(self.passes) <= 2:
+            return self.passes
+        inner = list(range(1, len(self.passes) - 1))
+        count = min(self.hparams.sandwich_random, len(inner))
+        chosen = random.Random(f"{self.run_seed}-{step}").sample(inner, count)
+        return tuple(self.passes[i] for i in (0, *sorted(chosen), len(self.passes) - 1))
+
+    @property
+    def run_seed(self) -> int:
+        """Seed of the step's random states: `seed`, else the run's `seed_everything`, else 0."""
+        if self.hparams.seed is not None:
+            return self.hparams.seed
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, target = batch
+        h = self.hparams
+        passes = self.step_widths(self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        hard = LOSSES[h.loss]
+        outside = None
+        if self._teacher:
+            with torch.no_grad():
+                outside = self._teacher[0].to(images.device)(images)
+
+        def width_loss(bits: int | None, logits: Tensor, wider: dict[int | None, Tensor]) -> Tensor:
+            teacher = outside if h.teacher == "external" or not wider else None
+            if teacher is None and wider and h.teacher != "none":
+                seen = list(wider.values())
+                teacher = seen[0] if h.teacher == "widest" else seen[-1]
+            if teacher is None:
+                return hard(logits, target)
+            soft = distillation(logits, teacher, h.temperature)
+            if h.distill_weight == 1.0:
+                return soft
+            return (1 - h.distill_weight) * hard(logits, target) + h.distill_weight * soft
+
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        weights = [self.width_weights[self.passes.index(b)] for b in passes]
+        try:
+            loss, losses = joint_loss(self, images, passes, width_loss, weights, scale)
+        except (TrainingError, ValueError) as error:
+            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            raise TrainingError(f"step {self.global_step}: {error} (learning rate {lr:g})") from None
+        values = {f"train/loss_{width_key(b)}": value for b, value in losses.items()}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        self.log("train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, logger=False)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Nothing: the TruncationEval callback scores every width on the batch."""
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class probabilities (batch, classes) at the widest width, truncated as a device would run it."""
+        from tq_lightning.quant.width import bit_width
+
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        with bit_width(self, self.widths[0], "truncate"):
+            return self(images).float().softmax(1)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loaded_epoch = checkpoint.get("epoch")
+
+    # -- optimisation ----------------------------------------------------------------------------------------------
+    def configure_optimizers(self) -> dict[str, Any]:
+        from tq_lightning.training.optim import build_optimizer, build_scheduler
+
+        optimizer = build_optimizer(self, self.hparams)
+        scheduler = build_scheduler(optimizer, self.hparams, self.trainer)
+        if scheduler is None:
+            return {"optimizer": optimizer}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(num_updates=self.global_step)
