@@ -1,0 +1,223 @@
+"""Figures of accuracy by width: QT gap, one compared factor (STE, level, activations ...), training curves."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from tq_lightning.report import style
+from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Estimate, acc1, acc1_float, compare
+from tq_lightning.report.arms import Arm, Setting, mixed, slug
+from tq_lightning.report.evidence import PAPER, Evidence, is_papers, reference, row_arms, split
+from tq_lightning.report.style import FLOAT_AT, SERIES, Drawn
+
+MAX_SETTINGS = 12  # figures of one kind; the tables hold everything
+PANELS = 3
+
+
+def capped(settings: list[Setting], what: str, evidence: Evidence) -> list[Setting]:
+    """At most MAX_SETTINGS, those with most runs first; what is not drawn is noted on the page."""
+    if len(settings) <= MAX_SETTINGS:
+        return settings
+    evidence.notes.append(
+        f"{what}: {len(settings)} settings, the {MAX_SETTINGS} with most runs are drawn; the tables hold all."
+    )
+    chosen = sorted(settings, key=lambda s: -len(s.runs))[:MAX_SETTINGS]
+    return [s for s in settings if s in chosen]
+
+
+def curve(arm: Arm, source: str, part: str) -> dict[int, Estimate]:
+    """{width: estimate} of an arm."""
+    found = {w: acc1(arm, source, w, part) for w in arm.runs[0].widths}
+    return {w: e for w, e in found.items() if e is not None}
+
+
+def qt_gap(evidence: Evidence) -> list[Drawn]:
+    """Accuracy by width for the paper's three rows, one figure a setting."""
+    return [_qt_gap(setting) for setting in capped(evidence.qt_settings(), "QT gap", evidence)]
+
+
+def _qt_gap(setting: Setting) -> Drawn:
+    part, papers = split(setting), is_papers(setting)
+    figure = style.new(6.4, 3.7, f"QT gap: {setting.label}", setting.flags)
+    axes = figure.add_subplot()
+    rows = row_arms(setting)
+    widths, trained = sorted({w for r in setting.runs for w in r.widths}), setting.arms[0][1].trained
+    words, floats = [], False
+    for i, (name, arm, source) in enumerate(rows):
+        points = curve(arm, source, part)
+        shift = 0.14 * (i - (len(rows) - 1) / 2)
+        style.line(axes, points, i, name, arm.trained, shift)
+        if source == "quantize" or arm["model.quantizer"] == "floor":
+            floats |= _float_point(axes, acc1_float(arm, part), i, shift)
+        words.append(f"{name}: " + ", ".join(f"{e.text()} at {w}" for w, e in points.items()))
+        if papers and name in PAPER:
+            _overlay(axes, name, i)
+            floats = True
+    style.hollow_entry(axes, widths, trained)
+    if papers:
+        axes.plot([], [], color=style.GREY, linewidth=0.8, marker="x", markersize=4, label="paper, same row (thin)")
+    style.width_axis(axes, widths, floats)
+    axes.set_ylabel(f"top-1 accuracy [%], {SPLIT_WORDS[part]}")
+    style.clip(axes)
+    axes.legend(loc="best")
+    seeds = ", ".join(f"{name}: {len(arm.seeds)}" for name, arm in setting.arms)
+    caption = (
+        f"Top-1 on the {SPLIT_WORDS[part]} by width in use. Stored codes have 8 bits; truncated means shifted right, quantized means made "
+        f"from the float weight. Bars: 95 % t interval over seeds (seeds: {seeds}). {' '.join([*setting.flags, *mixed([a for _, a in setting.arms])])}"
+    )
+    if papers:
+        caption += " Thin lines with crosses: the numbers of arXiv 2506.11431, table 1 (its CIFAR-10 is the original, not a JPEG copy)."
+    return Drawn(
+        f"qt_gap_{setting.slug}",
+        "QT gap",
+        f"QT gap: {setting.label}",
+        caption.strip(),
+        "Top-1 in per cent by bits. " + "; ".join(words),
+        figure,
+    )
+
+
+def _float_point(axes: Axes, estimate: Estimate | None, series: int, shift: float) -> bool:
+    if estimate is None:
+        return False
+    colour, marker, _ = SERIES[series % len(SERIES)]
+    axes.errorbar(
+        FLOAT_AT + shift, estimate.mean, yerr=estimate.half, fmt=marker, color=colour, capsize=2.5, elinewidth=1
+    )
+    return True
+
+
+def _overlay(axes: Axes, name: str, series: int) -> None:
+    colour, _, dashes = SERIES[series]
+    x = [FLOAT_AT if k == "float" else float(k) for k in PAPER[name]]
+    axes.plot(
+        x,
+        list(PAPER[name].values()),
+        color=colour,
+        linestyle=dashes,
+        linewidth=0.7,
+        marker="x",
+        markersize=4,
+        alpha=0.75,
+        zorder=1,
+    )
+
+
+def factor(evidence: Evidence, key: str, title: str) -> list[Drawn]:
+    """Accuracy of truncated weights by width for each value of one key, and its difference to a reference, a column a setting."""
+    settings = capped(evidence.factor_settings(key), title, evidence)
+    chunks = [settings[i : i + PANELS] for i in range(0, len(settings), PANELS)]
+    return [_factor(chunk, key, title, f"_{i + 1}" if len(chunks) > 1 else "") for i, chunk in enumerate(chunks)]
+
+
+def _factor(settings: list[Setting], key: str, title: str, suffix: str) -> Drawn:
+    values = list(dict.fromkeys(value for s in settings for value, _ in s.arms))
+    flags = list(dict.fromkeys(f"{s.label}: {flag}" for s in settings for flag in s.flags))
+    figure = style.new(max(3.6, 2.5 * len(settings) + 0.4), 4.9, title, flags)
+    grid = figure.subplots(2, len(settings), squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2])
+    words = []
+    for column, setting in enumerate(settings):
+        part, base_name = split(setting), reference(setting)
+        base = setting.values(base_name)[0]
+        top, bottom = grid[0][column], grid[1][column]
+        top.set_title(
+            "\n".join(setting.label.split(" · ")[:1] + [" · ".join(setting.label.split(" · ")[1:])]), fontsize=8
+        )
+        for i, (value, arm) in enumerate(setting.arms):
+            series = values.index(value)
+            shift = 0.16 * (i - (len(setting.arms) - 1) / 2)
+            style.line(top, curve(arm, "truncate", part), series, value, arm.trained, shift)
+            if arm is base:
+                continue
+            found = {w: compare(arm, base, "truncate", "truncate", w, part) for w in arm.runs[0].widths}
+            points = {w: d.estimate for w, d in found.items() if d is not None}
+            style.line(bottom, points, series, value, arm.trained, shift)
+            words.append(
+                f"{setting.label}, {value} - {base_name}: "
+                + ", ".join(f"{e.mean:+.1f} at {w}" for w, e in points.items())
+            )
+        bottom.axhline(0, color=style.BLACK, linewidth=0.8)
+        style.width_axis(bottom, sorted({w for r in setting.runs for w in r.widths}))
+        top.set_xlabel("")
+        top.grid(axis="x", visible=False)
+        if column == 0:
+            top.set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}")
+            bottom.set_ylabel(f"difference to\n{base_name} [points]")
+    style.clip(grid[0][0])
+    entries: dict[str, object] = {}
+    for axes in grid[0]:
+        entries |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(entries.values()), list(entries), loc="outside upper right", ncols=min(len(entries), 4))
+    caption = (
+        f"Above: top-1 of the truncated weights by width. Below: difference to {base_name}, with its 95 % interval; an interval that crosses 0 "
+        f"shows no difference. Hollow: width not trained. {METHOD} {' '.join([*flags, *mixed([a for s in settings for _, a in s.arms])])}"
+    )
+    name = f"{slug(key.removeprefix('model.'))}{suffix}"
+    return Drawn(
+        name, title, title, caption.strip(), f"{title}. Differences in points by bits. " + "; ".join(words), figure
+    )
+
+
+def curves(evidence: Evidence) -> list[Drawn]:
+    """Validation accuracy of the truncated weights by epoch, a line a trained width, a panel an arm, a figure a setting."""
+    out = []
+    for setting in capped(evidence.qt_settings(), "Training curves", evidence):
+        arms = [(value, arm) for value, arm in setting.arms if _epochs(arm, arm.trained[0])][:4]
+        if arms:
+            out.append(_curves(setting, arms))
+    return out
+
+
+def _epochs(arm: Arm, width: int) -> dict[int, list[float]]:
+    """{epoch: values over the seeds} of the truncated validation accuracy at `width` bits."""
+    out: dict[int, list[float]] = {}
+    for run in arm.runs:
+        for epoch, value in (run.record.get("curves") or {}).get(f"val/acc1_truncate_w{width}", []):
+            if isinstance(value, int | float) and math.isfinite(value):
+                out.setdefault(int(epoch), []).append(value)
+    return dict(sorted(out.items()))
+
+
+def _curves(setting: Setting, arms: list[tuple[str, Arm]]) -> Drawn:
+    title = f"Training curves: {setting.label}"
+    figure = style.new(3.1 * len(arms) + 0.6, 3.2, title, setting.flags)
+    grid = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    words = []
+    for axes, (value, arm) in zip(grid, arms, strict=True):
+        for i, width in enumerate(reversed(arm.trained)):
+            points = _epochs(arm, width)
+            if not points:
+                continue
+            colour, marker, dashes = SERIES[i % len(SERIES)]
+            x = np.array([e + 1 for e in points])
+            axes.fill_between(
+                x,
+                [min(v) for v in points.values()],
+                [max(v) for v in points.values()],
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+            )
+            mean = [sum(v) / len(v) for v in points.values()]
+            axes.plot(
+                x,
+                mean,
+                color=colour,
+                linestyle=dashes,
+                marker=marker,
+                markevery=max(1, len(x) // 6),
+                label=f"{width} bit",
+            )
+            words.append(f"{value} at {width} bit ends at {mean[-1]:.1f}")
+        axes.set_title(f"{value} ({len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})")
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    grid[0].set_ylabel("top-1 truncated [%], validation")
+    style.clip(grid[0])
+    grid[0].legend(loc="best")
+    caption = (
+        "Validation top-1 of the truncated weights after each epoch, trained widths. Line: mean over seeds; band: smallest to largest seed. "
+        + " ".join(setting.flags)
+    )
+    return Drawn(f"curves_{setting.slug}", "Training curves", title, caption.strip(), "; ".join(words), figure)

@@ -1,0 +1,138 @@
+"""How every figure looks: Okabe-Ito colours with markers and line styles of their own, so that grey print still reads."""
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tq_lightning.report.aggregate import Estimate
+
+matplotlib.use("Agg")
+
+# Okabe & Ito 2008, "Color universal design", without yellow, which is too pale on paper.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+GREY = "#777777"
+# (colour, marker, line style): told apart by any one of the three.
+SERIES: list[tuple[str, str, Any]] = [
+    (BLUE, "o", "-"),
+    (RED, "s", "--"),
+    (GREEN, "^", "-."),
+    (ORANGE, "D", ":"),
+    (PURPLE, "v", (0, (6, 2))),
+    (SKY, "P", (0, (3, 1, 1, 1))),
+    (BLACK, "X", (0, (1, 1))),
+    (GREY, "<", (0, (5, 1, 1, 1, 1, 1))),
+]
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8.5,
+    "legend.fontsize": 7.5,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "figure.titlesize": 10,
+    "hatch.linewidth": 0.6,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "tq_lightning",  # the same records give the same file, byte for byte
+}
+WIDTH_LABEL = "width in use [bits]"
+FLOAT_AT = 9.4  # where "float" stands on an axis of widths 1..8
+
+
+@dataclass
+class Drawn:
+    """A finished figure. `alt` says in words what the picture shows; `section` groups figures on the page."""
+
+    name: str
+    section: str
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+
+
+def new(width: float, height: float, title: str, flags: tuple[str, ...] | list[str] = ()) -> Figure:
+    """An empty figure, inches wide and high; what makes its arms unequal stands at its foot, in the figure itself."""
+    lines = [line for flag in flags for line in textwrap.wrap(f"⚠ {flag}", int(width * 17))]
+    figure = Figure(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, int(width * 12))), x=0.01, ha="left", fontweight="bold")
+    if lines:
+        figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color=RED)
+    return figure
+
+
+def width_axis(axes: Axes, widths: list[int], with_float: bool = False) -> None:
+    """Widths in bits as even steps, `float` apart on the right."""
+    ticks, names = [float(w) for w in widths], [str(w) for w in widths]
+    if with_float:
+        ticks, names = ticks + [FLOAT_AT], names + ["float"]
+    axes.set_xticks(ticks, names)
+    axes.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
+    axes.set_xlabel(WIDTH_LABEL)
+    axes.grid(axis="x", visible=False)
+
+
+def line(
+    axes: Axes,
+    points: dict[int, Estimate],
+    series: int,
+    label: str,
+    trained: list[int],
+    shift: float = 0.0,
+    **more: Any,
+) -> None:
+    """Means with intervals by width; widths that were not trained have hollow markers."""
+    if not points:
+        return
+    colour, marker, style = SERIES[series % len(SERIES)]
+    look = {"color": colour, **more}
+    axes.plot([], [], marker=marker, linestyle=style, label=label, **look)  # the legend's entry: line and filled marker
+    at = {w: w + shift for w in points}
+    axes.plot(list(at.values()), [e.mean for e in points.values()], linestyle=style, zorder=2, **look)
+    for w, e in points.items():
+        if e.half is not None:
+            axes.errorbar(
+                at[w], e.mean, yerr=e.half, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5, zorder=2, **more
+            )
+        fill = colour if w in trained else "white"
+        axes.plot(at[w], e.mean, linestyle="none", marker=marker, markerfacecolor=fill, zorder=3, **look)
+
+
+def hollow_entry(axes: Axes, widths: list[int], trained: list[int]) -> None:
+    """A legend entry that explains hollow markers, where there are some."""
+    if set(widths) - set(trained):
+        axes.plot(
+            [], [], linestyle="none", marker="o", color=GREY, markerfacecolor="white", label="hollow: width not trained"
+        )
+
+
+def clip(axes: Axes, low: float = 0.0, high: float = 100.0) -> None:
+    """Keep an axis of per cent inside what can be, however wide an interval is."""
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low - 2), min(top, high + 2))
+
+
+def write(drawn: Drawn, folder: Path) -> None:
+    """`NAME.png` (200 dpi) and `NAME.svg` in `folder`; no date inside, so that equal figures are equal files."""
+    drawn.figure.savefig(folder / f"{drawn.name}.png", dpi=200, facecolor="white")
+    drawn.figure.savefig(folder / f"{drawn.name}.svg", facecolor="white", metadata={"Date": None})

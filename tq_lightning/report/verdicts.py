@@ -1,0 +1,164 @@
+"""What the numbers say, in words, with the comparisons each sentence rests on. Nothing is claimed without an interval."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tq_lightning.report.aggregate import SPLIT_WORDS, Difference, compare
+from tq_lightning.report.arms import Arm, Setting
+from tq_lightning.report.evidence import Evidence, reference, row_arms, split
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A question, its answer in a sentence or two, and the lines the answer rests on."""
+
+    question: str
+    answer: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One arm against the reference at one trained width."""
+
+    setting: Setting
+    value: str
+    base: str
+    bits: int
+    difference: Difference
+
+
+def verdicts(evidence: Evidence) -> list[Verdict]:
+    """Every verdict that the evidence allows."""
+    made = [function(evidence) for function in VERDICTS]
+    return [verdict for verdict in made if verdict is not None]
+
+
+def qt_gap(evidence: Evidence) -> Verdict | None:
+    """What truncation costs a rounded network and a floored one, and how floor truncated stands to round quantized."""
+    lines, worst = [], []
+    for setting in evidence.qt_settings():
+        part = split(setting)
+        for value, arm in setting.arms:
+            gaps = {w: d for w in arm.trained if (d := compare(arm, arm, "quantize", "truncate", w, part)) is not None}
+            if not gaps:
+                continue
+            bits = max(gaps, key=lambda w: gaps[w].estimate.mean)
+            lost = gaps[bits].estimate
+            if max(abs(d.estimate.mean) for d in gaps.values()) < 0.005:
+                lines.append(
+                    f"{setting.label}, {value}: truncation costs nothing at any trained width ({SPLIT_WORDS[part]})."
+                )
+            else:
+                lines.append(
+                    f"{setting.label}, {value}: truncation costs most at {bits} bits, {lost.text()} points ({SPLIT_WORDS[part]})."
+                )
+            worst.append((str(arm["model.quantizer"]), lost.mean))
+        rows = {name: (arm, source) for name, arm, source in row_arms(setting)}
+        if {"floor, truncated", "round, quantized"} <= set(rows):
+            floor, rounded = rows["floor, truncated"][0], rows["round, quantized"][0]
+            found = {
+                w: compare(floor, rounded, "truncate", "quantize", w, part)
+                for w in sorted(set(floor.trained) & set(rounded.trained))
+            }
+            words = [
+                f"{w} bits: {d.words('floor truncated', 'round quantized')}" for w, d in found.items() if d is not None
+            ]
+            lines += [f"{setting.label}, {'; '.join(words)}."]
+    if not worst:
+        return None
+    by = {q: max(m for name, m in worst if name == q) for q in dict.fromkeys(name for name, _ in worst)}
+    answer = "; ".join(f"{q}: at most {max(m, 0.0):.1f} points lost at a trained width" for q, m in by.items()) + "."
+    return Verdict("What does truncation cost?", answer, tuple(lines))
+
+
+def compared(evidence: Evidence, key: str, keep: Callable[[Arm], bool] = lambda _: True) -> list[Compared]:
+    """Every comparison of a key's values with the reference, truncated weights, trained widths."""
+    out = []
+    for setting in evidence.factor_settings(key):
+        if not keep(setting.arms[0][1]):
+            continue
+        base_name = reference(setting)
+        base = setting.values(base_name)[0]
+        for value, arm in setting.arms:
+            for bits in sorted(set(arm.trained) & set(base.trained)):
+                found = compare(arm, base, "truncate", "truncate", bits, split(setting))
+                if arm is not base and found is not None:
+                    out.append(Compared(setting, value, base_name, bits, found))
+    return out
+
+
+def sentence(of: list[Compared], value: str) -> str:
+    """`scaled against identity: above in 2 of 12 comparisons, below in 0, no difference shown in 10`."""
+    mine = [c for c in of if c.value == value]
+    bases = ", ".join(dict.fromkeys(c.base for c in mine))
+    single = [c for c in mine if c.difference.estimate.half is None]
+    above = [c for c in mine if c.difference.shown and c.difference.estimate.mean > 0]
+    below = [c for c in mine if c.difference.shown and c.difference.estimate.mean < 0]
+    open_ = len(mine) - len(single) - len(above) - len(below)
+    parts = [f"above in {len(above)}", f"below in {len(below)}", f"no difference shown in {open_}"]
+    parts += [f"one seed, so nothing can be shown, in {len(single)}"] if single else []
+    return f"{value} against {bases}: of {len(mine)} comparisons (setting x trained width) {', '.join(parts)}"
+
+
+def lines_of(of: list[Compared]) -> tuple[str, ...]:
+    """One line a comparison."""
+    return tuple(f"{c.setting.label}, {c.bits} bits: {c.difference.words(c.value, c.base)}." for c in of)
+
+
+def ste(evidence: Evidence) -> Verdict | None:
+    """The paper's open question 1: is the scaled STE needed with floor?"""
+    found = compared(evidence, "model.ste", lambda arm: arm["model.quantizer"] == "floor")
+    scaled = [c for c in found if c.value == "scaled" and c.base == "identity"]
+    if not scaled:
+        return None
+    tested = [c for c in scaled if c.difference.estimate.half is not None]
+    above = [c for c in tested if c.difference.shown and c.difference.estimate.mean > 0]
+    below = [c for c in tested if c.difference.shown and c.difference.estimate.mean < 0]
+    if not tested:
+        answer = "Can't be said: one seed, no interval."
+    elif not above:
+        answer = f"No need shown: the scaled STE is not shown above identity in any of {len(tested)} comparisons"
+        answer += f", and below it in {len(below)}." if below else "."
+    elif below:
+        answer = (
+            f"Mixed: shown above identity in {len(above)} and below it in {len(below)} of {len(tested)} comparisons."
+        )
+    else:
+        where = "; ".join(f"{c.setting.label} at {c.bits} bits" for c in above[:6])
+        answer = (
+            f"It helps in {len(above)} of {len(tested)} comparisons ({where}); in the others no difference is shown."
+        )
+    widest = max((c.difference.estimate.half or 0.0 for c in tested), default=0.0)
+    if tested:
+        answer += f" An effect smaller than the intervals (up to ±{widest:.1f} points) can't be ruled out."
+    others = [f"{sentence(found, v)}." for v in dict.fromkeys(c.value for c in found) if v != "scaled"]
+    return Verdict("Is the scaled STE needed with floor (open question 1)?", answer, (*others, *lines_of(scaled)))
+
+
+def activations(evidence: Evidence) -> Verdict | None:
+    """The paper's open question 2: activations truncated like the weights, against requantized."""
+    found = [
+        c
+        for c in compared(evidence, "model.activations")
+        if "trunc" in c.value and "trunc" not in c.base and c.base != "none"
+    ]
+    return _by_value("Can activations be truncated like the weights (open question 2)?", found)
+
+
+def levels(evidence: Evidence) -> Verdict | None:
+    """Where in its bin a level stands."""
+    return _by_value("Does the level within the bin matter?", compared(evidence, "model.level"))
+
+
+def _by_value(question: str, found: list[Compared]) -> Verdict | None:
+    if not found:
+        return None
+    groups: dict[str, list[Compared]] = {}
+    for c in found:
+        groups.setdefault(str(c.setting.arms[0][1]["model.quantizer"]), []).append(c)
+    parts = [f"With {q}: {sentence(of, v)}." for q, of in groups.items() for v in dict.fromkeys(c.value for c in of)]
+    return Verdict(question, " ".join(parts), lines_of(found))
+
+
+VERDICTS: tuple[Callable[[Evidence], Verdict | None], ...] = (qt_gap, ste, activations, levels)
