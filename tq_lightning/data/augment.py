@@ -1,7 +1,7 @@
-"""Augmentation of whole batches on the device, from numbers drawn in advance: the same on every device, process count and resume."""
+"""Augmentation: of whole batches on the device from numbers drawn in advance, and timm's of single images."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,8 @@ from tq_lightning.data.order import derive_seed, generator
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed Python's, numpy's and torch's global generators, and put their states back on any exit.
 
-    timm's transforms, random erasing and mixup draw from the global generators; this makes their draws a function of `seed` alone and
-    leaves no trace. `device`: a CUDA device whose generator is used too.
+    timm's transforms, random erasing and mixup draw from the global generators; this makes their draws a function of
+    `seed` alone and leaves no trace. `device`: a CUDA device whose generator is used too.
     """
     cuda = device if device is not None and device.type == "cuda" else None
     python, numeric, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -71,7 +71,7 @@ class BatchAugment:
     """Draws the random numbers of a training batch on the CPU, and applies them to the batch where it is.
 
     Args:
-        seed: run seed; batch b of epoch e draws from (seed, e, b), for the global batch, whatever the number of processes.
+        seed: run seed; batch b of epoch e draws from (seed, e, b) for the global batch, however many processes share it.
         pad: black border of the random crop in pixels, 0 for none.
         hflip: chance to mirror.
         reprob, remode: timm's RandomErasing: its chance, and const | rand | pixel.
@@ -79,10 +79,11 @@ class BatchAugment:
     """
 
     def __init__(self, seed: int, pad: int, hflip: float, reprob: float, remode: str, mixup: Any) -> None:
-        self.seed, self.pad, self.hflip, self.reprob, self.remode, self.mixup = seed, pad, hflip, reprob, remode, mixup
+        self.seed, self.pad, self.hflip = seed, pad, hflip
+        self.reprob, self.remode, self.mixup = reprob, remode, mixup
 
     def draw(self, epoch: int, batch: int, size: int, mine: Tensor) -> dict[str, Any]:
-        """The numbers for places `mine` of the global batch: small tensors, and plain integers for seeds (which stay on the CPU)."""
+        """The numbers for places `mine` of the global batch: small tensors, and integers for seeds (they stay on the CPU)."""
         source = generator(self.seed, epoch, batch, 3)
         out: dict[str, Any] = {}
         if self.pad or self.hflip:
@@ -100,7 +101,7 @@ class BatchAugment:
         return crop_flip(images, draw["top"], draw["left"], draw["flip"], self.pad) if "top" in draw else images
 
     def finish(self, images: Tensor, labels: Tensor, draw: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Random erasing and mixup; after normalisation, as timm has them. Labels become (B, classes) floats under mixup."""
+        """Random erasing and mixup, after normalisation as in timm; under mixup labels become (B, classes) floats."""
         if "erase" in draw:
             from timm.data.random_erasing import RandomErasing
 
@@ -113,3 +114,29 @@ class BatchAugment:
             with seeded(draw["mix"]):
                 images, labels = self.mixup(images, labels)
         return images, labels
+
+
+def eval_transform(size: int, crop_pct: float, interpolation: str) -> Callable[[Any], Tensor]:
+    """timm's evaluation transform of one PIL image, up to a uint8 (3, size, size) tensor."""
+    from timm.data import create_transform
+
+    return create_transform(size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
+
+
+def train_transform(size: int, scale: float, hflip: float, interpolation: str, **colours: Any) -> Callable[[Any], Tensor]:
+    """timm's training transform of one PIL image, up to a uint8 (3, size, size) tensor (erasing is left to the batch).
+
+    `colours`: color_jitter, auto_augment and mean (what auto-augment fills with), as timm's `create_transform` takes them.
+    """
+    from timm.data import create_transform
+
+    crop: dict[str, Any] = {"scale": (scale, 1.0), "hflip": hflip, "interpolation": interpolation}
+    return create_transform(size, is_training=True, normalize=False, **crop, **colours)
+
+
+def colour_transform(size: int, **colours: Any) -> Callable[[Any], Tensor]:
+    """The part of `train_transform` that neither crops nor mirrors, for small images, which are cropped as a batch."""
+    from timm.data import create_transform
+
+    _, ops, last = create_transform(size, is_training=True, normalize=False, separate=True, **colours)
+    return lambda image: last(ops(image))

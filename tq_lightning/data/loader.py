@@ -1,4 +1,4 @@
-"""The loaders handed to Lightning: plain iterables, so that Lightning neither wraps their sampler nor guesses their position."""
+"""The loaders handed to Lightning: plain iterables, so that it neither swaps their sampler nor guesses their place."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -12,13 +12,15 @@ from tq_lightning.data.augment import BatchAugment, seeded
 from tq_lightning.data.order import TrainOrder, derive_seed, eval_batches, share
 from tq_lightning.errors import UserError
 
+_FORK = "fork" in multiprocessing.get_all_start_methods()
+
 
 class Items:
     """Map-style set of (uint8 image (C, H, W), label) for worker processes; a key is (sample number, seed of its transform).
 
     Args:
         read: sample number -> (PIL image, class number).
-        transform: PIL image -> uint8 tensor; its random numbers come from the global generators, seeded here for every sample.
+        transform: PIL image -> uint8 tensor; draws from the global generators, which are seeded here for every sample.
     """
 
     def __init__(self, read: Callable[[int], tuple[Any, int]], transform: Callable[[Any], Tensor]) -> None:
@@ -45,24 +47,27 @@ class Fetch:
     """Batches of one split by sample number: by tensor indexing where the images are in memory, by worker processes where not.
 
     Args:
-        images: (N, C, H, W) uint8 in memory, or None.
         labels: (N,) int64.
-        items: the `Items` to read where `images` is None.
+        pixels: (N, C, H, W) uint8 in memory, or None.
+        items: read these instead where given.
         workers: processes for `items`; they persist over the epochs.
     """
 
-    def __init__(self, images: Tensor | None, labels: Tensor, items: Items | None = None, workers: int = 0) -> None:
-        self.images, self.labels, self.items, self.workers = images, labels, items, workers
+    def __init__(self, labels: Tensor, pixels: Tensor | None, items: Items | None = None, workers: int = 0) -> None:
+        self.labels, self.pixels, self.items, self.workers = labels, pixels, items, workers
         self._sampler = _Keys()
         self._loader: DataLoader | None = None
 
-    def __call__(self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def __call__(
+        self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8, labels) for every tensor of sample numbers that `batches()` yields."""
-        if self.images is not None:
-            return ((self.images.index_select(0, i), self.labels.index_select(0, i)) for i in batches())
+        pixels = self.pixels
+        if pixels is not None and self.items is None:
+            return ((pixels.index_select(0, i), self.labels.index_select(0, i)) for i in batches())
         self._sampler.keys = lambda: ([(n, derive_seed(seed, epoch, n, 5)) for n in i.tolist()] for i in batches())
         if self._loader is None:
-            # a generator of its own: a DataLoader otherwise draws a worker seed from the global one at every start
+            # a generator of its own: a DataLoader otherwise draws a seed from the global one whenever it starts
             self._loader = DataLoader(
                 self.items,  # type: ignore[arg-type]
                 batch_sampler=self._sampler,  # type: ignore[arg-type]
@@ -70,7 +75,7 @@ class Fetch:
                 persistent_workers=self.workers > 0,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),
-                multiprocessing_context="fork" if self.workers and "fork" in multiprocessing.get_all_start_methods() else None,
+                multiprocessing_context="fork" if self.workers and _FORK else None,
             )
         return ((images, labels) for images, labels in self._loader)
 
@@ -78,15 +83,16 @@ class Fetch:
 class TrainLoader:
     """Yields (images uint8, labels, draw) of this process; `draw` holds the random numbers of `BatchAugment` for the batch.
 
-    Position: inside `fit`, Lightning's own counters say which batch of which epoch comes next (they are what a checkpoint restores), and
-    they are read when the first batch is asked for; so a run that goes on in the middle of an epoch sees exactly the rest of it. Elsewhere
-    iteration starts at batch 0 of the epoch last given to `set_epoch`.
+    Position: inside `fit`, Lightning's own counters say which batch of which epoch comes next (they are what a
+    checkpoint restores), and they are read when the first batch is asked for: a run that goes on in the middle of an
+    epoch sees exactly the rest of it. Elsewhere iteration starts at batch 0 of the epoch last given to `set_epoch`.
     """
 
     def __init__(self, fetch: Fetch, order: TrainOrder, augment: BatchAugment) -> None:
         self.fetch, self.order, self.augment = fetch, order, augment
         self.epoch = 0
         self.progress: Callable[[], tuple[int, int] | None] = lambda: None
+        self._saved: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -101,24 +107,26 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         epoch, start = self.progress() or (self.epoch, 0)
+        saved, self._saved = self._saved, None
+        if start and saved is not None and saved != self.state_dict():
+            raise UserError(
+                f"the checkpoint lies inside an epoch with {saved}, this run has {self.state_dict()}: pass the same "
+                "data.seed, data.samples and global batch size, or a checkpoint from the end of an epoch"
+            )
         order = self.order
         mine = share(order.size, order.rank, order.world)
-        batches = self.fetch(lambda: (samples[mine] for _, samples in order.batches(epoch, start)), order.seed, epoch)
-        for number, (images, labels) in enumerate(batches, start):
+        chosen = self.fetch(lambda: (samples[mine] for _, samples in order.batches(epoch, start)), order.seed, epoch)
+        for number, (images, labels) in enumerate(chosen, start):
             yield images, labels, self.augment.draw(epoch, number, order.size, mine)
 
     def state_dict(self) -> dict[str, int]:
-        """What fixes the order of the data; Lightning stores it in the checkpoint (plain integers)."""
+        """What fixes the order of the data, stored in a checkpoint; the place in it is in Lightning's counters."""
         order = self.order
         return {"seed": order.seed, "samples": order.samples.numel(), "batch": order.size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises UserError where an epoch cut short cannot be gone on with, because the data order differs."""
-        if state != self.state_dict():
-            raise UserError(
-                f"the checkpoint lies in the middle of an epoch of {state}, this run has {self.state_dict()}: "
-                "pass the same data.seed, data.samples and global batch size, or a checkpoint from the end of an epoch"
-            )
+        """Kept for the first iteration, which refuses to go on in the middle of an epoch of another order."""
+        self._saved = state
 
 
 class EvalLoader:

@@ -1,5 +1,6 @@
-"""Which samples make up which batch: pure functions of numbers, so that a resumed or a distributed run sees the same ones."""
+"""Which samples make up which batch: functions of numbers alone, so that resumed and distributed runs see the same ones."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,11 +9,11 @@ from torch import Tensor
 
 from tq_lightning.errors import UserError
 
-SPLIT_SEED = 0  # held-out samples are the same for every run seed, so that seeds and arms are compared on the same images
+SPLIT_SEED = 0  # whatever the run's seed: seeds and arms are compared on the same held-out images
 
 
 def derive_seed(*numbers: int) -> int:
-    """One 63-bit seed out of several non-negative integers (run seed, epoch, batch, ...); near-by inputs give unrelated seeds."""
+    """One 63-bit seed out of non-negative integers (run seed, epoch, batch, ...); near-by inputs give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -24,8 +25,8 @@ def generator(*numbers: int) -> torch.Generator:
 def stratified(labels: Tensor, count: int, seed: int = SPLIT_SEED) -> Tensor:
     """Exactly `count` sample numbers, as evenly over the classes as the numbers allow.
 
-    Each class is shuffled and its j-th of n samples gets the key (j + U) / n with one random U a class; the smallest keys win. A class
-    with a single image takes part by chance, so a set with one image a class can be split too.
+    Each class is shuffled and its j-th of n samples gets the key (j + U) / n with one random U a class; the smallest
+    keys win. A class with a single image takes part by chance, so a set with one image a class can be split too.
 
     Args:
         labels: (samples,) int64 class numbers.
@@ -47,8 +48,8 @@ def stratified(labels: Tensor, count: int, seed: int = SPLIT_SEED) -> Tensor:
 def share(size: int, rank: int, world: int) -> Tensor:
     """The places in a global batch that belong to one process, size // world of them.
 
-    Process r takes the r-th block from the front and its mirror image from the back. Mixup pairs place i with place size-1-i, so that both
-    of a pair live on one process, and reversing the local batch pairs the same samples as reversing the global one.
+    Process r takes the r-th block from the front and its mirror image from the back. Mixup pairs place i with place
+    size-1-i: so both of a pair live in one process, and reversing the local batch pairs them as the global one would.
     """
     local = size // world
     front, back = (local + 1) // 2, local // 2
@@ -67,20 +68,21 @@ class TrainOrder:
         rank, world: this process and how many there are.
         even: drop the odd sample of a batch smaller than asked for (mixup needs pairs).
 
-    The samples that do not fill a last batch are left out of the epoch (others in every epoch). A set smaller than one batch gives one
-    smaller batch in a single process and is refused in several.
+    The samples that do not fill a last batch are left out of the epoch (others in every epoch). A set smaller than one
+    batch gives one smaller batch in a single process and is refused in several.
     """
 
     def __init__(self, samples: Tensor, batch_size: int, seed: int, rank: int = 0, world: int = 1, even: bool = False) -> None:
-        self.samples, self.batch_size, self.seed, self.rank, self.world = samples, batch_size, seed, rank, world
+        self.samples, self.seed, self.rank, self.world = samples, seed, rank, world
         self.shuffle = True
-        self.size = min(batch_size * world, samples.numel())
-        if self.size < batch_size * world and world > 1:
-            raise UserError(f"{samples.numel()} training samples do not fill one batch of {world} x {batch_size}; pass a smaller data.batch_size")
+        count = samples.numel()
+        self.size = min(batch_size * world, count)
+        if world > 1 and self.size < batch_size * world:
+            raise UserError(f"{count} training samples do not fill a batch of {world} x {batch_size}; lower data.batch_size")
         if even:
             self.size -= self.size % 2
         if self.size < 1:
-            raise UserError("the training split holds no samples for a batch; pass a larger data.samples or a smaller data.val_fraction")
+            raise UserError(f"{count} training samples make no batch; raise data.samples or lower data.val_fraction")
 
     def __len__(self) -> int:
         return self.samples.numel() // self.size
@@ -94,14 +96,14 @@ class TrainOrder:
 
 
 def eval_batches(samples: Tensor, batch_size: int, rank: int = 0, world: int = 1) -> list[Tensor]:
-    """The evaluation batches of one process: every sample in exactly one process, none twice, and equally many batches in every process.
+    """The evaluation batches of one process: every sample in exactly one process, and equally many batches in each.
 
-    (Collectives inside an evaluation step would hang if one process had a batch more; the sizes differ instead.)
+    (A collective inside an evaluation step would hang if one process had a batch more; the sizes differ instead.)
     """
     if samples.numel() < world:
         raise UserError(f"{samples.numel()} samples to evaluate for {world} processes; use fewer devices")
     mine = samples[rank::world]
     if world == 1:
         return list(mine.split(batch_size))
-    count = -(-(-(-samples.numel() // world)) // batch_size)
-    return list(mine.tensor_split(min(count, samples.numel() // world)))
+    largest = math.ceil(samples.numel() / world)
+    return list(mine.tensor_split(min(math.ceil(largest / batch_size), samples.numel() // world)))

@@ -1,0 +1,33 @@
+"""What a user may pass for each key of `data:`."""
+
+from typing import Any
+
+from tq_lightning.data.datasets import DATASETS
+from tq_lightning.errors import UserError
+
+_COUNT, _SHARE, _STRENGTH = (1, 10**9), (0.0, 1.0), (0.0, 1000.0)
+_RANGES: dict[str, tuple[float, float]] = {
+    "num_classes": _COUNT, "image_size": _COUNT, "batch_size": _COUNT, "eval_batch_size": _COUNT, "samples": _COUNT,
+    "workers": (0, 1024), "pad": (0, 1024), "val_fraction": (0.0, 0.9), "crop_pct": (0.01, 1.0), "scale": (0.001, 1.0),
+    "hflip": _SHARE, "reprob": _SHARE, "smoothing": (0.0, 0.99), "mixup": _STRENGTH, "cutmix": _STRENGTH,
+    "color_jitter": _STRENGTH, "seed": (0, 2**63 - 1),
+}  # fmt: skip
+_CHOICES = {
+    "name": tuple(DATASETS),
+    "interpolation": ("bilinear", "bicubic"),
+    "train_interpolation": ("random", "bilinear", "bicubic"),
+    "remode": ("const", "rand", "pixel"),
+}
+
+
+def check(given: dict[str, Any]) -> None:
+    """Raises UserError, with the key, for a value out of its range."""
+    for key, allowed in _CHOICES.items():
+        if given[key] not in allowed:
+            raise UserError(f"data.{key}={given[key]!r} is not one of {', '.join(allowed)}")
+    for key, (low, high) in _RANGES.items():
+        if given[key] is not None and not low <= given[key] <= high:
+            raise UserError(f"data.{key}={given[key]} is out of range; pass {low} to {high}")
+    for key in ("mean", "std"):
+        if given[key] is not None and len(given[key]) != 3:
+            raise UserError(f"data.{key}={given[key]} must have 3 numbers, one per channel")
