@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tq_lightning.errors import UserError
+from tq_lightning.export.artifact import load_packed, save_packed
 from tq_lightning.export.storage import (
     WAYS,
     layer_rows,
@@ -15,6 +16,7 @@ from tq_lightning.export.storage import (
     total,
 )
 from tq_lightning.models import create_model
+from tq_lightning.quant.norm import per_width_norms
 from tq_lightning.quant.prepare import prepare
 
 
@@ -24,7 +26,7 @@ def _net():
         nn.Conv2d(3, 5, 3, bias=False),  # first: 135 floats
         nn.BatchNorm2d(5),  # 4 x 5 floats a set
         nn.ReLU(),
-        nn.Conv2d(5, 7, 1),  # 35 codes: planes of 5 bytes; 7 floats of bias
+        nn.Conv2d(5, 7, 1),  # 35 codes, padded to 64: planes of 8 bytes; 7 floats of bias
         nn.LayerNorm(3),  # 6 floats, one set
         nn.Flatten(),
         nn.Linear(63, 2),  # last: 126 + 2 floats
@@ -44,17 +46,17 @@ def test_every_way_by_hand():
         "norms": 4 * 26,
     }
     assert total(rows, "master8", 8) == {
-        "total": 40 + 4 + floats + 4 * 26,
-        "weights": 40,
+        "total": 64 + 4 + floats + 4 * 26,
+        "weights": 64,
         "scales": 4,
         "float": floats,
         "norms": 4 * 26,
     }
     assert total(rows, "packed", 8)["norms"] == 4 * (8 * 20 + 6)
-    assert total(rows, "packed", 8)["weights"] == 40
+    assert total(rows, "packed", 8)["weights"] == 64
     each = total(rows, "file_per_width", 8)
-    assert each["weights"] == 5 * 36 and each["float"] == 8 * floats and each["norms"] == 8 * 4 * 26
-    assert read_at(rows, 3) == 15 + 4 + floats + 4 * 26
+    assert each["weights"] == 8 * 36 and each["float"] == 8 * floats and each["norms"] == 8 * 4 * 26
+    assert read_at(rows, 3) == 24 + 4 + floats + 4 * 26
     assert read_at(rows, 8) == total(rows, "master8", 8)["total"]
 
 
@@ -64,9 +66,9 @@ def test_policy_moves_the_numbers():
     prepare(channel, normalizer="tanh_channel", verbose=False)
     prepare(narrow, max_bits=4, widths=(4, 2), verbose=False)
     assert total(layer_rows(shared), "packed", 8)["norms"] == 4 * 26
-    assert total(layer_rows(shared), "packed", 8)["weights"] == 8 * (17 + 5 + 16)
+    assert total(layer_rows(shared), "packed", 8)["weights"] == 8 * (24 + 8 + 16)
     assert total(layer_rows(channel), "packed", 8)["scales"] == 4 * 7
-    assert total(layer_rows(narrow), "packed", 4)["weights"] == 20
+    assert total(layer_rows(narrow), "packed", 4)["weights"] == 32
     assert total(layer_rows(narrow), "packed", 4)["norms"] == 4 * (4 * 20 + 6)
     assert {row.bits for row in layer_rows(narrow)} == {None, 4}
 
@@ -116,7 +118,7 @@ def test_tied_weights_and_attention_count_once():
     prepare(model, skip=(), verbose=False)
     rows = {row.name: row for row in layer_rows(model)}
     assert sum(row.parameters for row in rows.values()) == parameters
-    assert rows["a"].codes == 36 and "b" not in rows
+    assert (rows["a"].codes, rows["b"].codes) == (36, 0)
     assert rows["attn"].codes == 108 and rows["attn"].kind == "linear" and rows["attn.out_proj"].codes == 36
 
 
@@ -154,3 +156,49 @@ def test_parts_add_up(way):
     got = total(layer_rows(model), way, 8)
     assert got.pop("total") == sum(got.values())
     assert torch.tensor(list(got.values())).ge(0).all()
+
+
+@pytest.mark.parametrize(
+    "name, policy",
+    [
+        ("resnet8_cifar", {}),
+        ("resnet8_cifar", {"norm": "shared", "skip": (), "normalizer": "absmax_channel"}),
+        ("resnet8_cifar", {"activations": "pact_round", "max_bits": 4, "widths": (4, 2)}),
+        ("test_vit", {"norm": "per_width_all"}),
+        ("test_efficientnet", {}),
+        ("test_maxvit", {}),  # index tables and constants beside its parameters
+    ],
+)
+def test_prediction_is_the_file_but_for_its_header(tmp_path, name, policy):
+    model, unseen = create_model(name), meta_model(name)
+    prepare(model, verbose=False, **policy)
+    prepare(unseen, verbose=False, **policy)
+    max_bits = model.tq["max_bits"]
+    for norm in per_width_norms(model):
+        norm.calibrated.fill_(True)
+    written = save_packed(model, tmp_path / "m.safetensors")
+    body = written["total"] - written["header"]
+    rows = layer_rows(unseen)
+    assert total(rows, "packed", max_bits)["total"] == body
+    assert total(rows, "packed", max_bits)["weights"] == sum(b for k, b in written.items() if k.startswith("plane"))
+    assert (tmp_path / "m.safetensors").stat().st_size == body + written["header"]
+    for bits in (1, max_bits):
+        read = load_packed(tmp_path / "m.safetensors", bits=bits).tq_file["bytes_read"]
+        assert read_at(rows, bits) == read - written["header"]
+
+
+def test_transposed_convolution_and_tied_floats_as_in_the_file(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(6, 10, 3, groups=2)
+            self.a, self.b = nn.Embedding(4, 3), nn.Embedding(4, 3)
+            self.b.weight = self.a.weight
+            self.register_buffer("table", torch.arange(5), persistent=False)
+
+    model = Odd()
+    prepare(model, skip=(), normalizer="tanh_channel", verbose=False)
+    written = save_packed(model, tmp_path / "m.safetensors")
+    rows = layer_rows(model)
+    assert total(rows, "packed", 8)["total"] == written["total"] - written["header"]
+    assert total(rows, "float_master", 8)["total"] == 4 * (6 * 5 * 9 + 10 + 12)

@@ -5,6 +5,7 @@ on the meta device (`meta_model`), where a network of any size takes no memory. 
 that export writes, but for its header.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import ParametrizationList
 
 from tq_lightning.errors import UserError
+from tq_lightning.export.artifact import ALIGN
 from tq_lightning.export.planes import plane_bytes
 from tq_lightning.models import create_model
 from tq_lightning.quant.norm import FLOAT, PerWidthNorm
@@ -28,15 +29,17 @@ PAPER_BITS = 8  # the paper keeps one norm set for each width 1..8
 
 @dataclass(frozen=True)
 class Row:
-    """A layer in bytes, each tensor counted where it is first met (tied weights cost once).
+    """A layer in bytes.
 
     Attributes:
         name, kind, shape: layer name, conv | linear | norm | other, shape of its (first) weight.
-        parameters: learnable numbers of the layer in the float network.
+        parameters: learnable numbers of the layer in the float network, each counted where it is first met.
         codes: quantized weights among them; `bits` is their stored width, None where there are none.
-        plane: bytes of one bit plane of the layer.
+        plane: bytes of one bit plane of the layer, with the file's padding.
         scales: bytes of its scales.
-        floats: bytes of what is kept as it is: biases, float weights, tables.
+        floats: bytes of what is kept as it is: biases, weights left in float.
+        tables: bytes that only a packed file holds: constants and index tables, which a network's code could make anew,
+            a tied float tensor under its second name.
         norm_set, sets: bytes of one set of norm parameters and statistics, and how many sets there are.
     """
 
@@ -49,6 +52,7 @@ class Row:
     plane: int
     scales: int
     floats: int
+    tables: int
     norm_set: int
     sets: int
 
@@ -70,7 +74,7 @@ def layer_rows(model: nn.Module) -> list[Row]:
     """A row for each layer of a prepared model that stores anything, in model order."""
     seen: set[int] = set()
     rows = (_row(name or "(root)", module, seen) for name, module in _layers(model))
-    return [row for row in rows if row.codes or row.floats or row.norm_set]
+    return [row for row in rows if row.codes or row.scales or row.floats or row.tables or row.norm_set]
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -79,69 +83,66 @@ def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
     if isinstance(module, PerWidthNorm):
         return
     for child_name, child in module.named_children():
-        if not isinstance(child, ParametrizationList) and child_name != "parametrizations":
+        if child_name != "parametrizations":
             yield from _layers(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _row(name: str, module: nn.Module, seen: set[int]) -> Row:
-    if isinstance(module, PerWidthNorm):
-        norm_set = _new(_tensors(module.sets[FLOAT], recurse=True), seen)
-        parameters = sum(p.numel() for p in module.sets[FLOAT].parameters())
-        channels = next((tuple(t.shape) for t in norm_set), ())
-        return Row(name, "norm", channels, parameters, 0, None, 0, 0, 0, _nbytes(norm_set), len(module.sets) - 1)
-    quantized = list(_quantized(module, seen))
-    rest = _new(_tensors(module), seen)
-    weights = [w for w, _ in quantized]
-    shape = next((tuple(w.shape) for w in [*weights, *rest]), ())
-    parameters = sum(p.numel() for p in [*weights, *rest] if isinstance(p, nn.Parameter))
-    kind = _kind(module)
-    is_norm = kind == "norm"
+    many = isinstance(module, PerWidthNorm)
+    chains = getattr(module, "parametrizations", {}).values()
+    quantizers = [(c.original, c[0]) for c in chains if isinstance(c[0], WeightQuantizer)]
+    weights = [w for w, _ in quantizers if id(w) not in seen]  # tied weights share one run of codes
+    seen.update(id(w) for w in weights)
+    kept, tables = _kept(module, seen)
+    parameters = [p for p in [*weights, *kept] if isinstance(p, nn.Parameter)]
+    kind = "norm" if many else _kind(module)
+    kept_bytes = sum(_stored_bytes(t) for t in kept)
     return Row(
         name,
         kind,
-        shape,
-        parameters,
+        shape=next((tuple(t.shape) for t in [*weights, *kept]), ()),
+        parameters=sum(p.numel() for p in parameters),
         codes=sum(w.numel() for w in weights),
-        bits=quantized[0][1].width.max_bits if quantized else None,
-        plane=sum(plane_bytes(w.numel()) for w in weights),
-        scales=sum(FLOAT_BYTES * _scale_count(w, q) for w, q in quantized),
-        floats=0 if is_norm else _nbytes(rest),
-        norm_set=_nbytes(rest) if is_norm else 0,
-        sets=1 if is_norm else 0,
+        bits=quantizers[0][1].width.max_bits if quantizers else None,
+        plane=sum(plane_bytes(-(-w.numel() // ALIGN) * ALIGN) for w in weights),
+        scales=sum(FLOAT_BYTES * _scale_count(w, q) for w, q in quantizers),
+        floats=0 if kind == "norm" else kept_bytes,
+        tables=tables,
+        norm_set=kept_bytes if kind == "norm" else 0,
+        sets=len(module.sets) - 1 if many else int(kind == "norm"),  # type: ignore[arg-type]
     )
 
 
-def _quantized(module: nn.Module, seen: set[int]) -> Iterator[tuple[Tensor, WeightQuantizer]]:
-    for chain in getattr(module, "parametrizations", {}).values():
-        if isinstance(chain[0], WeightQuantizer) and id(chain.original) not in seen:
-            seen.add(id(chain.original))
-            yield chain.original, chain[0]
+def _kept(module: nn.Module, seen: set[int]) -> tuple[list[Tensor], int]:
+    """Float tensors that the layer keeps (of a norm: those of one set), and the bytes of what only a packed file holds.
+
+    The batch counter of batch norms moves no output, and no file has it.
+    """
+    kept: list[Tensor] = []
+    tables = 0
+    sets = len(module.sets) - 1 if isinstance(module, PerWidthNorm) else 1
+    for part in module.sets[FLOAT].modules() if isinstance(module, PerWidthNorm) else [module]:
+        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is None or name == "num_batches_tracked":
+                continue
+            passing = name in part._non_persistent_buffers_set
+            if tensor.is_floating_point() and not passing and id(tensor) not in seen:
+                kept.append(tensor)
+            else:
+                tables += _stored_bytes(tensor) * sets
+            seen.add(id(tensor))
+    return kept, tables
 
 
-def _tensors(module: nn.Module, recurse: bool = False) -> list[Tensor]:
-    """What the layer itself stores, but for the batch counter of batch norms, which moves no output."""
-    modules = list(module.modules()) if recurse else [module]
-    held: list[Tensor] = [p for m in modules for p in m._parameters.values() if p is not None]
-    for m in modules:
-        own = ((n, b) for n, b in m._buffers.items() if b is not None and n not in m._non_persistent_buffers_set)
-        held += [b for n, b in own if n != "num_batches_tracked"]
-    return held
-
-
-def _new(tensors: Iterable[Tensor], seen: set[int]) -> list[Tensor]:
-    fresh = [t for t in tensors if id(t) not in seen]
-    seen.update(id(t) for t in fresh)
-    return fresh
-
-
-def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _stored_bytes(tensor: Tensor) -> int:
+    """Bytes in a packed file, which knows float32, float64 and int64."""
+    wide = tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    return tensor.numel() * (8 if wide else FLOAT_BYTES)
 
 
 def _scale_count(weight: Tensor, quantizer: WeightQuantizer) -> int:
-    if not quantizer.normalizer.endswith("_channel"):
-        return 1
-    return weight.shape[quantizer.channel_dim] * quantizer.groups
+    """One for the tensor, or one for each output channel (and input channel, the way a transposed convolution keeps them)."""
+    return math.prod(weight.shape[: quantizer.channel_dim + 1]) if quantizer.normalizer.endswith("_channel") else 1
 
 
 def _kind(module: nn.Module) -> str:
@@ -165,7 +166,7 @@ def _master8(row: Row, bits: int) -> tuple[int, int, int, int]:
 
 
 def _packed(row: Row, bits: int) -> tuple[int, int, int, int]:
-    return row.plane * bits, row.scales, row.floats, row.norm_set * row.sets
+    return row.plane * bits, row.scales, row.floats + row.tables, row.norm_set * row.sets
 
 
 def _paper(row: Row, bits: int) -> tuple[int, int, int, int]:
@@ -193,8 +194,8 @@ def _sum(parts: Iterable[tuple[int, int, int, int]]) -> dict[str, int]:
 
 
 def read_at(rows: Iterable[Row], bits: int) -> int:
-    """Bytes read to run at a width: that many planes, the scales, the float tensors, one norm set."""
-    return sum(row.plane * bits + row.scales + row.floats + row.norm_set for row in rows)
+    """Bytes read to run at a width: that many planes, the scales, what is kept as it is, one norm set; not the header."""
+    return sum(row.plane * bits + row.scales + row.floats + row.tables + row.norm_set for row in rows)
 
 
 def paper_total(model: nn.Module) -> tuple[dict[str, int], float]:
