@@ -1,0 +1,205 @@
+"""What a study came to: ranked tables in the terminal and as CSV, importances, and the study's plots as PNG."""
+
+import csv
+import statistics
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tq_lightning.sweep import twins
+from tq_lightning.sweep.ledger import Ledger
+from tq_lightning.sweep.space import Sweep, argument
+
+if TYPE_CHECKING:
+    import optuna
+
+SEED = "seed_everything"
+SHOWN = 20  # rows of a table in the terminal; the CSV has all
+
+
+def write_outcome(sweep: Sweep, ledger: Ledger, folder: Path, console: Console | None = None) -> None:
+    """Print the ranked tables and the importances; write trials.csv, arms.csv, importances.csv and plots/*.png to `folder`."""
+    console = console or Console(highlight=False)
+    trials = ranked(ledger)
+    names = ledger.study.metric_names or ["value"]
+    rows = [trial_row(sweep, trial, names) for trial in trials]
+    _write_csv(folder / "trials.csv", rows)
+    hidden = ("run_dir", "record", "attempt") + (() if any(row["reason"] for row in rows) else ("reason",))
+    _print(console, f"{ledger.study.study_name}: trials", [{k: v for k, v in row.items() if k not in hidden} for row in rows])
+    if SEED in sweep.parameters and len(names) == 1:
+        arms = arm_rows(sweep, trials, names[0], ledger.study.direction.name == "MAXIMIZE")
+        _write_csv(folder / "arms.csv", arms)
+        _print(console, f"{ledger.study.study_name}: arms over their seeds", arms)
+    _importances(ledger.study, folder, console, names)
+    plots = draw(ledger.study, folder / "plots")
+    console.print(f"tables and {len(plots)} plots in {folder}", soft_wrap=True)
+
+
+def ranked(ledger: Ledger) -> list["optuna.trial.FrozenTrial"]:
+    """Each point's last attempt that began: complete ones first, best (or the Pareto front) first; then the others."""
+    from optuna.trial import TrialState
+
+    study = ledger.study
+    trials = [t for t in ledger.latest().values() if t.state != TrialState.WAITING]
+    signs = [-1 if direction.name == "MAXIMIZE" else 1 for direction in study.directions]
+    front = {t.number for t in study.best_trials} if len(signs) > 1 else set()
+
+    def key(t: "optuna.trial.FrozenTrial") -> Any:
+        if t.state != TrialState.COMPLETE:
+            return (1, t.state != TrialState.PRUNED, [], t.number)
+        return (
+            0,
+            t.number not in front and bool(front),
+            [sign * value for sign, value in zip(signs, t.values, strict=True)],
+            t.number,
+        )
+
+    return sorted(trials, key=key)
+
+
+def trial_row(sweep: Sweep, trial: "optuna.trial.FrozenTrial", names: list[str]) -> dict[str, Any]:
+    """One trial as a row: number, how it ended, its values, what the program got, where its run lies."""
+    values = trial.values or [None] * len(names)
+    row: dict[str, Any] = {
+        "trial": trial.number,
+        "state": trial.state.name.lower(),
+        "attempt": trial.user_attrs.get("attempt", 0),
+    }
+    row |= dict(zip(names, values, strict=True)) | _searched(sweep, trial)
+    seconds = trial.duration.total_seconds() if trial.duration is not None else None
+    reason = trial.user_attrs.get("reason", "") if trial.state.name == "FAIL" else ""
+    return row | {
+        "seconds": seconds,
+        "reason": reason,
+        "run_dir": trial.user_attrs.get("run_dir"),
+        "record": trial.user_attrs.get("record"),
+    }
+
+
+def arm_rows(sweep: Sweep, trials: list["optuna.trial.FrozenTrial"], name: str, maximize: bool) -> list[dict[str, Any]]:
+    """The trials that differ in nothing but the seed, as one row: mean and standard deviation (n - 1) over the seeds."""
+    arms: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    for trial in trials:
+        if trial.value is not None and trial.state.name == "COMPLETE":
+            arm = {key: value for key, value in _searched(sweep, trial).items() if key != SEED}
+            arms.setdefault(repr(arm), (arm, []))[1].append(trial.value)
+    rows = [
+        {
+            f"mean {name}": statistics.mean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "seeds": len(values),
+        }
+        | arm
+        for arm, values in arms.values()
+    ]
+    return sorted(rows, key=lambda row: row[f"mean {name}"], reverse=maximize)
+
+
+def draw(study: "optuna.Study", folder: Path) -> list[Path]:
+    """Draw what the study has enough trials for: history, importances, parallel coordinates, slices, a Pareto front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from optuna.trial import TrialState
+    from optuna.visualization import matplotlib as plot
+
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    names = study.metric_names or ["value"]
+    drawn: list[Path] = []
+    for position, name in enumerate(names):
+        wanted: dict[str, Any] = {"target_name": name}
+        if len(names) > 1:
+            wanted["target"] = lambda trial, position=position: trial.values[position]
+        suffix = f"_{position + 1}" if len(names) > 1 else ""
+        for kind in ("optimization_history", "param_importances", "parallel_coordinate", "slice"):
+            if kind == "param_importances" and not _has_importances(study, position):
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                getattr(plot, f"plot_{kind}")(study, **wanted)
+            drawn.append(_save(plt, folder / f"{kind}{suffix}.png", len(study.trials[0].params)))
+    if 2 <= len(names) <= 3:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plot.plot_pareto_front(study, target_names=names)
+        drawn.append(_save(plt, folder / "pareto_front.png", 1))
+    return drawn
+
+
+def _save(plt: Any, path: Path, parameters: int) -> Path:
+    figure = plt.gcf()
+    figure.set_size_inches(max(8.0, 2.6 * parameters) if "slice" in path.name or "parallel" in path.name else 8.0, 5.0)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close("all")
+    return path
+
+
+def _importances(study: "optuna.Study", folder: Path, console: Console, names: list[str]) -> None:
+    """Print and write the parameter importances (fANOVA), where the study can tell any."""
+    rows = []
+    for position, name in enumerate(names):
+        found = _has_importances(study, position) or {}
+        rows += [{"objective": name, "parameter": key, "importance": value} for key, value in found.items()]
+    if rows:
+        _write_csv(folder / "importances.csv", rows)
+        _print(console, "parameter importances (share of the variance, fANOVA)", rows)
+    else:
+        console.print("no parameter importances: they need two different results and two values of a parameter")
+
+
+def _has_importances(study: "optuna.Study", position: int) -> dict[str, float] | None:
+    """Parameter -> importance; None where the trials don't tell (fewer than two, all equal, nothing varied)."""
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+    from optuna.trial import TrialState
+
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len({t.values[position] for t in complete}) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda t: t.values[position])
+    return found or None
+
+
+def _searched(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
+    """The searched keys as the program got them; lists as text."""
+    values = {
+        key: twins.decode(parameter, trial.params[key]) for key, parameter in sweep.parameters.items() if key in trial.params
+    }
+    return {
+        key: value if isinstance(value, bool | int | float | str) else argument("", value)[3:] for key, value in values.items()
+    }
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows whole or not at all; columns in the order they first come up."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left")
+    for column in dict.fromkeys(key for row in rows for key in row):
+        table.add_column(column.removeprefix("model."), overflow="fold")
+    for row in rows[:SHOWN]:
+        table.add_row(
+            *(f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value) for value in row.values())
+        )
+    console.print(table)
+    if len(rows) > SHOWN:
+        console.print(f"... and {len(rows) - SHOWN} more in the CSV")

@@ -1,0 +1,133 @@
+"""One trial: a real `fit` with its own directory, and what its record says came of it."""
+
+import contextlib
+import gc
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STORAGE_BYTES = "storage/bytes"  # an objective: the packed file's size
+Fit = Callable[[list[str]], Any]  # `tq_lightning.cli.run_fit`, or a test's stand-in that writes a record.json the same way
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a trial ended. state: complete, pruned, failed or interrupted; values: one per objective where complete."""
+
+    state: str
+    values: tuple[float, ...] = ()
+    reason: str = ""
+    record: str | None = None
+
+
+def run_trial(
+    fit: Fit, argv: list[str], folder: Path, metrics: list[str], report: Callable[[int, float], bool] | None
+) -> Ending:
+    """Run `fit argv` in `folder` and read its record. Raises nothing: a trial may end in any way, and the sweep goes on.
+
+    metrics: the objectives' names, read by `value_of`. report: (step, value) -> whether to prune, for the pruning callback;
+    None where nothing prunes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    argv = [*argv, f"--trainer.default_root_dir={folder}"]
+    pruned = False
+
+    def decide(step: int, value: float) -> bool:
+        nonlocal pruned
+        assert report is not None
+        pruned = pruned or report(step, value)
+        return pruned
+
+    if report is not None:
+        argv += ["--trainer.callbacks+=tq_lightning.sweep.pruning.ReportToStudy", f"--trainer.callbacks.monitor={metrics[0]}"]
+    failure, interrupted, before = "", False, _records(folder)
+    try:
+        with _as_program(argv), _reporting(decide if report is not None else None):
+            fit(argv)
+    except KeyboardInterrupt:
+        interrupted = True
+    except SystemExit as error:
+        failure = f"fit ended with exit status {error.code}"
+    except BaseException as error:
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    if failure:
+        _free_memory()
+    written = [path for path, when in _records(folder).items() if before.get(path) != when]
+    path = written[0] if written else None
+    record = json.loads(path.read_text()) if path is not None else None
+    shown = str(path) if path is not None else None
+    if interrupted or (record is not None and record.get("status") == "interrupted"):
+        return Ending("interrupted", reason="stopped by the user", record=shown)
+    if failure or record is None:
+        return Ending("failed", reason=failure or f"fit left no record.json in {folder}", record=shown)
+    if record.get("status") == "failed":
+        return Ending("failed", reason=str(record.get("reason") or "its record says failed"), record=shown)
+    if pruned:
+        return Ending("pruned", reason="pruned", record=shown)
+    return _judge(record, metrics, shown)
+
+
+def value_of(record: dict[str, Any], name: str) -> float | None:
+    """An objective's value in a record: a metric of its last epoch, or storage/bytes, the packed file's size in bytes.
+
+    The last epoch's and not the best's: it is what W&B's sweeps take (a run's summary holds the last value logged), it is what
+    the pruner saw, and no arm gains by having had more epochs to choose from.
+    """
+    metrics = record.get("last", {}).get("metrics", {})
+    value = record.get("bytes", {}).get("packed") if name == STORAGE_BYTES else metrics.get(name)
+    return None if value is None else float(value)
+
+
+def _records(folder: Path) -> dict[Path, int]:
+    """Every record.json under a trial's folder -> when it was written (ns); one of an earlier run is none of this trial's."""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("record.json"))}
+
+
+def _judge(record: dict[str, Any], metrics: list[str], shown: str | None) -> Ending:
+    """A finished run's values; failed where a metric is missing, or where anything it measured last is not finite."""
+    last = record.get("last", {}).get("metrics", {})
+    for name, value in last.items():  # accuracies stay finite when the weights are NaN; the losses beside them tell
+        if value is not None and not math.isfinite(value):
+            return Ending("failed", reason=f"non-finite: {name} is {value} in the last epoch", record=shown)
+    values = [value_of(record, name) for name in metrics]
+    for name, value in zip(metrics, values, strict=True):
+        if value is None:
+            return Ending("failed", reason=f"{name} was never logged; the record has {', '.join(sorted(last))}", record=shown)
+    return Ending("complete", tuple(value for value in values if value is not None), record=shown)
+
+
+@contextlib.contextmanager
+def _as_program(argv: list[str]) -> Iterator[None]:
+    """Let this process look like `fit argv`: under DDP, Lightning starts the other ranks from sys.argv."""
+    before, sys.argv = sys.argv, [sys.argv[0], "fit", *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextlib.contextmanager
+def _reporting(decide: Callable[[int, float], bool] | None) -> Iterator[None]:
+    """Set the pruning callback's way to the study, where one is wanted (its module imports Lightning)."""
+    if decide is None:
+        yield
+        return
+    from tq_lightning.sweep import pruning
+
+    pruning.report = decide
+    try:
+        yield
+    finally:
+        pruning.report = None
+
+
+def _free_memory() -> None:
+    """After a failure: drop what the traceback held, so that one trial's lack of memory is not the next one's."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

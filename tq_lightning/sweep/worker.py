@@ -1,0 +1,133 @@
+"""A worker: takes one trial after another from the study and runs them in this process, which has paid for its imports."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tq_lightning.sweep import twins
+from tq_lightning.sweep.ledger import Ledger, alive
+from tq_lightning.sweep.space import Sweep
+from tq_lightning.sweep.trial import Ending, Fit, run_trial
+
+if TYPE_CHECKING:
+    import optuna
+
+POLL_SECONDS = 1.0  # between two looks at a study in which nothing waits
+
+
+def work(
+    ledger: Ledger,
+    sweep: Sweep,
+    metrics: list[str],
+    folder: Path,
+    name: str,
+    fit: Fit,
+    *,
+    deadline: float | None = None,
+    parent: int | None = None,
+) -> bool:
+    """Run trials until the sweep is settled, or until `deadline` (time.time()) has passed, after which none is started.
+
+    parent: the process that tends the ledger; None where nobody else does, as with --workers 0. Returns False when interrupted.
+    """
+    os.environ.update(sweep.environment)
+    stopped = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while deadline is None or time.time() < deadline:
+            if parent is None:
+                ledger.tend()
+            elif os.getppid() != parent:
+                return False
+            claimed = ledger.claim(name)
+            if claimed is None:
+                if ledger.settled():
+                    return True
+                time.sleep(POLL_SECONDS)
+                continue
+            run_claimed(ledger, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
+            if stopped:
+                return False
+            # Lightning ignores SIGINT after one; the next trial must be stoppable too
+            signal.signal(signal.SIGINT, interrupt)
+        return True
+    except KeyboardInterrupt:
+        return False
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_claimed(
+    ledger: Ledger,
+    claimed: "optuna.trial.FrozenTrial",
+    sweep: Sweep,
+    metrics: list[str],
+    folder: Path,
+    fit: Fit,
+    parent: int | None,
+    stopped: Any,
+) -> None:
+    """Run one trial that is ours and write down how it ended."""
+    import optuna
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    study, point = ledger.study, claimed.user_attrs["point"]
+    study.sampler, study.pruner = twins.sampler(sweep, point), twins.pruner(sweep, len(metrics))
+    attempt = claimed.user_attrs["attempt"]
+    home = folder / "trials" / (f"{point:04d}" + (f"-retry{attempt}" if attempt else ""))
+
+    def report(step: int, value: float) -> bool:
+        trial.report(value, step)
+        return trial.should_prune()
+
+    try:
+        with alive(ledger, claimed, parent):
+            trial = optuna.trial.Trial(study, claimed._trial_id)
+            values = twins.suggest(sweep, trial)
+            argv = twins.arguments(sweep, values)
+            trial.set_user_attr("run_dir", str(home))
+            trial.set_user_attr("arguments", argv)
+            prunes = sweep.early_terminate is not None and len(metrics) == 1
+            ending = run_trial(fit, argv, home, metrics, report if prunes else None)
+    except KeyboardInterrupt:  # between the lines above
+        ending = Ending("interrupted", reason="stopped by the user")
+    except UpdateFinishedTrialError:
+        return  # taken for dead before it began: it is another worker's now
+    if stopped() and ending.state == "failed":  # whatever Ctrl-C made of the fit, the parameters are not to blame
+        ending = Ending("interrupted", reason="stopped by the user", record=ending.record)
+    elif not stopped() and ending.state == "interrupted":
+        ending = Ending("failed", reason="fit ended as if interrupted, though nobody did", record=ending.record)
+    _write(ledger, claimed, ending)
+
+
+def _write(ledger: Ledger, claimed: "optuna.trial.FrozenTrial", ending: Ending) -> None:
+    """Put a trial's end into the study; a database that is away is tried again for a minute, since hours may hang on it."""
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+    from optuna.trial import TrialState
+
+    for attempt in range(7):
+        try:
+            if ending.record is not None:
+                ledger.storage.set_trial_user_attr(claimed._trial_id, "record", ending.record)
+            if ending.state == "complete":
+                ledger.study.tell(claimed.number, list(ending.values), skip_if_finished=True)
+            elif ending.state == "pruned":
+                ledger.study.tell(claimed.number, state=TrialState.PRUNED, skip_if_finished=True)
+            else:
+                ledger.fail(claimed, "error" if ending.state == "failed" else "interrupted", ending.reason)
+            return
+        except UpdateFinishedTrialError:
+            return  # it was taken for dead and given to another worker, whose result counts
+        except StorageInternalError:
+            if attempt == 6:
+                raise
+            time.sleep(2**attempt)
