@@ -1,0 +1,351 @@
+"""load_packed(): a packed file -> a model that runs at the widths whose planes were read.
+
+The network is built on the meta device, without memory or initialisation, and every tensor of it then comes from the
+file. What the header says is compared with that network before a plane is unpacked: a file that does not fit ends in an
+error, never in a model.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.errors import UserError
+from tq_lightning.export.compress import CODING, decompress_plane
+from tq_lightning.export.container import Container
+from tq_lightning.export.packed import MODES, PackedWeight, attach
+from tq_lightning.export.planes import unpack_planes
+from tq_lightning.quant.norm import FLOAT, PerWidthNorm, per_width_norms
+from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.width import width_of
+
+# What a file may never ask of create_model: files to open, weights to fetch.
+_FORBIDDEN = ("pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
+_MAX_ARG = 1 << 16  # of any number in the model's arguments
+_LAYER_KEYS = {"name", "shape", "offset", "scale"}
+
+
+def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | None = None, mode: str = "resident") -> nn.Module:
+    """Builds the model of a packed file, in evaluation mode, reading what the width needs and no more.
+
+    Args:
+        path: file written by `save_packed`.
+        bits: the one width to load for: its planes, its norm set; None = all stored planes and sets, and
+            `bit_width(model, n)` then switches without touching the file. It starts at the widest width loaded.
+        model: the float (or equally prepared) network to fill, changed in place; None = the header's, by timm's name.
+        mode: "resident" keeps the weights of the width in use at hand; "lean" makes them layer by layer at every use.
+
+    Returns:
+        The model; `model.tq_file` holds the file's header, "path", "file_bytes" and "bytes_read".
+
+    Raises:
+        UserError: no such width or mode; a file that is damaged, foreign, newer, or does not fit its network.
+    """
+    if mode not in MODES:
+        raise UserError(f"unknown mode {mode!r}; pass one of {', '.join(MODES)}")
+    with Container(path) as file:
+        header = read_header(file)
+        stored = header["stored_bits"]
+        if bits is not None and (type(bits) is not int or not 1 <= bits <= stored):
+            raise UserError(f"{path} stores {stored} bit planes; pass bits from 1 to {stored}, or None for all, got {bits!r}")
+        shapes = {name: entry.shape for name, entry in file.entries.items()}
+        planes = stored if bits is None else bits
+        try:
+            model = build_skeleton(header, model)
+            check_names(header, set(shapes), model)
+            _check_layers(header, shapes, model)
+            widths = _widths(header, model, bits)
+        except ValueError as error:
+            raise UserError(f"{path} cannot be loaded: {error}") from error
+        wanted = [s for s in file.sections if not s.startswith(("plane", "norm"))]
+        wanted += [f"norm{n}" for n in widths if f"norm{n}" in file.sections]
+        floats = {name: array for section in wanted for name, array in file.read(section).items()}
+        width = width_of(model)
+        width.packed, width.default_source = True, "truncate"
+        width.bits, width.source = max(widths), "truncate"
+        _fill(model, header, _split(header, floats), widths)
+        _attach_codes(model, header, floats["scale"], _read_codes(file, header, planes), planes, widths, mode)
+        model.tq_file = {  # type: ignore[assignment]
+            **{key: header[key] for key in ("model", "preprocessing", "class_names", "prepare", "stored_bits")},
+            "path": str(path),
+            "file_bytes": file.size,
+            "bytes_read": file.bytes_read,
+        }
+    left = [name for name, value in named_tensors(model) if value.is_meta]
+    if left:
+        raise UserError(f"{path} holds no values for {', '.join(left[:3])}; pass the network itself as model=")
+    return model.eval().requires_grad_(False)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under every name they have."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
+    """(name in the model, tensor, name in the file) for everything of a prepared model that a file holds as it is.
+
+    Left out: quantized weights, the float set of per-width norms, and batch norm's counters, which move no output.
+    """
+    homes = [name for name, module in model.named_modules() if isinstance(module, PerWidthNorm)]
+    behind = set()  # by name, not identity: an embedding tied to a quantized classifier is itself used in float
+    for full, _, tensor, _ in weight_quantizers(model):
+        behind.add(f"{full[: -len(tensor)]}parametrizations.{tensor}.original")
+    found = []
+    for full, value in named_tensors(model):
+        if full in behind or full.endswith("num_batches_tracked"):
+            continue
+        if any(full == f"{home}.calibrated" for home in homes):  # said by which norm sets are in the file
+            continue
+        kind = "float64" if value.dtype == torch.float64 else "float" if value.is_floating_point() else "int"
+        name = f"{kind}/{full}"
+        home = next((h for h in homes if full.startswith(f"{h}.sets.")), None)
+        if home is not None:
+            key, rest = full[len(home) + 6 :].split(".", 1)
+            if key == FLOAT:
+                continue
+            if kind == "float":
+                name = f"norm{key}/{home}.{rest}"
+        found.append((full, value, name))
+    return found
+
+
+def read_header(file: Container) -> dict[str, Any]:
+    """The header with the type of every field checked."""
+    header = file.header
+    kinds: dict[str, Any] = {
+        "model": dict,
+        "preprocessing": dict | None,
+        "class_names": list | None,
+        "prepare": dict,
+        "stored_bits": int,
+        "codes": int,
+        "layers": list,
+        "dtypes": dict,
+        "norm_widths": list,
+        "norms": list,
+        "folded": bool,
+        "compression": str | None,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(header.get(key), kind) or (kind is int and isinstance(header[key], bool)):
+            raise file.damaged(f"its header has no proper {key!r}")
+    if header["compression"] not in (None, CODING):
+        raise UserError(f"{file.path} is compressed as {header['compression'][:20]!r}, unknown here; update tq_lightning")
+    if not 1 <= header["stored_bits"] <= 8:
+        raise file.damaged("its number of planes is none of 1 to 8")
+    for keys, things in ((_LAYER_KEYS, header["layers"]), ({"name", "shape"}, header["norms"])):
+        for thing in things:
+            if not isinstance(thing, dict) or set(thing) != keys or not isinstance(thing["name"], str):
+                raise file.damaged("its layer map is not one")
+            for shape in (thing["shape"], thing.get("scale", []), [thing.get("offset", 0)]):
+                if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape):
+                    raise file.damaged("its layer map has an absurd shape or place")
+    if any(type(n) is not int or not 1 <= n <= 8 for n in header["norm_widths"]):
+        raise file.damaged("its norm sets are of no width from 1 to 8")
+    return header
+
+
+def build_skeleton(header: Mapping[str, Any], model: nn.Module | None = None) -> nn.Module:
+    """The prepared network of a header, without values where it is built here.
+
+    Raises:
+        UserError: a model that is unknown, asks for files, or cannot be prepared as the header says.
+    """
+    if model is None:
+        model = _create(header["model"])
+    if weight_quantizers(model):
+        if getattr(model, "tq", None) != header["prepare"]:
+            raise UserError("the model given was prepared in another way than the file's; pass it as it was before prepare()")
+        return model
+    from tq_lightning.quant.prepare import prepare
+
+    try:
+        prepare(model, **{**header["prepare"], "verbose": False})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"its network cannot be prepared as the header says ({error})") from error
+    return model
+
+
+def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
+    """Raises UserError where the tensors of the file are not those that its network wants."""
+    folded = (".running_mean", ".running_var") if header["folded"] else ()
+    own = {name for _, _, name in file_names(model) if not name.startswith("norm")} | {"scale"}
+    own |= {f"norm{n}" for n in header["norm_widths"]} | {f"plane{p}" for p in range(header["stored_bits"])}
+    lacks = {n for n in own - names if not n.endswith(folded)} if folded else own - names
+    adds = names - own
+    if header["norm_widths"]:
+        first = f"norm{header['norm_widths'][0]}/"
+        cuts = {name: value.shape for _, value, name in file_names(model) if name.startswith(first)}
+        given = {first + cut["name"]: torch.Size(cut["shape"]) for cut in header["norms"]}
+        lacks |= {n for n in cuts if n not in given and not (folded and n.endswith(folded))}
+        adds |= {n for n in given if given[n] != cuts.get(n)}
+    if lacks or adds:
+        words = [f"{what} {', '.join(sorted(s)[:2])}" for what, s in (("lacks", lacks), ("adds", adds)) if s]
+        raise UserError(
+            f"the file {' and '.join(words)} against the network {header['model'].get('name')!r} made with "
+            f"{header['model'].get('args')}; pass model_args= to save_packed as the model was made, or model= to load_packed"
+        )
+
+
+def _widths(header: Mapping[str, Any], model: nn.Module, bits: int | None) -> list[int]:
+    """The widths that the loaded model can run at."""
+    usable = header["norm_widths"] if per_width_norms(model) else list(range(1, header["stored_bits"] + 1))
+    if bits is None and usable:
+        return usable
+    if bits not in usable:
+        raise UserError(
+            f"it has no norm statistics for {bits or 'any'} bits, only for {usable}; "
+            "call calibrate_norms(model, batches) before exporting"
+        )
+    return [bits]
+
+
+def _split(header: Mapping[str, Any], floats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Norm rows cut into their tensors: "norm4" -> "norm4/bn1.weight", ...; the rest as it is."""
+    out = {}
+    for name, array in floats.items():
+        if not name.startswith("norm"):
+            out[name] = array
+            continue
+        ends = np.cumsum([math.prod(cut["shape"]) for cut in header["norms"]])
+        if array.ndim != 1 or array.dtype != np.float32 or ends[-1] != array.size:
+            raise UserError(f"its norm set {name!r} is not of the size that its header says; export it again")
+        for cut, part in zip(header["norms"], np.split(array, ends[:-1]), strict=True):
+            out[f"{name}/{cut['name']}"] = part.reshape(cut["shape"])
+    return out
+
+
+def _create(given: Mapping[str, Any]) -> nn.Module:
+    from tq_lightning.models import create_model
+
+    name, args = given.get("name"), given.get("args")
+    if name is None:
+        raise UserError("the file names no model; pass the network itself as model=")
+    if not isinstance(name, str) or ":" in name or not isinstance(args, dict):
+        raise UserError(f"the file names no model of timm's: {str(name)[:60]!r}")
+    for key, value in args.items():
+        if any(word in key for word in _FORBIDDEN) or not _plain(value):
+            raise UserError(f"the file gives the model an argument that a file may not give: {str(key)[:40]!r}")
+    try:
+        with torch.device("meta"):
+            return create_model(name, **args)
+    except UserError as error:
+        if "unknown model" in str(error):
+            raise
+    return create_model(name, **args)  # a network that computes with real numbers while it is built
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= 64 and all(_plain(v) for v in value)
+    if isinstance(value, str):
+        return len(value) <= 64 and "/" not in value and "\\" not in value
+    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= _MAX_ARG)
+
+
+def _check_layers(header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
+    """The layer map against the network and against the rows of codes, before anything is unpacked."""
+    own = {full: tuple(original(module, tensor).shape) for full, module, tensor, _ in weight_quantizers(model)}
+    given = {layer["name"]: tuple(layer["shape"]) for layer in header["layers"]}
+    if given != own or len(given) != len(header["layers"]):
+        raise UserError("its layer map is not that of its network")
+    end, runs = 0, {layer["offset"]: -(-math.prod(layer["shape"]) // 64) * 64 for layer in header["layers"]}
+    for offset, size in sorted(runs.items()):
+        if offset != end:
+            raise UserError("its layers overlap or leave a gap")
+        end += size
+    if any(-(-math.prod(layer["shape"]) // 64) * 64 != runs[layer["offset"]] for layer in header["layers"]):
+        raise UserError("two layers of different size share their codes")
+    if end != header["codes"]:
+        raise UserError(f"its layers have {end} codes, its header speaks of {header['codes']}")
+    for p in range(header["stored_bits"]):
+        shape = shapes[f"plane{p}"]
+        if len(shape) != 1 or (header["compression"] is None and shape[0] != end // 8):
+            raise UserError(f"plane {p} is not of {end // 8} bytes")
+    for layer in header["layers"]:
+        pairs = list(zip(layer["scale"], layer["shape"], strict=False))
+        if len(layer["scale"]) not in (0, len(layer["shape"])) or any(s not in (1, n) for s, n in pairs):
+            raise UserError(f"the scale of {layer['name']} does not fit its weight")
+    if shapes["scale"] != (sum(math.prod(layer["scale"]) for layer in header["layers"]),):
+        raise UserError("its scales are not as many as its header says")
+
+
+def _read_codes(file: Container, header: Mapping[str, Any], bits: int) -> Tensor:
+    """The first `bits` planes as one row of codes of that width: uint8 (codes,)."""
+    planes: list[np.ndarray] = []
+    for p in range(bits):
+        plane = file.read(f"plane{p}")[f"plane{p}"]
+        if header["compression"] is not None:
+            plane = decompress_plane(plane, planes[0] if planes else None, header["codes"] // 8)
+        planes.append(plane)
+    return torch.from_numpy(unpack_planes(planes, header["codes"]))
+
+
+def _owner(model: nn.Module, full: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = full.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+
+
+def _fill(model: nn.Module, header: Mapping[str, Any], floats: Mapping[str, np.ndarray], widths: list[int]) -> None:
+    """Every tensor that is not quantized, from the file; norm sets of other widths go."""
+    for full, value, name in file_names(model):
+        module, leaf = _owner(model, full)
+        if name.startswith("norm") and int(name[4]) not in widths:
+            continue
+        dtype = getattr(torch, str(header["dtypes"].get(full, str(value.dtype).removeprefix("torch."))), None)
+        if name in floats:
+            array = floats[name]
+            if array.shape != tuple(value.shape):
+                raise UserError(f"{full} is {tuple(array.shape)} in the file, {tuple(value.shape)} in its network")
+            filled = torch.tensor(array)
+        else:  # a folded batch norm: weight and bias say all
+            filled = torch.full(value.shape, 0.0 if leaf == "running_mean" else 1.0 - module.eps)  # type: ignore[operator]
+        if not isinstance(dtype, torch.dtype):
+            raise UserError(f"the file gives {full} a type that is none")
+        _put(module, leaf, filled.to(dtype))
+    for full, value in list(named_tensors(model)):
+        if full.endswith("num_batches_tracked"):
+            module, leaf = _owner(model, full)
+            _put(module, leaf, torch.zeros(value.shape, dtype=torch.long))
+    for module in model.modules():
+        if isinstance(module, PerWidthNorm):
+            for key in set(module.sets) - {str(n) for n in widths}:
+                del module.sets[key]
+            module.calibrated = torch.tensor([n in widths for n in range(width_of(model).max_bits + 1)])
+
+
+def _attach_codes(
+    model: nn.Module,
+    header: Mapping[str, Any],
+    scales: np.ndarray,
+    codes: Tensor,
+    planes: int,
+    widths: list[int],
+    mode: str,
+) -> None:
+    """Codes in the place of every float parameter."""
+    width, start = width_of(model), 0
+    found = {full: (module, tensor, rule) for full, module, tensor, rule in weight_quantizers(model)}
+    for layer in header["layers"]:
+        full, offset, count = layer["name"], layer["offset"], math.prod(layer["scale"])
+        module, tensor, rule = found[full]
+        part = codes[offset : offset + math.prod(layer["shape"])].view(layer["shape"])
+        scale = torch.tensor(scales[start : start + count]).view(layer["scale"])
+        start += count
+        dtype = getattr(torch, str(header["dtypes"].get(full, "float32")), None)
+        if not isinstance(dtype, torch.dtype):
+            raise UserError(f"the file gives {full} a type that is none")
+        attach(module, tensor, part, PackedWeight(full, width, planes, widths, rule.level, scale, dtype, mode))
