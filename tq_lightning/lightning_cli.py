@@ -200,6 +200,7 @@ def run(argv: list[str]) -> dict[str, Any]:
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            auto_configure_optimizers=False,
             trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0, "use_distributed_sampler": False},
             parser_kwargs={"parser_mode": "tq", "exit_on_error": False},
             args=argv,

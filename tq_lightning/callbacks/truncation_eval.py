@@ -73,14 +73,14 @@ class TruncationEval(L.Callback):
         self.calibration_batches = calibration_batches
         self._passes: list[Pass] = []
         self._accuracy: dict[Pass, MulticlassAccuracy] = {}
-        self._batches: list[Tensor] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []
 
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
         if calibrate and untrained_widths(module):
             if not self._batches:
-                self._batches = trainer.datamodule.calibration_batches(self.calibration_batches)  # type: ignore[attr-defined]
+                self._batches = list(trainer.datamodule.calibration_batches(self.calibration_batches))  # type: ignore[attr-defined]
             with trainer.precision_plugin.forward_context():
-                calibrate_norms(module, [images.to(module.device) for images in self._batches])
+                calibrate_norms(module, [images.to(module.device) for images, _ in self._batches])
         self._passes = evaluation_passes(module)
         classes = module.hparams.num_classes
         self._accuracy = {
