@@ -180,16 +180,14 @@ WAYS: dict[str, Callable[[Row, int], tuple[int, int, int, int]]] = {
     "file_per_width": _file_per_width,
     "master8": _master8,
     "packed": _packed,
+    "paper": _paper,  # of the rows of `paper_rows`
 }
 
 
 def total(rows: Iterable[Row], way: str, max_bits: int) -> dict[str, int]:
     """Bytes of a way by part, and their sum under "total"."""
-    return _sum(WAYS[way](row, max_bits) for row in rows)
-
-
-def _sum(parts: Iterable[tuple[int, int, int, int]]) -> dict[str, int]:
-    columns = [sum(column) for column in zip(*parts, strict=True)] or [0] * len(PARTS)
+    columns = [sum(column) for column in zip(*(WAYS[way](row, max_bits) for row in rows), strict=True)]
+    columns = columns or [0] * len(PARTS)
     return {"total": sum(columns), **dict(zip(PARTS, columns, strict=True))}
 
 
@@ -198,19 +196,20 @@ def read_at(rows: Iterable[Row], bits: int) -> int:
     return sum(row.plane * bits + row.scales + row.floats + row.tables + row.norm_set for row in rows)
 
 
-def paper_total(model: nn.Module) -> tuple[dict[str, int], float]:
-    """The paper's accounting (TruncQuant, arXiv 2506.11431) of an unprepared model, which is prepared in place.
+def paper_rows(model: nn.Module) -> list[Row]:
+    """Rows of an unprepared model, which is prepared in place, under the policy of the paper's storage claim.
 
-    Float parameters over [8-bit weights of every layer but the stem, the classifier's too; stem, biases and all else in
-    float; 8 sets of batch norm]; no scales, no header. 3.533 for ResNet-50.
-
-    Returns:
-        bytes by part and in total; the ratio.
+    The accounting is `total(rows, "paper", 8)`: 8-bit weights of every layer but the stem, the classifier's too; stem,
+    biases and all else in float; 8 sets of batch norm; no scales, no header (TruncQuant, arXiv 2506.11431). The float
+    parameters over it are 3.533 for ResNet-50.
     """
-    float_bytes = FLOAT_BYTES * sum(p.numel() for p in model.parameters())
     prepare(model, skip=("first",), norm="per_width", max_bits=PAPER_BITS, verbose=False)
-    parts = _sum(_paper(row, PAPER_BITS) for row in layer_rows(model))
-    return parts, float_bytes / parts["total"]
+    return layer_rows(model)
+
+
+def float_over(rows: Iterable[Row], bytes_: int) -> float:
+    """Bytes of the float parameters, which have one set of norms and no statistics, over `bytes_`."""
+    return FLOAT_BYTES * sum(row.parameters for row in rows) / bytes_
 
 
 def record_bytes(model: nn.Module) -> dict[str, Any]:
