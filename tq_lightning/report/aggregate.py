@@ -53,6 +53,14 @@ class Difference:
         """True where the interval exists and does not hold 0."""
         return self.estimate.half is not None and not self.estimate.low <= 0.0 <= self.estimate.high
 
+    def verdict(self) -> str:
+        """What the interval says of a and b, for the cell of a table."""
+        if self.estimate.half is None:
+            return "one seed: no interval"
+        if not self.shown:
+            return "no difference shown"
+        return "a above b" if self.estimate.mean > 0 else "a below b"
+
     def words(self, a: str, b: str, unit: str = "points") -> str:
         """The difference as a sentence's end: `floor is above round by 1.2 points [0.4, 2.0]`, `no difference shown ...`."""
         e = self.estimate

@@ -1,4 +1,5 @@
-"""Which runs belong together: arms (a configuration without its seed and paths) and settings (an arm without the compared factor)."""
+"""Which runs belong together: arms (a configuration without its seed and paths), settings (an arm without the compared
+factor)."""
 
 import json
 import re
@@ -73,9 +74,7 @@ class Setting:
 
 def arm_config(run: Run) -> dict[str, Any]:
     """The run's flat configuration without seed, places and loggers; `ste: auto` resolved; paths reduced to their shape."""
-    config = {
-        k: v for k, v in run.config.items() if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)
-    }
+    config = {k: v for k, v in run.config.items() if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)}
     if config.get("model.ste", "auto") == "auto" and config.get("model.quantizer") in AUTO_STE:
         config["model.ste"] = AUTO_STE[config["model.quantizer"]]
     return {key: _shape(value) for key, value in config.items()}
@@ -132,9 +131,7 @@ def settings(arms: list[Arm], factor: str, ignore: Iterable[str] = (), along: It
     out = {factor, *ignore, *along}
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
-        groups.setdefault(
-            _key({k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}), []
-        ).append(arm)
+        groups.setdefault(_key({k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}), []).append(arm)
     split = [part for members in groups.values() for part in _by_budget(members, factor)]
     labels = _labels([part[0].config for part in split], out)
     slugs = _unique([slug(label) for label in labels])
@@ -156,14 +153,10 @@ def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
 def _named(part: list[Arm], factor: str, ignored: set[str]) -> tuple[tuple[str, Arm], ...]:
     """Each arm with the value of its factor; where two share it, what else tells them apart is added."""
     names = [_text(arm[factor]) for arm in part]
-    differing = [
-        k for k in sorted({k for a in part for k in a.config}) if k != factor and len({_text(a[k]) for a in part}) > 1
-    ]
+    differing = [k for k in sorted({k for a in part for k in a.config}) if k != factor and len({_text(a[k]) for a in part}) > 1]
     told = [k for k in differing if k in ignored or BUDGET.match(k)]
     long = [", ".join([n, *(f"{_short(k)}={_text(a[k])}" for k in told)]) for n, a in zip(names, part, strict=True)]
-    return tuple(
-        (long[i] if names.count(n) > 1 else n, arm) for i, (n, arm) in enumerate(zip(names, part, strict=True))
-    )
+    return tuple((long[i] if names.count(n) > 1 else n, arm) for i, (n, arm) in enumerate(zip(names, part, strict=True)))
 
 
 def flags(part: list[Arm], factor: str) -> list[str]:
@@ -201,15 +194,30 @@ def _seed_list(seeds: tuple[int | None, ...]) -> str:
     return ",".join(str(s) for s in seeds)
 
 
+# Customary values, not worth a word in a label.
+USUAL: dict[str, Any] = {
+    "model.level": "endpoint",
+    "model.activations": None,
+    "model.normalizer": "tanh",
+    "model.norm": "per_width",
+    "model.widths": [8, 4, 2, 1],
+}
+
+
 def _labels(configs: list[dict[str, Any]], left_out: set[str]) -> list[str]:
-    """Model and data always; besides, only what differs between the settings."""
-    keys = sorted({k for c in configs for k in c} - left_out - {"model.name", "data.name"})
-    varying = [k for k in keys if len({_text(c.get(k)) for c in configs}) > 1]
+    """Model and data always; besides, what differs between the settings of that model and data and is not customary."""
     out = []
     for config in configs:
-        extra = [f"{_short(k)}={_text(config.get(k))}" for k in varying if k in config]
+        kin = [c for c in configs if all(c.get(k) == config.get(k) for k in ("model.name", "data.name"))]
+        keys = sorted({k for c in kin for k in c} - left_out - {"model.name", "data.name"})
+        varying = [k for k in keys if k in config and len({_text(c.get(k)) for c in kin}) > 1]
+        extra = [_extra(k, config[k]) for k in varying if k not in USUAL or _text(config[k]) != _text(USUAL[k])]
         out.append(" · ".join([_text(config.get("model.name")), _text(config.get("data.name")), *extra]))
     return out
+
+
+def _extra(key: str, value: Any) -> str:
+    return _text(value) if key == "model.quantizer" else f"{_short(key)}={_text(value)}"
 
 
 def _text(value: Any) -> str:

@@ -117,11 +117,13 @@ document.addEventListener('click', event => {
   const {path, config, record} = records[button.dataset.run];
   document.getElementById('run-h').textContent = `Run ${record.id}`;
   const facts = document.createElement('dl');
-  const told = {seed: record.seed, commit: record.commit + (record.dirty ? ' (uncommitted changes)' : ''), versions: record.versions,
-    device: record.device, command: record.command, started: record.started, seconds: record.seconds, epochs: record.epochs,
-    steps: record.steps, record: path};
+  const commit = record.commit && record.commit + (record.dirty ? ' (uncommitted changes)' : '');
+  const told = {seed: record.seed, commit, versions: record.versions, device: record.device,
+    command: record.command, started: record.started, seconds: record.seconds, epochs: record.epochs, steps: record.steps,
+    record: path};
+  const words = value => value && typeof value === 'object' ? Object.entries(value).map(e => e.join(' ')).join(', ') : value;
   for (const [name, value] of Object.entries(told))
-    facts.append(element('dt', name), element('dd', value && typeof value === 'object' ? Object.entries(value).map(e => e.join(' ')).join(', ') : value ?? 'not recorded'));
+    facts.append(element('dt', name), element('dd', words(value) ?? 'not recorded'));
   dialogBody.replaceChildren(facts, element('h3', 'Configuration'), element('pre', JSON.stringify(config, null, 2)),
     element('h3', 'The rest of the record'), element('pre', JSON.stringify(record, null, 2)));
   dialog.showModal();

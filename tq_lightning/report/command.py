@@ -68,9 +68,7 @@ def check_out(out: Path) -> None:
     """Refuse, before any work, a target that is a file or a folder that is not a report of ours."""
     if out.is_dir():
         if any(out.iterdir()) and not is_report(out):
-            raise UserError(
-                f"--out {out}: the folder exists and is not a report; pass a new folder (nothing was touched)"
-            )
+            raise UserError(f"--out {out}: the folder exists and is not a report; pass a new folder (nothing was touched)")
     elif out.exists() or out.is_symlink():
         raise UserError(f"--out {out}: that is a file; pass a folder that is new or holds a report")
 
@@ -103,7 +101,7 @@ def fill(folder: Path, evidence: Any, title: str, command: str) -> list[str]:
     """All files of a report into `folder`."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from tq_lightning.report import figures, page, style, tables, tidy, verdicts
+    from tq_lightning.report import figures, page, style, tables, tabulate, tidy, verdicts
 
     try:
         ours = version("tq_lightning")
@@ -114,7 +112,7 @@ def fill(folder: Path, evidence: Any, title: str, command: str) -> list[str]:
     drawn = figures.draw(evidence)
     for figure in drawn:
         style.write(figure, folder / "figures")
-    made_tables = tables.tables(evidence)
+    made_tables = tabulate.tables(evidence)
     for table in made_tables:
         (folder / "tables" / f"{table.name}.md").write_text(tables.markdown(table), encoding="utf-8")
         (folder / "tables" / f"{table.name}.tex").write_text(tables.latex(table), encoding="utf-8")
@@ -164,9 +162,9 @@ def swap(building: Path, out: Path) -> None:
 
 def show(evidence: Any, out: Path, files: list[str]) -> None:
     """The arms, what was left out and where it all is: a table for a person, plain lines for a pipe."""
-    from tq_lightning.report import tables
+    from tq_lightning.report import tables, tabulate
 
-    table = tables.arms(evidence)
+    table = tabulate.arms(evidence)
     keep = [
         i
         for i, c in enumerate(table.columns)
@@ -186,7 +184,6 @@ def show(evidence: Any, out: Path, files: list[str]) -> None:
         print("\n".join("\t".join(row) for row in [heads, *rows]))
     for path, reason in evidence.left_out:
         print(f"left out: {path}: {reason}")
-    print(
-        f"{sum(len(a.runs) for a in evidence.arms)} runs in {len(evidence.arms)} arms, {len(evidence.inspects)} inspect records, "
-        f"{len(evidence.left_out)} left out; {len(files)} files in {out}: open {out / 'index.html'}"
-    )
+    runs, left_out = sum(len(arm.runs) for arm in evidence.arms), len(evidence.left_out)
+    print(f"{runs} runs in {len(evidence.arms)} arms, {len(evidence.inspects)} inspect records, {left_out} left out")
+    print(f"{len(files)} files in {out}: open {out / 'index.html'}")

@@ -1,12 +1,15 @@
 """Figures of accuracy by width: QT gap, one compared factor (STE, level, activations ...), training curves."""
 
 import math
+import textwrap
+from collections.abc import Iterable
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 from tq_lightning.report import style
-from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Estimate, acc1, acc1_float, compare
+from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Estimate, acc1, acc1_float, compare, split_of
 from tq_lightning.report.arms import Arm, Setting, mixed, slug
 from tq_lightning.report.evidence import PAPER, Evidence, is_papers, reference, row_arms, split
 from tq_lightning.report.style import FLOAT_AT, SERIES, Drawn
@@ -39,14 +42,14 @@ def qt_gap(evidence: Evidence) -> list[Drawn]:
 
 def _qt_gap(setting: Setting) -> Drawn:
     part, papers = split(setting), is_papers(setting)
-    figure = style.new(6.4, 3.7, f"QT gap: {setting.label}", setting.flags)
-    axes = figure.add_subplot()
+    figure, body = style.new(6.4, 3.4, f"QT gap: {setting.label}", setting.flags)
+    axes = body.add_subplot()
     rows = row_arms(setting)
     widths, trained = sorted({w for r in setting.runs for w in r.widths}), setting.arms[0][1].trained
     words, floats = [], False
     for i, (name, arm, source) in enumerate(rows):
         points = curve(arm, source, part)
-        shift = 0.14 * (i - (len(rows) - 1) / 2)
+        shift = style.spread(i, len(rows))
         style.line(axes, points, i, name, arm.trained, shift)
         if source == "quantize" or arm["model.quantizer"] == "floor":
             floats |= _float_point(axes, acc1_float(arm, part), i, shift)
@@ -58,33 +61,31 @@ def _qt_gap(setting: Setting) -> Drawn:
     if papers:
         axes.plot([], [], color=style.GREY, linewidth=0.8, marker="x", markersize=4, label="paper, same row (thin)")
     style.width_axis(axes, widths, floats)
-    axes.set_ylabel(f"top-1 accuracy [%], {SPLIT_WORDS[part]}")
+    axes.set_ylabel(f"top-1 accuracy [%]\n{SPLIT_WORDS[part]}")
     style.clip(axes)
     axes.legend(loc="best")
-    seeds = ", ".join(f"{name}: {len(arm.seeds)}" for name, arm in setting.arms)
-    caption = (
-        f"Top-1 on the {SPLIT_WORDS[part]} by width in use. Stored codes have 8 bits; truncated means shifted right, quantized means made "
-        f"from the float weight. Bars: 95 % t interval over seeds (seeds: {seeds}). {' '.join([*setting.flags, *mixed([a for _, a in setting.arms])])}"
-    )
-    if papers:
-        caption += " Thin lines with crosses: the numbers of arXiv 2506.11431, table 1 (its CIFAR-10 is the original, not a JPEG copy)."
-    return Drawn(
-        f"qt_gap_{setting.slug}",
-        "QT gap",
-        f"QT gap: {setting.label}",
-        caption.strip(),
-        "Top-1 in per cent by bits. " + "; ".join(words),
-        figure,
-    )
+    seeds = ", ".join(f"{name} {len(arm.seeds)}" for name, arm in setting.arms)
+    caption = [
+        f"Top-1 on the {SPLIT_WORDS[part]} by width in use. Truncated: the stored 8-bit codes shifted right; quantized: codes",
+        f"made anew from the float weight. Bars: 95 % t interval over seeds (number of seeds: {seeds}).",
+        "Thin lines with crosses: the numbers of arXiv 2506.11431 (on the original CIFAR-10)." if papers else "",
+        *setting.flags,
+        *mixed([arm for _, arm in setting.arms]),
+    ]
+    alt = "Top-1 in per cent by bits. " + "; ".join(words)
+    return Drawn(f"qt_gap_{setting.slug}", "QT gap", f"QT gap: {setting.label}", joined(caption), alt, figure)
+
+
+def joined(sentences: list[str]) -> str:
+    """Sentences as one text, empty ones left out."""
+    return " ".join(filter(None, sentences))
 
 
 def _float_point(axes: Axes, estimate: Estimate | None, series: int, shift: float) -> bool:
     if estimate is None:
         return False
     colour, marker, _ = SERIES[series % len(SERIES)]
-    axes.errorbar(
-        FLOAT_AT + shift, estimate.mean, yerr=estimate.half, fmt=marker, color=colour, capsize=2.5, elinewidth=1
-    )
+    axes.errorbar(FLOAT_AT + shift, estimate.mean, yerr=estimate.half, fmt=marker, color=colour, capsize=2.5, elinewidth=1)
     return True
 
 
@@ -105,58 +106,60 @@ def _overlay(axes: Axes, name: str, series: int) -> None:
 
 
 def factor(evidence: Evidence, key: str, title: str) -> list[Drawn]:
-    """Accuracy of truncated weights by width for each value of one key, and its difference to a reference, a column a setting."""
-    settings = capped(evidence.factor_settings(key), title, evidence)
-    chunks = [settings[i : i + PANELS] for i in range(0, len(settings), PANELS)]
-    return [_factor(chunk, key, title, f"_{i + 1}" if len(chunks) > 1 else "") for i, chunk in enumerate(chunks)]
+    """Truncated accuracy by width for each value of one key, and its difference to a reference, a column a setting."""
+    by_reference: dict[str, list[Setting]] = {}
+    for setting in capped(evidence.factor_settings(key), title, evidence):
+        by_reference.setdefault(reference(setting), []).append(setting)
+    chunks = [of[i : i + PANELS] for of in by_reference.values() for i in range(0, len(of), PANELS)]
+    stem = slug(key.removeprefix("model."))
+    return [_factor(chunk, title, f"{stem}_{i}" if len(chunks) > 1 else stem) for i, chunk in enumerate(chunks, 1)]
 
 
-def _factor(settings: list[Setting], key: str, title: str, suffix: str) -> Drawn:
-    values = list(dict.fromkeys(value for s in settings for value, _ in s.arms))
+def _factor(settings: list[Setting], title: str, name: str) -> Drawn:
+    base, part = reference(settings[0]), split_of([run for s in settings for run in s.runs])
+    values = list(dict.fromkeys([base, *(value for s in settings for value, _ in s.arms)]))
     flags = list(dict.fromkeys(f"{s.label}: {flag}" for s in settings for flag in s.flags))
-    figure = style.new(max(3.6, 2.5 * len(settings) + 0.4), 4.9, title, flags)
-    grid = figure.subplots(2, len(settings), squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2])
-    words = []
-    for column, setting in enumerate(settings):
-        part, base_name = split(setting), reference(setting)
-        base = setting.values(base_name)[0]
-        top, bottom = grid[0][column], grid[1][column]
-        top.set_title(
-            "\n".join(setting.label.split(" · ")[:1] + [" · ".join(setting.label.split(" · ")[1:])]), fontsize=8
-        )
-        for i, (value, arm) in enumerate(setting.arms):
-            series = values.index(value)
-            shift = 0.16 * (i - (len(setting.arms) - 1) / 2)
-            style.line(top, curve(arm, "truncate", part), series, value, arm.trained, shift)
-            if arm is base:
-                continue
-            found = {w: compare(arm, base, "truncate", "truncate", w, part) for w in arm.runs[0].widths}
-            points = {w: d.estimate for w, d in found.items() if d is not None}
-            style.line(bottom, points, series, value, arm.trained, shift)
-            words.append(
-                f"{setting.label}, {value} - {base_name}: "
-                + ", ".join(f"{e.mean:+.1f} at {w}" for w, e in points.items())
-            )
-        bottom.axhline(0, color=style.BLACK, linewidth=0.8)
-        style.width_axis(bottom, sorted({w for r in setting.runs for w in r.widths}))
-        top.set_xlabel("")
-        top.grid(axis="x", visible=False)
-        if column == 0:
-            top.set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}")
-            bottom.set_ylabel(f"difference to\n{base_name} [points]")
+    figure, body = style.new(max(4.2, 2.5 * len(settings) + 0.4), 4.9, title, flags)
+    grid = body.subplots(2, len(settings), squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2])
+    words = [w for column, s in enumerate(settings) for w in _column(grid[:, column], s, base, part, values)]
+    grid[0][0].set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}")
+    grid[1][0].set_ylabel(f"difference to\n{base} [points]")
     style.clip(grid[0][0])
-    entries: dict[str, object] = {}
+    entries: dict[str, Artist] = {}
     for axes in grid[0]:
-        entries |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(entries.values()), list(entries), loc="outside upper right", ncols=min(len(entries), 4))
-    caption = (
-        f"Above: top-1 of the truncated weights by width. Below: difference to {base_name}, with its 95 % interval; an interval that crosses 0 "
-        f"shows no difference. Hollow: width not trained. {METHOD} {' '.join([*flags, *mixed([a for s in settings for _, a in s.arms])])}"
-    )
-    name = f"{slug(key.removeprefix('model.'))}{suffix}"
-    return Drawn(
-        name, title, title, caption.strip(), f"{title}. Differences in points by bits. " + "; ".join(words), figure
-    )
+        entries |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    body.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=min(len(entries), 4))
+    caption = [
+        f"Above: top-1 of the truncated weights by width. Below: difference to {base} with its 95 % interval; one that",
+        f"crosses 0 shows no difference. Hollow: width not trained. {METHOD}",
+        *flags,
+        *mixed([arm for s in settings for _, arm in s.arms]),
+    ]
+    alt = f"{title}. Differences in points by bits. {'; '.join(words)}"
+    return Drawn(name, title, title, joined(caption), alt, figure)
+
+
+def _column(grid: Iterable[Axes], setting: Setting, base_name: str, part: str, values: list[str]) -> list[str]:
+    """One setting: accuracies above, differences below; returns what the differences say."""
+    (top, bottom), words = grid, []
+    base = setting.values(base_name)[0]
+    model, _, rest = setting.label.partition(" · ")
+    top.set_title("\n".join([model, *textwrap.wrap(rest, 30)]), fontsize=8)
+    for i, (value, arm) in enumerate(setting.arms):
+        series, shift = values.index(value), style.spread(i, len(setting.arms))
+        style.line(top, curve(arm, "truncate", part), series, value, arm.trained, shift)
+        if arm is base:
+            continue
+        found = {w: compare(arm, base, "truncate", "truncate", w, part) for w in arm.runs[0].widths}
+        points = {w: d.estimate for w, d in found.items() if d is not None}
+        style.line(bottom, points, series, value, arm.trained, shift)
+        listed = ", ".join(f"{e.mean:+.1f} at {w}" for w, e in points.items())
+        words.append(f"{setting.label}, {value} - {base_name}: {listed}")
+    bottom.axhline(0, color=style.BLACK, linewidth=0.8)
+    style.width_axis(bottom, sorted({w for r in setting.runs for w in r.widths}))
+    top.set_xlabel("")
+    top.grid(axis="x", visible=False)
+    return words
 
 
 def curves(evidence: Evidence) -> list[Drawn]:
@@ -181,8 +184,8 @@ def _epochs(arm: Arm, width: int) -> dict[int, list[float]]:
 
 def _curves(setting: Setting, arms: list[tuple[str, Arm]]) -> Drawn:
     title = f"Training curves: {setting.label}"
-    figure = style.new(3.1 * len(arms) + 0.6, 3.2, title, setting.flags)
-    grid = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    figure, body = style.new(3.1 * len(arms) + 0.6, 2.9, title, setting.flags)
+    grid = body.subplots(1, len(arms), squeeze=False, sharey=True)[0]
     words = []
     for axes, (value, arm) in zip(grid, arms, strict=True):
         for i, width in enumerate(reversed(arm.trained)):
@@ -191,24 +194,11 @@ def _curves(setting: Setting, arms: list[tuple[str, Arm]]) -> Drawn:
                 continue
             colour, marker, dashes = SERIES[i % len(SERIES)]
             x = np.array([e + 1 for e in points])
-            axes.fill_between(
-                x,
-                [min(v) for v in points.values()],
-                [max(v) for v in points.values()],
-                color=colour,
-                alpha=0.2,
-                linewidth=0,
-            )
+            low, high = [min(v) for v in points.values()], [max(v) for v in points.values()]
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             mean = [sum(v) / len(v) for v in points.values()]
-            axes.plot(
-                x,
-                mean,
-                color=colour,
-                linestyle=dashes,
-                marker=marker,
-                markevery=max(1, len(x) // 6),
-                label=f"{width} bit",
-            )
+            look = {"color": colour, "linestyle": dashes, "marker": marker, "markevery": max(1, len(x) // 6)}
+            axes.plot(x, mean, label=f"{width} bit", **look)
             words.append(f"{value} at {width} bit ends at {mean[-1]:.1f}")
         axes.set_title(f"{value} ({len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})")
         axes.set_xlabel("epoch")
@@ -216,8 +206,10 @@ def _curves(setting: Setting, arms: list[tuple[str, Arm]]) -> Drawn:
     grid[0].set_ylabel("top-1 truncated [%], validation")
     style.clip(grid[0])
     grid[0].legend(loc="best")
-    caption = (
-        "Validation top-1 of the truncated weights after each epoch, trained widths. Line: mean over seeds; band: smallest to largest seed. "
-        + " ".join(setting.flags)
-    )
-    return Drawn(f"curves_{setting.slug}", "Training curves", title, caption.strip(), "; ".join(words), figure)
+    caption = [
+        "Validation top-1 of the truncated weights after each epoch, trained widths. Line: mean over seeds; band: smallest",
+        "to largest seed.",
+        *setting.flags,
+    ]
+    name = f"curves_{setting.slug}"
+    return Drawn(name, "Training curves", title, joined(caption), f"{title}. {'; '.join(words)}", figure)

@@ -2,14 +2,18 @@
 
 import textwrap
 
+from matplotlib.axes import Axes
+
 from tq_lightning.report import style
-from tq_lightning.report.aggregate import SPLIT_WORDS, Estimate, acc1, mean_interval, split_of
-from tq_lightning.report.arms import Arm
-from tq_lightning.report.draw_accuracy import MAX_SETTINGS, capped
-from tq_lightning.report.evidence import Evidence, row_arms
+from tq_lightning.report.aggregate import SPLIT_WORDS, Estimate, acc1, compare, mean_interval, split_of
+from tq_lightning.report.arms import Arm, Setting
+from tq_lightning.report.draw_accuracy import capped
+from tq_lightning.report.evidence import ROWS, Evidence, row_arms
 from tq_lightning.report.style import SERIES, Drawn
 
 LOW_BITS = (1, 2)
+FLOOR = 2  # the series of floor, as in the QT-gap figure
+ROW_NAMES = [name for name, _, _ in ROWS]
 
 
 def robustness(evidence: Evidence) -> list[Drawn]:
@@ -19,52 +23,41 @@ def robustness(evidence: Evidence) -> list[Drawn]:
         return []
     part = split_of([run for s in settings for run in s.runs])
     flags = [f"{s.label}: {flag}" for s in settings for flag in s.flags]
-    figure = style.new(7.0, 1.5 + 0.5 * len(settings), "Low-bit robustness across architectures", flags)
-    grid = figure.subplots(1, len(LOW_BITS), sharey=True, sharex=True)
-    words, seen = [], set()
+    title = "Low-bit robustness across architectures"
+    figure, body = style.new(7.0, 1.1 + 0.5 * len(settings), title, flags)
+    grid = body.subplots(1, len(LOW_BITS), sharey=True, sharex=True)
+    words = []
     for axes, bits in zip(grid, LOW_BITS, strict=True):
+        for i, name in enumerate(ROW_NAMES):
+            axes.plot([], [], SERIES[i][1], color=SERIES[i][0], label=name)
         for y, setting in enumerate(settings):
-            for name, arm, source in row_arms(setting):
-                estimate = acc1(arm, source, bits, part)
-                row = [r for r in ("round, quantized", "round, truncated", "floor, truncated") if name.startswith(r)][0]
-                series = ("round, quantized", "round, truncated", "floor, truncated").index(row)
-                colour, marker, _ = SERIES[series]
-                if estimate is None:
-                    continue
-                axes.errorbar(
-                    estimate.mean,
-                    y + 0.2 * (series - 1),
-                    xerr=estimate.half,
-                    fmt=marker,
-                    color=colour,
-                    capsize=2.5,
-                    elinewidth=1,
-                    label=row if (row, bits) not in seen else None,
-                )
-                seen.add((row, bits))
-                words.append(f"{setting.label}, {name}, {bits} bit: {estimate.text()}")
+            words += _low_bits(axes, setting, y, bits, part)
         axes.set_title(f"{bits} bit{'s' if bits > 1 else ''}")
         axes.set_xlabel(f"top-1 accuracy [%]\n{SPLIT_WORDS[part]}")
     grid[0].set_yticks(range(len(settings)), ["\n".join(textwrap.wrap(s.label, 34)) for s in settings], fontsize=7.5)
     grid[0].set_ylim(len(settings) - 0.5, -0.5)
     low, high = grid[0].get_xlim()
     grid[0].set_xlim(max(low, -2), min(high, 102))
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower right", ncols=3)
-    caption = f"Top-1 on the {SPLIT_WORDS[part]} at the narrowest widths, mean and 95 % t interval over seeds. {' '.join(flags)}"
-    return [
-        Drawn(
-            "low_bit_robustness",
-            "Low-bit robustness",
-            "Low-bit robustness across architectures",
-            caption.strip(),
-            "; ".join(words),
-            figure,
-        )
-    ]
+    body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    caption = " ".join([f"Top-1 on the {SPLIT_WORDS[part]}, mean and 95 % t interval over seeds.", *flags])
+    return [Drawn("low_bit_robustness", "Low-bit robustness", title, caption, "; ".join(words), figure)]
+
+
+def _low_bits(axes: Axes, setting: Setting, y: int, bits: int, part: str) -> list[str]:
+    """One setting's rows at height `y`; returns what they say."""
+    words = []
+    for name, arm, source in row_arms(setting):
+        series = next(i for i, row in enumerate(ROW_NAMES) if name.startswith(row))
+        if (e := acc1(arm, source, bits, part)) is not None:
+            colour, marker, _ = SERIES[series]
+            at = y + 0.2 * (series - 1)
+            axes.errorbar(e.mean, at, xerr=e.half, fmt=marker, color=colour, capsize=2.5, elinewidth=1)
+            words.append(f"{setting.label}, {name}, {bits} bit: {e.text()}")
+    return words
 
 
 def pareto(evidence: Evidence) -> list[Drawn]:
-    """Accuracy of the truncated weights against the bytes read to run at that width, with the Pareto front, a figure a data set."""
+    """Accuracy of the truncated weights against the bytes read to run at that width and its Pareto front, a figure a data set."""
     arms = [arm for arm in evidence.paired() if all((run.record.get("bytes") or {}).get("planes") for run in arm.runs)]
     datasets = list(dict.fromkeys(str(arm["data.name"]) for arm in arms))
     return [_pareto(name, [arm for arm in arms if str(arm["data.name"]) == name]) for name in datasets]
@@ -84,51 +77,32 @@ def _pareto(dataset: str, arms: list[Arm]) -> Drawn:
     ]
     front = pareto_front([(size, accuracy) for size, accuracy, _, _ in points])
     title = f"Accuracy against bytes read: {dataset}"
-    figure = style.new(
-        6.4,
-        3.9,
-        title,
-        sorted({f"{_name(arm)}: one seed" for arm in arms if len(arm.runs) == 1} if len(arms) <= 6 else []),
-    )
-    axes = figure.add_subplot()
-    ranked = sorted(
-        arms, key=lambda arm: -sum(1 for size, accuracy, a, _ in points if a is arm and (size, accuracy) in front)
-    )
-    for i, arm in enumerate(ranked):
-        own = [(size / 1024, accuracy, w) for size, accuracy, a, w in points if a is arm]
-        x, y = [p[0] for p in own], [p[1] for p in own]
-        if i >= len(SERIES):
-            axes.plot(
-                x, y, ".", color="#bbbbbb", markersize=3, zorder=1, label="other arms" if i == len(SERIES) else None
-            )
-            continue
-        colour, marker, dashes = SERIES[i]
-        axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, linewidth=0.9, label=_name(arm), zorder=2)
-    for size, accuracy, arm, w in points:
-        if (size, accuracy) in front and arm in ranked[: len(SERIES)]:
-            axes.annotate(
-                str(w), (size / 1024, accuracy), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=6.5
-            )
-    axes.step(
-        [s / 1024 for s, _ in front],
-        [a for _, a in front],
-        where="post",
-        color=style.GREY,
-        linewidth=2.5,
-        alpha=0.35,
-        label="Pareto front",
-        zorder=1,
-    )
+    single = sorted({f"{_name(arm)}: one seed" for arm in arms if len(arm.runs) == 1})
+    figure, body = style.new(6.4, 3.7, title, single if len(arms) <= 6 else [])
+    axes = body.add_subplot()
+    x, y = [size / 1024 for size, _, _, _ in points], [accuracy for _, accuracy, _, _ in points]
+    axes.plot(x, y, ".", color="#aaaaaa", markersize=4, label="every arm and width", zorder=1)
+    on_front = [arm for arm in arms if any(a is arm and (size, value) in front for size, value, a, _ in points)]
+    for arm, (colour, marker, dashes) in zip(on_front, SERIES, strict=False):
+        own = [(size / 1024, accuracy) for size, accuracy, a, _ in points if a is arm]
+        look = {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 0.9}
+        axes.plot(*zip(*own, strict=True), label=f"{_name(arm)} (on the front)", zorder=2, **look)
+    for size, accuracy, _, w in points:
+        if (size, accuracy) in front:
+            at = (size / 1024, accuracy)
+            axes.annotate(str(w), at, (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
+    x, y = [size / 1024 for size, _ in front], [accuracy for _, accuracy in front]
+    axes.step(x, y, where="post", color=style.GREY, linewidth=2.5, alpha=0.35, label="Pareto front", zorder=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bytes read to run at that width [KiB]")
-    axes.set_ylabel(f"top-1 truncated [%], {SPLIT_WORDS[part]}")
+    axes.set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}")
     style.clip(axes)
-    axes.legend(loc="lower right")
+    body.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     words = ", ".join(f"{accuracy:.1f} at {size / 1024:.0f} KiB" for size, accuracy in front)
     caption = (
-        f"Each marker is an arm at one width (digits: bits), mean over seeds, {SPLIT_WORDS[part]}. Bytes: planes read, what stays in float, scales "
-        "and the norm set of that width. The grey step is the Pareto front."
+        f"Each point is an arm at one width (digits: bits), mean over seeds, {SPLIT_WORDS[part]}. Bytes: planes read, "
+        "what stays in float, scales and the norm set of that width. The grey step is the Pareto front."
     )
     return Drawn(f"pareto_{dataset}", "Pareto front", title, caption, f"Pareto front: {words}", figure)
 
@@ -139,7 +113,7 @@ def _name(arm: Arm) -> str:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (cost, value) that no other point beats in both, by rising cost. [(1, 5), (2, 4), (3, 9)] -> [(1, 5), (3, 9)]."""
+    """Points (cost, value) that no other beats in both, by rising cost: [(1, 5), (2, 4), (3, 9)] -> [(1, 5), (3, 9)]."""
     front: list[tuple[float, float]] = []
     for cost, value in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or value > front[-1][1]:
@@ -148,49 +122,46 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def disagreement(evidence: Evidence) -> list[Drawn]:
-    """Share of weight codes on which quantize and truncate disagree, beside the accuracy lost by truncation, trained networks."""
+    """Share of weight codes on which the two sources disagree, beside the accuracy lost by truncation."""
     settings = [s for s in evidence.qt_settings() if any(_share(arm, 2) for _, arm in s.arms)]
-    settings = sorted(settings, key=lambda s: -len(s.runs))[: min(MAX_SETTINGS, len(SERIES) - 2)]
+    settings = sorted(settings, key=lambda s: -len(s.runs))[: len(SERIES) - 1]
     if not settings:
         return []
     part = split_of([run for s in settings for run in s.runs])
     flags = [f"{s.label}: {flag}" for s in settings for flag in s.flags]
     title = "Codes that disagree, and the accuracy they cost, in trained networks"
-    figure = style.new(7.0, 3.4, title, flags)
-    left, right = figure.subplots(1, 2)
+    figure, body = style.new(7.0, 2.6 + 0.17 * len(settings), title, flags)
+    left, right = body.subplots(1, 2)
     words, widths = [], sorted({w for s in settings for r in s.runs for w in r.widths})
-    drawn: list[tuple[str, Arm, int]] = []
-    for i, setting in enumerate(settings):
-        drawn += [
-            (f"round, {setting.label}", arm, i + 1) for _, arm in setting.arms if arm["model.quantizer"] == "round"
-        ][:1]
+    drawn = [(f"round, {s.label}", arm) for s in settings for _, arm in s.arms if arm["model.quantizer"] == "round"]
     floors = [arm for s in settings for _, arm in s.arms if arm["model.quantizer"] == "floor"]
+    zero = all(not run.record["widths"][str(w)].get("disagree") for arm in floors for run in arm.runs for w in run.widths)
     if floors:
-        drawn.append((f"floor ({len(floors)} arm{'s' if len(floors) > 1 else ''}: 0 at every width)", floors[0], 0))
-    for i, (name, arm, series) in enumerate(drawn):
-        shift = 0.12 * (i - (len(drawn) - 1) / 2)
+        many = f"{len(floors)} arms, the first drawn" if len(floors) > 1 else "1 arm"
+        drawn.append((f"floor ({many}{'; 0 at every width in each' if zero else ''})", floors[0]))
+    for i, (name, arm) in enumerate(drawn):
+        series = FLOOR if name.startswith("floor") else [k for k in range(len(SERIES)) if k != FLOOR][i]
+        shift = style.spread(i, len(drawn))
         shares = {w: e for w in arm.runs[0].widths if (e := _share(arm, w)) is not None}
         lost = {w: e for w in arm.runs[0].widths if (e := _lost(arm, w, part)) is not None}
         style.line(left, shares, series, name, arm.trained, shift)
         style.line(right, lost, series, name, arm.trained, shift)
-        words.append(
-            f"{name}: "
-            + ", ".join(
-                f"{shares[w].mean:.1f} % disagree and {lost[w].mean:.1f} points lost at {w}"
-                for w in shares
-                if w in lost
-            )
-        )
+        both = [f"{shares[w].mean:.1f} % disagree and {lost[w].mean:.1f} points lost at {w}" for w in shares if w in lost]
+        words.append(f"{name}: {', '.join(both)}")
     for axes in (left, right):
         style.width_axis(axes, widths)
     left.set_ylabel("weight codes that disagree [%]")
-    right.set_ylabel(f"accuracy lost by truncation [points]\n{SPLIT_WORDS[part]}")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=1 if len(drawn) < 4 else 2)
+    right.set_ylabel("accuracy lost [points]")
+    left.set_title("quantize and truncate disagree")
+    right.set_title(f"QT gap, {SPLIT_WORDS[part]}")
+    body.legend(*left.get_legend_handles_labels(), loc="outside lower left")
     caption = (
-        "Left: share of weight codes for which quantizing at n bits and shifting the 8-bit code to n bits give different integers. Right: the QT gap, "
-        f"top-1 quantized minus truncated. Mean and 95 % t interval over seeds; hollow: width not trained. {' '.join(flags)}"
+        "Left: share of weight codes for which quantizing at n bits and shifting the 8-bit code to n bits give different "
+        "integers. Right: the QT gap, top-1 quantized minus truncated. Mean and 95 % t interval over seeds; hollow: width "
+        "not trained."
     )
-    return [Drawn("mechanism_trained", "Mechanism", title, caption.strip(), "; ".join(words), figure)]
+    caption = " ".join([caption, *flags])
+    return [Drawn("mechanism_trained", "Mechanism", title, caption, "; ".join(words), figure)]
 
 
 def _share(arm: Arm, width: int) -> Estimate | None:
@@ -201,9 +172,5 @@ def _share(arm: Arm, width: int) -> Estimate | None:
 
 def _lost(arm: Arm, width: int, part: str) -> Estimate | None:
     """QT gap in percentage points over the seeds."""
-    pairs = [(run.acc1("quantize", width, part), run.acc1("truncate", width, part)) for run in arm.runs]
-    return (
-        mean_interval([q - t for q, t in pairs if q is not None and t is not None])
-        if all(None not in p for p in pairs)
-        else None
-    )
+    gap = compare(arm, arm, "quantize", "truncate", width, part)
+    return gap.estimate if gap is not None else None

@@ -1,13 +1,11 @@
-"""The figures of the report: one function each, one row each in FIGURES. A function draws nothing where it has no records."""
+"""The figures of the report: one function each, one row each in FIGURES. Where it has no records, a function draws nothing."""
 
 from collections.abc import Callable
 from functools import partial
 
-import matplotlib
-
 from tq_lightning.report import draw_accuracy, draw_across, draw_models
 from tq_lightning.report.evidence import Evidence
-from tq_lightning.report.style import STYLE, Drawn
+from tq_lightning.report.style import Drawn, styled
 
 FIGURES: dict[str, Callable[[Evidence], list[Drawn]]] = {
     "qt_gap": draw_accuracy.qt_gap,
@@ -29,5 +27,5 @@ FIGURES: dict[str, Callable[[Evidence], list[Drawn]]] = {
 
 def draw(evidence: Evidence) -> list[Drawn]:
     """Every figure that the evidence allows, in the order of FIGURES."""
-    with matplotlib.rc_context(STYLE):
+    with styled():
         return [drawn for function in FIGURES.values() for drawn in function(evidence)]

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tq_lightning.report.tables import Cell, Table, sort_key, text
 from tq_lightning.report.verdicts import Verdict
 
 # Nothing may be fetched: the browser itself would refuse, should a link ever slip in.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
 
 
 def page(
@@ -43,8 +44,7 @@ def page(
     ]
     links = "".join(f'<li><a href="#{name}">{_e(words)}</a></li>' for name, words, _ in sections)
     body = "".join(
-        f'<section id="{n}" aria-labelledby="{n}-h"><h2 id="{n}-h">{_e(w)}</h2>{inner}</section>'
-        for n, w, inner in sections
+        f'<section id="{n}" aria-labelledby="{n}-h"><h2 id="{n}-h">{_e(w)}</h2>{inner}</section>' for n, w, inner in sections
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -62,7 +62,8 @@ def page(
 <header><h1>{_e(title)}</h1><button id="theme" type="button" aria-label="Colours: system">Colours: system</button></header>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main id="main" tabindex="-1">{body}</main>
-<dialog id="run" aria-labelledby="run-h"><form method="dialog"><h2 id="run-h">Run</h2><button autofocus>Close</button></form><div id="run-body"></div></dialog>
+<dialog id="run" aria-labelledby="run-h"><form method="dialog"><h2 id="run-h">Run</h2><button autofocus>Close</button></form>
+<div id="run-body"></div></dialog>
 <script type="application/json" id="records">{_json({run.id: _details(run) for run in runs})}</script>
 <script>{SCRIPT}</script>
 </body>
@@ -75,26 +76,27 @@ def _e(words: Any) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand inside a script element: no text of a record can end it."""
-    return (
-        json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        .replace("<", "\\u003c")
-        .replace("\u2028", "\\u2028")
-        .replace("\u2029", "\\u2029")
-    )
+    """JSON that a browser reads (no NaN) and that can stand inside a script element: no text of a record can end it."""
+    made = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return made.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summary(evidence: Evidence, verdicts: list[Verdict], made: dict[str, Any]) -> str:
     runs = sum(len(arm.runs) for arm in evidence.arms)
-    counts = f"{runs} runs in {len(evidence.arms)} arms, {len(evidence.inspects)} inspect records, {len(evidence.left_out)} left out."
+    left_out = len(evidence.left_out)
+    counts = f"{runs} runs in {len(evidence.arms)} arms, {len(evidence.inspects)} inspect records, {left_out} left out."
     parts = [f"<p>{_e(counts)}</p>"]
     for verdict in verdicts:
         lines = "".join(f"<li>{_e(line)}</li>" for line in verdict.lines)
-        rests = (
-            f"<details><summary>What this rests on ({len(verdict.lines)})</summary><ul>{lines}</ul></details>"
-            if lines
-            else ""
-        )
+        rests = f"<details><summary>What this rests on ({len(verdict.lines)})</summary><ul>{lines}</ul></details>"
         parts.append(f'<div class="verdict"><h3>{_e(verdict.question)}</h3><p>{_e(verdict.answer)}</p>{rests}</div>')
     parts += [f"<p>{_e(METHOD)}</p>", *(f'<p class="note">{_e(note)}</p>' for note in evidence.notes)]
     files = ", ".join(f'<a href="{_e(name)}">{_e(name)}</a>' for name in made["files"])
@@ -106,27 +108,27 @@ def _summary(evidence: Evidence, verdicts: list[Verdict], made: dict[str, Any]) 
 
 def _figure(drawn: Drawn, folder: Path) -> str:
     data = base64.b64encode((folder / f"{drawn.name}.svg").read_bytes()).decode()
-    return (
-        f'<figure id="fig-{_e(drawn.name)}"><div class="frame"><img alt="{_e(drawn.alt)}" src="data:image/svg+xml;base64,{data}"></div>'
-        f"<figcaption><strong>{_e(drawn.title)}.</strong> {_e(drawn.caption)} "
-        f'<a href="figures/{_e(drawn.name)}.png">PNG</a> <a href="figures/{_e(drawn.name)}.svg">SVG</a></figcaption></figure>'
-    )
+    name = _e(drawn.name)
+    image = f'<img alt="{_e(drawn.alt)}" src="data:image/svg+xml;base64,{data}">'
+    links = f'<a href="figures/{name}.png">PNG</a> <a href="figures/{name}.svg">SVG</a>'
+    words = f"<strong>{_e(drawn.title)}.</strong> {_e(drawn.caption)} {links}"
+    return f'<figure id="fig-{name}"><div class="frame">{image}</div><figcaption>{words}</figcaption></figure>'
 
 
 def _table(table: Table) -> str:
     """A table with sortable heads, a text filter and a drop-down for each facet; all rows are in the page, script or not."""
-    where = {name: i for i, name in enumerate(table.columns)}
-    heads = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button">{_e(c)}</button></th>' for c in table.columns
-    )
+    where, name = {column: i for i, column in enumerate(table.columns)}, _e(table.name)
+    heads = "".join(f'<th scope="col" aria-sort="none"><button type="button">{_e(c)}</button></th>' for c in table.columns)
     rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in table.rows)
-    picks = "".join(_facet(table, name, where[name]) for name in table.facets)
+    picks = "".join(_facet(table, column, where[column]) for column in table.facets)
+    box = f'<input type="search" placeholder="words, all must match" aria-controls="t-{name}">'
+    count = f'<output aria-live="polite">{len(table.rows)} of {len(table.rows)} rows</output>'
+    body = f"<caption>{_e(table.caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody>"
+    notes = f"<ul>{''.join(f'<li>{_e(note)}</li>' for note in table.notes)}</ul>" if table.notes else ""
     return (
-        f'<div class="table" data-name="{_e(table.name)}"><div class="controls">'
-        f'<label>Filter <input type="search" placeholder="words, all must match" aria-controls="t-{_e(table.name)}"></label>{picks}'
-        f'<output aria-live="polite">{len(table.rows)} of {len(table.rows)} rows</output></div>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_e(table.title)}"><table id="t-{_e(table.name)}">'
-        f"<caption>{_e(table.caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></div>"
+        f'<div class="table" data-name="{name}"><div class="controls"><label>Filter {box}</label>{picks}{count}</div>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_e(table.title)}"><table id="t-{name}">{body}</table>'
+        f"</div>{notes}</div>"
     )
 
 
@@ -169,33 +171,14 @@ def run_table(arms: list[Arm]) -> Table:
             facts = [str(arm[k]) for k in ("model.name", "data.name", "model.quantizer", "model.ste", "model.level")]
             values = [run.acc1("truncate", w, part) for w in widths]
             gap = [g for w in arm.trained if (g := _gap(run, w, part)) is not None]
-            tail = [
-                max(gap, default=None),
-                part,
-                record.get("epochs"),
-                record.get("seconds"),
-                str(record.get("commit"))[:8],
-            ]
-            rows.append([_link(run.id[:10], run.id), number, *facts, run.seed, *values, *tail])
-    columns = [
-        "run",
-        "arm",
-        "model",
-        "data",
-        "quantizer",
-        "ste",
-        "level",
-        "seed",
-        *map(str, widths),
-        "largest gap",
-        "split",
-        "epochs",
-        "seconds",
-        "commit",
-    ]
+            tail = [record.get("epochs"), record.get("seconds"), str(record.get("commit"))[:8]]
+            rows.append([_link(run.id[:10], run.id), number, *facts, run.seed, *values, max(gap, default=None), part, *tail])
+    head = ["run", "arm", "model", "data", "quantizer", "ste", "level", "seed"]
+    columns = [*head, *map(str, widths), "largest gap", "split", "epochs", "seconds", "commit"]
     caption = (
-        "Top-1 in per cent of the truncated weights by width in bits, and the largest QT gap at a trained width in points. The button of a run "
-        "opens its configuration, seed, commit and versions. The full table, a row a run, source and width, is runs.csv."
+        "Top-1 in per cent of the truncated weights by width in bits, and the largest QT gap at a trained width in points. "
+        "The button of a run opens its configuration, seed, commit and versions. The full table, a row a run, source and "
+        "width, is runs.csv."
     )
     return Table("runs", "Runs", caption, columns, rows, ("model", "data", "quantizer", "ste", "level", "seed"))
 
@@ -206,6 +189,7 @@ def _gap(run: Run, width: int, part: str) -> float | None:
 
 
 def _details(run: Run) -> dict[str, Any]:
-    """What the dialog of a run shows: everything in its record but the long curves."""
-    kept = {k: v for k, v in run.record.items() if k not in ("curves", "config", "schema")}
-    return {"path": run.path, "config": run.record["config"], "record": kept}
+    """What the dialog of a run shows: its record but for the curves and for metrics that `widths` and `test` repeat."""
+    kept = {k: v for k, v in run.record.items() if k not in ("curves", "config", "schema", "last", "best")}
+    best = {k: v for k, v in (run.record.get("best") or {}).items() if k != "metrics"}
+    return {"path": run.path, "config": run.record["config"], "record": {**kept, "best": best}}

@@ -55,9 +55,7 @@ class Run:
     def acc1_float(self, split: str) -> float | None:
         """Top-1 in per cent of the float weights, None where it was not evaluated."""
         blocks = [self.record.get("test") or {}] if split == "test" else [self.record.get("best") or {}]
-        return next(
-            (b["metrics"][k] for b in blocks for k in [f"{split}/acc1_float"] if k in b.get("metrics", {})), None
-        )
+        return next((b["metrics"][k] for b in blocks for k in [f"{split}/acc1_float"] if k in b.get("metrics", {})), None)
 
 
 @dataclass

@@ -48,13 +48,9 @@ def _expand(given: str) -> list[Candidate]:
         return _from_path(Path(given))
     matches = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []
     if glob.has_magic(given) and not matches:
-        raise UserError(
-            f"{given}: the pattern matches no file or folder; pass run folders, record.json files or a study"
-        )
+        raise UserError(f"{given}: the pattern matches no file or folder; pass run folders, record.json files or a study")
     if not matches:
-        raise UserError(
-            f"{given}: no such file or folder; pass run folders, record.json files, a glob or an Optuna study"
-        )
+        raise UserError(f"{given}: no such file or folder; pass run folders, record.json files, a glob or an Optuna study")
     # A glob may sweep up side files (runs/*): what holds no record is skipped, unless nothing holds one.
     out: list[Candidate] = []
     last: UserError | None = None

@@ -1,13 +1,16 @@
 """How every figure looks: Okabe-Ito colours with markers and line styles of their own, so that grey print still reads."""
 
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure, SubFigure
 
 from tq_lightning.report.aggregate import Estimate
 
@@ -71,14 +74,24 @@ class Drawn:
     figure: Figure
 
 
-def new(width: float, height: float, title: str, flags: tuple[str, ...] | list[str] = ()) -> Figure:
-    """An empty figure, inches wide and high; what makes its arms unequal stands at its foot, in the figure itself."""
-    lines = [line for flag in flags for line in textwrap.wrap(f"⚠ {flag}", int(width * 17))]
-    figure = Figure(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, int(width * 12))), x=0.01, ha="left", fontweight="bold")
-    if lines:
-        figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color=RED)
-    return figure
+def new(width: float, height: float, title: str, flags: Iterable[str] = (), foot: str = "") -> tuple[Figure, SubFigure]:
+    """(figure, its body of that many inches). Above the body stands the title; below it, in the figure itself, what makes
+    its arms unequal, and the `foot`."""
+    heads = textwrap.wrap(title, int(width * 12))
+    warnings = [line for flag in flags for line in textwrap.wrap(f"⚠ {flag}", int(width * 18))]
+    feet = textwrap.wrap(foot, int(width * 20))
+    above, below = 0.08 + 0.18 * len(heads), 0.04 + 0.13 * (len(warnings) + len(feet))
+    figure = Figure(figsize=(width, above + height + below), layout="constrained")
+    top, body, bottom = figure.subfigures(3, 1, height_ratios=[above, height, below]).ravel()  # type: ignore[union-attr]
+    top.text(0.01, 0.0, "\n".join(heads), va="bottom", fontsize=10, fontweight="bold")
+    bottom.text(0.01, 1.0, "\n".join(warnings), va="top", fontsize=7, color=RED)
+    bottom.text(0.01, 0.0, "\n".join(feet), va="bottom", fontsize=6.5)
+    return figure, body
+
+
+def spread(index: int, count: int, total: float = 0.36) -> float:
+    """Sideways shift in bits of the `index`-th of `count` series, so that markers at one width don't hide each other."""
+    return total * (index / (count - 1) - 0.5) if count > 1 else 0.0
 
 
 def width_axis(axes: Axes, widths: list[int], with_float: bool = False) -> None:
@@ -109,21 +122,18 @@ def line(
     axes.plot([], [], marker=marker, linestyle=style, label=label, **look)  # the legend's entry: line and filled marker
     at = {w: w + shift for w in points}
     axes.plot(list(at.values()), [e.mean for e in points.values()], linestyle=style, zorder=2, **look)
-    for w, e in points.items():
-        if e.half is not None:
-            axes.errorbar(
-                at[w], e.mean, yerr=e.half, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5, zorder=2, **more
-            )
-        fill = colour if w in trained else "white"
-        axes.plot(at[w], e.mean, linestyle="none", marker=marker, markerfacecolor=fill, zorder=3, **look)
+    if several := {at[w]: e for w, e in points.items() if e.half is not None}:
+        means, halves = [e.mean for e in several.values()], [e.half or 0.0 for e in several.values()]
+        axes.errorbar(list(several), means, halves, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5, zorder=2, **more)
+    for fill, picked in ((colour, set(trained)), ("white", set(points) - set(trained))):
+        mine = {at[w]: e.mean for w, e in points.items() if w in picked}
+        axes.plot(list(mine), list(mine.values()), marker, markerfacecolor=fill, linestyle="none", zorder=3, **look)
 
 
 def hollow_entry(axes: Axes, widths: list[int], trained: list[int]) -> None:
     """A legend entry that explains hollow markers, where there are some."""
     if set(widths) - set(trained):
-        axes.plot(
-            [], [], linestyle="none", marker="o", color=GREY, markerfacecolor="white", label="hollow: width not trained"
-        )
+        axes.plot([], [], linestyle="none", marker="o", color=GREY, markerfacecolor="white", label="hollow: width not trained")
 
 
 def clip(axes: Axes, low: float = 0.0, high: float = 100.0) -> None:
@@ -134,5 +144,13 @@ def clip(axes: Axes, low: float = 0.0, high: float = 100.0) -> None:
 
 def write(drawn: Drawn, folder: Path) -> None:
     """`NAME.png` (200 dpi) and `NAME.svg` in `folder`; no date inside, so that equal figures are equal files."""
-    drawn.figure.savefig(folder / f"{drawn.name}.png", dpi=200, facecolor="white")
-    drawn.figure.savefig(folder / f"{drawn.name}.svg", facecolor="white", metadata={"Date": None})
+    with styled():
+        drawn.figure.set_dpi(200)
+        FigureCanvasAgg(drawn.figure).print_png(folder / f"{drawn.name}.png")  # savefig would draw twice
+        drawn.figure.set_layout_engine("none")  # laid out above; the second format keeps it
+        FigureCanvasSVG(drawn.figure).print_svg(folder / f"{drawn.name}.svg", metadata={"Date": None})
+
+
+def styled() -> Any:
+    """Context in which every figure is drawn and written."""
+    return matplotlib.rc_context(STYLE)  # type: ignore[arg-type]  # the stubs ask for literal keys

@@ -1,19 +1,15 @@
-"""Tables as data, and their three written forms: Markdown, LaTeX, HTML cells come from the same rows."""
+"""Tables as data, and their written forms: Markdown, LaTeX and the page's cells come from the same rows."""
 
 from dataclasses import dataclass
 from typing import Any
-
-from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Difference, acc1, acc1_float, compare, split_of
-from tq_lightning.report.arms import Arm, Setting, shown_extras
-from tq_lightning.report.draw_models import WAYS, energy_name, model_names
-from tq_lightning.report.evidence import PAPER, ROWS, Evidence, is_papers, reference, row_arms, split
 
 Cell = Any  # str, int, float or None; (text, sort key) where the text does not sort by itself
 
 
 @dataclass
 class Table:
-    """`columns` name the cells of every row; `facets` are the columns worth a drop-down filter on the page."""
+    """`columns` name the cells of every row; `facets` are the columns worth a drop-down filter on the page; `notes` are
+    lines that belong under the table."""
 
     name: str
     title: str
@@ -21,6 +17,7 @@ class Table:
     columns: list[str]
     rows: list[list[Cell]]
     facets: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def text(cell: Cell) -> str:
@@ -76,279 +73,24 @@ LATEX = {
 def latex(table: Table) -> str:
     """A booktabs `table` environment; needs `\\usepackage{booktabs}` alone."""
 
+    def row(cells: list[str]) -> str:
+        return " & ".join(safe(cell) for cell in cells) + r" \\"
+
     def safe(words: str) -> str:
         return "".join(LATEX.get(c, c) for c in words)
 
-    lines = [" & ".join(safe(text(c)) for c in cells) + r" \\" for cells in table.rows]
-    head = " & ".join(safe(c) for c in table.columns) + r" \\"
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{safe(table.title)}. {safe(table.caption)}}}",
-            rf"\label{{tab:{table.name}}}",
-            rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def tables(evidence: Evidence) -> list[Table]:
-    """Every table that has rows, in the order of the page."""
-    made = [
-        qt_gap(evidence),
-        arms(evidence),
-        differences(evidence),
-        storage(evidence),
-        read_at(evidence),
-        energy(evidence),
-        constants(evidence),
-    ]
-    return [table for table in [*made, left_out(evidence)] if table.rows]
-
-
-def _widths(arms: list[Arm]) -> list[int]:
-    return sorted({w for arm in arms for run in arm.runs for w in run.widths}, reverse=True)
-
-
-def _estimate(estimate: Any) -> Cell:
-    return None if estimate is None else (estimate.text(), estimate.mean)
-
-
-def qt_gap(evidence: Evidence) -> Table:
-    """The paper's three rows for every setting, and the QT gap of each arm, all widths."""
-    found = evidence.qt_settings()
-    widths = _widths([arm for s in found for _, arm in s.arms])
-    rows: list[list[Cell]] = []
-    for setting in found:
-        part = split(setting)
-        flags = " ".join(setting.flags)
-        for words, arm, source in row_arms(setting):
-            values = [_estimate(acc1(arm, source, w, part)) for w in widths]
-            rows.append([setting.label, words, len(arm.runs), *values, _estimate(acc1_float(arm, part)), part, flags])
-            if words in PAPER and is_papers(setting):
-                paper = [PAPER[words].get(str(w)) for w in widths]
-                rows.append(
-                    [setting.label, f"{words} (paper)", None, *paper, PAPER[words]["float"], "test", "arXiv 2506.11431"]
-                )
-        for value, arm in setting.arms:
-            gaps = [compare(arm, arm, "quantize", "truncate", w, part) for w in widths]
-            cells = [None if g is None else _estimate(g.estimate) for g in gaps]
-            rows.append([setting.label, f"QT gap of {value} [points]", len(arm.runs), *cells, None, part, flags])
-    caption = f"Top-1 in per cent by width in bits, mean ± half of the 95 % t interval over seeds. {METHOD}"
-    return Table(
-        "qt_gap",
-        "QT gap",
-        caption,
-        ["setting", "row", "seeds", *map(str, widths), "float", "split", "flags"],
-        rows,
-        ("setting", "row"),
-    )
-
-
-def arms(evidence: Evidence) -> Table:
-    """Every arm with its truncated accuracy by width."""
-    widths = _widths(evidence.arms)
-    extras = shown_extras(evidence.arms)
-    rows: list[list[Cell]] = []
-    for arm, extra in zip(evidence.arms, extras, strict=True):
-        part = split_of(arm.runs)
-        facts = [
-            arm["model.name"],
-            arm["data.name"],
-            *(_plain(arm[f"model.{k}"]) for k in ("quantizer", "ste", "level", "activations")),
-        ]
-        seconds = sum(run.record.get("seconds") or 0.0 for run in arm.runs)
-        values = [_estimate(acc1(arm, "truncate", w, part)) for w in widths]
-        rows.append(
-            [
-                *facts,
-                extra,
-                (",".join(map(str, arm.seeds)), len(arm.seeds)),
-                arm.budget,
-                *values,
-                part,
-                (f"{seconds:.0f}", seconds),
-            ]
-        )
-    columns = [
-        "model",
-        "data",
-        "quantizer",
-        "ste",
-        "level",
-        "activations",
-        "also",
-        "seeds",
-        "budget",
-        *map(str, widths),
-        "split",
-        "seconds",
-    ]
-    caption = f"Top-1 in per cent of the truncated weights by width in bits. {METHOD} Val: at the best epoch."
-    return Table("arms", "Arms", caption, columns, rows, ("model", "data", "quantizer", "ste"))
-
-
-def _plain(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
-def differences(evidence: Evidence) -> Table:
-    """Every difference between two arms that differ in one key, with its interval and the verdict in words."""
-    rows: list[list[Cell]] = []
-    for setting in evidence.qt_settings():
-        part = split(setting)
-        named = row_arms(setting)
-        ours = [(n, a, s) for n, a, s in named if n.startswith(ROWS[2][0])]
-        for base in [r for r in named if r[1]["model.quantizer"] == "round"]:
-            for other in ours:
-                rows += _differences("quantizer", setting, other, base, part)
-    for key in evidence.factors():
-        for setting in evidence.factor_settings(key):
-            name = reference(setting)
-            base_arm = setting.values(name)[0]
-            for value, arm in setting.arms:
-                if arm is not base_arm:
-                    rows += _differences(
-                        key.removeprefix("model."),
-                        setting,
-                        (value, arm, "truncate"),
-                        (name, base_arm, "truncate"),
-                        split(setting),
-                    )
-    caption = f"a - b in percentage points of top-1, truncated weights unless the row says otherwise. {METHOD}"
-    columns = ["factor", "setting", "a", "b", "bits", "a - b", "interval", "how", "in words", "split", "flags"]
-    return Table(
-        "differences", "Differences between arms", caption, columns, rows, ("factor", "setting", "bits", "how")
-    )
-
-
-def _differences(
-    factor: str, setting: Setting, a: tuple[str, Arm, str], b: tuple[str, Arm, str], part: str
-) -> list[list[Cell]]:
-    out = []
-    for w in a[1].runs[0].widths:
-        found: Difference | None = compare(a[1], b[1], a[2], b[2], w, part)
-        if found is None:
-            continue
-        e = found.estimate
-        interval = "" if e.half is None else f"[{e.low:+.2f}, {e.high:+.2f}]"
-        words = (
-            "one seed: no interval"
-            if e.half is None
-            else ("a above b" if e.mean > 0 else "a below b")
-            if found.shown
-            else "no difference shown"
-        )
-        flags = " ".join(setting.flags)
-        out.append(
-            [factor, setting.label, a[0], b[0], w, (f"{e.mean:+.2f}", e.mean), interval, found.how, words, part, flags]
-        )
-    return out
-
-
-def _size(value: float | None) -> Cell:
-    return None if value is None else (f"{value / 2**20:.2f}", value)
-
-
-def storage(evidence: Evidence) -> Table:
-    """Bytes by model and way, and how many times smaller than the float parameters."""
-    rows: list[list[Cell]] = []
-    records = [r for r in evidence.inspects if r.get("ways")]
-    for record, name in zip(records, model_names(records), strict=True):
-        master = record["ways"]["float_master"]["total"]
-        for key, words in WAYS.items():
-            if way := record["ways"].get(key):
-                parts = [_size(way.get(p)) for p in ("weights", "float", "norms", "scales")]
-                rows.append(
-                    [
-                        name,
-                        words,
-                        int(way["total"]),
-                        _size(way["total"]),
-                        *parts,
-                        (f"{master / way['total']:.3f}×", master / way["total"]),
-                    ]
-                )
-    lines = [
-        f"{name}: {line}"
-        for record, name in zip(records, model_names(records), strict=True)
-        for line in record.get("accounting", [])
-    ]
-    caption = "Sizes in MiB; total also in bytes. " + " ".join(lines)
-    columns = [
-        "model",
-        "way",
-        "bytes",
-        "total",
-        "quantized weights",
-        "left in float",
-        "norm sets",
-        "scales",
-        "float over this",
-    ]
-    return Table("storage", "Storage", caption, columns, rows, ("model", "way"))
-
-
-def read_at(evidence: Evidence) -> Table:
-    """Bytes read to run at each width."""
-    records = [r for r in evidence.inspects if r.get("read_at")]
-    widths = sorted({int(w) for r in records for w in r["read_at"]})
-    rows = [
-        [n, *(_size(r["read_at"].get(str(w))) for w in widths)]
-        for r, n in zip(records, model_names(records), strict=True)
-    ]
-    return Table(
-        "read_at",
-        "Bytes read to run at a width",
-        "MiB read from the packed file, by width in bits.",
-        ["model", *map(str, widths)],
-        rows,
-    )
-
-
-def energy(evidence: Evidence) -> Table:
-    """The energy model by model and width."""
-    records = [r for r in evidence.inspects if (r.get("energy") or {}).get("by_width")]
-    kinds = list(
-        dict.fromkeys(k for r in records for v in r["energy"]["by_width"].values() for k in v if k.endswith("_pj"))
-    )
-    rows: list[list[Cell]] = [
-        [name, int(w), *((f"{v[k] * 1e-6:.4g}", v[k]) if k in v else None for k in kinds)]
-        for record, name in zip(records, model_names(records), strict=True)
-        for w, v in sorted(record["energy"]["by_width"].items(), key=lambda item: int(item[0]))
-    ]
-    assumptions = dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", []))
-    caption = "Modelled, not measured; µJ. " + " ".join(assumptions)
-    return Table(
-        "energy",
-        "Energy of a switch of width",
-        caption,
-        ["model", "bits", *(f"{energy_name(k)} [µJ]" for k in kinds)],
-        rows,
-        ("model",),
-    )
-
-
-def constants(evidence: Evidence) -> Table:
-    """The picojoule constants that the energy model rests on, as the inspect records carry them."""
-    found: dict[str, Any] = {}
-    for record in evidence.inspects:
-        found |= (record.get("energy") or {}).get("constants_pj", {})
-    rows: list[list[Cell]] = [[k, v if isinstance(v, int | float) else str(v)] for k, v in found.items()]
-    return Table(
-        "constants", "Constants of the energy model", "Horowitz, ISSCC 2014, 45 nm.", ["operation", "pJ"], rows
-    )
-
-
-def left_out(evidence: Evidence) -> Table:
-    """What was found and not used, with the reason."""
-    rows: list[list[Cell]] = [[path, reason] for path, reason in evidence.left_out]
-    return Table("left_out", "Left out", "Found, and in no number of this report.", ["record", "reason"], rows)
+    caption = safe(" ".join([f"{table.title}.", table.caption, *table.notes]))
+    body = "\n".join(row([text(c) for c in cells]) for cells in table.rows)
+    return rf"""\begin{{table}}
+\centering
+\caption{{{caption}}}
+\label{{tab:{table.name}}}
+\begin{{tabular}}{{{"l" * len(table.columns)}}}
+\toprule
+{row(table.columns)}
+\midrule
+{body}
+\bottomrule
+\end{{tabular}}
+\end{{table}}
+"""

@@ -46,13 +46,10 @@ def qt_gap(evidence: Evidence) -> Verdict | None:
             bits = max(gaps, key=lambda w: gaps[w].estimate.mean)
             lost = gaps[bits].estimate
             if max(abs(d.estimate.mean) for d in gaps.values()) < 0.005:
-                lines.append(
-                    f"{setting.label}, {value}: truncation costs nothing at any trained width ({SPLIT_WORDS[part]})."
-                )
+                lines.append(f"{setting.label}, {value}: truncation costs nothing at any trained width ({SPLIT_WORDS[part]}).")
             else:
-                lines.append(
-                    f"{setting.label}, {value}: truncation costs most at {bits} bits, {lost.text()} points ({SPLIT_WORDS[part]})."
-                )
+                most = f"truncation costs most at {bits} bits, {lost.text()} points"
+                lines.append(f"{setting.label}, {value}: {most} ({SPLIT_WORDS[part]}).")
             worst.append((str(arm["model.quantizer"]), lost.mean))
         rows = {name: (arm, source) for name, arm, source in row_arms(setting)}
         if {"floor, truncated", "round, quantized"} <= set(rows):
@@ -61,9 +58,7 @@ def qt_gap(evidence: Evidence) -> Verdict | None:
                 w: compare(floor, rounded, "truncate", "quantize", w, part)
                 for w in sorted(set(floor.trained) & set(rounded.trained))
             }
-            words = [
-                f"{w} bits: {d.words('floor truncated', 'round quantized')}" for w, d in found.items() if d is not None
-            ]
+            words = [f"{w} bits: {d.words('floor truncated', 'round quantized')}" for w, d in found.items() if d is not None]
             lines += [f"{setting.label}, {'; '.join(words)}."]
     if not worst:
         return None
@@ -121,14 +116,10 @@ def ste(evidence: Evidence) -> Verdict | None:
         answer = f"No need shown: the scaled STE is not shown above identity in any of {len(tested)} comparisons"
         answer += f", and below it in {len(below)}." if below else "."
     elif below:
-        answer = (
-            f"Mixed: shown above identity in {len(above)} and below it in {len(below)} of {len(tested)} comparisons."
-        )
+        answer = f"Mixed: shown above identity in {len(above)} and below it in {len(below)} of {len(tested)} comparisons."
     else:
         where = "; ".join(f"{c.setting.label} at {c.bits} bits" for c in above[:6])
-        answer = (
-            f"It helps in {len(above)} of {len(tested)} comparisons ({where}); in the others no difference is shown."
-        )
+        answer = f"It helps in {len(above)} of {len(tested)} comparisons ({where}); in the others no difference is shown."
     widest = max((c.difference.estimate.half or 0.0 for c in tested), default=0.0)
     if tested:
         answer += f" An effect smaller than the intervals (up to ±{widest:.1f} points) can't be ruled out."
@@ -139,9 +130,7 @@ def ste(evidence: Evidence) -> Verdict | None:
 def activations(evidence: Evidence) -> Verdict | None:
     """The paper's open question 2: activations truncated like the weights, against requantized."""
     found = [
-        c
-        for c in compared(evidence, "model.activations")
-        if "trunc" in c.value and "trunc" not in c.base and c.base != "none"
+        c for c in compared(evidence, "model.activations") if "trunc" in c.value and "trunc" not in c.base and c.base != "none"
     ]
     return _by_value("Can activations be truncated like the weights (open question 2)?", found)
 
