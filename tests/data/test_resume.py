@@ -1,5 +1,7 @@
 """A run stopped in the middle of an epoch and resumed sees exactly the batches that the uninterrupted run sees."""
 
+import contextlib
+
 import lightning
 import pytest
 import torch
@@ -51,10 +53,8 @@ def fit(data, root, epochs=2, stop=None, resume=None, every=3, **flags):
         max_epochs=epochs, accelerator="cpu", callbacks=[keep], logger=False, enable_progress_bar=False,
         enable_model_summary=False, **flags,
     )  # fmt: skip
-    try:
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         trainer.fit(model, TQDataModule(**data), ckpt_path=resume, weights_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        pass
     return model
 
 
@@ -66,7 +66,16 @@ def assert_same(got, expected):
         assert torch.equal(ours[1], theirs[1])
 
 
-SMALL = {"name": "digits", "batch_size": 32, "samples": 256, "hflip": 0.5, "reprob": 0.5, "mixup": 0.2, "cutmix": 1.0, "seed": 3}
+SMALL = {
+    "name": "digits",
+    "batch_size": 32,
+    "samples": 256,
+    "hflip": 0.5,
+    "reprob": 0.5,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "seed": 3,
+}
 
 
 # 8 batches an epoch: a checkpoint inside the first epoch, at its last batch, and inside the second

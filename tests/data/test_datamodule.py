@@ -1,0 +1,167 @@
+"""What every row of DATASETS, and the module around it, promises."""
+
+import inspect
+import random
+
+import jsonargparse
+import numpy as np
+import pytest
+import torch
+
+from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.errors import UserError
+
+
+def batches(module, loader):
+    return [module.on_after_batch_transfer(b, 0) for b in loader]
+
+
+def test_digits():
+    module = TQDataModule("digits", batch_size=64, eval_batch_size=100)
+    module.setup("fit")
+    assert (module.num_classes, module.input_shape) == (10, (3, 8, 8))
+    train, val = batches(module, module.train_dataloader()), batches(module, module.val_dataloader())
+    module.setup("test")
+    test = batches(module, module.test_dataloader())
+    assert [sum(len(y) for _, y in part) for part in (val, test)] == [144, 360]
+    assert len(train) == (1797 - 360 - 144) // 64
+    images, labels = train[0]
+    assert (images.dtype, labels.dtype, images.shape) == (torch.float32, torch.int64, (64, 3, 8, 8))
+    everything = torch.cat([x for x, _ in test])
+    assert abs(everything.mean()) < 0.05
+    assert abs(everything.std() - 1) < 0.05
+
+
+def test_no_sample_is_in_two_parts():
+    """Held-out digits are no training digits, whatever the seed, and the test split is not read for a fit."""
+    module, other = TQDataModule("digits", seed=0), TQDataModule("digits", seed=1)
+    (_, train), (_, val) = module._part("train"), module._part("val")
+    assert not set(train.tolist()) & set(val.tolist())
+    assert torch.equal(val, other._part("val")[1])
+    assert "test" not in module._splits
+    few = TQDataModule("digits", samples=50)._part("train")[1]
+    assert few.numel() == 50
+    assert not set(few.tolist()) & set(val.tolist())
+
+
+@pytest.mark.parametrize(("size", "classes"), [(8, 4), (32, 10), (48, 100)])
+def test_synthetic(size, classes):
+    module = TQDataModule("synthetic", image_size=size, num_classes=classes, samples=300, batch_size=50)
+    module.setup("fit")
+    images, labels = batches(module, module.train_dataloader())[0]
+    assert images.shape == (50, 3, size, size)
+    assert module.num_classes == len(module.class_names) == classes
+    assert labels.max() < classes
+    assert sum(len(y) for _, y in module.val_dataloader()) == 75
+
+
+def test_synthetic_can_be_learned():
+    """The nearest class mean of the training images names most validation images."""
+    module = TQDataModule("synthetic", samples=600, batch_size=600, pad=0, hflip=0.0)
+    images, labels = batches(module, module.train_dataloader())[0]
+    means = torch.stack([images[labels == c].mean(0) for c in range(10)])
+    tried, truth = batches(module, module.val_dataloader())[0]
+    guess = torch.cdist(tried.flatten(1), means.flatten(1)).argmin(1)
+    assert (guess == truth).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_normalisation_is_the_stated_one(split):
+    module = TQDataModule("digits", pad=0, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0], eval_batch_size=7, batch_size=7)
+    loader = getattr(module, f"{split}_dataloader")()
+    raw = next(iter(loader))
+    got, _ = module.on_after_batch_transfer(raw, 0)
+    expected = (raw[0].double() / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.25, 2.0]).view(
+        3, 1, 1
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_targets_only_where_asked_for():
+    for keys, soft in (({}, False), ({"smoothing": 0.1}, True), ({"mixup": 0.2}, True), ({"cutmix": 1.0}, True)):
+        module = TQDataModule("digits", batch_size=16, **keys)
+        _, labels = module.on_after_batch_transfer(next(iter(module.train_dataloader())), 0)
+        assert (labels.dtype == torch.float32) == soft == (module.mixup is not None)
+        if soft:
+            torch.testing.assert_close(labels.sum(1), torch.ones(16))
+        _, hard = module.on_after_batch_transfer(next(iter(module.val_dataloader())), 0)
+        assert hard.dtype == torch.int64
+    with pytest.raises(UserError, match="even"):
+        TQDataModule("digits", batch_size=15, mixup=0.2).train_dataloader()
+
+
+def test_loaders_touch_no_random_state():
+    module = TQDataModule("digits", auto_augment="rand-m9", reprob=0.5, mixup=0.2, batch_size=500, workers=0)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    batches(module, module.train_dataloader())
+    batches(module, module.val_dataloader())
+    list(module.calibration_batches(2))
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_calibration_batches_are_always_the_same():
+    module, other = TQDataModule("digits", seed=0, batch_size=32), TQDataModule("digits", seed=9, batch_size=32, mixup=0.5)
+    first = list(module.calibration_batches(3))
+    batches(module, module.train_dataloader())
+    for again in (module, other):
+        for (x, y), (a, b) in zip(first, again.calibration_batches(3), strict=True):
+            assert torch.equal(x, a)
+            assert torch.equal(y, b)
+    _, held = module._part("val")
+    assert len(list(module.calibration_batches(10**6, batch_size=1000))) == 2
+    assert len(held) == 144
+
+
+def test_auto_augment_of_small_images_keeps_labels_and_order():
+    plain, fancy = (TQDataModule("digits", workers=0, seed=2, auto_augment=a) for a in (None, "rand-m9"))
+    (x, y), (a, b) = (m.on_after_batch_transfer(next(iter(m.train_dataloader())), 0) for m in (plain, fancy))
+    assert torch.equal(y, b)
+    assert x.shape == a.shape
+    assert not torch.equal(x, a)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_share_the_batches_of_one(rank, monkeypatch):
+    keys = {"name": "digits", "hflip": 0.5, "reprob": 0.5, "mixup": 0.2, "seed": 4}
+    one, two = TQDataModule(batch_size=64, **keys), TQDataModule(batch_size=32, **keys)
+    whole = batches(one, one.train_dataloader())
+    monkeypatch.setattr(two, "_place", lambda: (rank, 2))
+    half = batches(two, two.train_dataloader())
+    assert len(whole) == len(half)
+    mine = slice(0, 16) if rank == 0 else slice(16, 32)
+    for (x, y), (a, b) in zip(whole, half, strict=True):
+        assert torch.equal(x[mine], a[:16])
+        assert torch.equal(y[mine], b[:16])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "mnist"}, "'mnist' is not one of digits, cifar10"),
+        ({"batch_size": 0}, "data.batch_size=0"),
+        ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
+        ({"mean": [0.5]}, "data.mean"),
+        ({"remode": "noise"}, "const, rand, pixel"),
+        ({"num_classes": 7}, "data.num_classes=7, but digits"),
+    ],
+)
+def test_bad_keys_are_one_line(keys, message):
+    with pytest.raises(UserError, match=message) as caught:
+        TQDataModule(**keys).setup("fit")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_signature_is_the_configuration():
+    """Every key has a help text, a plain type and a default, and a YAML of strings builds the module."""
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(TQDataModule, "data")
+    help_text = parser.format_help()
+    for name, parameter in inspect.signature(TQDataModule).parameters.items():
+        assert f"--data.{name} " in help_text
+        assert parameter.default is not inspect.Parameter.empty
+        assert f"\n    {name}: " in inspect.getdoc(TQDataModule), f"{name} has no line under Args"
+    assert "chance of timm's random erasing" in help_text
+    config = parser.parse_args(["--data.name=synthetic", "--data.mean=[0.1,0.2,0.3]", "--data.samples=null"])
+    assert parser.instantiate_classes(config).data.mean == (0.1, 0.2, 0.3)

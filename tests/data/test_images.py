@@ -1,0 +1,220 @@
+"""Image sets on disk: every layout that is promised, and every way in which one can be broken."""
+
+import io
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.errors import UserError
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def picture(number, size=(32, 32)):
+    noise = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+    return Image.fromarray(noise.numpy())
+
+
+def write(root, split, classes, each, size=(32, 32), kind="png"):
+    for label, name in enumerate(classes):
+        for n in range(each):
+            path = root / split / name / f"{n:04}.{kind}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(1000 * label + n + len(split), size).save(path)
+
+
+def pack(root, split):
+    with tarfile.open(root / f"{split}.tar", "w") as tar:
+        tar.add(root / split, split)
+    shutil.rmtree(root / split)
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    write(tmp_path, "train", CIFAR, 6)
+    write(tmp_path, "test", CIFAR, 2)
+    return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, "train", ["ant", "bee", "cow"], 6, (40, 30))
+    write(tmp_path, "val", ["ant", "bee", "cow"], 2, (40, 30))
+    return tmp_path
+
+
+def module(root, name="imagefolder", **keys):
+    keys = {"batch_size": 4, "workers": 0, "download": False} | keys
+    return TQDataModule(name, str(root), **keys)
+
+
+def error_of(root, name="imagefolder", stage="fit", **keys):
+    with pytest.raises(UserError) as caught:
+        module(root, name, **keys).setup(stage)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar_as_images(cifar, packed):
+    if packed:
+        pack(cifar, "train")
+        pack(cifar, "test")
+    data = module(cifar, "cifar10")
+    data.setup("fit")
+    assert data.class_names == CIFAR
+    split = data._split("train")
+    assert split.pixels.shape == (60, 3, 32, 32)
+    assert torch.equal(split.pixels[0], torch.tensor(np.asarray(picture(5))).permute(2, 0, 1))
+    assert split.labels.tolist() == sorted(6 * list(range(10)))
+    assert "test" not in data._splits
+    data.setup("test")
+    assert sum(len(y) for _, y in data.test_dataloader()) == 20
+
+
+def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
+    """torchvision's own files, but for their checksums."""
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    for number, name in enumerate(
+        ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+    ):
+        rows = torch.full((4, 3072), number, dtype=torch.uint8).numpy()
+        (base / name).write_bytes(pickle.dumps({"data": rows, "labels": [0, 1, 2, 3]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR}))
+    data = module(tmp_path, "cifar10")
+    data.setup("fit")
+    assert data._split("train").pixels.shape == (20, 3, 32, 32)
+    assert data._split("test").pixels.unique().tolist() == [5]
+
+
+def test_cifar_that_is_not_there(tmp_path, monkeypatch):
+    import torchvision
+
+    message = error_of(tmp_path, "cifar10")
+    for part in (str(tmp_path), "train.tar", "cifar-10-batches-py", "data.download=true"):
+        assert part in message
+    assert "cifar-100-python" in error_of(tmp_path, "cifar100")
+
+    def no_network(self):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
+    message = error_of(tmp_path, "cifar10", download=True)
+    assert "download failed (Name or service not known)" in message
+
+
+def test_half_a_cifar(cifar):
+    shutil.rmtree(cifar / "train" / "bird")
+    assert "9 classes" in error_of(cifar, "cifar10")
+    assert "not among" in error_of(cifar, "imagenet")
+    shutil.rmtree(cifar / "test")
+    message = error_of(cifar, "cifar10", "test", download=True)
+    assert "no test split" in message
+    assert "test.tar" in message
+
+
+def test_broken_images(cifar):
+    broken = cifar / "train" / "cat" / "0001.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    assert "cat/0001.png is no whole image" in error_of(cifar, "cifar10")
+    picture(0, (16, 32)).save(broken)
+    assert "16x32, expected 32x32" in error_of(cifar, "cifar10")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.97])
+def test_truncated_tar(cifar, share):
+    pack(cifar, "train")
+    path = cifar / "train.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content)) // 512 * 512 - 100])
+    for name in ("cifar10", "imagefolder"):
+        assert "train.tar cannot be read to its end" in error_of(cifar, name)
+
+
+def test_tar_of_nothing(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("train/readme.txt"), io.BytesIO())
+    for name in ("cifar10", "imagefolder", "imagenet"):
+        assert "no images in" in error_of(tmp_path, name)
+    (tmp_path / "train.tar").write_bytes(b"not a tar at all")
+    assert "cannot be read" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_folder(folder, packed, workers):
+    if packed:
+        pack(folder, "train")
+        pack(folder, "val")
+    data = module(folder, image_size=16, workers=workers)
+    assert data.num_classes == 3
+    data.setup("fit")
+    train = [data.on_after_batch_transfer(b, 0) for b in data.train_dataloader()]
+    assert [x.shape for x, _ in train] == [(4, 3, 16, 16)] * 4
+    val = [data.on_after_batch_transfer(b, 0) for b in data.val_dataloader()]
+    assert torch.cat([y for _, y in val]).tolist() == [0, 0, 1, 1, 2, 2]
+    test = [data.on_after_batch_transfer(b, 0) for b in data.test_dataloader()]
+    assert torch.equal(test[0][0], val[0][0])  # no test split: the validation split serves
+    if workers:  # the second epoch comes from the same processes
+        loader = data.train_dataloader()
+        first = list(loader)
+        pids = [w.pid for w in loader.fetch._loader._iterator._workers]
+        loader.set_epoch(1)
+        second = list(loader)
+        assert pids == [w.pid for w in loader.fetch._loader._iterator._workers]
+        assert not torch.equal(first[0][0], second[0][0])
+        data.teardown("fit")
+
+
+def test_evaluation_is_timms_transform(folder):
+    from timm.data import create_transform
+
+    data = module(folder, image_size=16, crop_pct=0.9)
+    images, _ = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    timm = create_transform(16, crop_pct=0.9, interpolation="bicubic")
+    expected = timm(Image.open(folder / "val" / "ant" / "0000.png"))
+    torch.testing.assert_close(images[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_classes_without_splits(tmp_path, packed):
+    write(tmp_path, "flat", ["ant", "bee"], 10)
+    if packed:
+        pack(tmp_path, "flat")
+    data = module(tmp_path / ("flat.tar" if packed else "flat"), image_size=8)
+    data.setup("fit")
+    assert [len(data._part(stage)[1]) for stage in ("train", "val")] == [18, 2]
+    with pytest.raises(UserError, match="no test split"):
+        data.setup("test")
+
+
+def test_imagenet_indices_of_a_part_of_it(tmp_path):
+    write(tmp_path, "val", ["n01440764", "n15075141"], 2)
+    data = module(tmp_path, "imagenet", image_size=8)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader()))[1].tolist() == [0, 0, 999, 999]
+    assert data.num_classes == len(data.class_names) == 1000
+    assert "no train split" in error_of(tmp_path, "imagenet")
+
+
+def test_folders_that_are_wrong(folder, tmp_path):
+    assert "no data at" in error_of(tmp_path / "nowhere")
+    assert "no train split" in error_of(tmp_path / "val" / "ant")
+    assert "data.num_classes=5" in error_of(folder, num_classes=5)
+    write(folder, "val", ["dog"], 1)
+    assert "not among the 3 expected classes (dog)" in error_of(folder)
+    (folder / "train" / "eel").mkdir()
+    assert "empty class folders (eel)" in error_of(folder)
