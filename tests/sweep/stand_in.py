@@ -26,7 +26,11 @@ def fit(argv: list[str]) -> dict[str, float]:
     if end == "kill":
         os.kill(os.getpid(), 9)
     value = 50 + 10 * lr - seed
-    metrics = {METRIC: value, "train/loss_w2": float("nan") if end == "nan" else 0.5, "val/acc1_truncate_w2": value - 10 * lr * lr}
+    metrics = {
+        METRIC: value,
+        "train/loss_w2": float("nan") if end == "nan" else 0.5,
+        "val/acc1_truncate_w2": value - 10 * lr * lr,
+    }
     if end == "unlogged":
         del metrics[METRIC]
     record = {"status": "finished", "last": {"epoch": 0, "metrics": metrics}, "bytes": {"packed": 1000 + int(100 * lr)}}

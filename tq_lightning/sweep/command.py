@@ -5,10 +5,11 @@ import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from tq_lightning.errors import UserError
 from tq_lightning.sweep.ledger import STALE_SECONDS
-from tq_lightning.sweep.space import GOALS, Sweep, read_sweep
+from tq_lightning.sweep.space import GOALS, Sweep, read_sweep, with_extra
 
 FIT = "tq_lightning.cli:run_fit"
 
@@ -18,8 +19,10 @@ def main(argv: list[str]) -> int:
 
     Raises UserError for bad input, before any training starts.
     """
-    given = parser().parse_args(argv)
-    sweep = read_sweep(given.file)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    again, extra = tuple(argv[:cut]), tuple(argv[cut + 1 :])
+    given = parser().parse_args(again)
+    sweep = with_extra(read_sweep(given.file), list(extra))
     objectives = read_objectives(given.objectives, sweep)
     for name in ("workers", "n_trials", "timeout", "stale_after"):
         value = getattr(given, name)
@@ -32,7 +35,7 @@ def main(argv: list[str]) -> int:
     folder = Path(given.dir or Path("runs") / "sweeps" / study_name)
     storage = given.storage or f"sqlite:///{folder / 'study.db'}"
     options = engine.Options(
-        folder, storage, study_name, objectives, given.workers, given.n_trials, given.timeout, given.stale_after, tuple(argv)
+        folder, storage, study_name, objectives, given.workers, given.n_trials, given.timeout, given.stale_after, again, extra
     )
     if given.worker is not None:
         return _work(sweep, options, given)
@@ -59,12 +62,20 @@ def main(argv: list[str]) -> int:
     return 0 if finished else 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose errors are the one line that all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the arguments")
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of `sweep`."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="python -m tq_lightning sweep",
         description="Run a W&B sweep file with Optuna: no account, no network. The same command "
         "again goes on with the study; the same command elsewhere joins it (with one --storage).",
+        epilog="What follows -- goes to every trial's fit, over the file's own: -- --trainer.max_epochs=2 --data.name=digits",
     )
     p.add_argument("file", help="a sweep file in the W&B format, such as sweeps/ste.yaml")
     p.add_argument(

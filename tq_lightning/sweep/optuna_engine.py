@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,8 @@ class Options:
     n_trials: int | None = None
     timeout: float | None = None
     stale: float = STALE_SECONDS
-    again: tuple[str, ...] = field(default_factory=tuple)  # the arguments that make a worker of the same command
+    again: tuple[str, ...] = ()  # the arguments of this command, which make its workers
+    extra: tuple[str, ...] = ()  # those after --
 
 
 def open_study(sweep: space.Sweep, options: Options) -> "optuna.Study":
@@ -114,7 +115,8 @@ def run_sweep(sweep: space.Sweep, options: Options) -> bool:
     (options.folder / "logs").mkdir(parents=True, exist_ok=True)
     ledger.tend()
     crew = Crew(options, deadline)
-    before = signal.signal(signal.SIGTERM, _raise_interrupt)
+    # SIGINT too: a command started in the background of a script inherits it as ignored
+    before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with Progress(ledger, deadline) as progress:
             for _ in range(options.workers):
@@ -131,7 +133,8 @@ def run_sweep(sweep: space.Sweep, options: Options) -> bool:
         return False
     finally:
         crew.kill(ledger)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Crew:
@@ -149,19 +152,11 @@ class Crew:
     def start(self) -> None:
         """Start one worker; what it prints goes to logs/NAME.log in the sweep's folder."""
         name = f"{socket.gethostname()}-{os.getpid()}-{self.started}-{secrets.token_hex(3)}"
-        command = [
-            sys.executable,
-            "-m",
-            "tq_lightning",
-            "sweep",
-            *self.options.again,
-            "--worker",
-            name,
-            "--parent",
-            str(os.getpid()),
-        ]
+        role = ["--worker", name, "--parent", str(os.getpid())]
         if self.deadline is not None:
-            command += ["--deadline", str(self.deadline)]
+            role += ["--deadline", str(self.deadline)]
+        extra = ["--", *self.options.extra] if self.options.extra else []
+        command = [sys.executable, "-m", "tq_lightning", "sweep", *self.options.again, *role, *extra]
         with (self.options.folder / "logs" / f"{name}.log").open("wb") as log:
             self.running[name] = subprocess.Popen(
                 command,
@@ -170,6 +165,7 @@ class Crew:
                 stdin=subprocess.DEVNULL,
                 env=os.environ | _share(self.started % self.options.workers, self.options.workers),
                 start_new_session=True,
+                preexec_fn=_default_sigint,
             )
         self.started += 1
 
@@ -227,6 +223,10 @@ def _share(index: int, workers: int) -> dict[str, str]:
         first = index * each % count
         share["CUDA_VISIBLE_DEVICES"] = ",".join(given[first : first + each])
     return share
+
+
+def _default_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a worker that is still importing must end by it as well
 
 
 def _raise_interrupt(*_: Any) -> None:

@@ -3,10 +3,12 @@
 What the keys mean is W&B's (docs.wandb.ai, "sweep configuration"); what they become in Optuna is in `twins`.
 """
 
+import dataclasses
 import difflib
 import itertools
 import json
 import math
+import operator
 import os
 import re
 from dataclasses import dataclass
@@ -69,6 +71,7 @@ class Sweep:
     early_terminate: dict[str, float] | None
     run_cap: int | None
     source: dict[str, Any]  # what a study of this name must agree with
+    extra: tuple[str, ...] = ()  # given after -- on our command line; they win over all others
 
 
 def read_sweep(path: str | Path) -> Sweep:
@@ -113,6 +116,17 @@ def read_sweep(path: str | Path) -> Sweep:
     )
 
 
+def with_extra(sweep: Sweep, extra: list[str]) -> Sweep:
+    """The sweep with further arguments for every trial alike. Raises UserError where they would fix what is searched."""
+    for word in extra:
+        key = word.removeprefix("--").split("=", 1)[0]
+        if key in sweep.parameters:
+            raise UserError(f"{key} after -- would undo the search over it in {sweep.path}; leave it out")
+    return dataclasses.replace(
+        sweep, extra=tuple(extra), source=sweep.source | {"extra": list(extra)} if extra else sweep.source
+    )
+
+
 def grid(sweep: Sweep) -> list[dict[str, Any]]:
     """Every point of a grid sweep, the file's last key turning fastest; values as the file has them."""
     axes = {key: _axis(parameter) for key, parameter in sweep.parameters.items()}
@@ -128,20 +142,21 @@ def _axis(parameter: Parameter) -> tuple[Any, ...]:
     """The values of one grid axis: a choice's, or the steps of a range."""
     if parameter.values:
         return parameter.values
-    step = parameter.q or 1
-    return tuple(
-        _typed(k * step, parameter) for k in range(math.ceil(parameter.low / step), math.floor(parameter.high / step) + 1)
-    )
+    first, last = multiples(parameter)
+    return tuple(rounded(k * (parameter.q or 1), parameter) for k in range(first, last + 1))
 
 
-def _typed(number: float, parameter: Parameter) -> int | float:
-    """`number` as the program gets it: an int where the range is one of integers."""
-    return round(number) if parameter.integer else float(number)
+def multiples(parameter: Parameter) -> tuple[int, int]:
+    """(first, last) whole number whose product with q (1 where there is none) lies in the range; 0.7 is seven times 0.1."""
+    step, slack = parameter.q or 1, 1e-9
+    return math.ceil(parameter.low / step - slack), math.floor(parameter.high / step + slack)
 
 
 def rounded(number: float, parameter: Parameter) -> int | float:
-    """What was drawn from a range -> what the program gets: the nearest multiple of q, as W&B rounds."""
-    return _typed(number if parameter.q is None else round(number / parameter.q) * parameter.q, parameter)
+    """What was drawn from a range -> what the program gets: the nearest multiple of q, as W&B rounds, an int where all are."""
+    if parameter.q is not None:
+        number = float(f"{round(number / parameter.q) * parameter.q:.12g}")  # 0.3, not 0.30000000000000004
+    return round(number) if parameter.integer else float(number)
 
 
 def _read_parameters(
@@ -206,7 +221,7 @@ def _read_range(entry: dict[str, Any], method: str, where: str) -> Parameter:
     parameter = Parameter(low=low, high=high, log="log" in name, q=q, integer=integer)
     if parameter.log and low <= 0:
         raise UserError(f"{where}: min: a logarithmic range starts above 0, got {entry['min']!r}")
-    if q is not None and not _axis(parameter):
+    if q is not None and operator.gt(*multiples(parameter)):
         raise UserError(f"{where}: an empty range; no multiple of q {entry['q']!r} lies in {entry['min']!r}..{entry['max']!r}")
     if method == "grid" and name not in ("int_uniform", "q_uniform"):
         raise UserError(f"{where}: a grid needs values, or integers min and max; got distribution {name}")
@@ -250,7 +265,8 @@ def _read_command(raw: dict[str, Any], path: Path) -> tuple[tuple[str, ...], dic
     starts = [i for i in range(len(words) - 2) if words[i : i + 3] == ["-m", "tq_lightning", "fit"]]
     if not starts:
         raise UserError(f"{path}: command: the engine runs `-m tq_lightning fit` itself; expected {shape}, got {command!r}")
-    arguments = words[starts[0] + 3 :]
+    # --wandb is for W&B's agents; under Optuna the study has the curves, and whoever wants both says so after --
+    arguments = [word for word in words[starts[0] + 3 :] if word != "--wandb"]
     for word in arguments:
         if word.startswith("${"):
             raise UserError(f"{path}: command: {word} stands where only arguments of fit and, at the end, ${{args}} can")

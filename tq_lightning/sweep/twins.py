@@ -16,7 +16,7 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
-from tq_lightning.sweep.space import Parameter, Sweep, argument, rounded
+from tq_lightning.sweep.space import Parameter, Sweep, argument, multiples, rounded
 
 if TYPE_CHECKING:
     import optuna
@@ -34,7 +34,7 @@ def distribution(parameter: Parameter) -> "optuna.distributions.BaseDistribution
     if parameter.log:
         return FloatDistribution(low, high, log=True)
     if q is not None:
-        low, high = rounded(low if low % q == 0 else low - low % q + q, parameter), rounded(high - high % q, parameter)
+        low, high = (float(f"{k * q:.12g}") for k in multiples(parameter))
     if parameter.integer:
         return IntDistribution(round(low), round(high), step=round(q or 1))
     return FloatDistribution(low, high, step=q)
@@ -82,8 +82,8 @@ def suggest(sweep: Sweep, trial: "optuna.trial.Trial") -> dict[str, Any]:
 
 
 def arguments(sweep: Sweep, values: dict[str, Any]) -> list[str]:
-    """The arguments of `fit` for one trial: the command's own, then the searched ones (the later wins)."""
-    return [*sweep.arguments, *(argument(key, value) for key, value in values.items())]
+    """The arguments of `fit` for one trial: the command's own, the file's, those given after -- (the later wins)."""
+    return [*sweep.arguments, *(argument(key, value) for key, value in values.items()), *sweep.extra]
 
 
 def sampler(sweep: Sweep, point: int) -> "optuna.samplers.BaseSampler":

@@ -1,0 +1,228 @@
+"""The `sweep` command with a stand-in for fit: failures, Ctrl-C, SIGKILL, joining, resuming, bad input, outputs."""
+
+import csv
+import os
+import signal
+import time
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tq_lightning.cli import main
+from tq_lightning.sweep.storage import open_storage
+
+
+@pytest.fixture
+def with_outcome(monkeypatch):
+    """The arguments that put the stand-in in fit's place, in this process."""
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    return ["--fit", "stand_in:fit", "--workers", "0"]
+
+
+@pytest.fixture
+def stand_in(with_outcome, monkeypatch):
+    """The same without tables and plots, which take longer than all else."""
+    monkeypatch.setattr("tq_lightning.sweep.outcome.write_outcome", lambda *_: None)
+    return with_outcome
+
+
+def study_of(folder, name="sweep", url=None):
+    return optuna.load_study(study_name=name, storage=open_storage(url or f"sqlite:///{folder}/study.db"))
+
+
+def ran(folder):
+    """(pid, lr, seed) of every call of the stand-in, in order."""
+    rows = [line.split() for line in (folder / "trials" / "ran.txt").read_text().splitlines()]
+    return [(int(pid), float(lr), int(seed)) for pid, lr, seed, _ in rows]
+
+
+def wait_for(condition, seconds=240.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_grid_runs_once_with_its_records_tables_and_plots(write_sweep, tmp_path, with_outcome, monkeypatch, capsys):
+    path = write_sweep(
+        parameters={"seed_everything": {"values": [0, 1]}, "model.lr": {"values": [0.1, 0.2]}, "w": {"values": [[8, 4]]}}
+    )
+    folder = tmp_path / "out"
+    assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
+    assert [row[1:] for row in ran(folder)] == [(0.1, 0), (0.2, 0), (0.1, 1), (0.2, 1)]
+    best = study_of(folder).best_trial
+    assert best.value == 52.0 and best.user_attrs["record"] == str(folder / "trials" / "0001" / "run" / "record.json")
+    assert best.user_attrs["run_dir"] == str(folder / "trials" / "0001") and "--w=[8, 4]" in best.user_attrs["arguments"]
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    assert [float(row["val/acc1_truncate_mean"]) for row in rows] == [52, 51, 51, 50] and rows[0]["w"] == "[8, 4]"
+    arms = list(csv.DictReader((folder / "arms.csv").open()))
+    assert [(float(arm["mean val/acc1_truncate_mean"]), arm["seeds"]) for arm in arms] == [(51.5, "2"), (50.5, "2")]
+    drawn = {file.name for file in (folder / "plots").iterdir()}
+    assert drawn == {f"{kind}.png" for kind in ("optimization_history", "param_importances", "parallel_coordinate", "slice")}
+    assert all(file.stat().st_size > 5000 for file in (folder / "plots").iterdir())
+    assert "parameter importances" in capsys.readouterr().out
+    monkeypatch.setattr("tq_lightning.sweep.outcome.write_outcome", lambda *_: None)
+    assert (
+        main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
+    )  # the same command again: nothing is left to run
+    assert len(ran(folder)) == 4
+
+
+def test_failures_have_their_reasons_and_the_sweep_goes_on(write_sweep, tmp_path, with_outcome):
+    ends = ["raise", "exit", "nan", "unlogged", "well"]
+    path, folder = write_sweep(parameters={"end": {"values": ends}}), tmp_path / "out"
+    assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
+    trials = study_of(folder).trials
+    assert [t.state for t in trials] == [TrialState.FAIL] * 4 + [TrialState.COMPLETE]
+    reasons = [t.user_attrs["reason"] for t in trials[:4]]
+    assert reasons[0] == "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert reasons[1] == "fit ended with exit status 3"
+    assert reasons[2] == "non-finite: train/loss_w2 is nan in the last epoch"
+    assert reasons[3].startswith("val/acc1_truncate_mean was never logged; the record has train/loss_w2")
+    assert "exit status 3" in (folder / "trials.csv").read_text()
+
+
+def test_random_ends_at_its_cap_and_goes_on_with_more(write_sweep, tmp_path, stand_in):
+    path = write_sweep(method="random", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, run_cap=3)
+    folder = tmp_path / "out"
+    assert main(["sweep", str(path), "--dir", str(folder), *stand_in]) == 0
+    assert main(["sweep", str(path), "--dir", str(folder), "--n-trials", "5", *stand_in]) == 0
+    assert len({lr for _, lr, _ in ran(folder)}) == len(ran(folder)) == 5
+
+
+def test_a_timeout_starts_no_more_trials(write_sweep, tmp_path, stand_in, capsys):
+    path = write_sweep(method="bayes", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, arguments=["--sleep=0.3"])
+    folder = tmp_path / "out"
+    assert main(["sweep", str(path), "--dir", str(folder), "--timeout", "1", *stand_in]) == 0
+    assert 1 <= len(ran(folder)) <= 4
+    assert all(t.state == TrialState.COMPLETE for t in study_of(folder).trials if t.state != TrialState.WAITING)
+
+
+def test_several_objectives_give_a_front(write_sweep, tmp_path, with_outcome):
+    path, folder = write_sweep(early_terminate={"type": "hyperband", "min_iter": 1}), tmp_path / "out"
+    wanted = "val/acc1_truncate_mean:max,storage/bytes:min"
+    assert main(["sweep", str(path), "--dir", str(folder), "--objectives", wanted, *with_outcome]) == 0
+    study = study_of(folder)
+    assert [t.values for t in study.trials] == [[51, 1010], [52, 1020], [53, 1030]] and len(study.best_trials) == 3
+    assert (folder / "plots" / "pareto_front.png").stat().st_size > 5000
+    assert not any("ReportToStudy" in word for word in study.trials[0].user_attrs["arguments"])
+
+
+BAD = [
+    (["--objectives", "a"], "expected NAME:max or NAME:min"),
+    (["--objectives", "a:max,a:min"], "each name once"),
+    (["--workers", "-1"], "--workers: expected a number from 0, got -1"),
+    (["--n-trials", "0"], "--n-trials: expected a number from 1"),
+    (["--n-trials", "x"], "invalid int value: 'x'"),
+    (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
+    (
+        ["--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"],
+        "the storage postgresql+psycopg://me:***@127.0.0.1:1/x can't be reached",
+    ),
+    (["--storage", "sqlite:////nowhere/at/all.db"], "unable to open database file"),
+    (["--storage", "nonsense"], "can't be reached"),
+    (["--", "--model.lr=1"], "would undo the search"),
+]
+
+
+@pytest.mark.parametrize(("argv", "said"), BAD)
+def test_bad_input_is_one_line_and_status_2(write_sweep, tmp_path, stand_in, capsys, argv, said):
+    command = ["sweep", str(write_sweep()), "--dir", str(tmp_path / "out"), *stand_in, *argv]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "secret" not in error
+    assert not (tmp_path / "out" / "trials").exists()
+
+
+def test_a_sweep_without_end_is_refused(write_sweep, tmp_path, stand_in, capsys):
+    path = write_sweep(method="random")
+    assert main(["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]) == 2
+    assert "no end of its own" in capsys.readouterr().err
+
+
+def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_in, capsys):
+    command = ["--dir", str(tmp_path / "out"), *stand_in]
+    assert main(["sweep", str(write_sweep()), *command]) == 0
+    other = write_sweep(parameters={"model.lr": {"values": [0.1, 0.5]}})
+    assert main(["sweep", str(other), *command]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "exists" in error and "with other parameters" in error and "the study has [0.1, 0.2, 0.3], the file [0.1, 0.5]" in error
+    )
+    assert len(ran(tmp_path / "out")) == 3
+    assert main(["sweep", str(other), *command, "--study-name", "other"]) == 0
+    optuna.create_study(storage=f"sqlite:///{tmp_path}/out/study.db", study_name="foreign").add_trial(
+        optuna.create_trial(value=1.0)
+    )
+    assert main(["sweep", str(other), *command, "--study-name", "foreign"]) == 2
+    assert "not one of a sweep file's" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_loses_nothing(write_sweep, tmp_path, sweep_process):
+    path, folder = write_sweep(arguments=["--sleep=0.5"]), tmp_path / "out"
+    slow = write_sweep("slow.yaml", arguments=["--sleep=600"])
+    process = sweep_process(slow, "--dir", folder, "--study-name", "s", "--workers", "2")
+    wait_for(lambda: (folder / "trials" / "ran.txt").exists() and len(ran(folder)) == 2)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 130 and "go on with  python -m tq_lightning sweep" in out and "Traceback" not in out
+    trials = study_of(folder, "s").trials
+    assert not [t for t in trials if t.state == TrialState.RUNNING]
+    assert [t.user_attrs["cause"] for t in trials if t.state == TrialState.FAIL] == ["interrupted"] * 2
+    for pid, _, _ in ran(folder):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert path  # the same command would go on for 600 s a trial; what goes on is tested below with SIGKILL
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(write_sweep, tmp_path, sweep_process, storage):
+    check_killed_worker(
+        write_sweep, tmp_path, sweep_process, f"journal:{tmp_path}/study.journal" if storage == "journal" else None
+    )
+
+
+def check_killed_worker(write_sweep, tmp_path, sweep_process, url):
+    """Three workers share a 12-point grid, one is killed in mid-trial: 12 results, none twice, the killed one's retried."""
+    parameters = {"seed_everything": {"values": [0, 1, 2]}, "model.lr": {"values": [0.1, 0.2, 0.3, 0.4]}}
+    path, folder = write_sweep(parameters=parameters, arguments=["--sleep=1.0"]), tmp_path / "out"
+    where = ["--storage", url] if url else []
+    process = sweep_process(path, "--dir", folder, "--workers", "3", *where)
+    wait_for(lambda: (folder / "trials" / "ran.txt").exists() and len(ran(folder)) >= 2)
+    pid, lr, seed = ran(folder)[-1]
+    os.kill(pid, signal.SIGKILL)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    trials = study_of(folder, url=url).trials
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    assert len({(t.params["seed_everything"], t.params["model.lr"]) for t in complete}) == len(complete) == 12
+    failed = [t for t in trials if t.state != TrialState.COMPLETE]
+    assert len(failed) == 1 and failed[0].user_attrs["reason"] == "its worker was killed by SIGKILL"
+    calls = [row[1:] for row in ran(folder)]
+    assert len(calls) == 13 and calls.count((lr, seed)) == 2 and len(set(calls)) == 12
+    assert len({row[0] for row in ran(folder)}) >= 3
+
+
+def test_a_killed_command_is_taken_over_by_another_and_leaves_no_process(write_sweep, tmp_path, sweep_process):
+    """The whole command dies, its worker's trial included: a second command, joined by name, finds out by the silence."""
+    path, folder = write_sweep(arguments=["--sleep=1.5"]), tmp_path / "out"
+    first = sweep_process(path, "--dir", folder, "--workers", "1")
+    wait_for(lambda: (folder / "trials" / "ran.txt").exists())
+    pid = ran(folder)[0][0]
+    second = sweep_process(path, "--dir", folder, "--workers", "1", "--stale-after", "4")
+    first.kill()
+    os.kill(pid, signal.SIGKILL)
+    out, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, out
+    trials = study_of(folder).trials
+    assert sorted(t.value for t in trials if t.state == TrialState.COMPLETE) == [51, 52, 53]
+    lost = [t for t in trials if t.state == TrialState.FAIL]
+    assert [t.user_attrs["reason"] for t in lost] == ["its worker gave no sign of life for 4 s"]
+    assert len(ran(folder)) == 4
+
+
+def test_workers_that_can_not_begin_end_the_command(write_sweep, tmp_path, sweep_process):
+    process = sweep_process(write_sweep(), "--dir", tmp_path / "out", fit="stand_in:missing")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 1 and "3 workers ended before their first trial" in out and "has no attribute" in out
