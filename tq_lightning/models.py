@@ -27,8 +27,8 @@ from tq_lightning.quant.norm import FLOAT
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What training wrappers put before every name: DataParallel, our LightningModule, torch.compile.
 _PREFIXES = ("module.", "model.", "_orig_mod.")
-# What only a prepared model holds: the norm sets of the widths, and which of them are calibrated.
-_ONLY_PREPARED = re.compile(r"\.sets\.\d+\.|\.calibrated$")
+# What only a prepared model holds: the norm sets of the widths, which of them are calibrated, learned clips.
+_ONLY_PREPARED = re.compile(r"\.sets\.\d+\.|\.calibrated$|\.clip$")
 
 
 def create_model(
@@ -150,7 +150,8 @@ def _rename(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    state = {_unprepared(key): value for key, value in state.items() if not _ONLY_PREPARED.search(key)}
+    own = model.state_dict().keys()
+    state = {_unprepared(key): value for key, value in state.items() if key in own or not _ONLY_PREPARED.search(key)}
     if hasattr(model, "fc") and not hasattr(model, "linear"):  # the public CIFAR weights say linear
         state = {f"fc.{key[7:]}" if key.startswith("linear.") else key: value for key, value in state.items()}
     return state
