@@ -17,7 +17,6 @@ import lightning as L
 import torch
 
 from tq_lightning import __version__
-from tq_lightning.callbacks.truncation_eval import evaluation_passes
 from tq_lightning.export.storage import record_bytes
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.weight import original, weight_quantizers
@@ -196,8 +195,7 @@ class RunRecord(L.Callback):
         record["test"] = {
             "checkpoint": self.checkpoint,
             "epoch": pl_module.loaded_epoch,
-            "images": len(trainer.datamodule.test_dataset),  # type: ignore[attr-defined]
-            "passes": len(evaluation_passes(pl_module)),
+            "images": int(metrics.pop("test/images")),
             "metrics": metrics,
         }
         write_json(self.path, record)

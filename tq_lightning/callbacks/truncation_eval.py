@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from tq_lightning.quant.activation import ActivationQuantizer
@@ -73,6 +74,7 @@ class TruncationEval(L.Callback):
         self.calibration_batches = calibration_batches
         self._passes: list[Pass] = []
         self._accuracy: dict[Pass, MulticlassAccuracy] = {}
+        self._images = SumMetric()
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
@@ -83,6 +85,7 @@ class TruncationEval(L.Callback):
                 calibrate_norms(module, [images.to(module.device) for images, _ in self._batches])
         self._passes = evaluation_passes(module)
         classes = module.hparams.num_classes
+        self._images = SumMetric().to(module.device)
         self._accuracy = {
             p: MulticlassAccuracy(classes, average="micro", validate_args=False).to(module.device) for p in self._passes
         }
@@ -91,13 +94,14 @@ class TruncationEval(L.Callback):
         images, target = batch
         with trainer.precision_plugin.forward_context():
             logits = evaluate_batch(module, images, self._passes)
+        self._images.update(len(target))
         for p, out in logits.items():
             self._accuracy[p].update(out.argmax(1), target)
 
     def _end(self, module: Any, stage: str) -> None:
         accuracy = {p: round(100.0 * float(metric.compute()), 5) for p, metric in self._accuracy.items()}
         values = width_metrics(stage, accuracy, module.hparams.max_bits, module.widths)
-        module.log_dict(values, rank_zero_only=False)
+        module.log_dict({**values, f"{stage}/images": float(self._images.compute())})
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:  # a sanity check is no epoch: nothing is estimated, scored or logged

@@ -1,0 +1,42 @@
+# make demo | test | test-slow | lint | bench. The environment is built once, in $(VENV); PYTHON=python3.12 make test works.
+PYTHON ?= python3
+VENV ?= .venv-$(notdir $(PYTHON))
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# threads of two test processes at once otherwise wait for each other
+TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
+
+.PHONY: env demo test test-slow lint bench clean
+
+env: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: $(PYTHON) is Python %d.%d; pass PYTHON=python3.11 or newer" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(RUN) -m tq_lightning fit --config conf/digits.yaml --model.quantizer round --trainer.default_root_dir demo/round
+	$(RUN) -m tq_lightning fit --config conf/digits.yaml --model.quantizer floor --trainer.default_root_dir demo/floor
+	$(RUN) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/round --ckpt_path last
+	$(RUN) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/floor --ckpt_path last
+	$(RUN) -m tq_lightning report demo/round demo/floor --out demo/report
+
+test: $(READY)
+	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not families and not gpu" -n 2
+
+test-slow: $(READY)
+	$(TEST_ENV) $(RUN) -m pytest -m "slow and not families and not gpu"
+	$(TEST_ENV) $(RUN) -m pytest -m "families" -n 2
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(READY)
+	$(RUN) tests/benchmarks/run.py --out results/benchmarks
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache
