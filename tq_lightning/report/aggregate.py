@@ -18,6 +18,11 @@ METHOD = (
 )
 
 
+def number(value: float, digits: int = 1, sign: str = "") -> str:
+    """Fixed digits without a minus before nothing: -0.04 -> 0.0; `sign` "+" shows the plus."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over `n` seeds with the half-width of its t interval (None for one seed), in the unit of the values."""
@@ -38,7 +43,7 @@ class Estimate:
 
     def text(self, digits: int = 1) -> str:
         """`86.3 ± 0.4`, or `86.3` for one seed."""
-        return f"{self.mean:.{digits}f}" + ("" if self.half is None else f" ± {self.half:.{digits}f}")
+        return number(self.mean, digits) + ("" if self.half is None else f" ± {self.half:.{digits}f}")
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,10 @@ class Difference:
         """The difference as a sentence's end: `floor is above round by 1.2 points [0.4, 2.0]`, `no difference shown ...`."""
         e = self.estimate
         if e.half is None:
-            return f"{a} - {b} = {e.mean:+.1f} {unit}, one seed: no interval, nothing is shown"
-        interval = f"[{e.low:+.1f}, {e.high:+.1f}], {self.how}"
+            return f"{a} - {b} = {number(e.mean, sign='+')} {unit}, one seed: no interval, nothing is shown"
+        interval = f"[{number(e.low, sign='+')}, {number(e.high, sign='+')}], {self.how}"
         if not self.shown:
-            return f"no difference shown ({e.mean:+.1f} {unit} {interval})"
+            return f"no difference shown ({number(e.mean, sign='+')} {unit} {interval})"
         return f"{a} is {'above' if e.mean > 0 else 'below'} {b} by {abs(e.mean):.1f} {unit} {interval}"
 
 

@@ -20,6 +20,8 @@ BUDGET = re.compile(r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
 # `ste: auto` is the pairing of the paper.
 AUTO_STE = {"floor": "scaled", "round": "identity"}
+TRUNCATED = "_truncate"  # how a kind of activations ends that is truncated like the weights
+ACTIVATIONS_SOURCE = "model.activations_source"  # ours, no key of the configuration
 SHORT = {"model.": "", "data.": "data.", "trainer.": ""}
 
 
@@ -77,6 +79,10 @@ def arm_config(run: Run) -> dict[str, Any]:
     config = {k: v for k, v in run.config.items() if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)}
     if config.get("model.ste", "auto") == "auto" and config.get("model.quantizer") in AUTO_STE:
         config["model.ste"] = AUTO_STE[config["model.quantizer"]]
+    # How activations are coded and whether they are truncated are two choices: kept apart, each can be compared alone.
+    if isinstance(kind := config.get("model.activations"), str):
+        config["model.activations"] = kind.removesuffix(TRUNCATED)
+        config[ACTIVATIONS_SOURCE] = "truncate" if kind.endswith(TRUNCATED) else "quantize"
     return {key: _shape(value) for key, value in config.items()}
 
 
@@ -198,6 +204,7 @@ def _seed_list(seeds: tuple[int | None, ...]) -> str:
 USUAL: dict[str, Any] = {
     "model.level": "endpoint",
     "model.activations": None,
+    ACTIVATIONS_SOURCE: "quantize",
     "model.normalizer": "tanh",
     "model.norm": "per_width",
     "model.widths": [8, 4, 2, 1],
@@ -211,13 +218,19 @@ def _labels(configs: list[dict[str, Any]], left_out: set[str]) -> list[str]:
         kin = [c for c in configs if all(c.get(k) == config.get(k) for k in ("model.name", "data.name"))]
         keys = sorted({k for c in kin for k in c} - left_out - {"model.name", "data.name"})
         varying = [k for k in keys if k in config and len({_text(c.get(k)) for c in kin}) > 1]
-        extra = [_extra(k, config[k]) for k in varying if k not in USUAL or _text(config[k]) != _text(USUAL[k])]
+        usual = {**USUAL, "model.ste": AUTO_STE.get(config.get("model.quantizer", ""))}
+        extra = [_extra(k, config[k]) for k in varying if k not in usual or _text(config[k]) != _text(usual[k])]
         out.append(" · ".join([_text(config.get("model.name")), _text(config.get("data.name")), *extra]))
     return out
 
 
 def _extra(key: str, value: Any) -> str:
     return _text(value) if key == "model.quantizer" else f"{_short(key)}={_text(value)}"
+
+
+def bits_words(bits: int) -> str:
+    """`1 bit`, `2 bits`."""
+    return f"{bits} bit" if bits == 1 else f"{bits} bits"
 
 
 def _text(value: Any) -> str:

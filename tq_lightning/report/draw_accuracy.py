@@ -9,8 +9,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 from tq_lightning.report import style
-from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Estimate, acc1, acc1_float, compare, split_of
-from tq_lightning.report.arms import Arm, Setting, mixed, slug
+from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Estimate, acc1, acc1_float, compare, number, split_of
+from tq_lightning.report.arms import Arm, Setting, bits_words, mixed, slug
 from tq_lightning.report.evidence import PAPER, Evidence, is_papers, reference, row_arms, split
 from tq_lightning.report.style import FLOAT_AT, SERIES, Drawn
 
@@ -153,7 +153,7 @@ def _column(grid: Iterable[Axes], setting: Setting, base_name: str, part: str, v
         found = {w: compare(arm, base, "truncate", "truncate", w, part) for w in arm.runs[0].widths}
         points = {w: d.estimate for w, d in found.items() if d is not None}
         style.line(bottom, points, series, value, arm.trained, shift)
-        listed = ", ".join(f"{e.mean:+.1f} at {w}" for w, e in points.items())
+        listed = ", ".join(f"{number(e.mean, sign='+')} at {w}" for w, e in points.items())
         words.append(f"{setting.label}, {value} - {base_name}: {listed}")
     bottom.axhline(0, color=style.BLACK, linewidth=0.8)
     style.width_axis(bottom, sorted({w for r in setting.runs for w in r.widths}))
@@ -198,7 +198,7 @@ def _curves(setting: Setting, arms: list[tuple[str, Arm]]) -> Drawn:
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
             mean = [sum(v) / len(v) for v in points.values()]
             look = {"color": colour, "linestyle": dashes, "marker": marker, "markevery": max(1, len(x) // 6)}
-            axes.plot(x, mean, label=f"{width} bit", **look)
+            axes.plot(x, mean, label=bits_words(width), **look)
             words.append(f"{value} at {width} bit ends at {mean[-1]:.1f}")
         axes.set_title(f"{value} ({len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})")
         axes.set_xlabel("epoch")

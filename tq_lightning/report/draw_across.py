@@ -6,12 +6,13 @@ from matplotlib.axes import Axes
 
 from tq_lightning.report import style
 from tq_lightning.report.aggregate import SPLIT_WORDS, Estimate, acc1, compare, mean_interval, split_of
-from tq_lightning.report.arms import Arm, Setting
+from tq_lightning.report.arms import ACTIVATIONS_SOURCE, Arm, Setting, bits_words
 from tq_lightning.report.draw_accuracy import capped
 from tq_lightning.report.evidence import ROWS, Evidence, row_arms
 from tq_lightning.report.style import SERIES, Drawn
 
 LOW_BITS = (1, 2)
+EXTRAS = ("model.level", "model.activations", ACTIVATIONS_SOURCE)  # what a legend tells beyond model and quantizer
 FLOOR = 2  # the series of floor, as in the QT-gap figure
 ROW_NAMES = [name for name, _, _ in ROWS]
 
@@ -32,7 +33,7 @@ def robustness(evidence: Evidence) -> list[Drawn]:
             axes.plot([], [], SERIES[i][1], color=SERIES[i][0], label=name)
         for y, setting in enumerate(settings):
             words += _low_bits(axes, setting, y, bits, part)
-        axes.set_title(f"{bits} bit{'s' if bits > 1 else ''}")
+        axes.set_title(bits_words(bits))
         axes.set_xlabel(f"top-1 accuracy [%]\n{SPLIT_WORDS[part]}")
     grid[0].set_yticks(range(len(settings)), ["\n".join(textwrap.wrap(s.label, 34)) for s in settings], fontsize=7.5)
     grid[0].set_ylim(len(settings) - 0.5, -0.5)
@@ -57,7 +58,7 @@ def _low_bits(axes: Axes, setting: Setting, y: int, bits: int, part: str) -> lis
 
 
 def pareto(evidence: Evidence) -> list[Drawn]:
-    """Accuracy of the truncated weights against the bytes read to run at that width and its Pareto front, a figure a data set."""
+    """Accuracy of the truncated weights against the bytes read to run at that width with the Pareto front."""
     arms = [arm for arm in evidence.paired() if all((run.record.get("bytes") or {}).get("planes") for run in arm.runs)]
     datasets = list(dict.fromkeys(str(arm["data.name"]) for arm in arms))
     return [_pareto(name, [arm for arm in arms if str(arm["data.name"]) == name]) for name in datasets]
@@ -108,7 +109,7 @@ def _pareto(dataset: str, arms: list[Arm]) -> Drawn:
 
 
 def _name(arm: Arm) -> str:
-    extra = [str(arm[k]) for k in ("model.level", "model.activations") if arm[k] not in (None, "endpoint", "none")]
+    extra = [str(arm[k]) for k in EXTRAS if arm[k] not in (None, "endpoint", "quantize")]
     return ", ".join([str(arm["model.name"]), str(arm["model.quantizer"]), *extra])
 
 

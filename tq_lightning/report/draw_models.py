@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tq_lightning.report import style
+from tq_lightning.report.arms import bits_words
 from tq_lightning.report.evidence import Evidence
 from tq_lightning.report.style import SERIES, Drawn
 
@@ -24,7 +25,13 @@ PARTS = {
     "norms": ("norm sets", style.GREEN, "..."),
     "scales": ("scales", style.PURPLE, "xx"),
 }
-ENERGIES = {"refetch_float_pj": "refetch float, requantize", "shift_pj": "shift in place"}
+ENERGIES = {
+    "refetch_float_pj": "switch: refetch float, requantize",
+    "refetch_planes_pj": "switch: refetch bit planes",
+    "shift_pj": "switch: shift in place",
+    "traffic_float_pj": "inference: float weights read",
+    "traffic_pj": "inference: n-bit weights read",
+}
 
 
 def mib(value: float) -> float:
@@ -90,7 +97,7 @@ def _staircases(axes: Axes, record: dict[str, Any], bits: int) -> float:
     axes.step(u, rounded, where="mid", color=style.BLUE, linewidth=1.4, label="round")
     axes.step(u, shifted, where="mid", color=style.RED, linestyle="--", linewidth=1.4, label="round, shifted")
     share = 100 * float(wrong.mean())
-    axes.set_title(f"{bits} bit{'s' if bits > 1 else ''}: {share:.0f} % of [0, 1] disagrees")
+    axes.set_title(f"{bits_words(bits)}: {share:.0f} % of [0, 1] disagrees")
     axes.set_xlabel("normalised weight u (no unit)")
     axes.set_ylabel("level (no unit)")
     return share
@@ -104,22 +111,24 @@ def storage(evidence: Evidence) -> list[Drawn]:
     columns = min(2, len(records))
     rows = -(-len(records) // columns)
     title = "Storage: bytes to serve every width from 1 to 8 bits"
-    figure, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 2.0 * rows, title)
+    figure, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 1.9 * rows, title)
     grid = np.ravel(body.subplots(rows, columns, squeeze=False))
     names = model_names(records)
     words = [w for axes, r, n in zip(grid, records, names, strict=False) for w in _bars(axes, r, n)]
     for axes in grid[len(records) :]:
         axes.set_visible(False)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    said = [f"{name}: {line}." for record, name in zip(records, names, strict=True) for line in ratios(record)]
-    caption = "Smaller or larger than the float parameters; the table below spells the accounting out. " + " ".join(said)
-    return [Drawn("storage", "Storage", title, caption.strip(), "; ".join(words), figure)]
+    caption = (
+        "Smaller or larger than the float parameters, 4 bytes each. The paper's accounting leaves the stem alone in float; the "
+        "other bars follow the policy named above them. The table below spells the accounting out."
+    )
+    return [Drawn("storage", "Storage", title, caption, "; ".join(words), figure)]
 
 
 def _bars(axes: Axes, record: dict[str, Any], name: str) -> list[str]:
     """One model's bars; returns what each says."""
     ways = {key: label for key, label in WAYS.items() if key in record["ways"]}
-    master, words = float(record["ways"]["float_master"]["total"]), []
+    words = []
     for y, (key, label) in enumerate(ways.items()):
         way, left = record["ways"][key], 0.0
         for part, (what, colour, hatch) in PARTS.items():
@@ -127,27 +136,28 @@ def _bars(axes: Axes, record: dict[str, Any], name: str) -> list[str]:
             label_once = what if y == 0 else None
             axes.barh(y, size, 0.72, left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3, label=label_once)
             left += size
-        note = f"{mib(way['total']):.3g} MiB{'' if key == 'float_master' else ', ' + times(master / way['total'])}"
+        note = f"{mib(way['total']):.3g} MiB{'' if key == 'float_master' else ', ' + times(ratio(record, key))}"
         axes.text(mib(way["total"]), y, f"  {note}", va="center", fontsize=7)
         words.append(f"{name}, {label}: {note}")
     axes.set_yticks(range(len(ways)), list(ways.values()), fontsize=7.5)
     axes.set_ylim(len(ways) - 0.4, -0.6)
     axes.set_xlim(0, 1.75 * max(mib(record["ways"][k]["total"]) for k in ways))
-    axes.set_title("\n".join([name, *ratios(record)]), fontsize=7.5)
+    skipped = ", ".join(map(str, (record.get("policy") or {}).get("skip") or [])) or "nothing"
+    axes.set_title(f"{record['model']}\nin float: {skipped}", fontsize=8)
     axes.set_xlabel("size [MiB]")
     axes.grid(axis="y", visible=False)
     return words
 
 
-def times(ratio: float) -> str:
-    """How a size stands to the float parameters, `ratio` being theirs over it."""
-    return f"{ratio:.2f}× smaller" if ratio >= 1 else f"{1 / ratio:.2f}× larger"
+def ratio(record: dict[str, Any], way: str) -> float:
+    """Bytes of the float parameters, 4 each, over those of a way: what the paper's 3.53 is."""
+    master = 4 * record["parameters"] if record.get("parameters") else record["ways"]["float_master"]["total"]
+    return master / record["ways"][way]["total"]
 
 
-def ratios(record: dict[str, Any]) -> list[str]:
-    """The paper's ratio and, beside it, the one without its favourable assumptions."""
-    known = (("paper_ratio", "smaller by the paper's accounting"), ("policy_ratio", "smaller by this policy, packed"))
-    return [f"{record[key]:.3f}× {how}" for key, how in known if record.get(key)]
+def times(value: float) -> str:
+    """A ratio in words."""
+    return f"{value:.2f}× smaller" if value >= 1 else f"{1 / value:.2f}× larger"
 
 
 def energy(evidence: Evidence) -> list[Drawn]:
@@ -158,7 +168,7 @@ def energy(evidence: Evidence) -> list[Drawn]:
     columns = min(2, len(records))
     rows = -(-len(records) // columns)
     assumptions = list(dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", [])))
-    title = "Energy of a switch of width: a model, not a measurement"
+    title = "Energy of a switch of width and of weight traffic: a model, not a measurement"
     foot = "Assumes: " + "; ".join(a.rstrip(".") for a in assumptions) if assumptions else ""
     figure, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 2.1 * rows, title, foot=foot)
     grid = np.ravel(body.subplots(rows, columns, squeeze=False))

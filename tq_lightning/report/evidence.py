@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tq_lightning.report.aggregate import split_of
-from tq_lightning.report.arms import AUTO_STE, Arm, Setting, group, settings
+from tq_lightning.report.arms import ACTIVATIONS_SOURCE, AUTO_STE, Arm, Setting, group, settings
 from tq_lightning.report.records import Loaded
 
 # Compared keys, and the value the others are held against (None: the first in order). Quantizers have rows of their own.
 FACTORS: dict[str, str | None] = {
     "model.ste": "identity",
     "model.level": "endpoint",
-    "model.activations": None,
+    "model.activations": "none",
+    ACTIVATIONS_SOURCE: "quantize",
     "model.normalizer": "tanh",
     "model.norm": "per_width",
     "model.widths": None,
@@ -86,12 +87,11 @@ def is_papers(setting: Setting) -> bool:
     """True where the setting is the one of the paper's table, so that its numbers may stand beside ours."""
     config = setting.arms[0][1].config
     expansion = next((v for k, v in config.items() if k.endswith("expansion")), 1)
-    activations = str(config.get("model.activations") or "none")
     checks: list[Callable[[], bool]] = [
         lambda: config.get("model.name") == "preresnet20_cifar",
         lambda: str(config.get("data.name")) == "cifar10",
         lambda: str(expansion or 1) in ("1", "1.0"),
-        lambda: activations != "none" and "trunc" not in activations,
+        lambda: config.get(ACTIVATIONS_SOURCE) == "quantize",
         lambda: {1, 2, 4, 8} <= set(setting.arms[0][1].trained),
     ]
     return all(check() for check in checks)
@@ -101,9 +101,6 @@ def reference(setting: Setting) -> str:
     """The value the others of a setting are held against: the customary one where present, else the first."""
     customary = FACTORS.get(setting.factor)
     present = [value for value, _ in setting.arms]
-    if setting.factor == "model.activations":  # requantized against truncated: the plain one is the reference
-        plain = [v for v in present if "trunc" not in v and v != "none"]
-        return plain[0] if plain else present[0]
     return customary if customary in present else present[0]
 
 

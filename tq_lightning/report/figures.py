@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tq_lightning.report import draw_accuracy, draw_across, draw_models
+from tq_lightning.report.arms import ACTIVATIONS_SOURCE
 from tq_lightning.report.evidence import Evidence
 from tq_lightning.report.style import Drawn, styled
 
@@ -16,6 +17,9 @@ FIGURES: dict[str, Callable[[Evidence], list[Drawn]]] = {
     "ste": partial(draw_accuracy.factor, key="model.ste", title="STE ablation"),
     "level": partial(draw_accuracy.factor, key="model.level", title="Levels"),
     "activations": partial(draw_accuracy.factor, key="model.activations", title="Activations"),
+    "activations_source": partial(
+        draw_accuracy.factor, key=ACTIVATIONS_SOURCE, title="Activations truncated like the weights, or requantized"
+    ),
     "normalizer": partial(draw_accuracy.factor, key="model.normalizer", title="Normalisers"),
     "widths": partial(draw_accuracy.factor, key="model.widths", title="Width sets"),
     "teacher": partial(draw_accuracy.factor, key="model.teacher", title="Teachers"),

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from tq_lightning.report.aggregate import METHOD, acc1, acc1_float, compare, split_of
+from tq_lightning.report.aggregate import METHOD, acc1, acc1_float, compare, number, split_of
 from tq_lightning.report.arms import Arm, Setting, shown_extras
-from tq_lightning.report.draw_models import WAYS, energy_name, model_names, ratios, with_key
+from tq_lightning.report.draw_models import WAYS, energy_name, model_names, ratio, with_key
 from tq_lightning.report.evidence import PAPER, ROWS, Evidence, is_papers, reference, row_arms, split
 from tq_lightning.report.tables import Cell, Table
 
@@ -140,8 +140,8 @@ def _differences(
         if found is None:
             continue
         e = found.estimate
-        interval = "" if e.half is None else f"[{e.low:+.2f}, {e.high:+.2f}]"
-        cells = [(f"{e.mean:+.2f}", e.mean), interval, found.how, found.verdict(), part, " ".join(setting.flags)]
+        interval = "" if e.half is None else f"[{number(e.low, 2, '+')}, {number(e.high, 2, '+')}]"
+        cells = [(number(e.mean, 2, "+"), e.mean), interval, found.how, found.verdict(), part, " ".join(setting.flags)]
         out.append([factor, setting.label, a[0], b[0], w, *cells])
     return out
 
@@ -156,14 +156,23 @@ def storage(evidence: Evidence) -> Table:
     records = with_key(evidence, "ways")
     names = model_names(records)
     for record, name in zip(records, names, strict=True):
-        master = record["ways"]["float_master"]["total"]
         for key, words in WAYS.items():
             if way := record["ways"].get(key):
-                ratio = master / way["total"]
+                times = ratio(record, key)
                 parts = [_size(way.get(p)) for p in ("total", "weights", "float", "norms", "scales")]
-                rows.append([name, words, int(way["total"]), *parts, (f"{ratio:.3f}×", ratio)])
-    notes = [f"{n}: {line}" for r, n in zip(records, names, strict=True) for line in [*ratios(r), *r.get("accounting", [])]]
-    columns = ["model", "way", "bytes", "total", "quantized weights", "left in float", "norm sets", "scales", "float over this"]
+                rows.append([name, words, int(way["total"]), *parts, (f"{times:.3f}×", times)])
+    notes = [f"{n}: {line}" for r, n in zip(records, names, strict=True) for line in r.get("accounting", [])]
+    columns = [
+        "model",
+        "way",
+        "bytes",
+        "total",
+        "quantized weights",
+        "left in float",
+        "norm sets",
+        "scales",
+        "float parameters over this",
+    ]
     return Table("storage", "Storage", "Sizes in MiB; total also in bytes.", columns, rows, ("model", "way"), tuple(notes))
 
 
@@ -187,7 +196,15 @@ def energy(evidence: Evidence) -> Table:
     ]
     notes = tuple(dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", [])))
     columns = ["model", "bits", *(f"{energy_name(k)} [µJ]" for k in kinds)]
-    return Table("energy", "Energy of a switch of width", "Modelled, not measured.", columns, rows, ("model",), notes)
+    return Table(
+        "energy",
+        "Energy of a switch of width and of weight traffic",
+        "Modelled, not measured.",
+        columns,
+        rows,
+        ("model",),
+        notes,
+    )
 
 
 def constants(evidence: Evidence) -> Table:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from tq_lightning.report.arms import Arm
+from tq_lightning.report.arms import ACTIVATIONS_SOURCE, Arm
 from tq_lightning.report.records import SOURCES, Run
 
 FACTS = (
@@ -15,6 +15,7 @@ FACTS = (
     "model.ste",
     "model.level",
     "model.activations",
+    ACTIVATIONS_SOURCE,
     "model.normalizer",
     "model.norm",
 )

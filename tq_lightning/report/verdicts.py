@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tq_lightning.report.aggregate import SPLIT_WORDS, Difference, compare
-from tq_lightning.report.arms import Arm, Setting
+from tq_lightning.report.arms import ACTIVATIONS_SOURCE, Arm, Setting, bits_words
 from tq_lightning.report.evidence import Evidence, reference, row_arms, split
 
 
@@ -48,7 +48,7 @@ def qt_gap(evidence: Evidence) -> Verdict | None:
             if max(abs(d.estimate.mean) for d in gaps.values()) < 0.005:
                 lines.append(f"{setting.label}, {value}: truncation costs nothing at any trained width ({SPLIT_WORDS[part]}).")
             else:
-                most = f"truncation costs most at {bits} bits, {lost.text()} points"
+                most = f"truncation costs most at {bits_words(bits)}, {lost.text()} points"
                 lines.append(f"{setting.label}, {value}: {most} ({SPLIT_WORDS[part]}).")
             worst.append((str(arm["model.quantizer"]), lost.mean))
         rows = {name: (arm, source) for name, arm, source in row_arms(setting)}
@@ -58,12 +58,15 @@ def qt_gap(evidence: Evidence) -> Verdict | None:
                 w: compare(floor, rounded, "truncate", "quantize", w, part)
                 for w in sorted(set(floor.trained) & set(rounded.trained))
             }
-            words = [f"{w} bits: {d.words('floor truncated', 'round quantized')}" for w, d in found.items() if d is not None]
+            words = [
+                f"{bits_words(w)}: {d.words('floor truncated', 'round quantized')}" for w, d in found.items() if d is not None
+            ]
             lines += [f"{setting.label}, {'; '.join(words)}."]
     if not worst:
         return None
     by = {q: max(m for name, m in worst if name == q) for q in dict.fromkeys(name for name, _ in worst)}
-    answer = "; ".join(f"{q}: at most {max(m, 0.0):.1f} points lost at a trained width" for q, m in by.items()) + "."
+    said = [f"{q} loses {f'up to {m:.1f} points' if m >= 0.05 else 'nothing'} at a trained width" for q, m in by.items()]
+    answer = "; ".join(said) + "."
     return Verdict("What does truncation cost?", answer, tuple(lines))
 
 
@@ -98,7 +101,7 @@ def sentence(of: list[Compared], value: str) -> str:
 
 def lines_of(of: list[Compared]) -> tuple[str, ...]:
     """One line a comparison."""
-    return tuple(f"{c.setting.label}, {c.bits} bits: {c.difference.words(c.value, c.base)}." for c in of)
+    return tuple(f"{c.setting.label}, {bits_words(c.bits)}: {c.difference.words(c.value, c.base)}." for c in of)
 
 
 def ste(evidence: Evidence) -> Verdict | None:
@@ -118,7 +121,7 @@ def ste(evidence: Evidence) -> Verdict | None:
     elif below:
         answer = f"Mixed: shown above identity in {len(above)} and below it in {len(below)} of {len(tested)} comparisons."
     else:
-        where = "; ".join(f"{c.setting.label} at {c.bits} bits" for c in above[:6])
+        where = "; ".join(f"{c.setting.label} at {bits_words(c.bits)}" for c in above[:6])
         answer = f"It helps in {len(above)} of {len(tested)} comparisons ({where}); in the others no difference is shown."
     widest = max((c.difference.estimate.half or 0.0 for c in tested), default=0.0)
     if tested:
@@ -129,9 +132,7 @@ def ste(evidence: Evidence) -> Verdict | None:
 
 def activations(evidence: Evidence) -> Verdict | None:
     """The paper's open question 2: activations truncated like the weights, against requantized."""
-    found = [
-        c for c in compared(evidence, "model.activations") if "trunc" in c.value and "trunc" not in c.base and c.base != "none"
-    ]
+    found = compared(evidence, ACTIVATIONS_SOURCE)
     return _by_value("Can activations be truncated like the weights (open question 2)?", found)
 
 
