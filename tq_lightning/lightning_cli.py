@@ -136,6 +136,10 @@ class TQCLI(LightningCLI):
 
     def _fit_callbacks(self, config: Any) -> list[Callback]:
         callbacks: list[Callback] = [RunRecord(self.run_dir, self.config_dump)]
+        if config["wandb"]:
+            from tq_lightning.callbacks.wandb_run import WandbRecord
+
+            callbacks.append(WandbRecord(self.run_dir / NAME))
         if config["trainer"]["enable_checkpointing"] is False or config["trainer"]["fast_dev_run"]:
             return callbacks
         folder = self.run_dir / "checkpoints"

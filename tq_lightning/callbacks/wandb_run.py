@@ -1,0 +1,67 @@
+"""Weights & Biases: a logger that gets along with sweeps, and a callback that puts a run's record among its files."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+
+
+def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
+    """One W&B run for this run, with its resolved configuration; its files go below `run_dir`.
+
+    An agent's sweep gives the run its id and project through the environment, so neither is set here where it does; values
+    that the sweep itself set are left to it (`allow_val_change`). Only rank 0 makes a run.
+    """
+    in_sweep = "WANDB_SWEEP_ID" in os.environ
+    project = None if in_sweep else os.environ.get("WANDB_PROJECT", "tq_lightning")
+    logger = WandbLogger(name=None if in_sweep else run_dir.name, save_dir=run_dir, project=project, log_model=False)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("RANK", 0)) == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        logger.experiment.config.update(config, allow_val_change=True)
+    return logger
+
+
+class WandbRecord(L.Callback):
+    """At the end of a fit: the table by width, its figure, and record.json among the files of the W&B run."""
+
+    def __init__(self, record: Path) -> None:
+        self.record = record
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        logger = next((lo for lo in trainer.loggers if isinstance(lo, WandbLogger)), None)
+        if logger is None or not trainer.is_global_zero or not self.record.is_file():
+            return
+        import json
+
+        import wandb
+
+        run = logger.experiment
+        record = json.loads(self.record.read_text())
+        rows = [
+            [int(bits), at["quantize"], at["truncate"], at["qt_gap"]]
+            for bits, at in sorted(record.get("widths", {}).items(), key=lambda item: -int(item[0]))
+            if "truncate" in at
+        ]
+        if rows:
+            table = wandb.Table(columns=["bits", "quantize (%)", "truncate (%)", "QT gap (points)"], data=rows)
+            figure = _figure(rows)
+            run.log({"widths": table, "qt_gap": wandb.Image(figure)})
+            figure.clf()
+        shutil.copyfile(self.record, Path(run.dir) / self.record.name)
+        run.save(str(Path(run.dir) / self.record.name), base_path=run.dir, policy="end")
+
+
+def _figure(rows: list[list[float]]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    bits = [row[0] for row in rows]
+    axes.plot(bits, [row[1] for row in rows], "o--", color="#0072B2", label="quantized")
+    axes.plot(bits, [row[2] for row in rows], "s-", color="#D55E00", label="truncated")
+    axes.set(xlabel="bits of a weight", ylabel="top-1 (%)", xticks=sorted(bits))
+    axes.legend()
+    return figure
