@@ -218,3 +218,19 @@ def test_folders_that_are_wrong(folder, tmp_path):
     assert "not among the 3 expected classes (dog)" in error_of(folder)
     (folder / "train" / "eel").mkdir()
     assert "empty class folders (eel)" in error_of(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_calibration_in_the_middle_of_validation(folder, workers):
+    """Held-out images and calibration read the same split at the same time."""
+    shutil.rmtree(folder / "val")
+    data = module(folder, image_size=8, workers=workers, val_fraction=0.4, eval_batch_size=1)
+    expected = list(data.val_dataloader())
+    calibration = list(data.calibration_batches(2))
+    loader = iter(data.val_dataloader())
+    got = [next(loader)]
+    again = list(data.calibration_batches(2))
+    got += list(loader)
+    for some, others in ((got, expected), (again, calibration)):
+        assert len(some) == len(others) > 1
+        assert all(torch.equal(x, y) for a, b in zip(some, others, strict=True) for x, y in zip(a, b, strict=True))

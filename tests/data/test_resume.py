@@ -46,9 +46,10 @@ def folder(tmp_path_factory):
     return root
 
 
-def fit(data, root, epochs=2, stop=None, resume=None, every=3, **flags):
+def fit(data, root, epochs=2, stop=None, resume=None, every=3, when=None, **flags):
     model = Recorder(stop)
-    keep = ModelCheckpoint(root, every_n_train_steps=every, save_top_k=-1, filename="{step}", save_on_exception=False)
+    when = when or {"every_n_train_steps": every}
+    keep = ModelCheckpoint(root, save_top_k=-1, filename="{step}", save_on_exception=False, **when)
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", callbacks=[keep], logger=False, enable_progress_bar=False,
         enable_model_summary=False, **flags,
@@ -100,6 +101,16 @@ def test_image_files(folder, tmp_path, workers):
     assert_same(cut.seen, whole.seen[:4])
     rest = fit(data, tmp_path / "b", resume=tmp_path / "b" / "step=3.ckpt")
     assert_same(rest.seen, whole.seen[3:])
+
+
+@pytest.mark.parametrize("after_training", [True, False])
+def test_from_the_end_of_an_epoch(tmp_path, after_training):
+    """Checkpoints written before and after the validation that ends an epoch."""
+    whole = fit(SMALL, tmp_path / "a", epochs=3)
+    when = {"every_n_epochs": 1, "save_on_train_epoch_end": after_training}
+    fit(SMALL, tmp_path / "b", epochs=3, stop=11, when=when)
+    rest = fit(SMALL, tmp_path / "b", epochs=3, resume=tmp_path / "b" / "step=8.ckpt", when=when)
+    assert_same(rest.seen, whole.seen[8:])
 
 
 def test_with_max_steps_and_limited_epochs(tmp_path):

@@ -42,7 +42,8 @@ class TQDataModule(lightning.LightningDataModule):
         batch_size: training samples per process and step.
         eval_batch_size: samples per process and step in evaluation; null is twice batch_size, at least 256 if small.
         workers: processes that read image files; null is one per core, up to 8. Small images need none.
-        val_fraction: share of the training split held out where the set has no validation split; the same for every seed.
+        val_fraction: share of the training split held out, one sample at least, where the set has no validation split;
+            the same samples for every seed.
         samples: train on this many samples, even over the classes; null takes all. For synthetic, how many to make (2048).
         mean: per-channel mean of the images in 0..1; null is the set's own.
         std: per-channel standard deviation of the images in 0..1; null is the set's own.
@@ -113,7 +114,7 @@ class TQDataModule(lightning.LightningDataModule):
         self._source = Source(Path(root).expanduser(), download, num_classes, self.image_size, samples)
         self._splits: dict[str, Split] = {}
         self._absent: set[str] = set()
-        self._fetches: dict[tuple[str, bool], Fetch] = {}
+        self._fetches: dict[tuple[str, str], Fetch] = {}
         self._augment: augment.BatchAugment | None = None
 
     # What a model, a calibration and an export header ask for
@@ -152,7 +153,8 @@ class TQDataModule(lightning.LightningDataModule):
         size = batch_size or self.batch_size
         split, samples = self._part("train")
         samples = samples[torch.randperm(samples.numel(), generator=generator(8))[: n * size]]
-        for pixels, labels in self._fetch(split, False)(lambda: iter(samples.split(size))):
+        # a reader of its own: this may be called while validation goes through the same split
+        for pixels, labels in self._new_fetch(split, training=False)(lambda: iter(samples.split(size))):
             yield self.normalise(pixels.to(device)), labels.to(device)
 
     # Splits
@@ -195,23 +197,25 @@ class TQDataModule(lightning.LightningDataModule):
             rest = rest[stratified(labels[rest], self.samples)]
         return name, rest
 
-    def _fetch(self, name: str, training: bool) -> Fetch:
-        """How batches of a split are read; kept, so that worker processes live on."""
-        key = (name, training)
-        if key not in self._fetches:
-            split = self._splits[name]
-            read, transform = split.read, None
-            colours = {"color_jitter": self.color_jitter or None, "auto_augment": self.auto_augment, "mean": self.mean}
-            if read is not None and training:
-                how = self.train_interpolation
-                transform = augment.train_transform(self.image_size, self.scale, self.hflip, how, **colours)
-            elif read is not None:
-                transform = augment.eval_transform(self.image_size, self.crop_pct, self.interpolation)
-            elif training and (self.color_jitter or self.auto_augment):
-                read, transform = split.picture, augment.colour_transform(self.image_size, **colours)
-            items = Items(read, transform) if read is not None and transform is not None else None
-            self._fetches[key] = Fetch(split.labels, split.pixels, items, self.workers)
-        return self._fetches[key]
+    def _fetch(self, name: str, stage: str) -> Fetch:
+        """How `stage` reads batches of a split; kept, so that worker processes live on."""
+        if (name, stage) not in self._fetches:
+            self._fetches[name, stage] = self._new_fetch(name, training=stage == "train")
+        return self._fetches[name, stage]
+
+    def _new_fetch(self, name: str, training: bool) -> Fetch:
+        split = self._splits[name]
+        read, transform = split.read, None
+        colours = {"color_jitter": self.color_jitter or None, "auto_augment": self.auto_augment, "mean": self.mean}
+        if read is not None and training:
+            how = self.train_interpolation
+            transform = augment.train_transform(self.image_size, self.scale, self.hflip, how, **colours)
+        elif read is not None:
+            transform = augment.eval_transform(self.image_size, self.crop_pct, self.interpolation)
+        elif training and (self.color_jitter or self.auto_augment):
+            read, transform = split.picture, augment.colour_transform(self.image_size, **colours)
+        items = Items(read, transform) if read is not None and transform is not None else None
+        return Fetch(split.labels, split.pixels, items, self.workers)
 
     # Lightning
 
@@ -227,7 +231,7 @@ class TQDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         name, samples = self._part("train")
-        fetch, mixup = self._fetch(name, True), self.mixup
+        fetch, mixup = self._fetch(name, "train"), self.mixup
         if mixup is not None and self.batch_size % 2:
             raise UserError(f"data.batch_size={self.batch_size} is odd: mixup, cutmix and smoothing need an even one")
         order = TrainOrder(samples, self.batch_size, self.seed, *self._place(), even=mixup is not None)
@@ -250,7 +254,7 @@ class TQDataModule(lightning.LightningDataModule):
 
     def _eval_loader(self, stage: str) -> EvalLoader:
         name, samples = self._part(stage)
-        return EvalLoader(self._fetch(name, False), samples, self.eval_batch_size, *self._place())
+        return EvalLoader(self._fetch(name, stage), samples, self.eval_batch_size, *self._place())
 
     def teardown(self, stage: str) -> None:
         """Let the worker processes go."""

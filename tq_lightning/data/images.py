@@ -41,7 +41,7 @@ def missing(root: Path, *splits: str) -> str:
 
 
 def open_folder(path: Path, index: dict[str, int] | None = None, **options: Any) -> tuple[Any, dict[str, int], Tensor]:
-    """timm's dataset over a folder or a tar.
+    """timm's dataset over a folder or a tar. (It replaces an image that it can't decode by the next one, with a warning.)
 
     Args:
         path: the folder or .tar with <class>/<image> inside, at any depth.

@@ -44,7 +44,9 @@ class _Keys:
 
 
 class Fetch:
-    """Batches of one split by sample number: by tensor indexing where the images are in memory, by worker processes where not.
+    """Batches of one split by sample number: by tensor indexing where the images are in memory, else by worker processes.
+
+    One iteration at a time: the workers persist, so that a new iteration ends the one before it.
 
     Args:
         labels: (N,) int64.
@@ -62,9 +64,10 @@ class Fetch:
         self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(images uint8, labels) for every tensor of sample numbers that `batches()` yields."""
-        pixels = self.pixels
-        if pixels is not None and self.items is None:
-            return ((pixels.index_select(0, i), self.labels.index_select(0, i)) for i in batches())
+        if self.pixels is not None and self.items is None:
+            for i in batches():
+                yield self.pixels.index_select(0, i), self.labels.index_select(0, i)
+            return
         self._sampler.keys = lambda: ([(n, derive_seed(seed, epoch, n, 5)) for n in i.tolist()] for i in batches())
         if self._loader is None:
             # a generator of its own: a DataLoader otherwise draws a seed from the global one whenever it starts
@@ -77,7 +80,8 @@ class Fetch:
                 generator=torch.Generator(),
                 multiprocessing_context="fork" if self.workers and _FORK else None,
             )
-        return ((images, labels) for images, labels in self._loader)
+        for batch in self._loader:
+            yield batch[0], batch[1]
 
 
 class TrainLoader:
