@@ -17,7 +17,8 @@ import tq_lightning
 from tq_lightning.errors import UserError
 from tq_lightning.export.compress import CODING, compress_plane
 from tq_lightning.export.container import write_container
-from tq_lightning.export.load import build_skeleton, check_names, file_names, load_packed
+from tq_lightning.export.header import check_names, file_names
+from tq_lightning.export.load import build_skeleton, load_packed
 from tq_lightning.export.planes import pack_planes
 from tq_lightning.quant.norm import per_width_norms
 from tq_lightning.quant.weight import original, weight_quantizers

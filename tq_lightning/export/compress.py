@@ -26,7 +26,7 @@ def decompress_plane(frame: np.ndarray, first: np.ndarray | None, size: int) -> 
     Raises:
         UserError: not a frame, or one of another size.
     """
-    data = memoryview(frame)
+    data = frame.tobytes()
     try:
         if zstandard.frame_content_size(data) != size:
             raise UserError(f"a compressed plane unfolds to another size than the {size} bytes of a plane")

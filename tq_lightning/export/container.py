@@ -63,7 +63,9 @@ def write_container(path: str | Path, tensors: Mapping[str, np.ndarray], header:
     kinds = {np.dtype(code): kind for kind, code in DTYPES.items()}
     rank = list(DTYPES)
     order = sorted(tensors, key=lambda name: (rank.index(kinds[tensors[name].dtype]), name))
-    index, at, sums = {}, 0, {}
+    index: dict[str, Any] = {}
+    sums: dict[str, Any] = {}
+    at = 0
     for name in order:
         array = tensors[name]
         index[name] = {
@@ -89,7 +91,7 @@ def write_container(path: str | Path, tensors: Mapping[str, np.ndarray], header:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _write_atomically(path: Path, pieces: list[Any]) -> None:

@@ -6,7 +6,7 @@ error, never in a model.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.compress import CODING, decompress_plane
+from tq_lightning.export.compress import decompress_plane
 from tq_lightning.export.container import Container
+from tq_lightning.export.header import check_layers, check_names, file_names, named_tensors, read_header, split_norms
 from tq_lightning.export.packed import MODES, PackedWeight, attach
 from tq_lightning.export.planes import unpack_planes
-from tq_lightning.quant.norm import FLOAT, PerWidthNorm, per_width_norms
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.norm import PerWidthNorm, per_width_norms
+from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.quant.width import width_of
 
 # What a file may never ask of create_model: files to open, weights to fetch.
 _FORBIDDEN = ("pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
 _MAX_ARG = 1 << 16  # of any number in the model's arguments
-_LAYER_KEYS = {"name", "shape", "offset", "scale"}
 
 
 def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | None = None, mode: str = "resident") -> nn.Module:
@@ -57,7 +57,7 @@ def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | No
         try:
             model = build_skeleton(header, model)
             check_names(header, set(shapes), model)
-            _check_layers(header, shapes, model)
+            check_layers(header, shapes, model)
             widths = _widths(header, model, bits)
         except ValueError as error:
             raise UserError(f"{path} cannot be loaded: {error}") from error
@@ -67,7 +67,7 @@ def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | No
         width = width_of(model)
         width.packed, width.default_source = True, "truncate"
         width.bits, width.source = max(widths), "truncate"
-        _fill(model, header, _split(header, floats), widths)
+        _fill(model, header, split_norms(header, floats), widths)
         _attach_codes(model, header, floats["scale"], _read_codes(file, header, planes), planes, widths, mode)
         model.tq_file = {  # type: ignore[assignment]
             **{key: header[key] for key in ("model", "preprocessing", "class_names", "prepare", "stored_bits")},
@@ -79,76 +79,6 @@ def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | No
     if left:
         raise UserError(f"{path} holds no values for {', '.join(left[:3])}; pass the network itself as model=")
     return model.eval().requires_grad_(False)
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under every name they have."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
-    """(name in the model, tensor, name in the file) for everything of a prepared model that a file holds as it is.
-
-    Left out: quantized weights, the float set of per-width norms, and batch norm's counters, which move no output.
-    """
-    homes = [name for name, module in model.named_modules() if isinstance(module, PerWidthNorm)]
-    behind = set()  # by name, not identity: an embedding tied to a quantized classifier is itself used in float
-    for full, _, tensor, _ in weight_quantizers(model):
-        behind.add(f"{full[: -len(tensor)]}parametrizations.{tensor}.original")
-    found = []
-    for full, value in named_tensors(model):
-        if full in behind or full.endswith("num_batches_tracked"):
-            continue
-        if any(full == f"{home}.calibrated" for home in homes):  # said by which norm sets are in the file
-            continue
-        kind = "float64" if value.dtype == torch.float64 else "float" if value.is_floating_point() else "int"
-        name = f"{kind}/{full}"
-        home = next((h for h in homes if full.startswith(f"{h}.sets.")), None)
-        if home is not None:
-            key, rest = full[len(home) + 6 :].split(".", 1)
-            if key == FLOAT:
-                continue
-            if kind == "float":
-                name = f"norm{key}/{home}.{rest}"
-        found.append((full, value, name))
-    return found
-
-
-def read_header(file: Container) -> dict[str, Any]:
-    """The header with the type of every field checked."""
-    header = file.header
-    kinds: dict[str, Any] = {
-        "model": dict,
-        "preprocessing": dict | None,
-        "class_names": list | None,
-        "prepare": dict,
-        "stored_bits": int,
-        "codes": int,
-        "layers": list,
-        "dtypes": dict,
-        "norm_widths": list,
-        "norms": list,
-        "folded": bool,
-        "compression": str | None,
-    }
-    for key, kind in kinds.items():
-        if not isinstance(header.get(key), kind) or (kind is int and isinstance(header[key], bool)):
-            raise file.damaged(f"its header has no proper {key!r}")
-    if header["compression"] not in (None, CODING):
-        raise UserError(f"{file.path} is compressed as {header['compression'][:20]!r}, unknown here; update tq_lightning")
-    if not 1 <= header["stored_bits"] <= 8:
-        raise file.damaged("its number of planes is none of 1 to 8")
-    for keys, things in ((_LAYER_KEYS, header["layers"]), ({"name", "shape"}, header["norms"])):
-        for thing in things:
-            if not isinstance(thing, dict) or set(thing) != keys or not isinstance(thing["name"], str):
-                raise file.damaged("its layer map is not one")
-            for shape in (thing["shape"], thing.get("scale", []), [thing.get("offset", 0)]):
-                if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape):
-                    raise file.damaged("its layer map has an absurd shape or place")
-    if any(type(n) is not int or not 1 <= n <= 8 for n in header["norm_widths"]):
-        raise file.damaged("its norm sets are of no width from 1 to 8")
-    return header
 
 
 def build_skeleton(header: Mapping[str, Any], model: nn.Module | None = None) -> nn.Module:
@@ -172,27 +102,6 @@ def build_skeleton(header: Mapping[str, Any], model: nn.Module | None = None) ->
     return model
 
 
-def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
-    """Raises UserError where the tensors of the file are not those that its network wants."""
-    folded = (".running_mean", ".running_var") if header["folded"] else ()
-    own = {name for _, _, name in file_names(model) if not name.startswith("norm")} | {"scale"}
-    own |= {f"norm{n}" for n in header["norm_widths"]} | {f"plane{p}" for p in range(header["stored_bits"])}
-    lacks = {n for n in own - names if not n.endswith(folded)} if folded else own - names
-    adds = names - own
-    if header["norm_widths"]:
-        first = f"norm{header['norm_widths'][0]}/"
-        cuts = {name: value.shape for _, value, name in file_names(model) if name.startswith(first)}
-        given = {first + cut["name"]: torch.Size(cut["shape"]) for cut in header["norms"]}
-        lacks |= {n for n in cuts if n not in given and not (folded and n.endswith(folded))}
-        adds |= {n for n in given if given[n] != cuts.get(n)}
-    if lacks or adds:
-        words = [f"{what} {', '.join(sorted(s)[:2])}" for what, s in (("lacks", lacks), ("adds", adds)) if s]
-        raise UserError(
-            f"the file {' and '.join(words)} against the network {header['model'].get('name')!r} made with "
-            f"{header['model'].get('args')}; pass model_args= to save_packed as the model was made, or model= to load_packed"
-        )
-
-
 def _widths(header: Mapping[str, Any], model: nn.Module, bits: int | None) -> list[int]:
     """The widths that the loaded model can run at."""
     usable = header["norm_widths"] if per_width_norms(model) else list(range(1, header["stored_bits"] + 1))
@@ -203,22 +112,7 @@ def _widths(header: Mapping[str, Any], model: nn.Module, bits: int | None) -> li
             f"it has no norm statistics for {bits or 'any'} bits, only for {usable}; "
             "call calibrate_norms(model, batches) before exporting"
         )
-    return [bits]
-
-
-def _split(header: Mapping[str, Any], floats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Norm rows cut into their tensors: "norm4" -> "norm4/bn1.weight", ...; the rest as it is."""
-    out = {}
-    for name, array in floats.items():
-        if not name.startswith("norm"):
-            out[name] = array
-            continue
-        ends = np.cumsum([math.prod(cut["shape"]) for cut in header["norms"]])
-        if array.ndim != 1 or array.dtype != np.float32 or ends[-1] != array.size:
-            raise UserError(f"its norm set {name!r} is not of the size that its header says; export it again")
-        for cut, part in zip(header["norms"], np.split(array, ends[:-1]), strict=True):
-            out[f"{name}/{cut['name']}"] = part.reshape(cut["shape"])
-    return out
+    return [bits]  # type: ignore[list-item]
 
 
 def _create(given: Mapping[str, Any]) -> nn.Module:
@@ -247,33 +141,6 @@ def _plain(value: Any) -> bool:
     if isinstance(value, str):
         return len(value) <= 64 and "/" not in value and "\\" not in value
     return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= _MAX_ARG)
-
-
-def _check_layers(header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
-    """The layer map against the network and against the rows of codes, before anything is unpacked."""
-    own = {full: tuple(original(module, tensor).shape) for full, module, tensor, _ in weight_quantizers(model)}
-    given = {layer["name"]: tuple(layer["shape"]) for layer in header["layers"]}
-    if given != own or len(given) != len(header["layers"]):
-        raise UserError("its layer map is not that of its network")
-    end, runs = 0, {layer["offset"]: -(-math.prod(layer["shape"]) // 64) * 64 for layer in header["layers"]}
-    for offset, size in sorted(runs.items()):
-        if offset != end:
-            raise UserError("its layers overlap or leave a gap")
-        end += size
-    if any(-(-math.prod(layer["shape"]) // 64) * 64 != runs[layer["offset"]] for layer in header["layers"]):
-        raise UserError("two layers of different size share their codes")
-    if end != header["codes"]:
-        raise UserError(f"its layers have {end} codes, its header speaks of {header['codes']}")
-    for p in range(header["stored_bits"]):
-        shape = shapes[f"plane{p}"]
-        if len(shape) != 1 or (header["compression"] is None and shape[0] != end // 8):
-            raise UserError(f"plane {p} is not of {end // 8} bytes")
-    for layer in header["layers"]:
-        pairs = list(zip(layer["scale"], layer["shape"], strict=False))
-        if len(layer["scale"]) not in (0, len(layer["shape"])) or any(s not in (1, n) for s, n in pairs):
-            raise UserError(f"the scale of {layer['name']} does not fit its weight")
-    if shapes["scale"] != (sum(math.prod(layer["scale"]) for layer in header["layers"]),):
-        raise UserError("its scales are not as many as its header says")
 
 
 def _read_codes(file: Container, header: Mapping[str, Any], bits: int) -> Tensor:
@@ -312,7 +179,7 @@ def _fill(model: nn.Module, header: Mapping[str, Any], floats: Mapping[str, np.n
                 raise UserError(f"{full} is {tuple(array.shape)} in the file, {tuple(value.shape)} in its network")
             filled = torch.tensor(array)
         else:  # a folded batch norm: weight and bias say all
-            filled = torch.full(value.shape, 0.0 if leaf == "running_mean" else 1.0 - module.eps)  # type: ignore[operator]
+            filled = torch.full(value.shape, 0.0 if leaf == "running_mean" else 1.0 - float(module.eps))  # type: ignore[arg-type]
         if not isinstance(dtype, torch.dtype):
             raise UserError(f"the file gives {full} a type that is none")
         _put(module, leaf, filled.to(dtype))
