@@ -1,7 +1,10 @@
 """fit, validate, test and predict: a LightningCLI with flat keys of our own, and a run directory that nothing overwrites."""
 
+import difflib
+import inspect
 import logging
 import re
+import shutil
 import sys
 import time
 import uuid
@@ -13,8 +16,11 @@ import torch
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, set_loader
 from jsonargparse.loaders_dumpers import yaml_load
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tq_lightning.callbacks.run_logger import RunLogger
 from tq_lightning.callbacks.run_record import MONITOR, NAME, RunRecord
@@ -77,6 +83,8 @@ class TQCLI(LightningCLI):
 
     run_dir: Path
     resumed: Path | None = None
+    resume_step: int | None = None
+    given_checkpoint: str | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -85,8 +93,8 @@ class TQCLI(LightningCLI):
             default=0,
             help="write checkpoints/last.ckpt every N optimizer steps as well as at every validation (0: only then)",
         )
-        parser.add_argument("--wandb", action=ActionYesNo, default=False, help="log to Weights & Biases too (WANDB_MODE=offline works)")
-        parser.add_argument("--tensorboard", action=ActionYesNo, default=False, help="log to TensorBoard too")
+        for flag, what in (("wandb", "Weights & Biases (WANDB_MODE=offline works)"), ("tensorboard", "TensorBoard")):
+            parser.add_argument(f"--{flag}", action=ActionYesNo, nargs="?", default=False, help=f"log to {what} too")
 
     def _parse_ckpt_path(self) -> None:
         config = self.config[self.config.subcommand]
@@ -110,6 +118,22 @@ class TQCLI(LightningCLI):
         else:
             self.run_dir = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self._dump_config()
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(_one_line(error)) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except UserError:
+            if self.resumed is None:  # bad input that shows late leaves no trace of a run that never was
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config_init[self.subcommand]
@@ -154,8 +178,7 @@ class TQCLI(LightningCLI):
     def _loggers(self, config: Any) -> list[Any]:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        resume_step = self.resume_step if self.resumed is not None else None
-        loggers: list[Any] = [RunLogger(str(self.run_dir.parent), self.run_dir.name, resume_step)]
+        loggers: list[Any] = [RunLogger(str(self.run_dir.parent), self.run_dir.name, self.resume_step)]
         if config["tensorboard"]:
             loggers.append(TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False))
         if config["wandb"]:
@@ -182,9 +205,25 @@ def _quiet() -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The sentence of a parser's error: jsonargparse puts the reason last and the whole configuration before it."""
+    """An error's text as one line; for an argument nobody knows, with the one that was probably meant."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:600] if lines else type(error).__name__
+    text = " ".join(lines)[:600] if lines else type(error).__name__
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
+    if unknown:
+        keys = [f"{group}.{key}" for group, owner in _OWNERS.items() for key in inspect.signature(owner).parameters]
+        near = difflib.get_close_matches(unknown[1], keys, n=3)
+        text += f"; did you mean --{', --'.join(near)}?" if near else "; fit --help lists the arguments"
+    return text
+
+
+_OWNERS = {"model": TQModule, "data": TQDataModule, "trainer": Trainer}
+
+
+def _unquote(argument: str) -> str:
+    """`--model.lr='1e-3'` and "'1e-3'", as some sweep engines quote a number, without the quotes."""
+    key, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    bare = value.strip("'\"")
+    return f"{key}{equals}{bare}" if bare != value and _SCIENTIFIC.fullmatch(bare) else argument
 
 
 def run(argv: list[str]) -> dict[str, Any]:
@@ -207,9 +246,9 @@ def run(argv: list[str]) -> dict[str, Any]:
             auto_configure_optimizers=False,
             trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0, "use_distributed_sampler": False},
             parser_kwargs={"parser_mode": "tq", "exit_on_error": False},
-            args=argv,
+            args=[_unquote(argument) for argument in argv],
         )
-    except ArgumentError as error:
+    except (ArgumentError, MisconfigurationException) as error:
         raise UserError(_one_line(error)) from None
     except SystemExit as stop:
         if stop.code in (0, None):  # --help, --print_config

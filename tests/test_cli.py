@@ -1,0 +1,150 @@
+"""The command line: what users and sweep engines type reaches its key with its type; what is wrong is one line and status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tq_lightning.cli import LIGHTNING_VERBS, VERBS, main
+
+DIGITS = ["fit", "--config", str(Path(__file__).parents[1] / "conf" / "digits.yaml")]
+
+
+def config_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main([*DIGITS, *arguments, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    assert main(list(arguments)) == status
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_help_names_every_verb_and_loads_no_torch() -> None:
+    code = "import sys; from tq_lightning.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for verb in [*LIGHTNING_VERBS, *VERBS]:
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "section", "key", "value"),
+    [
+        ("--model.widths=[8, 4]", "model", "widths", [8, 4]),
+        ("--model.skip=['first', 'last']", "model", "skip", ["first", "last"]),
+        ("--model.activations=None", "model", "activations", None),
+        ("--model.activations=null", "model", "activations", None),
+        ("--model.drop_rate=None", "model", "drop_rate", None),
+        ("--model.lr='1e-3'", "model", "lr", 0.001),
+        ("--model.lr=1e-3", "model", "lr", 0.001),
+        ("--wandb=true", None, "wandb", True),
+        ("--wandb", None, "wandb", True),
+        ("--data.samples=None", "data", "samples", None),
+    ],
+)
+def test_what_sweep_engines_send_arrives_typed(
+    capsys: pytest.CaptureFixture[str], argument: str, section: str | None, key: str, value: object
+) -> None:
+    config = config_of(capsys, argument)
+    assert (config if section is None else config[section])[key] == value
+
+
+def test_lists_as_text_mean_the_same_as_lists() -> None:
+    from tq_lightning.training.module import as_ints, as_list
+
+    assert as_ints("8,4,2,1", "k") == as_ints([8, 4, 2, 1], "k") == as_ints("[8, 4, 2, 1]", "k") == [8, 4, 2, 1]
+    assert as_ints(4, "k") == as_ints("4", "k") == [4]
+    assert as_list("first,last") == as_list("['first', 'last']") == as_list(["first", "last"]) == ["first", "last"]
+    assert as_list("first") != as_list("first,last")
+
+
+def test_later_config_files_win_and_text_in_them_is_typed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "over.yaml").write_text('model: {lr: "1e-3", activations: "None", quantizer: round}')
+    config = config_of(capsys, "--config", str(tmp_path / "over.yaml"))
+    assert (config["model"]["lr"], config["model"]["activations"], config["model"]["quantizer"]) == (0.001, None, "round")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fti"], "no verb 'fti'; pass one of fit"),
+        ([*DIGITS, "--model.quantiser", "floor"], "did you mean --model.quantizer"),
+        ([*DIGITS, "--model.lr", "fast"], "fast"),
+        ([*DIGITS, "--model.widths", "9"], "from 1 to max_bits=8, got [9]"),
+        ([*DIGITS, "--model.widths", "a,b"], "got 'a,b', pass whole numbers"),
+        ([*DIGITS, "--model.teacher", "wide"], "pass one of none, widest"),
+        ([*DIGITS, "--data.name", "digit"], "is not one of digits"),
+        ([*DIGITS, "--trainer.devices", "two"], "devices"),
+        (["fit", "--config", "nowhere.yaml"], "File does not exist"),
+        (["test", *DIGITS[1:]], "pass --ckpt_path"),
+    ],
+)
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert said in error_of(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--model.quantizer=flor", "unknown quantizer 'flor'; pass one of floor, round"),
+        ("--model.name=resnet20_cifer", "did you mean resnet20_cifar"),
+        ("--model.skip=first,lst", "skip pattern 'lst' matches no layer"),
+        ("--model.checkpoint_path=nowhere.pth", "nowhere.pth"),
+    ],
+)
+def test_bad_input_that_shows_late_leaves_no_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, argument: str, said: str
+) -> None:
+    assert said in error_of(capsys, *DIGITS, argument, "--trainer.default_root_dir", str(tmp_path))
+    assert list(tmp_path.glob("*")) == []
+
+
+def test_broken_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("model: [1,\n  a: }")
+    assert "Problems parsing config" in error_of(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
+
+
+def test_last_is_an_error_where_there_is_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = error_of(capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", str(tmp_path))
+    assert f"no */checkpoints/last.ckpt under {tmp_path}" in said
+
+
+def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"no checkpoint")
+    assert "is no checkpoint of a run" in error_of(capsys, *DIGITS, "--ckpt_path", str(broken))
+
+
+def test_two_runs_then_test_then_going_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import json
+
+    short = ["--trainer.default_root_dir", str(tmp_path), "--trainer.limit_train_batches", "2"]
+    short += ["--trainer.enable_model_summary", "false", "--trainer.check_val_every_n_epoch", "1"]
+    for _ in range(2):
+        assert main([*DIGITS, *short, "--trainer.max_epochs", "1"]) == 0
+    runs = sorted(tmp_path.iterdir(), key=lambda run: (run / "checkpoints" / "last.ckpt").stat().st_mtime)
+    assert len(runs) == 2, "the second run overwrote the first"
+    for run in runs:
+        assert {p.name for p in run.iterdir()} == {"checkpoints", "config.yaml", "metrics.csv", "record.json"}
+        assert {p.name for p in (run / "checkpoints").iterdir()} == {"best-0.ckpt", "last.ckpt"}
+    untouched = (runs[0] / "record.json").read_text()
+
+    assert main(["test", *DIGITS[1:], *short[:2], "--ckpt_path", "best"]) == 0
+    record = json.loads((runs[1] / "record.json").read_text())
+    assert record["status"] == "finished" and record["test"]["images"] == 360
+    assert set(record["widths"]) == {str(bits) for bits in range(1, 9)}
+
+    assert main([*DIGITS, *short, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+    resumed = json.loads((runs[1] / "record.json").read_text())
+    assert resumed["id"] == record["id"]
+    assert [epoch for epoch, _ in resumed["curves"]["val/acc1_float"]] == [0, 1]
+    assert resumed["curves"]["val/acc1_float"][0] == record["curves"]["val/acc1_float"][0]
+    assert (runs[0] / "record.json").read_text() == untouched
+    capsys.readouterr()

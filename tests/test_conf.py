@@ -1,0 +1,66 @@
+"""Every file of conf/ trains a couple of steps: its own model at its own input size, on synthetic data."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tq_lightning.cli import run_fit
+
+CONF = Path(__file__).parents[1] / "conf"
+EXPECTED = {
+    "digits",
+    "r8_cifar10",
+    "r20_cifar10",
+    "r20_cifar10_finetune",
+    "r56_cifar10_finetune",
+    "r18",
+    "r50",
+    "mobilenetv3",
+    "deit_tiny",
+    "convnext",
+}
+NATIVE = {"digits": (8, 10), "cifar10": (32, 10), "imagenet": (224, 1000)}
+
+
+def files() -> list:
+    rows = []
+    for path in sorted(CONF.glob("*.yaml")):
+        heavy = yaml.safe_load(path.read_text())["data"]["name"] == "imagenet" or path.stem.startswith("r56")
+        rows.append(pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if heavy else []))
+    return rows
+
+
+def test_all_experiments_are_there() -> None:
+    assert {path.stem for path in CONF.glob("*.yaml")} >= EXPECTED
+
+
+@pytest.mark.parametrize("path", files())
+def test_trains_two_steps(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = yaml.safe_load(path.read_text())["data"]
+    size, classes = NATIVE[data["name"]]
+    assert data.get("image_size", size) == size
+    metrics = run_fit(
+        [
+            *["--config", str(path), "--trainer.default_root_dir", str(tmp_path), "--trainer.precision", "32-true"],
+            *["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"],
+            *["--trainer.check_val_every_n_epoch", "1", "--trainer.enable_model_summary", "false"],
+            *["--trainer.accelerator", "cpu"],
+            *["--model.pretrained", "false", "--model.checkpoint_path", "null", "--model.calibration_batches", "1"],
+            *["--data.name", "synthetic", "--data.num_classes", str(classes), "--data.image_size", str(size)],
+            *["--data.batch_size", "2", "--data.eval_batch_size", "2", "--data.samples", str(max(16, 2 * classes))],
+        ]
+    )
+    assert metrics["train/loss_w1"] > 0 and metrics["train/loss_w8"] > 0
+    for bits in range(1, 9):
+        assert metrics[f"val/qt_gap_w{bits}"] == 0.0, "every file of conf/ trains the floor arm as it stands"
+    assert (Path(metrics["run_dir"]) / "checkpoints" / "last.ckpt").is_file()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(CONF.glob("*.yaml"))], ids=lambda p: p.stem)
+def test_arms_differ_by_the_quantizer_alone(path: Path) -> None:
+    model = yaml.safe_load(path.read_text())["model"]
+    assert model["quantizer"] == "floor"
+    assert model.get("ste", "auto") == "auto", "a fixed STE would give both arms that of one"
+    assert "--model.quantizer round" in path.read_text(), "the comment on top names the other arm"
