@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # crew, stand_in and wandb_stand_in are modules beside the tests
 COMMAND = ["${env}", "python", "-m", "tq_lightning", "fit", "${args}"]
 
 

@@ -3,20 +3,18 @@
 import csv
 import os
 import signal
-import time
 
 import optuna
 import pytest
+from crew import check_killed_worker, ran, study_of, wait_for
 from optuna.trial import TrialState
 
 from tq_lightning.cli import main
-from tq_lightning.sweep.storage import open_storage
 
 
 @pytest.fixture
 def with_outcome(monkeypatch):
     """The arguments that put the stand-in in fit's place, in this process."""
-    monkeypatch.syspath_prepend(os.path.dirname(__file__))
     return ["--fit", "stand_in:fit", "--workers", "0"]
 
 
@@ -25,23 +23,6 @@ def stand_in(with_outcome, monkeypatch):
     """The same without tables and plots, which take longer than all else."""
     monkeypatch.setattr("tq_lightning.sweep.outcome.write_outcome", lambda *_: None)
     return with_outcome
-
-
-def study_of(folder, name="sweep", url=None):
-    return optuna.load_study(study_name=name, storage=open_storage(url or f"sqlite:///{folder}/study.db"))
-
-
-def ran(folder):
-    """(pid, lr, seed) of every call of the stand-in, in order."""
-    rows = [line.split() for line in (folder / "trials" / "ran.txt").read_text().splitlines()]
-    return [(int(pid), float(lr), int(seed)) for pid, lr, seed, _ in rows]
-
-
-def wait_for(condition, seconds=240.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_a_grid_runs_once_with_its_records_tables_and_plots(write_sweep, tmp_path, with_outcome, monkeypatch, capsys):
@@ -159,6 +140,7 @@ def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_
     assert "not one of a sweep file's" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_loses_nothing(write_sweep, tmp_path, sweep_process):
     path, folder = write_sweep(arguments=["--sleep=0.5"]), tmp_path / "out"
     slow = write_sweep("slow.yaml", arguments=["--sleep=600"])
@@ -176,6 +158,8 @@ def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_loses_nothing(write_sweep, tm
     assert path  # the same command would go on for 600 s a trial; what goes on is tested below with SIGKILL
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
 def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(write_sweep, tmp_path, sweep_process, storage):
     check_killed_worker(
@@ -183,27 +167,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(write_sweep, tmp_p
     )
 
 
-def check_killed_worker(write_sweep, tmp_path, sweep_process, url):
-    """Three workers share a 12-point grid, one is killed in mid-trial: 12 results, none twice, the killed one's retried."""
-    parameters = {"seed_everything": {"values": [0, 1, 2]}, "model.lr": {"values": [0.1, 0.2, 0.3, 0.4]}}
-    path, folder = write_sweep(parameters=parameters, arguments=["--sleep=1.0"]), tmp_path / "out"
-    where = ["--storage", url] if url else []
-    process = sweep_process(path, "--dir", folder, "--workers", "3", *where)
-    wait_for(lambda: (folder / "trials" / "ran.txt").exists() and len(ran(folder)) >= 2)
-    pid, lr, seed = ran(folder)[-1]
-    os.kill(pid, signal.SIGKILL)
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    trials = study_of(folder, url=url).trials
-    complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    assert len({(t.params["seed_everything"], t.params["model.lr"]) for t in complete}) == len(complete) == 12
-    failed = [t for t in trials if t.state != TrialState.COMPLETE]
-    assert len(failed) == 1 and failed[0].user_attrs["reason"] == "its worker was killed by SIGKILL"
-    calls = [row[1:] for row in ran(folder)]
-    assert len(calls) == 13 and calls.count((lr, seed)) == 2 and len(set(calls)) == 12
-    assert len({row[0] for row in ran(folder)}) >= 3
-
-
+@pytest.mark.slow
 def test_a_killed_command_is_taken_over_by_another_and_leaves_no_process(write_sweep, tmp_path, sweep_process):
     """The whole command dies, its worker's trial included: a second command, joined by name, finds out by the silence."""
     path, folder = write_sweep(arguments=["--sleep=1.5"]), tmp_path / "out"

@@ -1,5 +1,6 @@
 """What can be known to be wrong before any training starts: each arm goes through the real command-line parser."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,6 +38,7 @@ def every_value(sweep: space.Sweep) -> Iterator[dict[str, Any]]:
         yield {key: axis[i % len(axis)] for key, axis in axes.items()} | sweep.constants
 
 
+@functools.cache
 def fit_parser() -> Callable[[list[str]], Any]:
     """The parser of `fit`: arguments -> its configuration. It raises UserError for arguments that `fit` would refuse."""
     from jsonargparse import ArgumentError
@@ -81,7 +83,7 @@ def logged_metrics(config: Any) -> list[str]:
     given: Any = module.hparams
     if ":" not in given.name and not timm.is_model(given.name):
         create_model(given.name)  # raises the error that says which names are near
-    toy = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    toy = torch.nn.Sequential(*(layer for _ in range(3) for layer in (torch.nn.Linear(2, 2), torch.nn.ReLU())))
     same = {key: given[key] for key in ("quantizer", "ste", "level", "normalizer", "max_bits", "activations", "norm")}
     prepare(toy, widths=module.widths, verbose=False, **same)
     widths = range(1, given.max_bits + 1)

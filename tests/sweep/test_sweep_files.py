@@ -1,0 +1,102 @@
+"""The sweep files that ship: every key and value against the real command line, every grid expanded, arms treated alike."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tq_lightning.errors import UserError
+from tq_lightning.sweep.checks import check_arms, every_value, fit_parser
+from tq_lightning.sweep.space import grid, read_sweep
+from tq_lightning.sweep.twins import arguments
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
+POINTS = {"floor_vs_round": 6, "ste": 162, "ste_small": 12, "levels": 18, "activations": 27, "widths_and_distillation": 45}
+
+
+@pytest.fixture(scope="module")
+def parse():
+    return fit_parser()
+
+
+def test_all_are_here():
+    assert {path.stem for path in FILES} == {*POINTS, "lr", "lr_round"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_passes_the_real_parser_and_its_grid_expands(path, parse, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert path.read_text().startswith("# Question: ")
+    sweep = read_sweep(path)
+    check_arms(sweep, [sweep.metric])
+    for values in every_value(sweep):
+        config = parse(arguments(sweep, values))
+        for key, value in values.items():
+            assert config[key] == value and type(config[key]) is type(value), key
+    if sweep.method == "grid":
+        points = grid(sweep)
+        assert len(points) == POINTS[path.stem] == len({repr(point) for point in points})
+        seeds = [point["seed_everything"] for point in points]
+        assert {seeds.count(seed) for seed in (0, 1, 2)} == {len(points) // 3}  # every arm has the same seeds
+    assert "trainer.max_epochs" in sweep.constants  # and the same budget
+
+
+def test_both_arms_have_the_same_search_for_a_learning_rate():
+    floor, other = (yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text()) for name in ("lr", "lr_round"))
+    assert floor["parameters"].pop("model.quantizer") == {"value": "floor"}
+    assert other["parameters"].pop("model.quantizer") == {"value": "round"}
+    assert floor == other
+
+
+@pytest.mark.parametrize(
+    ("parameters", "metric", "said"),
+    [
+        ({"model.quantiser": {"values": ["floor"]}}, None, "--model.quantiser=floor"),
+        ({"model.lr": {"values": [0.1, "fast"]}}, None, "--model.lr=fast: "),
+        ({"model.ste": {"values": ["identity", "identty"]}}, None, "identty"),
+        ({"model.name": {"values": ["resnet9_cifar"]}}, None, "did you mean"),
+        ({"model.widths": {"values": [[8, 9]]}}, None, "--model.widths=[8, 9]: "),
+        (
+            {"model.lr": {"values": [0.1]}},
+            "val/acc1_truncate_w9",
+            "'val/acc1_truncate_w9' is never logged with --model.lr=0.1; pass one of",
+        ),
+        (
+            {"model.widths": {"values": [[8, 2], [8, 4]]}},
+            "train/loss_w2",
+            "'train/loss_w2' is never logged with --model.widths=[8, 4]",
+        ),
+    ],
+)
+def test_what_fit_would_refuse_is_said_before_any_training(write_sweep, parameters, metric, said):
+    sweep = read_sweep(write_sweep(parameters=parameters))
+    with pytest.raises(UserError) as caught:
+        check_arms(sweep, [metric or sweep.metric])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_metrics_that_are_logged_pass(write_sweep):
+    check_arms(read_sweep(write_sweep()), ["val/acc1_truncate_w3", "val/acc1_float", "train/loss_w2", "storage/bytes"])
+
+
+@pytest.mark.parametrize("null", ["None", "null"])
+def test_what_wandb_agents_send_arrives_typed(parse, null):
+    """W&B writes str(value): None, True and lists as Python does, a nested mapping whole, and 1e-3 from YAML as a string."""
+    sent = [
+        "--model.widths=[8, 4]",
+        f"--model.activations={null}",
+        "--model.compile=True",
+        "--model.lr=1e-3",
+        "--model={'ste': 'identity'}",
+    ]
+    model = parse(sent)["model"]
+    assert (model.widths, model.activations, model.compile, model.lr, model.ste) == ([8, 4], None, True, 1e-3, "identity")
+    ours = [
+        "--model.widths=[8, 4]",
+        "--model.activations=null",
+        "--model.compile=true",
+        "--model.lr=0.001",
+        "--model.ste=identity",
+    ]
+    assert parse(ours)["model"] == model
