@@ -54,6 +54,8 @@ def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
 def read_header(file: Container) -> dict[str, Any]:
     """The header with the type of every field checked."""
     header = file.header
+    if header.get("rest_of") is not None:
+        raise UserError(f"{file.path} is a rest file, of missing planes alone; join it with `export NARROW --add REST --out FILE`")
     kinds: dict[str, Any] = {
         "model": dict,
         "preprocessing": dict | None,

@@ -78,7 +78,7 @@ class PackedWeight(nn.Module):
         """Overwrites the kept weight, a few rows at a time so that the steps in between never leave the cache."""
         if self._weight is None or self._weight.device != codes.device:
             with torch.inference_mode(False):  # so that a weight first made under inference_mode serves elsewhere too
-                self._weight = torch.empty(codes.shape, dtype=self.dtype, device=codes.device)
+                self._weight = torch.empty_like(codes, dtype=self.dtype)  # and its layout in memory
         self._bits = None  # should the work be cut short, nothing stale is served
         scale = self.scale.float()
         rows = max(1, CHUNK * codes.shape[0] // max(1, codes.numel()))
