@@ -170,14 +170,23 @@ def flags(part: list[Arm], factor: str) -> list[str]:
     out = []
     budgets = {_text(arm[factor]): arm.budget for arm in part}
     if len(set(budgets.values())) > 1 or any(" or " in b for b in budgets.values()):
-        out.append("UNEQUAL BUDGETS: " + "; ".join(f"{name} {budget}" for name, budget in budgets.items()))
+        out.append("UNEQUAL BUDGETS: " + "; ".join(f"{name} {budget}" for name, budget in budgets.items()) + ".")
     seeds = {_text(arm[factor]): arm.seeds for arm in part}
     if len(set(seeds.values())) > 1:
-        out.append("UNEQUAL SEEDS: " + "; ".join(f"{name} {_seed_list(s)}" for name, s in seeds.items()))
+        out.append("UNEQUAL SEEDS: " + "; ".join(f"{name} {_seed_list(s)}" for name, s in seeds.items()) + ".")
     single = [name for name, s in seeds.items() if len(s) == 1]
     if single:
-        out.append(f"ONE SEED ({', '.join(single)}): no interval")
+        out.append(f"ONE SEED ({', '.join(single)}): no interval.")
     return out
+
+
+def flags_of(settings: list[Setting]) -> list[str]:
+    """The flags of a figure that shows several settings; one that several share is told once."""
+    bearers: dict[str, list[str]] = {}
+    for setting in settings:
+        for flag in setting.flags:
+            bearers.setdefault(flag, []).append(setting.label)
+    return [f"{'all settings' if len(of) == len(settings) > 1 else '; '.join(of)}: {flag}" for flag, of in bearers.items()]
 
 
 def mixed(part: Iterable[Arm]) -> list[str]:

@@ -57,7 +57,11 @@ def main(argv: list[str]) -> int:
     check_out(out)
     from tq_lightning.report import evidence, records
 
-    found = evidence.gather(records.load(arguments.inputs, arguments.full_paths), arguments.ignore)
+    loaded = records.load(arguments.inputs, arguments.full_paths)
+    for key in arguments.ignore:
+        if not any(key in run.config for run in loaded.runs):
+            raise UserError(f"--ignore {key}: no run has the key {key}; pass one such as model.lr or data.batch_size")
+    found = evidence.gather(loaded, arguments.ignore)
     command = records.shorten("python -m tq_lightning report " + shlex.join(argv))
     written = make(found, out, arguments.title or out.resolve().name, command)
     show(found, out, written)

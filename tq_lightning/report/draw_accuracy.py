@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from tq_lightning.report import style
 from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Estimate, acc1, acc1_float, compare, number, split_of
-from tq_lightning.report.arms import Arm, Setting, bits_words, mixed, slug
+from tq_lightning.report.arms import Arm, Setting, bits_words, flags_of, mixed, slug
 from tq_lightning.report.evidence import PAPER, Evidence, is_papers, reference, row_arms, split
 from tq_lightning.report.style import FLOAT_AT, SERIES, Drawn
 
@@ -118,7 +118,7 @@ def factor(evidence: Evidence, key: str, title: str) -> list[Drawn]:
 def _factor(settings: list[Setting], title: str, name: str) -> Drawn:
     base, part = reference(settings[0]), split_of([run for s in settings for run in s.runs])
     values = list(dict.fromkeys([base, *(value for s in settings for value, _ in s.arms)]))
-    flags = list(dict.fromkeys(f"{s.label}: {flag}" for s in settings for flag in s.flags))
+    flags = flags_of(settings)
     figure, body = style.new(max(4.2, 2.5 * len(settings) + 0.4), 4.9, title, flags)
     grid = body.subplots(2, len(settings), squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2])
     words = [w for column, s in enumerate(settings) for w in _column(grid[:, column], s, base, part, values)]
@@ -144,7 +144,7 @@ def _column(grid: Iterable[Axes], setting: Setting, base_name: str, part: str, v
     (top, bottom), words = grid, []
     base = setting.values(base_name)[0]
     model, _, rest = setting.label.partition(" · ")
-    top.set_title("\n".join([model, *textwrap.wrap(rest, 30)]), fontsize=8)
+    top.set_title("\n".join([model, *textwrap.wrap(rest, 38)]), fontsize=8)
     for i, (value, arm) in enumerate(setting.arms):
         series, shift = values.index(value), style.spread(i, len(setting.arms))
         style.line(top, curve(arm, "truncate", part), series, value, arm.trained, shift)

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from tq_lightning.report import style
 from tq_lightning.report.aggregate import SPLIT_WORDS, Estimate, acc1, compare, mean_interval, split_of
-from tq_lightning.report.arms import ACTIVATIONS_SOURCE, Arm, Setting, bits_words
+from tq_lightning.report.arms import ACTIVATIONS_SOURCE, Arm, Setting, bits_words, flags_of
 from tq_lightning.report.draw_accuracy import capped
 from tq_lightning.report.evidence import ROWS, Evidence, row_arms
 from tq_lightning.report.style import SERIES, Drawn
@@ -23,7 +23,7 @@ def robustness(evidence: Evidence) -> list[Drawn]:
     if not settings:
         return []
     part = split_of([run for s in settings for run in s.runs])
-    flags = [f"{s.label}: {flag}" for s in settings for flag in s.flags]
+    flags = flags_of(settings)
     title = "Low-bit robustness across architectures"
     figure, body = style.new(7.0, 1.1 + 0.5 * len(settings), title, flags)
     grid = body.subplots(1, len(LOW_BITS), sharey=True, sharex=True)
@@ -129,7 +129,7 @@ def disagreement(evidence: Evidence) -> list[Drawn]:
     if not settings:
         return []
     part = split_of([run for s in settings for run in s.runs])
-    flags = [f"{s.label}: {flag}" for s in settings for flag in s.flags]
+    flags = flags_of(settings)
     title = "Codes that disagree, and the accuracy they cost, in trained networks"
     figure, body = style.new(7.0, 2.6 + 0.17 * len(settings), title, flags)
     left, right = body.subplots(1, 2)

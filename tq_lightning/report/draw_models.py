@@ -1,9 +1,11 @@
 """Figures from inspect records: the staircases of the mechanism, bytes by way of serving, energy of a switch."""
 
+import math
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from tq_lightning.report import style
 from tq_lightning.report.arms import bits_words
@@ -141,7 +143,7 @@ def _bars(axes: Axes, record: dict[str, Any], name: str) -> list[str]:
         words.append(f"{name}, {label}: {note}")
     axes.set_yticks(range(len(ways)), list(ways.values()), fontsize=7.5)
     axes.set_ylim(len(ways) - 0.4, -0.6)
-    axes.set_xlim(0, 1.75 * max(mib(record["ways"][k]["total"]) for k in ways))
+    axes.set_xlim(0, 2.0 * max(mib(record["ways"][k]["total"]) for k in ways))
     skipped = ", ".join(map(str, (record.get("policy") or {}).get("skip") or [])) or "nothing"
     axes.set_title(f"{record['model']}\nin float: {skipped}", fontsize=8)
     axes.set_xlabel("size [MiB]")
@@ -183,8 +185,11 @@ def energy(evidence: Evidence) -> list[Drawn]:
             words.append(
                 f"{name}, {energy_name(kind)}: {values[0]:.3g} µJ at {widths[0]} to {values[-1]:.3g} µJ at {widths[-1]}"
             )
+        drawn = [by_width[str(w)][kind] * 1e-6 for w in widths for kind in by_width[str(w)] if kind.endswith("_pj")]
         style.width_axis(axes, widths)
         axes.set_yscale("log")
+        axes.set_ylim(10 ** math.floor(math.log10(min(drawn))), 10 ** math.ceil(math.log10(max(drawn))))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("modelled energy [µJ]")
         axes.set_title(name)
     for axes in grid[len(records) :]:

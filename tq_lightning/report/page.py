@@ -33,11 +33,7 @@ def page(
     runs = [run for arm in evidence.arms for run in arm.runs]
     sections = [
         ("summary", "Summary", _summary(evidence, verdicts, made)),
-        (
-            "figures",
-            "Figures",
-            "".join(_figure(drawn, folder) for drawn in figures) or "<p>No figure can be drawn from these records.</p>",
-        ),
+        ("figures", "Figures", _figures(figures, folder)),
         *((t.name, t.title, _table(t)) for t in tables if t.name != "left_out"),
         *([("runs", "Runs", _table(run_table(evidence.arms)))] if runs else []),
         *((t.name, t.title, _table(t)) for t in tables if t.name == "left_out"),
@@ -104,6 +100,14 @@ def _summary(evidence: Evidence, verdicts: list[Verdict], made: dict[str, Any]) 
         f"<p>Made by <code>{_e(made['command'])}</code>, tq_lightning {_e(made['version'])}. Beside this page: {files}.</p>"
     )
     return "".join(parts)
+
+
+def _figures(figures: list[Drawn], folder: Path) -> str:
+    if not figures:
+        return "<p>No figure can be drawn from these records.</p>"
+    sections = dict.fromkeys(drawn.section for drawn in figures)
+    parts = [[f"<h3>{_e(name)}</h3>", *(_figure(d, folder) for d in figures if d.section == name)] for name in sections]
+    return "".join(piece for part in parts for piece in part)
 
 
 def _figure(drawn: Drawn, folder: Path) -> str:

@@ -136,7 +136,8 @@ def _trials(storage: str) -> list[tuple[str, Any]]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" in storage:
-        backend: Any = storage
+        # Reading must not write: by default Optuna would add its tables to whatever database it is shown.
+        backend: Any = optuna.storages.RDBStorage(storage, skip_table_creation=True)
     else:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend

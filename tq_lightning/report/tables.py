@@ -40,10 +40,9 @@ def markdown(table: Table) -> str:
     def row(cells: list[str]) -> str:
         return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
 
-    rows = [row([text(c) for c in cells]) for cells in table.rows]
-    return "\n".join(
-        [f"### {table.title}", "", row(table.columns), row(["---"] * len(table.columns)), *rows, "", table.caption, ""]
-    )
+    lines = [row(table.columns), row(["---"] * len(table.columns)), *(row([text(c) for c in cells]) for cells in table.rows)]
+    notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
+    return "\n".join([f"### {table.title}", "", *lines, "", table.caption, *notes, ""])
 
 
 LATEX = {

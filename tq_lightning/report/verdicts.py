@@ -86,19 +86,6 @@ def compared(evidence: Evidence, key: str, keep: Callable[[Arm], bool] = lambda 
     return out
 
 
-def sentence(of: list[Compared], value: str) -> str:
-    """`scaled against identity: above in 2 of 12 comparisons, below in 0, no difference shown in 10`."""
-    mine = [c for c in of if c.value == value]
-    bases = ", ".join(dict.fromkeys(c.base for c in mine))
-    single = [c for c in mine if c.difference.estimate.half is None]
-    above = [c for c in mine if c.difference.shown and c.difference.estimate.mean > 0]
-    below = [c for c in mine if c.difference.shown and c.difference.estimate.mean < 0]
-    open_ = len(mine) - len(single) - len(above) - len(below)
-    parts = [f"above in {len(above)}", f"below in {len(below)}", f"no difference shown in {open_}"]
-    parts += [f"one seed, so nothing can be shown, in {len(single)}"] if single else []
-    return f"{value} against {bases}: of {len(mine)} comparisons (setting x trained width) {', '.join(parts)}"
-
-
 def lines_of(of: list[Compared]) -> tuple[str, ...]:
     """One line a comparison."""
     return tuple(f"{c.setting.label}, {bits_words(c.bits)}: {c.difference.words(c.value, c.base)}." for c in of)
@@ -139,6 +126,22 @@ def activations(evidence: Evidence) -> Verdict | None:
 def levels(evidence: Evidence) -> Verdict | None:
     """Where in its bin a level stands."""
     return _by_value("Does the level within the bin matter?", compared(evidence, "model.level"))
+
+
+def sentence(of: list[Compared], value: str) -> str:
+    """`scaled is shown above identity in 2 of 12 comparisons and below it in none; no difference is shown in 10`."""
+    mine = [c for c in of if c.value == value]
+    single = sum(c.difference.estimate.half is None for c in mine)
+    above = sum(c.difference.shown and c.difference.estimate.mean > 0 for c in mine)
+    below = sum(c.difference.shown and c.difference.estimate.mean < 0 for c in mine)
+    base, count = " and ".join(dict.fromkeys(c.base for c in mine)), f"{len(mine)} comparisons (setting x trained width)"
+    if single == len(mine):
+        return f"{value} against {base}: one seed, so nothing can be shown"
+    if above + below + single == 0:
+        return f"no difference between {value} and {base} is shown in any of {count}"
+    rest = f"; no difference is shown in {len(mine) - above - below - single}"
+    rest += f", and nothing can be said of {single} with one seed" if single else ""
+    return f"{value} is shown above {base} in {above or 'none'} of {count}, and below it in {below or 'none'}{rest}"
 
 
 def _by_value(question: str, found: list[Compared]) -> Verdict | None:

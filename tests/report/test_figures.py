@@ -1,0 +1,123 @@
+"""Figures from synthetic records: which are drawn, what is flagged on them, and what they say in words."""
+
+import re
+
+import pytest
+
+from tq_lightning.report import draw_across, draw_models, figures, style
+from tq_lightning.report.evidence import gather
+from tq_lightning.report.records import Loaded, Run, flatten
+
+
+def evidence(*records):
+    runs = [Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r) for r in records if r.get("kind") != "inspect"]
+    return gather(Loaded(runs, [r for r in records if r.get("kind") == "inspect"], []))
+
+
+def drawn(name, *records):
+    with style.styled():
+        return figures.FIGURES[name](evidence(*records))
+
+
+def texts(figure):
+    """Every text of a figure, subfigures and axes included."""
+    import matplotlib.text
+
+    return " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
+
+
+@pytest.fixture(scope="module")
+def all_figures(request):
+    from importlib import util
+    from pathlib import Path
+
+    spec = util.spec_from_file_location("factory", Path(__file__).with_name("conftest.py"))
+    factory = util.module_from_spec(spec)
+    spec.loader.exec_module(factory)
+    return figures.draw(evidence(*factory.everything()))
+
+
+def test_every_figure_is_made_from_the_whole_set(all_figures):
+    sections = {d.section for d in all_figures}
+    assert {"QT gap", "Mechanism", "Storage", "Energy", "STE ablation", "Levels", "Training curves", "Pareto front"} <= sections
+    assert "Low-bit robustness" in sections
+    names = [d.name for d in all_figures]
+    assert len(set(names)) == len(names)
+
+
+def test_every_figure_has_words_and_units(all_figures):
+    for d in all_figures:
+        assert len(d.alt) > 40, d.name
+        assert d.caption, d.name
+        for axes in d.figure.findobj(lambda a: hasattr(a, "get_xlabel")):
+            if axes.get_visible() and axes.get_ylabel():
+                assert re.search(r"\[.+\]|\(no unit\)", axes.get_ylabel()), (d.name, axes.get_ylabel())
+            if axes.get_visible() and axes.get_xlabel():
+                assert re.search(r"\[.+\]|\(no unit\)|epoch", axes.get_xlabel()), (d.name, axes.get_xlabel())
+
+
+def test_nothing_is_drawn_without_records():
+    assert figures.draw(evidence()) == []
+
+
+def test_qt_gap_is_one_figure_a_setting_with_its_flags_on_it(make):
+    first, second = drawn("qt_gap", *make.pair(model="resnet8_cifar"), make.run("round", 0), make.run("floor", 0, epochs=3))
+    assert "UNEQUAL BUDGETS" not in texts(first.figure)
+    assert "UNEQUAL BUDGETS: floor 3 epochs" in texts(second.figure).replace("\n", " ")
+    assert "ONE SEED" in texts(second.figure)
+    assert "validation split" in texts(first.figure)
+    assert "round, truncated" in first.alt
+
+
+def test_paper_overlay_only_in_the_papers_setting(make):
+    papers = {"model": "preresnet20_cifar", "model_activations": "clamp_round", "test": True}
+    (with_overlay,) = drawn("qt_gap", *make.pair(**papers))
+    assert "paper, same row" in texts(with_overlay.figure)
+    assert "test split" in texts(with_overlay.figure)
+    (without,) = drawn("qt_gap", *make.pair(**{**papers, "model_activations": None}))
+    assert "paper" not in texts(without.figure)
+
+
+def test_round_alone_is_drawn_and_floor_beside_it_preferred(make):
+    (alone,) = drawn("qt_gap", make.run("round", 0))
+    assert "floor" not in alone.alt
+    (both,) = drawn("qt_gap", *make.pair(), make.run("round", 0, "resnet8_cifar"))
+    assert "resnet20" in both.title
+
+
+def test_hollow_markers_are_explained_where_a_width_was_not_trained(make):
+    (some,) = drawn("qt_gap", *make.pair())
+    assert "hollow: width not trained" in texts(some.figure)
+    (every,) = drawn("qt_gap", *make.pair(model_widths=list(range(1, 9))))
+    assert "hollow" not in texts(every.figure)
+
+
+def test_many_settings_are_capped_and_the_rest_is_noted(make):
+    records = [r for k in range(14) for r in make.pair(seeds=(0,), model_lr=float(k))]
+    found = evidence(*records)
+    with style.styled():
+        assert len(figures.FIGURES["qt_gap"](found)) == 12
+    assert "14 settings, the 12 with most runs are drawn" in found.notes[0]
+
+
+def test_storage_ratios_are_over_the_float_parameters(make):
+    record = make.inspect()
+    record["ways"]["float_master"]["total"] += 10**6  # buffers are no parameters
+    assert draw_models.ratio(record, "paper") == 4 * 25_557_032 / record["ways"]["paper"]["total"]
+    (figure,) = drawn("storage", record, make.inspect("resnet18", 11_689_512))
+    assert "× smaller" in texts(figure.figure)
+    assert "× larger" in figure.alt
+
+
+def test_pareto_front():
+    points = [(1, 5.0), (2, 4.0), (3, 9.0), (3, 8.0), (4, 9.0)]
+    assert draw_across.pareto_front(points) == [(1, 5.0), (3, 9.0)]
+
+
+def test_equal_figures_are_equal_files(tmp_path, make):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (figure,) = drawn("qt_gap", *make.pair())
+        style.write(figure, tmp_path / name)
+    for name in ("qt_gap_resnet20_cifar_cifar10.png", "qt_gap_resnet20_cifar_cifar10.svg"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -1,0 +1,154 @@
+"""What is read, and what is left out with which reason."""
+
+import json
+import sqlite3
+
+import pytest
+
+from tq_lightning.errors import UserError
+from tq_lightning.report.records import flatten, load, shorten
+
+
+def reasons(loaded):
+    return [reason for _, reason in loaded.left_out]
+
+
+def test_folder_glob_file_and_overlap_read_each_run_once(tmp_path, make):
+    make.write(tmp_path / "runs", *make.pair(seeds=(0, 1)), make.inspect())
+    loaded = load([str(tmp_path / "runs"), str(tmp_path / "runs" / "*"), *map(str, (tmp_path / "runs").rglob("record.json"))])
+    assert len(loaded.runs) == 4
+    assert len(loaded.inspects) == 1
+    assert loaded.left_out == []
+
+
+def test_wandb_folder_and_older_copy(tmp_path, make):
+    """W&B keeps the record of the fit in files/; the run's own gained a test block later: one run, the fuller record."""
+    record = make.run(test=True)
+    make.write(tmp_path / "runs", record)
+    files = tmp_path / "wandb" / "run-1" / "files"
+    files.mkdir(parents=True)
+    (files / "record.json").write_text(json.dumps({k: v for k, v in record.items() if k != "test"}))
+    loaded = load([str(tmp_path)])
+    assert [run.has_test() for run in loaded.runs] == [True]
+    assert "a copy of" in reasons(loaded)[0]
+    alone = load([str(tmp_path / "wandb" / "run-1")])
+    assert [run.has_test() for run in alone.runs] == [False]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"status": "failed", "reason": "out of memory"}, "unfinished: status failed (out of memory)"),
+        ({"status": "interrupted"}, "unfinished: status interrupted"),
+        ({"status": "running", "widths": {}}, "unfinished: status running"),
+        ({"schema": 2}, "schema 2; this version reads schema 1"),
+        ({"kind": "other"}, "kind 'other'"),
+        ({"config": None}, "broken: no usable config"),
+        ({"widths": {}}, "holds no width"),
+        ({"widths": {"4": {"quantize": 80.0}}}, "truncate = None"),
+        ({"widths": {"4": {"quantize": float("nan"), "truncate": 1.0}}}, "quantize = nan"),
+    ],
+)
+def test_unusable_records_are_listed_never_used(tmp_path, make, change, reason):
+    make.write(tmp_path, make.run(seed=0), make.run(seed=1) | change)
+    loaded = load([str(tmp_path)])
+    assert [run.seed for run in loaded.runs] == [0]
+    assert len(loaded.left_out) == 1
+    assert reason in reasons(loaded)[0]
+
+
+def test_half_written_and_foreign_json(tmp_path, make):
+    make.write(tmp_path, make.run())
+    whole = json.dumps(make.run(seed=1))
+    for name, text in {"half": whole[: len(whole) // 2], "foreign": '{"a": 1}', "empty": "", "list": "[1]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(text)
+    (tmp_path / "metrics.json").write_text('{"a": 1}')  # no record's name and no inspect record: not ours, not listed
+    loaded = load([str(tmp_path)])
+    assert len(loaded.runs) == 1
+    found = {path.split("/")[-2]: reason for path, reason in loaded.left_out}
+    assert "half-written" in found["half"]
+    assert "half-written" in found["empty"]
+    assert "no key 'schema'" in found["foreign"]
+    assert "no key 'schema'" in found["list"]
+
+
+def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
+    one, other = make.run(seed=0), make.run(seed=1)
+    other["id"] = one["id"]
+    for name, record in {"a": one, "b": other, "c": make.run(seed=2)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(json.dumps(record))
+    loaded = load([str(tmp_path)])
+    assert [run.seed for run in loaded.runs] == [2]
+    assert len(loaded.left_out) == 2
+    assert all(f"two runs with one id ({one['id']})" in reason for reason in reasons(loaded))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("nothing", "no such file or folder"),
+        ("nix*", "the pattern matches no file or folder"),
+        ("empty", "the folder is empty"),
+        ("photos", "no record.json among its 1 files"),
+        ("photos/a.txt", "neither a JSON record nor an Optuna study"),
+        ("half/record.json", "no usable record among 1: half/record.json: broken JSON"),
+        ("sqlite:///absent.db", "no such SQLite file"),
+        ("notes.db", "notes.db: not readable as an Optuna study"),
+        ("no*", "none of the 1 matches holds a record.json; the last: notes.db"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, given, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "photos", "half"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "photos" / "a.txt").write_text("x")
+    (tmp_path / "half" / "record.json").write_text('{"schema": 1,')
+    with sqlite3.connect(tmp_path / "notes.db") as base:
+        base.execute("create table t (a int)")
+    before = (tmp_path / "notes.db").read_bytes()
+    with pytest.raises(UserError) as caught:
+        load([given])
+    assert (tmp_path / "notes.db").read_bytes() == before  # a foreign database is looked at, not written to
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "url"])
+def test_optuna_study(tmp_path, monkeypatch, make, kind):
+    """Complete trials count; pruned, failed and record-less ones are listed, even where the folder is given too."""
+    optuna = pytest.importorskip("optuna")
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    monkeypatch.chdir(tmp_path)
+    make.write(tmp_path / "trials", *(make.run(seed=seed) for seed in (0, 1)))
+    storage = JournalStorage(JournalFileBackend("study.log")) if kind == "journal" else "sqlite:///study.db"
+    study = optuna.create_study(study_name="ste", storage=storage)
+    states = [optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]
+    for path, state in zip(sorted((tmp_path / "trials").rglob("record.json")), states, strict=True):
+        attributes = {"record": str(path.relative_to(tmp_path))}
+        study.add_trial(optuna.trial.create_trial(state=state, value=1.0, user_attrs=attributes))
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
+    given = {"journal": "study.log", "sqlite": "study.db", "url": "sqlite:///study.db"}[kind]
+    for inputs in ([given], ["trials", given]):
+        loaded = load(inputs)
+        assert len(loaded.runs) == 1
+        assert any("the trial is pruned, not complete" in reason for reason in reasons(loaded))
+        assert any("the trial (fail) has no record" in reason for reason in reasons(loaded))
+
+
+def test_paths_of_the_machine_are_shortened_and_urls_kept():
+    got = shorten({"root": "/home/me/data/cifar10", "list": ["--x=/a/b/c.yaml"], "url": "https://a.b/c/d", "rel": "runs/x/y", "n": 1})
+    assert got == {"root": "…/cifar10", "list": ["--x=…/c.yaml"], "url": "https://a.b/c/d", "rel": "runs/x/y", "n": 1}
+
+
+def test_full_paths_on_request(tmp_path, make):
+    make.write(tmp_path, make.run())
+    assert load([str(tmp_path)]).runs[0].record["config"]["data"]["root"] == "…/cifar10"
+    assert load([str(tmp_path)], full_paths=True).runs[0].record["config"]["data"]["root"] == "/home/someone/data/cifar10"
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}

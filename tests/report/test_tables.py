@@ -1,0 +1,100 @@
+"""Tables, their written forms, the tidy table and the verdicts."""
+
+import pandas as pd
+
+from tq_lightning.report import tabulate, tidy, verdicts
+from tq_lightning.report.evidence import gather
+from tq_lightning.report.records import Loaded, Run, flatten
+from tq_lightning.report.tables import Table, latex, markdown
+
+
+def evidence(*records):
+    runs = [Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r) for r in records if r.get("kind") != "inspect"]
+    return gather(Loaded(runs, [r for r in records if r.get("kind") == "inspect"], []))
+
+
+def cells(table, **where):
+    """Rows as dictionaries, those that hold `where`."""
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def test_markdown_and_latex_escape_what_would_break_them():
+    table = Table("t", "A & B", "50 % of_it", ["a|b", "c_d"], [["x|y", ("1.0 ± 0.2", 1.0)], [None, 2.5]], notes=("a note",))
+    assert "| x\\|y | 1.0 ± 0.2 |" in markdown(table)
+    assert "- a note" in markdown(table)
+    made = latex(table)
+    assert r"A \& B. 50 \% of\_it a note" in made
+    assert r"1.0 $\pm$ 0.2 \\" in made
+    assert made.count(r"\begin") == made.count(r"\end") == 2
+
+
+def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
+    found = evidence(*make.pair(model="preresnet20_cifar", model_activations="clamp_round", test=True))
+    table = tabulate.qt_gap(found)
+    rows = {row["row"]: row for row in cells(table)}
+    assert rows["round, truncated (paper)"]["2"] == 57.5
+    assert rows["QT gap of floor [points]"]["2"] == ("0.0 ± 0.0", 0.0)
+    assert abs(rows["QT gap of round [points]"]["2"][1] - 60) < 1e-6
+    assert rows["floor, truncated"]["split"] == "test"
+    assert {row["seeds"] for name, row in rows.items() if "paper" not in name} == {3}
+
+
+def test_differences_hold_the_three_rows_and_each_factor(make):
+    found = evidence(*make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1, 2)))
+    table = tabulate.differences(found)
+    (against,) = cells(table, factor="quantizer", a="floor, truncated", b="round, truncated", bits=2)
+    assert against["in words"] == "a above b"
+    assert against["how"] == "paired"
+    assert len(cells(table, factor="ste", a="scaled", b="identity")) == 8
+
+
+def test_tidy_table_is_one_row_a_run_source_and_width(tmp_path, make):
+    found = evidence(*make.pair(seeds=(0, 1), test=True))
+    written = tidy.write(found.arms, tmp_path)
+    frame = pd.read_csv(tmp_path / "runs.csv")
+    assert len(frame) == 4 * 2 * 8
+    assert frame.groupby(["run", "source", "width"]).size().max() == 1
+    picked = frame.query("model_quantizer == 'round' and width == 2 and seed == 0").set_index("source")
+    assert abs(picked.val_acc1["quantize"] - picked.val_acc1["truncate"] - 60) < 1e-6
+    assert picked.val_acc1["truncate"] - picked.test_acc1["truncate"] == 1
+    if "runs.parquet" in written:
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "runs.parquet"), frame, check_dtype=False)
+
+
+def verdict(name, *records):
+    return getattr(verdicts, name)(evidence(*records))
+
+
+def test_ste_verdict_follows_the_intervals(make):
+    def arms(offset, seeds=(0, 1, 2)):
+        return [
+            make.run("floor", seed, model_ste=ste, noise=0.01, offset=offset if ste == "scaled" else 0.0)
+            for ste in ("identity", "scaled")
+            for seed in seeds
+        ]
+
+    assert verdict("ste", *arms(3.0)).answer.startswith("It helps in 4 of 4 comparisons")
+    assert verdict("ste", *arms(-3.0)).answer.startswith("No need shown")
+    assert "below it in 4" in verdict("ste", *arms(-3.0)).answer
+    assert verdict("ste", *arms(3.0, seeds=(0,))).answer == "Can't be said: one seed, no interval."
+    assert verdict("ste", *make.pair()) is None
+
+
+def test_activation_verdict(make):
+    records = [
+        make.run(q, s, model_activations=kind, offset=-20.0 if q == "round" and "trunc" in kind else 0.0, noise=0.05)
+        for q in ("floor", "round")
+        for kind in ("clamp_round", "clamp_round_truncate")
+        for s in (0, 1, 2)
+    ]
+    answer = verdict("activations", *records).answer
+    assert "With round: truncate is shown above quantize in none of 4 comparisons" in answer
+    assert "and below it in 4" in answer
+    assert verdict("activations", *make.pair()) is None
+
+
+def test_qt_gap_verdict(make):
+    found = verdict("qt_gap", *make.pair())
+    assert found.answer == "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width."
+    assert any("round: truncation costs most at 2 bits" in line for line in found.lines)
