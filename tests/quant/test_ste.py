@@ -1,0 +1,146 @@
+"""Backward rules: every row of `STES` keeps the exact value and finite gradients; each known row against its formula."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tq_lightning.quant import ste as rules
+from tq_lightning.quant.codes import LEVELS, QUANTIZERS, codes_to_levels
+from tq_lightning.quant.ste import ELEMENTWISE, STES, FakeQuantize, resolve_ste
+
+EDGES = torch.tensor([0.0, 1e-45, 0.25, 0.5, 0.75, 1 - 2**-24, 1.0])
+
+
+def _values() -> Tensor:
+    return torch.cat([EDGES, torch.rand(200, generator=torch.Generator().manual_seed(1))])
+
+
+def _gradient(ste: str, u: Tensor, bits: int, quantizer: str, grad: Tensor, level: str = "endpoint", signed: bool = False):
+    """(value, dL/du) of the node at scale 1, given dL/dvalue."""
+    u = u.clone().requires_grad_()
+    out = FakeQuantize.apply(u, torch.tensor(1.0), signed, bits, quantizer, ste, level, 8, "quantize")
+    out.backward(grad)
+    return out.detach(), u.grad
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("ste", STES)
+def test_every_rule_keeps_the_value_and_gives_finite_gradients(ste, quantizer):
+    u = _values()
+    for bits in range(1, 9):
+        for level in LEVELS:
+            grad = torch.linspace(-3, 3, len(u))
+            value, got = _gradient(ste, u, bits, quantizer, grad, level)
+            assert torch.equal(value, codes_to_levels(QUANTIZERS[quantizer](u, bits), bits, level))
+            assert got.shape == u.shape and got.dtype == torch.float32 and got.isfinite().all()
+            assert (got * grad >= 0).all()  # a rule scales a gradient, it never turns it round
+            assert got.abs().sum() > 0
+            assert torch.equal(grad, torch.linspace(-3, 3, len(u)))
+
+
+@pytest.mark.parametrize("ste", STES)
+def test_rules_that_read_u_or_level_are_listed(ste):
+    """A rule outside of `ELEMENTWISE` is given None for both, which must be enough for it."""
+    grad = torch.ones(3)
+    if ste in ELEMENTWISE:
+        with pytest.raises((TypeError, AttributeError)):
+            STES[ste](grad, None, None, 2, "floor")
+    else:
+        assert STES[ste](grad, None, None, 2, "floor").shape == (3,)
+
+
+def _dsq(grad: float, u: float, level: float, bits: int, quantizer: str) -> float:
+    top = 2**bits - 1
+    edges = [k / 2**bits for k in range(1, 2**bits)] if quantizer == "floor" else [(k + 0.5) / top for k in range(top)]
+    d = min((u - e for e in edges), key=abs)
+    width = 2**-bits if quantizer == "floor" else 1 / top
+    k = 5 / width
+    return grad * (1 / top) / 2 / math.tanh(k * width / 2) * k * (1 - math.tanh(k * d) ** 2)
+
+
+FORMULAS = {  # written again from the papers: (grad, u, level, bits, quantizer) -> grad
+    "identity": lambda g, u, v, n, q: g,
+    "scaled": lambda g, u, v, n, q: g * (1 - 2.0**-n),
+    "slope": lambda g, u, v, n, q: g / (1 - 2.0**-n),
+    "clipped": lambda g, u, v, n, q: g if 0 < u < 1 else 0.0,
+    "ewgs": lambda g, u, v, n, q: g * (1 + 1e-3 * math.copysign(1, g) * (u - v)),
+    "dsq": _dsq,
+}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("ste", FORMULAS)
+def test_formula(ste, quantizer):
+    u = _values()
+    for bits in (1, 2, 5, 8):
+        grad = torch.linspace(-2, 2, len(u) + 1)[:-1]
+        level, got = _gradient(ste, u, bits, quantizer, grad)
+        rows = zip(grad.tolist(), u.tolist(), level.tolist(), strict=True)
+        expected = torch.tensor([FORMULAS[ste](g, x, v, bits, quantizer) for g, x, v in rows])
+        assert torch.allclose(got, expected, rtol=1e-3 if ste == "dsq" else 1e-6, atol=2e-4), bits
+
+
+EXAMPLES = {  # a rule's documented example -> (ste, quantizer, bits, u, level, gradient of 1 becomes, as printed)
+    "identity": ("identity", "floor", 2, 0.4, 1 / 3, 1.0, "stays 1"),
+    "scaled": ("scaled", "floor", 2, 0.4, 1 / 3, 3 / 4, "3/4"),
+    "slope": ("slope", "floor", 2, 0.4, 1 / 3, 4 / 3, "4/3"),
+    "clipped inside": ("clipped", "floor", 2, 0.4, 1 / 3, 1.0, "keeps a gradient of 1"),
+    "clipped at the end": ("clipped", "floor", 2, 1.0, 1.0, 0.0, "u = 1 (level 1) gets 0"),
+    "ewgs": ("ewgs", "floor", 2, 0.4, 1 / 3, 1.0000667, "1.0000667"),
+    "dsq on the edge": ("dsq", "floor", 1, 0.5, 1.0, 5.068, "5.068"),
+    "dsq far from it": ("dsq", "floor", 1, 0.0, 0.0, 0.00092, "0.00092"),
+}
+
+
+@pytest.mark.parametrize("case", EXAMPLES)
+def test_documented_example(case):
+    ste, quantizer, bits, u, level, expected, printed = EXAMPLES[case]
+    assert printed in STES[ste].__doc__
+    value, got = _gradient(ste, torch.tensor([u]), bits, quantizer, torch.ones(1))
+    assert value.item() == pytest.approx(level, abs=1e-7)
+    assert got.item() == pytest.approx(expected, rel=2e-3 if ste == "dsq" else 1e-7)
+
+
+@pytest.mark.parametrize("ste", STES)
+def test_every_rule_is_documented_with_an_example_and_a_source(ste):
+    assert "Example" in STES[ste].__doc__ and "Source" in STES[ste].__doc__
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_soft_staircase_rises_by_one_step_a_bin(quantizer):
+    """The mean of its slope over an inner bin, around an edge, is step height over bin width."""
+    for bits in (1, 2, 4):
+        edge, width = rules.BIN_EDGES[quantizer](torch.tensor([0.5]), bits)
+        u = edge + width * (torch.arange(1000) + 0.5 - 500) / 1000
+        _, slopes = _gradient("dsq", u, bits, quantizer, torch.ones(1000))
+        assert slopes.mean().item() == pytest.approx(1 / (2**bits - 1) / width, rel=1e-4)
+        assert slopes.argmax().item() in (499, 500)
+
+
+@pytest.mark.parametrize("source", ["quantize", "truncate"])
+def test_scale_and_sign(source):
+    """A weight is scale * (2 level - 1), an activation scale * level, and the gradient carries the same factor."""
+    u, scale = torch.tensor([[0.1, 0.6], [0.3, 0.9]]), torch.tensor([[2.0], [0.5]])
+    for signed in (True, False):
+        leaf = u.clone().requires_grad_()
+        out = FakeQuantize.apply(leaf, scale, signed, 2, "floor", "identity", "endpoint", 8, source)
+        level = torch.tensor([[0, 2], [1, 3]]) / 3
+        assert torch.allclose(out, scale * (2 * level - 1) if signed else scale * level)
+        out.sum().backward()
+        assert torch.allclose(leaf.grad, (2 * scale if signed else scale).expand(2, 2))
+
+
+def test_source_decides_the_codes():
+    u = torch.tensor([0.2, 0.2001])
+    args = (torch.tensor(1.0), False, 2, "round", "identity", "endpoint", 8)
+    assert torch.allclose(FakeQuantize.apply(u, *args, "quantize"), torch.tensor([1 / 3, 1 / 3]))
+    assert torch.equal(FakeQuantize.apply(u, *args, "truncate"), torch.tensor([0.0, 0.0]))
+
+
+def test_auto_is_the_papers_pairing():
+    assert resolve_ste("auto", "floor") == "scaled" and resolve_ste("auto", "round") == "identity"
+    assert all(resolve_ste(name, q) == name for name in STES for q in QUANTIZERS)
+    with pytest.raises(ValueError, match="unknown ste 'straight'; pass auto or one of identity, scaled"):
+        resolve_ste("straight", "floor")
