@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.quant.codes import LEVELS, QUANTIZERS, dequantize
+from tq_lightning.quant.codes import LEVELS, QUANTIZERS, dequantize, truncate_codes
 from tq_lightning.quant.ste import FakeQuantize, resolve_ste, width_codes
 from tq_lightning.quant.width import Width
 
@@ -69,6 +69,7 @@ class WeightQuantizer(nn.Module):
         self.channel_dim, self.groups = channel_dim, groups
         # (u, scale, max) shared by the passes of one step or one evaluation, see `shared_normalisation`; None outside
         self._shared: tuple[Tensor, Tensor, Tensor] | None = None
+        self._stored: Tensor | None = None  # uint8 codes, kept for as long
         self._sharing = False
 
     def _reduce(self, w: Tensor, how: str) -> Tensor:
@@ -152,9 +153,16 @@ class WeightQuantizer(nn.Module):
                 u, scale, True, bits, self.quantizer, self.ste, self.level, self.width.max_bits, self.width.source
             )
         else:
-            codes = width_codes(u, bits, self.quantizer, self.width.max_bits, self.width.source)
-            out = dequantize(codes, bits, scale, self.level)
+            out = dequantize(self._codes_at(u, bits), bits, scale, self.level)
         return out.to(w.dtype)
+
+    def _codes_at(self, u: Tensor, bits: int) -> Tensor:
+        """Codes of `u` at a width; in an evaluation of many widths the stored codes are made once and only shifted."""
+        if not self._sharing or self.width.source != "truncate":
+            return width_codes(u, bits, self.quantizer, self.width.max_bits, self.width.source)
+        if self._stored is None:
+            self._stored = QUANTIZERS[self.quantizer](u, self.width.max_bits)
+        return truncate_codes(self._stored, self.width.max_bits, bits)
 
     def extra_repr(self) -> str:
         return f"{self.quantizer}, ste={self.ste}, level={self.level}, normalizer={self.normalizer}"
@@ -190,9 +198,9 @@ def shared_normalisation(model: nn.Module) -> Iterator[list[tuple[WeightQuantize
     """
     pairs = [(q, original(module, tensor_name)) for _, module, tensor_name, q in weight_quantizers(model)]
     for q, _ in pairs:
-        q._sharing, q._shared = True, None
+        q._sharing, q._shared, q._stored = True, None, None
     try:
         yield pairs
     finally:
         for q, _ in pairs:
-            q._sharing, q._shared = False, None
+            q._sharing, q._shared, q._stored = False, None, None

@@ -1,0 +1,158 @@
+"""What training and evaluating at several widths cost beside the float network, in one run, as ratios.
+
+    python tests/benchmarks/bench_training.py [--out training.csv] [--repeats 7] [--threads 2]
+
+Joint step at 8/4/2/1 bits against four float steps; evaluation of 8 truncated widths against 8 float evaluations; peak memory
+of the joint step against the float step, each in a process of its own; time of the imports and of --help. The two sides of a
+ratio are timed in turn, and medians are compared, so that other work on the machine falls on both. Seconds of processor
+time serve as a second opinion.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from tq_lightning.callbacks.truncation_eval import evaluate_batch
+from tq_lightning.models import create_model
+from tq_lightning.quant.norm import calibrate_norms
+from tq_lightning.quant.prepare import prepare
+from tq_lightning.training.joint import joint_loss
+
+WIDTHS = (8, 4, 2, 1)
+# model, input size, batch of a training step, batch of an evaluation
+CASES = [("resnet20_cifar", 32, 128, 256), ("resnet50", 224, 8, 32)]
+
+
+def build(name: str, size: int, batch: int, prepared: bool) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=10)
+    if prepared:
+        prepare(model, widths=WIDTHS, verbose=False)
+    model.to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return model, images, torch.randint(0, 10, (batch,))
+
+
+def train_step(model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor, joint: bool) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        if joint:
+            loss, _ = joint_loss(model, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target))
+        else:
+            loss = F.cross_entropy(model(images), target)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def in_turn(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[list[float], list[float]]:
+    """Median (seconds by the clock, of processor time) of each of the two, called in turn."""
+    times: tuple[list, list] = ([], [])
+    for run in range(repeats + 1):
+        for call, kept in zip((first, second), times, strict=True):
+            clock, busy = time.perf_counter(), time.process_time()
+            call()
+            if run:  # the first is a warm-up
+                kept.append((time.perf_counter() - clock, time.process_time() - busy))
+    return tuple([statistics.median(column) for column in zip(*kept, strict=True)] for kept in times)  # type: ignore[return-value]
+
+
+def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> int:
+    """Peak resident memory of three steps above that of the built model, in a process of its own."""
+    ask = json.dumps([name, size, batch, joint, threads])
+    done = subprocess.run([sys.executable, __file__, "--memory", ask], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def memory(ask: str) -> None:
+    name, size, batch, joint, threads = json.loads(ask)
+    torch.set_num_threads(threads)
+    step = train_step(*build(name, size, batch, joint), joint)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    for _ in range(3):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def seconds_of(command: list[str], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", default=",".join(case[0] for case in CASES))
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.memory:
+        memory(args.memory)
+        return 0
+    torch.set_num_threads(args.threads)
+    rows: list[dict[str, object]] = []
+
+    def row(case: str, value: float, unit: str, aim: float | str, busy: float | str = "") -> None:
+        rows.append({"benchmark": "training", "case": case, "value": value, "unit": unit, "aim": aim, "by_cpu_time": busy})
+        print(f"{case:<58}{value:>9} {unit:<8} aim {aim}  by processor time {busy}", flush=True)
+
+    for name, size, batch, eval_batch in CASES:
+        if name not in args.models.split(","):
+            continue
+        plain = train_step(*build(name, size, batch, False), False)
+        joint = train_step(*build(name, size, batch, True), True)
+        floats, joints = in_turn(lambda: [plain() for _ in WIDTHS] and None, joint, args.repeats)
+        ratio, busy = (round(j / f, 3) for f, j in zip(floats, joints, strict=True))
+        row(f"{name} batch {batch}: joint step / {len(WIDTHS)} float steps", ratio, "ratio", 1.10, busy)
+
+        reference, images, _ = build(name, size, eval_batch, False)
+        model, _, _ = build(name, size, eval_batch, True)
+        calibrate_norms(model, [images])
+        passes = [(bits, "truncate") for bits in range(8, 0, -1)]
+
+        def evaluate_float(reference=reference.eval(), images=images) -> None:  # type: ignore[no-untyped-def]
+            with torch.no_grad():
+                for _ in range(8):
+                    reference(images)
+
+        def evaluate_widths(model=model.eval(), images=images, passes=passes) -> None:  # type: ignore[no-untyped-def]
+            evaluate_batch(model, images, passes)
+
+        floats, widths = in_turn(evaluate_float, evaluate_widths, args.repeats)
+        ratio, busy = (round(w / f, 3) for f, w in zip(floats, widths, strict=True))
+        row(f"{name} batch {eval_batch}: 8 truncated widths / 8 float evaluations", ratio, "ratio", 1.05, busy)
+        one, all_widths = (peak_bytes(name, size, batch, joint, args.threads) for joint in (False, True))
+        row(f"{name} batch {batch}: peak memory, joint / float step", round(all_widths / one, 3), "ratio", 1.15)
+    python = [sys.executable, "-c"]
+    row("import tq_lightning", round(seconds_of([*python, "import tq_lightning"], 3), 2), "s", "")
+    row("python -m tq_lightning --help", round(seconds_of([sys.executable, "-m", "tq_lightning", "--help"], 3), 2), "s", 2)
+    row("import prepare (torch)", round(seconds_of([*python, "from tq_lightning import prepare"], 3), 2), "s", "")
+    if args.out:
+        with args.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
