@@ -17,7 +17,7 @@ BINARIES = next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True
 
 @pytest.fixture(scope="module")
 def postgres():
-    """The URL of a fresh database. The server refuses root, so that it runs as the package's own user where the tests are root."""
+    """The URL of a fresh database. The server refuses root, so where the tests are root it runs as the package's own user."""
     initdb = str(Path(BINARIES) / "initdb") if BINARIES else shutil.which("initdb")
     if initdb is None:
         pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")

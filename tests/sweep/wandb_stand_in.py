@@ -14,7 +14,6 @@ import yaml
 
 ENTITY, PROJECT = "somebody", "tq"
 HOME = {"id": "p1", "name": PROJECT, "entity": {"id": "e1", "name": ENTITY}}
-# a field of the client's queries that is neither here nor in `answer` is answered with null
 VIEWER = {
     "id": "u1",
     "entity": ENTITY,
@@ -74,7 +73,11 @@ class WandbStandIn:
                 with state.lock:
                     if self.path.endswith("/graphql"):
                         asked = json.loads(body)
-                        self.reply({"data": state.answer(asked["query"], asked.get("variables") or {})})
+                        data = state.answer(asked["query"], asked.get("variables") or {})
+                        # what is not known is an error to the client; nulls for all that it asked would make it stumble
+                        self.reply(
+                            {"errors": [{"message": "not known here"}], "data": None} if data is None else {"data": data}
+                        )
                     elif stream := re.search(r"/files/\w+/\w+/(\w+)/file_stream", self.path):
                         state.stream(stream[1], json.loads(body))
                         self.reply({"exitcode": None, "limits": {}})
@@ -125,7 +128,15 @@ class WandbStandIn:
             return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
         if operation == "ServerFeaturesQuery":
             return {"serverInfo": {"features": []}}
-        return {"viewer": VIEWER, "model": None, "project": None, "serverInfo": None}
+        if operation == "RunResumeStatus":
+            return {"model": HOME | {"bucket": None}}
+        if operation == "CreateArtifact":  # "I have these files already", so that none are sent
+            return {
+                "createArtifact": {
+                    "artifact": {"id": "a1", "state": "COMMITTED", "artifactSequence": {"latestArtifact": {"id": "a1"}}}
+                }
+            }
+        return {"viewer": VIEWER} if operation == "Viewer" else None
 
     def next_run(self, states):
         if states or not self.sweep["points"]:

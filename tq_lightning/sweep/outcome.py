@@ -23,6 +23,8 @@ SHOWN = 20  # rows of a table in the terminal; the CSV has all
 def write_outcome(sweep: Sweep, ledger: Ledger, folder: Path, console: Console | None = None) -> None:
     """Print the ranked tables and the importances; write trials.csv, arms.csv, importances.csv and plots/*.png to `folder`."""
     console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a log has no edge to fold columns at
     trials = ranked(ledger)
     names = ledger.study.metric_names or ["value"]
     rows = [trial_row(sweep, trial, names) for trial in trials]
@@ -104,6 +106,7 @@ def draw(study: "optuna.Study", folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from optuna.importance import FanovaImportanceEvaluator
     from optuna.trial import TrialState
     from optuna.visualization import matplotlib as plot
 
@@ -121,9 +124,12 @@ def draw(study: "optuna.Study", folder: Path) -> list[Path]:
         for kind in ("optimization_history", "param_importances", "parallel_coordinate", "slice"):
             if kind == "param_importances" and not _has_importances(study, position):
                 continue
+            more = {"evaluator": FanovaImportanceEvaluator(seed=0)} if kind == "param_importances" else {}  # as in the table
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                getattr(plot, f"plot_{kind}")(study, **wanted)
+                getattr(plot, f"plot_{kind}")(study, **wanted, **more)
+            if kind == "optimization_history":
+                plt.gca().legend(loc="best")
             drawn.append(_save(plt, folder / f"{kind}{suffix}.png", len(study.trials[0].params)))
     if 2 <= len(names) <= 3:
         with warnings.catch_warnings():
@@ -195,7 +201,8 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
         return
     table = Table(title=title, title_justify="left")
     for column in dict.fromkeys(key for row in rows for key in row):
-        table.add_column(column.removeprefix("model."), overflow="fold")
+        name = "seed" if column == SEED else column.replace("val/", "").removeprefix("model.")
+        table.add_column(name, overflow="fold")
     for row in rows[:SHOWN]:
         table.add_row(
             *(f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value) for value in row.values())

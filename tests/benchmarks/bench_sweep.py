@@ -1,0 +1,86 @@
+"""What the sweep engine adds to a trial beyond `fit` itself, and how soon the second in-process trial starts.
+
+    python tests/benchmarks/bench_sweep.py [--trials 10]
+
+Every trial is a stand-in that returns at once, so that all the time between two of them is the engine's: writing down the end of
+one, claiming the next, asking the sampler, signs of life. Then two real fits on two batches of digits: from the end of the first
+to the beginning of the second one's training.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sweep")]
+
+from tq_lightning.sweep import optuna_engine as engine  # noqa: E402
+from tq_lightning.sweep.space import read_sweep  # noqa: E402
+from tq_lightning.sweep.worker import work  # noqa: E402
+
+METRIC = "val/acc1_truncate_mean"
+TINY = [
+    "--config", str(ROOT / "conf" / "digits.yaml"), "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1",
+    "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+def run(folder: Path, method: str, url: str, fit, trials: int, arguments=()) -> list[tuple[float, float]]:
+    """Run a sweep of `trials` in this process; returns (start, end) of each call of `fit`."""
+    calls = []
+
+    def timed(argv):
+        start = time.perf_counter()
+        fit(argv)
+        calls.append((start, time.perf_counter()))
+
+    parameter = {"values": [i / trials for i in range(trials)]} if method == "grid" else {"min": 0.0, "max": 1.0}
+    file = folder / f"{method}.yaml"
+    file.write_text(yaml.safe_dump({
+        "method": method, "metric": {"name": METRIC, "goal": "maximize"}, "parameters": {"model.lr": parameter},
+        "command": ["python", "-m", "tq_lightning", "fit", *arguments, "${args}"],
+    }))  # fmt: skip
+    sweep = read_sweep(file)
+    options = engine.Options(folder, url, method, {METRIC: "maximize"}, n_trials=trials)
+    ledger = engine.make_ledger(sweep, engine.open_study(sweep, options), options)
+    work(ledger, sweep, [METRIC], folder, "bench", timed, parent=None)
+    return calls
+
+
+def main() -> None:
+    given = argparse.ArgumentParser(description=__doc__)
+    given.add_argument("--trials", type=int, default=10)
+    trials = given.parse_args().trials
+    import stand_in
+
+    results = {}
+    for storage in ("sqlite", "journal"):
+        for method in ("grid", "bayes"):
+            with tempfile.TemporaryDirectory() as name:
+                url = f"sqlite:///{name}/study.db" if storage == "sqlite" else f"journal:{name}/study.journal"
+                calls = run(Path(name), method, url, stand_in.fit, trials)
+            gaps = [after[0] - before[1] for before, after in zip(calls, calls[1:], strict=False)]
+            results[f"{storage}, {method}"] = statistics.median(gaps)
+    from tq_lightning.cli import run_fit
+
+    with tempfile.TemporaryDirectory() as name:
+        calls = run(Path(name), "grid", f"sqlite:///{name}/study.db", run_fit, 2, TINY)
+        second = calls[1][0] - calls[0][1]
+    for what, seconds in results.items():
+        print(f"engine beside fit, {what}: {seconds:.3f} s a trial, {100 * seconds / 60:.2f} % of a one-minute trial")
+    print(f"second real trial in the same process: fit called {second:.3f} s after the end of the first (goal: under 2 s)")
+    print(
+        f"fit itself on two batches: first {calls[0][1] - calls[0][0]:.2f} s (imports in it), second {calls[1][1] - calls[1][0]:.2f} s"
+    )
+    print(json.dumps({key: round(value, 4) for key, value in (results | {"second trial starts after": second}).items()}))
+    assert second < 2.0, "the second in-process trial starts too late"
+
+
+if __name__ == "__main__":
+    main()

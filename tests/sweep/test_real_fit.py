@@ -1,0 +1,87 @@
+"""Sweeps of real trials: `fit` on two batches of digits, its own directory, config, seed, record; pruning, under DDP too."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from crew import study_of
+from optuna.trial import TrialState
+
+from tq_lightning.cli import main
+from tq_lightning.sweep.trial import run_trial
+
+HERE = Path(__file__).parent
+TINY = [
+    "--config",
+    str(HERE.parents[1] / "conf" / "digits.yaml"),
+    "--trainer.max_epochs=2",
+    "--trainer.check_val_every_n_epoch=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--model.calibration_batches=1",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trials_are_real_fits_with_their_own_records_and_reported_epochs(write_sweep, tmp_path):
+    parameters = {
+        "seed_everything": {"values": [3, 4]},
+        "model.widths": {"values": [[8, 2]]},
+        "model.activations": {"value": None},
+    }
+    early = {"type": "hyperband", "min_iter": 1}
+    path, folder = write_sweep(parameters=parameters, early_terminate=early, arguments=TINY), tmp_path / "out"
+    assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0"]) == 0
+    trials = study_of(folder).trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 2 or TrialState.PRUNED in [t.state for t in trials]
+    records = [json.loads(Path(t.user_attrs["record"]).read_text()) for t in trials]
+    assert [record["seed"] for record in records] == [3, 4] and records[0]["id"] != records[1]["id"]
+    for trial, record in zip(trials, records, strict=True):
+        home = Path(trial.user_attrs["record"]).parent
+        assert record["status"] == "finished" and record["config"]["model"]["widths"] == [8, 2]
+        assert (home / "config.yaml").is_file() and home.parent == Path(trial.user_attrs["run_dir"])
+        curve = dict(record["curves"]["val/acc1_truncate_mean"])
+        assert trial.intermediate_values == {epoch + 1: pytest.approx(value, abs=1e-4) for epoch, value in curve.items()}
+        assert trial.value == pytest.approx(record["last"]["metrics"]["val/acc1_truncate_mean"], abs=1e-4)
+    assert (folder / "plots" / "slice.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_pruned_trial_ends_early_with_its_record(tmp_path):
+    from tq_lightning.cli import run_fit
+
+    ending = run_trial(
+        run_fit, [*TINY, "--trainer.max_epochs=4"], tmp_path, ["val/acc1_truncate_mean"], lambda step, value: step == 2
+    )
+    record = json.loads(Path(ending.record).read_text())
+    assert ending.state == "pruned" and record["status"] == "finished" and record["last"]["epoch"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_trial_that_can_not_train_fails_with_fits_own_words(tmp_path):
+    from tq_lightning.cli import run_fit
+
+    ending = run_trial(run_fit, [*TINY, "--model.lr=1e12"], tmp_path, ["val/acc1_truncate_mean"], None)
+    assert ending.state == "failed" and "learning rate" in ending.reason
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_pruning_under_ddp_stops_every_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pruned_under_ddp", str(tmp_path), *TINY, "--trainer.strategy=ddp", "--trainer.devices=2"],
+        env=os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=850,
+    )
+    assert done.returncode == 0 and "pruned after [1]: " in done.stdout, done.stdout + done.stderr
+    record = json.loads(Path(done.stdout.split("pruned after [1]: ")[1].split()[0]).read_text())
+    assert record["processes"] == 2 and record["last"]["epoch"] == 0
