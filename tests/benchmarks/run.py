@@ -1,0 +1,61 @@
+"""Every benchmark of this folder, one after the other, with their tables in one place: what `make bench` calls.
+
+    python tests/benchmarks/run.py [--out results/benchmarks] [--only training,loader]
+"""
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def table(path: Path) -> list[str]:
+    """A CSV file as Markdown lines."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    if not rows:
+        return []
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
+    parser.add_argument("--only", help="names, separated by commas")
+    args = parser.parse_args(argv)
+    scripts = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
+    chosen = args.only.split(",") if args.only else list(scripts)
+    unknown = [name for name in chosen if name not in scripts]
+    if unknown:
+        print(f"error: no benchmark {unknown[0]!r}; pass some of {', '.join(scripts)}", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in chosen:
+        print(f"== {name}", flush=True)
+        done = subprocess.run([sys.executable, str(scripts[name]), "--out", str(args.out / f"{name}.csv")])
+        if done.returncode:
+            failed.append(name)
+    load = os.getloadavg()[1]
+    lines = [
+        "# Benchmarks",
+        "",
+        f"    make bench    # {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, Python "
+        f"{platform.python_version()}, load average of the last 5 minutes at the end {load:.1f}",
+        "",
+    ]
+    for path in sorted(args.out.glob("*.csv")):
+        lines += [f"## {path.stem}", "", *table(path), ""]
+    (args.out / "README.md").write_text("\n".join(lines))
+    print(f"tables: {args.out / 'README.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
