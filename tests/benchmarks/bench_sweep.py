@@ -2,12 +2,13 @@
 
     python tests/benchmarks/bench_sweep.py [--trials 10]
 
-Every trial is a stand-in that returns at once, so that all the time between two of them is the engine's: writing down the end of
-one, claiming the next, asking the sampler, signs of life. Then two real fits on two batches of digits: from the end of the first
-to the beginning of the second one's training.
+Every trial is a stand-in that returns at once, so that all the time between two of them is the engine's: writing down the
+end of one, claiming the next, asking the sampler, signs of life. Then two real fits on two batches of digits: from the end
+of the first to the call of the second.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -65,7 +66,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as name:
                 url = f"sqlite:///{name}/study.db" if storage == "sqlite" else f"journal:{name}/study.journal"
                 calls = run(Path(name), method, url, stand_in.fit, trials)
-            gaps = [after[0] - before[1] for before, after in zip(calls, calls[1:], strict=False)]
+            gaps = [after[0] - before[1] for before, after in itertools.pairwise(calls)]
             results[f"{storage}, {method}"] = statistics.median(gaps)
     from tq_lightning.cli import run_fit
 
@@ -75,9 +76,8 @@ def main() -> None:
     for what, seconds in results.items():
         print(f"engine beside fit, {what}: {seconds:.3f} s a trial, {100 * seconds / 60:.2f} % of a one-minute trial")
     print(f"second real trial in the same process: fit called {second:.3f} s after the end of the first (goal: under 2 s)")
-    print(
-        f"fit itself on two batches: first {calls[0][1] - calls[0][0]:.2f} s (imports in it), second {calls[1][1] - calls[1][0]:.2f} s"
-    )
+    first, again = (end - start for start, end in calls)
+    print(f"fit itself on two batches: first {first:.2f} s (imports in it), second {again:.2f} s")
     print(json.dumps({key: round(value, 4) for key, value in (results | {"second trial starts after": second}).items()}))
     assert second < 2.0, "the second in-process trial starts too late"
 

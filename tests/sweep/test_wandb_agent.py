@@ -86,10 +86,10 @@ def test_an_agent_runs_our_file_online(server, tmp_path):
     # the agent exits 0 even when its trials fail: look at what ran
     ran = records(tmp_path)
     assert [record["status"] for record in ran] == ["finished", "finished"], said
-    assert [(record["config"]["model"]["widths"], record["config"]["model"]["teacher"]) for record in ran] == [
-        ([2], "none"),
-        ([2], "widest"),
-    ]
+    for record, point in zip(ran, server.sent, strict=True):
+        model = record["config"]["model"]
+        assert record["seed"] == point["seed_everything"] and {key: model[key] for key in point["model"]} == point["model"]
+    assert server.sent[0] != server.sent[1] and isinstance(server.sent[0]["model"]["widths"], list)
     assert list(server.runs) == ["run0", "run1"] and {run["sweep"] for run in server.runs.values()} == {"sweep0"}
     for name, record in zip(server.runs, ran, strict=True):
         run = server.runs[name]

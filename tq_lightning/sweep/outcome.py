@@ -122,7 +122,7 @@ def draw(study: "optuna.Study", folder: Path) -> list[Path]:
             wanted["target"] = lambda trial, position=position: trial.values[position]
         suffix = f"_{position + 1}" if len(names) > 1 else ""
         for kind in ("optimization_history", "param_importances", "parallel_coordinate", "slice"):
-            if kind == "param_importances" and not _has_importances(study, position):
+            if kind == "param_importances" and not find_importances(study, position):
                 continue
             more = {"evaluator": FanovaImportanceEvaluator(seed=0)} if kind == "param_importances" else {}  # as in the table
             with warnings.catch_warnings():
@@ -151,7 +151,7 @@ def _importances(study: "optuna.Study", folder: Path, console: Console, names: l
     """Print and write the parameter importances (fANOVA), where the study can tell any."""
     rows = []
     for position, name in enumerate(names):
-        found = _has_importances(study, position) or {}
+        found = find_importances(study, position) or {}
         rows += [{"objective": name, "parameter": key, "importance": value} for key, value in found.items()]
     if rows:
         _write_csv(folder / "importances.csv", rows)
@@ -160,7 +160,7 @@ def _importances(study: "optuna.Study", folder: Path, console: Console, names: l
         console.print("no parameter importances: they need two different results and two values of a parameter")
 
 
-def _has_importances(study: "optuna.Study", position: int) -> dict[str, float] | None:
+def find_importances(study: "optuna.Study", position: int) -> dict[str, float] | None:
     """Parameter -> importance; None where the trials don't tell (fewer than two, all equal, nothing varied)."""
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
     from optuna.trial import TrialState
