@@ -1,0 +1,248 @@
+"""The joint step is an ordinary step over the summed losses: same gradients as a plain loop, at the memory of one width."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tq_lightning import bit_width, prepare
+from tq_lightning.errors import TrainingError
+from tq_lightning.models import create_model
+from tq_lightning.quant.norm import train_float_norms
+from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.training.joint import joint_loss
+
+WIDTHS = (8, 4, 2, 1)
+
+
+def conv_net():
+    return create_model("resnet8_cifar", num_classes=10)
+
+
+def vit():
+    return create_model(
+        "vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2
+    )
+
+
+class Tied(nn.Module):
+    """Two layers share one weight; `gain` and `shift` enter as one sum, so autograd gives both the very same tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two, self.head = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+        self.two.weight = self.one.weight
+        self.gain, self.shift = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        x = self.one(torch.relu(self.stem(x.flatten(1)[:, :12])))
+        return self.head(torch.relu(self.two(torch.relu(x * (self.gain + self.shift) + (self.gain + self.shift)))))
+
+
+BUILDERS = {"conv and batch norm": conv_net, "vit": vit, "tied": Tied}
+
+
+def prepared(build, **how):
+    torch.manual_seed(0)
+    model = build()
+    prepare(model, **{"verbose": False, **how})
+    return model.train()
+
+
+def batch(size=4, edge=16):
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(size, 3, edge, edge, generator=draw), torch.randint(0, 10, (size,), generator=draw)
+
+
+def recursive(target):
+    """Labels for the widest, the next wider one for the rest."""
+
+    def loss(bits, logits, wider):
+        if not wider:
+            return F.cross_entropy(logits, target)
+        teacher = list(wider.values())[-1].softmax(1)
+        return -(teacher * logits.log_softmax(1)).sum(1).mean()
+
+    return loss
+
+
+def plain_loop(model, images, widths, width_loss, weights=None):
+    """What a loop in plain PyTorch does: one backward() a width, gradients met in .grad."""
+    losses, logits = {}, {}
+    for i, bits in enumerate(widths):
+        with bit_width(model, bits):
+            out = model(images)
+        losses[bits] = width_loss(bits, out, logits)
+        logits[bits] = out.detach()
+        (losses[bits] * (1.0 if weights is None else weights[i])).backward()
+    return losses
+
+
+def assert_same_grads(one, two, rtol=1e-4):
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            scale = q.grad.abs().max().item()
+            torch.testing.assert_close(p.grad, q.grad, rtol=rtol, atol=rtol * scale + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("quantizer", ["floor", "round"])
+def test_gradients_are_those_of_a_plain_loop(name, quantizer):
+    ours = prepared(BUILDERS[name], quantizer=quantizer)
+    theirs = copy.deepcopy(ours)
+    images, target = batch()
+    weights = [1.0, 0.5, 2.0, 1.5]
+    expected = plain_loop(theirs, images, WIDTHS, recursive(target), weights)
+    loss, losses = joint_loss(ours, images, WIDTHS, recursive(target), weights)
+    assert all(p.grad is None for p in ours.parameters()), "nothing reaches .grad before the one backward"
+    loss.backward()
+    for bits in WIDTHS:
+        assert losses[bits].item() == pytest.approx(expected[bits].item(), rel=1e-5)
+        assert not losses[bits].requires_grad
+    assert loss.item() == pytest.approx(sum(w * expected[b].item() for w, b in zip(weights, WIDTHS, strict=True)), rel=1e-5)
+    assert_same_grads(ours, theirs)
+    for name, ours_buffer in ours.named_buffers():
+        assert torch.equal(ours_buffer, theirs.get_buffer(name)), name
+    assert all(original(m, t).grad.abs().sum() > 0 for _, m, t, _ in weight_quantizers(ours))
+
+
+@pytest.mark.parametrize("normalizer", ["absmax", "tanh_channel", "absmax_channel"])
+def test_every_normaliser_and_a_float_pass(normalizer):
+    ours = prepared(conv_net, normalizer=normalizer)
+    train_float_norms(ours)
+    theirs = copy.deepcopy(ours)
+    images, target = batch()
+    plain_loop(theirs, images, (None, *WIDTHS), recursive(target))
+    joint_loss(ours, images, (None, *WIDTHS), recursive(target))[0].backward()
+    assert_same_grads(ours, theirs)
+
+
+def test_two_parameters_never_share_one_gradient():
+    model = prepared(Tied)
+    images, target = batch()
+    joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
+    pointers = [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
+    assert len(set(pointers)) == len(pointers)
+    torch.testing.assert_close(model.gain.grad, model.shift.grad)
+
+
+def test_one_width_is_not_all_of_them():
+    """The counter-example: the sum over widths is not the gradient of any one of them, nor their mean."""
+    ours, theirs = prepared(conv_net), prepared(conv_net)
+    images, target = batch()
+    joint_loss(ours, images, WIDTHS, recursive(target))[0].backward()
+    joint_loss(theirs, images, (8,), recursive(target))[0].backward()
+    with pytest.raises(AssertionError):
+        assert_same_grads(ours, theirs)
+
+
+def test_memory_does_not_grow_with_the_widths():
+    """Bytes that autograd holds for backward, at their peak: each width's are gone before the next one's come."""
+
+    def peak(widths, step):
+        held = {"now": 0, "peak": 0}
+
+        class Held:
+            def __init__(self, t):
+                self.t, self.bytes = t, t.numel() * t.element_size()
+                held["now"] += self.bytes
+                held["peak"] = max(held["peak"], held["now"])
+
+            def __del__(self):
+                held["now"] -= self.bytes
+
+        model = prepared(conv_net)
+        images, target = batch()
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.t):
+            step(model, images, widths, recursive(target))
+        return held["peak"]
+
+    def joint(model, images, widths, width_loss):
+        joint_loss(model, images, widths, width_loss)[0].backward()
+
+    def summed(model, images, widths, width_loss):
+        total, logits = 0, {}
+        for bits in widths:
+            with bit_width(model, bits):
+                out = model(images)
+            total = total + width_loss(bits, out, logits)
+            logits[bits] = out.detach()
+        total.backward()
+
+    one = peak((8,), joint)
+    assert peak(WIDTHS, joint) <= 1.02 * one
+    assert peak(WIDTHS, summed) > 3 * one  # the counter-example: one backward at the end
+
+
+def test_scale_of_the_incoming_gradient_and_accumulation():
+    once, twice = prepared(vit), prepared(vit)
+    images, target = batch()
+    joint_loss(once, images, WIDTHS, recursive(target))[0].backward()
+    for _ in range(2):  # what Lightning does with accumulate_grad_batches=2
+        (joint_loss(twice, images, WIDTHS, recursive(target))[0] / 2).backward()
+    assert_same_grads(once, twice)
+
+
+def test_loss_scale_is_undone():
+    """A gradient scaler's factor rides along inside, where float16 gradients would vanish, and is gone after."""
+    plain, scaled = prepared(vit), prepared(vit)
+    images, target = batch()
+    joint_loss(plain, images, WIDTHS, recursive(target))[0].backward()
+    seen = []
+    next(scaled.parameters()).register_hook(lambda g: seen.append(g.abs().max().item()))
+    loss, _ = joint_loss(scaled, images, WIDTHS, recursive(target), loss_scale=1024.0)
+    inner = max(seen)
+    (loss * 1024.0).backward()  # scaler.scale(loss).backward()
+    for p in scaled.parameters():
+        if p.grad is not None:
+            p.grad /= 1024.0  # scaler.unscale_(optimizer)
+    assert inner > 100 * next(plain.parameters()).grad.abs().max().item()
+    assert_same_grads(plain, scaled)
+
+
+def test_overflow_of_scaled_gradients_is_left_to_the_scaler():
+    model = prepared(vit)
+    images, target = batch()
+    loss, _ = joint_loss(model, images, (8,), recursive(target), loss_scale=float(2**127))
+    loss.backward()
+    assert any(not torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_sandwich_leaves_the_other_norms_without_gradient():
+    model = prepared(conv_net)
+    images, target = batch()
+    joint_loss(model, images, (8, 1), recursive(target))[0].backward()
+    for name, p in model.named_parameters():
+        if ".sets." in name:
+            took_part = ".sets.8." in name or ".sets.1." in name
+            assert (p.grad is not None) == took_part, name
+        else:
+            assert p.grad is not None, name
+
+
+def test_frozen_parameters_stay_out():
+    model = prepared(conv_net)
+    frozen = [original(m, t).requires_grad_(False) for _, m, t, _ in weight_quantizers(model)[:2]]
+    images, target = batch()
+    joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
+    assert all(p.grad is None for p in frozen)
+    assert original(*weight_quantizers(model)[2][1:3]).grad is not None
+
+
+def test_a_loss_that_is_not_finite_names_its_width():
+    model = prepared(conv_net)
+    images, target = batch()
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def bad(bits, logits, wider):
+        return F.cross_entropy(logits, target) * (float("nan") if bits == 2 else 1.0)
+
+    with pytest.raises(TrainingError, match="not finite at width 2"):
+        joint_loss(model, images, WIDTHS, bad)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert all(q._shared is None for *_, q in weight_quantizers(model)), "an error leaves nothing shared"
+    joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
