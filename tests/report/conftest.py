@@ -15,16 +15,23 @@ BASE = {1: 75.0, 2: 84.0, 3: 85.0, 4: 86.0, 5: 86.2, 6: 86.3, 7: 86.3, 8: 86.3}
 
 
 def run(quantizer="floor", seed=0, model="resnet20_cifar", epochs=15, test=False, offset=0.0, noise=0.2, **more):
-    """A finished run's record. `more`: `model_X` and `data_X` set configuration keys, other names overwrite top-level keys."""
+    """A finished run's record. `more`: `model_X`, `data_X`, `trainer_X` set configuration keys, other names top-level ones."""
     config = {
         "seed_everything": seed,
         "trainer": {"max_epochs": epochs, "default_root_dir": f"runs/{model}_{quantizer}_s{seed}", "logger": None},
         "model": {
-            "name": model, "quantizer": quantizer, "ste": "auto", "level": "endpoint", "activations": None, "normalizer": "tanh",
-            "norm": "per_width", "widths": [8, 4, 2, 1], "lr": 0.001,
+            "name": model,
+            "quantizer": quantizer,
+            "ste": "auto",
+            "level": "endpoint",
+            "activations": None,
+            "normalizer": "tanh",
+            "norm": "per_width",
+            "widths": [8, 4, 2, 1],
+            "lr": 0.001,
         },
         "data": {"name": "cifar10", "root": "/home/someone/data/cifar10", "batch_size": 128},
-    }  # fmt: skip
+    }
     for key, value in more.items():
         part, _, name = key.partition("_")
         if part in ("model", "data", "trainer") and name:
@@ -36,30 +43,49 @@ def run(quantizer="floor", seed=0, model="resnet20_cifar", epochs=15, test=False
     lost = {w: 0.0 if quantizer == "floor" else ROUND_LOST[w] for w in WIDTHS}
     widths = {
         str(w): {
-            "quantize": quantized[w], "truncate": round(quantized[w] - lost[w], 2), "qt_gap": lost[w],
+            "quantize": quantized[w],
+            "truncate": round(quantized[w] - lost[w], 2),
+            "qt_gap": lost[w],
             "disagree": 0.0 if quantizer == "floor" else DISAGREE[w],
         }
         for w in WIDTHS
-    }  # fmt: skip
+    }
     size = 30_000 if "8" in model else 270_000
     metrics = {f"val/acc1_{s}_w{w}": widths[str(w)][s] for w in WIDTHS for s in ("quantize", "truncate")}
     metrics["val/acc1_float"] = 87.0 + offset
     record = {
-        "schema": 1, "id": hashlib.sha1(name.encode()).hexdigest()[:16], "status": "finished", "reason": None,
-        "command": "python -m tq_lightning fit --config /home/someone/conf/r20_cifar10.yaml", "config": config, "seed": seed,
-        "versions": {"tq_lightning": "0.1.0", "torch": "2.8.0", "python": "3.11.9"}, "commit": "0123456789abcdef", "dirty": False,
-        "device": "cpu", "started": "2025-01-01T00:00:00", "seconds": 12.5, "epochs": epochs, "steps": 300 * epochs,
+        "schema": 1,
+        "id": hashlib.sha1(name.encode()).hexdigest()[:16],
+        "status": "finished",
+        "reason": None,
+        "command": "python -m tq_lightning fit --config /home/someone/conf/r20_cifar10.yaml",
+        "config": config,
+        "seed": seed,
+        "versions": {"tq_lightning": "0.1.0", "torch": "2.8.0", "python": "3.11.9"},
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "device": "cpu",
+        "started": "2025-01-01T00:00:00",
+        "seconds": 12.5,
+        "epochs": epochs,
+        "steps": 300 * epochs,
         "last": {"epoch": epochs - 1, "metrics": metrics},
         "best": {"epoch": epochs - 1, "monitor": "val/acc1_truncate_mean", "metrics": metrics},
         "curves": {
-            f"val/acc1_truncate_w{w}": [[e, widths[str(w)]["truncate"] * (1 - 0.5 ** (e + 1))] for e in range(epochs)] for w in (8, 4, 2, 1)
+            f"val/acc1_truncate_w{w}": [[e, widths[str(w)]["truncate"] * (1 - 0.5 ** (e + 1))] for e in range(epochs)]
+            for w in (8, 4, 2, 1)
         },
         "widths": widths,
         "bytes": {"float": 4 * size, "packed": size + 5000, "planes": {str(w): size * w // 8 + 5000 for w in WIDTHS}},
-    }  # fmt: skip
+    }
     if test:
         scores = {f"test/acc1_{s}_w{w}": widths[str(w)][s] - 1 for w in WIDTHS for s in ("quantize", "truncate")}
-        record["test"] = {"checkpoint": "best", "epoch": epochs - 1, "images": 10000, "metrics": {**scores, "test/acc1_float": 86.0}}
+        record["test"] = {
+            "checkpoint": "best",
+            "epoch": epochs - 1,
+            "images": 10000,
+            "metrics": {**scores, "test/acc1_float": 86.0},
+        }
     return record | top
 
 
@@ -72,9 +98,17 @@ def inspect(model="resnet50", parameters=25_557_032, skip=("first",)):
     rounded = {b: [round(x * (2**b - 1)) / (2**b - 1) for x in u] for b in (1, 2, 3, 4)}
     shifted = {b: [(round(x * 255) >> (8 - b)) / (2**b - 1) for x in u] for b in (1, 2, 3, 4)}
     return {
-        "schema": 1, "kind": "inspect", "id": hashlib.sha1(f"{model}{skip}".encode()).hexdigest()[:16], "model": model, "model_args": {},
-        "policy": {"skip": list(skip), "widths": [8, 4, 2, 1], "max_bits": 8, "norm": "per_width"}, "versions": {}, "commit": None,
-        "command": f"python -m tq_lightning inspect --model.name {model}", "parameters": parameters, "quantized_parameters": parameters,
+        "schema": 1,
+        "kind": "inspect",
+        "id": hashlib.sha1(f"{model}{skip}".encode()).hexdigest()[:16],
+        "model": model,
+        "model_args": {},
+        "policy": {"skip": list(skip), "widths": [8, 4, 2, 1], "max_bits": 8, "norm": "per_width"},
+        "versions": {},
+        "commit": None,
+        "command": f"python -m tq_lightning inspect --model.name {model}",
+        "parameters": parameters,
+        "quantized_parameters": parameters,
         "layers": [{"name": "conv1", "kind": "conv", "shape": [64, 3, 7, 7], "parameters": 9408, "bits": None, "bytes": {}}],
         "ways": {
             "float_master": way(weights=4 * size, float=0.0, norms=0.0, scales=0.0),
@@ -83,17 +117,23 @@ def inspect(model="resnet50", parameters=25_557_032, skip=("first",)):
             "packed": way(weights=size, float=40_000.0, norms=9 * norms * 4, scales=220.0),
             "paper": way(weights=size, float=40_000.0, norms=8 * norms * 4, scales=0.0),
         },
-        "read_at": {str(w): int(size * w / 8 + 40_000 + norms * 4) for w in WIDTHS}, "paper_ratio": 3.533, "policy_ratio": 3.31,
+        "read_at": {str(w): int(size * w / 8 + 40_000 + norms * 4) for w in WIDTHS},
+        "paper_ratio": 3.533,
+        "policy_ratio": 3.31,
         "accounting": [f"{parameters:,} float parameters x 4 bytes", "8-bit weights, the stem in float, 8 norm sets"],
         "energy": {
-            "assumptions": ["every weight comes once from DRAM", "45 nm, 0.9 V"], "constants_pj": {"DRAM read, 32 bit": 640.0, "8-bit add": 0.03},
+            "assumptions": ["every weight comes once from DRAM", "45 nm, 0.9 V"],
+            "constants_pj": {"DRAM read, 32 bit": 640.0, "8-bit add": 0.03},
             "by_width": {str(w): {"refetch_float_pj": size * 640.0, "shift_pj": size * 0.13 * (1 + w / 8)} for w in WIDTHS},
         },
         "mechanism": {
-            "bits": [1, 2, 3, 4], "u": u, "round": {str(b): v for b, v in rounded.items()},
-            "round_shifted": {str(b): v for b, v in shifted.items()}, "floor": {str(b): v for b, v in floor.items()},
+            "bits": [1, 2, 3, 4],
+            "u": u,
+            "round": {str(b): v for b, v in rounded.items()},
+            "round_shifted": {str(b): v for b, v in shifted.items()},
+            "floor": {str(b): v for b, v in floor.items()},
         },
-    }  # fmt: skip
+    }
 
 
 def write(folder: Path, *records: dict) -> Path:
@@ -122,7 +162,12 @@ def everything():
         records += pair(seeds=(0, 1), model_activations=kind, offset=-2.0)
     records += pair(model="preresnet20_cifar", model_activations="clamp_round", test=True, epochs=20)
     records += [run("round", 0, "mobilenetv3_small"), run("floor", 0, "mobilenetv3_small", epochs=10)]
-    models = (("resnet18", 11_689_512), ("resnet50", 25_557_032), ("mobilenetv3_large_100", 5_483_032), ("vit_tiny_patch16_224", 5_717_416))
+    models = (
+        ("resnet18", 11_689_512),
+        ("resnet50", 25_557_032),
+        ("mobilenetv3_large_100", 5_483_032),
+        ("vit_tiny_patch16_224", 5_717_416),
+    )
     return records + [inspect(model, n) for model, n in models]
 
 

@@ -64,7 +64,10 @@ def test_unequal_budgets_and_seeds_are_flagged(make):
 
 def test_two_whole_budgets_are_two_settings_without_flags(make):
     found = evidence(*make.pair(epochs=15), *make.pair(epochs=30)).qt_settings()
-    assert [s.label for s in found] == ["resnet20_cifar · cifar10 · max_epochs=15", "resnet20_cifar · cifar10 · max_epochs=30"]
+    assert [s.label for s in found] == [
+        "resnet20_cifar · cifar10 · max_epochs=15",
+        "resnet20_cifar · cifar10 · max_epochs=30",
+    ]
     assert not any(s.flags for s in found)
 
 
@@ -111,7 +114,9 @@ def test_the_papers_setting_and_near_misses(make):
 
 
 def test_mixed_commits_and_versions_are_told(make):
-    (setting,) = evidence(make.run("round"), make.run("floor", commit="ffff", versions={"tq_lightning": "0.2"}, dirty=True)).qt_settings()
+    (setting,) = evidence(
+        make.run("round"), make.run("floor", commit="ffff", versions={"tq_lightning": "0.2"}, dirty=True)
+    ).qt_settings()
     words = " ".join(mixed([arm for _, arm in setting.arms]))
     assert "different commits" in words
     assert "different versions of tq_lightning: 0.1.0, 0.2" in words
@@ -121,6 +126,11 @@ def test_mixed_commits_and_versions_are_told(make):
 
 
 def test_labels_are_unique_even_for_many_settings(make):
-    records = [make.run(q, 0, model_lr=lr, model_level=level) for q in ("round", "floor") for lr in (0.1, 0.2) for level in ("left", "endpoint")]
+    records = [
+        make.run(q, 0, model_lr=lr, model_level=level)
+        for q in ("round", "floor")
+        for lr in (0.1, 0.2)
+        for level in ("left", "endpoint")
+    ]
     found = settings(evidence(*records).arms, "model.quantizer", along=("model.ste",))
     assert len({s.label for s in found}) == len({s.slug for s in found}) == 4

@@ -39,7 +39,16 @@ def all_figures(request):
 
 def test_every_figure_is_made_from_the_whole_set(all_figures):
     sections = {d.section for d in all_figures}
-    assert {"QT gap", "Mechanism", "Storage", "Energy", "STE ablation", "Levels", "Training curves", "Pareto front"} <= sections
+    assert {
+        "QT gap",
+        "Mechanism",
+        "Storage",
+        "Energy",
+        "STE ablation",
+        "Levels",
+        "Training curves",
+        "Pareto front",
+    } <= sections
     assert "Low-bit robustness" in sections
     names = [d.name for d in all_figures]
     assert len(set(names)) == len(names)

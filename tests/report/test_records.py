@@ -140,7 +140,15 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
 
 
 def test_paths_of_the_machine_are_shortened_and_urls_kept():
-    got = shorten({"root": "/home/me/data/cifar10", "list": ["--x=/a/b/c.yaml"], "url": "https://a.b/c/d", "rel": "runs/x/y", "n": 1})
+    got = shorten(
+        {
+            "root": "/home/me/data/cifar10",
+            "list": ["--x=/a/b/c.yaml"],
+            "url": "https://a.b/c/d",
+            "rel": "runs/x/y",
+            "n": 1,
+        }
+    )
     assert got == {"root": "…/cifar10", "list": ["--x=…/c.yaml"], "url": "https://a.b/c/d", "rel": "runs/x/y", "n": 1}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE, AUTO_STE, labels, short, slug, text, unique, varying
 from tq_lightning.report.records import Run
 
 # Keys that say where, how watched or on what a run ran, not what it was.
@@ -18,11 +19,7 @@ NOT_AN_ARM = re.compile(
 )
 BUDGET = re.compile(r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$")
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
-# `ste: auto` is the pairing of the paper.
-AUTO_STE = {"floor": "scaled", "round": "identity"}
 TRUNCATED = "_truncate"  # how a kind of activations ends that is truncated like the weights
-ACTIVATIONS_SOURCE = "model.activations_source"  # ours, no key of the configuration
-SHORT = {"model.": "", "data.": "data.", "trainer.": ""}
 
 
 @dataclass(frozen=True)
@@ -128,50 +125,63 @@ def _key(config: dict[str, Any]) -> str:
     return json.dumps(config, sort_keys=True, default=str)
 
 
-def settings(arms: list[Arm], factor: str, ignore: Iterable[str] = (), along: Iterable[str] = ()) -> list[Setting]:
+def settings(
+    arms: list[Arm],
+    factor: str,
+    ignore: Iterable[str] = (),
+    along: Iterable[str] = (),
+    wanted: Iterable[str] = (),
+    least: int = 1,
+) -> list[Setting]:
     """Arms grouped by everything but `factor` (a flat key), the keys `along` (that change with it) and `ignore`.
 
     A group is split by its budget where each of its values has an arm under some one budget; else the arms stay together,
-    and the unequal budget is flagged.
+    and the unequal budget is flagged. Kept are groups in which the factor takes every value `wanted`, and `least` values.
     """
     out = {factor, *ignore, *along}
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         groups.setdefault(_key({k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}), []).append(arm)
-    split = [part for members in groups.values() for part in _by_budget(members, factor)]
-    labels = _labels([part[0].config for part in split], out)
-    slugs = _unique([slug(label) for label in labels])
+    kept = [members for members in groups.values() if _enough(members, factor, set(wanted), least)]
+    split = [part for members in kept for part in _by_budget(members, factor) if _enough(part, factor, set(wanted), least)]
+    named = labels([part[0].config for part in split], out)
+    slugs = unique([slug(label) for label in named])
     return [
         Setting(factor, label, name, _named(part, factor, out - {factor} - set(along)), tuple(flags(part, factor)))
-        for part, label, name in zip(split, labels, slugs, strict=True)
+        for part, label, name in zip(split, named, slugs, strict=True)
     ]
 
 
+def _enough(part: list[Arm], factor: str, wanted: set[str], least: int) -> bool:
+    values = {text(arm[factor]) for arm in part}
+    return wanted <= values and len(values) >= least
+
+
 def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
-    values = {_text(arm[factor]) for arm in members}
+    values = {text(arm[factor]) for arm in members}
     parts: dict[str, list[Arm]] = {}
     for arm in members:
         parts.setdefault(_key({k: v for k, v in arm.config.items() if BUDGET.match(k)}), []).append(arm)
-    whole = [part for part in parts.values() if {_text(arm[factor]) for arm in part} == values]
+    whole = [part for part in parts.values() if {text(arm[factor]) for arm in part} == values]
     return list(parts.values()) if whole else [members]
 
 
 def _named(part: list[Arm], factor: str, ignored: set[str]) -> tuple[tuple[str, Arm], ...]:
     """Each arm with the value of its factor; where two share it, what else tells them apart is added."""
-    names = [_text(arm[factor]) for arm in part]
-    differing = [k for k in sorted({k for a in part for k in a.config}) if k != factor and len({_text(a[k]) for a in part}) > 1]
+    names = [text(arm[factor]) for arm in part]
+    differing = [k for k in sorted({k for a in part for k in a.config}) if k != factor and len({text(a[k]) for a in part}) > 1]
     told = [k for k in differing if k in ignored or BUDGET.match(k)]
-    long = [", ".join([n, *(f"{_short(k)}={_text(a[k])}" for k in told)]) for n, a in zip(names, part, strict=True)]
+    long = [", ".join([n, *(f"{short(k)}={text(a[k])}" for k in told)]) for n, a in zip(names, part, strict=True)]
     return tuple((long[i] if names.count(n) > 1 else n, arm) for i, (n, arm) in enumerate(zip(names, part, strict=True)))
 
 
 def flags(part: list[Arm], factor: str) -> list[str]:
     """What makes the arms of a comparison unequal, each a short sentence for the figure itself."""
     out = []
-    budgets = {_text(arm[factor]): arm.budget for arm in part}
+    budgets = {text(arm[factor]): arm.budget for arm in part}
     if len(set(budgets.values())) > 1 or any(" or " in b for b in budgets.values()):
         out.append("UNEQUAL BUDGETS: " + "; ".join(f"{name} {budget}" for name, budget in budgets.items()) + ".")
-    seeds = {_text(arm[factor]): arm.seeds for arm in part}
+    seeds = {text(arm[factor]): arm.seeds for arm in part}
     if len(set(seeds.values())) > 1:
         out.append("UNEQUAL SEEDS: " + "; ".join(f"{name} {_seed_list(s)}" for name, s in seeds.items()) + ".")
     single = [name for name, s in seeds.items() if len(s) == 1]
@@ -209,68 +219,7 @@ def _seed_list(seeds: tuple[int | None, ...]) -> str:
     return ",".join(str(s) for s in seeds)
 
 
-# Customary values, not worth a word in a label.
-USUAL: dict[str, Any] = {
-    "model.level": "endpoint",
-    "model.activations": None,
-    ACTIVATIONS_SOURCE: "quantize",
-    "model.normalizer": "tanh",
-    "model.norm": "per_width",
-    "model.widths": [8, 4, 2, 1],
-}
-
-
-def _labels(configs: list[dict[str, Any]], left_out: set[str]) -> list[str]:
-    """Model and data always; besides, what differs between the settings of that model and data and is not customary."""
-    out = []
-    for config in configs:
-        kin = [c for c in configs if all(c.get(k) == config.get(k) for k in ("model.name", "data.name"))]
-        keys = sorted({k for c in kin for k in c} - left_out - {"model.name", "data.name"})
-        varying = [k for k in keys if k in config and len({_text(c.get(k)) for c in kin}) > 1]
-        usual = {**USUAL, "model.ste": AUTO_STE.get(config.get("model.quantizer", ""))}
-        extra = [_extra(k, config[k]) for k in varying if k not in usual or _text(config[k]) != _text(usual[k])]
-        out.append(" · ".join([_text(config.get("model.name")), _text(config.get("data.name")), *extra]))
-    return out
-
-
-def _extra(key: str, value: Any) -> str:
-    return _text(value) if key == "model.quantizer" else f"{_short(key)}={_text(value)}"
-
-
-def bits_words(bits: int) -> str:
-    """`1 bit`, `2 bits`."""
-    return f"{bits} bit" if bits == 1 else f"{bits} bits"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(_text(v) for v in value)
-    return "none" if value is None else str(value)
-
-
-def _short(key: str) -> str:
-    for prefix, short in SHORT.items():
-        if key.startswith(prefix):
-            return short + key.removeprefix(prefix)
-    return key
-
-
-def slug(text: str) -> str:
-    """A file name of a label: lower case, digits and underscores, at most 60 characters."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:60]
-
-
-def _unique(names: list[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    out = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        out.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return out
-
-
 def shown_extras(arms: list[Arm]) -> list[str]:
     """For each arm, the keys beyond the main ones that differ among the arms, as `key=value` words."""
-    keys = sorted({k for arm in arms for k in arm.config} - set(MAIN_KEYS))
-    varying = [k for k in keys if len({_text(arm[k]) for arm in arms}) > 1]
-    return [", ".join(f"{_short(k)}={_text(arm[k])}" for k in varying if k in arm.config) for arm in arms]
+    keys = sorted(varying([arm.config for arm in arms]) - set(MAIN_KEYS)) if arms else []
+    return [", ".join(f"{short(k)}={text(arm[k])}" for k in keys if k in arm.config) for arm in arms]

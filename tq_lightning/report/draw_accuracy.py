@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 
 from tq_lightning.report import style
 from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Estimate, acc1, acc1_float, compare, number, split_of
-from tq_lightning.report.arms import Arm, Setting, bits_words, flags_of, mixed, slug
+from tq_lightning.report.arms import Arm, Setting, flags_of, mixed
 from tq_lightning.report.evidence import PAPER, Evidence, is_papers, reference, row_arms, split
+from tq_lightning.report.labels import bits_words, slug
 from tq_lightning.report.style import FLOAT_AT, SERIES, Drawn
 
 MAX_SETTINGS = 12  # figures of one kind; the tables hold everything

@@ -6,9 +6,10 @@ from matplotlib.axes import Axes
 
 from tq_lightning.report import style
 from tq_lightning.report.aggregate import SPLIT_WORDS, Estimate, acc1, compare, mean_interval, split_of
-from tq_lightning.report.arms import ACTIVATIONS_SOURCE, Arm, Setting, bits_words, flags_of
+from tq_lightning.report.arms import Arm, Setting, flags_of
 from tq_lightning.report.draw_accuracy import capped
 from tq_lightning.report.evidence import ROWS, Evidence, row_arms
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE, bits_words, slug, unique
 from tq_lightning.report.style import SERIES, Drawn
 
 LOW_BITS = (1, 2)
@@ -61,14 +62,16 @@ def pareto(evidence: Evidence) -> list[Drawn]:
     """Accuracy of the truncated weights against the bytes read to run at that width with the Pareto front."""
     arms = [arm for arm in evidence.paired() if all((run.record.get("bytes") or {}).get("planes") for run in arm.runs)]
     datasets = list(dict.fromkeys(str(arm["data.name"]) for arm in arms))
-    return [_pareto(name, [arm for arm in arms if str(arm["data.name"]) == name]) for name in datasets]
+    stems = unique([f"pareto_{slug(name)}" for name in datasets])
+    pairs = zip(datasets, stems, strict=True)
+    return [_pareto(name, stem, [arm for arm in arms if str(arm["data.name"]) == name]) for name, stem in pairs]
 
 
 def _read(arm: Arm, width: int) -> float | None:
     return arm.runs[0].record["bytes"]["planes"].get(str(width))
 
 
-def _pareto(dataset: str, arms: list[Arm]) -> Drawn:
+def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Drawn:
     part = split_of([run for arm in arms for run in arm.runs])
     points = [
         (size, estimate.mean, arm, w)
@@ -105,7 +108,7 @@ def _pareto(dataset: str, arms: list[Arm]) -> Drawn:
         f"Each point is an arm at one width (digits: bits), mean over seeds, {SPLIT_WORDS[part]}. Bytes: planes read, "
         "what stays in float, scales and the norm set of that width. The grey step is the Pareto front."
     )
-    return Drawn(f"pareto_{dataset}", "Pareto front", title, caption, f"Pareto front: {words}", figure)
+    return Drawn(stem, "Pareto front", title, caption, f"Pareto front: {words}", figure)
 
 
 def _name(arm: Arm) -> str:

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from tq_lightning.report import style
-from tq_lightning.report.arms import bits_words
 from tq_lightning.report.evidence import Evidence
+from tq_lightning.report.labels import bits_words
 from tq_lightning.report.style import SERIES, Drawn
 
 # Ways of serving widths 1..8, in the order of the bars.

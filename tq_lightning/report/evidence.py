@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tq_lightning.report.aggregate import split_of
-from tq_lightning.report.arms import ACTIVATIONS_SOURCE, AUTO_STE, Arm, Setting, group, settings
+from tq_lightning.report.arms import Arm, Setting, group, settings
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE, AUTO_STE
 from tq_lightning.report.records import Loaded
 
 # Compared keys, and the value the others are held against (None: the first in order). Quantizers have rows of their own.
@@ -44,6 +45,7 @@ class Evidence:
     left_out: list[tuple[str, str]]
     ignore: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    _found: dict[str, list[Setting]] = field(default_factory=dict, repr=False)  # settings are asked for many times
 
     def paired(self) -> list[Arm]:
         """Arms whose STE is the paper's for their quantizer."""
@@ -51,16 +53,19 @@ class Evidence:
 
     def qt_settings(self) -> list[Setting]:
         """Settings for the three rows: with both quantizers, else with round alone, else whatever there is."""
-        every = settings(self.paired(), "model.quantizer", self.ignore, along=("model.ste",))
-        for wanted in ({"round", "floor"}, {"round"}, set[str]()):
-            if fitting := [s for s in every if all(s.values(value) for value in wanted)]:
-                return fitting
-        return []
+        if "rows" not in self._found:
+            for wanted in (("round", "floor"), ("round",), ()):
+                found = settings(self.paired(), "model.quantizer", self.ignore, along=("model.ste",), wanted=wanted)
+                self._found["rows"] = found
+                if found:
+                    break
+        return self._found["rows"]
 
     def factor_settings(self, key: str) -> list[Setting]:
         """Settings in which `key` takes two or more values."""
-        every = settings(self.arms, key, self.ignore)
-        return [s for s in every if len({str(arm[key]) for _, arm in s.arms}) > 1]
+        if key not in self._found:
+            self._found[key] = settings(self.arms, key, self.ignore, least=2)
+        return self._found[key]
 
     def factors(self) -> list[str]:
         """The keys of FACTORS that differ somewhere while all else is alike."""

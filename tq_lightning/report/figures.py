@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 from tq_lightning.report import draw_accuracy, draw_across, draw_models
-from tq_lightning.report.arms import ACTIVATIONS_SOURCE
 from tq_lightning.report.evidence import Evidence
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 from tq_lightning.report.style import Drawn, styled
 
 FIGURES: dict[str, Callable[[Evidence], list[Drawn]]] = {

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from tq_lightning.report.arms import ACTIVATIONS_SOURCE, Arm
+from tq_lightning.report.arms import Arm
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 from tq_lightning.report.records import SOURCES, Run
 
 FACTS = (

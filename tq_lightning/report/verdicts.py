@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tq_lightning.report.aggregate import SPLIT_WORDS, Difference, compare
-from tq_lightning.report.arms import ACTIVATIONS_SOURCE, Arm, Setting, bits_words
+from tq_lightning.report.arms import Arm, Setting
 from tq_lightning.report.evidence import Evidence, reference, row_arms, split
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE, bits_words
 
 
 @dataclass(frozen=True)
