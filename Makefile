@@ -22,6 +22,7 @@ demo: $(READY)
 	$(RUN) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/round --ckpt_path last
 	$(RUN) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/floor --ckpt_path last
 	$(RUN) -m tq_lightning report demo/round demo/floor --out demo/report
+	@echo "the picture: demo/report/figures/qt_gap_resnet8_cifar_digits.png, the page: demo/report/index.html"
 
 test: $(READY)
 	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not families and not gpu" -n 2

@@ -127,6 +127,12 @@ class TQCLI(LightningCLI):
                 raise
             raise UserError(_one_line(error)) from error
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in ("validate", "test"):
+            kwargs["verbose"] = False  # the width table says it shorter than a line a metric
+        return kwargs
+
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
@@ -139,8 +145,9 @@ class TQCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         trainer = config["trainer"]
         plain: list[Callback] = [WidthTable()]
-        if trainer["enable_progress_bar"] is None:
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        for key in ("enable_progress_bar", "enable_model_summary"):
+            if trainer[key] is None:
+                kwargs[key] = sys.stdout.isatty()
         if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]) and sys.stdout.isatty():
             plain.append(RichProgressBar())
         if self.subcommand == "fit":
@@ -199,6 +206,9 @@ def _quiet() -> None:
         ".*LeafSpec.*",
         ".*overrides the configure_model callback.*",
         ".*The number of training batches.*",
+        ".*when using `ckpt_path`, callbacks used to create the checkpoint.*",
+        ".*The dirpath has changed from.*",
+        ".*`weights_only` was not set.*",
         ".*`isinstance\\(treespec.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

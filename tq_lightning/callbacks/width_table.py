@@ -7,7 +7,7 @@ import lightning as L
 
 
 def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
-    """Prints top-1 by width from metric keys: a rich table in a terminal, one plain line elsewhere."""
+    """Prints top-1 by width from metric keys: a table, or one line for each of many validations where no terminal is."""
     rows = []
     bits = 8
     while bits:
@@ -17,7 +17,7 @@ def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
         bits -= 1
     if not rows:
         return
-    if not sys.stdout.isatty():
+    if stage == "val" and not sys.stdout.isatty():
         cells = "  ".join(f"w{b} {q:.2f}/{t:.2f}" for b, q, t, _ in rows)
         print(f"{title}: top-1 % quantized/truncated  {cells}  float {metrics[f'{stage}/acc1_float']:.2f}", flush=True)
         return
@@ -42,4 +42,5 @@ class WidthTable(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            print_widths(trainer.callback_metrics, "test", "test")  # type: ignore[arg-type]
+            title = f"top-1 on the test split, trained with {pl_module.hparams.quantizer}"
+            print_widths(trainer.callback_metrics, "test", title)  # type: ignore[arg-type]
