@@ -19,7 +19,7 @@ def config_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
     assert main(list(arguments)) == status
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, err
     assert "Traceback" not in err

@@ -58,7 +58,7 @@ def test_trains_two_steps(path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("path", [p for p in sorted(CONF.glob("*.yaml"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.stem)
 def test_arms_differ_by_the_quantizer_alone(path: Path) -> None:
     model = yaml.safe_load(path.read_text())["model"]
     assert model["quantizer"] == "floor"

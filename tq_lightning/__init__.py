@@ -16,7 +16,7 @@ _HOMES = {
     "save_packed": "export.artifact",
     "load_packed": "export.artifact",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

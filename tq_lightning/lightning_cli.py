@@ -19,7 +19,6 @@ from jsonargparse.loaders_dumpers import yaml_load
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tq_lightning.callbacks.run_logger import RunLogger
@@ -103,7 +102,9 @@ class TQCLI(LightningCLI):
             root = Path(config.trainer.default_root_dir or ".")
             path = newest_checkpoint(root, given) if given in ("last", "best") else Path(given)
             if not path.is_file():
-                raise UserError(f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run under {root}")
+                raise UserError(
+                    f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run under {root}"
+                )
             self.resume_step = _checkpoint_step(path)
             self.given_checkpoint = str(given)
             config.ckpt_path = str(path)
@@ -174,9 +175,13 @@ class TQCLI(LightningCLI):
         if config["trainer"]["enable_checkpointing"] is False or config["trainer"]["fast_dev_run"]:
             return callbacks
         folder = self.run_dir / "checkpoints"
-        best = ModelCheckpoint(folder, filename="best-{epoch}", monitor=MONITOR, mode="max", save_top_k=1, auto_insert_metric_name=False)
+        best = ModelCheckpoint(
+            folder, filename="best-{epoch}", monitor=MONITOR, mode="max", save_top_k=1, auto_insert_metric_name=False
+        )
         every = config["checkpoint_every_n_steps"]
-        last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
+        last = ModelCheckpoint(
+            folder, filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True
+        )
         callbacks += [best, last]
         if every > 0:
             callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, every_n_train_steps=every))

@@ -131,9 +131,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} refused: no checkpoint, or one that holds more than tensors and plain values"
-        ) from error
+        raise UserError(f"{path} refused: no checkpoint, or one that holds more than tensors and plain values") from error
     except Exception as error:
         raise UserError(f"cannot read {path} as a checkpoint ({' '.join(str(error).split())[:120]})") from error
     for key in _WRAPPERS:

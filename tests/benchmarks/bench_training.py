@@ -71,6 +71,39 @@ def in_turn(first: Callable[[], None], second: Callable[[], None], repeats: int)
     return tuple([statistics.median(column) for column in zip(*kept, strict=True)] for kept in times)  # type: ignore[return-value]
 
 
+def joint_ratio(name: str, size: int, batch: int, repeats: int, aim: float) -> tuple[float, float, float]:
+    """(joint step over K float steps by the clock, aim, the same by processor time)."""
+    plain = train_step(*build(name, size, batch, False), False)
+    joint = train_step(*build(name, size, batch, True), True)
+
+    def float_steps() -> None:
+        for _ in WIDTHS:
+            plain()
+
+    floats, joints = in_turn(float_steps, joint, repeats)
+    clock, busy = (round(j / f, 3) for f, j in zip(floats, joints, strict=True))
+    return clock, aim, busy
+
+
+def evaluation_ratio(name: str, size: int, batch: int, repeats: int, aim: float) -> tuple[float, float, float]:
+    """(evaluation of 8 truncated widths over 8 float evaluations by the clock, aim, the same by processor time)."""
+    reference, images, _ = build(name, size, batch, False)
+    model, _, _ = build(name, size, batch, True)
+    calibrate_norms(model, [images])
+    passes = [(bits, "truncate") for bits in range(8, 0, -1)]
+    reference.eval()
+    model.eval()
+
+    def evaluate_float() -> None:
+        with torch.no_grad():
+            for _ in passes:
+                reference(images)
+
+    floats, widths = in_turn(evaluate_float, lambda: evaluate_batch(model, images, passes) and None, repeats)
+    clock, busy = (round(w / f, 3) for f, w in zip(floats, widths, strict=True))
+    return clock, aim, busy
+
+
 def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> int:
     """Peak resident memory of three steps above that of the built model, in a process of its own."""
     ask = json.dumps([name, size, batch, joint, threads])
@@ -111,41 +144,24 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     rows: list[dict[str, object]] = []
 
-    def row(case: str, value: float, unit: str, aim: float | str, busy: float | str = "") -> None:
+    def row(case: str, value: float, aim: float | str, busy: float | str = "", unit: str = "ratio") -> None:
         rows.append({"benchmark": "training", "case": case, "value": value, "unit": unit, "aim": aim, "by_cpu_time": busy})
         print(f"{case:<58}{value:>9} {unit:<8} aim {aim}  by processor time {busy}", flush=True)
 
     for name, size, batch, eval_batch in CASES:
         if name not in args.models.split(","):
             continue
-        plain = train_step(*build(name, size, batch, False), False)
-        joint = train_step(*build(name, size, batch, True), True)
-        floats, joints = in_turn(lambda: [plain() for _ in WIDTHS] and None, joint, args.repeats)
-        ratio, busy = (round(j / f, 3) for f, j in zip(floats, joints, strict=True))
-        row(f"{name} batch {batch}: joint step / {len(WIDTHS)} float steps", ratio, "ratio", 1.10, busy)
-
-        reference, images, _ = build(name, size, eval_batch, False)
-        model, _, _ = build(name, size, eval_batch, True)
-        calibrate_norms(model, [images])
-        passes = [(bits, "truncate") for bits in range(8, 0, -1)]
-
-        def evaluate_float(reference=reference.eval(), images=images) -> None:  # type: ignore[no-untyped-def]
-            with torch.no_grad():
-                for _ in range(8):
-                    reference(images)
-
-        def evaluate_widths(model=model.eval(), images=images, passes=passes) -> None:  # type: ignore[no-untyped-def]
-            evaluate_batch(model, images, passes)
-
-        floats, widths = in_turn(evaluate_float, evaluate_widths, args.repeats)
-        ratio, busy = (round(w / f, 3) for f, w in zip(floats, widths, strict=True))
-        row(f"{name} batch {eval_batch}: 8 truncated widths / 8 float evaluations", ratio, "ratio", 1.05, busy)
+        row(
+            f"{name} batch {batch}: joint step / {len(WIDTHS)} float steps", *joint_ratio(name, size, batch, args.repeats, 1.10)
+        )
+        what = f"{name} batch {eval_batch}: 8 truncated widths / 8 float evaluations"
+        row(what, *evaluation_ratio(name, size, eval_batch, args.repeats, 1.05))
         one, all_widths = (peak_bytes(name, size, batch, joint, args.threads) for joint in (False, True))
-        row(f"{name} batch {batch}: peak memory, joint / float step", round(all_widths / one, 3), "ratio", 1.15)
+        row(f"{name} batch {batch}: peak memory, joint / float step", round(all_widths / one, 3), 1.15)
     python = [sys.executable, "-c"]
-    row("import tq_lightning", round(seconds_of([*python, "import tq_lightning"], 3), 2), "s", "")
-    row("python -m tq_lightning --help", round(seconds_of([sys.executable, "-m", "tq_lightning", "--help"], 3), 2), "s", 2)
-    row("import prepare (torch)", round(seconds_of([*python, "from tq_lightning import prepare"], 3), 2), "s", "")
+    row("import tq_lightning", round(seconds_of([*python, "import tq_lightning"], 3), 2), "", unit="s")
+    row("python -m tq_lightning --help", round(seconds_of([sys.executable, "-m", "tq_lightning", "--help"], 3), 2), 2, unit="s")
+    row("import prepare (torch)", round(seconds_of([*python, "from tq_lightning import prepare"], 3), 2), "", unit="s")
     if args.out:
         with args.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -1,6 +1,6 @@
 """Every benchmark of this folder, one after the other, with their tables in one place: what `make bench` calls.
 
-    python tests/benchmarks/run.py [--out results/benchmarks] [--only training,loader]
+python tests/benchmarks/run.py [--out results/benchmarks] [--only training,loader]
 """
 
 import argparse
