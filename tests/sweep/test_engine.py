@@ -64,6 +64,12 @@ def test_failures_have_their_reasons_and_the_sweep_goes_on(write_sweep, tmp_path
     assert "exit status 3" in (folder / "trials.csv").read_text()
 
 
+def test_a_sweep_without_any_result_is_an_error(write_sweep, tmp_path, stand_in, capsys):
+    path = write_sweep(parameters={"end": {"values": ["raise"]}})
+    assert main(["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]) == 1
+    assert "no trial has a result: RuntimeError: CUDA out of memory." in capsys.readouterr().err
+
+
 def test_random_ends_at_its_cap_and_goes_on_with_more(write_sweep, tmp_path, stand_in):
     path = write_sweep(method="random", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, run_cap=3)
     folder = tmp_path / "out"

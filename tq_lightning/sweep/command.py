@@ -15,7 +15,7 @@ FIT = "tq_lightning.cli:run_fit"
 
 
 def main(argv: list[str]) -> int:
-    """Run or join the sweep of a file. Returns 0 when it is settled (whatever its trials came to), 130 when interrupted.
+    """Run or join the sweep of a file. Returns 0 when it is done, 1 when no trial has a result, 130 when interrupted.
 
     Raises UserError for bad input, before any training starts.
     """
@@ -59,6 +59,10 @@ def main(argv: list[str]) -> int:
     if not finished or not (ledger.settled() or ledger.limit is None):
         why = "out of time" if finished else "interrupted"
         print(f"{why}; nothing is lost: go on with  python -m tq_lightning sweep {shlex.join(argv)}")
+    if finished and not any(t.values for t in ledger.trials()):
+        reasons = [t.user_attrs["reason"] for t in ledger.trials() if "reason" in t.user_attrs] or ["none has begun"]
+        print(f"error: no trial has a result: {reasons[0]}", file=sys.stderr)
+        return 1
     return 0 if finished else 130
 
 

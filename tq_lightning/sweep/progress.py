@@ -26,7 +26,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.live is not None:
             self.live.stop()
-        self.console.print(describe(self.ledger, self.deadline), soft_wrap=True)
+            self.console.print(describe(self.ledger, self.deadline), soft_wrap=True)
 
     def show(self) -> None:
         """Draw the current line; without a terminal, print it when a count has changed."""

@@ -16,7 +16,7 @@ Fit = Callable[[list[str]], Any]  # `tq_lightning.cli.run_fit`, or a test's stan
 
 @dataclass(frozen=True)
 class Ending:
-    """How a trial ended. state: complete, pruned, failed or interrupted; values: one per objective where complete."""
+    """How a trial ended. state: complete, pruned, failed, interrupted or lost; values: one per objective where complete."""
 
     state: str
     values: tuple[float, ...] = ()

@@ -56,8 +56,8 @@ def work(
             run_claimed(ledger, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
             if stopped:
                 return False
-            # Lightning ignores SIGINT after one; the next trial must be stoppable too
-            signal.signal(signal.SIGINT, interrupt)
+            for number in before:  # Lightning puts its own in their place; the next trial must be stoppable too
+                signal.signal(number, interrupt)
         return True
     except KeyboardInterrupt:
         return False
@@ -105,7 +105,8 @@ def run_claimed(
     if stopped() and ending.state == "failed":  # whatever Ctrl-C made of the fit, the parameters are not to blame
         ending = Ending("interrupted", reason="stopped by the user", record=ending.record)
     elif not stopped() and ending.state == "interrupted":
-        ending = Ending("failed", reason="fit ended as if interrupted, though nobody did", record=ending.record)
+        # a signal from outside, or another rank that died: try it again, a few times
+        ending = Ending("lost", reason="its fit was stopped from outside", record=ending.record)
     _write(ledger, claimed, ending)
 
 
@@ -123,7 +124,7 @@ def _write(ledger: Ledger, claimed: "optuna.trial.FrozenTrial", ending: Ending) 
             elif ending.state == "pruned":
                 ledger.study.tell(claimed.number, state=TrialState.PRUNED, skip_if_finished=True)
             else:
-                ledger.fail(claimed, "error" if ending.state == "failed" else "interrupted", ending.reason)
+                ledger.fail(claimed, "error" if ending.state == "failed" else ending.state, ending.reason)
             return
         except UpdateFinishedTrialError:
             return  # it was taken for dead and given to another worker, whose result counts
