@@ -86,7 +86,7 @@ def write_container(path: str | Path, tensors: Mapping[str, np.ndarray], header:
     raw += b" " * (-len(raw) % 8)
     digest = hashlib.sha256(raw).hexdigest().encode()
     raw = raw.replace(f'"header_sha256":"{_NO_SUM}"'.encode(), b'"header_sha256":"' + digest + b'"', 1)
-    _write_atomically(Path(path), [len(raw).to_bytes(8, "little"), raw, *(_bytes(tensors[name]) for name in order)])
+    write_atomically(Path(path), [len(raw).to_bytes(8, "little"), raw, *(_bytes(tensors[name]) for name in order)])
     return 8 + len(raw) + at
 
 
@@ -94,7 +94,7 @@ def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _write_atomically(path: Path, pieces: list[Any]) -> None:
+def write_atomically(path: Path, pieces: list[Any]) -> None:
     if not path.parent.is_dir():
         raise UserError(f"no folder {path.parent} to write {path.name} to; make it first")
     try:
