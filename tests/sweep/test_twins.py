@@ -7,7 +7,8 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from tq_lightning.sweep.space import Parameter, grid, read_sweep
+from tq_lightning.sweep.parameters import Parameter
+from tq_lightning.sweep.space import grid, read_sweep
 from tq_lightning.sweep.twins import arguments, decode, distribution, encode, fixed, pruner, sampler, suggest
 
 TABLE = [

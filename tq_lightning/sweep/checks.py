@@ -7,6 +7,7 @@ from typing import Any
 
 from tq_lightning.errors import UserError
 from tq_lightning.sweep import space, twins
+from tq_lightning.sweep.parameters import rounded
 from tq_lightning.sweep.trial import STORAGE_BYTES
 
 
@@ -31,7 +32,7 @@ def check_arms(sweep: space.Sweep, metrics: list[str]) -> None:
 def every_value(sweep: space.Sweep) -> Iterator[dict[str, Any]]:
     """As few points as hold every value of every choice and both ends of every range."""
     axes = {
-        key: parameter.values or (space.rounded(parameter.low, parameter), space.rounded(parameter.high, parameter))
+        key: parameter.values or (rounded(parameter.low, parameter), rounded(parameter.high, parameter))
         for key, parameter in sweep.parameters.items()
     }
     for i in range(max(map(len, axes.values()))):

@@ -16,7 +16,8 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
-from tq_lightning.sweep.space import Parameter, Sweep, argument, multiples, rounded
+from tq_lightning.sweep.parameters import Parameter, multiples, rounded
+from tq_lightning.sweep.space import Sweep, argument
 
 if TYPE_CHECKING:
     import optuna
