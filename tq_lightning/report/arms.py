@@ -12,11 +12,13 @@ from tq_lightning.report.records import Run
 
 # Keys that say where, how watched or on what a run ran, not what it was.
 NOT_AN_ARM = re.compile(
-    r"^(seed_everything|config|ckpt_path|verbose)$"
+    r"^(seed_everything|config|ckpt_path|verbose|weights_only|checkpoint_every_n_steps)$"
     r"|^trainer\.(default_root_dir|logger|callbacks|plugins|profiler|accelerator|enable_\w+|log_every_n_steps|barebones)(\.|$)"
-    r"|^data\.(root|num_workers|workers|download|pin_memory|seed|device)$"
+    r"|^trainer\.model_registry$|^model\.(seed|compile|channels_last)$"
+    r"|^data\.(eval_batch_size|root|num_workers|workers|download|pin_memory|seed|device)$"
     r"|(^|\.)(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
 )
+LISTS = ("model.widths", "model.skip")
 BUDGET = re.compile(r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$")
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
 TRUNCATED = "_truncate"  # how a kind of activations ends that is truncated like the weights
@@ -37,9 +39,7 @@ class Arm:
     @property
     def trained(self) -> list[int]:
         """The widths that were trained, in bits, ascending (all in the record where the configuration does not say)."""
-        given = self.config.get("model.widths")
-        items = re.findall(r"\d+", given) if isinstance(given, str) else given or []
-        return sorted(int(w) for w in items if str(w).isdigit()) or self.runs[0].widths
+        return sorted(int(w) for w in self.config.get("model.widths") or []) or self.runs[0].widths
 
     @property
     def budget(self) -> str:
@@ -80,7 +80,13 @@ def arm_config(run: Run) -> dict[str, Any]:
     if isinstance(kind := config.get("model.activations"), str):
         config["model.activations"] = kind.removesuffix(TRUNCATED)
         config[ACTIVATIONS_SOURCE] = "truncate" if kind.endswith(TRUNCATED) else "quantize"
-    return {key: _shape(value) for key, value in config.items()}
+    return {key: _shape(value) if key not in LISTS else _listed(value) for key, value in config.items()}
+
+
+def _listed(value: Any) -> Any:
+    """ "8,4,2,1", "[8, 4, 2, 1]" and [8, 4, 2, 1] are one value; so are two orders of it."""
+    items = re.split(r"[\s,\[\]]+", value) if isinstance(value, str) else value
+    return sorted((str(i) for i in items if i != ""), key=lambda i: (-int(i) if i.isdigit() else 0, i)) if items else value
 
 
 def _shape(value: Any) -> Any:
@@ -206,6 +212,7 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     for what, values in {
         "commits": {str(run.record.get("commit"))[:8] for run in runs},
         "versions of tq_lightning": {str((run.record.get("versions") or {}).get("tq_lightning")) for run in runs},
+        "tested checkpoints": {str(run.record["test"].get("checkpoint")) for run in runs if run.has_test()},
         "devices": {str(run.record.get("device")) for run in runs},
     }.items():
         if len(values) > 1:

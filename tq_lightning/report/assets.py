@@ -10,7 +10,7 @@ STYLE = """
   #7cc4f5; --focus: #ffb066;
   color-scheme: dark; }
 * { box-sizing: border-box; }
-html { scroll-padding-top: 3.5rem; }
+html { scroll-padding-top: 6rem; }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 header, main { max-width: 78rem; margin: 0 auto; padding: 0 1.25rem; }
 header { display: flex; gap: 1rem; align-items: center; justify-content: space-between; padding-top: 1rem; }
@@ -46,6 +46,9 @@ figcaption { color: var(--soft); max-width: 60rem; font-size: .92rem; }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 caption { caption-side: bottom; text-align: left; color: var(--soft); padding: .5rem; }
 th, td { padding: .25rem .55rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { white-space: nowrap; }
+td.long { white-space: normal; min-width: 22rem; }
+.table ul { font-size: .85rem; color: var(--soft); }
 td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 thead th { position: sticky; top: 0; background: var(--band); }
 th button { border: 0; background: none; padding: 0; font-weight: 600; white-space: nowrap; }

@@ -18,7 +18,7 @@ FACTORS: dict[str, str | None] = {
     "model.normalizer": "tanh",
     "model.norm": "per_width",
     "model.widths": None,
-    "model.teacher": None,
+    "model.teacher": "recursive",
     "model.loss": None,
     "model.width_schedule": "all",
 }

@@ -19,6 +19,8 @@ from tq_lightning.report.verdicts import Verdict
 # Nothing may be fetched: the browser itself would refuse, should a link ever slip in.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
 
+LONG = 36  # characters beyond which a cell may wrap
+
 
 def page(
     title: str,
@@ -149,7 +151,9 @@ def _cell(cell: Cell) -> str:
     if isinstance(cell, Link):
         return f'<td><button type="button" class="run" data-run="{_e(cell.run)}">{_e(cell)}</button></td>'
     number = isinstance(key, int | float) and not isinstance(key, bool)
-    return f'<td class="n" data-key="{key}">{_e(text(cell))}</td>' if number else f"<td>{_e(text(cell))}</td>"
+    if number:
+        return f'<td class="n" data-key="{key}">{_e(text(cell))}</td>'
+    return f'<td class="long">{_e(text(cell))}</td>' if len(text(cell)) > LONG else f"<td>{_e(text(cell))}</td>"
 
 
 class Link(str):

@@ -166,9 +166,10 @@ def _without_password(url: str) -> str:
 
 
 def shown(path: Path) -> str:
-    """The path as the report prints it: from here where it lies below, else its last four parts."""
+    """The path as the report prints it: from here where it lies below, else its last three parts."""
+    if not path.is_absolute() and ".." not in path.parts:
+        return str(path)
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
-        parts = path.resolve().parts
-        return str(path) if not path.is_absolute() else str(Path("…", *parts[-4:])) if len(parts) > 5 else str(path)
+        return str(Path("…", *path.resolve().parts[1:][-3:]))
