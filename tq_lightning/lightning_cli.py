@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tq_lightning.callbacks.run_logger import RunLogger
 from tq_lightning.callbacks.run_record import MONITOR, NAME, RunRecord
+from tq_lightning.callbacks.step_checkpoint import StepCheckpoint
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
@@ -176,7 +177,13 @@ class TQCLI(LightningCLI):
             return callbacks
         folder = self.run_dir / "checkpoints"
         best = ModelCheckpoint(
-            folder, filename="best-{epoch}", monitor=MONITOR, mode="max", save_top_k=1, auto_insert_metric_name=False
+            folder,
+            filename="best-{epoch}",
+            monitor=MONITOR,
+            mode="max",
+            save_top_k=1,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,  # an epoch that is run again after a kill writes over its own file
         )
         every = config["checkpoint_every_n_steps"]
         last = ModelCheckpoint(
@@ -184,7 +191,7 @@ class TQCLI(LightningCLI):
         )
         callbacks += [best, last]
         if every > 0:
-            callbacks.append(ModelCheckpoint(folder, filename="last", enable_version_counter=False, every_n_train_steps=every))
+            callbacks.append(StepCheckpoint(folder, every))
         return callbacks
 
     def _loggers(self, config: Any) -> list[Any]:

@@ -22,9 +22,7 @@ def conv_net():
 
 
 def vit():
-    return create_model(
-        "vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2
-    )
+    return create_model("vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2)
 
 
 class Tied(nn.Module):

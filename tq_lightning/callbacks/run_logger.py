@@ -22,6 +22,8 @@ class _ResumedWriter(ExperimentWriter):
             return
         with open(self.metrics_file_path, newline="") as file:
             rows = list(csv.DictReader(file))
+        # a killed run may have left half a row: one without its step, or with more fields than keys
+        rows = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]
         kept = [row for row in rows if self._resume_step is None or int(row["step"]) < self._resume_step]
         self.metrics_keys = sorted({key for row in rows for key in row})
         temporary = f"{self.metrics_file_path}.tmp"

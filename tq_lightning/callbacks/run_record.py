@@ -136,6 +136,8 @@ class RunRecord(L.Callback):
             "started": earlier.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
             "seconds": earlier.get("seconds", 0.0),
             "parameters_quantized": pl_module.report.share,
+            # a run that goes on keeps what it had found until it finds more
+            **{key: earlier[key] for key in ("steps", "epochs", "curves", "last", "best", "widths") if key in earlier},
         }
         self._save(trainer)
 

@@ -64,8 +64,10 @@ class TruncationEval(L.Callback):
     """Scores every width 1..max_bits on the validation (and test) data and logs the keys of `width_metrics`.
 
     Norm statistics of untrained widths are estimated from `calibration_batches` fixed training batches at the start of
-    each validation epoch, into sets of their own, which the checkpoint keeps; a test uses those of its checkpoint. Apart
-    from these sets parameters, buffers, modes, width and random states stay as they were.
+    each validation epoch, into sets of their own, which the checkpoint keeps; a test uses those of its checkpoint. Once
+    training goes on these sets are marked as not calibrated: they belong to the weights they were estimated with. Apart
+    from these sets parameters, buffers, modes, width and random states stay as they were. The last epoch is always
+    scored, whatever `trainer.check_val_every_n_epoch` says: a run without its result is none.
     """
 
     def __init__(self, calibration_batches: int = 8) -> None:
@@ -76,6 +78,7 @@ class TruncationEval(L.Callback):
         self._accuracy: dict[Pass, MulticlassAccuracy] = {}
         self._images = SumMetric()
         self._batches: list[tuple[Tensor, Tensor]] = []
+        self._fresh = True
 
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
         if calibrate and untrained_widths(module):
@@ -83,6 +86,7 @@ class TruncationEval(L.Callback):
                 self._batches = list(trainer.datamodule.calibration_batches(self.calibration_batches))  # type: ignore[attr-defined]
             with trainer.precision_plugin.forward_context():
                 calibrate_norms(module, [images.to(module.device) for images, _ in self._batches])
+            self._fresh = True
         self._passes = evaluation_passes(module)
         classes = module.hparams.num_classes
         self._images = SumMetric().to(module.device)
@@ -102,6 +106,14 @@ class TruncationEval(L.Callback):
         accuracy = {p: round(100.0 * float(metric.compute()), 5) for p, metric in self._accuracy.items()}
         values = width_metrics(stage, accuracy, module.hparams.max_bits, module.widths)
         module.log_dict({**values, f"{stage}/images": float(self._images.compute())})
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._fresh:
+            for norm in per_width_norms(pl_module):
+                norm.calibrated.zero_()
+            self._fresh = False
+        if trainer.check_val_every_n_epoch is not None and trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:  # a sanity check is no epoch: nothing is estimated, scored or logged

@@ -108,9 +108,7 @@ def joint_loss(
                     leaves[id(q)] = (q._shared[0], weight)
             keys = list(leaves)
             with torch.autocast(images.device.type, enabled=False):
-                grads = torch.autograd.grad(
-                    loss * factor, [*params, *(leaves[k][0] for k in keys)], allow_unused=True
-                )
+                grads = torch.autograd.grad(loss * factor, [*params, *(leaves[k][0] for k in keys)], allow_unused=True)
             del out, loss
             grads = _own(grads)
             _add(sums, grads[: len(params)])
@@ -132,6 +130,13 @@ def joint_loss(
     factors = [1.0] * len(widths) if weights is None else list(weights)
     total = torch.stack([f * losses[b].float() for f, b in zip(factors, widths, strict=True)]).sum()
     return _HandOver.apply(total, sums, *params), losses
+
+
+def idle_parameters(model: nn.Module, loss: Tensor) -> list[nn.Parameter]:
+    """Parameters of `model` that took no part in the joint `loss` and get no gradient from it: norms of other widths."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    grads = loss.grad_fn.grads  # type: ignore[union-attr]  # the context of _HandOver
+    return [p for p, g in zip(params, grads, strict=True) if g is None]
 
 
 def _add_at(sums: list[Tensor | None], i: int, grad: Tensor) -> None:

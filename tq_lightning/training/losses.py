@@ -34,3 +34,35 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy, "bce": bce}
 TEACHERS = ("none", "widest", "recursive", "external")
+
+
+def taught(
+    hard: Callable[[Tensor, Tensor], Tensor],
+    target: Tensor,
+    teacher: str,
+    outside: Tensor | None = None,
+    share: float = 1.0,
+    temperature: float = 1.0,
+) -> Callable[[int | None, Tensor, dict[int | None, Tensor]], Tensor]:
+    """The loss of each width of a joint step: labels where nobody teaches, else (1 - share) labels + share teacher.
+
+    Args:
+        hard: a row of `LOSSES`. target: what it scores against.
+        teacher: one of `TEACHERS`. An outside teacher teaches every width where it is "external", else the widest.
+        outside: logits (batch, classes) of an outside teacher.
+        share, temperature: of `distillation`.
+
+    Returns:
+        (width, its logits, {wider width: its logits} widest first) -> scalar.
+    """
+
+    def loss(bits: int | None, logits: Tensor, wider: dict[int | None, Tensor]) -> Tensor:
+        by = outside if teacher == "external" or not wider else None
+        if by is None and wider and teacher != "none":
+            by = list(wider.values())[0 if teacher == "widest" else -1]
+        if by is None:
+            return hard(logits, target)
+        soft = distillation(logits, by, temperature)
+        return soft if share == 1.0 else (1 - share) * hard(logits, target) + share * soft
+
+    return loss

@@ -10,26 +10,13 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.quant.norm import train_float_norms
-from tq_lightning.quant.prepare import PrepareReport, check_widths, prepare
-from tq_lightning.training.joint import joint_loss
-from tq_lightning.training.losses import LOSSES, TEACHERS, distillation
+from tq_lightning.quant.prepare import PrepareReport, prepare
+from tq_lightning.quant.width import bit_width
+from tq_lightning.training.arguments import as_ints, as_list, check, check_strategy, pass_weights, trained_widths
+from tq_lightning.training.joint import idle_parameters, joint_loss
+from tq_lightning.training.losses import LOSSES, taught
 
-WIDTH_SCHEDULES = ("all", "sandwich")
-
-
-def as_list(value: Any) -> list:
-    """`8,4,2,1`, `[8,4,2,1]`, `8` and their string twins as a list: what command lines and sweep engines send."""
-    if isinstance(value, str):
-        value = [part.strip().strip("'\"") for part in value.strip().strip("[]()").split(",") if part.strip()]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def as_ints(value: Any, key: str) -> list[int]:
-    """`as_list` with whole numbers; a UserError that names `key` where one is none."""
-    try:
-        return [int(v) for v in as_list(value)]
-    except (TypeError, ValueError):
-        raise UserError(f"{key}: got {value!r}, pass whole numbers such as 8,4,2,1") from None
+__all__ = ["TQModule", "as_ints", "as_list", "width_key"]
 
 
 def width_key(bits: int | None) -> str:
@@ -132,57 +119,32 @@ class TQModule(L.LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        try:
-            self.widths = check_widths(as_ints(widths, "model.widths"), max_bits)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"model.widths: {error}") from None
-        for key, value, known in (
-            ("loss", loss, tuple(LOSSES)),
-            ("teacher", teacher, TEACHERS),
-            ("width_schedule", width_schedule, WIDTH_SCHEDULES),
-        ):
-            if value not in known:
-                raise UserError(f"model.{key}: got {value!r}, pass one of {', '.join(known)}")
-        if teacher == "external" and teacher_name is None:
-            raise UserError("model.teacher=external needs a model: pass model.teacher_name")
-        if not 0.0 <= distill_weight <= 1.0:
-            raise UserError(f"model.distill_weight: got {distill_weight}, pass a share from 0 to 1")
-        self.passes: tuple[int | None, ...] = ((None,) if float_pass else ()) + self.widths
-        self.width_weights = [1.0] * len(self.passes)
-        if width_weights is not None:
-            self.width_weights = [float(v) for v in as_list(width_weights)]
-            if len(self.width_weights) != len(self.passes):
-                raise UserError(
-                    f"model.width_weights: got {len(self.width_weights)} factors for {len(self.passes)} passes; pass one each"
-                )
         self.save_hyperparameters()
+        check(self.hparams)
+        self.widths = trained_widths(widths, max_bits)
+        self.passes: tuple[int | None, ...] = ((None,) if float_pass else ()) + self.widths
+        self.width_weights = pass_weights(width_weights, len(self.passes))
         self.model: nn.Module | None = None
         self.report: PrepareReport | None = None
         # plain lists hide the teacher and the compiled twin from parameters(), state_dict() and the checkpoint
         self._teacher: list[nn.Module] = []
         self._compiled: list[Any] = []
+        self._idle: list[nn.Parameter] = []
         self.loaded_epoch: int | None = None
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What belongs to every run: the moving average (first, so that it is what gets evaluated) and the evaluation."""
-        from lightning.pytorch.callbacks import EMAWeightAveraging
-
+        from tq_lightning.callbacks.moving_average import MovingAverage
         from tq_lightning.callbacks.step_seeds import StepSeeds
         from tq_lightning.callbacks.truncation_eval import TruncationEval
 
         callbacks: list[L.Callback] = [StepSeeds(), TruncationEval(self.hparams.calibration_batches)]
         if self.hparams.ema_decay is not None:
-            callbacks.insert(0, EMAWeightAveraging(decay=self.hparams.ema_decay))
+            callbacks.insert(0, MovingAverage(self.hparams.ema_decay))
         return callbacks
 
     def setup(self, stage: str) -> None:
-        strategy = type(self.trainer.strategy).__name__
-        if strategy in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
-            raise UserError(
-                f"trainer.strategy: {strategy} shards the weights, and the normaliser needs the maximum of a whole one; pass ddp"
-            )
+        check_strategy(self.trainer.strategy)
 
     # -- the model -------------------------------------------------------------------------------------------------
     def configure_model(self) -> None:
@@ -205,9 +167,7 @@ class TQModule(L.LightningModule):
         model = create_model(h.name, h.num_classes, h.pretrained, h.checkpoint_path, **args)
         self.attach(model)
         if h.teacher_name is not None:
-            teacher = create_model(
-                h.teacher_name, h.num_classes, h.teacher_checkpoint_path is None, h.teacher_checkpoint_path
-            )
+            teacher = create_model(h.teacher_name, h.num_classes, h.teacher_checkpoint_path is None, h.teacher_checkpoint_path)
             self._teacher = [teacher.eval().requires_grad_(False)]
 
     def attach(self, model: nn.Module) -> None:
@@ -265,24 +225,12 @@ class TQModule(L.LightningModule):
         images, target = batch
         h = self.hparams
         passes = self.step_widths(self.trainer.fit_loop.epoch_loop.total_batch_idx)
-        hard = LOSSES[h.loss]
         outside = None
         if self._teacher:
             with torch.no_grad():
                 outside = self._teacher[0].to(images.device)(images)
 
-        def width_loss(bits: int | None, logits: Tensor, wider: dict[int | None, Tensor]) -> Tensor:
-            teacher = outside if h.teacher == "external" or not wider else None
-            if teacher is None and wider and h.teacher != "none":
-                seen = list(wider.values())
-                teacher = seen[0] if h.teacher == "widest" else seen[-1]
-            if teacher is None:
-                return hard(logits, target)
-            soft = distillation(logits, teacher, h.temperature)
-            if h.distill_weight == 1.0:
-                return soft
-            return (1 - h.distill_weight) * hard(logits, target) + h.distill_weight * soft
-
+        width_loss = taught(LOSSES[h.loss], target, h.teacher, outside, h.distill_weight, h.temperature)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         weights = [self.width_weights[self.passes.index(b)] for b in passes]
@@ -291,6 +239,7 @@ class TQModule(L.LightningModule):
         except (TrainingError, ValueError) as error:
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise TrainingError(f"step {self.global_step}: {error} (learning rate {lr:g})") from None
+        self._idle = [p for p in idle_parameters(self, loss) if p.grad is None]
         values = {f"train/loss_{width_key(b)}": value for b, value in losses.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         self.log("train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, logger=False)
@@ -303,8 +252,6 @@ class TQModule(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Class probabilities (batch, classes) at the widest width, truncated as a device would run it."""
-        from tq_lightning.quant.width import bit_width
-
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         with bit_width(self, self.widths[0], "truncate"):
             return self(images).float().softmax(1)
@@ -322,6 +269,10 @@ class TQModule(L.LightningModule):
                 "classes": list(data.class_names),
             }
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.configure_model()  # load_from_checkpoint, ddp_spawn and ddp_fork load into a module that was never built
+        return super().load_state_dict(*args, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.loaded_epoch = checkpoint.get("epoch")
 
@@ -329,11 +280,23 @@ class TQModule(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         from tq_lightning.training.optim import build_optimizer, build_scheduler
 
-        optimizer = build_optimizer(self, self.hparams)
+        assert self.model is not None
+        optimizer = build_optimizer(self.model, self.hparams)
         scheduler = build_scheduler(optimizer, self.hparams, self.trainer)
         if scheduler is None:
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # DDP's reducer fills in zeros for the norms of widths that took no part; a single process leaves them out, and so
+        # momentum and weight decay do not move them
+        for p in self._idle:
+            p.grad = None
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # now and not just before the next backward: the joint step sums its gradients up earlier than that
+        optimizer.zero_grad()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(num_updates=self.global_step)

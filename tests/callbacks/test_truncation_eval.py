@@ -1,0 +1,236 @@
+"""Every width is scored, through integers, and nothing but the estimated norm sets is touched."""
+
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from tq_lightning import bit_width, prepare
+from tq_lightning.callbacks import truncation_eval as file
+from tq_lightning.callbacks.truncation_eval import evaluate_batch, evaluation_passes, sources_agree, width_metrics
+from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.models import create_model
+from tq_lightning.quant import ste
+from tq_lightning.quant.norm import calibrate_norms, per_width_norms
+from tq_lightning.quant.width import width_of
+from tq_lightning.training.checkpoint import load_checkpoint_model
+from tq_lightning.training.module import TQModule
+
+ESTIMATED = (7, 6, 5, 3)
+
+
+def network(**how):
+    torch.manual_seed(0)
+    model = create_model("resnet8_cifar", num_classes=10)
+    prepare(model, **{"verbose": False, **how})
+    calibrate_norms(model, [torch.randn(8, 3, 8, 8)])
+    return model.eval()
+
+
+def fit(root, model=None, callbacks=(), **flags):
+    L.seed_everything(0)
+    settings = {
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 2, "num_sanity_val_steps": 0,
+        "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+        "use_distributed_sampler": False, "default_root_dir": root,
+    }  # fmt: skip
+    module = TQModule(**{"lr": 0.01, "calibration_batches": 1, **(model or {})})
+    data = TQDataModule(name="digits", batch_size=32, eval_batch_size=100)
+    trainer = L.Trainer(callbacks=list(callbacks), **{**settings, **flags})
+    trainer.fit(module, data)
+    return trainer, module, data
+
+
+def test_passes_of_floor_and_of_round():
+    floor, rounded = network(), network(quantizer="round")
+    assert evaluation_passes(floor) == [*((b, "truncate") for b in range(8, 0, -1)), (None, "quantize")]
+    passes = evaluation_passes(rounded)
+    assert passes[0] == (8, "truncate") and (8, "quantize") not in passes
+    assert [(b, s) for b, s in passes if s == "quantize"] == [(b, "quantize") for b in (7, 6, 5, 4, 3, 2, 1, None)]
+    assert all(sources_agree(floor, b) for b in range(1, 9)) and not sources_agree(rounded, 2)
+    mixed = network(activations="clamp_round_truncate")  # floor weights, but activations whose shift shows
+    assert not sources_agree(mixed, 2) and sources_agree(mixed, 8)
+    assert sources_agree(network(activations="clamp_round"), 2)  # activations are rounded at n bits in both
+
+
+@pytest.mark.parametrize("how", [{}, {"quantizer": "round"}, {"activations": "clamp_floor_truncate"}])
+def test_logits_are_those_of_each_pass_on_its_own(how):
+    model, images = network(**how), torch.randn(4, 3, 8, 8)
+    passes = evaluation_passes(model)
+    together = evaluate_batch(model, images, passes)
+    assert list(together) == passes
+    with torch.no_grad():
+        for bits, source in [*passes, *((b, "quantize") for b in range(1, 9))]:
+            with bit_width(model, bits, source):
+                alone = model(images)
+            if (bits, source) in together:
+                assert torch.equal(alone, together[bits, source]), (bits, source)
+            else:  # what is copied agrees to the bit
+                assert torch.equal(alone, together[bits, "truncate"]), (bits, source)
+
+
+def test_round_truncated_differs():
+    model, images = network(quantizer="round"), torch.randn(4, 3, 8, 8)
+    logits = evaluate_batch(model, images, evaluation_passes(model))
+    assert not torch.equal(logits[2, "truncate"], logits[2, "quantize"])
+    assert not torch.equal(logits[8, "truncate"], logits[None, "quantize"])
+
+
+def test_truncated_passes_shift_uint8_codes(monkeypatch):
+    model, images, seen = network(), torch.randn(2, 3, 8, 8), []
+    plain = ste.truncate_codes
+
+    def spy(codes, from_bits, to_bits):
+        out = plain(codes, from_bits, to_bits)
+        assert codes.dtype == out.dtype == torch.uint8
+        assert torch.equal(out, codes >> (from_bits - to_bits))
+        seen.append((from_bits, to_bits))
+        return out
+
+    monkeypatch.setattr(ste, "truncate_codes", spy)
+    evaluate_batch(model, images, [(2, "truncate")])
+    layers = len([1 for m in model.modules() if hasattr(m, "quantizer") and hasattr(m, "normaliser_grad")])
+    assert seen == [(8, 2)] * layers and layers > 5
+    seen.clear()
+    evaluate_batch(model, images, [(2, "quantize"), (None, "quantize")])
+    assert seen == []
+
+
+def test_metric_keys_and_values():
+    accuracy = {(b, "truncate"): 10.0 * b for b in range(1, 9)} | {(2, "quantize"): 55.0, (None, "quantize"): 90.0}
+    got = width_metrics("test", accuracy, 8, (8, 4, 1))
+    widths = {f"test/{key}_w{b}" for b in range(1, 9) for key in ("acc1_quantize", "acc1_truncate", "qt_gap")}
+    assert set(got) == widths | {"test/acc1_truncate_mean", "test/acc1_float"}
+    assert got["test/acc1_truncate_mean"] == pytest.approx((80 + 40 + 10) / 3)
+    assert (got["test/acc1_quantize_w2"], got["test/acc1_truncate_w2"], got["test/qt_gap_w2"]) == (55.0, 20.0, 35.0)
+    assert (got["test/acc1_quantize_w5"], got["test/qt_gap_w5"]) == (50.0, 0.0)  # copied
+
+
+class Watch(L.Callback):
+    """Compares everything a validation could disturb, before and after it."""
+
+    def __init__(self):
+        self.compared = 0
+
+    def snapshot(self, module):
+        return {
+            "state": {k: v.clone() for k, v in module.state_dict().items()},
+            "modes": [m.training for m in module.modules()],
+            "width": (width_of(module).bits, width_of(module).source),
+            "grads": [p.requires_grad for p in module.parameters()],
+            "momenta": [getattr(m, "momentum", None) for m in module.modules()],
+            "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+        }
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.before = self.snapshot(pl_module)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        before, after = self.before, self.snapshot(pl_module)
+        for key, value in after["state"].items():
+            estimated = any(f".sets.{b}." in key for b in (*ESTIMATED, "none")) or key.endswith("calibrated")
+            assert estimated or torch.equal(value, before["state"][key]), key
+        assert any(not torch.equal(v, before["state"][k]) for k, v in after["state"].items() if ".sets.7." in k)
+        for key in ("modes", "width", "grads", "momenta"):
+            assert after[key] == before[key], key
+        assert after["random"][0] == before["random"][0]
+        assert all(np.array_equal(a, b) for a, b in zip(after["random"][1], before["random"][1], strict=True))
+        assert torch.equal(after["random"][2], before["random"][2])
+        self.compared += 1
+
+
+def test_validation_leaves_everything_as_it_was(tmp_path):
+    watch = Watch()
+    trainer, _, _ = fit(tmp_path, callbacks=[watch], max_epochs=2, limit_val_batches=2)
+    assert watch.compared == 2
+    keys = {k for k in trainer.callback_metrics if k.startswith("val/")}
+    widths = {f"val/{key}_w{b}" for b in range(1, 9) for key in ("acc1_quantize", "acc1_truncate", "qt_gap")}
+    assert keys == widths | {"val/acc1_truncate_mean", "val/acc1_float", "val/images"}
+
+
+def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
+    trainer, module, data = fit(tmp_path, {"quantizer": "round", "lr": 0.05}, limit_train_batches=12)
+    module.eval()
+    hits = {(b, s): 0 for b in range(1, 9) for s in ("quantize", "truncate")}
+    total = 0
+    with torch.no_grad():
+        for pixels, labels in data.val_dataloader():
+            total += len(labels)
+            for bits, source in hits:
+                with bit_width(module, bits, source):
+                    hits[bits, source] += int((module(data.normalise(pixels)).argmax(1) == labels).sum())
+    assert trainer.callback_metrics["val/images"].item() == total == 144
+    for (bits, source), count in hits.items():
+        assert trainer.callback_metrics[f"val/acc1_{source}_w{bits}"].item() == pytest.approx(100 * count / total, abs=1e-3)
+    gap = 100 * (hits[2, "quantize"] - hits[2, "truncate"]) / total
+    assert trainer.callback_metrics["val/qt_gap_w2"].item() == pytest.approx(gap, abs=1e-3)
+
+
+def test_sanity_check_scores_and_estimates_nothing(tmp_path):
+    class NoneYet(L.Callback):
+        seen = None
+
+        def on_train_start(self, trainer, pl_module):
+            self.seen = set(trainer.callback_metrics), [bool(n.calibrated.any()) for n in per_width_norms(pl_module)]
+
+    none_yet = NoneYet()
+    trainer, _, _ = fit(tmp_path, callbacks=[none_yet], num_sanity_val_steps=2, limit_train_batches=1, limit_val_batches=1)
+    keys, calibrated = none_yet.seen
+    assert keys == set() and calibrated and not any(calibrated)
+    assert "val/acc1_float" in trainer.callback_metrics
+
+
+def test_the_last_epoch_is_always_scored(tmp_path):
+    trainer, _, _ = fit(tmp_path, check_val_every_n_epoch=5, limit_val_batches=1)
+    assert "val/acc1_truncate_mean" in trainer.callback_metrics
+
+
+def test_estimates_belong_to_the_weights_they_were_made_with(tmp_path):
+    """Saved in the middle of the next epoch they are marked as missing; a test then makes them anew."""
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    fit(tmp_path, callbacks=[Save()], max_epochs=2, limit_val_batches=1)
+    end, _, preprocessing = load_checkpoint_model(tmp_path / "end.ckpt")
+    middle, _, _ = load_checkpoint_model(tmp_path / "middle.ckpt")
+    assert preprocessing["input_size"] == [3, 8, 8] and len(preprocessing["classes"]) == 10
+    with bit_width(end, 3), torch.no_grad():
+        assert torch.isfinite(end(torch.randn(2, 3, 8, 8))).all()
+    with pytest.raises(ValueError, match="width 3 was not trained"), bit_width(middle, 3):
+        pass
+    with bit_width(middle, 4):  # trained sets are always there
+        pass
+
+
+def test_a_test_reads_the_sets_of_its_checkpoint(tmp_path):
+    trainer, module, data = fit(tmp_path, limit_val_batches=1)
+    with torch.no_grad():  # a mark that an estimate would wipe out
+        for norm in per_width_norms(module):
+            norm.sets["3"].running_mean.add_(7.0)
+    trainer.save_checkpoint(tmp_path / "marked.ckpt")
+    marked = {k: v.clone() for k, v in module.state_dict().items()}
+    for run in (trainer.test, trainer.validate):
+        fresh = TQModule(calibration_batches=1, num_classes=10)
+        run(fresh, data, ckpt_path=tmp_path / "marked.ckpt", weights_only=True, verbose=False)
+        assert all(torch.equal(v, marked[k]) for k, v in fresh.state_dict().items())
+    assert fresh.loaded_epoch == 0
+
+
+def test_without_norms_there_is_nothing_to_estimate(tmp_path, monkeypatch):
+    monkeypatch.setattr(TQDataModule, "calibration_batches", lambda *_: pytest.fail("asked for batches"))
+    args = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    trainer, _, _ = fit(tmp_path, {"name": "vit_tiny_patch16_224", "model_args": args}, limit_train_batches=1)
+    assert "val/acc1_truncate_w3" in trainer.callback_metrics
+
+
+def test_bad_number_of_batches():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        file.TruncationEval(0)

@@ -1,0 +1,239 @@
+"""The Trainer's own flags over the joint step: clipping, accumulation, bf16, the moving average, optimisers and schedules."""
+
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+
+from tq_lightning.errors import UserError
+from tq_lightning.quant import ste
+from tq_lightning.quant.norm import calibrate_norms, per_width_norms
+from tq_lightning.training.checkpoint import load_checkpoint_model
+from tq_lightning.training.optim import build_optimizer, build_scheduler
+
+
+class Weights(L.Callback):
+    """Keeps a copy of all tensors before the first and after every training batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.on_train_batch_end(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append({k: v.detach().clone() for k, v in pl_module.state_dict().items()})
+
+
+def moved(before, after, parameters):
+    return math.sqrt(sum((after[k] - before[k]).square().sum().item() for k in parameters))
+
+
+def test_gradient_clip_val(train, tmp_path):
+    """At learning rate 1 a step of plain SGD is as long as the clipped gradient."""
+    lengths = {}
+    for clip in (None, 0.01):
+        weights = Weights()
+        _, module = train(tmp_path, {"lr": 1.0}, callbacks=[weights], limit_train_batches=1, gradient_clip_val=clip)
+        names = [k for k, p in module.named_parameters() if p.requires_grad]
+        lengths[clip] = moved(weights.seen[0], weights.seen[1], names)
+    assert lengths[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert lengths[None] > 0.1
+
+
+def test_accumulation_is_the_larger_batch(train, tmp_path):
+    """Two batches of 8 make the step of the one batch of 16 that they are cut from; a batch alone does not."""
+    _, whole = train(tmp_path, data={"batch_size": 16}, limit_train_batches=2)
+    trainer, halves = train(tmp_path, data={"batch_size": 8}, limit_train_batches=4, accumulate_grad_batches=2)
+    _, alone = train(tmp_path, data={"batch_size": 8}, limit_train_batches=2)
+    assert trainer.global_step == 2
+    for (name, p), q in zip(whole.named_parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    far = max((p - q).abs().max().item() for p, q in zip(whole.parameters(), alone.parameters(), strict=True))
+    assert far > 1e-3
+
+
+def test_gradients_are_let_go_after_the_step(train, tmp_path):
+    """The joint step sums gradients outside of .grad: those of the step before would lie beside them."""
+
+    class Free(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            assert all(p.grad is None for p in pl_module.parameters())
+
+    train(tmp_path, callbacks=[Free()], limit_train_batches=3)
+
+
+def test_bf16_keeps_codes_and_gradients_in_float32(train, tmp_path, monkeypatch):
+    kinds = set()
+    plain = ste.width_codes
+
+    def spy(u, *rest):
+        kinds.add(u.dtype)
+        return plain(u, *rest)
+
+    monkeypatch.setattr(ste, "width_codes", spy)
+
+    class Grads(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            assert grads and all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads)
+
+    weights = Weights()
+    trainer, module = train(tmp_path, callbacks=[weights, Grads()], precision="bf16-mixed")
+    assert kinds == {torch.float32}
+    assert math.isfinite(trainer.callback_metrics["train/loss_w1"].item())
+    names = [k for k, p in module.named_parameters() if p.requires_grad]
+    assert moved(weights.seen[0], weights.seen[-1], names) > 0
+    train(tmp_path, callbacks=[exact := Weights()])
+    assert any(not torch.equal(weights.seen[-1][k], exact.seen[-1][k]) for k in names), "bf16 was not in use"
+
+
+@pytest.mark.slow
+def test_bf16_convolutions(tmp_path):
+    """In a process of its own: oneDNN's bf16 convolutions need instructions that some machines' CPUs only claim."""
+    code = (
+        "import sys; from tq_lightning.cli import main; "
+        "sys.exit(main(['fit', '--model.name', 'resnet8_cifar', '--model.calibration_batches', '1', '--data.name', 'digits', "
+        "'--data.batch_size', '8', '--trainer.max_epochs', '1', '--trainer.limit_train_batches', '2', "
+        "'--trainer.limit_val_batches', '1', '--trainer.precision', 'bf16-mixed', '--trainer.accelerator', 'cpu', "
+        f"'--trainer.default_root_dir', {str(tmp_path)!r}]))"
+    )
+    import os
+
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
+    """The checkpoint holds the average, norm sets of untrained widths estimated with it, and the weights in training."""
+    weights, decay = Weights(), 0.6
+    trainer, _ = train(
+        tmp_path, {**resnet, "ema_decay": decay}, callbacks=[weights], limit_train_batches=4, max_epochs=2
+    )  # 8 steps
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    expected = dict(weights.seen[1])
+    for seen in weights.seen[2:]:
+        expected = {k: decay * v + (1 - decay) * seen[k] if v.is_floating_point() else seen[k] for k, v in expected.items()}
+    assert len(weights.seen) == 9
+    estimated = tuple(f".sets.{b}." for b in (7, 6, 5, 3)) + (".sets.none.",)
+    for key, value in expected.items():
+        if not any(part in key for part in estimated) and not key.endswith("calibrated"):
+            torch.testing.assert_close(average[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+    assert any(not torch.allclose(average[k], weights.seen[-1][k]) for k in average)  # an average, not the last weights
+    assert current.keys() == average.keys()
+
+    model, _, _ = load_checkpoint_model(tmp_path / "end.ckpt")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert all(bool(norm.calibrated[b]) for norm in per_width_norms(model) for b in (7, 6, 5, 3))
+    calibrate_norms(model, [images for images, _ in trainer.datamodule.calibration_batches(1)])
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_average_of_weights_goes_through_validation_unharmed(train, tmp_path):
+    """Validation swaps the average in and out: the weights in training go the same way with it and without."""
+    with_average, without = Weights(), Weights()
+    train(tmp_path, {"ema_decay": 0.5}, callbacks=[with_average], max_epochs=2)
+    train(tmp_path, callbacks=[without], max_epochs=2)
+    for one, two in zip(with_average.seen, without.seen, strict=True):
+        assert all(torch.equal(one[k], two[k]) for k in two if not k.endswith("calibrated"))
+
+
+# -- optimisers and schedules --------------------------------------------------------------------------------------------
+def settings(**changes):
+    plain = {"opt": "sgd", "lr": 0.5, "weight_decay": 0.1, "momentum": 0.9, "opt_args": None, "sched": "cosine"}
+    plain |= {"warmup_epochs": 0.0, "warmup_lr": 0.0, "min_lr": 0.0, "decay_epochs": 30.0, "decay_rate": 0.1}
+    return SimpleNamespace(**{**plain, **changes})
+
+
+def rates(batches=10, steps=40, accumulate=1, **changes):
+    """Learning rate of every step of a run."""
+    h = settings(**changes)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), h)
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=steps, num_training_batches=batches, accumulate_grad_batches=accumulate
+    )
+    scheduler = build_scheduler(optimizer, h, trainer)
+    out = []
+    for step in range(steps):
+        out.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step_update(num_updates=step + 1)
+    return out
+
+
+def test_cosine_ends_with_the_run():
+    got = rates()
+    assert got == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 40)) for t in range(40)])
+    short = rates(steps=7)  # trainer.max_steps inside the first epoch
+    assert short == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 7)) for t in range(7)])
+
+
+def test_warm_up_and_decays_count_epochs_of_updates():
+    got = rates(sched="multistep", decay_epochs="1,3", warmup_epochs=0.5)
+    assert got[:5] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert got[5:10] == pytest.approx([0.5] * 5)
+    assert got[10:30] == pytest.approx([0.05] * 20) and got[30:] == pytest.approx([0.005] * 10)
+    halved = rates(batches=20, accumulate=2, sched="multistep", decay_epochs=[1, 3], warmup_epochs=0.5)
+    assert halved == pytest.approx(got)
+
+
+@pytest.mark.parametrize("sched", ["tanh", "poly", "step"])
+def test_other_schedules_fall(sched):
+    got = rates(sched=sched, decay_epochs=1)
+    assert got[0] == pytest.approx(0.5, rel=0.01) and got[-1] < 0.05
+    assert rates(sched="none") == [0.5] * 40
+
+
+@pytest.mark.parametrize("opt", ["sgd", "momentum", "adam", "adamw", "lamb", "lion", "rmsprop"])
+def test_optimisers_by_name_step_and_spare_biases_from_decay(opt):
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(model, settings(opt=opt))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays[id(model.weight)] > 0 and decays[id(model.bias)] == 0
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.weight)
+
+
+def test_sgd_without_momentum_and_further_arguments():
+    group = build_optimizer(torch.nn.Linear(2, 2), settings(momentum=0.0)).param_groups[0]
+    assert group["momentum"] == 0 and not group["nesterov"]
+    assert build_optimizer(torch.nn.Linear(2, 2), settings()).param_groups[0]["nesterov"]
+    betas = build_optimizer(torch.nn.Linear(2, 2), settings(opt="adamw", opt_args={"betas": [0.8, 0.9]})).param_groups[0][
+        "betas"
+    ]
+    assert tuple(betas) == (0.8, 0.9)
+
+
+def test_what_a_model_excepts_from_decay(train, tmp_path):
+    trainer, module = train(tmp_path, {"weight_decay": 0.1}, limit_train_batches=1)
+    decays = {id(p): g["weight_decay"] for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    assert decays[id(module.model.pos_embed)] == 0.0 and decays[id(module.model.cls_token)] == 0.0
+    assert decays[id(module.model.blocks[0].mlp.fc1.parametrizations.weight.original)] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"opt": "sgdd"}, "model.opt: got 'sgdd'"),
+        ({"opt": "adam", "opt_args": {"beta": 1}}, "model.opt: got 'adam'"),
+        ({"sched": "cosin"}, "model.sched: got 'cosin', pass one of cosine"),
+        ({"sched": "plateau"}, "model.sched: got 'plateau'"),
+        ({"decay_epochs": "1,two"}, "model.decay_epochs: got '1,two'"),
+        ({"steps": math.inf}, "the schedule needs an end"),
+    ],
+)
+def test_bad_names_are_one_sentence(changes, said):
+    with pytest.raises(UserError) as error:
+        rates(**changes)
+    assert said in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,209 @@
+"""Who teaches whom, with what weight, at which widths of which step; and what is refused in one sentence."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.training import module as module_file
+from tq_lightning.training.losses import bce, cross_entropy, distillation
+from tq_lightning.training.module import TQModule, as_ints, as_list
+
+LOGITS = {
+    None: torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 0.0]]),
+    8: torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+    4: torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 3.0]]),
+    2: torch.tensor([[0.0, 0.0, 0.5], [1.0, 0.0, 0.0]]),
+    1: torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]]),
+}
+OUTSIDE = torch.tensor([[3.0, -1.0, 0.0], [0.0, 2.0, -2.0]])
+TARGET = torch.tensor([0, 1])
+
+
+class Outside(nn.Module):
+    def forward(self, images):
+        return OUTSIDE
+
+
+def width_losses(monkeypatch, teacher_net=False, **arguments):
+    """{width: loss} that a training step hands out for `LOGITS`, and what it passed on beside."""
+    module = TQModule(**arguments)
+    passed = {}
+
+    def joint(model, images, widths, width_loss, weights, scale):
+        seen, losses = {}, {}
+        for bits in widths:
+            losses[bits] = width_loss(bits, LOGITS[bits], dict(seen))
+            seen[bits] = LOGITS[bits]
+        passed.update(weights=weights, scale=scale, widths=widths)
+        return torch.stack(list(losses.values())).sum(), losses
+
+    monkeypatch.setattr(module_file, "joint_loss", joint)
+    monkeypatch.setattr(module_file, "idle_parameters", lambda model, loss: [])
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
+    module._trainer = SimpleNamespace(fit_loop=loop, precision_plugin=SimpleNamespace())
+    logged = {}
+    module.log_dict = lambda values, **_: logged.update(values)
+    module.log = lambda *_, **__: None
+    if teacher_net:
+        module._teacher = [Outside()]
+    module.training_step((torch.zeros(2, 3, 8, 8), TARGET), 0)
+    keys = {f"train/loss_{'float' if b is None else f'w{b}'}" for b in passed["widths"]}
+    assert set(logged) == keys
+    return {bits: logged[f"train/loss_{'float' if bits is None else f'w{bits}'}"].item() for bits in passed["widths"]}, passed
+
+
+def close(value):
+    return pytest.approx(value.item(), rel=1e-6)
+
+
+def test_labels_alone(monkeypatch):
+    losses, passed = width_losses(monkeypatch, teacher="none")
+    assert losses == {b: close(cross_entropy(LOGITS[b], TARGET)) for b in (8, 4, 2, 1)}
+    assert passed["weights"] == [1.0] * 4 and passed["scale"] == 1.0
+
+
+def test_taught_by_the_widest(monkeypatch):
+    losses, _ = width_losses(monkeypatch, teacher="widest")
+    assert losses == {
+        8: close(cross_entropy(LOGITS[8], TARGET)),
+        **{b: close(distillation(LOGITS[b], LOGITS[8])) for b in (4, 2, 1)},
+    }
+
+
+def test_taught_by_the_next_wider(monkeypatch):
+    losses, _ = width_losses(monkeypatch)
+    expected = {8: cross_entropy(LOGITS[8], TARGET)}
+    expected |= {narrow: distillation(LOGITS[narrow], LOGITS[wide]) for wide, narrow in ((8, 4), (4, 2), (2, 1))}
+    assert losses == {b: close(v) for b, v in expected.items()}
+    assert losses[1] != close(distillation(LOGITS[1], LOGITS[8]))  # recursive is not widest
+
+
+def test_float_pass_teaches_the_widest(monkeypatch):
+    losses, passed = width_losses(monkeypatch, float_pass=True, widths="8,2")
+    assert passed["widths"] == (None, 8, 2)
+    assert losses[None] == close(cross_entropy(LOGITS[None], TARGET))
+    assert losses[8] == close(distillation(LOGITS[8], LOGITS[None]))
+    assert losses[2] == close(distillation(LOGITS[2], LOGITS[8]))
+
+
+def test_external_teacher_of_all_or_of_the_widest(monkeypatch):
+    losses, _ = width_losses(monkeypatch, True, teacher="external", teacher_name="resnet8_cifar")
+    assert losses == {b: close(distillation(LOGITS[b], OUTSIDE)) for b in (8, 4, 2, 1)}
+    losses, _ = width_losses(monkeypatch, True, teacher="recursive", teacher_name="resnet8_cifar")
+    assert losses[8] == close(distillation(LOGITS[8], OUTSIDE))
+    assert losses[4] == close(distillation(LOGITS[4], LOGITS[8]))
+
+
+def test_share_of_the_teacher_and_temperature(monkeypatch):
+    losses, _ = width_losses(monkeypatch, distill_weight=0.25, temperature=3.0, loss="bce", widths=[8, 4])
+    assert losses[8] == close(bce(LOGITS[8], TARGET))
+    assert losses[4] == close(0.75 * bce(LOGITS[4], TARGET) + 0.25 * distillation(LOGITS[4], LOGITS[8], 3.0))
+
+
+def test_weights_follow_their_widths_through_a_sandwich(monkeypatch):
+    _, passed = width_losses(monkeypatch, width_weights="1, 0.5, 0.25, 2", width_schedule="sandwich", seed=3)
+    by_width = dict(zip((8, 4, 2, 1), (1.0, 0.5, 0.25, 2.0), strict=True))
+    assert passed["weights"] == [by_width[b] for b in passed["widths"]]
+    assert len(passed["widths"]) == 3
+
+
+def test_sandwich_is_a_function_of_seed_and_step():
+    module = TQModule(widths=[8, 7, 6, 5, 4, 3, 2, 1], width_schedule="sandwich", sandwich_random=2, seed=1)
+    steps = [module.step_widths(step) for step in range(60)]
+    assert steps == [module.step_widths(step) for step in range(60)]
+    assert all(s[0] == 8 and s[-1] == 1 and len(s) == 4 and list(s) == sorted(s, reverse=True) for s in steps)
+    assert {b for s in steps for b in s} == set(range(1, 9))
+    other = TQModule(widths=[8, 7, 6, 5, 4, 3, 2, 1], width_schedule="sandwich", sandwich_random=2, seed=2)
+    assert steps != [other.step_widths(step) for step in range(60)]
+    assert TQModule(widths=[8, 1], width_schedule="sandwich").step_widths(0) == (8, 1)
+    assert TQModule(widths=[8, 4, 1], width_schedule="sandwich", sandwich_random=9).step_widths(0) == (8, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"loss": "mse"}, "model.loss: got 'mse', pass one of cross_entropy, bce"),
+        ({"teacher": "wide"}, "model.teacher: got 'wide', pass one of none, widest, recursive, external"),
+        ({"width_schedule": "some"}, "model.width_schedule: got 'some', pass one of all, sandwich"),
+        ({"teacher": "external"}, "pass model.teacher_name"),
+        ({"distill_weight": 1.5}, "model.distill_weight: got 1.5"),
+        ({"temperature": 0.0}, "model.temperature: got 0.0"),
+        ({"width_weights": "1,2"}, "got 2 factors for 4 passes"),
+        ({"width_weights": "1,2,x,4"}, "model.width_weights: got '1,2,x,4'"),
+        ({"widths": "8,four"}, "model.widths: got '8,four', pass whole numbers"),
+        ({"widths": [9]}, "model.widths"),
+        ({"widths": []}, "model.widths"),
+        ({"ema_decay": 1.5}, "model.ema_decay: got 1.5"),
+        ({"calibration_batches": 0}, "model.calibration_batches: got 0"),
+        ({"sandwich_random": -1}, "model.sandwich_random: got -1"),
+    ],
+)
+def test_bad_values_are_one_sentence_that_names_the_key(arguments, said):
+    with pytest.raises(UserError) as error:
+        TQModule(**arguments)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_lists_in_every_spelling():
+    assert as_list("8, 4") == ["8", "4"] and as_list("(8,)") == ["8"] and as_list(8) == [8]
+    assert as_ints(("8", 4.0), "k") == [8, 4]
+    assert TQModule(widths="1,8,4").widths == TQModule(widths=[8, 4, 1]).widths == (8, 4, 1)
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_sharded_strategies_are_refused_in_a_sentence(strategy):
+    module = TQModule()
+    module._trainer = SimpleNamespace(strategy=type(strategy, (), {})())
+    with pytest.raises(UserError, match=f"{strategy} shards the weights.*pass ddp"):
+        module.setup("fit")
+    module._trainer = SimpleNamespace(strategy=type("DDPStrategy", (), {})())
+    module.setup("fit")
+
+
+def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
+    from tq_lightning.models import create_model
+
+    teacher = create_model("resnet8_cifar", num_classes=10)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    arguments = {
+        "teacher": "external",
+        "teacher_name": "resnet8_cifar",
+        "teacher_checkpoint_path": str(tmp_path / "teacher.pth"),
+    }
+    trainer, module = train(tmp_path, model=arguments)
+    assert not any("teacher" in key for key in module.state_dict())
+    kept = module._teacher[0]
+    assert not kept.training
+    assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), teacher.state_dict().values(), strict=True))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["teacher"] == "external"
+
+
+def test_a_loss_that_is_not_finite_names_step_width_and_rate(train, tmp_path, monkeypatch):
+    calls = []
+
+    def hard(logits, target):
+        calls.append(None)
+        return cross_entropy(logits, target) * (math.nan if len(calls) > 2 else 1.0)
+
+    monkeypatch.setitem(module_file.LOSSES, "cross_entropy", hard)
+    with pytest.raises(TrainingError, match=r"step 2: loss is not finite at width 8 \(learning rate 0.1\)"):
+        train(tmp_path, limit_train_batches=4)
+
+
+def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
+    import lightning as L
+
+    class Break(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                pl_module.model.blocks[0].mlp.fc1.parametrizations.weight.original.data[0, 0] = math.nan
+
+    with pytest.raises(TrainingError, match=r"step 1: weight .*blocks.0.mlp.fc1.weight holds NaN.*learning rate 0.1"):
+        train(tmp_path, callbacks=[Break()])

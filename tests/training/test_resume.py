@@ -1,0 +1,197 @@
+"""A killed run that goes on ends as the one that was never killed, bit for bit; a checkpoint runs no code."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tq_lightning.callbacks.step_checkpoint import StepCheckpoint
+
+STEPS, EPOCHS, EVERY = 12, 3, 5  # steps an epoch; checkpoints after steps 5, 10, 12 (end of the epoch), 15, 20, 24, ...
+ARGUMENTS = [
+    *("--checkpoint_every_n_steps", str(EVERY), "--trainer.accelerator", "cpu", "--trainer.max_epochs", str(EPOCHS)),
+    *("--trainer.limit_train_batches", str(STEPS), "--trainer.limit_val_batches", "1", "--trainer.gradient_clip_val", "1"),
+    *("--model.name", "test_resnet", "--model.drop_rate", "0.3", "--model.drop_path_rate", "0.2", "--model.ema_decay", "0.9"),
+    *("--model.width_schedule", "sandwich", "--model.calibration_batches", "1", "--model.opt", "adamw", "--model.lr", "1e-3"),
+    *("--data.name", "digits", "--data.image_size", "32", "--data.batch_size", "16", "--data.eval_batch_size", "64"),
+    *("--data.hflip", "0.5", "--data.reprob", "0.5", "--data.mixup", "0.2", "--data.cutmix", "1.0"),
+]
+
+
+def command(root: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "tq_lightning", "fit", *ARGUMENTS, "--trainer.default_root_dir", str(root), *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def finish(root: Path, *more: str) -> Path:
+    done = subprocess.run(command(root, *more), env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = root.iterdir()
+    return run
+
+
+def kill_inside_the_second_epoch(root: Path) -> int:
+    """Starts the command and kills it as soon as a checkpoint from inside the second epoch is there; returns its step."""
+    process = subprocess.Popen(command(root), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 280
+        while time.monotonic() < end and process.poll() is None:
+            for path in root.glob("*/checkpoints/last.ckpt"):
+                step = torch.load(path, weights_only=True, mmap=True)["global_step"]
+                if STEPS < step < 2 * STEPS:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                    return step
+            time.sleep(0.01)
+        raise AssertionError(f"no checkpoint from inside the second epoch; {process.poll()=}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(one, two, where="checkpoint"):
+    """Equal in every tensor and value, to the bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_same(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for i, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == two, where
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_in_the_middle_of_an_epoch(tmp_path):
+    whole = finish(tmp_path / "whole")
+    step = kill_inside_the_second_epoch(tmp_path / "killed")
+    assert step == 15
+    (run,) = (tmp_path / "killed").iterdir()
+    before = json.loads((run / "record.json").read_text())
+    assert before["status"] == "running"
+    assert finish(tmp_path / "killed", "--ckpt_path", "last") == run, "goes on in its own directory"
+
+    ours, theirs = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (run, whole))
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+        assert_same(ours[key], theirs[key], key)
+    assert ours["global_step"] == STEPS * EPOCHS
+    assert not torch.equal(*(ours[k]["model.fc.weight"] for k in ("state_dict", "current_model_state")))
+    best = [torch.load(next((r / "checkpoints").glob("best-*.ckpt")), weights_only=True) for r in (run, whole)]
+    assert_same(best[0]["state_dict"], best[1]["state_dict"], "best")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == sorted(p.name for p in (whole / "checkpoints").iterdir())
+
+    places = [(row["epoch"], row["step"], row["val/acc1_float"] != "") for row in rows(run)]
+    assert places == [(row["epoch"], row["step"], row["val/acc1_float"] != "") for row in rows(whole)]
+    assert len(set(places)) == len(places)
+    for one, two in zip(rows(run), rows(whole), strict=True):
+        for key, value in one.items():
+            # the training loss of the epoch that was cut is the mean over what came after
+            if not key.startswith("train/") or one["epoch"] != "1":
+                assert value == two[key], (key, one["epoch"])
+    record, other = (json.loads((r / "record.json").read_text()) for r in (run, whole))
+    assert record["status"] == "finished" and record["id"] == before["id"] != other["id"]
+    assert record["started"] == before["started"] and record["seconds"] > before["seconds"]
+    for key in ("best", "widths", "steps", "epochs", "bytes"):
+        assert record[key] == other[key] or key == "best"
+    assert record["best"]["epoch"] == other["best"]["epoch"]
+
+
+class Stop(L.Callback):
+    """Breaks off in the validation of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_validation_batch_end(self, trainer, *_):
+        if trainer.current_epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+def fit(train, root, model, checkpoint, stop=None, resume=None):
+    """2 epochs of 4 steps, a checkpoint every 2 steps and at the end of each epoch, as the command line sets them up."""
+    end = ModelCheckpoint(root, filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
+    callbacks = [end, checkpoint, *([Stop(stop)] if stop is not None else [])]
+    flags = {"max_epochs": 2, "limit_train_batches": 4, "enable_checkpointing": True}
+    try:
+        return train(root, model, callbacks=callbacks, ckpt_path=resume, **flags)
+    except SystemExit:  # Lightning's answer to KeyboardInterrupt
+        return None, None
+
+
+def test_stopped_in_the_last_validation(train, resnet, tmp_path):
+    """The checkpoint to go on from lies before the end of the epoch, so the validation is not lost."""
+    model = {**resnet, "ema_decay": 0.5}
+    _, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2))
+    fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), stop=1)
+    assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 6
+    trainer, rest = fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), resume=tmp_path / "b" / "last.ckpt")
+    assert "val/acc1_truncate_mean" in trainer.callback_metrics
+    assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
+
+
+def test_a_checkpoint_right_before_validation_would_lose_it(train, resnet, tmp_path):
+    """The counter-example: Lightning's own callback writes at the last batch too, and goes on without the validation."""
+    plain = {"filename": "last", "enable_version_counter": False, "every_n_train_steps": 2}
+    fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), stop=1)
+    trainer, _ = fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), resume=tmp_path / "last.ckpt")
+    assert "val/acc1_truncate_mean" not in trainer.callback_metrics
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch):
+    from tq_lightning.errors import TrainingError
+    from tq_lightning.training import losses
+
+    def fit_until(bad):
+        calls = []
+
+        def hard(logits, target):
+            calls.append(None)
+            return losses.cross_entropy(logits, target) * (float("nan") if len(calls) > bad else 1.0)
+
+        monkeypatch.setitem(losses.LOSSES, "cross_entropy", hard)
+        keep = StepCheckpoint(tmp_path, 1)
+        return train(tmp_path, callbacks=[keep], limit_train_batches=4, enable_checkpointing=True)
+
+    with pytest.raises(TrainingError, match="step 2"):
+        fit_until(2)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 2
+    assert all(torch.isfinite(v).all() for v in state["state_dict"].values())
+
+
+def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
+    from tq_lightning.cli import main
+
+    class Harm:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    trainer, _ = train(tmp_path)
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    state = torch.load(tmp_path / "good.ckpt", weights_only=True)
+    torch.save({**state, "extra": Harm()}, tmp_path / "bad.ckpt")
+    assert main(["fit", "--data.name", "digits", "--ckpt_path", str(tmp_path / "bad.ckpt")]) == 2
+    assert "is no checkpoint of a run" in capsys.readouterr().err
+    assert not (tmp_path / "harm").exists()
