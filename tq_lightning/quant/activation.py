@@ -26,8 +26,9 @@ class ActivationQuantizer(nn.Module):
     """y = clip * level(code(x clipped to [0, clip] / clip)), in float32 inside, in the dtype of `x` outside.
 
     `clamp_*` has clip 1 (DoReFa, arXiv 1606.06160; Any-Precision, arXiv 1911.07346); `pact_*` learns it: dy/dclip is 1
-    where x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3). Codes are made at the width in use; with `*_truncate`, and the
-    source "truncate", they are made at max_bits and shifted. Levels are endpoint levels, so that 0 stays 0 and 1 stays 1.
+    where x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), whatever the straight-through rule, which speaks of dy/dx.
+    Codes are made at the width in use; with `*_truncate`, and the source "truncate", they are made at max_bits and
+    shifted. Levels are endpoint levels, so that 0 stays 0 and 1 stays 1.
 
     Args:
         kind: a key of `ACTIVATIONS`.
@@ -52,25 +53,25 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape and float dtype -> same shape and dtype. At float width it clips and does not quantize."""
+        inside, scale = x.float(), self.clip.detach().float()
         if self.learned:
-            clip = self.clip.float().clamp_min(PACT_LEAST)
-            clipped = torch.minimum(x.float().clamp_min(0.0), clip)
-            scale = clip.detach()
-            u = clipped / scale
+            scale = scale.clamp_min(PACT_LEAST)
+            over = inside >= scale
+            inside = inside.masked_fill(over, 0.0)  # no gradient to x out there, none to the clip through the quantizer
+            u = (inside / scale).clamp_min(0.0).masked_fill(over, 1.0)
         else:
-            u = clipped = x.float().clamp(0.0, 1.0)
-            scale = self.clip.float()
+            u = inside.clamp(0.0, 1.0)
         bits = self.width.bits
-        if bits is None:
-            return clipped.to(x.dtype)
         source = self.width.source if self.truncated else "quantize"
-        if torch.is_grad_enabled() and u.requires_grad:
-            out = FakeQuantize.apply(
-                u, scale, False, bits, self.quantizer, self.ste, "endpoint", self.width.max_bits, source
-            )
+        if bits is None:
+            out = inside.clamp_min(0.0).masked_fill(over, scale) if self.learned else u
+        elif torch.is_grad_enabled() and u.requires_grad:
+            out = FakeQuantize.apply(u, scale, False, bits, self.quantizer, self.ste, "endpoint", self.width.max_bits, source)
         else:
             codes = width_codes(u, bits, self.quantizer, self.width.max_bits, source)
             out = codes_to_levels(codes, bits).mul_(scale)
+        if self.learned and torch.is_grad_enabled():
+            out = out + over * (self.clip - self.clip.detach())  # adds 0, and the clip's gradient
         return out.to(x.dtype)
 
     def extra_repr(self) -> str:

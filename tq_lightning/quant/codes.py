@@ -125,12 +125,6 @@ def dequantize(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint")
     return codes_to_levels(codes, bits, level).mul_(2.0).sub_(1.0).mul_(scale)
 
 
-def level_step(bits: int, level: str) -> float:
-    """Height of one step of the staircase: the distance of two neighbouring levels, 1/M_n for endpoint, else 1/2^n."""
-    _check_bits(bits)
-    return 1.0 / (2**bits - 1) if level == "endpoint" else 2.0**-bits
-
-
 def _floor_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
     width = 2.0**-bits
     return (u / width).round().clamp(1, 2**bits - 1) * width, width

@@ -141,6 +141,8 @@ def _calibrate(model: nn.Module, norms: list[PerWidthNorm], batches: list[Tensor
     for norm in norms:
         norm.borrow(bits)
         norm.calibrating = True
+        if bits is not None:
+            norm.calibrated[bits] = False  # until all batches have passed
         layers += [m for m in norm.sets[_key(bits)].modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [layer.momentum for layer in layers]
     try:

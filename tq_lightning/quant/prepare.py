@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation import ACTIVATIONS, ActivationQuantizer
@@ -30,6 +31,15 @@ class Layer:
     module: nn.Module
     tensors: tuple[str, ...]
     skipped: str | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters behind its tensors: several for one that is computed (weight_norm, in a skipped layer)."""
+        found: list[nn.Parameter] = []
+        for tensor in self.tensors:
+            own = self.module._parameters.get(tensor)
+            computed = [p for name, p in self.module.named_parameters() if tensor in name]
+            found += computed if own is None else [own]
+        return found
 
 
 class PrepareReport(dict[str, str]):
@@ -56,12 +66,12 @@ def _tensor_names(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.MultiheadAttention):  # its out_proj is a Linear of its own
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return tuple(name for name in names if getattr(module, name) is not None)
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return tuple(name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_"))
     return ()
 
 
-def _refusal(name: str, module: nn.Module, tensors: tuple[str, ...]) -> str | None:
+def _refusal(module: nn.Module, tensors: tuple[str, ...]) -> str | None:
     """Why the weights of a layer can't be put on the grid; None where they can."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its weight has no shape yet: run one batch through the model first"
@@ -101,7 +111,10 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
     """
     named = [(name or "(root)", module, _tensor_names(module)) for name, module in model.named_modules()]
     names = [name for name, _, tensors in named if tensors]
+    refusals = {name: why for name, module, tensors in named if (why := _refusal(module, tensors)) is not None}
     reasons: dict[str, str] = {}
+    if isinstance(skip, str):
+        raise ValueError(f"skip must be a list of entries, got {skip!r}; pass [{skip!r}]")
     for entry in skip:
         if entry == "first":
             matched = _configured(model, "first_conv", names) or names[:1]
@@ -110,18 +123,19 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
             matched = _configured(model, "classifier", names) or ([] if headless else names[-1:])
         else:
             matched = [name for name, _, _ in named if fnmatchcase(name, entry)]
-            if not matched:
+            if not any(name in names or name in refusals for name in matched):
+                inside = [n for n in names if any(n.startswith(f"{m}.") for m in matched)]
+                examples = [f"{entry}.*"] if inside else names[1:4]
                 raise ValueError(
-                    f"skip pattern {entry!r} matches no layer; pass 'first', 'last' or a pattern of names such as "
-                    f"{', '.join(repr(n) for n in names[1:4])}"
+                    f"skip pattern {entry!r} matches no layer with weights to quantize; pass 'first', 'last' or a pattern "
+                    f"of names such as {', '.join(map(repr, examples))}"
                 )
         for name in matched:
             reasons.setdefault(name, entry)
     layers = []
     for name, module, tensors in named:
-        refusal = None if name in reasons else _refusal(name, module, tensors)
-        if refusal is not None:
-            raise ValueError(f"can't quantize layer {name}: {refusal}; leave it in float with skip '{name}'")
+        if name in refusals and name not in reasons:
+            raise ValueError(f"can't quantize layer {name}: {refusals[name]}; leave it in float with skip '{name}'")
         if tensors:
             layers.append(Layer(name, module, tensors, reasons.get(name)))
     return layers
@@ -133,10 +147,10 @@ def check_widths(widths: Iterable[int], max_bits: int) -> tuple[int, ...]:
     Raises:
         ValueError: `max_bits` not in 1..8, no widths, a width out of range, or one given twice.
     """
-    if not isinstance(max_bits, int) or not 1 <= max_bits <= STORED_BITS:
+    if type(max_bits) is not int or not 1 <= max_bits <= STORED_BITS:
         raise ValueError(f"max_bits must be a whole number from 1 to {STORED_BITS}, got {max_bits!r}")
     given = list(widths)
-    if not given or any(not isinstance(b, int) or not 1 <= b <= max_bits for b in given):
+    if not given or any(type(b) is not int or not 1 <= b <= max_bits for b in given):
         raise ValueError(f"widths must be whole numbers from 1 to max_bits={max_bits}, got {given!r}")
     if len(set(given)) < len(given):
         raise ValueError(f"widths must differ, got {given!r}")
@@ -158,9 +172,16 @@ def _attach_weight(layer: Layer, width: Width, quantizer: str, ste: str, level: 
         )
         # unsafe: the check would run the rule once, at float width, to learn nothing
         parametrize.register_parametrization(layer.module, tensor, rule, unsafe=True)
+    if isinstance(layer.module, nn.RNNBase):
+        layer.module.register_forward_hook(_release_graph)
 
 
-def _replace(model: nn.Module, kinds: tuple[type, ...], make, report: dict[str, str], what: str) -> int:  # type: ignore[no-untyped-def]
+def _release_graph(rnn: nn.RNNBase, args: object, output: object) -> None:
+    # an RNN keeps the weights of its last call: here results of a graph, which would live on and forbid a deep copy
+    rnn._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in rnn._flat_weights]
+
+
+def _replace(model: nn.Module, kinds: tuple[type, ...], make, report: dict[str, str], what: str) -> None:  # type: ignore[no-untyped-def]
     """Puts make(module) where a module of `kinds` stands, once for a module that is used in several places."""
     made: dict[int, nn.Module] = {}
     for parent_name, parent in list(model.named_modules()):
@@ -172,7 +193,6 @@ def _replace(model: nn.Module, kinds: tuple[type, ...], make, report: dict[str, 
                 made[id(child)] = make(child)
             parent._modules[child_name] = made[id(child)]
             report[name] = what
-    return len(made)
 
 
 def prepare(
@@ -215,6 +235,11 @@ def prepare(
         raise ValueError(f"unknown norm {norm!r}; pass one of {', '.join(NORMS)}")
     if activations is not None and activations not in ACTIVATIONS:
         raise ValueError(f"unknown activations {activations!r}; pass null or one of {', '.join(ACTIVATIONS)}")
+    if activations is not None and not any(isinstance(child, _RELUS) for m in model.modules() for child in m.children()):
+        raise ValueError(
+            f"{type(model).__name__} has no ReLU, ReLU6 or Hardtanh module to put activations={activations!r} in; "
+            "pass activations=null"
+        )
     widths = check_widths(widths, max_bits)
     width = Width(max_bits, widths)
     layers = select_layers(model, skip)
@@ -222,29 +247,22 @@ def prepare(
     if not chosen:
         raise ValueError(f"nothing left to quantize in {type(model).__name__} with skip={list(skip)!r}; skip less")
 
-    unique = {id(p): p.numel() for p in model.parameters()}
-    quantized = {id(la.module._parameters[t]) for la in chosen for t in la.tensors}
-    weights = {id(la.module._parameters[t]) for la in layers for t in la.tensors}
+    unique = {id(p): 0 if is_lazy(p) else p.numel() for p in model.parameters()}
+    quantized = {id(p) for layer in chosen for p in layer.parameters()}
+    weights = {id(p) for layer in layers for p in layer.parameters()}
     report = PrepareReport()
     report.share = sum(unique[i] for i in quantized) / sum(unique.values())
     report.weight_share = sum(unique[i] for i in quantized) / sum(unique[i] for i in weights)
 
     for layer in layers:
-        shapes = ", ".join(str(tuple(layer.module._parameters[t].shape)) for t in layer.tensors)  # type: ignore[union-attr]
+        shapes = ", ".join("not known yet" if is_lazy(p) else str(tuple(p.shape)) for p in layer.parameters())
         if layer.skipped is None:
             _attach_weight(layer, width, quantizer, ste, level, normalizer)
             report[layer.name] = f"weight {shapes}: {quantizer}, {normalizer}, {level}"
         else:
             report[layer.name] = f"weight {shapes}: float (skip {layer.skipped!r})"
     if activations is not None:
-        count = _replace(
-            model, _RELUS, lambda m: ActivationQuantizer(activations, width, ste), report, f"activation: {activations}"
-        )
-        if count == 0:
-            raise ValueError(
-                f"{type(model).__name__} has no ReLU, ReLU6 or Hardtanh module to put activations={activations!r} in; "
-                "pass activations=null"
-            )
+        _replace(model, _RELUS, lambda m: ActivationQuantizer(activations, width, ste), report, f"activation: {activations}")
     if norm != "shared":
         kinds = (_BatchNorm, *_LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
         what = f"norm per width: trained {', '.join(map(str, widths))}; the others estimated"

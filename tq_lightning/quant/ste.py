@@ -2,7 +2,7 @@
 
 Each rule maps dL/dlevel to dL/du, where u in [0, 1] is what the quantizer was given and level in [0, 1] what it
 returned. A rule is a pure function `(grad, u, level, bits, quantizer) -> grad`; all tensors have the shape of `u`.
-`quantizer` names the bins (a key of `codes.BIN_EDGES`), `step` is the height of one stair.
+`quantizer` names the bins (a key of `codes.BIN_EDGES`).
 
 To add a rule, write its function and add a row to `STES`; `ELEMENTWISE` lists those that read `u` or `level`.
 """
@@ -18,7 +18,6 @@ from tq_lightning.quant.codes import (
     QUANTIZERS,
     codes_to_levels,
     dequantize,
-    level_step,
     truncate_codes,
 )
 
@@ -68,14 +67,15 @@ def ewgs(grad: Tensor, u: Tensor, level: Tensor, bits: int, quantizer: str) -> T
 
 
 def dsq(grad: Tensor, u: Tensor, level: Tensor, bits: int, quantizer: str) -> Tensor:
-    """Derivative of a soft staircase: tanh stairs centred on the bin edges, of the bins' width D and the levels' step h.
+    """Derivative of a soft staircase: tanh stairs centred on the bin edges, of the bins' width D and height h = 1/M_n.
 
     dL/du = dL/dlevel * (h/2) s k (1 - tanh^2(k d)), s = 1/tanh(k D/2), d = u - nearest edge, k D = 5; its mean over a bin
-    is h/D. Source: DSQ, arXiv 1908.05033, eq. 4-7. Example: 1-bit floor, u = 0.5 (on the edge, D = 1/2, h = 1):
+    is h/D, the slope of endpoint levels, wherever the levels lie. Source: DSQ, arXiv 1908.05033, eq. 4-7.
+    Example: 1-bit floor, u = 0.5 (on the edge, D = 1/2, h = 1):
     (1/2) * 5 / 0.5 / tanh(2.5) = 5.068; u = 0 gives 5.068 * (1 - tanh(5)^2) = 0.00092.
     """
     edge, width = BIN_EDGES[quantizer](u, bits)
-    step = level_step(bits, "endpoint")
+    step = 1.0 / (2**bits - 1)
     k = DSQ_SHARPNESS / width
     height = 0.5 * step * k / math.tanh(DSQ_SHARPNESS / 2)
     return grad * (height * (1 - torch.tanh(k * (u - edge)) ** 2))

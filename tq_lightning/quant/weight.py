@@ -120,9 +120,11 @@ class WeightQuantizer(nn.Module):
         if not self._sharing:
             return self.normalise(w)
         if self._shared is None:
-            u, scale, top = self._normalise(w.detach())
-            self._shared = (u.requires_grad_(w.requires_grad and torch.is_grad_enabled()), scale, top)
-        return self._shared[:2]
+            self._shared = self._normalise(w.detach())
+        u, scale, _ = self._shared
+        if w.requires_grad and torch.is_grad_enabled() and not u.requires_grad:
+            u.requires_grad_()  # also where a pass without gradients came first
+        return u, scale
 
     def normaliser_grad(self, grad_u: Tensor) -> Tensor:
         """Carries dL/du of the shared leaf to dL/dw, in place of `grad_u`; float32, its shape.

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 SOURCES = ("quantize", "truncate")
 
@@ -56,6 +57,11 @@ def _allow_variants(max_bits: int) -> None:
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (2 * max_bits + 1))
 
 
+def _set(width: Width, bits: int | None, source: str) -> None:
+    width.bits, width.source = bits, source
+    parametrize._cache.clear()  # inside parametrize.cached(): its key knows no width
+
+
 @contextmanager
 def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> Iterator[nn.Module]:
     """Runs `model` at a width inside the `with` block and restores what was before on any exit.
@@ -89,8 +95,8 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
             check(bits)
     _allow_variants(width.max_bits)
     before = (width.bits, width.source)
-    width.bits, width.source = bits, source
+    _set(width, bits, source)
     try:
         yield model
     finally:
-        width.bits, width.source = before
+        _set(width, *before)

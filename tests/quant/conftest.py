@@ -1,0 +1,39 @@
+"""A network small enough to run at every width in milliseconds."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+
+def _net() -> nn.Sequential:
+    """stem, bn1, act1, conv, bn2, act2, pool, flatten, fc; statistics and biases away from their starting values."""
+    torch.manual_seed(0)
+    layers = OrderedDict(
+        stem=nn.Conv2d(3, 6, 3, padding=1, bias=False),
+        bn1=nn.BatchNorm2d(6),
+        act1=nn.ReLU(inplace=True),
+        conv=nn.Conv2d(6, 6, 3, padding=1),
+        bn2=nn.BatchNorm2d(6),
+        act2=nn.ReLU(),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(6, 5),
+    )
+    net = nn.Sequential(layers)
+    for bn in (net.bn1, net.bn2):
+        nn.init.uniform_(bn.weight, 0.5, 1.5)
+        nn.init.uniform_(bn.running_mean, -0.1, 0.1)
+    return net
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    return _net()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """(4, 3, 6, 6), always the same."""
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(2))

@@ -1,0 +1,176 @@
+"""A prepared model as a citizen of PyTorch: copies, checkpoints, dtypes, compilation."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+from torch import nn
+
+from tq_lightning.quant.norm import calibrate_norms
+from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.width import bit_width, width_of
+
+PASSES = [(bits, source) for bits in range(8, 0, -1) for source in ("quantize", "truncate")] + [(None, "quantize")]
+
+
+@pytest.fixture
+def model(net, images):
+    """Rounded weights and learned, truncated activations, so that no two passes agree for a reason of construction."""
+    prepare(net, quantizer="round", activations="pact_round_truncate", skip=("last",), verbose=False)
+    calibrate_norms(net, [images])
+    return net.eval()
+
+
+@torch.no_grad()
+def _logits(model, images):
+    out = {}
+    for bits, source in PASSES:
+        with bit_width(model, bits, source):
+            out[bits, source] = model(images)
+    return out
+
+
+def _same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_deep_copies_are_independent(model, images):
+    before = _logits(model, images)
+    with bit_width(model, 4):
+        model.train()(images).sum().backward()  # a copy may be taken in the middle of training
+        model.eval()
+    before = _logits(model, images)
+    twin = copy.deepcopy(model)
+    assert _same(_logits(twin, images), before) and twin.tq == model.tq
+    assert width_of(twin) is not width_of(model)
+    assert len({id(m.width) for m in twin.modules() if hasattr(m, "width")}) == 1
+    with bit_width(twin, 2, "truncate"):
+        assert width_of(model).bits is None
+        with bit_width(model, 8):
+            assert (width_of(twin).bits, width_of(twin).source) == (2, "truncate")
+    for p in twin.parameters():
+        p.data.zero_()
+    for b in twin.buffers():
+        b.zero_()
+    assert _same(_logits(model, images), before)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(4, 3), lambda: nn.GRU(4, 3), lambda: nn.MultiheadAttention(4, 2)])
+def test_copies_of_layers_with_several_tensors(make):
+    model = nn.Sequential(make())
+    prepare(model, skip=(), verbose=False)
+    x = torch.randn(5, 2, 4)
+    inputs = (x, x, x) if isinstance(model[0], nn.MultiheadAttention) else (x,)
+    with bit_width(model, 2):
+        before = model[0](*inputs)[0]
+        before.sum().backward()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for _, module, tensor, _ in weight_quantizers(model):
+            original(module, tensor).zero_()
+    with bit_width(twin, 2):
+        assert torch.equal(twin[0](*inputs)[0], before)
+    with bit_width(model, 2):
+        assert not torch.equal(model[0](*inputs)[0], before)
+
+
+def test_checkpoints_hold_all_and_load_without_code(model, net, images, tmp_path):
+    with bit_width(model.train(), 2):
+        model(images)
+    before = _logits(model.eval(), images)
+    torch.save({"state_dict": model.state_dict(), "tq": model.tq}, tmp_path / "model.pt")
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    torch.manual_seed(9)
+    plain = nn.Sequential()
+    for name, layer in (("stem", nn.Conv2d(3, 6, 3, padding=1, bias=False)), ("bn1", nn.BatchNorm2d(6)), ("act1", nn.ReLU())):
+        plain.add_module(name, layer)
+    for name, layer in (("conv", nn.Conv2d(6, 6, 3, padding=1)), ("bn2", nn.BatchNorm2d(6)), ("act2", nn.ReLU())):
+        plain.add_module(name, layer)
+    for name, layer in (("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("fc", nn.Linear(6, 5))):
+        plain.add_module(name, layer)
+    prepare(plain, **saved["tq"], verbose=False)
+    plain.load_state_dict(saved["state_dict"])  # strict: no key missing, none too many
+    assert _same(_logits(plain.eval(), images), before)  # untrained widths too: their statistics came along
+    assert all(torch.is_tensor(value) for value in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(net, images, dtype):
+    prepare(net, activations="pact_floor_truncate", skip=(), verbose=False)
+    calibrate_norms(net, [images])
+    net.eval().to(dtype)
+    logits = _logits(net, images.to(dtype))
+    assert all(out.dtype == dtype and out.isfinite().all() for out in logits.values())
+    for bits in range(1, 9):
+        assert torch.equal(logits[bits, "quantize"], logits[bits, "truncate"])
+    for bits in (8, 4, 2, 1):
+        with bit_width(net.train(), bits):
+            net(images.to(dtype)).sum().backward()
+    assert all(original(m, t).grad.isfinite().all() for _, m, t, _ in weight_quantizers(net))
+
+
+def test_state_survives_a_round_trip_between_dtypes(model, images):
+    codes = [rule.codes(original(m, t).bfloat16())[0] for _, m, t, rule in weight_quantizers(model)]
+    model.to(torch.bfloat16).to(torch.float32)
+    assert all(
+        torch.equal(rule.codes(original(m, t))[0], c)
+        for (_, m, t, rule), c in zip(weight_quantizers(model), codes, strict=True)
+    )
+
+
+@pytest.fixture
+def fresh_dynamo():
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    yield dynamo
+    dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo, backend):
+    """17 variants, a graph each: no graph breaks, none thrown away at a recompile limit, none run uncompiled."""
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    exact = _logits(model, images)
+    graphs = []
+    with fresh_dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
+        for _ in range(2):
+            for bits, source in PASSES:
+                with bit_width(compiled, bits, source):
+                    assert torch.equal(compiled(images), exact[bits, source]), (bits, source)
+            graphs.append(fresh_dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [len(PASSES)] * 2  # the second round compiled nothing
+    assert not fresh_dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_compiled_to_machine_code(fresh_dynamo):
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    prepare(model, quantizer="round", activations="pact_round", skip=(), verbose=False)
+    compiled, x = torch.compile(model, fullgraph=True), torch.randn(4, 6)
+    for bits, source in ((8, "quantize"), (2, "quantize"), (2, "truncate")):
+        with bit_width(compiled, bits, source), torch.no_grad():
+            assert torch.allclose(compiled(x), model(x), atol=1e-5), (bits, source)
+
+
+@pytest.mark.slow
+def test_compiled_training_step_is_the_eager_one(net, images, fresh_dynamo):
+    prepare(net, activations="pact_floor", skip=(), verbose=False)
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    for bits in (8, 4, 2, 1):
+        for model in (net, compiled):
+            with bit_width(model.train(), bits):
+                model(images).square().sum().backward()
+    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_room_for_all_variants_is_made(model, fresh_dynamo):
+    with fresh_dynamo.config.patch(recompile_limit=8):
+        with bit_width(model, 8):
+            pass
+        assert fresh_dynamo.config.recompile_limit >= 4 * len(PASSES)

@@ -1,0 +1,296 @@
+"""The weight quantizer: normalisers against hand-written ones, gradients against float64 autograd, and hard weights."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.quant import ste as ste_module
+from tq_lightning.quant.codes import LEVELS, QUANTIZERS, codes_to_levels
+from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.ste import STES
+from tq_lightning.quant.weight import NORMALIZERS, WeightQuantizer, original, shared_normalisation, weight_quantizers
+from tq_lightning.quant.width import Width, bit_width
+
+SHAPES = {  # name -> (shape, channel_dim, groups)
+    "linear": ((5, 7), 0, 1),
+    "convolution": ((4, 3, 2, 2), 0, 1),
+    "depthwise": ((6, 1, 3), 0, 6),
+    "transposed": ((6, 4, 2), 1, 1),
+    "transposed grouped": ((6, 4, 2, 2), 1, 3),
+}
+
+
+def _rule(bits: int | None = 2, source: str = "quantize", channel_dim: int = 0, groups: int = 1, **choices) -> WeightQuantizer:
+    return WeightQuantizer(
+        "stem.weight", Width(8, (8, 4, 2, 1), bits, source), channel_dim=channel_dim, groups=groups, **choices
+    )
+
+
+def _weight(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.7
+
+
+def _channels(shape: tuple[int, ...], channel_dim: int, groups: int) -> list[Tensor]:
+    """A mask for each output channel, written out: what one channel of the operator multiplies with."""
+    masks = []
+    for g in range(groups if channel_dim else 1):
+        for channel in range(shape[channel_dim]):
+            mask = torch.zeros(shape, dtype=torch.bool)
+            if channel_dim:
+                inputs = shape[0] // groups
+                mask[g * inputs : (g + 1) * inputs, channel] = True
+            else:
+                mask[channel] = True
+            masks.append(mask)
+    return masks
+
+
+def _by_hand(w: Tensor, normalizer: str, channel_dim: int, groups: int) -> tuple[Tensor, Tensor]:
+    """(u, scale), both float64 and of the shape of `w`; u differentiable in w, its maximum held fixed."""
+    w = w.double()
+    t = w.tanh() if normalizer.startswith("tanh") else w
+    whole = [torch.ones(w.shape, dtype=torch.bool)]
+    u, scale = torch.zeros_like(w), torch.zeros_like(w)
+    for mask in _channels(tuple(w.shape), channel_dim, groups) if normalizer.endswith("_channel") else whole:
+        u = torch.where(mask, t / (2 * t[mask].abs().max().detach()) + 0.5, u)
+        scale = torch.where(mask, w[mask].abs().mean().detach(), scale)
+    return u, scale
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_normaliser(normalizer, shape):
+    size, channel_dim, groups = SHAPES[shape]
+    w = _weight(*size)
+    u, scale = _rule(normalizer=normalizer, channel_dim=channel_dim, groups=groups).normalise(w)
+    exact_u, exact_scale = _by_hand(w, normalizer, channel_dim, groups)
+    assert u.dtype == scale.dtype == torch.float32 and u.shape == w.shape
+    assert torch.allclose(u.double(), exact_u, atol=1e-6)
+    assert torch.allclose(scale.expand(size).double(), exact_scale, rtol=1e-6)
+    if normalizer.endswith("_channel"):
+        for mask in _channels(size, channel_dim, groups):
+            assert (u[mask] - 0.5).abs().max() == 0.5
+    else:
+        assert (u - 0.5).abs().max() == 0.5 and scale.dim() == 0
+
+
+def test_counter_example_channels_of_a_grouped_transposed_convolution():
+    """Grouped and not grouped, the same tensor has other output channels."""
+    w = _weight(6, 4, 2)
+    u_grouped = _rule(normalizer="absmax_channel", channel_dim=1, groups=3).normalise(w)[0]
+    u_plain = _rule(normalizer="absmax_channel", channel_dim=1, groups=1).normalise(w)[0]
+    assert not torch.allclose(u_grouped, u_plain)
+
+
+@pytest.mark.parametrize("source", ["quantize", "truncate"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_value(normalizer, quantizer, source):
+    w = _weight(4, 3, 2)
+    for level in LEVELS:
+        for bits in range(1, 9):
+            rule = _rule(bits, source, normalizer=normalizer, quantizer=quantizer, level=level)
+            u, scale = rule.normalise(w)
+            codes = QUANTIZERS[quantizer](u, bits) if source == "quantize" else QUANTIZERS[quantizer](u, 8) >> (8 - bits)
+            exact = scale * (2 * codes_to_levels(codes, bits, level) - 1)
+            assert torch.equal(rule(w), exact)
+            assert torch.equal(rule(w.clone().requires_grad_()), exact)  # the path of training, the same bits
+            per_scale = [rule(w)] if scale.dim() == 0 else list(rule(w))
+            assert all(values.unique().numel() <= 2**bits for values in per_scale)
+
+
+def test_float_width_hands_the_weight_through():
+    w = _weight(3, 3)
+    assert _rule(None)(w) is w
+
+
+def test_codes_are_the_stored_ones():
+    w = _weight(5, 4).requires_grad_()
+    rule = _rule(2)
+    codes, scale = rule.codes(w)
+    assert torch.equal(codes, QUANTIZERS["floor"](rule.normalise(w)[0], 8)) and not scale.requires_grad
+    assert torch.equal(scale, w.detach().abs().mean())
+    narrow = WeightQuantizer("a", Width(4, (4,), 4))
+    assert narrow.codes(w)[0].max() == 15
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_gradient_of_the_weight(normalizer, shape):
+    """dL/dw = dL/dw^ * 2E * factor * du/dw; neither the maximum nor E carries a gradient."""
+    size, channel_dim, groups = SHAPES[shape]
+    upstream = torch.randn(size, generator=torch.Generator().manual_seed(4))
+    for ste, factor in (("identity", 1.0), ("scaled", 3 / 4), ("slope", 4 / 3)):
+        w = _weight(*size).requires_grad_()
+        rule = _rule(2, normalizer=normalizer, ste=ste, channel_dim=channel_dim, groups=groups)
+        rule(w).backward(upstream)
+        exact = _weight(*size).requires_grad_()
+        u, scale = _by_hand(exact, normalizer, channel_dim, groups)
+        (upstream.double() * 2 * scale * factor * u).sum().backward()
+        assert torch.allclose(w.grad, exact.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_shared_normalisation_gives_the_same_values_and_gradients(normalizer):
+    model = nn.Sequential(nn.Linear(6, 4), nn.ConvTranspose1d(3, 3, 2, groups=3))
+    prepare(model, skip=(), normalizer=normalizer, verbose=False)
+    for _, module, tensor, rule in weight_quantizers(model):
+        w = original(module, tensor)
+        plain = []
+        for bits in (8, 2):
+            with bit_width(model, bits):
+                plain.append(module.weight)
+        torch.autograd.backward([p.sin().sum() for p in plain])
+        with shared_normalisation(model):
+            shared = []
+            for bits in (8, 2):
+                with bit_width(model, bits):
+                    shared.append(module.weight)
+            assert all(torch.equal(a, b) for a, b in zip(plain, shared, strict=True))
+            leaf = rule._shared[0]
+            (grad,) = torch.autograd.grad([p.sin().sum() for p in shared], [leaf])
+            assert torch.allclose(rule.normaliser_grad(grad), w.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_shared_normalisation_runs_once_and_ends(monkeypatch):
+    model = nn.Sequential(nn.Linear(6, 4))
+    prepare(model, skip=(), verbose=False)
+    calls = []
+    plain = WeightQuantizer._normalise
+    monkeypatch.setattr(WeightQuantizer, "_normalise", lambda self, w: (calls.append(self.name), plain(self, w))[1])
+    rule = weight_quantizers(model)[0][3]
+    with pytest.raises(RuntimeError, match="inside"), shared_normalisation(model):
+        for bits in (8, 4, 2):
+            with bit_width(model, bits):
+                model(torch.ones(1, 6))
+        raise RuntimeError("inside")
+    assert calls == ["0.weight"] and rule._shared is None
+    with bit_width(model, 2):
+        before = model[0].weight
+        with torch.no_grad():
+            original(model[0], "weight").mul_(0.5).add_(0.1)
+        assert not torch.equal(model[0].weight, before)
+
+
+def test_shared_normalisation_begun_without_gradients_still_trains():
+    """Codes are read first (no gradient), a pass with gradients follows: it must reach the weight."""
+    model = nn.Sequential(nn.Linear(6, 4))
+    prepare(model, skip=(), verbose=False)
+    _, module, tensor, rule = weight_quantizers(model)[0]
+    with shared_normalisation(model), bit_width(model, 2):
+        rule.codes(original(module, tensor))
+        assert module.weight.requires_grad
+
+
+HARD = {  # name -> weight (4, 3)
+    "all zero": torch.zeros(4, 3),
+    "minus zero": -torch.zeros(4, 3),
+    "constant": torch.full((4, 3), 0.3),
+    "constant, negative": torch.full((4, 3), -0.3),
+    "one value": torch.zeros(4, 3).index_fill(0, torch.tensor(1), 0.5),
+    "denormal": _weight(4, 3) * 1e-40,
+    "smallest": torch.full((4, 3), 1e-45),
+    "tiny": _weight(4, 3) * 1e-30,
+    "huge": _weight(4, 3) * 1e30,
+    "a sum above float32": torch.full((4, 3), 3e37),
+    "huge and tiny": torch.tensor([[1e30], [1e-30], [-1e30], [0.0]]).expand(4, 3).contiguous(),
+}
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("case", HARD)
+def test_hard_weights_stay_finite(case, normalizer):
+    for quantizer in QUANTIZERS:
+        for ste in STES:
+            for bits in (1, 2, 8):
+                w = HARD[case].clone().requires_grad_()
+                out = _rule(bits, quantizer=quantizer, ste=ste, normalizer=normalizer)(w)
+                out.backward(torch.linspace(-1, 1, 12).view(4, 3))
+                assert out.isfinite().all() and out.abs().max() <= 1.001 * w.detach().abs().max()
+                assert w.grad.isfinite().all(), (quantizer, ste, bits)
+
+
+def test_hard_weights_shared():
+    for case, w in HARD.items():
+        model = nn.Sequential(nn.Linear(3, 4))
+        prepare(model, skip=(), verbose=False)
+        with torch.no_grad():
+            original(model[0], "weight").copy_(w)
+        rule = weight_quantizers(model)[0][3]
+        with shared_normalisation(model), bit_width(model, 2):
+            (grad,) = torch.autograd.grad(model[0].weight.sum(), [rule._shared[0]])
+            assert rule.normaliser_grad(grad).isfinite().all(), case
+
+
+def test_exact_values_of_simple_weights():
+    for bits in (1, 2, 8):
+        assert torch.equal(_rule(bits)(torch.zeros(2, 2)), torch.zeros(2, 2))
+        for value in (0.5, -0.5):
+            assert torch.equal(_rule(bits)(torch.full((2, 2), value)), torch.full((2, 2), value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_name_the_layer(bad, normalizer, dtype):
+    w = _weight(4, 3).to(dtype)
+    w[2, 1] = bad
+    rule = _rule(2, normalizer=normalizer)
+    for call in (rule, rule.normalise, rule.codes):
+        with pytest.raises(ValueError, match=r"weight stem\.weight holds NaN or infinity"):
+            call(w)
+
+
+def test_nan_names_the_layer_of_a_model(net, images):
+    prepare(net, verbose=False)
+    original(net.conv, "weight").data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"conv\.weight"), bit_width(net, 4):
+        net(images)
+    with pytest.raises(ValueError, match=r"conv\.weight"), shared_normalisation(net), bit_width(net, 4):
+        net(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_inside_is_float32_whatever_the_dtype_of_the_weight(dtype):
+    w = _weight(16, 16).to(dtype)
+    for bits in (1, 2, 8):
+        rule = _rule(bits)
+        assert torch.equal(rule.codes(w)[0], rule.codes(w.float())[0])
+        assert rule(w).dtype == dtype and torch.equal(rule(w), rule(w.float()).to(dtype))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_inside_is_float32_under_autocast_and_in_bfloat16_models(net, images, monkeypatch, train):
+    seen = []
+
+    def floor(u: Tensor, bits: int) -> Tensor:
+        seen.append(u.dtype)
+        return QUANTIZERS["floor"](u, bits)
+
+    monkeypatch.setattr(ste_module, "QUANTIZERS", {"floor": floor})
+    prepare(net, skip=(), activations="pact_floor", verbose=False)
+    net.train(train)
+    weights = {}
+    for name, context in (("plain", False), ("autocast", True)):
+        with bit_width(net, 2), torch.autocast("cpu", torch.bfloat16, enabled=context), torch.set_grad_enabled(train):
+            weights[name] = net.conv.weight.detach()
+            net(images).float().sum()
+    assert torch.equal(weights["plain"], weights["autocast"])
+    net.to(torch.bfloat16)
+    with bit_width(net, 2), torch.set_grad_enabled(train):
+        assert net(images.bfloat16()).dtype == torch.bfloat16
+    assert len(seen) >= 15 and set(seen) == {torch.float32}
+
+
+def test_weight_quantizers_lists_full_names(net):
+    prepare(net, skip=("last",), verbose=False)
+    found = weight_quantizers(net)
+    assert [name for name, *_ in found] == ["stem.weight", "conv.weight"]
+    assert found[1][1] is net.conv and found[1][3].name == "conv.weight"
+    assert weight_quantizers(net.conv)[0][0] == "weight"
+
+
+@pytest.mark.parametrize("key", ["quantizer", "ste", "level", "normalizer"])
+def test_unknown_choice_says_what_there_is(key):
+    with pytest.raises(ValueError, match=f"unknown {key} 'nearest'; pass"):
+        _rule(**{key: "nearest"})
