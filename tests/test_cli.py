@@ -83,7 +83,8 @@ def test_later_config_files_win_and_text_in_them_is_typed(capsys: pytest.Capture
         ([*DIGITS, "--data.name", "digit"], "is not one of digits"),
         ([*DIGITS, "--trainer.devices", "two"], "devices"),
         (["fit", "--config", "nowhere.yaml"], "File does not exist"),
-        (["test", *DIGITS[1:]], "pass --ckpt_path"),
+        (["test", *DIGITS[1:]], "test needs a checkpoint: pass --ckpt_path"),
+        (["predict", *DIGITS[1:]], "predict needs a checkpoint: pass --ckpt_path"),
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
@@ -140,6 +141,10 @@ def test_two_runs_then_test_then_going_on(capsys: pytest.CaptureFixture[str], tm
     record = json.loads((runs[1] / "record.json").read_text())
     assert record["status"] == "finished" and record["test"]["images"] == 360
     assert set(record["widths"]) == {str(bits) for bits in range(1, 9)}
+
+    assert main(["predict", *DIGITS[1:], *short[:2], "--ckpt_path", "best"]) == 0
+    rows = (runs[1] / "predictions.csv").read_text().splitlines()
+    assert rows[0] == "sample,class,name,probability" and len(rows) == 361
 
     assert main([*DIGITS, *short, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
     resumed = json.loads((runs[1] / "record.json").read_text())

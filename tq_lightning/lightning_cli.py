@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.run_logger import RunLogger
 from tq_lightning.callbacks.run_record import MONITOR, NAME, RunRecord
 from tq_lightning.callbacks.step_checkpoint import StepCheckpoint
@@ -159,9 +160,11 @@ class TQCLI(LightningCLI):
         else:
             self.save_config_callback = None
             kwargs["logger"] = False
+            if self.resumed is None and self.subcommand != "validate":  # that may score float weights as they are
+                raise UserError(f"{self.subcommand} needs a checkpoint: pass --ckpt_path best, last, or a file")
+            if self.subcommand == "predict":
+                plain.append(PredictionWriter(self.run_dir))
             if self.subcommand == "test":
-                if self.resumed is None:
-                    raise UserError("test needs a checkpoint: pass --ckpt_path best, last, or a file")
                 plain.append(RunRecord(self.run_dir, self.config_dump, self.given_checkpoint))
         given = trainer["callbacks"]
         kwargs["callbacks"] = [*(given if isinstance(given, list) else [given] if given else []), *plain]

@@ -1,0 +1,41 @@
+"""PredictionWriter: what `predict` found, as a CSV file in the run's directory."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predictions.csv (sample number, class number, class name, probability), whole or not at all.
+
+    Under several processes each writes the rows of its own share, predictions-RANK.csv.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("epoch")
+        self.folder = folder
+
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, pl_module: Any, predictions: Sequence[Tensor], batch_indices: Sequence[Any]
+    ) -> None:
+        names = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        target = self.folder / ("predictions.csv" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.csv")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.tmp")
+        number = 0
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["sample", "class", "name", "probability"])
+            for batch in predictions:
+                probability, index = batch.max(1)
+                for p, c in zip(probability.tolist(), index.tolist(), strict=True):
+                    writer.writerow([number, c, names[c], f"{p:.6f}"])
+                    number += 1
+        os.replace(temporary, target)
+        print(f"{number} predictions: {target}")
