@@ -22,35 +22,26 @@ def files_in(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_report_is_whole(tmp_path, monkeypatch, make, capsys):
-    monkeypatch.chdir(tmp_path)
-    make.write(
-        tmp_path / "runs",
-        *make.pair(seeds=(0, 1)),
-        make.inspect(),
-        make.run(seed=5, status="failed", reason="out of memory"),
+def test_report_is_whole_and_needs_no_torch(tmp_path, make):
+    failed = make.run(seed=5, status="failed", reason="out of memory")
+    make.write(tmp_path / "runs", *make.pair(seeds=(0, 1)), make.inspect(), failed)
+    code = (
+        "import sys; from tq_lightning.report.command import main; "
+        "main(['runs', '--out', 'results/first', '--title', 'A title']); "
+        "heavy = {'torch', 'lightning', 'timm'} & set(sys.modules); assert not heavy, heavy"
     )
-    assert command.main(["runs", "--out", "results/first", "--title", "A title"]) == 0
-    made = files_in(tmp_path / "results" / "first")
-    names = {
-        "index.html",
-        "runs.csv",
-        "summary.md",
-        "report.json",
-        "tables/qt_gap.md",
-        "tables/storage.tex",
-        "tables/left_out.md",
-    }
-    assert names <= set(made)
-    assert {"figures/storage.png", "figures/storage.svg", "figures/qt_gap_resnet20_cifar_cifar10.png"} <= set(made)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = set(files_in(tmp_path / "results" / "first"))
+    assert {"index.html", "runs.csv", "summary.md", "report.json", "tables/qt_gap.md", "tables/storage.tex"} <= made
+    assert {"figures/storage.png", "figures/storage.svg", "figures/qt_gap_resnet20_cifar_cifar10.png"} <= made
     assert os.listdir(tmp_path / "results") == ["first"]  # nothing half-made beside it
     page = (tmp_path / "results" / "first" / "index.html").read_text()
     assert "<title>A title</title>" in page
     assert "unfinished: status failed (out of memory)" in page
-    shown = capsys.readouterr().out
-    assert "resnet20_cifar\tcifar10\tfloor\tscaled\t0,1" in shown  # plain lines: this is no terminal
-    assert "left out: runs/" in shown
-    assert "4 runs in 2 arms, 1 inspect records, 1 left out" in shown
+    assert "resnet20_cifar\tcifar10\tfloor\tscaled\t0,1" in done.stdout  # plain lines: this is no terminal
+    assert "left out: runs/" in done.stdout
+    assert "4 runs in 2 arms, 1 inspect records, 1 left out" in done.stdout
 
 
 def test_a_report_is_replaced_as_a_whole(tmp_path, make, quick):
@@ -121,17 +112,6 @@ def test_unknown_ignored_key_is_an_error(tmp_path, make):
     make.write(tmp_path / "runs", make.run())
     with pytest.raises(UserError, match=r"no run has the key model\.lrr"):
         command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--ignore", "model.lrr"])
-
-
-def test_report_never_imports_torch(tmp_path, make):
-    make.write(tmp_path / "runs", *make.pair(seeds=(0,)))
-    code = (
-        "import sys; from tq_lightning.report.command import main; "
-        f"main([{str(tmp_path / 'runs')!r}, '--out', {str(tmp_path / 'report')!r}]); "
-        "heavy = {'torch', 'lightning', 'timm'} & set(sys.modules); assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

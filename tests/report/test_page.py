@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tq_lightning.report import command
+from tq_lightning.report import command, figures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = [
@@ -51,7 +51,8 @@ def outline(text):
     return made
 
 
-def test_page_stands_alone(tmp_path, make):
+def test_page_stands_alone(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in ("qt_gap", "pareto")})
     record = make.run("floor", 0, command="fit </script><script>alert(1)</script>", data_name="<b>x</b>", loss=float("nan"))
     make.write(tmp_path / "runs", record, make.run("round", 0, data_name="<b>x</b>"))
     command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--title", "<i>t</i>"])

@@ -115,7 +115,7 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, given, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite", "url"])
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_optuna_study(tmp_path, monkeypatch, make, kind):
     """Complete trials count; pruned, failed and record-less ones are listed, even where the folder is given too."""
     optuna = pytest.importorskip("optuna")
@@ -131,8 +131,8 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
         attributes = {"record": str(path.relative_to(tmp_path))}
         study.add_trial(optuna.trial.create_trial(state=state, value=1.0, user_attrs=attributes))
     study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
-    given = {"journal": "study.log", "sqlite": "study.db", "url": "sqlite:///study.db"}[kind]
-    for inputs in ([given], ["trials", given]):
+    given = {"journal": [["study.log"], ["trials", "study.log"]], "sqlite": [["study.db"], ["trials", "sqlite:///study.db"]]}
+    for inputs in given[kind]:
         loaded = load(inputs)
         assert len(loaded.runs) == 1
         assert any("the trial is pruned, not complete" in reason for reason in reasons(loaded))

@@ -181,7 +181,10 @@ def energy(evidence: Evidence) -> list[Drawn]:
         for i, kind in enumerate(k for k in by_width[str(widths[0])] if k.endswith("_pj")):
             colour, marker, dashes = SERIES[i % len(SERIES)]
             values = [by_width[str(w)][kind] * 1e-6 for w in widths]
-            axes.plot(widths, values, color=colour, marker=marker, linestyle=dashes, label=energy_name(kind))
+            look = {"color": colour, "marker": marker, "linestyle": dashes, "label": energy_name(kind)}
+            if kind.startswith("traffic"):  # close to the refetches: big and hollow, so that both are seen
+                look |= {"markersize": 9, "markerfacecolor": "none", "linewidth": 0.8}
+            axes.plot(widths, values, **look)
             words.append(
                 f"{name}, {energy_name(kind)}: {values[0]:.3g} µJ at {widths[0]} to {values[-1]:.3g} µJ at {widths[-1]}"
             )
