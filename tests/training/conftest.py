@@ -1,10 +1,15 @@
 """Tiny real fits: Lightning's Trainer, our module and data module, handwritten digits, a few steps on the CPU."""
 
+import os
+
 import lightning as L
 import pytest
 
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.training.module import TQModule
+
+# Some virtual machines' CPUs claim bf16 instructions and die of them: oneDNN is not to use any, read at its first call
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
 VIT = {
     "name": "vit_tiny_patch16_224",

@@ -65,7 +65,7 @@ class TQModule(L.LightningModule):
         warmup_lr: where it starts.
         min_lr: where cosine and poly end.
         decay_epochs: epochs between decays (step), or their epochs (multistep), e.g. 100,150,180.
-        decay_rate: factor of a decay.
+        decay_rate: factor of a decay; power of poly.
         ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; null = none.
         calibration_batches: training batches that the norm statistics of untrained widths are estimated from.
         channels_last: lay convolutions out as (batch, height, width, channels) in memory: faster on most devices.
