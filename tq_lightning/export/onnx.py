@@ -26,6 +26,7 @@ from tq_lightning.export.load import load_packed
 from tq_lightning.export.packed import packed_weights
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.norm import PerWidthNorm, per_width_norms
+from tq_lightning.quant.width import width_of
 
 OPSET = 21  # the first with 4-bit integers and int16 in DequantizeLinear
 BEYOND = 1 << 20  # an index no table has
@@ -59,7 +60,7 @@ def export_static(path: str | Path, out: str | Path, bits: int) -> None:
         graph.graph.initializer.extend([stored, step])
         nodes += [made, *affine_nodes(graph, name, f"{name}/levels", None, b, packed.scale)]
     put_nodes(graph, nodes)
-    _write(graph, out)
+    write_graph(graph, out)
 
 
 def _nibbles(codes: np.ndarray) -> bytes:
@@ -91,6 +92,7 @@ def float_graph(model: nn.Module) -> onnx.ModelProto:
     The packed weights of `model` are replaced by float parameters: it is spent.
     """
     names = []
+    _fix_activations(model)
     for name, module, tensor, _ in packed_weights(model):
         value = getattr(module, tensor).detach().clone()
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
@@ -104,6 +106,14 @@ def float_graph(model: nn.Module) -> onnx.ModelProto:
     if missing:
         raise UserError(f"the exported graph has no weight {missing[0]}; ONNX export does not know this kind of layer")
     return graph
+
+
+def _fix_activations(model: nn.Module) -> None:
+    """Activation quantizers at the width in use, in the form whose shift is one BitShift node."""
+    width = width_of(model)
+    now = _Now(width.max_bits, width.max_bits, [])
+    now.set(torch.tensor(width.bits))
+    _swap(model, lambda m: _Activation(now, m) if isinstance(m, ActivationQuantizer) else None)
 
 
 def put_nodes(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
@@ -147,7 +157,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], inputs: list[str], shapes: A
     return onnx.load_model_from_string(buffer.getvalue())
 
 
-def _write(graph: onnx.ModelProto, out: str | Path) -> None:
+def write_graph(graph: onnx.ModelProto, out: str | Path) -> None:
     del graph.graph.metadata_props[:]
     for node in graph.graph.node:  # stack traces and names of Python files
         del node.metadata_props[:]
@@ -194,10 +204,8 @@ class _Weight(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         now = self.now[0]
         k = _shift(codes, now.shifts_now).float()  # type: ignore[arg-type]
-        if self.level == "endpoint":
-            level = k / now.tops_now  # type: ignore[operator]
-        else:
-            level = (k + 0.5 if self.level == "centre" else k) * now.steps_now  # type: ignore[operator]
+        k = k + 0.5 if self.level == "centre" else k
+        level = k / now.tops_now if self.level == "endpoint" else k * now.steps_now  # type: ignore[operator]
         return (level * 2.0 - 1.0) * self.scale
 
 
@@ -259,7 +267,7 @@ def export_dynamic(path: str | Path, out: str | Path) -> None:
     graph = dynamic_model(load_packed(path))
     size = example_size(graph.model)
     shapes = {"images": {0: torch.export.Dim("batch")}, "bits": None}
-    _write(_trace(graph, (torch.zeros(2, *size), torch.tensor(4)), ["images", "bits"], shapes), out)
+    write_graph(_trace(graph, (torch.zeros(2, *size), torch.tensor(4)), ["images", "bits"], shapes), out)
 
 
 def dynamic_model(model: nn.Module) -> _Dynamic:
