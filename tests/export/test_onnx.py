@@ -35,7 +35,7 @@ def small(**how):
     model = Small()
     prepare(model, **{"verbose": False, "activations": "clamp_round_truncate", "normalizer": "tanh_channel", **how})
     for module in model.modules():
-        for key, norm in getattr(module, "sets", {}).items():
+        for norm in getattr(module, "sets", {}).values():
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2.0)
         if hasattr(module, "calibrated"):
