@@ -108,6 +108,11 @@ def test_bad_input_makes_no_folder(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_wrong_arguments_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="the following arguments are required: --out; --help"):
+        command.main([str(tmp_path)])
+
+
 def test_unknown_ignored_key_is_an_error(tmp_path, make):
     make.write(tmp_path / "runs", make.run())
     with pytest.raises(UserError, match=r"no run has the key model\.lrr"):

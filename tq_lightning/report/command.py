@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tq_lightning.errors import UserError
 
@@ -16,9 +16,17 @@ MARKER = "report.json"  # what makes a folder a report of ours, which a new one 
 KIND = "tq_lightning report"
 
 
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong argument, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError`; the command line prints it and exits with status 2."""
+        raise UserError(f"report: {message}; --help lists the arguments")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m tq_lightning report",
         description="Tables, figures and one self-contained page from run records (record.json).",
     )
