@@ -71,7 +71,7 @@ class Ledger:
         self._enqueue()
 
     def claim(self, worker: str) -> "optuna.trial.FrozenTrial | None":
-        """Take the first waiting trial for `worker`; None where nothing waits. No other worker can get the same one."""
+        """Take the waiting trial of the lowest point for `worker`; None where nothing waits. No other worker can get the same one."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -80,7 +80,7 @@ class Ledger:
         for t in trials:
             if "point" in t.user_attrs:
                 first.setdefault((t.user_attrs["point"], t.user_attrs["attempt"]), t.number)
-        for t in trials:
+        for t in sorted(trials, key=lambda t: t.user_attrs.get("point", 0)):  # a retry before what has not begun yet
             if t.state != TrialState.WAITING or (self.limit is not None and t.user_attrs.get("point", 0) >= self.limit):
                 continue
             if first.get((t.user_attrs["point"], t.user_attrs["attempt"])) != t.number:
