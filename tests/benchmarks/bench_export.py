@@ -31,7 +31,8 @@ else:
     model = tq_lightning.export.load.load_packed(path, bits=int(bits), mode="lean")
     read = model.tq_file["bytes_read"]
 seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start_kb) / 1024, "read": read}))
+mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start_kb) / 1024
+print(json.dumps({"seconds": seconds, "mib": mib, "read": read}))
 """
 
 
@@ -102,12 +103,12 @@ def memory(rows, path):
 
     lean = load_packed(path, mode="lean")
     held = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in (*lean.parameters(), *lean.buffers())}.values())
+    codes = sum(t.numel() for t in lean.buffers() if t.element_size() == 1)
     largest = max(t.numel() for t in lean.buffers())
     size = path.stat().st_size
     rows.append(("lean: held / 8-bit file", held / size, "x", f"{held:,} bytes of tensors"))
     rows.append(("lean: held and largest weight made / file", (held + 4 * largest) / size, "x", "below 1.5"))
-    rows.append(("resident: held / 8-bit file", (held + 4 * sum(t.numel() for t in lean.buffers() if t.element_size() == 1)) / size, "x",
-                 "codes and one width's weights"))  # fmt: skip
+    rows.append(("resident: held / 8-bit file", (held + 4 * codes) / size, "x", "codes and one width's weights"))
 
 
 def cold(rows, path, float_path, name):

@@ -83,7 +83,7 @@ def test_affine_form_of_the_levels(level):
         np.testing.assert_allclose(a * codes.numpy() + b, 2 * codes_to_levels(codes, bits, level).numpy() - 1, atol=2e-7)
 
 
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_static(served, bits, tmp_path):
     from tq_lightning.export.onnx import export_static
 
