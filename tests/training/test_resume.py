@@ -119,32 +119,59 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path):
 
 
 class Stop(L.Callback):
-    """Breaks off in the validation of an epoch."""
+    """Breaks off in the validation of an epoch, or in its training after the batch of that number."""
 
-    def __init__(self, epoch):
-        self.epoch = epoch
+    def __init__(self, epoch, batch=None):
+        self.epoch, self.batch = epoch, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.current_epoch == self.epoch and batch_idx == self.batch:
+            raise KeyboardInterrupt
 
     def on_validation_batch_end(self, trainer, *_):
-        if trainer.current_epoch == self.epoch:
+        if trainer.current_epoch == self.epoch and self.batch is None:
             raise KeyboardInterrupt
 
 
-def fit(train, root, model, checkpoint, stop=None, resume=None):
+def fit(train, root, model, checkpoint, stop=None, resume=None, data=None):
     """2 epochs of 4 steps, a checkpoint every 2 steps and at the end of each epoch, as the command line sets them up."""
     end = ModelCheckpoint(root, filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
-    callbacks = [end, checkpoint, *([Stop(stop)] if stop is not None else [])]
+    callbacks = [end, checkpoint, *([stop] if stop is not None else [])]
     flags = {"max_epochs": 2, "limit_train_batches": 4, "enable_checkpointing": True}
     try:
-        return train(root, model, callbacks=callbacks, ckpt_path=resume, **flags)
+        return train(root, model, data, callbacks=callbacks, ckpt_path=resume, **flags)
     except SystemExit:  # Lightning's answer to KeyboardInterrupt
         return None, None
+
+
+def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
+    """With everything that draws at random: augmentation, dropout, stochastic depth, the sandwich; and with momentum."""
+    model = {
+        "ema_decay": 0.5,
+        "drop_rate": 0.3,
+        "drop_path_rate": 0.3,
+        "width_schedule": "sandwich",
+        "opt": "adamw",
+        "sched": "cosine",
+    }
+    data = {"pad": 1, "hflip": 0.5, "reprob": 0.5, "mixup": 0.2, "cutmix": 1.0}
+    _, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2), data=data)
+    fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), Stop(1, 2), data=data)
+    assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 6
+    resume = tmp_path / "b" / "last.ckpt"
+    _, rest = fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), resume=resume, data=data)
+    assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
+    ours, theirs = (torch.load(tmp_path / r / "last.ckpt", weights_only=True) for r in "ba")
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+        assert_same(ours[key], theirs[key], key)
+    assert not torch.equal(*(ours[k]["model.head.weight"] for k in ("state_dict", "current_model_state")))
 
 
 def test_stopped_in_the_last_validation(train, resnet, tmp_path):
     """The checkpoint to go on from lies before the end of the epoch, so the validation is not lost."""
     model = {**resnet, "ema_decay": 0.5}
     _, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2))
-    fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), stop=1)
+    fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), stop=Stop(1))
     assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 6
     trainer, rest = fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), resume=tmp_path / "b" / "last.ckpt")
     assert "val/acc1_truncate_mean" in trainer.callback_metrics
@@ -154,7 +181,7 @@ def test_stopped_in_the_last_validation(train, resnet, tmp_path):
 def test_a_checkpoint_right_before_validation_would_lose_it(train, resnet, tmp_path):
     """The counter-example: Lightning's own callback writes at the last batch too, and goes on without the validation."""
     plain = {"filename": "last", "enable_version_counter": False, "every_n_train_steps": 2}
-    fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), stop=1)
+    fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), stop=Stop(1))
     trainer, _ = fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), resume=tmp_path / "last.ckpt")
     assert "val/acc1_truncate_mean" not in trainer.callback_metrics
 
