@@ -129,10 +129,9 @@ def fresh_dynamo():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo, backend):
+def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo):
     """17 variants, a graph each: no graph breaks, none thrown away at a recompile limit, none run uncompiled."""
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     exact = _logits(model, images)
     graphs = []
     with fresh_dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
@@ -150,7 +149,7 @@ def test_compiled_to_machine_code(fresh_dynamo):
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     prepare(model, quantizer="round", activations="pact_round", skip=(), verbose=False)
     compiled, x = torch.compile(model, fullgraph=True), torch.randn(4, 6)
-    for bits, source in ((8, "quantize"), (2, "quantize"), (2, "truncate")):
+    for bits, source in ((4, "quantize"), (2, "truncate")):
         with bit_width(compiled, bits, source), torch.no_grad():
             assert torch.allclose(compiled(x), model(x), atol=1e-5), (bits, source)
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -42,7 +43,8 @@ def width_of(model: nn.Module) -> Width:
     Raises:
         ValueError: the model is not prepared, or holds parts of two prepared models.
     """
-    found = {id(m.width): m.width for m in model.modules() if isinstance(getattr(m, "width", None), Width)}
+    owned = (getattr(module, "width", None) for module in model.modules())
+    found = {id(width): width for width in owned if isinstance(width, Width)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no quantizers; call prepare(model, ...) first")
     if len(found) > 1:
@@ -52,7 +54,7 @@ def width_of(model: nn.Module) -> Width:
 
 def _allow_variants(max_bits: int) -> None:
     # torch.compile builds one graph a width and source and, past its limit, silently runs eager: make room for all.
-    dynamo = sys.modules.get("torch._dynamo.config")
+    dynamo: Any = sys.modules.get("torch._dynamo.config")
     if dynamo is not None:
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (2 * max_bits + 1))
 
