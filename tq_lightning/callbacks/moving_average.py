@@ -23,7 +23,7 @@ class MovingAverage(WeightAveraging):
         @torch.no_grad()
         def update(averages: Sequence[Tensor], weights: Sequence[Tensor], _: Any) -> None:
             if averages[0].is_floating_point():
-                torch._foreach_lerp_(averages, weights, 1.0 - decay)
+                torch._foreach_lerp_(list(averages), list(weights), 1.0 - decay)
             else:
                 for average, value in zip(averages, weights, strict=True):
                     average.copy_(value)

@@ -156,8 +156,8 @@ class RunRecord(L.Callback):
         record["epochs"] = len({epoch for points in curves.values() for epoch, _ in points})
         if not scored:
             return
-        best = max(scored, key=lambda point: point[1])[0]
-        last = scored[-1][0]
+        best = int(max(scored, key=lambda point: point[1])[0])
+        last = int(scored[-1][0])
         record["last"] = {"epoch": last, "metrics": _at_epoch(curves, last)}
         record["best"] = {"epoch": best, "monitor": MONITOR, "metrics": _at_epoch(curves, best)}
         metrics = record["best"]["metrics"]

@@ -55,7 +55,7 @@ def export_static(path: str | Path, out: str | Path, bits: int) -> None:
         array = codes[name].numpy()
         raw = _nibbles(array) if kind == TensorProto.UINT4 else array.tobytes()
         stored = helper.make_tensor(f"{name}/codes", kind, array.shape, raw, raw=True)
-        step = numpy_helper.from_array(np.float32(a), f"{name}/step")
+        step = numpy_helper.from_array(np.asarray(a, np.float32), f"{name}/step")
         made = helper.make_node("DequantizeLinear", [stored.name, step.name], [f"{name}/levels"], name=f"{name}/dequantize")
         graph.graph.initializer.extend([stored, step])
         nodes += [made, *affine_nodes(graph, name, f"{name}/levels", None, b, packed.scale)]
@@ -153,7 +153,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], inputs: list[str], shapes: A
         raise UserError(f"PyTorch cannot export this network to ONNX ({type(error).__name__}: {said})") from error
     assert program is not None
     buffer = io.BytesIO()
-    program.save(buffer)
+    program.save(buffer)  # type: ignore[arg-type]
     return onnx.load_model_from_string(buffer.getvalue())
 
 
@@ -206,7 +206,7 @@ class _Weight(nn.Module):
         k = _shift(codes, now.shifts_now).float()  # type: ignore[arg-type]
         k = k + 0.5 if self.level == "centre" else k
         level = k / now.tops_now if self.level == "endpoint" else k * now.steps_now  # type: ignore[operator]
-        return (level * 2.0 - 1.0) * self.scale
+        return (level * 2.0 - 1.0) * self.scale  # type: ignore[operator]
 
 
 class _Norm(nn.Module):

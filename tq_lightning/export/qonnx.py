@@ -35,7 +35,7 @@ def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
     with bit_width(model, bits):
         graph = float_graph(model)
     shared = {"one": 1.0, "zero": 0.0, "stored_bits": stored, "bits": bits}
-    graph.graph.initializer.extend(numpy_helper.from_array(np.float32(v), f"trunc/{k}") for k, v in shared.items())
+    graph.graph.initializer.extend(numpy_helper.from_array(np.asarray(v, np.float32), f"trunc/{k}") for k, v in shared.items())
     nodes = []
     for name, _, _, packed in weights:
         graph.graph.initializer.append(numpy_helper.from_array(codes[name].astype(np.float32), f"{name}/codes"))

@@ -50,14 +50,16 @@ def _own(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _add(sums: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    old, new = [], []
+    old: list[Tensor] = []
+    new: list[Tensor] = []
     for i, g in enumerate(grads):
         if g is None:
             continue
-        if sums[i] is None:
+        so_far = sums[i]
+        if so_far is None:
             sums[i] = g
         else:
-            old.append(sums[i])
+            old.append(so_far)
             new.append(g)
     if old:
         torch._foreach_add_(old, new)
@@ -108,9 +110,9 @@ def joint_loss(
                     leaves[id(q)] = (q._shared[0], weight)
             keys = list(leaves)
             with torch.autocast(images.device.type, enabled=False):
-                grads = torch.autograd.grad(loss * factor, [*params, *(leaves[k][0] for k in keys)], allow_unused=True)
+                inputs = [*params, *(leaves[k][0] for k in keys)]
+                grads = _own(torch.autograd.grad(loss * factor, inputs, allow_unused=True))
             del out, loss
-            grads = _own(grads)
             _add(sums, grads[: len(params)])
             for key, g in zip(keys, grads[len(params) :], strict=True):
                 if g is not None:
@@ -118,9 +120,8 @@ def joint_loss(
             del grads
         with torch.no_grad():
             for q, weight in pairs:
-                g = leaf_sums.pop(id(q), None)
-                if g is not None:
-                    _add_at(sums, position[id(weight)], q.normaliser_grad(g).to(weight.dtype))
+                if id(q) in leaf_sums:
+                    _add_at(sums, position[id(weight)], q.normaliser_grad(leaf_sums.pop(id(q))).to(weight.dtype))
     present = [g for g in sums if g is not None]
     if loss_scale != 1.0:
         torch._foreach_div_(present, loss_scale)

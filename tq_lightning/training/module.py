@@ -73,6 +73,8 @@ class TQModule(L.LightningModule):
         seed: of the width schedule and the random states of each step; null = the run's seed.
     """
 
+    hparams: Any  # type: ignore[assignment]  # an AttributeDict, which its annotation in Lightning does not say
+
     def __init__(
         self,
         name: str = "resnet8_cifar",
@@ -277,7 +279,7 @@ class TQModule(L.LightningModule):
         self.loaded_epoch = checkpoint.get("epoch")
 
     # -- optimisation ----------------------------------------------------------------------------------------------
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         from tq_lightning.training.optim import build_optimizer, build_scheduler
 
         assert self.model is not None
