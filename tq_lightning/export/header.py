@@ -55,7 +55,7 @@ def read_header(file: Container) -> dict[str, Any]:
     """The header with the type of every field checked."""
     header = file.header
     if header.get("rest_of") is not None:
-        raise UserError(f"{file.path} is a rest file (missing planes alone); join it with `export NARROW --add REST --out FILE`")
+        raise UserError(f"{file.path} is a rest file (missing planes only); join with `export NARROW --add REST --out FILE`")
     kinds: dict[str, Any] = {
         "model": dict,
         "preprocessing": dict | None,
