@@ -95,9 +95,7 @@ WRAPS = {
     "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
     "timm with EMA": lambda s: {"state_dict": {k: v * 0 for k, v in s.items()}, "state_dict_ema": s, "version": 2},
     "public CIFAR": lambda s: {
-        "state_dict": {
-            f"module.{k.replace('fc.', 'linear.')}": v for k, v in s.items() if "num_batches_tracked" not in k
-        }
+        "state_dict": {f"module.{k.replace('fc.', 'linear.')}": v for k, v in s.items() if "num_batches_tracked" not in k}
     },
 }
 
