@@ -43,15 +43,16 @@ class Ledger:
         self._seen: dict[int, tuple[Any, float]] = {}  # running trial's number -> (its heartbeat, when this was first seen)
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
-        """All trials by number, but for duplicates."""
-        return [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("cause") != "duplicate"]
+        """All trials of points by number, but for duplicates."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [t for t in trials if "point" in t.user_attrs and t.user_attrs.get("cause") != "duplicate"]
 
     def latest(self) -> dict[int, "optuna.trial.FrozenTrial"]:
         """Point -> its last attempt."""
         last: dict[int, optuna.trial.FrozenTrial] = {}
         for t in self.trials():
-            point = t.user_attrs.get("point")
-            if point is not None and (point not in last or t.user_attrs["attempt"] > last[point].user_attrs["attempt"]):
+            point = t.user_attrs["point"]
+            if point not in last or t.user_attrs["attempt"] > last[point].user_attrs["attempt"]:
                 last[point] = t
         return last
 
@@ -71,17 +72,16 @@ class Ledger:
         self._enqueue()
 
     def claim(self, worker: str) -> "optuna.trial.FrozenTrial | None":
-        """Take the waiting trial of the lowest point for `worker`; None where nothing waits. No other worker can get the same one."""
+        """Take the waiting trial of the lowest point; None where nothing waits. No other worker can get the same one."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         trials = self.trials()
         first: dict[tuple[int, int], int] = {}
         for t in trials:
-            if "point" in t.user_attrs:
-                first.setdefault((t.user_attrs["point"], t.user_attrs["attempt"]), t.number)
-        for t in sorted(trials, key=lambda t: t.user_attrs.get("point", 0)):  # a retry before what has not begun yet
-            if t.state != TrialState.WAITING or (self.limit is not None and t.user_attrs.get("point", 0) >= self.limit):
+            first.setdefault((t.user_attrs["point"], t.user_attrs["attempt"]), t.number)
+        for t in sorted(trials, key=lambda t: t.user_attrs["point"]):  # a retry before what has not begun
+            if t.state != TrialState.WAITING or (self.limit is not None and t.user_attrs["point"] >= self.limit):
                 continue
             if first.get((t.user_attrs["point"], t.user_attrs["attempt"])) != t.number:
                 self.fail(t, "duplicate", "another trial has the same point")
