@@ -48,6 +48,14 @@ def alternately(repeats, **calls):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+class Shown(list):
+    """Rows that are printed as they come: a run takes minutes."""
+
+    def append(self, row):
+        print(f"{row[0]:<55} {row[1]:>16,.3f} {row[2]}", flush=True)
+        super().append(row)
+
+
 def planes(rows):
     import numpy as np
 
@@ -187,7 +195,7 @@ def main():
     from tq_lightning.models import create_model
     from tq_lightning.quant.norm import per_width_norms
 
-    rows = []
+    rows: list[tuple[str, float, str, str]] = Shown()
     planes(rows)
     with tempfile.TemporaryDirectory() as folder:
         for name in (a.model, a.vit):
