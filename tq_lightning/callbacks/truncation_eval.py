@@ -105,7 +105,8 @@ class TruncationEval(L.Callback):
     def _end(self, module: Any, stage: str) -> None:
         accuracy = {p: round(100.0 * float(metric.compute()), 5) for p, metric in self._accuracy.items()}
         values = width_metrics(stage, accuracy, module.hparams.max_bits, module.widths)
-        module.log_dict({**values, f"{stage}/images": float(self._images.compute())})
+        # every process has computed the same values: sync_dist keeps Lightning from warning of each of them
+        module.log_dict({**values, f"{stage}/images": float(self._images.compute())}, sync_dist=True)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._fresh:
