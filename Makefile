@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # threads of two test processes at once otherwise wait for each other
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
-.PHONY: env demo test test-slow lint bench clean
+.PHONY: env demo test test-slow test-slow-again lint bench clean
 
 env: $(READY)
 
@@ -28,8 +28,10 @@ test: $(READY)
 	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not families and not gpu" -n 2
 
 test-slow: $(READY)
-	$(TEST_ENV) $(RUN) -m pytest -m "slow and not families and not gpu"
-	$(TEST_ENV) $(RUN) -m pytest -m "families" -n 2
+	$(TEST_ENV) $(RUN) -m pytest -m "(slow or families) and not gpu" -n 2 --dist loadfile
+
+test-slow-again: $(READY)
+	$(TEST_ENV) $(RUN) -m pytest -m "(slow or families) and not gpu" --last-failed --last-failed-no-failures none
 
 lint: $(READY)
 	$(RUN) -m ruff check .
