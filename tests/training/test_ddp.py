@@ -89,6 +89,7 @@ class Count(L.Callback):
 
 
 def test_frozen_statistics_and_one_reduction_a_step(train, resnet, tmp_path):
+    resnet = {**resnet, "num_classes": 10}
     two_processes = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
     flags = {"limit_train_batches": 3, "limit_val_batches": 0}
     _, one = train(tmp_path / "one", resnet, {"batch_size": 16}, callbacks=[Freeze()], **flags)

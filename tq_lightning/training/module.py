@@ -272,7 +272,8 @@ class TQModule(L.LightningModule):
             }
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.configure_model()  # load_from_checkpoint, ddp_spawn and ddp_fork load into a module that was never built
+        if self.hparams.num_classes is not None:
+            self.configure_model()  # load_from_checkpoint, ddp_spawn and ddp_fork load into a module that was never built
         return super().load_state_dict(*args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
