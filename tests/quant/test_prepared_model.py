@@ -1,6 +1,7 @@
 """A prepared model as a citizen of PyTorch: copies, checkpoints, dtypes, compilation."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -145,6 +146,8 @@ def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_to_machine_code(fresh_dynamo):
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     prepare(model, quantizer="round", activations="pact_round", skip=(), verbose=False)
@@ -155,6 +158,7 @@ def test_compiled_to_machine_code(fresh_dynamo):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_training_step_is_the_eager_one(net, images, fresh_dynamo):
     prepare(net, activations="pact_floor", skip=(), verbose=False)
     twin = copy.deepcopy(net)
