@@ -12,15 +12,16 @@ from lightning.pytorch.loggers import WandbLogger
 def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
     """One W&B run for this run, with its resolved configuration; its files go below `run_dir`.
 
-    An agent's sweep gives the run its id and project through the environment, so neither is set here where it does; values
-    that the sweep itself set are left to it (`allow_val_change`). Only rank 0 makes a run.
+    An agent's sweep gives the run its id and project through the environment, so neither is set here where it does; what
+    the sweep itself set is left to it. Only rank 0 makes a run.
     """
     in_sweep = "WANDB_SWEEP_ID" in os.environ
     project = None if in_sweep else os.environ.get("WANDB_PROJECT", "tq_lightning")
     logger = WandbLogger(name=None if in_sweep else run_dir.name, save_dir=run_dir, project=project, log_model=False)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("RANK", 0)) == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        logger.experiment.config.update(config, allow_val_change=True)
+        # a sweep locks the keys it set, and with them whole sections: the resolved values go beside them
+        logger.experiment.config.update({"resolved": config} if in_sweep else config, allow_val_change=True)
     return logger
 
 
