@@ -4,6 +4,8 @@ VENV ?= .venv-$(notdir $(PYTHON))
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # threads of two test processes at once otherwise wait for each other
+# images of 8x8 pixels are too small for two threads to share
+DEMO := OMP_NUM_THREADS=1 $(RUN)
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
 .PHONY: env demo test test-slow test-slow-again lint bench clean
@@ -17,11 +19,11 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(RUN) -m tq_lightning fit --config conf/digits.yaml --model.quantizer round --trainer.default_root_dir demo/round
-	$(RUN) -m tq_lightning fit --config conf/digits.yaml --model.quantizer floor --trainer.default_root_dir demo/floor
-	$(RUN) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/round --ckpt_path last
-	$(RUN) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/floor --ckpt_path last
-	$(RUN) -m tq_lightning report demo/round demo/floor --out demo/report
+	$(DEMO) -m tq_lightning fit --config conf/digits.yaml --model.quantizer round --trainer.default_root_dir demo/round
+	$(DEMO) -m tq_lightning fit --config conf/digits.yaml --model.quantizer floor --trainer.default_root_dir demo/floor
+	$(DEMO) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/round --ckpt_path last
+	$(DEMO) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/floor --ckpt_path last
+	$(DEMO) -m tq_lightning report demo/round demo/floor --out demo/report
 	@echo "the picture: demo/report/figures/qt_gap_resnet8_cifar_digits.png, the page: demo/report/index.html"
 
 test: $(READY)
