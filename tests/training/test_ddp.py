@@ -1,5 +1,6 @@
 """Two processes at half the batch take the steps of one, with one reduction a step; only the first writes."""
 
+import functools
 import json
 import os
 import subprocess
@@ -88,19 +89,38 @@ class Count(L.Callback):
         trainer.strategy.model.register_comm_hook(None, hook)
 
 
+def in_fresh_process(test):
+    """Runs a test in a pytest of its own: a process whose autograd has run cannot fork workers that train."""
+
+    @functools.wraps(test)
+    def wrapped(train, resnet, tmp_path):
+        if os.environ.get("TQ_FRESH_PROCESS"):
+            return test(train, resnet, tmp_path)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
+        env = {**os.environ, "TQ_FRESH_PROCESS": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-4000:]
+
+    return wrapped
+
+
+@pytest.mark.timeout(900)
+@in_fresh_process
 def test_frozen_statistics_and_one_reduction_a_step(train, resnet, tmp_path):
     resnet = {**resnet, "num_classes": 10}
     two_processes = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
     flags = {"limit_train_batches": 3, "limit_val_batches": 0}
-    _, one = train(tmp_path / "one", resnet, {"batch_size": 16}, callbacks=[Freeze()], **flags)
-    count = Count(tmp_path / "count")
+    count = Count(tmp_path / "count")  # the fork comes first, before autograd has run in this process
     _, two = train(tmp_path / "two", resnet, {"batch_size": 8}, callbacks=[Freeze(), count], **two_processes, **flags)
+    _, one = train(tmp_path / "one", resnet, {"batch_size": 16}, callbacks=[Freeze()], **flags)
     assert_close(dict(two.state_dict()), dict(one.state_dict()))  # fork brings the weights back to this process
     lines = (tmp_path / "count").read_text().splitlines()
     assert len(lines) == 2 * 3, f"one reduction a step and process, not one a width: {lines}"
 
 
-def test_accumulation_reduces_once_an_update(train, tmp_path):
+@pytest.mark.timeout(900)
+@in_fresh_process
+def test_accumulation_reduces_once_an_update(train, resnet, tmp_path):
     count = Count(tmp_path / "count")
     flags = {"devices": 2, "strategy": "ddp_fork", "limit_train_batches": 4, "limit_val_batches": 0}
     train(tmp_path, data={"batch_size": 8}, callbacks=[count], accumulate_grad_batches=2, **flags)
