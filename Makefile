@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv-$(notdir $(PYTHON))
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# threads of two test processes at once otherwise wait for each other
 # images of 8x8 pixels are too small for two threads to share
 DEMO := OMP_NUM_THREADS=1 $(RUN)
+# threads of two test processes at once otherwise wait for each other
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
 .PHONY: env demo test test-slow test-slow-again lint bench clean
