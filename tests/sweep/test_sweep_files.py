@@ -12,7 +12,15 @@ from tq_lightning.sweep.twins import arguments
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
-POINTS = {"floor_vs_round": 6, "ste": 162, "ste_small": 12, "levels": 18, "activations": 27, "widths_and_distillation": 45}
+POINTS = {
+    "floor_vs_round": 6,
+    "floor_vs_round_finetune": 6,
+    "ste": 162,
+    "ste_small": 12,
+    "levels": 18,
+    "activations": 27,
+    "widths_and_distillation": 45,
+}
 
 
 @pytest.fixture(scope="module")
