@@ -19,6 +19,7 @@ POINTS = {
     "ste_small": 12,
     "levels": 18,
     "activations": 27,
+    "activations_truncated": 24,
     "widths_and_distillation": 45,
 }
 
