@@ -198,8 +198,9 @@ def energy(evidence: Evidence) -> list[Drawn]:
     for axes in grid[len(records) :]:
         axes.set_visible(False)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    caption = "Computed from picojoule constants (Horowitz, ISSCC 2014, 45 nm), not measured. " + " ".join(assumptions)
-    return [Drawn("energy", "Energy", title, caption.strip(), "; ".join(words), figure)]
+    sources = dict.fromkeys(r["energy"]["source"] for r in records if r["energy"].get("source"))
+    caption = " ".join(["Computed from picojoule constants, not measured.", *(f"{line}." for line in [*sources, *assumptions])])
+    return [Drawn("energy", "Energy", title, caption, "; ".join(words), figure)]
 
 
 def energy_name(kind: str) -> str:
