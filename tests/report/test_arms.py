@@ -3,7 +3,7 @@
 import pytest
 
 from tq_lightning.report.arms import arm_config, flags_of, group, mixed, settings
-from tq_lightning.report.evidence import gather, is_papers, row_arms
+from tq_lightning.report.evidence import gather, is_papers, reference, row_arms
 from tq_lightning.report.records import Loaded, Run, flatten
 
 
@@ -105,6 +105,14 @@ def test_kind_and_source_of_activations_are_two_factors(make):
     assert found.factors() == ["model.activations", "model.activations_source"]
     (setting,) = found.factor_settings("model.activations_source")
     assert [value for value, _ in setting.arms] == ["quantize", "truncate"]
+
+
+def test_float_activations_are_the_reference_of_quantized_ones(make):
+    kinds = (None, "clamp_round", "clamp_round_truncate")
+    found = evidence(*(make.run(model_activations=kind) for kind in kinds))
+    (setting,) = found.factor_settings("model.activations")
+    assert [value for value, _ in setting.arms] == ["none", "clamp_round"]
+    assert reference(setting) == "none"
 
 
 def test_the_papers_setting_and_near_misses(make):

@@ -77,9 +77,12 @@ def arm_config(run: Run) -> dict[str, Any]:
     if config.get("model.ste", "auto") == "auto" and config.get("model.quantizer") in AUTO_STE:
         config["model.ste"] = AUTO_STE[config["model.quantizer"]]
     # How activations are coded and whether they are truncated are two choices: kept apart, each can be compared alone.
-    if isinstance(kind := config.get("model.activations"), str):
-        config["model.activations"] = kind.removesuffix(TRUNCATED)
-        config[ACTIVATIONS_SOURCE] = "truncate" if kind.endswith(TRUNCATED) else "quantize"
+    # Float activations are never truncated, so that they are the reference of those that are quantized and not truncated.
+    if "model.activations" in config:
+        kind = config["model.activations"]
+        truncated = isinstance(kind, str) and kind.endswith(TRUNCATED)
+        config["model.activations"] = kind.removesuffix(TRUNCATED) if truncated else kind
+        config[ACTIVATIONS_SOURCE] = "truncate" if truncated else "quantize"
     return {key: _shape(value) if key not in LISTS else _listed(value) for key, value in config.items()}
 
 
