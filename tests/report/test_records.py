@@ -139,6 +139,43 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
         assert any("the trial (fail) has no record" in reason for reason in reasons(loaded))
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_sweeps_folder_knows_its_pruned_trials_and_may_be_moved(tmp_path, monkeypatch, make, moved):
+    """The record of a pruned trial says finished; the study beside it does not, wherever the sweep's folder lies now."""
+    optuna = pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "sweep"
+    states = [optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]
+    made = []
+    for number, state in enumerate(states):
+        path = home / "trials" / f"{number:04}" / "run" / "record.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(make.run(seed=number)))
+        made.append(optuna.trial.create_trial(state=state, value=1.0, user_attrs={"record": str(path)}))
+    study = optuna.create_study(study_name="ste", storage="sqlite:///sweep/study.db")
+    study.add_trials(made)
+    if moved:
+        home = home.rename(tmp_path / "elsewhere")
+    for given in (str(home), str(home / "study.db")):
+        loaded = load([given])
+        assert [run.seed for run in loaded.runs] == [0]
+        (reason,) = reasons(loaded)
+        assert "the trial is pruned, not complete" in reason
+
+
+def test_journal_as_the_sweep_writes_it(tmp_path, monkeypatch, make):
+    optuna = pytest.importorskip("optuna")
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    monkeypatch.chdir(tmp_path)
+    make.write(tmp_path / "trials", record := make.run())
+    study = optuna.create_study(storage=JournalStorage(JournalFileBackend("study.log")))
+    attributes = {"record": f"trials/{record['id']}/record.json"}
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.COMPLETE, value=1.0, user_attrs=attributes))
+    assert [run.id for run in load(["journal:study.log"]).runs] == [record["id"]]
+
+
 def test_paths_of_the_machine_are_shortened_and_urls_kept():
     got = shorten(
         {
