@@ -27,6 +27,10 @@ def test_markdown_and_latex_escape_what_would_break_them():
     assert r"A \& B. 50 \% of\_it a note" in made
     assert r"1.0 $\pm$ 0.2 \\" in made
     assert made.count(r"\begin") == made.count(r"\end") == 2
+    long = latex(Table("t", "T", "", ["a", "b"], [["[x] 雪", "é_%"]] * 41))
+    assert "longtable" in long.splitlines()[0]
+    assert long.count(r"\begin{longtable}") == long.count(r"\end{longtable}") == 1
+    assert r"{[}x] ? & é\_\% \\" in long
 
 
 def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
