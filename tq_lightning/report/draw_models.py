@@ -178,7 +178,8 @@ def energy(evidence: Evidence) -> list[Drawn]:
     for axes, record, name in zip(grid, records, model_names(records), strict=False):
         by_width = record["energy"]["by_width"]
         widths = sorted(int(w) for w in by_width)
-        for i, kind in enumerate(k for k in by_width[str(widths[0])] if k.endswith("_pj")):
+        kinds = [k for k in by_width[str(widths[0])] if k.endswith("_pj") and all(k in row for row in by_width.values())]
+        for i, kind in enumerate(kinds):
             colour, marker, dashes = SERIES[i % len(SERIES)]
             values = [by_width[str(w)][kind] * 1e-6 for w in widths]
             look = {"color": colour, "marker": marker, "linestyle": dashes, "label": energy_name(kind)}
@@ -188,7 +189,7 @@ def energy(evidence: Evidence) -> list[Drawn]:
             words.append(
                 f"{name}, {energy_name(kind)}: {values[0]:.3g} µJ at {widths[0]} to {values[-1]:.3g} µJ at {widths[-1]}"
             )
-        drawn = [by_width[str(w)][kind] * 1e-6 for w in widths for kind in by_width[str(w)] if kind.endswith("_pj")]
+        drawn = [by_width[str(w)][kind] * 1e-6 for w in widths for kind in kinds]
         style.width_axis(axes, widths)
         axes.set_yscale("log")
         axes.set_ylim(10 ** math.floor(math.log10(min(drawn))), 10 ** math.ceil(math.log10(max(drawn))))
