@@ -13,7 +13,7 @@ def test_resnet50_prints_both_ratios_and_their_accounting(capsys):
     assert main(["--model.name", "resnet50"]) == 0
     out = capsys.readouterr().out
     assert "3.533x" in out and "2.914x" in out
-    for words in ("25,557,032", "28,934,816", "35,079,024", "layer4.2.conv3", "DRAM read, 32 bits 640"):
+    for words in ("25,557,032", "28,934,816", "35,079,024", "layer4.2.conv3", "DRAM access, 64 bits 1300"):
         assert words in out
     assert "\x1b" not in out and "━" not in out  # plain where the output is no terminal
 

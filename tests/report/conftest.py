@@ -123,8 +123,9 @@ def inspect(model="resnet50", parameters=25_557_032, skip=("first",)):
         "accounting": [f"{parameters:,} float parameters x 4 bytes", "8-bit weights, the stem in float, 8 norm sets"],
         "energy": {
             "assumptions": ["every weight comes once from DRAM", "45 nm, 0.9 V"],
-            "constants_pj": {"DRAM read, 32 bit": 640.0, "8-bit add": 0.03},
-            "by_width": {str(w): {"refetch_float_pj": size * 640.0, "shift_pj": size * 0.13 * (1 + w / 8)} for w in WIDTHS},
+            "constants_pj": {"DRAM access, 64 bits": 1300.0, "8-bit add": 0.03},
+            "source": "a table of 45 nm",
+            "by_width": {str(w): {"refetch_float_pj": size * 650.0, "shift_pj": size * 0.13 * (1 + w / 8)} for w in WIDTHS},
         },
         "mechanism": {
             "bits": [1, 2, 3, 4],

@@ -36,8 +36,10 @@ def test_paired_where_seeds_coincide_and_welch_where_not():
 
 
 def test_words():
-    assert difference({0: 2.0, 1: 2.1}, {0: 1.0, 1: 1.1}).words("a", "b") == "a is above b by 1.0 points [+1.0, +1.0], paired"
-    assert difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}).words("a", "b").startswith("no difference shown (+0.0 points [-12.7")
+    above = difference({0: 2.0, 1: 2.1}, {0: 1.0, 1: 1.1}).words("a", "b")
+    assert above == "a is above b by 1.00 points [+1.00, +1.00], paired"
+    nothing = difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}).words("a", "b")
+    assert nothing.startswith("no difference shown, a - b = +0.00 points [-12.7")
     one = difference({0: 1.0}, {0: 2.0})
     assert "one seed: no interval" in one.words("a", "b")
     assert one.verdict() == "one seed: no interval"

@@ -3,7 +3,8 @@
 import pytest
 
 from tq_lightning.report.arms import arm_config, flags_of, group, mixed, settings
-from tq_lightning.report.evidence import gather, is_papers, row_arms
+from tq_lightning.report.evidence import gather, is_papers, reference, row_arms
+from tq_lightning.report.labels import wrapped
 from tq_lightning.report.records import Loaded, Run, flatten
 
 
@@ -107,6 +108,14 @@ def test_kind_and_source_of_activations_are_two_factors(make):
     assert [value for value, _ in setting.arms] == ["quantize", "truncate"]
 
 
+def test_float_activations_are_the_reference_of_quantized_ones(make):
+    kinds = (None, "clamp_round", "clamp_round_truncate")
+    found = evidence(*(make.run(model_activations=kind) for kind in kinds))
+    (setting,) = found.factor_settings("model.activations")
+    assert [value for value, _ in setting.arms] == ["none", "clamp_round"]
+    assert reference(setting) == "none"
+
+
 def test_the_papers_setting_and_near_misses(make):
     papers = {"model": "preresnet20_cifar", "model_activations": "clamp_round"}
     (setting,) = evidence(*make.pair(**papers)).qt_settings()
@@ -130,6 +139,15 @@ def test_mixed_commits_and_versions_are_told(make):
     assert "uncommitted" in words
     (same,) = evidence(*make.pair()).qt_settings()
     assert mixed([arm for _, arm in same.arms]) == []
+
+
+def test_a_label_is_broken_between_its_parts_and_says_what_floor_is_of(make):
+    kinds = ("clamp_round", "clamp_round_truncate")
+    found = evidence(*(make.run(q, model_activations=k) for q in ("floor", "round") for k in kinds))
+    labels = [s.label for s in found.factor_settings("model.activations_source")]
+    assert labels == ["resnet20_cifar · cifar10 · floor weights", "resnet20_cifar · cifar10 · round weights"]
+    assert [s.label for s in found.qt_settings()][1] == "resnet20_cifar · cifar10 · activations truncated too"
+    assert wrapped(labels[0], 26) == "resnet20_cifar · cifar10\nfloor weights"
 
 
 def test_labels_are_unique_even_for_many_settings(make):

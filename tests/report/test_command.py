@@ -44,6 +44,17 @@ def test_report_is_whole_and_needs_no_torch(tmp_path, make):
     assert "4 runs in 2 arms, 1 inspect records, 1 left out" in done.stdout
 
 
+def test_no_two_arms_look_the_same_in_the_terminal(tmp_path, make, quick, capsys):
+    kinds = ("clamp_round", "clamp_round_truncate")
+    records = [make.run("floor", 0, model_activations=kind, model_lr=lr) for kind in kinds for lr in (0.1, 0.2)]
+    make.write(tmp_path / "runs", *records, make.run("floor", 0, model_level="left"))
+    command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    settled = [tuple(cell for head, cell in zip(rows[0], row, strict=True) if not head.isdigit()) for row in rows[1:]]
+    assert len(set(settled)) == len(settled) == 5
+    assert {"level", "activations", "also"} < set(rows[0])
+
+
 def test_a_report_is_replaced_as_a_whole(tmp_path, make, quick):
     make.write(tmp_path / "runs", *make.pair(seeds=(0,)))
     out = tmp_path / "report"

@@ -109,6 +109,41 @@ def test_many_settings_are_capped_and_the_rest_is_noted(make):
     assert "14 settings, the 12 with most runs are drawn" in found.notes[0]
 
 
+def test_disagreement_notes_what_it_does_not_draw_and_survives_many_arms(make):
+    found = evidence(*(make.run("round", 0, model_lr=float(k)) for k in range(9)))
+    with style.styled():
+        (figure,) = figures.FIGURES["disagreement"](found)
+    assert found.notes == ["Codes that disagree: 9 settings, the 7 with most runs are drawn; the tables hold all."]
+    runs = [make.run("round", 0, model_lr=float(k)) for k in range(9)]
+    found = gather(Loaded([Run(r["id"], r["id"], 0, flatten(r["config"]), r) for r in runs], [], []), ["model.lr"])
+    with style.styled():
+        (figure,) = figures.FIGURES["disagreement"](found)
+    assert all(f"round, lr={k}.0, resnet20_cifar" in figure.alt for k in range(9))
+
+
+@pytest.mark.parametrize("name", ["robustness", "pareto", "ste"])
+def test_budgets_that_differ_between_what_a_figure_compares_are_flagged_on_it(make, name):
+    def settings(epochs):
+        both = [("resnet8_cifar", 15), ("resnet20_cifar", epochs)]
+        more = [make.run("floor", s, m, epochs=e, model_ste="identity") for m, e in both for s in (0, 1)]
+        return [*(r for m, e in both for r in make.pair((0, 1), model=m, epochs=e)), *more]
+
+    (unequal,) = drawn(name, *settings(5))
+    assert re.search(r"BUDGETS DIFFER BETWEEN (SETTINGS|ARMS): 5 to 15 epochs, 1500 to 4500\s+steps", texts(unequal.figure))
+    (equal,) = drawn(name, *settings(15))
+    assert "BUDGETS" not in texts(equal.figure)
+
+
+def test_every_accuracy_says_its_split_and_its_number_of_seeds(make):
+    records = [*make.pair((0, 1)), make.run("floor", 2, test=True)]
+    for name in ("qt_gap", "robustness", "pareto"):
+        (figure,) = drawn(name, *records)
+        assert "validation split, best epoch, 2 to 3 seeds" in texts(figure.figure)
+        assert "Only 1 of 5 runs were tested" in figure.caption
+    (figure,) = drawn("qt_gap", *make.pair((0,), test=True))
+    assert "test split, 1 seed" in texts(figure.figure)
+
+
 def test_storage_ratios_are_over_the_float_parameters(make):
     record = make.inspect()
     record["ways"]["float_master"]["total"] += 10**6  # buffers are no parameters

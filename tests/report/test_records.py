@@ -43,10 +43,15 @@ def test_wandb_folder_and_older_copy(tmp_path, make):
         ({"status": "running", "widths": {}}, "unfinished: status running"),
         ({"schema": 2}, "schema 2; this version reads schema 1"),
         ({"kind": "other"}, "kind 'other'"),
-        ({"config": None}, "broken: no usable config"),
+        ({"config": None}, "broken: config is missing"),
         ({"widths": {}}, "holds no width"),
-        ({"widths": {"4": {"quantize": 80.0}}}, "truncate = None"),
-        ({"widths": {"4": {"quantize": float("nan"), "truncate": 1.0}}}, "quantize = nan"),
+        ({"widths": {"four": {"quantize": 80.0, "truncate": 80.0}}}, "broken: widths has a key that is no width in bits"),
+        ({"seed": [1]}, "broken: seed is '[1]', not a whole number"),
+        ({"test": {"metrics": []}}, "broken: test.metrics is '[]', not a mapping"),
+        ({"bytes": {"planes": 7}}, "broken: bytes.planes is '7', not a mapping"),
+        ({"curves": {"val/acc1_truncate_w8": 1}}, "broken: curves.val/acc1_truncate_w8 is '1', not a list of pairs"),
+        ({"widths": {"4": {"quantize": 80.0}}}, "broken: widths.4.truncate is missing"),
+        ({"widths": {"4": {"quantize": float("nan"), "truncate": 1.0}}}, "broken: widths.4.quantize is 'nan', not a number"),
     ],
 )
 def test_unusable_records_are_listed_never_used(tmp_path, make, change, reason):
@@ -71,6 +76,16 @@ def test_half_written_and_foreign_json(tmp_path, make):
     assert "half-written" in found["empty"]
     assert "no key 'schema'" in found["foreign"]
     assert "no key 'schema'" in found["list"]
+
+
+@pytest.mark.parametrize("part", ["ways", "read_at", "energy", "mechanism", "policy"])
+def test_a_broken_inspect_record_does_not_take_the_report_with_it(tmp_path, make, part):
+    whole, broken = make.inspect(), make.inspect("resnet18", 11_689_512)
+    broken[part] = "x"
+    make.write(tmp_path, whole, broken)
+    loaded = load([str(tmp_path)])
+    assert [record["model"] for record in loaded.inspects] == ["resnet50"]
+    assert reasons(loaded) == [f"broken: {part} is 'x', not a mapping"]
 
 
 def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
@@ -137,6 +152,43 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
         assert len(loaded.runs) == 1
         assert any("the trial is pruned, not complete" in reason for reason in reasons(loaded))
         assert any("the trial (fail) has no record" in reason for reason in reasons(loaded))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_sweeps_folder_knows_its_pruned_trials_and_may_be_moved(tmp_path, monkeypatch, make, moved):
+    """The record of a pruned trial says finished; the study beside it does not, wherever the sweep's folder lies now."""
+    optuna = pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "sweep"
+    states = [optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]
+    made = []
+    for number, state in enumerate(states):
+        path = home / "trials" / f"{number:04}" / "run" / "record.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(make.run(seed=number)))
+        made.append(optuna.trial.create_trial(state=state, value=1.0, user_attrs={"record": str(path)}))
+    study = optuna.create_study(study_name="ste", storage="sqlite:///sweep/study.db")
+    study.add_trials(made)
+    if moved:
+        home = home.rename(tmp_path / "elsewhere")
+    for given in (str(home), str(home / "study.db")):
+        loaded = load([given])
+        assert [run.seed for run in loaded.runs] == [0]
+        (reason,) = reasons(loaded)
+        assert "the trial is pruned, not complete" in reason
+
+
+def test_journal_as_the_sweep_writes_it(tmp_path, monkeypatch, make):
+    optuna = pytest.importorskip("optuna")
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    monkeypatch.chdir(tmp_path)
+    make.write(tmp_path / "trials", record := make.run())
+    study = optuna.create_study(storage=JournalStorage(JournalFileBackend("study.log")))
+    attributes = {"record": f"trials/{record['id']}/record.json"}
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.COMPLETE, value=1.0, user_attrs=attributes))
+    assert [run.id for run in load(["journal:study.log"]).runs] == [record["id"]]
 
 
 def test_paths_of_the_machine_are_shortened_and_urls_kept():

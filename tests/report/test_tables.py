@@ -27,6 +27,10 @@ def test_markdown_and_latex_escape_what_would_break_them():
     assert r"A \& B. 50 \% of\_it a note" in made
     assert r"1.0 $\pm$ 0.2 \\" in made
     assert made.count(r"\begin") == made.count(r"\end") == 2
+    long = latex(Table("t", "T", "", ["a", "b"], [["[x] 雪", "é_%"]] * 41))
+    assert "longtable" in long.splitlines()[0]
+    assert long.count(r"\begin{longtable}") == long.count(r"\end{longtable}") == 1
+    assert r"{[}x] ? & é\_\% \\" in long
 
 
 def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
@@ -88,9 +92,14 @@ def test_activation_verdict(make):
         for kind in ("clamp_round", "clamp_round_truncate")
         for s in (0, 1, 2)
     ]
-    answer = verdict("activations", *records).answer
-    assert "With round: truncate is shown above quantize in none of 4 comparisons" in answer
-    assert "and below it in 4" in answer
+    found = verdict("activations", *records)
+    kept, lost, *_ = found.answer.split(". ")
+    assert kept == "No loss is shown with clamp_round activations and floor weights"
+    assert lost.startswith("They lose with clamp_round activations and round weights")
+    assert "Of 8 such intervals about 0.4 would miss 0 by chance" in found.answer
+    assert "a loss by truncation is shown in 4 of 4 comparisons" in found.lines[1]
+    alone = verdict("activations", *(r for r in records if r["seed"] == 0))
+    assert alone.answer.startswith("Nothing can be said (one seed) with")
     assert verdict("activations", *make.pair()) is None
 
 
@@ -98,3 +107,20 @@ def test_qt_gap_verdict(make):
     found = verdict("qt_gap", *make.pair())
     assert found.answer == "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width."
     assert any("round: truncation costs most at 2 bits" in line for line in found.lines)
+
+
+def test_what_truncated_activations_cost_is_not_laid_on_the_weights(make):
+    both = make.pair((0,), model_activations="clamp_round_truncate")
+    both[1]["widths"]["2"]["truncate"] -= 7.0
+    assert verdict("qt_gap", *make.pair(), *both).answer == (
+        "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width; "
+        "floor with activations truncated too loses up to 7.0 points at a trained width; "
+        "round with activations truncated too loses up to 60.0 points at a trained width."
+    )
+
+
+def test_lines_of_a_verdict_name_what_they_compare(make):
+    records = [make.run("floor", s, model_level=level) for level in ("endpoint", "left", "centre") for s in (0, 1)]
+    lines = verdict("levels", *records).lines
+    assert len(set(lines)) == len(lines) == 8
+    assert all(("left" in line) != ("centre" in line) and "endpoint" in line for line in lines)

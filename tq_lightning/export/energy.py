@@ -7,19 +7,26 @@ whichever way the width is switched.
 
 from typing import Any
 
-# pJ, 45 nm at 0.9 V: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014, fig. 1.1.9;
-# DRAM there is 1.3 to 2.6 nJ for 64 bits, of which the low end is taken, as by Han et al., arXiv 1506.02626, table 1.
+# Fig. 1.1.9, "rough energy costs for various operations in 45 nm, 0.9 V". Memory is given there for accesses of 64 bits:
+# cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. (The 640 pJ for 32 bits of DRAM and 5 pJ for 32 bits
+# of SRAM that deep-learning papers print come from Han et al., arXiv 1506.02626, fig. 1, and agree with 1.3 nJ and the 8 KB.)
+SOURCE = (
+    "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, fig. 1.1.9: rough costs at 45 nm, 0.9 V; "
+    "of DRAM's 1.3 to 2.6 nJ the low end, which favours refetching; of cache the 1 MB entry, the dearest, which does too"
+)
+# operation -> pJ
 CONSTANTS_PJ: dict[str, float] = {
-    "DRAM read, 32 bits": 640.0,
-    "SRAM access (1 MB), 64 bits": 100.0,
+    "DRAM access, 64 bits": 1300.0,
+    "SRAM access (1 MB cache), 64 bits": 100.0,
     "FP32 multiply": 3.7,
     "FP32 add": 0.9,
     "8-bit integer add": 0.03,
 }
+ACCESS_BITS = 64  # what the two memory constants are for
 FLOAT_BITS = 32
 
 ASSUMPTIONS = (
-    "45 nm constants of Horowitz (ISSCC 2014); energy of an access is shared evenly by its bits",
+    "45 nm constants of Horowitz (ISSCC 2014, fig. 1.1.9); energy of a 64-bit access is shared evenly by its bits",
     "the float master is in DRAM; codes live on chip in SRAM of 1 MB banks, the stored 8-bit codes for a switch by shift too",
     "refetch: read 32 bits a weight from DRAM, 2 FP32 multiplies and 2 adds to normalise and round it "
     "(tanh, the maximum and the mean are not counted), write n bits to SRAM",
@@ -38,11 +45,11 @@ def energy_model(weights: int, max_bits: int = 8) -> dict[str, Any]:
         max_bits: stored width.
 
     Returns:
-        {"assumptions": [words], "constants_pj": the table, "by_width": {"n": {name: pJ}}} with, for a switch to n bits,
+        {"assumptions": [words], "constants_pj": the table, "source": words, "by_width": {"n": {name: pJ}}} with, for a switch to n bits,
         refetch_float_pj, refetch_planes_pj and shift_pj, and for an inference traffic_float_pj and traffic_pj.
     """
-    dram = CONSTANTS_PJ["DRAM read, 32 bits"] / 32
-    sram = CONSTANTS_PJ["SRAM access (1 MB), 64 bits"] / 64
+    dram = CONSTANTS_PJ["DRAM access, 64 bits"] / ACCESS_BITS
+    sram = CONSTANTS_PJ["SRAM access (1 MB cache), 64 bits"] / ACCESS_BITS
     requantize = 2 * CONSTANTS_PJ["FP32 multiply"] + 2 * CONSTANTS_PJ["FP32 add"]
     by_width = {}
     for bits in range(1, max_bits + 1):
@@ -54,4 +61,9 @@ def energy_model(weights: int, max_bits: int = 8) -> dict[str, Any]:
             "traffic_pj": bits * dram,
         }
         by_width[str(bits)] = {name: weights * pj for name, pj in each.items()}
-    return {"assumptions": list(ASSUMPTIONS), "constants_pj": dict(CONSTANTS_PJ), "by_width": by_width}
+    return {
+        "assumptions": list(ASSUMPTIONS),
+        "constants_pj": dict(CONSTANTS_PJ),
+        "source": SOURCE,
+        "by_width": by_width,
+    }

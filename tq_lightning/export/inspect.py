@@ -263,6 +263,7 @@ def show(record: dict[str, Any]) -> None:
     for line in (*record["accounting"], *(f"energy: {line}" for line in energy["assumptions"])):
         print(f"- {line}")
     print("- energy, pJ: " + "; ".join(f"{name} {pj:g}" for name, pj in energy["constants_pj"].items()))
+    print(f"- energy, source: {energy['source']}")
 
 
 def main(argv: list[str]) -> int:

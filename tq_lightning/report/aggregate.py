@@ -67,14 +67,15 @@ class Difference:
         return "a above b" if self.estimate.mean > 0 else "a below b"
 
     def words(self, a: str, b: str, unit: str = "points") -> str:
-        """The difference as a sentence's end: `floor is above round by 1.2 points [0.4, 2.0]`, `no difference shown ...`."""
+        """The difference as a sentence: `floor is above round by 1.20 points [+0.40, +2.00], paired`; two digits, so that an
+        end of an interval that is near 0 is seen to be on one side of it."""
         e = self.estimate
         if e.half is None:
-            return f"{a} - {b} = {number(e.mean, sign='+')} {unit}, one seed: no interval, nothing is shown"
-        interval = f"[{number(e.low, sign='+')}, {number(e.high, sign='+')}], {self.how}"
+            return f"{a} - {b} = {number(e.mean, 2, '+')} {unit}, one seed: no interval, nothing is shown"
+        interval = f"[{number(e.low, 2, '+')}, {number(e.high, 2, '+')}], {self.how}"
         if not self.shown:
-            return f"no difference shown ({number(e.mean, sign='+')} {unit} {interval})"
-        return f"{a} is {'above' if e.mean > 0 else 'below'} {b} by {abs(e.mean):.1f} {unit} {interval}"
+            return f"no difference shown, {a} - {b} = {number(e.mean, 2, '+')} {unit} {interval}"
+        return f"{a} is {'above' if e.mean > 0 else 'below'} {b} by {abs(e.mean):.2f} {unit} {interval}"
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:

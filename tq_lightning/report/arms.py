@@ -77,9 +77,12 @@ def arm_config(run: Run) -> dict[str, Any]:
     if config.get("model.ste", "auto") == "auto" and config.get("model.quantizer") in AUTO_STE:
         config["model.ste"] = AUTO_STE[config["model.quantizer"]]
     # How activations are coded and whether they are truncated are two choices: kept apart, each can be compared alone.
-    if isinstance(kind := config.get("model.activations"), str):
-        config["model.activations"] = kind.removesuffix(TRUNCATED)
-        config[ACTIVATIONS_SOURCE] = "truncate" if kind.endswith(TRUNCATED) else "quantize"
+    # Float activations are never truncated, so that they are the reference of those that are quantized and not truncated.
+    if "model.activations" in config:
+        kind = config["model.activations"]
+        truncated = isinstance(kind, str) and kind.endswith(TRUNCATED)
+        config["model.activations"] = kind.removesuffix(TRUNCATED) if truncated else kind
+        config[ACTIVATIONS_SOURCE] = "truncate" if truncated else "quantize"
     return {key: _shape(value) if key not in LISTS else _listed(value) for key, value in config.items()}
 
 
@@ -198,11 +201,35 @@ def flags(part: list[Arm], factor: str) -> list[str]:
 
 def flags_of(settings: list[Setting]) -> list[str]:
     """The flags of a figure that shows several settings; one that several share is told once."""
+    return [*_own_flags(settings), *between([[arm for _, arm in s.arms] for s in settings], "settings")]
+
+
+def _own_flags(settings: list[Setting]) -> list[str]:
     bearers: dict[str, list[str]] = {}
     for setting in settings:
         for flag in setting.flags:
             bearers.setdefault(flag, []).append(setting.label)
     return [f"{'all settings' if len(of) == len(settings) > 1 else '; '.join(of)}: {flag}" for flag, of in bearers.items()]
+
+
+def between(groups: list[list[Arm]], what: str) -> list[str]:
+    """A flag where groups of arms that stand in one figure had different budgets: each is fair within, not one to another."""
+    runs = [run for arms in groups for arm in arms for run in arm.runs]
+    if len({frozenset(run.budget for arm in arms for run in arm.runs) for arms in groups}) < 2:
+        return []
+    ranges = []
+    for unit, values in zip(("epochs", "steps"), zip(*(run.budget for run in runs), strict=True), strict=True):
+        known = [v for v in values if v is not None]
+        if len(set(known)) > 1:
+            ranges.append(f"{min(known)} to {max(known)} {unit}")
+    return [f"BUDGETS DIFFER BETWEEN {what.upper()}: {', '.join(ranges) or 'not all recorded'}."]
+
+
+def seeds_words(arms: Iterable[Arm]) -> str:
+    """`3 seeds`, `1 to 3 seeds`: how many runs stand behind each point."""
+    counts = sorted({len(arm.runs) for arm in arms})
+    span = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return f"{span} seed{'' if counts[-1] == 1 else 's'}"
 
 
 def mixed(part: Iterable[Arm]) -> list[str]:
@@ -217,6 +244,9 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     }.items():
         if len(values) > 1:
             out.append(f"The runs come from different {what}: {', '.join(sorted(values))}.")
+    tested = sum(run.has_test() for run in runs)
+    if 0 < tested < len(runs):
+        out.append(f"Only {tested} of {len(runs)} runs were tested, so that all are shown on the validation split.")
     if any(run.record.get("dirty") for run in runs):
         out.append("Some runs came from a working tree with uncommitted changes.")
     return out

@@ -177,13 +177,11 @@ def show(evidence: Any, out: Path, files: list[str]) -> None:
     from tq_lightning.report import tables, tabulate
 
     table = tabulate.arms(evidence)
-    keep = [
-        i
-        for i, c in enumerate(table.columns)
-        if c in ("model", "data", "quantizer", "ste", "seeds", "8", "4", "2", "1", "split")
-    ]
-    rows = [[tables.text(row[i]) for i in keep] for row in table.rows]
-    heads = [table.columns[i] for i in keep]
+    cells = {c: [tables.text(row[i]) for row in table.rows] for i, c in enumerate(table.columns)}
+    always = ("model", "data", "quantizer", "ste", "seeds", "8", "4", "2", "1", "split")
+    telling = ("level", "activations", "also")  # shown where arms differ in them, lest two rows look the same
+    heads = [c for c in table.columns if c in always or (c in telling and len(set(cells[c])) > 1)]
+    rows = list(map(list, zip(*(cells[c] for c in heads), strict=True)))
     if sys.stdout.isatty() and rows:
         from rich.console import Console
         from rich.table import Table

@@ -1,7 +1,6 @@
 """Figures of accuracy by width: QT gap, one compared factor (STE, level, activations ...), training curves."""
 
 import math
-import textwrap
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,23 +9,21 @@ from matplotlib.axes import Axes
 
 from tq_lightning.report import style
 from tq_lightning.report.aggregate import METHOD, SPLIT_WORDS, Estimate, acc1, acc1_float, compare, number, split_of
-from tq_lightning.report.arms import Arm, Setting, flags_of, mixed
+from tq_lightning.report.arms import Arm, Setting, flags_of, mixed, seeds_words
 from tq_lightning.report.evidence import PAPER, Evidence, is_papers, reference, row_arms, split
-from tq_lightning.report.labels import bits_words, slug
+from tq_lightning.report.labels import bits_words, slug, wrapped
 from tq_lightning.report.style import FLOAT_AT, SERIES, Drawn
 
 MAX_SETTINGS = 12  # figures of one kind; the tables hold everything
 PANELS = 3
 
 
-def capped(settings: list[Setting], what: str, evidence: Evidence) -> list[Setting]:
-    """At most MAX_SETTINGS, those with most runs first; what is not drawn is noted on the page."""
-    if len(settings) <= MAX_SETTINGS:
+def capped(settings: list[Setting], what: str, evidence: Evidence, most: int = MAX_SETTINGS) -> list[Setting]:
+    """At most `most` settings, those with most runs; what is not drawn is noted on the page."""
+    if len(settings) <= most:
         return settings
-    evidence.notes.append(
-        f"{what}: {len(settings)} settings, the {MAX_SETTINGS} with most runs are drawn; the tables hold all."
-    )
-    chosen = sorted(settings, key=lambda s: -len(s.runs))[:MAX_SETTINGS]
+    evidence.notes.append(f"{what}: {len(settings)} settings, the {most} with most runs are drawn; the tables hold all.")
+    chosen = sorted(settings, key=lambda s: -len(s.runs))[:most]
     return [s for s in settings if s in chosen]
 
 
@@ -62,7 +59,7 @@ def _qt_gap(setting: Setting) -> Drawn:
     if papers:
         axes.plot([], [], color=style.GREY, linewidth=0.8, marker="x", markersize=4, label="paper, same row (thin)")
     style.width_axis(axes, widths, floats)
-    axes.set_ylabel(f"top-1 accuracy [%]\n{SPLIT_WORDS[part]}")
+    axes.set_ylabel(f"top-1 accuracy [%]\n{SPLIT_WORDS[part]}, {seeds_words(arm for _, arm in setting.arms)}")
     style.clip(axes)
     axes.legend(loc="best")
     seeds = ", ".join(f"{name} {len(arm.seeds)}" for name, arm in setting.arms)
@@ -123,7 +120,8 @@ def _factor(settings: list[Setting], title: str, name: str) -> Drawn:
     figure, body = style.new(max(4.2, 2.5 * len(settings) + 0.4), 4.9, title, flags)
     grid = body.subplots(2, len(settings), squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2])
     words = [w for column, s in enumerate(settings) for w in _column(grid[:, column], s, base, part, values)]
-    grid[0][0].set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}")
+    seeds = seeds_words(arm for s in settings for _, arm in s.arms)
+    grid[0][0].set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}, {seeds}")
     grid[1][0].set_ylabel(f"difference to\n{base} [points]")
     style.clip(grid[0][0])
     entries: dict[str, Artist] = {}
@@ -145,7 +143,7 @@ def _column(grid: Iterable[Axes], setting: Setting, base_name: str, part: str, v
     (top, bottom), words = grid, []
     base = setting.values(base_name)[0]
     model, _, rest = setting.label.partition(" · ")
-    top.set_title("\n".join([model, *textwrap.wrap(rest, 38)]), fontsize=8)
+    top.set_title(f"{model}\n{wrapped(rest, 38)}", fontsize=8)
     for i, (value, arm) in enumerate(setting.arms):
         series, shift = values.index(value), style.spread(i, len(setting.arms))
         style.line(top, curve(arm, "truncate", part), series, value, arm.trained, shift)

@@ -1,15 +1,13 @@
 """Figures across settings: low-bit robustness, Pareto front, and disagreeing codes beside the accuracy lost."""
 
-import textwrap
-
 from matplotlib.axes import Axes
 
 from tq_lightning.report import style
 from tq_lightning.report.aggregate import SPLIT_WORDS, Estimate, acc1, compare, mean_interval, split_of
-from tq_lightning.report.arms import Arm, Setting, flags_of
+from tq_lightning.report.arms import Arm, Setting, between, flags_of, mixed, seeds_words
 from tq_lightning.report.draw_accuracy import capped
 from tq_lightning.report.evidence import ROWS, Evidence, row_arms
-from tq_lightning.report.labels import ACTIVATIONS_SOURCE, bits_words, slug, unique
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE, bits_words, slug, unique, wrapped
 from tq_lightning.report.style import SERIES, Drawn
 
 LOW_BITS = (1, 2)
@@ -23,8 +21,8 @@ def robustness(evidence: Evidence) -> list[Drawn]:
     settings = capped(evidence.qt_settings(), "Low-bit robustness", evidence)
     if not settings:
         return []
-    part = split_of([run for s in settings for run in s.runs])
-    flags = flags_of(settings)
+    arms = [arm for s in settings for _, arm in s.arms]
+    part, flags = split_of([run for arm in arms for run in arm.runs]), flags_of(settings)
     title = "Low-bit robustness across architectures"
     figure, body = style.new(7.0, 1.1 + 0.5 * len(settings), title, flags)
     grid = body.subplots(1, len(LOW_BITS), sharey=True, sharex=True)
@@ -35,13 +33,13 @@ def robustness(evidence: Evidence) -> list[Drawn]:
         for y, setting in enumerate(settings):
             words += _low_bits(axes, setting, y, bits, part)
         axes.set_title(bits_words(bits))
-        axes.set_xlabel(f"top-1 accuracy [%]\n{SPLIT_WORDS[part]}")
-    grid[0].set_yticks(range(len(settings)), ["\n".join(textwrap.wrap(s.label, 34)) for s in settings], fontsize=7.5)
+        axes.set_xlabel(f"top-1 accuracy [%]\n{SPLIT_WORDS[part]}, {seeds_words(arms)}")
+    grid[0].set_yticks(range(len(settings)), [wrapped(s.label, 34) for s in settings], fontsize=7.5)
     grid[0].set_ylim(len(settings) - 0.5, -0.5)
     low, high = grid[0].get_xlim()
     grid[0].set_xlim(max(low, -2), min(high, 102))
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    caption = " ".join([f"Top-1 on the {SPLIT_WORDS[part]}, mean and 95 % t interval over seeds.", *flags])
+    caption = " ".join([f"Top-1 on the {SPLIT_WORDS[part]}, mean and 95 % t interval over seeds.", *flags, *mixed(arms)])
     return [Drawn("low_bit_robustness", "Low-bit robustness", title, caption, "; ".join(words), figure)]
 
 
@@ -81,8 +79,10 @@ def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Drawn:
     ]
     front = pareto_front([(size, accuracy) for size, accuracy, _, _ in points])
     title = f"Accuracy against bytes read: {dataset}"
-    single = sorted({f"{_name(arm)}: one seed" for arm in arms if len(arm.runs) == 1})
-    figure, body = style.new(6.4, 3.7, title, single if len(arms) <= 6 else [])
+    flags = between([[arm] for arm in arms], "arms")
+    if single := sorted({_name(arm) for arm in arms if len(arm.runs) == 1}):
+        flags.append(f"ONE SEED ({', '.join(single) if len(single) <= 6 else f'{len(single)} arms'}).")
+    figure, body = style.new(6.4, 3.7, title, flags)
     axes = body.add_subplot()
     x, y = [size / 1024 for size, _, _, _ in points], [accuracy for _, accuracy, _, _ in points]
     axes.plot(x, y, ".", color="#aaaaaa", markersize=4, label="every arm and width", zorder=1)
@@ -100,7 +100,7 @@ def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Drawn:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bytes read to run at that width [KiB]")
-    axes.set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}")
+    axes.set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}, {seeds_words(arms)}")
     style.clip(axes)
     body.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     words = ", ".join(f"{accuracy:.1f} at {size / 1024:.0f} KiB" for size, accuracy in front)
@@ -108,6 +108,7 @@ def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Drawn:
         f"Each point is an arm at one width (digits: bits), mean over seeds, {SPLIT_WORDS[part]}. Bytes: planes read, "
         "what stays in float, scales and the norm set of that width. The grey step is the Pareto front."
     )
+    caption = " ".join([caption, *flags, *mixed(arms)])
     return Drawn(stem, "Pareto front", title, caption, f"Pareto front: {words}", figure)
 
 
@@ -128,23 +129,24 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 def disagreement(evidence: Evidence) -> list[Drawn]:
     """Share of weight codes on which the two sources disagree, beside the accuracy lost by truncation."""
     settings = [s for s in evidence.qt_settings() if any(_share(arm, 2) for _, arm in s.arms)]
-    settings = sorted(settings, key=lambda s: -len(s.runs))[: len(SERIES) - 1]
     if not settings:
         return []
+    settings = capped(settings, "Codes that disagree", evidence, len(SERIES) - 1)
     part = split_of([run for s in settings for run in s.runs])
     flags = flags_of(settings)
     title = "Codes that disagree, and the accuracy they cost, in trained networks"
     figure, body = style.new(7.0, 2.6 + 0.17 * len(settings), title, flags)
     left, right = body.subplots(1, 2)
     words, widths = [], sorted({w for s in settings for r in s.runs for w in r.widths})
-    drawn = [(f"round, {s.label}", arm) for s in settings for _, arm in s.arms if arm["model.quantizer"] == "round"]
+    drawn = [(f"{value}, {s.label}", arm) for s in settings for value, arm in s.arms if arm["model.quantizer"] == "round"]
     floors = [arm for s in settings for _, arm in s.arms if arm["model.quantizer"] == "floor"]
     zero = all(not run.record["widths"][str(w)].get("disagree") for arm in floors for run in arm.runs for w in run.widths)
     if floors:
         many = f"{len(floors)} arms, the first drawn" if len(floors) > 1 else "1 arm"
         drawn.append((f"floor ({many}{'; 0 at every width in each' if zero else ''})", floors[0]))
     for i, (name, arm) in enumerate(drawn):
-        series = FLOOR if name.startswith("floor") else [k for k in range(len(SERIES)) if k != FLOOR][i]
+        others = [k for k in range(len(SERIES)) if k != FLOOR]
+        series = FLOOR if name.startswith("floor") else others[i % len(others)]
         shift = style.spread(i, len(drawn))
         shares = {w: e for w in arm.runs[0].widths if (e := _share(arm, w)) is not None}
         lost = {w: e for w in arm.runs[0].widths if (e := _lost(arm, w, part)) is not None}
@@ -157,14 +159,15 @@ def disagreement(evidence: Evidence) -> list[Drawn]:
     left.set_ylabel("weight codes that disagree [%]")
     right.set_ylabel("accuracy lost [points]")
     left.set_title("quantize and truncate disagree")
-    right.set_title(f"QT gap, {SPLIT_WORDS[part]}")
+    arms = [arm for s in settings for _, arm in s.arms]
+    right.set_title(f"QT gap, {SPLIT_WORDS[part]}, {seeds_words(arms)}")
     body.legend(*left.get_legend_handles_labels(), loc="outside lower left")
     caption = (
         "Left: share of weight codes for which quantizing at n bits and shifting the 8-bit code to n bits give different "
         "integers. Right: the QT gap, top-1 quantized minus truncated. Mean and 95 % t interval over seeds; hollow: width "
         "not trained."
     )
-    caption = " ".join([caption, *flags])
+    caption = " ".join([caption, *flags, *mixed(arms)])
     return [Drawn("mechanism_trained", "Mechanism", title, caption, "; ".join(words), figure)]
 
 

@@ -178,7 +178,8 @@ def energy(evidence: Evidence) -> list[Drawn]:
     for axes, record, name in zip(grid, records, model_names(records), strict=False):
         by_width = record["energy"]["by_width"]
         widths = sorted(int(w) for w in by_width)
-        for i, kind in enumerate(k for k in by_width[str(widths[0])] if k.endswith("_pj")):
+        kinds = [k for k in by_width[str(widths[0])] if k.endswith("_pj") and all(k in row for row in by_width.values())]
+        for i, kind in enumerate(kinds):
             colour, marker, dashes = SERIES[i % len(SERIES)]
             values = [by_width[str(w)][kind] * 1e-6 for w in widths]
             look = {"color": colour, "marker": marker, "linestyle": dashes, "label": energy_name(kind)}
@@ -188,7 +189,7 @@ def energy(evidence: Evidence) -> list[Drawn]:
             words.append(
                 f"{name}, {energy_name(kind)}: {values[0]:.3g} µJ at {widths[0]} to {values[-1]:.3g} µJ at {widths[-1]}"
             )
-        drawn = [by_width[str(w)][kind] * 1e-6 for w in widths for kind in by_width[str(w)] if kind.endswith("_pj")]
+        drawn = [by_width[str(w)][kind] * 1e-6 for w in widths for kind in kinds]
         style.width_axis(axes, widths)
         axes.set_yscale("log")
         axes.set_ylim(10 ** math.floor(math.log10(min(drawn))), 10 ** math.ceil(math.log10(max(drawn))))
@@ -198,8 +199,9 @@ def energy(evidence: Evidence) -> list[Drawn]:
     for axes in grid[len(records) :]:
         axes.set_visible(False)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    caption = "Computed from picojoule constants (Horowitz, ISSCC 2014, 45 nm), not measured. " + " ".join(assumptions)
-    return [Drawn("energy", "Energy", title, caption.strip(), "; ".join(words), figure)]
+    sources = dict.fromkeys(r["energy"]["source"] for r in records if r["energy"].get("source"))
+    caption = " ".join(["Computed from picojoule constants, not measured.", *(f"{line}." for line in [*sources, *assumptions])])
+    return [Drawn("energy", "Energy", title, caption, "; ".join(words), figure)]
 
 
 def energy_name(kind: str) -> str:

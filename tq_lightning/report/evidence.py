@@ -96,7 +96,7 @@ def is_papers(setting: Setting) -> bool:
         lambda: config.get("model.name") == "preresnet20_cifar",
         lambda: str(config.get("data.name")) == "cifar10",
         lambda: str(expansion or 1) in ("1", "1.0"),
-        lambda: config.get(ACTIVATIONS_SOURCE) == "quantize",
+        lambda: config.get("model.activations") is not None and config.get(ACTIVATIONS_SOURCE) == "quantize",
         lambda: {1, 2, 4, 8} <= set(setting.arms[0][1].trained),
     ]
     return all(check() for check in checks)

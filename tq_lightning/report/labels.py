@@ -45,7 +45,21 @@ def varying(configs: list[dict[str, Any]]) -> set[str]:
 
 
 def _extra(key: str, value: Any) -> str:
-    return text(value) if key == "model.quantizer" else f"{short(key)}={text(value)}"
+    if key == "model.quantizer":
+        return f"{text(value)} weights"
+    return "activations truncated too" if (key, value) == (ACTIVATIONS_SOURCE, "truncate") else f"{short(key)}={text(value)}"
+
+
+def wrapped(label: str, width: int) -> str:
+    """A label on lines of about `width` characters, broken between its parts."""
+    lines = [""]
+    for part in label.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(longer) > width and lines[-1]:
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def bits_words(bits: int) -> str:

@@ -1,19 +1,17 @@
 """Reads and judges records: what is whole, finished, of our schema and unique is used; the rest is listed with its reason."""
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tq_lightning.errors import UserError
+from tq_lightning.report.shape import INSPECT, RUN, fault
 from tq_lightning.report.sources import Candidate, find
 
 SCHEMA = 1
 SOURCES = ("quantize", "truncate")
-NEEDED: dict[str, type] = {"id": str, "status": str, "config": dict, "widths": dict}
-INSPECT_NEEDED: dict[str, type] = {"id": str, "model": str}
 # An absolute path of the machine that ran: at least two folders deep, and no part of a URL.
 ABSOLUTE = re.compile(r"(?<![\w.:/…-])/(?:[^\s/'\",=:]+/)+([^\s/'\",=:]*)")
 
@@ -109,16 +107,7 @@ def read(candidate: Candidate) -> tuple[dict[str, Any], str | None]:
         return {}, "not a record of tq_lightning: it has no key 'schema'"
     if record["schema"] != SCHEMA:
         return {}, f"schema {record['schema']!r}; this version reads schema {SCHEMA}: use the version that wrote it"
-    return record, _inspect_fault(record) if record.get("kind") == "inspect" else _run_fault(record)
-
-
-def _missing(record: dict, needed: dict[str, type]) -> str | None:
-    wrong = [key for key, kind in needed.items() if not isinstance(record.get(key), kind)]
-    return f"broken: no usable {', '.join(wrong)}" if wrong else None
-
-
-def _inspect_fault(record: dict) -> str | None:
-    return _missing(record, INSPECT_NEEDED)
+    return record, fault(record, INSPECT) if record.get("kind") == "inspect" else _run_fault(record)
 
 
 def _run_fault(record: dict) -> str | None:
@@ -127,18 +116,9 @@ def _run_fault(record: dict) -> str | None:
     if isinstance(record.get("status"), str) and record["status"] != "finished":
         reason = str(record.get("reason") or "no reason given").splitlines()[0]
         return f"unfinished: status {record['status']} ({reason})"
-    if fault := _missing(record, NEEDED):
-        return fault
-    if not record["widths"]:
-        return "holds no width: a float run has nothing to compare"
-    for width, values in record["widths"].items():
-        if not width.isdigit() or not isinstance(values, dict):
-            return f"broken: widths has the entry {width!r}"
-        for source in SOURCES:
-            value = values.get(source)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                return f"broken: widths[{width!r}] has {source} = {value!r}, not a number"
-    return None
+    if wrong := fault(record, RUN):
+        return wrong
+    return None if record["widths"] else "holds no width: a float run has nothing to compare"
 
 
 def _one_of(group: list[tuple[str, dict]], left_out: list[tuple[str, str]]) -> tuple[str, dict] | None:

@@ -14,6 +14,8 @@ from typing import Any
 from tq_lightning.errors import UserError
 
 MAX_SNIFF = 64 * 2**20  # bytes; an inspect record is far smaller, so a bigger stray .json file is not opened
+JOURNAL = "journal:"
+SWEEP_STUDY = "study.db"  # where `sweep` keeps its study, in the sweep's folder
 URL = re.compile(r"^(sqlite|postgresql|mysql|mariadb|oracle|mssql)(\+\w+)?://")
 
 
@@ -44,6 +46,8 @@ def find(inputs: list[str]) -> list[Candidate]:
 def _expand(given: str) -> list[Candidate]:
     if URL.match(given):
         return _from_study(given, None)
+    if given.startswith(JOURNAL):  # as `sweep --storage` writes it
+        given = given.removeprefix(JOURNAL)
     if Path(given).exists():
         return _from_path(Path(given))
     matches = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []
@@ -78,7 +82,8 @@ def _from_path(path: Path) -> list[Candidate]:
 
 def _from_folder(folder: Path) -> list[Candidate]:
     """`record.json` at any depth (a W&B run folder keeps it in files/), and inspect records under any name."""
-    out, seen = [], 0
+    out: list[Candidate] = []
+    seen = 0
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not (Path(where) / f / "report.json").exists() and f != "checkpoints")
         seen += len(files)
@@ -86,6 +91,9 @@ def _from_folder(folder: Path) -> list[Candidate]:
             path = Path(where) / name
             if name == "record.json" or (name.endswith(".json") and _looks_like_inspect(path)):
                 out.append(Candidate(path, shown(path)))
+        # The study knows which trials were pruned: their records say "finished", as those of runs that stopped early do.
+        if SWEEP_STUDY in files and _is_sqlite(study := Path(where) / SWEEP_STUDY):
+            out += _verdicts_of(study)
     if not out:
         what = f"no record.json among its {seen} files" if seen else "the folder is empty"
         raise UserError(f"{folder}: {what}; pass a folder of runs (each writes record.json at its end) or a study file")
@@ -131,6 +139,14 @@ def _from_study(storage: str, path: Path | None) -> list[Candidate]:
     return out
 
 
+def _verdicts_of(study: Path) -> list[Candidate]:
+    """What a study file that lies among the records refuses; none where it can't be read: it was not asked for by name."""
+    try:
+        return [candidate for candidate in _from_study(f"sqlite:///{study}", study) if candidate.refusal]
+    except UserError:
+        return []
+
+
 def _trials(storage: str) -> list[tuple[str, Any]]:
     import optuna
 
@@ -148,14 +164,15 @@ def _trials(storage: str) -> list[tuple[str, Any]]:
 
 
 def _from_trial(name: str, trial: Any, study_file: Path | None) -> Candidate:
-    """A trial's record; a path that is not absolute is looked for from here, then from the study's folder."""
+    """A trial's record; a path that is not there is looked for beside the study, whose folder may have been moved."""
     state = trial.state.name.lower()
     given = trial.user_attrs.get("record")
     if not given:
         return Candidate(Path(), name, f"the trial ({state}) has no record")
     path = Path(given)
-    if not path.exists() and study_file is not None and (study_file.parent / path).exists():
-        path = study_file.parent / path
+    if not path.exists() and study_file is not None:
+        tails = (study_file.parent.joinpath(*path.parts[i:]) for i in range(int(path.is_absolute()), len(path.parts) - 1))
+        path = next((tail for tail in tails if tail.exists()), path)
     if not path.exists():
         return Candidate(path, name, f"the trial ({state}) points to {shown(path)}, which does not exist")
     return Candidate(path, shown(path), None if state == "complete" else f"{name}: the trial is {state}, not complete")

@@ -66,27 +66,44 @@ LATEX = {
     "<": r"$<$",
     ">": r"$>$",
     "≈": r"$\approx$",
+    "[": "{[}",  # at the head of a row it would be read as an argument of the line break before it
 }
+LAST_SETUP = "\u017f"  # letters up to here are set up in LaTeX by itself; a later one would stop the compiler
+PAGE_ROWS = 40  # rows that fit a page
 
 
 def latex(table: Table) -> str:
-    """A booktabs `table` environment; needs `\\usepackage{booktabs}` alone."""
+    """A booktabs `table`, or a `longtable` where the rows don't fit a page; its first line says which packages it needs."""
 
     def row(cells: list[str]) -> str:
         return " & ".join(safe(cell) for cell in cells) + r" \\"
 
     def safe(words: str) -> str:
-        return "".join(LATEX.get(c, c) for c in words)
+        return "".join(LATEX.get(c, c if c <= LAST_SETUP else "?") for c in words)
 
     caption = safe(" ".join([f"{table.title}.", table.caption, *table.notes]))
     body = "\n".join(row([text(c) for c in cells]) for cells in table.rows)
-    return rf"""\begin{{table}}
-\centering
-\caption{{{caption}}}
-\label{{tab:{table.name}}}
-\begin{{tabular}}{{{"l" * len(table.columns)}}}
+    named = rf"\caption{{{caption}}}\label{{tab:{table.name}}}"
+    heads, columns = row(table.columns), "l" * len(table.columns)
+    if len(table.rows) > PAGE_ROWS:
+        return rf"""% \usepackage{{booktabs,longtable}}
+\begin{{longtable}}{{{columns}}}
+{named}\\
 \toprule
-{row(table.columns)}
+{heads}
+\midrule
+\endhead
+{body}
+\bottomrule
+\end{{longtable}}
+"""
+    return rf"""% \usepackage{{booktabs}}
+\begin{{table}}
+\centering
+{named}
+\begin{{tabular}}{{{columns}}}
+\toprule
+{heads}
 \midrule
 {body}
 \bottomrule

@@ -209,11 +209,14 @@ def energy(evidence: Evidence) -> Table:
 
 def constants(evidence: Evidence) -> Table:
     """The picojoule constants that the energy model rests on, as the inspect records carry them."""
-    found: dict[str, Any] = {}
+    rows: dict[str, list[Cell]] = {}
     for record in evidence.inspects:
-        found |= (record.get("energy") or {}).get("constants_pj", {})
-    rows: list[list[Cell]] = [[k, v if isinstance(v, int | float) else str(v)] for k, v in found.items()]
-    return Table("constants", "Constants of the energy model", "Horowitz, ISSCC 2014, 45 nm.", ["operation", "pJ"], rows)
+        energy = record.get("energy") or {}
+        for name, pj in energy.get("constants_pj", {}).items():
+            value = pj if isinstance(pj, int | float) else str(pj)
+            rows.setdefault(f"{name} {value}", [name, value, energy.get("source", "not recorded")])
+    caption = "What the model rests on, as each inspect record carries it."
+    return Table("constants", "Constants of the energy model", caption, ["operation", "pJ", "source"], list(rows.values()))
 
 
 def left_out(evidence: Evidence) -> Table:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tq_lightning.report.aggregate import SPLIT_WORDS, Difference, compare
+from tq_lightning.report.aggregate import LEVEL, SPLIT_WORDS, Difference, compare
 from tq_lightning.report.arms import Arm, Setting
 from tq_lightning.report.evidence import Evidence, reference, row_arms, split
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, bits_words
@@ -51,7 +51,9 @@ def qt_gap(evidence: Evidence) -> Verdict | None:
             else:
                 most = f"truncation costs most at {bits_words(bits)}, {lost.text()} points"
                 lines.append(f"{setting.label}, {value}: {most} ({SPLIT_WORDS[part]}).")
-            worst.append((str(arm["model.quantizer"]), lost.mean))
+            # Activations that are shifted too lose something of their own: not to be laid at the door of the weights.
+            too = " with activations truncated too" if arm[ACTIVATIONS_SOURCE] == "truncate" else ""
+            worst.append((f"{arm['model.quantizer']}{too}", lost.mean))
         rows = {name: (arm, source) for name, arm, source in row_arms(setting)}
         if {"floor, truncated", "round, quantized"} <= set(rows):
             floor, rounded = rows["floor, truncated"][0], rows["round, quantized"][0]
@@ -109,19 +111,71 @@ def ste(evidence: Evidence) -> Verdict | None:
     elif below:
         answer = f"Mixed: shown above identity in {len(above)} and below it in {len(below)} of {len(tested)} comparisons."
     else:
-        where = "; ".join(f"{c.setting.label} at {bits_words(c.bits)}" for c in above[:6])
-        answer = f"It helps in {len(above)} of {len(tested)} comparisons ({where}); in the others no difference is shown."
-    widest = max((c.difference.estimate.half or 0.0 for c in tested), default=0.0)
+        answer = f"It helps in {len(above)} of {len(tested)} comparisons ({_places(above)})"
+        answer += "; in the others no difference is shown." if len(above) < len(tested) else "."
     if tested:
-        answer += f" An effect smaller than the intervals (up to ±{widest:.1f} points) can't be ruled out."
+        answer += _chance(above + below, tested)
+        answer += f" An effect smaller than the intervals (up to ±{_widest(tested):.1f} points) can't be ruled out."
     others = [f"{sentence(found, v)}." for v in dict.fromkeys(c.value for c in found) if v != "scaled"]
     return Verdict("Is the scaled STE needed with floor (open question 1)?", answer, (*others, *lines_of(scaled)))
 
 
 def activations(evidence: Evidence) -> Verdict | None:
-    """The paper's open question 2: activations truncated like the weights, against requantized."""
+    """The paper's open question 2: activations truncated like the weights, against requantized, for each way to quantize."""
     found = compared(evidence, ACTIVATIONS_SOURCE)
-    return _by_value("Can activations be truncated like the weights (open question 2)?", found)
+    if not found:
+        return None
+    groups: dict[str, list[Compared]] = {}
+    for c in found:
+        arm = c.setting.arms[0][1]
+        groups.setdefault(f"{arm['model.activations']} activations and {arm['model.quantizer']} weights", []).append(c)
+    told = {name: _loss(of) for name, of in groups.items()}
+    lines = [f"{name}: {words}." for name, (_, words) in told.items()]
+    by_answer: dict[str, list[str]] = {}
+    for name, (answer, _) in told.items():
+        by_answer.setdefault(answer, []).append(name)
+    said = [f"{answer} with {'; '.join(by_answer[answer])}." for answer in LOSSES if answer in by_answer]
+    tested = [c for c in found if c.difference.estimate.half is not None]
+    answer = " ".join(said) + _chance([c for c in tested if c.difference.shown], tested)
+    return Verdict("Can activations be truncated like the weights (open question 2)?", answer, (*lines, *lines_of(found)))
+
+
+LOSSES = ("No loss is shown", "They lose", "Nothing can be said (one seed)")
+
+
+def _loss(of: list[Compared]) -> tuple[str, str]:
+    """(one of LOSSES, what it rests on) of truncated against requantized activations."""
+    tested = [c for c in of if c.difference.estimate.half is not None]
+    lost = [c for c in tested if c.difference.shown and c.difference.estimate.mean < 0]
+    if not tested:
+        return LOSSES[2], "one seed, no interval"
+    if not lost:
+        kept = f"no loss by truncation is shown in any of {len(tested)} comparisons"
+        return LOSSES[0], f"{kept}; one smaller than the intervals (up to ±{_widest(tested):.1f} points) can't be ruled out"
+    most = min(lost, key=lambda c: c.difference.estimate.mean)
+    where = f"{most.setting.label} at {bits_words(most.bits)}"
+    shown = f"a loss by truncation is shown in {len(lost)} of {len(tested)} comparisons ({_places(lost)})"
+    return LOSSES[1], f"{shown}; most, {-most.difference.estimate.mean:.1f} points, for {where}"
+
+
+def _places(of: list[Compared]) -> str:
+    """`resnet8 · cifar10 at 1 bit, 2 bits; ...`: at most six settings are named."""
+    bits: dict[str, list[str]] = {}
+    for c in of:
+        bits.setdefault(c.setting.label, []).append(bits_words(c.bits))
+    named = [f"{label} at {', '.join(widths)}" for label, widths in list(bits.items())[:6]]
+    return "; ".join([*named, *([f"{len(bits) - 6} more"] if len(bits) > 6 else [])])
+
+
+def _widest(of: list[Compared]) -> float:
+    return max((c.difference.estimate.half or 0.0 for c in of), default=0.0)
+
+
+def _chance(shown: list[Compared], of: list[Compared]) -> str:
+    """How many differences 95 % intervals would show if there were none: to be read beside how many are shown."""
+    if not shown:
+        return ""
+    return f" (Of {len(of)} such intervals about {(1 - LEVEL) * len(of):.1f} would miss 0 by chance, were there no difference.)"
 
 
 def levels(evidence: Evidence) -> Verdict | None:
@@ -140,7 +194,7 @@ def sentence(of: list[Compared], value: str) -> str:
         return f"{value} against {base}: one seed, so nothing can be shown"
     if above + below + single == 0:
         return f"no difference between {value} and {base} is shown in any of {count}"
-    rest = f"; no difference is shown in {len(mine) - above - below - single}"
+    rest = f"; no difference is shown in {len(mine) - above - below - single or 'none'}"
     rest += f", and nothing can be said of {single} with one seed" if single else ""
     return f"{value} is shown above {base} in {above or 'none'} of {count}, and below it in {below or 'none'}{rest}"
 
