@@ -62,11 +62,14 @@ def open_study(sweep: space.Sweep, options: Options) -> "optuna.Study":
             raise UserError(
                 f"the study {options.study_name} in {where} is not one of a sweep file's; pass another --study-name"
             )
-        different = [key for key in mine if theirs is not None and json.dumps(theirs.get(key)) != json.dumps(mine[key])]
+        both = [] if theirs is None else [*mine, *(key for key in theirs if key not in mine)]
+        different = [key for key in both if json.dumps(theirs.get(key)) != json.dumps(mine.get(key))]
         if different:
+            names = " and ".join("arguments after --" if key == "extra" else key for key in different)
             raise UserError(
-                f"the study {options.study_name} exists in {where} with other {' and '.join(different)} than {sweep.path}: "
-                f"{_difference(theirs[different[0]], mine[different[0]])}; pass another --study-name, or the file as it was"
+                f"the study {options.study_name} exists in {where} with other {names} than {sweep.path}: "
+                f"{_difference(theirs.get(different[0]), mine.get(different[0]))}; "
+                "pass another --study-name, or what it was begun with"
             )
     study = optuna.create_study(storage=storage, study_name=options.study_name, directions=directions, load_if_exists=True)
     if existing is None or "sweep" not in existing.user_attrs:
