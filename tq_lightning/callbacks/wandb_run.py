@@ -30,7 +30,7 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
     in_sweep = "WANDB_SWEEP_ID" in os.environ
     project = None if in_sweep else os.environ.get("WANDB_PROJECT", "tq_lightning")
     logger = OwnRunLogger(name=None if in_sweep else run_dir.name, save_dir=run_dir, project=project, log_model=False)
-    if rank_zero_only.rank == 0:  # whoever launched this process, torchrun or Slurm
+    if getattr(rank_zero_only, "rank", 0) == 0:  # whoever launched this process, torchrun or Slurm
         run_dir.mkdir(parents=True, exist_ok=True)
         # a sweep locks the keys it set, and with them whole sections: the resolved values go beside them
         logger.experiment.config.update({"resolved": config} if in_sweep else config, allow_val_change=True)

@@ -18,7 +18,7 @@ from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.sweep import space, twins
 from tq_lightning.sweep.ledger import STALE_SECONDS, Ledger
 from tq_lightning.sweep.progress import Progress
-from tq_lightning.sweep.storage import hide_password, open_storage
+from tq_lightning.sweep.storage import Patience, hide_password, open_storage
 
 if TYPE_CHECKING:
     import optuna
@@ -121,13 +121,15 @@ def run_sweep(sweep: space.Sweep, options: Options) -> bool:
     # SIGINT too: a command started in the background of a script inherits it as ignored
     before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Progress(ledger, deadline) as progress:
+        with Progress(ledger, deadline, options.workers) as progress:
             for _ in range(options.workers):
                 crew.start()
+            away = Patience()
             while crew.running:
-                crew.replace_dead(ledger)
-                ledger.tend()
-                progress.show()
+                with away:
+                    crew.replace_dead(ledger)
+                    ledger.tend()
+                    progress.show()
                 time.sleep(TEND_SECONDS)
             progress.show()
         return True
@@ -204,11 +206,14 @@ class Crew:
 
     def kill(self, ledger: Ledger) -> None:
         """Leave no worker behind, and no trial of theirs `running`."""
+        from optuna.exceptions import StorageInternalError
+
         for name, process in self.running.items():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what it started: the other ranks, the data loaders
             process.wait()
-            ledger.fail_worker(name, "interrupted", "stopped by the user")
+            with contextlib.suppress(StorageInternalError):  # away: whoever goes on finds the trial silent
+                ledger.fail_worker(name, "interrupted", "stopped by the user")
 
 
 def _share(index: int, workers: int) -> dict[str, str]:

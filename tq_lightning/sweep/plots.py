@@ -110,7 +110,7 @@ def parallel(study: Study, objective: int) -> Any:
     figure, ax = _figure(max(7.0, 2.0 + 1.9 * len(study.axes)), 5.0)
     values = [t.values[objective] for t in study.trials]
     low, high = min(values), max(values)
-    colours = ScalarMappable(Normalize(low, high if high > low else low + 1), "viridis")
+    colours: Any = ScalarMappable(Normalize(low, high if high > low else low + 1), "viridis")
     ends = [_ends(axis, study.trials) for axis in study.axes]
     for t in sorted(study.trials, key=lambda t: t.values[objective], reverse=not study.maximize[objective]):
         aside = SPREAD * ((t.values[objective] - low) / ((high - low) or 1) - 0.5)  # lines through one choice: in their order
