@@ -128,7 +128,7 @@ class TQCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(_one_line(error)) from error
+            raise UserError(one_line(error)) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -229,7 +229,7 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=pattern)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error's text as one line; for an argument nobody knows, with the one that was probably meant."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines)[:600] if lines else type(error).__name__
@@ -274,7 +274,7 @@ def run(argv: list[str]) -> dict[str, Any]:
             args=[_unquote(argument) for argument in argv],
         )
     except (ArgumentError, MisconfigurationException) as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     except SystemExit as stop:
         if stop.code in (0, None):  # --help, --print_config
             return {}

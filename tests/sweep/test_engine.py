@@ -82,7 +82,7 @@ def test_a_timeout_starts_no_more_trials(write_sweep, tmp_path, stand_in, capsys
     path = write_sweep(method="bayes", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, arguments=["--sleep=0.3"])
     folder = tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), "--timeout", "1", *stand_in]) == 0
-    assert 1 <= len(ran(folder)) <= 4
+    assert 1 <= len(ran(folder)) <= 4 and " done, 0 running, 0 failed" in capsys.readouterr().out
     assert all(t.state == TrialState.COMPLETE for t in study_of(folder).trials if t.state != TrialState.WAITING)
 
 
@@ -109,6 +109,7 @@ BAD = [
     ),
     (["--storage", "sqlite:////nowhere/at/all.db"], "unable to open database file"),
     (["--storage", "nonsense"], "can't be reached"),
+    (["--storage", "sqlite://"], "the storage sqlite:// is no file"),
     (["--", "--model.lr=1"], "would undo the search"),
 ]
 
@@ -138,6 +139,13 @@ def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_
         "exists" in error and "with other parameters" in error and "the study has [0.1, 0.2, 0.3], the file [0.1, 0.5]" in error
     )
     assert len(ran(tmp_path / "out")) == 3
+    same = [str(write_sweep()), *command]
+    assert main(["sweep", *same, "--", "--model.momentum=0.8"]) == 2
+    assert "with other arguments after -- than" in capsys.readouterr().err
+    assert main(["sweep", *same, "--study-name", "more", "--", "--model.momentum=0.8"]) == 0
+    assert main(["sweep", *same, "--study-name", "more"]) == 2  # nor is one with such arguments by the same without
+    assert 'the study has ["--model.momentum=0.8"], the file null' in capsys.readouterr().err
+    other = write_sweep(parameters={"model.lr": {"values": [0.1, 0.5]}})
     assert main(["sweep", str(other), *command, "--study-name", "other"]) == 0
     optuna.create_study(storage=f"sqlite:///{tmp_path}/out/study.db", study_name="foreign").add_trial(
         optuna.create_trial(value=1.0)

@@ -7,6 +7,18 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class OwnRunLogger(WandbLogger):
+    """A WandbLogger whose run ends with its fit: a run left open would take in the next fit of this process, a sweep's say."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._experiment = None
 
 
 def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
@@ -17,8 +29,8 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
     """
     in_sweep = "WANDB_SWEEP_ID" in os.environ
     project = None if in_sweep else os.environ.get("WANDB_PROJECT", "tq_lightning")
-    logger = WandbLogger(name=None if in_sweep else run_dir.name, save_dir=run_dir, project=project, log_model=False)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("RANK", 0)) == 0:
+    logger = OwnRunLogger(name=None if in_sweep else run_dir.name, save_dir=run_dir, project=project, log_model=False)
+    if getattr(rank_zero_only, "rank", 0) == 0:  # whoever launched this process, torchrun or Slurm
         run_dir.mkdir(parents=True, exist_ok=True)
         # a sweep locks the keys it set, and with them whole sections: the resolved values go beside them
         logger.experiment.config.update({"resolved": config} if in_sweep else config, allow_val_change=True)

@@ -45,7 +45,7 @@ def fit_parser() -> Callable[[list[str]], Any]:
     from jsonargparse import ArgumentError
 
     from tq_lightning.data.datamodule import TQDataModule
-    from tq_lightning.lightning_cli import TQCLI
+    from tq_lightning.lightning_cli import TQCLI, one_line
     from tq_lightning.training.module import TQModule
 
     class ParserOnly(TQCLI):
@@ -63,7 +63,8 @@ def fit_parser() -> Callable[[list[str]], Any]:
         try:
             return parser.parse_args(["fit", *arguments])["fit"]
         except ArgumentError as error:
-            raise UserError(" ".join(str(error).split())) from None
+            hint = "; it is looked for from the folder that the sweep is run in" if "does not exist" in str(error) else ""
+            raise UserError(one_line(error) + hint) from None
 
     return parse
 

@@ -18,7 +18,7 @@ from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.sweep import space, twins
 from tq_lightning.sweep.ledger import STALE_SECONDS, Ledger
 from tq_lightning.sweep.progress import Progress
-from tq_lightning.sweep.storage import hide_password, open_storage
+from tq_lightning.sweep.storage import Patience, hide_password, open_storage
 
 if TYPE_CHECKING:
     import optuna
@@ -62,11 +62,14 @@ def open_study(sweep: space.Sweep, options: Options) -> "optuna.Study":
             raise UserError(
                 f"the study {options.study_name} in {where} is not one of a sweep file's; pass another --study-name"
             )
-        different = [key for key in mine if theirs is not None and json.dumps(theirs.get(key)) != json.dumps(mine[key])]
+        both = [] if theirs is None else [*mine, *(key for key in theirs if key not in mine)]
+        different = [key for key in both if json.dumps(theirs.get(key)) != json.dumps(mine.get(key))]
         if different:
+            names = " and ".join("arguments after --" if key == "extra" else key for key in different)
             raise UserError(
-                f"the study {options.study_name} exists in {where} with other {' and '.join(different)} than {sweep.path}: "
-                f"{_difference(theirs[different[0]], mine[different[0]])}; pass another --study-name, or the file as it was"
+                f"the study {options.study_name} exists in {where} with other {names} than {sweep.path}: "
+                f"{_difference(theirs.get(different[0]), mine.get(different[0]))}; "
+                "pass another --study-name, or what it was begun with"
             )
     study = optuna.create_study(storage=storage, study_name=options.study_name, directions=directions, load_if_exists=True)
     if existing is None or "sweep" not in existing.user_attrs:
@@ -118,13 +121,15 @@ def run_sweep(sweep: space.Sweep, options: Options) -> bool:
     # SIGINT too: a command started in the background of a script inherits it as ignored
     before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with Progress(ledger, deadline) as progress:
+        with Progress(ledger, deadline, options.workers) as progress:
             for _ in range(options.workers):
                 crew.start()
+            away = Patience()
             while crew.running:
-                crew.replace_dead(ledger)
-                ledger.tend()
-                progress.show()
+                with away:
+                    crew.replace_dead(ledger)
+                    ledger.tend()
+                    progress.show()
                 time.sleep(TEND_SECONDS)
             progress.show()
         return True
@@ -201,11 +206,14 @@ class Crew:
 
     def kill(self, ledger: Ledger) -> None:
         """Leave no worker behind, and no trial of theirs `running`."""
+        from optuna.exceptions import StorageInternalError
+
         for name, process in self.running.items():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what it started: the other ranks, the data loaders
             process.wait()
-            ledger.fail_worker(name, "interrupted", "stopped by the user")
+            with contextlib.suppress(StorageInternalError):  # away: whoever goes on finds the trial silent
+                ledger.fail_worker(name, "interrupted", "stopped by the user")
 
 
 def _share(index: int, workers: int) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from tq_lightning.sweep import twins
+from tq_lightning.sweep import plots, twins
 from tq_lightning.sweep.ledger import Ledger
 from tq_lightning.sweep.space import Sweep, argument
 
@@ -36,8 +36,8 @@ def write_outcome(sweep: Sweep, ledger: Ledger, folder: Path, console: Console |
         _write_csv(folder / "arms.csv", arms)
         _print(console, f"{ledger.study.study_name}: arms over their seeds", arms)
     _importances(ledger.study, folder, console, names)
-    plots = draw(ledger.study, folder / "plots")
-    console.print(f"tables and {len(plots)} plots in {folder}", soft_wrap=True)
+    drawn = draw(sweep, ledger, folder / "plots")
+    console.print(f"tables and {len(drawn)} plots in {folder}", soft_wrap=True)
 
 
 def ranked(ledger: Ledger) -> list["optuna.trial.FrozenTrial"]:
@@ -100,51 +100,25 @@ def arm_rows(sweep: Sweep, trials: list["optuna.trial.FrozenTrial"], name: str, 
     return sorted(rows, key=lambda row: row[f"mean {name}"], reverse=maximize)
 
 
-def draw(study: "optuna.Study", folder: Path) -> list[Path]:
-    """Draw what the study has enough trials for: history, importances, parallel coordinates, slices, a Pareto front."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from optuna.importance import FanovaImportanceEvaluator
+def draw(sweep: Sweep, ledger: Ledger, folder: Path) -> list[Path]:
+    """Draw the study's pictures (`plots`) from its complete trials; without any there is nothing to draw."""
     from optuna.trial import TrialState
-    from optuna.visualization import matplotlib as plot
 
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if not complete:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
+    study = ledger.study
+    front = {t.number for t in study.best_trials} if len(study.directions) > 1 else set()
+    trials = [
+        plots.Shown(t.number, tuple(t.values), _shown(sweep, t), t.number in front)
+        for t in ledger.trials()
+        if t.state == TrialState.COMPLETE
+    ]
+    axes = [
+        plots.Axis(key, tuple(_text(value) for value in parameter.values) or None, parameter.log)
+        for key, parameter in sweep.parameters.items()
+    ]
     names = study.metric_names or ["value"]
-    drawn: list[Path] = []
-    for position, name in enumerate(names):
-        wanted: dict[str, Any] = {"target_name": name}
-        if len(names) > 1:
-            wanted["target"] = lambda trial, position=position: trial.values[position]
-        suffix = f"_{position + 1}" if len(names) > 1 else ""
-        for kind in ("optimization_history", "param_importances", "parallel_coordinate", "slice"):
-            if kind == "param_importances" and not find_importances(study, position):
-                continue
-            more = {"evaluator": FanovaImportanceEvaluator(seed=0)} if kind == "param_importances" else {}  # as in the table
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                getattr(plot, f"plot_{kind}")(study, **wanted, **more)
-            if kind == "optimization_history":
-                plt.gca().legend(loc="best")
-            drawn.append(_save(plt, folder / f"{kind}{suffix}.png", len(study.trials[0].params)))
-    if 2 <= len(names) <= 3:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plot.plot_pareto_front(study, target_names=names)
-        drawn.append(_save(plt, folder / "pareto_front.png", 1))
-    return drawn
-
-
-def _save(plt: Any, path: Path, parameters: int) -> Path:
-    figure = plt.gcf()
-    figure.set_size_inches(max(8.0, 2.6 * parameters) if "slice" in path.name or "parallel" in path.name else 8.0, 5.0)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close("all")
-    return path
+    found = [find_importances(study, position) or {} for position in range(len(names))]
+    maximize = [direction.name == "MAXIMIZE" for direction in study.directions]
+    return plots.draw(plots.Study(names, maximize, axes, trials, found), folder)
 
 
 def _importances(study: "optuna.Study", folder: Path, console: Console, names: list[str]) -> None:
@@ -179,9 +153,16 @@ def _searched(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]
     values = {
         key: twins.decode(parameter, trial.params[key]) for key, parameter in sweep.parameters.items() if key in trial.params
     }
-    return {
-        key: value if isinstance(value, bool | int | float | str) else argument("", value)[3:] for key, value in values.items()
-    }
+    return {key: value if isinstance(value, bool | int | float | str) else _text(value) for key, value in values.items()}
+
+
+def _shown(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
+    """The searched keys as the pictures have them: numbers of ranges, texts of choices."""
+    return {key: _text(value) if sweep.parameters[key].values else value for key, value in _searched(sweep, trial).items()}
+
+
+def _text(value: Any) -> str:
+    return argument("", value).removeprefix("--=")
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -201,7 +182,7 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
         return
     table = Table(title=title, title_justify="left")
     for column in dict.fromkeys(key for row in rows for key in row):
-        name = "seed" if column == SEED else column.replace("val/", "").removeprefix("model.")
+        name = plots.short(column.replace("val/", ""))
         table.add_column(name, overflow="fold")
     for row in rows[:SHOWN]:
         table.add_row(

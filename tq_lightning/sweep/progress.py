@@ -1,6 +1,7 @@
 """How a sweep stands, in the terminal: one live line, or a printed one at every change where there is no terminal."""
 
 import time
+from datetime import datetime
 from types import TracebackType
 
 from rich.console import Console
@@ -12,8 +13,8 @@ from tq_lightning.sweep.ledger import Ledger
 class Progress:
     """Trials done, running, failed and pruned, the best so far and the time left. A context manager."""
 
-    def __init__(self, ledger: Ledger, deadline: float | None, console: Console | None = None) -> None:
-        self.ledger, self.deadline = ledger, deadline
+    def __init__(self, ledger: Ledger, deadline: float | None, workers: int = 1, console: Console | None = None) -> None:
+        self.ledger, self.deadline, self.workers = ledger, deadline, workers
         self.console = console or Console(highlight=False)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         self.last = ""
@@ -26,11 +27,11 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.live is not None:
             self.live.stop()
-            self.console.print(describe(self.ledger, self.deadline), soft_wrap=True)
+            self.console.print(describe(self.ledger, self.deadline, self.workers), soft_wrap=True)
 
     def show(self) -> None:
         """Draw the current line; without a terminal, print it when a count has changed."""
-        line = describe(self.ledger, self.deadline)
+        line = describe(self.ledger, self.deadline, self.workers)
         counts = line.split("; time left")[0]
         if self.live is not None:
             self.live.update(line, refresh=True)
@@ -39,8 +40,12 @@ class Progress:
         self.last = counts
 
 
-def describe(ledger: Ledger, deadline: float | None) -> str:
-    """`7 of 12 done, 2 running, 1 failed, 0 pruned; best val/acc1_float 91.3 (trial 4); time left 3 min`."""
+def describe(ledger: Ledger, deadline: float | None, workers: int = 1) -> str:
+    """`7 of 12 done, 2 running, 1 failed, 0 pruned; best val/acc1_float 91.3 (trial 4); time left 3 min`.
+
+    The time left: what is to be done at the mean seconds of a trial, less what the running ones have had, shared by `workers`
+    of this command, or by as many as run where others have joined. deadline: time.time() after which no trial is started.
+    """
     from optuna.trial import TrialState
 
     trials = list(ledger.latest().values())
@@ -60,7 +65,9 @@ def describe(ledger: Ledger, deadline: float | None) -> str:
     seconds = [t.duration.total_seconds() for t in complete + pruned if t.duration is not None]
     left = []
     if seconds and ledger.limit is not None and done < ledger.limit:
-        left.append((ledger.limit - done) * sum(seconds) / len(seconds) / max(1, len(running)))
+        mean, now = sum(seconds) / len(seconds), datetime.now()
+        had = sum(min(mean, max(0.0, (now - t.datetime_start).total_seconds())) for t in running if t.datetime_start)
+        left.append(((ledger.limit - done) * mean - had) / max(1, workers, len(running)))
     if deadline is not None:
         left.append(max(0.0, deadline - time.time()))
     return line + (f"; time left {_span(min(left))}" if left else "")

@@ -2,14 +2,16 @@
 
 import re
 import time
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
     import optuna
 
 CONNECT_SECONDS = 10  # how long an unreachable server may keep the user waiting
+AWAY_SECONDS = 120  # how long a server may be away, restarting say, before a running sweep gives up
 LOCKED_SECONDS = 60  # how long a SQLite writer waits for the others
 
 
@@ -23,6 +25,8 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
     """
     import optuna
 
+    if re.fullmatch(r"sqlite(\+\w+)?://(/:memory:)?", url):
+        raise UserError(f"the storage {url} is no file: workers can't share it and it ends with them; pass sqlite:///PATH")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         if url.startswith("journal:"):
@@ -31,12 +35,36 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
             return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
         return optuna.storages._CachedStorage(_database(url))  # what create_study wraps it in; one cache for all that we ask
     except Exception as error:  # each driver raises its own kinds; all mean that there is no storage
-        cause = error.__cause__ or error
-        first = re.sub(r"^\([\w.]+\)\s*", "", " ".join(str(cause).split()))
         where = hide_password(url)
-        raise UserError(
-            f"the storage {where} can't be reached: {_shorten(first)}; start it or pass another --storage"
-        ) from error
+        raise UserError(f"the storage {where} can't be reached: {_first(error)}; start it or pass another --storage") from error
+
+
+class Patience:
+    """A context that lets a storage be away: its errors are swallowed until they have lasted AWAY_SECONDS without a success.
+
+    For what is tried again anyway. Raises TrainingError then: trials under way can't tell their results any more.
+    """
+
+    def __init__(self, seconds: float = AWAY_SECONDS) -> None:
+        self.seconds = seconds
+        self.since: float | None = None
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        from optuna.exceptions import StorageInternalError
+
+        if error is None:
+            self.since = None
+        if not isinstance(error, StorageInternalError):
+            return False
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > self.seconds:
+            raise TrainingError(
+                f"the storage has been away for {self.seconds:.0f} s ({_first(error)}); start it, go on with the same command"
+            ) from error
+        return True
 
 
 def hide_password(url: str) -> str:
@@ -78,5 +106,7 @@ def _database(url: str) -> "optuna.storages.RDBStorage":
     return storage
 
 
-def _shorten(text: str, limit: int = 200) -> str:
+def _first(error: BaseException, limit: int = 200) -> str:
+    """What a storage's error says, in one line of at most `limit` characters."""
+    text = re.sub(r"^\([\w.]+\)\s*", "", " ".join(str(error.__cause__ or error).split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."

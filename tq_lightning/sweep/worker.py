@@ -1,5 +1,6 @@
 """A worker: takes one trial after another from the study and runs them in this process, which has paid for its imports."""
 
+import contextlib
 import os
 import signal
 import time
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tq_lightning.sweep import twins
 from tq_lightning.sweep.ledger import Ledger, alive
+from tq_lightning.sweep.progress import describe
 from tq_lightning.sweep.space import Sweep
+from tq_lightning.sweep.storage import Patience
 from tq_lightning.sweep.trial import Ending, Fit, run_trial
 
 if TYPE_CHECKING:
@@ -41,21 +44,28 @@ def work(
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    away = Patience()
     try:
         while deadline is None or time.time() < deadline:
-            if parent is None:
-                ledger.tend()
-            elif os.getppid() != parent:
+            if parent is not None and os.getppid() != parent:
                 return False
-            claimed = ledger.claim(name)
+            claimed, settled = None, False
+            with away:
+                if parent is None:
+                    ledger.tend()
+                claimed = ledger.claim(name)
+                settled = claimed is None and ledger.settled()
             if claimed is None:
-                if ledger.settled():
+                if settled:
                     return True
                 time.sleep(POLL_SECONDS)
                 continue
             run_claimed(ledger, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
             if stopped:
                 return False
+            if parent is None:  # else the parent shows it
+                with away:
+                    print(describe(ledger, deadline), flush=True)
             for number in before:  # Lightning puts its own in their place; the next trial must be stoppable too
                 signal.signal(number, interrupt)
         return True
@@ -78,7 +88,7 @@ def run_claimed(
 ) -> None:
     """Run one trial that is ours and write down how it ended."""
     import optuna
-    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
     study, point = ledger.study, claimed.user_attrs["point"]
     study.sampler, study.pruner = twins.sampler(sweep, point), twins.pruner(sweep, len(metrics))
@@ -86,8 +96,10 @@ def run_claimed(
     home = folder / "trials" / (f"{point:04d}" + (f"-retry{attempt}" if attempt else ""))
 
     def report(step: int, value: float) -> bool:
-        trial.report(value, step)
-        return trial.should_prune()
+        with contextlib.suppress(StorageInternalError):  # away for a moment: hours of training are worth more than one report
+            trial.report(value, step)
+            return trial.should_prune()
+        return False
 
     try:
         with alive(ledger, claimed, parent):

@@ -1,0 +1,39 @@
+"""The line that says how a sweep stands: counts, the best, and a time left that runs down and doesn't jump."""
+
+from datetime import datetime, timedelta
+
+import optuna
+from optuna.trial import TrialState, create_trial
+
+from tq_lightning.sweep.ledger import Ledger
+from tq_lightning.sweep.progress import describe
+
+
+def line(running, workers):
+    """Two of eight done in 100 s each, `running` under way for 40 s."""
+    study = optuna.create_study(direction="maximize")
+    study.set_metric_names(["val/acc1_float"])
+    now = datetime.now()
+    for point in range(2 + running):
+        trial = create_trial(state=TrialState.COMPLETE, value=90.0 + point, user_attrs={"point": point, "attempt": 0})
+        if point < 2:
+            trial.datetime_start, trial.datetime_complete = now - timedelta(seconds=100), now
+        else:
+            trial.state, trial.datetime_start = TrialState.RUNNING, now - timedelta(seconds=40)
+            trial.values, trial.datetime_complete = None, None
+        study._storage.create_new_trial(study._study_id, template_trial=trial)
+    return describe(Ledger(study, lambda point: {}, limit=8), None, workers)
+
+
+def test_what_running_trials_have_had_counts():
+    said = line(running=2, workers=2)
+    assert said.startswith("2 of 8 done, 2 running, 0 failed, 0 pruned; best val/acc1_float 91 (trial 1)")
+    assert said.endswith("time left 4 min")  # (6 * 100 - 2 * 40) / 2 = 260 s
+
+
+def test_a_worker_between_two_trials_doubles_no_time():
+    assert line(running=1, workers=2).endswith("time left 5 min")  # (600 - 40) / 2 = 280 s, not 560 s
+
+
+def test_workers_elsewhere_count():
+    assert line(running=4, workers=1).endswith("time left 2 min")  # (600 - 160) / 4 = 110 s
