@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import os
 import re
 import shutil
 import sys
@@ -66,13 +67,22 @@ def newest_checkpoint(root: Path, which: str) -> Path:
     return found[-1]
 
 
+def _check_root(root: Path) -> None:
+    """Raises UserError where no run can be written below `root`. Nothing is made: bad input leaves no trace."""
+    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"trainer.default_root_dir={root}: cannot write in {there}; pass a folder for the runs")
+
+
 def _checkpoint_step(path: Path) -> int:
     try:
+        # mmap reads no weights for one number; the files of old that can't be mapped are no checkpoints of ours
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(checkpoint["global_step"])
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"ckpt_path: {path} is no checkpoint of a run ({reason})") from None
+        reason = "not a file that torch.save wrote, or half of one" if "mmap" in reason or "zip" in reason else reason
+        raise UserError(f"ckpt_path: {path} is no checkpoint of a run ({reason}); pass last, best, or a .ckpt file") from None
 
 
 class TQCLI(LightningCLI):
@@ -119,6 +129,7 @@ class TQCLI(LightningCLI):
         if self.resumed is not None:
             self.run_dir = self.resumed.parent.parent
         else:
+            _check_root(root)
             self.run_dir = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self._dump_config()
 
