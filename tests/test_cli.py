@@ -150,11 +150,17 @@ def test_two_runs_then_test_then_going_on(capsys: pytest.CaptureFixture[str], tm
     assert record["status"] == "finished" and record["test"]["images"] == 360
     assert set(record["widths"]) == {str(bits) for bits in range(1, 9)}
 
+    capsys.readouterr()
     assert main(["predict", *DIGITS[1:], *short[:2], "--ckpt_path", "best"]) == 0
+    assert capsys.readouterr().err == ""
     rows = (runs[1] / "predictions.csv").read_text().splitlines()
     assert rows[0] == "sample,class,name,probability" and len(rows) == 361
 
-    assert main([*DIGITS, *short, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+    capsys.readouterr()
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", "last", "--model.lr", "0.5", "--model.widths", "8,4,2,1"]
+    assert main([*DIGITS, *short, *more]) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "stays as its checkpoint" in line]
+    assert said.endswith("trained: model.lr=0.1, not 0.5")
     resumed = json.loads((runs[1] / "record.json").read_text())
     assert resumed["id"] == record["id"]
     assert [epoch for epoch, _ in resumed["curves"]["val/acc1_float"]] == [0, 1]

@@ -196,6 +196,11 @@ def test_a_teacher_with_weights_for_other_classes_is_refused_before_a_download(t
         train(tmp_path, {"teacher": "external", "teacher_name": "resnet18"})
 
 
+def test_what_is_wrong_with_a_teacher_is_said_of_the_teacher(train, tmp_path):
+    with pytest.raises(UserError, match=r"^the teacher .*: cannot get the pretrained weights of resnet8_cifar"):
+        train(tmp_path, {"teacher": "external", "teacher_name": "resnet8_cifar"})
+
+
 def test_a_loss_that_is_not_finite_names_step_width_and_rate(train, tmp_path, monkeypatch):
     calls = []
 

@@ -38,7 +38,10 @@ def build_teacher(h: Any) -> nn.Module | None:
             f"model.teacher_name: the weights of {h.teacher_name} are for {known.num_classes} classes, the data has "
             f"{h.num_classes}; pass model.teacher_checkpoint_path"
         )
-    return create_model(h.teacher_name, h.num_classes, path is None, path).eval().requires_grad_(False)
+    try:
+        return create_model(h.teacher_name, h.num_classes, path is None, path).eval().requires_grad_(False)
+    except UserError as error:
+        raise UserError(f"the teacher (model.teacher_name, model.teacher_checkpoint_path): {error}") from None
 
 
 def prepare_model(model: nn.Module, h: Any, widths: tuple[int, ...], verbose: bool) -> PrepareReport:
