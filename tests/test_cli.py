@@ -57,7 +57,7 @@ def test_what_sweep_engines_send_arrives_typed(
 
 
 def test_lists_as_text_mean_the_same_as_lists() -> None:
-    from tq_lightning.training.module import as_ints, as_list
+    from tq_lightning.training.arguments import as_ints, as_list
 
     assert as_ints("8,4,2,1", "k") == as_ints([8, 4, 2, 1], "k") == as_ints("[8, 4, 2, 1]", "k") == [8, 4, 2, 1]
     assert as_ints(4, "k") == as_ints("4", "k") == [4]
@@ -98,6 +98,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: li
         ("--model.name=resnet20_cifer", "did you mean resnet20_cifar"),
         ("--model.skip=first,lst", "skip pattern 'lst' matches no layer"),
         ("--model.checkpoint_path=nowhere.pth", "nowhere.pth"),
+        ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches: got 0, pass 1 or more"),
     ],
 )
 def test_bad_input_that_shows_late_leaves_no_run(
@@ -120,7 +121,14 @@ def test_last_is_an_error_where_there_is_no_run(capsys: pytest.CaptureFixture[st
 def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"no checkpoint")
-    assert "is no checkpoint of a run" in error_of(capsys, *DIGITS, "--ckpt_path", str(broken))
+    said = error_of(capsys, *DIGITS, "--ckpt_path", str(broken))
+    assert "is no checkpoint of a run (not a file that torch.save wrote, or half of one)" in said
+
+
+def test_a_root_that_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = error_of(capsys, *DIGITS, "--trainer.default_root_dir", str(tmp_path / "file" / "runs"))
+    assert f"cannot write in {tmp_path / 'file'}; pass a folder" in said
 
 
 def test_two_runs_then_test_then_going_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -142,11 +150,17 @@ def test_two_runs_then_test_then_going_on(capsys: pytest.CaptureFixture[str], tm
     assert record["status"] == "finished" and record["test"]["images"] == 360
     assert set(record["widths"]) == {str(bits) for bits in range(1, 9)}
 
+    capsys.readouterr()
     assert main(["predict", *DIGITS[1:], *short[:2], "--ckpt_path", "best"]) == 0
+    assert capsys.readouterr().err == ""
     rows = (runs[1] / "predictions.csv").read_text().splitlines()
     assert rows[0] == "sample,class,name,probability" and len(rows) == 361
 
-    assert main([*DIGITS, *short, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+    capsys.readouterr()
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", "last", "--model.lr", "0.5", "--model.widths", "8,4,2,1"]
+    assert main([*DIGITS, *short, *more]) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "stays as its checkpoint" in line]
+    assert said.endswith("trained: model.lr=0.1, not 0.5")
     resumed = json.loads((runs[1] / "record.json").read_text())
     assert resumed["id"] == record["id"]
     assert [epoch for epoch, _ in resumed["curves"]["val/acc1_float"]] == [0, 1]

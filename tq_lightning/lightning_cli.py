@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import os
 import re
 import shutil
 import sys
@@ -12,7 +13,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, set_loader
 from jsonargparse.loaders_dumpers import yaml_load
@@ -28,6 +28,7 @@ from tq_lightning.callbacks.step_checkpoint import StepCheckpoint
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
+from tq_lightning.training.going_on import checkpoint_step, newest_checkpoint, overruled
 from tq_lightning.training.module import TQModule
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -50,29 +51,11 @@ def _plain(value: Any) -> Any:
 set_loader("tq", lambda text: _plain(yaml_load(text)), exceptions=(yaml.YAMLError,))
 
 
-def newest_checkpoint(root: Path, which: str) -> Path:
-    """The `last` or `best` checkpoint of the newest run under `root`.
-
-    Raises:
-        UserError: there is none; the message says where it was looked for.
-    """
-    pattern = "*/checkpoints/last.ckpt" if which == "last" else "*/checkpoints/best*.ckpt"
-    found = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(
-            f"ckpt_path={which}: no {pattern} under {root}; pass the file of a checkpoint, or the trainer.default_root_dir "
-            "of the run"
-        )
-    return found[-1]
-
-
-def _checkpoint_step(path: Path) -> int:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(checkpoint["global_step"])
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"ckpt_path: {path} is no checkpoint of a run ({reason})") from None
+def _check_root(root: Path) -> None:
+    """Raises UserError where no run can be written below `root`. Nothing is made: bad input leaves no trace."""
+    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"trainer.default_root_dir={root}: cannot write in {there}; pass a folder for the runs")
 
 
 class TQCLI(LightningCLI):
@@ -107,11 +90,15 @@ class TQCLI(LightningCLI):
                 raise UserError(
                     f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run under {root}"
                 )
-            self.resume_step = _checkpoint_step(path)
+            self.resume_step = checkpoint_step(path)
             self.given_checkpoint = str(given)
             config.ckpt_path = str(path)
             self.resumed = path
-        super()._parse_ckpt_path()
+        asked = config.model.as_dict()
+        super()._parse_ckpt_path()  # the checkpoint's model arguments replace those given
+        kept = overruled(asked, self.config[self.config.subcommand].model.as_dict())
+        if kept:
+            print(f"the model stays as its checkpoint was trained: {'; '.join(kept)}", file=sys.stderr, flush=True)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -119,6 +106,7 @@ class TQCLI(LightningCLI):
         if self.resumed is not None:
             self.run_dir = self.resumed.parent.parent
         else:
+            _check_root(root)
             self.run_dir = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self._dump_config()
 
@@ -225,6 +213,7 @@ def _quiet() -> None:
         ".*The dirpath has changed from.*",
         ".*`weights_only` was not set.*",
         ".*`isinstance\\(treespec.*",
+        ".*Couldn't infer the batch indices.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)
 

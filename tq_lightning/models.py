@@ -133,7 +133,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} refused: no checkpoint, or one that holds more than tensors and plain values") from error
     except Exception as error:
-        raise UserError(f"cannot read {path} as a checkpoint ({' '.join(str(error).split())[:120]})") from error
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(f"cannot read {path} as a checkpoint ({said}); pass a file that torch.save wrote, whole") from error
     for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -234,3 +234,23 @@ def test_without_norms_there_is_nothing_to_estimate(tmp_path, monkeypatch):
 def test_bad_number_of_batches():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         file.TruncationEval(0)
+
+
+def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, monkeypatch):
+    calls = []
+    plain = weight.WeightQuantizer._normalise
+    monkeypatch.setattr(weight.WeightQuantizer, "_normalise", lambda self, w: (calls.append(self), plain(self, w))[1])
+    trainer, module, data = fit(tmp_path, limit_train_batches=1)
+    quantizers = [q for _, _, _, q in weight.weight_quantizers(module)]
+    assert len(trainer.val_dataloaders) > 1
+    assert len(calls) == 2 * len(quantizers), "one step, and one validation of several batches and a calibration"
+    assert not any(q._sharing or q._shared for q in quantizers)
+
+    class Fail(L.Callback):
+        def on_validation_batch_end(self, *_):
+            raise RuntimeError("in the middle")
+
+    trainer.callbacks.append(Fail())
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trainer.validate(module, data)
+    assert not any(q._sharing or q._shared for q in quantizers)

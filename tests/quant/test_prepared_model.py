@@ -177,3 +177,17 @@ def test_room_for_all_variants_is_made(model, fresh_dynamo):
         with bit_width(model, 8):
             pass
         assert fresh_dynamo.config.recompile_limit >= 4 * len(PASSES)
+
+
+@pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
+def test_compiled_weights_huge_and_nan(normalizer, fresh_dynamo):
+    """A graph does not branch on values: a huge weight quantizes as in eager, a NaN reaches the output, and so the loss."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    prepare(model, skip=(), normalizer=normalizer, verbose=False)
+    compiled, x, weight = torch.compile(model, backend="eager", fullgraph=True), torch.eye(64), original(model[0], "weight")
+    for value, finite in ((3e37, True), (float("nan"), False)):
+        with torch.no_grad(), bit_width(model, 2):
+            weight.fill_(1e37)[0, 0] = value
+            out = compiled(x)
+            assert torch.isfinite(out).all() == finite
+            assert not finite or torch.equal(out, model(x))

@@ -165,6 +165,12 @@ def test_shared_normalisation_runs_once_and_ends(monkeypatch):
                 model(torch.ones(1, 6))
         raise RuntimeError("inside")
     assert calls == ["0.weight"] and rule._shared is None
+    with shared_normalisation(model), bit_width(model, 4):  # an evaluation of many batches, and each of its batches
+        for _ in range(3):
+            with shared_normalisation(model) as pairs:
+                assert [q for q, _ in pairs] == [rule]
+                model(torch.ones(1, 6))
+    assert calls == ["0.weight"] * 2 and rule._shared is None
     with bit_width(model, 2):
         before = model[0].weight
         with torch.no_grad():

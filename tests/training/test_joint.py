@@ -1,6 +1,7 @@
 """The joint step is an ordinary step over the summed losses: same gradients as a plain loop, at the memory of one width."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -244,3 +245,22 @@ def test_a_loss_that_is_not_finite_names_its_width():
     assert all(p.grad is None for p in model.parameters())
     assert all(q._shared is None for *_, q in weight_quantizers(model)), "an error leaves nothing shared"
     joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
+
+
+@pytest.mark.parametrize("activations", ["clamp_round", "clamp_floor_truncate", "pact_floor"])
+@pytest.mark.parametrize("place", ["conv1.weight", "layer1.0.bn1.sets.8.bias"])
+def test_a_nan_that_integers_would_hide_is_found(activations, place):
+    """The codes of a quantized activation know no NaN: the loss alone would stay finite. The stem is in float."""
+    model = prepared(conv_net, activations=activations)
+    images, target = batch()
+    with torch.no_grad():
+        model.get_parameter(place).view(-1)[0] = float("nan")
+    with pytest.raises(TrainingError, match=rf"not finite at width 8; {re.escape(place)} holds NaN"):
+        joint_loss(model, images, WIDTHS, recursive(target))
+
+
+def test_a_loss_of_finite_weights_blames_none():
+    model = prepared(conv_net)
+    images, _ = batch()
+    with pytest.raises(TrainingError, match=r"not finite at width 4$"):
+        joint_loss(model, images, WIDTHS, lambda bits, out, wider: out.sum() * (float("inf") if bits == 4 else 1.0))

@@ -9,8 +9,9 @@ from torch import nn
 
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.training import module as module_file
+from tq_lightning.training.arguments import as_ints, as_list
 from tq_lightning.training.losses import bce, cross_entropy, distillation
-from tq_lightning.training.module import TQModule, as_ints, as_list
+from tq_lightning.training.module import TQModule
 
 LOGITS = {
     None: torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 0.0]]),
@@ -51,6 +52,7 @@ def width_losses(monkeypatch, teacher_net=False, **arguments):
     if teacher_net:
         module._teacher = [Outside()]
     module.training_step((torch.zeros(2, 3, 8, 8), TARGET), 0)
+    module.on_train_epoch_end()
     keys = {f"train/loss_{'float' if b is None else f'w{b}'}" for b in passed["widths"]}
     assert set(logged) == keys
     return {bits: logged[f"train/loss_{'float' if bits is None else f'w{bits}'}"].item() for bits in passed["widths"]}, passed
@@ -158,10 +160,10 @@ def test_lists_in_every_spelling():
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_sharded_strategies_are_refused_in_a_sentence(strategy):
     module = TQModule()
-    module._trainer = SimpleNamespace(strategy=type(strategy, (), {})())
+    module._trainer = SimpleNamespace(strategy=type(strategy, (), {})(), accumulate_grad_batches=1)
     with pytest.raises(UserError, match=f"{strategy} shards the weights.*pass ddp"):
         module.setup("fit")
-    module._trainer = SimpleNamespace(strategy=type("DDPStrategy", (), {})())
+    module._trainer = SimpleNamespace(strategy=type("DDPStrategy", (), {})(), accumulate_grad_batches=1)
     module.setup("fit")
 
 
@@ -183,6 +185,20 @@ def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["teacher"] == "external"
+    (tmp_path / "teacher.pth").unlink()  # whoever scores a student needs no teacher
+    again = TQModule(**{**module.hparams, "checkpoint_path": None})
+    trainer.validate(again, trainer.datamodule)
+    assert again._teacher == []
+
+
+def test_a_teacher_with_weights_for_other_classes_is_refused_before_a_download(train, tmp_path):
+    with pytest.raises(UserError, match=r"resnet18 are for 1000 classes, the data has 10; pass model\.teacher_checkpoint_path"):
+        train(tmp_path, {"teacher": "external", "teacher_name": "resnet18"})
+
+
+def test_what_is_wrong_with_a_teacher_is_said_of_the_teacher(train, tmp_path):
+    with pytest.raises(UserError, match=r"^the teacher .*: cannot get the pretrained weights of resnet8_cifar"):
+        train(tmp_path, {"teacher": "external", "teacher_name": "resnet8_cifar"})
 
 
 def test_a_loss_that_is_not_finite_names_step_width_and_rate(train, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """TruncationEval: every validation epoch scores every width, truncated, and quantized wherever that differs."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -37,7 +38,10 @@ def evaluation_passes(model: nn.Module) -> list[Pass]:
 
 @torch.no_grad()
 def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict[Pass, Tensor]:
-    """Logits (batch, classes) of one batch at every pass; the weights are normalised once for all of them."""
+    """Logits (batch, classes) of one batch at every pass; the weights are normalised once for all of them.
+
+    Inside `shared_normalisation(model)` they are so once for all batches.
+    """
     logits = {}
     with shared_normalisation(model):
         for bits, source in passes:
@@ -79,8 +83,12 @@ class TruncationEval(L.Callback):
         self._images = SumMetric()
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._fresh = True
+        # open through an evaluation, in which no weight changes: they are normalised and coded once for all its batches
+        self._weights = ExitStack()
 
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
+        self._weights.close()
+        self._weights.enter_context(shared_normalisation(module))
         if calibrate and untrained_widths(module):
             if not self._batches:
                 self._batches = list(trainer.datamodule.calibration_batches(self.calibration_batches))  # type: ignore[attr-defined]
@@ -103,6 +111,7 @@ class TruncationEval(L.Callback):
             self._accuracy[p].update(out.argmax(1), target)
 
     def _end(self, module: Any, stage: str) -> None:
+        self._weights.close()
         accuracy = {p: round(100.0 * float(metric.compute()), 5) for p, metric in self._accuracy.items()}
         values = width_metrics(stage, accuracy, module.hparams.max_bits, module.widths)
         # every process has computed the same values: sync_dist keeps Lightning from warning of each of them
@@ -130,6 +139,9 @@ class TruncationEval(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
             self._end(pl_module, "val")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._weights.close()
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._start(trainer, pl_module, calibrate=not _calibrated(pl_module))

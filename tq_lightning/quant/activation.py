@@ -66,6 +66,8 @@ class ActivationQuantizer(nn.Module):
         if bits is None:
             out = inside.clamp_min(0.0).masked_fill(over, scale) if self.learned else u
         elif torch.is_grad_enabled() and u.requires_grad:
+            # integers know no NaN: a network that has diverged before this layer would train on with a finite loss
+            scale = scale + 0.0 * u.detach().sum()
             out = FakeQuantize.apply(u, scale, False, bits, self.quantizer, self.ste, "endpoint", self.width.max_bits, source)
         else:
             codes = width_codes(u, bits, self.quantizer, self.width.max_bits, source)

@@ -86,11 +86,17 @@ class WeightQuantizer(nn.Module):
         """E = mean |w|, no gradient; also where the tensor is checked, since a NaN or an infinity shows in the mean."""
         magnitude = w.detach().abs()
         scale = self._reduce(magnitude, "mean")
-        if not torch.compiler.is_compiling() and not torch.isfinite(scale).all():
+        if torch.compiler.is_compiling():  # a graph does not branch on values: a NaN goes on and shows in the loss
+            return torch.where(torch.isfinite(scale), scale, self._huge_mean(magnitude))
+        if not torch.isfinite(scale).all():
             if not torch.isfinite(magnitude).all():
                 raise ValueError(f"weight {self.name} holds NaN or infinity; lower the learning rate or mend the checkpoint")
-            scale = self._reduce(magnitude.double(), "mean").float()  # finite but huge: the float32 sum overflowed
+            scale = self._huge_mean(magnitude)
         return scale
+
+    def _huge_mean(self, magnitude: Tensor) -> Tensor:
+        """The mean of a finite weight whose float32 sum overflows: a power of two, taken out and put back, is exact."""
+        return self._reduce(magnitude * 2.0**-64, "mean") * 2.0**64
 
     def normalise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The normaliser: u = t / (2 max|t|) + 1/2 with t = tanh(w) or w, and the scale E = mean|w|.
@@ -193,12 +199,16 @@ def shared_normalisation(model: nn.Module) -> Iterator[list[tuple[WeightQuantize
     """Normalises each weight once for all passes inside the block: the weights must not change in it.
 
     The normaliser knows no width, so a joint step over K widths, or an evaluation of many, needs it once. Inside, `u` is a
-    leaf: gradients of all passes meet there, and `WeightQuantizer.normaliser_grad` carries their sum to the weight.
+    leaf: gradients of all passes meet there, and `WeightQuantizer.normaliser_grad` carries their sum to the weight. A block
+    inside another one of the same model shares with it.
 
     Yields:
         (quantizer, its float parameter) for every quantized tensor, in model order.
     """
     pairs = [(q, original(module, tensor_name)) for _, module, tensor_name, q in weight_quantizers(model)]
+    if any(q._sharing for q, _ in pairs):
+        yield pairs
+        return
     for q, _ in pairs:
         q._sharing, q._shared, q._stored = True, None, None
     try:

@@ -5,9 +5,9 @@ from typing import Any
 from tq_lightning.errors import UserError
 from tq_lightning.quant.prepare import check_widths
 from tq_lightning.training.losses import LOSSES, TEACHERS
+from tq_lightning.training.widths import WIDTH_SCHEDULES
 
-WIDTH_SCHEDULES = ("all", "sandwich")
-_CHOICES = {"loss": tuple(LOSSES), "teacher": TEACHERS, "width_schedule": WIDTH_SCHEDULES}
+_CHOICES = {"loss": tuple(LOSSES), "teacher": TEACHERS, "width_schedule": tuple(WIDTH_SCHEDULES)}
 # key -> (whether a value will do, what to pass)
 _RANGES: dict[str, tuple[Any, str]] = {
     "distill_weight": (lambda v: 0.0 <= v <= 1.0, "a share from 0 to 1"),
@@ -73,10 +73,12 @@ def pass_weights(width_weights: Any, count: int) -> list[float]:
     return weights
 
 
-def check_strategy(strategy: Any) -> None:
-    """Raises UserError for a strategy of Lightning's that splits a weight over processes."""
-    name = type(strategy).__name__
+def check_trainer(trainer: Any) -> None:
+    """Raises UserError for a strategy of Lightning's that splits a weight over processes, and for steps of no batches."""
+    name = type(trainer.strategy).__name__
     if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         raise UserError(
             f"trainer.strategy: {name} shards the weights, and the normaliser needs the maximum of a whole one; pass ddp"
         )
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, pass 1 or more")

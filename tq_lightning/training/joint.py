@@ -88,7 +88,7 @@ def joint_loss(
         losses: {width: its detached loss, not weighted}.
 
     Raises:
-        TrainingError: a loss that is not finite; the message names the width.
+        TrainingError: a loss that is not finite; the message names the width, and the first parameter that is not either.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     losses: dict[int | None, Tensor] = {}
@@ -127,10 +127,17 @@ def joint_loss(
         torch._foreach_div_(present, loss_scale)
     bad = [bits for bits, loss in losses.items() if not torch.isfinite(loss)]
     if bad:
-        raise TrainingError(f"loss is not finite at width {'float' if bad[0] is None else bad[0]}")
+        raise TrainingError(f"loss is not finite at width {'float' if bad[0] is None else bad[0]}{_culprit(model)}")
     factors = [1.0] * len(widths) if weights is None else list(weights)
     total = torch.stack([f * losses[b].float() for f, b in zip(factors, widths, strict=True)]).sum()
     return _HandOver.apply(total, sums, *params), losses
+
+
+def _culprit(model: nn.Module) -> str:
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            return f"; {name.replace('.parametrizations.', '.').removesuffix('.original')} holds NaN or infinity"
+    return ""
 
 
 def idle_parameters(model: nn.Module, loss: Tensor) -> list[nn.Parameter]:

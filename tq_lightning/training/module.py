@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError, UserError
-from tq_lightning.quant.norm import train_float_norms
-from tq_lightning.quant.prepare import PrepareReport, prepare
+from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.quant.width import bit_width
-from tq_lightning.training.arguments import as_ints, as_list, check, check_strategy, pass_weights, trained_widths
+from tq_lightning.training.arguments import check, check_trainer, pass_weights, trained_widths
+from tq_lightning.training.epoch_losses import EpochLosses
 from tq_lightning.training.joint import idle_parameters, joint_loss
 from tq_lightning.training.losses import LOSSES, taught
-
-__all__ = ["TQModule", "as_ints", "as_list", "width_key"]
+from tq_lightning.training.widths import WIDTH_SCHEDULES
 
 
 def width_key(bits: int | None) -> str:
@@ -132,6 +131,7 @@ class TQModule(L.LightningModule):
         self._teacher: list[nn.Module] = []
         self._compiled: list[Any] = []
         self._idle: list[nn.Parameter] = []
+        self._epoch_losses = EpochLosses()
         self.loaded_epoch: int | None = None
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -146,14 +146,14 @@ class TQModule(L.LightningModule):
         return callbacks
 
     def setup(self, stage: str) -> None:
-        check_strategy(self.trainer.strategy)
+        check_trainer(self.trainer)
 
     # -- the model -------------------------------------------------------------------------------------------------
     def configure_model(self) -> None:
         """Builds and prepares the model once, before the strategy wraps it; the head's size may come from the data."""
         if self.model is not None:
             return
-        from tq_lightning.models import create_model
+        from tq_lightning.training.build import build_model, build_teacher
 
         h = self.hparams
         data = getattr(self._trainer, "datamodule", None)
@@ -161,42 +161,19 @@ class TQModule(L.LightningModule):
             if data is None:
                 raise UserError("model.num_classes is null and there is no data set to take it from; pass model.num_classes")
             h.num_classes = data.num_classes
-        args = dict(h.model_args or {})
-        for key in ("drop_rate", "drop_path_rate"):
-            if h[key] is not None:
-                args[key] = h[key]
-        h.model_args = args
-        model = create_model(h.name, h.num_classes, h.pretrained, h.checkpoint_path, **args)
-        self.attach(model)
-        if h.teacher_name is not None:
-            teacher = create_model(h.teacher_name, h.num_classes, h.teacher_checkpoint_path is None, h.teacher_checkpoint_path)
-            self._teacher = [teacher.eval().requires_grad_(False)]
+        self.attach(build_model(h))
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            teacher = build_teacher(h)
+            self._teacher = [] if teacher is None else [teacher]
 
     def attach(self, model: nn.Module) -> None:
         """Prepares `model` as the hyper-parameters say and takes it as this module's model."""
-        h = self.hparams
-        try:
-            self.report = prepare(
-                model,
-                quantizer=h.quantizer,
-                ste=h.ste,
-                level=h.level,
-                normalizer=h.normalizer,
-                widths=self.widths,
-                max_bits=h.max_bits,
-                activations=h.activations,
-                skip=as_list(h.skip),
-                norm=h.norm,
-                verbose=self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.is_global_zero,
-            )
-        except ValueError as error:
-            raise UserError(f"model: {error}") from None
-        if h.float_pass:
-            train_float_norms(model)
-        if h.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        from tq_lightning.training.build import prepare_model
+
+        verbose = self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.is_global_zero
+        self.report = prepare_model(model, self.hparams, self.widths, verbose)
         self.model = model
-        if h.compile:
+        if self.hparams.compile:
             self._compiled = [torch.compile(model)]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -209,12 +186,8 @@ class TQModule(L.LightningModule):
     # -- the joint step --------------------------------------------------------------------------------------------
     def step_widths(self, step: int) -> tuple[int | None, ...]:
         """The passes of a step, widest first: a function of seed and step alone, so that a resumed run sees the same."""
-        if self.hparams.width_schedule == "all" or len(self.passes) <= 2:
-            return self.passes
-        inner = list(range(1, len(self.passes) - 1))
-        count = min(self.hparams.sandwich_random, len(inner))
-        chosen = random.Random(f"{self.run_seed}-{step}").sample(inner, count)
-        return tuple(self.passes[i] for i in (0, *sorted(chosen), len(self.passes) - 1))
+        draw = random.Random(f"{self.run_seed}-{step}")
+        return WIDTH_SCHEDULES[self.hparams.width_schedule](self.passes, self.hparams.sandwich_random, draw)
 
     @property
     def run_seed(self) -> int:
@@ -243,9 +216,14 @@ class TQModule(L.LightningModule):
             raise TrainingError(f"step {self.global_step}: {error} (learning rate {lr:g})") from None
         self._idle = [p for p in idle_parameters(self, loss) if p.grad is None]
         values = {f"train/loss_{width_key(b)}": value for b, value in losses.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        if batch_idx == 0:
+            self._epoch_losses.state.clear()
+        self._epoch_losses.add(values, len(images))
         self.log("train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, logger=False)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self._epoch_losses.means(), sync_dist=True)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Nothing: the TruncationEval callback scores every width on the batch."""
@@ -260,6 +238,7 @@ class TQModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps how images reach the network beside the weights: whoever serves it has no data set to ask."""
+        checkpoint["epoch_losses"] = dict(self._epoch_losses.state)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             checkpoint["preprocessing"] = {
@@ -278,6 +257,14 @@ class TQModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.loaded_epoch = checkpoint.get("epoch")
+        self._epoch_losses.state = dict(checkpoint.get("epoch_losses", {}))
+        # a schedule is a function of the configuration and of the step: with more epochs it has their length, where the
+        # state of the shorter one would stay at its end
+        checkpoint["lr_schedulers"] = []
+
+    def on_train_start(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:  # the optimizer's state brought the rate of the run before
+            self.lr_scheduler_step(config.scheduler, None)
 
     # -- optimisation ----------------------------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
