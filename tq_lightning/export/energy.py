@@ -11,8 +11,8 @@ from typing import Any
 # cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. (The 640 pJ for 32 bits of DRAM and 5 pJ for 32 bits
 # of SRAM that deep-learning papers print come from Han et al., arXiv 1506.02626, fig. 1, and agree with 1.3 nJ and the 8 KB.)
 SOURCE = (
-    "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, fig. 1.1.9: rough costs at 45 nm, 0.9 V; "
-    "of DRAM's 1.3 to 2.6 nJ the low end, which favours refetching; of cache the 1 MB entry, the dearest, which does too"
+    "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, fig. 1.1.9: rough costs at 45 nm, "
+    "0.9 V; of DRAM's 1.3 to 2.6 nJ the low end, which favours refetching; of cache the 1 MB entry, the dearest, which does too"
 )
 # operation -> pJ
 CONSTANTS_PJ: dict[str, float] = {
@@ -45,7 +45,8 @@ def energy_model(weights: int, max_bits: int = 8) -> dict[str, Any]:
         max_bits: stored width.
 
     Returns:
-        {"assumptions": [words], "constants_pj": the table, "source": words, "by_width": {"n": {name: pJ}}} with, for a switch to n bits,
+        {"assumptions": [words], "constants_pj": the table, "source": words,
+        "by_width": {"n": {name: pJ}}} with, for a switch to n bits,
         refetch_float_pj, refetch_planes_pj and shift_pj, and for an inference traffic_float_pj and traffic_pj.
     """
     dram = CONSTANTS_PJ["DRAM access, 64 bits"] / ACCESS_BITS
