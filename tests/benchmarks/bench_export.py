@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_export.py [--out export.csv] [--model resnet50] [--vit vit_tiny_patch16_224] [--no-onnx]
 
 Each ratio is of two medians measured alternately in one process. Weights are random: nothing here depends on their values.
-Cold loads run in a process of their own, whose peak memory is the kernel's count; the file itself is in the page cache.
+Loads run in a process of their own, the file dropped from the page cache before where the system allows it. Memory is what
+the kernel counts for that process (Linux), above what its imports hold.
 """
 
 import argparse
@@ -17,22 +18,38 @@ import tempfile
 import time
 from pathlib import Path
 
-COLD = """
-import json, resource, sys, time
+LOAD = """
+import gc, json, os, sys, time
 import torch
 import tq_lightning.export.load, tq_lightning.quant.prepare, tq_lightning.models, timm, safetensors.torch
-start_kb, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-path, name, bits = sys.argv[1:4]
-if bits == "float":
-    model = tq_lightning.models.create_model(name)
+
+def mib(key):  # ru_maxrss would not do: a child inherits the peak of its parent
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+
+path, name, mode, bits = sys.argv[1:5]
+image = torch.randn(1, *json.loads(sys.argv[5]))
+with open(path, "rb") as file:
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+gc.collect()
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts here
+before, start = mib("VmRSS"), time.perf_counter()
+if mode == "float":
+    model = tq_lightning.models.create_model(name).eval()
     model.load_state_dict(safetensors.torch.load_file(path))
-    read = __import__("os").path.getsize(path)
+    read = os.path.getsize(path)
 else:
-    model = tq_lightning.export.load.load_packed(path, bits=int(bits), mode="lean")
+    model = tq_lightning.export.load.load_packed(path, bits=int(bits) or None, mode=mode)
     read = model.tq_file["bytes_read"]
-seconds = time.perf_counter() - start
-mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start_kb) / 1024
-print(json.dumps({"seconds": seconds, "mib": mib, "read": read}))
+out = {"read": read, "seconds": time.perf_counter() - start, "peak": mib("VmHWM") - before}
+gc.collect()
+out["held"] = mib("VmRSS") - before
+with torch.inference_mode():
+    model(image)
+out["pass_peak"], out["pass_held"] = mib("VmHWM") - before, mib("VmRSS") - before
+print(json.dumps(out))
 """
 
 
@@ -63,15 +80,14 @@ def planes(rows):
 
     codes = np.random.default_rng(0).integers(0, 256, 1 << 24, dtype=np.uint8)
     packed, out = pack_planes(codes, 8), np.empty_like(codes)
-    start = time.process_time()
-    for _ in range(5):
-        pack_planes(codes, 8)
-    middle = time.process_time()
-    for _ in range(5):
-        unpack_planes(packed, codes.size, out)
-    end = time.process_time()
-    rows.append(("pack 8 planes", 5 * codes.nbytes / (middle - start) / 1e9, "GB/s a core", "CPU time; at least 1"))
-    rows.append(("unpack 8 planes", 5 * codes.nbytes / (end - middle) / 1e9, "GB/s a core", "CPU time; at least 1"))
+    calls = {"pack": lambda: pack_planes(codes, 8), "unpack": lambda: unpack_planes(packed, codes.size, out)}
+    for name, call in calls.items():
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            call()
+            times.append(time.process_time() - start)
+        rows.append((f"{name} 8 planes", codes.nbytes / min(times) / 1e9, "GB/s a core", "CPU time, best of 5; at least 1"))
 
 
 def switching(rows, prepared, path):
@@ -106,31 +122,32 @@ def switching(rows, prepared, path):
     rows.append(("switch: share of copy bandwidth", took["copy"] / took["packed"], "", "a copy that touches as many bytes"))
 
 
-def memory(rows, path):
-    from tq_lightning import load_packed
-
-    lean = load_packed(path, mode="lean")
-    held = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in (*lean.parameters(), *lean.buffers())}.values())
-    codes = sum(t.numel() for t in lean.buffers() if t.element_size() == 1)
-    largest = max(t.numel() for t in lean.buffers())
-    size = path.stat().st_size
-    rows.append(("lean: held / 8-bit file", held / size, "x", f"{held:,} bytes of tensors"))
-    rows.append(("lean: held and largest weight made / file", (held + 4 * largest) / size, "x", "below 1.5"))
-    rows.append(("resident: held / 8-bit file", (held + 4 * codes) / size, "x", "codes and one width's weights"))
-
-
-def cold(rows, path, float_path, name):
+def loads(rows, path, float_path, name, size):
+    """Cold loads, and the memory that a loaded model holds, float against packed."""
+    cases = {"float": (float_path, "float", 0), "2 bits": (path, "lean", 2), "lean": (path, "lean", 0)}
     got = {}
-    for label, at, bits in (("float", float_path, "float"), ("2 bits", path, "2")):
+    for label, (at, mode, bits) in {**cases, "resident": (path, "resident", 0)}.items():
+        argv = [sys.executable, "-c", LOAD, str(at), name, mode, str(bits), json.dumps(size)]
         runs = []
         for _ in range(3):
-            done = subprocess.run([sys.executable, "-c", COLD, str(at), name, bits], capture_output=True, text=True, check=True)
+            done = subprocess.run(argv, capture_output=True, text=True, check=True)
             runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
         got[label] = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
-        for key, unit in (("read", "bytes"), ("seconds", "s"), ("mib", "MiB above the imports at its peak")):
+    for label in ("float", "2 bits"):
+        for key, unit in (("read", "bytes"), ("seconds", "s"), ("peak", "MiB")):
             rows.append((f"cold load, {label}: {key}", got[label][key], unit, ""))
-    for key in ("read", "seconds", "mib"):
-        rows.append((f"cold load, float / 2 bits: {key}", got["float"][key] / got["2 bits"][key], "x", ""))
+    for key in ("read", "seconds", "peak"):
+        rows.append((f"cold load, float / 2 bits: {key}", got["float"][key] / max(got["2 bits"][key], 1e-9), "x", ""))
+    file_mib = path.stat().st_size / 2**20
+    aims = {
+        "float": "",
+        "lean": "all widths; after the load below 1.5",
+        "resident": "all widths; codes and one width's weights",
+    }
+    for label, aim in aims.items():
+        rows.append((f"{label}: held after the load / 8-bit file", got[label]["held"] / file_mib, "x", aim))
+        rows.append((f"{label}: held after a pass / 8-bit file", got[label]["pass_held"] / file_mib, "x", "one image"))
+        rows.append((f"{label}: peak of load and pass", got[label]["pass_peak"], "MiB", "with the activations of one image"))
 
 
 def latency(rows, name, size, path, float_model, onnx):
@@ -142,39 +159,59 @@ def latency(rows, name, size, path, float_model, onnx):
     image = torch.randn(1, *size)
     resident, lean = load_packed(path), load_packed(path, mode="lean")
 
-    def run(model, bits):
-        with torch.inference_mode(), bit_width(model, bits):
+    def run(model):
+        with torch.inference_mode():
             model(image)
 
-    def plain():
-        with torch.inference_mode():
-            float_model(image)
+    def enter():
+        with bit_width(resident, 4):
+            pass
 
     for bits in (8, 4, 2):
-        took = alternately(15, float=plain, resident=lambda b=bits: run(resident, b), lean=lambda b=bits: run(lean, b))
+        with bit_width(resident, bits), bit_width(lean, bits):
+            took = alternately(15, float=lambda: run(float_model), resident=lambda: run(resident), lean=lambda: run(lean))
         rows.append((f"{name}, PyTorch, float", 1000 * took["float"], "ms", "one image"))
         rows.append((f"{name}, PyTorch, resident at {bits} / float", took["resident"] / took["float"], "x", "at most 1.05"))
         rows.append((f"{name}, PyTorch, lean at {bits} / float", took["lean"] / took["float"], "x", ""))
+    rows.append((f"{name}, PyTorch, entering bit_width", 1000 * alternately(15, enter=enter)["enter"], "ms", "no weights made"))
     if not onnx:
         return
     import onnxruntime
 
-    from tq_lightning.export.onnx import export_static
+    from tq_lightning.export.onnx import export_dynamic, export_static
 
     folder = path.parent
     program = torch.onnx.export(float_model, (image,), input_names=["images"], dynamo=True, optimize=False, verbose=False)
     program.save(str(folder / "float.onnx"))
+    export_dynamic(path, folder / "dynamic.onnx")
 
-    def session(file):
-        return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    def session(file, fold=False):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        if fold:  # DequantizeLinear is folded at load, as "resident" does
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     floats, feed = session(folder / "float.onnx"), {"images": image.numpy().astype(np.float32)}
+    dynamic = session(folder / "dynamic.onnx")
     for bits in (8, 4, 2):
         export_static(path, folder / f"{bits}.onnx", bits)
-        fixed = session(folder / f"{bits}.onnx")
-        took = alternately(15, float=lambda: floats.run(None, feed), static=lambda f=fixed: f.run(None, feed))
+        folded, fixed = session(folder / f"{bits}.onnx", fold=True), session(folder / f"{bits}.onnx")
+        took = alternately(
+            15,
+            float=lambda: floats.run(None, feed),
+            folded=lambda f=folded: f.run(None, feed),
+            static=lambda f=fixed: f.run(None, feed),
+            dynamic=lambda b=bits: dynamic.run(None, {**feed, "bits": np.array(b)}),
+        )
         rows.append((f"{name}, ONNX Runtime, float", 1000 * took["float"], "ms", "one image"))
-        rows.append((f"{name}, ONNX Runtime, static at {bits} / float", took["static"] / took["float"], "x", ""))
+        for key, note in (
+            ("folded", "weights made at load (session.disable_quant_qdq=1); at most 1.05"),
+            ("static", "weights made at every run (default)"),
+            ("dynamic", "weights made at every run"),
+        ):
+            label = f"{name}, ONNX Runtime, {'static, ' if key == 'folded' else ''}{key} at {bits} / float"
+            rows.append((label, took[key] / took["float"], "x", note))
         ratio = (folder / "float.onnx").stat().st_size / (folder / f"{bits}.onnx").stat().st_size
         rows.append((f"{name}, ONNX file, float / static at {bits}", ratio, "x", ""))
 
@@ -214,8 +251,7 @@ def main():
             rows.append((f"{name}, float file / packed file, folded", float_path.stat().st_size / folded, "x", ""))
             if name == a.model:
                 switching(rows, prepared, path)
-                memory(rows, path)
-                cold(rows, path, float_path, name)
+                loads(rows, path, float_path, name, plain.pretrained_cfg["input_size"])
             del prepared
             latency(rows, name, plain.pretrained_cfg["input_size"], path, plain, a.onnx)
     load = os.getloadavg()[0]

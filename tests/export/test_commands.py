@@ -29,6 +29,9 @@ def test_export_of_a_packed_file(packed, tmp_path, capsys):
         (["{packed}", "--out", "x", "--bits", "4"], "--max-bits 4"),
         (["{packed}", "--out", "x", "--format", "onnx", "--bits", "4", "--compress"], "of packed files"),
         (["{packed}", "--out", "x", "--rest", "y"], "pass both"),
+        (["{packed}", "--out", "x", "--rest", "x", "--max-bits", "2"], "pass two"),
+        (["{packed}", "--out", "x", "--max-bits", "0"], "from 1 to 8"),
+        (["{packed}", "--out", "x", "--opset", "21"], "--opset is of"),
         (["{packed}", "--out", "x", "--fold-norms"], "needs the checkpoint"),
         (["{packed}", "--out", "nowhere/x"], "no folder"),
         (["{packed}", "--out", "x", "--max-bits", "9"], "from 1 to 8"),
@@ -88,6 +91,16 @@ def test_classify_errors(packed, folder, tmp_path):
     with pytest.raises(UserError, match="none of 1 images"):
         classify.main([str(packed), str(tmp_path / "empty"), "--out", str(tmp_path / "o.csv")])
     assert not (tmp_path / "o.csv").exists()
+    for where in (tmp_path / "nowhere" / "o.csv", tmp_path):
+        with pytest.raises(UserError, match="cannot write"):
+            classify.main([str(packed), str(folder), "--out", str(where)])
+
+
+def test_a_single_image_that_is_none_is_one_line(packed, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"x")
+    assert main(["classify", str(packed), str(tmp_path / "bad.png"), "--bits", "1"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "bad.png cannot be read as an image" in said[0]
 
 
 def test_class_names_of_the_file(net, tmp_path, folder, capsys):

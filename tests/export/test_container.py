@@ -63,6 +63,19 @@ def other_widths(metadata, index, content):
     content["norm_widths"] = [1, 2]
 
 
+def too_wide(metadata, index, content):
+    content["prepare"]["max_bits"], content["prepare"]["widths"] = 4, [4]
+
+
+def plane_of_floats(metadata, index, content):
+    begin, end = index["plane0"]["data_offsets"]
+    index["plane0"] |= {"dtype": "F32", "shape": [(end - begin) // 4]}
+
+
+def norms_of_none(metadata, index, content):
+    content["norms"] = []
+
+
 HOSTILE = {
     "newer": (set_in("metadata", "format_version", "2"), "format version '2'"),
     "foreign": (set_in("metadata", "format", "pt"), "is of format 'pt'"),
@@ -90,9 +103,23 @@ HOSTILE = {
     "unknown key": (set_in("content", "prepare", {"hook": "os.system"}), "cannot be prepared"),
     "unknown coding": (set_in("content", "compression", "lzma"), "compressed as 'lzma'"),
     "more planes": (set_in("content", "stored_bits", 9), "planes"),
-    "fewer planes": (set_in("content", "stored_bits", 3), "plane3"),
+    "fewer planes": (set_in("content", "stored_bits", 3), "does not store"),
     "more codes": (set_in("content", "codes", 1 << 40), "codes"),
     "a type that is none": (set_in("content", "dtypes", {"fc.weight": "load"}), "type that is none"),
+    "a quantized type": (set_in("content", "dtypes", {"fc.weight": "quint8"}), "type that is none"),
+    "a type of another kind": (set_in("content", "dtypes", {"layer1.0.conv1.weight": "int8"}), "type that is none"),
+    "a name twice": (set_in("content", "model", {"name": "resnet8_cifar", "args": {"name": "x"}}), "may not give"),
+    "planes wider than codes": (too_wide, "8 planes of 4-bit codes"),
+    "a plane of floats": (plane_of_floats, "type that it cannot have"),
+    "norm rows uncut": (norms_of_none, "against the network"),
+    "norms beyond the planes": (set_in("content", "norm_widths", [9]), "does not store"),
+    "class names that are none": (set_in("content", "class_names", [1, 2]), "class names"),
+    "absurd images": (set_in("content", "preprocessing", {"input_size": [3, 1 << 40, 8]}), "input_size"),
+    "a mean that is none": (
+        set_in("content", "preprocessing", {"input_size": [3, 8, 8], "mean": ["a"] * 3}),
+        "no list of numbers",
+    ),
+    "a crop that is none": (set_in("content", "preprocessing", {"crop_mode": "os"}), "crop_mode"),
     "no layers": (set_in("content", "layers", None), "no proper 'layers'"),
 }
 
@@ -179,6 +206,45 @@ def test_flips_in_a_real_file_never_give_a_model(packed, tmp_path):
             read_all(path)
     with pytest.raises(UserError):
         load_packed(path)
+
+
+JUNK = [None, True, 0, -1, 9, 1 << 40, 1.5, "", "x", "../x", "norm4", [], [0], ["a"], [[]], {}, {"a": 1}]
+
+
+def places(thing, path=()):
+    """Every key and index of a header, the first and last of long lists."""
+    items = thing.items() if isinstance(thing, dict) else list(enumerate(thing)) if isinstance(thing, list) else []
+    for key, inner in [*items][:40] if isinstance(thing, dict) else [*items[:2], *items[-1:]]:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def test_headers_with_junk_in_any_place_end_in_an_error_or_load(packed, tmp_path):
+    """Signed anew, so that the checksums hold: what is left is the reader's own care. Nothing but a UserError comes out."""
+    draw, raw, path = np.random.default_rng(2), packed.read_bytes(), tmp_path / "m.safetensors"
+    refused = 0
+    for trial in range(400):
+
+        def change(metadata, index, content):
+            where = content if draw.random() < 0.8 else index
+            spots = [p for p in places(where) if p[0] != "checksums"]
+            *outer, last = spots[int(draw.integers(len(spots)))]
+            for key in outer:
+                where = where[key]
+            if draw.random() < 0.2:
+                del where[last]
+            else:
+                where[last] = JUNK[int(draw.integers(len(JUNK)))]
+
+        path.write_bytes(resign(raw, change))
+        try:
+            if trial % 16 == 0:
+                load_packed(path, bits=(None, 3)[trial % 32 // 16])
+            else:
+                read_all(path)
+        except UserError:
+            refused += 1
+    assert refused > 200
 
 
 def test_a_compressed_plane_cannot_unfold_to_more_than_a_plane(net, tmp_path):

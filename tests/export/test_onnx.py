@@ -10,7 +10,7 @@ from torch import nn
 
 from tq_lightning import bit_width, load_packed, prepare, save_packed
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx import levels_affine
+from tq_lightning.export.onnx import dense, levels_affine, smallest_type
 from tq_lightning.quant.codes import codes_to_levels
 
 onnx = pytest.importorskip("onnx")
@@ -64,9 +64,11 @@ def own_network(monkeypatch):
     monkeypatch.setattr(trunc, "load_packed", load)
 
 
-def session(path):
+def session(path, **entries):
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    for key, value in entries.items():
+        options.add_session_config_entry(f"session.{key}", value)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -83,20 +85,67 @@ def test_affine_form_of_the_levels(level):
         np.testing.assert_allclose(a * codes.numpy() + b, 2 * codes_to_levels(codes, bits, level).numpy() - 1, atol=2e-7)
 
 
-@pytest.mark.parametrize("bits", [3, pytest.param(8, marks=pytest.mark.slow)])
-def test_static(served, bits, tmp_path):
+def test_smallest_type_of_a_width():
+    kinds = {bits: onnx.TensorProto.DataType.Name(smallest_type(bits)[0]) for bits in range(1, 9)}
+    assert kinds == {1: "UINT2", 2: "UINT2", 3: "UINT4", 4: "UINT4", **dict.fromkeys(range(5, 9), "UINT8")}
+    assert {smallest_type(bits)[2] for bits in range(3, 9)} == {21} and smallest_type(2)[2] == 25
+    assert smallest_type(2, 21) == (onnx.TensorProto.UINT4, 2, 21) and smallest_type(8, 25)[2] == 25
+    with pytest.raises(UserError, match="pass 21 or 25"):
+        smallest_type(4, 22)
+
+
+@pytest.mark.parametrize("per_byte", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 4, 7, 10])
+def test_dense_is_the_layout_of_onnx(per_byte, count):
+    codes = (np.arange(count) * 7 % (1 << 8 // per_byte)).astype(np.uint8)
+    kind = {1: onnx.TensorProto.UINT8, 2: onnx.TensorProto.UINT4, 4: onnx.TensorProto.UINT2}[per_byte]
+    tensor = onnx.helper.make_tensor("c", kind, [count], dense(codes, per_byte), raw=True)
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(np.uint8), codes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "opset", "kind"),
+    [
+        (2, None, "UINT2"),
+        (3, None, "UINT4"),
+        pytest.param(1, None, "UINT2", marks=pytest.mark.slow),
+        pytest.param(2, 21, "UINT4", marks=pytest.mark.slow),
+        pytest.param(8, None, "UINT8", marks=pytest.mark.slow),
+    ],
+)
+def test_static(served, bits, opset, kind, tmp_path):
     from tq_lightning.export.onnx import export_static
 
     path, model = served
-    export_static(path, tmp_path / "m.onnx", bits)
+    export_static(path, tmp_path / "m.onnx", bits, opset)
     graph = onnx.load(tmp_path / "m.onnx").graph
-    kinds = {i.name: i.data_type for i in graph.initializer}
-    assert kinds["conv.weight/codes"] == (onnx.TensorProto.UINT4 if bits <= 4 else onnx.TensorProto.UINT8)
+    kinds = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in graph.initializer}
+    assert kinds["conv.weight/codes"] == kinds["fc.weight/codes"] == kind
     assert "conv.weight" not in kinds and sum(n.op_type == "DequantizeLinear" for n in graph.node) == 2
     images = torch.randn(5, 3, 8, 8)
-    got = session(tmp_path / "m.onnx").run(None, {"images": images.numpy()})[0]
-    np.testing.assert_allclose(got, expected(model, images, bits), rtol=0, atol=1e-5)
-    assert np.abs(got - expected(model, images, 2)).max() > 1e-3
+    for options in ({}, {"disable_quant_qdq": "1"}):
+        got = session(tmp_path / "m.onnx", **options).run(None, {"images": images.numpy()})[0]
+        np.testing.assert_allclose(got, expected(model, images, bits), rtol=0, atol=1e-5)
+    assert np.abs(got - expected(model, images, 3 if bits != 3 else 2)).max() > 1e-3
+
+
+def test_the_option_that_folds_the_weights_at_load(tmp_path):
+    """ONNX Runtime keeps DequantizeLinear of a constant in the graph, unless told that it is no quantized graph."""
+    helper, kind = onnx.helper, onnx.TensorProto
+    codes = helper.make_tensor("c", kind.UINT4, [4, 6], dense(np.arange(24, dtype=np.uint8) % 16, 2), raw=True)
+    scalars = [helper.make_tensor(name, kind.FLOAT, [], [value]) for name, value in (("s", 0.5), ("b", -1.0))]
+    nodes = [helper.make_node(*n) for n in (("DequantizeLinear", "cs", "w"), ("Add", "wb", "v"), ("MatMul", "xv", "y"))]
+    ends = [helper.make_tensor_value_info(name, kind.FLOAT, [2, n]) for name, n in (("x", 4), ("y", 6))]
+    opsets = [helper.make_opsetid("", 21)]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [codes, *scalars])
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+    for entry, left in (("0", True), ("1", False)):
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.disable_quant_qdq", entry)
+        options.optimized_model_filepath = str(tmp_path / f"{entry}.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        kinds = [n.op_type for n in onnx.load(tmp_path / f"{entry}.onnx").graph.node]
+        assert ("DequantizeLinear" in kinds) == left
 
 
 def test_dynamic_at_every_width(served, tmp_path):

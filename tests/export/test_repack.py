@@ -5,7 +5,8 @@ import torch
 
 from tq_lightning import bit_width, load_packed, save_packed
 from tq_lightning.errors import UserError
-from tq_lightning.export.repack import join, repack, write_rest
+from tq_lightning.export.container import Container, write_container
+from tq_lightning.export.repack import join, read_all, repack, write_rest
 
 
 @pytest.mark.parametrize("bits", [1, 4, 7])
@@ -54,4 +55,16 @@ def test_errors(make, packed, tmp_path):
         write_rest(packed, tmp_path / "x", 8)
     with pytest.raises(UserError, match="stores 8 planes"):
         repack(packed, tmp_path / "x", max_bits=9)
+    header, tensors = read_all(packed)
+    write_container(tmp_path / "short", {**tensors, "plane3": tensors["plane3"][1:]}, header)
+    with pytest.raises(UserError, match="plane3 is not of"):
+        repack(tmp_path / "short", tmp_path / "x", compress=True)
+    with Container(tmp_path / "rest") as file:
+        rest = {name: file.read(name)[name].copy() for name in file.sections}
+        write_container(tmp_path / "short", {**rest, "plane5": rest["plane5"][1:]}, file.header)
+        write_container(tmp_path / "bad", rest, {**file.header, "stored_bits": "8"})
+    repack(packed, tmp_path / "narrow", max_bits=4)
+    for name, match in (("short", "plane5 is not of"), ("bad", "no proper 'stored_bits'")):
+        with pytest.raises(UserError, match=match):
+            join(tmp_path / "narrow", tmp_path / name, tmp_path / "x")
     assert not (tmp_path / "x").exists()

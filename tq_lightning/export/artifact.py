@@ -17,7 +17,7 @@ import tq_lightning
 from tq_lightning.errors import UserError
 from tq_lightning.export.compress import CODING, compress_plane
 from tq_lightning.export.container import write_container
-from tq_lightning.export.header import check_names, file_names
+from tq_lightning.export.header import check_names, check_preprocessing, file_names
 from tq_lightning.export.load import build_skeleton, load_packed
 from tq_lightning.export.planes import pack_planes
 from tq_lightning.quant.norm import per_width_norms
@@ -101,6 +101,7 @@ def describe(
     config = getattr(model, "pretrained_cfg", None) or {}
     if name is None and config.get("architecture"):
         name = config["architecture"]
+    check_preprocessing(preprocessing)
     classes = getattr(model, "num_classes", None)
     args = dict(model_args or {})
     if name is not None and classes is not None:

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     model = load_packed(a.model, bits=a.bits, mode="lean" if a.lean else "resident")
     if a.out is None:
         return _run(model, files, a, sys.stdout)
+    if a.out.is_dir() or not a.out.parent.is_dir():
+        raise UserError(f"cannot write {a.out} ({'it is a folder' if a.out.is_dir() else f'no folder {a.out.parent}'})")
     temporary = a.out.with_name(f".{a.out.name}.{os.getpid()}.part")
     try:
         with open(temporary, "w", newline="") as file:
@@ -81,6 +83,8 @@ def _run(model: Any, files: list[Path], a: Any, out: IO[str]) -> int:
         good, pixels = [], []
         for path, value in _read(model, batch):
             if isinstance(value, str):
+                if files == [a.images]:
+                    raise UserError(f"{path} {value}")
                 bad.append(path)
                 print(f"skipped {path}: {value}", file=sys.stderr)
             else:
@@ -104,7 +108,7 @@ def _names(model: Any) -> Any:
     """Class number -> name: the file's, ImageNet's for a network of 1000 classes, else the number."""
     known = model.tq_file["class_names"]
     if known:
-        return lambda index: known[index]
+        return lambda index: known[index] if index < len(known) else str(index)
     if model.tq_file["model"]["num_classes"] == 1000:
         from timm.data import ImageNetInfo
 

@@ -23,6 +23,7 @@ def parser() -> Parser:
     p.add_argument("--out", type=Path, required=True, help="file to write, whole or not at all")
     p.add_argument("--format", choices=FORMATS, default="packed", help="packed (default); onnx and qonnx: one width")
     p.add_argument("--bits", type=int, help="width of an onnx or qonnx graph")
+    p.add_argument("--opset", type=int, help="of an onnx graph: 21 or 25 (default: the lowest with the smallest integer type)")
     p.add_argument("--max-bits", type=int, help="write the first planes alone")
     p.add_argument("--fold-norms", action="store_true", help="batch norms as scale and shift; logits to about 1e-5")
     p.add_argument("--compress", action="store_true", help="zstd, a frame per plane; lossless")
@@ -46,7 +47,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--format {a.format} is a graph of one width; pass --bits n, or --format onnx-dynamic for all")
     if a.format not in ("onnx", "qonnx") and a.bits is not None:
         raise UserError(f"--bits is the width of an onnx or qonnx graph; for fewer planes pass --max-bits {a.bits}")
-    if a.format != "packed" and (a.compress or a.rest or a.add or a.max_bits):
+    if a.opset is not None and a.format != "onnx":
+        raise UserError(f"--opset is of --format onnx, not of {a.format}")
+    if a.rest is not None and a.rest.resolve() == a.out.resolve():
+        raise UserError("--rest and --out are one file; pass two")
+    if a.format != "packed" and (a.compress or a.rest or a.add or a.max_bits is not None):
         raise UserError(f"--compress, --rest, --add and --max-bits are of packed files, not of --format {a.format}")
     if a.format == "packed":
         sizes = _packed(a)
@@ -95,7 +100,7 @@ def _packed(a: argparse.Namespace) -> dict[str, int]:
     from tq_lightning.export import repack
 
     if a.add is not None:
-        if a.max_bits or a.fold_norms or a.compress or not is_packed(a.source):
+        if a.max_bits is not None or a.fold_norms or a.compress or not is_packed(a.source):
             raise UserError("--add joins two packed files as they are; pass it with a packed file and --out alone")
         return repack.join(a.source, a.add, a.out)
     if not is_packed(a.source):
@@ -120,7 +125,7 @@ def _onnx(a: argparse.Namespace, path: Path) -> None:
     except ImportError as error:
         raise UserError(f"--format {a.format} needs the onnx package ({error}); pip install 'tq_lightning[onnx]'") from error
     if a.format == "onnx":
-        onnx.export_static(path, a.out, a.bits)
+        onnx.export_static(path, a.out, a.bits, a.opset)
     elif a.format == "onnx-dynamic":
         onnx.export_dynamic(path, a.out)
     else:

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.compress import CODING
-from tq_lightning.export.container import Container
+from tq_lightning.export.container import Container, section_of
 from tq_lightning.quant.norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.weight import original, weight_quantizers
 
 _LAYER_KEYS = {"name", "shape", "offset", "scale"}
+_TYPES = {"int": "I64", "float64": "F64", "float": "F32", "scale": "F32", "norm": "F32", "plane": "U8"}  # by section
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
+_CROPS = ("center", "squash", "border")
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -28,7 +31,7 @@ def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
 
     Left out: quantized weights, the float set of per-width norms, and batch norm's counters, which move no output.
     """
-    homes = [name for name, module in model.named_modules() if isinstance(module, PerWidthNorm)]
+    homes = {name for name, module in model.named_modules() if isinstance(module, PerWidthNorm)}
     behind = set()  # by name, not identity: an embedding tied to a quantized classifier is itself used in float
     for full, _, tensor, _ in weight_quantizers(model):
         behind.add(f"{full[: -len(tensor)]}parametrizations.{tensor}.original")
@@ -36,13 +39,13 @@ def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
     for full, value in named_tensors(model):
         if full in behind or full.endswith("num_batches_tracked"):
             continue
-        if any(full == f"{home}.calibrated" for home in homes):  # said by which norm sets are in the file
+        if full.endswith(".calibrated") and full.removesuffix(".calibrated") in homes:  # said by which norm sets are there
             continue
         kind = "float64" if value.dtype == torch.float64 else "float" if value.is_floating_point() else "int"
         name = f"{kind}/{full}"
-        home = next((h for h in homes if full.startswith(f"{h}.sets.")), None)
-        if home is not None:
-            key, rest = full[len(home) + 6 :].split(".", 1)
+        home, _, inside = full.partition(".sets.")
+        if home in homes:
+            key, rest = inside.split(".", 1)
             if key == FLOAT:
                 continue
             if kind == "float":
@@ -51,10 +54,27 @@ def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
     return found
 
 
-def read_header(file: Container) -> dict[str, Any]:
-    """The header with the type of every field checked."""
+def check_preprocessing(how: Mapping[str, Any] | None) -> None:
+    """Raises UserError where images could not be made ready as `how` says; keys unknown here may hold anything."""
+    how = how or {}
+    size, numbers = how.get("input_size", [1, 1, 1]), [how.get("crop_pct", 1.0)]
+    if not isinstance(size, list | tuple) or len(size) != 3 or any(type(n) is not int or not 0 < n <= 1 << 14 for n in size):
+        raise UserError(f"preprocessing has input_size {str(size)[:40]}; it must be [channels, height, width]")
+    for key in ("mean", "std"):
+        values = how.get(key, [])
+        numbers += values if isinstance(values, list | tuple) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int | float) or not abs(n) < 1e6 for n in numbers):
+        raise UserError("preprocessing has a mean or std that is no list of numbers, or a crop_pct that is no number")
+    if how.get("interpolation", "bicubic") not in _INTERPOLATIONS or how.get("crop_mode", "center") not in _CROPS:
+        raise UserError(f"preprocessing has an interpolation or crop_mode other than {', '.join(_INTERPOLATIONS + _CROPS)}")
+
+
+def read_header(file: Container, rest: bool = False) -> dict[str, Any]:
+    """The header, of a whole file or of a rest file, with the type of every field checked."""
     header = file.header
-    if header.get("rest_of") is not None:
+    if rest and header.get("rest_of") is None:
+        raise UserError(f"{file.path} is no rest file; write it with `export WHOLE --max-bits n --out NARROW --rest FILE`")
+    if not rest and header.get("rest_of") is not None:
         raise UserError(f"{file.path} is a rest file (missing planes only); join with `export NARROW --add REST --out FILE`")
     kinds: dict[str, Any] = {
         "model": dict,
@@ -71,7 +91,7 @@ def read_header(file: Container) -> dict[str, Any]:
         "compression": str | None,
     }
     for key, kind in kinds.items():
-        if not isinstance(header.get(key), kind) or (kind is int and isinstance(header[key], bool)):
+        if key not in header or not isinstance(header[key], kind) or (kind is int and isinstance(header[key], bool)):
             raise file.damaged(f"its header has no proper {key!r}")
     if header["compression"] not in (None, CODING):
         raise UserError(f"{file.path} is compressed as {header['compression'][:20]!r}, unknown here; update tq_lightning")
@@ -84,16 +104,41 @@ def read_header(file: Container) -> dict[str, Any]:
             for shape in (thing["shape"], thing.get("scale", []), [thing.get("offset", 0)]):
                 if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape):
                     raise file.damaged("its layer map has an absurd shape or place")
-    if any(type(n) is not int or not 1 <= n <= 8 for n in header["norm_widths"]):
-        raise file.damaged("its norm sets are of no width from 1 to 8")
+    if any(type(n) is not int or not 1 <= n <= header["stored_bits"] for n in header["norm_widths"]):
+        raise file.damaged("its norm sets are of widths that it does not store")
+    if any(not isinstance(name, str) for name in header["class_names"] or []):
+        raise file.damaged("its class names are none")
+    for name, entry in file.entries.items():
+        section = section_of(name)
+        if entry.dtype != _TYPES.get(section if section in _TYPES else section.rstrip("0123456789")):
+            raise file.damaged(f"tensor {name[:60]!r} is of a type that it cannot have")
+    try:
+        check_preprocessing(header["preprocessing"])
+    except UserError as error:
+        raise file.damaged(str(error)) from error
     return header
+
+
+def cast(header: Mapping[str, Any], full: str, value: Tensor, default: torch.dtype) -> Tensor:
+    """`value` in the type that the header gives the tensor, or in `default`.
+
+    Raises:
+        UserError: a type that is none, or of another kind than the value's.
+    """
+    dtype = getattr(torch, str(header["dtypes"].get(full, str(default).removeprefix("torch."))), None)
+    try:
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point == value.is_floating_point():
+            return value.to(dtype)
+    except (RuntimeError, TypeError):  # quantized and packed types take no conversion
+        pass
+    raise UserError(f"the file gives {full} a type that is none: {str(header['dtypes'].get(full))[:40]!r}")
 
 
 def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
     """Raises UserError where the tensors of the file are not those that its network wants."""
     folded = (".running_mean", ".running_var") if header["folded"] else ()
     own = {name for _, _, name in file_names(model) if not name.startswith("norm")} | {"scale"}
-    own |= {f"norm{n}" for n in header["norm_widths"]} | {f"plane{p}" for p in range(header["stored_bits"])}
+    own |= {f"norm{n}" for n in header["norm_widths"] if header["norms"]} | {f"plane{p}" for p in range(header["stored_bits"])}
     lacks = {n for n in own - names if not n.endswith(folded)} if folded else own - names
     adds = names - own
     if header["norm_widths"]:

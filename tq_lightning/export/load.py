@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from tq_lightning.errors import UserError
 from tq_lightning.export.compress import decompress_plane
 from tq_lightning.export.container import Container
-from tq_lightning.export.header import check_layers, check_names, file_names, named_tensors, read_header, split_norms
+from tq_lightning.export.header import cast, check_layers, check_names, file_names, named_tensors, read_header, split_norms
 from tq_lightning.export.packed import MODES, PackedWeight, attach
 from tq_lightning.export.planes import unpack_planes
-from tq_lightning.quant.norm import PerWidthNorm, per_width_norms
+from tq_lightning.quant.norm import per_width_norms
 from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.quant.width import width_of
 
 # What a file may never ask of create_model: files to open, weights to fetch.
-_FORBIDDEN = ("pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
+_FORBIDDEN = ("name", "pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
 _MAX_ARG = 1 << 16  # of any number in the model's arguments
 
 
@@ -56,6 +56,8 @@ def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | No
         planes = stored if bits is None else bits
         try:
             model = build_skeleton(header, model)
+            if stored > width_of(model).max_bits:
+                raise UserError(f"it has {stored} planes of {width_of(model).max_bits}-bit codes")
             check_names(header, set(shapes), model)
             check_layers(header, shapes, model)
             widths = _widths(header, model, bits)
@@ -172,7 +174,6 @@ def _fill(model: nn.Module, header: Mapping[str, Any], floats: Mapping[str, np.n
         module, leaf = _owner(model, full)
         if name.startswith("norm") and int(name[4]) not in widths:
             continue
-        dtype = getattr(torch, str(header["dtypes"].get(full, str(value.dtype).removeprefix("torch."))), None)
         if name in floats:
             array = floats[name]
             if array.shape != tuple(value.shape):
@@ -180,18 +181,15 @@ def _fill(model: nn.Module, header: Mapping[str, Any], floats: Mapping[str, np.n
             filled = torch.tensor(array)
         else:  # a folded batch norm: weight and bias say all
             filled = torch.full(value.shape, 0.0 if leaf == "running_mean" else 1.0 - float(module.eps))  # type: ignore[arg-type]
-        if not isinstance(dtype, torch.dtype):
-            raise UserError(f"the file gives {full} a type that is none")
-        _put(module, leaf, filled.to(dtype))
+        _put(module, leaf, cast(header, full, filled, value.dtype))
     for full, value in list(named_tensors(model)):
         if full.endswith("num_batches_tracked"):
             module, leaf = _owner(model, full)
             _put(module, leaf, torch.zeros(value.shape, dtype=torch.long))
-    for module in model.modules():
-        if isinstance(module, PerWidthNorm):
-            for key in set(module.sets) - {str(n) for n in widths}:
-                del module.sets[key]
-            module.calibrated = torch.tensor([n in widths for n in range(width_of(model).max_bits + 1)])
+    for norm in per_width_norms(model):
+        for key in set(norm.sets) - {str(n) for n in widths}:
+            del norm.sets[key]
+        norm.calibrated = torch.tensor([n in widths for n in range(norm.width.max_bits + 1)])
 
 
 def _attach_codes(
@@ -212,7 +210,5 @@ def _attach_codes(
         part = codes[offset : offset + math.prod(layer["shape"])].view(layer["shape"])
         scale = torch.tensor(scales[start : start + count]).view(layer["scale"])
         start += count
-        dtype = getattr(torch, str(header["dtypes"].get(full, "float32")), None)
-        if not isinstance(dtype, torch.dtype):
-            raise UserError(f"the file gives {full} a type that is none")
+        dtype = cast(header, full, torch.empty(0), torch.float32).dtype
         attach(module, tensor, part, PackedWeight(full, width, planes, widths, rule.level, scale, dtype, mode))

@@ -33,7 +33,9 @@ def read_all(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         tensors = {name: array.copy() for section in file.sections for name, array in file.read(section).items()}
     if any(f"plane{p}" not in tensors for p in range(header["stored_bits"])):
         raise file.damaged("it lacks a plane")
-    if header["compression"] is not None:
+    if header["compression"] is None:
+        _check_planes(file, header, tensors)
+    else:
         first = tensors["plane0"] = decompress_plane(tensors["plane0"], None, header["codes"] // 8)
         for p in range(1, header["stored_bits"]):
             tensors[f"plane{p}"] = decompress_plane(tensors[f"plane{p}"], first, header["codes"] // 8)
@@ -83,18 +85,24 @@ def join(path: str | Path, rest: str | Path, out: str | Path) -> dict[str, int]:
     with Container(path) as file:
         was_compressed = file.header["compression"] is not None
     with Container(rest) as file:
-        if file.header.get("rest_of") is None:
-            raise UserError(f"{rest} is no rest file; write it with `export WHOLE --max-bits n --out NARROW --rest FILE`")
-        if file.header["rest_of"] != _identity(header, tensors):
+        given = read_header(file, rest=True)
+        if given["rest_of"] != _identity(header, tensors):
             raise UserError(f"{rest} belongs to another model than {path}; pass the rest written with it")
-        whole = {key: value for key, value in file.header.items() if key not in ("checksums", "rest_of")}
+        whole = {key: value for key, value in given.items() if key not in ("checksums", "rest_of")}
         more = {name: array.copy() for section in file.sections for name, array in file.read(section).items()}
+        _check_planes(file, header, more)
     tensors = {**tensors, **more}
     if any(f"plane{p}" not in tensors for p in range(whole["stored_bits"])):
         raise UserError(f"{rest} begins above plane {header['stored_bits']}, where {path} ends; pass the rest written with it")
     if was_compressed:
         whole, tensors = compressed(whole, tensors)
     return sizes(tensors, write_container(out, tensors, whole))
+
+
+def _check_planes(file: Container, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    for name, array in tensors.items():
+        if name.startswith("plane") and array.shape != (header["codes"] // 8,):
+            raise file.damaged(f"{name} is not of {header['codes'] // 8} bytes")
 
 
 def _identity(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
