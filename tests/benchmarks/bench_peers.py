@@ -1,0 +1,196 @@
+"""This package beside its neighbours, in one run: a training step, a switch of the width, bytes on disk, one image.
+
+    pip install -c constraints.txt -e '.[peers]'
+    python tests/benchmarks/bench_peers.py [--out peers.csv] [--repeats 7] [--threads 2]
+
+Brevitas and optimum-quanto quantize to one width at a time and truncate nothing, so each is asked for what it has that comes
+nearest: Brevitas, a quantization-aware step of ResNet-20 with the same layers in float, weights alone; optimum-quanto, a
+ResNet-50 whose weights are stored at 8, 4 or 2 bits (its range estimation, its packing, its kernels for the processor).
+Accuracy is not compared: weights are random. Calls are timed in turn and medians compared. A peer that is not installed is
+said and left out; so is one that fails, with its reason.
+"""
+
+import argparse
+import copy
+import csv
+import importlib.util
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tq_lightning import bit_width, load_packed, prepare, save_packed
+from tq_lightning.models import create_model
+from tq_lightning.quant.norm import per_width_norms
+from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.training.joint import joint_loss
+
+BATCH, WIDTHS = 128, (8, 4, 2)
+Row = tuple[str, str, float, str]
+
+
+def in_turn(repeats: int, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of each call, taken in turn; the first round is a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def with_brevitas(model: nn.Module, bits: int) -> nn.Module:
+    """ResNet-20 with every 3x3 convolution but the stem as Brevitas' QuantConv2d; weights at `bits`, activations in float."""
+    import brevitas.nn as qnn
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Conv2d) and name != "conv1":
+            parent, _, child = name.rpartition(".")
+            new = qnn.QuantConv2d(
+                layer.in_channels, layer.out_channels, 3, layer.stride, layer.padding, bias=False, weight_bit_width=bits
+            )
+            new.weight.data.copy_(layer.weight.data)
+            setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def training(repeats: int) -> Iterator[Row]:
+    """Forward and backward of ResNet-20 at 8, 4, 2 and 1 bits over 4 float steps: ours jointly, Brevitas one after the other.
+
+    Brevitas' own weights of one bit are binary, which is another quantizer: its four are 8, 4, 3 and 2 bits.
+    """
+    torch.manual_seed(0)
+    plain = create_model("resnet20_cifar", num_classes=10)
+    ours = copy.deepcopy(plain)
+    prepare(ours, widths=(8, 4, 2, 1), verbose=False)
+    images, target = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def joint() -> None:
+        ours.zero_grad()
+        joint_loss(ours, images, (8, 4, 2, 1), lambda bits, out, wider: F.cross_entropy(out, target))[0].backward()
+
+    def one_by_one(models: list[nn.Module]) -> Callable[[], None]:
+        def run() -> None:
+            for model in models:
+                model.zero_grad()
+                F.cross_entropy(model(images), target).backward()
+
+        return run
+
+    peers = {"float": [plain] * 4}
+    if importlib.util.find_spec("brevitas"):
+        peers["brevitas"] = [with_brevitas(copy.deepcopy(plain), bits) for bits in (8, 4, 3, 2)]
+    for model in (ours, *itertools.chain(*peers.values())):
+        model.train().to(memory_format=torch.channels_last)
+    took = in_turn(repeats, {"tq_lightning": joint} | {name: one_by_one(models) for name, models in peers.items()})
+    for name in [name for name in took if name != "float"]:
+        yield f"ResNet-20, batch {BATCH}: 4 widths / 4 float steps", name, took[name] / took["float"], "x"
+
+
+def quanto_model(plain: nn.Module, bits: int) -> nn.Module:
+    """The float network quantized by optimum-quanto, as its users do it: the stem left out, weights frozen."""
+    from optimum import quanto
+
+    model = copy.deepcopy(plain)
+    quanto.quantize(model, weights={8: quanto.qint8, 4: quanto.qint4, 2: quanto.qint2}[bits], exclude=["conv1"])
+    quanto.freeze(model)
+    return model
+
+
+def serving(folder: Path, repeats: int) -> Iterator[Row]:
+    """ResNet-50: bytes of 8, 4 and 2 bits on disk, seconds to go to another width, latency of one image over float."""
+    from safetensors.torch import save_file
+
+    plain = create_model("resnet50").eval()
+    prepared = copy.deepcopy(plain)
+    prepare(prepared, skip=("first",), verbose=False)
+    for norm in per_width_norms(prepared):
+        norm.calibrated.fill_(True)
+    packed = folder / "packed.safetensors"
+    save_packed(prepared.eval(), packed)
+    del prepared
+    save_file(plain.state_dict(), folder / "float.safetensors")
+    yield "ResNet-50, file that serves 8, 4 and 2 bits", "tq_lightning", packed.stat().st_size, "bytes"
+    yield "ResNet-50, file that serves 8, 4 and 2 bits", "float", (folder / "float.safetensors").stat().st_size, "bytes"
+    ours = load_packed(packed)
+    pairs = [(module, tensor) for _, module, tensor, _ in weight_quantizers(ours)]
+    turn = {"tq_lightning": 0, "optimum-quanto": 0}
+
+    def switch() -> None:
+        turn["tq_lightning"] += 1
+        with torch.no_grad(), bit_width(ours, WIDTHS[turn["tq_lightning"] % 3], "truncate"):
+            for module, tensor in pairs:
+                getattr(module, tensor)
+
+    def requantize() -> None:
+        turn["optimum-quanto"] += 1
+        quanto_model(plain, WIDTHS[turn["optimum-quanto"] % 3])
+
+    peer = importlib.util.find_spec("optimum") is not None and importlib.util.find_spec("optimum.quanto") is not None
+    if peer:
+        total = 0
+        for bits in WIDTHS:
+            file = folder / f"quanto{bits}.safetensors"
+            save_file({k: v.contiguous() for k, v in quanto_model(plain, bits).state_dict().items()}, file)
+            total += file.stat().st_size
+        yield "ResNet-50, file that serves 8, 4 and 2 bits", "optimum-quanto (three files)", total, "bytes"
+    took = in_turn(3, {"tq_lightning": switch} | ({"optimum-quanto": requantize} if peer else {}))
+    for name, seconds in took.items():
+        yield "ResNet-50, to another width in memory", name, 1000 * seconds, "ms"
+    image = torch.randn(1, 3, 224, 224)
+
+    def once(model: nn.Module, bits: int | None) -> Callable[[], None]:
+        def run() -> None:
+            with torch.inference_mode():
+                if bits is None:
+                    model(image)
+                else:
+                    with bit_width(model, bits):
+                        model(image)
+
+        return run
+
+    for bits in WIDTHS:
+        took = in_turn(repeats, {"float": once(plain, None), "ours": once(ours, bits)})
+        yield f"ResNet-50, one image at {bits} bits / float", "tq_lightning", took["ours"] / took["float"], "x"
+        if peer:  # seconds an image where it has no kernel for the processor: two are enough
+            took = in_turn(2, {"float": once(plain, None), "peer": once(quanto_model(plain, bits), None)})
+            yield f"ResNet-50, one image at {bits} bits / float", "optimum-quanto", took["peer"] / took["float"], "x"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (training(args.repeats), serving(Path(folder), args.repeats)):
+            for row in part:
+                print(f"{row[0]:<52}{row[1]:<30}{row[2]:>14,.3f} {row[3]}", flush=True)
+                rows.append(row)
+    for name in ("brevitas", "optimum"):
+        if importlib.util.find_spec(name) is None:
+            print(f"{name} is not installed: left out; pip install -e '.[peers]' brings it")
+    if args.out:
+        with args.out.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("what", "who", "value", "unit"))
+            writer.writerows((what, who, round(value, 4), unit) for what, who, value, unit in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
