@@ -40,7 +40,11 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(READY)
+$(VENV)/.peers: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,peers]'
+	@touch $@
+
+bench: $(VENV)/.peers
 	$(RUN) tests/benchmarks/run.py --out results/benchmarks
 
 clean:
