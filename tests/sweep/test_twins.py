@@ -8,7 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from tq_lightning.sweep.parameters import Parameter
-from tq_lightning.sweep.space import grid, read_sweep
+from tq_lightning.sweep.space import grid, read_sweep, with_extra
 from tq_lightning.sweep.twins import arguments, decode, distribution, encode, fixed, pruner, sampler, suggest
 
 TABLE = [
@@ -80,7 +80,7 @@ def test_arguments_the_searched_ones_after_the_commands(write_sweep):
     )
     study = optuna.create_study()
     study.enqueue_trial(encode(sweep, grid(sweep)[0]))
-    assert arguments(sweep, suggest(sweep, study.ask())) == ["--config", "a.yaml", "--w=[8, 4]", "--a=null"]
+    assert arguments(sweep, suggest(sweep, study.ask())) == ["--config", "a.yaml", "--a=null", "--w=[8, 4]"]
 
 
 def test_hyperband_and_none(write_sweep):
@@ -90,3 +90,10 @@ def test_hyperband_and_none(write_sweep):
         pruner(sweep, 2), optuna.pruners.NopPruner
     )
     assert isinstance(pruner(read_sweep(write_sweep()), 1), optuna.pruners.NopPruner)
+
+
+def test_what_is_searched_comes_after_a_config_that_would_undo_it(write_sweep):
+    parameters = {"model.lr": {"values": [0.1, 0.2]}, "trainer.max_epochs": {"value": 20}}
+    sweep = with_extra(read_sweep(write_sweep(parameters=parameters)), ["--config", "b.yaml"])
+    given = arguments(sweep, {"model.lr": 0.2, "trainer.max_epochs": 20})
+    assert given[-4:] == ["--trainer.max_epochs=20", "--config", "b.yaml", "--model.lr=0.2"]  # constants may be changed

@@ -83,8 +83,13 @@ def suggest(sweep: Sweep, trial: "optuna.trial.Trial") -> dict[str, Any]:
 
 
 def arguments(sweep: Sweep, values: dict[str, Any]) -> list[str]:
-    """The arguments of `fit` for one trial: the command's own, the file's, those given after -- (the later wins)."""
-    return [*sweep.arguments, *(argument(key, value) for key, value in values.items()), *sweep.extra]
+    """The arguments of `fit` for one trial; the later wins: the command's own, the file's constants, those after --, the point.
+
+    What is searched comes last, so that a --config after -- can't undo the search in silence.
+    """
+    fixed = [argument(key, value) for key, value in values.items() if key not in sweep.parameters]
+    searched = [argument(key, value) for key, value in values.items() if key in sweep.parameters]
+    return [*sweep.arguments, *fixed, *sweep.extra, *searched]
 
 
 def sampler(sweep: Sweep, point: int) -> "optuna.samplers.BaseSampler":
