@@ -33,8 +33,9 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(write_sweep, tmp_pat
     assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
     assert [row[1:] for row in ran(folder)] == [(0.1, 0), (0.2, 0), (0.1, 1), (0.2, 1)]
     best = study_of(folder).best_trial
-    assert best.value == 52.0 and best.user_attrs["record"] == str(folder / "trials" / "0001" / "run" / "record.json")
-    assert best.user_attrs["run_dir"] == str(folder / "trials" / "0001") and "--w=[8, 4]" in best.user_attrs["arguments"]
+    (home,) = (folder / "trials").glob("0001-*")
+    assert best.value == 52.0 and best.user_attrs["record"] == str(home / "run" / "record.json")
+    assert best.user_attrs["run_dir"] == str(home) and "--w=[8, 4]" in best.user_attrs["arguments"]
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     assert [float(row["val/acc1_truncate_mean"]) for row in rows] == [52, 51, 51, 50] and rows[0]["w"] == "[8, 4]"
     arms = list(csv.DictReader((folder / "arms.csv").open()))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tq_lightning.sweep import twins
-from tq_lightning.sweep.ledger import Ledger, alive
+from tq_lightning.sweep.ledger import RETRIED, Ledger, alive
 from tq_lightning.sweep.progress import describe
+from tq_lightning.sweep.retry import go_on, new_home
 from tq_lightning.sweep.space import Sweep
 from tq_lightning.sweep.storage import Patience
-from tq_lightning.sweep.trial import Ending, Fit, run_trial
+from tq_lightning.sweep.trial import Ending, Fit, disown, run_trial
 
 if TYPE_CHECKING:
     import optuna
@@ -40,7 +41,7 @@ def work(
 
     def interrupt(*_: Any) -> None:
         nonlocal stopped
-        stopped = True
+        stopped = stopped or not ledger.taken
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -85,20 +86,22 @@ def run_claimed(
     fit: Fit,
     parent: int | None,
     stopped: Any,
-) -> None:
-    """Run one trial that is ours and write down how it ended."""
+) -> Ending | None:
+    """Run one trial that is ours, write down how it ended and return that; None where it was another's before it began."""
     import optuna
     from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
     study, point = ledger.study, claimed.user_attrs["point"]
     study.sampler, study.pruner = twins.sampler(sweep, point), twins.pruner(sweep, len(metrics))
-    attempt = claimed.user_attrs["attempt"]
-    home = folder / "trials" / (f"{point:04d}" + (f"-retry{attempt}" if attempt else ""))
+    home = new_home(folder / "trials", claimed)
 
     def report(step: int, value: float) -> bool:
         with contextlib.suppress(StorageInternalError):  # away for a moment: hours of training are worth more than one report
-            trial.report(value, step)
-            return trial.should_prune()
+            try:
+                trial.report(value, step)
+                return trial.should_prune()
+            except UpdateFinishedTrialError:
+                return True  # it is another worker's now
         return False
 
     try:
@@ -108,18 +111,24 @@ def run_claimed(
             argv = twins.arguments(sweep, values)
             trial.set_user_attr("run_dir", str(home))
             trial.set_user_attr("arguments", argv)
+            before = go_on(study, claimed, home)
+            if before is not None:
+                trial.set_user_attr("resumed_step", before[1])
+                if before[1] > study.trials[claimed.user_attrs["retry_of"]].user_attrs.get("resumed_step", 0):
+                    trial.set_user_attr("lost", 0)  # the last attempt got further: this is no trial that kills each worker
             prunes = sweep.early_terminate is not None and len(metrics) == 1
-            ending = run_trial(fit, argv, home, metrics, report if prunes else None)
+            ending = run_trial(fit, argv, home, metrics, report if prunes else None, before and before[0])
     except KeyboardInterrupt:  # between the lines above
         ending = Ending("interrupted", reason="stopped by the user")
     except UpdateFinishedTrialError:
-        return  # taken for dead before it began: it is another worker's now
+        return None  # taken for dead before it began: it is another worker's now
     if stopped() and ending.state == "failed":  # whatever Ctrl-C made of the fit, the parameters are not to blame
         ending = Ending("interrupted", reason="stopped by the user", record=ending.record)
     elif not stopped() and ending.state == "interrupted":
         # a signal from outside, or another rank that died: try it again, a few times
         ending = Ending("lost", reason="its fit was stopped from outside", record=ending.record)
     _write(ledger, claimed, ending)
+    return ending
 
 
 def _write(ledger: Ledger, claimed: "optuna.trial.FrozenTrial", ending: Ending) -> None:
@@ -139,7 +148,10 @@ def _write(ledger: Ledger, claimed: "optuna.trial.FrozenTrial", ending: Ending) 
                 ledger.fail(claimed, "error" if ending.state == "failed" else ending.state, ending.reason)
             return
         except UpdateFinishedTrialError:
-            return  # it was taken for dead and given to another worker, whose result counts
+            trial = ledger.storage.get_trial(claimed._trial_id)
+            if ending.record is not None and trial.state == TrialState.FAIL and trial.user_attrs.get("cause") in RETRIED:
+                disown(ending.record)  # it was taken for dead and given to another worker, whose result counts
+            return
         except StorageInternalError:
             if attempt == 6:
                 raise
