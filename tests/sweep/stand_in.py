@@ -21,6 +21,8 @@ def fit(argv: list[str]) -> dict[str, float]:
     time.sleep(float(given.get("sleep", 0)))
     if end == "raise":
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+    if end == "cuda":
+        raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
     if end == "exit":
         raise SystemExit(3)
     if end == "kill":

@@ -201,6 +201,26 @@ def test_a_killed_command_is_taken_over_by_another_and_leaves_no_process(write_s
     assert len(ran(folder)) == 4
 
 
+def test_a_worker_in_which_cuda_broke_is_replaced(write_sweep, tmp_path, sweep_process):
+    path = write_sweep(parameters={"model.lr": {"values": [0.1, 0.2]}, "end": {"values": ["cuda", "well"]}})
+    process = sweep_process(path, "--dir", tmp_path / "out", "--workers", "1")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    first, second, third, fourth = (pid for pid, _, _ in ran(tmp_path / "out"))
+    assert first != second == third != fourth  # a lack of memory, which is in other tests, ends no process
+    trials = study_of(tmp_path / "out").trials
+    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"] * 2
+    assert trials[0].user_attrs["reason"].startswith("RuntimeError: CUDA error: device-side assert triggered")
+
+
+def test_in_this_process_a_broken_cuda_ends_the_command_and_loses_nothing(write_sweep, tmp_path, stand_in, capsys):
+    path = write_sweep(parameters={"end": {"values": ["cuda", "well", "raise"]}})
+    command = ["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]
+    assert main(command) == 130 and len(ran(tmp_path / "out")) == 1
+    assert "CUDA fails in this process" in capsys.readouterr().out
+    assert main(command) == 0 and len(ran(tmp_path / "out")) == 3
+
+
 def test_workers_that_can_not_begin_end_the_command(write_sweep, tmp_path, sweep_process):
     process = sweep_process(write_sweep(), "--dir", tmp_path / "out", fit="stand_in:missing")
     out, _ = process.communicate(timeout=240)

@@ -23,6 +23,14 @@ class Ending:
     reason: str = ""
     record: str | None = None
 
+    @property
+    def broken(self) -> bool:
+        """Whether it failed by an error of CUDA's own, after which every later call in the process fails as well.
+
+        Lack of memory is none: its message has no `CUDA error:`.
+        """
+        return self.state == "failed" and ("CUDA error:" in self.reason or "cuDNN error:" in self.reason)
+
 
 def run_trial(
     fit: Fit,
@@ -146,4 +154,5 @@ def _free_memory() -> None:
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a broken context (see `Ending.broken`) has no memory to give back
+            torch.cuda.empty_cache()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import optuna
 
 POLL_SECONDS = 1.0  # between two looks at a study in which nothing waits
+DONE, INTERRUPTED, REPLACE = 0, 130, 75  # exit statuses of a worker; the last one: CUDA is broken in it, start another
 
 
 def work(
@@ -31,10 +32,11 @@ def work(
     *,
     deadline: float | None = None,
     parent: int | None = None,
-) -> bool:
+) -> int:
     """Run trials until the sweep is settled, or until `deadline` (time.time()) has passed, after which none is started.
 
-    parent: the process that tends the ledger; None where nobody else does, as with --workers 0. Returns False when interrupted.
+    parent: the process that tends the ledger; None where nobody else does, as with --workers 0. Returns DONE, INTERRUPTED or
+    REPLACE.
     """
     os.environ.update(sweep.environment)
     stopped = False
@@ -49,7 +51,7 @@ def work(
     try:
         while deadline is None or time.time() < deadline:
             if parent is not None and os.getppid() != parent:
-                return False
+                return INTERRUPTED
             claimed, settled = None, False
             with away:
                 if parent is None:
@@ -58,20 +60,23 @@ def work(
                 settled = claimed is None and ledger.settled()
             if claimed is None:
                 if settled:
-                    return True
+                    return DONE
                 time.sleep(POLL_SECONDS)
                 continue
-            run_claimed(ledger, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
+            ending = run_claimed(ledger, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
             if stopped:
-                return False
+                return INTERRUPTED
+            if ending is not None and ending.broken:
+                print(f"CUDA fails in this process from now on, so it ends: {ending.reason}", flush=True)
+                return REPLACE
             if parent is None:  # else the parent shows it
                 with away:
                     print(describe(ledger, deadline), flush=True)
             for number in before:  # Lightning puts its own in their place; the next trial must be stoppable too
                 signal.signal(number, interrupt)
-        return True
+        return DONE
     except KeyboardInterrupt:
-        return False
+        return INTERRUPTED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
