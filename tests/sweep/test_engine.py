@@ -55,6 +55,7 @@ def test_failures_have_their_reasons_and_the_sweep_goes_on(write_sweep, tmp_path
     ends = ["raise", "exit", "nan", "unlogged", "well"]
     path, folder = write_sweep(parameters={"end": {"values": ends}}), tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
+    # a lack of memory, the first one's, ends no worker: the others ran
     trials = study_of(folder).trials
     assert [t.state for t in trials] == [TrialState.FAIL] * 4 + [TrialState.COMPLETE]
     reasons = [t.user_attrs["reason"] for t in trials[:4]]
@@ -202,14 +203,14 @@ def test_a_killed_command_is_taken_over_by_another_and_leaves_no_process(write_s
 
 
 def test_a_worker_in_which_cuda_broke_is_replaced(write_sweep, tmp_path, sweep_process):
-    path = write_sweep(parameters={"model.lr": {"values": [0.1, 0.2]}, "end": {"values": ["cuda", "well"]}})
+    path = write_sweep(parameters={"end": {"values": ["cuda", "well"]}})
     process = sweep_process(path, "--dir", tmp_path / "out", "--workers", "1")
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    first, second, third, fourth = (pid for pid, _, _ in ran(tmp_path / "out"))
-    assert first != second == third != fourth  # a lack of memory, which is in other tests, ends no process
+    first, second = (pid for pid, _, _ in ran(tmp_path / "out"))
+    assert first != second
     trials = study_of(tmp_path / "out").trials
-    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"] * 2
+    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"]
     assert trials[0].user_attrs["reason"].startswith("RuntimeError: CUDA error: device-side assert triggered")
 
 
@@ -217,7 +218,8 @@ def test_in_this_process_a_broken_cuda_ends_the_command_and_loses_nothing(write_
     path = write_sweep(parameters={"end": {"values": ["cuda", "well", "raise"]}})
     command = ["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]
     assert main(command) == 130 and len(ran(tmp_path / "out")) == 1
-    assert "CUDA fails in this process" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "CUDA fails in this process" in said and "go on with  python -m tq_lightning sweep" in said
     assert main(command) == 0 and len(ran(tmp_path / "out")) == 3
 
 
