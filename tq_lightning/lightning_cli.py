@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from tq_lightning.callbacks.moved_run import MovedRun
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.run_logger import RunLogger
 from tq_lightning.callbacks.run_record import MONITOR, NAME, RunRecord
@@ -180,7 +181,7 @@ class TQCLI(LightningCLI):
         last = ModelCheckpoint(
             folder, filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True
         )
-        callbacks += [best, last]
+        callbacks += [MovedRun(), best, last]
         if every > 0:
             callbacks.append(StepCheckpoint(folder, every))
         return callbacks

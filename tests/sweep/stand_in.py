@@ -17,10 +17,12 @@ def fit(argv: list[str]) -> dict[str, float]:
         file.write(f"{os.getpid()} {lr:g} {seed} {time.time()}\n")
     end = given.get("end", "")
     run = root / "run"
-    run.mkdir(exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     time.sleep(float(given.get("sleep", 0)))
     if end == "raise":
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+    if end == "cuda":
+        raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
     if end == "exit":
         raise SystemExit(3)
     if end == "kill":
@@ -34,5 +36,37 @@ def fit(argv: list[str]) -> dict[str, float]:
     if end == "unlogged":
         del metrics[METRIC]
     record = {"status": "finished", "last": {"epoch": 0, "metrics": metrics}, "bytes": {"packed": 1000 + int(100 * lr)}}
+    (run / "record.json").write_text(json.dumps(record))
+    return metrics
+
+
+def fit_epochs(argv: list[str]) -> dict[str, float]:
+    """A fit of --epochs=N with --sleep=S seconds each: a row of metrics.csv and a last.ckpt an epoch, and it can go on.
+
+    --stop=K: a signal from outside ends each call after K epochs of its own.
+    """
+    import torch
+
+    given = dict(word.removeprefix("--").split("=", 1) for word in argv if "=" in word)
+    root = Path(given["trainer.default_root_dir"])
+    run, begin = root / f"run-{os.getpid()}-{time.time_ns()}", 0
+    if "ckpt_path" in given:
+        run = Path(given["ckpt_path"]).parents[1]
+        begin = torch.load(given["ckpt_path"], weights_only=True)["global_step"]
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    record = {"id": run.name, "status": "running"}
+    (run / "record.json").write_text(json.dumps(record))
+    for epoch in range(begin, int(given["epochs"])):
+        if epoch - begin == int(given.get("stop", -1)):
+            raise KeyboardInterrupt
+        time.sleep(float(given.get("sleep", 0)))
+        with (root.parent / "ran.txt").open("a") as file:
+            file.write(f"{os.getpid()} {float(given['model.lr']):g} {epoch} {time.time()}\n")
+        with (run / "metrics.csv").open("a") as file:
+            file.write(f"{epoch},{os.getpid()}\n")
+        torch.save({"global_step": epoch + 1}, run / "checkpoints" / "new")
+        (run / "checkpoints" / "new").rename(run / "checkpoints" / "last.ckpt")
+    metrics = {METRIC: 50 + 10 * float(given["model.lr"])}
+    record |= {"status": "finished", "last": {"epoch": int(given["epochs"]) - 1, "metrics": metrics}}
     (run / "record.json").write_text(json.dumps(record))
     return metrics

@@ -33,8 +33,9 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(write_sweep, tmp_pat
     assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
     assert [row[1:] for row in ran(folder)] == [(0.1, 0), (0.2, 0), (0.1, 1), (0.2, 1)]
     best = study_of(folder).best_trial
-    assert best.value == 52.0 and best.user_attrs["record"] == str(folder / "trials" / "0001" / "run" / "record.json")
-    assert best.user_attrs["run_dir"] == str(folder / "trials" / "0001") and "--w=[8, 4]" in best.user_attrs["arguments"]
+    (home,) = (folder / "trials").glob("0001-*")
+    assert best.value == 52.0 and best.user_attrs["record"] == str(home / "run" / "record.json")
+    assert best.user_attrs["run_dir"] == str(home) and "--w=[8, 4]" in best.user_attrs["arguments"]
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     assert [float(row["val/acc1_truncate_mean"]) for row in rows] == [52, 51, 51, 50] and rows[0]["w"] == "[8, 4]"
     arms = list(csv.DictReader((folder / "arms.csv").open()))
@@ -54,6 +55,7 @@ def test_failures_have_their_reasons_and_the_sweep_goes_on(write_sweep, tmp_path
     ends = ["raise", "exit", "nan", "unlogged", "well"]
     path, folder = write_sweep(parameters={"end": {"values": ends}}), tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
+    # a lack of memory, the first one's, ends no worker: the others ran
     trials = study_of(folder).trials
     assert [t.state for t in trials] == [TrialState.FAIL] * 4 + [TrialState.COMPLETE]
     reasons = [t.user_attrs["reason"] for t in trials[:4]]
@@ -198,6 +200,27 @@ def test_a_killed_command_is_taken_over_by_another_and_leaves_no_process(write_s
     lost = [t for t in trials if t.state == TrialState.FAIL]
     assert [t.user_attrs["reason"] for t in lost] == ["its worker gave no sign of life for 4 s"]
     assert len(ran(folder)) == 4
+
+
+def test_a_worker_in_which_cuda_broke_is_replaced(write_sweep, tmp_path, sweep_process):
+    path = write_sweep(parameters={"end": {"values": ["cuda", "well"]}})
+    process = sweep_process(path, "--dir", tmp_path / "out", "--workers", "1")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    first, second = (pid for pid, _, _ in ran(tmp_path / "out"))
+    assert first != second
+    trials = study_of(tmp_path / "out").trials
+    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"]
+    assert trials[0].user_attrs["reason"].startswith("RuntimeError: CUDA error: device-side assert triggered")
+
+
+def test_in_this_process_a_broken_cuda_ends_the_command_and_loses_nothing(write_sweep, tmp_path, stand_in, capsys):
+    path = write_sweep(parameters={"end": {"values": ["cuda", "well", "raise"]}})
+    command = ["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]
+    assert main(command) == 130 and len(ran(tmp_path / "out")) == 1
+    said = capsys.readouterr().out
+    assert "CUDA fails in this process" in said and "go on with  python -m tq_lightning sweep" in said
+    assert main(command) == 0 and len(ran(tmp_path / "out")) == 3
 
 
 def test_workers_that_can_not_begin_end_the_command(write_sweep, tmp_path, sweep_process):

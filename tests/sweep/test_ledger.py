@@ -4,6 +4,7 @@ import threading
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from tq_lightning.sweep.ledger import MAX_LOST, Ledger, alive
@@ -142,3 +143,30 @@ def test_without_a_limit_there_is_always_one_more(url):
         assert trial.user_attrs["point"] == point
         finish(ledger, trial)
     assert not ledger.settled()
+
+
+def test_a_worker_learns_that_its_trial_was_taken(url):
+    ledger = ledger_of(url, limit=1, stale=0.6)
+    ledger.tend()
+    trial = ledger.claim("cut off")
+    with pytest.raises(KeyboardInterrupt), alive(ledger, trial, None):
+        ledger_of(url, limit=1).fail(trial, "lost", "no sign of life")
+        threading.Event().wait(20)
+    assert ledger.taken
+
+
+def test_who_could_not_look_has_seen_nobody_silent(url, monkeypatch):
+    """A storage that is away for longer than `stale` is no reason to take the trials of those it was away for as well."""
+    ledger = ledger_of(url, limit=1, stale=0.2)
+    ledger.tend()
+    trial = ledger.claim("living")
+    ledger.tend()
+    with monkeypatch.context() as away, pytest.raises(StorageInternalError):
+        away.setattr(ledger, "trials", lambda: (_ for _ in ()).throw(StorageInternalError))
+        ledger.tend()
+    threading.Event().wait(0.3)
+    ledger.tend()
+    assert ledger.study.trials[trial.number].state == TrialState.RUNNING
+    threading.Event().wait(0.3)
+    ledger.tend()
+    assert ledger.study.trials[trial.number].state == TrialState.FAIL

@@ -1,13 +1,15 @@
 """Sweeps of real trials: `fit` on two batches of digits, its own directory, config, seed, record; pruning, under DDP too."""
 
+import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from crew import study_of
+from crew import study_of, wait_for
 from optuna.trial import TrialState
 
 from tq_lightning.cli import main
@@ -70,6 +72,61 @@ def test_a_trial_that_can_not_train_fails_with_fits_own_words(tmp_path):
 
     ending = run_trial(run_fit, [*TINY, "--model.lr=1e12"], tmp_path, ["val/acc1_truncate_mean"], None)
     assert ending.state == "failed" and "learning rate" in ending.reason
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_trial_goes_on_with_its_last_checkpoint(write_sweep, tmp_path, sweep_process, processes):
+    """SIGKILL after the first epoch's checkpoint: the retry has all epochs in one metrics.csv and trains the others only."""
+    arguments = [*TINY, "--trainer.max_epochs=3", "--model.widths=[8,2]"]
+    if processes > 1:
+        arguments += ["--trainer.strategy=ddp", f"--trainer.devices={processes}"]
+    early = {"type": "hyperband", "min_iter": 1}
+    path = write_sweep(arguments=arguments, early_terminate=early, parameters={"model.lr": {"values": [0.01]}})
+    folder = tmp_path / "out"
+    process = sweep_process(path, "--dir", folder, "--workers", "1", fit="tq_lightning.cli:run_fit")
+    wait_for(lambda: list(folder.glob("trials/*/*/checkpoints/last.ckpt")) or process.poll() is not None, 600)
+    log = next(iter((folder / "logs").iterdir()), None)
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _is_worker(entry, log.stem)]
+    assert len(pids) == 1, process.poll()
+    os.kill(pids[0], signal.SIGKILL)
+    out, _ = process.communicate(timeout=800)
+    assert process.returncode == 0, out
+    first, second = study_of(folder).trials
+    assert first.user_attrs["cause"] == "lost" and second.state == TrialState.COMPLETE, out
+    record = json.loads(Path(second.user_attrs["record"]).read_text())
+    home = Path(second.user_attrs["record"]).parent
+    with (home / "metrics.csv").open(newline="") as file:
+        rows = [int(row["epoch"]) for row in csv.DictReader(file) if row["val/acc1_truncate_mean"]]
+    assert rows == [0, 1, 2] and record["epochs"] == 3 and record["last"]["epoch"] == 2 and record["processes"] == processes
+    steps = 2 * len(rows)  # two batches an epoch
+    begun = second.user_attrs["resumed_step"]
+    assert 2 <= begun < steps == record["steps"] and f"--ckpt_path={home}" in record["command"]
+    (earlier,) = Path(first.user_attrs["run_dir"]).iterdir()
+    kept = {key: value for key, value in _scores(earlier).items() if key < begun}
+    assert kept and kept == {key: value for key, value in _scores(home).items() if key < begun}
+    assert list(second.intermediate_values) == [1, 2, 3]  # the pruner has the whole curve
+    assert second.intermediate_values[1] == first.intermediate_values[1]
+    assert len(list((home / "checkpoints").glob("best*"))) == 1
+    status = json.loads((earlier / "record.json").read_text())["status"]
+    assert status == "running" and earlier.name == home.name and earlier != home
+
+
+def _is_worker(pid, name):
+    """Whether a process is the sweep's worker of this name, and no other rank of its fit."""
+    try:
+        words = Path("/proc", pid, "cmdline").read_text().split("\0")
+    except OSError:
+        return False
+    return name in words and "sweep" in words
+
+
+def _scores(run):
+    """Step -> val/acc1_truncate_mean of a run's metrics.csv."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/acc1_truncate_mean"]]
+    return {int(row["step"]): float(row["val/acc1_truncate_mean"]) for row in rows}
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`python -m tq_lightning sweep FILE`: the command line of the Optuna engine."""
 
 import argparse
+import os
 import shlex
 import sys
 from importlib import import_module
@@ -129,7 +130,7 @@ def read_objectives(text: str | None, sweep: Sweep) -> dict[str, str]:
 def _work(sweep: Sweep, options: object, given: argparse.Namespace) -> int:
     """The worker's role: take trials until the study is settled."""
     from tq_lightning.sweep import optuna_engine as engine
-    from tq_lightning.sweep.worker import work
+    from tq_lightning.sweep.worker import REPLACE, work
 
     assert isinstance(options, engine.Options)
     module, _, name = given.fit.partition(":")
@@ -140,7 +141,7 @@ def _work(sweep: Sweep, options: object, given: argparse.Namespace) -> int:
         import time
 
         deadline = time.time() + given.timeout
-    done = work(
+    status = work(
         ledger,
         sweep,
         list(options.objectives),
@@ -151,4 +152,6 @@ def _work(sweep: Sweep, options: object, given: argparse.Namespace) -> int:
         parent=given.parent,
     )
     sys.stdout.flush()
-    return 0 if done else 130
+    if status == REPLACE and given.worker is not None:
+        os._exit(status)  # the interpreter's own end would ask the broken context to free what it holds, and may abort
+    return status

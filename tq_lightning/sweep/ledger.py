@@ -40,6 +40,7 @@ class Ledger:
     ) -> None:
         self.study, self.fixed, self.limit, self.stale = study, fixed, limit, stale
         self.storage = study._storage
+        self.taken = False  # whether the trial that runs in this process was given to another worker: see `alive`
         self._seen: dict[int, tuple[Any, float]] = {}  # running trial's number -> (its heartbeat, when this was first seen)
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
@@ -58,9 +59,15 @@ class Ledger:
 
     def tend(self) -> None:
         """Fail the trials whose workers are dead, and enqueue every point that waits for its first or its next attempt."""
+        from optuna.exceptions import StorageInternalError
         from optuna.trial import TrialState
 
-        running = {t.number: t for t in self.trials() if t.state == TrialState.RUNNING}
+        try:
+            trials = self.trials()
+        except StorageInternalError:
+            self._seen.clear()  # who couldn't look has seen nobody silent
+            raise
+        running = {t.number: t for t in trials if t.state == TrialState.RUNNING}
         now = time.monotonic()
         self._seen = {number: seen for number, seen in self._seen.items() if number in running}
         for number, trial in running.items():
@@ -152,15 +159,29 @@ class Ledger:
 
 @contextlib.contextmanager
 def alive(ledger: Ledger, trial: "optuna.trial.FrozenTrial", parent: int | None) -> Iterator[None]:
-    """Give a trial's sign of life from a thread while the block runs; interrupt the block if process `parent` is gone."""
+    """Give a trial's sign of life from a thread while the block runs; interrupt the block if process `parent` is gone.
+
+    Likewise where the trial is another worker's by now, since this one was suspended or cut off from the storage for too long;
+    `ledger.taken` says so then.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+
     stop = threading.Event()
+    ledger.taken = False
 
     def beat() -> None:
         count = 0
         while not stop.wait(ledger.stale / 6 if count else 0):
             count += 1
-            with contextlib.suppress(Exception):  # a storage that is away for a moment must not end the training
+            try:
                 ledger.storage.set_trial_user_attr(trial._trial_id, "heartbeat", count)
+            except UpdateFinishedTrialError:
+                if not stop.is_set():
+                    ledger.taken = True
+                    os.kill(os.getpid(), signal.SIGINT)
+                return
+            except Exception:  # a storage that is away for a moment must not end the training
+                pass
             if parent is not None and os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGINT)
                 return

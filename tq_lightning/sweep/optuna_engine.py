@@ -19,6 +19,7 @@ from tq_lightning.sweep import space, twins
 from tq_lightning.sweep.ledger import STALE_SECONDS, Ledger
 from tq_lightning.sweep.progress import Progress
 from tq_lightning.sweep.storage import Patience, hide_password, open_storage
+from tq_lightning.sweep.worker import DONE, REPLACE
 
 if TYPE_CHECKING:
     import optuna
@@ -181,7 +182,10 @@ class Crew:
             if status is None:
                 continue
             del self.running[name]
-            if status == 0:
+            if status == DONE:
+                continue
+            if status == REPLACE:  # its trial has its reason; the next one needs a fresh process
+                self.start()
                 continue
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
             if not ledger.fail_worker(name, "lost", f"its worker {how}"):

@@ -23,17 +23,32 @@ class Ending:
     reason: str = ""
     record: str | None = None
 
+    @property
+    def broken(self) -> bool:
+        """Whether it failed by an error of CUDA's own, after which every later call in the process fails as well.
+
+        Lack of memory is none: its message has no `CUDA error:`.
+        """
+        return self.state == "failed" and ("CUDA error:" in self.reason or "cuDNN error:" in self.reason)
+
 
 def run_trial(
-    fit: Fit, argv: list[str], folder: Path, metrics: list[str], report: Callable[[int, float], bool] | None
+    fit: Fit,
+    argv: list[str],
+    folder: Path,
+    metrics: list[str],
+    report: Callable[[int, float], bool] | None,
+    checkpoint: Path | None = None,
 ) -> Ending:
     """Run `fit argv` in `folder` and read its record. Raises nothing: a trial may end in any way, and the sweep goes on.
 
     metrics: the objectives' names, read by `value_of`. report: (step, value) -> whether to prune, for the pruning callback;
-    None where nothing prunes.
+    None where nothing prunes. checkpoint: what the fit goes on from, in a run below `folder`; None: it begins.
     """
     folder.mkdir(parents=True, exist_ok=True)
     argv = [*argv, f"--trainer.default_root_dir={folder}"]
+    if checkpoint is not None:
+        argv.append(f"--ckpt_path={checkpoint}")
     pruned = False
 
     def decide(step: int, value: float) -> bool:
@@ -80,6 +95,15 @@ def value_of(record: dict[str, Any], name: str) -> float | None:
     metrics = record.get("last", {}).get("metrics", {})
     value = record.get("bytes", {}).get("packed") if name == STORAGE_BYTES else metrics.get(name)
     return None if value is None else float(value)
+
+
+def disown(record: str) -> None:
+    """Mark the record of a trial that was given to another worker: two results of one trial must not be counted."""
+    path = Path(record)
+    content = json.loads(path.read_text()) | {"status": "interrupted", "reason": "its trial was given to another worker"}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
 
 
 def _records(folder: Path) -> dict[Path, int]:
@@ -130,4 +154,5 @@ def _free_memory() -> None:
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a broken context (see `Ending.broken`) has no memory to give back
+            torch.cuda.empty_cache()

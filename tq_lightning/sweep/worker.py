@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tq_lightning.sweep import twins
-from tq_lightning.sweep.ledger import Ledger, alive
+from tq_lightning.sweep.ledger import RETRIED, Ledger, alive
 from tq_lightning.sweep.progress import describe
+from tq_lightning.sweep.retry import go_on, new_home
 from tq_lightning.sweep.space import Sweep
 from tq_lightning.sweep.storage import Patience
-from tq_lightning.sweep.trial import Ending, Fit, run_trial
+from tq_lightning.sweep.trial import Ending, Fit, disown, run_trial
 
 if TYPE_CHECKING:
     import optuna
 
 POLL_SECONDS = 1.0  # between two looks at a study in which nothing waits
+DONE, INTERRUPTED, REPLACE = 0, 130, 75  # exit statuses of a worker; the last one: CUDA is broken in it, start another
 
 
 def work(
@@ -30,17 +32,18 @@ def work(
     *,
     deadline: float | None = None,
     parent: int | None = None,
-) -> bool:
+) -> int:
     """Run trials until the sweep is settled, or until `deadline` (time.time()) has passed, after which none is started.
 
-    parent: the process that tends the ledger; None where nobody else does, as with --workers 0. Returns False when interrupted.
+    parent: the process that tends the ledger; None where nobody else does, as with --workers 0. Returns DONE, INTERRUPTED or
+    REPLACE.
     """
     os.environ.update(sweep.environment)
     stopped = False
 
     def interrupt(*_: Any) -> None:
         nonlocal stopped
-        stopped = True
+        stopped = stopped or not ledger.taken
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -48,7 +51,7 @@ def work(
     try:
         while deadline is None or time.time() < deadline:
             if parent is not None and os.getppid() != parent:
-                return False
+                return INTERRUPTED
             claimed, settled = None, False
             with away:
                 if parent is None:
@@ -57,20 +60,23 @@ def work(
                 settled = claimed is None and ledger.settled()
             if claimed is None:
                 if settled:
-                    return True
+                    return DONE
                 time.sleep(POLL_SECONDS)
                 continue
-            run_claimed(ledger, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
+            ending = run_claimed(ledger, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
             if stopped:
-                return False
+                return INTERRUPTED
+            if ending is not None and ending.broken:
+                print(f"CUDA fails in this process from now on, so it ends: {ending.reason}", flush=True)
+                return REPLACE
             if parent is None:  # else the parent shows it
                 with away:
                     print(describe(ledger, deadline), flush=True)
             for number in before:  # Lightning puts its own in their place; the next trial must be stoppable too
                 signal.signal(number, interrupt)
-        return True
+        return DONE
     except KeyboardInterrupt:
-        return False
+        return INTERRUPTED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -85,20 +91,22 @@ def run_claimed(
     fit: Fit,
     parent: int | None,
     stopped: Any,
-) -> None:
-    """Run one trial that is ours and write down how it ended."""
+) -> Ending | None:
+    """Run one trial that is ours, write down how it ended and return that; None where it was another's before it began."""
     import optuna
     from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
     study, point = ledger.study, claimed.user_attrs["point"]
     study.sampler, study.pruner = twins.sampler(sweep, point), twins.pruner(sweep, len(metrics))
-    attempt = claimed.user_attrs["attempt"]
-    home = folder / "trials" / (f"{point:04d}" + (f"-retry{attempt}" if attempt else ""))
+    home = new_home(folder / "trials", claimed)
 
     def report(step: int, value: float) -> bool:
         with contextlib.suppress(StorageInternalError):  # away for a moment: hours of training are worth more than one report
-            trial.report(value, step)
-            return trial.should_prune()
+            try:
+                trial.report(value, step)
+                return trial.should_prune()
+            except UpdateFinishedTrialError:
+                return True  # it is another worker's now
         return False
 
     try:
@@ -108,18 +116,24 @@ def run_claimed(
             argv = twins.arguments(sweep, values)
             trial.set_user_attr("run_dir", str(home))
             trial.set_user_attr("arguments", argv)
+            before = go_on(study, claimed, home)
+            if before is not None:
+                trial.set_user_attr("resumed_step", before[1])
+                if before[1] > study.trials[claimed.user_attrs["retry_of"]].user_attrs.get("resumed_step", 0):
+                    trial.set_user_attr("lost", 0)  # the last attempt got further: this is no trial that kills each worker
             prunes = sweep.early_terminate is not None and len(metrics) == 1
-            ending = run_trial(fit, argv, home, metrics, report if prunes else None)
+            ending = run_trial(fit, argv, home, metrics, report if prunes else None, before and before[0])
     except KeyboardInterrupt:  # between the lines above
         ending = Ending("interrupted", reason="stopped by the user")
     except UpdateFinishedTrialError:
-        return  # taken for dead before it began: it is another worker's now
+        return None  # taken for dead before it began: it is another worker's now
     if stopped() and ending.state == "failed":  # whatever Ctrl-C made of the fit, the parameters are not to blame
         ending = Ending("interrupted", reason="stopped by the user", record=ending.record)
     elif not stopped() and ending.state == "interrupted":
         # a signal from outside, or another rank that died: try it again, a few times
         ending = Ending("lost", reason="its fit was stopped from outside", record=ending.record)
     _write(ledger, claimed, ending)
+    return ending
 
 
 def _write(ledger: Ledger, claimed: "optuna.trial.FrozenTrial", ending: Ending) -> None:
@@ -139,7 +153,10 @@ def _write(ledger: Ledger, claimed: "optuna.trial.FrozenTrial", ending: Ending) 
                 ledger.fail(claimed, "error" if ending.state == "failed" else ending.state, ending.reason)
             return
         except UpdateFinishedTrialError:
-            return  # it was taken for dead and given to another worker, whose result counts
+            trial = ledger.storage.get_trial(claimed._trial_id)
+            if ending.record is not None and trial.state == TrialState.FAIL and trial.user_attrs.get("cause") in RETRIED:
+                disown(ending.record)  # it was taken for dead and given to another worker, whose result counts
+            return
         except StorageInternalError:
             if attempt == 6:
                 raise
