@@ -186,6 +186,16 @@ def test_every_level_placement(level, bits):
     scale = torch.tensor([[0.5], [3.0]])
     weights = dequantize(codes.expand(2, -1), bits, scale, level)
     assert torch.equal(weights, scale * (2 * levels - 1))
+    held = torch.full_like(weights, torch.nan)
+    assert dequantize(codes.expand(2, -1), bits, scale, level, out=held) is held
+    assert torch.equal(held.view(torch.int32), weights.view(torch.int32))  # to the bit
+
+
+def test_levels_go_to_no_tensor_of_another_type_or_shape():
+    codes = torch.arange(4).to(torch.uint8)
+    for out in (torch.empty(4, dtype=torch.float16), torch.empty(5), torch.empty(1, 4)):
+        with pytest.raises(ValueError, match="out must be float32 of shape"):
+            codes_to_levels(codes, 2, out=out)
 
 
 def test_endpoint_and_centre_differ_by_one_gain_per_width():

@@ -1,6 +1,7 @@
 """The width in use: one writer, restored on any exit, and never through codes of another width."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -27,6 +28,35 @@ def test_a_prepared_model_is_in_float_until_told(net, images):
     assert torch.equal(net(images), before)
     with bit_width(net, None):
         assert torch.equal(net(images), before)
+
+
+def test_the_width_is_that_of_the_modules_as_they_are_now(model):
+    """Nothing that was found at an earlier entry is believed at a later one."""
+    with bit_width(model, 4):
+        pass
+    twin = copy.deepcopy(model)
+    with bit_width(twin, 2):
+        assert (width_of(twin).bits, width_of(model).bits) == (2, None)
+    whole = nn.Sequential(model)
+    assert width_of(whole) is width_of(model)
+    whole._modules["0"] = twin  # as `prepare` swaps layers, past every hook
+    assert width_of(whole) is width_of(twin)
+    with bit_width(whole, 4):
+        assert width_of(model).bits is None
+    whole.append(model)
+    with pytest.raises(ValueError, match="parts of 2 prepared models"), bit_width(whole, 4):
+        pass
+    del whole[0]
+    with bit_width(whole, 4):
+        assert (width_of(model).bits, width_of(twin).bits) == (4, None)
+
+
+def test_one_walk_finds_a_module_used_twice_or_in_a_loop_once(model):
+    both = nn.ModuleList([model, model])
+    both[0]._modules["up"] = both  # a cycle, as some wrappers make
+    with bit_width(both, 4):
+        assert width_of(model).bits == 4
+    del model._modules["up"]
 
 
 def test_restored_on_exit_nested_and_after_an_error(model):

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from tq_lightning.errors import UserError
 from tq_lightning.export.compress import CODING
 from tq_lightning.export.container import Container, section_of
+from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.weight import original, weight_quantizers
 
 _LAYER_KEYS = {"name", "shape", "offset", "scale"}
 _TYPES = {"int": "I64", "float64": "F64", "float": "F32", "scale": "F32", "norm": "F32", "plane": "U8"}  # by section
+_SETS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # keys of norm sets
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
 _CROPS = ("center", "squash", "border")
 
@@ -134,17 +136,29 @@ def cast(header: Mapping[str, Any], full: str, value: Tensor, default: torch.dty
     raise UserError(f"the file gives {full} a type that is none: {str(header['dtypes'].get(full))[:40]!r}")
 
 
+def _of_no_set(name: str, model: nn.Module) -> bool:
+    """Whether a name of the file ("float64/bn1.sets.3.weight") is of a norm set that the network was built without."""
+    home, _, inside = name.partition("/")[2].partition(".sets.")
+    key = inside.partition(".")[0]
+    norm = model
+    for part in home.split(".") if key in _SETS else ():
+        norm = norm._modules.get(part)  # type: ignore[assignment]
+        if norm is None:
+            return False
+    return isinstance(norm, PerWidthNorm) and key not in norm.sets
+
+
 def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
     """Raises UserError where the tensors of the file are not those that its network wants."""
     folded = (".running_mean", ".running_var") if header["folded"] else ()
     own = {name for _, _, name in file_names(model) if not name.startswith("norm")} | {"scale"}
     own |= {f"norm{n}" for n in header["norm_widths"] if header["norms"]} | {f"plane{p}" for p in range(header["stored_bits"])}
     lacks = {n for n in own - names if not n.endswith(folded)} if folded else own - names
-    adds = names - own
+    adds = {name for name in names - own if not _of_no_set(name, model)}
     if header["norm_widths"]:
-        first = f"norm{header['norm_widths'][0]}/"
-        cuts = {name: value.shape for _, value, name in file_names(model) if name.startswith(first)}
-        given = {first + cut["name"]: torch.Size(cut["shape"]) for cut in header["norms"]}
+        # all sets are alike: those that the network was built with speak for the others
+        cuts = {name.split("/", 1)[1]: value.shape for _, value, name in file_names(model) if name.startswith("norm")}
+        given = {cut["name"]: torch.Size(cut["shape"]) for cut in header["norms"]}
         lacks |= {n for n in cuts if n not in given and not (folded and n.endswith(folded))}
         adds |= {n for n in given if given[n] != cuts.get(n)}
     if lacks or adds:

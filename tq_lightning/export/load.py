@@ -6,7 +6,7 @@ error, never in a model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tq_lightning.errors import UserError
 from tq_lightning.export.compress import decompress_plane
 from tq_lightning.export.container import Container
 from tq_lightning.export.header import cast, check_layers, check_names, file_names, named_tensors, read_header, split_norms
+from tq_lightning.export.hollow import TOO_LARGE, Unfilled, bounded
 from tq_lightning.export.packed import MODES, PackedWeight, attach
 from tq_lightning.export.planes import unpack_planes
 from tq_lightning.quant.norm import per_width_norms
@@ -55,7 +56,11 @@ def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | No
         shapes = {name: entry.shape for name, entry in file.entries.items()}
         planes = stored if bits is None else bits
         try:
-            model = build_skeleton(header, model)
+            held = sum(math.prod(layer["shape"]) for layer in header["layers"])
+            held += sum(math.prod(shape) for shape in shapes.values())
+            count = len(header["layers"]) + len(shapes) + len(header["norms"])
+            wanted_sets = header["norm_widths"] if bits is None else [bits]
+            model = build_skeleton(header, model, wanted_sets, (count, held))
             if stored > width_of(model).max_bits:
                 raise UserError(f"it has {stored} planes of {width_of(model).max_bits}-bit codes")
             check_names(header, set(shapes), model)
@@ -83,22 +88,37 @@ def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | No
     return model.eval().requires_grad_(False)
 
 
-def build_skeleton(header: Mapping[str, Any], model: nn.Module | None = None) -> nn.Module:
+def build_skeleton(
+    header: Mapping[str, Any],
+    model: nn.Module | None = None,
+    norm_sets: Collection[int] | None = None,
+    held: tuple[int, int] | None = None,
+) -> nn.Module:
     """The prepared network of a header, without values where it is built here.
+
+    Args:
+        header: as `read_header` gives it.
+        model: as in `load_packed`.
+        norm_sets: widths whose norm sets are made, where it is prepared here; None = all, and float.
+        held: (tensors, numbers) that the file holds: a network of many times more ends early; None = build whatever comes.
 
     Raises:
         UserError: a model that is unknown, asks for files, or cannot be prepared as the header says.
     """
     if model is None:
-        model = _create(header["model"])
+        with bounded(held):
+            model = _create(header["model"])
     if weight_quantizers(model):
         if getattr(model, "tq", None) != header["prepare"]:
             raise UserError("the model given was prepared in another way than the file's; pass it as it was before prepare()")
         return model
-    from tq_lightning.quant.prepare import prepare
+    from tq_lightning.quant.prepare import attach_norms, prepare
 
     try:
-        prepare(model, **{**header["prepare"], "verbose": False})
+        # the norms last, on their own: copies of sets that no one asked for would take most of the time of a load
+        prepare(model, **{**header["prepare"], "norm": "shared", "verbose": False})
+        attach_norms(model, header["prepare"].get("norm", "per_width"), width_of(model), norm_sets)
+        model.tq = {**model.tq, **header["prepare"]}  # type: ignore[assignment,dict-item]
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"its network cannot be prepared as the header says ({error})") from error
     return model
@@ -129,10 +149,10 @@ def _create(given: Mapping[str, Any]) -> nn.Module:
         if any(word in key for word in _FORBIDDEN) or not _plain(value):
             raise UserError(f"the file gives the model an argument that a file may not give: {str(key)[:40]!r}")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return create_model(name, **args)
     except UserError as error:
-        if "unknown model" in str(error):
+        if "unknown model" in str(error) or TOO_LARGE in str(error):
             raise
     return create_model(name, **args)  # a network that computes with real numbers while it is built
 

@@ -16,7 +16,7 @@ from tq_lightning.quant.codes import dequantize, truncate_codes
 from tq_lightning.quant.width import Width
 
 MODES = ("resident", "lean")
-CHUNK = 1 << 17  # codes worked on at a time: half a megabyte of float32 stays in a core's second-level cache
+CHUNK = 1 << 18  # codes worked on at a time: few enough for a core's caches, enough to hide the cost of a call
 
 
 class PackedWeight(nn.Module):
@@ -86,7 +86,11 @@ class PackedWeight(nn.Module):
             part = slice(start, start + rows)
             narrow = truncate_codes(codes[part], self.stored, bits)
             factor = scale[part] if scale.dim() == codes.dim() and scale.shape[0] > 1 else scale
-            self._weight[part] = dequantize(narrow, bits, factor, self.level)
+            target = self._weight[part]
+            if self.dtype == torch.float32:
+                dequantize(narrow, bits, factor, self.level, out=target)
+            else:
+                target.copy_(dequantize(narrow, bits, factor, self.level))
         self._bits = bits
 
     def check_width(self, bits: int | None) -> None:

@@ -78,39 +78,44 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
     return codes if shift == 0 else codes >> shift
 
 
-def _endpoint(codes: Tensor, bits: int) -> Tensor:
-    return codes.to(torch.float32).div_(float(2**bits - 1))
+def _endpoint(k: Tensor, bits: int) -> Tensor:
+    return k.div_(float(2**bits - 1))
 
 
-def _left(codes: Tensor, bits: int) -> Tensor:
-    return codes.to(torch.float32).mul_(2.0**-bits)
+def _left(k: Tensor, bits: int) -> Tensor:
+    return k.mul_(2.0**-bits)
 
 
-def _centre(codes: Tensor, bits: int) -> Tensor:
-    return codes.to(torch.float32).add_(0.5).mul_(2.0**-bits)
+def _centre(k: Tensor, bits: int) -> Tensor:
+    return k.add_(0.5).mul_(2.0**-bits)
 
 
-def codes_to_levels(codes: Tensor, bits: int, level: str = "endpoint") -> Tensor:
+def codes_to_levels(codes: Tensor, bits: int, level: str = "endpoint", out: Tensor | None = None) -> Tensor:
     """Places codes in [0, 1]: endpoint k/M_n, left k/2^n, centre (k + 1/2)/2^n.
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
         bits: width n, 1..8.
         level: a key of `LEVELS`. AdaBits (arXiv 1912.09666) calls floor + left 'modified', floor + centre 'centered'.
+        out: float32 of the shape of `codes` to write to, without a tensor in between; None = a new one.
 
     Returns:
-        float32 levels of the shape of `codes`, a new tensor.
+        float32 levels of the shape of `codes`, `out` where given.
 
     Raises:
-        ValueError: `bits` out of range, or an unknown `level`.
+        ValueError: `bits` out of range, an unknown `level`, or an `out` of another type or shape.
     """
     _check_bits(bits)
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; pass one of {', '.join(LEVELS)}")
-    return LEVELS[level](codes, bits)
+    if out is None:
+        return LEVELS[level](codes.to(torch.float32), bits)
+    if out.dtype != torch.float32 or out.shape != codes.shape:
+        raise ValueError(f"out must be float32 of shape {tuple(codes.shape)}, got {out.dtype} of shape {tuple(out.shape)}")
+    return LEVELS[level](out.copy_(codes), bits)
 
 
-def dequantize(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint") -> Tensor:
+def dequantize(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint", out: Tensor | None = None) -> Tensor:
     """The weight a code stands for: scale * (2 level - 1).
 
     Args:
@@ -118,11 +123,12 @@ def dequantize(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint")
         bits: width n, 1..8.
         scale: float32, broadcastable to the shape of `codes`.
         level: a key of `LEVELS`.
+        out: as in `codes_to_levels`.
 
     Returns:
-        float32 weights of the shape of `codes`. Raises as `codes_to_levels`.
+        float32 weights of the shape of `codes`, `out` where given. Raises as `codes_to_levels`.
     """
-    return codes_to_levels(codes, bits, level).mul_(2.0).sub_(1.0).mul_(scale)
+    return codes_to_levels(codes, bits, level, out).mul_(2.0).sub_(1.0).mul_(scale)
 
 
 def _floor_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
@@ -140,4 +146,5 @@ QUANTIZERS: dict[str, Callable[[Tensor, int], Tensor]] = {"floor": floor_codes, 
 # Nearest inner edge between two bins, and the bins' width: what a soft staircase needs to know of a quantizer.
 BIN_EDGES: dict[str, Callable[[Tensor, int], tuple[Tensor, float]]] = {"floor": _floor_edges, "round": _round_edges}
 
+# Each takes codes as a float32 tensor, which it overwrites with the levels.
 LEVELS: dict[str, Callable[[Tensor, int], Tensor]] = {"endpoint": _endpoint, "left": _left, "centre": _centre}

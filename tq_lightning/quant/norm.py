@@ -6,7 +6,7 @@ training, the others are re-estimated by `calibrate_norms` and are an error befo
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -28,16 +28,18 @@ class PerWidthNorm(nn.Module):
     Args:
         layer: a normalisation layer (timm's with their activation too).
         width: the model's shared `Width`; its `widths` are the trained ones.
+        only: widths to make sets for, for a model that will run at no other; None = all, and float.
 
     Attributes:
-        sets: ModuleDict with keys "1".."max_bits" and `FLOAT`. Parameters of untrained sets carry no gradient.
+        sets: ModuleDict with keys "1".."max_bits" and `FLOAT`, or of `only`. Parameters of untrained sets carry no gradient.
         calibrated: bool (max_bits + 1,), entry n says that untrained width n has statistics of its own.
     """
 
-    def __init__(self, layer: nn.Module, width: Width) -> None:
+    def __init__(self, layer: nn.Module, width: Width, only: Collection[int] | None = None) -> None:
         super().__init__()
         self.width = width
-        keys = [str(bits) for bits in range(1, width.max_bits + 1)] + [FLOAT]
+        every: list[int | None] = [*range(1, width.max_bits + 1), None]
+        keys = [_key(bits) for bits in every if only is None or bits in only]
         # the memo keeps the shared width shared where the layer holds an activation quantizer
         self.sets = nn.ModuleDict({key: copy.deepcopy(layer, {id(width): width}) for key in keys})
         self.trained = {str(bits) for bits in width.widths}
@@ -56,7 +58,10 @@ class PerWidthNorm(nn.Module):
         except AttributeError:
             if name in ("sets", "width") or name.startswith("__"):  # not built yet (deepcopy, unpickling)
                 raise
-            return getattr(self.sets[_key(self.width.bits)], name)
+            key = _key(self.width.bits)
+            if key not in self.sets:  # of a width that it was not made for
+                raise
+            return getattr(self.sets[key], name)
 
     def check_width(self, bits: int | None) -> None:
         """Raises ValueError where `bits` would run on statistics that belong to no width."""

@@ -1,6 +1,6 @@
 """prepare(): attaches weight quantizers, activation quantizers and per-width norms to any nn.Module, by name pattern."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -195,6 +195,26 @@ def _replace(model: nn.Module, kinds: tuple[type, ...], make, report: dict[str, 
             report[name] = what
 
 
+def attach_norms(model: nn.Module, norm: str, width: Width, only: Collection[int] | None = None) -> dict[str, str]:
+    """Puts a `PerWidthNorm` where a norm of the kinds that `norm` speaks of stands, after everything else is attached.
+
+    Args:
+        model: a model with its quantizers attached.
+        norm, width, only: as in `prepare` and `PerWidthNorm`.
+
+    Returns:
+        {layer name: what was attached}. ValueError: no such `norm`.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; pass one of {', '.join(NORMS)}")
+    report: dict[str, str] = {}
+    if norm != "shared":
+        kinds = (_BatchNorm, *_LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
+        what = f"norm per width: trained {', '.join(map(str, width.widths))}; the others estimated"
+        _replace(model, kinds, lambda m: PerWidthNorm(m, width, only), report, what)
+    return report
+
+
 def prepare(
     model: nn.Module,
     quantizer: str = "floor",
@@ -263,10 +283,7 @@ def prepare(
             report[layer.name] = f"weight {shapes}: float (skip {layer.skipped!r})"
     if activations is not None:
         _replace(model, _RELUS, lambda m: ActivationQuantizer(activations, width, ste), report, f"activation: {activations}")
-    if norm != "shared":
-        kinds = (_BatchNorm, *_LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
-        what = f"norm per width: trained {', '.join(map(str, widths))}; the others estimated"
-        _replace(model, kinds, lambda m: PerWidthNorm(m, width), report, what)
+    report.update(attach_norms(model, norm, width))
     model.tq = {  # type: ignore[assignment]
         "quantizer": quantizer,
         "ste": ste,

@@ -37,19 +37,44 @@ class Width:
             self.bits = self.max_bits
 
 
+def _holders(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that hold a `Width`, in model order.
+
+    Walked anew at every call, so that a copied, swapped or added module is seen; by hand, since the generators of
+    `nn.Module.modules` take ten times as long, which a switch between two images feels.
+    """
+    seen: set[int] = set()
+    todo: list[nn.Module | None] = [model]
+    found = []
+    while todo:
+        module = todo.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = module.__dict__
+        if isinstance(own.get("width"), Width):
+            found.append(module)
+        if own["_modules"]:
+            todo.extend(reversed(own["_modules"].values()))
+    return found
+
+
+def _shared(model: nn.Module, holders: list[nn.Module]) -> Width:
+    found = {id(holder.width): holder.width for holder in holders}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no quantizers; call prepare(model, ...) first")
+    if len(found) > 1:
+        raise ValueError(f"{type(model).__name__} holds parts of {len(found)} prepared models; set their widths one by one")
+    return next(iter(found.values()))  # type: ignore[return-value]
+
+
 def width_of(model: nn.Module) -> Width:
     """The shared `Width` of a prepared model (or of one of its parts).
 
     Raises:
         ValueError: the model is not prepared, or holds parts of two prepared models.
     """
-    owned = (getattr(module, "width", None) for module in model.modules())
-    found = {id(width): width for width in owned if isinstance(width, Width)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no quantizers; call prepare(model, ...) first")
-    if len(found) > 1:
-        raise ValueError(f"{type(model).__name__} holds parts of {len(found)} prepared models; set their widths one by one")
-    return next(iter(found.values()))
+    return _shared(model, _holders(model))
 
 
 def _allow_variants(max_bits: int) -> None:
@@ -80,7 +105,8 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
     Raises:
         ValueError: no such width or source; float asked of a packed model; norm statistics missing at an untrained width.
     """
-    width = width_of(model)
+    holders = _holders(model)
+    width = _shared(model, holders)
     source = width.default_source if source is None else source
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; pass one of {', '.join(SOURCES)}")
@@ -91,8 +117,8 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
         raise ValueError(f"no such width {bits!r}; pass bits from 1 to {width.max_bits}, or None for float")
     if width.packed and source == "quantize":
         raise ValueError("a packed model stores codes, not weights to quantize; pass source='truncate'")
-    for module in model.modules():
-        check = getattr(module, "check_width", None)
+    for holder in holders:
+        check = getattr(holder, "check_width", None)
         if check is not None:
             check(bits)
     _allow_variants(width.max_bits)
