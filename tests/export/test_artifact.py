@@ -1,5 +1,6 @@
 """save_packed / load_packed: the trained network, truncated, bit for bit; planes as a prefix; nothing read in vain."""
 
+import copy
 import json
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 from tq_lightning import bit_width, load_packed, prepare, save_packed
 from tq_lightning.errors import UserError
-from tq_lightning.export.container import Container
+from tq_lightning.export.container import Container, write_container
 from tq_lightning.export.packed import packed_weights
+from tq_lightning.quant.norm import per_width_norms
 
 CASES = {
     "floor": {},
@@ -237,3 +239,30 @@ def test_half_precision_models(make, tmp_path):
 def with_width(model, bits):
     with bit_width(model, bits, "truncate"):
         return model.layer1[0].conv1.weight.detach()
+
+
+def test_only_the_norm_sets_that_are_served_are_made(packed, net, monkeypatch):
+    made = []
+    real = copy.deepcopy
+    monkeypatch.setattr("tq_lightning.quant.norm.copy.deepcopy", lambda *a: made.append(type(a[0])) or real(*a))
+    norms = len(per_width_norms(net[0]))
+    for bits, sets in ((2, {"2"}), (None, set("12345678"))):
+        made.clear()
+        model = load_packed(packed, bits=bits)
+        assert made.count(nn.BatchNorm2d) == norms * len(sets)
+        assert all(set(norm.sets) == sets for norm in per_width_norms(model))
+        assert model.tq == net[0].tq
+
+
+def test_a_header_that_asks_for_an_absurd_network_ends_at_once(make, tmp_path):
+    model, _ = make("vit_tiny_patch16_224", size=224)
+    path = tmp_path / "vit.safetensors"
+    for args in ({"depth": 65536}, {"embed_dim": 65472}):
+        with pytest.raises(UserError, match="many times larger than its file"):
+            save_packed(model, path)
+            with Container(path) as file:
+                header = {**file.header, "model": {**file.header["model"], "args": {"num_classes": 10, **args}}}
+                tensors = {name: array for section in file.sections for name, array in file.read(section).items()}
+                write_container(tmp_path / "absurd.safetensors", tensors, header)
+            load_packed(tmp_path / "absurd.safetensors")
+    assert not torch.nn.modules.module._global_parameter_registration_hooks
