@@ -1,5 +1,6 @@
 """The bookkeeping of points: nothing run twice, nothing lost, whichever storage and whoever dies."""
 
+import signal
 import threading
 
 import optuna
@@ -145,7 +146,15 @@ def test_without_a_limit_there_is_always_one_more(url):
     assert not ledger.settled()
 
 
-def test_a_worker_learns_that_its_trial_was_taken(url):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, as under `work`: a suite started in the background inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_worker_learns_that_its_trial_was_taken(url, interruptible):
     ledger = ledger_of(url, limit=1, stale=0.6)
     ledger.tend()
     trial = ledger.claim("cut off")
