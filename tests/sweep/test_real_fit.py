@@ -86,7 +86,12 @@ def test_a_killed_trial_goes_on_with_its_last_checkpoint(write_sweep, tmp_path, 
     path = write_sweep(arguments=arguments, early_terminate=early, parameters={"model.lr": {"values": [0.01]}})
     folder = tmp_path / "out"
     process = sweep_process(path, "--dir", folder, "--workers", "1", fit="tq_lightning.cli:run_fit")
-    wait_for(lambda: list(folder.glob("trials/*/*/checkpoints/last.ckpt")) or process.poll() is not None, 600)
+
+    def first_epoch_is_over() -> bool:  # its checkpoint is written a moment before its row
+        rows = [path.read_text().count("\n") for path in folder.glob("trials/*/*/metrics.csv")]
+        return bool(list(folder.glob("trials/*/*/checkpoints/last.ckpt"))) and max(rows, default=0) > 2
+
+    wait_for(lambda: first_epoch_is_over() or process.poll() is not None, 600)
     log = next(iter((folder / "logs").iterdir()), None)
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _is_worker(entry, log.stem)]
     assert len(pids) == 1, process.poll()
