@@ -15,15 +15,14 @@ import copy
 import csv
 import importlib.util
 import itertools
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_export import alternately
 from torch import nn
 
 from tq_lightning import bit_width, load_packed, prepare, save_packed
@@ -34,18 +33,6 @@ from tq_lightning.training.joint import joint_loss
 
 BATCH, WIDTHS = 128, (8, 4, 2)
 Row = tuple[str, str, float, str]
-
-
-def in_turn(repeats: int, calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each call, taken in turn; the first round is a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def with_brevitas(model: nn.Module, bits: int) -> nn.Module:
@@ -92,7 +79,7 @@ def training(repeats: int) -> Iterator[Row]:
         peers["brevitas"] = [with_brevitas(copy.deepcopy(plain), bits) for bits in (8, 4, 3, 2)]
     for model in (ours, *itertools.chain(*peers.values())):
         model.train().to(memory_format=torch.channels_last)
-    took = in_turn(repeats, {"tq_lightning": joint} | {name: one_by_one(models) for name, models in peers.items()})
+    took = alternately(repeats, tq_lightning=joint, **{name: one_by_one(models) for name, models in peers.items()})
     for name in [name for name in took if name != "float"]:
         yield f"ResNet-20, batch {BATCH}: 4 widths / 4 float steps", name, took[name] / took["float"], "x"
 
@@ -144,7 +131,7 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
             save_file({k: v.contiguous() for k, v in quanto_model(plain, bits).state_dict().items()}, file)
             total += file.stat().st_size
         yield "ResNet-50, file that serves 8, 4 and 2 bits", "optimum-quanto (three files)", total, "bytes"
-    took = in_turn(3, {"tq_lightning": switch} | ({"optimum-quanto": requantize} if peer else {}))
+    took = alternately(3, tq_lightning=switch, **({"optimum-quanto": requantize} if peer else {}))
     for name, seconds in took.items():
         yield "ResNet-50, to another width in memory", name, 1000 * seconds, "ms"
     image = torch.randn(1, 3, 224, 224)
@@ -161,10 +148,10 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
         return run
 
     for bits in WIDTHS:
-        took = in_turn(repeats, {"float": once(plain, None), "ours": once(ours, bits)})
+        took = alternately(repeats, float=once(plain, None), ours=once(ours, bits))
         yield f"ResNet-50, one image at {bits} bits / float", "tq_lightning", took["ours"] / took["float"], "x"
         if peer:  # seconds an image where it has no kernel for the processor: two are enough
-            took = in_turn(2, {"float": once(plain, None), "peer": once(quanto_model(plain, bits), None)})
+            took = alternately(2, float=once(plain, None), peer=once(quanto_model(plain, bits), None))
             yield f"ResNet-50, one image at {bits} bits / float", "optimum-quanto", took["peer"] / took["float"], "x"
 
 
