@@ -16,6 +16,7 @@ POINTS = {
     "floor_vs_round": 6,
     "floor_vs_round_finetune": 6,
     "ste": 162,
+    "ste_deep": 6,
     "ste_small": 12,
     "levels": 18,
     "activations": 27,
