@@ -188,6 +188,8 @@ def latency(rows, name, size, path, float_model, onnx):
     def session(file, fold=False):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # threads of the session that ran before would otherwise spin on the cores of the one being timed
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if fold:  # DequantizeLinear is folded at load, as "resident" does
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
