@@ -8,15 +8,17 @@ the kernel counts for that process (Linux), above what its imports hold.
 """
 
 import argparse
-import csv
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from measuring import Table, alternately
+
+REPEATS = 31  # of one image
 
 LOAD = """
 import gc, json, os, sys, time
@@ -53,27 +55,7 @@ print(json.dumps(out))
 """
 
 
-def alternately(repeats, **calls):
-    """Median seconds of each call, the calls taken in turn after one of each that is not counted."""
-    times = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-class Shown(list):
-    """Rows that are printed as they come: a run takes minutes."""
-
-    def append(self, row):
-        print(f"{row[0]:<55} {row[1]:>16,.3f} {row[2]}", flush=True)
-        super().append(row)
-
-
-def planes(rows):
+def planes(table):
     import numpy as np
 
     from tq_lightning.export.planes import pack_planes, unpack_planes
@@ -87,10 +69,10 @@ def planes(rows):
             start = time.process_time()
             call()
             times.append(time.process_time() - start)
-        rows.append((f"{name} 8 planes", codes.nbytes / min(times) / 1e9, "GB/s a core", "CPU time, best of 5; at least 1"))
+        table.add(f"{name} 8 planes", codes.nbytes / min(times) / 1e9, "GB/s", ">= 1", "of a core's time, best of 5")
 
 
-def switching(rows, prepared, path):
+def switching(table, prepared, path):
     import torch
 
     from tq_lightning import bit_width, load_packed
@@ -116,13 +98,15 @@ def switching(rows, prepared, path):
         float=lambda: step(prepared, tensors, "float"),
         copy=lambda: target.copy_(source),
     )
-    rows.append(("switch in place", 1000 * took["packed"], "ms", f"{5 * numbers:,} bytes touched: codes read, weights written"))
-    rows.append(("requantize from float", 1000 * took["float"], "ms", "the same widths, the same tensors"))
-    rows.append(("switch: times faster", took["float"] / took["packed"], "x", "at least 5"))
-    rows.append(("switch: share of copy bandwidth", took["copy"] / took["packed"], "", "a copy that touches as many bytes"))
+    seconds = {name: call.clock for name, call in took.items()}
+    note = f"{5 * numbers:,} bytes touched: codes read, weights written"
+    table.add("switch in place", 1000 * seconds["packed"], "ms", note=note)
+    table.add("requantize from float", 1000 * seconds["float"], "ms", note="the same widths, the same tensors")
+    table.add("requantize from float / switch in place", seconds["float"] / seconds["packed"], "x", ">= 5")
+    table.add("copy of as many bytes / switch in place", seconds["copy"] / seconds["packed"], "x")
 
 
-def loads(rows, path, float_path, name, size):
+def loads(table, path, float_path, name, size):
     """Cold loads, and the memory that a loaded model holds, float against packed."""
     cases = {"float": (float_path, "float", 0), "2 bits": (path, "lean", 2), "lean": (path, "lean", 0)}
     got = {}
@@ -135,22 +119,21 @@ def loads(rows, path, float_path, name, size):
         got[label] = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
     for label in ("float", "2 bits"):
         for key, unit in (("read", "bytes"), ("seconds", "s"), ("peak", "MiB")):
-            rows.append((f"cold load, {label}: {key}", got[label][key], unit, ""))
+            table.add(f"cold load, {label}: {key}", got[label][key], unit)
     for key in ("read", "seconds", "peak"):
-        rows.append((f"cold load, float / 2 bits: {key}", got["float"][key] / max(got["2 bits"][key], 1e-9), "x", ""))
+        table.add(f"cold load, float / 2 bits: {key}", got["float"][key] / max(got["2 bits"][key], 1e-9))
     file_mib = path.stat().st_size / 2**20
-    aims = {
-        "float": "",
-        "lean": "all widths; after the load below 1.5",
-        "resident": "all widths; codes and one width's weights",
-    }
-    for label, aim in aims.items():
-        rows.append((f"{label}: held after the load / 8-bit file", got[label]["held"] / file_mib, "x", aim))
-        rows.append((f"{label}: held after a pass / 8-bit file", got[label]["pass_held"] / file_mib, "x", "one image"))
-        rows.append((f"{label}: peak of load and pass", got[label]["pass_peak"], "MiB", "with the activations of one image"))
+    for label, aim, note in (
+        ("float", "", ""),
+        ("lean", "<= 1.5", "all widths"),
+        ("resident", "", "all widths; codes and one width's weights"),
+    ):
+        table.add(f"{label}: held after the load / 8-bit file", got[label]["held"] / file_mib, "x", aim, note)
+        table.add(f"{label}: held after a pass / 8-bit file", got[label]["pass_held"] / file_mib, note="one image")
+        table.add(f"{label}: peak of load and pass", got[label]["pass_peak"], "MiB", note="with the activations of one image")
 
 
-def latency(rows, name, size, path, float_model, onnx):
+def latency(table, name, size, path, float_model, onnx):
     import numpy as np
     import torch
 
@@ -169,11 +152,13 @@ def latency(rows, name, size, path, float_model, onnx):
 
     for bits in (8, 4, 2):
         with bit_width(resident, bits), bit_width(lean, bits):
-            took = alternately(15, float=lambda: run(float_model), resident=lambda: run(resident), lean=lambda: run(lean))
-        rows.append((f"{name}, PyTorch, float", 1000 * took["float"], "ms", "one image"))
-        rows.append((f"{name}, PyTorch, resident at {bits} / float", took["resident"] / took["float"], "x", "at most 1.05"))
-        rows.append((f"{name}, PyTorch, lean at {bits} / float", took["lean"] / took["float"], "x", ""))
-    rows.append((f"{name}, PyTorch, entering bit_width", 1000 * alternately(15, enter=enter)["enter"], "ms", "no weights made"))
+            took = alternately(REPEATS, float=lambda: run(float_model), resident=lambda: run(resident), lean=lambda: run(lean))
+        base = took["float"].clock
+        table.add(f"{name}, PyTorch, float", 1000 * base, "ms", note="one image")
+        table.add(f"{name}, PyTorch, resident at {bits} / float", took["resident"].clock / base, "x", "<= 1.05")
+        table.add(f"{name}, PyTorch, lean at {bits} / float", took["lean"].clock / base)
+    entering = alternately(REPEATS, enter=enter)["enter"].clock
+    table.add(f"{name}, PyTorch, entering bit_width", 1000 * entering, "ms", note="no weights made")
     if not onnx:
         return
     import onnxruntime
@@ -200,22 +185,22 @@ def latency(rows, name, size, path, float_model, onnx):
         export_static(path, folder / f"{bits}.onnx", bits)
         folded, fixed = session(folder / f"{bits}.onnx", fold=True), session(folder / f"{bits}.onnx")
         took = alternately(
-            15,
+            REPEATS,
             float=lambda: floats.run(None, feed),
             folded=lambda f=folded: f.run(None, feed),
             static=lambda f=fixed: f.run(None, feed),
             dynamic=lambda b=bits: dynamic.run(None, {**feed, "bits": np.array(b)}),
         )
-        rows.append((f"{name}, ONNX Runtime, float", 1000 * took["float"], "ms", "one image"))
-        for key, note in (
-            ("folded", "weights made at load (session.disable_quant_qdq=1); at most 1.05"),
-            ("static", "weights made at every run (default)"),
-            ("dynamic", "weights made at every run"),
+        base = took["float"].clock
+        table.add(f"{name}, ONNX Runtime, float", 1000 * base, "ms", note="one image")
+        for key, label, aim, note in (
+            ("folded", "static, folded", "<= 1.05", "weights made at load (session.disable_quant_qdq=1)"),
+            ("static", "static", "", "weights made at every run (default)"),
+            ("dynamic", "dynamic", "", "weights made at every run"),
         ):
-            label = f"{name}, ONNX Runtime, {'static, ' if key == 'folded' else ''}{key} at {bits} / float"
-            rows.append((label, took[key] / took["float"], "x", note))
+            table.add(f"{name}, ONNX Runtime, {label} at {bits} / float", took[key].clock / base, "x", aim, note)
         ratio = (folder / "float.onnx").stat().st_size / (folder / f"{bits}.onnx").stat().st_size
-        rows.append((f"{name}, ONNX file, float / static at {bits}", ratio, "x", ""))
+        table.add(f"{name}, ONNX file, float / static at {bits}", ratio)
 
 
 def main():
@@ -226,16 +211,14 @@ def main():
     parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True)
     a = parser.parse_args()
 
-    from rich.console import Console
-    from rich.table import Table
     from safetensors.torch import save_file
 
     from tq_lightning import prepare, save_packed
     from tq_lightning.models import create_model
     from tq_lightning.quant.norm import per_width_norms
 
-    rows: list[tuple[str, float, str, str]] = Shown()
-    planes(rows)
+    table = Table()
+    planes(table)
     with tempfile.TemporaryDirectory() as folder:
         for name in (a.model, a.vit):
             path, float_path = Path(folder) / f"{name}.safetensors", Path(folder) / f"{name}.float.safetensors"
@@ -246,29 +229,16 @@ def main():
             for norm in per_width_norms(prepared):
                 norm.calibrated.fill_(True)
             save_packed(prepared.eval(), path)
-            rows.append(
-                (f"{name}, float file / packed file", float_path.stat().st_size / path.stat().st_size, "x", "all norm sets")
-            )
+            ratio = float_path.stat().st_size / path.stat().st_size
+            table.add(f"{name}, float file / packed file", ratio, note="all norm sets")
             folded = save_packed(prepared, Path(folder) / "folded.safetensors", fold_norms=True)["total"]
-            rows.append((f"{name}, float file / packed file, folded", float_path.stat().st_size / folded, "x", ""))
+            table.add(f"{name}, float file / packed file, folded", float_path.stat().st_size / folded)
             if name == a.model:
-                switching(rows, prepared, path)
-                loads(rows, path, float_path, name, plain.pretrained_cfg["input_size"])
+                switching(table, prepared, path)
+                loads(table, path, float_path, name, plain.pretrained_cfg["input_size"])
             del prepared
-            latency(rows, name, plain.pretrained_cfg["input_size"], path, plain, a.onnx)
-    load = os.getloadavg()[0]
-    rows.append(
-        ("load average", load, "", "of the machine at the end: above the cores in use, timings are those of a busy machine")
-    )
-    table = Table("what", "value", "unit", "note", title="packed files")
-    for what, value, unit, note in rows:
-        table.add_row(what, f"{value:,.3f}", unit, note)
-    Console().print(table)
-    if a.out is not None:
-        with open(a.out, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("what", "value", "unit", "note"))
-            writer.writerows((what, f"{value:.4f}", unit, note) for what, value, unit, note in rows)
+            latency(table, name, plain.pretrained_cfg["input_size"], path, plain, a.onnx)
+    table.write(a.out)
 
 
 if __name__ == "__main__":

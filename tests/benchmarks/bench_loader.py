@@ -8,11 +8,11 @@ processor time are given too: they tell what the machine could do where other wo
 """
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
 import torch
+from measuring import Table
 
 from tq_lightning.data.datamodule import TQDataModule
 
@@ -53,27 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    rows = []
+    table = Table()
     for name, keys in CASES.items():
         rate, per_core = measure(keys, args.batch_size, args.seconds, args.device)
-        aim = AIM if name == "crop+flip" else ""
-        rows.append({"benchmark": "loader", "case": name, "value": round(rate), "unit": "images/s", "aim": aim})
-        rows[-1] |= {
-            "per_cpu_second": round(per_core),
-            "batch_size": args.batch_size,
-            "threads": args.threads,
-            "device": args.device,
-        }
-        print(
-            f"loader, {name}: {rate:,.0f} images/s{f' (aim {AIM:,})' if aim else ''}, {per_core:,.0f} per CPU second",
-            flush=True,
-        )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        note = f"{per_core:,.0f} a second of processor time; batch {args.batch_size}, {args.threads} threads, {args.device}"
+        table.add(f"loader alone, {name}", rate, "images/s", f">= {AIM}" if name == "crop+flip" else "", note)
+    table.write(args.out)
     return 0
 
 

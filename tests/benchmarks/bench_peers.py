@@ -12,7 +12,6 @@ said and left out.
 
 import argparse
 import copy
-import csv
 import importlib.util
 import itertools
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_export import alternately
+from measuring import Table, alternately, keep_memory
 from torch import nn
 
 from tq_lightning import bit_width, load_packed, prepare, save_packed
@@ -32,7 +31,7 @@ from tq_lightning.quant.norm import per_width_norms
 from tq_lightning.training.joint import joint_loss
 
 BATCH, WIDTHS = 128, (8, 4, 2)
-Row = tuple[str, str, float, str]
+Row = tuple[str, float, str]
 
 
 def with_brevitas(model: nn.Module, bits: int) -> nn.Module:
@@ -81,7 +80,7 @@ def training(repeats: int) -> Iterator[Row]:
         model.train().to(memory_format=torch.channels_last)
     took = alternately(repeats, tq_lightning=joint, **{name: one_by_one(models) for name, models in peers.items()})
     for name in [name for name in took if name != "float"]:
-        yield f"ResNet-20, batch {BATCH}: 4 widths / 4 float steps", name, took[name] / took["float"], "x"
+        yield f"ResNet-20, batch {BATCH}, 4 widths / 4 float steps: {name}", took[name].clock / took["float"].clock, "x"
 
 
 def quanto_model(plain: nn.Module, bits: int) -> nn.Module:
@@ -107,8 +106,8 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
     save_packed(prepared.eval(), packed)
     del prepared
     save_file(plain.state_dict(), folder / "float.safetensors")
-    yield "ResNet-50, file that serves 8, 4 and 2 bits", "tq_lightning", packed.stat().st_size, "bytes"
-    yield "ResNet-50, file that serves 8, 4 and 2 bits", "float", (folder / "float.safetensors").stat().st_size, "bytes"
+    yield "ResNet-50, what serves 8, 4 and 2 bits: tq_lightning", packed.stat().st_size, "bytes"
+    yield "ResNet-50, what serves 8, 4 and 2 bits: float", (folder / "float.safetensors").stat().st_size, "bytes"
     ours = load_packed(packed)
     pairs = [(module, tensor) for _, module, tensor, _ in packed_weights(ours)]
     assert pairs
@@ -131,10 +130,10 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
             file = folder / f"quanto{bits}.safetensors"
             save_file({k: v.contiguous() for k, v in quanto_model(plain, bits).state_dict().items()}, file)
             total += file.stat().st_size
-        yield "ResNet-50, file that serves 8, 4 and 2 bits", "optimum-quanto (three files)", total, "bytes"
+        yield "ResNet-50, what serves 8, 4 and 2 bits: optimum-quanto (three files)", total, "bytes"
     took = alternately(7, tq_lightning=switch, **({"optimum-quanto": requantize} if peer else {}))
-    for name, seconds in took.items():
-        yield "ResNet-50, to another width in memory", name, 1000 * seconds, "ms"
+    for name, call in took.items():
+        yield f"ResNet-50, to another width in memory: {name}", 1000 * call.clock, "ms"
     image = torch.randn(1, 3, 224, 224)
 
     def once(model: nn.Module, bits: int | None) -> Callable[[], None]:
@@ -150,10 +149,10 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
 
     for bits in WIDTHS:
         took = alternately(repeats, float=once(plain, None), ours=once(ours, bits))
-        yield f"ResNet-50, one image at {bits} bits / float", "tq_lightning", took["ours"] / took["float"], "x"
+        yield f"ResNet-50, one image at {bits} bits / float: tq_lightning", took["ours"].clock / took["float"].clock, "x"
         if peer:  # seconds an image where it has no kernel for the processor: two are enough
             took = alternately(2, float=once(plain, None), peer=once(quanto_model(plain, bits), None))
-            yield f"ResNet-50, one image at {bits} bits / float", "optimum-quanto", took["peer"] / took["float"], "x"
+            yield f"ResNet-50, one image at {bits} bits / float: optimum-quanto", took["peer"].clock / took["float"].clock, "x"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,20 +162,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    rows: list[Row] = []
+    keep_memory()
+    table = Table()
     with tempfile.TemporaryDirectory() as folder:
         for part in (training(args.repeats), serving(Path(folder), args.repeats)):
             for row in part:
-                print(f"{row[0]:<52}{row[1]:<30}{row[2]:>14,.3f} {row[3]}", flush=True)
-                rows.append(row)
+                table.add(*row)
     for name in ("brevitas", "optimum"):
         if importlib.util.find_spec(name) is None:
             print(f"{name} is not installed: left out; pip install -e '.[peers]' brings it")
-    if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("what", "who", "value", "unit"))
-            writer.writerows((what, who, round(value, 4), unit) for what, who, value, unit in rows)
+    table.write(args.out)
     return 0
 
 

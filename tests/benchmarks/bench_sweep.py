@@ -8,7 +8,6 @@ of the first to the call of the second.
 """
 
 import argparse
-import csv
 import itertools
 import statistics
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import yaml
+from measuring import Table
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sweep")]
@@ -63,31 +63,22 @@ def main(argv: list[str] | None = None) -> int:
 
     from tq_lightning.cli import run_fit
 
-    rows: list[dict[str, object]] = []
-
-    def row(case: str, value: float, unit: str, aim: float | str = "") -> None:
-        rows.append({"benchmark": "sweep", "case": case, "value": value, "unit": unit, "aim": aim})
-        print(f"{case:<58}{value:>9} {unit:<8} aim {aim}", flush=True)
-
+    table = Table()
     for storage in ("sqlite", "journal"):
         for method in ("grid", "bayes"):
             with tempfile.TemporaryDirectory() as name:
                 url = f"sqlite:///{name}/study.db" if storage == "sqlite" else f"journal:{name}/study.journal"
                 calls = run(Path(name), method, url, stand_in.fit, args.trials)
             gap = statistics.median(after[0] - before[1] for before, after in itertools.pairwise(calls))
-            row(f"{storage}, {method}: engine beside fit, per trial", round(gap, 3), "s")
-            row(f"{storage}, {method}: share of a one-minute trial", round(100 * gap / 60, 2), "%")
+            table.add(f"{storage}, {method}: engine beside fit, per trial", gap, "s")
+            table.add(f"{storage}, {method}: share of a one-minute trial", 100 * gap / 60, "%")
     with tempfile.TemporaryDirectory() as name:
         calls = run(Path(name), "grid", f"sqlite:///{name}/study.db", run_fit, 2, TINY)
-    row("second real trial: from the first's end to its fit", round(calls[1][0] - calls[0][1], 3), "s", 2.0)
+    table.add("second real trial: from the first's end to its fit", calls[1][0] - calls[0][1], "s", "<= 2")
     first, again = (end - start for start, end in calls)
-    row("fit on two batches of digits, first (imports in it)", round(first, 2), "s")
-    row("fit on two batches of digits, second", round(again, 2), "s")
-    if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    table.add("fit on two batches of digits, first (imports in it)", first, "s")
+    table.add("fit on two batches of digits, second", again, "s")
+    table.write(args.out)
     return 0
 
 

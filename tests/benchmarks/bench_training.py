@@ -4,12 +4,11 @@
 
 Joint step at 8/4/2/1 bits against four float steps; evaluation of 8 truncated widths against 8 float evaluations; peak memory
 of the joint step against the float step, each in a process of its own; time of the imports and of --help. The two sides of a
-ratio are timed in turn, and medians are compared, so that other work on the machine falls on both. Seconds of processor
-time serve as a second opinion.
+ratio are timed in turn, and medians are compared, so that other work on the machine falls on both; the allocator keeps its
+memory (`measuring.py`), but where memory is measured. Seconds of processor time serve as a second opinion.
 """
 
 import argparse
-import csv
 import json
 import resource
 import statistics
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import Table, Took, alternately, fresh_memory, keep_memory
 
 from tq_lightning.callbacks.truncation_eval import evaluate_batch
 from tq_lightning.models import create_model
@@ -61,20 +61,13 @@ def train_step(model: torch.nn.Module, images: torch.Tensor, target: torch.Tenso
     return step
 
 
-def in_turn(first: Callable[[], None], second: Callable[[], None], repeats: int) -> tuple[list[float], list[float]]:
-    """Median (seconds by the clock, of processor time) of each of the two, called in turn."""
-    times: tuple[list, list] = ([], [])
-    for run in range(repeats + 1):
-        for call, kept in zip((first, second), times, strict=True):
-            clock, busy = time.perf_counter(), time.process_time()
-            call()
-            if run:  # the first is a warm-up
-                kept.append((time.perf_counter() - clock, time.process_time() - busy))
-    return tuple([statistics.median(column) for column in zip(*kept, strict=True)] for kept in times)  # type: ignore[return-value]
+def ratio(one: Took, other: Took, aim: str) -> tuple[float, str, str, str]:
+    """What follows the case in a row of the table: the ratio, its unit, the aim, and the ratio by processor time."""
+    return one.clock / other.clock, "x", aim, f"by processor time {one.busy / other.busy:.3f}"
 
 
-def joint_ratio(name: str, size: int, batch: int, repeats: int, aim: float) -> tuple[float, float, float]:
-    """(joint step over K float steps by the clock, aim, the same by processor time)."""
+def joint_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[float, str, str, str]:
+    """A joint step over K float steps."""
     plain = train_step(*build(name, size, batch, False), False)
     joint = train_step(*build(name, size, batch, True), True)
 
@@ -82,13 +75,12 @@ def joint_ratio(name: str, size: int, batch: int, repeats: int, aim: float) -> t
         for _ in WIDTHS:
             plain()
 
-    floats, joints = in_turn(float_steps, joint, repeats)
-    clock, busy = (round(j / f, 3) for f, j in zip(floats, joints, strict=True))
-    return clock, aim, busy
+    took = alternately(repeats, float=float_steps, joint=joint)
+    return ratio(took["joint"], took["float"], "<= 1.1")
 
 
-def evaluation_ratio(name: str, size: int, batch: int, repeats: int, aim: float) -> tuple[float, float, float]:
-    """(evaluation of 8 truncated widths over 8 float evaluations by the clock, aim, the same by processor time)."""
+def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[float, str, str, str]:
+    """Evaluation of 8 truncated widths over 8 float evaluations."""
     reference, images, _ = build(name, size, batch, False)
     model, _, _ = build(name, size, batch, True)
     calibrate_norms(model, [images])
@@ -106,15 +98,15 @@ def evaluation_ratio(name: str, size: int, batch: int, repeats: int, aim: float)
             for _ in range(BATCHES):
                 evaluate_batch(model, images, passes)
 
-    floats, widths = in_turn(evaluate_float, evaluate_widths, repeats)
-    clock, busy = (round(w / f, 3) for f, w in zip(floats, widths, strict=True))
-    return clock, aim, busy
+    took = alternately(repeats, float=evaluate_float, widths=evaluate_widths)
+    return ratio(took["widths"], took["float"], "<= 1.05")
 
 
 def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> int:
     """Peak resident memory of three steps above that of the built model, in a process of its own."""
     ask = json.dumps([name, size, batch, joint, threads])
-    done = subprocess.run([sys.executable, __file__, "--memory", ask], capture_output=True, text=True, check=True)
+    argv = [sys.executable, __file__, "--memory", ask]
+    done = subprocess.run(argv, env=fresh_memory(), capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
@@ -148,32 +140,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.memory:
         memory(args.memory)
         return 0
+    keep_memory()
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, object]] = []
-
-    def row(case: str, value: float, aim: float | str, busy: float | str = "", unit: str = "ratio") -> None:
-        rows.append({"benchmark": "training", "case": case, "value": value, "unit": unit, "aim": aim, "by_cpu_time": busy})
-        print(f"{case:<58}{value:>9} {unit:<8} aim {aim}  by processor time {busy}", flush=True)
-
+    table = Table()
     for name, size, batch, eval_batch in CASES:
         if name not in args.models.split(","):
             continue
-        row(
-            f"{name} batch {batch}: joint step / {len(WIDTHS)} float steps", *joint_ratio(name, size, batch, args.repeats, 1.10)
-        )
+        what = f"{name} batch {batch}: joint step / {len(WIDTHS)} float steps"
+        table.add(what, *joint_ratio(name, size, batch, args.repeats))
         what = f"{name}, {BATCHES} batches of {eval_batch}: 8 truncated widths / 8 float evaluations"
-        row(what, *evaluation_ratio(name, size, eval_batch, max(2, args.repeats // 2), 1.05))
+        table.add(what, *evaluation_ratio(name, size, eval_batch, max(3, args.repeats // 2)))
         one, all_widths = (peak_bytes(name, size, batch, joint, args.threads) for joint in (False, True))
-        row(f"{name} batch {batch}: peak memory, joint / float step", round(all_widths / one, 3), 1.15)
+        table.add(f"{name} batch {batch}: peak memory, joint / float step", all_widths / one, "x", "<= 1.15")
     python = [sys.executable, "-c"]
-    row("import tq_lightning", round(seconds_of([*python, "import tq_lightning"], 3), 2), "", unit="s")
-    row("python -m tq_lightning --help", round(seconds_of([sys.executable, "-m", "tq_lightning", "--help"], 3), 2), 2, unit="s")
-    row("import prepare (torch)", round(seconds_of([*python, "from tq_lightning import prepare"], 3), 2), "", unit="s")
-    if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    table.add("import tq_lightning", seconds_of([*python, "import tq_lightning"], 3), "s")
+    table.add("python -m tq_lightning --help", seconds_of([sys.executable, "-m", "tq_lightning", "--help"], 3), "s", "<= 2")
+    table.add("import prepare (torch)", seconds_of([*python, "from tq_lightning import prepare"], 3), "s")
+    table.write(args.out)
     return 0
 
 

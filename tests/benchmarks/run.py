@@ -12,16 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+from measuring import missed
+
 HERE = Path(__file__).parent
 
 
-def table(path: Path) -> list[str]:
-    """A CSV file as Markdown lines."""
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows:
-        return []
-    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+def markdown(rows: list[dict[str, str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,16 +40,25 @@ def main(argv: list[str] | None = None) -> int:
         done = subprocess.run([sys.executable, str(scripts[name]), "--out", str(args.out / f"{name}.csv")])
         if done.returncode:
             failed.append(name)
-    load = os.getloadavg()[1]
+    tables = {}
+    for path in sorted(args.out.glob("*.csv")):
+        with path.open(newline="") as file:
+            tables[path.stem] = list(csv.DictReader(file))
+    aimed = [row for rows in tables.values() for row in rows if row["aim"]]
+    short = [row for row in aimed if missed(float(row["value"]), row["aim"])]
     lines = [
         "# Benchmarks",
         "",
         f"    make bench    # {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, Python "
-        f"{platform.python_version()}, load average of the last 5 minutes at the end {load:.1f}",
+        f"{platform.python_version()}, load average of the last 5 minutes at the end {os.getloadavg()[1]:.1f}",
         "",
+        f"{len(aimed) - len(short)} of {len(aimed)} aims are met{'; these are not:' if short else '.'}",
+        "",
+        *(f"- {row['case']}: {row['value']} {row['unit']}, aim {row['aim']}" for row in short),
+        *([""] if short else []),
     ]
-    for path in sorted(args.out.glob("*.csv")):
-        lines += [f"## {path.stem}", "", *table(path), ""]
+    for name, rows in tables.items():
+        lines += [f"## {name}", "", *markdown(rows), ""]
     (args.out / "README.md").write_text("\n".join(lines))
     print(f"tables: {args.out / 'README.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
