@@ -76,7 +76,9 @@ def test_later_config_files_win_and_text_in_them_is_typed(capsys: pytest.Capture
     [
         (["fti"], "no verb 'fti'; pass one of fit"),
         ([*DIGITS, "--model.quantiser", "floor"], "did you mean --model.quantizer"),
-        ([*DIGITS, "--model.lr", "fast"], "fast"),
+        ([*DIGITS, "--model.lr", "fast"], "error: model.lr: got 'fast', pass a number"),
+        ([*DIGITS, "--trainer.max_epochs", "few"], "error: trainer.max_epochs: got 'few', pass a whole number or null"),
+        ([*DIGITS, "--trainer.precision", "7"], "error: trainer.precision: got '7', pass 64, 32, 16 or 'transformer-engine'"),
         ([*DIGITS, "--model.widths", "9"], "from 1 to max_bits=8, got [9]"),
         ([*DIGITS, "--model.widths", "a,b"], "got 'a,b', pass whole numbers"),
         ([*DIGITS, "--model.teacher", "wide"], "pass one of none, widest"),
@@ -89,6 +91,14 @@ def test_later_config_files_win_and_text_in_them_is_typed(capsys: pytest.Capture
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert said in error_of(capsys, *arguments)
+
+
+def test_an_error_that_names_a_type_unknown_here_keeps_its_own_words() -> None:
+    from tq_lightning.lightning_cli import one_line
+
+    text = "Parser key \"a\": Expected a <class 'int'> Expected a Protocol of its own Given value: 7"
+    assert one_line(ValueError(text)) == text
+    assert one_line(ValueError(text.replace("Expected a Protocol of its own ", ""))) == "a: got '7', pass a whole number"
 
 
 @pytest.mark.parametrize(
