@@ -60,6 +60,45 @@ def test_a_finished_run(tmp_path):
     assert planes == sorted(planes) and record["bytes"]["float"] > record["bytes"]["packed"] > 0
 
 
+def test_a_run_that_goes_on_keeps_the_model_it_was_asked_for_and_takes_the_new_epochs(tmp_path):
+    root = ("--trainer.default_root_dir", str(tmp_path))
+    run_fit([*RUN, *root])
+    before = record_of(tmp_path)
+    run_fit([*RUN, *root, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    after = record_of(tmp_path)
+    assert before["config"]["model"] == after["config"]["model"] and after["config"]["model"]["num_classes"] is None
+    assert (before["config"]["trainer"]["max_epochs"], after["config"]["trainer"]["max_epochs"]) == (2, 3)
+    assert before["id"] == after["id"] and after["epochs"] == 3
+
+
+def test_the_losses_of_an_epoch_are_on_disk_before_its_checkpoint(tmp_path, monkeypatch):
+    """A run killed right after the checkpoint of an epoch has that epoch's row, and has it once when it goes on."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def losses(root):
+        (run,) = root.iterdir()
+        return [
+            (row["epoch"], row["step"], row["train/loss_w2"]) for row in rows_of(run / "metrics.csv") if row["train/loss_w2"]
+        ]
+
+    run_fit([*RUN, "--trainer.default_root_dir", str(tmp_path / "whole")])
+    root = ("--trainer.default_root_dir", str(tmp_path / "killed"))
+    real = ModelCheckpoint.on_train_epoch_end
+
+    def killed(self, *args):
+        real(self, *args)
+        if self.filename == "last":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ModelCheckpoint, "on_train_epoch_end", killed)
+        run_fit([*RUN, *root])
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[:1]
+    run_fit([*RUN, *root, "--ckpt_path", "last"])
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert [epoch for epoch, *_ in losses(tmp_path / "whole")] == ["0", "1"]
+
+
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
     from tq_lightning.training import losses
 

@@ -23,6 +23,11 @@ def test_seed_paths_and_loggers_make_no_arm_but_the_learning_rate_does(make):
     assert len(group(runs(base, make.run(seed=1, model_lr=0.1)), [])) == 2
 
 
+def test_classes_left_to_the_data_set_and_the_same_filled_in_are_one_arm(make):
+    assert len(group(runs(make.run(seed=0), make.run(seed=1, model_num_classes=10)), [])) == 1
+    assert len(group(runs(make.run(seed=0), make.run(seed=1, data_num_classes=5)), [])) == 2
+
+
 @pytest.mark.parametrize("widths", ["8,4,2,1", "[8, 4, 2, 1]", [1, 2, 4, 8], ["8", "4", "2", "1"]])
 def test_a_list_is_one_value_however_it_is_written(make, widths):
     (arm,) = group(runs(make.run(seed=0), make.run(seed=1, model_widths=widths)), [])

@@ -117,6 +117,11 @@ class RunRecord(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         earlier = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        config = self.config
+        if "model" in earlier.get(
+            "config", {}
+        ):  # the model is the one of the start; its checkpoint adds what the data set had to say
+            config = {**config, "model": earlier["config"]["model"]}
         commit, dirty = git_state()
         self._start = time.monotonic() - earlier.get("seconds", 0.0)
         device = trainer.strategy.root_device
@@ -126,8 +131,8 @@ class RunRecord(L.Callback):
             "status": "running",
             "reason": None,
             "command": " ".join(["python -m tq_lightning", *sys.argv[1:]]),
-            "config": self.config,
-            "seed": self.config.get("seed_everything"),
+            "config": config,
+            "seed": config.get("seed_everything"),
             "versions": package_versions(),
             "commit": commit,
             "dirty": dirty,

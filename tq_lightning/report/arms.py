@@ -10,11 +10,12 @@ from typing import Any
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, AUTO_STE, labels, short, slug, text, unique, varying
 from tq_lightning.report.records import Run
 
-# Keys that say where, how watched or on what a run ran, not what it was.
+# Keys that say where, how watched or on what a run ran, not what it was. model.num_classes follows from the data set: it is
+# null, or the number where a run has gone on.
 NOT_AN_ARM = re.compile(
     r"^(seed_everything|config|ckpt_path|verbose|weights_only|checkpoint_every_n_steps)$"
     r"|^trainer\.(default_root_dir|logger|callbacks|plugins|profiler|accelerator|enable_\w+|log_every_n_steps|barebones)(\.|$)"
-    r"|^trainer\.model_registry$|^model\.(seed|compile|channels_last)$"
+    r"|^trainer\.model_registry$|^model\.(seed|compile|channels_last|num_classes)$"
     r"|^data\.(eval_batch_size|root|num_workers|workers|download|pin_memory|seed|device)$"
     r"|(^|\.)(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
 )

@@ -223,7 +223,13 @@ class TQModule(L.LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        self.log_dict(self._epoch_losses.means(), sync_dist=True)
+        means = {key: self.trainer.strategy.reduce(mean, reduce_op="mean") for key, mean in self._epoch_losses.means().items()}
+        self.log_dict(means, logger=False)
+        # Lightning would write the row after the epoch's checkpoint, and a run killed between the two would go on without it;
+        # a row that is ahead of its checkpoint is dropped and comes again
+        row = {**{key: float(mean) for key, mean in means.items()}, "epoch": self.current_epoch}
+        for logger in self.loggers:
+            logger.log_metrics(row, step=self.global_step - 1)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Nothing: the TruncationEval callback scores every width on the batch."""
