@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from matplotlib.axes import Axes
 
 from tq_lightning.report import draw_across, draw_models, figures, style
 from tq_lightning.report.evidence import gather
@@ -97,8 +98,26 @@ def test_round_alone_is_drawn_and_floor_beside_it_preferred(make):
 def test_hollow_markers_are_explained_where_a_width_was_not_trained(make):
     (some,) = drawn("qt_gap", *make.pair())
     assert "hollow: width not trained" in texts(some.figure)
-    (every,) = drawn("qt_gap", *make.pair(model_widths=list(range(1, 9))))
+    everything = {"model_widths": list(range(1, 9)), "model_float_pass": True}
+    (every,) = drawn("qt_gap", *make.pair(**everything))
     assert "hollow" not in texts(every.figure)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_float_point_is_hollow_unless_float_was_trained(make, trained):
+    (figure,) = drawn("qt_gap", *make.pair(model_widths=list(range(1, 9)), model_float_pass=trained))
+    assert ("hollow" in texts(figure.figure)) != trained
+    lines = [line for axes in figure.figure.findobj(Axes) for line in axes.lines]
+    points = [line for line in lines if len(line.get_xdata()) == 1 and line.get_xdata()[0] > 9 and line.get_marker() in "o^"]
+    assert len(points) == 2
+    assert all((point.get_markerfacecolor() == "white") != trained for point in points)
+
+
+def test_one_validation_makes_no_curve(make):
+    found = evidence(*make.pair(epochs=1))
+    with style.styled():
+        assert figures.FIGURES["curves"](found) == []
+    assert found.notes == ["Training curves: resnet20_cifar · cifar10 was validated once, which makes no curve."]
 
 
 def test_many_settings_are_capped_and_the_rest_is_noted(make):
