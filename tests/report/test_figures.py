@@ -153,6 +153,25 @@ def test_budgets_that_differ_between_what_a_figure_compares_are_flagged_on_it(ma
     assert "BUDGETS" not in texts(equal.figure)
 
 
+@pytest.mark.parametrize("name", ["robustness", "pareto", "disagreement"])
+def test_starts_that_differ_between_what_a_figure_compares_are_flagged_on_it(make, name):
+    tuned = make.pair((0, 1), model="resnet8_cifar", model_checkpoint_path="trained.th")
+    (unequal,) = drawn(name, *make.pair((0, 1)), *tuned)
+    flag = r"STARTS DIFFER BETWEEN (SETTINGS|ARMS): from scratch, from trained\s+weights \(trained.th\)"
+    assert re.search(flag, texts(unequal.figure))
+    assert "may have seen the validation images" in unequal.caption
+    (equal,) = drawn(name, *make.pair((0, 1)), *make.pair((0, 1), model="resnet8_cifar"))
+    assert "STARTS" not in texts(equal.figure)
+
+
+def test_pareto_front_shows_its_spread_and_says_what_it_leaves_out(make):
+    (figure,) = drawn("pareto", *make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1)))
+    (axes,) = figure.figure.findobj(Axes)
+    assert any(bars.has_yerr for bars in axes.containers)
+    assert "Arms whose STE is not the paper's for their quantizer are not drawn." in figure.caption
+    assert "not drawn" not in drawn("pareto", *make.pair())[0].caption
+
+
 def test_every_accuracy_says_its_split_and_its_number_of_seeds(make):
     records = [*make.pair((0, 1)), make.run("floor", 2, test=True)]
     for name in ("qt_gap", "robustness", "pareto"):
