@@ -123,4 +123,5 @@ def test_lines_of_a_verdict_name_what_they_compare(make):
     records = [make.run("floor", s, model_level=level) for level in ("endpoint", "left", "centre") for s in (0, 1)]
     lines = verdict("levels", *records).lines
     assert len(set(lines)) == len(lines) == 8
+    assert all(line.endswith("(validation split, best epoch; 15 epochs / 4500 steps).") for line in lines)
     assert all(("left" in line) != ("centre" in line) and "endpoint" in line for line in lines)
