@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -83,7 +84,7 @@ def _float_point(axes: Axes, estimate: Estimate | None, series: int, shift: floa
     if estimate is None:
         return False
     colour, marker, _ = SERIES[series % len(SERIES)]
-    look = {"color": colour, "markerfacecolor": colour if trained else "white", "capsize": 2.5, "elinewidth": 1}
+    look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if trained else "white", "capsize": 2.5, "elinewidth": 1}
     axes.errorbar(FLOAT_AT + shift, estimate.mean, yerr=estimate.half, fmt=marker, **look)
     return True
 

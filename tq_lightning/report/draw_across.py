@@ -1,5 +1,7 @@
 """Figures across settings: low-bit robustness, Pareto front, and disagreeing codes beside the accuracy lost."""
 
+from typing import Any
+
 from matplotlib.axes import Axes
 
 from tq_lightning.report import style
@@ -93,8 +95,9 @@ def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Drawn:
     on_front = [arm for arm in arms if any(a is arm and (size, e.mean) in front for size, e, a, _ in points)]
     for arm, (colour, marker, dashes) in zip(on_front, SERIES, strict=False):
         own = [(size / 1024, e.mean, e.half or 0.0) for size, e, a, _ in points if a is arm]
-        look = {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 0.9}
-        axes.errorbar(*zip(*own, strict=True), label=f"{_name(arm)} (on the front)", elinewidth=0.7, capsize=2, **look)
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 0.9}
+        sizes, means, halves = zip(*own, strict=True)
+        axes.errorbar(sizes, means, halves, label=f"{_name(arm)} (on the front)", elinewidth=0.7, capsize=2, **look)
     for size, e, _, w in points:
         if (size, e.mean) in front:
             at = (size / 1024, e.mean)
