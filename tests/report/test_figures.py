@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from matplotlib.axes import Axes
 
 from tq_lightning.report import draw_across, draw_models, figures, style
 from tq_lightning.report.evidence import gather
@@ -97,8 +98,26 @@ def test_round_alone_is_drawn_and_floor_beside_it_preferred(make):
 def test_hollow_markers_are_explained_where_a_width_was_not_trained(make):
     (some,) = drawn("qt_gap", *make.pair())
     assert "hollow: width not trained" in texts(some.figure)
-    (every,) = drawn("qt_gap", *make.pair(model_widths=list(range(1, 9))))
+    everything = {"model_widths": list(range(1, 9)), "model_float_pass": True}
+    (every,) = drawn("qt_gap", *make.pair(**everything))
     assert "hollow" not in texts(every.figure)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_float_point_is_hollow_unless_float_was_trained(make, trained):
+    (figure,) = drawn("qt_gap", *make.pair(model_widths=list(range(1, 9)), model_float_pass=trained))
+    assert ("hollow" in texts(figure.figure)) != trained
+    lines = [line for axes in figure.figure.findobj(Axes) for line in axes.lines]
+    points = [line for line in lines if len(line.get_xdata()) == 1 and line.get_xdata()[0] > 9 and line.get_marker() in "o^"]
+    assert len(points) == 2
+    assert all((point.get_markerfacecolor() == "white") != trained for point in points)
+
+
+def test_one_validation_makes_no_curve(make):
+    found = evidence(*make.pair(epochs=1))
+    with style.styled():
+        assert figures.FIGURES["curves"](found) == []
+    assert found.notes == ["Training curves: resnet20_cifar · cifar10 was validated once, which makes no curve."]
 
 
 def test_many_settings_are_capped_and_the_rest_is_noted(make):
@@ -132,6 +151,25 @@ def test_budgets_that_differ_between_what_a_figure_compares_are_flagged_on_it(ma
     assert re.search(r"BUDGETS DIFFER BETWEEN (SETTINGS|ARMS): 5 to 15 epochs, 1500 to 4500\s+steps", texts(unequal.figure))
     (equal,) = drawn(name, *settings(15))
     assert "BUDGETS" not in texts(equal.figure)
+
+
+@pytest.mark.parametrize("name", ["robustness", "pareto", "disagreement"])
+def test_starts_that_differ_between_what_a_figure_compares_are_flagged_on_it(make, name):
+    tuned = make.pair((0, 1), model="resnet8_cifar", model_checkpoint_path="trained.th")
+    (unequal,) = drawn(name, *make.pair((0, 1)), *tuned)
+    flag = r"STARTS DIFFER BETWEEN (SETTINGS|ARMS): from scratch, from trained\s+weights \(trained.th\)"
+    assert re.search(flag, texts(unequal.figure))
+    assert "may have seen the validation images" in unequal.caption
+    (equal,) = drawn(name, *make.pair((0, 1)), *make.pair((0, 1), model="resnet8_cifar"))
+    assert "STARTS" not in texts(equal.figure)
+
+
+def test_pareto_front_shows_its_spread_and_says_what_it_leaves_out(make):
+    (figure,) = drawn("pareto", *make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1)))
+    (axes,) = figure.figure.findobj(Axes)
+    assert any(bars.has_yerr for bars in axes.containers)
+    assert "Arms whose STE is not the paper's for their quantizer are not drawn." in figure.caption
+    assert "not drawn" not in drawn("pareto", *make.pair())[0].caption
 
 
 def test_every_accuracy_says_its_split_and_its_number_of_seeds(make):

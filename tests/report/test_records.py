@@ -98,6 +98,11 @@ def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
     assert [run.seed for run in loaded.runs] == [2]
     assert len(loaded.left_out) == 2
     assert all(f"two runs with one id ({one['id']})" in reason for reason in reasons(loaded))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "record.json").write_text(json.dumps(one))  # a copy of one of two that contradict: not counted either
+    left_out = load([str(tmp_path)]).left_out
+    assert len(left_out) == len(dict(left_out)) == 3
+    assert not any("counted once" in reason for _, reason in left_out)
 
 
 @pytest.mark.parametrize(

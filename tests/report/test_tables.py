@@ -24,13 +24,25 @@ def test_markdown_and_latex_escape_what_would_break_them():
     assert "| x\\|y | 1.0 ± 0.2 |" in markdown(table)
     assert "- a note" in markdown(table)
     made = latex(table)
-    assert r"A \& B. 50 \% of\_it a note" in made
+    assert r"\caption{A \& B. 50 \% of\_it}" in made
+    assert made.index(r"\end{table}") < made.index("a note")  # below the float: notes may run over a page
     assert r"1.0 $\pm$ 0.2 \\" in made
     assert made.count(r"\begin") == made.count(r"\end") == 2
     long = latex(Table("t", "T", "", ["a", "b"], [["[x] 雪", "é_%"]] * 41))
     assert "longtable" in long.splitlines()[0]
     assert long.count(r"\begin{longtable}") == long.count(r"\end{longtable}") == 1
     assert r"{[}x] ? & é\_\% \\" in long
+
+
+def test_latex_fits_the_page():
+    """Numbers stand right, long words are wrapped, what is still too wide is scaled down; a longtable, which can't be, lies."""
+    rows = [["name", "86.3 ± 0.4", None, "+1.20", "a word, " * 40]]
+    made = latex(Table("t", "T", "", ["a", "b", "c", "d", "e"], rows))
+    assert r"\begin{tabular}{lrlr>{\raggedright\arraybackslash}p{40em}}" in made
+    assert made.index(r"\resizebox{\ifdim\width>\textwidth") < made.index(r"\begin{tabular}")
+    assert r"\begin{landscape}" in latex(Table("t", "T", "", ["a", "b", "c", "d", "e"], rows * 41))
+    for package in ("array", "booktabs", "graphicx"):
+        assert package in made.splitlines()[0]
 
 
 def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
@@ -123,4 +135,5 @@ def test_lines_of_a_verdict_name_what_they_compare(make):
     records = [make.run("floor", s, model_level=level) for level in ("endpoint", "left", "centre") for s in (0, 1)]
     lines = verdict("levels", *records).lines
     assert len(set(lines)) == len(lines) == 8
+    assert all(line.endswith("(validation split, best epoch; 15 epochs / 4500 steps).") for line in lines)
     assert all(("left" in line) != ("centre" in line) and "endpoint" in line for line in lines)

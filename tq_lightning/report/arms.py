@@ -19,6 +19,7 @@ NOT_AN_ARM = re.compile(
     r"|^data\.(eval_batch_size|root|num_workers|workers|download|pin_memory|seed|device)$"
     r"|(^|\.)(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
 )
+START = "model.checkpoint_path"
 LISTS = ("model.widths", "model.skip")
 BUDGET = re.compile(r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$")
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
@@ -47,6 +48,11 @@ class Arm:
         """Epochs and steps really taken, in words; several where the seeds differ."""
         pairs = sorted({run.budget for run in self.runs}, key=str)
         return " or ".join(f"{epochs} epochs / {steps} steps" for epochs, steps in pairs)
+
+    @property
+    def start(self) -> str:
+        """What training started from, in words."""
+        return f"from trained weights ({self[START]})" if self[START] else "from scratch"
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)
@@ -214,16 +220,20 @@ def _own_flags(settings: list[Setting]) -> list[str]:
 
 
 def between(groups: list[list[Arm]], what: str) -> list[str]:
-    """A flag where groups of arms that stand in one figure had different budgets: each is fair within, not one to another."""
+    """Flags where groups of arms in one figure had different budgets or starts: each is fair within, not one to another."""
     runs = [run for arms in groups for arm in arms for run in arm.runs]
-    if len({frozenset(run.budget for arm in arms for run in arm.runs) for arms in groups}) < 2:
-        return []
-    ranges = []
-    for unit, values in zip(("epochs", "steps"), zip(*(run.budget for run in runs), strict=True), strict=True):
-        known = [v for v in values if v is not None]
-        if len(set(known)) > 1:
-            ranges.append(f"{min(known)} to {max(known)} {unit}")
-    return [f"BUDGETS DIFFER BETWEEN {what.upper()}: {', '.join(ranges) or 'not all recorded'}."]
+    out = []
+    if len({frozenset(run.budget for arm in arms for run in arm.runs) for arms in groups}) > 1:
+        ranges = []
+        for unit, values in zip(("epochs", "steps"), zip(*(run.budget for run in runs), strict=True), strict=True):
+            known = [v for v in values if v is not None]
+            if len(set(known)) > 1:
+                ranges.append(f"{min(known)} to {max(known)} {unit}")
+        out.append(f"BUDGETS DIFFER BETWEEN {what.upper()}: {', '.join(ranges) or 'not all recorded'}.")
+    starts = [frozenset(arm.start for arm in arms) for arms in groups]
+    if len(set(starts)) > 1:
+        out.append(f"STARTS DIFFER BETWEEN {what.upper()}: {', '.join(sorted(frozenset().union(*starts)))}.")
+    return out
 
 
 def seeds_words(arms: Iterable[Arm]) -> str:
@@ -248,6 +258,8 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     tested = sum(run.has_test() for run in runs)
     if 0 < tested < len(runs):
         out.append(f"Only {tested} of {len(runs)} runs were tested, so that all are shown on the validation split.")
+    if tested < len(runs) and any(run.config.get(START) for run in runs):
+        out.append("Some runs start from trained weights, whose own training may have seen the validation images.")
     if any(run.record.get("dirty") for run in runs):
         out.append("Some runs came from a working tree with uncommitted changes.")
     return out

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -50,12 +51,12 @@ def _qt_gap(setting: Setting) -> Drawn:
         shift = style.spread(i, len(rows))
         style.line(axes, points, i, name, arm.trained, shift)
         if source == "quantize" or arm["model.quantizer"] == "floor":
-            floats |= _float_point(axes, acc1_float(arm, part), i, shift)
+            floats |= _float_point(axes, acc1_float(arm, part), i, shift, bool(arm["model.float_pass"]))
         words.append(f"{name}: " + ", ".join(f"{e.text()} at {w}" for w, e in points.items()))
         if papers and name in PAPER:
             _overlay(axes, name, i)
             floats = True
-    style.hollow_entry(axes, widths, trained)
+    style.hollow_entry(axes, bool(set(widths) - set(trained)) or (floats and not setting.arms[0][1]["model.float_pass"]))
     if papers:
         axes.plot([], [], color=style.GREY, linewidth=0.8, marker="x", markersize=4, label="paper, same row (thin)")
     style.width_axis(axes, widths, floats)
@@ -79,11 +80,12 @@ def joined(sentences: list[str]) -> str:
     return " ".join(filter(None, sentences))
 
 
-def _float_point(axes: Axes, estimate: Estimate | None, series: int, shift: float) -> bool:
+def _float_point(axes: Axes, estimate: Estimate | None, series: int, shift: float, trained: bool) -> bool:
     if estimate is None:
         return False
     colour, marker, _ = SERIES[series % len(SERIES)]
-    axes.errorbar(FLOAT_AT + shift, estimate.mean, yerr=estimate.half, fmt=marker, color=colour, capsize=2.5, elinewidth=1)
+    look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if trained else "white", "capsize": 2.5, "elinewidth": 1}
+    axes.errorbar(FLOAT_AT + shift, estimate.mean, yerr=estimate.half, fmt=marker, **look)
     return True
 
 
@@ -166,8 +168,10 @@ def curves(evidence: Evidence) -> list[Drawn]:
     out = []
     for setting in capped(evidence.qt_settings(), "Training curves", evidence):
         arms = [(value, arm) for value, arm in setting.arms if _epochs(arm, arm.trained[0])][:4]
-        if arms:
+        if any(len(_epochs(arm, arm.trained[0])) > 1 for _, arm in arms):
             out.append(_curves(setting, arms))
+        elif arms:
+            evidence.notes.append(f"Training curves: {setting.label} was validated once, which makes no curve.")
     return out
 
 

@@ -1,10 +1,12 @@
 """Figures across settings: low-bit robustness, Pareto front, and disagreeing codes beside the accuracy lost."""
 
+from typing import Any
+
 from matplotlib.axes import Axes
 
 from tq_lightning.report import style
 from tq_lightning.report.aggregate import SPLIT_WORDS, Estimate, acc1, compare, mean_interval, split_of
-from tq_lightning.report.arms import Arm, Setting, between, flags_of, mixed, seeds_words
+from tq_lightning.report.arms import START, Arm, Setting, between, flags_of, mixed, seeds_words
 from tq_lightning.report.draw_accuracy import capped
 from tq_lightning.report.evidence import ROWS, Evidence, row_arms
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, bits_words, slug, unique, wrapped
@@ -52,7 +54,7 @@ def _low_bits(axes: Axes, setting: Setting, y: int, bits: int, part: str) -> lis
             colour, marker, _ = SERIES[series]
             at = y + 0.2 * (series - 1)
             axes.errorbar(e.mean, at, xerr=e.half, fmt=marker, color=colour, capsize=2.5, elinewidth=1)
-            words.append(f"{setting.label}, {name}, {bits} bit: {e.text()}")
+            words.append(f"{setting.label}, {name}, {bits_words(bits)}: {e.text()}")
     return words
 
 
@@ -62,7 +64,11 @@ def pareto(evidence: Evidence) -> list[Drawn]:
     datasets = list(dict.fromkeys(str(arm["data.name"]) for arm in arms))
     stems = unique([f"pareto_{slug(name)}" for name in datasets])
     pairs = zip(datasets, stems, strict=True)
-    return [_pareto(name, stem, [arm for arm in arms if str(arm["data.name"]) == name]) for name, stem in pairs]
+    drawn = [_pareto(name, stem, [arm for arm in arms if str(arm["data.name"]) == name]) for name, stem in pairs]
+    if len(evidence.paired()) < len(evidence.arms):
+        for figure in drawn:
+            figure.caption += " Arms whose STE is not the paper's for their quantizer are not drawn."
+    return drawn
 
 
 def _read(arm: Arm, width: int) -> float | None:
@@ -72,28 +78,29 @@ def _read(arm: Arm, width: int) -> float | None:
 def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Drawn:
     part = split_of([run for arm in arms for run in arm.runs])
     points = [
-        (size, estimate.mean, arm, w)
+        (size, estimate, arm, w)
         for arm in arms
         for w in arm.runs[0].widths
         if (size := _read(arm, w)) is not None and (estimate := acc1(arm, "truncate", w, part)) is not None
     ]
-    front = pareto_front([(size, accuracy) for size, accuracy, _, _ in points])
+    front = pareto_front([(size, e.mean) for size, e, _, _ in points])
     title = f"Accuracy against bytes read: {dataset}"
     flags = between([[arm] for arm in arms], "arms")
     if single := sorted({_name(arm) for arm in arms if len(arm.runs) == 1}):
         flags.append(f"ONE SEED ({', '.join(single) if len(single) <= 6 else f'{len(single)} arms'}).")
     figure, body = style.new(6.4, 3.7, title, flags)
     axes = body.add_subplot()
-    x, y = [size / 1024 for size, _, _, _ in points], [accuracy for _, accuracy, _, _ in points]
-    axes.plot(x, y, ".", color="#aaaaaa", markersize=4, label="every arm and width", zorder=1)
-    on_front = [arm for arm in arms if any(a is arm and (size, value) in front for size, value, a, _ in points)]
+    x, y = [size / 1024 for size, _, _, _ in points], [e.mean for _, e, _, _ in points]
+    axes.plot(x, y, ".", color="#aaaaaa", markersize=4, label="every arm drawn, each width", zorder=1)
+    on_front = [arm for arm in arms if any(a is arm and (size, e.mean) in front for size, e, a, _ in points)]
     for arm, (colour, marker, dashes) in zip(on_front, SERIES, strict=False):
-        own = [(size / 1024, accuracy) for size, accuracy, a, _ in points if a is arm]
-        look = {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 0.9}
-        axes.plot(*zip(*own, strict=True), label=f"{_name(arm)} (on the front)", zorder=2, **look)
-    for size, accuracy, _, w in points:
-        if (size, accuracy) in front:
-            at = (size / 1024, accuracy)
+        own = [(size / 1024, e.mean, e.half or 0.0) for size, e, a, _ in points if a is arm]
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 0.9}
+        sizes, means, halves = zip(*own, strict=True)
+        axes.errorbar(sizes, means, halves, label=f"{_name(arm)} (on the front)", elinewidth=0.7, capsize=2, **look)
+    for size, e, _, w in points:
+        if (size, e.mean) in front:
+            at = (size / 1024, e.mean)
             axes.annotate(str(w), at, (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
     x, y = [size / 1024 for size, _ in front], [accuracy for _, accuracy in front]
     axes.step(x, y, where="post", color=style.GREY, linewidth=2.5, alpha=0.35, label="Pareto front", zorder=1)
@@ -105,7 +112,8 @@ def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Drawn:
     body.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     words = ", ".join(f"{accuracy:.1f} at {size / 1024:.0f} KiB" for size, accuracy in front)
     caption = (
-        f"Each point is an arm at one width (digits: bits), mean over seeds, {SPLIT_WORDS[part]}. Bytes: planes read, "
+        f"Each point is an arm at one width (digits: bits), mean over seeds, {SPLIT_WORDS[part]}; bars: 95 % t interval, of "
+        "the arms on the front (the front is that of the means). Bytes: planes read, "
         "what stays in float, scales and the norm set of that width. The grey step is the Pareto front."
     )
     caption = " ".join([caption, *flags, *mixed(arms)])
@@ -114,7 +122,7 @@ def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Drawn:
 
 def _name(arm: Arm) -> str:
     extra = [str(arm[k]) for k in EXTRAS if arm[k] not in (None, "endpoint", "quantize")]
-    return ", ".join([str(arm["model.name"]), str(arm["model.quantizer"]), *extra])
+    return ", ".join([str(arm["model.name"]), str(arm["model.quantizer"]), *extra, *(["fine-tuned"] if arm[START] else [])])
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

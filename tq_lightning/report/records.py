@@ -128,12 +128,13 @@ def _one_of(group: list[tuple[str, dict]], left_out: list[tuple[str, str]]) -> t
     """
     group = sorted(group, key=lambda item: ("test" not in item[1], len(Path(item[0]).parts)))
     path, record = group[0]
-    for other, twin in group[1:]:
+    for _, twin in group[1:]:
         if _without_test(twin) != _without_test(record) or ("test" in twin and twin["test"] != record["test"]):
             paths = ", ".join(p for p, _ in group)
             left_out += [(p, f"two runs with one id ({record['id']}) that differ: {paths}") for p, _ in group]
             return None
-        left_out.append((other, f"a copy of {path} (id {record['id']}): counted once"))
+    # Only once none contradicts: of a group that is left out whole, no copy is counted.
+    left_out += [(other, f"a copy of {path} (id {record['id']}): counted once") for other, _ in group[1:]]
     return path, record
 
 

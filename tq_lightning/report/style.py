@@ -130,9 +130,9 @@ def line(
         axes.plot(list(mine), list(mine.values()), marker, markerfacecolor=fill, linestyle="none", zorder=3, **look)
 
 
-def hollow_entry(axes: Axes, widths: list[int], trained: list[int]) -> None:
+def hollow_entry(axes: Axes, some: bool) -> None:
     """A legend entry that explains hollow markers, where there are some."""
-    if set(widths) - set(trained):
+    if some:
         axes.plot([], [], linestyle="none", marker="o", color=GREY, markerfacecolor="white", label="hollow: width not trained")
 
 

@@ -1,5 +1,6 @@
 """Tables as data, and their written forms: Markdown, LaTeX and the page's cells come from the same rows."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +71,15 @@ LATEX = {
 }
 LAST_SETUP = "\u017f"  # letters up to here are set up in LaTeX by itself; a later one would stop the compiler
 PAGE_ROWS = 40  # rows that fit a page
+LONG = 36  # characters beyond which a cell is wrapped
 
 
 def latex(table: Table) -> str:
-    """A booktabs `table`, or a `longtable` where the rows don't fit a page; its first line says which packages it needs."""
+    r"""A booktabs `table`, or a `longtable` where the rows don't fit a page; its first line says which packages it needs.
+
+    Columns of numbers are set right; of words that are long, wrapped. What is still wider than the text is scaled down to
+    it, and the notes stand below the float, where they may run over a page.
+    """
 
     def row(cells: list[str]) -> str:
         return " & ".join(safe(cell) for cell in cells) + r" \\"
@@ -81,12 +87,15 @@ def latex(table: Table) -> str:
     def safe(words: str) -> str:
         return "".join(LATEX.get(c, c if c <= LAST_SETUP else "?") for c in words)
 
-    caption = safe(" ".join([f"{table.title}.", table.caption, *table.notes]))
-    body = "\n".join(row([text(c) for c in cells]) for cells in table.rows)
+    shown = [[text(c) for c in cells] for cells in table.rows]
+    caption = safe(f"{table.title}. {table.caption}")
+    body = "\n".join(map(row, shown))
     named = rf"\caption{{{caption}}}\label{{tab:{table.name}}}"
-    heads, columns = row(table.columns), "l" * len(table.columns)
+    heads, columns = row(table.columns), "".join(_column([cells[i] for cells in shown]) for i in range(len(table.columns)))
+    notes = "".join(f"\n\\noindent{{\\footnotesize\\raggedright {safe(note)}\\par}}" for note in table.notes)
     if len(table.rows) > PAGE_ROWS:
-        return rf"""% \usepackage{{booktabs,longtable}}
+        return rf"""% \usepackage{{array,booktabs,longtable,pdflscape}}
+\begin{{landscape}}\scriptsize\setlength{{\tabcolsep}}{{2pt}}
 \begin{{longtable}}{{{columns}}}
 {named}\\
 \toprule
@@ -95,18 +104,30 @@ def latex(table: Table) -> str:
 \endhead
 {body}
 \bottomrule
-\end{{longtable}}
+\end{{longtable}}{notes}
+\end{{landscape}}
 """
-    return rf"""% \usepackage{{booktabs}}
+    return rf"""% \usepackage{{array,booktabs,graphicx}}
 \begin{{table}}
 \centering
 {named}
+\setlength{{\tabcolsep}}{{3pt}}
+\resizebox{{\ifdim\width>\textwidth\textwidth\else\width\fi}}{{!}}{{%
 \begin{{tabular}}{{{columns}}}
 \toprule
 {heads}
 \midrule
 {body}
 \bottomrule
-\end{{tabular}}
-\end{{table}}
+\end{{tabular}}}}
+\end{{table}}{notes}
 """
+
+
+def _column(cells: list[str]) -> str:
+    """How LaTeX sets a column."""
+    if (longest := max(map(len, cells), default=0)) > LONG:
+        # Half a letter's width each on about four lines: a narrower column would be taller than the page.
+        return rf">{{\raggedright\arraybackslash}}p{{{max(20, longest // 8)}em}}"
+    filled = [cell for cell in cells if cell]
+    return "r" if filled and all(re.match(r"[-+]?[\d.]", cell) for cell in filled) else "l"

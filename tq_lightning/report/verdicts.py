@@ -90,8 +90,12 @@ def compared(evidence: Evidence, key: str, keep: Callable[[Arm], bool] = lambda 
 
 
 def lines_of(of: list[Compared]) -> tuple[str, ...]:
-    """One line a comparison."""
-    return tuple(f"{c.setting.label}, {bits_words(c.bits)}: {c.difference.words(c.value, c.base)}." for c in of)
+    """One line a comparison, with the split and the budget: what is not shown after few steps may be so after many."""
+    return tuple(
+        f"{c.setting.label}, {bits_words(c.bits)}: {c.difference.words(c.value, c.base)} "
+        f"({SPLIT_WORDS[split(c.setting)]}; {' or '.join(dict.fromkeys(arm.budget for _, arm in c.setting.arms))})."
+        for c in of
+    )
 
 
 def ste(evidence: Evidence) -> Verdict | None:
