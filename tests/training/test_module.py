@@ -149,6 +149,7 @@ def test_sandwich_is_a_function_of_seed_and_step():
         ({"ema_decay": 1.5}, "model.ema_decay: got 1.5"),
         ({"calibration_batches": 0}, "model.calibration_batches: got 0"),
         ({"sandwich_random": -1}, "model.sandwich_random: got -1"),
+        ({"seed": -1}, "model.seed: got -1"),
     ],
 )
 def test_bad_values_are_one_sentence_that_names_the_key(arguments, said):

@@ -16,6 +16,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "ema_decay": (lambda v: v is None or 0.0 <= v < 1.0, "a number from 0 to below 1, or null for no average"),
     "calibration_batches": (lambda v: v >= 1, "1 or more"),
     "sandwich_random": (lambda v: v >= 0, "0 or more"),
+    "seed": (lambda v: v is None or v >= 0, "0 or more, or null for the run's"),
 }
 
 
