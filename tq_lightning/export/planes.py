@@ -13,6 +13,12 @@ import numpy as np
 from tq_lightning.quant.codes import STORED_BITS
 
 BLOCK = 1 << 18  # codes; one block of codes and its scratch are half a megabyte
+ALIGN = 64  # codes; every layer begins on a whole byte of every plane, and on a whole 64-bit word
+
+
+def aligned(count: int) -> int:
+    """Codes that a layer of `count` codes takes in the row of all layers, with the gap behind it."""
+    return -(-count // ALIGN) * ALIGN
 
 
 def plane_bytes(count: int) -> int:
