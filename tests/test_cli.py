@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.cli import LIGHTNING_VERBS, VERBS, main
+from tq_lightning.errors import UserError
 
 DIGITS = ["fit", "--config", str(Path(__file__).parents[1] / "conf" / "digits.yaml")]
 
@@ -118,14 +120,32 @@ def test_bad_input_that_shows_late_leaves_no_run(
     assert list(tmp_path.glob("*")) == []
 
 
+def test_what_has_trained_is_kept_whatever_comes_up_late(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_: object) -> None:
+        raise UserError("too late")
+
+    monkeypatch.setattr(WidthTable, "on_fit_end", late)
+    short = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
+    assert "too late" in error_of(capsys, *DIGITS, *short, "--trainer.default_root_dir", str(tmp_path))
+    (run,) = tmp_path.iterdir()
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_broken_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("model: [1,\n  a: }")
     assert "Problems parsing config" in error_of(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
 
 
-def test_last_is_an_error_where_there_is_no_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_last_is_an_error_where_there_is_no_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = error_of(capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", str(tmp_path))
     assert f"no */checkpoints/last.ckpt under {tmp_path}" in said
+    monkeypatch.chdir(tmp_path)
+    said = error_of(capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", "null")
+    assert "no */checkpoints/last.ckpt under runs;" in said
 
 
 def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The one exception a user meets: a sentence that says what was got and what to pass instead."""
+"""The exceptions a user meets: a sentence that says what was got and what to pass instead."""
 
 
 class UserError(ValueError):
@@ -13,3 +13,8 @@ class TrainingError(RuntimeError):
 
     The command line prints its message as one line and exits with status 1; the run's record keeps it as the reason.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, but for its further lines; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

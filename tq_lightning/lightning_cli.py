@@ -32,6 +32,7 @@ from tq_lightning.errors import UserError
 from tq_lightning.training.going_on import checkpoint_step, newest_checkpoint, overruled
 from tq_lightning.training.module import TQModule
 
+ROOT = "runs"  # trainer.default_root_dir where none is given
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -50,6 +51,11 @@ def _plain(value: Any) -> Any:
 
 
 set_loader("tq", lambda text: _plain(yaml_load(text)), exceptions=(yaml.YAMLError,))
+
+
+def _root(config: Any) -> Path:
+    """Where the runs of a configuration lie; trainer.default_root_dir=null says nothing of it."""
+    return Path(config.trainer.default_root_dir or ROOT)
 
 
 def _check_root(root: Path) -> None:
@@ -85,7 +91,7 @@ class TQCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         given = config.get("ckpt_path")
         if given is not None:
-            root = Path(config.trainer.default_root_dir or ".")
+            root = _root(config)
             path = newest_checkpoint(root, given) if given in ("last", "best") else Path(given)
             if not path.is_file():
                 raise UserError(
@@ -103,7 +109,7 @@ class TQCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        root = Path(config.trainer.default_root_dir or "runs")
+        root = _root(config)
         if self.resumed is not None:
             self.run_dir = self.resumed.parent.parent
         else:
@@ -129,7 +135,8 @@ class TQCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except UserError:
-            if self.resumed is None:  # bad input that shows late leaves no trace of a run that never was
+            # bad input that shows late leaves no trace of a run that never was; what has trained is kept
+            if self.resumed is None and not any(self.run_dir.glob("checkpoints/*")):
                 shutil.rmtree(self.run_dir, ignore_errors=True)
             raise
 
@@ -274,7 +281,7 @@ def run(argv: list[str]) -> dict[str, Any]:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            trainer_defaults={"default_root_dir": "runs", "num_sanity_val_steps": 0, "use_distributed_sampler": False},
+            trainer_defaults={"default_root_dir": ROOT, "num_sanity_val_steps": 0, "use_distributed_sampler": False},
             parser_kwargs={"parser_mode": "tq", "exit_on_error": False},
             args=[_unquote(argument) for argument in argv],
         )

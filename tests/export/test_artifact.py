@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from tq_lightning import bit_width, load_packed, prepare, save_packed
+from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_packed
 from tq_lightning.errors import UserError
 from tq_lightning.export.container import Container, write_container
 from tq_lightning.export.packed import packed_weights
@@ -173,6 +173,22 @@ def test_widths_without_norm_statistics_are_refused(make, tmp_path):
         pass
     with pytest.raises(UserError, match="no norm statistics for 4 bits"):
         load_packed(tmp_path / "m.safetensors", bits=4)
+
+
+def test_a_packed_model_is_not_calibrated_and_keeps_its_statistics(packed, net):
+    served = load_packed(packed)
+    before = {name: value.clone() for name, value in served.state_dict().items()}
+    with pytest.raises(ValueError, match="a packed model has the statistics of its file"):
+        calibrate_norms(served, [net[1]])
+    assert all(torch.equal(value, before[name]) for name, value in served.state_dict().items())
+    assert torch.equal(logits(served, net[1], 7), logits(net[0], net[1], 7, "truncate"))
+
+
+def test_a_width_that_was_not_loaded_is_no_matter_of_calibration(make, tmp_path):
+    model, _ = make("preresnet20_cifar")  # its first module with a width is a norm
+    save_packed(model, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="loaded for widths 4, not 3; load it with bits=None"):
+        bit_width(load_packed(tmp_path / "m.safetensors", bits=4), 3).__enter__()
 
 
 def test_errors(make, net, packed, tmp_path):

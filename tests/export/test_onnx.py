@@ -11,7 +11,7 @@ from torch import nn
 from tq_lightning import bit_width, load_packed, prepare, save_packed
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx import dense, levels_affine, smallest_type
-from tq_lightning.quant.codes import codes_to_levels
+from tq_lightning.quant.codes import LEVELS, codes_to_levels
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -77,7 +77,7 @@ def expected(model, images, bits):
         return model(images).numpy()
 
 
-@pytest.mark.parametrize("level", ["endpoint", "left", "centre"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_affine_form_of_the_levels(level):
     for bits in range(1, 9):
         codes = torch.arange(2**bits, dtype=torch.uint8)

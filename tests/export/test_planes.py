@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tq_lightning.export.planes import BLOCK, add_planes, pack_planes, plane_bytes, unpack_planes
+from tq_lightning.export.planes import BLOCK, pack_planes, plane_bytes, unpack_planes
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1001, BLOCK, BLOCK + 3])
@@ -29,15 +29,6 @@ def test_wrong_order_is_noticed():
     codes = np.arange(256, dtype=np.uint8)
     planes = pack_planes(codes, 8)
     assert not np.array_equal(unpack_planes(planes[::-1].copy()[:4], 256), codes >> 4)
-
-
-def test_missing_planes_are_added_in_place():
-    codes = np.random.default_rng(0).integers(0, 256, 999, dtype=np.uint8)
-    planes = pack_planes(codes, 8)
-    narrow = unpack_planes(planes[:3], 999)
-    assert add_planes(narrow, planes[3:]) is narrow
-    np.testing.assert_array_equal(narrow, codes)
-    np.testing.assert_array_equal(add_planes(narrow.copy(), planes[:0]), narrow)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,10 @@ def test_refusals_and_nothing_to_do(model, images):
     prepare(plain, skip=(), verbose=False)
     assert untrained_widths(plain) == []
     calibrate_norms(plain, [])
+    with pytest.raises(ValueError, match="width 3 has no norm set"):
+        calibrate_norms(plain, [images], widths=[3])
+    with pytest.raises(ValueError, match="width 9 has no norm set"):
+        calibrate_norms(model, [images], widths=[9])
 
 
 def test_an_error_on_the_way_restores_and_leaves_no_half_estimate_in_use(model, images):

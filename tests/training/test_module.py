@@ -111,6 +111,13 @@ def test_weights_follow_their_widths_through_a_sandwich(monkeypatch):
     assert len(passed["widths"]) == 3
 
 
+def test_weights_are_in_the_order_in_which_the_widths_were_given(monkeypatch):
+    _, passed = width_losses(monkeypatch, widths="1,8,2", width_weights="3, 0.5, 2", float_pass=False)
+    assert passed["widths"] == (8, 2, 1) and passed["weights"] == [0.5, 2.0, 3.0]
+    _, passed = width_losses(monkeypatch, widths=[2, 8], width_weights=[0.25, 3.0, 0.5], float_pass=True)
+    assert passed["widths"] == (None, 8, 2) and passed["weights"] == [0.25, 0.5, 3.0]
+
+
 def test_sandwich_is_a_function_of_seed_and_step():
     module = TQModule(widths=[8, 7, 6, 5, 4, 3, 2, 1], width_schedule="sandwich", sandwich_random=2, seed=1)
     steps = [module.step_widths(step) for step in range(60)]
@@ -140,6 +147,7 @@ def test_sandwich_is_a_function_of_seed_and_step():
         ({"ema_decay": 1.5}, "model.ema_decay: got 1.5"),
         ({"calibration_batches": 0}, "model.calibration_batches: got 0"),
         ({"sandwich_random": -1}, "model.sandwich_random: got -1"),
+        ({"seed": -1}, "model.seed: got -1"),
     ],
 )
 def test_bad_values_are_one_sentence_that_names_the_key(arguments, said):

@@ -17,6 +17,7 @@ import lightning as L
 import torch
 
 from tq_lightning import __version__
+from tq_lightning.errors import first_line
 from tq_lightning.export.storage import record_bytes
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.weight import original, weight_quantizers
@@ -190,7 +191,7 @@ class RunRecord(L.Callback):
             return
         stopped = isinstance(exception, KeyboardInterrupt)
         self._record["status"] = "interrupted" if stopped else "failed"
-        self._record["reason"] = str(exception).splitlines()[0] if str(exception) else type(exception).__name__
+        self._record["reason"] = first_line(exception)
         self._record["seconds"] = round(time.monotonic() - self._start, 2)
         self._save(trainer)
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 import tq_lightning
 from tq_lightning.errors import UserError
 from tq_lightning.export.compress import CODING, compress_plane
-from tq_lightning.export.container import write_container
+from tq_lightning.export.container import section_of, write_container
 from tq_lightning.export.header import check_names, check_preprocessing, file_names
 from tq_lightning.export.load import build_skeleton, load_packed
-from tq_lightning.export.planes import pack_planes
+from tq_lightning.export.planes import aligned, pack_planes
+from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.norm import per_width_norms
 from tq_lightning.quant.weight import original, weight_quantizers
 
 __all__ = ["load_packed", "save_packed"]
 
-ALIGN = 64  # codes; every layer begins on a whole byte of every plane, and on a whole 64-bit word
 _WIDE = (torch.float32, torch.float64, torch.int64)  # types a file holds as they are
 _CFG_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -82,7 +82,7 @@ def sizes(tensors: Mapping[str, np.ndarray], total: int) -> dict[str, int]:
     """Bytes by section, with "header" (what is no tensor) and "total"."""
     out: dict[str, int] = {}
     for name, array in tensors.items():
-        section = name.split("/", 1)[0]
+        section = section_of(name)
         out[section] = out.get(section, 0) + array.nbytes
     return {"header": total - sum(out.values()), **dict(sorted(out.items())), "total": total}
 
@@ -125,7 +125,7 @@ def describe(
             layer["offset"] = placed[id(weight)]["offset"]
         else:
             row = codes.cpu().numpy().reshape(-1)
-            rows.append(np.pad(row, (0, -row.size % ALIGN)))
+            rows.append(np.pad(row, (0, aligned(row.size) - row.size)))
             placed[id(weight)] = layer
             at += rows[-1].size
         layers.append(layer)
@@ -197,7 +197,7 @@ def merge_norms(tensors: Mapping[str, np.ndarray]) -> tuple[list[dict[str, Any]]
     """
     out = {name: array for name, array in tensors.items() if not name.startswith("norm")}
     cuts: list[dict[str, Any]] = []
-    for section in sorted({name.split("/")[0] for name in tensors} - {name.split("/")[0] for name in out}):
+    for section in sorted({section_of(name) for name in tensors if name not in out}):
         own = {name.split("/", 1)[1]: array for name, array in tensors.items() if name.startswith(f"{section}/")}
         cuts = [{"name": name, "shape": list(array.shape)} for name, array in own.items()]
         out[section] = np.concatenate([array.reshape(-1) for array in own.values()])
@@ -221,12 +221,17 @@ def fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:
         tensors[f"{stem}.weight"] = factor.astype(np.float32)
 
 
+def sections_above(bits: int) -> set[str]:
+    """The sections that a file of the first `bits` planes does without: the other planes and their norm sets."""
+    return {f"plane{n}" for n in range(bits, STORED_BITS)} | {f"norm{n}" for n in range(bits + 1, STORED_BITS + 1)}
+
+
 def narrowed(
     header: Mapping[str, Any], tensors: Mapping[str, np.ndarray], bits: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The same file with its first `bits` planes, and the norm sets of those widths, alone."""
-    gone = {f"plane{n}" for n in range(bits, 8)} | {f"norm{n}" for n in range(bits + 1, 9)}
-    kept = {name: array for name, array in tensors.items() if name.split("/", 1)[0] not in gone}
+    gone = sections_above(bits)
+    kept = {name: array for name, array in tensors.items() if section_of(name) not in gone}
     return {**header, "stored_bits": bits, "norm_widths": [n for n in header["norm_widths"] if n <= bits]}, kept
 
 

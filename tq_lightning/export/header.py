@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tq_lightning.errors import UserError
 from tq_lightning.export.compress import CODING
 from tq_lightning.export.container import Container, section_of
+from tq_lightning.export.planes import aligned
 from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.weight import original, weight_quantizers
@@ -97,8 +98,8 @@ def read_header(file: Container, rest: bool = False) -> dict[str, Any]:
             raise file.damaged(f"its header has no proper {key!r}")
     if header["compression"] not in (None, CODING):
         raise UserError(f"{file.path} is compressed as {header['compression'][:20]!r}, unknown here; update tq_lightning")
-    if not 1 <= header["stored_bits"] <= 8:
-        raise file.damaged("its number of planes is none of 1 to 8")
+    if not 1 <= header["stored_bits"] <= STORED_BITS:
+        raise file.damaged(f"its number of planes is none of 1 to {STORED_BITS}")
     for keys, things in ((_LAYER_KEYS, header["layers"]), ({"name", "shape"}, header["norms"])):
         for thing in things:
             if not isinstance(thing, dict) or set(thing) != keys or not isinstance(thing["name"], str):
@@ -175,12 +176,12 @@ def check_layers(header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     given = {layer["name"]: tuple(layer["shape"]) for layer in header["layers"]}
     if given != own or len(given) != len(header["layers"]):
         raise UserError("its layer map is not that of its network")
-    end, runs = 0, {layer["offset"]: -(-math.prod(layer["shape"]) // 64) * 64 for layer in header["layers"]}
+    end, runs = 0, {layer["offset"]: aligned(math.prod(layer["shape"])) for layer in header["layers"]}
     for offset, size in sorted(runs.items()):
         if offset != end:
             raise UserError("its layers overlap or leave a gap")
         end += size
-    if any(-(-math.prod(layer["shape"]) // 64) * 64 != runs[layer["offset"]] for layer in header["layers"]):
+    if any(aligned(math.prod(layer["shape"])) != runs[layer["offset"]] for layer in header["layers"]):
         raise UserError("two layers of different size share their codes")
     if end != header["codes"]:
         raise UserError(f"its layers have {end} codes, its header speaks of {header['codes']}")

@@ -35,6 +35,7 @@ from tq_lightning.export.load import load_packed
 from tq_lightning.export.onnx_width import Now, TensorActivation, TensorNorm, TensorWeight, swap
 from tq_lightning.export.packed import packed_weights
 from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.codes import codes_to_levels
 from tq_lightning.quant.norm import PerWidthNorm, per_width_norms
 from tq_lightning.quant.width import width_of
 
@@ -44,9 +45,9 @@ TYPES = ((2, TensorProto.UINT2, 4, 25), (4, TensorProto.UINT4, 2, 21), (8, Tenso
 
 
 def levels_affine(bits: int, level: str) -> tuple[float, float]:
-    """(a, b) with 2 level - 1 = a k + b for codes k of width `bits`."""
-    step = 2.0 / (2**bits - 1) if level == "endpoint" else 2.0 ** (1 - bits)
-    return step, -1.0 + (step / 2 if level == "centre" else 0.0)
+    """(a, b) with 2 level - 1 = a k + b for codes k of width `bits`: read off the levels of the first two codes."""
+    zero, one = codes_to_levels(torch.arange(2, dtype=torch.uint8), bits, level).tolist()
+    return 2.0 * (one - zero), 2.0 * zero - 1.0
 
 
 def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:

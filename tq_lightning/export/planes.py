@@ -13,6 +13,12 @@ import numpy as np
 from tq_lightning.quant.codes import STORED_BITS
 
 BLOCK = 1 << 18  # codes; one block of codes and its scratch are half a megabyte
+ALIGN = 64  # codes; every layer begins on a whole byte of every plane, and on a whole 64-bit word
+
+
+def aligned(count: int) -> int:
+    """Codes that a layer of `count` codes takes in the row of all layers, with the gap behind it."""
+    return -(-count // ALIGN) * ALIGN
 
 
 def plane_bytes(count: int) -> int:
@@ -64,38 +70,17 @@ def unpack_planes(planes: Sequence[np.ndarray] | np.ndarray, count: int, out: np
     """
     out = np.empty(count, np.uint8) if out is None else out
     _check(out, len(planes))
-    return _append(planes, out, fresh=True)
-
-
-def add_planes(codes: np.ndarray, planes: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-    """Widens codes in place by further planes: codes of width n and planes n+1..m -> codes of width m.
-
-    Args:
-        codes: uint8 (count,), changed in place and returned.
-        planes: the missing rows, most significant first.
-
-    Raises:
-        ValueError: as `unpack_planes`.
-    """
-    _check(codes, max(1, len(planes)))
-    return _append(planes, codes, fresh=False)
-
-
-def _append(planes: Sequence[np.ndarray] | np.ndarray, codes: np.ndarray, fresh: bool) -> np.ndarray:
     for plane in planes:
-        if plane.dtype != np.uint8 or plane.shape != (plane_bytes(codes.size),):
-            raise ValueError(f"a plane of {codes.size} codes is {plane_bytes(codes.size)} bytes, got {plane.shape}")
-    for start in range(0, codes.size, BLOCK):
-        block = codes[start : start + BLOCK]
+        if plane.dtype != np.uint8 or plane.shape != (plane_bytes(out.size),):
+            raise ValueError(f"a plane of {out.size} codes is {plane_bytes(out.size)} bytes, got {plane.shape}")
+    for start in range(0, out.size, BLOCK):
+        block = out[start : start + BLOCK]
         at = slice(start // 8, start // 8 + plane_bytes(block.size))
-        for p, plane in enumerate(planes):
-            bit = np.unpackbits(plane[at], count=block.size)
-            if fresh and p == 0:
-                block[:] = bit
-            else:
-                np.add(block, block, out=block)  # one bit to the left; NumPy's uint8 shift is many times slower
-                np.bitwise_or(block, bit, out=block)
-    return codes
+        block[:] = np.unpackbits(planes[0][at], count=block.size)
+        for plane in planes[1:]:
+            np.add(block, block, out=block)  # one bit to the left; NumPy's uint8 shift is many times slower
+            np.bitwise_or(block, np.unpackbits(plane[at], count=block.size), out=block)
+    return out
 
 
 def _check(codes: np.ndarray, bits: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.artifact import compressed, narrowed, sizes
+from tq_lightning.export.artifact import compressed, narrowed, sections_above, sizes
 from tq_lightning.export.compress import decompress_plane
 from tq_lightning.export.container import Container, section_of, write_container
 from tq_lightning.export.header import read_header
@@ -70,7 +70,7 @@ def write_rest(path: str | Path, out: str | Path, bits: int) -> dict[str, int]:
     header, tensors = read_all(path)
     if not 1 <= bits < header["stored_bits"]:
         raise UserError(f"{path} stores {header['stored_bits']} planes, there is no rest above {bits}")
-    keep = {f"plane{p}" for p in range(bits, 8)} | {f"norm{n}" for n in range(bits + 1, 9)}
+    keep = sections_above(bits)
     rest = {name: array for name, array in tensors.items() if section_of(name) in keep}
     return sizes(rest, write_container(out, rest, {**header, "compression": None, "rest_of": _identity(header, tensors)}))
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.artifact import ALIGN
-from tq_lightning.export.planes import plane_bytes
+from tq_lightning.export.planes import aligned, plane_bytes
 from tq_lightning.models import create_model
 from tq_lightning.quant.norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.prepare import prepare
@@ -104,7 +103,7 @@ def _row(name: str, module: nn.Module, seen: set[int]) -> Row:
         parameters=sum(p.numel() for p in parameters),
         codes=sum(w.numel() for w in weights),
         bits=quantizers[0][1].width.max_bits if quantizers else None,
-        plane=sum(plane_bytes(-(-w.numel() // ALIGN) * ALIGN) for w in weights),
+        plane=sum(plane_bytes(aligned(w.numel())) for w in weights),
         scales=sum(FLOAT_BYTES * _scale_count(w, q) for w, q in quantizers),
         floats=0 if kind == "norm" else kept_bytes,
         tables=tables,

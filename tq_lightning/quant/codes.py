@@ -18,7 +18,8 @@ from torch import Tensor
 STORED_BITS = 8
 
 
-def _check_bits(bits: int, name: str = "bits") -> None:
+def check_bits(bits: int, name: str = "bits") -> None:
+    """Raises ValueError, which calls the width `name`, for anything but a whole number from 1 to `STORED_BITS`."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= STORED_BITS:
         raise ValueError(f"{name} must be a whole number from 1 to {STORED_BITS}, got {bits!r}")
 
@@ -38,7 +39,7 @@ def floor_codes(u: Tensor, bits: int) -> Tensor:
 
     Source: TruncQuant, arXiv 2506.11431. Example: `floor_codes(0.4, 2)` is 1, and `floor_codes(0.4, 8) >> 6` is 102 >> 6 = 1.
     """
-    _check_bits(bits)
+    check_bits(bits)
     return torch.mul(u, 2.0**bits).floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
@@ -48,7 +49,7 @@ def round_codes(u: Tensor, bits: int) -> Tensor:
     Args, returns and errors as in `floor_codes`. Source: DoReFa-Net, arXiv 1606.06160, eq. 5.
     Example: `round_codes(0.34, 2)` is 1, but `round_codes(0.2, 2)` is 1 while `round_codes(0.2, 8) >> 6` is 51 >> 6 = 0.
     """
-    _check_bits(bits)
+    check_bits(bits)
     top = 2**bits - 1
     return torch.mul(u, float(top)).round_().clamp_(0, top).to(torch.uint8)
 
@@ -68,8 +69,8 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
         ValueError: a width out of range, or `to_bits` above `from_bits`.
         TypeError: `codes` are not uint8.
     """
-    _check_bits(from_bits, "from_bits")
-    _check_bits(to_bits, "to_bits")
+    check_bits(from_bits, "from_bits")
+    check_bits(to_bits, "to_bits")
     if to_bits > from_bits:
         raise ValueError(f"cannot truncate {from_bits}-bit codes to {to_bits} bits; pass to_bits <= {from_bits}")
     if codes.dtype != torch.uint8:
@@ -105,7 +106,7 @@ def codes_to_levels(codes: Tensor, bits: int, level: str = "endpoint", out: Tens
     Raises:
         ValueError: `bits` out of range, an unknown `level`, or an `out` of another type or shape.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; pass one of {', '.join(LEVELS)}")
     if out is None:

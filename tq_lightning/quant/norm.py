@@ -70,7 +70,7 @@ class PerWidthNorm(nn.Module):
             return
         if self.training:
             raise ValueError(f"width {bits} has no trainable norm; train one of {', '.join(sorted(self.trained))}")
-        if not self.calibrated[bits]:
+        if not self.calibrated[bits] and not self.width.packed:  # there the weights refuse it, and know what was loaded
             raise ValueError(
                 f"width {bits} was not trained and has no norm statistics yet; call calibrate_norms(model, batches) first"
             )
@@ -118,14 +118,18 @@ def calibrate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[in
         widths: what to estimate; None = every untrained width and float. Trained widths are refused.
 
     Raises:
-        ValueError: a trained width in `widths`, or no batches.
+        ValueError: a width in `widths` that was trained or has no norm set; no batches; a model that is packed or not prepared.
     """
+    if width_of(model).packed:
+        raise ValueError("a packed model has the statistics of its file; calibrate the prepared model before save_packed")
     norms = per_width_norms(model)
     untrained = untrained_widths(model)
     widths = untrained if widths is None else widths
     for bits in widths:
         if bits not in untrained:
-            raise ValueError(f"width {_key(bits)} was trained; its statistics are not re-estimated")
+            trained = any(_key(bits) in norm.trained for norm in norms)
+            why = "was trained; its statistics are not re-estimated" if trained else "has no norm set to estimate"
+            raise ValueError(f"width {_key(bits)} {why}; pass None for all that can be estimated")
     if not norms or not widths:
         return
     batches = list(batches)

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation import ACTIVATIONS, ActivationQuantizer
-from tq_lightning.quant.codes import STORED_BITS
+from tq_lightning.quant.codes import check_bits
 from tq_lightning.quant.norm import PerWidthNorm
 from tq_lightning.quant.weight import WeightQuantizer, weight_quantizers
 from tq_lightning.quant.width import Width
@@ -147,8 +147,7 @@ def check_widths(widths: Iterable[int], max_bits: int) -> tuple[int, ...]:
     Raises:
         ValueError: `max_bits` not in 1..8, no widths, a width out of range, or one given twice.
     """
-    if type(max_bits) is not int or not 1 <= max_bits <= STORED_BITS:
-        raise ValueError(f"max_bits must be a whole number from 1 to {STORED_BITS}, got {max_bits!r}")
+    check_bits(max_bits, "max_bits")
     given = list(widths)
     if not given or any(type(b) is not int or not 1 <= b <= max_bits for b in given):
         raise ValueError(f"widths must be whole numbers from 1 to max_bits={max_bits}, got {given!r}")

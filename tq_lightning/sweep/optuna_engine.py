@@ -123,8 +123,8 @@ def run_sweep(sweep: space.Sweep, options: Options) -> bool:
     before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with Progress(ledger, deadline, options.workers) as progress:
-            for _ in range(options.workers):
-                crew.start()
+            for place in range(options.workers):
+                crew.start(place)
             away = Patience()
             while crew.running:
                 with away:
@@ -135,7 +135,7 @@ def run_sweep(sweep: space.Sweep, options: Options) -> bool:
             progress.show()
         return True
     except KeyboardInterrupt:
-        crew.end(ledger)
+        crew.end()
         return False
     finally:
         crew.kill(ledger)
@@ -152,12 +152,12 @@ class Crew:
     def __init__(self, options: Options, deadline: float | None) -> None:
         self.options, self.deadline = options, deadline
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.places: dict[str, int] = {}  # whose share of the machine a worker has
         self.strikes = 0
-        self.started = 0
 
-    def start(self) -> None:
-        """Start one worker; what it prints goes to logs/NAME.log in the sweep's folder."""
-        name = f"{socket.gethostname()}-{os.getpid()}-{self.started}-{secrets.token_hex(3)}"
+    def start(self, place: int) -> None:
+        """Start the worker number `place`; what it prints goes to logs/NAME.log in the sweep's folder."""
+        name = f"{socket.gethostname()}-{os.getpid()}-{place}-{secrets.token_hex(3)}"
         role = ["--worker", name, "--parent", str(os.getpid())]
         if self.deadline is not None:
             role += ["--deadline", str(self.deadline)]
@@ -169,36 +169,36 @@ class Crew:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | _share(self.started % self.options.workers, self.options.workers),
+                env=os.environ | _share(place, self.options.workers),
                 start_new_session=True,
                 preexec_fn=_default_sigint,
             )
-        self.started += 1
+        self.places[name] = place
 
     def replace_dead(self, ledger: Ledger) -> None:
-        """Give the trials of workers that died to others, at once, and start new workers in their place."""
+        """Give the trials of workers that died to others, at once, and start new workers in their place.
+
+        Where the storage is away (StorageInternalError) a dead worker stays in `running`, and the next call tends to it.
+        """
         for name, process in list(self.running.items()):
             status = process.poll()
             if status is None:
                 continue
-            del self.running[name]
-            if status == DONE:
-                continue
-            if status == REPLACE:  # its trial has its reason; the next one needs a fresh process
-                self.start()
-                continue
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-            if not ledger.fail_worker(name, "lost", f"its worker {how}"):
+            # the trial of a worker to REPLACE has its reason; the next one needs a fresh process
+            if status not in (DONE, REPLACE) and not ledger.fail_worker(name, "lost", f"its worker {how}"):
                 self.strikes += 1
+            del self.running[name]
             if self.strikes >= STRIKES:
                 log = self.options.folder / "logs" / f"{name}.log"
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
                 raise TrainingError(
                     f"{STRIKES} workers ended before their first trial; the last {how} and said {last[0]!r}; see {log}"
                 )
-            self.start()
+            if status != DONE:
+                self.start(self.places[name])
 
-    def end(self, ledger: Ledger) -> None:
+    def end(self) -> None:
         """Ctrl-C: let every worker end its trial cleanly; a second Ctrl-C, or two minutes, end the waiting."""
         for process in self.running.values():
             with contextlib.suppress(ProcessLookupError):

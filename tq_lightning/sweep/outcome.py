@@ -12,6 +12,7 @@ from rich.table import Table
 from tq_lightning.sweep import plots, twins
 from tq_lightning.sweep.ledger import Ledger
 from tq_lightning.sweep.space import Sweep, argument
+from tq_lightning.sweep.whole import whole
 
 if TYPE_CHECKING:
     import optuna
@@ -169,12 +170,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows whole or not at all; columns in the order they first come up."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
 
 
 def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tq_lightning.sweep.whole import whole
+
 STORAGE_BYTES = "storage/bytes"  # an objective: the packed file's size
 Fit = Callable[[list[str]], Any]  # `tq_lightning.cli.run_fit`, or a test's stand-in that writes a record.json the same way
 
@@ -101,9 +103,8 @@ def disown(record: str) -> None:
     """Mark the record of a trial that was given to another worker: two results of one trial must not be counted."""
     path = Path(record)
     content = json.loads(path.read_text()) | {"status": "interrupted", "reason": "its trial was given to another worker"}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
 
 
 def _records(folder: Path) -> dict[Path, int]:

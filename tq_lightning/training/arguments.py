@@ -1,5 +1,6 @@
 """What a user may pass for each key of `model:`, in every spelling that command lines and sweep engines send."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tq_lightning.errors import UserError
@@ -15,6 +16,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "ema_decay": (lambda v: v is None or 0.0 <= v < 1.0, "a number from 0 to below 1, or null for no average"),
     "calibration_batches": (lambda v: v >= 1, "1 or more"),
     "sandwich_random": (lambda v: v >= 0, "0 or more"),
+    "seed": (lambda v: v is None or v >= 0, "0 or more, or null for the run's"),
 }
 
 
@@ -63,14 +65,14 @@ def trained_widths(widths: Any, max_bits: int) -> tuple[int, ...]:
         raise UserError(f"model.widths: {error}") from None
 
 
-def pass_weights(width_weights: Any, count: int) -> list[float]:
-    """Factor of each of the `count` passes of a step; null is 1 each."""
+def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int | None, float]:
+    """{pass: factor of its loss}; `passes` in the order in which the factors were given. null is 1 each."""
     if width_weights is None:
-        return [1.0] * count
+        return dict.fromkeys(passes, 1.0)
     weights = as_floats(width_weights, "model.width_weights")
-    if len(weights) != count:
-        raise UserError(f"model.width_weights: got {len(weights)} factors for {count} passes; pass one each")
-    return weights
+    if len(weights) != len(passes):
+        raise UserError(f"model.width_weights: got {len(weights)} factors for {len(passes)} passes; pass one each")
+    return dict(zip(passes, weights, strict=True))
 
 
 def check_trainer(trainer: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, first_line
 from tq_lightning.models import create_model
 from tq_lightning.training.module import TQModule
 
@@ -31,14 +31,16 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
         state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+        name, classes, args = (hparams[key] for key in ("name", "num_classes", "model_args"))
+        module = TQModule(**{**hparams, "pretrained": False, "checkpoint_path": None, "teacher": "none", "compile": False})
+    except UserError:
+        raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no checkpoint of a run ({reason}); pass a .ckpt file that `fit` wrote") from None
-    module = TQModule(**{**hparams, "pretrained": False, "checkpoint_path": None, "teacher": "none", "compile": False})
-    model = create_model(hparams["name"], hparams["num_classes"], **(hparams["model_args"] or {}))
+        raise UserError(f"{path} is no checkpoint of a run ({first_line(error)}); pass a .ckpt file that `fit` wrote") from None
+    model = create_model(name, classes, **(args or {}))
     module.attach(model)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its own configuration ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path} does not fit its own configuration ({first_line(error)})") from None
     return model.eval(), hparams, checkpoint.get("preprocessing", {})

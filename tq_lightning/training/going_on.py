@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, first_line
 from tq_lightning.training.arguments import as_list
 from tq_lightning.training.module import TQModule
 
@@ -34,7 +34,7 @@ def checkpoint_step(path: Path) -> int:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(checkpoint["global_step"])
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         reason = "not a file that torch.save wrote, or half of one" if "mmap" in reason or "zip" in reason else reason
         raise UserError(f"ckpt_path: {path} is no checkpoint of a run ({reason}); pass last, best, or a .ckpt file") from None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.quant.width import bit_width
-from tq_lightning.training.arguments import check, check_trainer, pass_weights, trained_widths
+from tq_lightning.training.arguments import as_ints, check, check_trainer, pass_weights, trained_widths
 from tq_lightning.training.epoch_losses import EpochLosses
 from tq_lightning.training.joint import idle_parameters, joint_loss
 from tq_lightning.training.losses import LOSSES, taught
@@ -53,7 +53,7 @@ class TQModule(L.LightningModule):
         float_pass: train a float pass (bits=None) too, ahead of the widths.
         width_schedule: all, or sandwich (widest, narrowest and `sandwich_random` others a step).
         sandwich_random: random widths a step of the sandwich.
-        width_weights: factor of each width's loss, in the order of `widths`; null = 1 each.
+        width_weights: factor of each width's loss, in the order of `widths`, the float pass's ahead; null = 1 each.
         opt: optimiser, a name of timm's (sgd, adam, adamw, lamb, ...).
         lr: learning rate at the top of the schedule.
         weight_decay: weight decay.
@@ -123,8 +123,9 @@ class TQModule(L.LightningModule):
         self.save_hyperparameters()
         check(self.hparams)
         self.widths = trained_widths(widths, max_bits)
-        self.passes: tuple[int | None, ...] = ((None,) if float_pass else ()) + self.widths
-        self.width_weights = pass_weights(width_weights, len(self.passes))
+        ahead: tuple[None, ...] = (None,) if float_pass else ()
+        self.passes: tuple[int | None, ...] = ahead + self.widths
+        self.width_weights = pass_weights(width_weights, (*ahead, *as_ints(widths, "model.widths")))  # as they were given
         self.model: nn.Module | None = None
         self.report: PrepareReport | None = None
         # plain lists hide the teacher and the compiled twin from parameters(), state_dict() and the checkpoint
@@ -208,7 +209,7 @@ class TQModule(L.LightningModule):
         width_loss = taught(LOSSES[h.loss], target, h.teacher, outside, h.distill_weight, h.temperature)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        weights = [self.width_weights[self.passes.index(b)] for b in passes]
+        weights = [self.width_weights[b] for b in passes]
         try:
             loss, losses = joint_loss(self, images, passes, width_loss, weights, scale)
         except (TrainingError, ValueError) as error:

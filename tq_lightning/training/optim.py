@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, first_line
 from tq_lightning.training.arguments import as_floats
 
 
@@ -25,8 +25,8 @@ def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
     try:
         return create_optimizer_v2(model, opt=h.opt, lr=h.lr, weight_decay=h.weight_decay, **{**args, **(h.opt_args or {})})
     except (ValueError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.opt: got {h.opt!r} ({reason}); pass a name from timm.optim.list_optimizers()") from None
+        said = first_line(error)
+        raise UserError(f"model.opt: got {h.opt!r} ({said}); pass a name from timm.optim.list_optimizers()") from None
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer) -> Any | None:

@@ -1,0 +1,27 @@
+"""load_checkpoint_model: what is no checkpoint of a run is said to be none (what is one, the tests of fit and export load)."""
+
+import pytest
+import torch
+
+from tq_lightning.errors import UserError
+from tq_lightning.training.checkpoint import load_checkpoint_model
+
+OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
+
+
+@pytest.mark.parametrize(
+    ("hparams", "said"),
+    [
+        (None, "is no checkpoint of a run ('hyper_parameters')"),
+        ({"lr": 0.1}, "is no checkpoint of a run ('name')"),
+        ({**OURS, "of_another_library": 1}, "got an unexpected keyword argument 'of_another_library'"),
+        ({**OURS, "loss": "mse"}, "model.loss: got 'mse'"),
+        (OURS, "does not fit its own configuration"),
+    ],
+)
+def test_a_foreign_checkpoint_is_one_sentence(tmp_path, hparams, said):
+    path = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}, **({} if hparams is None else {"hyper_parameters": hparams})}, path)
+    with pytest.raises(UserError) as error:
+        load_checkpoint_model(path)
+    assert said in str(error.value)
