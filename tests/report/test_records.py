@@ -29,10 +29,10 @@ def test_wandb_folder_and_older_copy(tmp_path, make):
     files.mkdir(parents=True)
     (files / "record.json").write_text(json.dumps({k: v for k, v in record.items() if k != "test"}))
     loaded = load([str(tmp_path)])
-    assert [run.has_test() for run in loaded.runs] == [True]
+    assert [run.has_test for run in loaded.runs] == [True]
     assert "a copy of" in reasons(loaded)[0]
     alone = load([str(tmp_path / "wandb" / "run-1")])
-    assert [run.has_test() for run in alone.runs] == [False]
+    assert [run.has_test for run in alone.runs] == [False]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +204,19 @@ def test_paths_of_the_machine_are_shortened_and_urls_kept():
             "url": "https://a.b/c/d",
             "rel": "runs/x/y",
             "n": 1,
+            "curve": [[0, 1.5], [1, 2.5]],
+            "mixed": [["/a/b/c.yaml", 1], [2, 3]],
         }
     )
-    assert got == {"root": "…/cifar10", "list": ["--x=…/c.yaml"], "url": "https://a.b/c/d", "rel": "runs/x/y", "n": 1}
+    assert got == {
+        "root": "…/cifar10",
+        "list": ["--x=…/c.yaml"],
+        "url": "https://a.b/c/d",
+        "rel": "runs/x/y",
+        "n": 1,
+        "curve": [[0, 1.5], [1, 2.5]],
+        "mixed": [["…/c.yaml", 1], [2, 3]],
+    }
 
 
 def test_full_paths_on_request(tmp_path, make):

@@ -109,7 +109,7 @@ def difference(a: dict[int | None, float], b: dict[int | None, float]) -> Differ
 
 def split_of(runs: Sequence[Run]) -> str:
     """ "test" where every run has a whole test block, else "val" for all of them: the two are never mixed."""
-    return "test" if runs and all(run.has_test() for run in runs) else "val"
+    return "test" if runs and all(run.has_test for run in runs) else "val"
 
 
 SPLIT_WORDS = {"test": "test split", "val": "validation split, best epoch"}

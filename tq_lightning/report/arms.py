@@ -47,7 +47,7 @@ class Arm:
     def budget(self) -> str:
         """Epochs and steps really taken, in words; several where the seeds differ."""
         pairs = sorted({run.budget for run in self.runs}, key=str)
-        return " or ".join(f"{epochs} epochs / {steps} steps" for epochs, steps in pairs)
+        return " or ".join(f"{epochs} epoch{'' if epochs == 1 else 's'} / {steps} steps" for epochs, steps in pairs)
 
     @property
     def start(self) -> str:
@@ -250,12 +250,12 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     for what, values in {
         "commits": {str(run.record.get("commit"))[:8] for run in runs},
         "versions of tq_lightning": {str((run.record.get("versions") or {}).get("tq_lightning")) for run in runs},
-        "tested checkpoints": {str(run.record["test"].get("checkpoint")) for run in runs if run.has_test()},
+        "tested checkpoints": {str(run.record["test"].get("checkpoint")) for run in runs if run.has_test},
         "devices": {str(run.record.get("device")) for run in runs},
     }.items():
         if len(values) > 1:
             out.append(f"The runs come from different {what}: {', '.join(sorted(values))}.")
-    tested = sum(run.has_test() for run in runs)
+    tested = sum(run.has_test for run in runs)
     if 0 < tested < len(runs):
         out.append(f"Only {tested} of {len(runs)} runs were tested, so that all are shown on the validation split.")
     if tested < len(runs) and any(run.config.get(START) for run in runs):

@@ -99,7 +99,7 @@ def make(evidence: Any, out: Path, title: str, command: str) -> list[str]:
         out.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise UserError(f"--out {out}: can't be written: {error.strerror}") from error
+        raise UserError(f"--out {out}: can't be written: {error.strerror} ({error.filename})") from error
     try:
         building.chmod(0o755)  # mkdtemp's is for the owner alone
         files = fill(building, evidence, title, command)

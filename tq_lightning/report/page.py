@@ -175,7 +175,7 @@ def run_table(arms: list[Arm]) -> Table:
     for number, arm in enumerate(arms):
         for run in arm.runs:
             record = run.record
-            part = "test" if run.has_test() else "val"
+            part = "test" if run.has_test else "val"
             facts = [str(arm[k]) for k in ("model.name", "data.name", "model.quantizer", "model.ste", "model.level")]
             values = [run.acc1("truncate", w, part) for w in widths]
             gap = [g for w in arm.trained if (g := _gap(run, w, part)) is not None]

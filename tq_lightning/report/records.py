@@ -1,5 +1,6 @@
 """Reads and judges records: what is whole, finished, of our schema and unique is used; the rest is listed with its reason."""
 
+import functools
 import json
 import re
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Run:
         """(epochs, steps) really taken."""
         return self.record.get("epochs"), self.record.get("steps")
 
+    @functools.cached_property
     def has_test(self) -> bool:
         """True where the test block names a value for every width and both sources."""
         return all(self._test(source, w) is not None for source in SOURCES for w in self.widths)
@@ -168,6 +170,11 @@ def shorten(value: Any) -> Any:
         return ABSOLUTE.sub(r"…/\1", value)
     if isinstance(value, dict):
         return {key: shorten(item) for key, item in value.items()}
-    if isinstance(value, list) and not (value and isinstance(value[0], int | float)):
+    if isinstance(value, list) and not _numbers(value):
         return [shorten(item) for item in value]
     return value
+
+
+def _numbers(value: list[Any]) -> bool:
+    """A list that begins with a number, or with a list of numbers: the curves, which are most of a record."""
+    return bool(value) and (isinstance(value[0], int | float) or (isinstance(value[0], list) and _numbers(value[0])))
