@@ -182,8 +182,30 @@ def test_sanity_check_scores_and_estimates_nothing(tmp_path):
     assert "val/acc1_float" in trainer.callback_metrics
 
 
-def test_the_last_epoch_is_always_scored(tmp_path):
-    trainer, _, _ = fit(tmp_path, check_val_every_n_epoch=5, limit_val_batches=1)
+class Validations(L.Callback):
+    def __init__(self):
+        self.at = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.at.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    ("flags", "at"),
+    [
+        ({}, [2]),
+        ({"max_epochs": 3}, [6]),
+        ({"max_epochs": -1, "max_steps": 3}, [3]),  # inside the second epoch
+        ({"max_epochs": -1, "max_steps": 4}, [4]),  # at its end
+        ({"max_epochs": -1, "max_steps": 3, "limit_train_batches": 9, "accumulate_grad_batches": 2}, [3]),
+        ({"max_epochs": 2, "max_steps": 50}, [4]),
+        ({"max_epochs": -1, "max_steps": 3, "check_val_every_n_epoch": None, "val_check_interval": 2}, [2]),  # as asked for
+    ],
+)
+def test_the_end_of_a_run_is_always_scored_and_once(tmp_path, flags, at):
+    seen = Validations()
+    trainer, _, _ = fit(tmp_path, callbacks=[seen], **{"check_val_every_n_epoch": 5, "limit_val_batches": 1, **flags})
+    assert seen.at == at
     assert "val/acc1_truncate_mean" in trainer.callback_metrics
 
 

@@ -213,6 +213,8 @@ def test_what_a_model_excepts_from_decay(train, tmp_path):
         ({"sched": "cosin"}, "model.sched: got 'cosin', pass one of cosine"),
         ({"sched": "plateau"}, "model.sched: got 'plateau'"),
         ({"decay_epochs": "1,two"}, "model.decay_epochs: got '1,two'"),
+        ({"sched": "step", "decay_epochs": 0}, "model.decay_epochs: got 0, pass epochs above 0"),
+        ({"sched": "multistep", "decay_epochs": "[]"}, "model.decay_epochs: got '[]', pass epochs above 0"),
         ({"steps": math.inf}, "the schedule needs an end"),
     ],
 )

@@ -70,8 +70,8 @@ class TruncationEval(L.Callback):
     Norm statistics of untrained widths are estimated from `calibration_batches` fixed training batches at the start of
     each validation epoch, into sets of their own, which the checkpoint keeps; a test uses those of its checkpoint. Once
     training goes on these sets are marked as not calibrated: they belong to the weights they were estimated with. Apart
-    from these sets parameters, buffers, modes, width and random states stay as they were. The last epoch is always
-    scored, whatever `trainer.check_val_every_n_epoch` says: a run without its result is none.
+    from these sets parameters, buffers, modes, width and random states stay as they were. The end of a run, by epochs or
+    by steps, is always scored, whatever `trainer.check_val_every_n_epoch` says: a run without its result is none.
     """
 
     def __init__(self, calibration_batches: int = 8) -> None:
@@ -122,7 +122,12 @@ class TruncationEval(L.Callback):
             for norm in per_width_norms(pl_module):
                 norm.calibrated.zero_()
             self._fresh = False
-        if trainer.check_val_every_n_epoch is not None and trainer.current_epoch + 1 == trainer.max_epochs:
+        if trainer.check_val_every_n_epoch is None:  # the caller's own interval, in batches
+            return
+        steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if trainer.global_step + 1 == trainer.max_steps and steps:  # a run ends here, inside an epoch or not
+            trainer.check_val_every_n_epoch, trainer.val_check_batch = 1, batch_idx + 1
+        elif trainer.current_epoch + 1 == trainer.max_epochs:
             trainer.check_val_every_n_epoch = 1
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -146,15 +146,16 @@ def calibrate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[in
 
 
 def _calibrate(model: nn.Module, norms: list[PerWidthNorm], batches: list[Tensor], bits: int | None) -> None:
-    layers = []
-    for norm in norms:
-        norm.borrow(bits)
-        norm.calibrating = True
-        if bits is not None:
-            norm.calibrated[bits] = False  # until all batches have passed
-        layers += [m for m in norm.sets[_key(bits)].modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = [
+        m for norm in norms for m in norm.sets[_key(bits)].modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
     momenta = [layer.momentum for layer in layers]
     try:
+        for norm in norms:
+            norm.borrow(bits)
+            norm.calibrating = True
+            if bits is not None:
+                norm.calibrated[bits] = False  # until all batches have passed
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # cumulative mean over the batches

@@ -47,6 +47,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer
         raise UserError("the schedule needs an end: pass trainer.max_epochs or trainer.max_steps, or model.sched=none")
     per_epoch = max(1, -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
     milestones = [round(v * per_epoch) for v in as_floats(h.decay_epochs, "model.decay_epochs")]
+    if not milestones or min(milestones) < 1:
+        raise UserError(f"model.decay_epochs: got {h.decay_epochs!r}, pass epochs above 0 such as 100,150,180")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=h.sched,
