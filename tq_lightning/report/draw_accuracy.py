@@ -122,19 +122,20 @@ def _factor(settings: list[Setting], title: str, name: str) -> Drawn:
     figure, body = style.new(max(4.2, 2.5 * len(settings) + 0.4), 4.9, title, flags)
     grid = body.subplots(2, len(settings), squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2])
     words = [w for column, s in enumerate(settings) for w in _column(grid[:, column], s, base, part, values)]
-    seeds = seeds_words(arm for s in settings for _, arm in s.arms)
-    grid[0][0].set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}, {seeds}")
+    arms = [arm for s in settings for _, arm in s.arms]
+    grid[0][0].set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[part]}, {seeds_words(arms)}")
     grid[1][0].set_ylabel(f"difference to\n{base} [points]")
     style.clip(grid[0][0])
     entries: dict[str, Artist] = {}
     for axes in grid[0]:
         entries |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     body.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=min(len(entries), 4))
+    weights = " and ".join(sorted({str(arm["model.quantizer"]) for arm in arms}))
     caption = [
-        f"Above: top-1 of the truncated weights by width. Below: difference to {base} with its 95 % interval; one that",
+        f"Above: top-1 by width of {weights} weights, truncated. Below: difference to {base} with its 95 % interval; one that",
         f"crosses 0 shows no difference. Hollow: width not trained. {METHOD}",
         *flags,
-        *mixed([arm for s in settings for _, arm in s.arms]),
+        *mixed(arms),
     ]
     alt = f"{title}. Differences in points by bits. {'; '.join(words)}"
     return Drawn(name, title, title, joined(caption), alt, figure)
