@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         f"    make bench    # {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, Python "
         f"{platform.python_version()}, load average of the last 5 minutes at the end {os.getloadavg()[1]:.1f}",
         "",
-        f"{len(aimed) - len(short)} of {len(aimed)} aims are met{'; these are not:' if short else '.'}",
+        f"{len(aimed) - len(short)} of {len(aimed)} aims are met{'; not met:' if short else '.'}",
         "",
         *(f"- {row['case']}: {row['value']} {row['unit']}, aim {row['aim']}" for row in short),
         *([""] if short else []),
