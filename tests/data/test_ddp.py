@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import subprocess
+import sys
 
 import lightning
 import pytest
@@ -44,11 +46,20 @@ def run(path, devices, batch_size):
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Recorder(path), TQDataModule(batch_size=batch_size, eval_batch_size=33, **KEYS))
+
+
+def seen(path, devices, batch_size):
+    """The sorted lines of a run in a process of its own: one that has run other tests may not be forked any more."""
+    subprocess.run([sys.executable, __file__, str(path), str(devices), str(batch_size)], check=True, timeout=300)
     return sorted(line for rank in range(devices) for line in open(f"{path}.{rank}"))
 
 
 @pytest.mark.slow
 def test_two_processes_see_the_samples_of_one(tmp_path):
-    one, two = run(tmp_path / "one", 1, 64), run(tmp_path / "two", 2, 32)
+    one, two = seen(tmp_path / "one", 1, 64), seen(tmp_path / "two", 2, 32)
     assert len(one) == 2 * (320 + 144)
     assert one == two
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
