@@ -118,11 +118,8 @@ class RunRecord(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         earlier = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        config = self.config
-        if "model" in earlier.get(
-            "config", {}
-        ):  # the model is the one of the start; its checkpoint adds what the data set had to say
-            config = {**config, "model": earlier["config"]["model"]}
+        # the model is the one of the start: its checkpoint adds what the data set had to say
+        config = self.config | {key: value for key, value in earlier.get("config", {}).items() if key == "model"}
         commit, dirty = git_state()
         self._start = time.monotonic() - earlier.get("seconds", 0.0)
         device = trainer.strategy.root_device
