@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.codes import codes_to_levels, dequantize, floor_codes, truncate_codes
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.weight import original, weight_quantizers
-from tq_lightning.quant.width import bit_width
 
 _WEIGHT_SECOND = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _WEIGHT_SECOND |= {torch.conv1d, torch.conv2d, torch.conv3d}

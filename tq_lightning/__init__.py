@@ -3,18 +3,18 @@
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+from tq_lightning.provenance import __version__
 
 _HOMES = {
     "prepare": "quant.prepare",
-    "bit_width": "quant.width",
-    "calibrate_norms": "quant.norm",
+    "bit_width": "quant.bit_width",
+    "calibrate_norms": "quant.switchable_norm",
     "floor_codes": "quant.codes",
     "round_codes": "quant.codes",
     "truncate_codes": "quant.codes",
     "codes_to_levels": "quant.codes",
-    "save_packed": "export.artifact",
-    "load_packed": "export.artifact",
+    "save_packed": "export.packed",
+    "load_packed": "export.packed",
 }
 __all__ = ["__version__", *_HOMES]
 

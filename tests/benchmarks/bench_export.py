@@ -58,7 +58,7 @@ print(json.dumps(out))
 def planes(table):
     import numpy as np
 
-    from tq_lightning.export.planes import pack_planes, unpack_planes
+    from tq_lightning.quant.bit_planes import pack_planes, unpack_planes
 
     codes = np.random.default_rng(0).integers(0, 256, 1 << 24, dtype=np.uint8)
     packed, out = pack_planes(codes, 8), np.empty_like(codes)
@@ -76,7 +76,7 @@ def switching(table, prepared, path):
     import torch
 
     from tq_lightning import bit_width, load_packed
-    from tq_lightning.export.packed import packed_weights
+    from tq_lightning.export.packed.module import packed_weights
     from tq_lightning.quant.weight import weight_quantizers
 
     served = load_packed(path)
@@ -163,7 +163,8 @@ def latency(table, name, size, path, float_model, onnx):
         return
     import onnxruntime
 
-    from tq_lightning.export.onnx import export_dynamic, export_static
+    from tq_lightning.export.onnx.dynamic import export_dynamic
+    from tq_lightning.export.onnx.static import export_static
 
     folder = path.parent
     program = torch.onnx.export(float_model, (image,), input_names=["images"], dynamo=True, optimize=False, verbose=False)
@@ -215,7 +216,7 @@ def main():
 
     from tq_lightning import prepare, save_packed
     from tq_lightning.models import create_model
-    from tq_lightning.quant.norm import per_width_norms
+    from tq_lightning.quant.switchable_norm import per_width_norms
 
     table = Table()
     planes(table)

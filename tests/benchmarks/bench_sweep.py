@@ -21,8 +21,8 @@ from measuring import Table
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sweep")]
 
-from tq_lightning.sweep import optuna_engine as engine  # noqa: E402
-from tq_lightning.sweep.space import read_sweep  # noqa: E402
+from tq_lightning.sweep import launcher as engine  # noqa: E402
+from tq_lightning.sweep.config import read_sweep  # noqa: E402
 from tq_lightning.sweep.worker import work  # noqa: E402
 
 METRIC = "val/acc1_truncate_mean"
@@ -49,8 +49,8 @@ def run(folder: Path, method: str, url: str, fit, trials: int, arguments=()) -> 
     }))  # fmt: skip
     sweep = read_sweep(file)
     options = engine.Options(folder, url, method, {METRIC: "maximize"}, n_trials=trials)
-    ledger = engine.make_ledger(sweep, engine.open_study(sweep, options), options)
-    work(ledger, sweep, [METRIC], folder, "bench", timed, parent=None)
+    queue = engine.make_trial_queue(sweep, engine.open_study(sweep, options), options)
+    work(queue, sweep, [METRIC], folder, "bench", timed, parent=None)
     return calls
 
 

@@ -24,8 +24,8 @@ from measuring import Table, Took, alternately, fresh_memory, keep_memory
 
 from tq_lightning.callbacks.truncation_eval import evaluate_batch
 from tq_lightning.models import create_model
-from tq_lightning.quant.norm import calibrate_norms
 from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.switchable_norm import calibrate_norms
 from tq_lightning.quant.weight import shared_normalisation
 from tq_lightning.training.joint import joint_loss
 

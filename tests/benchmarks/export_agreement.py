@@ -22,9 +22,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from tq_lightning import bit_width, load_packed
-from tq_lightning.export.command import save_checkpoint
-from tq_lightning.export.onnx import export_dynamic, export_static
-from tq_lightning.export.packed import packed_weights
+from tq_lightning.cli.export import save_checkpoint
+from tq_lightning.export.onnx.dynamic import export_dynamic
+from tq_lightning.export.onnx.static import export_static
+from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.models import create_model
 from tq_lightning.training.checkpoint import load_checkpoint_model
 

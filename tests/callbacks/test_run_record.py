@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tq_lightning import prepare
-from tq_lightning.callbacks.run_logger import RunLogger
+from tq_lightning.callbacks.csv_logger import RunLogger
+from tq_lightning.callbacks.resume import StepSeeds
 from tq_lightning.callbacks.run_record import RunRecord, code_disagreement, read_curves
-from tq_lightning.callbacks.step_seeds import StepSeeds
 from tq_lightning.callbacks.width_table import print_widths
 from tq_lightning.cli import run_fit
 from tq_lightning.errors import TrainingError

@@ -12,9 +12,9 @@ from tq_lightning.callbacks import truncation_eval as file
 from tq_lightning.callbacks.truncation_eval import evaluate_batch, evaluation_passes, sources_agree, width_metrics
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.models import create_model
-from tq_lightning.quant import ste, weight
-from tq_lightning.quant.norm import calibrate_norms, per_width_norms
-from tq_lightning.quant.width import width_of
+from tq_lightning.quant import fake_quantize, weight
+from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
 from tq_lightning.training.module import TQModule
 
@@ -80,7 +80,7 @@ def test_round_truncated_differs():
 
 def test_truncated_passes_shift_uint8_codes(monkeypatch):
     model, images, seen = network(), torch.randn(2, 3, 8, 8), []
-    plain = ste.truncate_codes
+    plain = fake_quantize.truncate_codes
 
     def spy(codes, from_bits, to_bits):
         out = plain(codes, from_bits, to_bits)
@@ -89,7 +89,7 @@ def test_truncated_passes_shift_uint8_codes(monkeypatch):
         seen.append((from_bits, to_bits))
         return out
 
-    monkeypatch.setattr(ste, "truncate_codes", spy)
+    monkeypatch.setattr(fake_quantize, "truncate_codes", spy)
     monkeypatch.setattr(weight, "truncate_codes", spy)
     evaluate_batch(model, images, [(2, "truncate")])
     assert seen == [(8, 2)] * len(weight.weight_quantizers(model)) and len(seen) > 5

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tq_lightning.data.augment import BatchAugment, crop_flip, seeded
-from tq_lightning.data.order import share
+from tq_lightning.data.sampling import share
 
 
 def states():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tq_lightning.quant.activation import ACTIVATIONS, ActivationQuantizer
+from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.width import Width
 
 PACT = [kind for kind, (learned, _, _) in ACTIVATIONS.items() if learned]
 CLAMP = [kind for kind in ACTIVATIONS if kind not in PACT]

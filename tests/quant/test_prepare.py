@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tq_lightning.quant.activation import ACTIVATIONS, ActivationQuantizer
-from tq_lightning.quant.norm import PerWidthNorm, calibrate_norms, per_width_norms
-from tq_lightning.quant.prepare import check_widths, prepare, select_layers
+from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.layers import select_layers
+from tq_lightning.quant.prepare import check_widths, prepare
+from tq_lightning.quant.switchable_norm import PerWidthNorm, calibrate_norms, per_width_norms
 from tq_lightning.quant.weight import original, weight_quantizers
-from tq_lightning.quant.width import bit_width, width_of
 
 
 def _quantized(model: nn.Module) -> list[str]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tq_lightning.quant import ste as rules
 from tq_lightning.quant.codes import LEVELS, QUANTIZERS, codes_to_levels
-from tq_lightning.quant.ste import ELEMENTWISE, STES, FakeQuantize, resolve_ste
+from tq_lightning.quant.fake_quantize import FakeQuantize
+from tq_lightning.quant.ste import ELEMENTWISE, STES, resolve_ste
 
 EDGES = torch.tensor([0.0, 1e-45, 0.25, 0.5, 0.75, 1 - 2**-24, 1.0])
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tq_lightning.quant import ste as ste_module
+from tq_lightning.quant import fake_quantize
+from tq_lightning.quant.bit_width import Width, bit_width
 from tq_lightning.quant.codes import LEVELS, QUANTIZERS, codes_to_levels
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import NORMALIZERS, WeightQuantizer, original, shared_normalisation, weight_quantizers
-from tq_lightning.quant.width import Width, bit_width
 
 SHAPES = {  # name -> (shape, channel_dim, groups)
     "linear": ((5, 7), 0, 1),
@@ -273,7 +273,7 @@ def test_inside_is_float32_under_autocast_and_in_bfloat16_models(net, images, mo
         seen.append(u.dtype)
         return QUANTIZERS["floor"](u, bits)
 
-    monkeypatch.setattr(ste_module, "QUANTIZERS", {"floor": floor})
+    monkeypatch.setattr(fake_quantize, "QUANTIZERS", {"floor": floor})
     prepare(net, skip=(), activations="pact_floor", verbose=False)
     net.train(train)
     weights = {}

@@ -3,11 +3,15 @@
 import re
 
 import pytest
+from fixtures import records
 from matplotlib.axes import Axes
 
-from tq_lightning.report import draw_across, draw_models, figures, style
-from tq_lightning.report.evidence import gather
-from tq_lightning.report.records import Loaded, Run, flatten
+from tq_lightning.report import figures
+from tq_lightning.report.comparisons import gather
+from tq_lightning.report.figures import cross_model as draw_across
+from tq_lightning.report.figures import model_cost as draw_models
+from tq_lightning.report.figures import style
+from tq_lightning.report.runs import Loaded, Run, flatten
 
 
 def evidence(*records):
@@ -29,13 +33,7 @@ def texts(figure):
 
 @pytest.fixture(scope="module")
 def all_figures(request):
-    from importlib import util
-    from pathlib import Path
-
-    spec = util.spec_from_file_location("factory", Path(__file__).with_name("conftest.py"))
-    factory = util.module_from_spec(spec)
-    spec.loader.exec_module(factory)
-    return figures.draw(evidence(*factory.everything()))
+    return figures.draw(evidence(*records.everything()))
 
 
 def test_every_figure_is_made_from_the_whole_set(all_figures):

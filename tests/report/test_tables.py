@@ -2,10 +2,12 @@
 
 import pandas as pd
 
-from tq_lightning.report import tabulate, tidy, verdicts
-from tq_lightning.report.evidence import gather
-from tq_lightning.report.records import Loaded, Run, flatten
-from tq_lightning.report.tables import Table, latex, markdown
+from tq_lightning.report import dataframe as tidy
+from tq_lightning.report import findings as verdicts
+from tq_lightning.report.comparisons import gather
+from tq_lightning.report.runs import Loaded, Run, flatten
+from tq_lightning.report.tables import build as tabulate
+from tq_lightning.report.tables.render import Table, latex, markdown
 
 
 def evidence(*records):

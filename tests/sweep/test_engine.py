@@ -21,7 +21,7 @@ def with_outcome(monkeypatch):
 @pytest.fixture
 def stand_in(with_outcome, monkeypatch):
     """The same without tables and plots, which take longer than all else."""
-    monkeypatch.setattr("tq_lightning.sweep.outcome.write_outcome", lambda *_: None)
+    monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
     return with_outcome
 
 
@@ -44,7 +44,7 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(write_sweep, tmp_pat
     assert drawn == {f"{kind}.png" for kind in ("optimization_history", "param_importances", "parallel_coordinate", "slice")}
     assert all(file.stat().st_size > 5000 for file in (folder / "plots").iterdir())
     assert "parameter importances" in capsys.readouterr().out
-    monkeypatch.setattr("tq_lightning.sweep.outcome.write_outcome", lambda *_: None)
+    monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
     assert (
         main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
     )  # the same command again: nothing is left to run

@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 import optuna
 from optuna.trial import TrialState, create_trial
 
-from tq_lightning.sweep.ledger import Ledger
 from tq_lightning.sweep.progress import describe
+from tq_lightning.sweep.trial_queue import TrialQueue
 
 
 def line(running, workers):
@@ -22,7 +22,7 @@ def line(running, workers):
             trial.state, trial.datetime_start = TrialState.RUNNING, now - timedelta(seconds=40)
             trial.values, trial.datetime_complete = None, None
         study._storage.create_new_trial(study._study_id, template_trial=trial)
-    return describe(Ledger(study, lambda point: {}, limit=8), None, workers)
+    return describe(TrialQueue(study, lambda point: {}, limit=8), None, workers)
 
 
 def test_what_running_trials_have_had_counts():

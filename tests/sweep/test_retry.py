@@ -14,11 +14,11 @@ from crew import ran, study_of, wait_for
 from optuna.trial import TrialState, create_trial
 
 from tq_lightning.cli import main
-from tq_lightning.report.records import read
-from tq_lightning.report.sources import find
-from tq_lightning.sweep.ledger import MAX_LOST, Ledger
-from tq_lightning.sweep.retry import go_on, new_home
-from tq_lightning.sweep.space import read_sweep
+from tq_lightning.report.inputs import find
+from tq_lightning.report.runs import read
+from tq_lightning.sweep.config import read_sweep
+from tq_lightning.sweep.trial import go_on, new_home
+from tq_lightning.sweep.trial_queue import MAX_LOST, TrialQueue
 from tq_lightning.sweep.worker import run_claimed
 
 
@@ -72,7 +72,7 @@ def test_the_newest_whole_checkpoint_of_the_latest_attempt_is_gone_on_from_in_a_
 
 def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(write_sweep, tmp_path, monkeypatch):
     """Each call is stopped after one epoch, more often than MAX_LOST: an attempt that gets further is no loss."""
-    monkeypatch.setattr("tq_lightning.sweep.outcome.write_outcome", lambda *_: None)
+    monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
     epochs = MAX_LOST + 2
     path = write_sweep(arguments=[f"--epochs={epochs}", "--stop=1"], parameters={"model.lr": {"values": [0.1, 0.2]}})
     folder = tmp_path / "out"
@@ -91,7 +91,7 @@ def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(write_sweep, tmp_path
 
 
 def test_a_trial_that_makes_no_headway_is_given_up(write_sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr("tq_lightning.sweep.outcome.write_outcome", lambda *_: None)
+    monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
     path = write_sweep(arguments=["--epochs=3", "--stop=0"], parameters={"model.lr": {"values": [0.1]}})
     folder = tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0", "--fit", "stand_in:fit_epochs"]) == 1
@@ -101,23 +101,23 @@ def test_a_trial_that_makes_no_headway_is_given_up(write_sweep, tmp_path, monkey
 def test_a_result_that_comes_after_the_trial_was_given_away_is_none(write_sweep, tmp_path):
     sweep = read_sweep(write_sweep(parameters={"model.lr": {"values": [0.1]}}))
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
-    ledger = Ledger(study, lambda _: {"model.lr": 0.1}, limit=1)
-    ledger.tend()
-    trial = ledger.claim("me")
+    queue = TrialQueue(study, lambda _: {"model.lr": 0.1}, limit=1)
+    queue.tend()
+    trial = queue.claim("me")
     record = tmp_path / "trials" / "record.json"
 
     def fit(argv):
-        ledger.fail(trial, "lost", "no sign of life")  # by another one, while this one was cut off
+        queue.fail(trial, "lost", "no sign of life")  # by another one, while this one was cut off
         home = Path(next(word for word in argv if "default_root_dir" in word).partition("=")[2])
         (home / "record.json").write_text(
             json.dumps({"status": "finished", "last": {"epoch": 0, "metrics": {"val/acc1_truncate_mean": 1.0}}})
         )
         shutil.copy(home / "record.json", record)
 
-    ending = run_claimed(ledger, trial, sweep, ["val/acc1_truncate_mean"], tmp_path, fit, None, lambda: False)
+    ending = run_claimed(queue, trial, sweep, ["val/acc1_truncate_mean"], tmp_path, fit, None, lambda: False)
     assert ending.state == "complete" and json.loads(record.read_text())["status"] == "finished"
     assert json.loads(Path(ending.record).read_text())["status"] == "interrupted"
-    assert study.trials[0].state == TrialState.FAIL and ledger.latest()[0].user_attrs["cause"] == "lost"
+    assert study.trials[0].state == TrialState.FAIL and queue.latest()[0].user_attrs["cause"] == "lost"
 
 
 @pytest.mark.slow

@@ -4,11 +4,11 @@ import pytest
 from optuna.exceptions import StorageInternalError
 
 from tq_lightning.errors import TrainingError, UserError
-from tq_lightning.sweep.storage import Patience, open_storage
+from tq_lightning.sweep.storage import StorageOutage, open_storage
 
 
 def test_a_storage_may_be_away_for_a_while_but_not_for_ever():
-    away = Patience(seconds=60)
+    away = StorageOutage(seconds=60)
     with away:
         raise StorageInternalError("gone")
     assert away.since is not None
@@ -22,7 +22,7 @@ def test_a_storage_may_be_away_for_a_while_but_not_for_ever():
 
 
 def test_other_errors_are_not_swallowed():
-    with pytest.raises(ValueError, match="mine"), Patience():
+    with pytest.raises(ValueError, match="mine"), StorageOutage():
         raise ValueError("mine")
 
 

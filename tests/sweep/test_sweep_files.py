@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.sweep.checks import check_arms, every_value, fit_parser
-from tq_lightning.sweep.space import grid, read_sweep
-from tq_lightning.sweep.twins import arguments
+from tq_lightning.sweep.config import grid, read_sweep
+from tq_lightning.sweep.search_space import arguments
+from tq_lightning.sweep.validation import check_arms, every_value, fit_parser
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))

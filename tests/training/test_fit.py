@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tq_lightning.errors import UserError
-from tq_lightning.quant import ste
-from tq_lightning.quant.norm import calibrate_norms, per_width_norms
+from tq_lightning.quant import fake_quantize
+from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
 from tq_lightning.training.optim import build_optimizer, build_scheduler
 
@@ -69,13 +69,13 @@ def test_gradients_are_let_go_after_the_step(train, tmp_path):
 def test_bf16_keeps_codes_and_gradients_in_float32(train, resnet, tmp_path, monkeypatch, convolutions):
     model = resnet if convolutions else {}
     kinds = set()
-    plain = ste.width_codes
+    plain = fake_quantize.width_codes
 
     def spy(u, *rest):
         kinds.add(u.dtype)
         return plain(u, *rest)
 
-    monkeypatch.setattr(ste, "width_codes", spy)
+    monkeypatch.setattr(fake_quantize, "width_codes", spy)
 
     class Grads(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):

@@ -11,7 +11,7 @@ from torch import nn
 from tq_lightning import bit_width, prepare
 from tq_lightning.errors import TrainingError
 from tq_lightning.models import create_model
-from tq_lightning.quant.norm import train_float_norms
+from tq_lightning.quant.switchable_norm import train_float_norms
 from tq_lightning.quant.weight import original, weight_quantizers
 from tq_lightning.training.joint import joint_loss
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.training import module as module_file
-from tq_lightning.training.arguments import as_ints, as_list
 from tq_lightning.training.losses import bce, cross_entropy, distillation
 from tq_lightning.training.module import TQModule
+from tq_lightning.training.validation import as_ints, as_list
 
 LOGITS = {
     None: torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 0.0]]),

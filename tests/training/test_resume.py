@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tq_lightning.callbacks.step_checkpoint import StepCheckpoint
+from tq_lightning.callbacks.resume import StepCheckpoint
 
 STEPS, EPOCHS, EVERY = 12, 3, 5  # steps an epoch; checkpoints after steps 5, 10, 12 (end of the epoch), 15, 20, 24, ...
 ARGUMENTS = [

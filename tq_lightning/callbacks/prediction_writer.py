@@ -1,7 +1,6 @@
 """PredictionWriter: what `predict` found, as a CSV file in the run's directory."""
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
+
+from tq_lightning.files import atomic_write
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -27,9 +28,8 @@ class PredictionWriter(BasePredictionWriter):
         names = trainer.datamodule.class_names  # type: ignore[attr-defined]
         target = self.folder / ("predictions.csv" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.csv")
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.tmp")
         number = 0
-        with temporary.open("w", newline="") as file:
+        with atomic_write(target) as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["sample", "class", "name", "probability"])
             for batch in predictions:
@@ -37,5 +37,4 @@ class PredictionWriter(BasePredictionWriter):
                 for p, c in zip(probability.tolist(), index.tolist(), strict=True):
                     writer.writerow([number, c, names[c], f"{p:.6f}"])
                     number += 1
-        os.replace(temporary, target)
         print(f"{number} predictions: {target}")

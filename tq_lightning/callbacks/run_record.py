@@ -2,62 +2,23 @@
 
 import csv
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 import uuid
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from tq_lightning import __version__
+from tq_lightning.cost.size import record_bytes
 from tq_lightning.errors import first_line
-from tq_lightning.export.storage import record_bytes
+from tq_lightning.provenance import git_state, package_versions
+from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.weight import original, weight_quantizers
-from tq_lightning.quant.width import width_of
-
-SCHEMA = 1
-MONITOR = "val/acc1_truncate_mean"
-NAME = "record.json"
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=True))
-    os.replace(temporary, path)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {"tq_lightning": __version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "lightning", "timm", "numpy", "optuna", "wandb"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_state() -> tuple[str | None, bool]:
-    """(commit, has uncommitted changes) of the source tree this package runs from; (None, False) where it is no checkout."""
-    home = Path(__file__).resolve().parent
-    try:
-        ask = {"cwd": home, "capture_output": True, "text": True, "timeout": 20}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask)  # type: ignore[call-overload]
-        if commit.returncode != 0:
-            return None, False
-        status = subprocess.run(["git", "status", "--porcelain", "--", ".."], **ask)  # type: ignore[call-overload]
-        return commit.stdout.strip(), bool(status.stdout.strip())
-    except (OSError, subprocess.TimeoutExpired):
-        return None, False
+from tq_lightning.records import MONITOR, NAME, SCHEMA, write_json
 
 
 def read_curves(metrics_file: Path) -> dict[str, list[list[float]]]:

@@ -10,9 +10,9 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from tq_lightning.quant.activation import ActivationQuantizer
-from tq_lightning.quant.norm import calibrate_norms, per_width_norms, untrained_widths
+from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms, untrained_widths
 from tq_lightning.quant.weight import shared_normalisation, weight_quantizers
-from tq_lightning.quant.width import bit_width, width_of
 
 Pass = tuple[int | None, str]
 

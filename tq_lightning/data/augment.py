@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tq_lightning.data.order import derive_seed, generator
+from tq_lightning.data.sampling import derive_seed, generator
 
 
 @contextmanager

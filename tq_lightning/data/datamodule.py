@@ -9,11 +9,12 @@ import lightning
 import torch
 from torch import Tensor
 
-from tq_lightning.data import augment, images
+from tq_lightning.data import augment
+from tq_lightning.data import image_folder as images
 from tq_lightning.data.datasets import DATASETS, Source, Split
-from tq_lightning.data.limits import check
-from tq_lightning.data.loader import EvalLoader, Fetch, Items, TrainLoader
-from tq_lightning.data.order import TrainOrder, generator, stratified
+from tq_lightning.data.loaders import BatchReader, EvalLoader, ImageDataset, TrainLoader
+from tq_lightning.data.sampling import TrainOrder, generator, stratified
+from tq_lightning.data.validation import check
 from tq_lightning.errors import UserError
 
 
@@ -114,7 +115,7 @@ class TQDataModule(lightning.LightningDataModule):
         self._source = Source(Path(root).expanduser(), download, num_classes, self.image_size, samples)
         self._splits: dict[str, Split] = {}
         self._absent: set[str] = set()
-        self._fetches: dict[tuple[str, str], Fetch] = {}
+        self._fetches: dict[tuple[str, str], BatchReader] = {}
         self._augment: augment.BatchAugment | None = None
 
     # What a model, a calibration and an export header ask for
@@ -197,13 +198,13 @@ class TQDataModule(lightning.LightningDataModule):
             rest = rest[stratified(labels[rest], self.samples)]
         return name, rest
 
-    def _fetch(self, name: str, stage: str) -> Fetch:
+    def _fetch(self, name: str, stage: str) -> BatchReader:
         """How `stage` reads batches of a split; kept, so that worker processes live on."""
         if (name, stage) not in self._fetches:
             self._fetches[name, stage] = self._new_fetch(name, training=stage == "train")
         return self._fetches[name, stage]
 
-    def _new_fetch(self, name: str, training: bool) -> Fetch:
+    def _new_fetch(self, name: str, training: bool) -> BatchReader:
         split = self._splits[name]
         read, transform = split.read, None
         colours = {"color_jitter": self.color_jitter or None, "auto_augment": self.auto_augment, "mean": self.mean}
@@ -214,8 +215,8 @@ class TQDataModule(lightning.LightningDataModule):
             transform = augment.eval_transform(self.image_size, self.crop_pct, self.interpolation)
         elif training and (self.color_jitter or self.auto_augment):
             read, transform = split.picture, augment.colour_transform(self.image_size, **colours)
-        items = Items(read, transform) if read is not None and transform is not None else None
-        return Fetch(split.labels, split.pixels, items, self.workers)
+        items = ImageDataset(read, transform) if read is not None and transform is not None else None
+        return BatchReader(split.labels, split.pixels, items, self.workers)
 
     # Lightning
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tq_lightning.data import images
-from tq_lightning.data.order import generator, stratified
+from tq_lightning.data import image_folder as images
+from tq_lightning.data.sampling import generator, stratified
 from tq_lightning.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import codes_to_levels
-from tq_lightning.quant.ste import FakeQuantize, resolve_ste, width_codes
-from tq_lightning.quant.width import Width
+from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
+from tq_lightning.quant.ste import resolve_ste
 
 # name -> (learned clip?, quantizer, truncated as the weights are?)
 ACTIVATIONS: dict[str, tuple[bool, str, bool]] = {

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import LEVELS, QUANTIZERS, dequantize, truncate_codes
-from tq_lightning.quant.ste import FakeQuantize, resolve_ste, width_codes
-from tq_lightning.quant.width import Width
+from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
+from tq_lightning.quant.ste import resolve_ste
 
 NORMALIZERS = ("tanh", "tanh_channel", "absmax", "absmax_channel")
 _TINY = torch.finfo(torch.float32).tiny

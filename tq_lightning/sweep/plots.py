@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tq_lightning.sweep.whole import whole
+from tq_lightning.files import atomic_write
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # told apart by colour-blind readers too
 UNITS = {"acc1": "%", "qt_gap": "percentage points", "bytes": "bytes"}
@@ -249,6 +249,6 @@ def _ticks(axis: Axis, first: float, last: float) -> list[tuple[float, str]]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return path

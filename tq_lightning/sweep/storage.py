@@ -39,7 +39,7 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
         raise UserError(f"the storage {where} can't be reached: {_first(error)}; start it or pass another --storage") from error
 
 
-class Patience:
+class StorageOutage:
     """A context that lets a storage be away: its errors are swallowed until they have lasted AWAY_SECONDS without a success.
 
     For what is tried again anyway. Raises TrainingError then: trials under way can't tell their results any more.

@@ -4,20 +4,23 @@ import contextlib
 import gc
 import json
 import math
+import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tq_lightning.sweep.whole import whole
+from tq_lightning.errors import UserError
+from tq_lightning.files import atomic_write
 
 STORAGE_BYTES = "storage/bytes"  # an objective: the packed file's size
 Fit = Callable[[list[str]], Any]  # `tq_lightning.cli.run_fit`, or a test's stand-in that writes a record.json the same way
 
 
 @dataclass(frozen=True)
-class Ending:
+class TrialResult:
     """How a trial ended. state: complete, pruned, failed, interrupted or lost; values: one per objective where complete."""
 
     state: str
@@ -41,7 +44,7 @@ def run_trial(
     metrics: list[str],
     report: Callable[[int, float], bool] | None,
     checkpoint: Path | None = None,
-) -> Ending:
+) -> TrialResult:
     """Run `fit argv` in `folder` and read its record. Raises nothing: a trial may end in any way, and the sweep goes on.
 
     metrics: the objectives' names, read by `value_of`. report: (step, value) -> whether to prune, for the pruning callback;
@@ -78,13 +81,13 @@ def run_trial(
     record = json.loads(path.read_text()) if path is not None else None
     shown = str(path) if path is not None else None
     if interrupted or (record is not None and record.get("status") == "interrupted"):
-        return Ending("interrupted", reason="stopped by the user", record=shown)
+        return TrialResult("interrupted", reason="stopped by the user", record=shown)
     if failure or record is None:
-        return Ending("failed", reason=failure or f"fit left no record.json in {folder}", record=shown)
+        return TrialResult("failed", reason=failure or f"fit left no record.json in {folder}", record=shown)
     if record.get("status") == "failed":
-        return Ending("failed", reason=str(record.get("reason") or "its record says failed"), record=shown)
+        return TrialResult("failed", reason=str(record.get("reason") or "its record says failed"), record=shown)
     if pruned:
-        return Ending("pruned", reason="pruned", record=shown)
+        return TrialResult("pruned", reason="pruned", record=shown)
     return _judge(record, metrics, shown)
 
 
@@ -103,7 +106,7 @@ def disown(record: str) -> None:
     """Mark the record of a trial that was given to another worker: two results of one trial must not be counted."""
     path = Path(record)
     content = json.loads(path.read_text()) | {"status": "interrupted", "reason": "its trial was given to another worker"}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
 
 
@@ -112,17 +115,19 @@ def _records(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("record.json"))}
 
 
-def _judge(record: dict[str, Any], metrics: list[str], shown: str | None) -> Ending:
+def _judge(record: dict[str, Any], metrics: list[str], shown: str | None) -> TrialResult:
     """A finished run's values; failed where a metric is missing, or where anything it measured last is not finite."""
     last = record.get("last", {}).get("metrics", {})
     for name, value in last.items():  # accuracies stay finite when the weights are NaN; the losses beside them tell
         if value is not None and not math.isfinite(value):
-            return Ending("failed", reason=f"non-finite: {name} is {value} in the last epoch", record=shown)
+            return TrialResult("failed", reason=f"non-finite: {name} is {value} in the last epoch", record=shown)
     values = [value_of(record, name) for name in metrics]
     for name, value in zip(metrics, values, strict=True):
         if value is None:
-            return Ending("failed", reason=f"{name} was never logged; the record has {', '.join(sorted(last))}", record=shown)
-    return Ending("complete", tuple(value for value in values if value is not None), record=shown)
+            return TrialResult(
+                "failed", reason=f"{name} was never logged; the record has {', '.join(sorted(last))}", record=shown
+            )
+    return TrialResult("complete", tuple(value for value in values if value is not None), record=shown)
 
 
 @contextlib.contextmanager
@@ -157,3 +162,52 @@ def _free_memory() -> None:
     if torch is not None and torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):  # a broken context (see `Ending.broken`) has no memory to give back
             torch.cuda.empty_cache()
+
+
+if TYPE_CHECKING:
+    import optuna
+
+LAST = "checkpoints/last.ckpt"
+
+
+def new_home(trials: Path, trial: "optuna.trial.FrozenTrial") -> Path:
+    """The folder for one attempt, below `trials`: a name that no other trial has, of no study and on no machine."""
+    attempt = trial.user_attrs["attempt"]
+    middle = f"retry{attempt}-" if attempt else ""
+    return trials / f"{trial.user_attrs['point']:04d}-{middle}{secrets.token_hex(3)}"
+
+
+def go_on(study: "optuna.Study", trial: "optuna.trial.FrozenTrial", home: Path) -> tuple[Path, int] | None:
+    """Copy the newest run of the earlier attempts at a trial's point into `home`, which doesn't exist yet.
+
+    Returns the copy's checkpoint and its step; None where the trial has to begin at the beginning: no earlier attempt came to
+    a checkpoint, or its folder is on another machine.
+    """
+    from tq_lightning.training.checkpoint import checkpoint_step
+
+    for path in _checkpoints(study, trial, home.parent):
+        part = home.with_name(f"{home.name}.part")
+        run = path.parents[1]
+        try:
+            # W&B's files stay: the fit that goes on makes a W&B run of its own
+            shutil.copytree(run, part / run.name, ignore=shutil.ignore_patterns("wandb", "*.tmp"))
+            step = checkpoint_step(part / run.name / LAST)
+        except (OSError, shutil.Error, UserError) as error:
+            print(f"can't go on from {path}: {error}", file=sys.stderr, flush=True)
+            shutil.rmtree(part, ignore_errors=True)
+            continue
+        part.rename(home)  # whole or not at all: a worker that dies in the middle leaves nothing to go on from
+        return home / run.name / LAST, step
+    return None
+
+
+def _checkpoints(study: "optuna.Study", trial: "optuna.trial.FrozenTrial", trials: Path) -> list[Path]:
+    """The checkpoints of the earlier attempts, those of the last one first."""
+    by_number = {t.number: t for t in study.get_trials(deepcopy=False)}
+    found: list[Path] = []
+    while "retry_of" in trial.user_attrs:
+        trial = by_number[trial.user_attrs["retry_of"]]
+        if "run_dir" in trial.user_attrs:  # else its worker died before it began
+            there = (trials / Path(trial.user_attrs["run_dir"]).name).glob(f"*/{LAST}")
+            found += sorted(there, key=lambda path: path.stat().st_mtime, reverse=True)
+    return found

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tq_lightning.sweep import twins
-from tq_lightning.sweep.ledger import RETRIED, Ledger, alive
+from tq_lightning.sweep import search_space as twins
+from tq_lightning.sweep.config import Sweep
+from tq_lightning.sweep.heartbeat import alive
 from tq_lightning.sweep.progress import describe
-from tq_lightning.sweep.retry import go_on, new_home
-from tq_lightning.sweep.space import Sweep
-from tq_lightning.sweep.storage import Patience
-from tq_lightning.sweep.trial import Ending, Fit, disown, run_trial
+from tq_lightning.sweep.storage import StorageOutage
+from tq_lightning.sweep.trial import Fit, TrialResult, disown, go_on, new_home, run_trial
+from tq_lightning.sweep.trial_queue import RETRIED, TrialQueue
 
 if TYPE_CHECKING:
     import optuna
@@ -23,7 +23,7 @@ DONE, INTERRUPTED, REPLACE = 0, 130, 75  # exit statuses of a worker; the last o
 
 
 def work(
-    ledger: Ledger,
+    queue: TrialQueue,
     sweep: Sweep,
     metrics: list[str],
     folder: Path,
@@ -43,11 +43,11 @@ def work(
 
     def interrupt(*_: Any) -> None:
         nonlocal stopped
-        stopped = stopped or not ledger.taken
+        stopped = stopped or not queue.taken
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    away = Patience()
+    away = StorageOutage()
     try:
         while deadline is None or time.time() < deadline:
             if parent is not None and os.getppid() != parent:
@@ -55,15 +55,15 @@ def work(
             claimed, settled = None, False
             with away:
                 if parent is None:
-                    ledger.tend()
-                claimed = ledger.claim(name)
-                settled = claimed is None and ledger.settled()
+                    queue.tend()
+                claimed = queue.claim(name)
+                settled = claimed is None and queue.settled()
             if claimed is None:
                 if settled:
                     return DONE
                 time.sleep(POLL_SECONDS)
                 continue
-            ending = run_claimed(ledger, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
+            ending = run_claimed(queue, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
             if stopped:
                 return INTERRUPTED
             if ending is not None and ending.broken:
@@ -71,7 +71,7 @@ def work(
                 return REPLACE
             if parent is None:  # else the parent shows it
                 with away:
-                    print(describe(ledger, deadline), flush=True)
+                    print(describe(queue, deadline), flush=True)
             for number in before:  # Lightning puts its own in their place; the next trial must be stoppable too
                 signal.signal(number, interrupt)
         return DONE
@@ -83,7 +83,7 @@ def work(
 
 
 def run_claimed(
-    ledger: Ledger,
+    queue: TrialQueue,
     claimed: "optuna.trial.FrozenTrial",
     sweep: Sweep,
     metrics: list[str],
@@ -91,12 +91,12 @@ def run_claimed(
     fit: Fit,
     parent: int | None,
     stopped: Any,
-) -> Ending | None:
+) -> TrialResult | None:
     """Run one trial that is ours, write down how it ended and return that; None where it was another's before it began."""
     import optuna
     from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
-    study, point = ledger.study, claimed.user_attrs["point"]
+    study, point = queue.study, claimed.user_attrs["point"]
     study.sampler, study.pruner = twins.sampler(sweep, point), twins.pruner(sweep, len(metrics))
     home = new_home(folder / "trials", claimed)
 
@@ -110,7 +110,7 @@ def run_claimed(
         return False
 
     try:
-        with alive(ledger, claimed, parent):
+        with alive(queue, claimed, parent):
             trial = optuna.trial.Trial(study, claimed._trial_id)
             values = twins.suggest(sweep, trial)
             argv = twins.arguments(sweep, values)
@@ -124,19 +124,19 @@ def run_claimed(
             prunes = sweep.early_terminate is not None and len(metrics) == 1
             ending = run_trial(fit, argv, home, metrics, report if prunes else None, before and before[0])
     except KeyboardInterrupt:  # between the lines above
-        ending = Ending("interrupted", reason="stopped by the user")
+        ending = TrialResult("interrupted", reason="stopped by the user")
     except UpdateFinishedTrialError:
         return None  # taken for dead before it began: it is another worker's now
     if stopped() and ending.state == "failed":  # whatever Ctrl-C made of the fit, the parameters are not to blame
-        ending = Ending("interrupted", reason="stopped by the user", record=ending.record)
+        ending = TrialResult("interrupted", reason="stopped by the user", record=ending.record)
     elif not stopped() and ending.state == "interrupted":
         # a signal from outside, or another rank that died: try it again, a few times
-        ending = Ending("lost", reason="its fit was stopped from outside", record=ending.record)
-    _write(ledger, claimed, ending)
+        ending = TrialResult("lost", reason="its fit was stopped from outside", record=ending.record)
+    _write(queue, claimed, ending)
     return ending
 
 
-def _write(ledger: Ledger, claimed: "optuna.trial.FrozenTrial", ending: Ending) -> None:
+def _write(queue: TrialQueue, claimed: "optuna.trial.FrozenTrial", ending: TrialResult) -> None:
     """Put a trial's end into the study; a database that is away is tried again for a minute, since hours may hang on it."""
     from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
     from optuna.trial import TrialState
@@ -144,16 +144,16 @@ def _write(ledger: Ledger, claimed: "optuna.trial.FrozenTrial", ending: Ending) 
     for attempt in range(7):
         try:
             if ending.record is not None:
-                ledger.storage.set_trial_user_attr(claimed._trial_id, "record", ending.record)
+                queue.storage.set_trial_user_attr(claimed._trial_id, "record", ending.record)
             if ending.state == "complete":
-                ledger.study.tell(claimed.number, list(ending.values), skip_if_finished=True)
+                queue.study.tell(claimed.number, list(ending.values), skip_if_finished=True)
             elif ending.state == "pruned":
-                ledger.study.tell(claimed.number, state=TrialState.PRUNED, skip_if_finished=True)
+                queue.study.tell(claimed.number, state=TrialState.PRUNED, skip_if_finished=True)
             else:
-                ledger.fail(claimed, "error" if ending.state == "failed" else ending.state, ending.reason)
+                queue.fail(claimed, "error" if ending.state == "failed" else ending.state, ending.reason)
             return
         except UpdateFinishedTrialError:
-            trial = ledger.storage.get_trial(claimed._trial_id)
+            trial = queue.storage.get_trial(claimed._trial_id)
             if ending.record is not None and trial.state == TrialState.FAIL and trial.user_attrs.get("cause") in RETRIED:
                 disown(ending.record)  # it was taken for dead and given to another worker, whose result counts
             return

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError
+from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.weight import shared_normalisation
-from tq_lightning.quant.width import bit_width
 
 # what a width's logits are scored with: (bits, logits, logits of the passes before) -> scalar loss
 WidthLoss = Callable[[int | None, Tensor, dict[int | None, Tensor]], Tensor]

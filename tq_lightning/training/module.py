@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.prepare import PrepareReport
-from tq_lightning.quant.width import bit_width
-from tq_lightning.training.arguments import as_ints, check, check_trainer, pass_weights, trained_widths
-from tq_lightning.training.epoch_losses import EpochLosses
 from tq_lightning.training.joint import idle_parameters, joint_loss
-from tq_lightning.training.losses import LOSSES, taught
-from tq_lightning.training.widths import WIDTH_SCHEDULES
+from tq_lightning.training.losses import LOSSES, EpochLosses, taught
+from tq_lightning.training.validation import as_ints, check, check_trainer, pass_weights, trained_widths
+from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 
 def width_key(bits: int | None) -> str:
@@ -137,8 +136,8 @@ class TQModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What belongs to every run: the moving average (first, so that it is what gets evaluated) and the evaluation."""
-        from tq_lightning.callbacks.moving_average import MovingAverage
-        from tq_lightning.callbacks.step_seeds import StepSeeds
+        from tq_lightning.callbacks.ema import MovingAverage
+        from tq_lightning.callbacks.resume import StepSeeds
         from tq_lightning.callbacks.truncation_eval import TruncationEval
 
         callbacks: list[L.Callback] = [StepSeeds(), TruncationEval(self.hparams.calibration_batches)]
@@ -154,7 +153,7 @@ class TQModule(L.LightningModule):
         """Builds and prepares the model once, before the strategy wraps it; the head's size may come from the data."""
         if self.model is not None:
             return
-        from tq_lightning.training.build import build_model, build_teacher
+        from tq_lightning.training.factory import build_model, build_teacher
 
         h = self.hparams
         data = getattr(self._trainer, "datamodule", None)
@@ -169,7 +168,7 @@ class TQModule(L.LightningModule):
 
     def attach(self, model: nn.Module) -> None:
         """Prepares `model` as the hyper-parameters say and takes it as this module's model."""
-        from tq_lightning.training.build import prepare_model
+        from tq_lightning.training.factory import prepare_model
 
         verbose = self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.is_global_zero
         self.report = prepare_model(model, self.hparams, self.widths, verbose)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tq_lightning.errors import UserError, first_line
-from tq_lightning.training.arguments import as_floats
+from tq_lightning.training.validation import as_floats
 
 
 def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:

@@ -1,0 +1,29 @@
+"""A run that was moved or copied keeps its best checkpoint."""
+
+from types import SimpleNamespace
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import tensor
+
+from tq_lightning.callbacks.resume import MovedRun
+
+
+def test_the_best_checkpoint_of_a_moved_run_is_its_own(tmp_path):
+    before, now = tmp_path / "a", tmp_path / "ab"  # one name begins with the other
+    old, new = (ModelCheckpoint(folder, monitor="acc", mode="max") for folder in (before, now))
+    old.best_model_path = old.kth_best_model_path = f"{before}/best-3.ckpt"
+    old.best_k_models, old.best_model_score, old.kth_value = {f"{before}/best-3.ckpt": tensor(90.0)}, tensor(90.0), tensor(90.0)
+    old.last_model_path = f"{now}/last.ckpt"  # of another folder: it stays
+    checkpoint = {"callbacks": {old.state_key: old.state_dict()}}
+    MovedRun().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[new]), None, checkpoint)
+    new.load_state_dict(checkpoint["callbacks"][new.state_key])
+    assert new.best_model_path == new.kth_best_model_path == f"{now}/best-3.ckpt"
+    assert new.best_k_models == {f"{now}/best-3.ckpt": tensor(90.0)} and new.kth_value == 90.0
+    assert new.last_model_path == f"{now}/last.ckpt"
+    assert old.state_dict()["dirpath"] == str(before)
+
+
+def test_a_checkpoint_of_other_callbacks_is_left_as_it_is(tmp_path):
+    checkpoint = {"callbacks": {"Other": {"dirpath": "x"}}}
+    MovedRun().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[ModelCheckpoint(tmp_path)]), None, checkpoint)
+    assert checkpoint == {"callbacks": {"Other": {"dirpath": "x"}}}

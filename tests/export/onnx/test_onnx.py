@@ -1,0 +1,203 @@
+"""ONNX Runtime against PyTorch at every width: static graphs, the dynamic graph, QONNX's Trunc.
+
+Graphs are made by PyTorch's exporter, which takes seconds each: one small network is exported once a kind, others are slow.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tq_lightning import bit_width, load_packed, prepare, save_packed
+from tq_lightning.errors import UserError
+from tq_lightning.export.onnx.graph import levels_affine
+from tq_lightning.export.onnx.static import dense, smallest_type
+from tq_lightning.quant.codes import LEVELS, codes_to_levels
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+HOW = {"input_size": [3, 8, 8]}
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, bias=False)
+        self.bn, self.act, self.fc, self.head = nn.BatchNorm2d(6), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.fc(self.act(self.bn(self.conv(self.stem(x)))).mean((2, 3))))
+
+
+def small(**how):
+    torch.manual_seed(0)
+    model = Small()
+    prepare(model, **{"verbose": False, "activations": "clamp_round_truncate", "normalizer": "tanh_channel", **how})
+    for module in model.modules():
+        for norm in getattr(module, "sets", {}).values():
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+        if hasattr(module, "calibrated"):
+            module.calibrated.fill_(True)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(a timm-named file would do as well) the packed file of a small network and the loaded model."""
+    path = tmp_path_factory.mktemp("onnx") / "m.safetensors"
+    save_packed(small(), path, preprocessing=HOW)
+    return path, load_packed(path, model=Small())
+
+
+@pytest.fixture(autouse=True)
+def own_network(monkeypatch):
+    """The network has no timm name: give it wherever the exporters load a file."""
+    from tq_lightning.export.onnx import dynamic, qonnx, static
+
+    def load(path, bits=None):
+        return load_packed(path, bits=bits, model=Small())
+
+    for module in (static, dynamic, qonnx):
+        monkeypatch.setattr(module, "load_packed", load)
+
+
+def session(path, **entries):
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    for key, value in entries.items():
+        options.add_session_config_entry(f"session.{key}", value)
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def expected(model, images, bits):
+    with torch.no_grad(), bit_width(model, bits):
+        return model(images).numpy()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_affine_form_of_the_levels(level):
+    for bits in range(1, 9):
+        codes = torch.arange(2**bits, dtype=torch.uint8)
+        a, b = levels_affine(bits, level)
+        np.testing.assert_allclose(a * codes.numpy() + b, 2 * codes_to_levels(codes, bits, level).numpy() - 1, atol=2e-7)
+
+
+def test_smallest_type_of_a_width():
+    kinds = {bits: onnx.TensorProto.DataType.Name(smallest_type(bits)[0]) for bits in range(1, 9)}
+    assert kinds == {1: "UINT2", 2: "UINT2", 3: "UINT4", 4: "UINT4", **dict.fromkeys(range(5, 9), "UINT8")}
+    assert {smallest_type(bits)[2] for bits in range(3, 9)} == {21} and smallest_type(2)[2] == 25
+    assert smallest_type(2, 21) == (onnx.TensorProto.UINT4, 2, 21) and smallest_type(8, 25)[2] == 25
+    with pytest.raises(UserError, match="pass 21 or 25"):
+        smallest_type(4, 22)
+
+
+@pytest.mark.parametrize("per_byte", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 4, 7, 10])
+def test_dense_is_the_layout_of_onnx(per_byte, count):
+    codes = (np.arange(count) * 7 % (1 << 8 // per_byte)).astype(np.uint8)
+    kind = {1: onnx.TensorProto.UINT8, 2: onnx.TensorProto.UINT4, 4: onnx.TensorProto.UINT2}[per_byte]
+    tensor = onnx.helper.make_tensor("c", kind, [count], dense(codes, per_byte), raw=True)
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(np.uint8), codes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "opset", "kind"),
+    [
+        (2, None, "UINT2"),
+        (3, None, "UINT4"),
+        pytest.param(1, None, "UINT2", marks=pytest.mark.slow),
+        pytest.param(2, 21, "UINT4", marks=pytest.mark.slow),
+        pytest.param(8, None, "UINT8", marks=pytest.mark.slow),
+    ],
+)
+def test_static(served, bits, opset, kind, tmp_path):
+    from tq_lightning.export.onnx.static import export_static
+
+    path, model = served
+    export_static(path, tmp_path / "m.onnx", bits, opset)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    kinds = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in graph.initializer}
+    assert kinds["conv.weight/codes"] == kinds["fc.weight/codes"] == kind
+    assert "conv.weight" not in kinds and sum(n.op_type == "DequantizeLinear" for n in graph.node) == 2
+    images = torch.randn(5, 3, 8, 8)
+    for options in ({}, {"disable_quant_qdq": "1"}):
+        got = session(tmp_path / "m.onnx", **options).run(None, {"images": images.numpy()})[0]
+        np.testing.assert_allclose(got, expected(model, images, bits), rtol=0, atol=1e-5)
+    assert np.abs(got - expected(model, images, 3 if bits != 3 else 2)).max() > 1e-3
+
+
+def test_the_option_that_folds_the_weights_at_load(tmp_path):
+    """ONNX Runtime keeps DequantizeLinear of a constant in the graph, unless told that it is no quantized graph."""
+    helper, kind = onnx.helper, onnx.TensorProto
+    codes = helper.make_tensor("c", kind.UINT4, [4, 6], dense(np.arange(24, dtype=np.uint8) % 16, 2), raw=True)
+    scalars = [helper.make_tensor(name, kind.FLOAT, [], [value]) for name, value in (("s", 0.5), ("b", -1.0))]
+    nodes = [helper.make_node(*n) for n in (("DequantizeLinear", "cs", "w"), ("Add", "wb", "v"), ("MatMul", "xv", "y"))]
+    ends = [helper.make_tensor_value_info(name, kind.FLOAT, [2, n]) for name, n in (("x", 4), ("y", 6))]
+    opsets = [helper.make_opsetid("", 21)]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [codes, *scalars])
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+    for entry, left in (("0", True), ("1", False)):
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.disable_quant_qdq", entry)
+        options.optimized_model_filepath = str(tmp_path / f"{entry}.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        kinds = [n.op_type for n in onnx.load(tmp_path / f"{entry}.onnx").graph.node]
+        assert ("DequantizeLinear" in kinds) == left
+
+
+def test_dynamic_at_every_width(served, tmp_path):
+    from tq_lightning.export.onnx.dynamic import export_dynamic
+
+    path, model = served
+    export_dynamic(path, tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    kinds = {i.name: i.data_type for i in graph.initializer}
+    assert onnx.TensorProto.UINT8 in kinds.values() and sum(n.op_type == "BitShift" for n in graph.node) == 3
+    run, images = session(tmp_path / "m.onnx"), torch.randn(5, 3, 8, 8)
+    for bits in (8, 1, 2, 3, 4, 5, 6, 7, 8):
+        got = run.run(None, {"images": images.numpy(), "bits": np.array(bits)})[0]
+        np.testing.assert_allclose(got, expected(model, images, bits), rtol=0, atol=1e-5)
+    for bits in (0, -1, 9, 16):  # a shift of 8 or more, or below 0, is an error and no result
+        with pytest.raises(Exception, match="out of data bounds"):
+            run.run(None, {"images": images.numpy(), "bits": np.array(bits)})
+
+
+def test_qonnx_trunc_is_the_shift(served, tmp_path):
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    from tq_lightning.export.onnx.qonnx import DOMAIN, export_qonnx
+
+    class Trunc(OpRun):
+        """Version 1 of QONNX: floor(round(x / scale + zero) / 2^(in - out)), back to the scale."""
+
+        op_domain = DOMAIN
+
+        def _run(self, x, scale, zero, bits_in, bits_out, rounding_mode=None):
+            assert rounding_mode == "FLOOR"
+            y = np.floor(np.round(x / scale + zero) / 2.0 ** (bits_in - bits_out))
+            return (((y - zero) * scale).astype(np.float32),)
+
+    path, model = served
+    export_qonnx(path, tmp_path / "m.onnx", 3)
+    graph = onnx.load(tmp_path / "m.onnx")
+    assert sum(n.op_type == "Trunc" and n.domain == DOMAIN for n in graph.graph.node) == 2
+    images = torch.randn(2, 3, 8, 8)
+    got = ReferenceEvaluator(graph, new_ops=[Trunc]).run(None, {"images": images.numpy()})[0]
+    np.testing.assert_allclose(got, expected(model, images, 3), rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="not 9"):
+        export_qonnx(path, tmp_path / "m.onnx", 9)
+
+
+def test_errors(served, tmp_path):
+    from tq_lightning.export.onnx.static import export_static
+
+    with pytest.raises(UserError, match="bits from 1 to 8"):
+        export_static(served[0], tmp_path / "m.onnx", 9)
+    save_packed(small(), tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="size of its images"):
+        export_static(tmp_path / "m.safetensors", tmp_path / "m.onnx", 4)
+    assert not (tmp_path / "m.onnx").exists()

@@ -1,0 +1,57 @@
+"""A vision transformer of timm through ONNX Runtime: static, dynamic, at every width, top-1 as in PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+
+from tq_lightning import bit_width, load_packed, save_packed
+
+pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+ARGS = {"img_size": 32, "depth": 1}
+HOW = {"input_size": [3, 32, 32]}
+
+
+@pytest.fixture(scope="module")
+def served(make, tmp_path_factory):
+    model, _ = make(name="test_vit", size=32, classes=5, model_args=ARGS, skip=("first",))
+    path = tmp_path_factory.mktemp("vit") / "m.safetensors"
+    save_packed(model, path, model_args=ARGS, preprocessing=HOW)
+    return path, load_packed(path)
+
+
+def run(path, **feeds):
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+
+
+def check(got, model, images, bits):
+    with torch.no_grad(), bit_width(model, bits):
+        expected = model(images).numpy()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_array_equal(got.argmax(1), expected.argmax(1))
+
+
+def test_dynamic_at_every_width(served, tmp_path):
+    from tq_lightning.export.onnx.dynamic import export_dynamic
+
+    path, model = served
+    export_dynamic(path, tmp_path / "m.onnx")
+    images, seen = torch.randn(3, 3, 32, 32), []
+    for bits in range(1, 9):
+        seen.append(run(tmp_path / "m.onnx", images=images.numpy(), bits=np.array(bits)))
+        check(seen[-1], model, images, bits)
+    assert all(np.abs(a - seen[-1]).max() > 1e-4 for a in seen[:4])
+    with pytest.raises(Exception, match="out of data bounds"):
+        run(tmp_path / "m.onnx", images=images.numpy(), bits=np.array(9))
+
+
+@pytest.mark.parametrize("bits", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4, 5, 6, 7, 8))])
+def test_static(served, bits, tmp_path):
+    from tq_lightning.export.onnx.static import export_static
+
+    path, model = served
+    export_static(path, tmp_path / "m.onnx", bits)
+    images = torch.randn(3, 3, 32, 32)
+    check(run(tmp_path / "m.onnx", images=images.numpy()), model, images, bits)

@@ -1,0 +1,64 @@
+"""Packed weights at run time: one resident buffer, or none; never a weight of another width, model or state."""
+
+import copy
+
+import torch
+
+from tq_lightning import bit_width, load_packed, save_packed
+from tq_lightning.export.packed.module import packed_weights
+
+
+def logits(model, images, bits, source=None):
+    with torch.no_grad(), bit_width(model, bits, source):
+        return model(images)
+
+
+def test_resident_refills_one_buffer_and_lean_keeps_nothing(packed, net):
+    resident, lean = load_packed(packed), load_packed(packed, mode="lean")
+    logits(resident, net[1], 8)
+    _, module, tensor, weight = packed_weights(resident)[0]
+    place = weight._weight.data_ptr()
+    codes = module.parametrizations[tensor].original.clone()
+    logits(resident, net[1], 2)
+    assert weight._weight.data_ptr() == place
+    assert torch.equal(module.parametrizations[tensor].original, codes)
+    logits(lean, net[1], 8)
+    assert all(w._weight is None for *_, w in packed_weights(lean))
+
+
+def test_a_resident_weight_is_read_where_it_stands_and_never_of_another_width_model_or_state(make, packed, net, monkeypatch):
+    model, images, other = load_packed(packed), net[1], make(quantizer="round")[0]
+    name, module, tensor, weight = packed_weights(model)[0]
+    expected = {bits: logits(net[0], images, bits, "truncate") for bits in (8, 2)}
+    assert torch.equal(logits(model, images, 8), expected[8])
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, images, 2), expected[2])
+    assert torch.equal(logits(model, images, 8), expected[8])
+
+    made = []
+    real = type(weight).forward
+    monkeypatch.setattr(type(weight), "forward", lambda self, codes: made.append(self.name) or real(self, codes))
+    assert getattr(module, tensor) is weight._weight and not made
+    assert getattr(twin.get_submodule(name.rpartition(".")[0]), tensor) is not weight._weight
+    for again in (lambda: model.to("cpu"), lambda: model.load_state_dict(twin.state_dict())):
+        again()
+        made.clear()
+        assert torch.equal(logits(model, images, 8), expected[8]) and name in made
+    save_packed(other, packed.with_name("other.safetensors"))
+    model.load_state_dict(load_packed(packed.with_name("other.safetensors")).state_dict())
+    assert torch.equal(logits(model, images, 8), logits(other, images, 8, "truncate"))
+    assert not torch.equal(logits(model, images, 8), expected[8])
+
+
+def test_half_precision_models(make, tmp_path):
+    model, _ = make()
+    model.half()
+    save_packed(model, tmp_path / "m.safetensors")
+    served = load_packed(tmp_path / "m.safetensors")
+    assert served.fc.weight.dtype == torch.float16
+    assert torch.equal(served.layer1[0].conv1.weight, with_width(model, 8))
+
+
+def with_width(model, bits):
+    with bit_width(model, bits, "truncate"):
+        return model.layer1[0].conv1.weight.detach()

@@ -1,0 +1,54 @@
+"""The reader of docs/ in plain NumPy against the library: the same integers, the same weights, bit for bit."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tq_lightning import bit_width, load_packed, save_packed
+from tq_lightning.export.packed.module import packed_weights
+
+READER = Path(__file__).parents[3] / "docs" / "read_packed.py"
+
+
+@pytest.fixture(scope="module")
+def reader():
+    spec = importlib.util.spec_from_file_location("read_packed", READER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_is_short_and_knows_nothing_of_the_library():
+    text = READER.read_text()
+    assert len(text.splitlines()) < 150
+    assert "import torch" not in text and "import tq_lightning" not in text and "from tq_lightning" not in text
+
+
+@pytest.mark.parametrize("level", ["endpoint", "left", "centre"])
+@pytest.mark.parametrize("compress", [False, True])
+def test_codes_weights_and_norms(make, reader, level, compress, tmp_path):
+    model, _ = make(level=level, normalizer="tanh_channel")
+    path = tmp_path / "m.safetensors"
+    save_packed(model, path, compress=compress)
+    served = load_packed(path)
+    for bits in (1, 3, 8):
+        codes, weights, norms = reader.read(path, bits), reader.weights(path, bits), reader.norms(path, bits)
+        with bit_width(served, bits):
+            for name, module, tensor, _ in packed_weights(served):
+                stored = module.parametrizations[tensor].original.numpy()
+                np.testing.assert_array_equal(codes[name][0], stored >> (8 - bits))
+                np.testing.assert_array_equal(weights[name], getattr(module, tensor).numpy())
+        np.testing.assert_array_equal(norms["bn1.running_var"], model.bn1.sets[str(bits)].running_var.numpy())
+
+
+def test_damage_is_noticed(reader, packed, tmp_path):
+    raw = bytearray(packed.read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "m").write_bytes(raw)
+    reader.read(tmp_path / "m", 7)  # the last plane is not read
+    with pytest.raises(ValueError, match="plane7 is damaged"):
+        reader.read(tmp_path / "m", 8)
+    with pytest.raises(ValueError, match="stores 8"):
+        reader.read(packed, 9)

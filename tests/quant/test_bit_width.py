@@ -1,0 +1,195 @@
+"""The width in use: one writer, restored on any exit, and never through codes of another width."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tq_lightning.quant import codes, fake_quantize, weight
+from tq_lightning.quant.bit_width import Width, bit_width, width_of
+from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.switchable_norm import calibrate_norms
+
+
+@pytest.fixture
+def model(net, images):
+    prepare(net, skip=(), verbose=False)
+    calibrate_norms(net, [images])
+    return net.eval()
+
+
+def test_a_prepared_model_is_in_float_until_told(net, images):
+    net.eval()
+    before = net(images)
+    prepare(net, verbose=False)
+    assert torch.equal(net(images), before)
+    with bit_width(net, None):
+        assert torch.equal(net(images), before)
+
+
+def test_the_width_is_that_of_the_modules_as_they_are_now(model):
+    """Nothing that was found at an earlier entry is believed at a later one."""
+    with bit_width(model, 4):
+        pass
+    twin = copy.deepcopy(model)
+    with bit_width(twin, 2):
+        assert (width_of(twin).bits, width_of(model).bits) == (2, None)
+    whole = nn.Sequential(model)
+    assert width_of(whole) is width_of(model)
+    whole._modules["0"] = twin  # as `prepare` swaps layers, past every hook
+    assert width_of(whole) is width_of(twin)
+    with bit_width(whole, 4):
+        assert width_of(model).bits is None
+    whole.append(model)
+    with pytest.raises(ValueError, match="parts of 2 prepared models"), bit_width(whole, 4):
+        pass
+    del whole[0]
+    with bit_width(whole, 4):
+        assert (width_of(model).bits, width_of(twin).bits) == (4, None)
+
+
+def test_one_walk_finds_a_module_used_twice_or_in_a_loop_once(model):
+    both = nn.ModuleList([model, model])
+    both[0]._modules["up"] = both  # a cycle, as some wrappers make
+    with bit_width(both, 4):
+        assert width_of(model).bits == 4
+    del model._modules["up"]
+
+
+def test_restored_on_exit_nested_and_after_an_error(model):
+    width = width_of(model)
+    with bit_width(model, 8) as inner:
+        assert inner is model and (width.bits, width.source) == (8, "quantize")
+        with bit_width(model, 2, "truncate"):
+            assert (width.bits, width.source) == (2, "truncate")
+            with bit_width(model, None):
+                assert width.bits is None
+            assert (width.bits, width.source) == (2, "truncate")
+        with contextlib.suppress(KeyboardInterrupt), bit_width(model, 1):
+            raise KeyboardInterrupt
+        assert (width.bits, width.source) == (8, "quantize")
+    with pytest.raises(RuntimeError), bit_width(model, 4):
+        model(torch.zeros(1, 7, 6, 6))  # a wrong number of channels
+    assert (width.bits, width.source) == (None, "quantize")
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", True])
+def test_refuses_other_widths(model, bits):
+    with bit_width(model, 2), pytest.raises(ValueError, match=r"no such width .*; pass bits from 1 to 8, or None for float"):
+        bit_width(model, bits).__enter__()
+    assert width_of(model).bits is None
+
+
+def test_refuses_widths_above_the_stored_one(net):
+    prepare(net, max_bits=4, widths=(4, 2), verbose=False)
+    with pytest.raises(ValueError, match="no such width 8; pass bits from 1 to 4"), bit_width(net, 8):
+        pass
+
+
+def test_refuses_other_sources(model):
+    with (
+        pytest.raises(ValueError, match="unknown source 'shift'; pass one of quantize, truncate"),
+        bit_width(model, 4, "shift"),
+    ):
+        pass
+
+
+def test_refuses_float_and_quantize_on_a_packed_model(model):
+    for layer in model.modules():
+        if hasattr(layer, "width"):
+            layer.width = Width(8, (8, 4), packed=True, default_source="truncate")
+            packed = layer.width
+    for layer in model.modules():
+        if hasattr(layer, "width"):
+            layer.width = packed
+    assert packed.bits == 8
+    with pytest.raises(ValueError, match="no float weights; pass bits from 1 to 8"), bit_width(model, None):
+        pass
+    with pytest.raises(ValueError, match="pass source='truncate'"), bit_width(model, 4, "quantize"):
+        pass
+    with bit_width(model, 4):
+        assert packed.source == "truncate"
+
+
+def test_refuses_models_that_are_not_one_prepared_model(net):
+    with pytest.raises(ValueError, match="Sequential has no quantizers; call prepare"), bit_width(net, 4):
+        pass
+    two = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    for part in two:
+        prepare(part, skip=(), verbose=False)
+    with pytest.raises(ValueError, match="parts of 2 prepared models"), bit_width(two, 4):
+        pass
+
+
+def test_a_part_moves_the_whole(model):
+    with bit_width(model.conv, 2):
+        assert width_of(model).bits == 2 and model.fc.weight.unique().numel() <= 4
+
+
+def test_widths_inside_a_parametrization_cache(model, images):
+    """The cache's key knows no width: what it holds of one width must not be served at another."""
+    alone = {}
+    for bits in (8, 1, None):
+        with bit_width(model, bits):
+            alone[bits] = model(images)
+    with parametrize.cached():
+        for bits in (8, 1, None):
+            with bit_width(model, bits):
+                assert torch.equal(model(images), alone[bits])
+        assert torch.equal(model(images), alone[None])
+    with bit_width(model, 2), parametrize.cached():
+        assert model.conv.weight is model.conv.weight
+
+
+@pytest.mark.parametrize("activations", [None, "clamp_floor", "pact_floor_truncate"])
+@pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
+def test_master_floor_quantized_is_floor_truncated(net, images, activations, normalizer):
+    prepare(net, skip=(), activations=activations, normalizer=normalizer, verbose=False)
+    calibrate_norms(net, [images])
+    net.eval()
+    for bits in range(1, 9):
+        logits = []
+        for source in ("quantize", "truncate"):
+            with bit_width(net, bits, source):
+                logits.append(net(images))
+        assert torch.equal(*logits) and logits[0].isfinite().all()
+
+
+def test_counter_example_round_quantized_is_not_round_truncated(net, images):
+    prepare(net, quantizer="round", skip=(), verbose=False)
+    calibrate_norms(net, [images])
+    net.eval()
+    for bits in range(1, 9):
+        logits = []
+        for source in ("quantize", "truncate"):
+            with bit_width(net, bits, source):
+                logits.append(net(images))
+        assert torch.equal(*logits) == (bits in (1, 8))
+
+
+@pytest.mark.parametrize("quantizer", ["floor", "round"])
+def test_quantize_never_passes_through_stored_codes(net, images, monkeypatch, quantizer):
+    prepare(net, quantizer=quantizer, skip=(), activations=f"clamp_{quantizer}_truncate", verbose=False)
+    calibrate_norms(net, [images])
+
+    def shift(*args):
+        raise AssertionError("truncate_codes was called")
+
+    monkeypatch.setattr(codes, "truncate_codes", shift)
+    for user in (fake_quantize, weight):
+        monkeypatch.setattr(user, "truncate_codes", shift)
+    asked = []
+    plain = dict(codes.QUANTIZERS)
+    spy = {name: lambda u, bits, f=f: (asked.append(bits), f(u, bits))[1] for name, f in plain.items()}
+    monkeypatch.setattr(fake_quantize, "QUANTIZERS", spy)
+    for train in (False, True):
+        for bits in (8, 4, 2, 1) if train else range(1, 9):
+            asked.clear()
+            with bit_width(net.train(train), bits, "quantize"):
+                net(images).sum().backward()
+            assert set(asked) == {bits}
+    with pytest.raises(AssertionError, match="was called"), bit_width(net.eval(), 4, "truncate"):
+        net(images)

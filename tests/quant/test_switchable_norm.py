@@ -1,0 +1,222 @@
+"""One norm per width: the right set is used, untrained ones are an error until estimated, and estimating disturbs nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.switchable_norm import (
+    FLOAT,
+    PerWidthNorm,
+    calibrate_norms,
+    per_width_norms,
+    train_float_norms,
+    untrained_widths,
+)
+
+KEYS = [*map(str, range(1, 9)), FLOAT]
+
+
+@pytest.fixture
+def model(net):
+    """Prepared for 8, 4 and 2 bits, every set with statistics and affine parameters of its own."""
+    prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
+    for norm in per_width_norms(net):
+        for i, key in enumerate(KEYS):
+            norm.sets[key].weight.data.add_(0.1 * i)
+            norm.sets[key].running_mean.add_(0.05 * i)
+    return net.eval()
+
+
+def _key(bits):
+    return FLOAT if bits is None else str(bits)
+
+
+def test_sets_exist_for_every_width_and_start_as_the_layer(net):
+    before = copy.deepcopy(net.bn1)
+    prepare(net, verbose=False)
+    norm = net.bn1
+    assert isinstance(norm, PerWidthNorm) and list(norm.sets) == KEYS
+    for layer in norm.sets.values():
+        for (name, value), (_, own) in zip(before.state_dict().items(), layer.state_dict().items(), strict=True):
+            assert torch.equal(value, own), name
+    storages = {layer.weight.data_ptr() for layer in norm.sets.values()}
+    assert len(storages) == len(KEYS)
+    trained = {key for key, layer in norm.sets.items() if layer.weight.requires_grad}
+    assert trained == {"8", "4", "2", "1"}
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, None])
+def test_training_moves_the_set_of_the_width_and_no_other(model, images, bits):
+    before = copy.deepcopy(model.state_dict())
+    with bit_width(model.train(), bits):
+        model(images).sum().backward()
+    moved = {name.split(".")[2] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {_key(bits)}
+    for key, layer in model.bn1.sets.items():
+        assert (layer.weight.grad is not None) == (key == _key(bits) and bits is not None)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, None])
+def test_evaluation_uses_the_set_of_the_width(model, bits):
+    x = torch.randn(2, 6, 3, 3)
+    with bit_width(model, bits):
+        got = model.bn1(x)
+        assert model.bn1.weight is model.bn1.sets[_key(bits)].weight  # attributes are those of the set in use
+    own = model.bn1.sets[_key(bits)]
+    assert torch.equal(got, own(x))
+    assert all(not torch.equal(got, other(x)) for other in model.bn1.sets.values() if other is not own)
+
+
+def test_untrained_width_is_an_error_until_estimated(model, images):
+    for bits in (7, 3, 1):
+        with (
+            pytest.raises(ValueError, match=f"width {bits} was not trained .* call calibrate_norms"),
+            bit_width(model, bits, "truncate"),
+        ):
+            pass
+    assert width_of(model).bits is None
+    calibrate_norms(model, [images], widths=[3])
+    with bit_width(model, 3):
+        assert model(images).isfinite().all()
+    with pytest.raises(ValueError, match="width 1 was not trained"), bit_width(model, 1):
+        pass
+    calibrate_norms(model, [images])
+    for bits in range(1, 9):
+        with bit_width(model, bits, "truncate"):
+            assert model(images).isfinite().all()
+
+
+def test_untrained_width_cannot_be_trained(model, images):
+    calibrate_norms(model, [images])
+    with pytest.raises(ValueError, match="width 3 has no trainable norm; train one of 2, 4, 8"), bit_width(model.train(), 3):
+        pass
+
+
+def test_estimating_leaves_everything_else_as_it_was(net, images):
+    net.pool = nn.Sequential(net.pool, nn.Dropout(0.5))
+    prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
+    net.train()
+    net.bn2.eval()
+    net.conv.eval()
+    before = copy.deepcopy(net.state_dict())
+    modes = [m.training for m in net.modules()]
+    momenta = [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    rng = torch.get_rng_state()
+    with bit_width(net, 2, "truncate"):
+        calibrate_norms(net, [images, images * 2])
+        assert (width_of(net).bits, width_of(net).source) == (2, "truncate")
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [m.training for m in net.modules()] == modes
+    assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
+    assert all(p.grad is None for p in net.parameters())
+    untrained = {f"sets.{_key(bits)}" for bits in untrained_widths(net)}
+    assert untrained == {"sets.7", "sets.6", "sets.5", "sets.3", "sets.1", f"sets.{FLOAT}"}
+    for name, value in net.state_dict().items():
+        estimated = "running" in name or "num_batches" in name
+        if ".".join(name.split(".")[1:3]) in untrained and estimated:
+            assert not torch.equal(value, before[name]), name
+        elif not name.endswith("calibrated"):
+            assert torch.equal(value, before[name]), name
+    assert net.bn1.calibrated.tolist() == [bits in (7, 6, 5, 3, 1) for bits in range(9)]
+
+
+def test_statistics_are_the_plain_mean_over_the_batches_at_that_width(model, images):
+    batches = [images, images * 3 + 1, images - 2]
+    calibrate_norms(model, batches)
+    for bits in (7, 3, None):
+        with bit_width(model.eval(), None if bits is None else bits):
+            seen = [model.stem(batch) for batch in batches]
+        own = model.bn1.sets[_key(bits)]
+        mean = torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0)
+        variance = torch.stack([s.transpose(0, 1).flatten(1).var(1) for s in seen]).mean(0)
+        assert torch.allclose(own.running_mean, mean, atol=1e-5) and torch.allclose(own.running_var, variance, rtol=1e-4)
+        assert own.num_batches_tracked == 3
+    again = copy.deepcopy(model.state_dict())
+    calibrate_norms(model, iter(batches))
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_affine_parameters_come_from_the_next_wider_trained_width(model, images):
+    calibrate_norms(model, [images])
+    for bits, donor in {7: 8, 6: 8, 5: 8, 3: 4, 1: 2, None: 8}.items():
+        for norm in per_width_norms(model):
+            assert torch.equal(norm.sets[_key(bits)].weight, norm.sets[str(donor)].weight)
+            assert torch.equal(norm.sets[_key(bits)].bias, norm.sets[str(donor)].bias)
+
+
+def test_above_the_widest_trained_width_the_widest_lends(net, images):
+    prepare(net, skip=(), widths=(4, 2), verbose=False)
+    net.bn1.sets["4"].weight.data.fill_(0.7)
+    calibrate_norms(net, [images])
+    assert (net.bn1.sets["8"].weight == 0.7).all() and (net.bn1.sets[FLOAT].weight == 0.7).all()
+
+
+def test_refusals_and_nothing_to_do(model, images):
+    with pytest.raises(ValueError, match="width 4 was trained"):
+        calibrate_norms(model, [images], widths=[4])
+    with pytest.raises(ValueError, match="no batches"):
+        calibrate_norms(model, [])
+    calibrate_norms(model, [], widths=[])
+    plain = nn.Sequential(nn.Linear(3, 3))
+    prepare(plain, skip=(), verbose=False)
+    assert untrained_widths(plain) == []
+    calibrate_norms(plain, [])
+    with pytest.raises(ValueError, match="width 3 has no norm set"):
+        calibrate_norms(plain, [images], widths=[3])
+    with pytest.raises(ValueError, match="width 9 has no norm set"):
+        calibrate_norms(model, [images], widths=[9])
+
+
+def test_an_error_on_the_way_restores_and_leaves_no_half_estimate_in_use(model, images):
+    calibrate_norms(model, [images])
+    model.train()
+    with pytest.raises(RuntimeError):
+        calibrate_norms(model, [images, images[:, :2]], widths=[3])
+    assert all(m.training for m in model.modules())
+    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert width_of(model).bits is None and not model.bn1.calibrating
+    with pytest.raises(ValueError, match="width 3 was not trained"), bit_width(model.eval(), 3):
+        pass
+    with bit_width(model, 1):
+        pass
+
+
+def test_float_set_can_be_trained(model, images):
+    train_float_norms(model)
+    assert untrained_widths(model) == [7, 6, 5, 3, 1]
+    with bit_width(model.train(), None):
+        model(images).sum().backward()
+    assert model.bn1.sets[FLOAT].weight.grad is not None
+    with pytest.raises(ValueError, match="width none was trained"):
+        calibrate_norms(model, [images], widths=[None])
+
+
+def test_norms_without_statistics_need_only_affine_parameters(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False))
+    prepare(model, skip=(), norm="per_width_all", verbose=False)
+    assert len(per_width_norms(model)) == 2
+    model[1].sets["4"].weight.data.fill_(2.0)
+    calibrate_norms(model, [images])
+    assert (model[1].sets["3"].weight == 2).all()
+    with bit_width(model.eval(), 3):
+        assert model(images).isfinite().all()
+
+
+def test_a_norm_used_twice_stays_one(images):
+    shared = nn.BatchNorm2d(3)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), shared, nn.Conv2d(3, 3, 1), shared)
+    prepare(model, skip=(), verbose=False)
+    assert model[1] is model[3] and len(per_width_norms(model)) == 1
+    with bit_width(model.train(), 4):
+        model(images)
+    assert shared.num_batches_tracked == 0 and model[1].sets["4"].num_batches_tracked == 2
+
+
+def test_missing_attributes_are_named(model):
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = model.bn1.no_such
+    assert model.bn1.eps == 1e-5 and model.bn1.num_features == 6

@@ -1,0 +1,289 @@
+"""The page: what it holds as text, and what it does in headless Chromium, driven over the DevTools pipe (no extra package)."""
+
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+
+import pytest
+from fixtures import records as made
+
+from tq_lightning.cli import report as command
+from tq_lightning.report import figures
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
+]  # fmt: skip
+
+
+class Outline(HTMLParser):
+    """Images, ids, link targets and anything that would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.images, self.ids, self.targets, self.fetched = [], set(), [], []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.ids.add(attributes.get("id"))
+        if tag == "img":
+            self.images.append(attributes)
+        if tag == "a":
+            self.targets.append(attributes["href"])
+        self.fetched += [v for k, v in attrs if k in ("src", "srcset", "data") or (k == "href" and tag == "link")]
+
+
+def outline(text):
+    made = Outline()
+    made.feed(text)
+    return made
+
+
+def test_page_stands_alone(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in ("qt_gap", "pareto")})
+    record = make.run("floor", 0, command="fit </script><script>alert(1)</script>", data_name="<b>x</b>", loss=float("nan"))
+    make.write(tmp_path / "runs", record, make.run("round", 0, data_name="<b>x</b>"))
+    command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--title", "<i>t</i>"])
+    text = (tmp_path / "out" / "index.html").read_text()
+    found = outline(text)
+    assert found.images
+    assert all(len(image["alt"]) > 40 for image in found.images)
+    assert all(where.startswith("data:") for where in found.fetched)
+    assert all(
+        target[1:] in found.ids if target[0] == "#" else (tmp_path / "out" / target).is_file() for target in found.targets
+    )
+    assert "<b>x</b>" not in text
+    assert "<i>t</i>" not in text
+    assert text.count("<script") == 2  # the records, and the page's own
+    data = json.loads(re.search(r'id="records">(.*?)</script>', text, re.S)[1], parse_constant=lambda name: pytest.fail(name))
+    assert data[record["id"]]["config"]["model"]["quantizer"] == "floor"
+    assert data[record["id"]]["record"]["loss"] == "nan"
+
+
+class Browser:
+    """Chromium behind two pipes (descriptors 3 and 4), messages ended by a zero byte: the DevTools protocol."""
+
+    def __init__(self, profile):
+        theirs_in, ours_out = os.pipe()
+        ours_in, theirs_out = os.pipe()
+        script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        arguments = [CHROMIUM, *QUIET, f"--user-data-dir={profile}", "--window-size=1200,900", "about:blank"]
+        self.process = subprocess.Popen(
+            ["bash", "-c", script, *arguments],
+            pass_fds=(theirs_in, theirs_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.reader, self.writer, self.rest, self.number = ours_in, ours_out, b"", 0
+        self.events, self.session = [], None
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    def send(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.writer, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def receive(self, seconds=120):
+        until = time.monotonic() + seconds
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.reader], [], [], max(0.0, until - time.monotonic()))
+            assert ready, "Chromium did not answer"
+            piece = os.read(self.reader, 2**20)
+            assert piece, "Chromium ended"
+            self.rest += piece
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, url):
+        self.send("Page.navigate", url=url)
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.receive())
+
+    def run(self, expression):
+        """Value of a JavaScript expression."""
+        got = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in got, got
+        return got["result"].get("value")
+
+    def key(self, name, code, text=""):
+        base = {"key": name, "code": name, "windowsVirtualKeyCode": code, "nativeVirtualKeyCode": code}
+        self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **base)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **base)
+
+    def complaints(self):
+        """Console errors and warnings, uncaught exceptions, and requests that were no file or data."""
+        out = []
+        for event in self.events:
+            method, params = event["method"], event["params"]
+            if method == "Runtime.exceptionThrown" or (
+                method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning")
+            ):
+                out.append(params)
+            if method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+                out.append(params)
+            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:", "about:")):
+                out.append(params["request"]["url"])
+        return out
+
+    def close(self):
+        self.session = None
+        try:
+            self.send("Browser.close")
+        except (AssertionError, OSError):
+            self.process.terminate()
+        try:
+            self.process.wait(30)
+        finally:
+            os.close(self.reader)
+            os.close(self.writer)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, request):
+    """A report of many arms, opened from disk."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    folder = tmp_path_factory.mktemp("page")
+    records = [
+        *made.pair(),
+        made.run("floor", 3, "resnet8_cifar"),
+        made.inspect(),
+        made.run("round", 9, status="failed"),
+    ]
+    made.write(folder / "runs", *records)
+    command.main([str(folder / "runs"), "--out", str(folder / "report")])
+    browser = Browser(folder / "profile")
+    request.addfinalizer(browser.close)
+    browser.open((folder / "report" / "index.html").as_uri())
+    return browser
+
+
+SHOWN = "[...document.querySelectorAll('#t-runs tbody tr')].filter(r => r.offsetParent !== null)"
+TYPE = (
+    "(box => {{ box.value = {!r}; box.dispatchEvent(new Event('input')); }})(document.querySelector('[aria-controls=t-runs]'))"
+)
+
+CHOOSE = (
+    "(pick => {{ pick.value = {1!r}; pick.dispatchEvent(new Event('change')); }})([...document.querySelectorAll("
+    "'[data-name=runs] label')].find(label => label.textContent.startsWith({0!r})).querySelector('select'))"
+)
+
+
+def column(page, name):
+    """Texts of a column of the run table, from top to bottom, shown rows."""
+    where = f"[...document.querySelectorAll('#t-runs th')].findIndex(h => h.textContent === {name!r})"
+    return page.run(f"{SHOWN}.map(r => r.cells[{where}].textContent)")
+
+
+def head(name):
+    return f"[...document.querySelectorAll('#t-runs th')].find(h => h.textContent === {name!r})"
+
+
+@pytest.mark.slow
+class TestChromium:
+    def test_filter_by_words_and_by_choice(self, page):
+        assert len(column(page, "quantizer")) == 7
+        page.run(TYPE.format("floor RESNET20"))
+        assert column(page, "quantizer") == ["floor"] * 3
+        assert page.run("document.querySelector('[data-name=runs] output').textContent") == "3 of 7 rows"
+        page.run(TYPE.format("nothing like it"))
+        assert column(page, "quantizer") == []
+        page.run(TYPE.format(""))
+        page.run(CHOOSE.format("quantizer", "round"))
+        assert column(page, "quantizer") == ["round"] * 3
+        page.run(CHOOSE.format("quantizer", ""))
+        assert len(column(page, "quantizer")) == 7
+
+    def test_sort_by_numbers_and_by_words(self, page):
+        before = column(page, "2")
+        page.run(f"{head('2')}.querySelector('button').click()")
+        up = [float(x) for x in column(page, "2")]
+        assert up == sorted(up)
+        assert page.run(f"{head('2')}.getAttribute('aria-sort')") == "ascending"
+        page.run(f"{head('2')}.querySelector('button').click()")
+        assert [float(x) for x in column(page, "2")] == up[::-1]
+        assert [float(x) for x in before] != up[::-1]
+        page.run(f"{head('model')}.querySelector('button').click()")
+        assert column(page, "model")[0] == "resnet8_cifar"  # before resnet20: digits as numbers
+        assert page.run(f"{head('2')}.getAttribute('aria-sort')") == "none"
+
+    def test_every_figure_has_a_text_alternative_and_is_seen(self, page):
+        images = page.run(
+            "[...document.images].map(i => [i.alt.length, i.naturalWidth, !!i.closest('figure').querySelector('figcaption')])"
+        )
+        assert len(images) > 4
+        assert all(alt > 40 and width > 0 and captioned for alt, width, captioned in images)
+
+    def test_a_run_is_a_key_press_away(self, page):
+        page.run("document.querySelector('button.run').focus()")
+        run = page.run("document.activeElement.dataset.run")
+        page.key("Enter", 13, "\r")
+        assert page.run("document.getElementById('run').open")
+        words = page.run("document.getElementById('run').innerText")
+        assert run in words
+        assert '"quantizer": "' in words
+        assert "0123456789abcdef" in words
+        assert "torch 2.8.0" in words
+        page.key("Escape", 27)
+        assert not page.run("document.getElementById('run').open")
+        assert page.run("document.activeElement.dataset.run") == run  # focus comes back
+
+    def test_tab_reaches_link_button_filter_and_head_in_turn_with_a_visible_focus(self, page):
+        page.run("document.activeElement.blur(), scrollTo(0, 0)")
+        page.run("document.querySelector('.skip').focus()")
+        reached = []
+        for _ in range(120):
+            page.key("Tab", 9)
+            reached.append(page.run("(e => e.tagName + (e.closest('th') ? '-HEAD' : ''))(document.activeElement)"))
+            assert page.run("getComputedStyle(document.activeElement).outlineStyle") != "none"
+            if {"A", "BUTTON", "INPUT", "SELECT", "BUTTON-HEAD", "SUMMARY"} <= set(reached):
+                break
+        else:
+            pytest.fail(f"not all reached: {sorted(set(reached))}")
+        page.run("document.querySelector('#t-runs th button').focus()")
+        page.key("Enter", 13, "\r")
+        assert page.run("document.querySelector('#t-runs th').getAttribute('aria-sort')") == "ascending"
+
+    def test_light_and_dark(self, page):
+        def background(scheme):
+            page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            return page.run("getComputedStyle(document.body).backgroundColor")
+
+        assert background("light") == "rgb(255, 255, 255)"
+        assert background("dark") == "rgb(21, 23, 26)"
+        button = "document.getElementById('theme')"
+        page.run(f"{button}.click()")
+        assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"  # chosen: light
+        page.run(f"{button}.click()")
+        page.run(f"{button}.click()")
+        assert page.run(f"{button}.textContent") == "Colours: system"
+
+    def test_narrow_window_scrolls_the_table_not_the_page(self, page):
+        page.send("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+        assert page.run("document.documentElement.scrollWidth") <= 400
+        page.send("Emulation.clearDeviceMetricsOverride")
+
+    def test_left_out_records_are_on_the_page(self, page):
+        assert "unfinished: status failed" in page.run("document.getElementById('left_out').innerText")
+
+    def test_zz_no_console_error_and_no_request(self, page):
+        assert page.complaints() == []

@@ -1,0 +1,165 @@
+"""The reader of sweep files: types, nesting, ranges, grids, and one clear line for everything that is wrong."""
+
+import math
+
+import pytest
+import yaml
+
+from tq_lightning.errors import UserError
+from tq_lightning.sweep.config import argument, grid, read_sweep, with_extra
+
+
+def one(write_sweep, entry, method="random"):
+    return read_sweep(write_sweep(method=method, parameters={"model.lr": entry})).parameters["model.lr"]
+
+
+def test_types_nesting_and_order_survive(write_sweep):
+    sweep = read_sweep(
+        write_sweep(
+            parameters={
+                "seed_everything": {"values": [0, 1]},
+                "model": {
+                    "parameters": {
+                        "widths": {"values": [[8, 4], [8]]},
+                        "activations": {"values": [None, "clamp_round"]},
+                        "compile": {"values": [True, False]},
+                        "deep": {"parameters": {"lr": {"values": ["1e-3", 0.1]}, "n": {"value": None}}},
+                    }
+                },
+            }
+        )
+    )
+    assert list(sweep.parameters) == ["seed_everything", "model.widths", "model.activations", "model.compile", "model.deep.lr"]
+    assert sweep.constants == {"model.deep.n": None}
+    points = grid(sweep)
+    assert len(points) == 2**5 and points[0] == {
+        "seed_everything": 0,
+        "model.widths": [8, 4],
+        "model.activations": None,
+        "model.compile": True,
+        "model.deep.lr": "1e-3",
+    }
+    assert len({repr(point) for point in points}) == 32
+    assert [point["model.deep.lr"] for point in points[:3]] == ["1e-3", 0.1, "1e-3"]  # the last key turns fastest
+
+
+@pytest.mark.parametrize("value", [None, True, False, 3, 0.1, 1e-7, [8, 4], [None, "a"], {"a": [1, None]}])
+def test_an_argument_is_read_back_with_its_type(value):
+    key, text = argument("model.x", value).split("=", 1)
+    back = yaml.safe_load(text.replace("e-", ".0e-") if "e-" in text else text)
+    assert key == "--model.x" and back == value and type(back) is type(value)
+
+
+def test_a_string_is_an_argument_as_it_is():
+    assert argument("model.ste", "identity") == "--model.ste=identity"
+
+
+@pytest.mark.parametrize(
+    ("entry", "low", "high", "log", "q", "integer"),
+    [
+        ({"min": 1, "max": 5}, 1, 5, False, None, True),
+        ({"min": 1, "max": 5.0}, 1, 5, False, None, False),
+        ({"min": "1e-3", "max": 1}, 1e-3, 1, False, None, False),
+        ({"min": 1e-3, "max": 1, "distribution": "log_uniform_values"}, 1e-3, 1, True, None, False),
+        ({"min": -2, "max": 0, "distribution": "log_uniform"}, math.exp(-2), 1, True, None, False),
+        ({"min": 16, "max": 64, "q": 16, "distribution": "q_uniform"}, 16, 64, False, 16, True),
+        ({"min": 0.5, "max": 2, "q": 0.5, "distribution": "q_uniform"}, 0.5, 2, False, 0.5, False),
+        ({"min": 8, "max": 64, "q": 8, "distribution": "q_log_uniform_values"}, 8, 64, True, 8, True),
+    ],
+)
+def test_ranges(write_sweep, entry, low, high, log, q, integer):
+    p = one(write_sweep, entry)
+    assert (p.low, p.high, p.log, p.q, p.integer) == (pytest.approx(low), pytest.approx(high), log, q, integer)
+
+
+def test_a_grid_counts_through_ranges_of_integers(write_sweep):
+    sweep = read_sweep(
+        write_sweep(
+            parameters={"a": {"min": 1, "max": 3}, "b": {"min": 0.5, "max": 1.6, "q": 0.5, "distribution": "q_uniform"}}
+        )
+    )
+    assert [point["a"] for point in grid(sweep)[::3]] == [1, 2, 3]
+    assert [point["b"] for point in grid(sweep)[:3]] == [0.5, 1.0, 1.5]
+
+
+BAD = [
+    ({"methd": "grid"}, "unknown key 'methd'; did you mean method?"),
+    ({"method": "genetic"}, "method: expected grid, random or bayes, got 'genetic'"),
+    ({"parameters": {}}, "parameters: expected keys"),
+    ({"parameters": {"a": {"value": 1}}}, "nothing to search"),
+    ({"parameters": {"a": 3}}, "parameters.a: expected value, values or min and max, got 3"),
+    ({"parameters": {"a": {"value": 1, "valeus": [1]}}}, "did you mean value"),
+    ({"parameters": {"a": {"values": []}}}, "an empty range"),
+    ({"parameters": {"a": {"values": [1, True]}}}, "1 and True are the same value"),
+    ({"parameters": {"a": {"values": [1, 2], "probabilities": [0.5, 0.4]}}}, "add up to 1"),
+    ({"parameters": {"a": {"values": [1], "distribution": "uniform"}}}, "expected categorical"),
+    ({"parameters": {"a": {"min": 3, "max": 3}}}, "an empty range; expected min < max, got min 3 and max 3"),
+    ({"parameters": {"a": {"min": 1, "max": 0}}}, "an empty range"),
+    ({"parameters": {"a": {"min": 1}}}, "both min and max, got min"),
+    ({"parameters": {"a": {"min": "low", "max": 1}}}, "expected a number, got 'low'"),
+    (
+        {"method": "random", "parameters": {"a": {"min": 0.1, "max": 1, "distribution": "normal"}}},
+        "normal has no twin in Optuna",
+    ),
+    ({"method": "random", "parameters": {"a": {"mu": 0, "sigma": 1}}}, "unknown key 'mu'"),
+    ({"method": "random", "parameters": {"a": {"min": 0, "max": 1.0, "distribution": "log_uniform_values"}}}, "starts above 0"),
+    ({"method": "random", "parameters": {"a": {"min": 1, "max": 2, "q": 8, "distribution": "q_uniform"}}}, "no multiple of q"),
+    ({"method": "random", "parameters": {"a": {"min": 1, "max": 2, "q": 8}}}, "q is for the q_ distributions"),
+    ({"parameters": {"a": {"min": 0.1, "max": 1.0}}}, "a grid needs values"),
+    ({"parameters": {"m.a": {"values": [1, 2]}, "m": {"parameters": {"a": {"values": [1]}}}}}, "the key m.a is given twice"),
+    ({"metric": {"name": "x", "goal": "max"}}, "goal: expected minimize or maximize"),
+    ({"metric": "x"}, "metric: expected name and goal"),
+    ({"run_cap": 0}, "run_cap: expected a whole number from 1"),
+    ({"early_terminate": {"type": "envelope"}}, "type: expected hyperband"),
+    ({"early_terminate": {"type": "hyperband"}}, "expected min_iter, or max_iter and s"),
+    ({"early_terminate": {"type": "hyperband", "min_iter": 2, "strict": True}}, "unknown key 'strict'"),
+    ({"command": None}, "expected a list that ends in ${args}"),
+    ({"command": ["python", "train.py", "${args}"]}, "expected [${env}, python, -m, tq_lightning, fit"),
+    ({"command": ["python", "-m", "tq_lightning", "fit", "${args_json}", "${args}"]}, "${args_json} stands where"),
+]
+
+
+@pytest.mark.parametrize(("keys", "said"), BAD)
+def test_what_is_wrong_is_said_in_one_line(write_sweep, keys, said):
+    path = write_sweep(**keys)
+    with pytest.raises(UserError) as caught:
+        read_sweep(path)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="can't read"):
+        read_sweep(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        read_sweep(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(UserError, match="holds no sweep"):
+        read_sweep(tmp_path / "list.yaml")
+
+
+def test_the_command_gives_arguments_and_environment(write_sweep, monkeypatch):
+    monkeypatch.setenv("CONF", "conf/a.yaml")
+    command = [
+        "${env}",
+        "WANDB_MODE=offline",
+        "python",
+        "-m",
+        "tq_lightning",
+        "fit",
+        "--config",
+        "${envvar:CONF}",
+        "--wandb",
+        "${args}",
+    ]
+    sweep = read_sweep(write_sweep(command=command))
+    assert sweep.environment == {"WANDB_MODE": "offline"}
+    assert sweep.arguments == ("--config", "conf/a.yaml")  # --wandb is for W&B's agents
+
+
+def test_further_arguments_go_last_and_can_not_undo_the_search(write_sweep):
+    sweep = read_sweep(write_sweep())
+    assert with_extra(sweep, ["--trainer.max_epochs=2"]).extra == ("--trainer.max_epochs=2",)
+    assert with_extra(sweep, ["--trainer.max_epochs=2"]).source != sweep.source == with_extra(sweep, []).source
+    with pytest.raises(UserError, match="would undo the search"):
+        with_extra(sweep, ["--model.lr=1"])

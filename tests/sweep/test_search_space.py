@@ -1,0 +1,99 @@
+"""A sweep's parameters in Optuna: what is stored, what reaches the program, and that both engines mean the same."""
+
+import collections
+import math
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from tq_lightning.sweep.config import grid, read_sweep, with_extra
+from tq_lightning.sweep.parameters import Parameter
+from tq_lightning.sweep.search_space import arguments, decode, distribution, encode, fixed, pruner, sampler, suggest
+
+TABLE = [
+    (Parameter(values=(1, None, "a", True)), CategoricalDistribution([1, None, "a", True])),
+    (Parameter(values=([8, 4], {"a": None})), CategoricalDistribution(["[8, 4]", '{"a": null}'])),
+    (Parameter(low=1, high=5, integer=True), IntDistribution(1, 5)),
+    (Parameter(low=0, high=1), FloatDistribution(0, 1)),
+    (Parameter(low=1e-3, high=1, log=True), FloatDistribution(1e-3, 1, log=True)),
+    (Parameter(low=16, high=64, q=16, integer=True), IntDistribution(16, 64, step=16)),
+    (Parameter(low=10, high=70, q=16, integer=True), IntDistribution(16, 64, step=16)),
+    (Parameter(low=0.5, high=2, q=0.5), FloatDistribution(0.5, 2.0, step=0.5)),
+    (Parameter(low=0.1, high=0.7, q=0.1), FloatDistribution(0.1, 0.7, step=0.1)),
+]
+
+
+@pytest.mark.parametrize(("parameter", "twin"), TABLE)
+def test_twins(parameter, twin):
+    assert distribution(parameter) == twin
+
+
+def test_lists_come_back_as_lists(write_sweep):
+    sweep = read_sweep(write_sweep(parameters={"w": {"values": [[8, 4], [8]]}, "n": {"values": [None, True]}}))
+    for point in grid(sweep):
+        stored = encode(sweep, point)
+        assert {key: decode(sweep.parameters[key], stored[key]) for key in stored} == point
+    assert encode(sweep, grid(sweep)[0]) == {"w": "[8, 4]", "n": None}
+
+
+def draws(sweep, count=200):
+    study = optuna.create_study()
+    rows = []
+    for point in range(count):
+        study.sampler = sampler(sweep, point)
+        study.enqueue_trial(fixed(sweep, point))
+        rows.append(suggest(sweep, study.ask()))
+    return rows
+
+
+def test_draws_stay_in_their_ranges_with_their_types(write_sweep):
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    parameters = {
+        "lr": {"min": 1e-4, "max": 1e-1, "distribution": "log_uniform_values"},
+        "batch": {"min": 8, "max": 64, "q": 8, "distribution": "q_log_uniform_values"},
+        "n": {"min": 1, "max": 3},
+        "q": {"min": 0.5, "max": 2, "q": 0.5, "distribution": "q_uniform"},
+        "p": {"values": ["often", "seldom", "never"], "probabilities": [0.8, 0.2, 0]},
+        "c": {"value": None},
+    }
+    rows = draws(read_sweep(write_sweep(method="random", parameters=parameters)))
+    assert all(1e-4 <= row["lr"] <= 1e-1 and row["c"] is None for row in rows)
+    assert all(isinstance(row["batch"], int) and row["batch"] % 8 == 0 and 8 <= row["batch"] <= 64 for row in rows)
+    assert {row["n"] for row in rows} == {1, 2, 3} and all(isinstance(row["n"], int) for row in rows)
+    assert {row["q"] for row in rows} == {0.5, 1.0, 1.5, 2.0}
+    counted = collections.Counter(row["p"] for row in rows)
+    assert 140 <= counted["often"] <= 180 and counted["seldom"] == 200 - counted["often"] and "never" not in counted
+    halves = sum(row["lr"] < math.sqrt(1e-5) for row in rows)  # half of them below the geometric middle
+    assert 75 <= halves <= 125
+
+
+def test_a_random_sweep_draws_the_same_points_whoever_asks(write_sweep):
+    sweep = read_sweep(write_sweep(method="random", parameters={"lr": {"min": 0.0, "max": 1.0}, "m": {"min": 0, "max": 9}}))
+    first, second = draws(sweep, 5), draws(sweep, 5)
+    assert first == second and len({row["lr"] for row in first}) == 5
+
+
+def test_arguments_the_searched_ones_after_the_commands(write_sweep):
+    sweep = read_sweep(
+        write_sweep(arguments=["--config", "a.yaml"], parameters={"w": {"values": [[8, 4]]}, "a": {"value": None}})
+    )
+    study = optuna.create_study()
+    study.enqueue_trial(encode(sweep, grid(sweep)[0]))
+    assert arguments(sweep, suggest(sweep, study.ask())) == ["--config", "a.yaml", "--a=null", "--w=[8, 4]"]
+
+
+def test_hyperband_and_none(write_sweep):
+    early = {"type": "hyperband", "min_iter": 2, "eta": 4}
+    sweep = read_sweep(write_sweep(early_terminate=early))
+    assert isinstance(pruner(sweep, 1), optuna.pruners.HyperbandPruner) and isinstance(
+        pruner(sweep, 2), optuna.pruners.NopPruner
+    )
+    assert isinstance(pruner(read_sweep(write_sweep()), 1), optuna.pruners.NopPruner)
+
+
+def test_what_is_searched_comes_after_a_config_that_would_undo_it(write_sweep):
+    parameters = {"model.lr": {"values": [0.1, 0.2]}, "trainer.max_epochs": {"value": 20}}
+    sweep = with_extra(read_sweep(write_sweep(parameters=parameters)), ["--config", "b.yaml"])
+    given = arguments(sweep, {"model.lr": 0.2, "trainer.max_epochs": 20})
+    assert given[-4:] == ["--trainer.max_epochs=20", "--config", "b.yaml", "--model.lr=0.2"]  # constants may be changed

@@ -1,0 +1,32 @@
+"""What a checkpoint leaves of the arguments given beside it is said, and nothing else is."""
+
+import pytest
+
+from tq_lightning.training.checkpoint import overruled
+
+KEPT = {
+    "lr": 0.05,
+    "widths": "8,4,2,1",
+    "skip": ["first", "last"],
+    "model_args": {"expansion": 5, "drop_rate": 0.1},
+    "opt": "sgd",
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, []),
+        ({"lr": 0.05, "opt": "sgd", "widths": [8, 4, 2, 1], "skip": "first,last", "model_args": {"expansion": 5}}, []),
+        ({"model_args": None, "num_classes": 7}, []),
+        ({"lr": 0.01, "opt": "adam"}, ["model.lr=0.05, not 0.01", "model.opt=sgd, not adam"]),
+        ({"widths": "8,2"}, ["model.widths=8,4,2,1, not 8,2"]),
+        ({"model_args": {"expansion": 1}}, ["model.model_args={'expansion': 5, 'drop_rate': 0.1}, not {'expansion': 1}"]),
+    ],
+)
+def test_only_what_was_asked_for_and_differs(asked, said):
+    assert overruled(asked, KEPT) == said
+
+
+def test_a_default_is_not_asked_for():
+    assert overruled({"lr": 0.05, "opt": "sgd"}, {"lr": 0.5, "opt": "adam"}) == []

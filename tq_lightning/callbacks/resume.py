@@ -1,0 +1,66 @@
+"""StepSeeds: the random states of each training step are a function of seed, step and rank, and of nothing else."""
+
+import os
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class StepSeeds(L.Callback):
+    """Reseeds Python, NumPy and torch before each training step.
+
+    A run that is killed and resumed from any checkpoint then draws the same dropout masks as one that was not, without
+    random states in the checkpoint, and whatever an evaluation drew in between.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.fit_loop.epoch_loop.total_batch_idx
+        sequence = np.random.SeedSequence([pl_module.run_seed, step, trainer.global_rank])
+        python, numpy, torch_seed = (int(v) for v in sequence.generate_state(3))
+        random.seed(python)
+        np.random.seed(numpy)
+        torch.manual_seed(torch_seed)
+
+
+class MovedRun(L.Callback):
+    """Lets what a checkpoint remembers of its folder name the folder it lies in now.
+
+    Lightning forgets the best score where the folder's name has changed: the next epoch would count as the best, however
+    poor, and lie beside the true one.
+    """
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state and state["dirpath"] and callback.dirpath:
+                checkpoint["callbacks"][callback.state_key] = _moved(state, str(state["dirpath"]), str(callback.dirpath))
+
+
+def _moved(value: Any, before: str, now: str) -> Any:
+    """`value` with every path at or below `before` at or below `now`."""
+    if isinstance(value, dict):
+        return {_moved(key, before, now): _moved(v, before, now) for key, v in value.items()}
+    if isinstance(value, str) and (value == before or value.startswith(before + os.sep)):
+        return now + value[len(before) :]
+    return value
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Writes `folder`/last.ckpt every `steps` optimizer steps, but not at the last batch of an epoch.
+
+    There validation follows and then the epoch's own checkpoint. Lightning takes a checkpoint between the two for a
+    finished epoch: a run killed in that validation would go on without it, and a last epoch would stay unscored.
+    """
+
+    def __init__(self, folder: Any, steps: int) -> None:
+        super().__init__(folder, filename="last", enable_version_counter=False, every_n_train_steps=steps)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

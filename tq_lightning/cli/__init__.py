@@ -1,0 +1,78 @@
+"""The command line: `python -m tq_lightning VERB ...`. Each verb imports what it needs when it is called, and not before."""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from tq_lightning import __version__
+from tq_lightning.errors import TrainingError, UserError
+
+LIGHTNING_VERBS = {
+    "fit": "train: --config conf/X.yaml [--model.quantizer floor] [--trainer.max_epochs 3] [--ckpt_path last]",
+    "validate": "score every width on the validation split: --config conf/X.yaml --ckpt_path best",
+    "test": "score every width on the test split and add it to the run's record: --config conf/X.yaml --ckpt_path best",
+    "predict": "class probabilities of the test split: --config conf/X.yaml --ckpt_path best",
+}
+# verb -> (module with main(argv) -> exit status, what it does)
+VERBS = {
+    "sweep": ("tq_lightning.cli.sweep", "run a W&B sweep file with Optuna: sweeps/ste.yaml [--workers 2]"),
+    "report": ("tq_lightning.cli.report", "tables, figures and a page from runs: RUNS... --out results/NAME"),
+    "inspect": ("tq_lightning.cli.inspect", "bytes of a model under any policy, no training: --model.name resnet50"),
+    "export": ("tq_lightning.cli.export", "a packed file or ONNX from a checkpoint: CKPT --out model.safetensors"),
+    "classify": ("tq_lightning.cli.classify", "images through a packed file: MODEL IMAGES --bits 2"),
+}
+
+
+def usage() -> str:
+    """The top-level help: a line a verb."""
+    rows = [*LIGHTNING_VERBS.items(), *((verb, what) for verb, (_, what) in VERBS.items())]
+    lines = [f"  {verb:<10}{what}" for verb, what in rows]
+    return "\n".join(
+        [
+            "usage: python -m tq_lightning VERB [arguments]",
+            "",
+            "TruncQuant on PyTorch Lightning: one stored network that runs at 8, 4, 2 or 1 bits by a right shift.",
+            "",
+            *lines,
+            "",
+            "python -m tq_lightning VERB --help lists a verb's arguments; --version prints the version.",
+        ]
+    )
+
+
+def run_fit(argv: list[str]) -> dict[str, Any]:
+    """Run a whole `fit` in this process; see `training.lightning_cli.run_fit`."""
+    from tq_lightning.training import lightning_cli
+
+    return lightning_cli.run_fit(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb. Returns the exit status: 0, 1 (the run failed), 2 (bad input, one line says which), 130 (interrupted)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"tq_lightning {__version__}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    try:
+        if verb in LIGHTNING_VERBS:
+            from tq_lightning.training.lightning_cli import run
+
+            run(argv)
+            return 0
+        if verb not in VERBS:
+            known = ", ".join([*LIGHTNING_VERBS, *VERBS])
+            raise UserError(f"no verb {verb!r}; pass one of {known}")
+        return import_module(VERBS[verb][0]).main(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
+        return 130

@@ -1,0 +1,37 @@
+"""Where a result comes from: versions of the packages it depends on and the git commit of the source tree."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "optuna", "wandb")
+
+
+def package_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """{name: version} of tq_lightning, Python and those of `packages` that are installed."""
+    found = {"tq_lightning": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> tuple[str | None, bool]:
+    """(commit, has uncommitted changes) of the source tree; (None, False) outside a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed package may lie inside somebody else's checkout
+        return None, False
+    try:
+        ask = {"cwd": root, "capture_output": True, "text": True, "timeout": 20}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask)  # type: ignore[call-overload]
+        if commit.returncode != 0:
+            return None, False
+        status = subprocess.run(["git", "status", "--porcelain"], **ask)  # type: ignore[call-overload]
+        return commit.stdout.strip(), bool(status.stdout.strip())
+    except (OSError, subprocess.TimeoutExpired):
+        return None, False

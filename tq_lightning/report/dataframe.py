@@ -1,0 +1,80 @@
+"""The tidy table: one row per run x source x width, from which every number of the report can be made again."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tq_lightning.report.groups import Arm
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE
+from tq_lightning.report.runs import SOURCES, Run
+
+FACTS = (
+    "model.name",
+    "data.name",
+    "model.quantizer",
+    "model.ste",
+    "model.level",
+    "model.activations",
+    ACTIVATIONS_SOURCE,
+    "model.normalizer",
+    "model.norm",
+)
+
+
+def rows(arms: list[Arm]) -> list[dict[str, Any]]:
+    """acc1 in per cent, qt_gap in percentage points, disagree as a share, bytes_read in bytes, width in bits."""
+    return [
+        _row(number, arm, run, source, width)
+        for number, arm in enumerate(arms)
+        for run in arm.runs
+        for source in SOURCES
+        for width in run.widths
+    ]
+
+
+def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, Any]:
+    values = run.record["widths"][str(width)]
+    record = run.record
+    return {
+        "run": run.id,
+        "arm": number,
+        **{key.split(".")[0] + "_" + key.split(".")[1]: _plain(arm[key]) for key in FACTS},
+        "trained_widths": " ".join(map(str, arm.trained)),
+        "seed": run.seed,
+        "source": source,
+        "width": width,
+        "trained": width in arm.trained,
+        "val_acc1": values[source],
+        "val_qt_gap": values.get("qt_gap"),
+        "val_acc1_float": run.acc1_float("val"),
+        "test_acc1": run.acc1(source, width, "test"),
+        "test_acc1_float": run.acc1_float("test"),
+        "disagree": values.get("disagree"),
+        "bytes_read": ((record.get("bytes") or {}).get("planes") or {}).get(str(width)),
+        "epochs": record.get("epochs"),
+        "steps": record.get("steps"),
+        "best_epoch": (record.get("best") or {}).get("epoch"),
+        "seconds": record.get("seconds"),
+        "device": record.get("device"),
+        "commit": record.get("commit"),
+        "dirty": record.get("dirty"),
+        "version": (record.get("versions") or {}).get("tq_lightning"),
+        "record": run.path,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+
+
+def write(arms: list[Arm], folder: Path) -> list[str]:
+    """`runs.csv`, and `runs.parquet` where pyarrow is installed; returns the names written."""
+    frame = pd.DataFrame(rows(arms))
+    frame.to_csv(folder / "runs.csv", index=False)
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        return ["runs.csv"]
+    frame.to_parquet(folder / "runs.parquet", index=False)
+    return ["runs.csv", "runs.parquet"]
