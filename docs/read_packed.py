@@ -24,7 +24,9 @@ def read_header(file):
     index = json.loads(raw)
     metadata = index.pop("__metadata__", {})
     if metadata.get("format") != "tq_packed" or metadata.get("format_version") != "1":
-        raise ValueError(f"not a packed file of version 1: {metadata.get('format')} {metadata.get('format_version')}")
+        raise ValueError(
+            f"not a packed file of version 1: {metadata.get('format')} {metadata.get('format_version')}"
+        )
     blank = raw.replace(metadata["header_sha256"].encode(), b"0" * 64, 1)
     if hashlib.sha256(blank).hexdigest() != metadata["header_sha256"]:
         raise ValueError("the header is damaged")
@@ -46,7 +48,9 @@ def unfold(plane, first, size):
     """A zstd frame -> the plane of `size` bytes; every plane but the first was XORed with it."""
     import zstandard
 
-    out = np.frombuffer(zstandard.ZstdDecompressor().decompress(plane.tobytes(), max_output_size=size), np.uint8)
+    out = np.frombuffer(
+        zstandard.ZstdDecompressor().decompress(plane.tobytes(), max_output_size=size), np.uint8
+    )
     if out.size != size:
         raise ValueError("a plane unfolds to another size")
     return out if first is None else out ^ first
@@ -106,4 +110,6 @@ def weights(path, bits):
 
 if __name__ == "__main__":
     for name, (codes, _) in read(sys.argv[1], int(sys.argv[2])).items():
-        print(f"{name:<40} {codes.shape!s:<20} {codes.min():>3} .. {codes.max():>3}  mean {codes.mean():.2f}")
+        print(
+            f"{name:<40} {codes.shape!s:<20} {codes.min():>3} .. {codes.max():>3}  mean {codes.mean():.2f}"
+        )

@@ -26,7 +26,9 @@ NATIVE = {"digits": (8, 10), "cifar10": (32, 10), "imagenet": (224, 1000)}
 def files() -> list:
     rows = []
     for path in sorted(CONF.glob("*.yaml")):
-        heavy = yaml.safe_load(path.read_text())["data"]["name"] == "imagenet" or path.stem.startswith("r56")
+        heavy = yaml.safe_load(path.read_text())["data"][
+            "name"
+        ] == "imagenet" or path.stem.startswith("r56")
         rows.append(pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if heavy else []))
     return rows
 
@@ -42,18 +44,55 @@ def test_trains_two_steps(path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert data.get("image_size", size) == size
     metrics = run_fit(
         [
-            *["--config", str(path), "--trainer.default_root_dir", str(tmp_path), "--trainer.precision", "32-true"],
-            *["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"],
+            *[
+                "--config",
+                str(path),
+                "--trainer.default_root_dir",
+                str(tmp_path),
+                "--trainer.precision",
+                "32-true",
+            ],
+            *[
+                "--trainer.max_epochs",
+                "1",
+                "--trainer.limit_train_batches",
+                "2",
+                "--trainer.limit_val_batches",
+                "1",
+            ],
             *["--trainer.check_val_every_n_epoch", "1", "--trainer.enable_model_summary", "false"],
             *["--trainer.accelerator", "cpu"],
-            *["--model.pretrained", "false", "--model.checkpoint_path", "null", "--model.calibration_batches", "1"],
-            *["--data.name", "synthetic", "--data.num_classes", str(classes), "--data.image_size", str(size)],
-            *["--data.batch_size", "2", "--data.eval_batch_size", "2", "--data.samples", str(max(16, 2 * classes))],
+            *[
+                "--model.pretrained",
+                "false",
+                "--model.checkpoint_path",
+                "null",
+                "--model.calibration_batches",
+                "1",
+            ],
+            *[
+                "--data.name",
+                "synthetic",
+                "--data.num_classes",
+                str(classes),
+                "--data.image_size",
+                str(size),
+            ],
+            *[
+                "--data.batch_size",
+                "2",
+                "--data.eval_batch_size",
+                "2",
+                "--data.samples",
+                str(max(16, 2 * classes)),
+            ],
         ]
     )
     assert metrics["train/loss_w1"] > 0 and metrics["train/loss_w8"] > 0
     for bits in range(1, 9):
-        assert metrics[f"val/qt_gap_w{bits}"] == 0.0, "every file of conf/ trains the floor arm as it stands"
+        assert metrics[f"val/qt_gap_w{bits}"] == 0.0, (
+            "every file of conf/ trains the floor arm as it stands"
+        )
     assert (Path(metrics["run_dir"]) / "checkpoints" / "last.ckpt").is_file()
     capsys.readouterr()
 

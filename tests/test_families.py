@@ -125,8 +125,23 @@ FAMILIES: dict[str, tuple[str, int, dict[str, int]]] = {
 WIDTHS = (8, 4, 2, 1)
 # Lookup tables, which their model multiplies with a one-hot instead of indexing them.
 TABLES = {"gemma4_vit": "position_embedding_table"}
-CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
-PRODUCTS = {F.linear, torch.matmul, torch.bmm, torch.mm, torch.einsum, Tensor.matmul, Tensor.__matmul__}
+CONVOLUTIONS = {
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+}
+PRODUCTS = {
+    F.linear,
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    torch.einsum,
+    Tensor.matmul,
+    Tensor.__matmul__,
+}
 OPERATORS = CONVOLUTIONS | PRODUCTS | {torch.lstm, torch.gru, F.multi_head_attention_forward}
 
 
@@ -169,8 +184,12 @@ def test_family(family):
     assert name in timm.list_models(module=family)
     torch.manual_seed(0)
     model = create_model(name, **kwargs)
-    skipped = {id(p) for layer in select_layers(model) if layer.skipped for p in layer.module.parameters()}
-    skipped |= {id(p) for full, p in model.named_parameters() if full.endswith(TABLES.get(family, "!"))}
+    skipped = {
+        id(p) for layer in select_layers(model) if layer.skipped for p in layer.module.parameters()
+    }
+    skipped |= {
+        id(p) for full, p in model.named_parameters() if full.endswith(TABLES.get(family, "!"))
+    }
     prepare(model, verbose=False)
     x = torch.randn(2, 3, side, side)
 
@@ -192,16 +211,22 @@ def test_family(family):
             with bit_width(model, bits, "truncate"), _FloatWeights() as floats:
                 truncated = _tensors(model(x))
             assert quantized and all(t.isfinite().all() for t in quantized), f"{bits} bits"
-            assert all(torch.equal(a, b) for a, b in zip(quantized, truncated, strict=True)), f"{bits} bits"
+            assert all(torch.equal(a, b) for a, b in zip(quantized, truncated, strict=True)), (
+                f"{bits} bits"
+            )
 
     share, left = _share(model, floats, skipped)
     assert share >= 0.95, left
     gc.collect()
 
 
-def _share(model: nn.Module, floats: _FloatWeights, skipped: set[int]) -> tuple[float, list[tuple[int, ...]]]:
+def _share(
+    model: nn.Module, floats: _FloatWeights, skipped: set[int]
+) -> tuple[float, list[tuple[int, ...]]]:
     """Share of the multiplied weights that is quantized, leaving `skipped` aside, and the shapes of what is not."""
-    done = sum(original(module, tensor).numel() for _, module, tensor, _ in weight_quantizers(model))
+    done = sum(
+        original(module, tensor).numel() for _, module, tensor, _ in weight_quantizers(model)
+    )
     left = [p for p in floats.met.values() if id(p) not in skipped]
     return done / (done + sum(p.numel() for p in left)), [tuple(p.shape) for p in left]
 
@@ -212,6 +237,10 @@ def test_a_weight_left_in_float_is_seen():
     prepare(model, skip=("first", "last", "blocks.0.*"), verbose=False)
     with torch.no_grad(), bit_width(model, 4), _FloatWeights() as floats:
         model(torch.randn(1, 3, 160, 160))
-    ends = {id(p) for name in ("patch_embed.proj", "head") for p in model.get_submodule(name).parameters()}
+    ends = {
+        id(p)
+        for name in ("patch_embed.proj", "head")
+        for p in model.get_submodule(name).parameters()
+    }
     share, left = _share(model, floats, ends)
     assert share < 0.95 and len(left) == 4

@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "tq_lightning"
 FILES = sorted(ROOT.rglob("*.py"))
-MAY_IMPORT_BY_NAME = {"__init__.py", "cli/__init__.py", "cli/sweep.py"}  # public names and verbs, loaded on first use
+MAY_IMPORT_BY_NAME = {
+    "__init__.py",
+    "cli/__init__.py",
+    "cli/sweep.py",
+}  # public names and verbs, loaded on first use
 
 
 def faults(path: str, source: str) -> list[str]:
@@ -19,7 +23,9 @@ def faults(path: str, source: str) -> list[str]:
         if isinstance(node, ast.ImportFrom):
             if node.level:
                 found.append(f"relative import of {node.module}")
-            found += [f"star import from {node.module}" for alias in node.names if alias.name == "*"]
+            found += [
+                f"star import from {node.module}" for alias in node.names if alias.name == "*"
+            ]
         elif isinstance(node, ast.Call):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             if name in ("import_module", "__import__") and path not in MAY_IMPORT_BY_NAME:
@@ -33,14 +39,24 @@ def test_no_import_that_the_contracts_cannot_see(path):
 
 
 @pytest.mark.parametrize(
-    "source", ["from torch import *", "from . import codes", "import_module('tq_lightning.cli')", "__import__('torch')"]
+    "source",
+    [
+        "from torch import *",
+        "from . import codes",
+        "import_module('tq_lightning.cli')",
+        "__import__('torch')",
+    ],
 )
 def test_counter_example(source):
     assert faults("quant/codes.py", source)
 
 
 def test_every_room_has_a_contract():
-    rooms = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} - {"__init__", "__main__", "cli"}
+    rooms = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} - {
+        "__init__",
+        "__main__",
+        "cli",
+    }
     text = (ROOT.parent / "pyproject.toml").read_text()
     assert {room for room in rooms if f'source_modules = ["tq_lightning.{room}"]' in text} == rooms
 

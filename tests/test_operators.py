@@ -15,7 +15,15 @@ from tq_lightning.quant.codes import codes_to_levels, dequantize, floor_codes, t
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.weight import original, weight_quantizers
 
-_WEIGHT_SECOND = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_WEIGHT_SECOND = {
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+}
 _WEIGHT_SECOND |= {torch.conv1d, torch.conv2d, torch.conv3d}
 
 
@@ -138,7 +146,10 @@ def test_operator_input_is_on_the_grid(name, source):
                 continue
             for own, plain in zip(weight.flatten(1), level.flatten(1), strict=True):
                 affine = torch.stack([plain, torch.ones_like(plain)], 1).double()
-                fit = affine @ torch.linalg.lstsq(affine, own.double()[:, None], driver="gelsd").solution
+                fit = (
+                    affine
+                    @ torch.linalg.lstsq(affine, own.double()[:, None], driver="gelsd").solution
+                )
                 assert (fit[:, 0] - own).abs().max() <= 1e-5 * own.abs().max()
 
 
@@ -155,7 +166,9 @@ def test_on_the_grid_per_output_channel(name):
         assert torch.equal(weight, exact)
 
 
-@pytest.mark.parametrize("name", ["StdConv2d", "MultiheadAttention", "LSTM", "transposed grouped", "tied"])
+@pytest.mark.parametrize(
+    "name", ["StdConv2d", "MultiheadAttention", "LSTM", "transposed grouped", "tied"]
+)
 def test_gradients_reach_the_float_weight_in_training(name):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
@@ -165,11 +178,15 @@ def test_gradients_reach_the_float_weight_in_training(name):
         model(torch.randn(shape)).square().sum().backward()
     for full_name, module, tensor, _ in weight_quantizers(model):
         gradient = original(module, tensor).grad
-        assert gradient is not None and gradient.isfinite().all() and gradient.abs().sum() > 0, full_name
+        assert gradient is not None and gradient.isfinite().all() and gradient.abs().sum() > 0, (
+            full_name
+        )
 
 
 def test_norm_with_activation_keeps_its_activation_and_gets_sets():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), tl.BatchNormAct2d(4, act_layer=nn.SiLU), nn.Conv2d(4, 2, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), tl.BatchNormAct2d(4, act_layer=nn.SiLU), nn.Conv2d(4, 2, 3)
+    ).eval()
     x = torch.randn(2, 3, 9, 9)
     before = model(x)
     prepare(model, skip=(), verbose=False)

@@ -22,5 +22,7 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     # resolved on first use, so that `python -m tq_lightning --help` need not load torch
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(_HOMES)}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(_HOMES)}"
+        )
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -39,7 +39,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"cannot write {path} ({error.strerror or error}); nothing was changed") from error
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); nothing was changed"
+        ) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

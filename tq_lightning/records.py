@@ -94,9 +94,17 @@ KINDS = {
     "numbers": lambda v: isinstance(v, list) and all(map(_number, v)),
     "whole number": lambda v: isinstance(v, int) and not isinstance(v, bool),
     "widths": _widths,
-    "points": lambda v: isinstance(v, list) and all(isinstance(p, list) and len(p) == 2 and _number(p[0]) for p in v),
+    "points": lambda v: (
+        isinstance(v, list)
+        and all(isinstance(p, list) and len(p) == 2 and _number(p[0]) for p in v)
+    ),
 }
-WORDS = {"text": "text", "texts": "a list of texts", "numbers": "a list of numbers", "widths": "a list of widths in bits"}
+WORDS = {
+    "text": "text",
+    "texts": "a list of texts",
+    "numbers": "a list of numbers",
+    "widths": "a list of widths in bits",
+}
 WORDS |= {"points": "a list of pairs"}
 KEYED_BY_BITS = ("widths", "read_at", "energy.by_width", "bytes.planes")
 
@@ -109,7 +117,11 @@ def fault(record: dict[str, Any], shape: dict[str, str]) -> str | None:
             if value is None and not needed:
                 continue
             if value is None or not KINDS[kind](value):
-                got = "missing" if value is None else f"{str(value)[:40]!r}, not {WORDS.get(kind, f'a {kind}')}"
+                got = (
+                    "missing"
+                    if value is None
+                    else f"{str(value)[:40]!r}, not {WORDS.get(kind, f'a {kind}')}"
+                )
                 return f"broken: {where} is {got}"
             if where in KEYED_BY_BITS and not all(key.isdigit() for key in value):
                 return f"broken: {where} has a key that is no width in bits"

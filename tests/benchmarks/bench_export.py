@@ -62,14 +62,23 @@ def planes(table):
 
     codes = np.random.default_rng(0).integers(0, 256, 1 << 24, dtype=np.uint8)
     packed, out = pack_planes(codes, 8), np.empty_like(codes)
-    calls = {"pack": lambda: pack_planes(codes, 8), "unpack": lambda: unpack_planes(packed, codes.size, out)}
+    calls = {
+        "pack": lambda: pack_planes(codes, 8),
+        "unpack": lambda: unpack_planes(packed, codes.size, out),
+    }
     for name, call in calls.items():
         times = []
         for _ in range(5):
             start = time.process_time()
             call()
             times.append(time.process_time() - start)
-        table.add(f"{name} 8 planes", codes.nbytes / min(times) / 1e9, "GB/s", ">= 1", "of a core's time, best of 5")
+        table.add(
+            f"{name} 8 planes",
+            codes.nbytes / min(times) / 1e9,
+            "GB/s",
+            ">= 1",
+            "of a core's time, best of 5",
+        )
 
 
 def switching(table, prepared, path):
@@ -80,7 +89,10 @@ def switching(table, prepared, path):
     from tq_lightning.quant.weight import weight_quantizers
 
     served = load_packed(path)
-    weights, tensors = packed_weights(served), [(m, t) for _, m, t, _ in weight_quantizers(prepared)]
+    weights, tensors = (
+        packed_weights(served),
+        [(m, t) for _, m, t, _ in weight_quantizers(prepared)],
+    )
     turn = {"packed": 0, "float": 0}
 
     def step(model, pairs, key):
@@ -90,7 +102,10 @@ def switching(table, prepared, path):
                 getattr(module, tensor)
 
     numbers = sum(m.parametrizations[t].original.numel() for _, m, t, _ in weights)
-    source, target = torch.zeros(numbers * 5 // 2, dtype=torch.uint8), torch.zeros(numbers * 5 // 2, dtype=torch.uint8)
+    source, target = (
+        torch.zeros(numbers * 5 // 2, dtype=torch.uint8),
+        torch.zeros(numbers * 5 // 2, dtype=torch.uint8),
+    )
     pairs = [(m, t) for _, m, t, _ in weights]
     took = alternately(
         7,
@@ -101,14 +116,25 @@ def switching(table, prepared, path):
     seconds = {name: call.clock for name, call in took.items()}
     note = f"{5 * numbers:,} bytes touched: codes read, weights written"
     table.add("switch in place", 1000 * seconds["packed"], "ms", note=note)
-    table.add("requantize from float", 1000 * seconds["float"], "ms", note="the same widths, the same tensors")
-    table.add("requantize from float / switch in place", seconds["float"] / seconds["packed"], "x", ">= 5")
+    table.add(
+        "requantize from float",
+        1000 * seconds["float"],
+        "ms",
+        note="the same widths, the same tensors",
+    )
+    table.add(
+        "requantize from float / switch in place", seconds["float"] / seconds["packed"], "x", ">= 5"
+    )
     table.add("copy of as many bytes / switch in place", seconds["copy"] / seconds["packed"], "x")
 
 
 def loads(table, path, float_path, name, size):
     """Cold loads, and the memory that a loaded model holds, float against packed."""
-    cases = {"float": (float_path, "float", 0), "2 bits": (path, "lean", 2), "lean": (path, "lean", 0)}
+    cases = {
+        "float": (float_path, "float", 0),
+        "2 bits": (path, "lean", 2),
+        "lean": (path, "lean", 0),
+    }
     got = {}
     for label, (at, mode, bits) in {**cases, "resident": (path, "resident", 0)}.items():
         argv = [sys.executable, "-c", LOAD, str(at), name, mode, str(bits), json.dumps(size)]
@@ -121,16 +147,33 @@ def loads(table, path, float_path, name, size):
         for key, unit in (("read", "bytes"), ("seconds", "s"), ("peak", "MiB")):
             table.add(f"cold load, {label}: {key}", got[label][key], unit)
     for key in ("read", "seconds", "peak"):
-        table.add(f"cold load, float / 2 bits: {key}", got["float"][key] / max(got["2 bits"][key], 1e-9))
+        table.add(
+            f"cold load, float / 2 bits: {key}", got["float"][key] / max(got["2 bits"][key], 1e-9)
+        )
     file_mib = path.stat().st_size / 2**20
     for label, aim, note in (
         ("float", "", ""),
         ("lean", "<= 1.5", "all widths"),
         ("resident", "", "all widths; codes and one width's weights"),
     ):
-        table.add(f"{label}: held after the load / 8-bit file", got[label]["held"] / file_mib, "x", aim, note)
-        table.add(f"{label}: held after a pass / 8-bit file", got[label]["pass_held"] / file_mib, note="one image")
-        table.add(f"{label}: peak of load and pass", got[label]["pass_peak"], "MiB", note="with the activations of one image")
+        table.add(
+            f"{label}: held after the load / 8-bit file",
+            got[label]["held"] / file_mib,
+            "x",
+            aim,
+            note,
+        )
+        table.add(
+            f"{label}: held after a pass / 8-bit file",
+            got[label]["pass_held"] / file_mib,
+            note="one image",
+        )
+        table.add(
+            f"{label}: peak of load and pass",
+            got[label]["pass_peak"],
+            "MiB",
+            note="with the activations of one image",
+        )
 
 
 def latency(table, name, size, path, float_model, onnx):
@@ -152,10 +195,20 @@ def latency(table, name, size, path, float_model, onnx):
 
     for bits in (8, 4, 2):
         with bit_width(resident, bits), bit_width(lean, bits):
-            took = alternately(REPEATS, float=lambda: run(float_model), resident=lambda: run(resident), lean=lambda: run(lean))
+            took = alternately(
+                REPEATS,
+                float=lambda: run(float_model),
+                resident=lambda: run(resident),
+                lean=lambda: run(lean),
+            )
         base = took["float"].clock
         table.add(f"{name}, PyTorch, float", 1000 * base, "ms", note="one image")
-        table.add(f"{name}, PyTorch, resident at {bits} / float", took["resident"].clock / base, "x", "<= 1.05")
+        table.add(
+            f"{name}, PyTorch, resident at {bits} / float",
+            took["resident"].clock / base,
+            "x",
+            "<= 1.05",
+        )
         table.add(f"{name}, PyTorch, lean at {bits} / float", took["lean"].clock / base)
     entering = alternately(REPEATS, enter=enter)["enter"].clock
     table.add(f"{name}, PyTorch, entering bit_width", 1000 * entering, "ms", note="no weights made")
@@ -167,7 +220,9 @@ def latency(table, name, size, path, float_model, onnx):
     from tq_lightning.export.onnx.static import export_static
 
     folder = path.parent
-    program = torch.onnx.export(float_model, (image,), input_names=["images"], dynamo=True, optimize=False, verbose=False)
+    program = torch.onnx.export(
+        float_model, (image,), input_names=["images"], dynamo=True, optimize=False, verbose=False
+    )
     program.save(str(folder / "float.onnx"))
     export_dynamic(path, folder / "dynamic.onnx")
 
@@ -184,7 +239,10 @@ def latency(table, name, size, path, float_model, onnx):
     dynamic = session(folder / "dynamic.onnx")
     for bits in (8, 4, 2):
         export_static(path, folder / f"{bits}.onnx", bits)
-        folded, fixed = session(folder / f"{bits}.onnx", fold=True), session(folder / f"{bits}.onnx")
+        folded, fixed = (
+            session(folder / f"{bits}.onnx", fold=True),
+            session(folder / f"{bits}.onnx"),
+        )
         took = alternately(
             REPEATS,
             float=lambda: floats.run(None, feed),
@@ -195,17 +253,30 @@ def latency(table, name, size, path, float_model, onnx):
         base = took["float"].clock
         table.add(f"{name}, ONNX Runtime, float", 1000 * base, "ms", note="one image")
         for key, label, aim, note in (
-            ("folded", "static, folded", "<= 1.05", "weights made at load (session.disable_quant_qdq=1)"),
+            (
+                "folded",
+                "static, folded",
+                "<= 1.05",
+                "weights made at load (session.disable_quant_qdq=1)",
+            ),
             ("static", "static", "", "weights made at every run (default)"),
             ("dynamic", "dynamic", "", "weights made at every run"),
         ):
-            table.add(f"{name}, ONNX Runtime, {label} at {bits} / float", took[key].clock / base, "x", aim, note)
+            table.add(
+                f"{name}, ONNX Runtime, {label} at {bits} / float",
+                took[key].clock / base,
+                "x",
+                aim,
+                note,
+            )
         ratio = (folder / "float.onnx").stat().st_size / (folder / f"{bits}.onnx").stat().st_size
         table.add(f"{name}, ONNX file, float / static at {bits}", ratio)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--vit", default="vit_tiny_patch16_224")
@@ -222,7 +293,10 @@ def main():
     planes(table)
     with tempfile.TemporaryDirectory() as folder:
         for name in (a.model, a.vit):
-            path, float_path = Path(folder) / f"{name}.safetensors", Path(folder) / f"{name}.float.safetensors"
+            path, float_path = (
+                Path(folder) / f"{name}.safetensors",
+                Path(folder) / f"{name}.float.safetensors",
+            )
             plain = create_model(name).eval()
             save_file(plain.state_dict(), float_path)
             prepared = create_model(name)
@@ -232,8 +306,12 @@ def main():
             save_packed(prepared.eval(), path)
             ratio = float_path.stat().st_size / path.stat().st_size
             table.add(f"{name}, float file / packed file", ratio, note="all norm sets")
-            folded = save_packed(prepared, Path(folder) / "folded.safetensors", fold_norms=True)["total"]
-            table.add(f"{name}, float file / packed file, folded", float_path.stat().st_size / folded)
+            folded = save_packed(prepared, Path(folder) / "folded.safetensors", fold_norms=True)[
+                "total"
+            ]
+            table.add(
+                f"{name}, float file / packed file, folded", float_path.stat().st_size / folded
+            )
             if name == a.model:
                 switching(table, prepared, path)
                 loads(table, path, float_path, name, plain.pretrained_cfg["input_size"])

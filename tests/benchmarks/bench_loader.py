@@ -20,7 +20,9 @@ AIM = 15_000
 CASES = {"crop+flip": {}, "crop+flip+erasing": {"reprob": 0.25}, "crop+flip+mixup": {"mixup": 0.2}}
 
 
-def measure(keys: dict[str, float], batch_size: int, seconds: float, device: str) -> tuple[float, float]:
+def measure(
+    keys: dict[str, float], batch_size: int, seconds: float, device: str
+) -> tuple[float, float]:
     """Images a second, by the clock and of processor time, over whole epochs for `seconds`; the first epoch is left out."""
     module = TQDataModule("synthetic", samples=20_000, batch_size=batch_size, seed=0, **keys)
     loader = module.train_dataloader()
@@ -45,7 +47,9 @@ def measure(keys: dict[str, float], batch_size: int, seconds: float, device: str
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each case is measured")
@@ -57,7 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, keys in CASES.items():
         rate, per_core = measure(keys, args.batch_size, args.seconds, args.device)
         note = f"{per_core:,.0f} a second of processor time; batch {args.batch_size}, {args.threads} threads, {args.device}"
-        table.add(f"loader alone, {name}", rate, "images/s", f">= {AIM}" if name == "crop+flip" else "", note)
+        table.add(
+            f"loader alone, {name}",
+            rate,
+            "images/s",
+            f">= {AIM}" if name == "crop+flip" else "",
+            note,
+        )
     table.write(args.out)
     return 0
 

@@ -42,7 +42,13 @@ def with_brevitas(model: nn.Module, bits: int) -> nn.Module:
         if isinstance(layer, nn.Conv2d) and name != "conv1":
             parent, _, child = name.rpartition(".")
             new = qnn.QuantConv2d(
-                layer.in_channels, layer.out_channels, 3, layer.stride, layer.padding, bias=False, weight_bit_width=bits
+                layer.in_channels,
+                layer.out_channels,
+                3,
+                layer.stride,
+                layer.padding,
+                bias=False,
+                weight_bit_width=bits,
             )
             new.weight.data.copy_(layer.weight.data)
             setattr(model.get_submodule(parent), child, new)
@@ -63,7 +69,9 @@ def training(repeats: int) -> Iterator[Row]:
 
     def joint() -> None:
         ours.zero_grad()
-        joint_loss(ours, images, (8, 4, 2, 1), lambda bits, out, wider: F.cross_entropy(out, target))[0].backward()
+        joint_loss(
+            ours, images, (8, 4, 2, 1), lambda bits, out, wider: F.cross_entropy(out, target)
+        )[0].backward()
 
     def one_by_one(models: list[nn.Module]) -> Callable[[], None]:
         def run() -> None:
@@ -78,9 +86,15 @@ def training(repeats: int) -> Iterator[Row]:
         peers["brevitas"] = [with_brevitas(copy.deepcopy(plain), bits) for bits in (8, 4, 3, 2)]
     for model in (ours, *itertools.chain(*peers.values())):
         model.train().to(memory_format=torch.channels_last)
-    took = alternately(repeats, tq_lightning=joint, **{name: one_by_one(models) for name, models in peers.items()})
+    took = alternately(
+        repeats, tq_lightning=joint, **{name: one_by_one(models) for name, models in peers.items()}
+    )
     for name in [name for name in took if name != "float"]:
-        yield f"ResNet-20, batch {BATCH}, 4 widths / 4 float steps: {name}", took[name].clock / took["float"].clock, "x"
+        yield (
+            f"ResNet-20, batch {BATCH}, 4 widths / 4 float steps: {name}",
+            took[name].clock / took["float"].clock,
+            "x",
+        )
 
 
 def quanto_model(plain: nn.Module, bits: int) -> nn.Module:
@@ -88,7 +102,9 @@ def quanto_model(plain: nn.Module, bits: int) -> nn.Module:
     from optimum import quanto
 
     model = copy.deepcopy(plain)
-    quanto.quantize(model, weights={8: quanto.qint8, 4: quanto.qint4, 2: quanto.qint2}[bits], exclude=["conv1"])
+    quanto.quantize(
+        model, weights={8: quanto.qint8, 4: quanto.qint4, 2: quanto.qint2}[bits], exclude=["conv1"]
+    )
     quanto.freeze(model)
     return model
 
@@ -107,7 +123,11 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
     del prepared
     save_file(plain.state_dict(), folder / "float.safetensors")
     yield "ResNet-50, what serves 8, 4 and 2 bits: tq_lightning", packed.stat().st_size, "bytes"
-    yield "ResNet-50, what serves 8, 4 and 2 bits: float", (folder / "float.safetensors").stat().st_size, "bytes"
+    yield (
+        "ResNet-50, what serves 8, 4 and 2 bits: float",
+        (folder / "float.safetensors").stat().st_size,
+        "bytes",
+    )
     ours = load_packed(packed)
     pairs = [(module, tensor) for _, module, tensor, _ in packed_weights(ours)]
     assert pairs
@@ -123,12 +143,17 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
         turn["optimum-quanto"] += 1
         quanto_model(plain, WIDTHS[turn["optimum-quanto"] % 3])
 
-    peer = importlib.util.find_spec("optimum") is not None and importlib.util.find_spec("optimum.quanto") is not None
+    peer = (
+        importlib.util.find_spec("optimum") is not None
+        and importlib.util.find_spec("optimum.quanto") is not None
+    )
     if peer:
         total = 0
         for bits in WIDTHS:
             file = folder / f"quanto{bits}.safetensors"
-            save_file({k: v.contiguous() for k, v in quanto_model(plain, bits).state_dict().items()}, file)
+            save_file(
+                {k: v.contiguous() for k, v in quanto_model(plain, bits).state_dict().items()}, file
+            )
             total += file.stat().st_size
         yield "ResNet-50, what serves 8, 4 and 2 bits: optimum-quanto (three files)", total, "bytes"
     took = alternately(7, tq_lightning=switch, **({"optimum-quanto": requantize} if peer else {}))
@@ -149,14 +174,26 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
 
     for bits in WIDTHS:
         took = alternately(repeats, float=once(plain, None), ours=once(ours, bits))
-        yield f"ResNet-50, one image at {bits} bits / float: tq_lightning", took["ours"].clock / took["float"].clock, "x"
+        yield (
+            f"ResNet-50, one image at {bits} bits / float: tq_lightning",
+            took["ours"].clock / took["float"].clock,
+            "x",
+        )
         if peer:  # seconds an image where it has no kernel for the processor: two are enough
-            took = alternately(2, float=once(plain, None), peer=once(quanto_model(plain, bits), None))
-            yield f"ResNet-50, one image at {bits} bits / float: optimum-quanto", took["peer"].clock / took["float"].clock, "x"
+            took = alternately(
+                2, float=once(plain, None), peer=once(quanto_model(plain, bits), None)
+            )
+            yield (
+                f"ResNet-50, one image at {bits} bits / float: optimum-quanto",
+                took["peer"].clock / took["float"].clock,
+                "x",
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)

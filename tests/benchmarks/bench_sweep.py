@@ -32,7 +32,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def run(folder: Path, method: str, url: str, fit, trials: int, arguments=()) -> list[tuple[float, float]]:
+def run(
+    folder: Path, method: str, url: str, fit, trials: int, arguments=()
+) -> list[tuple[float, float]]:
     """Run a sweep of `trials` in this process; returns (start, end) of each call of `fit`."""
     calls = []
 
@@ -41,7 +43,11 @@ def run(folder: Path, method: str, url: str, fit, trials: int, arguments=()) -> 
         fit(argv)
         calls.append((start, time.perf_counter()))
 
-    parameter = {"values": [i / trials for i in range(trials)]} if method == "grid" else {"min": 0.0, "max": 1.0}
+    parameter = (
+        {"values": [i / trials for i in range(trials)]}
+        if method == "grid"
+        else {"min": 0.0, "max": 1.0}
+    )
     file = folder / f"{method}.yaml"
     file.write_text(yaml.safe_dump({
         "method": method, "metric": {"name": METRIC, "goal": "maximize"}, "parameters": {"model.lr": parameter},
@@ -55,7 +61,9 @@ def run(folder: Path, method: str, url: str, fit, trials: int, arguments=()) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--trials", type=int, default=10)
     args = parser.parse_args(argv)
@@ -67,14 +75,22 @@ def main(argv: list[str] | None = None) -> int:
     for storage in ("sqlite", "journal"):
         for method in ("grid", "bayes"):
             with tempfile.TemporaryDirectory() as name:
-                url = f"sqlite:///{name}/study.db" if storage == "sqlite" else f"journal:{name}/study.journal"
+                url = (
+                    f"sqlite:///{name}/study.db"
+                    if storage == "sqlite"
+                    else f"journal:{name}/study.journal"
+                )
                 calls = run(Path(name), method, url, stand_in.fit, args.trials)
-            gap = statistics.median(after[0] - before[1] for before, after in itertools.pairwise(calls))
+            gap = statistics.median(
+                after[0] - before[1] for before, after in itertools.pairwise(calls)
+            )
             table.add(f"{storage}, {method}: engine beside fit, per trial", gap, "s")
             table.add(f"{storage}, {method}: share of a one-minute trial", 100 * gap / 60, "%")
     with tempfile.TemporaryDirectory() as name:
         calls = run(Path(name), "grid", f"sqlite:///{name}/study.db", run_fit, 2, TINY)
-    table.add("second real trial: from the first's end to its fit", calls[1][0] - calls[0][1], "s", "<= 2")
+    table.add(
+        "second real trial: from the first's end to its fit", calls[1][0] - calls[0][1], "s", "<= 2"
+    )
     first, again = (end - start for start, end in calls)
     table.add("fit on two batches of digits, first (imports in it)", first, "s")
     table.add("fit on two batches of digits, second", again, "s")

@@ -35,7 +35,9 @@ BATCHES = 2  # of an evaluation
 CASES = [("resnet20_cifar", 32, 128, 256), ("resnet50", 224, 8, 32)]
 
 
-def build(name: str, size: int, batch: int, prepared: bool) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+def build(
+    name: str, size: int, batch: int, prepared: bool
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model = create_model(name, num_classes=10)
     if prepared:
@@ -45,14 +47,18 @@ def build(name: str, size: int, batch: int, prepared: bool) -> tuple[torch.nn.Mo
     return model, images, torch.randint(0, 10, (batch,))
 
 
-def train_step(model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor, joint: bool) -> Callable[[], None]:
+def train_step(
+    model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor, joint: bool
+) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     model.train()
 
     def step() -> None:
         optimizer.zero_grad()
         if joint:
-            loss, _ = joint_loss(model, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target))
+            loss, _ = joint_loss(
+                model, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target)
+            )
         else:
             loss = F.cross_entropy(model(images), target)
         loss.backward()
@@ -94,7 +100,9 @@ def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[fl
                 reference(images)
 
     def evaluate_widths() -> None:
-        with shared_normalisation(model):  # as the callback does: weights are coded once an evaluation, not once a batch
+        with shared_normalisation(
+            model
+        ):  # as the callback does: weights are coded once an evaluation, not once a batch
             for _ in range(BATCHES):
                 evaluate_batch(model, images, passes)
 
@@ -130,7 +138,9 @@ def seconds_of(command: list[str], repeats: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -148,14 +158,30 @@ def main(argv: list[str] | None = None) -> int:
             continue
         what = f"{name} batch {batch}: joint step / {len(WIDTHS)} float steps"
         table.add(what, *joint_ratio(name, size, batch, args.repeats))
-        what = f"{name}, {BATCHES} batches of {eval_batch}: 8 truncated widths / 8 float evaluations"
+        what = (
+            f"{name}, {BATCHES} batches of {eval_batch}: 8 truncated widths / 8 float evaluations"
+        )
         table.add(what, *evaluation_ratio(name, size, eval_batch, max(3, args.repeats // 2)))
-        one, all_widths = (peak_bytes(name, size, batch, joint, args.threads) for joint in (False, True))
-        table.add(f"{name} batch {batch}: peak memory, joint / float step", all_widths / one, "x", "<= 1.15")
+        one, all_widths = (
+            peak_bytes(name, size, batch, joint, args.threads) for joint in (False, True)
+        )
+        table.add(
+            f"{name} batch {batch}: peak memory, joint / float step",
+            all_widths / one,
+            "x",
+            "<= 1.15",
+        )
     python = [sys.executable, "-c"]
     table.add("import tq_lightning", seconds_of([*python, "import tq_lightning"], 3), "s")
-    table.add("python -m tq_lightning --help", seconds_of([sys.executable, "-m", "tq_lightning", "--help"], 3), "s", "<= 2")
-    table.add("import prepare (torch)", seconds_of([*python, "from tq_lightning import prepare"], 3), "s")
+    table.add(
+        "python -m tq_lightning --help",
+        seconds_of([sys.executable, "-m", "tq_lightning", "--help"], 3),
+        "s",
+        "<= 2",
+    )
+    table.add(
+        "import prepare (torch)", seconds_of([*python, "from tq_lightning import prepare"], 3), "s"
+    )
     table.write(args.out)
     return 0
 

@@ -105,7 +105,9 @@ def main():
 
         export_dynamic(path, work / "dynamic.onnx")
         sizes["onnx, dynamic"] = (work / "dynamic.onnx").stat().st_size
-        dynamic = onnxruntime.InferenceSession(str(work / "dynamic.onnx"), providers=["CPUExecutionProvider"])
+        dynamic = onnxruntime.InferenceSession(
+            str(work / "dynamic.onnx"), providers=["CPUExecutionProvider"]
+        )
     rows = []
     widths = packed_weights(served)[0][3].widths
     for bits in sorted(widths, reverse=True):
@@ -117,7 +119,10 @@ def main():
         alone = load_packed(path, bits=bits)
         row["bytes_read"] = alone.tq_file["bytes_read"]
         made = reader.weights(path, bits)
-        same = [np.array_equal(made[n], getattr(m, t).detach().numpy()) for n, m, t, _ in packed_weights(alone)]
+        same = [
+            np.array_equal(made[n], getattr(m, t).detach().numpy())
+            for n, m, t, _ in packed_weights(alone)
+        ]
         row["numpy_reader_weights_equal"] = all(same)
         if dynamic is not None:
             static = work / f"static{bits}.onnx"
@@ -128,10 +133,18 @@ def main():
                 return fixed.run(None, {"images": x.contiguous().numpy()})[0]
 
             def run_dynamic(x, bits=bits):
-                return dynamic.run(None, {"images": x.contiguous().numpy(), "bits": np.array(bits)})[0]
+                return dynamic.run(
+                    None, {"images": x.contiguous().numpy(), "bits": np.array(bits)}
+                )[0]
 
-            row |= {"onnx_static": hits(run_static, images, labels), "onnx_dynamic": hits(run_dynamic, images, labels)}
-            row |= {"ms_onnx_static": round(latency(run_static, images[:1]), 3), "bytes_onnx_static": static.stat().st_size}
+            row |= {
+                "onnx_static": hits(run_static, images, labels),
+                "onnx_dynamic": hits(run_dynamic, images, labels),
+            }
+            row |= {
+                "ms_onnx_static": round(latency(run_static, images[:1]), 3),
+                "bytes_onnx_static": static.stat().st_size,
+            }
             row["ms_onnx_dynamic"] = round(latency(run_dynamic, images[:1]), 3)
         rows.append(row)
     whole = [
@@ -153,7 +166,11 @@ def main():
             shown.add_row(*map(str, row.values()))
         Console().print(shown)
     served_as = ("recorded", "onnx_static", "onnx_dynamic")
-    agree = all(r["numpy_reader_weights_equal"] and all(r.get(k, "") in ("", r["pytorch"]) for k in served_as) for r in rows)
+    agree = all(
+        r["numpy_reader_weights_equal"]
+        and all(r.get(k, "") in ("", r["pytorch"]) for k in served_as)
+        for r in rows
+    )
     return 0 if agree else 1
 
 

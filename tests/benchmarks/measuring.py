@@ -41,7 +41,9 @@ def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Took]:
             call()
             if turn:
                 times[name].append((time.perf_counter() - clock, time.process_time() - busy))
-    return {name: Took(*map(statistics.median, zip(*rows, strict=True))) for name, rows in times.items()}
+    return {
+        name: Took(*map(statistics.median, zip(*rows, strict=True))) for name, rows in times.items()
+    }
 
 
 class Table:
@@ -63,10 +65,19 @@ class Table:
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("case", "value", "unit", "aim", "note"))
-            writer.writerows((case, f"{value:.4f}".rstrip("0").rstrip("."), *rest) for case, value, *rest in self.rows)
+            writer.writerows(
+                (case, f"{value:.4f}".rstrip("0").rstrip("."), *rest)
+                for case, value, *rest in self.rows
+            )
 
 
 def missed(value: float, aim: str) -> bool:
     """Whether `value` is not what `aim` asks for; never where nothing is asked for."""
     sign, _, bound = aim.partition(" ")
-    return (value > float(bound)) if sign == "<=" else (value < float(bound)) if sign == ">=" else False
+    return (
+        (value > float(bound))
+        if sign == "<="
+        else (value < float(bound))
+        if sign == ">="
+        else False
+    )

@@ -19,11 +19,16 @@ HERE = Path(__file__).parent
 
 def markdown(rows: list[dict[str, str]]) -> list[str]:
     """The lines of a table."""
-    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))]
+    return [
+        "| " + " | ".join(row) + " |"
+        for row in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--only", help="names, separated by commas")
     args = parser.parse_args(argv)
@@ -31,13 +36,18 @@ def main(argv: list[str] | None = None) -> int:
     chosen = args.only.split(",") if args.only else list(scripts)
     unknown = [name for name in chosen if name not in scripts]
     if unknown:
-        print(f"error: no benchmark {unknown[0]!r}; pass some of {', '.join(scripts)}", file=sys.stderr)
+        print(
+            f"error: no benchmark {unknown[0]!r}; pass some of {', '.join(scripts)}",
+            file=sys.stderr,
+        )
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in chosen:
         print(f"== {name}", flush=True)
-        done = subprocess.run([sys.executable, str(scripts[name]), "--out", str(args.out / f"{name}.csv")])
+        done = subprocess.run(
+            [sys.executable, str(scripts[name]), "--out", str(args.out / f"{name}.csv")]
+        )
         if done.returncode:
             failed.append(name)
     tables = {}
@@ -60,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, rows in tables.items():
         lines += [f"## {name}", "", *markdown(rows), ""]
     (args.out / "README.md").write_text("\n".join(lines))
-    print(f"tables: {args.out / 'README.md'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print(
+        f"tables: {args.out / 'README.md'}" + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
     return 1 if failed else 0
 
 

@@ -12,7 +12,11 @@ def test_the_best_checkpoint_of_a_moved_run_is_its_own(tmp_path):
     before, now = tmp_path / "a", tmp_path / "ab"  # one name begins with the other
     old, new = (ModelCheckpoint(folder, monitor="acc", mode="max") for folder in (before, now))
     old.best_model_path = old.kth_best_model_path = f"{before}/best-3.ckpt"
-    old.best_k_models, old.best_model_score, old.kth_value = {f"{before}/best-3.ckpt": tensor(90.0)}, tensor(90.0), tensor(90.0)
+    old.best_k_models, old.best_model_score, old.kth_value = (
+        {f"{before}/best-3.ckpt": tensor(90.0)},
+        tensor(90.0),
+        tensor(90.0),
+    )
     old.last_model_path = f"{now}/last.ckpt"  # of another folder: it stays
     checkpoint = {"callbacks": {old.state_key: old.state_dict()}}
     MovedRun().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[new]), None, checkpoint)
@@ -25,5 +29,7 @@ def test_the_best_checkpoint_of_a_moved_run_is_its_own(tmp_path):
 
 def test_a_checkpoint_of_other_callbacks_is_left_as_it_is(tmp_path):
     checkpoint = {"callbacks": {"Other": {"dirpath": "x"}}}
-    MovedRun().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[ModelCheckpoint(tmp_path)]), None, checkpoint)
+    MovedRun().on_load_checkpoint(
+        SimpleNamespace(checkpoint_callbacks=[ModelCheckpoint(tmp_path)]), None, checkpoint
+    )
     assert checkpoint == {"callbacks": {"Other": {"dirpath": "x"}}}

@@ -17,8 +17,24 @@ from tq_lightning.models import create_model
 from tq_lightning.quant.weight import original, weight_quantizers
 
 RUN = [
-    *("--model.name", "resnet8_cifar", "--model.calibration_batches", "1", "--data.name", "digits", "--data.batch_size", "16"),
-    *("--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
+    *(
+        "--model.name",
+        "resnet8_cifar",
+        "--model.calibration_batches",
+        "1",
+        "--data.name",
+        "digits",
+        "--data.batch_size",
+        "16",
+    ),
+    *(
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.limit_val_batches",
+        "1",
+    ),
     *("--trainer.max_epochs", "2", "--trainer.enable_model_summary", "false"),
 ]
 
@@ -30,20 +46,50 @@ def record_of(root):
 
 def test_a_finished_run(tmp_path):
     returned = run_fit(
-        [*RUN, "--seed_everything", "7", "--model.quantizer", "round", "--trainer.default_root_dir", str(tmp_path)]
+        [
+            *RUN,
+            "--seed_everything",
+            "7",
+            "--model.quantizer",
+            "round",
+            "--trainer.default_root_dir",
+            str(tmp_path),
+        ]
     )
     record = record_of(tmp_path)
-    assert returned["val/acc1_truncate_mean"] == pytest.approx(record["last"]["metrics"]["val/acc1_truncate_mean"], abs=1e-3)
+    assert returned["val/acc1_truncate_mean"] == pytest.approx(
+        record["last"]["metrics"]["val/acc1_truncate_mean"], abs=1e-3
+    )
     assert record["schema"] == 1 and record["status"] == "finished" and record["reason"] is None
     assert record["seed"] == record["config"]["seed_everything"] == 7
-    assert {"trainer", "model", "data"} <= record["config"].keys() and record["config"]["model"]["quantizer"] == "round"
+    assert {"trainer", "model", "data"} <= record["config"].keys() and record["config"]["model"][
+        "quantizer"
+    ] == "round"
     assert {"tq_lightning", "torch", "lightning", "timm", "python"} <= record["versions"].keys()
-    assert record["device"] == "cpu" and record["epochs"] == 2 and record["steps"] == 4 and record["seconds"] > 0
+    assert (
+        record["device"] == "cpu"
+        and record["epochs"] == 2
+        and record["steps"] == 4
+        and record["seconds"] > 0
+    )
     assert record["command"].startswith("python -m tq_lightning")
-    assert len(record["id"]) == 32 and isinstance(record["dirty"], bool) and "commit" in record and "started" in record
+    assert (
+        len(record["id"]) == 32
+        and isinstance(record["dirty"], bool)
+        and "commit" in record
+        and "started" in record
+    )
 
-    names = [f"val/{key}_w{b}" for b in range(1, 9) for key in ("acc1_quantize", "acc1_truncate", "qt_gap")]
-    names += ["val/acc1_truncate_mean", "val/acc1_float", *(f"train/loss_w{b}" for b in (8, 4, 2, 1))]
+    names = [
+        f"val/{key}_w{b}"
+        for b in range(1, 9)
+        for key in ("acc1_quantize", "acc1_truncate", "qt_gap")
+    ]
+    names += [
+        "val/acc1_truncate_mean",
+        "val/acc1_float",
+        *(f"train/loss_w{b}" for b in (8, 4, 2, 1)),
+    ]
     assert set(names) <= record["curves"].keys()
     for name in names:
         assert [epoch for epoch, _ in record["curves"][name]] == [0, 1], name
@@ -66,8 +112,14 @@ def test_a_run_that_goes_on_keeps_the_model_it_was_asked_for_and_takes_the_new_e
     before = record_of(tmp_path)
     run_fit([*RUN, *root, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
     after = record_of(tmp_path)
-    assert before["config"]["model"] == after["config"]["model"] and after["config"]["model"]["num_classes"] is None
-    assert (before["config"]["trainer"]["max_epochs"], after["config"]["trainer"]["max_epochs"]) == (2, 3)
+    assert (
+        before["config"]["model"] == after["config"]["model"]
+        and after["config"]["model"]["num_classes"] is None
+    )
+    assert (
+        before["config"]["trainer"]["max_epochs"],
+        after["config"]["trainer"]["max_epochs"],
+    ) == (2, 3)
     assert before["id"] == after["id"] and after["epochs"] == 3
 
 
@@ -78,7 +130,9 @@ def test_the_losses_of_an_epoch_are_on_disk_before_its_checkpoint(tmp_path, monk
     def losses(root):
         (run,) = root.iterdir()
         return [
-            (row["epoch"], row["step"], row["train/loss_w2"]) for row in rows_of(run / "metrics.csv") if row["train/loss_w2"]
+            (row["epoch"], row["step"], row["train/loss_w2"])
+            for row in rows_of(run / "metrics.csv")
+            if row["train/loss_w2"]
         ]
 
     run_fit([*RUN, "--trainer.default_root_dir", str(tmp_path / "whole")])
@@ -102,7 +156,9 @@ def test_the_losses_of_an_epoch_are_on_disk_before_its_checkpoint(tmp_path, monk
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
     from tq_lightning.training import losses
 
-    monkeypatch.setitem(losses.LOSSES, "cross_entropy", lambda x, y: losses.cross_entropy(x, y) * float("nan"))
+    monkeypatch.setitem(
+        losses.LOSSES, "cross_entropy", lambda x, y: losses.cross_entropy(x, y) * float("nan")
+    )
     with pytest.raises(TrainingError):
         run_fit([*RUN, "--trainer.default_root_dir", str(tmp_path)])
     record = record_of(tmp_path)
@@ -113,7 +169,14 @@ def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
 class Ends:
     """Stands for a Trainer at the places where RunRecord looks."""
 
-    is_global_zero, sanity_checking, interrupted, world_size, global_step, callback_metrics = True, False, False, 1, 6, {}
+    is_global_zero, sanity_checking, interrupted, world_size, global_step, callback_metrics = (
+        True,
+        False,
+        False,
+        1,
+        6,
+        {},
+    )
     strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
 
 
@@ -135,12 +198,18 @@ def test_interrupted_and_failed(tmp_path):
     record = running(tmp_path)
     assert read(tmp_path)["status"] == "running"
     record.on_exception(Ends(), Report(), KeyboardInterrupt())
-    assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == ("interrupted", "KeyboardInterrupt")
+    assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == (
+        "interrupted",
+        "KeyboardInterrupt",
+    )
     record.on_exception(Ends(), Report(), RuntimeError("what comes after does not change it"))
     assert read(tmp_path)["status"] == "interrupted"
     other = running(tmp_path / "other")
     other.on_exception(Ends(), Report(), RuntimeError("out of memory\nwith a long story"))
-    assert (read(tmp_path / "other")["status"], read(tmp_path / "other")["reason"]) == ("failed", "out of memory")
+    assert (read(tmp_path / "other")["status"], read(tmp_path / "other")["reason"]) == (
+        "failed",
+        "out of memory",
+    )
 
 
 def write_metrics(path, rows):
@@ -155,13 +224,22 @@ def write_metrics(path, rows):
 def scored(epoch, mean, **more):
     row = {"epoch": epoch, "step": 10 * epoch + 9, "val/acc1_truncate_mean": mean, **more}
     for bits in range(1, 9):
-        row |= {f"val/acc1_quantize_w{bits}": mean, f"val/acc1_truncate_w{bits}": mean - bits, f"val/qt_gap_w{bits}": bits}
+        row |= {
+            f"val/acc1_quantize_w{bits}": mean,
+            f"val/acc1_truncate_w{bits}": mean - bits,
+            f"val/qt_gap_w{bits}": bits,
+        }
     return row
 
 
 def test_best_epoch_is_one_epoch_for_all_widths(tmp_path):
     """By the mean over the trained widths, the first of equals; never each width at its own best."""
-    rows = [scored(0, 50.0), scored(1, 70.0), scored(2, 70.0), {**scored(3, 60.0), "val/acc1_truncate_w1": 99.0}]
+    rows = [
+        scored(0, 50.0),
+        scored(1, 70.0),
+        scored(2, 70.0),
+        {**scored(3, 60.0), "val/acc1_truncate_w1": 99.0},
+    ]
     write_metrics(tmp_path, rows)
     record = running(tmp_path)
     record.on_validation_end(Ends(), Report())
@@ -179,8 +257,16 @@ def test_going_on_keeps_identity_time_and_what_was_found(tmp_path):
     before = read(tmp_path)
     running(tmp_path)
     after = read(tmp_path)
-    assert after["id"] == before["id"] and after["started"] == before["started"] and after["seconds"] >= 100.0
-    assert after["status"] == "running" and after["best"] == before["best"] and after["curves"] == before["curves"]
+    assert (
+        after["id"] == before["id"]
+        and after["started"] == before["started"]
+        and after["seconds"] >= 100.0
+    )
+    assert (
+        after["status"] == "running"
+        and after["best"] == before["best"]
+        and after["curves"] == before["curves"]
+    )
     assert running(tmp_path / "other")._record["id"] != before["id"]
 
 
@@ -201,7 +287,10 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_curves_take_the_last_value_of_an_epoch(tmp_path):
-    write_metrics(tmp_path, [{"epoch": 0, "step": 1, "a": 1.0, "b": ""}, {"epoch": 0, "step": 3, "a": 2.0, "b": 5.0}])
+    write_metrics(
+        tmp_path,
+        [{"epoch": 0, "step": 1, "a": 1.0, "b": ""}, {"epoch": 0, "step": 3, "a": 2.0, "b": 5.0}],
+    )
     assert read_curves(tmp_path / "metrics.csv") == {"a": [[0, 2.0]], "b": [[0, 5.0]]}
     assert read_curves(tmp_path / "none.csv") == {}
 
@@ -219,7 +308,9 @@ def test_disagreement_of_codes():
     differ = total = 0
     for _, module, name, q in weight_quantizers(model):
         u, _ = q.normalise(original(module, name))
-        differ += int((torch.round(3 * u) != torch.div(torch.round(255 * u), 64, rounding_mode="floor")).sum())
+        differ += int(
+            (torch.round(3 * u) != torch.div(torch.round(255 * u), 64, rounding_mode="floor")).sum()
+        )
         total += u.numel()
     assert got[2] == pytest.approx(differ / total)
 
@@ -239,10 +330,21 @@ def log(root, resume_step=None, rows=()):
 
 
 def test_going_on_drops_what_comes_again_and_takes_new_keys(tmp_path):
-    path = log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9), ({"epoch": 1, "a": 2.0}, 19), ({"epoch": 2, "a": 3.0}, 29)])
+    path = log(
+        tmp_path,
+        rows=[
+            ({"epoch": 0, "a": 1.0}, 9),
+            ({"epoch": 1, "a": 2.0}, 19),
+            ({"epoch": 2, "a": 3.0}, 29),
+        ],
+    )
     assert len(rows_of(path)) == 3
     log(tmp_path, 20, [({"epoch": 2, "a": 4.0, "b": 5.0}, 29)])
-    assert [(r["step"], r["a"], r["b"]) for r in rows_of(path)] == [("9", "1.0", ""), ("19", "2.0", ""), ("29", "4.0", "5.0")]
+    assert [(r["step"], r["a"], r["b"]) for r in rows_of(path)] == [
+        ("9", "1.0", ""),
+        ("19", "2.0", ""),
+        ("29", "4.0", "5.0"),
+    ]
     log(tmp_path, None)
     assert len(rows_of(path)) == 3
 
@@ -287,7 +389,12 @@ def test_table_of_widths(capsys):
     print_widths(metrics, "val", "epoch 0")
     assert capsys.readouterr().out == ""
     metrics |= {
-        f"val/{key}_w{b}": v for b in (8, 2) for key, v in (("acc1_quantize", 80.0), ("acc1_truncate", 30.0), ("qt_gap", 50.0))
+        f"val/{key}_w{b}": v
+        for b in (8, 2)
+        for key, v in (("acc1_quantize", 80.0), ("acc1_truncate", 30.0), ("qt_gap", 50.0))
     }
     print_widths(metrics, "val", "epoch 0")
-    assert capsys.readouterr().out == "epoch 0: top-1 % quantized/truncated  w8 80.00/30.00  w2 80.00/30.00  float 90.00\n"
+    assert (
+        capsys.readouterr().out
+        == "epoch 0: top-1 % quantized/truncated  w8 80.00/30.00  w2 80.00/30.00  float 90.00\n"
+    )

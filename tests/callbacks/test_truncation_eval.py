@@ -9,7 +9,12 @@ import torch
 
 from tq_lightning import bit_width, prepare
 from tq_lightning.callbacks import truncation_eval as file
-from tq_lightning.callbacks.truncation_eval import evaluate_batch, evaluation_passes, sources_agree, width_metrics
+from tq_lightning.callbacks.truncation_eval import (
+    evaluate_batch,
+    evaluation_passes,
+    sources_agree,
+    width_metrics,
+)
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.models import create_model
 from tq_lightning.quant import fake_quantize, weight
@@ -45,17 +50,28 @@ def fit(root, model=None, callbacks=(), **flags):
 
 def test_passes_of_floor_and_of_round():
     floor, rounded = network(), network(quantizer="round")
-    assert evaluation_passes(floor) == [*((b, "truncate") for b in range(8, 0, -1)), (None, "quantize")]
+    assert evaluation_passes(floor) == [
+        *((b, "truncate") for b in range(8, 0, -1)),
+        (None, "quantize"),
+    ]
     passes = evaluation_passes(rounded)
     assert passes[0] == (8, "truncate") and (8, "quantize") not in passes
-    assert [(b, s) for b, s in passes if s == "quantize"] == [(b, "quantize") for b in (7, 6, 5, 4, 3, 2, 1, None)]
+    assert [(b, s) for b, s in passes if s == "quantize"] == [
+        (b, "quantize") for b in (7, 6, 5, 4, 3, 2, 1, None)
+    ]
     assert all(sources_agree(floor, b) for b in range(1, 9)) and not sources_agree(rounded, 2)
-    mixed = network(activations="clamp_round_truncate")  # floor weights, but activations whose shift shows
+    mixed = network(
+        activations="clamp_round_truncate"
+    )  # floor weights, but activations whose shift shows
     assert not sources_agree(mixed, 2) and sources_agree(mixed, 8)
-    assert sources_agree(network(activations="clamp_round"), 2)  # activations are rounded at n bits in both
+    assert sources_agree(
+        network(activations="clamp_round"), 2
+    )  # activations are rounded at n bits in both
 
 
-@pytest.mark.parametrize("how", [{}, {"quantizer": "round"}, {"activations": "clamp_floor_truncate"}])
+@pytest.mark.parametrize(
+    "how", [{}, {"quantizer": "round"}, {"activations": "clamp_floor_truncate"}]
+)
 def test_logits_are_those_of_each_pass_on_its_own(how):
     model, images = network(**how), torch.randn(4, 3, 8, 8)
     passes = evaluation_passes(model)
@@ -99,12 +115,23 @@ def test_truncated_passes_shift_uint8_codes(monkeypatch):
 
 
 def test_metric_keys_and_values():
-    accuracy = {(b, "truncate"): 10.0 * b for b in range(1, 9)} | {(2, "quantize"): 55.0, (None, "quantize"): 90.0}
+    accuracy = {(b, "truncate"): 10.0 * b for b in range(1, 9)} | {
+        (2, "quantize"): 55.0,
+        (None, "quantize"): 90.0,
+    }
     got = width_metrics("test", accuracy, 8, (8, 4, 1))
-    widths = {f"test/{key}_w{b}" for b in range(1, 9) for key in ("acc1_quantize", "acc1_truncate", "qt_gap")}
+    widths = {
+        f"test/{key}_w{b}"
+        for b in range(1, 9)
+        for key in ("acc1_quantize", "acc1_truncate", "qt_gap")
+    }
     assert set(got) == widths | {"test/acc1_truncate_mean", "test/acc1_float"}
     assert got["test/acc1_truncate_mean"] == pytest.approx((80 + 40 + 10) / 3)
-    assert (got["test/acc1_quantize_w2"], got["test/acc1_truncate_w2"], got["test/qt_gap_w2"]) == (55.0, 20.0, 35.0)
+    assert (got["test/acc1_quantize_w2"], got["test/acc1_truncate_w2"], got["test/qt_gap_w2"]) == (
+        55.0,
+        20.0,
+        35.0,
+    )
     assert (got["test/acc1_quantize_w5"], got["test/qt_gap_w5"]) == (50.0, 0.0)  # copied
 
 
@@ -130,13 +157,22 @@ class Watch(L.Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         before, after = self.before, self.snapshot(pl_module)
         for key, value in after["state"].items():
-            estimated = any(f".sets.{b}." in key for b in (*ESTIMATED, "none")) or key.endswith("calibrated")
+            estimated = any(f".sets.{b}." in key for b in (*ESTIMATED, "none")) or key.endswith(
+                "calibrated"
+            )
             assert estimated or torch.equal(value, before["state"][key]), key
-        assert any(not torch.equal(v, before["state"][k]) for k, v in after["state"].items() if ".sets.7." in k)
+        assert any(
+            not torch.equal(v, before["state"][k])
+            for k, v in after["state"].items()
+            if ".sets.7." in k
+        )
         for key in ("modes", "width", "grads", "momenta"):
             assert after[key] == before[key], key
         assert after["random"][0] == before["random"][0]
-        assert all(np.array_equal(a, b) for a, b in zip(after["random"][1], before["random"][1], strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(after["random"][1], before["random"][1], strict=True)
+        )
         assert torch.equal(after["random"][2], before["random"][2])
         self.compared += 1
 
@@ -146,12 +182,18 @@ def test_validation_leaves_everything_as_it_was(tmp_path):
     trainer, _, _ = fit(tmp_path, callbacks=[watch], max_epochs=2, limit_val_batches=2)
     assert watch.compared == 2
     keys = {k for k in trainer.callback_metrics if k.startswith("val/")}
-    widths = {f"val/{key}_w{b}" for b in range(1, 9) for key in ("acc1_quantize", "acc1_truncate", "qt_gap")}
+    widths = {
+        f"val/{key}_w{b}"
+        for b in range(1, 9)
+        for key in ("acc1_quantize", "acc1_truncate", "qt_gap")
+    }
     assert keys == widths | {"val/acc1_truncate_mean", "val/acc1_float", "val/images"}
 
 
 def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
-    trainer, module, data = fit(tmp_path, {"quantizer": "round", "lr": 0.05}, limit_train_batches=12)
+    trainer, module, data = fit(
+        tmp_path, {"quantizer": "round", "lr": 0.05}, limit_train_batches=12
+    )
     module.eval()
     hits = {(b, s): 0 for b in range(1, 9) for s in ("quantize", "truncate")}
     total = 0
@@ -160,10 +202,14 @@ def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
             total += len(labels)
             for bits, source in hits:
                 with bit_width(module, bits, source):
-                    hits[bits, source] += int((module(data.normalise(pixels)).argmax(1) == labels).sum())
+                    hits[bits, source] += int(
+                        (module(data.normalise(pixels)).argmax(1) == labels).sum()
+                    )
     assert trainer.callback_metrics["val/images"].item() == total == 144
     for (bits, source), count in hits.items():
-        assert trainer.callback_metrics[f"val/acc1_{source}_w{bits}"].item() == pytest.approx(100 * count / total, abs=1e-3)
+        assert trainer.callback_metrics[f"val/acc1_{source}_w{bits}"].item() == pytest.approx(
+            100 * count / total, abs=1e-3
+        )
     gap = 100 * (hits[2, "quantize"] - hits[2, "truncate"]) / total
     assert trainer.callback_metrics["val/qt_gap_w2"].item() == pytest.approx(gap, abs=1e-3)
 
@@ -173,10 +219,19 @@ def test_sanity_check_scores_and_estimates_nothing(tmp_path):
         seen = None
 
         def on_train_start(self, trainer, pl_module):
-            self.seen = set(trainer.callback_metrics), [bool(n.calibrated.any()) for n in per_width_norms(pl_module)]
+            self.seen = (
+                set(trainer.callback_metrics),
+                [bool(n.calibrated.any()) for n in per_width_norms(pl_module)],
+            )
 
     none_yet = NoneYet()
-    trainer, _, _ = fit(tmp_path, callbacks=[none_yet], num_sanity_val_steps=2, limit_train_batches=1, limit_val_batches=1)
+    trainer, _, _ = fit(
+        tmp_path,
+        callbacks=[none_yet],
+        num_sanity_val_steps=2,
+        limit_train_batches=1,
+        limit_val_batches=1,
+    )
     keys, calibrated = none_yet.seen
     assert keys == set() and calibrated and not any(calibrated)
     assert "val/acc1_float" in trainer.callback_metrics
@@ -197,14 +252,34 @@ class Validations(L.Callback):
         ({"max_epochs": 3}, [6]),
         ({"max_epochs": -1, "max_steps": 3}, [3]),  # inside the second epoch
         ({"max_epochs": -1, "max_steps": 4}, [4]),  # at its end
-        ({"max_epochs": -1, "max_steps": 3, "limit_train_batches": 9, "accumulate_grad_batches": 2}, [3]),
+        (
+            {
+                "max_epochs": -1,
+                "max_steps": 3,
+                "limit_train_batches": 9,
+                "accumulate_grad_batches": 2,
+            },
+            [3],
+        ),
         ({"max_epochs": 2, "max_steps": 50}, [4]),
-        ({"max_epochs": -1, "max_steps": 3, "check_val_every_n_epoch": None, "val_check_interval": 2}, [2]),  # as asked for
+        (
+            {
+                "max_epochs": -1,
+                "max_steps": 3,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 2,
+            },
+            [2],
+        ),  # as asked for
     ],
 )
 def test_the_end_of_a_run_is_always_scored_and_once(tmp_path, flags, at):
     seen = Validations()
-    trainer, _, _ = fit(tmp_path, callbacks=[seen], **{"check_val_every_n_epoch": 5, "limit_val_batches": 1, **flags})
+    trainer, _, _ = fit(
+        tmp_path,
+        callbacks=[seen],
+        **{"check_val_every_n_epoch": 5, "limit_val_batches": 1, **flags},
+    )
     assert seen.at == at
     assert "val/acc1_truncate_mean" in trainer.callback_metrics
 
@@ -247,9 +322,13 @@ def test_a_test_reads_the_sets_of_its_checkpoint(tmp_path):
 
 
 def test_without_norms_there_is_nothing_to_estimate(tmp_path, monkeypatch):
-    monkeypatch.setattr(TQDataModule, "calibration_batches", lambda *_: pytest.fail("asked for batches"))
+    monkeypatch.setattr(
+        TQDataModule, "calibration_batches", lambda *_: pytest.fail("asked for batches")
+    )
     args = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
-    trainer, _, _ = fit(tmp_path, {"name": "vit_tiny_patch16_224", "model_args": args}, limit_train_batches=1)
+    trainer, _, _ = fit(
+        tmp_path, {"name": "vit_tiny_patch16_224", "model_args": args}, limit_train_batches=1
+    )
     assert "val/acc1_truncate_w3" in trainer.callback_metrics
 
 
@@ -261,11 +340,17 @@ def test_bad_number_of_batches():
 def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, monkeypatch):
     calls = []
     plain = weight.WeightQuantizer._normalise
-    monkeypatch.setattr(weight.WeightQuantizer, "_normalise", lambda self, w: (calls.append(self), plain(self, w))[1])
+    monkeypatch.setattr(
+        weight.WeightQuantizer,
+        "_normalise",
+        lambda self, w: (calls.append(self), plain(self, w))[1],
+    )
     trainer, module, data = fit(tmp_path, limit_train_batches=1)
     quantizers = [q for _, _, _, q in weight.weight_quantizers(module)]
     assert len(trainer.val_dataloaders) > 1
-    assert len(calls) == 2 * len(quantizers), "one step, and one validation of several batches and a calibration"
+    assert len(calls) == 2 * len(quantizers), (
+        "one step, and one validation of several batches and a calibration"
+    )
     assert not any(q._sharing or q._shared for q in quantizers)
 
     class Fail(L.Callback):

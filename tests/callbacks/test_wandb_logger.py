@@ -26,6 +26,8 @@ def test_two_fits_of_one_process_are_two_runs(tmp_path):
 
 
 def test_other_ranks_make_no_run_however_they_were_launched(tmp_path, monkeypatch):
-    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as under Slurm, which sets neither RANK nor LOCAL_RANK
+    monkeypatch.setattr(
+        rank_zero_only, "rank", 1
+    )  # as under Slurm, which sets neither RANK nor LOCAL_RANK
     make_wandb_logger(tmp_path / "a", {"lr": 0.1})
     assert not (tmp_path / "a").exists()

@@ -61,16 +61,34 @@ def test_what_sweep_engines_send_arrives_typed(
 def test_lists_as_text_mean_the_same_as_lists() -> None:
     from tq_lightning.training.validation import as_ints, as_list
 
-    assert as_ints("8,4,2,1", "k") == as_ints([8, 4, 2, 1], "k") == as_ints("[8, 4, 2, 1]", "k") == [8, 4, 2, 1]
+    assert (
+        as_ints("8,4,2,1", "k")
+        == as_ints([8, 4, 2, 1], "k")
+        == as_ints("[8, 4, 2, 1]", "k")
+        == [8, 4, 2, 1]
+    )
     assert as_ints(4, "k") == as_ints("4", "k") == [4]
-    assert as_list("first,last") == as_list("['first', 'last']") == as_list(["first", "last"]) == ["first", "last"]
+    assert (
+        as_list("first,last")
+        == as_list("['first', 'last']")
+        == as_list(["first", "last"])
+        == ["first", "last"]
+    )
     assert as_list("first") != as_list("first,last")
 
 
-def test_later_config_files_win_and_text_in_them_is_typed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "over.yaml").write_text('model: {lr: "1e-3", activations: "None", quantizer: round}')
+def test_later_config_files_win_and_text_in_them_is_typed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "over.yaml").write_text(
+        'model: {lr: "1e-3", activations: "None", quantizer: round}'
+    )
     config = config_of(capsys, "--config", str(tmp_path / "over.yaml"))
-    assert (config["model"]["lr"], config["model"]["activations"], config["model"]["quantizer"]) == (0.001, None, "round")
+    assert (
+        config["model"]["lr"],
+        config["model"]["activations"],
+        config["model"]["quantizer"],
+    ) == (0.001, None, "round")
 
 
 @pytest.mark.parametrize(
@@ -79,8 +97,14 @@ def test_later_config_files_win_and_text_in_them_is_typed(capsys: pytest.Capture
         (["fti"], "no verb 'fti'; pass one of fit"),
         ([*DIGITS, "--model.quantiser", "floor"], "did you mean --model.quantizer"),
         ([*DIGITS, "--model.lr", "fast"], "error: model.lr: got 'fast', pass a number"),
-        ([*DIGITS, "--trainer.max_epochs", "few"], "error: trainer.max_epochs: got 'few', pass a whole number or null"),
-        ([*DIGITS, "--trainer.precision", "7"], "error: trainer.precision: got '7', pass 64, 32, 16 or 'transformer-engine'"),
+        (
+            [*DIGITS, "--trainer.max_epochs", "few"],
+            "error: trainer.max_epochs: got 'few', pass a whole number or null",
+        ),
+        (
+            [*DIGITS, "--trainer.precision", "7"],
+            "error: trainer.precision: got '7', pass 64, 32, 16 or 'transformer-engine'",
+        ),
         ([*DIGITS, "--model.widths", "9"], "from 1 to max_bits=8, got [9]"),
         ([*DIGITS, "--model.widths", "a,b"], "got 'a,b', pass whole numbers"),
         ([*DIGITS, "--model.teacher", "wide"], "pass one of none, widest"),
@@ -91,16 +115,23 @@ def test_later_config_files_win_and_text_in_them_is_typed(capsys: pytest.Capture
         (["predict", *DIGITS[1:]], "predict needs a checkpoint: pass --ckpt_path"),
     ],
 )
-def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+def test_bad_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
     assert said in error_of(capsys, *arguments)
 
 
 def test_an_error_that_names_a_type_unknown_here_keeps_its_own_words() -> None:
     from tq_lightning.training.cli_messages import one_line
 
-    text = "Parser key \"a\": Expected a <class 'int'> Expected a Protocol of its own Given value: 7"
+    text = (
+        "Parser key \"a\": Expected a <class 'int'> Expected a Protocol of its own Given value: 7"
+    )
     assert one_line(ValueError(text)) == text
-    assert one_line(ValueError(text.replace("Expected a Protocol of its own ", ""))) == "a: got '7', pass a whole number"
+    assert (
+        one_line(ValueError(text.replace("Expected a Protocol of its own ", "")))
+        == "a: got '7', pass a whole number"
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +141,10 @@ def test_an_error_that_names_a_type_unknown_here_keeps_its_own_words() -> None:
         ("--model.name=resnet20_cifer", "did you mean resnet20_cifar"),
         ("--model.skip=first,lst", "skip pattern 'lst' matches no layer"),
         ("--model.checkpoint_path=nowhere.pth", "nowhere.pth"),
-        ("--trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches: got 0, pass 1 or more"),
+        (
+            "--trainer.accumulate_grad_batches=0",
+            "trainer.accumulate_grad_batches: got 0, pass 1 or more",
+        ),
     ],
 )
 def test_bad_input_that_shows_late_leaves_no_run(
@@ -127,21 +161,34 @@ def test_what_has_trained_is_kept_whatever_comes_up_late(
         raise UserError("too late")
 
     monkeypatch.setattr(WidthTable, "on_fit_end", late)
-    short = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1", "--trainer.max_epochs", "1"]
-    assert "too late" in error_of(capsys, *DIGITS, *short, "--trainer.default_root_dir", str(tmp_path))
+    short = [
+        "--trainer.limit_train_batches",
+        "1",
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.max_epochs",
+        "1",
+    ]
+    assert "too late" in error_of(
+        capsys, *DIGITS, *short, "--trainer.default_root_dir", str(tmp_path)
+    )
     (run,) = tmp_path.iterdir()
     assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_broken_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("model: [1,\n  a: }")
-    assert "Problems parsing config" in error_of(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
+    assert "Problems parsing config" in error_of(
+        capsys, "fit", "--config", str(tmp_path / "broken.yaml")
+    )
 
 
 def test_last_is_an_error_where_there_is_no_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = error_of(capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", str(tmp_path))
+    said = error_of(
+        capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", str(tmp_path)
+    )
     assert f"no */checkpoints/last.ckpt under {tmp_path}" in said
     monkeypatch.chdir(tmp_path)
     said = error_of(capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", "null")
@@ -161,17 +208,26 @@ def test_a_root_that_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert f"cannot write in {tmp_path / 'file'}; pass a folder" in said
 
 
-def test_two_runs_then_test_then_going_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_two_runs_then_test_then_going_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     import json
 
     short = ["--trainer.default_root_dir", str(tmp_path), "--trainer.limit_train_batches", "2"]
     short += ["--trainer.enable_model_summary", "false", "--trainer.check_val_every_n_epoch", "1"]
     for _ in range(2):
         assert main([*DIGITS, *short, "--trainer.max_epochs", "1"]) == 0
-    runs = sorted(tmp_path.iterdir(), key=lambda run: (run / "checkpoints" / "last.ckpt").stat().st_mtime)
+    runs = sorted(
+        tmp_path.iterdir(), key=lambda run: (run / "checkpoints" / "last.ckpt").stat().st_mtime
+    )
     assert len(runs) == 2, "the second run overwrote the first"
     for run in runs:
-        assert {p.name for p in run.iterdir()} == {"checkpoints", "config.yaml", "metrics.csv", "record.json"}
+        assert {p.name for p in run.iterdir()} == {
+            "checkpoints",
+            "config.yaml",
+            "metrics.csv",
+            "record.json",
+        }
         assert {p.name for p in (run / "checkpoints").iterdir()} == {"best-0.ckpt", "last.ckpt"}
     untouched = (runs[0] / "record.json").read_text()
 
@@ -187,9 +243,20 @@ def test_two_runs_then_test_then_going_on(capsys: pytest.CaptureFixture[str], tm
     assert rows[0] == "sample,class,name,probability" and len(rows) == 361
 
     capsys.readouterr()
-    more = ["--trainer.max_epochs", "2", "--ckpt_path", "last", "--model.lr", "0.5", "--model.widths", "8,4,2,1"]
+    more = [
+        "--trainer.max_epochs",
+        "2",
+        "--ckpt_path",
+        "last",
+        "--model.lr",
+        "0.5",
+        "--model.widths",
+        "8,4,2,1",
+    ]
     assert main([*DIGITS, *short, *more]) == 0
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "stays as its checkpoint" in line]
+    (said,) = [
+        line for line in capsys.readouterr().err.splitlines() if "stays as its checkpoint" in line
+    ]
     assert said.endswith("trained: model.lr=0.1, not 0.5")
     resumed = json.loads((runs[1] / "record.json").read_text())
     assert resumed["id"] == record["id"]

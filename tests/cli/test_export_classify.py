@@ -14,8 +14,12 @@ from tq_lightning.errors import UserError
 
 
 def test_export_of_a_packed_file(packed, tmp_path, capsys):
-    out, rest, whole = (tmp_path / n for n in ("narrow.safetensors", "rest.safetensors", "whole.safetensors"))
-    assert command.main([str(packed), "--out", str(out), "--max-bits", "2", "--rest", str(rest)]) == 0
+    out, rest, whole = (
+        tmp_path / n for n in ("narrow.safetensors", "rest.safetensors", "whole.safetensors")
+    )
+    assert (
+        command.main([str(packed), "--out", str(out), "--max-bits", "2", "--rest", str(rest)]) == 0
+    )
     assert f"wrote {out}" in capsys.readouterr().out
     assert command.main([str(out), "--add", str(rest), "--out", str(whole)]) == 0
     assert whole.read_bytes() == packed.read_bytes()
@@ -28,7 +32,10 @@ def test_export_of_a_packed_file(packed, tmp_path, capsys):
         (["{packed}"], "--out"),
         (["{packed}", "--out", "x", "--format", "onnx"], "pass --bits"),
         (["{packed}", "--out", "x", "--bits", "4"], "--max-bits 4"),
-        (["{packed}", "--out", "x", "--format", "onnx", "--bits", "4", "--compress"], "of packed files"),
+        (
+            ["{packed}", "--out", "x", "--format", "onnx", "--bits", "4", "--compress"],
+            "of packed files",
+        ),
         (["{packed}", "--out", "x", "--rest", "y"], "pass both"),
         (["{packed}", "--out", "x", "--rest", "x", "--max-bits", "2"], "pass two"),
         (["{packed}", "--out", "x", "--max-bits", "0"], "from 1 to 8"),
@@ -60,7 +67,10 @@ def folder(tmp_path):
 
 def test_classify(net, packed, folder, tmp_path):
     out = tmp_path / "out.csv"
-    assert classify.main([str(packed), str(folder), "--bits", "2", "--top", "3", "--out", str(out)]) == 0
+    assert (
+        classify.main([str(packed), str(folder), "--bits", "2", "--top", "3", "--out", str(out)])
+        == 0
+    )
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == 12 and {r["rank"] for r in rows} == {"1", "2", "3"}
     pixels = next(classify._read(load_packed(packed), [folder / "deep" / "0.png"]))[1]
@@ -75,7 +85,10 @@ def test_bad_images_are_named_and_passed_over(packed, folder, capsys):
     assert classify.main([str(packed), str(folder), "--bits", "1", "--top", "1"]) == 1
     said = capsys.readouterr()
     assert len(said.out.strip().splitlines()) == 5
-    assert "bad.jpg: cannot be read as an image" in said.err and "4 images classified, 1 skipped" in said.err
+    assert (
+        "bad.jpg: cannot be read as an image" in said.err
+        and "4 images classified, 1 skipped" in said.err
+    )
 
 
 def test_classify_errors(packed, folder, tmp_path):
@@ -106,7 +119,9 @@ def test_a_single_image_that_is_none_is_one_line(packed, tmp_path, capsys):
 
 def test_class_names_of_the_file(net, tmp_path, folder, capsys):
     save_packed(net[0], tmp_path / "m.safetensors", class_names=[f"kind {i}" for i in range(10)])
-    classify.main([str(tmp_path / "m.safetensors"), str(folder / "deep" / "1.png"), "--top", "1", "--lean"])
+    classify.main(
+        [str(tmp_path / "m.safetensors"), str(folder / "deep" / "1.png"), "--top", "1", "--lean"]
+    )
     assert "kind " in capsys.readouterr().out
     with pytest.raises(UserError, match="3 class names"):
         save_packed(net[0], tmp_path / "m.safetensors", class_names=["a", "b", "c"])

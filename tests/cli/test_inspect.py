@@ -14,7 +14,13 @@ def test_resnet50_prints_both_ratios_and_their_accounting(capsys):
     assert main(["--model.name", "resnet50"]) == 0
     out = capsys.readouterr().out
     assert "3.533x" in out and "2.914x" in out
-    for words in ("25,557,032", "28,934,816", "35,079,024", "layer4.2.conv3", "DRAM access, 64 bits 1300"):
+    for words in (
+        "25,557,032",
+        "28,934,816",
+        "35,079,024",
+        "layer4.2.conv3",
+        "DRAM access, 64 bits 1300",
+    ):
         assert words in out
     assert "\x1b" not in out and "━" not in out  # plain where the output is no terminal
 
@@ -40,7 +46,13 @@ def test_record_adds_up(tmp_path, capsys):
 
 
 def test_policy_changes_the_packed_number_and_not_the_papers():
-    base = {"name": "resnet20_cifar", "num_classes": None, "model_args": {}, "norm": "per_width", "normalizer": "tanh"}
+    base = {
+        "name": "resnet20_cifar",
+        "num_classes": None,
+        "model_args": {},
+        "norm": "per_width",
+        "normalizer": "tanh",
+    }
     base |= {"skip": ["first", "last"], "widths": [4, 2], "max_bits": 4, "activations": None}
     four = inspect_record(base)
     shared = inspect_record({**base, "norm": "shared", "widths": [8], "max_bits": 8})
@@ -51,8 +63,15 @@ def test_policy_changes_the_packed_number_and_not_the_papers():
 
 
 def test_lists_and_nulls_as_sweep_engines_send_them(capsys):
-    for skip, widths in (("[first, last]", "[8,4]"), ("first,last", "8,4"), ("first, last", "4, 8")):
-        assert main(["--model.name=resnet8_cifar", f"--model.skip={skip}", f"--model.widths={widths}"]) == 0
+    for skip, widths in (
+        ("[first, last]", "[8,4]"),
+        ("first,last", "8,4"),
+        ("first, last", "4, 8"),
+    ):
+        assert (
+            main(["--model.name=resnet8_cifar", f"--model.skip={skip}", f"--model.widths={widths}"])
+            == 0
+        )
     assert main(["--model.name=resnet8_cifar", "--model.skip=[]", "--model.num_classes=None"]) == 0
     assert "in float: nothing" in capsys.readouterr().out
     assert main(["--model.name=preresnet20_cifar", "--model.model_args={expansion: 5}"]) == 0
@@ -61,7 +80,9 @@ def test_lists_and_nulls_as_sweep_engines_send_them(capsys):
 
 def test_the_model_block_of_a_configuration(tmp_path, capsys):
     config = tmp_path / "c.yaml"
-    config.write_text("model:\n  name: resnet8_cifar\n  quantizer: floor\n  skip: [first]\ndata:\n  name: digits\n")
+    config.write_text(
+        "model:\n  name: resnet8_cifar\n  quantizer: floor\n  skip: [first]\ndata:\n  name: digits\n"
+    )
     assert main(["--config", str(config)]) == 0
     assert "in float: first;" in capsys.readouterr().out
     assert main(["--config", str(config), "--model.skip=last"]) == 0
@@ -71,7 +92,10 @@ def test_the_model_block_of_a_configuration(tmp_path, capsys):
 def test_mechanism_floor_is_its_own_shift_and_round_is_not():
     lines = mechanism()
     assert len(lines["u"]) == len(lines["floor"]["1"]) and 0 < lines["u"][0] < lines["u"][-1] < 1
-    differ = {n: sum(a != b for a, b in zip(lines["round"][n], lines["round_shifted"][n], strict=True)) for n in "1234"}
+    differ = {
+        n: sum(a != b for a, b in zip(lines["round"][n], lines["round_shifted"][n], strict=True))
+        for n in "1234"
+    }
     assert differ["1"] == 0 and min(differ[n] for n in "234") > 50
     for n in "1234":
         assert len(set(lines["floor"][n])) == 2 ** int(n)

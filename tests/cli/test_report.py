@@ -31,27 +31,49 @@ def test_report_is_whole_and_needs_no_torch(tmp_path, make):
         "main(['runs', '--out', 'results/first', '--title', 'A title']); "
         "heavy = {'torch', 'lightning', 'timm'} & set(sys.modules); assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     made = set(files_in(tmp_path / "results" / "first"))
-    assert {"index.html", "runs.csv", "summary.md", "report.json", "tables/qt_gap.md", "tables/storage.tex"} <= made
-    assert {"figures/storage.png", "figures/storage.svg", "figures/qt_gap_resnet20_cifar_cifar10.png"} <= made
+    assert {
+        "index.html",
+        "runs.csv",
+        "summary.md",
+        "report.json",
+        "tables/qt_gap.md",
+        "tables/storage.tex",
+    } <= made
+    assert {
+        "figures/storage.png",
+        "figures/storage.svg",
+        "figures/qt_gap_resnet20_cifar_cifar10.png",
+    } <= made
     assert os.listdir(tmp_path / "results") == ["first"]  # nothing half-made beside it
     page = (tmp_path / "results" / "first" / "index.html").read_text()
     assert "<title>A title</title>" in page
     assert "unfinished: status failed (out of memory)" in page
-    assert "resnet20_cifar\tcifar10\tfloor\tscaled\t0,1" in done.stdout  # plain lines: this is no terminal
+    assert (
+        "resnet20_cifar\tcifar10\tfloor\tscaled\t0,1" in done.stdout
+    )  # plain lines: this is no terminal
     assert "left out: runs/" in done.stdout
     assert "4 runs in 2 arms, 1 inspect records, 1 left out" in done.stdout
 
 
 def test_no_two_arms_look_the_same_in_the_terminal(tmp_path, make, quick, capsys):
     kinds = ("clamp_round", "clamp_round_truncate")
-    records = [make.run("floor", 0, model_activations=kind, model_lr=lr) for kind in kinds for lr in (0.1, 0.2)]
+    records = [
+        make.run("floor", 0, model_activations=kind, model_lr=lr)
+        for kind in kinds
+        for lr in (0.1, 0.2)
+    ]
     make.write(tmp_path / "runs", *records, make.run("floor", 0, model_level="left"))
     command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")])
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
-    settled = [tuple(cell for head, cell in zip(rows[0], row, strict=True) if not head.isdigit()) for row in rows[1:]]
+    settled = [
+        tuple(cell for head, cell in zip(rows[0], row, strict=True) if not head.isdigit())
+        for row in rows[1:]
+    ]
     assert len(set(settled)) == len(settled) == 5
     assert {"level", "activations", "also"} < set(rows[0])
 
@@ -75,7 +97,9 @@ def test_a_report_lying_among_the_runs_is_not_read(tmp_path, make, quick):
 
 
 @pytest.mark.parametrize("moment", ["fill", "move"])
-def test_a_failure_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatch, make, quick, moment):
+def test_a_failure_leaves_the_old_report_and_nothing_else(
+    tmp_path, monkeypatch, make, quick, moment
+):
     make.write(tmp_path / "runs", make.run())
     out = tmp_path / "report"
     command.main([str(tmp_path / "runs"), "--out", str(out)])
@@ -88,7 +112,10 @@ def test_a_failure_leaves_the_old_report_and_nothing_else(tmp_path, monkeypatch,
         monkeypatch.setattr(import_module("tq_lightning.report.html"), "page", fail)
     else:
         real = os.replace
-        monkeypatch.setattr("os.replace", lambda a, b: fail() if b == out and not a.name.endswith(".old") else real(a, b))
+        monkeypatch.setattr(
+            "os.replace",
+            lambda a, b: fail() if b == out and not a.name.endswith(".old") else real(a, b),
+        )
     with pytest.raises(UserError, match="disk full"):
         command.main([str(tmp_path / "runs"), "--out", str(out)])
     assert {name: (out / name).read_bytes() for name in files_in(out)} == before
@@ -100,7 +127,10 @@ def test_out_that_is_not_ours_is_refused_untouched(tmp_path, make, quick):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")
-    for name, words in {"file": "that is a file", "photos": "the folder exists and is not a report"}.items():
+    for name, words in {
+        "file": "that is a file",
+        "photos": "the folder exists and is not a report",
+    }.items():
         with pytest.raises(UserError, match=words):
             command.main([str(tmp_path / "runs"), "--out", str(tmp_path / name)])
     assert (tmp_path / "file").read_text() == (tmp_path / "photos" / "a.txt").read_text() == "mine"
@@ -128,13 +158,17 @@ def test_wrong_arguments_are_one_line(tmp_path):
 def test_unknown_ignored_key_is_an_error(tmp_path, make):
     make.write(tmp_path / "runs", make.run())
     with pytest.raises(UserError, match=r"no run has the key model\.lrr"):
-        command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--ignore", "model.lrr"])
+        command.main(
+            [str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--ignore", "model.lrr"]
+        )
 
 
 @pytest.mark.slow
 def test_two_thousand_runs(tmp_path, make, quick):
     """Two thousand records make one report, none lost; how long it takes is measured by hand, not asserted."""
-    records = [r for k in range(250) for r in make.pair(seeds=range(4), model_lr=round(0.001 * k, 3))]
+    records = [
+        r for k in range(250) for r in make.pair(seeds=range(4), model_lr=round(0.001 * k, 3))
+    ]
     make.write(tmp_path / "runs", *records)
     assert command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "runs.csv").read_text().count("\n") == 2000 * 16 + 1

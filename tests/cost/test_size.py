@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from tq_lightning.cost.size import WAYS, float_over, layer_rows, meta_model, paper_rows, read_at, record_bytes, total
+from tq_lightning.cost.size import (
+    WAYS,
+    float_over,
+    layer_rows,
+    meta_model,
+    paper_rows,
+    read_at,
+    record_bytes,
+    total,
+)
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.writer import load_packed, save_packed
 from tq_lightning.models import create_model
@@ -69,8 +78,12 @@ def test_resnet50_in_the_papers_accounting():
     rows = paper_rows(meta_model("resnet50"))
     paper = total(rows, "paper", 8)["total"]
     # Counted anew from the architecture: all convolutions and the classifier but the stem in 8 bits.
-    conv = sum(m.weight.numel() for m in meta_model("resnet50").modules() if isinstance(m, nn.Conv2d))
-    channels = sum(m.num_features for m in meta_model("resnet50").modules() if isinstance(m, nn.BatchNorm2d))
+    conv = sum(
+        m.weight.numel() for m in meta_model("resnet50").modules() if isinstance(m, nn.Conv2d)
+    )
+    channels = sum(
+        m.num_features for m in meta_model("resnet50").modules() if isinstance(m, nn.BatchNorm2d)
+    )
     stem = 64 * 3 * 7 * 7
     by_hand = (conv - stem) + 2048 * 1000 + 4 * stem + 4 * 1000 + 8 * 4 * 4 * channels
     assert paper == by_hand
@@ -112,7 +125,11 @@ def test_tied_weights_and_attention_count_once():
     rows = {row.name: row for row in layer_rows(model)}
     assert sum(row.parameters for row in rows.values()) == parameters
     assert (rows["a"].codes, rows["b"].codes) == (36, 0)
-    assert rows["attn"].codes == 108 and rows["attn"].kind == "linear" and rows["attn.out_proj"].codes == 36
+    assert (
+        rows["attn"].codes == 108
+        and rows["attn"].kind == "linear"
+        and rows["attn.out_proj"].codes == 36
+    )
 
 
 def test_record_bytes():
@@ -173,7 +190,9 @@ def test_prediction_is_the_file_but_for_its_header(tmp_path, name, policy):
     body = written["total"] - written["header"]
     rows = layer_rows(unseen)
     assert total(rows, "packed", max_bits)["total"] == body
-    assert total(rows, "packed", max_bits)["weights"] == sum(b for k, b in written.items() if k.startswith("plane"))
+    assert total(rows, "packed", max_bits)["weights"] == sum(
+        b for k, b in written.items() if k.startswith("plane")
+    )
     assert (tmp_path / "m.safetensors").stat().st_size == body + written["header"]
     for bits in (1, max_bits):
         read = load_packed(tmp_path / "m.safetensors", bits=bits).tq_file["bytes_read"]

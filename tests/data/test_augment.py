@@ -27,19 +27,26 @@ def test_seeded_repeats_and_leaves_no_trace():
 
 def test_crop_flip_cuts_what_it_says():
     images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
-    out = crop_flip(images, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([False, True]), pad=1)
+    out = crop_flip(
+        images, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([False, True]), pad=1
+    )
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     assert torch.equal(out[0], padded[0, :, 0:4, 1:6])
     assert torch.equal(out[1], padded[1, :, 2:6, 2:7].flip(2))
     centre = torch.ones(2, dtype=torch.int64)
-    assert torch.equal(crop_flip(images, centre, centre, torch.zeros(2, dtype=torch.bool), 1), images)
+    assert torch.equal(
+        crop_flip(images, centre, centre, torch.zeros(2, dtype=torch.bool), 1), images
+    )
 
 
 def augment(**changes):
     from timm.data.mixup import Mixup
 
     mix = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
-    return BatchAugment(**{"seed": 1, "pad": 2, "hflip": 0.5, "reprob": 0.5, "remode": "pixel", "mixup": mix} | changes)
+    return BatchAugment(
+        **{"seed": 1, "pad": 2, "hflip": 0.5, "reprob": 0.5, "remode": "pixel", "mixup": mix}
+        | changes
+    )
 
 
 def run(augment, images, labels, epoch, batch, rank=0, world=1):

@@ -20,7 +20,10 @@ def test_digits():
     module = TQDataModule("digits", batch_size=64, eval_batch_size=100)
     module.setup("fit")
     assert (module.num_classes, module.input_shape) == (10, (3, 8, 8))
-    train, val = batches(module, module.train_dataloader()), batches(module, module.val_dataloader())
+    train, val = (
+        batches(module, module.train_dataloader()),
+        batches(module, module.val_dataloader()),
+    )
     module.setup("test")
     test = batches(module, module.test_dataloader())
     assert [sum(len(y) for _, y in part) for part in (val, test)] == [144, 360]
@@ -46,7 +49,9 @@ def test_no_sample_is_in_two_parts():
 
 @pytest.mark.parametrize(("size", "classes"), [(8, 4), (32, 10), (48, 100)])
 def test_synthetic(size, classes):
-    module = TQDataModule("synthetic", image_size=size, num_classes=classes, samples=300, batch_size=50)
+    module = TQDataModule(
+        "synthetic", image_size=size, num_classes=classes, samples=300, batch_size=50
+    )
     module.setup("fit")
     images, labels = batches(module, module.train_dataloader())[0]
     assert images.shape == (50, 3, size, size)
@@ -67,18 +72,25 @@ def test_synthetic_can_be_learned():
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_normalisation_is_the_stated_one(split):
-    module = TQDataModule("digits", pad=0, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0], eval_batch_size=7, batch_size=7)
+    module = TQDataModule(
+        "digits", pad=0, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0], eval_batch_size=7, batch_size=7
+    )
     loader = getattr(module, f"{split}_dataloader")()
     raw = next(iter(loader))
     got, _ = module.on_after_batch_transfer(raw, 0)
-    expected = (raw[0].double() / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.25, 2.0]).view(
-        3, 1, 1
-    )
+    expected = (raw[0].double() / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor(
+        [0.5, 0.25, 2.0]
+    ).view(3, 1, 1)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_soft_targets_only_where_asked_for():
-    for keys, soft in (({}, False), ({"smoothing": 0.1}, True), ({"mixup": 0.2}, True), ({"cutmix": 1.0}, True)):
+    for keys, soft in (
+        ({}, False),
+        ({"smoothing": 0.1}, True),
+        ({"mixup": 0.2}, True),
+        ({"cutmix": 1.0}, True),
+    ):
         module = TQDataModule("digits", batch_size=16, **keys)
         _, labels = module.on_after_batch_transfer(next(iter(module.train_dataloader())), 0)
         assert (labels.dtype == torch.float32) == soft == (module.mixup is not None)
@@ -91,7 +103,9 @@ def test_soft_targets_only_where_asked_for():
 
 
 def test_loaders_touch_no_random_state():
-    module = TQDataModule("digits", auto_augment="rand-m9", reprob=0.5, mixup=0.2, batch_size=500, workers=0)
+    module = TQDataModule(
+        "digits", auto_augment="rand-m9", reprob=0.5, mixup=0.2, batch_size=500, workers=0
+    )
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     batches(module, module.train_dataloader())
     batches(module, module.val_dataloader())
@@ -102,7 +116,10 @@ def test_loaders_touch_no_random_state():
 
 
 def test_calibration_batches_are_always_the_same():
-    module, other = TQDataModule("digits", seed=0, batch_size=32), TQDataModule("digits", seed=9, batch_size=32, mixup=0.5)
+    module, other = (
+        TQDataModule("digits", seed=0, batch_size=32),
+        TQDataModule("digits", seed=9, batch_size=32, mixup=0.5),
+    )
     first = list(module.calibration_batches(3))
     batches(module, module.train_dataloader())
     for again in (module, other):
@@ -115,8 +132,12 @@ def test_calibration_batches_are_always_the_same():
 
 
 def test_auto_augment_of_small_images_keeps_labels_and_order():
-    plain, fancy = (TQDataModule("digits", workers=0, seed=2, auto_augment=a) for a in (None, "rand-m9"))
-    (x, y), (a, b) = (m.on_after_batch_transfer(next(iter(m.train_dataloader())), 0) for m in (plain, fancy))
+    plain, fancy = (
+        TQDataModule("digits", workers=0, seed=2, auto_augment=a) for a in (None, "rand-m9")
+    )
+    (x, y), (a, b) = (
+        m.on_after_batch_transfer(next(iter(m.train_dataloader())), 0) for m in (plain, fancy)
+    )
     assert torch.equal(y, b)
     assert x.shape == a.shape
     assert not torch.equal(x, a)
@@ -163,5 +184,7 @@ def test_the_signature_is_the_configuration():
         assert parameter.default is not inspect.Parameter.empty
         assert f"\n    {name}: " in inspect.getdoc(TQDataModule), f"{name} has no line under Args"
     assert "chance of timm's random erasing" in help_text
-    config = parser.parse_args(["--data.name=synthetic", "--data.mean=[0.1,0.2,0.3]", "--data.samples=null"])
+    config = parser.parse_args(
+        ["--data.name=synthetic", "--data.mean=[0.1,0.2,0.3]", "--data.samples=null"]
+    )
     assert parser.instantiate_classes(config).data.mean == (0.1, 0.2, 0.3)

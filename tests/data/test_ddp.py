@@ -25,7 +25,9 @@ class Recorder(lightning.LightningModule):
         with open(f"{self.path}.{self.global_rank}", "a") as file:
             for image in batch[0]:
                 digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
-                csv.writer(file).writerow([stage, self.current_epoch, batch_idx if stage == "train" else 0, digest])
+                csv.writer(file).writerow(
+                    [stage, self.current_epoch, batch_idx if stage == "train" else 0, digest]
+                )
 
     def training_step(self, batch, batch_idx):
         self.note("train", batch, batch_idx)
@@ -33,7 +35,9 @@ class Recorder(lightning.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.note("val", batch, batch_idx)
-        self.log("mean", batch[0].mean(), sync_dist=True)  # a collective: hangs unless all have equally many batches
+        self.log(
+            "mean", batch[0].mean(), sync_dist=True
+        )  # a collective: hangs unless all have equally many batches
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -50,7 +54,11 @@ def run(path, devices, batch_size):
 
 def seen(path, devices, batch_size):
     """The sorted lines of a run in a process of its own: one that has run other tests may not be forked any more."""
-    subprocess.run([sys.executable, __file__, str(path), str(devices), str(batch_size)], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, __file__, str(path), str(devices), str(batch_size)],
+        check=True,
+        timeout=300,
+    )
     return sorted(line for rank in range(devices) for line in open(f"{path}.{rank}"))
 
 

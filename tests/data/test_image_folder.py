@@ -17,7 +17,13 @@ CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 
 def picture(number, size=(32, 32)):
-    noise = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+    noise = torch.randint(
+        0,
+        256,
+        (size[1], size[0], 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(number),
+    )
     return Image.fromarray(noise.numpy())
 
 
@@ -88,7 +94,14 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
     for number, name in enumerate(
-        ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
+        [
+            "data_batch_1",
+            "data_batch_2",
+            "data_batch_3",
+            "data_batch_4",
+            "data_batch_5",
+            "test_batch",
+        ]
     ):
         rows = torch.full((4, 3072), number, dtype=torch.uint8).numpy()
         (base / name).write_bytes(pickle.dumps({"data": rows, "labels": [0, 1, 2, 3]}))
@@ -233,4 +246,8 @@ def test_calibration_in_the_middle_of_validation(folder, workers):
     got += list(loader)
     for some, others in ((got, expected), (again, calibration)):
         assert len(some) == len(others) > 1
-        assert all(torch.equal(x, y) for a, b in zip(some, others, strict=True) for x, y in zip(a, b, strict=True))
+        assert all(
+            torch.equal(x, y)
+            for a, b in zip(some, others, strict=True)
+            for x, y in zip(a, b, strict=True)
+        )

@@ -41,7 +41,9 @@ def folder(tmp_path_factory):
     for number in range(24):
         path = root / "train" / f"class{number % 2}" / f"{number:02}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise = torch.randint(0, 256, (30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        noise = torch.randint(
+            0, 256, (30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number)
+        )
         Image.fromarray(noise.numpy()).save(path)
     return root
 
@@ -92,8 +94,19 @@ def test_small_images(tmp_path, every, stop, step):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_image_files(folder, tmp_path, workers):
-    data = {"name": "imagefolder", "root": str(folder), "image_size": 16, "batch_size": 4, "workers": workers, "seed": 1}
-    data |= {"auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.5, "val_fraction": 0.17}  # 20 to train on, 4 held out
+    data = {
+        "name": "imagefolder",
+        "root": str(folder),
+        "image_size": 16,
+        "batch_size": 4,
+        "workers": workers,
+        "seed": 1,
+    }
+    data |= {
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "reprob": 0.5,
+        "val_fraction": 0.17,
+    }  # 20 to train on, 4 held out
     whole = fit(data | {"workers": 0}, tmp_path / "a")
     assert len(whole.seen) == 10
     assert not torch.equal(whole.seen[0][0], whole.seen[5][0])
@@ -120,7 +133,13 @@ def test_with_max_steps_and_limited_epochs(tmp_path):
     assert [b[2] for b in whole.seen] == [*range(5), *range(5), 0, 1]
     for every, stop, step in ((3, 8, 6), (5, 7, 5)):
         fit(SMALL, tmp_path / f"b{every}", every=every, stop=stop, **flags)
-        rest = fit(SMALL, tmp_path / f"b{every}", every=every, resume=tmp_path / f"b{every}" / f"step={step}.ckpt", **flags)
+        rest = fit(
+            SMALL,
+            tmp_path / f"b{every}",
+            every=every,
+            resume=tmp_path / f"b{every}" / f"step={step}.ckpt",
+            **flags,
+        )
         assert_same(rest.seen, whole.seen[step:])
 
 

@@ -26,7 +26,9 @@ def test_stratified_with_one_sample_a_class():
     assert not torch.equal(stratified(labels, 5, seed=1), stratified(labels, 5, seed=2))
 
 
-@pytest.mark.parametrize(("size", "world"), [(8, 1), (8, 2), (8, 4), (6, 2), (6, 6), (128, 2), (9, 3)])
+@pytest.mark.parametrize(
+    ("size", "world"), [(8, 1), (8, 2), (8, 4), (6, 2), (6, 6), (128, 2), (9, 3)]
+)
 def test_shares_part_the_batch(size, world):
     parts = [share(size, rank, world) for rank in range(world)]
     assert torch.cat(parts).sort().values.tolist() == list(range(size))
@@ -60,7 +62,9 @@ def test_two_processes_see_the_steps_of_one():
     one = TrainOrder(samples, 32, seed=1)
     two = [TrainOrder(samples, 16, seed=1, rank=r, world=2) for r in range(2)]
     assert len(one) == len(two[0]) == 3
-    for (_, whole), (_, left), (_, right) in zip(one.batches(4), two[0].batches(4), two[1].batches(4), strict=True):
+    for (_, whole), (_, left), (_, right) in zip(
+        one.batches(4), two[0].batches(4), two[1].batches(4), strict=True
+    ):
         assert torch.equal(whole, left)
         assert torch.equal(left, right)  # the global batch; `share` says who takes what
 

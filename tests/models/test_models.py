@@ -64,13 +64,17 @@ def test_option_a_shortcut_is_a_subsampled_copy():
 
 
 def test_preactivation_expansion_and_projection():
-    assert _params(create_model("preresnet20_cifar", expansion=5)) == CIFAR["preresnet20_cifar_x5"][0]
+    assert (
+        _params(create_model("preresnet20_cifar", expansion=5)) == CIFAR["preresnet20_cifar_x5"][0]
+    )
     model = create_model("preresnet20_cifar")
     projections = [name for name, _ in model.named_modules() if name.endswith("skip_conv")]
     assert projections == ["layer2.0.skip_conv", "layer3.0.skip_conv"]
     report = prepare(model, skip=("first", "last", "*skip_conv"), verbose=False)
     assert sum("floor" in what for what in report.values()) == 18
-    assert (model.forward_features(torch.randn(2, 3, 32, 32)) < 0).any(), "no ReLU stands before the pooling"
+    assert (model.forward_features(torch.randn(2, 3, 32, 32)) < 0).any(), (
+        "no ReLU stands before the pooling"
+    )
 
 
 def _params(model: nn.Module) -> int:
@@ -92,11 +96,22 @@ WRAPS = {
     "plain": lambda s: s,
     "state_dict": lambda s: {"state_dict": s, "best_prec1": 91.7, "epoch": 3},
     "data parallel": lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
-    "lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "global_step": 7},
+    "lightning": lambda s: {
+        "state_dict": {f"model.{k}": v for k, v in s.items()},
+        "global_step": 7,
+    },
     "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
-    "timm with EMA": lambda s: {"state_dict": {k: v * 0 for k, v in s.items()}, "state_dict_ema": s, "version": 2},
+    "timm with EMA": lambda s: {
+        "state_dict": {k: v * 0 for k, v in s.items()},
+        "state_dict_ema": s,
+        "version": 2,
+    },
     "public CIFAR": lambda s: {
-        "state_dict": {f"module.{k.replace('fc.', 'linear.')}": v for k, v in s.items() if "num_batches_tracked" not in k}
+        "state_dict": {
+            f"module.{k.replace('fc.', 'linear.')}": v
+            for k, v in s.items()
+            if "num_batches_tracked" not in k
+        }
     },
 }
 
@@ -122,7 +137,10 @@ def test_a_prepared_checkpoint_gives_its_float_network(tmp_path, activations):
     for module in source.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight)
-    torch.save({"state_dict": {f"model.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "last.ckpt")
+    torch.save(
+        {"state_dict": {f"model.{k}": v for k, v in source.state_dict().items()}},
+        tmp_path / "last.ckpt",
+    )
     model = create_model("resnet8_cifar", checkpoint_path=tmp_path / "last.ckpt").eval()
     x = torch.randn(2, 3, 32, 32)
     with bit_width(source.eval(), None):

@@ -12,13 +12,26 @@ PACT = [kind for kind, (learned, _, _) in ACTIVATIONS.items() if learned]
 CLAMP = [kind for kind in ACTIVATIONS if kind not in PACT]
 
 
-def _layer(kind: str, bits: int | None = 2, source: str = "quantize", ste: str = "identity", max_bits: int = 8):
+def _layer(
+    kind: str,
+    bits: int | None = 2,
+    source: str = "quantize",
+    ste: str = "identity",
+    max_bits: int = 8,
+):
     return ActivationQuantizer(kind, Width(max_bits, (max_bits,), bits, source), ste)
 
 
 def _inputs(clip: float) -> torch.Tensor:
     inside = torch.rand(500, generator=torch.Generator().manual_seed(0)) * clip
-    return torch.cat([torch.tensor([-3.0, -0.0, 0.0, 1e-45, clip, clip + 1e-3, 1e30, float("inf"), -float("inf")]), inside])
+    return torch.cat(
+        [
+            torch.tensor(
+                [-3.0, -0.0, 0.0, 1e-45, clip, clip + 1e-3, 1e30, float("inf"), -float("inf")]
+            ),
+            inside,
+        ]
+    )
 
 
 EDGES = {  # name -> (kind, bits, x, y)
@@ -142,7 +155,9 @@ def test_empty_batch():
 
 
 def test_unknown_kind_and_rule():
-    with pytest.raises(ValueError, match="unknown activations 'relu'; pass null or one of clamp_round"):
+    with pytest.raises(
+        ValueError, match="unknown activations 'relu'; pass null or one of clamp_round"
+    ):
         _layer("relu")
     with pytest.raises(ValueError, match="unknown ste 'none'"):
         _layer("clamp_round", ste="none")

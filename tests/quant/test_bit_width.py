@@ -78,14 +78,22 @@ def test_restored_on_exit_nested_and_after_an_error(model):
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", True])
 def test_refuses_other_widths(model, bits):
-    with bit_width(model, 2), pytest.raises(ValueError, match=r"no such width .*; pass bits from 1 to 8, or None for float"):
+    with (
+        bit_width(model, 2),
+        pytest.raises(
+            ValueError, match=r"no such width .*; pass bits from 1 to 8, or None for float"
+        ),
+    ):
         bit_width(model, bits).__enter__()
     assert width_of(model).bits is None
 
 
 def test_refuses_widths_above_the_stored_one(net):
     prepare(net, max_bits=4, widths=(4, 2), verbose=False)
-    with pytest.raises(ValueError, match="no such width 8; pass bits from 1 to 4"), bit_width(net, 8):
+    with (
+        pytest.raises(ValueError, match="no such width 8; pass bits from 1 to 4"),
+        bit_width(net, 8),
+    ):
         pass
 
 
@@ -106,7 +114,10 @@ def test_refuses_float_and_quantize_on_a_packed_model(model):
         if hasattr(layer, "width"):
             layer.width = packed
     assert packed.bits == 8
-    with pytest.raises(ValueError, match="no float weights; pass bits from 1 to 8"), bit_width(model, None):
+    with (
+        pytest.raises(ValueError, match="no float weights; pass bits from 1 to 8"),
+        bit_width(model, None),
+    ):
         pass
     with pytest.raises(ValueError, match="pass source='truncate'"), bit_width(model, 4, "quantize"):
         pass
@@ -115,7 +126,10 @@ def test_refuses_float_and_quantize_on_a_packed_model(model):
 
 
 def test_refuses_models_that_are_not_one_prepared_model(net):
-    with pytest.raises(ValueError, match="Sequential has no quantizers; call prepare"), bit_width(net, 4):
+    with (
+        pytest.raises(ValueError, match="Sequential has no quantizers; call prepare"),
+        bit_width(net, 4),
+    ):
         pass
     two = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     for part in two:
@@ -172,7 +186,9 @@ def test_counter_example_round_quantized_is_not_round_truncated(net, images):
 
 @pytest.mark.parametrize("quantizer", ["floor", "round"])
 def test_quantize_never_passes_through_stored_codes(net, images, monkeypatch, quantizer):
-    prepare(net, quantizer=quantizer, skip=(), activations=f"clamp_{quantizer}_truncate", verbose=False)
+    prepare(
+        net, quantizer=quantizer, skip=(), activations=f"clamp_{quantizer}_truncate", verbose=False
+    )
     calibrate_norms(net, [images])
 
     def shift(*args):
@@ -183,7 +199,9 @@ def test_quantize_never_passes_through_stored_codes(net, images, monkeypatch, qu
         monkeypatch.setattr(user, "truncate_codes", shift)
     asked = []
     plain = dict(codes.QUANTIZERS)
-    spy = {name: lambda u, bits, f=f: (asked.append(bits), f(u, bits))[1] for name, f in plain.items()}
+    spy = {
+        name: lambda u, bits, f=f: (asked.append(bits), f(u, bits))[1] for name, f in plain.items()
+    }
     monkeypatch.setattr(fake_quantize, "QUANTIZERS", spy)
     for train in (False, True):
         for bits in (8, 4, 2, 1) if train else range(1, 9):

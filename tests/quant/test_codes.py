@@ -34,7 +34,13 @@ def _hard_values() -> Tensor:
         top = 2**bits - 1
         points += [torch.arange(2**bits) / top, (torch.arange(top) + 0.5) / top]
     tiny = torch.tensor([0.0, 1e-45, 1e-38, 1e-7, 1 - 2**-24])
-    return torch.cat([_neighbours(torch.cat(points)), tiny, torch.rand(20_000, generator=torch.Generator().manual_seed(0))])
+    return torch.cat(
+        [
+            _neighbours(torch.cat(points)),
+            tiny,
+            torch.rand(20_000, generator=torch.Generator().manual_seed(0)),
+        ]
+    )
 
 
 U = _hard_values()
@@ -155,7 +161,10 @@ def test_truncate_exact(case):
 def test_truncating_twice_is_truncating_once(middle):
     codes = torch.arange(256).to(torch.uint8)
     for end in range(1, middle + 1):
-        assert torch.equal(truncate_codes(truncate_codes(codes, 8, middle), middle, end), truncate_codes(codes, 8, end))
+        assert torch.equal(
+            truncate_codes(truncate_codes(codes, 8, middle), middle, end),
+            truncate_codes(codes, 8, end),
+        )
 
 
 LEVEL_CASES = {  # name -> (level, bits, levels of all codes)
@@ -181,7 +190,9 @@ def test_every_level_placement(level, bits):
     codes = torch.arange(2**bits).to(torch.uint8)
     levels = codes_to_levels(codes, bits, level)
     assert levels.dtype == torch.float32 and levels.min() >= 0 and levels.max() <= 1
-    assert torch.allclose(levels.diff(), torch.tensor(1 / (2**bits - 1) if level == "endpoint" else 2.0**-bits))
+    assert torch.allclose(
+        levels.diff(), torch.tensor(1 / (2**bits - 1) if level == "endpoint" else 2.0**-bits)
+    )
     assert codes.tolist() == list(range(2**bits))  # the codes are left alone
     scale = torch.tensor([[0.5], [3.0]])
     weights = dequantize(codes.expand(2, -1), bits, scale, level)
@@ -228,5 +239,7 @@ def test_other_bad_input():
         truncate_codes(codes, 4, 8)
     with pytest.raises(TypeError, match=r"uint8, got torch\.int64"):
         truncate_codes(codes.long(), 8, 4)
-    with pytest.raises(ValueError, match="unknown level 'middle'; pass one of endpoint, left, centre"):
+    with pytest.raises(
+        ValueError, match="unknown level 'middle'; pass one of endpoint, left, centre"
+    ):
         codes_to_levels(codes, 4, "middle")

@@ -34,12 +34,26 @@ def test_report_and_what_is_printed(net, capsys):
     printed = capsys.readouterr().out
     assert printed == f"{report}\n"
     assert "conv  weight (6, 6, 3, 3): floor" in printed
-    assert printed.endswith("quantized: 58.8 % of all parameters, 62.8 % of the convolution and linear weights\n")
+    assert printed.endswith(
+        "quantized: 58.8 % of all parameters, 62.8 % of the convolution and linear weights\n"
+    )
     assert _quantized(net) == ["conv.weight"]
 
 
 def test_quiet_and_arguments_kept(net, capsys):
-    prepare(net, "round", "ewgs", "centre", "absmax", (2, 4), 4, "pact_round", ("last",), "shared", verbose=False)
+    prepare(
+        net,
+        "round",
+        "ewgs",
+        "centre",
+        "absmax",
+        (2, 4),
+        4,
+        "pact_round",
+        ("last",),
+        "shared",
+        verbose=False,
+    )
     assert capsys.readouterr().out == ""
     assert net.tq == {
         "quantizer": "round",
@@ -53,7 +67,12 @@ def test_quiet_and_arguments_kept(net, capsys):
         "norm": "shared",
     }
     rule = weight_quantizers(net)[0][3]
-    assert (rule.quantizer, rule.ste, rule.level, rule.normalizer) == ("round", "ewgs", "centre", "absmax")
+    assert (rule.quantizer, rule.ste, rule.level, rule.normalizer) == (
+        "round",
+        "ewgs",
+        "centre",
+        "absmax",
+    )
     assert rule.width is width_of(net) and rule.width.max_bits == 4
 
 
@@ -80,8 +99,14 @@ def test_skip(net, case):
 
 
 BAD_SKIPS = {  # name -> (skip, message)
-    "matches nothing": (("layer9.*",), r"skip pattern 'layer9\.\*' matches no layer.*such as 'inner\.conv', 'fc'"),
-    "matches a container alone": (("inner",), r"skip pattern 'inner' matches no layer .*such as 'inner\.\*'"),
+    "matches nothing": (
+        ("layer9.*",),
+        r"skip pattern 'layer9\.\*' matches no layer.*such as 'inner\.conv', 'fc'",
+    ),
+    "matches a container alone": (
+        ("inner",),
+        r"skip pattern 'inner' matches no layer .*such as 'inner\.\*'",
+    ),
     "matches a norm alone": (("*.bn",), r"skip pattern '\*\.bn' matches no layer with weights"),
     "not a list": ("first", r"skip must be a list of entries, got 'first'; pass \['first'\]"),
     "everything": (("*",), r"nothing left to quantize in Sequential with skip=\['\*'\]; skip less"),
@@ -105,7 +130,11 @@ def test_bad_skip(case):
 
 def test_first_and_last_as_timm_names_them(net):
     net.pretrained_cfg = {"first_conv": "conv", "classifier": ("fc",)}
-    assert {la.name: la.skipped for la in select_layers(net)} == {"stem": None, "conv": "first", "fc": "last"}
+    assert {la.name: la.skipped for la in select_layers(net)} == {
+        "stem": None,
+        "conv": "first",
+        "fc": "last",
+    }
     headless = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
     headless.num_classes = 0
     assert [la.skipped for la in select_layers(headless)] == ["first", None]
@@ -127,10 +156,22 @@ def _old_style(norm) -> nn.Module:
 
 
 UNTREATABLE = {  # name -> (layer, why)
-    "old-style weight_norm": (lambda: _old_style(nn.utils.weight_norm), "its weight is no parameter"),
-    "old-style spectral_norm": (lambda: _old_style(nn.utils.spectral_norm), "its weight is no parameter"),
-    "parametrized weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "parametrized already"),
-    "a module of one's own": (_Kernel, r"_Kernel multiplies with a weight of shape \(4, 4\) in a way unknown"),
+    "old-style weight_norm": (
+        lambda: _old_style(nn.utils.weight_norm),
+        "its weight is no parameter",
+    ),
+    "old-style spectral_norm": (
+        lambda: _old_style(nn.utils.spectral_norm),
+        "its weight is no parameter",
+    ),
+    "parametrized weight_norm": (
+        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+        "parametrized already",
+    ),
+    "a module of one's own": (
+        _Kernel,
+        r"_Kernel multiplies with a weight of shape \(4, 4\) in a way unknown",
+    ),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex64"),
     "sparse": (lambda: _sparse(), "not a dense float tensor"),
     "lazy": (lambda: nn.LazyLinear(4), "no shape yet: run one batch through the model first"),
@@ -147,13 +188,25 @@ def _sparse() -> nn.Module:
 def test_what_cannot_be_treated_names_the_layer_and_the_pattern(case):
     make, why = UNTREATABLE[case]
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(make()), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=rf"can't quantize layer 1\.0: .*{why}.*; leave it in float with skip '1\.0'"):
+    with pytest.raises(
+        ValueError,
+        match=rf"can't quantize layer 1\.0: .*{why}.*; leave it in float with skip '1\.0'",
+    ):
         prepare(model, verbose=False, skip=())
     assert not weight_quantizers(model) and not hasattr(model, "tq")
     report = prepare(model, verbose=False, skip=("1.0",))
     assert _quantized(model) == ["0.weight", "2.weight"]
-    assert report.weight_share == 1 if case in ("a module of one's own", "lazy") else report.weight_share < 1
-    if case in ("old-style weight_norm", "parametrized weight_norm", "a module of one's own", "lazy"):
+    assert (
+        report.weight_share == 1
+        if case in ("a module of one's own", "lazy")
+        else report.weight_share < 1
+    )
+    if case in (
+        "old-style weight_norm",
+        "parametrized weight_norm",
+        "a module of one's own",
+        "lazy",
+    ):
         with bit_width(model, 2):
             assert model(torch.randn(2, 4)).isfinite().all()
 
@@ -162,10 +215,16 @@ BAD = {  # name -> (arguments, message)
     "quantizer": ({"quantizer": "ceil"}, "unknown quantizer 'ceil'; pass one of floor, round"),
     "ste": ({"ste": "ceil"}, "unknown ste 'ceil'; pass auto or one of identity"),
     "level": ({"level": "right"}, "unknown level 'right'; pass one of endpoint, left, centre"),
-    "normalizer": ({"normalizer": "max"}, "unknown normalizer 'max'; pass one of tanh, tanh_channel"),
+    "normalizer": (
+        {"normalizer": "max"},
+        "unknown normalizer 'max'; pass one of tanh, tanh_channel",
+    ),
     "activations": ({"activations": "relu"}, "unknown activations 'relu'; pass null or one of"),
     "ste with activations": ({"activations": "pact_floor", "ste": "ceil"}, "unknown ste 'ceil'"),
-    "norm": ({"norm": "batch"}, "unknown norm 'batch'; pass one of per_width, per_width_all, shared"),
+    "norm": (
+        {"norm": "batch"},
+        "unknown norm 'batch'; pass one of per_width, per_width_all, shared",
+    ),
     "no widths": ({"widths": ()}, r"widths must be whole numbers from 1 to max_bits=8, got \[\]"),
     "a width too wide": ({"widths": (8, 4), "max_bits": 4}, r"from 1 to max_bits=4, got \[8, 4\]"),
     "a width twice": ({"widths": (8, 8)}, r"widths must differ, got \[8, 8\]"),
@@ -188,7 +247,9 @@ def test_a_refusal_leaves_the_model_alone(net, case):
 
 def test_no_relu_to_replace_leaves_the_model_alone():
     model = nn.Sequential(nn.Linear(3, 3), nn.GELU())
-    with pytest.raises(ValueError, match=r"no ReLU, ReLU6 or Hardtanh module .*pass activations=null"):
+    with pytest.raises(
+        ValueError, match=r"no ReLU, ReLU6 or Hardtanh module .*pass activations=null"
+    ):
         prepare(model, skip=(), activations="clamp_round", verbose=False)
     assert not weight_quantizers(model)
 
@@ -220,11 +281,19 @@ def test_widths_come_widest_first():
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations_take_the_place_of_every_relu(images, kind):
     act = nn.ReLU()
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), act, nn.Sequential(nn.ReLU6(), nn.Conv2d(3, 3, 1)), act, nn.SiLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), act, nn.Sequential(nn.ReLU6(), nn.Conv2d(3, 3, 1)), act, nn.SiLU()
+    )
     report = prepare(model, skip=(), activations=kind, verbose=False)
-    assert {name for name, what in report.items() if what == f"activation: {kind}"} == {"1", "2.0", "3"}
+    assert {name for name, what in report.items() if what == f"activation: {kind}"} == {
+        "1",
+        "2.0",
+        "3",
+    }
     assert isinstance(model[1], ActivationQuantizer) and model[1] is model[3]
-    assert isinstance(model[4], nn.SiLU) and not any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in model.modules())
+    assert isinstance(model[4], nn.SiLU) and not any(
+        isinstance(m, (nn.ReLU, nn.ReLU6)) for m in model.modules()
+    )
     with bit_width(model, 2):
         model(images).sum().backward()
         assert model[1](images).unique().numel() <= 4
@@ -232,7 +301,14 @@ def test_activations_take_the_place_of_every_relu(images, kind):
 
 @pytest.mark.parametrize("norm", ["per_width", "per_width_all", "shared"])
 def test_norm_policies(norm):
-    layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.InstanceNorm1d(4)]
+    layers = [
+        nn.Linear(4, 4),
+        nn.BatchNorm1d(4),
+        nn.LayerNorm(4),
+        nn.GroupNorm(2, 4),
+        nn.RMSNorm(4),
+        nn.InstanceNorm1d(4),
+    ]
     model = nn.Sequential(*layers)
     prepare(model, skip=(), norm=norm, verbose=False)
     per_width = [i for i, m in enumerate(model) if isinstance(m, PerWidthNorm)]
@@ -240,7 +316,9 @@ def test_norm_policies(norm):
 
 
 def test_tied_weights_are_counted_once_and_stay_tied():
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    model = nn.Sequential(
+        nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
+    )
     model[1].weight = model[0].weight
     report = prepare(model, skip=("last",), verbose=False)
     assert report.weight_share == report.share == 16 / 24
@@ -258,7 +336,10 @@ MULTIPLIERS = {  # name -> (module, tensors that must lie on a grid)
         lambda: nn.MultiheadAttention(6, 2, kdim=4, vdim=5),
         ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"],
     ),
-    "LSTM with a projection": (lambda: nn.LSTM(6, 8, proj_size=3), ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]),
+    "LSTM with a projection": (
+        lambda: nn.LSTM(6, 8, proj_size=3),
+        ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"],
+    ),
     "GRU": (lambda: nn.GRU(6, 4), ["weight_ih_l0", "weight_hh_l0"]),
     "LSTMCell": (lambda: nn.LSTMCell(6, 4), ["weight_ih", "weight_hh"]),
     "GRUCell": (lambda: nn.GRUCell(6, 4), ["weight_ih", "weight_hh"]),
@@ -302,7 +383,9 @@ def test_recurrent_cell_multiplies_with_the_grid():
 
 def test_frozen_weights_and_the_meta_device():
     with torch.device("meta"):
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)
+        )
     model[0].requires_grad_(False)
     report = prepare(model, skip=(), activations="clamp_floor", verbose=False)
     assert report.weight_share == 1 and all(p.is_meta for p in model.parameters())

@@ -13,13 +13,17 @@ from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import calibrate_norms
 from tq_lightning.quant.weight import original, weight_quantizers
 
-PASSES = [(bits, source) for bits in range(8, 0, -1) for source in ("quantize", "truncate")] + [(None, "quantize")]
+PASSES = [(bits, source) for bits in range(8, 0, -1) for source in ("quantize", "truncate")] + [
+    (None, "quantize")
+]
 
 
 @pytest.fixture
 def model(net, images):
     """Rounded weights and learned, truncated activations, so that no two passes agree for a reason of construction."""
-    prepare(net, quantizer="round", activations="pact_round_truncate", skip=("last",), verbose=False)
+    prepare(
+        net, quantizer="round", activations="pact_round_truncate", skip=("last",), verbose=False
+    )
     calibrate_norms(net, [images])
     return net.eval()
 
@@ -58,7 +62,9 @@ def test_deep_copies_are_independent(model, images):
     assert _same(_logits(model, images), before)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.LSTM(4, 3), lambda: nn.GRU(4, 3), lambda: nn.MultiheadAttention(4, 2)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LSTM(4, 3), lambda: nn.GRU(4, 3), lambda: nn.MultiheadAttention(4, 2)]
+)
 def test_copies_of_layers_with_several_tensors(make):
     model = nn.Sequential(make())
     prepare(model, skip=(), verbose=False)
@@ -85,15 +91,29 @@ def test_checkpoints_hold_all_and_load_without_code(model, net, images, tmp_path
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     torch.manual_seed(9)
     plain = nn.Sequential()
-    for name, layer in (("stem", nn.Conv2d(3, 6, 3, padding=1, bias=False)), ("bn1", nn.BatchNorm2d(6)), ("act1", nn.ReLU())):
+    for name, layer in (
+        ("stem", nn.Conv2d(3, 6, 3, padding=1, bias=False)),
+        ("bn1", nn.BatchNorm2d(6)),
+        ("act1", nn.ReLU()),
+    ):
         plain.add_module(name, layer)
-    for name, layer in (("conv", nn.Conv2d(6, 6, 3, padding=1)), ("bn2", nn.BatchNorm2d(6)), ("act2", nn.ReLU())):
+    for name, layer in (
+        ("conv", nn.Conv2d(6, 6, 3, padding=1)),
+        ("bn2", nn.BatchNorm2d(6)),
+        ("act2", nn.ReLU()),
+    ):
         plain.add_module(name, layer)
-    for name, layer in (("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("fc", nn.Linear(6, 5))):
+    for name, layer in (
+        ("pool", nn.AdaptiveAvgPool2d(1)),
+        ("flatten", nn.Flatten()),
+        ("fc", nn.Linear(6, 5)),
+    ):
         plain.add_module(name, layer)
     prepare(plain, **saved["tq"], verbose=False)
     plain.load_state_dict(saved["state_dict"])  # strict: no key missing, none too many
-    assert _same(_logits(plain.eval(), images), before)  # untrained widths too: their statistics came along
+    assert _same(
+        _logits(plain.eval(), images), before
+    )  # untrained widths too: their statistics came along
     assert all(torch.is_tensor(value) for value in saved["state_dict"].values())
 
 
@@ -147,7 +167,9 @@ def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 def test_compiled_to_machine_code(fresh_dynamo):
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     prepare(model, quantizer="round", activations="pact_round", skip=(), verbose=False)
@@ -184,7 +206,11 @@ def test_compiled_weights_huge_and_nan(normalizer, fresh_dynamo):
     """A graph does not branch on values: a huge weight quantizes as in eager, a NaN reaches the output, and so the loss."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     prepare(model, skip=(), normalizer=normalizer, verbose=False)
-    compiled, x, weight = torch.compile(model, backend="eager", fullgraph=True), torch.eye(64), original(model[0], "weight")
+    compiled, x, weight = (
+        torch.compile(model, backend="eager", fullgraph=True),
+        torch.eye(64),
+        original(model[0], "weight"),
+    )
     for value, finite in ((3e37, True), (float("nan"), False)):
         with torch.no_grad(), bit_width(model, 2):
             weight.fill_(1e37)[0, 0] = value

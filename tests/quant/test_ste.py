@@ -18,10 +18,20 @@ def _values() -> Tensor:
     return torch.cat([EDGES, torch.rand(200, generator=torch.Generator().manual_seed(1))])
 
 
-def _gradient(ste: str, u: Tensor, bits: int, quantizer: str, grad: Tensor, level: str = "endpoint", signed: bool = False):
+def _gradient(
+    ste: str,
+    u: Tensor,
+    bits: int,
+    quantizer: str,
+    grad: Tensor,
+    level: str = "endpoint",
+    signed: bool = False,
+):
     """(value, dL/du) of the node at scale 1, given dL/dvalue."""
     u = u.clone().requires_grad_()
-    out = FakeQuantize.apply(u, torch.tensor(1.0), signed, bits, quantizer, ste, level, 8, "quantize")
+    out = FakeQuantize.apply(
+        u, torch.tensor(1.0), signed, bits, quantizer, ste, level, 8, "quantize"
+    )
     out.backward(grad)
     return out.detach(), u.grad
 
@@ -54,7 +64,11 @@ def test_rules_that_read_u_or_level_are_listed(ste):
 
 def _dsq(grad: float, u: float, level: float, bits: int, quantizer: str) -> float:
     top = 2**bits - 1
-    edges = [k / 2**bits for k in range(1, 2**bits)] if quantizer == "floor" else [(k + 0.5) / top for k in range(top)]
+    edges = (
+        [k / 2**bits for k in range(1, 2**bits)]
+        if quantizer == "floor"
+        else [(k + 0.5) / top for k in range(top)]
+    )
     d = min((u - e for e in edges), key=abs)
     width = 2**-bits if quantizer == "floor" else 1 / top
     k = 5 / width
@@ -143,5 +157,7 @@ def test_source_decides_the_codes():
 def test_auto_is_the_papers_pairing():
     assert resolve_ste("auto", "floor") == "scaled" and resolve_ste("auto", "round") == "identity"
     assert all(resolve_ste(name, q) == name for name in STES for q in QUANTIZERS)
-    with pytest.raises(ValueError, match="unknown ste 'straight'; pass auto or one of identity, scaled"):
+    with pytest.raises(
+        ValueError, match="unknown ste 'straight'; pass auto or one of identity, scaled"
+    ):
         resolve_ste("straight", "floor")

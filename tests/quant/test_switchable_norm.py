@@ -41,7 +41,9 @@ def test_sets_exist_for_every_width_and_start_as_the_layer(net):
     norm = net.bn1
     assert isinstance(norm, PerWidthNorm) and list(norm.sets) == KEYS
     for layer in norm.sets.values():
-        for (name, value), (_, own) in zip(before.state_dict().items(), layer.state_dict().items(), strict=True):
+        for (name, value), (_, own) in zip(
+            before.state_dict().items(), layer.state_dict().items(), strict=True
+        ):
             assert torch.equal(value, own), name
     storages = {layer.weight.data_ptr() for layer in norm.sets.values()}
     assert len(storages) == len(KEYS)
@@ -54,7 +56,11 @@ def test_training_moves_the_set_of_the_width_and_no_other(model, images, bits):
     before = copy.deepcopy(model.state_dict())
     with bit_width(model.train(), bits):
         model(images).sum().backward()
-    moved = {name.split(".")[2] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name.split(".")[2]
+        for name, value in model.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert moved == {_key(bits)}
     for key, layer in model.bn1.sets.items():
         assert (layer.weight.grad is not None) == (key == _key(bits) and bits is not None)
@@ -65,16 +71,22 @@ def test_evaluation_uses_the_set_of_the_width(model, bits):
     x = torch.randn(2, 6, 3, 3)
     with bit_width(model, bits):
         got = model.bn1(x)
-        assert model.bn1.weight is model.bn1.sets[_key(bits)].weight  # attributes are those of the set in use
+        assert (
+            model.bn1.weight is model.bn1.sets[_key(bits)].weight
+        )  # attributes are those of the set in use
     own = model.bn1.sets[_key(bits)]
     assert torch.equal(got, own(x))
-    assert all(not torch.equal(got, other(x)) for other in model.bn1.sets.values() if other is not own)
+    assert all(
+        not torch.equal(got, other(x)) for other in model.bn1.sets.values() if other is not own
+    )
 
 
 def test_untrained_width_is_an_error_until_estimated(model, images):
     for bits in (7, 3, 1):
         with (
-            pytest.raises(ValueError, match=f"width {bits} was not trained .* call calibrate_norms"),
+            pytest.raises(
+                ValueError, match=f"width {bits} was not trained .* call calibrate_norms"
+            ),
             bit_width(model, bits, "truncate"),
         ):
             pass
@@ -92,7 +104,10 @@ def test_untrained_width_is_an_error_until_estimated(model, images):
 
 def test_untrained_width_cannot_be_trained(model, images):
     calibrate_norms(model, [images])
-    with pytest.raises(ValueError, match="width 3 has no trainable norm; train one of 2, 4, 8"), bit_width(model.train(), 3):
+    with (
+        pytest.raises(ValueError, match="width 3 has no trainable norm; train one of 2, 4, 8"),
+        bit_width(model.train(), 3),
+    ):
         pass
 
 
@@ -133,7 +148,9 @@ def test_statistics_are_the_plain_mean_over_the_batches_at_that_width(model, ima
         own = model.bn1.sets[_key(bits)]
         mean = torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0)
         variance = torch.stack([s.transpose(0, 1).flatten(1).var(1) for s in seen]).mean(0)
-        assert torch.allclose(own.running_mean, mean, atol=1e-5) and torch.allclose(own.running_var, variance, rtol=1e-4)
+        assert torch.allclose(own.running_mean, mean, atol=1e-5) and torch.allclose(
+            own.running_var, variance, rtol=1e-4
+        )
         assert own.num_batches_tracked == 3
     again = copy.deepcopy(model.state_dict())
     calibrate_norms(model, iter(batches))
@@ -196,7 +213,9 @@ def test_float_set_can_be_trained(model, images):
 
 
 def test_norms_without_statistics_need_only_affine_parameters(images):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False)
+    )
     prepare(model, skip=(), norm="per_width_all", verbose=False)
     assert len(per_width_norms(model)) == 2
     model[1].sets["4"].weight.data.fill_(2.0)

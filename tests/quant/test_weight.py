@@ -9,7 +9,13 @@ from tq_lightning.quant.bit_width import Width, bit_width
 from tq_lightning.quant.codes import LEVELS, QUANTIZERS, codes_to_levels
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.weight import NORMALIZERS, WeightQuantizer, original, shared_normalisation, weight_quantizers
+from tq_lightning.quant.weight import (
+    NORMALIZERS,
+    WeightQuantizer,
+    original,
+    shared_normalisation,
+    weight_quantizers,
+)
 
 SHAPES = {  # name -> (shape, channel_dim, groups)
     "linear": ((5, 7), 0, 1),
@@ -20,9 +26,15 @@ SHAPES = {  # name -> (shape, channel_dim, groups)
 }
 
 
-def _rule(bits: int | None = 2, source: str = "quantize", channel_dim: int = 0, groups: int = 1, **choices) -> WeightQuantizer:
+def _rule(
+    bits: int | None = 2, source: str = "quantize", channel_dim: int = 0, groups: int = 1, **choices
+) -> WeightQuantizer:
     return WeightQuantizer(
-        "stem.weight", Width(8, (8, 4, 2, 1), bits, source), channel_dim=channel_dim, groups=groups, **choices
+        "stem.weight",
+        Width(8, (8, 4, 2, 1), bits, source),
+        channel_dim=channel_dim,
+        groups=groups,
+        **choices,
     )
 
 
@@ -51,7 +63,9 @@ def _by_hand(w: Tensor, normalizer: str, channel_dim: int, groups: int) -> tuple
     t = w.tanh() if normalizer.startswith("tanh") else w
     whole = [torch.ones(w.shape, dtype=torch.bool)]
     u, scale = torch.zeros_like(w), torch.zeros_like(w)
-    for mask in _channels(tuple(w.shape), channel_dim, groups) if normalizer.endswith("_channel") else whole:
+    for mask in (
+        _channels(tuple(w.shape), channel_dim, groups) if normalizer.endswith("_channel") else whole
+    ):
         u = torch.where(mask, t / (2 * t[mask].abs().max().detach()) + 0.5, u)
         scale = torch.where(mask, w[mask].abs().mean().detach(), scale)
     return u, scale
@@ -91,10 +105,16 @@ def test_value(normalizer, quantizer, source):
         for bits in range(1, 9):
             rule = _rule(bits, source, normalizer=normalizer, quantizer=quantizer, level=level)
             u, scale = rule.normalise(w)
-            codes = QUANTIZERS[quantizer](u, bits) if source == "quantize" else QUANTIZERS[quantizer](u, 8) >> (8 - bits)
+            codes = (
+                QUANTIZERS[quantizer](u, bits)
+                if source == "quantize"
+                else QUANTIZERS[quantizer](u, 8) >> (8 - bits)
+            )
             exact = scale * (2 * codes_to_levels(codes, bits, level) - 1)
             assert torch.equal(rule(w), exact)
-            assert torch.equal(rule(w.clone().requires_grad_()), exact)  # the path of training, the same bits
+            assert torch.equal(
+                rule(w.clone().requires_grad_()), exact
+            )  # the path of training, the same bits
             per_scale = [rule(w)] if scale.dim() == 0 else list(rule(w))
             assert all(values.unique().numel() <= 2**bits for values in per_scale)
 
@@ -108,7 +128,9 @@ def test_codes_are_the_stored_ones():
     w = _weight(5, 4).requires_grad_()
     rule = _rule(2)
     codes, scale = rule.codes(w)
-    assert torch.equal(codes, QUANTIZERS["floor"](rule.normalise(w)[0], 8)) and not scale.requires_grad
+    assert (
+        torch.equal(codes, QUANTIZERS["floor"](rule.normalise(w)[0], 8)) and not scale.requires_grad
+    )
     assert torch.equal(scale, w.detach().abs().mean())
     narrow = WeightQuantizer("a", Width(4, (4,), 4))
     assert narrow.codes(w)[0].max() == 15
@@ -157,7 +179,9 @@ def test_shared_normalisation_runs_once_and_ends(monkeypatch):
     prepare(model, skip=(), verbose=False)
     calls = []
     plain = WeightQuantizer._normalise
-    monkeypatch.setattr(WeightQuantizer, "_normalise", lambda self, w: (calls.append(self.name), plain(self, w))[1])
+    monkeypatch.setattr(
+        WeightQuantizer, "_normalise", lambda self, w: (calls.append(self.name), plain(self, w))[1]
+    )
     rule = weight_quantizers(model)[0][3]
     with pytest.raises(RuntimeError, match="inside"), shared_normalisation(model):
         for bits in (8, 4, 2):
@@ -165,7 +189,10 @@ def test_shared_normalisation_runs_once_and_ends(monkeypatch):
                 model(torch.ones(1, 6))
         raise RuntimeError("inside")
     assert calls == ["0.weight"] and rule._shared is None
-    with shared_normalisation(model), bit_width(model, 4):  # an evaluation of many batches, and each of its batches
+    with (
+        shared_normalisation(model),
+        bit_width(model, 4),
+    ):  # an evaluation of many batches, and each of its batches
         for _ in range(3):
             with shared_normalisation(model) as pairs:
                 assert [q for q, _ in pairs] == [rule]
@@ -252,7 +279,11 @@ def test_nan_names_the_layer_of_a_model(net, images):
     original(net.conv, "weight").data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"conv\.weight"), bit_width(net, 4):
         net(images)
-    with pytest.raises(ValueError, match=r"conv\.weight"), shared_normalisation(net), bit_width(net, 4):
+    with (
+        pytest.raises(ValueError, match=r"conv\.weight"),
+        shared_normalisation(net),
+        bit_width(net, 4),
+    ):
         net(images)
 
 
@@ -278,7 +309,11 @@ def test_inside_is_float32_under_autocast_and_in_bfloat16_models(net, images, mo
     net.train(train)
     weights = {}
     for name, context in (("plain", False), ("autocast", True)):
-        with bit_width(net, 2), torch.autocast("cpu", torch.bfloat16, enabled=context), torch.set_grad_enabled(train):
+        with (
+            bit_width(net, 2),
+            torch.autocast("cpu", torch.bfloat16, enabled=context),
+            torch.set_grad_enabled(train),
+        ):
             weights[name] = net.conv.weight.detach()
             net(images).float().sum()
     assert torch.equal(weights["plain"], weights["autocast"])

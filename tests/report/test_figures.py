@@ -15,7 +15,11 @@ from tq_lightning.report.runs import Loaded, Run, flatten
 
 
 def evidence(*records):
-    runs = [Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r) for r in records if r.get("kind") != "inspect"]
+    runs = [
+        Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r)
+        for r in records
+        if r.get("kind") != "inspect"
+    ]
     return gather(Loaded(runs, [r for r in records if r.get("kind") == "inspect"], []))
 
 
@@ -59,9 +63,15 @@ def test_every_figure_has_words_and_units(all_figures):
         assert d.caption, d.name
         for axes in d.figure.findobj(lambda a: hasattr(a, "get_xlabel")):
             if axes.get_visible() and axes.get_ylabel():
-                assert re.search(r"\[.+\]|\(no unit\)", axes.get_ylabel()), (d.name, axes.get_ylabel())
+                assert re.search(r"\[.+\]|\(no unit\)", axes.get_ylabel()), (
+                    d.name,
+                    axes.get_ylabel(),
+                )
             if axes.get_visible() and axes.get_xlabel():
-                assert re.search(r"\[.+\]|\(no unit\)|epoch", axes.get_xlabel()), (d.name, axes.get_xlabel())
+                assert re.search(r"\[.+\]|\(no unit\)|epoch", axes.get_xlabel()), (
+                    d.name,
+                    axes.get_xlabel(),
+                )
 
 
 def test_nothing_is_drawn_without_records():
@@ -69,7 +79,12 @@ def test_nothing_is_drawn_without_records():
 
 
 def test_qt_gap_is_one_figure_a_setting_with_its_flags_on_it(make):
-    first, second = drawn("qt_gap", *make.pair(model="resnet8_cifar"), make.run("round", 0), make.run("floor", 0, epochs=3))
+    first, second = drawn(
+        "qt_gap",
+        *make.pair(model="resnet8_cifar"),
+        make.run("round", 0),
+        make.run("floor", 0, epochs=3),
+    )
     assert "UNEQUAL BUDGETS" not in texts(first.figure)
     assert "UNEQUAL BUDGETS: floor 3 epochs" in texts(second.figure).replace("\n", " ")
     assert "ONE SEED" in texts(second.figure)
@@ -103,10 +118,16 @@ def test_hollow_markers_are_explained_where_a_width_was_not_trained(make):
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_float_point_is_hollow_unless_float_was_trained(make, trained):
-    (figure,) = drawn("qt_gap", *make.pair(model_widths=list(range(1, 9)), model_float_pass=trained))
+    (figure,) = drawn(
+        "qt_gap", *make.pair(model_widths=list(range(1, 9)), model_float_pass=trained)
+    )
     assert ("hollow" in texts(figure.figure)) != trained
     lines = [line for axes in figure.figure.findobj(Axes) for line in axes.lines]
-    points = [line for line in lines if len(line.get_xdata()) == 1 and line.get_xdata()[0] > 9 and line.get_marker() in "o^"]
+    points = [
+        line
+        for line in lines
+        if len(line.get_xdata()) == 1 and line.get_xdata()[0] > 9 and line.get_marker() in "o^"
+    ]
     assert len(points) == 2
     assert all((point.get_markerfacecolor() == "white") != trained for point in points)
 
@@ -115,7 +136,9 @@ def test_one_validation_makes_no_curve(make):
     found = evidence(*make.pair(epochs=1))
     with style.styled():
         assert figures.FIGURES["curves"](found) == []
-    assert found.notes == ["Training curves: resnet20_cifar · cifar10 was validated once, which makes no curve."]
+    assert found.notes == [
+        "Training curves: resnet20_cifar · cifar10 was validated once, which makes no curve."
+    ]
 
 
 def test_many_settings_are_capped_and_the_rest_is_noted(make):
@@ -130,9 +153,14 @@ def test_disagreement_notes_what_it_does_not_draw_and_survives_many_arms(make):
     found = evidence(*(make.run("round", 0, model_lr=float(k)) for k in range(9)))
     with style.styled():
         (figure,) = figures.FIGURES["disagreement"](found)
-    assert found.notes == ["Codes that disagree: 9 settings, the 7 with most runs are drawn; the tables hold all."]
+    assert found.notes == [
+        "Codes that disagree: 9 settings, the 7 with most runs are drawn; the tables hold all."
+    ]
     runs = [make.run("round", 0, model_lr=float(k)) for k in range(9)]
-    found = gather(Loaded([Run(r["id"], r["id"], 0, flatten(r["config"]), r) for r in runs], [], []), ["model.lr"])
+    found = gather(
+        Loaded([Run(r["id"], r["id"], 0, flatten(r["config"]), r) for r in runs], [], []),
+        ["model.lr"],
+    )
     with style.styled():
         (figure,) = figures.FIGURES["disagreement"](found)
     assert all(f"round, lr={k}.0, resnet20_cifar" in figure.alt for k in range(9))
@@ -142,11 +170,16 @@ def test_disagreement_notes_what_it_does_not_draw_and_survives_many_arms(make):
 def test_budgets_that_differ_between_what_a_figure_compares_are_flagged_on_it(make, name):
     def settings(epochs):
         both = [("resnet8_cifar", 15), ("resnet20_cifar", epochs)]
-        more = [make.run("floor", s, m, epochs=e, model_ste="identity") for m, e in both for s in (0, 1)]
+        more = [
+            make.run("floor", s, m, epochs=e, model_ste="identity") for m, e in both for s in (0, 1)
+        ]
         return [*(r for m, e in both for r in make.pair((0, 1), model=m, epochs=e)), *more]
 
     (unequal,) = drawn(name, *settings(5))
-    assert re.search(r"BUDGETS DIFFER BETWEEN (SETTINGS|ARMS): 5 to 15 epochs, 1500 to 4500\s+steps", texts(unequal.figure))
+    assert re.search(
+        r"BUDGETS DIFFER BETWEEN (SETTINGS|ARMS): 5 to 15 epochs, 1500 to 4500\s+steps",
+        texts(unequal.figure),
+    )
     (equal,) = drawn(name, *settings(15))
     assert "BUDGETS" not in texts(equal.figure)
 
@@ -163,7 +196,9 @@ def test_starts_that_differ_between_what_a_figure_compares_are_flagged_on_it(mak
 
 
 def test_pareto_front_shows_its_spread_and_says_what_it_leaves_out(make):
-    (figure,) = drawn("pareto", *make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1)))
+    (figure,) = drawn(
+        "pareto", *make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1))
+    )
     (axes,) = figure.figure.findobj(Axes)
     assert any(bars.has_yerr for bars in axes.containers)
     assert "Arms whose STE is not the paper's for their quantizer are not drawn." in figure.caption

@@ -19,7 +19,9 @@ def evidence(*records, ignore=()):
 
 def test_seed_paths_and_loggers_make_no_arm_but_the_learning_rate_does(make):
     base = make.run(seed=0)
-    alike = make.run(seed=1, data_root="elsewhere", trainer_logger={"save_dir": "x"}, trainer_accelerator="cuda")
+    alike = make.run(
+        seed=1, data_root="elsewhere", trainer_logger={"save_dir": "x"}, trainer_accelerator="cuda"
+    )
     assert len(group(runs(base, alike), [])) == 1
     assert len(group(runs(base, make.run(seed=1, model_lr=0.1)), [])) == 2
 
@@ -37,9 +39,14 @@ def test_a_list_is_one_value_however_it_is_written(make, widths):
 
 
 def test_checkpoints_that_differ_in_their_numbers_are_one_arm_others_are_not(make):
-    made = [make.run(seed=s, model_checkpoint_path=f"/a/float_s{s}/checkpoints/best-epoch={s}.ckpt") for s in (0, 1)]
+    made = [
+        make.run(seed=s, model_checkpoint_path=f"/a/float_s{s}/checkpoints/best-epoch={s}.ckpt")
+        for s in (0, 1)
+    ]
     assert len(group(runs(*made), [])) == 1
-    assert len(group(runs(*made, make.run(seed=2, model_checkpoint_path="other/last.ckpt")), [])) == 2
+    assert (
+        len(group(runs(*made, make.run(seed=2, model_checkpoint_path="other/last.ckpt")), [])) == 2
+    )
 
 
 @pytest.mark.parametrize(("quantizer", "ste"), [("floor", "scaled"), ("round", "identity")])
@@ -61,7 +68,11 @@ def test_a_repeat_of_an_arm_and_seed_counts_once_the_latest(make):
 def test_setting_holds_both_quantizers_and_no_flag_where_all_is_equal(make):
     (setting,) = evidence(*make.pair()).qt_settings()
     assert [value for value, _ in setting.arms] == ["floor", "round"]
-    assert [name for name, _, _ in row_arms(setting)] == ["round, quantized", "round, truncated", "floor, truncated"]
+    assert [name for name, _, _ in row_arms(setting)] == [
+        "round, quantized",
+        "round, truncated",
+        "floor, truncated",
+    ]
     assert setting.flags == ()
     assert setting.label == "resnet20_cifar · cifar10"
 
@@ -94,7 +105,9 @@ def test_early_stopping_within_an_arm_is_flagged(make):
 
 def test_ignored_key_joins_arms_that_were_tuned_apart(make):
     records = [make.run("round", model_lr=0.1), make.run("floor", model_lr=0.2)]
-    assert [len(setting.arms) for setting in evidence(*records).qt_settings()] == [1]  # round alone: nothing to compare with
+    assert [len(setting.arms) for setting in evidence(*records).qt_settings()] == [
+        1
+    ]  # round alone: nothing to compare with
     (setting,) = evidence(*records, ignore=("model.lr",)).qt_settings()
     assert len(setting.arms) == 2
 
@@ -103,11 +116,16 @@ def test_factor_settings_compare_one_key_alone(make):
     records = [make.run("floor", 0, model_ste=ste) for ste in ("identity", "scaled")]
     found = evidence(*records)
     assert found.factors() == ["model.ste"]
-    assert not evidence(records[0], make.run("floor", 0, model_ste="scaled", model_lr=0.5)).factors()
+    assert not evidence(
+        records[0], make.run("floor", 0, model_ste="scaled", model_lr=0.5)
+    ).factors()
 
 
 def test_kind_and_source_of_activations_are_two_factors(make):
-    records = [make.run(model_activations=kind) for kind in ("clamp_round", "clamp_round_truncate", "pact_round")]
+    records = [
+        make.run(model_activations=kind)
+        for kind in ("clamp_round", "clamp_round_truncate", "pact_round")
+    ]
     found = evidence(*records)
     assert found.factors() == ["model.activations", "model.activations_source"]
     (setting,) = found.factor_settings("model.activations_source")
@@ -137,7 +155,8 @@ def test_the_papers_setting_and_near_misses(make):
 
 def test_mixed_commits_and_versions_are_told(make):
     (setting,) = evidence(
-        make.run("round"), make.run("floor", commit="ffff", versions={"tq_lightning": "0.2"}, dirty=True)
+        make.run("round"),
+        make.run("floor", commit="ffff", versions={"tq_lightning": "0.2"}, dirty=True),
     ).qt_settings()
     words = " ".join(mixed([arm for _, arm in setting.arms]))
     assert "different commits" in words
@@ -151,8 +170,13 @@ def test_a_label_is_broken_between_its_parts_and_says_what_floor_is_of(make):
     kinds = ("clamp_round", "clamp_round_truncate")
     found = evidence(*(make.run(q, model_activations=k) for q in ("floor", "round") for k in kinds))
     labels = [s.label for s in found.factor_settings("model.activations_source")]
-    assert labels == ["resnet20_cifar · cifar10 · floor weights", "resnet20_cifar · cifar10 · round weights"]
-    assert [s.label for s in found.qt_settings()][1] == "resnet20_cifar · cifar10 · activations truncated too"
+    assert labels == [
+        "resnet20_cifar · cifar10 · floor weights",
+        "resnet20_cifar · cifar10 · round weights",
+    ]
+    assert [s.label for s in found.qt_settings()][
+        1
+    ] == "resnet20_cifar · cifar10 · activations truncated too"
     assert wrapped(labels[0], 26) == "resnet20_cifar · cifar10\nfloor weights"
 
 

@@ -15,7 +15,9 @@ from fixtures import records as made
 from tq_lightning.cli import report as command
 from tq_lightning.report import figures
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 QUIET = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
@@ -36,7 +38,9 @@ class Outline(HTMLParser):
             self.images.append(attributes)
         if tag == "a":
             self.targets.append(attributes["href"])
-        self.fetched += [v for k, v in attrs if k in ("src", "srcset", "data") or (k == "href" and tag == "link")]
+        self.fetched += [
+            v for k, v in attrs if k in ("src", "srcset", "data") or (k == "href" and tag == "link")
+        ]
 
 
 def outline(text):
@@ -46,8 +50,16 @@ def outline(text):
 
 
 def test_page_stands_alone(tmp_path, monkeypatch, make):
-    monkeypatch.setattr(figures, "FIGURES", {name: figures.FIGURES[name] for name in ("qt_gap", "pareto")})
-    record = make.run("floor", 0, command="fit </script><script>alert(1)</script>", data_name="<b>x</b>", loss=float("nan"))
+    monkeypatch.setattr(
+        figures, "FIGURES", {name: figures.FIGURES[name] for name in ("qt_gap", "pareto")}
+    )
+    record = make.run(
+        "floor",
+        0,
+        command="fit </script><script>alert(1)</script>",
+        data_name="<b>x</b>",
+        loss=float("nan"),
+    )
     make.write(tmp_path / "runs", record, make.run("round", 0, data_name="<b>x</b>"))
     command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--title", "<i>t</i>"])
     text = (tmp_path / "out" / "index.html").read_text()
@@ -56,12 +68,16 @@ def test_page_stands_alone(tmp_path, monkeypatch, make):
     assert all(len(image["alt"]) > 40 for image in found.images)
     assert all(where.startswith("data:") for where in found.fetched)
     assert all(
-        target[1:] in found.ids if target[0] == "#" else (tmp_path / "out" / target).is_file() for target in found.targets
+        target[1:] in found.ids if target[0] == "#" else (tmp_path / "out" / target).is_file()
+        for target in found.targets
     )
     assert "<b>x</b>" not in text
     assert "<i>t</i>" not in text
     assert text.count("<script") == 2  # the records, and the page's own
-    data = json.loads(re.search(r'id="records">(.*?)</script>', text, re.S)[1], parse_constant=lambda name: pytest.fail(name))
+    data = json.loads(
+        re.search(r'id="records">(.*?)</script>', text, re.S)[1],
+        parse_constant=lambda name: pytest.fail(name),
+    )
     assert data[record["id"]]["config"]["model"]["quantizer"] == "floor"
     assert data[record["id"]]["record"]["loss"] == "nan"
 
@@ -73,7 +89,13 @@ class Browser:
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
         script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        arguments = [CHROMIUM, *QUIET, f"--user-data-dir={profile}", "--window-size=1200,900", "about:blank"]
+        arguments = [
+            CHROMIUM,
+            *QUIET,
+            f"--user-data-dir={profile}",
+            "--window-size=1200,900",
+            "about:blank",
+        ]
         self.process = subprocess.Popen(
             ["bash", "-c", script, *arguments],
             pass_fds=(theirs_in, theirs_out),
@@ -85,7 +107,9 @@ class Browser:
         self.reader, self.writer, self.rest, self.number = ours_in, ours_out, b"", 0
         self.events, self.session = [], None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
@@ -120,12 +144,19 @@ class Browser:
 
     def run(self, expression):
         """Value of a JavaScript expression."""
-        got = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        got = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in got, got
         return got["result"].get("value")
 
     def key(self, name, code, text=""):
-        base = {"key": name, "code": name, "windowsVirtualKeyCode": code, "nativeVirtualKeyCode": code}
+        base = {
+            "key": name,
+            "code": name,
+            "windowsVirtualKeyCode": code,
+            "nativeVirtualKeyCode": code,
+        }
         self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **base)
         self.send("Input.dispatchKeyEvent", type="keyUp", **base)
 
@@ -140,7 +171,9 @@ class Browser:
                 out.append(params)
             if method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
                 out.append(params)
-            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:", "about:")):
+            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+                ("file:", "data:", "about:")
+            ):
                 out.append(params["request"]["url"])
         return out
 
@@ -178,9 +211,7 @@ def page(tmp_path_factory, request):
 
 
 SHOWN = "[...document.querySelectorAll('#t-runs tbody tr')].filter(r => r.offsetParent !== null)"
-TYPE = (
-    "(box => {{ box.value = {!r}; box.dispatchEvent(new Event('input')); }})(document.querySelector('[aria-controls=t-runs]'))"
-)
+TYPE = "(box => {{ box.value = {!r}; box.dispatchEvent(new Event('input')); }})(document.querySelector('[aria-controls=t-runs]'))"
 
 CHOOSE = (
     "(pick => {{ pick.value = {1!r}; pick.dispatchEvent(new Event('change')); }})([...document.querySelectorAll("
@@ -190,7 +221,9 @@ CHOOSE = (
 
 def column(page, name):
     """Texts of a column of the run table, from top to bottom, shown rows."""
-    where = f"[...document.querySelectorAll('#t-runs th')].findIndex(h => h.textContent === {name!r})"
+    where = (
+        f"[...document.querySelectorAll('#t-runs th')].findIndex(h => h.textContent === {name!r})"
+    )
     return page.run(f"{SHOWN}.map(r => r.cells[{where}].textContent)")
 
 
@@ -204,7 +237,10 @@ class TestChromium:
         assert len(column(page, "quantizer")) == 7
         page.run(TYPE.format("floor RESNET20"))
         assert column(page, "quantizer") == ["floor"] * 3
-        assert page.run("document.querySelector('[data-name=runs] output').textContent") == "3 of 7 rows"
+        assert (
+            page.run("document.querySelector('[data-name=runs] output').textContent")
+            == "3 of 7 rows"
+        )
         page.run(TYPE.format("nothing like it"))
         assert column(page, "quantizer") == []
         page.run(TYPE.format(""))
@@ -253,7 +289,11 @@ class TestChromium:
         reached = []
         for _ in range(120):
             page.key("Tab", 9)
-            reached.append(page.run("(e => e.tagName + (e.closest('th') ? '-HEAD' : ''))(document.activeElement)"))
+            reached.append(
+                page.run(
+                    "(e => e.tagName + (e.closest('th') ? '-HEAD' : ''))(document.activeElement)"
+                )
+            )
             assert page.run("getComputedStyle(document.activeElement).outlineStyle") != "none"
             if {"A", "BUTTON", "INPUT", "SELECT", "BUTTON-HEAD", "SUMMARY"} <= set(reached):
                 break
@@ -261,29 +301,45 @@ class TestChromium:
             pytest.fail(f"not all reached: {sorted(set(reached))}")
         page.run("document.querySelector('#t-runs th button').focus()")
         page.key("Enter", 13, "\r")
-        assert page.run("document.querySelector('#t-runs th').getAttribute('aria-sort')") == "ascending"
+        assert (
+            page.run("document.querySelector('#t-runs th').getAttribute('aria-sort')")
+            == "ascending"
+        )
 
     def test_light_and_dark(self, page):
         def background(scheme):
-            page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            page.send(
+                "Emulation.setEmulatedMedia",
+                features=[{"name": "prefers-color-scheme", "value": scheme}],
+            )
             return page.run("getComputedStyle(document.body).backgroundColor")
 
         assert background("light") == "rgb(255, 255, 255)"
         assert background("dark") == "rgb(21, 23, 26)"
         button = "document.getElementById('theme')"
         page.run(f"{button}.click()")
-        assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"  # chosen: light
+        assert (
+            page.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        )  # chosen: light
         page.run(f"{button}.click()")
         page.run(f"{button}.click()")
         assert page.run(f"{button}.textContent") == "Colours: system"
 
     def test_narrow_window_scrolls_the_table_not_the_page(self, page):
-        page.send("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+        page.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=400,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         assert page.run("document.documentElement.scrollWidth") <= 400
         page.send("Emulation.clearDeviceMetricsOverride")
 
     def test_left_out_records_are_on_the_page(self, page):
-        assert "unfinished: status failed" in page.run("document.getElementById('left_out').innerText")
+        assert "unfinished: status failed" in page.run(
+            "document.getElementById('left_out').innerText"
+        )
 
     def test_zz_no_console_error_and_no_request(self, page):
         assert page.complaints() == []

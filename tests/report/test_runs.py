@@ -15,7 +15,13 @@ def reasons(loaded):
 
 def test_folder_glob_file_and_overlap_read_each_run_once(tmp_path, make):
     make.write(tmp_path / "runs", *make.pair(seeds=(0, 1)), make.inspect())
-    loaded = load([str(tmp_path / "runs"), str(tmp_path / "runs" / "*"), *map(str, (tmp_path / "runs").rglob("record.json"))])
+    loaded = load(
+        [
+            str(tmp_path / "runs"),
+            str(tmp_path / "runs" / "*"),
+            *map(str, (tmp_path / "runs").rglob("record.json")),
+        ]
+    )
     assert len(loaded.runs) == 4
     assert len(loaded.inspects) == 1
     assert loaded.left_out == []
@@ -38,20 +44,32 @@ def test_wandb_folder_and_older_copy(tmp_path, make):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"status": "failed", "reason": "out of memory"}, "unfinished: status failed (out of memory)"),
+        (
+            {"status": "failed", "reason": "out of memory"},
+            "unfinished: status failed (out of memory)",
+        ),
         ({"status": "interrupted"}, "unfinished: status interrupted"),
         ({"status": "running", "widths": {}}, "unfinished: status running"),
         ({"schema": 2}, "schema 2; this version reads schema 1"),
         ({"kind": "other"}, "kind 'other'"),
         ({"config": None}, "broken: config is missing"),
         ({"widths": {}}, "holds no width"),
-        ({"widths": {"four": {"quantize": 80.0, "truncate": 80.0}}}, "broken: widths has a key that is no width in bits"),
+        (
+            {"widths": {"four": {"quantize": 80.0, "truncate": 80.0}}},
+            "broken: widths has a key that is no width in bits",
+        ),
         ({"seed": [1]}, "broken: seed is '[1]', not a whole number"),
         ({"test": {"metrics": []}}, "broken: test.metrics is '[]', not a mapping"),
         ({"bytes": {"planes": 7}}, "broken: bytes.planes is '7', not a mapping"),
-        ({"curves": {"val/acc1_truncate_w8": 1}}, "broken: curves.val/acc1_truncate_w8 is '1', not a list of pairs"),
+        (
+            {"curves": {"val/acc1_truncate_w8": 1}},
+            "broken: curves.val/acc1_truncate_w8 is '1', not a list of pairs",
+        ),
         ({"widths": {"4": {"quantize": 80.0}}}, "broken: widths.4.truncate is missing"),
-        ({"widths": {"4": {"quantize": float("nan"), "truncate": 1.0}}}, "broken: widths.4.quantize is 'nan', not a number"),
+        (
+            {"widths": {"4": {"quantize": float("nan"), "truncate": 1.0}}},
+            "broken: widths.4.quantize is 'nan', not a number",
+        ),
     ],
 )
 def test_unusable_records_are_listed_never_used(tmp_path, make, change, reason):
@@ -65,10 +83,17 @@ def test_unusable_records_are_listed_never_used(tmp_path, make, change, reason):
 def test_half_written_and_foreign_json(tmp_path, make):
     make.write(tmp_path, make.run())
     whole = json.dumps(make.run(seed=1))
-    for name, text in {"half": whole[: len(whole) // 2], "foreign": '{"a": 1}', "empty": "", "list": "[1]"}.items():
+    for name, text in {
+        "half": whole[: len(whole) // 2],
+        "foreign": '{"a": 1}',
+        "empty": "",
+        "list": "[1]",
+    }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "record.json").write_text(text)
-    (tmp_path / "metrics.json").write_text('{"a": 1}')  # no record's name and no inspect record: not ours, not listed
+    (tmp_path / "metrics.json").write_text(
+        '{"a": 1}'
+    )  # no record's name and no inspect record: not ours, not listed
     loaded = load([str(tmp_path)])
     assert len(loaded.runs) == 1
     found = {path.split("/")[-2]: reason for path, reason in loaded.left_out}
@@ -99,7 +124,9 @@ def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
     assert len(loaded.left_out) == 2
     assert all(f"two runs with one id ({one['id']})" in reason for reason in reasons(loaded))
     (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "record.json").write_text(json.dumps(one))  # a copy of one of two that contradict: not counted either
+    (tmp_path / "d" / "record.json").write_text(
+        json.dumps(one)
+    )  # a copy of one of two that contradict: not counted either
     left_out = load([str(tmp_path)]).left_out
     assert len(left_out) == len(dict(left_out)) == 3
     assert not any("counted once" in reason for _, reason in left_out)
@@ -130,7 +157,9 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, given, words):
     before = (tmp_path / "notes.db").read_bytes()
     with pytest.raises(UserError) as caught:
         load([given])
-    assert (tmp_path / "notes.db").read_bytes() == before  # a foreign database is looked at, not written to
+    assert (
+        tmp_path / "notes.db"
+    ).read_bytes() == before  # a foreign database is looked at, not written to
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -144,14 +173,21 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
 
     monkeypatch.chdir(tmp_path)
     make.write(tmp_path / "trials", *(make.run(seed=seed) for seed in (0, 1)))
-    storage = JournalStorage(JournalFileBackend("study.log")) if kind == "journal" else "sqlite:///study.db"
+    storage = (
+        JournalStorage(JournalFileBackend("study.log"))
+        if kind == "journal"
+        else "sqlite:///study.db"
+    )
     study = optuna.create_study(study_name="ste", storage=storage)
     states = [optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]
     for path, state in zip(sorted((tmp_path / "trials").rglob("record.json")), states, strict=True):
         attributes = {"record": str(path.relative_to(tmp_path))}
         study.add_trial(optuna.trial.create_trial(state=state, value=1.0, user_attrs=attributes))
     study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
-    given = {"journal": [["study.log"], ["trials", "study.log"]], "sqlite": [["study.db"], ["trials", "sqlite:///study.db"]]}
+    given = {
+        "journal": [["study.log"], ["trials", "study.log"]],
+        "sqlite": [["study.db"], ["trials", "sqlite:///study.db"]],
+    }
     for inputs in given[kind]:
         loaded = load(inputs)
         assert len(loaded.runs) == 1
@@ -160,7 +196,9 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_sweeps_folder_knows_its_pruned_trials_and_may_be_moved(tmp_path, monkeypatch, make, moved):
+def test_a_sweeps_folder_knows_its_pruned_trials_and_may_be_moved(
+    tmp_path, monkeypatch, make, moved
+):
     """The record of a pruned trial says finished; the study beside it does not, wherever the sweep's folder lies now."""
     optuna = pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
@@ -171,7 +209,9 @@ def test_a_sweeps_folder_knows_its_pruned_trials_and_may_be_moved(tmp_path, monk
         path = home / "trials" / f"{number:04}" / "run" / "record.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(make.run(seed=number)))
-        made.append(optuna.trial.create_trial(state=state, value=1.0, user_attrs={"record": str(path)}))
+        made.append(
+            optuna.trial.create_trial(state=state, value=1.0, user_attrs={"record": str(path)})
+        )
     study = optuna.create_study(study_name="ste", storage="sqlite:///sweep/study.db")
     study.add_trials(made)
     if moved:
@@ -192,12 +232,20 @@ def test_journal_as_the_sweep_writes_it(tmp_path, monkeypatch, make):
     make.write(tmp_path / "trials", record := make.run())
     study = optuna.create_study(storage=JournalStorage(JournalFileBackend("study.log")))
     attributes = {"record": f"trials/{record['id']}/record.json"}
-    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.COMPLETE, value=1.0, user_attrs=attributes))
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=optuna.trial.TrialState.COMPLETE, value=1.0, user_attrs=attributes
+        )
+    )
     assert [run.id for run in load(["journal:study.log"]).runs] == [record["id"]]
 
 
 def test_paths_of_the_machine_are_shortened_and_urls_kept():
-    given = {"root": "/home/me/data/cifar10", "list": ["--x=/a/b/c.yaml"], "mixed": [["/a/b/c.yaml", 1], [2, 3]]}
+    given = {
+        "root": "/home/me/data/cifar10",
+        "list": ["--x=/a/b/c.yaml"],
+        "mixed": [["/a/b/c.yaml", 1], [2, 3]],
+    }
     kept = {"url": "https://a.b/c/d", "rel": "runs/x/y", "n": 1, "curve": [[0, 1.5], [1, 2.5]]}
     shown = {"root": "…/cifar10", "list": ["--x=…/c.yaml"], "mixed": [["…/c.yaml", 1], [2, 3]]}
     assert shorten(given | kept) == shown | kept
@@ -206,7 +254,10 @@ def test_paths_of_the_machine_are_shortened_and_urls_kept():
 def test_full_paths_on_request(tmp_path, make):
     make.write(tmp_path, make.run())
     assert load([str(tmp_path)]).runs[0].record["config"]["data"]["root"] == "…/cifar10"
-    assert load([str(tmp_path)], full_paths=True).runs[0].record["config"]["data"]["root"] == "/home/someone/data/cifar10"
+    assert (
+        load([str(tmp_path)], full_paths=True).runs[0].record["config"]["data"]["root"]
+        == "/home/someone/data/cifar10"
+    )
 
 
 def test_flatten():

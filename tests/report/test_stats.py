@@ -31,7 +31,9 @@ def test_paired_where_seeds_coincide_and_welch_where_not():
     assert (paired.estimate.low, paired.estimate.high) == pytest.approx(tuple(interval))
     assert paired.shown
     welch = difference(a, {3: 79.5, 4: 81.4, 5: 84.6})
-    interval = stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False).confidence_interval()
+    interval = stats.ttest_ind(
+        list(a.values()), list(b.values()), equal_var=False
+    ).confidence_interval()
     assert welch.how == "Welch"
     assert (welch.estimate.low, welch.estimate.high) == pytest.approx(tuple(interval))
     assert not welch.shown  # the same numbers: pairing is what shows it

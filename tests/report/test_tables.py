@@ -11,7 +11,11 @@ from tq_lightning.report.tables.render import Table, latex, markdown
 
 
 def evidence(*records):
-    runs = [Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r) for r in records if r.get("kind") != "inspect"]
+    runs = [
+        Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r)
+        for r in records
+        if r.get("kind") != "inspect"
+    ]
     return gather(Loaded(runs, [r for r in records if r.get("kind") == "inspect"], []))
 
 
@@ -22,12 +26,21 @@ def cells(table, **where):
 
 
 def test_markdown_and_latex_escape_what_would_break_them():
-    table = Table("t", "A & B", "50 % of_it", ["a|b", "c_d"], [["x|y", ("1.0 ± 0.2", 1.0)], [None, 2.5]], notes=("a note",))
+    table = Table(
+        "t",
+        "A & B",
+        "50 % of_it",
+        ["a|b", "c_d"],
+        [["x|y", ("1.0 ± 0.2", 1.0)], [None, 2.5]],
+        notes=("a note",),
+    )
     assert "| x\\|y | 1.0 ± 0.2 |" in markdown(table)
     assert "- a note" in markdown(table)
     made = latex(table)
     assert r"\caption{A \& B. 50 \% of\_it}" in made
-    assert made.index(r"\end{table}") < made.index("a note")  # below the float: notes may run over a page
+    assert made.index(r"\end{table}") < made.index(
+        "a note"
+    )  # below the float: notes may run over a page
     assert r"1.0 $\pm$ 0.2 \\" in made
     assert made.count(r"\begin") == made.count(r"\end") == 2
     long = latex(Table("t", "T", "", ["a", "b"], [["[x] 雪", "é_%"]] * 41))
@@ -48,7 +61,9 @@ def test_latex_fits_the_page():
 
 
 def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
-    found = evidence(*make.pair(model="preresnet20_cifar", model_activations="clamp_round", test=True))
+    found = evidence(
+        *make.pair(model="preresnet20_cifar", model_activations="clamp_round", test=True)
+    )
     table = tabulate.qt_gap(found)
     rows = {row["row"]: row for row in cells(table)}
     assert rows["round, truncated (paper)"]["2"] == 57.5
@@ -61,7 +76,9 @@ def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
 def test_differences_hold_the_three_rows_and_each_factor(make):
     found = evidence(*make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1, 2)))
     table = tabulate.differences(found)
-    (against,) = cells(table, factor="quantizer", a="floor, truncated", b="round, truncated", bits=2)
+    (against,) = cells(
+        table, factor="quantizer", a="floor, truncated", b="round, truncated", bits=2
+    )
     assert against["in words"] == "a above b"
     assert against["how"] == "paired"
     assert len(cells(table, factor="ste", a="scaled", b="identity")) == 8
@@ -73,11 +90,15 @@ def test_tidy_table_is_one_row_a_run_source_and_width(tmp_path, make):
     frame = pd.read_csv(tmp_path / "runs.csv")
     assert len(frame) == 4 * 2 * 8
     assert frame.groupby(["run", "source", "width"]).size().max() == 1
-    picked = frame.query("model_quantizer == 'round' and width == 2 and seed == 0").set_index("source")
+    picked = frame.query("model_quantizer == 'round' and width == 2 and seed == 0").set_index(
+        "source"
+    )
     assert abs(picked.val_acc1["quantize"] - picked.val_acc1["truncate"] - 60) < 1e-6
     assert picked.val_acc1["truncate"] - picked.test_acc1["truncate"] == 1
     if "runs.parquet" in written:
-        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "runs.parquet"), frame, check_dtype=False)
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(tmp_path / "runs.parquet"), frame, check_dtype=False
+        )
 
 
 def verdict(name, *records):
@@ -87,7 +108,9 @@ def verdict(name, *records):
 def test_ste_verdict_follows_the_intervals(make):
     def arms(offset, seeds=(0, 1, 2)):
         return [
-            make.run("floor", seed, model_ste=ste, noise=0.01, offset=offset if ste == "scaled" else 0.0)
+            make.run(
+                "floor", seed, model_ste=ste, noise=0.01, offset=offset if ste == "scaled" else 0.0
+            )
             for ste in ("identity", "scaled")
             for seed in seeds
         ]
@@ -101,7 +124,13 @@ def test_ste_verdict_follows_the_intervals(make):
 
 def test_activation_verdict(make):
     records = [
-        make.run(q, s, model_activations=kind, offset=-20.0 if q == "round" and "trunc" in kind else 0.0, noise=0.05)
+        make.run(
+            q,
+            s,
+            model_activations=kind,
+            offset=-20.0 if q == "round" and "trunc" in kind else 0.0,
+            noise=0.05,
+        )
         for q in ("floor", "round")
         for kind in ("clamp_round", "clamp_round_truncate")
         for s in (0, 1, 2)
@@ -119,7 +148,10 @@ def test_activation_verdict(make):
 
 def test_qt_gap_verdict(make):
     found = verdict("qt_gap", *make.pair())
-    assert found.answer == "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width."
+    assert (
+        found.answer
+        == "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width."
+    )
     assert any("round: truncation costs most at 2 bits" in line for line in found.lines)
 
 
@@ -134,8 +166,14 @@ def test_what_truncated_activations_cost_is_not_laid_on_the_weights(make):
 
 
 def test_lines_of_a_verdict_name_what_they_compare(make):
-    records = [make.run("floor", s, model_level=level) for level in ("endpoint", "left", "centre") for s in (0, 1)]
+    records = [
+        make.run("floor", s, model_level=level)
+        for level in ("endpoint", "left", "centre")
+        for s in (0, 1)
+    ]
     lines = verdict("levels", *records).lines
     assert len(set(lines)) == len(lines) == 8
-    assert all(line.endswith("(validation split, best epoch; 15 epochs / 4500 steps).") for line in lines)
+    assert all(
+        line.endswith("(validation split, best epoch; 15 epochs / 4500 steps).") for line in lines
+    )
     assert all(("left" in line) != ("centre" in line) and "endpoint" in line for line in lines)

@@ -25,7 +25,9 @@ def write_sweep(tmp_path):
             "command": [*COMMAND[:-1], *arguments, COMMAND[-1]],
         } | keys
         path = tmp_path / name
-        path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}, sort_keys=False))
+        path.write_text(
+            yaml.safe_dump({k: v for k, v in keys.items() if v is not None}, sort_keys=False)
+        )
         return path
 
     return write

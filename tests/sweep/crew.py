@@ -11,7 +11,9 @@ from tq_lightning.sweep.storage import open_storage
 
 
 def study_of(folder, name="sweep", url=None):
-    return optuna.load_study(study_name=name, storage=open_storage(url or f"sqlite:///{folder}/study.db"))
+    return optuna.load_study(
+        study_name=name, storage=open_storage(url or f"sqlite:///{folder}/study.db")
+    )
 
 
 def ran(folder):
@@ -29,7 +31,10 @@ def wait_for(condition, seconds=240.0):
 
 def check_killed_worker(write_sweep, tmp_path, sweep_process, url):
     """Three workers share a 12-point grid, one is killed in mid-trial: 12 results, none twice, the killed one's retried."""
-    parameters = {"seed_everything": {"values": [0, 1, 2]}, "model.lr": {"values": [0.1, 0.2, 0.3, 0.4]}}
+    parameters = {
+        "seed_everything": {"values": [0, 1, 2]},
+        "model.lr": {"values": [0.1, 0.2, 0.3, 0.4]},
+    }
     path, folder = write_sweep(parameters=parameters, arguments=["--sleep=1.0"]), tmp_path / "out"
     where = ["--storage", url] if url else []
     process = sweep_process(path, "--dir", folder, "--workers", "3", *where)
@@ -40,7 +45,11 @@ def check_killed_worker(write_sweep, tmp_path, sweep_process, url):
     assert process.returncode == 0, out
     trials = study_of(folder, url=url).trials
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    assert len({(t.params["seed_everything"], t.params["model.lr"]) for t in complete}) == len(complete) == 12
+    assert (
+        len({(t.params["seed_everything"], t.params["model.lr"]) for t in complete})
+        == len(complete)
+        == 12
+    )
     failed = [t for t in trials if t.state != TrialState.COMPLETE]
     assert len(failed) == 1 and failed[0].user_attrs["reason"] == "its worker was killed by SIGKILL"
     calls = [row[1:] for row in ran(folder)]

@@ -14,5 +14,11 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     folder, *argv = sys.argv[1:]
     steps = []
-    ending = run_trial(run_fit, argv, Path(folder), ["val/acc1_truncate_mean"], lambda step, value: steps.append(step) or True)
+    ending = run_trial(
+        run_fit,
+        argv,
+        Path(folder),
+        ["val/acc1_truncate_mean"],
+        lambda step, value: steps.append(step) or True,
+    )
     print(f"{ending.state} after {steps}: {ending.record}")

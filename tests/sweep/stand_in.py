@@ -22,7 +22,9 @@ def fit(argv: list[str]) -> dict[str, float]:
     if end == "raise":
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB")
     if end == "cuda":
-        raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+        raise RuntimeError(
+            "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
+        )
     if end == "exit":
         raise SystemExit(3)
     if end == "kill":
@@ -35,7 +37,11 @@ def fit(argv: list[str]) -> dict[str, float]:
     }
     if end == "unlogged":
         del metrics[METRIC]
-    record = {"status": "finished", "last": {"epoch": 0, "metrics": metrics}, "bytes": {"packed": 1000 + int(100 * lr)}}
+    record = {
+        "status": "finished",
+        "last": {"epoch": 0, "metrics": metrics},
+        "bytes": {"packed": 1000 + int(100 * lr)},
+    }
     (run / "record.json").write_text(json.dumps(record))
     return metrics
 
@@ -67,6 +73,9 @@ def fit_epochs(argv: list[str]) -> dict[str, float]:
         torch.save({"global_step": epoch + 1}, run / "checkpoints" / "new")
         (run / "checkpoints" / "new").rename(run / "checkpoints" / "last.ckpt")
     metrics = {METRIC: 50 + 10 * float(given["model.lr"])}
-    record |= {"status": "finished", "last": {"epoch": int(given["epochs"]) - 1, "metrics": metrics}}
+    record |= {
+        "status": "finished",
+        "last": {"epoch": int(given["epochs"]) - 1, "metrics": metrics},
+    }
     (run / "record.json").write_text(json.dumps(record))
     return metrics

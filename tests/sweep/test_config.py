@@ -10,7 +10,9 @@ from tq_lightning.sweep.config import argument, grid, read_sweep, with_extra
 
 
 def one(write_sweep, entry, method="random"):
-    return read_sweep(write_sweep(method=method, parameters={"model.lr": entry})).parameters["model.lr"]
+    return read_sweep(write_sweep(method=method, parameters={"model.lr": entry})).parameters[
+        "model.lr"
+    ]
 
 
 def test_types_nesting_and_order_survive(write_sweep):
@@ -23,13 +25,21 @@ def test_types_nesting_and_order_survive(write_sweep):
                         "widths": {"values": [[8, 4], [8]]},
                         "activations": {"values": [None, "clamp_round"]},
                         "compile": {"values": [True, False]},
-                        "deep": {"parameters": {"lr": {"values": ["1e-3", 0.1]}, "n": {"value": None}}},
+                        "deep": {
+                            "parameters": {"lr": {"values": ["1e-3", 0.1]}, "n": {"value": None}}
+                        },
                     }
                 },
             }
         )
     )
-    assert list(sweep.parameters) == ["seed_everything", "model.widths", "model.activations", "model.compile", "model.deep.lr"]
+    assert list(sweep.parameters) == [
+        "seed_everything",
+        "model.widths",
+        "model.activations",
+        "model.compile",
+        "model.deep.lr",
+    ]
     assert sweep.constants == {"model.deep.n": None}
     points = grid(sweep)
     assert len(points) == 2**5 and points[0] == {
@@ -40,10 +50,16 @@ def test_types_nesting_and_order_survive(write_sweep):
         "model.deep.lr": "1e-3",
     }
     assert len({repr(point) for point in points}) == 32
-    assert [point["model.deep.lr"] for point in points[:3]] == ["1e-3", 0.1, "1e-3"]  # the last key turns fastest
+    assert [point["model.deep.lr"] for point in points[:3]] == [
+        "1e-3",
+        0.1,
+        "1e-3",
+    ]  # the last key turns fastest
 
 
-@pytest.mark.parametrize("value", [None, True, False, 3, 0.1, 1e-7, [8, 4], [None, "a"], {"a": [1, None]}])
+@pytest.mark.parametrize(
+    "value", [None, True, False, 3, 0.1, 1e-7, [8, 4], [None, "a"], {"a": [1, None]}]
+)
 def test_an_argument_is_read_back_with_its_type(value):
     key, text = argument("model.x", value).split("=", 1)
     back = yaml.safe_load(text.replace("e-", ".0e-") if "e-" in text else text)
@@ -64,18 +80,34 @@ def test_a_string_is_an_argument_as_it_is():
         ({"min": -2, "max": 0, "distribution": "log_uniform"}, math.exp(-2), 1, True, None, False),
         ({"min": 16, "max": 64, "q": 16, "distribution": "q_uniform"}, 16, 64, False, 16, True),
         ({"min": 0.5, "max": 2, "q": 0.5, "distribution": "q_uniform"}, 0.5, 2, False, 0.5, False),
-        ({"min": 8, "max": 64, "q": 8, "distribution": "q_log_uniform_values"}, 8, 64, True, 8, True),
+        (
+            {"min": 8, "max": 64, "q": 8, "distribution": "q_log_uniform_values"},
+            8,
+            64,
+            True,
+            8,
+            True,
+        ),
     ],
 )
 def test_ranges(write_sweep, entry, low, high, log, q, integer):
     p = one(write_sweep, entry)
-    assert (p.low, p.high, p.log, p.q, p.integer) == (pytest.approx(low), pytest.approx(high), log, q, integer)
+    assert (p.low, p.high, p.log, p.q, p.integer) == (
+        pytest.approx(low),
+        pytest.approx(high),
+        log,
+        q,
+        integer,
+    )
 
 
 def test_a_grid_counts_through_ranges_of_integers(write_sweep):
     sweep = read_sweep(
         write_sweep(
-            parameters={"a": {"min": 1, "max": 3}, "b": {"min": 0.5, "max": 1.6, "q": 0.5, "distribution": "q_uniform"}}
+            parameters={
+                "a": {"min": 1, "max": 3},
+                "b": {"min": 0.5, "max": 1.6, "q": 0.5, "distribution": "q_uniform"},
+            }
         )
     )
     assert [point["a"] for point in grid(sweep)[::3]] == [1, 2, 3]
@@ -93,7 +125,10 @@ BAD = [
     ({"parameters": {"a": {"values": [1, True]}}}, "1 and True are the same value"),
     ({"parameters": {"a": {"values": [1, 2], "probabilities": [0.5, 0.4]}}}, "add up to 1"),
     ({"parameters": {"a": {"values": [1], "distribution": "uniform"}}}, "expected categorical"),
-    ({"parameters": {"a": {"min": 3, "max": 3}}}, "an empty range; expected min < max, got min 3 and max 3"),
+    (
+        {"parameters": {"a": {"min": 3, "max": 3}}},
+        "an empty range; expected min < max, got min 3 and max 3",
+    ),
     ({"parameters": {"a": {"min": 1, "max": 0}}}, "an empty range"),
     ({"parameters": {"a": {"min": 1}}}, "both min and max, got min"),
     ({"parameters": {"a": {"min": "low", "max": 1}}}, "expected a number, got 'low'"),
@@ -102,20 +137,47 @@ BAD = [
         "normal has no twin in Optuna",
     ),
     ({"method": "random", "parameters": {"a": {"mu": 0, "sigma": 1}}}, "unknown key 'mu'"),
-    ({"method": "random", "parameters": {"a": {"min": 0, "max": 1.0, "distribution": "log_uniform_values"}}}, "starts above 0"),
-    ({"method": "random", "parameters": {"a": {"min": 1, "max": 2, "q": 8, "distribution": "q_uniform"}}}, "no multiple of q"),
-    ({"method": "random", "parameters": {"a": {"min": 1, "max": 2, "q": 8}}}, "q is for the q_ distributions"),
+    (
+        {
+            "method": "random",
+            "parameters": {"a": {"min": 0, "max": 1.0, "distribution": "log_uniform_values"}},
+        },
+        "starts above 0",
+    ),
+    (
+        {
+            "method": "random",
+            "parameters": {"a": {"min": 1, "max": 2, "q": 8, "distribution": "q_uniform"}},
+        },
+        "no multiple of q",
+    ),
+    (
+        {"method": "random", "parameters": {"a": {"min": 1, "max": 2, "q": 8}}},
+        "q is for the q_ distributions",
+    ),
     ({"parameters": {"a": {"min": 0.1, "max": 1.0}}}, "a grid needs values"),
-    ({"parameters": {"m.a": {"values": [1, 2]}, "m": {"parameters": {"a": {"values": [1]}}}}}, "the key m.a is given twice"),
+    (
+        {"parameters": {"m.a": {"values": [1, 2]}, "m": {"parameters": {"a": {"values": [1]}}}}},
+        "the key m.a is given twice",
+    ),
     ({"metric": {"name": "x", "goal": "max"}}, "goal: expected minimize or maximize"),
     ({"metric": "x"}, "metric: expected name and goal"),
     ({"run_cap": 0}, "run_cap: expected a whole number from 1"),
     ({"early_terminate": {"type": "envelope"}}, "type: expected hyperband"),
     ({"early_terminate": {"type": "hyperband"}}, "expected min_iter, or max_iter and s"),
-    ({"early_terminate": {"type": "hyperband", "min_iter": 2, "strict": True}}, "unknown key 'strict'"),
+    (
+        {"early_terminate": {"type": "hyperband", "min_iter": 2, "strict": True}},
+        "unknown key 'strict'",
+    ),
     ({"command": None}, "expected a list that ends in ${args}"),
-    ({"command": ["python", "train.py", "${args}"]}, "expected [${env}, python, -m, tq_lightning, fit"),
-    ({"command": ["python", "-m", "tq_lightning", "fit", "${args_json}", "${args}"]}, "${args_json} stands where"),
+    (
+        {"command": ["python", "train.py", "${args}"]},
+        "expected [${env}, python, -m, tq_lightning, fit",
+    ),
+    (
+        {"command": ["python", "-m", "tq_lightning", "fit", "${args_json}", "${args}"]},
+        "${args_json} stands where",
+    ),
 ]
 
 
@@ -124,7 +186,11 @@ def test_what_is_wrong_is_said_in_one_line(write_sweep, keys, said):
     path = write_sweep(**keys)
     with pytest.raises(UserError) as caught:
         read_sweep(path)
-    assert said in str(caught.value) and "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert (
+        said in str(caught.value)
+        and "\n" not in str(caught.value)
+        and str(path) in str(caught.value)
+    )
 
 
 def test_files_that_are_none(tmp_path):
@@ -160,6 +226,10 @@ def test_the_command_gives_arguments_and_environment(write_sweep, monkeypatch):
 def test_further_arguments_go_last_and_can_not_undo_the_search(write_sweep):
     sweep = read_sweep(write_sweep())
     assert with_extra(sweep, ["--trainer.max_epochs=2"]).extra == ("--trainer.max_epochs=2",)
-    assert with_extra(sweep, ["--trainer.max_epochs=2"]).source != sweep.source == with_extra(sweep, []).source
+    assert (
+        with_extra(sweep, ["--trainer.max_epochs=2"]).source
+        != sweep.source
+        == with_extra(sweep, []).source
+    )
     with pytest.raises(UserError, match="would undo the search"):
         with_extra(sweep, ["--model.lr=1"])

@@ -25,9 +25,15 @@ def stand_in(with_outcome, monkeypatch):
     return with_outcome
 
 
-def test_a_grid_runs_once_with_its_records_tables_and_plots(write_sweep, tmp_path, with_outcome, monkeypatch, capsys):
+def test_a_grid_runs_once_with_its_records_tables_and_plots(
+    write_sweep, tmp_path, with_outcome, monkeypatch, capsys
+):
     path = write_sweep(
-        parameters={"seed_everything": {"values": [0, 1]}, "model.lr": {"values": [0.1, 0.2]}, "w": {"values": [[8, 4]]}}
+        parameters={
+            "seed_everything": {"values": [0, 1]},
+            "model.lr": {"values": [0.1, 0.2]},
+            "w": {"values": [[8, 4]]},
+        }
     )
     folder = tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
@@ -37,11 +43,19 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(write_sweep, tmp_pat
     assert best.value == 52.0 and best.user_attrs["record"] == str(home / "run" / "record.json")
     assert best.user_attrs["run_dir"] == str(home) and "--w=[8, 4]" in best.user_attrs["arguments"]
     rows = list(csv.DictReader((folder / "trials.csv").open()))
-    assert [float(row["val/acc1_truncate_mean"]) for row in rows] == [52, 51, 51, 50] and rows[0]["w"] == "[8, 4]"
+    assert [float(row["val/acc1_truncate_mean"]) for row in rows] == [52, 51, 51, 50] and rows[0][
+        "w"
+    ] == "[8, 4]"
     arms = list(csv.DictReader((folder / "arms.csv").open()))
-    assert [(float(arm["mean val/acc1_truncate_mean"]), arm["seeds"]) for arm in arms] == [(51.5, "2"), (50.5, "2")]
+    assert [(float(arm["mean val/acc1_truncate_mean"]), arm["seeds"]) for arm in arms] == [
+        (51.5, "2"),
+        (50.5, "2"),
+    ]
     drawn = {file.name for file in (folder / "plots").iterdir()}
-    assert drawn == {f"{kind}.png" for kind in ("optimization_history", "param_importances", "parallel_coordinate", "slice")}
+    assert drawn == {
+        f"{kind}.png"
+        for kind in ("optimization_history", "param_importances", "parallel_coordinate", "slice")
+    }
     assert all(file.stat().st_size > 5000 for file in (folder / "plots").iterdir())
     assert "parameter importances" in capsys.readouterr().out
     monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
@@ -62,7 +76,9 @@ def test_failures_have_their_reasons_and_the_sweep_goes_on(write_sweep, tmp_path
     assert reasons[0] == "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"
     assert reasons[1] == "fit ended with exit status 3"
     assert reasons[2] == "non-finite: train/loss_w2 is nan in the last epoch"
-    assert reasons[3].startswith("val/acc1_truncate_mean was never logged; the record has train/loss_w2")
+    assert reasons[3].startswith(
+        "val/acc1_truncate_mean was never logged; the record has train/loss_w2"
+    )
     assert "exit status 3" in (folder / "trials.csv").read_text()
 
 
@@ -73,7 +89,9 @@ def test_a_sweep_without_any_result_is_an_error(write_sweep, tmp_path, stand_in,
 
 
 def test_random_ends_at_its_cap_and_goes_on_with_more(write_sweep, tmp_path, stand_in):
-    path = write_sweep(method="random", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, run_cap=3)
+    path = write_sweep(
+        method="random", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, run_cap=3
+    )
     folder = tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), *stand_in]) == 0
     assert main(["sweep", str(path), "--dir", str(folder), "--n-trials", "5", *stand_in]) == 0
@@ -81,19 +99,32 @@ def test_random_ends_at_its_cap_and_goes_on_with_more(write_sweep, tmp_path, sta
 
 
 def test_a_timeout_starts_no_more_trials(write_sweep, tmp_path, stand_in, capsys):
-    path = write_sweep(method="bayes", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, arguments=["--sleep=0.3"])
+    path = write_sweep(
+        method="bayes", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, arguments=["--sleep=0.3"]
+    )
     folder = tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), "--timeout", "1", *stand_in]) == 0
     assert 1 <= len(ran(folder)) <= 4 and " done, 0 running, 0 failed" in capsys.readouterr().out
-    assert all(t.state == TrialState.COMPLETE for t in study_of(folder).trials if t.state != TrialState.WAITING)
+    assert all(
+        t.state == TrialState.COMPLETE
+        for t in study_of(folder).trials
+        if t.state != TrialState.WAITING
+    )
 
 
 def test_several_objectives_give_a_front(write_sweep, tmp_path, with_outcome):
-    path, folder = write_sweep(early_terminate={"type": "hyperband", "min_iter": 1}), tmp_path / "out"
+    path, folder = (
+        write_sweep(early_terminate={"type": "hyperband", "min_iter": 1}),
+        tmp_path / "out",
+    )
     wanted = "val/acc1_truncate_mean:max,storage/bytes:min"
-    assert main(["sweep", str(path), "--dir", str(folder), "--objectives", wanted, *with_outcome]) == 0
+    assert (
+        main(["sweep", str(path), "--dir", str(folder), "--objectives", wanted, *with_outcome]) == 0
+    )
     study = study_of(folder)
-    assert [t.values for t in study.trials] == [[51, 1010], [52, 1020], [53, 1030]] and len(study.best_trials) == 3
+    assert [t.values for t in study.trials] == [[51, 1010], [52, 1020], [53, 1030]] and len(
+        study.best_trials
+    ) == 3
     assert (folder / "plots" / "pareto_front.png").stat().st_size > 5000
     assert not any("ReportToStudy" in word for word in study.trials[0].user_attrs["arguments"])
 
@@ -138,53 +169,74 @@ def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_
     assert main(["sweep", str(other), *command]) == 2
     error = capsys.readouterr().err
     assert (
-        "exists" in error and "with other parameters" in error and "the study has [0.1, 0.2, 0.3], the file [0.1, 0.5]" in error
+        "exists" in error
+        and "with other parameters" in error
+        and "the study has [0.1, 0.2, 0.3], the file [0.1, 0.5]" in error
     )
     assert len(ran(tmp_path / "out")) == 3
     same = [str(write_sweep()), *command]
     assert main(["sweep", *same, "--", "--model.momentum=0.8"]) == 2
     assert "with other arguments after -- than" in capsys.readouterr().err
     assert main(["sweep", *same, "--study-name", "more", "--", "--model.momentum=0.8"]) == 0
-    assert main(["sweep", *same, "--study-name", "more"]) == 2  # nor is one with such arguments by the same without
+    assert (
+        main(["sweep", *same, "--study-name", "more"]) == 2
+    )  # nor is one with such arguments by the same without
     assert 'the study has ["--model.momentum=0.8"], the file null' in capsys.readouterr().err
     other = write_sweep(parameters={"model.lr": {"values": [0.1, 0.5]}})
     assert main(["sweep", str(other), *command, "--study-name", "other"]) == 0
-    optuna.create_study(storage=f"sqlite:///{tmp_path}/out/study.db", study_name="foreign").add_trial(
-        optuna.create_trial(value=1.0)
-    )
+    optuna.create_study(
+        storage=f"sqlite:///{tmp_path}/out/study.db", study_name="foreign"
+    ).add_trial(optuna.create_trial(value=1.0))
     assert main(["sweep", str(other), *command, "--study-name", "foreign"]) == 2
     assert "not one of a sweep file's" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_loses_nothing(write_sweep, tmp_path, sweep_process):
+def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_loses_nothing(
+    write_sweep, tmp_path, sweep_process
+):
     path, folder = write_sweep(arguments=["--sleep=0.5"]), tmp_path / "out"
     slow = write_sweep("slow.yaml", arguments=["--sleep=600"])
     process = sweep_process(slow, "--dir", folder, "--study-name", "s", "--workers", "2")
     wait_for(lambda: (folder / "trials" / "ran.txt").exists() and len(ran(folder)) == 2)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=240)
-    assert process.returncode == 130 and "go on with  python -m tq_lightning sweep" in out and "Traceback" not in out
+    assert (
+        process.returncode == 130
+        and "go on with  python -m tq_lightning sweep" in out
+        and "Traceback" not in out
+    )
     trials = study_of(folder, "s").trials
     assert not [t for t in trials if t.state == TrialState.RUNNING]
-    assert [t.user_attrs["cause"] for t in trials if t.state == TrialState.FAIL] == ["interrupted"] * 2
+    assert [t.user_attrs["cause"] for t in trials if t.state == TrialState.FAIL] == [
+        "interrupted"
+    ] * 2
     for pid, _, _ in ran(folder):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert path  # the same command would go on for 600 s a trial; what goes on is tested below with SIGKILL
+    assert (
+        path
+    )  # the same command would go on for 600 s a trial; what goes on is tested below with SIGKILL
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
-def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(write_sweep, tmp_path, sweep_process, storage):
+def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(
+    write_sweep, tmp_path, sweep_process, storage
+):
     check_killed_worker(
-        write_sweep, tmp_path, sweep_process, f"journal:{tmp_path}/study.journal" if storage == "journal" else None
+        write_sweep,
+        tmp_path,
+        sweep_process,
+        f"journal:{tmp_path}/study.journal" if storage == "journal" else None,
     )
 
 
 @pytest.mark.slow
-def test_a_killed_command_is_taken_over_by_another_and_leaves_no_process(write_sweep, tmp_path, sweep_process):
+def test_a_killed_command_is_taken_over_by_another_and_leaves_no_process(
+    write_sweep, tmp_path, sweep_process
+):
     """The whole command dies, its worker's trial included: a second command, joined by name, finds out by the silence."""
     path, folder = write_sweep(arguments=["--sleep=1.5"]), tmp_path / "out"
     first = sweep_process(path, "--dir", folder, "--workers", "1")
@@ -211,19 +263,31 @@ def test_a_worker_in_which_cuda_broke_is_replaced(write_sweep, tmp_path, sweep_p
     assert first != second
     trials = study_of(tmp_path / "out").trials
     assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"]
-    assert trials[0].user_attrs["reason"].startswith("RuntimeError: CUDA error: device-side assert triggered")
+    assert (
+        trials[0]
+        .user_attrs["reason"]
+        .startswith("RuntimeError: CUDA error: device-side assert triggered")
+    )
 
 
-def test_in_this_process_a_broken_cuda_ends_the_command_and_loses_nothing(write_sweep, tmp_path, stand_in, capsys):
+def test_in_this_process_a_broken_cuda_ends_the_command_and_loses_nothing(
+    write_sweep, tmp_path, stand_in, capsys
+):
     path = write_sweep(parameters={"end": {"values": ["cuda", "well", "raise"]}})
     command = ["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]
     assert main(command) == 130 and len(ran(tmp_path / "out")) == 1
     said = capsys.readouterr().out
-    assert "CUDA fails in this process" in said and "go on with  python -m tq_lightning sweep" in said
+    assert (
+        "CUDA fails in this process" in said and "go on with  python -m tq_lightning sweep" in said
+    )
     assert main(command) == 0 and len(ran(tmp_path / "out")) == 3
 
 
 def test_workers_that_can_not_begin_end_the_command(write_sweep, tmp_path, sweep_process):
     process = sweep_process(write_sweep(), "--dir", tmp_path / "out", fit="stand_in:missing")
     out, _ = process.communicate(timeout=240)
-    assert process.returncode == 1 and "3 workers ended before their first trial" in out and "has no attribute" in out
+    assert (
+        process.returncode == 1
+        and "3 workers ended before their first trial" in out
+        and "has no attribute" in out
+    )

@@ -15,10 +15,16 @@ from tq_lightning.sweep.worker import DONE, REPLACE
 def crew(tmp_path, monkeypatch):
     """Two workers that never end by themselves; `crew.shares` has the place of every worker started."""
     (tmp_path / "logs").mkdir()
-    crew = WorkerPool(Options(tmp_path, "sqlite:///study.db", "study", {"loss": "minimize"}, workers=2), None)
+    crew = WorkerPool(
+        Options(tmp_path, "sqlite:///study.db", "study", {"loss": "minimize"}, workers=2), None
+    )
     crew.shares = []
-    monkeypatch.setattr(optuna_engine, "_share", lambda place, workers: crew.shares.append(place) or {})
-    monkeypatch.setattr(optuna_engine.subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: None))
+    monkeypatch.setattr(
+        optuna_engine, "_share", lambda place, workers: crew.shares.append(place) or {}
+    )
+    monkeypatch.setattr(
+        optuna_engine.subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: None)
+    )
     for place in range(2):
         crew.start(place)
     return crew
@@ -45,7 +51,9 @@ def test_who_takes_a_dead_workers_place_gets_its_share(crew, place, status):
         assert len(dead) == 1
         crew.running[dead[0]].poll = lambda: status
         crew.replace_dead(Storage())
-    assert crew.shares == [0, 1, place, place, place] and len(crew.running) == 2 and crew.strikes == 0
+    assert (
+        crew.shares == [0, 1, place, place, place] and len(crew.running) == 2 and crew.strikes == 0
+    )
 
 
 def test_a_worker_that_dies_while_the_storage_is_away_is_replaced_when_it_is_back(crew):

@@ -21,7 +21,9 @@ def postgres():
     initdb = str(Path(BINARIES) / "initdb") if BINARIES else shutil.which("initdb")
     if initdb is None:
         pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")
-    home = Path(tempfile.mkdtemp(prefix="tq-postgres-", dir="/tmp"))  # short: the socket's path may have 107 bytes
+    home = Path(
+        tempfile.mkdtemp(prefix="tq-postgres-", dir="/tmp")
+    )  # short: the socket's path may have 107 bytes
     drop = {}
     if os.geteuid() == 0:
         user = pwd.getpwnam("postgres")
@@ -35,7 +37,19 @@ def postgres():
     subprocess.run([initdb, "-D", data, "-A", "trust", "-U", "me", "--no-sync"], **run)
     options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1 -c fsync=off"
     subprocess.run(
-        [tools / "pg_ctl", "-D", data, "-w", "-t", "120", "-l", home / "log", "-o", options, "start"],
+        [
+            tools / "pg_ctl",
+            "-D",
+            data,
+            "-w",
+            "-t",
+            "120",
+            "-l",
+            home / "log",
+            "-o",
+            options,
+            "start",
+        ],
         **(run | {"capture_output": False}),
     )
     try:
@@ -47,5 +61,7 @@ def postgres():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(postgres, write_sweep, tmp_path, sweep_process):
+def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(
+    postgres, write_sweep, tmp_path, sweep_process
+):
     check_killed_worker(write_sweep, tmp_path, sweep_process, postgres)

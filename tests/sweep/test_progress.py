@@ -15,7 +15,9 @@ def line(running, workers):
     study.set_metric_names(["val/acc1_float"])
     now = datetime.now()
     for point in range(2 + running):
-        trial = create_trial(state=TrialState.COMPLETE, value=90.0 + point, user_attrs={"point": point, "attempt": 0})
+        trial = create_trial(
+            state=TrialState.COMPLETE, value=90.0 + point, user_attrs={"point": point, "attempt": 0}
+        )
         if point < 2:
             trial.datetime_start, trial.datetime_complete = now - timedelta(seconds=100), now
         else:
@@ -27,12 +29,16 @@ def line(running, workers):
 
 def test_what_running_trials_have_had_counts():
     said = line(running=2, workers=2)
-    assert said.startswith("2 of 8 done, 2 running, 0 failed, 0 pruned; best val/acc1_float 91 (trial 1)")
+    assert said.startswith(
+        "2 of 8 done, 2 running, 0 failed, 0 pruned; best val/acc1_float 91 (trial 1)"
+    )
     assert said.endswith("time left 4 min")  # (6 * 100 - 2 * 40) / 2 = 260 s
 
 
 def test_a_worker_between_two_trials_doubles_no_time():
-    assert line(running=1, workers=2).endswith("time left 5 min")  # (600 - 40) / 2 = 280 s, not 560 s
+    assert line(running=1, workers=2).endswith(
+        "time left 5 min"
+    )  # (600 - 40) / 2 = 280 s, not 560 s
 
 
 def test_workers_elsewhere_count():

@@ -37,10 +37,15 @@ def test_trials_are_real_fits_with_their_own_records_and_reported_epochs(write_s
         "model.activations": {"value": None},
     }
     early = {"type": "hyperband", "min_iter": 1}
-    path, folder = write_sweep(parameters=parameters, early_terminate=early, arguments=TINY), tmp_path / "out"
+    path, folder = (
+        write_sweep(parameters=parameters, early_terminate=early, arguments=TINY),
+        tmp_path / "out",
+    )
     assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0"]) == 0
     trials = study_of(folder).trials
-    assert [t.state for t in trials] == [TrialState.COMPLETE] * 2 or TrialState.PRUNED in [t.state for t in trials]
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 2 or TrialState.PRUNED in [
+        t.state for t in trials
+    ]
     records = [json.loads(Path(t.user_attrs["record"]).read_text()) for t in trials]
     assert [record["seed"] for record in records] == [3, 4] and records[0]["id"] != records[1]["id"]
     for trial, record in zip(trials, records, strict=True):
@@ -48,8 +53,12 @@ def test_trials_are_real_fits_with_their_own_records_and_reported_epochs(write_s
         assert record["status"] == "finished" and record["config"]["model"]["widths"] == [8, 2]
         assert (home / "config.yaml").is_file() and home.parent == Path(trial.user_attrs["run_dir"])
         curve = dict(record["curves"]["val/acc1_truncate_mean"])
-        assert trial.intermediate_values == {epoch + 1: pytest.approx(value, abs=1e-4) for epoch, value in curve.items()}
-        assert trial.value == pytest.approx(record["last"]["metrics"]["val/acc1_truncate_mean"], abs=1e-4)
+        assert trial.intermediate_values == {
+            epoch + 1: pytest.approx(value, abs=1e-4) for epoch, value in curve.items()
+        }
+        assert trial.value == pytest.approx(
+            record["last"]["metrics"]["val/acc1_truncate_mean"], abs=1e-4
+        )
     assert (folder / "plots" / "slice.png").is_file()
 
 
@@ -59,10 +68,16 @@ def test_a_pruned_trial_ends_early_with_its_record(tmp_path):
     from tq_lightning.cli import run_fit
 
     ending = run_trial(
-        run_fit, [*TINY, "--trainer.max_epochs=4"], tmp_path, ["val/acc1_truncate_mean"], lambda step, value: step == 2
+        run_fit,
+        [*TINY, "--trainer.max_epochs=4"],
+        tmp_path,
+        ["val/acc1_truncate_mean"],
+        lambda step, value: step == 2,
     )
     record = json.loads(Path(ending.record).read_text())
-    assert ending.state == "pruned" and record["status"] == "finished" and record["last"]["epoch"] == 1
+    assert (
+        ending.state == "pruned" and record["status"] == "finished" and record["last"]["epoch"] == 1
+    )
 
 
 @pytest.mark.slow
@@ -70,30 +85,42 @@ def test_a_pruned_trial_ends_early_with_its_record(tmp_path):
 def test_a_trial_that_can_not_train_fails_with_fits_own_words(tmp_path):
     from tq_lightning.cli import run_fit
 
-    ending = run_trial(run_fit, [*TINY, "--model.lr=1e12"], tmp_path, ["val/acc1_truncate_mean"], None)
+    ending = run_trial(
+        run_fit, [*TINY, "--model.lr=1e12"], tmp_path, ["val/acc1_truncate_mean"], None
+    )
     assert ending.state == "failed" and "learning rate" in ending.reason
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_trial_goes_on_with_its_last_checkpoint(write_sweep, tmp_path, sweep_process, processes):
+def test_a_killed_trial_goes_on_with_its_last_checkpoint(
+    write_sweep, tmp_path, sweep_process, processes
+):
     """SIGKILL after the first epoch's checkpoint: the retry has all epochs in one metrics.csv and trains the others only."""
     arguments = [*TINY, "--trainer.max_epochs=3", "--model.widths=[8,2]"]
     if processes > 1:
         arguments += ["--trainer.strategy=ddp", f"--trainer.devices={processes}"]
     early = {"type": "hyperband", "min_iter": 1}
-    path = write_sweep(arguments=arguments, early_terminate=early, parameters={"model.lr": {"values": [0.01]}})
+    path = write_sweep(
+        arguments=arguments, early_terminate=early, parameters={"model.lr": {"values": [0.01]}}
+    )
     folder = tmp_path / "out"
     process = sweep_process(path, "--dir", folder, "--workers", "1", fit="tq_lightning.cli:run_fit")
 
     def first_epoch_is_over() -> bool:  # its checkpoint is written a moment before its row
         rows = [path.read_text().count("\n") for path in folder.glob("trials/*/*/metrics.csv")]
-        return bool(list(folder.glob("trials/*/*/checkpoints/last.ckpt"))) and max(rows, default=0) > 2
+        return (
+            bool(list(folder.glob("trials/*/*/checkpoints/last.ckpt"))) and max(rows, default=0) > 2
+        )
 
     wait_for(lambda: first_epoch_is_over() or process.poll() is not None, 600)
     log = next(iter((folder / "logs").iterdir()), None)
-    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _is_worker(entry, log.stem)]
+    pids = [
+        int(entry)
+        for entry in os.listdir("/proc")
+        if entry.isdigit() and _is_worker(entry, log.stem)
+    ]
     assert len(pids) == 1, process.poll()
     os.kill(pids[0], signal.SIGKILL)
     out, _ = process.communicate(timeout=800)
@@ -104,7 +131,12 @@ def test_a_killed_trial_goes_on_with_its_last_checkpoint(write_sweep, tmp_path, 
     home = Path(second.user_attrs["record"]).parent
     with (home / "metrics.csv").open(newline="") as file:
         rows = [int(row["epoch"]) for row in csv.DictReader(file) if row["val/acc1_truncate_mean"]]
-    assert rows == [0, 1, 2] and record["epochs"] == 3 and record["last"]["epoch"] == 2 and record["processes"] == processes
+    assert (
+        rows == [0, 1, 2]
+        and record["epochs"] == 3
+        and record["last"]["epoch"] == 2
+        and record["processes"] == processes
+    )
     steps = 2 * len(rows)  # two batches an epoch
     begun = second.user_attrs["resumed_step"]
     assert 2 <= begun < steps == record["steps"] and f"--ckpt_path={home}" in record["command"]
@@ -138,7 +170,15 @@ def _scores(run):
 @pytest.mark.timeout(900)
 def test_pruning_under_ddp_stops_every_process(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "pruned_under_ddp", str(tmp_path), *TINY, "--trainer.strategy=ddp", "--trainer.devices=2"],
+        [
+            sys.executable,
+            "-m",
+            "pruned_under_ddp",
+            str(tmp_path),
+            *TINY,
+            "--trainer.strategy=ddp",
+            "--trainer.devices=2",
+        ],
         env=os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

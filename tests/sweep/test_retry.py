@@ -25,7 +25,9 @@ from tq_lightning.sweep.worker import run_claimed
 def attempt(number, run_dir=None, **attrs):
     attrs |= {"point": 3, "attempt": number} | ({"retry_of": number - 1} if number else {})
     state = TrialState.FAIL if run_dir is not None else TrialState.WAITING
-    return create_trial(state=state, user_attrs=attrs | ({"run_dir": str(run_dir)} if run_dir else {}))
+    return create_trial(
+        state=state, user_attrs=attrs | ({"run_dir": str(run_dir)} if run_dir else {})
+    )
 
 
 def left_run(home, name, step, when):
@@ -46,11 +48,16 @@ def test_a_first_attempt_and_one_whose_files_are_elsewhere_begin(tmp_path):
     study = optuna.create_study()
     study.add_trials([attempt(0, "/elsewhere/trials/0003-abcdef"), attempt(1)])
     first, retry = study.trials
-    assert go_on(study, first, tmp_path / "0003-x") is None and go_on(study, retry, tmp_path / "0003-y") is None
+    assert (
+        go_on(study, first, tmp_path / "0003-x") is None
+        and go_on(study, retry, tmp_path / "0003-y") is None
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_the_newest_whole_checkpoint_of_the_latest_attempt_is_gone_on_from_in_a_copy(tmp_path, capsys):
+def test_the_newest_whole_checkpoint_of_the_latest_attempt_is_gone_on_from_in_a_copy(
+    tmp_path, capsys
+):
     study, trials = optuna.create_study(), tmp_path / "trials"
     homes = [trials / f"0003-{name}" for name in ("a", "b", "c")]
     for home, run, step, when in [
@@ -61,11 +68,19 @@ def test_the_newest_whole_checkpoint_of_the_latest_attempt_is_gone_on_from_in_a_
         (homes[2], "r4", None, 400),
     ]:
         left_run(home, run, step, when)
-    study.add_trials([*(attempt(i, f"/other/mount/trials/{home.name}") for i, home in enumerate(homes)), attempt(3)])
+    study.add_trials(
+        [
+            *(attempt(i, f"/other/mount/trials/{home.name}") for i, home in enumerate(homes)),
+            attempt(3),
+        ]
+    )
     home = new_home(trials, study.trials[3])
     assert home.name.startswith("0003-retry3-") and home != new_home(trials, study.trials[3])
     assert go_on(study, study.trials[3], home) == (home / "r2" / "checkpoints" / "last.ckpt", 3)
-    assert {path.name for path in (home / "r2").iterdir()} == {"checkpoints", "metrics.csv"}  # W&B's files are not copied
+    assert {path.name for path in (home / "r2").iterdir()} == {
+        "checkpoints",
+        "metrics.csv",
+    }  # W&B's files are not copied
     assert (homes[1] / "r2" / "metrics.csv").is_file() and not list(trials.glob("*.part"))
     assert "can't go on from" in capsys.readouterr().err
 
@@ -74,10 +89,29 @@ def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(write_sweep, tmp_path
     """Each call is stopped after one epoch, more often than MAX_LOST: an attempt that gets further is no loss."""
     monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
     epochs = MAX_LOST + 2
-    path = write_sweep(arguments=[f"--epochs={epochs}", "--stop=1"], parameters={"model.lr": {"values": [0.1, 0.2]}})
+    path = write_sweep(
+        arguments=[f"--epochs={epochs}", "--stop=1"],
+        parameters={"model.lr": {"values": [0.1, 0.2]}},
+    )
     folder = tmp_path / "out"
-    assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0", "--fit", "stand_in:fit_epochs"]) == 0
-    assert [row[1:] for row in ran(folder)] == [(lr, epoch) for lr in (0.1, 0.2) for epoch in range(epochs)]
+    assert (
+        main(
+            [
+                "sweep",
+                str(path),
+                "--dir",
+                str(folder),
+                "--workers",
+                "0",
+                "--fit",
+                "stand_in:fit_epochs",
+            ]
+        )
+        == 0
+    )
+    assert [row[1:] for row in ran(folder)] == [
+        (lr, epoch) for lr in (0.1, 0.2) for epoch in range(epochs)
+    ]
     last = [t for t in study_of(folder).trials if t.state == TrialState.COMPLETE]
     assert [t.value for t in last] == [51, 52] and last[0].user_attrs["attempt"] == epochs - 1
     for trial in last:
@@ -86,15 +120,35 @@ def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(write_sweep, tmp_path
     # every attempt's files are there, and only the last one's record is one that a report takes
     records = [read(candidate)[0] for candidate in find([str(folder)])]
     assert len(records) == 2 * epochs
-    taken = [json.loads(path.read_text())["id"] for path in folder.rglob("record.json") if '"finished"' in path.read_text()]
+    taken = [
+        json.loads(path.read_text())["id"]
+        for path in folder.rglob("record.json")
+        if '"finished"' in path.read_text()
+    ]
     assert len(taken) == len(set(taken)) == 2
 
 
 def test_a_trial_that_makes_no_headway_is_given_up(write_sweep, tmp_path, monkeypatch):
     monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
-    path = write_sweep(arguments=["--epochs=3", "--stop=0"], parameters={"model.lr": {"values": [0.1]}})
+    path = write_sweep(
+        arguments=["--epochs=3", "--stop=0"], parameters={"model.lr": {"values": [0.1]}}
+    )
     folder = tmp_path / "out"
-    assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0", "--fit", "stand_in:fit_epochs"]) == 1
+    assert (
+        main(
+            [
+                "sweep",
+                str(path),
+                "--dir",
+                str(folder),
+                "--workers",
+                "0",
+                "--fit",
+                "stand_in:fit_epochs",
+            ]
+        )
+        == 1
+    )
     assert len(study_of(folder).trials) == MAX_LOST
 
 
@@ -110,20 +164,34 @@ def test_a_result_that_comes_after_the_trial_was_given_away_is_none(write_sweep,
         queue.fail(trial, "lost", "no sign of life")  # by another one, while this one was cut off
         home = Path(next(word for word in argv if "default_root_dir" in word).partition("=")[2])
         (home / "record.json").write_text(
-            json.dumps({"status": "finished", "last": {"epoch": 0, "metrics": {"val/acc1_truncate_mean": 1.0}}})
+            json.dumps(
+                {
+                    "status": "finished",
+                    "last": {"epoch": 0, "metrics": {"val/acc1_truncate_mean": 1.0}},
+                }
+            )
         )
         shutil.copy(home / "record.json", record)
 
-    ending = run_claimed(queue, trial, sweep, ["val/acc1_truncate_mean"], tmp_path, fit, None, lambda: False)
+    ending = run_claimed(
+        queue, trial, sweep, ["val/acc1_truncate_mean"], tmp_path, fit, None, lambda: False
+    )
     assert ending.state == "complete" and json.loads(record.read_text())["status"] == "finished"
     assert json.loads(Path(ending.record).read_text())["status"] == "interrupted"
-    assert study.trials[0].state == TrialState.FAIL and queue.latest()[0].user_attrs["cause"] == "lost"
+    assert (
+        study.trials[0].state == TrialState.FAIL and queue.latest()[0].user_attrs["cause"] == "lost"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_suspended_worker_stops_when_it_wakes_and_takes_the_next_trial(write_sweep, tmp_path, sweep_process):
-    path = write_sweep(arguments=["--epochs=12", "--sleep=0.5"], parameters={"model.lr": {"values": [0.1, 0.2, 0.3, 0.4]}})
+def test_a_suspended_worker_stops_when_it_wakes_and_takes_the_next_trial(
+    write_sweep, tmp_path, sweep_process
+):
+    path = write_sweep(
+        arguments=["--epochs=12", "--sleep=0.5"],
+        parameters={"model.lr": {"values": [0.1, 0.2, 0.3, 0.4]}},
+    )
     folder, fit = tmp_path / "out", "stand_in:fit_epochs"
     first = sweep_process(path, "--dir", folder, "--stale-after", "3", fit=fit)
     wait_for(lambda: (folder / "trials" / "ran.txt").exists() and len(ran(folder)) >= 2)
@@ -138,11 +206,16 @@ def test_a_suspended_worker_stops_when_it_wakes_and_takes_the_next_trial(write_s
         assert process.returncode == 0, out
     mine = [row for row in ran(folder) if row[0] == pid]
     late = [row for row in mine[seen:] if row[1] == 0.1]
-    assert len(late) <= 3, (late, time.monotonic() - woken)  # it noticed within its next sign of life
+    assert len(late) <= 3, (
+        late,
+        time.monotonic() - woken,
+    )  # it noticed within its next sign of life
     assert {row[1] for row in mine} != {0.1}  # and went on with other trials
     trials = study_of(folder).trials
     assert sorted(t.value for t in trials if t.state == TrialState.COMPLETE) == [51, 52, 53, 54]
     assert [t.user_attrs["cause"] for t in trials if t.state == TrialState.FAIL] == ["lost"]
     done = [t for t in trials if t.state == TrialState.COMPLETE]
-    rows = [(Path(t.user_attrs["record"]).parent / "metrics.csv").read_text().splitlines() for t in done]
+    rows = [
+        (Path(t.user_attrs["record"]).parent / "metrics.csv").read_text().splitlines() for t in done
+    ]
     assert [[int(row.split(",")[0]) for row in one] for one in rows] == [list(range(12))] * 4

@@ -9,7 +9,16 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from tq_lightning.sweep.config import grid, read_sweep, with_extra
 from tq_lightning.sweep.parameters import Parameter
-from tq_lightning.sweep.search_space import arguments, decode, distribution, encode, fixed, pruner, sampler, suggest
+from tq_lightning.sweep.search_space import (
+    arguments,
+    decode,
+    distribution,
+    encode,
+    fixed,
+    pruner,
+    sampler,
+    suggest,
+)
 
 TABLE = [
     (Parameter(values=(1, None, "a", True)), CategoricalDistribution([1, None, "a", True])),
@@ -30,7 +39,9 @@ def test_twins(parameter, twin):
 
 
 def test_lists_come_back_as_lists(write_sweep):
-    sweep = read_sweep(write_sweep(parameters={"w": {"values": [[8, 4], [8]]}, "n": {"values": [None, True]}}))
+    sweep = read_sweep(
+        write_sweep(parameters={"w": {"values": [[8, 4], [8]]}, "n": {"values": [None, True]}})
+    )
     for point in grid(sweep):
         stored = encode(sweep, point)
         assert {key: decode(sweep.parameters[key], stored[key]) for key in stored} == point
@@ -59,28 +70,51 @@ def test_draws_stay_in_their_ranges_with_their_types(write_sweep):
     }
     rows = draws(read_sweep(write_sweep(method="random", parameters=parameters)))
     assert all(1e-4 <= row["lr"] <= 1e-1 and row["c"] is None for row in rows)
-    assert all(isinstance(row["batch"], int) and row["batch"] % 8 == 0 and 8 <= row["batch"] <= 64 for row in rows)
-    assert {row["n"] for row in rows} == {1, 2, 3} and all(isinstance(row["n"], int) for row in rows)
+    assert all(
+        isinstance(row["batch"], int) and row["batch"] % 8 == 0 and 8 <= row["batch"] <= 64
+        for row in rows
+    )
+    assert {row["n"] for row in rows} == {1, 2, 3} and all(
+        isinstance(row["n"], int) for row in rows
+    )
     assert {row["q"] for row in rows} == {0.5, 1.0, 1.5, 2.0}
     counted = collections.Counter(row["p"] for row in rows)
-    assert 140 <= counted["often"] <= 180 and counted["seldom"] == 200 - counted["often"] and "never" not in counted
-    halves = sum(row["lr"] < math.sqrt(1e-5) for row in rows)  # half of them below the geometric middle
+    assert (
+        140 <= counted["often"] <= 180
+        and counted["seldom"] == 200 - counted["often"]
+        and "never" not in counted
+    )
+    halves = sum(
+        row["lr"] < math.sqrt(1e-5) for row in rows
+    )  # half of them below the geometric middle
     assert 75 <= halves <= 125
 
 
 def test_a_random_sweep_draws_the_same_points_whoever_asks(write_sweep):
-    sweep = read_sweep(write_sweep(method="random", parameters={"lr": {"min": 0.0, "max": 1.0}, "m": {"min": 0, "max": 9}}))
+    sweep = read_sweep(
+        write_sweep(
+            method="random", parameters={"lr": {"min": 0.0, "max": 1.0}, "m": {"min": 0, "max": 9}}
+        )
+    )
     first, second = draws(sweep, 5), draws(sweep, 5)
     assert first == second and len({row["lr"] for row in first}) == 5
 
 
 def test_arguments_the_searched_ones_after_the_commands(write_sweep):
     sweep = read_sweep(
-        write_sweep(arguments=["--config", "a.yaml"], parameters={"w": {"values": [[8, 4]]}, "a": {"value": None}})
+        write_sweep(
+            arguments=["--config", "a.yaml"],
+            parameters={"w": {"values": [[8, 4]]}, "a": {"value": None}},
+        )
     )
     study = optuna.create_study()
     study.enqueue_trial(encode(sweep, grid(sweep)[0]))
-    assert arguments(sweep, suggest(sweep, study.ask())) == ["--config", "a.yaml", "--a=null", "--w=[8, 4]"]
+    assert arguments(sweep, suggest(sweep, study.ask())) == [
+        "--config",
+        "a.yaml",
+        "--a=null",
+        "--w=[8, 4]",
+    ]
 
 
 def test_hyperband_and_none(write_sweep):
@@ -96,4 +130,9 @@ def test_what_is_searched_comes_after_a_config_that_would_undo_it(write_sweep):
     parameters = {"model.lr": {"values": [0.1, 0.2]}, "trainer.max_epochs": {"value": 20}}
     sweep = with_extra(read_sweep(write_sweep(parameters=parameters)), ["--config", "b.yaml"])
     given = arguments(sweep, {"model.lr": 0.2, "trainer.max_epochs": 20})
-    assert given[-4:] == ["--trainer.max_epochs=20", "--config", "b.yaml", "--model.lr=0.2"]  # constants may be changed
+    assert given[-4:] == [
+        "--trainer.max_epochs=20",
+        "--config",
+        "b.yaml",
+        "--model.lr=0.2",
+    ]  # constants may be changed

@@ -48,12 +48,17 @@ def test_a_file_passes_the_real_parser_and_its_grid_expands(path, parse, monkeyp
         points = grid(sweep)
         assert len(points) == POINTS[path.stem] == len({repr(point) for point in points})
         seeds = [point["seed_everything"] for point in points]
-        assert {seeds.count(seed) for seed in (0, 1, 2)} == {len(points) // 3}  # every arm has the same seeds
+        assert {seeds.count(seed) for seed in (0, 1, 2)} == {
+            len(points) // 3
+        }  # every arm has the same seeds
     assert "trainer.max_epochs" in sweep.constants  # and the same budget
 
 
 def test_both_arms_have_the_same_search_for_a_learning_rate():
-    floor, other = (yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text()) for name in ("lr", "lr_round"))
+    floor, other = (
+        yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
+        for name in ("lr", "lr_round")
+    )
     assert floor["parameters"].pop("model.quantizer") == {"value": "floor"}
     assert other["parameters"].pop("model.quantizer") == {"value": "round"}
     assert floor == other
@@ -62,7 +67,11 @@ def test_both_arms_have_the_same_search_for_a_learning_rate():
 @pytest.mark.parametrize(
     ("parameters", "metric", "said"),
     [
-        ({"model.quantiser": {"values": ["floor"]}}, None, "--model.quantiser=floor; did you mean --model.quantizer"),
+        (
+            {"model.quantiser": {"values": ["floor"]}},
+            None,
+            "--model.quantiser=floor; did you mean --model.quantizer",
+        ),
         ({"model.lr": {"values": [0.1, "fast"]}}, None, "--model.lr=fast: "),
         ({"model.ste": {"values": ["identity", "identty"]}}, None, "identty"),
         ({"model.name": {"values": ["resnet9_cifar"]}}, None, "did you mean"),
@@ -87,7 +96,10 @@ def test_what_fit_would_refuse_is_said_before_any_training(write_sweep, paramete
 
 
 def test_metrics_that_are_logged_pass(write_sweep):
-    check_arms(read_sweep(write_sweep()), ["val/acc1_truncate_w3", "val/acc1_float", "train/loss_w2", "storage/bytes"])
+    check_arms(
+        read_sweep(write_sweep()),
+        ["val/acc1_truncate_w3", "val/acc1_float", "train/loss_w2", "storage/bytes"],
+    )
 
 
 @pytest.mark.parametrize("null", ["None", "null"])
@@ -101,7 +113,13 @@ def test_what_wandb_agents_send_arrives_typed(parse, null):
         "--model={'ste': 'identity'}",
     ]
     model = parse(sent)["model"]
-    assert (model.widths, model.activations, model.compile, model.lr, model.ste) == ([8, 4], None, True, 1e-3, "identity")
+    assert (model.widths, model.activations, model.compile, model.lr, model.ste) == (
+        [8, 4],
+        None,
+        True,
+        1e-3,
+        "identity",
+    )
     ours = [
         "--model.widths=[8, 4]",
         "--model.activations=null",

@@ -81,9 +81,16 @@ def test_a_silent_worker_loses_its_trial_and_a_live_one_keeps_it(url):
             threading.Event().wait(0.1)
             queue.tend()
     retry = queue.claim("next")
-    assert (retry.user_attrs["point"], retry.user_attrs["attempt"], retry.user_attrs["retry_of"]) == (0, 1, dead.number)
+    assert (
+        retry.user_attrs["point"],
+        retry.user_attrs["attempt"],
+        retry.user_attrs["retry_of"],
+    ) == (0, 1, dead.number)
     assert "no sign of life" in queue.study.trials[dead.number].user_attrs["reason"]
-    assert queue.study.trials[living.number].state == TrialState.RUNNING and queue.claim("next") is None
+    assert (
+        queue.study.trials[living.number].state == TrialState.RUNNING
+        and queue.claim("next") is None
+    )
     finish(queue, living), finish(queue, retry)
     assert queue.settled()
 
@@ -103,7 +110,10 @@ def test_a_point_that_kills_its_workers_is_given_up(url):
     for _ in range(MAX_LOST):
         queue.tend()
         queue.claim("w")
-        assert not queue.settled() and queue.fail_worker("w", "lost", "its worker was killed by SIGKILL") == 1
+        assert (
+            not queue.settled()
+            and queue.fail_worker("w", "lost", "its worker was killed by SIGKILL") == 1
+        )
     queue.tend()
     assert queue.claim("w") is None and queue.settled() and len(queue.trials()) == MAX_LOST
 

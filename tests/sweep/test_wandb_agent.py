@@ -49,7 +49,9 @@ def tiny(name, tmp_path, *settings):
 
 def wandb(server, tmp_path, *argv):
     """Run the client as a user does, with the stand-in as its server; returns what it printed."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("WANDB_")
+    } | {
         "WANDB_BASE_URL": server.url,
         "WANDB_API_KEY": "0" * 40,
         "WANDB_ENTITY": ENTITY,
@@ -62,18 +64,28 @@ def wandb(server, tmp_path, *argv):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "wandb", *argv], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
+        [sys.executable, "-m", "wandb", *argv],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def records(tmp_path):
-    return [json.loads(path.read_text()) for path in sorted((tmp_path / "runs").glob("*/record.json"))]
+    return [
+        json.loads(path.read_text()) for path in sorted((tmp_path / "runs").glob("*/record.json"))
+    ]
 
 
 def test_the_stand_in_expands_nested_parameters_as_wandb_does():
-    nested = {"a": {"values": [1, 2]}, "m": {"parameters": {"b": {"value": None}, "c": {"values": [[8], True]}}}}
+    nested = {
+        "a": {"values": [1, 2]},
+        "m": {"parameters": {"b": {"value": None}, "c": {"values": [[8], True]}}},
+    }
     assert points(nested)[1] == {"a": 1, "m": {"b": None, "c": True}} and len(points(nested)) == 4
 
 
@@ -88,9 +100,14 @@ def test_an_agent_runs_our_file_online(server, tmp_path):
     assert [record["status"] for record in ran] == ["finished", "finished"], said
     for record, point in zip(ran, server.sent, strict=True):
         model = record["config"]["model"]
-        assert record["seed"] == point["seed_everything"] and {key: model[key] for key in point["model"]} == point["model"]
+        assert (
+            record["seed"] == point["seed_everything"]
+            and {key: model[key] for key in point["model"]} == point["model"]
+        )
     assert server.sent[0] != server.sent[1] and isinstance(server.sent[0]["model"]["widths"], list)
-    assert list(server.runs) == ["run0", "run1"] and {run["sweep"] for run in server.runs.values()} == {"sweep0"}
+    assert list(server.runs) == ["run0", "run1"] and {
+        run["sweep"] for run in server.runs.values()
+    } == {"sweep0"}
     for name, record in zip(server.runs, ran, strict=True):
         run = server.runs[name]
         assert run["exitcode"] == 0, said
@@ -101,9 +118,13 @@ def test_an_agent_runs_our_file_online(server, tmp_path):
             "widths",
             "qt_gap",
         } <= logged
-        assert run["summary"]["val/acc1_truncate_w2"] == pytest.approx(record["last"]["metrics"]["val/acc1_truncate_w2"])
+        assert run["summary"]["val/acc1_truncate_w2"] == pytest.approx(
+            record["last"]["metrics"]["val/acc1_truncate_w2"]
+        )
         assert json.loads(server.uploads[f"{name}/record.json"])["id"] == record["id"]
-        assert "batch_size" in json.dumps(run["config"]) and "weight_decay" in json.dumps(run["config"])
+        assert "batch_size" in json.dumps(run["config"]) and "weight_decay" in json.dumps(
+            run["config"]
+        )
 
 
 @pytest.mark.slow

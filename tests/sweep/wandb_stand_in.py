@@ -43,7 +43,9 @@ class WandbStandIn:
                 pass
 
             def handle(self):
-                with contextlib.suppress(ConnectionError):  # the client leaves without a word at its end
+                with contextlib.suppress(
+                    ConnectionError
+                ):  # the client leaves without a word at its end
                     super().handle()
 
             def reply(self, value):
@@ -81,7 +83,9 @@ class WandbStandIn:
                         data = state.answer(asked["query"], asked.get("variables") or {})
                         # what is not known is an error to the client; nulls for all that it asked would make it stumble
                         self.reply(
-                            {"errors": [{"message": "not known here"}], "data": None} if data is None else {"data": data}
+                            {"errors": [{"message": "not known here"}], "data": None}
+                            if data is None
+                            else {"data": data}
                         )
                     elif stream := re.search(r"/files/\w+/\w+/(\w+)/file_stream", self.path):
                         state.stream(stream[1], json.loads(body))
@@ -105,7 +109,12 @@ class WandbStandIn:
             sweep = f"sweep{len(self.sweeps)}"
             config = yaml.safe_load(given["config"])
             self.sweeps[sweep] = {"config": given["config"], "points": points(config["parameters"])}
-            return {"upsertSweep": {"sweep": {"name": sweep, "project": HOME}, "configValidationWarnings": []}}
+            return {
+                "upsertSweep": {
+                    "sweep": {"name": sweep, "project": HOME},
+                    "configValidationWarnings": [],
+                }
+            }
         if operation == "SweepWithRuns":
             found = self.sweeps[given["sweep"]]
             sweep = {
@@ -129,7 +138,10 @@ class WandbStandIn:
         if operation == "UpsertBucket":
             return {"upsertBucket": self.upsert_run(given)}
         if operation == "CreateRunFiles":
-            files = [{"name": f, "uploadUrl": f"{self.url}/upload/{given['run']}/{f}"} for f in given["files"]]
+            files = [
+                {"name": f, "uploadUrl": f"{self.url}/upload/{given['run']}/{f}"}
+                for f in given["files"]
+            ]
             return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
         if operation == "ServerFeaturesQuery":
             return {"serverInfo": {"features": []}}
@@ -138,7 +150,11 @@ class WandbStandIn:
         if operation == "CreateArtifact":  # "I have these files already", so that none are sent
             return {
                 "createArtifact": {
-                    "artifact": {"id": "a1", "state": "COMMITTED", "artifactSequence": {"latestArtifact": {"id": "a1"}}}
+                    "artifact": {
+                        "id": "a1",
+                        "state": "COMMITTED",
+                        "artifactSequence": {"latestArtifact": {"id": "a1"}},
+                    }
                 }
             }
         return {"viewer": VIEWER} if operation == "Viewer" else None
@@ -150,10 +166,21 @@ class WandbStandIn:
         arguments = {key: {"value": value} for key, value in point.items()}
         run = f"run{len(self.sent)}"
         self.sent.append(point)
-        return [{"id": run, "type": "run", "run_id": run, "program": None, "args": arguments, "logs": []}]
+        return [
+            {
+                "id": run,
+                "type": "run",
+                "run_id": run,
+                "program": None,
+                "args": arguments,
+                "logs": [],
+            }
+        ]
 
     def upsert_run(self, given):
-        run = self.runs.setdefault(given["name"], {"config": {}, "history": [], "summary": {}, "sweep": given.get("sweep")})
+        run = self.runs.setdefault(
+            given["name"], {"config": {}, "history": [], "summary": {}, "sweep": given.get("sweep")}
+        )
         run["config"] |= json.loads(given.get("config") or "{}")
         bucket = {
             "id": given["name"],
@@ -168,7 +195,9 @@ class WandbStandIn:
         return {"bucket": bucket, "inserted": True}
 
     def stream(self, run, sent):
-        kept = self.runs.setdefault(run, {"config": {}, "history": [], "summary": {}, "sweep": None})
+        kept = self.runs.setdefault(
+            run, {"config": {}, "history": [], "summary": {}, "sweep": None}
+        )
         for name, file in (sent.get("files") or {}).items():
             lines = [json.loads(line) for line in file["content"] if line.startswith("{")]
             if name == "wandb-history.jsonl":

@@ -15,7 +15,14 @@ VIT = {
     "name": "vit_tiny_patch16_224",
     "model_args": {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
 }
-PLAIN = {"opt": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "sched": "none", "calibration_batches": 1}
+PLAIN = {
+    "opt": "sgd",
+    "lr": 0.1,
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "sched": "none",
+    "calibration_batches": 1,
+}
 
 
 def _train(root, model=None, data=None, callbacks=(), ckpt_path=None, **flags):
@@ -28,7 +35,9 @@ def _train(root, model=None, data=None, callbacks=(), ckpt_path=None, **flags):
     }  # fmt: skip
     trainer = L.Trainer(default_root_dir=root, callbacks=list(callbacks), **{**settings, **flags})
     module = TQModule(**{**VIT, **PLAIN, **(model or {})})
-    digits = TQDataModule(**{"name": "digits", "batch_size": 16, "eval_batch_size": 64, "pad": 0, **(data or {})})
+    digits = TQDataModule(
+        **{"name": "digits", "batch_size": 16, "eval_batch_size": 64, "pad": 0, **(data or {})}
+    )
     trainer.fit(module, digits, ckpt_path=ckpt_path, weights_only=True)
     return trainer, module
 

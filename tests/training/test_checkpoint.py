@@ -14,14 +14,19 @@ OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
     [
         (None, "is no checkpoint of a run ('hyper_parameters')"),
         ({"lr": 0.1}, "is no checkpoint of a run ('name')"),
-        ({**OURS, "of_another_library": 1}, "got an unexpected keyword argument 'of_another_library'"),
+        (
+            {**OURS, "of_another_library": 1},
+            "got an unexpected keyword argument 'of_another_library'",
+        ),
         ({**OURS, "loss": "mse"}, "model.loss: got 'mse'"),
         (OURS, "does not fit its own configuration"),
     ],
 )
 def test_a_foreign_checkpoint_is_one_sentence(tmp_path, hparams, said):
     path = tmp_path / "foreign.ckpt"
-    torch.save({"state_dict": {}, **({} if hparams is None else {"hyper_parameters": hparams})}, path)
+    torch.save(
+        {"state_dict": {}, **({} if hparams is None else {"hyper_parameters": hparams})}, path
+    )
     with pytest.raises(UserError) as error:
         load_checkpoint_model(path)
     assert said in str(error.value)

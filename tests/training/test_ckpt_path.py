@@ -17,11 +17,23 @@ KEPT = {
     ("asked", "said"),
     [
         ({}, []),
-        ({"lr": 0.05, "opt": "sgd", "widths": [8, 4, 2, 1], "skip": "first,last", "model_args": {"expansion": 5}}, []),
+        (
+            {
+                "lr": 0.05,
+                "opt": "sgd",
+                "widths": [8, 4, 2, 1],
+                "skip": "first,last",
+                "model_args": {"expansion": 5},
+            },
+            [],
+        ),
         ({"model_args": None, "num_classes": 7}, []),
         ({"lr": 0.01, "opt": "adam"}, ["model.lr=0.05, not 0.01", "model.opt=sgd, not adam"]),
         ({"widths": "8,2"}, ["model.widths=8,4,2,1, not 8,2"]),
-        ({"model_args": {"expansion": 1}}, ["model.model_args={'expansion': 5, 'drop_rate': 0.1}, not {'expansion': 1}"]),
+        (
+            {"model_args": {"expansion": 1}},
+            ["model.model_args={'expansion': 5, 'drop_rate': 0.1}, not {'expansion': 1}"],
+        ),
     ],
 )
 def test_only_what_was_asked_for_and_differs(asked, said):

@@ -17,16 +17,58 @@ pytestmark = pytest.mark.slow
 VIT = "{img_size: 8, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}"
 # a sandwich over norms of their own per width: in every step some parameters get no gradient, and must not move
 ARGUMENTS = [
-    *("--model.name", "vit_tiny_patch16_224", "--model.model_args", VIT, "--model.norm", "per_width_all"),
-    *("--model.widths", "8,6,4,2,1", "--model.width_schedule", "sandwich", "--model.momentum", "0.9", "--model.lr", "0.1"),
-    *("--model.weight_decay", "0.1", "--data.name", "digits", "--data.pad", "0", "--data.eval_batch_size", "180"),
-    *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "6", "--trainer.accelerator", "cpu"),
+    *(
+        "--model.name",
+        "vit_tiny_patch16_224",
+        "--model.model_args",
+        VIT,
+        "--model.norm",
+        "per_width_all",
+    ),
+    *(
+        "--model.widths",
+        "8,6,4,2,1",
+        "--model.width_schedule",
+        "sandwich",
+        "--model.momentum",
+        "0.9",
+        "--model.lr",
+        "0.1",
+    ),
+    *(
+        "--model.weight_decay",
+        "0.1",
+        "--data.name",
+        "digits",
+        "--data.pad",
+        "0",
+        "--data.eval_batch_size",
+        "180",
+    ),
+    *(
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        "6",
+        "--trainer.accelerator",
+        "cpu",
+    ),
     *("--trainer.enable_model_summary", "false"),
 ]
 
 
-def finish(root: Path, batch: int, before: tuple[str, ...] = ("-m",), *more: str) -> tuple[Path, dict]:
-    command = [sys.executable, *before, "tq_lightning", "fit", *ARGUMENTS, "--data.batch_size", str(batch)]
+def finish(
+    root: Path, batch: int, before: tuple[str, ...] = ("-m",), *more: str
+) -> tuple[Path, dict]:
+    command = [
+        sys.executable,
+        *before,
+        "tq_lightning",
+        "fit",
+        *ARGUMENTS,
+        "--data.batch_size",
+        str(batch),
+    ]
     command += ["--trainer.default_root_dir", str(root), *more]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
@@ -38,7 +80,9 @@ def finish(root: Path, batch: int, before: tuple[str, ...] = ("-m",), *more: str
 def assert_close(one: dict, two: dict) -> None:
     assert one.keys() == two.keys()
     for key, value in one.items():
-        torch.testing.assert_close(value, two[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            value, two[key], rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.mark.timeout(3600)
@@ -55,14 +99,19 @@ def test_two_processes_under_both_launchers_take_the_steps_of_one(tmp_path):
         assert_close(other["state_dict"], one["state_dict"])
     buffers = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
     assert buffers[0].keys() == buffers[1].keys(), "momentum only where there was a gradient"
-    records = [json.loads((run / "record.json").read_text()) for run in (one_run, lightning_run, torchrun_run)]
+    records = [
+        json.loads((run / "record.json").read_text())
+        for run in (one_run, lightning_run, torchrun_run)
+    ]
     assert [record["processes"] for record in records] == [1, 2, 2]
     for record in records:
         assert record["status"] == "finished" and record["steps"] == 6
         for key, value in records[0]["last"]["metrics"].items():
             near = 1.0 if "acc1" in key or "gap" in key else 1e-3
             assert record["last"]["metrics"][key] == pytest.approx(value, abs=near), key
-        assert record["last"]["metrics"]["val/images"] == records[0]["last"]["metrics"]["val/images"]
+        assert (
+            record["last"]["metrics"]["val/images"] == records[0]["last"]["metrics"]["val/images"]
+        )
 
 
 class Freeze(L.Callback):
@@ -96,7 +145,14 @@ def in_fresh_process(test):
     def wrapped(train, resnet, tmp_path):
         if os.environ.get("TQ_FRESH_PROCESS"):
             return test(train, resnet, tmp_path)
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            f"{__file__}::{test.__name__}",
+        ]
         env = {**os.environ, "TQ_FRESH_PROCESS": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-4000:]
@@ -110,10 +166,21 @@ def test_frozen_statistics_and_one_reduction_a_step(train, resnet, tmp_path):
     resnet = {**resnet, "num_classes": 10}
     two_processes = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
     flags = {"limit_train_batches": 3, "limit_val_batches": 0}
-    count = Count(tmp_path / "count")  # the fork comes first, before autograd has run in this process
-    _, two = train(tmp_path / "two", resnet, {"batch_size": 8}, callbacks=[Freeze(), count], **two_processes, **flags)
+    count = Count(
+        tmp_path / "count"
+    )  # the fork comes first, before autograd has run in this process
+    _, two = train(
+        tmp_path / "two",
+        resnet,
+        {"batch_size": 8},
+        callbacks=[Freeze(), count],
+        **two_processes,
+        **flags,
+    )
     _, one = train(tmp_path / "one", resnet, {"batch_size": 16}, callbacks=[Freeze()], **flags)
-    assert_close(dict(two.state_dict()), dict(one.state_dict()))  # fork brings the weights back to this process
+    assert_close(
+        dict(two.state_dict()), dict(one.state_dict())
+    )  # fork brings the weights back to this process
     lines = (tmp_path / "count").read_text().splitlines()
     assert len(lines) == 2 * 3, f"one reduction a step and process, not one a width: {lines}"
 

@@ -36,7 +36,13 @@ def test_gradient_clip_val(train, tmp_path):
     lengths = {}
     for clip in (None, 0.01):
         weights = Weights()
-        _, module = train(tmp_path, {"lr": 1.0}, callbacks=[weights], limit_train_batches=1, gradient_clip_val=clip)
+        _, module = train(
+            tmp_path,
+            {"lr": 1.0},
+            callbacks=[weights],
+            limit_train_batches=1,
+            gradient_clip_val=clip,
+        )
         names = [k for k, p in module.named_parameters() if p.requires_grad]
         lengths[clip] = moved(weights.seen[0], weights.seen[1], names)
     assert lengths[0.01] == pytest.approx(0.01, rel=1e-3)
@@ -46,12 +52,17 @@ def test_gradient_clip_val(train, tmp_path):
 def test_accumulation_is_the_larger_batch(train, tmp_path):
     """Two batches of 8 make the step of the one batch of 16 that they are cut from; a batch alone does not."""
     _, whole = train(tmp_path, data={"batch_size": 16}, limit_train_batches=2)
-    trainer, halves = train(tmp_path, data={"batch_size": 8}, limit_train_batches=4, accumulate_grad_batches=2)
+    trainer, halves = train(
+        tmp_path, data={"batch_size": 8}, limit_train_batches=4, accumulate_grad_batches=2
+    )
     _, alone = train(tmp_path, data={"batch_size": 8}, limit_train_batches=2)
     assert trainer.global_step == 2
     for (name, p), q in zip(whole.named_parameters(), halves.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    far = max((p - q).abs().max().item() for p, q in zip(whole.parameters(), alone.parameters(), strict=True))
+    far = max(
+        (p - q).abs().max().item()
+        for p, q in zip(whole.parameters(), alone.parameters(), strict=True)
+    )
     assert far > 1e-3
 
 
@@ -66,7 +77,9 @@ def test_gradients_are_let_go_after_the_step(train, tmp_path):
 
 
 @pytest.mark.parametrize("convolutions", [False, True])
-def test_bf16_keeps_codes_and_gradients_in_float32(train, resnet, tmp_path, monkeypatch, convolutions):
+def test_bf16_keeps_codes_and_gradients_in_float32(
+    train, resnet, tmp_path, monkeypatch, convolutions
+):
     model = resnet if convolutions else {}
     kinds = set()
     plain = fake_quantize.width_codes
@@ -80,7 +93,9 @@ def test_bf16_keeps_codes_and_gradients_in_float32(train, resnet, tmp_path, monk
     class Grads(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            assert grads and all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads)
+            assert grads and all(
+                g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads
+            )
 
     weights = Weights()
     trainer, module = train(tmp_path, model, callbacks=[weights, Grads()], precision="bf16-mixed")
@@ -89,27 +104,40 @@ def test_bf16_keeps_codes_and_gradients_in_float32(train, resnet, tmp_path, monk
     names = [k for k, p in module.named_parameters() if p.requires_grad]
     assert moved(weights.seen[0], weights.seen[-1], names) > 0
     train(tmp_path, model, callbacks=[exact := Weights()])
-    assert any(not torch.equal(weights.seen[-1][k], exact.seen[-1][k]) for k in names), "bf16 was not in use"
+    assert any(not torch.equal(weights.seen[-1][k], exact.seen[-1][k]) for k in names), (
+        "bf16 was not in use"
+    )
 
 
 def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
     """The checkpoint holds the average, norm sets of untrained widths estimated with it, and the weights in training."""
     weights, decay = Weights(), 0.6
     trainer, _ = train(
-        tmp_path, {**resnet, "ema_decay": decay}, callbacks=[weights], limit_train_batches=4, max_epochs=2
+        tmp_path,
+        {**resnet, "ema_decay": decay},
+        callbacks=[weights],
+        limit_train_batches=4,
+        max_epochs=2,
     )  # 8 steps
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
     average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
     expected = dict(weights.seen[1])
     for seen in weights.seen[2:]:
-        expected = {k: decay * v + (1 - decay) * seen[k] if v.is_floating_point() else seen[k] for k, v in expected.items()}
+        expected = {
+            k: decay * v + (1 - decay) * seen[k] if v.is_floating_point() else seen[k]
+            for k, v in expected.items()
+        }
     assert len(weights.seen) == 9
     estimated = tuple(f".sets.{b}." for b in (7, 6, 5, 3)) + (".sets.none.",)
     for key, value in expected.items():
         if not any(part in key for part in estimated) and not key.endswith("calibrated"):
-            torch.testing.assert_close(average[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
-    assert any(not torch.allclose(average[k], weights.seen[-1][k]) for k in average)  # an average, not the last weights
+            torch.testing.assert_close(
+                average[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+            )
+    assert any(
+        not torch.allclose(average[k], weights.seen[-1][k]) for k in average
+    )  # an average, not the last weights
     assert current.keys() == average.keys()
 
     model, _, _ = load_checkpoint_model(tmp_path / "end.ckpt")
@@ -117,7 +145,9 @@ def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
     assert all(bool(norm.calibrated[b]) for norm in per_width_norms(model) for b in (7, 6, 5, 3))
     calibrate_norms(model, [images for images, _ in trainer.datamodule.calibration_batches(1)])
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            value, before[key], rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 def test_average_of_weights_goes_through_validation_unharmed(train, tmp_path):
@@ -131,8 +161,21 @@ def test_average_of_weights_goes_through_validation_unharmed(train, tmp_path):
 
 # -- optimisers and schedules --------------------------------------------------------------------------------------------
 def settings(**changes):
-    plain = {"opt": "sgd", "lr": 0.5, "weight_decay": 0.1, "momentum": 0.9, "opt_args": None, "sched": "cosine"}
-    plain |= {"warmup_epochs": 0.0, "warmup_lr": 0.0, "min_lr": 0.0, "decay_epochs": 30.0, "decay_rate": 0.1}
+    plain = {
+        "opt": "sgd",
+        "lr": 0.5,
+        "weight_decay": 0.1,
+        "momentum": 0.9,
+        "opt_args": None,
+        "sched": "cosine",
+    }
+    plain |= {
+        "warmup_epochs": 0.0,
+        "warmup_lr": 0.0,
+        "min_lr": 0.0,
+        "decay_epochs": 30.0,
+        "decay_rate": 0.1,
+    }
     return SimpleNamespace(**{**plain, **changes})
 
 
@@ -141,7 +184,9 @@ def rates(batches=10, steps=40, accumulate=1, **changes):
     h = settings(**changes)
     optimizer = build_optimizer(torch.nn.Linear(2, 2), h)
     trainer = SimpleNamespace(
-        estimated_stepping_batches=steps, num_training_batches=batches, accumulate_grad_batches=accumulate
+        estimated_stepping_batches=steps,
+        num_training_batches=batches,
+        accumulate_grad_batches=accumulate,
     )
     scheduler = build_scheduler(optimizer, h, trainer)
     out = []
@@ -165,7 +210,9 @@ def test_warm_up_and_decays_count_epochs_of_updates():
     assert got[:5] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert got[5:9] == pytest.approx([0.5] * 4)  # timm decays an update ahead
     assert got[10:29] == pytest.approx([0.05] * 19) and got[30:] == pytest.approx([0.005] * 10)
-    halved = rates(batches=20, accumulate=2, sched="multistep", decay_epochs=[1, 3], warmup_epochs=0.5)
+    halved = rates(
+        batches=20, accumulate=2, sched="multistep", decay_epochs=[1, 3], warmup_epochs=0.5
+    )
     assert halved == pytest.approx(got)
 
 
@@ -180,7 +227,9 @@ def test_other_schedules_fall(sched):
 def test_optimisers_by_name_step_and_spare_biases_from_decay(opt):
     model = torch.nn.Linear(2, 2)
     optimizer = build_optimizer(model, settings(opt=opt))
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     assert decays[id(model.weight)] > 0 and decays[id(model.bias)] == 0
     before = model.weight.detach().clone()
     model(torch.ones(1, 2)).sum().backward()
@@ -192,15 +241,17 @@ def test_sgd_without_momentum_and_further_arguments():
     group = build_optimizer(torch.nn.Linear(2, 2), settings(momentum=0.0)).param_groups[0]
     assert group["momentum"] == 0 and not group["nesterov"]
     assert build_optimizer(torch.nn.Linear(2, 2), settings()).param_groups[0]["nesterov"]
-    betas = build_optimizer(torch.nn.Linear(2, 2), settings(opt="adamw", opt_args={"betas": [0.8, 0.9]})).param_groups[0][
-        "betas"
-    ]
+    betas = build_optimizer(
+        torch.nn.Linear(2, 2), settings(opt="adamw", opt_args={"betas": [0.8, 0.9]})
+    ).param_groups[0]["betas"]
     assert tuple(betas) == (0.8, 0.9)
 
 
 def test_what_a_model_excepts_from_decay(train, tmp_path):
     trainer, module = train(tmp_path, {"weight_decay": 0.1}, limit_train_batches=1)
-    decays = {id(p): g["weight_decay"] for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    decays = {
+        id(p): g["weight_decay"] for g in trainer.optimizers[0].param_groups for p in g["params"]
+    }
     assert decays[id(module.model.pos_embed)] == 0.0 and decays[id(module.model.cls_token)] == 0.0
     assert decays[id(module.model.blocks[0].mlp.fc1.parametrizations.weight.original)] == 0.1
 
@@ -214,7 +265,10 @@ def test_what_a_model_excepts_from_decay(train, tmp_path):
         ({"sched": "plateau"}, "model.sched: got 'plateau'"),
         ({"decay_epochs": "1,two"}, "model.decay_epochs: got '1,two'"),
         ({"sched": "step", "decay_epochs": 0}, "model.decay_epochs: got 0, pass epochs above 0"),
-        ({"sched": "multistep", "decay_epochs": "[]"}, "model.decay_epochs: got '[]', pass epochs above 0"),
+        (
+            {"sched": "multistep", "decay_epochs": "[]"},
+            "model.decay_epochs: got '[]', pass epochs above 0",
+        ),
         ({"steps": math.inf}, "the schedule needs an end"),
     ],
 )

@@ -23,7 +23,15 @@ def conv_net():
 
 
 def vit():
-    return create_model("vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    return create_model(
+        "vit_tiny_patch16_224",
+        num_classes=10,
+        img_size=16,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+    )
 
 
 class Tied(nn.Module):
@@ -31,13 +39,22 @@ class Tied(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.one, self.two, self.head = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+        self.stem, self.one, self.two, self.head = (
+            nn.Linear(12, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 10),
+        )
         self.two.weight = self.one.weight
         self.gain, self.shift = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
 
     def forward(self, x):
         x = self.one(torch.relu(self.stem(x.flatten(1)[:, :12])))
-        return self.head(torch.relu(self.two(torch.relu(x * (self.gain + self.shift) + (self.gain + self.shift)))))
+        return self.head(
+            torch.relu(
+                self.two(torch.relu(x * (self.gain + self.shift) + (self.gain + self.shift)))
+            )
+        )
 
 
 BUILDERS = {"conv and batch norm": conv_net, "vit": vit, "tied": Tied}
@@ -52,7 +69,9 @@ def prepared(build, **how):
 
 def batch(size=4, edge=16):
     draw = torch.Generator().manual_seed(1)
-    return torch.randn(size, 3, edge, edge, generator=draw), torch.randint(0, 10, (size,), generator=draw)
+    return torch.randn(size, 3, edge, edge, generator=draw), torch.randint(
+        0, 10, (size,), generator=draw
+    )
 
 
 def recursive(target):
@@ -84,7 +103,13 @@ def assert_same_grads(one, two, rtol=1e-4):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
             scale = q.grad.abs().max().item()
-            torch.testing.assert_close(p.grad, q.grad, rtol=rtol, atol=rtol * scale + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                p.grad,
+                q.grad,
+                rtol=rtol,
+                atol=rtol * scale + 1e-9,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -96,12 +121,16 @@ def test_gradients_are_those_of_a_plain_loop(name, quantizer):
     weights = [1.0, 0.5, 2.0, 1.5]
     expected = plain_loop(theirs, images, WIDTHS, recursive(target), weights)
     loss, losses = joint_loss(ours, images, WIDTHS, recursive(target), weights)
-    assert all(p.grad is None for p in ours.parameters()), "nothing reaches .grad before the one backward"
+    assert all(p.grad is None for p in ours.parameters()), (
+        "nothing reaches .grad before the one backward"
+    )
     loss.backward()
     for bits in WIDTHS:
         assert losses[bits].item() == pytest.approx(expected[bits].item(), rel=1e-5)
         assert not losses[bits].requires_grad
-    assert loss.item() == pytest.approx(sum(w * expected[b].item() for w, b in zip(weights, WIDTHS, strict=True)), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        sum(w * expected[b].item() for w, b in zip(weights, WIDTHS, strict=True)), rel=1e-5
+    )
     assert_same_grads(ours, theirs)
     for name, ours_buffer in ours.named_buffers():
         assert torch.equal(ours_buffer, theirs.get_buffer(name)), name
@@ -243,7 +272,9 @@ def test_a_loss_that_is_not_finite_names_its_width():
         joint_loss(model, images, WIDTHS, bad)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
-    assert all(q._shared is None for *_, q in weight_quantizers(model)), "an error leaves nothing shared"
+    assert all(q._shared is None for *_, q in weight_quantizers(model)), (
+        "an error leaves nothing shared"
+    )
     joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
 
 
@@ -255,7 +286,9 @@ def test_a_nan_that_integers_would_hide_is_found(activations, place):
     images, target = batch()
     with torch.no_grad():
         model.get_parameter(place).view(-1)[0] = float("nan")
-    with pytest.raises(TrainingError, match=rf"not finite at width 8; {re.escape(place)} holds NaN"):
+    with pytest.raises(
+        TrainingError, match=rf"not finite at width 8; {re.escape(place)} holds NaN"
+    ):
         joint_loss(model, images, WIDTHS, recursive(target))
 
 
@@ -263,4 +296,9 @@ def test_a_loss_of_finite_weights_blames_none():
     model = prepared(conv_net)
     images, _ = batch()
     with pytest.raises(TrainingError, match=r"not finite at width 4$"):
-        joint_loss(model, images, WIDTHS, lambda bits, out, wider: out.sum() * (float("inf") if bits == 4 else 1.0))
+        joint_loss(
+            model,
+            images,
+            WIDTHS,
+            lambda bits, out, wider: out.sum() * (float("inf") if bits == 4 else 1.0),
+        )

@@ -53,7 +53,10 @@ def width_losses(monkeypatch, teacher_net=False, **arguments):
     logged = module._epoch_losses.means()
     keys = {f"train/loss_{'float' if b is None else f'w{b}'}" for b in passed["widths"]}
     assert set(logged) == keys
-    return {bits: logged[f"train/loss_{'float' if bits is None else f'w{bits}'}"].item() for bits in passed["widths"]}, passed
+    return {
+        bits: logged[f"train/loss_{'float' if bits is None else f'w{bits}'}"].item()
+        for bits in passed["widths"]
+    }, passed
 
 
 def close(value):
@@ -77,7 +80,10 @@ def test_taught_by_the_widest(monkeypatch):
 def test_taught_by_the_next_wider(monkeypatch):
     losses, _ = width_losses(monkeypatch)
     expected = {8: cross_entropy(LOGITS[8], TARGET)}
-    expected |= {narrow: distillation(LOGITS[narrow], LOGITS[wide]) for wide, narrow in ((8, 4), (4, 2), (2, 1))}
+    expected |= {
+        narrow: distillation(LOGITS[narrow], LOGITS[wide])
+        for wide, narrow in ((8, 4), (4, 2), (2, 1))
+    }
     assert losses == {b: close(v) for b, v in expected.items()}
     assert losses[1] != close(distillation(LOGITS[1], LOGITS[8]))  # recursive is not widest
 
@@ -99,42 +105,64 @@ def test_external_teacher_of_all_or_of_the_widest(monkeypatch):
 
 
 def test_share_of_the_teacher_and_temperature(monkeypatch):
-    losses, _ = width_losses(monkeypatch, distill_weight=0.25, temperature=3.0, loss="bce", widths=[8, 4])
+    losses, _ = width_losses(
+        monkeypatch, distill_weight=0.25, temperature=3.0, loss="bce", widths=[8, 4]
+    )
     assert losses[8] == close(bce(LOGITS[8], TARGET))
-    assert losses[4] == close(0.75 * bce(LOGITS[4], TARGET) + 0.25 * distillation(LOGITS[4], LOGITS[8], 3.0))
+    assert losses[4] == close(
+        0.75 * bce(LOGITS[4], TARGET) + 0.25 * distillation(LOGITS[4], LOGITS[8], 3.0)
+    )
 
 
 def test_weights_follow_their_widths_through_a_sandwich(monkeypatch):
-    _, passed = width_losses(monkeypatch, width_weights="1, 0.5, 0.25, 2", width_schedule="sandwich", seed=3)
+    _, passed = width_losses(
+        monkeypatch, width_weights="1, 0.5, 0.25, 2", width_schedule="sandwich", seed=3
+    )
     by_width = dict(zip((8, 4, 2, 1), (1.0, 0.5, 0.25, 2.0), strict=True))
     assert passed["weights"] == [by_width[b] for b in passed["widths"]]
     assert len(passed["widths"]) == 3
 
 
 def test_weights_are_in_the_order_in_which_the_widths_were_given(monkeypatch):
-    _, passed = width_losses(monkeypatch, widths="1,8,2", width_weights="3, 0.5, 2", float_pass=False)
+    _, passed = width_losses(
+        monkeypatch, widths="1,8,2", width_weights="3, 0.5, 2", float_pass=False
+    )
     assert passed["widths"] == (8, 2, 1) and passed["weights"] == [0.5, 2.0, 3.0]
-    _, passed = width_losses(monkeypatch, widths=[2, 8], width_weights=[0.25, 3.0, 0.5], float_pass=True)
+    _, passed = width_losses(
+        monkeypatch, widths=[2, 8], width_weights=[0.25, 3.0, 0.5], float_pass=True
+    )
     assert passed["widths"] == (None, 8, 2) and passed["weights"] == [0.25, 0.5, 3.0]
 
 
 def test_sandwich_is_a_function_of_seed_and_step():
-    module = TQModule(widths=[8, 7, 6, 5, 4, 3, 2, 1], width_schedule="sandwich", sandwich_random=2, seed=1)
+    module = TQModule(
+        widths=[8, 7, 6, 5, 4, 3, 2, 1], width_schedule="sandwich", sandwich_random=2, seed=1
+    )
     steps = [module.step_widths(step) for step in range(60)]
     assert steps == [module.step_widths(step) for step in range(60)]
-    assert all(s[0] == 8 and s[-1] == 1 and len(s) == 4 and list(s) == sorted(s, reverse=True) for s in steps)
+    assert all(
+        s[0] == 8 and s[-1] == 1 and len(s) == 4 and list(s) == sorted(s, reverse=True)
+        for s in steps
+    )
     assert {b for s in steps for b in s} == set(range(1, 9))
-    other = TQModule(widths=[8, 7, 6, 5, 4, 3, 2, 1], width_schedule="sandwich", sandwich_random=2, seed=2)
+    other = TQModule(
+        widths=[8, 7, 6, 5, 4, 3, 2, 1], width_schedule="sandwich", sandwich_random=2, seed=2
+    )
     assert steps != [other.step_widths(step) for step in range(60)]
     assert TQModule(widths=[8, 1], width_schedule="sandwich").step_widths(0) == (8, 1)
-    assert TQModule(widths=[8, 4, 1], width_schedule="sandwich", sandwich_random=9).step_widths(0) == (8, 4, 1)
+    assert TQModule(widths=[8, 4, 1], width_schedule="sandwich", sandwich_random=9).step_widths(
+        0
+    ) == (8, 4, 1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"loss": "mse"}, "model.loss: got 'mse', pass one of cross_entropy, bce"),
-        ({"teacher": "wide"}, "model.teacher: got 'wide', pass one of none, widest, recursive, external"),
+        (
+            {"teacher": "wide"},
+            "model.teacher: got 'wide', pass one of none, widest, recursive, external",
+        ),
         ({"width_schedule": "some"}, "model.width_schedule: got 'some', pass one of all, sandwich"),
         ({"teacher": "external"}, "pass model.teacher_name"),
         ({"distill_weight": 1.5}, "model.distill_weight: got 1.5"),
@@ -169,7 +197,9 @@ def test_sharded_strategies_are_refused_in_a_sentence(strategy):
     module._trainer = SimpleNamespace(strategy=type(strategy, (), {})(), accumulate_grad_batches=1)
     with pytest.raises(UserError, match=f"{strategy} shards the weights.*pass ddp"):
         module.setup("fit")
-    module._trainer = SimpleNamespace(strategy=type("DDPStrategy", (), {})(), accumulate_grad_batches=1)
+    module._trainer = SimpleNamespace(
+        strategy=type("DDPStrategy", (), {})(), accumulate_grad_batches=1
+    )
     module.setup("fit")
 
 
@@ -187,7 +217,10 @@ def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
     assert not any("teacher" in key for key in module.state_dict())
     kept = module._teacher[0]
     assert not kept.training
-    assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), teacher.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(kept.state_dict().values(), teacher.state_dict().values(), strict=True)
+    )
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["teacher"] == "external"
@@ -198,12 +231,17 @@ def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
 
 
 def test_a_teacher_with_weights_for_other_classes_is_refused_before_a_download(train, tmp_path):
-    with pytest.raises(UserError, match=r"resnet18 are for 1000 classes, the data has 10; pass model\.teacher_checkpoint_path"):
+    with pytest.raises(
+        UserError,
+        match=r"resnet18 are for 1000 classes, the data has 10; pass model\.teacher_checkpoint_path",
+    ):
         train(tmp_path, {"teacher": "external", "teacher_name": "resnet18"})
 
 
 def test_what_is_wrong_with_a_teacher_is_said_of_the_teacher(train, tmp_path):
-    with pytest.raises(UserError, match=r"^the teacher .*: cannot get the pretrained weights of resnet8_cifar"):
+    with pytest.raises(
+        UserError, match=r"^the teacher .*: cannot get the pretrained weights of resnet8_cifar"
+    ):
         train(tmp_path, {"teacher": "external", "teacher_name": "resnet8_cifar"})
 
 
@@ -215,7 +253,9 @@ def test_a_loss_that_is_not_finite_names_step_width_and_rate(train, tmp_path, mo
         return cross_entropy(logits, target) * (math.nan if len(calls) > 2 else 1.0)
 
     monkeypatch.setitem(module_file.LOSSES, "cross_entropy", hard)
-    with pytest.raises(TrainingError, match=r"step 2: loss is not finite at width 8 \(learning rate 0.1\)"):
+    with pytest.raises(
+        TrainingError, match=r"step 2: loss is not finite at width 8 \(learning rate 0.1\)"
+    ):
         train(tmp_path, limit_train_batches=4)
 
 
@@ -225,7 +265,12 @@ def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
     class Break(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 1:
-                pl_module.model.blocks[0].mlp.fc1.parametrizations.weight.original.data[0, 0] = math.nan
+                pl_module.model.blocks[0].mlp.fc1.parametrizations.weight.original.data[0, 0] = (
+                    math.nan
+                )
 
-    with pytest.raises(TrainingError, match=r"step 1: weight .*blocks.0.mlp.fc1.weight holds NaN.*learning rate 0.1"):
+    with pytest.raises(
+        TrainingError,
+        match=r"step 1: weight .*blocks.0.mlp.fc1.weight holds NaN.*learning rate 0.1",
+    ):
         train(tmp_path, callbacks=[Break()])

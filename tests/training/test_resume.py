@@ -17,19 +17,73 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tq_lightning.callbacks.resume import StepCheckpoint
 
-STEPS, EPOCHS, EVERY = 12, 3, 5  # steps an epoch; checkpoints after steps 5, 10, 12 (end of the epoch), 15, 20, 24, ...
+STEPS, EPOCHS, EVERY = (
+    12,
+    3,
+    5,
+)  # steps an epoch; checkpoints after steps 5, 10, 12 (end of the epoch), 15, 20, 24, ...
 ARGUMENTS = [
-    *("--checkpoint_every_n_steps", str(EVERY), "--trainer.accelerator", "cpu", "--trainer.max_epochs", str(EPOCHS)),
-    *("--trainer.limit_train_batches", str(STEPS), "--trainer.limit_val_batches", "1", "--trainer.gradient_clip_val", "1"),
-    *("--model.name", "test_resnet", "--model.drop_rate", "0.3", "--model.drop_path_rate", "0.2", "--model.ema_decay", "0.9"),
-    *("--model.width_schedule", "sandwich", "--model.calibration_batches", "1", "--model.opt", "adamw", "--model.lr", "1e-3"),
-    *("--data.name", "digits", "--data.image_size", "32", "--data.batch_size", "16", "--data.eval_batch_size", "64"),
+    *(
+        "--checkpoint_every_n_steps",
+        str(EVERY),
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_epochs",
+        str(EPOCHS),
+    ),
+    *(
+        "--trainer.limit_train_batches",
+        str(STEPS),
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.gradient_clip_val",
+        "1",
+    ),
+    *(
+        "--model.name",
+        "test_resnet",
+        "--model.drop_rate",
+        "0.3",
+        "--model.drop_path_rate",
+        "0.2",
+        "--model.ema_decay",
+        "0.9",
+    ),
+    *(
+        "--model.width_schedule",
+        "sandwich",
+        "--model.calibration_batches",
+        "1",
+        "--model.opt",
+        "adamw",
+        "--model.lr",
+        "1e-3",
+    ),
+    *(
+        "--data.name",
+        "digits",
+        "--data.image_size",
+        "32",
+        "--data.batch_size",
+        "16",
+        "--data.eval_batch_size",
+        "64",
+    ),
     *("--data.hflip", "0.5", "--data.reprob", "0.5", "--data.mixup", "0.2", "--data.cutmix", "1.0"),
 ]
 
 
 def command(root: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "tq_lightning", "fit", *ARGUMENTS, "--trainer.default_root_dir", str(root), *more]
+    return [
+        sys.executable,
+        "-m",
+        "tq_lightning",
+        "fit",
+        *ARGUMENTS,
+        "--trainer.default_root_dir",
+        str(root),
+        *more,
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -37,7 +91,9 @@ def environment() -> dict[str, str]:
 
 
 def finish(root: Path, *more: str) -> Path:
-    done = subprocess.run(command(root, *more), env=environment(), capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(
+        command(root, *more), env=environment(), capture_output=True, text=True, timeout=1500
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = root.iterdir()
     return run
@@ -45,7 +101,13 @@ def finish(root: Path, *more: str) -> Path:
 
 def kill_inside_the_second_epoch(root: Path) -> int:
     """Starts the command and kills it as soon as a checkpoint from inside the second epoch is there; returns its step."""
-    process = subprocess.Popen(command(root), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(root),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         end = time.monotonic() + 1500
         while time.monotonic() < end and process.poll() is None:
@@ -94,17 +156,34 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path):
     assert before["status"] == "running"
     assert finish(tmp_path / "killed", "--ckpt_path", "last") == run, "goes on in its own directory"
 
-    ours, theirs = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (run, whole))
-    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+    ours, theirs = (
+        torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (run, whole)
+    )
+    for key in (
+        "state_dict",
+        "current_model_state",
+        "averaging_state",
+        "optimizer_states",
+        "lr_schedulers",
+    ):
         assert_same(ours[key], theirs[key], key)
     assert ours["global_step"] == STEPS * EPOCHS
-    assert not torch.equal(*(ours[k]["model.fc.weight"] for k in ("state_dict", "current_model_state")))
-    best = [torch.load(next((r / "checkpoints").glob("best-*.ckpt")), weights_only=True) for r in (run, whole)]
+    assert not torch.equal(
+        *(ours[k]["model.fc.weight"] for k in ("state_dict", "current_model_state"))
+    )
+    best = [
+        torch.load(next((r / "checkpoints").glob("best-*.ckpt")), weights_only=True)
+        for r in (run, whole)
+    ]
     assert_same(best[0]["state_dict"], best[1]["state_dict"], "best")
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == sorted(
+        p.name for p in (whole / "checkpoints").iterdir()
+    )
 
     places = [(row["epoch"], row["step"], row["val/acc1_float"] != "") for row in rows(run)]
-    assert places == [(row["epoch"], row["step"], row["val/acc1_float"] != "") for row in rows(whole)]
+    assert places == [
+        (row["epoch"], row["step"], row["val/acc1_float"] != "") for row in rows(whole)
+    ]
     assert len(set(places)) == len(places)
     for one, two in zip(rows(run), rows(whole), strict=True):
         for key, value in one.items():
@@ -134,7 +213,13 @@ class Stop(L.Callback):
 
 def fit(train, root, model, checkpoint, stop=None, resume=None, data=None):
     """2 epochs of 4 steps, a checkpoint every 2 steps and at the end of each epoch, as the command line sets them up."""
-    end = ModelCheckpoint(root, filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True)
+    end = ModelCheckpoint(
+        root,
+        filename="last",
+        enable_version_counter=False,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+    )
     callbacks = [end, checkpoint, *([stop] if stop is not None else [])]
     flags = {"max_epochs": 2, "limit_train_batches": 4, "enable_checkpointing": True}
     try:
@@ -159,14 +244,27 @@ def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
     fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), Stop(1, 2), data=data)
     assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 6
     resume = tmp_path / "b" / "last.ckpt"
-    trainer, rest = fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), resume=resume, data=data)
-    for key in ("train/loss_w8", "train/loss_w1"):  # over the whole epoch, not over what came after the stop
+    trainer, rest = fit(
+        train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), resume=resume, data=data
+    )
+    for key in (
+        "train/loss_w8",
+        "train/loss_w1",
+    ):  # over the whole epoch, not over what came after the stop
         assert torch.equal(trainer.callback_metrics[key], means[key]), key
     assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
     ours, theirs = (torch.load(tmp_path / r / "last.ckpt", weights_only=True) for r in "ba")
-    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+    for key in (
+        "state_dict",
+        "current_model_state",
+        "averaging_state",
+        "optimizer_states",
+        "lr_schedulers",
+    ):
         assert_same(ours[key], theirs[key], key)
-    assert not torch.equal(*(ours[k]["model.head.weight"] for k in ("state_dict", "current_model_state")))
+    assert not torch.equal(
+        *(ours[k]["model.head.weight"] for k in ("state_dict", "current_model_state"))
+    )
 
 
 def test_stopped_in_the_last_validation(train, resnet, tmp_path):
@@ -175,7 +273,13 @@ def test_stopped_in_the_last_validation(train, resnet, tmp_path):
     _, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2))
     fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), stop=Stop(1))
     assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 6
-    trainer, rest = fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), resume=tmp_path / "b" / "last.ckpt")
+    trainer, rest = fit(
+        train,
+        tmp_path / "b",
+        model,
+        StepCheckpoint(tmp_path / "b", 2),
+        resume=tmp_path / "b" / "last.ckpt",
+    )
     assert "val/acc1_truncate_mean" in trainer.callback_metrics
     assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
 
@@ -193,21 +297,27 @@ class Rates(L.Callback):
 def test_going_on_with_more_epochs_or_another_rate_follows_the_new_schedule(train, tmp_path):
     """The state of the shorter schedule would stay at its end: at rate 0."""
     rates = Rates()
-    trainer, _ = train(tmp_path, {"sched": "cosine", "opt": "adamw"}, callbacks=[rates], limit_train_batches=4)
+    trainer, _ = train(
+        tmp_path, {"sched": "cosine", "opt": "adamw"}, callbacks=[rates], limit_train_batches=4
+    )
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert rates.seen[-1] > trainer.optimizers[0].param_groups[0]["lr"] == 0.0
     more = {"max_epochs": 2, "limit_train_batches": 4, "ckpt_path": tmp_path / "last.ckpt"}
     for lr in (0.1, 0.01):
         rates = Rates()
         train(tmp_path, {"sched": "cosine", "opt": "adamw", "lr": lr}, callbacks=[rates], **more)
-        assert rates.seen == pytest.approx([lr / 2 * (1 + math.cos(math.pi * step / 8)) for step in range(4, 8)])
+        assert rates.seen == pytest.approx(
+            [lr / 2 * (1 + math.cos(math.pi * step / 8)) for step in range(4, 8)]
+        )
 
 
 def test_a_checkpoint_right_before_validation_would_lose_it(train, resnet, tmp_path):
     """The counter-example: Lightning's own callback writes at the last batch too, and goes on without the validation."""
     plain = {"filename": "last", "enable_version_counter": False, "every_n_train_steps": 2}
     fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), stop=Stop(1))
-    trainer, _ = fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), resume=tmp_path / "last.ckpt")
+    trainer, _ = fit(
+        train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), resume=tmp_path / "last.ckpt"
+    )
     assert "val/acc1_truncate_mean" not in trainer.callback_metrics
 
 
@@ -220,7 +330,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(train, tmp_pat
 
         def hard(logits, target):
             calls.append(None)
-            return losses.cross_entropy(logits, target) * (float("nan") if len(calls) > bad else 1.0)
+            return losses.cross_entropy(logits, target) * (
+                float("nan") if len(calls) > bad else 1.0
+            )
 
         monkeypatch.setitem(losses.LOSSES, "cross_entropy", hard)
         keep = StepCheckpoint(tmp_path, 1)

@@ -26,9 +26,14 @@ class _ResumedWriter(ExperimentWriter):
             rows = list(csv.DictReader(file))
         # a killed run may have left half a row: one without its step, or with more fields than keys
         rows = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]
-        kept = [row for row in rows if self._resume_step is None or int(row["step"]) < self._resume_step]
+        kept = [
+            row for row in rows if self._resume_step is None or int(row["step"]) < self._resume_step
+        ]
         self.metrics_keys = sorted({key for row in rows for key in row})
-        with atomic_write(self.metrics_file_path) as temporary, temporary.open("w", newline="") as file:
+        with (
+            atomic_write(self.metrics_file_path) as temporary,
+            temporary.open("w", newline="") as file,
+        ):
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(kept)

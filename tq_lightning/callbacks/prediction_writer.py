@@ -23,10 +23,18 @@ class PredictionWriter(BasePredictionWriter):
         self.folder = folder
 
     def write_on_epoch_end(
-        self, trainer: L.Trainer, pl_module: Any, predictions: Sequence[Tensor], batch_indices: Sequence[Any]
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        predictions: Sequence[Tensor],
+        batch_indices: Sequence[Any],
     ) -> None:
         names = trainer.datamodule.class_names  # type: ignore[attr-defined]
-        target = self.folder / ("predictions.csv" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.csv")
+        target = self.folder / (
+            "predictions.csv"
+            if trainer.world_size == 1
+            else f"predictions-{trainer.global_rank}.csv"
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         number = 0
         with atomic_write(target) as temporary, temporary.open("w", newline="") as file:

@@ -17,7 +17,9 @@ class StepSeeds(L.Callback):
     random states in the checkpoint, and whatever an evaluation drew in between.
     """
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.fit_loop.epoch_loop.total_batch_idx
         sequence = np.random.SeedSequence([pl_module.run_seed, step, trainer.global_rank])
         python, numpy, torch_seed = (int(v) for v in sequence.generate_state(3))
@@ -33,11 +35,20 @@ class MovedRun(L.Callback):
     poor, and lie beside the true one.
     """
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
-            if isinstance(callback, ModelCheckpoint) and state and state["dirpath"] and callback.dirpath:
-                checkpoint["callbacks"][callback.state_key] = _moved(state, str(state["dirpath"]), str(callback.dirpath))
+            if (
+                isinstance(callback, ModelCheckpoint)
+                and state
+                and state["dirpath"]
+                and callback.dirpath
+            ):
+                checkpoint["callbacks"][callback.state_key] = _moved(
+                    state, str(state["dirpath"]), str(callback.dirpath)
+                )
 
 
 def _moved(value: Any, before: str, now: str) -> Any:
@@ -57,10 +68,17 @@ class StepCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: Any, steps: int) -> None:
-        super().__init__(folder, filename="last", enable_version_counter=False, every_n_train_steps=steps)
+        super().__init__(
+            folder, filename="last", enable_version_counter=False, every_n_train_steps=steps
+        )
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if not trainer.is_last_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

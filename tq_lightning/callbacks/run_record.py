@@ -33,7 +33,9 @@ def read_curves(metrics_file: Path) -> dict[str, list[list[float]]]:
             for key, value in row.items():
                 if value and key not in ("epoch", "step"):
                     curves.setdefault(key, {})[int(float(row["epoch"]))] = round(float(value), 5)
-    return {key: [[e, v] for e, v in sorted(points.items())] for key, points in sorted(curves.items())}
+    return {
+        key: [[e, v] for e, v in sorted(points.items())] for key, points in sorted(curves.items())
+    }
 
 
 @torch.no_grad()
@@ -66,7 +68,9 @@ class RunRecord(L.Callback):
         checkpoint: what a test reads ("best", "last" or a path), for its block.
     """
 
-    def __init__(self, run_dir: str | Path, config: dict[str, Any], checkpoint: str | None = None) -> None:
+    def __init__(
+        self, run_dir: str | Path, config: dict[str, Any], checkpoint: str | None = None
+    ) -> None:
         self.path = Path(run_dir) / NAME
         self.config, self.checkpoint = config, checkpoint
         self._record: dict[str, Any] = {}
@@ -80,7 +84,9 @@ class RunRecord(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         earlier = json.loads(self.path.read_text()) if self.path.is_file() else {}
         # the model is the one of the start: its checkpoint adds what the data set had to say
-        config = self.config | {key: value for key, value in earlier.get("config", {}).items() if key == "model"}
+        config = self.config | {
+            key: value for key, value in earlier.get("config", {}).items() if key == "model"
+        }
         commit, dirty = git_state()
         self._start = time.monotonic() - earlier.get("seconds", 0.0)
         device = trainer.strategy.root_device
@@ -101,7 +107,11 @@ class RunRecord(L.Callback):
             "seconds": earlier.get("seconds", 0.0),
             "parameters_quantized": pl_module.report.share,
             # a run that goes on keeps what it had found until it finds more
-            **{key: earlier[key] for key in ("steps", "epochs", "curves", "last", "best", "widths") if key in earlier},
+            **{
+                key: earlier[key]
+                for key in ("steps", "epochs", "curves", "last", "best", "widths")
+                if key in earlier
+            },
         }
         self._save(trainer)
 
@@ -125,7 +135,9 @@ class RunRecord(L.Callback):
         record["last"] = {"epoch": last, "metrics": _at_epoch(curves, last)}
         record["best"] = {"epoch": best, "monitor": MONITOR, "metrics": _at_epoch(curves, best)}
         metrics = record["best"]["metrics"]
-        bits = sorted(int(key.rsplit("_w", 1)[1]) for key in metrics if key.startswith("val/acc1_truncate_w"))
+        bits = sorted(
+            int(key.rsplit("_w", 1)[1]) for key in metrics if key.startswith("val/acc1_truncate_w")
+        )
         record["widths"] = {
             str(b): {
                 "quantize": metrics[f"val/acc1_quantize_w{b}"],
@@ -138,7 +150,9 @@ class RunRecord(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._update(trainer)
         for bits, share in code_disagreement(pl_module).items():
-            self._record.setdefault("widths", {}).setdefault(str(bits), {})["disagree"] = round(share, 6)
+            self._record.setdefault("widths", {}).setdefault(str(bits), {})["disagree"] = round(
+                share, 6
+            )
         self._record["bytes"] = record_bytes(pl_module.model)
         interrupted = bool(trainer.interrupted)
         self._record["status"] = "interrupted" if interrupted else "finished"
@@ -156,7 +170,11 @@ class RunRecord(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or not self.path.is_file():
             return
-        metrics = {k: round(float(v), 5) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+        metrics = {
+            k: round(float(v), 5)
+            for k, v in trainer.callback_metrics.items()
+            if k.startswith("test/")
+        }
         record = json.loads(self.path.read_text())
         record["test"] = {
             "checkpoint": self.checkpoint,

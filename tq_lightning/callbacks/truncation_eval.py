@@ -50,7 +50,9 @@ def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict
     return logits
 
 
-def width_metrics(stage: str, accuracy: dict[Pass, float], max_bits: int, trained: tuple[int, ...]) -> dict[str, float]:
+def width_metrics(
+    stage: str, accuracy: dict[Pass, float], max_bits: int, trained: tuple[int, ...]
+) -> dict[str, float]:
     """The metric keys of an evaluation: `stage`/acc1_quantize_w4 and so on for every width, in %; gaps in points."""
     metrics = {}
     for bits in range(max_bits, 0, -1):
@@ -59,7 +61,9 @@ def width_metrics(stage: str, accuracy: dict[Pass, float], max_bits: int, traine
         metrics[f"{stage}/acc1_quantize_w{bits}"] = quantize
         metrics[f"{stage}/acc1_truncate_w{bits}"] = truncate
         metrics[f"{stage}/qt_gap_w{bits}"] = quantize - truncate
-    metrics[f"{stage}/acc1_truncate_mean"] = sum(accuracy[b, "truncate"] for b in trained) / len(trained)
+    metrics[f"{stage}/acc1_truncate_mean"] = sum(accuracy[b, "truncate"] for b in trained) / len(
+        trained
+    )
     metrics[f"{stage}/acc1_float"] = accuracy[None, "quantize"]
     return metrics
 
@@ -91,7 +95,9 @@ class TruncationEval(L.Callback):
         self._weights.enter_context(shared_normalisation(module))
         if calibrate and untrained_widths(module):
             if not self._batches:
-                self._batches = list(trainer.datamodule.calibration_batches(self.calibration_batches))  # type: ignore[attr-defined]
+                self._batches = list(
+                    trainer.datamodule.calibration_batches(self.calibration_batches)
+                )  # type: ignore[attr-defined]
             with trainer.precision_plugin.forward_context():
                 calibrate_norms(module, [images.to(module.device) for images, _ in self._batches])
             self._fresh = True
@@ -99,7 +105,8 @@ class TruncationEval(L.Callback):
         classes = module.hparams.num_classes
         self._images = SumMetric().to(module.device)
         self._accuracy = {
-            p: MulticlassAccuracy(classes, average="micro", validate_args=False).to(module.device) for p in self._passes
+            p: MulticlassAccuracy(classes, average="micro", validate_args=False).to(module.device)
+            for p in self._passes
         }
 
     def _score(self, trainer: L.Trainer, module: Any, batch: tuple[Tensor, Tensor]) -> None:
@@ -112,12 +119,18 @@ class TruncationEval(L.Callback):
 
     def _end(self, module: Any, stage: str) -> None:
         self._weights.close()
-        accuracy = {p: round(100.0 * float(metric.compute()), 5) for p, metric in self._accuracy.items()}
+        accuracy = {
+            p: round(100.0 * float(metric.compute()), 5) for p, metric in self._accuracy.items()
+        }
         values = width_metrics(stage, accuracy, module.hparams.max_bits, module.widths)
         # every process has computed the same values: sync_dist keeps Lightning from warning of each of them
-        module.log_dict({**values, f"{stage}/images": float(self._images.compute())}, sync_dist=True)
+        module.log_dict(
+            {**values, f"{stage}/images": float(self._images.compute())}, sync_dist=True
+        )
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._fresh:
             for norm in per_width_norms(pl_module):
                 norm.calibrated.zero_()
@@ -125,18 +138,32 @@ class TruncationEval(L.Callback):
         if trainer.check_val_every_n_epoch is None:  # the caller's own interval, in batches
             return
         steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if trainer.global_step + 1 == trainer.max_steps and steps:  # a run ends here, inside an epoch or not
+        if (
+            trainer.global_step + 1 == trainer.max_steps and steps
+        ):  # a run ends here, inside an epoch or not
             trainer.check_val_every_n_epoch, trainer.val_check_batch = 1, batch_idx + 1
         elif trainer.current_epoch + 1 == trainer.max_epochs:
             trainer.check_val_every_n_epoch = 1
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if not trainer.sanity_checking:  # a sanity check is no epoch: nothing is estimated, scored or logged
+        if (
+            not trainer.sanity_checking
+        ):  # a sanity check is no epoch: nothing is estimated, scored or logged
             # `validate` on a checkpoint scores what the checkpoint holds, as `test` does
-            self._start(trainer, pl_module, calibrate=trainer.state.fn == "fit" or not _calibrated(pl_module))
+            self._start(
+                trainer,
+                pl_module,
+                calibrate=trainer.state.fn == "fit" or not _calibrated(pl_module),
+            )
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if not trainer.sanity_checking:
             self._score(trainer, pl_module, batch)
@@ -152,7 +179,13 @@ class TruncationEval(L.Callback):
         self._start(trainer, pl_module, calibrate=not _calibrated(pl_module))
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._score(trainer, pl_module, batch)
 

@@ -29,11 +29,15 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
     """
     in_sweep = "WANDB_SWEEP_ID" in os.environ
     project = None if in_sweep else os.environ.get("WANDB_PROJECT", "tq_lightning")
-    logger = OwnRunLogger(name=None if in_sweep else run_dir.name, save_dir=run_dir, project=project, log_model=False)
+    logger = OwnRunLogger(
+        name=None if in_sweep else run_dir.name, save_dir=run_dir, project=project, log_model=False
+    )
     if getattr(rank_zero_only, "rank", 0) == 0:  # whoever launched this process, torchrun or Slurm
         run_dir.mkdir(parents=True, exist_ok=True)
         # a sweep locks the keys it set, and with them whole sections: the resolved values go beside them
-        logger.experiment.config.update({"resolved": config} if in_sweep else config, allow_val_change=True)
+        logger.experiment.config.update(
+            {"resolved": config} if in_sweep else config, allow_val_change=True
+        )
     return logger
 
 
@@ -59,7 +63,9 @@ class WandbRecord(L.Callback):
             if "truncate" in at
         ]
         if rows:
-            table = wandb.Table(columns=["bits", "quantize (%)", "truncate (%)", "QT gap (points)"], data=rows)
+            table = wandb.Table(
+                columns=["bits", "quantize (%)", "truncate (%)", "QT gap (points)"], data=rows
+            )
             figure = _figure(rows)
             run.log({"widths": table, "qt_gap": wandb.Image(figure)})
             figure.clf()

@@ -11,7 +11,10 @@ def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
     rows = []
     bits = 8
     while bits:
-        values = [metrics.get(f"{stage}/{key}_w{bits}") for key in ("acc1_quantize", "acc1_truncate", "qt_gap")]
+        values = [
+            metrics.get(f"{stage}/{key}_w{bits}")
+            for key in ("acc1_quantize", "acc1_truncate", "qt_gap")
+        ]
         if None not in values:
             rows.append((bits, *(float(v) for v in values)))  # type: ignore[arg-type]
         bits -= 1
@@ -19,7 +22,10 @@ def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
         return
     if stage == "val" and not sys.stdout.isatty():
         cells = "  ".join(f"w{b} {q:.2f}/{t:.2f}" for b, q, t, _ in rows)
-        print(f"{title}: top-1 % quantized/truncated  {cells}  float {metrics[f'{stage}/acc1_float']:.2f}", flush=True)
+        print(
+            f"{title}: top-1 % quantized/truncated  {cells}  float {metrics[f'{stage}/acc1_float']:.2f}",
+            flush=True,
+        )
         return
     from rich.console import Console
     from rich.table import Table
@@ -38,7 +44,9 @@ class WidthTable(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
-            print_widths(trainer.callback_metrics, "val", f"epoch {trainer.current_epoch} (validation)")  # type: ignore[arg-type]
+            print_widths(
+                trainer.callback_metrics, "val", f"epoch {trainer.current_epoch} (validation)"
+            )  # type: ignore[arg-type]
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:

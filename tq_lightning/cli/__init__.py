@@ -15,11 +15,26 @@ LIGHTNING_VERBS = {
 }
 # verb -> (module with main(argv) -> exit status, what it does)
 VERBS = {
-    "sweep": ("tq_lightning.cli.sweep", "run a W&B sweep file with Optuna: sweeps/ste.yaml [--workers 2]"),
-    "report": ("tq_lightning.cli.report", "tables, figures and a page from runs: RUNS... --out results/NAME"),
-    "inspect": ("tq_lightning.cli.inspect", "bytes of a model under any policy, no training: --model.name resnet50"),
-    "export": ("tq_lightning.cli.export", "a packed file or ONNX from a checkpoint: CKPT --out model.safetensors"),
-    "classify": ("tq_lightning.cli.classify", "images through a packed file: MODEL IMAGES --bits 2"),
+    "sweep": (
+        "tq_lightning.cli.sweep",
+        "run a W&B sweep file with Optuna: sweeps/ste.yaml [--workers 2]",
+    ),
+    "report": (
+        "tq_lightning.cli.report",
+        "tables, figures and a page from runs: RUNS... --out results/NAME",
+    ),
+    "inspect": (
+        "tq_lightning.cli.inspect",
+        "bytes of a model under any policy, no training: --model.name resnet50",
+    ),
+    "export": (
+        "tq_lightning.cli.export",
+        "a packed file or ONNX from a checkpoint: CKPT --out model.safetensors",
+    ),
+    "classify": (
+        "tq_lightning.cli.classify",
+        "images through a packed file: MODEL IMAGES --bits 2",
+    ),
 }
 
 

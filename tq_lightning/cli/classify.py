@@ -22,12 +22,25 @@ def main(argv: list[str]) -> int:
     """
     p = Parser("classify", description=__doc__)
     p.add_argument("model", metavar="MODEL", type=Path, help="a packed file written by `export`")
-    p.add_argument("images", metavar="IMAGES", type=Path, help="an image, or a folder searched for images at any depth")
-    p.add_argument("--bits", type=int, help="width to run at; only the planes it needs are read (default: all)")
+    p.add_argument(
+        "images",
+        metavar="IMAGES",
+        type=Path,
+        help="an image, or a folder searched for images at any depth",
+    )
+    p.add_argument(
+        "--bits", type=int, help="width to run at; only the planes it needs are read (default: all)"
+    )
     p.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
-    p.add_argument("--out", type=Path, help="CSV file to write, whole or not at all (default: standard output)")
+    p.add_argument(
+        "--out", type=Path, help="CSV file to write, whole or not at all (default: standard output)"
+    )
     p.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
-    p.add_argument("--lean", action="store_true", help="make the weights layer by layer: less memory, more time")
+    p.add_argument(
+        "--lean",
+        action="store_true",
+        help="make the weights layer by layer: less memory, more time",
+    )
     a = p.parse_args(argv)
     for key in ("top", "batch_size"):
         if getattr(a, key) < 1:
@@ -40,7 +53,9 @@ def main(argv: list[str]) -> int:
     if a.out is None:
         return _run(model, files, a, sys.stdout)
     if a.out.is_dir() or not a.out.parent.is_dir():
-        raise UserError(f"cannot write {a.out} ({'it is a folder' if a.out.is_dir() else f'no folder {a.out.parent}'})")
+        raise UserError(
+            f"cannot write {a.out} ({'it is a folder' if a.out.is_dir() else f'no folder {a.out.parent}'})"
+        )
     with atomic_write(a.out) as temporary, temporary.open("w", newline="") as file:
         return _run(model, files, a, file)
 
@@ -71,7 +86,12 @@ def _run(model: Any, files: list[Path], a: Any, out: IO[str]) -> int:
     rows.writerow(COLUMNS)
     batches = [files[i : i + a.batch_size] for i in range(0, len(files), a.batch_size)]
     errors = Console(stderr=True)
-    for batch in track(batches, f"{len(files)} images", console=errors, disable=not errors.is_terminal and len(batches) < 2):
+    for batch in track(
+        batches,
+        f"{len(files)} images",
+        console=errors,
+        disable=not errors.is_terminal and len(batches) < 2,
+    ):
         good, pixels = [], []
         for path, value in _read(model, batch):
             if isinstance(value, str):
@@ -115,7 +135,9 @@ def _read(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
 
     how = dict(model.tq_file["preprocessing"] or {})
     if "input_size" not in how:
-        raise UserError("the packed file does not say how images reach its network; export it with preprocessing=")
+        raise UserError(
+            "the packed file does not say how images reach its network; export it with preprocessing="
+        )
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{key: how[key] for key in keys if key in how})
     mode = "L" if how["input_size"][0] == 1 else "RGB"

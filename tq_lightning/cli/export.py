@@ -13,15 +13,34 @@ FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx")
 
 def parser() -> Parser:
     p = Parser("export", description=__doc__)
-    p.add_argument("source", metavar="CKPT", type=Path, help="a checkpoint of a run (.ckpt), or a packed file")
+    p.add_argument(
+        "source", metavar="CKPT", type=Path, help="a checkpoint of a run (.ckpt), or a packed file"
+    )
     p.add_argument("--out", type=Path, required=True, help="file to write, whole or not at all")
-    p.add_argument("--format", choices=FORMATS, default="packed", help="packed (default); onnx and qonnx: one width")
+    p.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="packed",
+        help="packed (default); onnx and qonnx: one width",
+    )
     p.add_argument("--bits", type=int, help="width of an onnx or qonnx graph")
-    p.add_argument("--opset", type=int, help="of an onnx graph: 21 or 25 (default: the lowest with the smallest integer type)")
+    p.add_argument(
+        "--opset",
+        type=int,
+        help="of an onnx graph: 21 or 25 (default: the lowest with the smallest integer type)",
+    )
     p.add_argument("--max-bits", type=int, help="write the first planes alone")
-    p.add_argument("--fold-norms", action="store_true", help="batch norms as scale and shift; logits to about 1e-5")
+    p.add_argument(
+        "--fold-norms",
+        action="store_true",
+        help="batch norms as scale and shift; logits to about 1e-5",
+    )
     p.add_argument("--compress", action="store_true", help="zstd, a frame per plane; lossless")
-    p.add_argument("--rest", type=Path, help="with --max-bits: also write the planes left out, to add them later")
+    p.add_argument(
+        "--rest",
+        type=Path,
+        help="with --max-bits: also write the planes left out, to add them later",
+    )
     p.add_argument("--add", type=Path, help="a rest file: bring the packed file CKPT to its planes")
     return p
 
@@ -34,19 +53,27 @@ def main(argv: list[str]) -> int:
     """
     a = parser().parse_args(argv)
     if not a.source.is_file():
-        raise UserError(f"no file {a.source} to export; pass a checkpoint of a run or a packed file")
+        raise UserError(
+            f"no file {a.source} to export; pass a checkpoint of a run or a packed file"
+        )
     if a.rest is not None and a.max_bits is None:
         raise UserError("--rest is what --max-bits leaves out; pass both")
     if a.format in ("onnx", "qonnx") and a.bits is None:
-        raise UserError(f"--format {a.format} is a graph of one width; pass --bits n, or --format onnx-dynamic for all")
+        raise UserError(
+            f"--format {a.format} is a graph of one width; pass --bits n, or --format onnx-dynamic for all"
+        )
     if a.format not in ("onnx", "qonnx") and a.bits is not None:
-        raise UserError(f"--bits is the width of an onnx or qonnx graph; for fewer planes pass --max-bits {a.bits}")
+        raise UserError(
+            f"--bits is the width of an onnx or qonnx graph; for fewer planes pass --max-bits {a.bits}"
+        )
     if a.opset is not None and a.format != "onnx":
         raise UserError(f"--opset is of --format onnx, not of {a.format}")
     if a.rest is not None and a.rest.resolve() == a.out.resolve():
         raise UserError("--rest and --out are one file; pass two")
     if a.format != "packed" and (a.compress or a.rest or a.add or a.max_bits is not None):
-        raise UserError(f"--compress, --rest, --add and --max-bits are of packed files, not of --format {a.format}")
+        raise UserError(
+            f"--compress, --rest, --add and --max-bits are of packed files, not of --format {a.format}"
+        )
     if a.format == "packed":
         sizes = _packed(a)
         print("\n".join(f"{name:<10}{size:>14,} bytes" for name, size in sizes.items()))
@@ -95,7 +122,9 @@ def _packed(a: argparse.Namespace) -> dict[str, int]:
 
     if a.add is not None:
         if a.max_bits is not None or a.fold_norms or a.compress or not is_packed(a.source):
-            raise UserError("--add joins two packed files as they are; pass it with a packed file and --out alone")
+            raise UserError(
+                "--add joins two packed files as they are; pass it with a packed file and --out alone"
+            )
         return repack.join(a.source, a.add, a.out)
     if not is_packed(a.source):
         options = {"max_bits": a.max_bits, "fold_norms": a.fold_norms, "compress": a.compress}
@@ -117,7 +146,9 @@ def _onnx(a: argparse.Namespace, path: Path) -> None:
     try:
         from tq_lightning.export.onnx import dynamic, qonnx, static
     except ImportError as error:
-        raise UserError(f"--format {a.format} needs the onnx package ({error}); pip install 'tq_lightning[onnx]'") from error
+        raise UserError(
+            f"--format {a.format} needs the onnx package ({error}); pip install 'tq_lightning[onnx]'"
+        ) from error
     if a.format == "onnx":
         static.export_static(path, a.out, a.bits, a.opset)
     elif a.format == "onnx-dynamic":

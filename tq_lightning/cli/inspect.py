@@ -37,10 +37,16 @@ KEYS: dict[str, tuple[Any, str]] = {
 
 def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
     parser = Parser("inspect", description=__doc__)
-    parser.add_argument("--config", help="YAML file whose model: block gives the keys not given here")
+    parser.add_argument(
+        "--config", help="YAML file whose model: block gives the keys not given here"
+    )
     for key, (default, words) in KEYS.items():
-        parser.add_argument(f"--model.{key}", dest=key, metavar="V", help=f"{words} (default {default})")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the inspect record that `report` reads")
+        parser.add_argument(
+            f"--model.{key}", dest=key, metavar="V", help=f"{words} (default {default})"
+        )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="write the inspect record that `report` reads"
+    )
     given = vars(parser.parse_args(list(argv)))
     out, config = given.pop("out"), given.pop("config")
     values = {key: default for key, (default, _) in KEYS.items()}
@@ -48,14 +54,22 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
     values |= {key: _value(key, text) for key, text in given.items() if text is not None}
     for key in ("skip", "widths"):
         listed = values[key]
-        listed = [part.strip() for part in listed.split(",") if part.strip()] if isinstance(listed, str) else listed
+        listed = (
+            [part.strip() for part in listed.split(",") if part.strip()]
+            if isinstance(listed, str)
+            else listed
+        )
         values[key] = list(listed) if isinstance(listed, (list, tuple)) else [listed]
     try:
         values["widths"] = [int(bits) for bits in values["widths"]]
     except (TypeError, ValueError):
-        raise UserError(f"model.widths: got {values['widths']!r}, pass whole numbers such as 8,4,2,1") from None
+        raise UserError(
+            f"model.widths: got {values['widths']!r}, pass whole numbers such as 8,4,2,1"
+        ) from None
     if not isinstance(values["model_args"] or {}, dict):
-        raise UserError(f"model.model_args: got {values['model_args']!r}, pass a mapping such as '{{in_chans: 1}}'")
+        raise UserError(
+            f"model.model_args: got {values['model_args']!r}, pass a mapping such as '{{in_chans: 1}}'"
+        )
     if not isinstance(values["name"], str):
         raise UserError("inspect: no model; pass --model.name NAME")
     if out is not None and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
@@ -84,7 +98,9 @@ def _model_block(path: str | None) -> dict[str, Any]:
     return block
 
 
-def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right_from: int) -> None:
+def _show(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right_from: int
+) -> None:
     """A rich table in a terminal, plain aligned columns elsewhere; columns from `right_from` on are numbers."""
     if sys.stdout.isatty():
         from rich.console import Console
@@ -92,7 +108,9 @@ def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
 
         table = Table(title=title, title_justify="left")
         for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i >= right_from else "left", overflow="fold")
+            table.add_column(
+                column, justify="right" if i >= right_from else "left", overflow="fold"
+            )
         for row in rows:
             table.add_row(*row)
         Console().print(table)
@@ -100,7 +118,10 @@ def _show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
     wide = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
     print(title)
     for row in (columns, *rows):
-        cells = (c.rjust(w) if i >= right_from else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True)))
+        cells = (
+            c.rjust(w) if i >= right_from else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, wide, strict=True))
+        )
         print("  ".join(cells).rstrip())
     print()
 
@@ -119,24 +140,54 @@ def show(record: dict[str, Any]) -> None:
         ]
         for layer in record["layers"]
     ]
-    _show(f"{record['model']}: bytes by layer", ["layer", "kind", "shape", "bits", "parameters", *ways], layers, 3)
+    _show(
+        f"{record['model']}: bytes by layer",
+        ["layer", "kind", "shape", "bits", "parameters", *ways],
+        layers,
+        3,
+    )
     floats = 4 * record["parameters"]
     parts = ("weights", "scales", "float", "norms", "total")
     totals = [
-        [way, WAY_WORDS[way], *(f"{size[part]:,}" for part in parts), f"{floats / size['total']:.3f}x"]
+        [
+            way,
+            WAY_WORDS[way],
+            *(f"{size[part]:,}" for part in parts),
+            f"{floats / size['total']:.3f}x",
+        ]
         for way, size in record["ways"].items()
     ]
-    _show("in total, to serve all widths", ["way", "what", *parts, "float parameters over it"], totals, 2)
-    reads = [[bits, f"{size:,}", f"{floats / size:.2f}x"] for bits, size in record["read_at"].items()]
-    _show("read from the packed file to run at a width", ["bits", "bytes", "float parameters over it"], reads, 0)
+    _show(
+        "in total, to serve all widths",
+        ["way", "what", *parts, "float parameters over it"],
+        totals,
+        2,
+    )
+    reads = [
+        [bits, f"{size:,}", f"{floats / size:.2f}x"] for bits, size in record["read_at"].items()
+    ]
+    _show(
+        "read from the packed file to run at a width",
+        ["bits", "bytes", "float parameters over it"],
+        reads,
+        0,
+    )
     energy = record["energy"]
     names = list(energy["by_width"]["1"])
-    joules = [[bits, *(f"{pj * 1e-6:,.2f}" for pj in row.values())] for bits, row in energy["by_width"].items()]
+    joules = [
+        [bits, *(f"{pj * 1e-6:,.2f}" for pj in row.values())]
+        for bits, row in energy["by_width"].items()
+    ]
     title = "energy in microjoule, a model and no measurement: a switch to the width, and an inference's weight traffic"
-    _show(title, ["bits", *(name.removesuffix("_pj").replace("_", " ") for name in names)], joules, 0)
+    _show(
+        title, ["bits", *(name.removesuffix("_pj").replace("_", " ") for name in names)], joules, 0
+    )
     for line in (*record["accounting"], *(f"energy: {line}" for line in energy["assumptions"])):
         print(f"- {line}")
-    print("- energy, pJ: " + "; ".join(f"{name} {pj:g}" for name, pj in energy["constants_pj"].items()))
+    print(
+        "- energy, pJ: "
+        + "; ".join(f"{name} {pj:g}" for name, pj in energy["constants_pj"].items())
+    )
     print(f"- energy, source: {energy['source']}")
 
 

@@ -56,7 +56,9 @@ def main(argv: list[str]) -> int:
     loaded = records.load(arguments.inputs, arguments.full_paths)
     for key in arguments.ignore:
         if not any(key in run.config for run in loaded.runs):
-            raise UserError(f"--ignore {key}: no run has the key {key}; pass one such as model.lr or data.batch_size")
+            raise UserError(
+                f"--ignore {key}: no run has the key {key}; pass one such as model.lr or data.batch_size"
+            )
     found = evidence.gather(loaded, arguments.ignore)
     command = records.shorten("python -m tq_lightning report " + shlex.join(argv))
     written = make(found, out, arguments.title or out.resolve().name, command)
@@ -72,14 +74,20 @@ def show(evidence: Any, out: Path, files: list[str]) -> None:
     table = tabulate.arms(evidence)
     cells = {c: [tables.text(row[i]) for row in table.rows] for i, c in enumerate(table.columns)}
     always = ("model", "data", "quantizer", "ste", "seeds", "8", "4", "2", "1", "split")
-    telling = ("level", "activations", "also")  # shown where arms differ in them, lest two rows look the same
+    telling = (
+        "level",
+        "activations",
+        "also",
+    )  # shown where arms differ in them, lest two rows look the same
     heads = [c for c in table.columns if c in always or (c in telling and len(set(cells[c])) > 1)]
     rows = list(map(list, zip(*(cells[c] for c in heads), strict=True)))
     if sys.stdout.isatty() and rows:
         from rich.console import Console
         from rich.table import Table
 
-        shown = Table(*heads, title="top-1 truncated [%] by bits, mean ± 95 % t interval over seeds")
+        shown = Table(
+            *heads, title="top-1 truncated [%] by bits, mean ± 95 % t interval over seeds"
+        )
         for row in rows:
             shown.add_row(*row)
         Console().print(shown)
@@ -88,5 +96,7 @@ def show(evidence: Any, out: Path, files: list[str]) -> None:
     for path, reason in evidence.left_out:
         print(f"left out: {path}: {reason}")
     runs, left_out = sum(len(arm.runs) for arm in evidence.arms), len(evidence.left_out)
-    print(f"{runs} runs in {len(evidence.arms)} arms, {len(evidence.inspects)} inspect records, {left_out} left out")
+    print(
+        f"{runs} runs in {len(evidence.arms)} arms, {len(evidence.inspects)} inspect records, {left_out} left out"
+    )
     print(f"{len(files)} files in {out}: open {out / 'index.html'}")

@@ -28,7 +28,9 @@ def main(argv: list[str]) -> int:
     for name in ("workers", "n_trials", "timeout", "stale_after"):
         value = getattr(given, name)
         if value is not None and value < (0 if name == "workers" else 1):
-            raise UserError(f"--{name.replace('_', '-')}: expected a number from {0 if name == 'workers' else 1}, got {value}")
+            raise UserError(
+                f"--{name.replace('_', '-')}: expected a number from {0 if name == 'workers' else 1}, got {value}"
+            )
 
     from tq_lightning.sweep import launcher as engine
 
@@ -36,7 +38,16 @@ def main(argv: list[str]) -> int:
     folder = Path(given.dir or Path("runs") / "sweeps" / study_name)
     storage = given.storage or f"sqlite:///{folder / 'study.db'}"
     options = engine.Options(
-        folder, storage, study_name, objectives, given.workers, given.n_trials, given.timeout, given.stale_after, again, extra
+        folder,
+        storage,
+        study_name,
+        objectives,
+        given.workers,
+        given.n_trials,
+        given.timeout,
+        given.stale_after,
+        again,
+        extra,
     )
     if given.worker is not None:
         return _work(sweep, options, given)
@@ -59,9 +70,13 @@ def main(argv: list[str]) -> int:
     write_outcome(sweep, queue, folder)
     if not finished or not (queue.settled() or queue.limit is None):
         why = "out of time" if finished else "interrupted"
-        print(f"{why}; nothing is lost: go on with  python -m tq_lightning sweep {shlex.join(argv)}")
+        print(
+            f"{why}; nothing is lost: go on with  python -m tq_lightning sweep {shlex.join(argv)}"
+        )
     if finished and not any(t.values for t in queue.trials()):
-        reasons = [t.user_attrs["reason"] for t in queue.trials() if "reason" in t.user_attrs] or ["none has begun"]
+        reasons = [t.user_attrs["reason"] for t in queue.trials() if "reason" in t.user_attrs] or [
+            "none has begun"
+        ]
         print(f"error: no trial has a result: {reasons[0]}", file=sys.stderr)
         return 1
     return 0 if finished else 130
@@ -77,17 +92,30 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("file", help="a sweep file in the W&B format, such as sweeps/ste.yaml")
     p.add_argument(
-        "--workers", type=int, default=1, help="worker processes here (default 1; 0: the trials run in this process)"
+        "--workers",
+        type=int,
+        default=1,
+        help="worker processes here (default 1; 0: the trials run in this process)",
     )
-    p.add_argument("--n-trials", type=int, help="trials of the whole study, wherever they run (default: run_cap, or the grid)")
-    p.add_argument("--timeout", type=float, help="seconds after which this command starts no further trial")
+    p.add_argument(
+        "--n-trials",
+        type=int,
+        help="trials of the whole study, wherever they run (default: run_cap, or the grid)",
+    )
+    p.add_argument(
+        "--timeout", type=float, help="seconds after which this command starts no further trial"
+    )
     p.add_argument("--study-name", help="default: the file's name")
-    p.add_argument("--dir", help="the sweep's folder: trials, logs, tables, plots (default runs/sweeps/STUDY)")
     p.add_argument(
-        "--storage", help="an Optuna URL (postgresql+psycopg://user@host/db) or journal:PATH (default: SQLite in DIR)"
+        "--dir", help="the sweep's folder: trials, logs, tables, plots (default runs/sweeps/STUDY)"
     )
     p.add_argument(
-        "--objectives", help="several metrics, such as val/acc1_truncate_w2:max,storage/bytes:min; nothing is pruned"
+        "--storage",
+        help="an Optuna URL (postgresql+psycopg://user@host/db) or journal:PATH (default: SQLite in DIR)",
+    )
+    p.add_argument(
+        "--objectives",
+        help="several metrics, such as val/acc1_truncate_w2:max,storage/bytes:min; nothing is pruned",
     )
     p.add_argument(
         "--stale-after",
@@ -95,7 +123,10 @@ def parser() -> argparse.ArgumentParser:
         default=STALE_SECONDS,
         help="seconds without a sign of life after which a trial is given to another worker (default %(default)g)",
     )
-    for role in ("--worker", "--fit"):  # what the engine tells its own workers; a stand-in for `fit` in tests
+    for role in (
+        "--worker",
+        "--fit",
+    ):  # what the engine tells its own workers; a stand-in for `fit` in tests
         p.add_argument(role, default=FIT if role == "--fit" else None, help=argparse.SUPPRESS)
     p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     p.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
@@ -115,7 +146,9 @@ def read_objectives(text: str | None, sweep: Sweep) -> dict[str, str]:
         name, _, goal = part.strip().rpartition(":")
         full = next((known for known in GOALS if goal in (known, known[:3])), None)
         if not name or full is None or name in objectives:
-            raise UserError(f"--objectives: expected NAME:max or NAME:min, each name once, with commas between; got {part!r}")
+            raise UserError(
+                f"--objectives: expected NAME:max or NAME:min, each name once, with commas between; got {part!r}"
+            )
         objectives[name] = full
     return objectives
 
@@ -146,5 +179,7 @@ def _work(sweep: Sweep, options: object, given: argparse.Namespace) -> int:
     )
     sys.stdout.flush()
     if status == REPLACE and given.worker is not None:
-        os._exit(status)  # the interpreter's own end would ask the broken context to free what it holds, and may abort
+        os._exit(
+            status
+        )  # the interpreter's own end would ask the broken context to free what it holds, and may abort
     return status

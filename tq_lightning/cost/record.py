@@ -26,10 +26,21 @@ def inspect_record(values: dict[str, Any], command: str = "") -> dict[str, Any]:
         UserError: no such model, or a policy that prepare() refuses.
     """
     from tq_lightning.cost.energy import energy_model
-    from tq_lightning.cost.size import WAYS, float_over, layer_rows, meta_model, paper_rows, read_at, total
+    from tq_lightning.cost.size import (
+        WAYS,
+        float_over,
+        layer_rows,
+        meta_model,
+        paper_rows,
+        read_at,
+        total,
+    )
     from tq_lightning.quant.prepare import prepare
 
-    policy = {key: values[key] for key in ("skip", "widths", "max_bits", "norm", "normalizer", "activations")}
+    policy = {
+        key: values[key]
+        for key in ("skip", "widths", "max_bits", "norm", "normalizer", "activations")
+    }
     make = (values["name"], values["num_classes"])
     model = meta_model(*make, **(values["model_args"] or {}))
     try:
@@ -79,7 +90,9 @@ def inspect_record(values: dict[str, Any], command: str = "") -> dict[str, Any]:
 def _accounting(record: dict[str, Any]) -> list[str]:
     """What the two ratios, and the others, are made of; sizes in bytes."""
     ways, policy = record["ways"], record["policy"]
-    paper, packed, one, codes, files = (ways[way] for way in ("paper", "packed", "float_master", "master8", "file_per_width"))
+    paper, packed, one, codes, files = (
+        ways[way] for way in ("paper", "packed", "float_master", "master8", "file_per_width")
+    )
     floats = f"{4 * record['parameters']:,} bytes"
     return [
         f"the paper's accounting: {record['parameters']:,} float parameters, {floats}, over {paper['total']:,} = "
@@ -100,7 +113,13 @@ def mechanism() -> dict[str, Any]:
     """Staircases on a plain tensor: levels of round, of round at 8 bits shifted, and of floor, at 1 to 4 bits."""
     import torch
 
-    from tq_lightning.quant.codes import STORED_BITS, codes_to_levels, floor_codes, round_codes, truncate_codes
+    from tq_lightning.quant.codes import (
+        STORED_BITS,
+        codes_to_levels,
+        floor_codes,
+        round_codes,
+        truncate_codes,
+    )
 
     u = (torch.arange(GRID) + 0.5) / GRID
     stored = round_codes(u, STORED_BITS)
@@ -110,7 +129,10 @@ def mechanism() -> dict[str, Any]:
         "floor": lambda bits: floor_codes(u, bits),
     }
     lines = {
-        name: {str(bits): [round(x, 6) for x in codes_to_levels(make(bits), bits).tolist()] for bits in MECHANISM_BITS}
+        name: {
+            str(bits): [round(x, 6) for x in codes_to_levels(make(bits), bits).tolist()]
+            for bits in MECHANISM_BITS
+        }
         for name, make in makers.items()
     }
     return {"bits": list(MECHANISM_BITS), "u": u.tolist(), **lines}

@@ -73,7 +73,9 @@ def layer_rows(model: nn.Module) -> list[Row]:
     """A row for each layer of a prepared model that stores anything, in model order."""
     seen: set[int] = set()
     rows = (_row(name or "(root)", module, seen) for name, module in _layers(model))
-    return [row for row in rows if row.codes or row.scales or row.floats or row.tables or row.norm_set]
+    return [
+        row for row in rows if row.codes or row.scales or row.floats or row.tables or row.norm_set
+    ]
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -141,7 +143,11 @@ def _stored_bytes(tensor: Tensor) -> int:
 
 def _scale_count(weight: Tensor, quantizer: WeightQuantizer) -> int:
     """One for the tensor, or one for each output channel (and input channel, the way a transposed convolution keeps them)."""
-    return math.prod(weight.shape[: quantizer.channel_dim + 1]) if quantizer.normalizer.endswith("_channel") else 1
+    return (
+        math.prod(weight.shape[: quantizer.channel_dim + 1])
+        if quantizer.normalizer.endswith("_channel")
+        else 1
+    )
 
 
 def _kind(module: nn.Module) -> str:
@@ -157,7 +163,12 @@ def _float_master(row: Row, bits: int) -> tuple[int, int, int, int]:
 
 
 def _file_per_width(row: Row, bits: int) -> tuple[int, int, int, int]:
-    return row.plane * bits * (bits + 1) // 2, row.scales * bits, row.floats * bits, row.norm_set * bits
+    return (
+        row.plane * bits * (bits + 1) // 2,
+        row.scales * bits,
+        row.floats * bits,
+        row.norm_set * bits,
+    )
 
 
 def _master8(row: Row, bits: int) -> tuple[int, int, int, int]:
@@ -185,14 +196,18 @@ WAYS: dict[str, Callable[[Row, int], tuple[int, int, int, int]]] = {
 
 def total(rows: Iterable[Row], way: str, max_bits: int) -> dict[str, int]:
     """Bytes of a way by part, and their sum under "total"."""
-    columns = [sum(column) for column in zip(*(WAYS[way](row, max_bits) for row in rows), strict=True)]
+    columns = [
+        sum(column) for column in zip(*(WAYS[way](row, max_bits) for row in rows), strict=True)
+    ]
     columns = columns or [0] * len(PARTS)
     return {"total": sum(columns), **dict(zip(PARTS, columns, strict=True))}
 
 
 def read_at(rows: Iterable[Row], bits: int) -> int:
     """Bytes read to run at a width: that many planes, the scales, what is kept as it is, one norm set; not the header."""
-    return sum(row.plane * bits + row.scales + row.floats + row.tables + row.norm_set for row in rows)
+    return sum(
+        row.plane * bits + row.scales + row.floats + row.tables + row.norm_set for row in rows
+    )
 
 
 def paper_rows(model: nn.Module) -> list[Row]:

@@ -64,7 +64,9 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int)
     x = torch.arange(w, device=images.device)
     columns = left[:, None] + torch.where(flip[:, None], w - 1 - x, x)
     index = rows[:, :, None] * (w + 2 * pad) + columns[:, None, :]
-    return padded.reshape(b, c, -1).gather(2, index.view(b, 1, -1).expand(b, c, -1)).view(b, c, h, w)
+    return (
+        padded.reshape(b, c, -1).gather(2, index.view(b, 1, -1).expand(b, c, -1)).view(b, c, h, w)
+    )
 
 
 class BatchAugment:
@@ -78,7 +80,9 @@ class BatchAugment:
         mixup: timm's Mixup, or None.
     """
 
-    def __init__(self, seed: int, pad: int, hflip: float, reprob: float, remode: str, mixup: Any) -> None:
+    def __init__(
+        self, seed: int, pad: int, hflip: float, reprob: float, remode: str, mixup: Any
+    ) -> None:
         self.seed, self.pad, self.hflip = seed, pad, hflip
         self.reprob, self.remode, self.mixup = reprob, remode, mixup
 
@@ -98,7 +102,11 @@ class BatchAugment:
 
     def geometry(self, images: Tensor, draw: dict[str, Any]) -> Tensor:
         """Crop and mirror; before normalisation, so that the border is black."""
-        return crop_flip(images, draw["top"], draw["left"], draw["flip"], self.pad) if "top" in draw else images
+        return (
+            crop_flip(images, draw["top"], draw["left"], draw["flip"], self.pad)
+            if "top" in draw
+            else images
+        )
 
     def finish(self, images: Tensor, labels: Tensor, draw: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Random erasing and mixup, after normalisation as in timm; under mixup labels become (B, classes) floats."""
@@ -123,7 +131,9 @@ def eval_transform(size: int, crop_pct: float, interpolation: str) -> Callable[[
     return create_transform(size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
 
 
-def train_transform(size: int, scale: float, hflip: float, interpolation: str, **colours: Any) -> Callable[[Any], Tensor]:
+def train_transform(
+    size: int, scale: float, hflip: float, interpolation: str, **colours: Any
+) -> Callable[[Any], Tensor]:
     """timm's training transform of one PIL image, up to a uint8 (3, size, size) tensor (erasing is left to the batch).
 
     `colours`: color_jitter, auto_augment and mean (what auto-augment fills with), as timm's `create_transform` takes them.
@@ -138,5 +148,7 @@ def colour_transform(size: int, **colours: Any) -> Callable[[Any], Tensor]:
     """The part of `train_transform` that neither crops nor mirrors, for small images, which are cropped as a batch."""
     from timm.data import create_transform
 
-    _, ops, last = create_transform(size, is_training=True, normalize=False, separate=True, **colours)
+    _, ops, last = create_transform(
+        size, is_training=True, normalize=False, separate=True, **colours
+    )
     return lambda image: last(ops(image))

@@ -96,7 +96,12 @@ class TQDataModule(lightning.LightningDataModule):
         super().__init__()
         check(locals())
         row = self._row = DATASETS[name]
-        self.name, self.batch_size, self.val_fraction, self.samples = name, batch_size, val_fraction, samples
+        self.name, self.batch_size, self.val_fraction, self.samples = (
+            name,
+            batch_size,
+            val_fraction,
+            samples,
+        )
         self.image_size = image_size or row["size"] or 224
         self.input_shape = (3, self.image_size, self.image_size)
         self.eval_batch_size = eval_batch_size or max(2 * batch_size, 256 if row["size"] else 1)
@@ -112,7 +117,9 @@ class TQDataModule(lightning.LightningDataModule):
         self.mix = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": smoothing}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self._expected = num_classes
-        self._source = Source(Path(root).expanduser(), download, num_classes, self.image_size, samples)
+        self._source = Source(
+            Path(root).expanduser(), download, num_classes, self.image_size, samples
+        )
         self._splits: dict[str, Split] = {}
         self._absent: set[str] = set()
         self._fetches: dict[tuple[str, str], BatchReader] = {}
@@ -123,12 +130,19 @@ class TQDataModule(lightning.LightningDataModule):
     @property
     def num_classes(self) -> int:
         """Classes of the set: known from its name, or asked for, or read from its files."""
-        return self._row["classes"] or self._expected or (10 if self.name == "synthetic" else len(self.class_names))
+        return (
+            self._row["classes"]
+            or self._expected
+            or (10 if self.name == "synthetic" else len(self.class_names))
+        )
 
     @property
     def class_names(self) -> list[str]:
         """Names in index order, from the first split there is."""
-        split = next((got for name in ("train", "val", "test") if (got := self._split(name)) is not None), None)
+        split = next(
+            (got for name in ("train", "val", "test") if (got := self._split(name)) is not None),
+            None,
+        )
         if split is None:
             raise UserError(images.missing(self._source.root, "train", "val", "test"))
         return split.classes
@@ -155,7 +169,9 @@ class TQDataModule(lightning.LightningDataModule):
         split, samples = self._part("train")
         samples = samples[torch.randperm(samples.numel(), generator=generator(8))[: n * size]]
         # a reader of its own: this may be called while validation goes through the same split
-        for pixels, labels in self._new_fetch(split, training=False)(lambda: iter(samples.split(size))):
+        for pixels, labels in self._new_fetch(split, training=False)(
+            lambda: iter(samples.split(size))
+        ):
             yield self.normalise(pixels.to(device)), labels.to(device)
 
     # Splits
@@ -164,9 +180,17 @@ class TQDataModule(lightning.LightningDataModule):
         """The split train, val or test, read once; None where the set has none."""
         if name not in self._splits and name not in self._absent:
             got = self._row["read"](self._source, name)
-            if got is not None and self._expected is not None and self._expected != len(got.classes):
-                what = f"{self.name} at {self._source.root.absolute()} has {len(got.classes)} classes"
-                raise UserError(f"data.num_classes={self._expected}, but {what}; pass that number, or null")
+            if (
+                got is not None
+                and self._expected is not None
+                and self._expected != len(got.classes)
+            ):
+                what = (
+                    f"{self.name} at {self._source.root.absolute()} has {len(got.classes)} classes"
+                )
+                raise UserError(
+                    f"data.num_classes={self._expected}, but {what}; pass that number, or null"
+                )
             if got is None:
                 self._absent.add(name)
             else:
@@ -183,7 +207,13 @@ class TQDataModule(lightning.LightningDataModule):
     def _part(self, stage: str) -> tuple[str, Tensor]:
         """(split to read, sample numbers) for stage train, val or test."""
         own = self._split("val") is not None
-        name = self._need("test", "val") if stage == "test" else "val" if stage == "val" and own else self._need("train")
+        name = (
+            self._need("test", "val")
+            if stage == "test"
+            else "val"
+            if stage == "val" and own
+            else self._need("train")
+        )
         labels = self._splits[name].labels
         everything = torch.arange(labels.numel())
         if name != "train":
@@ -207,15 +237,23 @@ class TQDataModule(lightning.LightningDataModule):
     def _new_fetch(self, name: str, training: bool) -> BatchReader:
         split = self._splits[name]
         read, transform = split.read, None
-        colours = {"color_jitter": self.color_jitter or None, "auto_augment": self.auto_augment, "mean": self.mean}
+        colours = {
+            "color_jitter": self.color_jitter or None,
+            "auto_augment": self.auto_augment,
+            "mean": self.mean,
+        }
         if read is not None and training:
             how = self.train_interpolation
-            transform = augment.train_transform(self.image_size, self.scale, self.hflip, how, **colours)
+            transform = augment.train_transform(
+                self.image_size, self.scale, self.hflip, how, **colours
+            )
         elif read is not None:
             transform = augment.eval_transform(self.image_size, self.crop_pct, self.interpolation)
         elif training and (self.color_jitter or self.auto_augment):
             read, transform = split.picture, augment.colour_transform(self.image_size, **colours)
-        items = ImageDataset(read, transform) if read is not None and transform is not None else None
+        items = (
+            ImageDataset(read, transform) if read is not None and transform is not None else None
+        )
         return BatchReader(split.labels, split.pixels, items, self.workers)
 
     # Lightning
@@ -223,7 +261,11 @@ class TQDataModule(lightning.LightningDataModule):
     def prepare_data(self) -> None:
         """Download where that is needed: on one process, before the others look."""
         if self.name in ("cifar10", "cifar100"):
-            self.setup(str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else "fit")
+            self.setup(
+                str(self.trainer.state.fn.value)
+                if self.trainer and self.trainer.state.fn
+                else "fit"
+            )
 
     def setup(self, stage: str) -> None:
         """Read what `stage` (fit, validate, test or predict) needs: a missing set is an error before anything starts."""
@@ -234,8 +276,12 @@ class TQDataModule(lightning.LightningDataModule):
         name, samples = self._part("train")
         fetch, mixup = self._fetch(name, "train"), self.mixup
         if mixup is not None and self.batch_size % 2:
-            raise UserError(f"data.batch_size={self.batch_size} is odd: mixup, cutmix and smoothing need an even one")
-        order = TrainOrder(samples, self.batch_size, self.seed, *self._place(), even=mixup is not None)
+            raise UserError(
+                f"data.batch_size={self.batch_size} is odd: mixup, cutmix and smoothing need an even one"
+            )
+        order = TrainOrder(
+            samples, self.batch_size, self.seed, *self._place(), even=mixup is not None
+        )
         order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
         files = self._row["size"] is None  # cropped and mirrored one by one
         pad, hflip = (0, 0.0) if files else (self.pad, self.hflip)
@@ -278,12 +324,18 @@ class TQDataModule(lightning.LightningDataModule):
         pixels, labels, *draw = batch
         if not draw or self._augment is None:
             return self.normalise(pixels), labels
-        return self._augment.finish(self.normalise(self._augment.geometry(pixels, draw[0])), labels, draw[0])
+        return self._augment.finish(
+            self.normalise(self._augment.geometry(pixels, draw[0])), labels, draw[0]
+        )
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32 (B, 3, image_size, image_size), (pixels / 255 - mean) / std, scaled last."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std)
+        )
         out = pixels.float().div_(255).sub_(mean).div_(std)
         if out.shape[-1] == self.image_size:
             return out
-        return torch.nn.functional.interpolate(out, self.input_shape[1:], mode=self.interpolation, antialias=True)
+        return torch.nn.functional.interpolate(
+            out, self.input_shape[1:], mode=self.interpolation, antialias=True
+        )

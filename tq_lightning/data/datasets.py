@@ -58,11 +58,20 @@ def read_digits(source: Source, split: str) -> Split | None:
 
     bunch = load_digits()
     labels = torch.from_numpy(bunch.target).long()
-    pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    pixels = (
+        torch.from_numpy(bunch.images * (255 / 16))
+        .round()
+        .to(torch.uint8)[:, None]
+        .expand(-1, 3, -1, -1)
+    )
     test = torch.zeros(labels.numel(), dtype=torch.bool)
     test[stratified(labels, 360)] = True
     part = {"train": ~test, "test": test}.get(split)
-    return None if part is None else Split([str(d) for d in range(10)], labels[part], pixels[part].contiguous())
+    return (
+        None
+        if part is None
+        else Split([str(d) for d in range(10)], labels[part], pixels[part].contiguous())
+    )
 
 
 def read_synthetic(source: Source, split: str) -> Split:
@@ -75,11 +84,15 @@ def read_synthetic(source: Source, split: str) -> Split:
     count = source.samples or 2048
     count = count if split == "train" else max(16, count // 4)
     draw = generator(7, {"train": 1, "val": 2, "test": 3}[split])
-    pattern = F.interpolate(torch.rand(classes, 3, 4, 4, generator=generator(6, classes)), (side, side), mode="bilinear")
+    pattern = F.interpolate(
+        torch.rand(classes, 3, 4, 4, generator=generator(6, classes)), (side, side), mode="bilinear"
+    )
     labels = torch.arange(count)[torch.randperm(count, generator=draw)] % classes
     shift = torch.randint(-(side // 8), side // 8 + 1, (count, 2), generator=draw)
     rows, columns = ((torch.arange(side) + shift[:, axis, None]) % side for axis in (0, 1))
-    moved = pattern[labels[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    moved = pattern[labels[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
     gain = 0.6 + 0.4 * torch.rand(count, 1, 1, 1, generator=draw)
     noisy = moved * gain + 0.15 * torch.randn(moved.shape, generator=draw)
     pixels = (noisy.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
@@ -126,7 +139,9 @@ def read_imagenet(source: Source, split: str) -> Split | None:
     """ImageNet-1k: folders named by WordNet id, mapped to the usual 1,000 indices even where few of them are there."""
     from timm.data.imagenet_info import ImageNetInfo
 
-    source.index = {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    source.index = {
+        name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())
+    }
     return _read_files(source, split)
 
 
@@ -140,13 +155,22 @@ def _read_files(source: Source, split: str) -> Split | None:
             raise UserError(images.missing(root, split))
         return None
     dataset, source.index, labels = images.open_folder(path, source.index)
-    return Split(sorted(source.index, key=source.index.__getitem__), labels, read=dataset.__getitem__)
+    return Split(
+        sorted(source.index, key=source.index.__getitem__), labels, read=dataset.__getitem__
+    )
 
 
 # read: (source, split) -> Split, or None where the set has no such split
 # classes: None = as found or asked for; size: edge in pixels, None = image files, scaled to what is asked for
 # pad: black border of the random crop in pixels; hflip: chance to mirror; jitter: timm's colour jitter
-_FILES: dict[str, Any] = {"size": None, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "pad": 0, "hflip": 0.5, "jitter": 0.4}
+_FILES: dict[str, Any] = {
+    "size": None,
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+    "pad": 0,
+    "hflip": 0.5,
+    "jitter": 0.4,
+}
 _SMALL: dict[str, Any] = {"size": 32, "pad": 4, "hflip": 0.5, "jitter": 0.0}
 DATASETS: dict[str, dict[str, Any]] = {
     "digits": {

@@ -23,7 +23,9 @@ class ImageDataset:
         transform: PIL image -> uint8 tensor; draws from the global generators, which are seeded here for every sample.
     """
 
-    def __init__(self, read: Callable[[int], tuple[Any, int]], transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, read: Callable[[int], tuple[Any, int]], transform: Callable[[Any], Tensor]
+    ) -> None:
         self.read, self.transform = read, transform
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
@@ -55,7 +57,13 @@ class BatchReader:
         workers: processes for `items`; they persist over the epochs.
     """
 
-    def __init__(self, labels: Tensor, pixels: Tensor | None, items: ImageDataset | None = None, workers: int = 0) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        pixels: Tensor | None,
+        items: ImageDataset | None = None,
+        workers: int = 0,
+    ) -> None:
         self.labels, self.pixels, self.items, self.workers = labels, pixels, items, workers
         self._sampler = _Keys()
         self._loader: DataLoader | None = None
@@ -68,7 +76,9 @@ class BatchReader:
             for i in batches():
                 yield self.pixels.index_select(0, i), self.labels.index_select(0, i)
             return
-        self._sampler.keys = lambda: ([(n, derive_seed(seed, epoch, n, 5)) for n in i.tolist()] for i in batches())
+        self._sampler.keys = lambda: (
+            [(n, derive_seed(seed, epoch, n, 5)) for n in i.tolist()] for i in batches()
+        )
         if self._loader is None:
             # a generator of its own: a DataLoader otherwise draws a seed from the global one whenever it starts
             self._loader = DataLoader(
@@ -119,7 +129,9 @@ class TrainLoader:
             )
         order = self.order
         mine = share(order.size, order.rank, order.world)
-        chosen = self.fetch(lambda: (samples[mine] for _, samples in order.batches(epoch, start)), order.seed, epoch)
+        chosen = self.fetch(
+            lambda: (samples[mine] for _, samples in order.batches(epoch, start)), order.seed, epoch
+        )
         for number, (images, labels) in enumerate(chosen, start):
             yield images, labels, self.augment.draw(epoch, number, order.size, mine)
 
@@ -136,7 +148,9 @@ class TrainLoader:
 class EvalLoader:
     """Yields (images uint8, labels) of this process' share of `samples`, in order, each sample once."""
 
-    def __init__(self, fetch: BatchReader, samples: Tensor, batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, fetch: BatchReader, samples: Tensor, batch_size: int, rank: int = 0, world: int = 1
+    ) -> None:
         self.fetch, self.batches = fetch, eval_batches(samples, batch_size, rank, world)
 
     def __len__(self) -> int:

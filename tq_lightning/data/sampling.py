@@ -72,24 +72,40 @@ class TrainOrder:
     batch gives one smaller batch in a single process and is refused in several.
     """
 
-    def __init__(self, samples: Tensor, batch_size: int, seed: int, rank: int = 0, world: int = 1, even: bool = False) -> None:
+    def __init__(
+        self,
+        samples: Tensor,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        even: bool = False,
+    ) -> None:
         self.samples, self.seed, self.rank, self.world = samples, seed, rank, world
         self.shuffle = True
         count = samples.numel()
         self.size = min(batch_size * world, count)
         if world > 1 and self.size < batch_size * world:
-            raise UserError(f"{count} training samples do not fill a batch of {world} x {batch_size}; lower data.batch_size")
+            raise UserError(
+                f"{count} training samples do not fill a batch of {world} x {batch_size}; lower data.batch_size"
+            )
         if even:
             self.size -= self.size % 2
         if self.size < 1:
-            raise UserError(f"{count} training samples make no batch; raise data.samples or lower data.val_fraction")
+            raise UserError(
+                f"{count} training samples make no batch; raise data.samples or lower data.val_fraction"
+            )
 
     def __len__(self) -> int:
         return self.samples.numel() // self.size
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
         """(batch number, (size,) sample numbers of the global batch) from batch `start` of `epoch` on."""
-        order = torch.randperm(self.samples.numel(), generator=generator(self.seed, epoch, 2)) if self.shuffle else None
+        order = (
+            torch.randperm(self.samples.numel(), generator=generator(self.seed, epoch, 2))
+            if self.shuffle
+            else None
+        )
         samples = self.samples if order is None else self.samples[order]
         for batch in range(start, len(self)):
             yield batch, samples[batch * self.size : (batch + 1) * self.size]
@@ -101,7 +117,9 @@ def eval_batches(samples: Tensor, batch_size: int, rank: int = 0, world: int = 1
     (A collective inside an evaluation step would hang if one process had a batch more; the sizes differ instead.)
     """
     if samples.numel() < world:
-        raise UserError(f"{samples.numel()} samples to evaluate for {world} processes; use fewer devices")
+        raise UserError(
+            f"{samples.numel()} samples to evaluate for {world} processes; use fewer devices"
+        )
     mine = samples[rank::world]
     if world == 1:
         return list(mine.split(batch_size))

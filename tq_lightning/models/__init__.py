@@ -46,20 +46,32 @@ def create_model(
     """
     if ":" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
+        hint = (
+            f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
+        )
         raise UserError(f"unknown model {name!r}; {hint}")
     try:
         with _hub_answers_at_once() if pretrained or ":" in name else nullcontext():
-            model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+            model = timm.create_model(
+                name, pretrained=pretrained, num_classes=num_classes, **kwargs
+            )
     except Exception as error:  # timm raises whatever the model or the network stack does
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         if pretrained:
-            said = f"{type(error).__name__}: not in the cache, and no network" if isinstance(error, OSError) else said
+            said = (
+                f"{type(error).__name__}: not in the cache, and no network"
+                if isinstance(error, OSError)
+                else said
+            )
             hint = "pass pretrained=false, or checkpoint_path=FILE with weights you have"
-            raise UserError(f"cannot get the pretrained weights of {name} ({said}); {hint}") from error
+            raise UserError(
+                f"cannot get the pretrained weights of {name} ({said}); {hint}"
+            ) from error
         asked = {"num_classes": num_classes, **kwargs}
         given = ", ".join(f"{key}={value!r}" for key, value in asked.items() if value is not None)
-        raise UserError(f"timm cannot make {name} with {given or 'no arguments'} ({said})") from error
+        raise UserError(
+            f"timm cannot make {name} with {given or 'no arguments'} ({said})"
+        ) from error
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path, name)
     return model

@@ -39,7 +39,11 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         before = self.missing // 2
         shortcut = x[:, :, :: self.stride, :: self.stride]
-        shortcut = F.pad(shortcut, (0, 0, 0, 0, before, self.missing - before)) if self.missing else shortcut
+        shortcut = (
+            F.pad(shortcut, (0, 0, 0, 0, before, self.missing - before))
+            if self.missing
+            else shortcut
+        )
         return self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))) + shortcut)
 
 
@@ -77,7 +81,9 @@ class _CifarNet(nn.Module):
 
     block: type[nn.Module]
 
-    def __init__(self, widths: tuple[int, int, int], depth: int, num_classes: int, in_chans: int) -> None:
+    def __init__(
+        self, widths: tuple[int, int, int], depth: int, num_classes: int, in_chans: int
+    ) -> None:
         super().__init__()
         self.num_features = self.head_hidden_size = widths[-1]
         self.in_chans = in_chans
@@ -98,7 +104,9 @@ class _CifarNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier by a new one; 0 classes removes it. `global_pool` is there for timm's signature."""
         self.num_classes = num_classes
-        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc: nn.Module = (
+            nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -136,8 +144,12 @@ class CifarPreActResNet(_CifarNet):
 
     block = _PreActBlock
 
-    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3, expansion: int = 1) -> None:
-        super().__init__((16 * expansion, 32 * expansion, 64 * expansion), depth, num_classes, in_chans)
+    def __init__(
+        self, depth: int, num_classes: int = 10, in_chans: int = 3, expansion: int = 1
+    ) -> None:
+        super().__init__(
+            (16 * expansion, 32 * expansion, 64 * expansion), depth, num_classes, in_chans
+        )
         self.bn = nn.BatchNorm2d(64 * expansion)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -156,7 +168,13 @@ _CIFAR_CFG = {
     "first_conv": "conv1",
     "classifier": "fc",
 }
-_CIFAR_NAMES = ("resnet8_cifar", "resnet20_cifar", "resnet56_cifar", "preresnet20_cifar", "preresnet20_cifar_x5")
+_CIFAR_NAMES = (
+    "resnet8_cifar",
+    "resnet20_cifar",
+    "resnet56_cifar",
+    "preresnet20_cifar",
+    "preresnet20_cifar_x5",
+)
 default_cfgs = generate_default_cfgs(dict.fromkeys(_CIFAR_NAMES, _CIFAR_CFG))
 
 
@@ -177,10 +195,14 @@ def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def preresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(CifarPreActResNet, "preresnet20_cifar", pretrained, depth=3, **kwargs)
+    return build_model_with_cfg(
+        CifarPreActResNet, "preresnet20_cifar", pretrained, depth=3, **kwargs
+    )
 
 
 @register_model
 def preresnet20_cifar_x5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     kwargs.setdefault("expansion", 5)
-    return build_model_with_cfg(CifarPreActResNet, "preresnet20_cifar_x5", pretrained, depth=3, **kwargs)
+    return build_model_with_cfg(
+        CifarPreActResNet, "preresnet20_cifar_x5", pretrained, depth=3, **kwargs
+    )

@@ -34,14 +34,24 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
     for key in sorted(state.keys() & own.keys()):
         if state[key].shape != own[key].shape:
             got, want = tuple(state[key].shape), tuple(own[key].shape)
-            raise UserError(f"{path}: {key} is {got}, {name} has {want}; {_mismatch_hint(key, got, want, model)}")
+            raise UserError(
+                f"{path}: {key} is {got}, {name} has {want}; {_mismatch_hint(key, got, want, model)}"
+            )
     # A counter that older PyTorch did not save, and that moves no output.
-    missing = sorted(key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked"))
+    missing = sorted(
+        key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")
+    )
     extra = sorted(state.keys() - own.keys())
     if missing or extra:
         lists = {"missing": missing, "unknown": extra}
-        words = [f"{len(keys)} {what} ({', '.join(keys[:2])}, ...)" for what, keys in lists.items() if keys]
-        raise UserError(f"{path} does not fit {name}: tensors {', '.join(words)}; pass the checkpoint of this model")
+        words = [
+            f"{len(keys)} {what} ({', '.join(keys[:2])}, ...)"
+            for what, keys in lists.items()
+            if keys
+        ]
+        raise UserError(
+            f"{path} does not fit {name}: tensors {', '.join(words)}; pass the checkpoint of this model"
+        )
     model.load_state_dict(state, strict=False)
 
 
@@ -52,7 +62,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         UserError: no such file, or one that holds anything but tensors and plain values.
     """
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}; pass the path of a .safetensors, .pth, .th or .ckpt file")
+        raise UserError(
+            f"no checkpoint at {path}; pass the path of a .safetensors, .pth, .th or .ckpt file"
+        )
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -61,16 +73,26 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} refused: no checkpoint, or one that holds more than tensors and plain values") from error
+        raise UserError(
+            f"{path} refused: no checkpoint, or one that holds more than tensors and plain values"
+        ) from error
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise UserError(f"cannot read {path} as a checkpoint ({said}); pass a file that torch.save wrote, whole") from error
+        raise UserError(
+            f"cannot read {path} as a checkpoint ({said}); pass a file that torch.save wrote, whole"
+        ) from error
     for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no state dict (a dict of tensors, plain or under one of {', '.join(_WRAPPERS)})")
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
+        raise UserError(
+            f"{path} holds no state dict (a dict of tensors, plain or under one of {', '.join(_WRAPPERS)})"
+        )
     return content
 
 
@@ -80,15 +102,26 @@ def _rename(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     own = model.state_dict().keys()
-    state = {_unprepared(key): value for key, value in state.items() if key in own or not _ONLY_PREPARED.search(key)}
+    state = {
+        _unprepared(key): value
+        for key, value in state.items()
+        if key in own or not _ONLY_PREPARED.search(key)
+    }
     if hasattr(model, "fc") and not hasattr(model, "linear"):  # the public CIFAR weights say linear
-        state = {f"fc.{key[7:]}" if key.startswith("linear.") else key: value for key, value in state.items()}
+        state = {
+            f"fc.{key[7:]}" if key.startswith("linear.") else key: value
+            for key, value in state.items()
+        }
     return state
 
 
 def _unprepared(key: str) -> str:
     """The name that a float weight, or a tensor of a float norm set, had before prepare()."""
-    return key.replace(f".sets.{FLOAT}.", ".").replace(".parametrizations.", ".").removesuffix(".original")
+    return (
+        key.replace(f".sets.{FLOAT}.", ".")
+        .replace(".parametrizations.", ".")
+        .removesuffix(".original")
+    )
 
 
 def _mismatch_hint(key: str, got: tuple[int, ...], want: tuple[int, ...], model: nn.Module) -> str:

@@ -43,7 +43,9 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, kind: str, width: Width, ste: str = "auto") -> None:
         super().__init__()
         if kind not in ACTIVATIONS:
-            raise ValueError(f"unknown activations {kind!r}; pass null or one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"unknown activations {kind!r}; pass null or one of {', '.join(ACTIVATIONS)}"
+            )
         self.learned, self.quantizer, self.truncated = ACTIVATIONS[kind]
         self.kind, self.width, self.ste = kind, width, resolve_ste(ste, self.quantizer)
         self.clip: nn.Parameter | Tensor
@@ -58,7 +60,9 @@ class ActivationQuantizer(nn.Module):
         if self.learned:
             scale = scale.clamp_min(PACT_LEAST)
             over = inside >= scale
-            inside = inside.masked_fill(over, 0.0)  # no gradient to x out there, none to the clip through the quantizer
+            inside = inside.masked_fill(
+                over, 0.0
+            )  # no gradient to x out there, none to the clip through the quantizer
             u = (inside / scale).clamp_min(0.0).masked_fill(over, 1.0)
         else:
             u = inside.clamp(0.0, 1.0)
@@ -69,7 +73,17 @@ class ActivationQuantizer(nn.Module):
         elif torch.is_grad_enabled() and u.requires_grad:
             # integers know no NaN: a network that has diverged before this layer would train on with a finite loss
             scale = scale + 0.0 * u.detach().sum()
-            out = FakeQuantize.apply(u, scale, False, bits, self.quantizer, self.ste, "endpoint", self.width.max_bits, source)
+            out = FakeQuantize.apply(
+                u,
+                scale,
+                False,
+                bits,
+                self.quantizer,
+                self.ste,
+                "endpoint",
+                self.width.max_bits,
+                source,
+            )
         else:
             codes = width_codes(u, bits, self.quantizer, self.width.max_bits, source)
             out = codes_to_levels(codes, bits).mul_(scale)

@@ -41,7 +41,9 @@ def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
     """
     _check(codes, bits)
     if bits < STORED_BITS and codes.size and int(codes.max()) >> bits:
-        raise ValueError(f"a code of {int(codes.max())} does not fit {bits} bits; pass bits={int(codes.max()).bit_length()}")
+        raise ValueError(
+            f"a code of {int(codes.max())} does not fit {bits} bits; pass bits={int(codes.max()).bit_length()}"
+        )
     planes = np.empty((bits, plane_bytes(codes.size)), np.uint8)
     scratch = np.empty(min(BLOCK, codes.size), np.uint8)
     for start in range(0, codes.size, BLOCK):
@@ -54,7 +56,9 @@ def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
     return planes
 
 
-def unpack_planes(planes: Sequence[np.ndarray] | np.ndarray, count: int, out: np.ndarray | None = None) -> np.ndarray:
+def unpack_planes(
+    planes: Sequence[np.ndarray] | np.ndarray, count: int, out: np.ndarray | None = None
+) -> np.ndarray:
     """The first n planes -> codes of width n.
 
     Args:
@@ -72,13 +76,17 @@ def unpack_planes(planes: Sequence[np.ndarray] | np.ndarray, count: int, out: np
     _check(out, len(planes))
     for plane in planes:
         if plane.dtype != np.uint8 or plane.shape != (plane_bytes(out.size),):
-            raise ValueError(f"a plane of {out.size} codes is {plane_bytes(out.size)} bytes, got {plane.shape}")
+            raise ValueError(
+                f"a plane of {out.size} codes is {plane_bytes(out.size)} bytes, got {plane.shape}"
+            )
     for start in range(0, out.size, BLOCK):
         block = out[start : start + BLOCK]
         at = slice(start // 8, start // 8 + plane_bytes(block.size))
         block[:] = np.unpackbits(planes[0][at], count=block.size)
         for plane in planes[1:]:
-            np.add(block, block, out=block)  # one bit to the left; NumPy's uint8 shift is many times slower
+            np.add(
+                block, block, out=block
+            )  # one bit to the left; NumPy's uint8 shift is many times slower
             np.bitwise_or(block, np.unpackbits(plane[at], count=block.size), out=block)
     return out
 

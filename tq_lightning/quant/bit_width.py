@@ -62,9 +62,13 @@ def _holders(model: nn.Module) -> list[nn.Module]:
 def _shared(model: nn.Module, holders: list[nn.Module]) -> Width:
     found = {id(holder.width): holder.width for holder in holders}
     if not found:
-        raise ValueError(f"{type(model).__name__} has no quantizers; call prepare(model, ...) first")
+        raise ValueError(
+            f"{type(model).__name__} has no quantizers; call prepare(model, ...) first"
+        )
     if len(found) > 1:
-        raise ValueError(f"{type(model).__name__} holds parts of {len(found)} prepared models; set their widths one by one")
+        raise ValueError(
+            f"{type(model).__name__} holds parts of {len(found)} prepared models; set their widths one by one"
+        )
     return next(iter(found.values()))  # type: ignore[return-value]
 
 
@@ -112,11 +116,17 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
         raise ValueError(f"unknown source {source!r}; pass one of {', '.join(SOURCES)}")
     if bits is None:
         if width.packed:
-            raise ValueError(f"a packed model has no float weights; pass bits from 1 to {width.max_bits}")
+            raise ValueError(
+                f"a packed model has no float weights; pass bits from 1 to {width.max_bits}"
+            )
     elif not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= width.max_bits:
-        raise ValueError(f"no such width {bits!r}; pass bits from 1 to {width.max_bits}, or None for float")
+        raise ValueError(
+            f"no such width {bits!r}; pass bits from 1 to {width.max_bits}, or None for float"
+        )
     if width.packed and source == "quantize":
-        raise ValueError("a packed model stores codes, not weights to quantize; pass source='truncate'")
+        raise ValueError(
+            "a packed model stores codes, not weights to quantize; pass source='truncate'"
+        )
     for holder in holders:
         check = getattr(holder, "check_width", None)
         if check is not None:

@@ -72,9 +72,13 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
     check_bits(from_bits, "from_bits")
     check_bits(to_bits, "to_bits")
     if to_bits > from_bits:
-        raise ValueError(f"cannot truncate {from_bits}-bit codes to {to_bits} bits; pass to_bits <= {from_bits}")
+        raise ValueError(
+            f"cannot truncate {from_bits}-bit codes to {to_bits} bits; pass to_bits <= {from_bits}"
+        )
     if codes.dtype != torch.uint8:
-        raise TypeError(f"codes must be uint8, got {codes.dtype}; make them with floor_codes or round_codes")
+        raise TypeError(
+            f"codes must be uint8, got {codes.dtype}; make them with floor_codes or round_codes"
+        )
     shift = from_bits - to_bits
     return codes if shift == 0 else codes >> shift
 
@@ -91,7 +95,9 @@ def _centre(k: Tensor, bits: int) -> Tensor:
     return k.add_(0.5).mul_(2.0**-bits)
 
 
-def codes_to_levels(codes: Tensor, bits: int, level: str = "endpoint", out: Tensor | None = None) -> Tensor:
+def codes_to_levels(
+    codes: Tensor, bits: int, level: str = "endpoint", out: Tensor | None = None
+) -> Tensor:
     """Places codes in [0, 1]: endpoint k/M_n, left k/2^n, centre (k + 1/2)/2^n.
 
     Args:
@@ -112,11 +118,15 @@ def codes_to_levels(codes: Tensor, bits: int, level: str = "endpoint", out: Tens
     if out is None:
         return LEVELS[level](codes.to(torch.float32), bits)
     if out.dtype != torch.float32 or out.shape != codes.shape:
-        raise ValueError(f"out must be float32 of shape {tuple(codes.shape)}, got {out.dtype} of shape {tuple(out.shape)}")
+        raise ValueError(
+            f"out must be float32 of shape {tuple(codes.shape)}, got {out.dtype} of shape {tuple(out.shape)}"
+        )
     return LEVELS[level](out.copy_(codes), bits)
 
 
-def dequantize(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint", out: Tensor | None = None) -> Tensor:
+def dequantize(
+    codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint", out: Tensor | None = None
+) -> Tensor:
     """The weight a code stands for: scale * (2 level - 1).
 
     Args:
@@ -142,10 +152,20 @@ def _round_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
     return ((u * top - 0.5).round().clamp(0, top - 1) + 0.5) / top, 1.0 / top
 
 
-QUANTIZERS: dict[str, Callable[[Tensor, int], Tensor]] = {"floor": floor_codes, "round": round_codes}
+QUANTIZERS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "floor": floor_codes,
+    "round": round_codes,
+}
 
 # Nearest inner edge between two bins, and the bins' width: what a soft staircase needs to know of a quantizer.
-BIN_EDGES: dict[str, Callable[[Tensor, int], tuple[Tensor, float]]] = {"floor": _floor_edges, "round": _round_edges}
+BIN_EDGES: dict[str, Callable[[Tensor, int], tuple[Tensor, float]]] = {
+    "floor": _floor_edges,
+    "round": _round_edges,
+}
 
 # Each takes codes as a float32 tensor, which it overwrites with the levels.
-LEVELS: dict[str, Callable[[Tensor, int], Tensor]] = {"endpoint": _endpoint, "left": _left, "centre": _centre}
+LEVELS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "endpoint": _endpoint,
+    "left": _left,
+    "centre": _centre,
+}

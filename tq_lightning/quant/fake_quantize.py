@@ -36,7 +36,11 @@ class FakeQuantize(torch.autograd.Function):
         kept = (u, codes) if ste in ELEMENTWISE else (None, None)
         ctx.save_for_backward(scale, *kept)
         ctx.rule = (signed, bits, quantizer, ste, level)
-        return dequantize(codes, bits, scale, level) if signed else codes_to_levels(codes, bits, level).mul_(scale)
+        return (
+            dequantize(codes, bits, scale, level)
+            if signed
+            else codes_to_levels(codes, bits, level).mul_(scale)
+        )
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

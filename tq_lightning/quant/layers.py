@@ -40,7 +40,9 @@ def _tensor_names(module: nn.Module) -> tuple[str, ...]:
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return tuple(name for name in names if getattr(module, name) is not None)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return tuple(name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_"))
+        return tuple(
+            name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")
+        )
     return ()
 
 
@@ -82,9 +84,15 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
     Raises:
         ValueError: a pattern that matches no layer; a layer that can't be treated, with the pattern to skip it.
     """
-    named = [(name or "(root)", module, _tensor_names(module)) for name, module in model.named_modules()]
+    named = [
+        (name or "(root)", module, _tensor_names(module)) for name, module in model.named_modules()
+    ]
     names = [name for name, _, tensors in named if tensors]
-    refusals = {name: why for name, module, tensors in named if (why := _refusal(module, tensors)) is not None}
+    refusals = {
+        name: why
+        for name, module, tensors in named
+        if (why := _refusal(module, tensors)) is not None
+    }
     reasons: dict[str, str] = {}
     if isinstance(skip, str):
         raise ValueError(f"skip must be a list of entries, got {skip!r}; pass [{skip!r}]")
@@ -108,7 +116,9 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
     layers = []
     for name, module, tensors in named:
         if name in refusals and name not in reasons:
-            raise ValueError(f"can't quantize layer {name}: {refusals[name]}; leave it in float with skip '{name}'")
+            raise ValueError(
+                f"can't quantize layer {name}: {refusals[name]}; leave it in float with skip '{name}'"
+            )
         if tensors:
             layers.append(Layer(name, module, tensors, reasons.get(name)))
     return layers

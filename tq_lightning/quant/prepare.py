@@ -45,13 +45,17 @@ def check_widths(widths: Iterable[int], max_bits: int) -> tuple[int, ...]:
     check_bits(max_bits, "max_bits")
     given = list(widths)
     if not given or any(type(b) is not int or not 1 <= b <= max_bits for b in given):
-        raise ValueError(f"widths must be whole numbers from 1 to max_bits={max_bits}, got {given!r}")
+        raise ValueError(
+            f"widths must be whole numbers from 1 to max_bits={max_bits}, got {given!r}"
+        )
     if len(set(given)) < len(given):
         raise ValueError(f"widths must differ, got {given!r}")
     return tuple(sorted(given, reverse=True))
 
 
-def _attach_weight(layer: Layer, width: Width, quantizer: str, ste: str, level: str, normalizer: str) -> None:
+def _attach_weight(
+    layer: Layer, width: Width, quantizer: str, ste: str, level: str, normalizer: str
+) -> None:
     transposed = isinstance(layer.module, _ConvTransposeNd)
     for tensor in layer.tensors:
         rule = WeightQuantizer(
@@ -75,7 +79,9 @@ def _release_graph(rnn: nn.RNNBase, args: object, output: object) -> None:
     rnn._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in rnn._flat_weights]
 
 
-def _replace(model: nn.Module, kinds: tuple[type, ...], make, report: dict[str, str], what: str) -> None:  # type: ignore[no-untyped-def]
+def _replace(
+    model: nn.Module, kinds: tuple[type, ...], make, report: dict[str, str], what: str
+) -> None:  # type: ignore[no-untyped-def]
     """Puts make(module) where a module of `kinds` stands, once for a module that is used in several places."""
     made: dict[int, nn.Module] = {}
     for parent_name, parent in list(model.named_modules()):
@@ -89,7 +95,9 @@ def _replace(model: nn.Module, kinds: tuple[type, ...], make, report: dict[str, 
             report[name] = what
 
 
-def attach_norms(model: nn.Module, norm: str, width: Width, only: Collection[int] | None = None) -> dict[str, str]:
+def attach_norms(
+    model: nn.Module, norm: str, width: Width, only: Collection[int] | None = None
+) -> dict[str, str]:
     """Puts a `PerWidthNorm` where a norm of the kinds that `norm` speaks of stands, after everything else is attached.
 
     Args:
@@ -148,8 +156,12 @@ def prepare(
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}; pass one of {', '.join(NORMS)}")
     if activations is not None and activations not in ACTIVATIONS:
-        raise ValueError(f"unknown activations {activations!r}; pass null or one of {', '.join(ACTIVATIONS)}")
-    if activations is not None and not any(isinstance(child, _RELUS) for m in model.modules() for child in m.children()):
+        raise ValueError(
+            f"unknown activations {activations!r}; pass null or one of {', '.join(ACTIVATIONS)}"
+        )
+    if activations is not None and not any(
+        isinstance(child, _RELUS) for m in model.modules() for child in m.children()
+    ):
         raise ValueError(
             f"{type(model).__name__} has no ReLU, ReLU6 or Hardtanh module to put activations={activations!r} in; "
             "pass activations=null"
@@ -159,7 +171,9 @@ def prepare(
     layers = select_layers(model, skip)
     chosen = [layer for layer in layers if layer.skipped is None]
     if not chosen:
-        raise ValueError(f"nothing left to quantize in {type(model).__name__} with skip={list(skip)!r}; skip less")
+        raise ValueError(
+            f"nothing left to quantize in {type(model).__name__} with skip={list(skip)!r}; skip less"
+        )
 
     unique = {id(p): 0 if is_lazy(p) else p.numel() for p in model.parameters()}
     quantized = {id(p) for layer in chosen for p in layer.parameters()}
@@ -169,14 +183,22 @@ def prepare(
     report.weight_share = sum(unique[i] for i in quantized) / sum(unique[i] for i in weights)
 
     for layer in layers:
-        shapes = ", ".join("not known yet" if is_lazy(p) else str(tuple(p.shape)) for p in layer.parameters())
+        shapes = ", ".join(
+            "not known yet" if is_lazy(p) else str(tuple(p.shape)) for p in layer.parameters()
+        )
         if layer.skipped is None:
             _attach_weight(layer, width, quantizer, ste, level, normalizer)
             report[layer.name] = f"weight {shapes}: {quantizer}, {normalizer}, {level}"
         else:
             report[layer.name] = f"weight {shapes}: float (skip {layer.skipped!r})"
     if activations is not None:
-        _replace(model, _RELUS, lambda m: ActivationQuantizer(activations, width, ste), report, f"activation: {activations}")
+        _replace(
+            model,
+            _RELUS,
+            lambda m: ActivationQuantizer(activations, width, ste),
+            report,
+            f"activation: {activations}",
+        )
     report.update(attach_norms(model, norm, width))
     model.tq = {  # type: ignore[assignment]
         "quantizer": quantizer,

@@ -16,7 +16,9 @@ from torch import Tensor
 from tq_lightning.quant.codes import BIN_EDGES
 
 EWGS_DELTA = 1e-3
-DSQ_SHARPNESS = 5.0  # k times the bin width: tanh(2.5) = 0.987, the soft stair nearly reaches its levels
+DSQ_SHARPNESS = (
+    5.0  # k times the bin width: tanh(2.5) = 0.987, the soft stair nearly reaches its levels
+)
 
 
 def identity(grad: Tensor, u: Tensor, level: Tensor, bits: int, quantizer: str) -> Tensor:

@@ -56,7 +56,9 @@ class PerWidthNorm(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("sets", "width") or name.startswith("__"):  # not built yet (deepcopy, unpickling)
+            if name in ("sets", "width") or name.startswith(
+                "__"
+            ):  # not built yet (deepcopy, unpickling)
                 raise
             key = _key(self.width.bits)
             if key not in self.sets:  # of a width that it was not made for
@@ -69,8 +71,12 @@ class PerWidthNorm(nn.Module):
         if key in self.trained or self.calibrating or bits is None:
             return
         if self.training:
-            raise ValueError(f"width {bits} has no trainable norm; train one of {', '.join(sorted(self.trained))}")
-        if not self.calibrated[bits] and not self.width.packed:  # there the weights refuse it, and know what was loaded
+            raise ValueError(
+                f"width {bits} has no trainable norm; train one of {', '.join(sorted(self.trained))}"
+            )
+        if (
+            not self.calibrated[bits] and not self.width.packed
+        ):  # there the weights refuse it, and know what was loaded
             raise ValueError(
                 f"width {bits} was not trained and has no norm statistics yet; call calibrate_norms(model, batches) first"
             )
@@ -105,7 +111,9 @@ def untrained_widths(model: nn.Module) -> list[int | None]:
 
 
 @torch.no_grad()
-def calibrate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[int | None] | None = None) -> None:
+def calibrate_norms(
+    model: nn.Module, batches: Iterable[Tensor], widths: list[int | None] | None = None
+) -> None:
     """Estimates the norm statistics of untrained widths from a few batches, into sets of their own.
 
     The affine parameters come from the next wider trained width, the statistics are the plain mean over the batches of
@@ -121,20 +129,28 @@ def calibrate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[in
         ValueError: a width in `widths` that was trained or has no norm set; no batches; a model that is packed or not prepared.
     """
     if width_of(model).packed:
-        raise ValueError("a packed model has the statistics of its file; calibrate the prepared model before save_packed")
+        raise ValueError(
+            "a packed model has the statistics of its file; calibrate the prepared model before save_packed"
+        )
     norms = per_width_norms(model)
     untrained = untrained_widths(model)
     widths = untrained if widths is None else widths
     for bits in widths:
         if bits not in untrained:
             trained = any(_key(bits) in norm.trained for norm in norms)
-            why = "was trained; its statistics are not re-estimated" if trained else "has no norm set to estimate"
+            why = (
+                "was trained; its statistics are not re-estimated"
+                if trained
+                else "has no norm set to estimate"
+            )
             raise ValueError(f"width {_key(bits)} {why}; pass None for all that can be estimated")
     if not norms or not widths:
         return
     batches = list(batches)
     if not batches:
-        raise ValueError("no batches to estimate norm statistics from; pass a list of image batches")
+        raise ValueError(
+            "no batches to estimate norm statistics from; pass a list of image batches"
+        )
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -145,9 +161,14 @@ def calibrate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[in
             module.training = mode
 
 
-def _calibrate(model: nn.Module, norms: list[PerWidthNorm], batches: list[Tensor], bits: int | None) -> None:
+def _calibrate(
+    model: nn.Module, norms: list[PerWidthNorm], batches: list[Tensor], bits: int | None
+) -> None:
     layers = [
-        m for norm in norms for m in norm.sets[_key(bits)].modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+        m
+        for norm in norms
+        for m in norm.sets[_key(bits)].modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats
     ]
     momenta = [layer.momentum for layer in layers]
     try:

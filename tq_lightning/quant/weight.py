@@ -87,11 +87,15 @@ class WeightQuantizer(nn.Module):
         """E = mean |w|, no gradient; also where the tensor is checked, since a NaN or an infinity shows in the mean."""
         magnitude = w.detach().abs()
         scale = self._reduce(magnitude, "mean")
-        if torch.compiler.is_compiling():  # a graph does not branch on values: a NaN goes on and shows in the loss
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph does not branch on values: a NaN goes on and shows in the loss
             return torch.where(torch.isfinite(scale), scale, self._huge_mean(magnitude))
         if not torch.isfinite(scale).all():
             if not torch.isfinite(magnitude).all():
-                raise ValueError(f"weight {self.name} holds NaN or infinity; lower the learning rate or mend the checkpoint")
+                raise ValueError(
+                    f"weight {self.name} holds NaN or infinity; lower the learning rate or mend the checkpoint"
+                )
             scale = self._huge_mean(magnitude)
         return scale
 
@@ -159,7 +163,15 @@ class WeightQuantizer(nn.Module):
         u, scale = self._normalised(w)
         if torch.is_grad_enabled() and u.requires_grad:
             out = FakeQuantize.apply(
-                u, scale, True, bits, self.quantizer, self.ste, self.level, self.width.max_bits, self.width.source
+                u,
+                scale,
+                True,
+                bits,
+                self.quantizer,
+                self.ste,
+                self.level,
+                self.width.max_bits,
+                self.width.source,
             )
         else:
             out = dequantize(self._codes_at(u, bits), bits, scale, self.level)
@@ -186,7 +198,9 @@ def weight_quantizers(model: nn.Module) -> list[tuple[str, nn.Module, str, Weigh
         for tensor_name, chain in module.parametrizations.items():  # type: ignore[union-attr]
             for p in chain:
                 if isinstance(p, WeightQuantizer):
-                    found.append((f"{name}.{tensor_name}" if name else tensor_name, module, tensor_name, p))
+                    found.append(
+                        (f"{name}.{tensor_name}" if name else tensor_name, module, tensor_name, p)
+                    )
     return found
 
 
@@ -206,7 +220,9 @@ def shared_normalisation(model: nn.Module) -> Iterator[list[tuple[WeightQuantize
     Yields:
         (quantizer, its float parameter) for every quantized tensor, in model order.
     """
-    pairs = [(q, original(module, tensor_name)) for _, module, tensor_name, q in weight_quantizers(model)]
+    pairs = [
+        (q, original(module, tensor_name)) for _, module, tensor_name, q in weight_quantizers(model)
+    ]
     if any(q._sharing for q, _ in pairs):
         yield pairs
         return

@@ -7,7 +7,10 @@ from tq_lightning.report.groups import START, Arm, ComparisonGroup
 
 def flags_of(settings: list[ComparisonGroup]) -> list[str]:
     """The flags of a figure that shows several settings; one that several share is told once."""
-    return [*_own_flags(settings), *between([[arm for _, arm in s.arms] for s in settings], "settings")]
+    return [
+        *_own_flags(settings),
+        *between([[arm for _, arm in s.arms] for s in settings], "settings"),
+    ]
 
 
 def _own_flags(settings: list[ComparisonGroup]) -> list[str]:
@@ -15,7 +18,10 @@ def _own_flags(settings: list[ComparisonGroup]) -> list[str]:
     for setting in settings:
         for flag in setting.flags:
             bearers.setdefault(flag, []).append(setting.label)
-    return [f"{'all settings' if len(of) == len(settings) > 1 else '; '.join(of)}: {flag}" for flag, of in bearers.items()]
+    return [
+        f"{'all settings' if len(of) == len(settings) > 1 else '; '.join(of)}: {flag}"
+        for flag, of in bearers.items()
+    ]
 
 
 def between(groups: list[list[Arm]], what: str) -> list[str]:
@@ -24,14 +30,20 @@ def between(groups: list[list[Arm]], what: str) -> list[str]:
     out = []
     if len({frozenset(run.budget for arm in arms for run in arm.runs) for arms in groups}) > 1:
         ranges = []
-        for unit, values in zip(("epochs", "steps"), zip(*(run.budget for run in runs), strict=True), strict=True):
+        for unit, values in zip(
+            ("epochs", "steps"), zip(*(run.budget for run in runs), strict=True), strict=True
+        ):
             known = [v for v in values if v is not None]
             if len(set(known)) > 1:
                 ranges.append(f"{min(known)} to {max(known)} {unit}")
-        out.append(f"BUDGETS DIFFER BETWEEN {what.upper()}: {', '.join(ranges) or 'not all recorded'}.")
+        out.append(
+            f"BUDGETS DIFFER BETWEEN {what.upper()}: {', '.join(ranges) or 'not all recorded'}."
+        )
     starts = [frozenset(arm.start for arm in arms) for arms in groups]
     if len(set(starts)) > 1:
-        out.append(f"STARTS DIFFER BETWEEN {what.upper()}: {', '.join(sorted(frozenset().union(*starts)))}.")
+        out.append(
+            f"STARTS DIFFER BETWEEN {what.upper()}: {', '.join(sorted(frozenset().union(*starts)))}."
+        )
     return out
 
 
@@ -48,17 +60,25 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     out = []
     for what, values in {
         "commits": {str(run.record.get("commit"))[:8] for run in runs},
-        "versions of tq_lightning": {str((run.record.get("versions") or {}).get("tq_lightning")) for run in runs},
-        "tested checkpoints": {str(run.record["test"].get("checkpoint")) for run in runs if run.has_test},
+        "versions of tq_lightning": {
+            str((run.record.get("versions") or {}).get("tq_lightning")) for run in runs
+        },
+        "tested checkpoints": {
+            str(run.record["test"].get("checkpoint")) for run in runs if run.has_test
+        },
         "devices": {str(run.record.get("device")) for run in runs},
     }.items():
         if len(values) > 1:
             out.append(f"The runs come from different {what}: {', '.join(sorted(values))}.")
     tested = sum(run.has_test for run in runs)
     if 0 < tested < len(runs):
-        out.append(f"Only {tested} of {len(runs)} runs were tested, so that all are shown on the validation split.")
+        out.append(
+            f"Only {tested} of {len(runs)} runs were tested, so that all are shown on the validation split."
+        )
     if tested < len(runs) and any(run.config.get(START) for run in runs):
-        out.append("Some runs start from trained weights, whose own training may have seen the validation images.")
+        out.append(
+            "Some runs start from trained weights, whose own training may have seen the validation images."
+        )
     if any(run.record.get("dirty") for run in runs):
         out.append("Some runs came from a working tree with uncommitted changes.")
     return out

@@ -45,17 +45,27 @@ class Comparisons:
     left_out: list[tuple[str, str]]
     ignore: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
-    _found: dict[str, list[ComparisonGroup]] = field(default_factory=dict, repr=False)  # settings are asked for many times
+    _found: dict[str, list[ComparisonGroup]] = field(
+        default_factory=dict, repr=False
+    )  # settings are asked for many times
 
     def paired(self) -> list[Arm]:
         """Arms whose STE is the paper's for their quantizer."""
-        return [arm for arm in self.arms if arm["model.ste"] == AUTO_STE.get(arm["model.quantizer"])]
+        return [
+            arm for arm in self.arms if arm["model.ste"] == AUTO_STE.get(arm["model.quantizer"])
+        ]
 
     def qt_settings(self) -> list[ComparisonGroup]:
         """Settings for the three rows: with both quantizers, else with round alone, else whatever there is."""
         if "rows" not in self._found:
             for wanted in (("round", "floor"), ("round",), ()):
-                found = settings(self.paired(), "model.quantizer", self.ignore, along=("model.ste",), wanted=wanted)
+                found = settings(
+                    self.paired(),
+                    "model.quantizer",
+                    self.ignore,
+                    along=("model.ste",),
+                    wanted=wanted,
+                )
                 self._found["rows"] = found
                 if found:
                     break
@@ -83,8 +93,12 @@ def row_arms(setting: ComparisonGroup) -> list[tuple[str, Arm, str]]:
     """(words, arm, source) for the paper's rows that a setting has; an arm beyond the first of its quantizer keeps its name."""
     out = []
     for words, quantizer, source in ROWS:
-        for i, (shown, arm) in enumerate((s, a) for s, a in setting.arms if a["model.quantizer"] == quantizer):
-            out.append((words if i == 0 and shown == quantizer else f"{words} ({shown})", arm, source))
+        for i, (shown, arm) in enumerate(
+            (s, a) for s, a in setting.arms if a["model.quantizer"] == quantizer
+        ):
+            out.append(
+                (words if i == 0 and shown == quantizer else f"{words} ({shown})", arm, source)
+            )
     return out
 
 
@@ -96,7 +110,10 @@ def is_papers(setting: ComparisonGroup) -> bool:
         lambda: config.get("model.name") == "preresnet20_cifar",
         lambda: str(config.get("data.name")) == "cifar10",
         lambda: str(expansion or 1) in ("1", "1.0"),
-        lambda: config.get("model.activations") is not None and config.get(ACTIVATIONS_SOURCE) == "quantize",
+        lambda: (
+            config.get("model.activations") is not None
+            and config.get(ACTIVATIONS_SOURCE) == "quantize"
+        ),
         lambda: {1, 2, 4, 8} <= set(setting.arms[0][1].trained),
     ]
     return all(check() for check in checks)

@@ -65,7 +65,13 @@ def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, 
 
 
 def _plain(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else "none"
+        if value is None
+        else str(value)
+    )
 
 
 def write(arms: list[Arm], folder: Path) -> list[str]:

@@ -41,13 +41,19 @@ def qt_gap(evidence: Comparisons) -> Finding | None:
     for setting in evidence.qt_settings():
         part = split(setting)
         for value, arm in setting.arms:
-            gaps = {w: d for w in arm.trained if (d := compare(arm, arm, "quantize", "truncate", w, part)) is not None}
+            gaps = {
+                w: d
+                for w in arm.trained
+                if (d := compare(arm, arm, "quantize", "truncate", w, part)) is not None
+            }
             if not gaps:
                 continue
             bits = max(gaps, key=lambda w: gaps[w].estimate.mean)
             lost = gaps[bits].estimate
             if max(abs(d.estimate.mean) for d in gaps.values()) < 0.005:
-                lines.append(f"{setting.label}, {value}: truncation costs nothing at any trained width ({SPLIT_WORDS[part]}).")
+                lines.append(
+                    f"{setting.label}, {value}: truncation costs nothing at any trained width ({SPLIT_WORDS[part]})."
+                )
             else:
                 most = f"truncation costs most at {bits_words(bits)}, {lost.text()} points"
                 lines.append(f"{setting.label}, {value}: {most} ({SPLIT_WORDS[part]}).")
@@ -62,18 +68,28 @@ def qt_gap(evidence: Comparisons) -> Finding | None:
                 for w in sorted(set(floor.trained) & set(rounded.trained))
             }
             words = [
-                f"{bits_words(w)}: {d.words('floor truncated', 'round quantized')}" for w, d in found.items() if d is not None
+                f"{bits_words(w)}: {d.words('floor truncated', 'round quantized')}"
+                for w, d in found.items()
+                if d is not None
             ]
             lines += [f"{setting.label}, {'; '.join(words)}."]
     if not worst:
         return None
-    by = {q: max(m for name, m in worst if name == q) for q in dict.fromkeys(name for name, _ in worst)}
-    said = [f"{q} loses {f'up to {m:.1f} points' if m >= 0.05 else 'nothing'} at a trained width" for q, m in by.items()]
+    by = {
+        q: max(m for name, m in worst if name == q)
+        for q in dict.fromkeys(name for name, _ in worst)
+    }
+    said = [
+        f"{q} loses {f'up to {m:.1f} points' if m >= 0.05 else 'nothing'} at a trained width"
+        for q, m in by.items()
+    ]
     answer = "; ".join(said) + "."
     return Finding("What does truncation cost?", answer, tuple(lines))
 
 
-def compared(evidence: Comparisons, key: str, keep: Callable[[Arm], bool] = lambda _: True) -> list[Compared]:
+def compared(
+    evidence: Comparisons, key: str, keep: Callable[[Arm], bool] = lambda _: True
+) -> list[Compared]:
     """Every comparison of a key's values with the reference, truncated weights, trained widths."""
     out = []
     for setting in evidence.factor_settings(key):
@@ -120,8 +136,14 @@ def ste(evidence: Comparisons) -> Finding | None:
     if tested:
         answer += _chance(above + below, tested)
         answer += f" An effect smaller than the intervals (up to ±{_widest(tested):.1f} points) can't be ruled out."
-    others = [f"{sentence(found, v)}." for v in dict.fromkeys(c.value for c in found) if v != "scaled"]
-    return Finding("Is the scaled STE needed with floor (open question 1)?", answer, (*others, *lines_of(scaled)))
+    others = [
+        f"{sentence(found, v)}." for v in dict.fromkeys(c.value for c in found) if v != "scaled"
+    ]
+    return Finding(
+        "Is the scaled STE needed with floor (open question 1)?",
+        answer,
+        (*others, *lines_of(scaled)),
+    )
 
 
 def activations(evidence: Comparisons) -> Finding | None:
@@ -132,16 +154,24 @@ def activations(evidence: Comparisons) -> Finding | None:
     groups: dict[str, list[Compared]] = {}
     for c in found:
         arm = c.setting.arms[0][1]
-        groups.setdefault(f"{arm['model.activations']} activations and {arm['model.quantizer']} weights", []).append(c)
+        groups.setdefault(
+            f"{arm['model.activations']} activations and {arm['model.quantizer']} weights", []
+        ).append(c)
     told = {name: _loss(of) for name, of in groups.items()}
     lines = [f"{name}: {words}." for name, (_, words) in told.items()]
     by_answer: dict[str, list[str]] = {}
     for name, (answer, _) in told.items():
         by_answer.setdefault(answer, []).append(name)
-    said = [f"{answer} with {'; '.join(by_answer[answer])}." for answer in LOSSES if answer in by_answer]
+    said = [
+        f"{answer} with {'; '.join(by_answer[answer])}." for answer in LOSSES if answer in by_answer
+    ]
     tested = [c for c in found if c.difference.estimate.half is not None]
     answer = " ".join(said) + _chance([c for c in tested if c.difference.shown], tested)
-    return Finding("Can activations be truncated like the weights (open question 2)?", answer, (*lines, *lines_of(found)))
+    return Finding(
+        "Can activations be truncated like the weights (open question 2)?",
+        answer,
+        (*lines, *lines_of(found)),
+    )
 
 
 LOSSES = ("No loss is shown", "They lose", "Nothing can be said (one seed)")
@@ -155,7 +185,10 @@ def _loss(of: list[Compared]) -> tuple[str, str]:
         return LOSSES[2], "one seed, no interval"
     if not lost:
         kept = f"no loss by truncation is shown in any of {len(tested)} comparisons"
-        return LOSSES[0], f"{kept}; one smaller than the intervals (up to ±{_widest(tested):.1f} points) can't be ruled out"
+        return (
+            LOSSES[0],
+            f"{kept}; one smaller than the intervals (up to ±{_widest(tested):.1f} points) can't be ruled out",
+        )
     most = min(lost, key=lambda c: c.difference.estimate.mean)
     where = f"{most.setting.label} at {bits_words(most.bits)}"
     shown = f"a loss by truncation is shown in {len(lost)} of {len(tested)} comparisons ({_places(lost)})"
@@ -193,7 +226,10 @@ def sentence(of: list[Compared], value: str) -> str:
     single = sum(c.difference.estimate.half is None for c in mine)
     above = sum(c.difference.shown and c.difference.estimate.mean > 0 for c in mine)
     below = sum(c.difference.shown and c.difference.estimate.mean < 0 for c in mine)
-    base, count = " and ".join(dict.fromkeys(c.base for c in mine)), f"{len(mine)} comparisons (setting x trained width)"
+    base, count = (
+        " and ".join(dict.fromkeys(c.base for c in mine)),
+        f"{len(mine)} comparisons (setting x trained width)",
+    )
     if single == len(mine):
         return f"{value} against {base}: one seed, so nothing can be shown"
     if above + below + single == 0:
@@ -209,7 +245,11 @@ def _by_value(question: str, found: list[Compared]) -> Finding | None:
     groups: dict[str, list[Compared]] = {}
     for c in found:
         groups.setdefault(str(c.setting.arms[0][1]["model.quantizer"]), []).append(c)
-    parts = [f"With {q}: {sentence(of, v)}." for q, of in groups.items() for v in dict.fromkeys(c.value for c in of)]
+    parts = [
+        f"With {q}: {sentence(of, v)}."
+        for q, of in groups.items()
+        for v in dict.fromkeys(c.value for c in of)
+    ]
     return Finding(question, " ".join(parts), lines_of(found))
 
 

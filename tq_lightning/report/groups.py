@@ -7,7 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tq_lightning.report.labels import ACTIVATIONS_SOURCE, AUTO_STE, labels, short, slug, text, unique, varying
+from tq_lightning.report.labels import (
+    ACTIVATIONS_SOURCE,
+    AUTO_STE,
+    labels,
+    short,
+    slug,
+    text,
+    unique,
+    varying,
+)
 from tq_lightning.report.runs import Run
 
 # Keys that say where, how watched or on what a run ran, not what it was. model.num_classes follows from the data set: it is
@@ -21,7 +30,9 @@ NOT_AN_ARM = re.compile(
 )
 START = "model.checkpoint_path"
 LISTS = ("model.widths", "model.skip")
-BUDGET = re.compile(r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$")
+BUDGET = re.compile(
+    r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$"
+)
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
 TRUNCATED = "_truncate"  # how a kind of activations ends that is truncated like the weights
 
@@ -47,7 +58,9 @@ class Arm:
     def budget(self) -> str:
         """Epochs and steps really taken, in words; several where the seeds differ."""
         pairs = sorted({run.budget for run in self.runs}, key=str)
-        return " or ".join(f"{epochs} epoch{'' if epochs == 1 else 's'} / {steps} steps" for epochs, steps in pairs)
+        return " or ".join(
+            f"{epochs} epoch{'' if epochs == 1 else 's'} / {steps} steps" for epochs, steps in pairs
+        )
 
     @property
     def start(self) -> str:
@@ -80,7 +93,11 @@ class ComparisonGroup:
 
 def arm_config(run: Run) -> dict[str, Any]:
     """The run's flat configuration without seed, places and loggers; `ste: auto` resolved; paths reduced to their shape."""
-    config = {k: v for k, v in run.config.items() if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)}
+    config = {
+        k: v
+        for k, v in run.config.items()
+        if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)
+    }
     if config.get("model.ste", "auto") == "auto" and config.get("model.quantizer") in AUTO_STE:
         config["model.ste"] = AUTO_STE[config["model.quantizer"]]
     # How activations are coded and whether they are truncated are two choices: kept apart, each can be compared alone.
@@ -90,13 +107,19 @@ def arm_config(run: Run) -> dict[str, Any]:
         truncated = isinstance(kind, str) and kind.endswith(TRUNCATED)
         config["model.activations"] = kind.removesuffix(TRUNCATED) if truncated else kind
         config[ACTIVATIONS_SOURCE] = "truncate" if truncated else "quantize"
-    return {key: _shape(value) if key not in LISTS else _listed(value) for key, value in config.items()}
+    return {
+        key: _shape(value) if key not in LISTS else _listed(value) for key, value in config.items()
+    }
 
 
 def _listed(value: Any) -> Any:
     """ "8,4,2,1", "[8, 4, 2, 1]" and [8, 4, 2, 1] are one value; so are two orders of it."""
     items = re.split(r"[\s,\[\]]+", value) if isinstance(value, str) else value
-    return sorted((str(i) for i in items if i != ""), key=lambda i: (-int(i) if i.isdigit() else 0, i)) if items else value
+    return (
+        sorted((str(i) for i in items if i != ""), key=lambda i: (-int(i) if i.isdigit() else 0, i))
+        if items
+        else value
+    )
 
 
 def _shape(value: Any) -> Any:
@@ -121,7 +144,10 @@ def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
         for run in sorted(members, key=lambda r: (str(r.record.get("started", "")), r.id)):
             if (older := latest.get(run.seed)) is not None:
                 left_out.append(
-                    (older.path, f"same arm and seed {run.seed} as the later {run.path}: a repeat is no new evidence")
+                    (
+                        older.path,
+                        f"same arm and seed {run.seed} as the later {run.path}: a repeat is no new evidence",
+                    )
                 )
             latest[run.seed] = run
         ordered = sorted(latest.values(), key=lambda r: (r.seed is None, r.seed or 0))
@@ -129,12 +155,23 @@ def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
     return sorted(out, key=lambda arm: [_number_aware(str(arm[k])) for k in MAIN_KEYS])
 
 
-MAIN_KEYS = ("data.name", "model.name", "model.quantizer", "model.ste", "model.level", "model.activations")
+MAIN_KEYS = (
+    "data.name",
+    "model.name",
+    "model.quantizer",
+    "model.ste",
+    "model.level",
+    "model.activations",
+)
 
 
 def _number_aware(text: str) -> list[Any]:
     """resnet8 before resnet20: digits compare as numbers."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.split(r"(\d+)", text)
+        if part
+    ]
 
 
 def _key(config: dict[str, Any]) -> str:
@@ -157,13 +194,26 @@ def settings(
     out = {factor, *ignore, *along}
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
-        groups.setdefault(_key({k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}), []).append(arm)
+        groups.setdefault(
+            _key({k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}), []
+        ).append(arm)
     kept = [members for members in groups.values() if _enough(members, factor, set(wanted), least)]
-    split = [part for members in kept for part in _by_budget(members, factor) if _enough(part, factor, set(wanted), least)]
+    split = [
+        part
+        for members in kept
+        for part in _by_budget(members, factor)
+        if _enough(part, factor, set(wanted), least)
+    ]
     named = labels([part[0].config for part in split], out)
     slugs = unique([slug(label) for label in named])
     return [
-        ComparisonGroup(factor, label, name, _named(part, factor, out - {factor} - set(along)), tuple(flags(part, factor)))
+        ComparisonGroup(
+            factor,
+            label,
+            name,
+            _named(part, factor, out - {factor} - set(along)),
+            tuple(flags(part, factor)),
+        )
         for part, label, name in zip(split, named, slugs, strict=True)
     ]
 
@@ -177,7 +227,9 @@ def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
     values = {text(arm[factor]) for arm in members}
     parts: dict[str, list[Arm]] = {}
     for arm in members:
-        parts.setdefault(_key({k: v for k, v in arm.config.items() if BUDGET.match(k)}), []).append(arm)
+        parts.setdefault(_key({k: v for k, v in arm.config.items() if BUDGET.match(k)}), []).append(
+            arm
+        )
     whole = [part for part in parts.values() if {text(arm[factor]) for arm in part} == values]
     return list(parts.values()) if whole else [members]
 
@@ -185,10 +237,20 @@ def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
 def _named(part: list[Arm], factor: str, ignored: set[str]) -> tuple[tuple[str, Arm], ...]:
     """Each arm with the value of its factor; where two share it, what else tells them apart is added."""
     names = [text(arm[factor]) for arm in part]
-    differing = [k for k in sorted({k for a in part for k in a.config}) if k != factor and len({text(a[k]) for a in part}) > 1]
+    differing = [
+        k
+        for k in sorted({k for a in part for k in a.config})
+        if k != factor and len({text(a[k]) for a in part}) > 1
+    ]
     told = [k for k in differing if k in ignored or BUDGET.match(k)]
-    long = [", ".join([n, *(f"{short(k)}={text(a[k])}" for k in told)]) for n, a in zip(names, part, strict=True)]
-    return tuple((long[i] if names.count(n) > 1 else n, arm) for i, (n, arm) in enumerate(zip(names, part, strict=True)))
+    long = [
+        ", ".join([n, *(f"{short(k)}={text(a[k])}" for k in told)])
+        for n, a in zip(names, part, strict=True)
+    ]
+    return tuple(
+        (long[i] if names.count(n) > 1 else n, arm)
+        for i, (n, arm) in enumerate(zip(names, part, strict=True))
+    )
 
 
 def flags(part: list[Arm], factor: str) -> list[str]:
@@ -196,10 +258,18 @@ def flags(part: list[Arm], factor: str) -> list[str]:
     out = []
     budgets = {text(arm[factor]): arm.budget for arm in part}
     if len(set(budgets.values())) > 1 or any(" or " in b for b in budgets.values()):
-        out.append("UNEQUAL BUDGETS: " + "; ".join(f"{name} {budget}" for name, budget in budgets.items()) + ".")
+        out.append(
+            "UNEQUAL BUDGETS: "
+            + "; ".join(f"{name} {budget}" for name, budget in budgets.items())
+            + "."
+        )
     seeds = {text(arm[factor]): arm.seeds for arm in part}
     if len(set(seeds.values())) > 1:
-        out.append("UNEQUAL SEEDS: " + "; ".join(f"{name} {_seed_list(s)}" for name, s in seeds.items()) + ".")
+        out.append(
+            "UNEQUAL SEEDS: "
+            + "; ".join(f"{name} {_seed_list(s)}" for name, s in seeds.items())
+            + "."
+        )
     single = [name for name, s in seeds.items() if len(s) == 1]
     if single:
         out.append(f"ONE SEED ({', '.join(single)}): no interval.")
@@ -213,4 +283,6 @@ def _seed_list(seeds: tuple[int | None, ...]) -> str:
 def shown_extras(arms: list[Arm]) -> list[str]:
     """For each arm, the keys beyond the main ones that differ among the arms, as `key=value` words."""
     keys = sorted(varying([arm.config for arm in arms]) - set(MAIN_KEYS)) if arms else []
-    return [", ".join(f"{short(k)}={text(arm[k])}" for k in keys if k in arm.config) for arm in arms]
+    return [
+        ", ".join(f"{short(k)}={text(arm[k])}" for k in keys if k in arm.config) for arm in arms
+    ]

@@ -42,7 +42,8 @@ def page(
     ]
     links = "".join(f'<li><a href="#{name}">{_e(words)}</a></li>' for name, words, _ in sections)
     body = "".join(
-        f'<section id="{n}" aria-labelledby="{n}-h"><h2 id="{n}-h">{_e(w)}</h2>{inner}</section>' for n, w, inner in sections
+        f'<section id="{n}" aria-labelledby="{n}-h"><h2 id="{n}-h">{_e(w)}</h2>{inner}</section>'
+        for n, w, inner in sections
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -95,8 +96,13 @@ def _summary(evidence: Comparisons, verdicts: list[Finding], made: dict[str, Any
     for verdict in verdicts:
         lines = "".join(f"<li>{_e(line)}</li>" for line in verdict.lines)
         rests = f"<details><summary>What this rests on ({len(verdict.lines)})</summary><ul>{lines}</ul></details>"
-        parts.append(f'<div class="verdict"><h3>{_e(verdict.question)}</h3><p>{_e(verdict.answer)}</p>{rests}</div>')
-    parts += [f"<p>{_e(METHOD)}</p>", *(f'<p class="note">{_e(note)}</p>' for note in evidence.notes)]
+        parts.append(
+            f'<div class="verdict"><h3>{_e(verdict.question)}</h3><p>{_e(verdict.answer)}</p>{rests}</div>'
+        )
+    parts += [
+        f"<p>{_e(METHOD)}</p>",
+        *(f'<p class="note">{_e(note)}</p>' for note in evidence.notes),
+    ]
     files = ", ".join(f'<a href="{_e(name)}">{_e(name)}</a>' for name in made["files"])
     parts.append(
         f"<p>Made by <code>{_e(made['command'])}</code>, tq_lightning {_e(made['version'])}. Beside this page: {files}.</p>"
@@ -108,7 +114,10 @@ def _figures(figures: list[Figure], folder: Path) -> str:
     if not figures:
         return "<p>No figure can be drawn from these records.</p>"
     sections = dict.fromkeys(drawn.section for drawn in figures)
-    parts = [[f"<h3>{_e(name)}</h3>", *(_figure(d, folder) for d in figures if d.section == name)] for name in sections]
+    parts = [
+        [f"<h3>{_e(name)}</h3>", *(_figure(d, folder) for d in figures if d.section == name)]
+        for name in sections
+    ]
     return "".join(piece for part in parts for piece in part)
 
 
@@ -124,13 +133,18 @@ def _figure(drawn: Figure, folder: Path) -> str:
 def _table(table: Table) -> str:
     """A table with sortable heads, a text filter and a drop-down for each facet; all rows are in the page, script or not."""
     where, name = {column: i for i, column in enumerate(table.columns)}, _e(table.name)
-    heads = "".join(f'<th scope="col" aria-sort="none"><button type="button">{_e(c)}</button></th>' for c in table.columns)
+    heads = "".join(
+        f'<th scope="col" aria-sort="none"><button type="button">{_e(c)}</button></th>'
+        for c in table.columns
+    )
     rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in table.rows)
     picks = "".join(_facet(table, column, where[column]) for column in table.facets)
     box = f'<input type="search" placeholder="words, all must match" aria-controls="t-{name}">'
     count = f'<output aria-live="polite">{len(table.rows)} of {len(table.rows)} rows</output>'
     body = f"<caption>{_e(table.caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody>"
-    notes = f"<ul>{''.join(f'<li>{_e(note)}</li>' for note in table.notes)}</ul>" if table.notes else ""
+    notes = (
+        f"<ul>{''.join(f'<li>{_e(note)}</li>' for note in table.notes)}</ul>" if table.notes else ""
+    )
     return (
         f'<div class="table" data-name="{name}"><div class="controls"><label>Filter {box}</label>{picks}{count}</div>'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{_e(table.title)}"><table id="t-{name}">{body}</table>'
@@ -153,7 +167,11 @@ def _cell(cell: Cell) -> str:
     number = isinstance(key, int | float) and not isinstance(key, bool)
     if number:
         return f'<td class="n" data-key="{key}">{_e(text(cell))}</td>'
-    return f'<td class="long">{_e(text(cell))}</td>' if len(text(cell)) > LONG else f"<td>{_e(text(cell))}</td>"
+    return (
+        f'<td class="long">{_e(text(cell))}</td>'
+        if len(text(cell)) > LONG
+        else f"<td>{_e(text(cell))}</td>"
+    )
 
 
 class Link(str):
@@ -176,11 +194,25 @@ def run_table(arms: list[Arm]) -> Table:
         for run in arm.runs:
             record = run.record
             part = "test" if run.has_test else "val"
-            facts = [str(arm[k]) for k in ("model.name", "data.name", "model.quantizer", "model.ste", "model.level")]
+            facts = [
+                str(arm[k])
+                for k in ("model.name", "data.name", "model.quantizer", "model.ste", "model.level")
+            ]
             values = [run.acc1("truncate", w, part) for w in widths]
             gap = [g for w in arm.trained if (g := _gap(run, w, part)) is not None]
             tail = [record.get("epochs"), record.get("seconds"), str(record.get("commit"))[:8]]
-            rows.append([_link(run.id[:10], run.id), number, *facts, run.seed, *values, max(gap, default=None), part, *tail])
+            rows.append(
+                [
+                    _link(run.id[:10], run.id),
+                    number,
+                    *facts,
+                    run.seed,
+                    *values,
+                    max(gap, default=None),
+                    part,
+                    *tail,
+                ]
+            )
     head = ["run", "arm", "model", "data", "quantizer", "ste", "level", "seed"]
     columns = [*head, *map(str, widths), "largest gap", "split", "epochs", "seconds", "commit"]
     caption = (
@@ -188,7 +220,14 @@ def run_table(arms: list[Arm]) -> Table:
         "The button of a run opens its configuration, seed, commit and versions. The full table, a row a run, source and "
         "width, is runs.csv."
     )
-    return Table("runs", "Runs", caption, columns, rows, ("model", "data", "quantizer", "ste", "level", "seed"))
+    return Table(
+        "runs",
+        "Runs",
+        caption,
+        columns,
+        rows,
+        ("model", "data", "quantizer", "ste", "level", "seed"),
+    )
 
 
 def _gap(run: Run, width: int, part: str) -> float | None:
@@ -198,6 +237,10 @@ def _gap(run: Run, width: int, part: str) -> float | None:
 
 def _details(run: Run) -> dict[str, Any]:
     """What the dialog of a run shows: its record but for the curves and for metrics that `widths` and `test` repeat."""
-    kept = {k: v for k, v in run.record.items() if k not in ("curves", "config", "schema", "last", "best")}
+    kept = {
+        k: v
+        for k, v in run.record.items()
+        if k not in ("curves", "config", "schema", "last", "best")
+    }
     best = {k: v for k, v in (run.record.get("best") or {}).items() if k != "metrics"}
     return {"path": run.path, "config": run.record["config"], "record": {**kept, "best": best}}

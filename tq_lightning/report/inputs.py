@@ -13,7 +13,9 @@ from typing import Any
 
 from tq_lightning.errors import UserError
 
-MAX_SNIFF = 64 * 2**20  # bytes; an inspect record is far smaller, so a bigger stray .json file is not opened
+MAX_SNIFF = (
+    64 * 2**20
+)  # bytes; an inspect record is far smaller, so a bigger stray .json file is not opened
 JOURNAL = "journal:"
 SWEEP_STUDY = "study.db"  # where `sweep` keeps its study, in the sweep's folder
 URL = re.compile(r"^(sqlite|postgresql|mysql|mariadb|oracle|mssql)(\+\w+)?://")
@@ -52,9 +54,13 @@ def _expand(given: str) -> list[Candidate]:
         return _from_path(Path(given))
     matches = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []
     if glob.has_magic(given) and not matches:
-        raise UserError(f"{given}: the pattern matches no file or folder; pass run folders, record.json files or a study")
+        raise UserError(
+            f"{given}: the pattern matches no file or folder; pass run folders, record.json files or a study"
+        )
     if not matches:
-        raise UserError(f"{given}: no such file or folder; pass run folders, record.json files, a glob or an Optuna study")
+        raise UserError(
+            f"{given}: no such file or folder; pass run folders, record.json files, a glob or an Optuna study"
+        )
     # A glob may sweep up side files (runs/*): what holds no record is skipped, unless nothing holds one.
     out: list[Candidate] = []
     last: UserError | None = None
@@ -64,7 +70,9 @@ def _expand(given: str) -> list[Candidate]:
         except UserError as error:
             last = error
     if not out and last:
-        raise UserError(f"{given}: none of the {len(matches)} matches holds a record.json; the last: {last}")
+        raise UserError(
+            f"{given}: none of the {len(matches)} matches holds a record.json; the last: {last}"
+        )
     return out
 
 
@@ -85,7 +93,11 @@ def _from_folder(folder: Path) -> list[Candidate]:
     out: list[Candidate] = []
     seen = 0
     for where, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not (Path(where) / f / "report.json").exists() and f != "checkpoints")
+        folders[:] = sorted(
+            f
+            for f in folders
+            if not (Path(where) / f / "report.json").exists() and f != "checkpoints"
+        )
         seen += len(files)
         for name in sorted(files):
             path = Path(where) / name
@@ -96,7 +108,9 @@ def _from_folder(folder: Path) -> list[Candidate]:
             out += _verdicts_of(study)
     if not out:
         what = f"no record.json among its {seen} files" if seen else "the folder is empty"
-        raise UserError(f"{folder}: {what}; pass a folder of runs (each writes record.json at its end) or a study file")
+        raise UserError(
+            f"{folder}: {what}; pass a folder of runs (each writes record.json at its end) or a study file"
+        )
     return out
 
 
@@ -130,19 +144,28 @@ def _from_study(storage: str, path: Path | None) -> list[Candidate]:
     name = shown(path) if path else _without_password(storage)
     try:
         trials = _trials(storage)
-    except Exception as error:  # Optuna and its drivers raise many kinds; each means: this storage can't be read
+    except (
+        Exception
+    ) as error:  # Optuna and its drivers raise many kinds; each means: this storage can't be read
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{name}: not readable as an Optuna study: {reason[0]}") from error
-    out = [_from_trial(f"{name}, study {study}, trial {trial.number}", trial, path) for study, trial in trials]
+    out = [
+        _from_trial(f"{name}, study {study}, trial {trial.number}", trial, path)
+        for study, trial in trials
+    ]
     if not any(candidate.path.name for candidate in out):
-        raise UserError(f"{name}: none of the study's {len(out)} trials points to a record (user attribute 'record')")
+        raise UserError(
+            f"{name}: none of the study's {len(out)} trials points to a record (user attribute 'record')"
+        )
     return out
 
 
 def _verdicts_of(study: Path) -> list[Candidate]:
     """What a study file that lies among the records refuses; none where it can't be read: it was not asked for by name."""
     try:
-        return [candidate for candidate in _from_study(f"sqlite:///{study}", study) if candidate.refusal]
+        return [
+            candidate for candidate in _from_study(f"sqlite:///{study}", study) if candidate.refusal
+        ]
     except UserError:
         return []
 
@@ -160,7 +183,11 @@ def _trials(storage: str) -> list[tuple[str, Any]]:
 
         backend = JournalStorage(JournalFileBackend(storage))
     names = optuna.get_all_study_names(backend)
-    return [(n, t) for n in names for t in optuna.load_study(study_name=n, storage=backend).get_trials(deepcopy=False)]
+    return [
+        (n, t)
+        for n in names
+        for t in optuna.load_study(study_name=n, storage=backend).get_trials(deepcopy=False)
+    ]
 
 
 def _from_trial(name: str, trial: Any, study_file: Path | None) -> Candidate:
@@ -171,11 +198,20 @@ def _from_trial(name: str, trial: Any, study_file: Path | None) -> Candidate:
         return Candidate(Path(), name, f"the trial ({state}) has no record")
     path = Path(given)
     if not path.exists() and study_file is not None:
-        tails = (study_file.parent.joinpath(*path.parts[i:]) for i in range(int(path.is_absolute()), len(path.parts) - 1))
+        tails = (
+            study_file.parent.joinpath(*path.parts[i:])
+            for i in range(int(path.is_absolute()), len(path.parts) - 1)
+        )
         path = next((tail for tail in tails if tail.exists()), path)
     if not path.exists():
-        return Candidate(path, name, f"the trial ({state}) points to {shown(path)}, which does not exist")
-    return Candidate(path, shown(path), None if state == "complete" else f"{name}: the trial is {state}, not complete")
+        return Candidate(
+            path, name, f"the trial ({state}) points to {shown(path)}, which does not exist"
+        )
+    return Candidate(
+        path,
+        shown(path),
+        None if state == "complete" else f"{name}: the trial is {state}, not complete",
+    )
 
 
 def _without_password(url: str) -> str:

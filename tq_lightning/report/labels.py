@@ -24,12 +24,18 @@ def labels(configs: list[dict[str, Any]], left_out: set[str]) -> list[str]:
     kin: dict[str, list[dict[str, Any]]] = {}
     for config in configs:
         kin.setdefault(_head(config), []).append(config)
-    differ = {head: varying(of) - left_out - {"model.name", "data.name"} for head, of in kin.items()}
+    differ = {
+        head: varying(of) - left_out - {"model.name", "data.name"} for head, of in kin.items()
+    }
     out = []
     for config in configs:
         usual = {**USUAL, "model.ste": AUTO_STE.get(config.get("model.quantizer", ""))}
         told = [k for k in sorted(differ[_head(config)]) if k in config]
-        extra = [_extra(k, config[k]) for k in told if k not in usual or text(config[k]) != text(usual[k])]
+        extra = [
+            _extra(k, config[k])
+            for k in told
+            if k not in usual or text(config[k]) != text(usual[k])
+        ]
         out.append(" · ".join([_head(config), *extra]))
     return out
 
@@ -47,7 +53,11 @@ def varying(configs: list[dict[str, Any]]) -> set[str]:
 def _extra(key: str, value: Any) -> str:
     if key == "model.quantizer":
         return f"{text(value)} weights"
-    return "activations truncated too" if (key, value) == (ACTIVATIONS_SOURCE, "truncate") else f"{short(key)}={text(value)}"
+    return (
+        "activations truncated too"
+        if (key, value) == (ACTIVATIONS_SOURCE, "truncate")
+        else f"{short(key)}={text(value)}"
+    )
 
 
 def wrapped(label: str, width: int) -> str:

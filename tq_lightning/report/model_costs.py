@@ -30,19 +30,30 @@ def mib(value: float) -> float:
 
 def with_key(evidence: Comparisons, key: str) -> list[dict[str, Any]]:
     """Inspect records that hold `key`, smallest model first."""
-    return sorted((r for r in evidence.inspects if r.get(key)), key=lambda r: (r.get("parameters") or 0, r["model"]))
+    return sorted(
+        (r for r in evidence.inspects if r.get(key)),
+        key=lambda r: (r.get("parameters") or 0, r["model"]),
+    )
 
 
 def model_names(records: list[dict[str, Any]]) -> list[str]:
     """Model names; where a model comes twice, what its policy skips tells the two apart."""
     names = [str(r["model"]) for r in records]
-    skips = [", ".join(map(str, (r.get("policy") or {}).get("skip") or [])) or "nothing" for r in records]
-    return [f"{n} (skip {s})" if names.count(n) > 1 else n for n, s in zip(names, skips, strict=True)]
+    skips = [
+        ", ".join(map(str, (r.get("policy") or {}).get("skip") or [])) or "nothing" for r in records
+    ]
+    return [
+        f"{n} (skip {s})" if names.count(n) > 1 else n for n, s in zip(names, skips, strict=True)
+    ]
 
 
 def ratio(record: dict[str, Any], way: str) -> float:
     """Bytes of the float parameters, 4 each, over those of a way: what the paper's 3.53 is."""
-    master = 4 * record["parameters"] if record.get("parameters") else record["ways"]["float_master"]["total"]
+    master = (
+        4 * record["parameters"]
+        if record.get("parameters")
+        else record["ways"]["float_master"]["total"]
+    )
     return master / record["ways"][way]["total"]
 
 

@@ -54,8 +54,18 @@ class Run:
 
     def acc1_float(self, split: str) -> float | None:
         """Top-1 in per cent of the float weights, None where it was not evaluated."""
-        blocks = [self.record.get("test") or {}] if split == "test" else [self.record.get("best") or {}]
-        return next((b["metrics"][k] for b in blocks for k in [f"{split}/acc1_float"] if k in b.get("metrics", {})), None)
+        blocks = (
+            [self.record.get("test") or {}] if split == "test" else [self.record.get("best") or {}]
+        )
+        return next(
+            (
+                b["metrics"][k]
+                for b in blocks
+                for k in [f"{split}/acc1_float"]
+                if k in b.get("metrics", {})
+            ),
+            None,
+        )
 
 
 @dataclass
@@ -83,7 +93,9 @@ def load(inputs: list[str], full_paths: bool = False) -> Loaded:
     described = [_one_of(group, left_out) for group in inspects.values()]
     loaded = Loaded(
         runs=[_run(path, record, full_paths) for path, record in filter(None, kept)],
-        inspects=[record if full_paths else shorten(record) for _, record in filter(None, described)],
+        inspects=[
+            record if full_paths else shorten(record) for _, record in filter(None, described)
+        ],
         left_out=left_out,
     )
     if not loaded.runs and not loaded.inspects:
@@ -108,7 +120,10 @@ def read(candidate: Candidate) -> tuple[dict[str, Any], str | None]:
     if not isinstance(record, dict) or "schema" not in record:
         return {}, "not a record of tq_lightning: it has no key 'schema'"
     if record["schema"] != SCHEMA:
-        return {}, f"schema {record['schema']!r}; this version reads schema {SCHEMA}: use the version that wrote it"
+        return (
+            {},
+            f"schema {record['schema']!r}; this version reads schema {SCHEMA}: use the version that wrote it",
+        )
     return record, fault(record, INSPECT) if record.get("kind") == "inspect" else _run_fault(record)
 
 
@@ -123,7 +138,9 @@ def _run_fault(record: dict) -> str | None:
     return None if record["widths"] else "holds no width: a float run has nothing to compare"
 
 
-def _one_of(group: list[tuple[str, dict]], left_out: list[tuple[str, str]]) -> tuple[str, dict] | None:
+def _one_of(
+    group: list[tuple[str, dict]], left_out: list[tuple[str, str]]
+) -> tuple[str, dict] | None:
     """One record of those with the same id: equal copies count once, contradicting ones not at all.
 
     A copy from before `test` added its block (W&B keeps such a one) is a copy, not a contradiction.
@@ -131,17 +148,25 @@ def _one_of(group: list[tuple[str, dict]], left_out: list[tuple[str, str]]) -> t
     group = sorted(group, key=lambda item: ("test" not in item[1], len(Path(item[0]).parts)))
     path, record = group[0]
     for _, twin in group[1:]:
-        if _without_test(twin) != _without_test(record) or ("test" in twin and twin["test"] != record["test"]):
+        if _without_test(twin) != _without_test(record) or (
+            "test" in twin and twin["test"] != record["test"]
+        ):
             paths = ", ".join(p for p, _ in group)
-            left_out += [(p, f"two runs with one id ({record['id']}) that differ: {paths}") for p, _ in group]
+            left_out += [
+                (p, f"two runs with one id ({record['id']}) that differ: {paths}") for p, _ in group
+            ]
             return None
     # Only once none contradicts: of a group that is left out whole, no copy is counted.
-    left_out += [(other, f"a copy of {path} (id {record['id']}): counted once") for other, _ in group[1:]]
+    left_out += [
+        (other, f"a copy of {path} (id {record['id']}): counted once") for other, _ in group[1:]
+    ]
     return path, record
 
 
 def _without_test(record: dict) -> str:
-    return json.dumps({k: v for k, v in record.items() if k != "test"}, sort_keys=True)  # text: NaN equals NaN
+    return json.dumps(
+        {k: v for k, v in record.items() if k != "test"}, sort_keys=True
+    )  # text: NaN equals NaN
 
 
 def _run(path: str, record: dict, full_paths: bool) -> Run:
@@ -177,4 +202,6 @@ def shorten(value: Any) -> Any:
 
 def _numbers(value: list[Any]) -> bool:
     """A list that begins with a number, or with a list of numbers: the curves, which are most of a record."""
-    return bool(value) and (isinstance(value[0], int | float) or (isinstance(value[0], list) and _numbers(value[0])))
+    return bool(value) and (
+        isinstance(value[0], int | float) or (isinstance(value[0], list) and _numbers(value[0]))
+    )

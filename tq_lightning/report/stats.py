@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit  # quantile of Student's t; scipy.stats would take a second to import
+from scipy.special import (
+    stdtrit,
+)  # quantile of Student's t; scipy.stats would take a second to import
 
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.runs import Run
@@ -43,7 +45,9 @@ class Estimate:
 
     def text(self, digits: int = 1) -> str:
         """`86.3 ± 0.4`, or `86.3` for one seed."""
-        return number(self.mean, digits) + ("" if self.half is None else f" ± {self.half:.{digits}f}")
+        return number(self.mean, digits) + (
+            "" if self.half is None else f" ± {self.half:.{digits}f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def difference(a: dict[int | None, float], b: dict[int | None, float]) -> Differ
     interval where an arm has one seed.
     """
     if set(a) == set(b) and len(a) > 1 and None not in a:
-        return Difference(mean_interval([a[seed] - b[seed] for seed in sorted(a, key=str)]), "paired")
+        return Difference(
+            mean_interval([a[seed] - b[seed] for seed in sorted(a, key=str)]), "paired"
+        )
     x, y = np.array(list(a.values()), dtype=float), np.array(list(b.values()), dtype=float)
     mean = float(x.mean() - y.mean())
     if min(x.size, y.size) < 2:
@@ -133,7 +139,9 @@ def acc1_float(arm: Arm, split: str) -> Estimate | None:
     return mean_interval([v for v in values if v is not None]) if None not in values else None
 
 
-def compare(a: Arm, b: Arm, source_a: str, source_b: str, width: int, split: str) -> Difference | None:
+def compare(
+    a: Arm, b: Arm, source_a: str, source_b: str, width: int, split: str
+) -> Difference | None:
     """acc1(a, source_a) - acc1(b, source_b) at `width` bits; None where either lacks the width."""
     x, y = by_seed(a, source_a, width, split), by_seed(b, source_b, width, split)
     return difference(x, y) if x and y else None

@@ -17,7 +17,9 @@ def check_out(out: Path) -> None:
     """Refuse, before any work, a target that is a file or a folder that is not a report of ours."""
     if out.is_dir():
         if any(out.iterdir()) and not is_report(out):
-            raise UserError(f"--out {out}: the folder exists and is not a report; pass a new folder (nothing was touched)")
+            raise UserError(
+                f"--out {out}: the folder exists and is not a report; pass a new folder (nothing was touched)"
+            )
     elif out.exists() or out.is_symlink():
         raise UserError(f"--out {out}: that is a file; pass a folder that is new or holds a report")
 
@@ -35,7 +37,9 @@ def make(evidence: Any, out: Path, title: str, command: str) -> list[str]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: can't be written: {error.strerror} ({error.filename})") from error
+        raise UserError(
+            f"--out {out}: can't be written: {error.strerror} ({error.filename})"
+        ) from error
     with atomic_write(out) as building:
         building.mkdir()
         return fill(building, evidence, title, command)
@@ -64,10 +68,14 @@ def fill(folder: Path, evidence: Any, title: str, command: str) -> list[str]:
         style.write(figure, folder / "figures")
     made_tables = tabulate.tables(evidence)
     for table in made_tables:
-        (folder / "tables" / f"{table.name}.md").write_text(tables.markdown(table), encoding="utf-8")
+        (folder / "tables" / f"{table.name}.md").write_text(
+            tables.markdown(table), encoding="utf-8"
+        )
         (folder / "tables" / f"{table.name}.tex").write_text(tables.latex(table), encoding="utf-8")
     said = verdicts.verdicts(evidence)
-    (folder / "summary.md").write_text(summary(title, command, said, evidence.notes), encoding="utf-8")
+    (folder / "summary.md").write_text(
+        summary(title, command, said, evidence.notes), encoding="utf-8"
+    )
     beside = [*(tidy.write(evidence.arms, folder) if evidence.arms else []), "summary.md"]
     made = {"command": command, "version": ours, "files": beside}
     text = page.page(title, evidence, made_tables, drawn, said, folder / "figures", made)
@@ -82,7 +90,9 @@ def fill(folder: Path, evidence: Any, title: str, command: str) -> list[str]:
         "left_out": evidence.left_out,
         "files": files,
     }
-    (folder / MARKER).write_text(json.dumps(marker, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(
+        json.dumps(marker, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return files
 
 
@@ -90,5 +100,10 @@ def summary(title: str, command: str, said: list[Any], notes: list[str]) -> str:
     """The verdicts as Markdown."""
     lines = [f"# {title}", "", f"    {command}", ""]
     for verdict in said:
-        lines += [f"**{verdict.question}** {verdict.answer}", "", *(f"- {line}" for line in verdict.lines), ""]
+        lines += [
+            f"**{verdict.question}** {verdict.answer}",
+            "",
+            *(f"- {line}" for line in verdict.lines),
+            "",
+        ]
     return "\n".join([*lines, *notes, ""])

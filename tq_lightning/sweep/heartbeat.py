@@ -12,7 +12,9 @@ from tq_lightning.sweep.trial_queue import TrialQueue
 
 
 @contextlib.contextmanager
-def alive(queue: TrialQueue, trial: "optuna.trial.FrozenTrial", parent: int | None) -> Iterator[None]:
+def alive(
+    queue: TrialQueue, trial: "optuna.trial.FrozenTrial", parent: int | None
+) -> Iterator[None]:
     """Give a trial's sign of life from a thread while the block runs; interrupt the block if process `parent` is gone.
 
     Likewise where the trial is another worker's by now, since this one was suspended or cut off from the storage for too long;

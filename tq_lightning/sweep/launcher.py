@@ -38,7 +38,10 @@ def run_sweep(sweep: space.Sweep, options: Options) -> bool:
     queue.tend()
     crew = WorkerPool(options, deadline)
     # SIGINT too: a command started in the background of a script inherits it as ignored
-    before = {number: signal.signal(number, _raise_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, _raise_interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         with Progress(queue, deadline, options.workers) as progress:
             for place in range(options.workers):
@@ -80,7 +83,15 @@ class WorkerPool:
         if self.deadline is not None:
             role += ["--deadline", str(self.deadline)]
         extra = ["--", *self.options.extra] if self.options.extra else []
-        command = [sys.executable, "-m", "tq_lightning", "sweep", *self.options.again, *role, *extra]
+        command = [
+            sys.executable,
+            "-m",
+            "tq_lightning",
+            "sweep",
+            *self.options.again,
+            *role,
+            *extra,
+        ]
         with (self.options.folder / "logs" / f"{name}.log").open("wb") as log:
             self.running[name] = subprocess.Popen(
                 command,
@@ -102,9 +113,15 @@ class WorkerPool:
             status = process.poll()
             if status is None:
                 continue
-            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+            how = (
+                f"was killed by {signal.Signals(-status).name}"
+                if status < 0
+                else f"ended with exit status {status}"
+            )
             # the trial of a worker to REPLACE has its reason; the next one needs a fresh process
-            if status not in (DONE, REPLACE) and not queue.fail_worker(name, "lost", f"its worker {how}"):
+            if status not in (DONE, REPLACE) and not queue.fail_worker(
+                name, "lost", f"its worker {how}"
+            ):
                 self.strikes += 1
             del self.running[name]
             if self.strikes >= STRIKES:
@@ -123,7 +140,10 @@ class WorkerPool:
                 process.send_signal(signal.SIGINT)
         until = time.monotonic() + END_SECONDS
         with contextlib.suppress(KeyboardInterrupt):
-            while any(process.poll() is None for process in self.running.values()) and time.monotonic() < until:
+            while (
+                any(process.poll() is None for process in self.running.values())
+                and time.monotonic() < until
+            ):
                 time.sleep(0.1)
 
     def kill(self, queue: TrialQueue) -> None:
@@ -132,15 +152,23 @@ class WorkerPool:
 
         for name, process in self.running.items():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it started: the other ranks, the data loaders
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # and what it started: the other ranks, the data loaders
             process.wait()
-            with contextlib.suppress(StorageInternalError):  # away: whoever goes on finds the trial silent
+            with contextlib.suppress(
+                StorageInternalError
+            ):  # away: whoever goes on finds the trial silent
                 queue.fail_worker(name, "interrupted", "stopped by the user")
 
 
 def _share(index: int, workers: int) -> dict[str, str]:
     """One worker's share of the machine: threads, and where several GPUs are at hand, its own."""
-    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))}
+    share = {
+        "OMP_NUM_THREADS": os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))
+        )
+    }
     if workers == 1:
         return share
     import torch
@@ -156,7 +184,9 @@ def _share(index: int, workers: int) -> dict[str, str]:
 
 
 def _default_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a worker that is still importing must end by it as well
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a worker that is still importing must end by it as well
 
 
 def _raise_interrupt(*_: Any) -> None:

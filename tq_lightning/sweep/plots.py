@@ -63,7 +63,9 @@ def draw(study: Study, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
+    with matplotlib.rc_context(
+        {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    ):
         for objective in range(len(study.names)):
             suffix = f"_{objective + 1}" if len(study.names) > 1 else ""
             for name, function in PLOTS.items():
@@ -83,7 +85,11 @@ def history(study: Study, objective: int) -> Any:
     best = list(itertools.accumulate(values, max if study.maximize[objective] else min))
     ax.step(numbers, best, where="post", color=ORANGE, label="best so far")
     ax.plot(numbers, values, "o", color=BLUE, label="trial")
-    ax.set(xlabel="trial", ylabel=with_unit(study.names[objective]), title="Every trial and the best so far")
+    ax.set(
+        xlabel="trial",
+        ylabel=with_unit(study.names[objective]),
+        title="Every trial and the best so far",
+    )
     ax.set_xlim(-0.5, numbers[-1] + 0.5)
     ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     ax.grid(alpha=0.3)
@@ -98,9 +104,15 @@ def importances(study: Study, objective: int) -> Any:
         return None
     figure, ax = _figure(7.0, 1.4 + 0.45 * len(found))
     rows = sorted(found.items(), key=lambda item: item[1])
-    bars = ax.barh([short(key) for key, _ in rows], [value for _, value in rows], color=BLUE, height=0.6)
+    bars = ax.barh(
+        [short(key) for key, _ in rows], [value for _, value in rows], color=BLUE, height=0.6
+    )
     ax.bar_label(bars, [f"{value:.3f}" for _, value in rows], padding=4)
-    ax.set(xlim=(0, 1.12), xlabel=f"share of the variance of {study.names[objective]} (fANOVA)", title="Parameter importances")
+    ax.set(
+        xlim=(0, 1.12),
+        xlabel=f"share of the variance of {study.names[objective]} (fANOVA)",
+        title="Parameter importances",
+    )
     return figure
 
 
@@ -114,21 +126,41 @@ def parallel(study: Study, objective: int) -> Any:
     low, high = min(values), max(values)
     colours: Any = ScalarMappable(Normalize(low, high if high > low else low + 1), "viridis")
     ends = [_ends(axis, study.trials) for axis in study.axes]
-    for t in sorted(study.trials, key=lambda t: t.values[objective], reverse=not study.maximize[objective]):
-        aside = SPREAD * ((t.values[objective] - low) / ((high - low) or 1) - 0.5)  # lines through one choice: in their order
+    for t in sorted(
+        study.trials, key=lambda t: t.values[objective], reverse=not study.maximize[objective]
+    ):
+        aside = SPREAD * (
+            (t.values[objective] - low) / ((high - low) or 1) - 0.5
+        )  # lines through one choice: in their order
         heights = [
-            (axis.place(t.searched[axis.key]) + (aside if axis.choices is not None else 0) - first) / (last - first)
+            (axis.place(t.searched[axis.key]) + (aside if axis.choices is not None else 0) - first)
+            / (last - first)
             for axis, (first, last) in zip(study.axes, ends, strict=True)
         ]
         ax.plot(
-            [*range(len(heights)), len(heights) - 0.35], [*heights, heights[-1]], color=colours.to_rgba(t.values[objective])
+            [*range(len(heights)), len(heights) - 0.35],
+            [*heights, heights[-1]],
+            color=colours.to_rgba(t.values[objective]),
         )
     box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     for x, (axis, (first, last)) in enumerate(zip(study.axes, ends, strict=True)):
         ax.axvline(x, color=GREY, linewidth=1)
         for place, text in _ticks(axis, first, last):
-            ax.text(x + 0.03, (place - first) / (last - first), text, va="center", fontsize=9, bbox=box, zorder=5)
-    ax.set(xlim=(-0.05, len(study.axes) - 0.3), ylim=(-0.13, 1.13), yticks=[], title="Parallel coordinates")
+            ax.text(
+                x + 0.03,
+                (place - first) / (last - first),
+                text,
+                va="center",
+                fontsize=9,
+                bbox=box,
+                zorder=5,
+            )
+    ax.set(
+        xlim=(-0.05, len(study.axes) - 0.3),
+        ylim=(-0.13, 1.13),
+        yticks=[],
+        title="Parallel coordinates",
+    )
     ax.set_xticks(range(len(study.axes)), [short(axis.key) for axis in study.axes])
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
@@ -152,15 +184,25 @@ def slices(study: Study, objective: int) -> Any:
             ax.set_xscale("log" if axis.log else "linear")
         else:
             seen: dict[str, int] = {}
-            for x, y in zip(xs, ys, strict=True):  # beside each other, so that equal results stay apart
+            for x, y in zip(
+                xs, ys, strict=True
+            ):  # beside each other, so that equal results stay apart
                 seen[x] = seen.get(x, -1) + 1
                 aside = 0.3 * ((seen[x] * 0.618) % 1 - 0.5)
                 ax.plot(axis.place(x) + aside, y, "o", color=BLUE, alpha=0.6)
-            means = [(axis.place(x), statistics.mean(y for a, y in zip(xs, ys, strict=True) if a == x)) for x in seen]
-            ax.plot(*zip(*means, strict=True), "D", color=ORANGE, markeredgecolor="white", markersize=8)
+            means = [
+                (axis.place(x), statistics.mean(y for a, y in zip(xs, ys, strict=True) if a == x))
+                for x in seen
+            ]
+            ax.plot(
+                *zip(*means, strict=True), "D", color=ORANGE, markeredgecolor="white", markersize=8
+            )
             crowded = sum(map(len, axis.choices)) > 22
             ax.set_xticks(
-                range(len(axis.choices)), axis.choices, rotation=35 if crowded else 0, ha="right" if crowded else "center"
+                range(len(axis.choices)),
+                axis.choices,
+                rotation=35 if crowded else 0,
+                ha="right" if crowded else "center",
             )
             ax.set_xlim(-0.5, len(axis.choices) - 0.5)
         ax.set_xlabel(short(axis.key))
@@ -178,10 +220,17 @@ def front(study: Study) -> Any:
     pairs = list(itertools.combinations(range(len(study.names)), 2))
     figure, panels = _figure(6.4 * len(pairs), 4.8, 1, len(pairs))
     for (a, b), ax in zip(pairs, panels, strict=True):
-        for best, colour, label in ((False, GREY, "other trial"), (True, ORANGE, "on the Pareto front (trial number)")):
-            points = sorted((t.values[a], t.values[b], t.number) for t in study.trials if t.best is best)
+        for best, colour, label in (
+            (False, GREY, "other trial"),
+            (True, ORANGE, "on the Pareto front (trial number)"),
+        ):
+            points = sorted(
+                (t.values[a], t.values[b], t.number) for t in study.trials if t.best is best
+            )
             if points:
-                ax.plot([p[0] for p in points], [p[1] for p in points], "o", color=colour, label=label)
+                ax.plot(
+                    [p[0] for p in points], [p[1] for p in points], "o", color=colour, label=label
+                )
             if best:
                 if len(study.names) == 2:
                     ax.plot([p[0] for p in points], [p[1] for p in points], color=colour, alpha=0.5)
@@ -209,7 +258,9 @@ def with_unit(name: str) -> str:
 
 def short(key: str) -> str:
     """A searched key as it is shown: what all of them begin with left out."""
-    return "seed" if key == "seed_everything" else key.removeprefix("model.").removeprefix("trainer.")
+    return (
+        "seed" if key == "seed_everything" else key.removeprefix("model.").removeprefix("trainer.")
+    )
 
 
 # file name -> function of (study, number of the objective); None is not drawn
@@ -221,7 +272,9 @@ PLOTS: dict[str, Callable[[Study, int], Any]] = {
 }
 
 
-def _figure(width: float, height: float, lines: int = 1, columns: int = 0, sharey: bool = False) -> tuple[Any, Any]:
+def _figure(
+    width: float, height: float, lines: int = 1, columns: int = 0, sharey: bool = False
+) -> tuple[Any, Any]:
     """(figure, its axes), or (figure, list of axes) where columns are given. No pyplot: nothing to close, no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -235,7 +288,11 @@ def _figure(width: float, height: float, lines: int = 1, columns: int = 0, share
 
 def _ends(axis: Axis, trials: list[Shown]) -> tuple[float, float]:
     """(first, last) of an axis, never the same."""
-    places = range(len(axis.choices)) if axis.choices is not None else [axis.place(t.searched[axis.key]) for t in trials]
+    places = (
+        range(len(axis.choices))
+        if axis.choices is not None
+        else [axis.place(t.searched[axis.key]) for t in trials]
+    )
     first, last = min(places), max(places)
     return (first, last) if last > first else (first - 0.5, last + 0.5)
 

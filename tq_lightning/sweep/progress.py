@@ -13,10 +13,20 @@ from tq_lightning.sweep.trial_queue import TrialQueue
 class Progress:
     """Trials done, running, failed and pruned, the best so far and the time left. A context manager."""
 
-    def __init__(self, queue: TrialQueue, deadline: float | None, workers: int = 1, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        queue: TrialQueue,
+        deadline: float | None,
+        workers: int = 1,
+        console: Console | None = None,
+    ) -> None:
         self.queue, self.deadline, self.workers = queue, deadline, workers
         self.console = console or Console(highlight=False)
-        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.live = (
+            Live(console=self.console, auto_refresh=False, transient=True)
+            if self.console.is_terminal
+            else None
+        )
         self.last = ""
 
     def __enter__(self) -> "Progress":
@@ -24,7 +34,12 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.live is not None:
             self.live.stop()
             self.console.print(describe(self.queue, self.deadline, self.workers), soft_wrap=True)
@@ -51,7 +66,11 @@ def describe(queue: TrialQueue, deadline: float | None, workers: int = 1) -> str
     trials = list(queue.latest().values())
     by_state = {state: [t for t in trials if t.state == state] for state in TrialState}
     failed = [t for t in by_state[TrialState.FAIL] if not queue.to_retry(t)]
-    complete, running, pruned = by_state[TrialState.COMPLETE], by_state[TrialState.RUNNING], by_state[TrialState.PRUNED]
+    complete, running, pruned = (
+        by_state[TrialState.COMPLETE],
+        by_state[TrialState.RUNNING],
+        by_state[TrialState.PRUNED],
+    )
     done = len(complete) + len(pruned) + len(failed)
     of = "" if queue.limit is None else f" of {queue.limit}"
     line = f"{done}{of} done, {len(running)} running, {len(failed)} failed, {len(pruned)} pruned"
@@ -66,7 +85,11 @@ def describe(queue: TrialQueue, deadline: float | None, workers: int = 1) -> str
     left = []
     if seconds and queue.limit is not None and done < queue.limit:
         mean, now = sum(seconds) / len(seconds), datetime.now()
-        had = sum(min(mean, max(0.0, (now - t.datetime_start).total_seconds())) for t in running if t.datetime_start)
+        had = sum(
+            min(mean, max(0.0, (now - t.datetime_start).total_seconds()))
+            for t in running
+            if t.datetime_start
+        )
         left.append(((queue.limit - done) * mean - had) / max(1, workers, len(running)))
     if deadline is not None:
         left.append(max(0.0, deadline - time.time()))

@@ -31,7 +31,9 @@ class ReportToStudy(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero and report is not None:
-            for step, value in enumerate(self.values, 1):  # what the pruner says of them it said before: the fit went on
+            for step, value in enumerate(
+                self.values, 1
+            ):  # what the pruner says of them it said before: the fit went on
                 if math.isfinite(value):
                     report(step, value)
 
@@ -40,7 +42,9 @@ class ReportToStudy(pl.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
-            raise RuntimeError(f"{self.monitor} is not logged; this run logs {', '.join(sorted(trainer.callback_metrics))}")
+            raise RuntimeError(
+                f"{self.monitor} is not logged; this run logs {', '.join(sorted(trainer.callback_metrics))}"
+            )
         value = float(trainer.callback_metrics[self.monitor])
         self.values.append(value)
         stop: Any = False

@@ -22,7 +22,9 @@ SEED = "seed_everything"
 SHOWN = 20  # rows of a table in the terminal; the CSV has all
 
 
-def write_outcome(sweep: Sweep, queue: TrialQueue, folder: Path, console: Console | None = None) -> None:
+def write_outcome(
+    sweep: Sweep, queue: TrialQueue, folder: Path, console: Console | None = None
+) -> None:
     """Print the ranked tables and the importances; write trials.csv, arms.csv, importances.csv and plots/*.png to `folder`."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
@@ -31,8 +33,14 @@ def write_outcome(sweep: Sweep, queue: TrialQueue, folder: Path, console: Consol
     names = queue.study.metric_names or ["value"]
     rows = [trial_row(sweep, trial, names) for trial in trials]
     _write_csv(folder / "trials.csv", rows)
-    hidden = ("run_dir", "record", "attempt") + (() if any(row["reason"] for row in rows) else ("reason",))
-    _print(console, f"{queue.study.study_name}: trials", [{k: v for k, v in row.items() if k not in hidden} for row in rows])
+    hidden = ("run_dir", "record", "attempt") + (
+        () if any(row["reason"] for row in rows) else ("reason",)
+    )
+    _print(
+        console,
+        f"{queue.study.study_name}: trials",
+        [{k: v for k, v in row.items() if k not in hidden} for row in rows],
+    )
     if SEED in sweep.parameters and len(names) == 1:
         arms = arm_rows(sweep, trials, names[0], queue.study.direction.name == "MAXIMIZE")
         _write_csv(folder / "arms.csv", arms)
@@ -83,7 +91,9 @@ def trial_row(sweep: Sweep, trial: "optuna.trial.FrozenTrial", names: list[str])
     }
 
 
-def arm_rows(sweep: Sweep, trials: list["optuna.trial.FrozenTrial"], name: str, maximize: bool) -> list[dict[str, Any]]:
+def arm_rows(
+    sweep: Sweep, trials: list["optuna.trial.FrozenTrial"], name: str, maximize: bool
+) -> list[dict[str, Any]]:
     """The trials that differ in nothing but the seed, as one row: mean and standard deviation (n - 1) over the seeds."""
     arms: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for trial in trials:
@@ -128,12 +138,17 @@ def _importances(study: "optuna.Study", folder: Path, console: Console, names: l
     rows = []
     for position, name in enumerate(names):
         found = find_importances(study, position) or {}
-        rows += [{"objective": name, "parameter": key, "importance": value} for key, value in found.items()]
+        rows += [
+            {"objective": name, "parameter": key, "importance": value}
+            for key, value in found.items()
+        ]
     if rows:
         _write_csv(folder / "importances.csv", rows)
         _print(console, "parameter importances (share of the variance, fANOVA)", rows)
     else:
-        console.print("no parameter importances: they need two different results and two values of a parameter")
+        console.print(
+            "no parameter importances: they need two different results and two values of a parameter"
+        )
 
 
 def find_importances(study: "optuna.Study", position: int) -> dict[str, float] | None:
@@ -146,21 +161,31 @@ def find_importances(study: "optuna.Study", position: int) -> dict[str, float] |
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda t: t.values[position])
+        found = get_param_importances(
+            study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda t: t.values[position]
+        )
     return found or None
 
 
 def _searched(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
     """The searched keys as the program got them; lists as text."""
     values = {
-        key: twins.decode(parameter, trial.params[key]) for key, parameter in sweep.parameters.items() if key in trial.params
+        key: twins.decode(parameter, trial.params[key])
+        for key, parameter in sweep.parameters.items()
+        if key in trial.params
     }
-    return {key: value if isinstance(value, bool | int | float | str) else _text(value) for key, value in values.items()}
+    return {
+        key: value if isinstance(value, bool | int | float | str) else _text(value)
+        for key, value in values.items()
+    }
 
 
 def _shown(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
     """The searched keys as the pictures have them: numbers of ranges, texts of choices."""
-    return {key: _text(value) if sweep.parameters[key].values else value for key, value in _searched(sweep, trial).items()}
+    return {
+        key: _text(value) if sweep.parameters[key].values else value
+        for key, value in _searched(sweep, trial).items()
+    }
 
 
 def _text(value: Any) -> str:
@@ -186,7 +211,10 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows[:SHOWN]:
         table.add_row(
-            *(f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value) for value in row.values())
+            *(
+                f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+                for value in row.values()
+            )
         )
     console.print(table)
     if len(rows) > SHOWN:

@@ -62,7 +62,10 @@ def fixed(sweep: Sweep, point: int) -> dict[str, Any]:
 
 def encode(sweep: Sweep, point: dict[str, Any]) -> dict[str, Any]:
     """A grid point as Optuna stores it."""
-    return {key: _label(value) if sweep.parameters[key].values else value for key, value in point.items()}
+    return {
+        key: _label(value) if sweep.parameters[key].values else value
+        for key, value in point.items()
+    }
 
 
 def suggest(sweep: Sweep, trial: "optuna.trial.Trial") -> dict[str, Any]:
@@ -98,7 +101,9 @@ def sampler(sweep: Sweep, point: int) -> "optuna.samplers.BaseSampler":
 
     if sweep.method == "bayes":
         # constant_liar: points that other workers are still running count, so that two workers don't try the same thing
-        return TPESampler(n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=point)
+        return TPESampler(
+            n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=point
+        )
     return RandomSampler(seed=point)  # a grid's values are all fixed; nothing is left to draw
 
 
@@ -120,4 +125,6 @@ def pruner(sweep: Sweep, objectives: int) -> "optuna.pruners.BasePruner":
 
 def _label(value: Any) -> Any:
     """A choice as Optuna's storages can hold it."""
-    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    return (
+        value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    )

@@ -26,17 +26,25 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
     import optuna
 
     if re.fullmatch(r"sqlite(\+\w+)?://(/:memory:)?", url):
-        raise UserError(f"the storage {url} is no file: workers can't share it and it ends with them; pass sqlite:///PATH")
+        raise UserError(
+            f"the storage {url} is no file: workers can't share it and it ends with them; pass sqlite:///PATH"
+        )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         if url.startswith("journal:"):
             from optuna.storages.journal import JournalFileBackend
 
             return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
-        return optuna.storages._CachedStorage(_database(url))  # what create_study wraps it in; one cache for all that we ask
-    except Exception as error:  # each driver raises its own kinds; all mean that there is no storage
+        return optuna.storages._CachedStorage(
+            _database(url)
+        )  # what create_study wraps it in; one cache for all that we ask
+    except (
+        Exception
+    ) as error:  # each driver raises its own kinds; all mean that there is no storage
         where = hide_password(url)
-        raise UserError(f"the storage {where} can't be reached: {_first(error)}; start it or pass another --storage") from error
+        raise UserError(
+            f"the storage {where} can't be reached: {_first(error)}; start it or pass another --storage"
+        ) from error
 
 
 class StorageOutage:
@@ -52,7 +60,12 @@ class StorageOutage:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
         from optuna.exceptions import StorageInternalError
 
         if error is None:
@@ -81,14 +94,19 @@ def _database(url: str) -> "optuna.storages.RDBStorage":
     connect: dict[str, Any] = {"timeout": LOCKED_SECONDS} if lite else {}
     if url.startswith("postgres"):
         connect = {"connect_timeout": CONNECT_SECONDS}
-    options = {"connect_args": connect, "pool_pre_ping": not lite}  # a server may have dropped a connection during a long trial
+    options = {
+        "connect_args": connect,
+        "pool_pre_ping": not lite,
+    }  # a server may have dropped a connection during a long trial
     for attempt in range(5):
         try:
             storage = RDBStorage(url, engine_kwargs=options)
             break
         except Exception as error:
             # two commands that start at the same moment may both create the tables; the loser finds them on its next try
-            if attempt == 4 or not re.search(r"already exists|unique|locked", str(error), re.IGNORECASE):
+            if attempt == 4 or not re.search(
+                r"already exists|unique|locked", str(error), re.IGNORECASE
+            ):
                 raise
             time.sleep(0.5)
     if lite:

@@ -50,15 +50,21 @@ def open_study(sweep: space.Sweep, options: Options) -> "optuna.Study":
                 f"the study {options.study_name} in {where} is not one of a sweep file's; pass another --study-name"
             )
         both = [] if theirs is None else [*mine, *(key for key in theirs if key not in mine)]
-        different = [key for key in both if json.dumps(theirs.get(key)) != json.dumps(mine.get(key))]
+        different = [
+            key for key in both if json.dumps(theirs.get(key)) != json.dumps(mine.get(key))
+        ]
         if different:
-            names = " and ".join("arguments after --" if key == "extra" else key for key in different)
+            names = " and ".join(
+                "arguments after --" if key == "extra" else key for key in different
+            )
             raise UserError(
                 f"the study {options.study_name} exists in {where} with other {names} than {sweep.path}: "
                 f"{_difference(theirs.get(different[0]), mine.get(different[0]))}; "
                 "pass another --study-name, or what it was begun with"
             )
-    study = optuna.create_study(storage=storage, study_name=options.study_name, directions=directions, load_if_exists=True)
+    study = optuna.create_study(
+        storage=storage, study_name=options.study_name, directions=directions, load_if_exists=True
+    )
     if existing is None or "sweep" not in existing.user_attrs:
         with warnings.catch_warnings():  # "experimental" since 3.2
             warnings.simplefilter("ignore")

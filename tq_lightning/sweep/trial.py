@@ -16,7 +16,9 @@ from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
 STORAGE_BYTES = "storage/bytes"  # an objective: the packed file's size
-Fit = Callable[[list[str]], Any]  # `tq_lightning.cli.run_fit`, or a test's stand-in that writes a record.json the same way
+Fit = Callable[
+    [list[str]], Any
+]  # `tq_lightning.cli.run_fit`, or a test's stand-in that writes a record.json the same way
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class TrialResult:
 
         Lack of memory is none: its message has no `CUDA error:`.
         """
-        return self.state == "failed" and ("CUDA error:" in self.reason or "cuDNN error:" in self.reason)
+        return self.state == "failed" and (
+            "CUDA error:" in self.reason or "cuDNN error:" in self.reason
+        )
 
 
 def run_trial(
@@ -63,7 +67,10 @@ def run_trial(
         return pruned
 
     if report is not None:
-        argv += ["--trainer.callbacks+=tq_lightning.sweep.pruning.ReportToStudy", f"--trainer.callbacks.monitor={metrics[0]}"]
+        argv += [
+            "--trainer.callbacks+=tq_lightning.sweep.pruning.ReportToStudy",
+            f"--trainer.callbacks.monitor={metrics[0]}",
+        ]
     failure, interrupted, before = "", False, _records(folder)
     try:
         with _as_program(argv), _reporting(decide if report is not None else None):
@@ -83,9 +90,13 @@ def run_trial(
     if interrupted or (record is not None and record.get("status") == "interrupted"):
         return TrialResult("interrupted", reason="stopped by the user", record=shown)
     if failure or record is None:
-        return TrialResult("failed", reason=failure or f"fit left no record.json in {folder}", record=shown)
+        return TrialResult(
+            "failed", reason=failure or f"fit left no record.json in {folder}", record=shown
+        )
     if record.get("status") == "failed":
-        return TrialResult("failed", reason=str(record.get("reason") or "its record says failed"), record=shown)
+        return TrialResult(
+            "failed", reason=str(record.get("reason") or "its record says failed"), record=shown
+        )
     if pruned:
         return TrialResult("pruned", reason="pruned", record=shown)
     return _judge(record, metrics, shown)
@@ -105,7 +116,10 @@ def value_of(record: dict[str, Any], name: str) -> float | None:
 def disown(record: str) -> None:
     """Mark the record of a trial that was given to another worker: two results of one trial must not be counted."""
     path = Path(record)
-    content = json.loads(path.read_text()) | {"status": "interrupted", "reason": "its trial was given to another worker"}
+    content = json.loads(path.read_text()) | {
+        "status": "interrupted",
+        "reason": "its trial was given to another worker",
+    }
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
 
@@ -118,16 +132,27 @@ def _records(folder: Path) -> dict[Path, int]:
 def _judge(record: dict[str, Any], metrics: list[str], shown: str | None) -> TrialResult:
     """A finished run's values; failed where a metric is missing, or where anything it measured last is not finite."""
     last = record.get("last", {}).get("metrics", {})
-    for name, value in last.items():  # accuracies stay finite when the weights are NaN; the losses beside them tell
+    for (
+        name,
+        value,
+    ) in (
+        last.items()
+    ):  # accuracies stay finite when the weights are NaN; the losses beside them tell
         if value is not None and not math.isfinite(value):
-            return TrialResult("failed", reason=f"non-finite: {name} is {value} in the last epoch", record=shown)
+            return TrialResult(
+                "failed", reason=f"non-finite: {name} is {value} in the last epoch", record=shown
+            )
     values = [value_of(record, name) for name in metrics]
     for name, value in zip(metrics, values, strict=True):
         if value is None:
             return TrialResult(
-                "failed", reason=f"{name} was never logged; the record has {', '.join(sorted(last))}", record=shown
+                "failed",
+                reason=f"{name} was never logged; the record has {', '.join(sorted(last))}",
+                record=shown,
             )
-    return TrialResult("complete", tuple(value for value in values if value is not None), record=shown)
+    return TrialResult(
+        "complete", tuple(value for value in values if value is not None), record=shown
+    )
 
 
 @contextlib.contextmanager
@@ -160,7 +185,9 @@ def _free_memory() -> None:
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # a broken context (see `Ending.broken`) has no memory to give back
+        with contextlib.suppress(
+            RuntimeError
+        ):  # a broken context (see `Ending.broken`) has no memory to give back
             torch.cuda.empty_cache()
 
 
@@ -177,7 +204,9 @@ def new_home(trials: Path, trial: "optuna.trial.FrozenTrial") -> Path:
     return trials / f"{trial.user_attrs['point']:04d}-{middle}{secrets.token_hex(3)}"
 
 
-def go_on(study: "optuna.Study", trial: "optuna.trial.FrozenTrial", home: Path) -> tuple[Path, int] | None:
+def go_on(
+    study: "optuna.Study", trial: "optuna.trial.FrozenTrial", home: Path
+) -> tuple[Path, int] | None:
     """Copy the newest run of the earlier attempts at a trial's point into `home`, which doesn't exist yet.
 
     Returns the copy's checkpoint and its step; None where the trial has to begin at the beginning: no earlier attempt came to
@@ -196,12 +225,16 @@ def go_on(study: "optuna.Study", trial: "optuna.trial.FrozenTrial", home: Path) 
             print(f"can't go on from {path}: {error}", file=sys.stderr, flush=True)
             shutil.rmtree(part, ignore_errors=True)
             continue
-        part.rename(home)  # whole or not at all: a worker that dies in the middle leaves nothing to go on from
+        part.rename(
+            home
+        )  # whole or not at all: a worker that dies in the middle leaves nothing to go on from
         return home / run.name / LAST, step
     return None
 
 
-def _checkpoints(study: "optuna.Study", trial: "optuna.trial.FrozenTrial", trials: Path) -> list[Path]:
+def _checkpoints(
+    study: "optuna.Study", trial: "optuna.trial.FrozenTrial", trials: Path
+) -> list[Path]:
     """The checkpoints of the earlier attempts, those of the last one first."""
     by_number = {t.number: t for t in study.get_trials(deepcopy=False)}
     found: list[Path] = []

@@ -33,17 +33,27 @@ class TrialQueue:
     """
 
     def __init__(
-        self, study: "optuna.Study", fixed: Callable[[int], dict[str, Any]], limit: int | None, stale: float = STALE_SECONDS
+        self,
+        study: "optuna.Study",
+        fixed: Callable[[int], dict[str, Any]],
+        limit: int | None,
+        stale: float = STALE_SECONDS,
     ) -> None:
         self.study, self.fixed, self.limit, self.stale = study, fixed, limit, stale
         self.storage = study._storage
         self.taken = False  # whether the trial that runs in this process was given to another worker: see `alive`
-        self._seen: dict[int, tuple[Any, float]] = {}  # running trial's number -> (its heartbeat, when this was first seen)
+        self._seen: dict[
+            int, tuple[Any, float]
+        ] = {}  # running trial's number -> (its heartbeat, when this was first seen)
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
         """All trials of points by number, but for duplicates."""
         trials = self.study.get_trials(deepcopy=False)
-        return [t for t in trials if "point" in t.user_attrs and t.user_attrs.get("cause") != "duplicate"]
+        return [
+            t
+            for t in trials
+            if "point" in t.user_attrs and t.user_attrs.get("cause") != "duplicate"
+        ]
 
     def latest(self) -> dict[int, "optuna.trial.FrozenTrial"]:
         """Point -> its last attempt."""
@@ -84,8 +94,12 @@ class TrialQueue:
         first: dict[tuple[int, int], int] = {}
         for t in trials:
             first.setdefault((t.user_attrs["point"], t.user_attrs["attempt"]), t.number)
-        for t in sorted(trials, key=lambda t: t.user_attrs["point"]):  # a retry before what has not begun
-            if t.state != TrialState.WAITING or (self.limit is not None and t.user_attrs["point"] >= self.limit):
+        for t in sorted(
+            trials, key=lambda t: t.user_attrs["point"]
+        ):  # a retry before what has not begun
+            if t.state != TrialState.WAITING or (
+                self.limit is not None and t.user_attrs["point"] >= self.limit
+            ):
                 continue
             if first.get((t.user_attrs["point"], t.user_attrs["attempt"])) != t.number:
                 self.fail(t, "duplicate", "another trial has the same point")
@@ -111,7 +125,11 @@ class TrialQueue:
         """Fail what a worker was running when it ended. Returns the number of such trials."""
         from optuna.trial import TrialState
 
-        left = [t for t in self.trials() if t.state == TrialState.RUNNING and t.user_attrs.get("worker") == worker]
+        left = [
+            t
+            for t in self.trials()
+            if t.state == TrialState.RUNNING and t.user_attrs.get("worker") == worker
+        ]
         for trial in left:
             self.fail(trial, cause, reason)
         return len(left)
@@ -130,7 +148,8 @@ class TrialQueue:
             return False
         last = self.latest()
         return all(
-            point in last and last[point].state.is_finished() and not self.to_retry(last[point]) for point in range(self.limit)
+            point in last and last[point].state.is_finished() and not self.to_retry(last[point])
+            for point in range(self.limit)
         )
 
     def _enqueue(self) -> None:
@@ -143,12 +162,20 @@ class TrialQueue:
         retries = [point for point, trial in last.items() if self.to_retry(trial)]
         missing = [point for point in range(following) if point not in last]
         new = range(following, self.limit if self.limit is not None else following + 1)
-        for point in [*retries, *missing, *new][: max(0, (AHEAD if self.limit is not None else 1) - waiting)]:
+        for point in [*retries, *missing, *new][
+            : max(0, (AHEAD if self.limit is not None else 1) - waiting)
+        ]:
             before = last.get(point)
             attrs: dict[str, Any] = {"point": point, "attempt": 0}
             params = self.fixed(point)
             if before is not None:
-                params = before.params or params  # what the sampler drew for the first attempt holds for the next
+                params = (
+                    before.params or params
+                )  # what the sampler drew for the first attempt holds for the next
                 lost = before.user_attrs.get("lost", 0) + (before.user_attrs["cause"] == "lost")
-                attrs |= {"attempt": before.user_attrs["attempt"] + 1, "lost": lost, "retry_of": before.number}
+                attrs |= {
+                    "attempt": before.user_attrs["attempt"] + 1,
+                    "lost": lost,
+                    "retry_of": before.number,
+                }
             self.study.enqueue_trial(params, user_attrs=attrs)

@@ -27,13 +27,16 @@ def check_arms(sweep: space.Sweep, metrics: list[str]) -> None:
             raise UserError(f"{sweep.path}: {arm}: {' '.join(str(error).split())}") from None
         for name in metrics:
             if name not in logged:
-                raise UserError(f"{sweep.path}: metric {name!r} is never logged with {arm}; pass one of {_in_words(logged)}")
+                raise UserError(
+                    f"{sweep.path}: metric {name!r} is never logged with {arm}; pass one of {_in_words(logged)}"
+                )
 
 
 def every_value(sweep: space.Sweep) -> Iterator[dict[str, Any]]:
     """As few points as hold every value of every choice and both ends of every range."""
     axes = {
-        key: parameter.values or (rounded(parameter.low, parameter), rounded(parameter.high, parameter))
+        key: parameter.values
+        or (rounded(parameter.low, parameter), rounded(parameter.high, parameter))
         for key, parameter in sweep.parameters.items()
     }
     for i in range(max(map(len, axes.values()))):
@@ -57,7 +60,12 @@ def fit_parser() -> Callable[[list[str]], Any]:
             raise _BuiltError(parser)
 
     try:
-        ParserOnly(TQModule, TQDataModule, parser_kwargs={"parser_mode": "tq", "exit_on_error": False}, args=[])
+        ParserOnly(
+            TQModule,
+            TQDataModule,
+            parser_kwargs={"parser_mode": "tq", "exit_on_error": False},
+            args=[],
+        )
     except _BuiltError as built:
         parser = built.args[0]
 
@@ -65,7 +73,11 @@ def fit_parser() -> Callable[[list[str]], Any]:
         try:
             return parser.parse_args(["fit", *arguments])["fit"]
         except ArgumentError as error:
-            hint = "; it is looked for from the folder that the sweep is run in" if "does not exist" in str(error) else ""
+            hint = (
+                "; it is looked for from the folder that the sweep is run in"
+                if "does not exist" in str(error)
+                else ""
+            )
             raise UserError(one_line(error) + hint) from None
 
     return parse
@@ -87,8 +99,13 @@ def logged_metrics(config: Any) -> list[str]:
     given: Any = module.hparams
     if ":" not in given.name and not timm.is_model(given.name):
         create_model(given.name)  # raises the error that says which names are near
-    toy = torch.nn.Sequential(*(layer for _ in range(3) for layer in (torch.nn.Linear(2, 2), torch.nn.ReLU())))
-    same = {key: given[key] for key in ("quantizer", "ste", "level", "normalizer", "max_bits", "activations", "norm")}
+    toy = torch.nn.Sequential(
+        *(layer for _ in range(3) for layer in (torch.nn.Linear(2, 2), torch.nn.ReLU()))
+    )
+    same = {
+        key: given[key]
+        for key in ("quantizer", "ste", "level", "normalizer", "max_bits", "activations", "norm")
+    }
     prepare(toy, widths=module.widths, verbose=False, **same)
     widths = range(1, given.max_bits + 1)
     scores = {(bits, "truncate"): 0.0 for bits in (*widths, None)} | {(None, "quantize"): 0.0}
@@ -109,4 +126,7 @@ def _in_words(names: list[str]) -> str:
     for name in names:
         stem, width = re.fullmatch(r"(.*?)(?:_w(\d))?", name).groups()  # type: ignore[union-attr]
         kinds.setdefault(stem, []).extend([width] if width else [])
-    return ", ".join(f"{stem}_w{{{','.join(sorted(widths))}}}" if widths else stem for stem, widths in kinds.items())
+    return ", ".join(
+        f"{stem}_w{{{','.join(sorted(widths))}}}" if widths else stem
+        for stem, widths in kinds.items()
+    )

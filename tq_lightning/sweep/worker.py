@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     import optuna
 
 POLL_SECONDS = 1.0  # between two looks at a study in which nothing waits
-DONE, INTERRUPTED, REPLACE = 0, 130, 75  # exit statuses of a worker; the last one: CUDA is broken in it, start another
+DONE, INTERRUPTED, REPLACE = (
+    0,
+    130,
+    75,
+)  # exit statuses of a worker; the last one: CUDA is broken in it, start another
 
 
 def work(
@@ -46,7 +50,9 @@ def work(
         stopped = stopped or not queue.taken
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     away = StorageOutage()
     try:
         while deadline is None or time.time() < deadline:
@@ -63,16 +69,23 @@ def work(
                     return DONE
                 time.sleep(POLL_SECONDS)
                 continue
-            ending = run_claimed(queue, claimed, sweep, metrics, folder, fit, parent, lambda: stopped)
+            ending = run_claimed(
+                queue, claimed, sweep, metrics, folder, fit, parent, lambda: stopped
+            )
             if stopped:
                 return INTERRUPTED
             if ending is not None and ending.broken:
-                print(f"CUDA fails in this process from now on, so it ends: {ending.reason}", flush=True)
+                print(
+                    f"CUDA fails in this process from now on, so it ends: {ending.reason}",
+                    flush=True,
+                )
                 return REPLACE
             if parent is None:  # else the parent shows it
                 with away:
                     print(describe(queue, deadline), flush=True)
-            for number in before:  # Lightning puts its own in their place; the next trial must be stoppable too
+            for number in (
+                before
+            ):  # Lightning puts its own in their place; the next trial must be stoppable too
                 signal.signal(number, interrupt)
         return DONE
     except KeyboardInterrupt:
@@ -101,7 +114,9 @@ def run_claimed(
     home = new_home(folder / "trials", claimed)
 
     def report(step: int, value: float) -> bool:
-        with contextlib.suppress(StorageInternalError):  # away for a moment: hours of training are worth more than one report
+        with contextlib.suppress(
+            StorageInternalError
+        ):  # away for a moment: hours of training are worth more than one report
             try:
                 trial.report(value, step)
                 return trial.should_prune()
@@ -119,19 +134,29 @@ def run_claimed(
             before = go_on(study, claimed, home)
             if before is not None:
                 trial.set_user_attr("resumed_step", before[1])
-                if before[1] > study.trials[claimed.user_attrs["retry_of"]].user_attrs.get("resumed_step", 0):
-                    trial.set_user_attr("lost", 0)  # the last attempt got further: this is no trial that kills each worker
+                if before[1] > study.trials[claimed.user_attrs["retry_of"]].user_attrs.get(
+                    "resumed_step", 0
+                ):
+                    trial.set_user_attr(
+                        "lost", 0
+                    )  # the last attempt got further: this is no trial that kills each worker
             prunes = sweep.early_terminate is not None and len(metrics) == 1
-            ending = run_trial(fit, argv, home, metrics, report if prunes else None, before and before[0])
+            ending = run_trial(
+                fit, argv, home, metrics, report if prunes else None, before and before[0]
+            )
     except KeyboardInterrupt:  # between the lines above
         ending = TrialResult("interrupted", reason="stopped by the user")
     except UpdateFinishedTrialError:
         return None  # taken for dead before it began: it is another worker's now
-    if stopped() and ending.state == "failed":  # whatever Ctrl-C made of the fit, the parameters are not to blame
+    if (
+        stopped() and ending.state == "failed"
+    ):  # whatever Ctrl-C made of the fit, the parameters are not to blame
         ending = TrialResult("interrupted", reason="stopped by the user", record=ending.record)
     elif not stopped() and ending.state == "interrupted":
         # a signal from outside, or another rank that died: try it again, a few times
-        ending = TrialResult("lost", reason="its fit was stopped from outside", record=ending.record)
+        ending = TrialResult(
+            "lost", reason="its fit was stopped from outside", record=ending.record
+        )
     _write(queue, claimed, ending)
     return ending
 
@@ -150,12 +175,20 @@ def _write(queue: TrialQueue, claimed: "optuna.trial.FrozenTrial", ending: Trial
             elif ending.state == "pruned":
                 queue.study.tell(claimed.number, state=TrialState.PRUNED, skip_if_finished=True)
             else:
-                queue.fail(claimed, "error" if ending.state == "failed" else ending.state, ending.reason)
+                queue.fail(
+                    claimed, "error" if ending.state == "failed" else ending.state, ending.reason
+                )
             return
         except UpdateFinishedTrialError:
             trial = queue.storage.get_trial(claimed._trial_id)
-            if ending.record is not None and trial.state == TrialState.FAIL and trial.user_attrs.get("cause") in RETRIED:
-                disown(ending.record)  # it was taken for dead and given to another worker, whose result counts
+            if (
+                ending.record is not None
+                and trial.state == TrialState.FAIL
+                and trial.user_attrs.get("cause") in RETRIED
+            ):
+                disown(
+                    ending.record
+                )  # it was taken for dead and given to another worker, whose result counts
             return
         except StorageInternalError:
             if attempt == 6:

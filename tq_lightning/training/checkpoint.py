@@ -28,23 +28,37 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; pass a .ckpt file of a run, e.g. RUN/checkpoints/last.ckpt")
+        raise UserError(
+            f"checkpoint {path} does not exist; pass a .ckpt file of a run, e.g. RUN/checkpoints/last.ckpt"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
         state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
         name, classes, args = (hparams[key] for key in ("name", "num_classes", "model_args"))
-        module = TQModule(**{**hparams, "pretrained": False, "checkpoint_path": None, "teacher": "none", "compile": False})
+        module = TQModule(
+            **{
+                **hparams,
+                "pretrained": False,
+                "checkpoint_path": None,
+                "teacher": "none",
+                "compile": False,
+            }
+        )
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint of a run ({first_line(error)}); pass a .ckpt file that `fit` wrote") from None
+        raise UserError(
+            f"{path} is no checkpoint of a run ({first_line(error)}); pass a .ckpt file that `fit` wrote"
+        ) from None
     model = create_model(name, classes, **(args or {}))
     module.attach(model)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its own configuration ({first_line(error)})") from None
+        raise UserError(
+            f"{path} does not fit its own configuration ({first_line(error)})"
+        ) from None
     return model.eval(), hparams, checkpoint.get("preprocessing", {})
 
 
@@ -72,8 +86,14 @@ def checkpoint_step(path: Path) -> int:
         return int(checkpoint["global_step"])
     except Exception as error:
         reason = first_line(error)
-        reason = "not a file that torch.save wrote, or half of one" if "mmap" in reason or "zip" in reason else reason
-        raise UserError(f"ckpt_path: {path} is no checkpoint of a run ({reason}); pass last, best, or a .ckpt file") from None
+        reason = (
+            "not a file that torch.save wrote, or half of one"
+            if "mmap" in reason or "zip" in reason
+            else reason
+        )
+        raise UserError(
+            f"ckpt_path: {path} is no checkpoint of a run ({reason}); pass last, best, or a .ckpt file"
+        ) from None
 
 
 def overruled(asked: dict[str, Any], kept: dict[str, Any]) -> list[str]:
@@ -92,6 +112,8 @@ def overruled(asked: dict[str, Any], kept: dict[str, Any]) -> list[str]:
 
 
 def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, dict) and isinstance(two, dict):  # a checkpoint's may hold more: dropout rates
+    if isinstance(one, dict) and isinstance(
+        two, dict
+    ):  # a checkpoint's may hold more: dropout rates
         return one.items() <= two.items()
     return [str(v) for v in as_list(one)] == [str(v) for v in as_list(two)]

@@ -16,13 +16,25 @@ def one_line(error: BaseException) -> str:
     text = _wrong_kind(" ".join(lines))[:600] if lines else type(error).__name__
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
     if unknown:
-        keys = [f"{group}.{key}" for group, owner in _OWNERS.items() for key in inspect.signature(owner).parameters]
+        keys = [
+            f"{group}.{key}"
+            for group, owner in _OWNERS.items()
+            for key in inspect.signature(owner).parameters
+        ]
         near = difflib.get_close_matches(unknown[1], keys, n=3)
-        text += f"; did you mean --{', --'.join(near)}?" if near else "; fit --help lists the arguments"
+        text += (
+            f"; did you mean --{', --'.join(near)}?" if near else "; fit --help lists the arguments"
+        )
     return text
 
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "{key: value}"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "{key: value}",
+}
 
 
 def _wrong_kind(text: str) -> str:

@@ -39,12 +39,20 @@ def build_teacher(h: Any) -> nn.Module | None:
             f"{h.num_classes}; pass model.teacher_checkpoint_path"
         )
     try:
-        return create_model(h.teacher_name, h.num_classes, path is None, path).eval().requires_grad_(False)
+        return (
+            create_model(h.teacher_name, h.num_classes, path is None, path)
+            .eval()
+            .requires_grad_(False)
+        )
     except UserError as error:
-        raise UserError(f"the teacher (model.teacher_name, model.teacher_checkpoint_path): {error}") from None
+        raise UserError(
+            f"the teacher (model.teacher_name, model.teacher_checkpoint_path): {error}"
+        ) from None
 
 
-def prepare_model(model: nn.Module, h: Any, widths: tuple[int, ...], verbose: bool) -> PrepareReport:
+def prepare_model(
+    model: nn.Module, h: Any, widths: tuple[int, ...], verbose: bool
+) -> PrepareReport:
     """Prepares `model` in place as `h` says.
 
     Raises:

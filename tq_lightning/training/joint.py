@@ -121,13 +121,19 @@ def joint_loss(
         with torch.no_grad():
             for q, weight in pairs:
                 if id(q) in leaf_sums:
-                    _add_at(sums, position[id(weight)], q.normaliser_grad(leaf_sums.pop(id(q))).to(weight.dtype))
+                    _add_at(
+                        sums,
+                        position[id(weight)],
+                        q.normaliser_grad(leaf_sums.pop(id(q))).to(weight.dtype),
+                    )
     present = [g for g in sums if g is not None]
     if loss_scale != 1.0:
         torch._foreach_div_(present, loss_scale)
     bad = [bits for bits, loss in losses.items() if not torch.isfinite(loss)]
     if bad:
-        raise TrainingError(f"loss is not finite at width {'float' if bad[0] is None else bad[0]}{_culprit(model)}")
+        raise TrainingError(
+            f"loss is not finite at width {'float' if bad[0] is None else bad[0]}{_culprit(model)}"
+        )
     factors = [1.0] * len(widths) if weights is None else list(weights)
     total = torch.stack([f * losses[b].float() for f, b in zip(factors, widths, strict=True)]).sum()
     return _HandOver.apply(total, sums, *params), losses

@@ -60,7 +60,9 @@ def _check_root(root: Path) -> None:
     """Raises UserError where no run can be written below `root`. Nothing is made: bad input leaves no trace."""
     there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"trainer.default_root_dir={root}: cannot write in {there}; pass a folder for the runs")
+        raise UserError(
+            f"trainer.default_root_dir={root}: cannot write in {there}; pass a folder for the runs"
+        )
 
 
 class TQCLI(LightningCLI):
@@ -82,8 +84,13 @@ class TQCLI(LightningCLI):
             default=0,
             help="write checkpoints/last.ckpt every N optimizer steps as well as at every validation (0: only then)",
         )
-        for flag, what in (("wandb", "Weights & Biases (WANDB_MODE=offline works)"), ("tensorboard", "TensorBoard")):
-            parser.add_argument(f"--{flag}", action=ActionYesNo, nargs="?", default=False, help=f"log to {what} too")
+        for flag, what in (
+            ("wandb", "Weights & Biases (WANDB_MODE=offline works)"),
+            ("tensorboard", "TensorBoard"),
+        ):
+            parser.add_argument(
+                f"--{flag}", action=ActionYesNo, nargs="?", default=False, help=f"log to {what} too"
+            )
 
     def _parse_ckpt_path(self) -> None:
         config = self.config[self.config.subcommand]
@@ -103,7 +110,11 @@ class TQCLI(LightningCLI):
         super()._parse_ckpt_path()  # the checkpoint's model arguments replace those given
         kept = overruled(asked, self.config[self.config.subcommand].model.as_dict())
         if kept:
-            print(f"the model stays as its checkpoint was trained: {'; '.join(kept)}", file=sys.stderr, flush=True)
+            print(
+                f"the model stays as its checkpoint was trained: {'; '.join(kept)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -145,7 +156,10 @@ class TQCLI(LightningCLI):
         for key in ("enable_progress_bar", "enable_model_summary"):
             if trainer[key] is None:
                 kwargs[key] = sys.stdout.isatty()
-        if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]) and sys.stdout.isatty():
+        if (
+            kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
+            and sys.stdout.isatty()
+        ):
             plain.append(RichProgressBar())
         if self.subcommand == "fit":
             plain += self._fit_callbacks(config)
@@ -154,14 +168,21 @@ class TQCLI(LightningCLI):
         else:
             self.save_config_callback = None
             kwargs["logger"] = False
-            if self.resumed is None and self.subcommand != "validate":  # that may score float weights as they are
-                raise UserError(f"{self.subcommand} needs a checkpoint: pass --ckpt_path best, last, or a file")
+            if (
+                self.resumed is None and self.subcommand != "validate"
+            ):  # that may score float weights as they are
+                raise UserError(
+                    f"{self.subcommand} needs a checkpoint: pass --ckpt_path best, last, or a file"
+                )
             if self.subcommand == "predict":
                 plain.append(PredictionWriter(self.run_dir))
             if self.subcommand == "test":
                 plain.append(RunRecord(self.run_dir, self.config_dump, self.given_checkpoint))
         given = trainer["callbacks"]
-        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given] if given else []), *plain]
+        kwargs["callbacks"] = [
+            *(given if isinstance(given, list) else [given] if given else []),
+            *plain,
+        ]
         return super().instantiate_trainer(**kwargs)
 
     def _fit_callbacks(self, config: Any) -> list[Callback]:
@@ -184,7 +205,11 @@ class TQCLI(LightningCLI):
         )
         every = config["checkpoint_every_n_steps"]
         last = ModelCheckpoint(
-            folder, filename="last", enable_version_counter=False, every_n_epochs=1, save_on_train_epoch_end=True
+            folder,
+            filename="last",
+            enable_version_counter=False,
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
         )
         callbacks += [MovedRun(), best, last]
         if every > 0:
@@ -194,9 +219,15 @@ class TQCLI(LightningCLI):
     def _loggers(self, config: Any) -> list[Any]:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        loggers: list[Any] = [RunLogger(str(self.run_dir.parent), self.run_dir.name, self.resume_step)]
+        loggers: list[Any] = [
+            RunLogger(str(self.run_dir.parent), self.run_dir.name, self.resume_step)
+        ]
         if config["tensorboard"]:
-            loggers.append(TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False))
+            loggers.append(
+                TensorBoardLogger(
+                    self.run_dir, name="", version="tensorboard", default_hp_metric=False
+                )
+            )
         if config["wandb"]:
             from tq_lightning.callbacks.wandb_logger import make_wandb_logger
 
@@ -229,7 +260,9 @@ _KINDS |= {"list": "a list", "NoneType": "null"}
 
 def _unquote(argument: str) -> str:
     """`--model.lr='1e-3'` and "'1e-3'", as some sweep engines quote a number, without the quotes."""
-    key, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    key, equals, value = (
+        argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    )
     bare = value.strip("'\"")
     return f"{key}{equals}{bare}" if bare != value and _SCIENTIFIC.fullmatch(bare) else argument
 
@@ -252,7 +285,11 @@ def run(argv: list[str]) -> dict[str, Any]:
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            trainer_defaults={"default_root_dir": ROOT, "num_sanity_val_steps": 0, "use_distributed_sampler": False},
+            trainer_defaults={
+                "default_root_dir": ROOT,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+            },
             parser_kwargs={"parser_mode": "tq", "exit_on_error": False},
             args=[_unquote(argument) for argument in argv],
         )

@@ -15,7 +15,11 @@ def bce(logits: Tensor, target: Tensor) -> Tensor:
     """Mean binary cross-entropy summed over classes; shapes as in `cross_entropy`. Source: ResNet strikes back, 2110.00476."""
     if target.dim() == 1:
         target = F.one_hot(target, logits.shape[1])
-    return F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none").sum(1).mean()
+    return (
+        F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+        .sum(1)
+        .mean()
+    )
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

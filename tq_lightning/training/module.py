@@ -13,7 +13,13 @@ from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training.joint import idle_parameters, joint_loss
 from tq_lightning.training.losses import LOSSES, EpochLosses, taught
-from tq_lightning.training.validation import as_ints, check, check_trainer, pass_weights, trained_widths
+from tq_lightning.training.validation import (
+    as_ints,
+    check,
+    check_trainer,
+    pass_weights,
+    trained_widths,
+)
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 
@@ -124,7 +130,9 @@ class TQModule(L.LightningModule):
         self.widths = trained_widths(widths, max_bits)
         ahead: tuple[None, ...] = (None,) if float_pass else ()
         self.passes: tuple[int | None, ...] = ahead + self.widths
-        self.width_weights = pass_weights(width_weights, (*ahead, *as_ints(widths, "model.widths")))  # as they were given
+        self.width_weights = pass_weights(
+            width_weights, (*ahead, *as_ints(widths, "model.widths"))
+        )  # as they were given
         self.model: nn.Module | None = None
         self.report: PrepareReport | None = None
         # plain lists hide the teacher and the compiled twin from parameters(), state_dict() and the checkpoint
@@ -140,7 +148,10 @@ class TQModule(L.LightningModule):
         from tq_lightning.callbacks.resume import StepSeeds
         from tq_lightning.callbacks.truncation_eval import TruncationEval
 
-        callbacks: list[L.Callback] = [StepSeeds(), TruncationEval(self.hparams.calibration_batches)]
+        callbacks: list[L.Callback] = [
+            StepSeeds(),
+            TruncationEval(self.hparams.calibration_batches),
+        ]
         if self.hparams.ema_decay is not None:
             callbacks.insert(0, MovingAverage(self.hparams.ema_decay))
         return callbacks
@@ -159,7 +170,9 @@ class TQModule(L.LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         if h.num_classes is None:
             if data is None:
-                raise UserError("model.num_classes is null and there is no data set to take it from; pass model.num_classes")
+                raise UserError(
+                    "model.num_classes is null and there is no data set to take it from; pass model.num_classes"
+                )
             h.num_classes = data.num_classes
         self.attach(build_model(h))
         if self._trainer is not None and self._trainer.state.fn == "fit":
@@ -170,7 +183,11 @@ class TQModule(L.LightningModule):
         """Prepares `model` as the hyper-parameters say and takes it as this module's model."""
         from tq_lightning.training.factory import prepare_model
 
-        verbose = self._trainer is not None and self._trainer.state.fn == "fit" and self._trainer.is_global_zero
+        verbose = (
+            self._trainer is not None
+            and self._trainer.state.fn == "fit"
+            and self._trainer.is_global_zero
+        )
         self.report = prepare_model(model, self.hparams, self.widths, verbose)
         self.model = model
         if self.hparams.compile:
@@ -187,7 +204,9 @@ class TQModule(L.LightningModule):
     def step_widths(self, step: int) -> tuple[int | None, ...]:
         """The passes of a step, widest first: a function of seed and step alone, so that a resumed run sees the same."""
         draw = random.Random(f"{self.run_seed}-{step}")
-        return WIDTH_SCHEDULES[self.hparams.width_schedule](self.passes, self.hparams.sandwich_random, draw)
+        return WIDTH_SCHEDULES[self.hparams.width_schedule](
+            self.passes, self.hparams.sandwich_random, draw
+        )
 
     @property
     def run_seed(self) -> int:
@@ -205,7 +224,9 @@ class TQModule(L.LightningModule):
             with torch.no_grad():
                 outside = self._teacher[0].to(images.device)(images)
 
-        width_loss = taught(LOSSES[h.loss], target, h.teacher, outside, h.distill_weight, h.temperature)
+        width_loss = taught(
+            LOSSES[h.loss], target, h.teacher, outside, h.distill_weight, h.temperature
+        )
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         weights = [self.width_weights[b] for b in passes]
@@ -213,17 +234,24 @@ class TQModule(L.LightningModule):
             loss, losses = joint_loss(self, images, passes, width_loss, weights, scale)
         except (TrainingError, ValueError) as error:
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-            raise TrainingError(f"step {self.global_step}: {error} (learning rate {lr:g})") from None
+            raise TrainingError(
+                f"step {self.global_step}: {error} (learning rate {lr:g})"
+            ) from None
         self._idle = [p for p in idle_parameters(self, loss) if p.grad is None]
         values = {f"train/loss_{width_key(b)}": value for b, value in losses.items()}
         if batch_idx == 0:
             self._epoch_losses.state.clear()
         self._epoch_losses.add(values, len(images))
-        self.log("train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, logger=False)
+        self.log(
+            "train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, logger=False
+        )
         return loss
 
     def on_train_epoch_end(self) -> None:
-        means = {key: self.trainer.strategy.reduce(mean, reduce_op="mean") for key, mean in self._epoch_losses.means().items()}
+        means = {
+            key: self.trainer.strategy.reduce(mean, reduce_op="mean")
+            for key, mean in self._epoch_losses.means().items()
+        }
         self.log_dict(means, logger=False)
         # Lightning would write the row after the epoch's checkpoint, and a run killed between the two would go on without it;
         # a row that is ahead of its checkpoint is dropped and comes again
@@ -269,7 +297,9 @@ class TQModule(L.LightningModule):
         checkpoint["lr_schedulers"] = []
 
     def on_train_start(self) -> None:
-        for config in self.trainer.lr_scheduler_configs:  # the optimizer's state brought the rate of the run before
+        for config in (
+            self.trainer.lr_scheduler_configs
+        ):  # the optimizer's state brought the rate of the run before
             self.lr_scheduler_step(config.scheduler, None)
 
     # -- optimisation ----------------------------------------------------------------------------------------------
@@ -281,7 +311,10 @@ class TQModule(L.LightningModule):
         scheduler = build_scheduler(optimizer, self.hparams, self.trainer)
         if scheduler is None:
             return {"optimizer": optimizer}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # DDP's reducer fills in zeros for the norms of widths that took no part; a single process leaves them out, and so
@@ -289,7 +322,9 @@ class TQModule(L.LightningModule):
         for p in self._idle:
             p.grad = None
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # now and not just before the next backward: the joint step sums its gradients up earlier than that
         optimizer.zero_grad()

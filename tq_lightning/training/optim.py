@@ -21,12 +21,19 @@ def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
     """
     from timm.optim import create_optimizer_v2
 
-    args = {"momentum": h.momentum, **({"nesterov": False} if h.opt in ("sgd", "sgdw") and not h.momentum else {})}
+    args = {
+        "momentum": h.momentum,
+        **({"nesterov": False} if h.opt in ("sgd", "sgdw") and not h.momentum else {}),
+    }
     try:
-        return create_optimizer_v2(model, opt=h.opt, lr=h.lr, weight_decay=h.weight_decay, **{**args, **(h.opt_args or {})})
+        return create_optimizer_v2(
+            model, opt=h.opt, lr=h.lr, weight_decay=h.weight_decay, **{**args, **(h.opt_args or {})}
+        )
     except (ValueError, AssertionError, TypeError) as error:
         said = first_line(error)
-        raise UserError(f"model.opt: got {h.opt!r} ({said}); pass a name from timm.optim.list_optimizers()") from None
+        raise UserError(
+            f"model.opt: got {h.opt!r} ({said}); pass a name from timm.optim.list_optimizers()"
+        ) from None
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer) -> Any | None:
@@ -44,11 +51,15 @@ def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer
         return None
     total = trainer.estimated_stepping_batches
     if total == float("inf"):
-        raise UserError("the schedule needs an end: pass trainer.max_epochs or trainer.max_steps, or model.sched=none")
+        raise UserError(
+            "the schedule needs an end: pass trainer.max_epochs or trainer.max_steps, or model.sched=none"
+        )
     per_epoch = max(1, -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
     milestones = [round(v * per_epoch) for v in as_floats(h.decay_epochs, "model.decay_epochs")]
     if not milestones or min(milestones) < 1:
-        raise UserError(f"model.decay_epochs: got {h.decay_epochs!r}, pass epochs above 0 such as 100,150,180")
+        raise UserError(
+            f"model.decay_epochs: got {h.decay_epochs!r}, pass epochs above 0 such as 100,150,180"
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=h.sched,

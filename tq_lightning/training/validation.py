@@ -13,7 +13,10 @@ _CHOICES = {"loss": tuple(LOSSES), "teacher": TEACHERS, "width_schedule": tuple(
 _RANGES: dict[str, tuple[Any, str]] = {
     "distill_weight": (lambda v: 0.0 <= v <= 1.0, "a share from 0 to 1"),
     "temperature": (lambda v: v > 0.0, "a number above 0"),
-    "ema_decay": (lambda v: v is None or 0.0 <= v < 1.0, "a number from 0 to below 1, or null for no average"),
+    "ema_decay": (
+        lambda v: v is None or 0.0 <= v < 1.0,
+        "a number from 0 to below 1, or null for no average",
+    ),
     "calibration_batches": (lambda v: v >= 1, "1 or more"),
     "sandwich_random": (lambda v: v >= 0, "0 or more"),
     "seed": (lambda v: v is None or v >= 0, "0 or more, or null for the run's"),
@@ -23,7 +26,11 @@ _RANGES: dict[str, tuple[Any, str]] = {
 def as_list(value: Any) -> list:
     """`8,4,2,1`, `[8,4,2,1]`, `8` and their string twins as a list."""
     if isinstance(value, str):
-        value = [part.strip().strip("'\"") for part in value.strip().strip("[]()").split(",") if part.strip()]
+        value = [
+            part.strip().strip("'\"")
+            for part in value.strip().strip("[]()").split(",")
+            if part.strip()
+        ]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -71,7 +78,9 @@ def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int |
         return dict.fromkeys(passes, 1.0)
     weights = as_floats(width_weights, "model.width_weights")
     if len(weights) != len(passes):
-        raise UserError(f"model.width_weights: got {len(weights)} factors for {len(passes)} passes; pass one each")
+        raise UserError(
+            f"model.width_weights: got {len(weights)} factors for {len(passes)} passes; pass one each"
+        )
     return dict(zip(passes, weights, strict=True))
 
 
@@ -83,4 +92,6 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.strategy: {name} shards the weights, and the normaliser needs the maximum of a whole one; pass ddp"
         )
     if trainer.accumulate_grad_batches < 1:
-        raise UserError(f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, pass 1 or more")
+        raise UserError(
+            f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, pass 1 or more"
+        )

@@ -19,4 +19,7 @@ def sandwich(passes: Passes, count: int, draw: random.Random) -> Passes:
 
 
 # (passes of the run, widest first; how many random ones; where they are drawn from) -> passes of a step, widest first
-WIDTH_SCHEDULES: dict[str, Callable[[Passes, int, random.Random], Passes]] = {"all": all_widths, "sandwich": sandwich}
+WIDTH_SCHEDULES: dict[str, Callable[[Passes, int, random.Random], Passes]] = {
+    "all": all_widths,
+    "sandwich": sandwich,
+}

@@ -14,7 +14,11 @@ def test_torch_export_keeps_codes_and_gives_the_same_logits(packed, net, mode):
         assert torch.equal(program.module()(net[1]), model(net[1]))
     stored = [t for t in program.state_dict.values() if t.dtype == torch.uint8]
     assert len(stored) == 6  # the weights travel as integers
-    assert not any(t.is_floating_point() and t.numel() > 1000 for t in program.state_dict.values() if t.dim() == 4)
+    assert not any(
+        t.is_floating_point() and t.numel() > 1000
+        for t in program.state_dict.values()
+        if t.dim() == 4
+    )
 
 
 @pytest.mark.parametrize("mode", ["resident", "lean"])

@@ -25,7 +25,12 @@ class Small(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, bias=False)
-        self.bn, self.act, self.fc, self.head = nn.BatchNorm2d(6), nn.ReLU(), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.bn, self.act, self.fc, self.head = (
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Linear(6, 5),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x):
         return self.head(self.fc(self.act(self.bn(self.conv(self.stem(x)))).mean((2, 3))))
@@ -34,7 +39,15 @@ class Small(nn.Module):
 def small(**how):
     torch.manual_seed(0)
     model = Small()
-    prepare(model, **{"verbose": False, "activations": "clamp_round_truncate", "normalizer": "tanh_channel", **how})
+    prepare(
+        model,
+        **{
+            "verbose": False,
+            "activations": "clamp_round_truncate",
+            "normalizer": "tanh_channel",
+            **how,
+        },
+    )
     for module in model.modules():
         for norm in getattr(module, "sets", {}).values():
             norm.running_mean.normal_()
@@ -82,12 +95,20 @@ def test_affine_form_of_the_levels(level):
     for bits in range(1, 9):
         codes = torch.arange(2**bits, dtype=torch.uint8)
         a, b = levels_affine(bits, level)
-        np.testing.assert_allclose(a * codes.numpy() + b, 2 * codes_to_levels(codes, bits, level).numpy() - 1, atol=2e-7)
+        np.testing.assert_allclose(
+            a * codes.numpy() + b, 2 * codes_to_levels(codes, bits, level).numpy() - 1, atol=2e-7
+        )
 
 
 def test_smallest_type_of_a_width():
     kinds = {bits: onnx.TensorProto.DataType.Name(smallest_type(bits)[0]) for bits in range(1, 9)}
-    assert kinds == {1: "UINT2", 2: "UINT2", 3: "UINT4", 4: "UINT4", **dict.fromkeys(range(5, 9), "UINT8")}
+    assert kinds == {
+        1: "UINT2",
+        2: "UINT2",
+        3: "UINT4",
+        4: "UINT4",
+        **dict.fromkeys(range(5, 9), "UINT8"),
+    }
     assert {smallest_type(bits)[2] for bits in range(3, 9)} == {21} and smallest_type(2)[2] == 25
     assert smallest_type(2, 21) == (onnx.TensorProto.UINT4, 2, 21) and smallest_type(8, 25)[2] == 25
     with pytest.raises(UserError, match="pass 21 or 25"):
@@ -98,7 +119,9 @@ def test_smallest_type_of_a_width():
 @pytest.mark.parametrize("count", [1, 4, 7, 10])
 def test_dense_is_the_layout_of_onnx(per_byte, count):
     codes = (np.arange(count) * 7 % (1 << 8 // per_byte)).astype(np.uint8)
-    kind = {1: onnx.TensorProto.UINT8, 2: onnx.TensorProto.UINT4, 4: onnx.TensorProto.UINT2}[per_byte]
+    kind = {1: onnx.TensorProto.UINT8, 2: onnx.TensorProto.UINT4, 4: onnx.TensorProto.UINT2}[
+        per_byte
+    ]
     tensor = onnx.helper.make_tensor("c", kind, [count], dense(codes, per_byte), raw=True)
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(np.uint8), codes)
 
@@ -121,7 +144,9 @@ def test_static(served, bits, opset, kind, tmp_path):
     graph = onnx.load(tmp_path / "m.onnx").graph
     kinds = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in graph.initializer}
     assert kinds["conv.weight/codes"] == kinds["fc.weight/codes"] == kind
-    assert "conv.weight" not in kinds and sum(n.op_type == "DequantizeLinear" for n in graph.node) == 2
+    assert (
+        "conv.weight" not in kinds and sum(n.op_type == "DequantizeLinear" for n in graph.node) == 2
+    )
     images = torch.randn(5, 3, 8, 8)
     for options in ({}, {"disable_quant_qdq": "1"}):
         got = session(tmp_path / "m.onnx", **options).run(None, {"images": images.numpy()})[0]
@@ -132,13 +157,25 @@ def test_static(served, bits, opset, kind, tmp_path):
 def test_the_option_that_folds_the_weights_at_load(tmp_path):
     """ONNX Runtime keeps DequantizeLinear of a constant in the graph, unless told that it is no quantized graph."""
     helper, kind = onnx.helper, onnx.TensorProto
-    codes = helper.make_tensor("c", kind.UINT4, [4, 6], dense(np.arange(24, dtype=np.uint8) % 16, 2), raw=True)
-    scalars = [helper.make_tensor(name, kind.FLOAT, [], [value]) for name, value in (("s", 0.5), ("b", -1.0))]
-    nodes = [helper.make_node(*n) for n in (("DequantizeLinear", "cs", "w"), ("Add", "wb", "v"), ("MatMul", "xv", "y"))]
-    ends = [helper.make_tensor_value_info(name, kind.FLOAT, [2, n]) for name, n in (("x", 4), ("y", 6))]
+    codes = helper.make_tensor(
+        "c", kind.UINT4, [4, 6], dense(np.arange(24, dtype=np.uint8) % 16, 2), raw=True
+    )
+    scalars = [
+        helper.make_tensor(name, kind.FLOAT, [], [value])
+        for name, value in (("s", 0.5), ("b", -1.0))
+    ]
+    nodes = [
+        helper.make_node(*n)
+        for n in (("DequantizeLinear", "cs", "w"), ("Add", "wb", "v"), ("MatMul", "xv", "y"))
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, kind.FLOAT, [2, n]) for name, n in (("x", 4), ("y", 6))
+    ]
     opsets = [helper.make_opsetid("", 21)]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [codes, *scalars])
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+    model = helper.make_model(
+        graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets)
+    )
     for entry, left in (("0", True), ("1", False)):
         options = ort.SessionOptions()
         options.add_session_config_entry("session.disable_quant_qdq", entry)
@@ -155,7 +192,10 @@ def test_dynamic_at_every_width(served, tmp_path):
     export_dynamic(path, tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx").graph
     kinds = {i.name: i.data_type for i in graph.initializer}
-    assert onnx.TensorProto.UINT8 in kinds.values() and sum(n.op_type == "BitShift" for n in graph.node) == 3
+    assert (
+        onnx.TensorProto.UINT8 in kinds.values()
+        and sum(n.op_type == "BitShift" for n in graph.node) == 3
+    )
     run, images = session(tmp_path / "m.onnx"), torch.randn(5, 3, 8, 8)
     for bits in (8, 1, 2, 3, 4, 5, 6, 7, 8):
         got = run.run(None, {"images": images.numpy(), "bits": np.array(bits)})[0]

@@ -47,7 +47,9 @@ def test_dynamic_at_every_width(served, tmp_path):
         run(tmp_path / "m.onnx", images=images.numpy(), bits=np.array(9))
 
 
-@pytest.mark.parametrize("bits", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4, 5, 6, 7, 8))])
+@pytest.mark.parametrize(
+    "bits", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4, 5, 6, 7, 8))]
+)
 def test_static(served, bits, tmp_path):
     from tq_lightning.export.onnx.static import export_static
 

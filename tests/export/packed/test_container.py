@@ -86,35 +86,74 @@ HOSTILE = {
     "layer moved": (moved_layer, "overlap or leave a gap"),
     "layer twice": (double_layer, "layer map"),
     "norm sets gone": (other_widths, "adds norm3"),
-    "unknown model": (set_in("content", "model", {"name": "resnet8_cifra", "args": {}}), "unknown model 'resnet8_cifra'"),
-    "model from a hub": (set_in("content", "model", {"name": "hf-hub:a/b", "args": {}}), "names no model"),
-    "model from a path": (set_in("content", "model", {"name": "local-dir:/tmp", "args": {}}), "names no model"),
+    "unknown model": (
+        set_in("content", "model", {"name": "resnet8_cifra", "args": {}}),
+        "unknown model 'resnet8_cifra'",
+    ),
+    "model from a hub": (
+        set_in("content", "model", {"name": "hf-hub:a/b", "args": {}}),
+        "names no model",
+    ),
+    "model from a path": (
+        set_in("content", "model", {"name": "local-dir:/tmp", "args": {}}),
+        "names no model",
+    ),
     "weights from a path": (
         set_in("content", "model", {"name": "resnet8_cifar", "args": {"checkpoint_path": "x"}}),
         "may not give",
     ),
-    "weights fetched": (set_in("content", "model", {"name": "resnet8_cifar", "args": {"pretrained": True}}), "may not give"),
-    "path as argument": (set_in("content", "model", {"name": "resnet8_cifar", "args": {"block": "../x"}}), "may not give"),
-    "absurd classes": (set_in("content", "model", {"name": "resnet8_cifar", "args": {"num_classes": 1 << 40}}), "may not give"),
-    "other classes": (set_in("content", "model", {"name": "resnet8_cifar", "args": {"num_classes": 11}}), r"fc\.\w+ is"),
-    "other network": (set_in("content", "model", {"name": "resnet20_cifar", "args": {}}), "layer map|against the network"),
+    "weights fetched": (
+        set_in("content", "model", {"name": "resnet8_cifar", "args": {"pretrained": True}}),
+        "may not give",
+    ),
+    "path as argument": (
+        set_in("content", "model", {"name": "resnet8_cifar", "args": {"block": "../x"}}),
+        "may not give",
+    ),
+    "absurd classes": (
+        set_in("content", "model", {"name": "resnet8_cifar", "args": {"num_classes": 1 << 40}}),
+        "may not give",
+    ),
+    "other classes": (
+        set_in("content", "model", {"name": "resnet8_cifar", "args": {"num_classes": 11}}),
+        r"fc\.\w+ is",
+    ),
+    "other network": (
+        set_in("content", "model", {"name": "resnet20_cifar", "args": {}}),
+        "layer map|against the network",
+    ),
     "no network": (set_in("content", "model", {"name": None, "args": {}}), "model="),
-    "unknown quantizer": (set_in("content", "prepare", {"quantizer": "pickle"}), "unknown quantizer"),
+    "unknown quantizer": (
+        set_in("content", "prepare", {"quantizer": "pickle"}),
+        "unknown quantizer",
+    ),
     "unknown key": (set_in("content", "prepare", {"hook": "os.system"}), "cannot be prepared"),
     "unknown coding": (set_in("content", "compression", "lzma"), "compressed as 'lzma'"),
     "more planes": (set_in("content", "stored_bits", 9), "planes"),
     "fewer planes": (set_in("content", "stored_bits", 3), "does not store"),
     "more codes": (set_in("content", "codes", 1 << 40), "codes"),
-    "a type that is none": (set_in("content", "dtypes", {"fc.weight": "load"}), "type that is none"),
+    "a type that is none": (
+        set_in("content", "dtypes", {"fc.weight": "load"}),
+        "type that is none",
+    ),
     "a quantized type": (set_in("content", "dtypes", {"fc.weight": "quint8"}), "type that is none"),
-    "a type of another kind": (set_in("content", "dtypes", {"layer1.0.conv1.weight": "int8"}), "type that is none"),
-    "a name twice": (set_in("content", "model", {"name": "resnet8_cifar", "args": {"name": "x"}}), "may not give"),
+    "a type of another kind": (
+        set_in("content", "dtypes", {"layer1.0.conv1.weight": "int8"}),
+        "type that is none",
+    ),
+    "a name twice": (
+        set_in("content", "model", {"name": "resnet8_cifar", "args": {"name": "x"}}),
+        "may not give",
+    ),
     "planes wider than codes": (too_wide, "8 planes of 4-bit codes"),
     "a plane of floats": (plane_of_floats, "type that it cannot have"),
     "norm rows uncut": (norms_of_none, "against the network"),
     "norms beyond the planes": (set_in("content", "norm_widths", [9]), "does not store"),
     "class names that are none": (set_in("content", "class_names", [1, 2]), "class names"),
-    "absurd images": (set_in("content", "preprocessing", {"input_size": [3, 1 << 40, 8]}), "input_size"),
+    "absurd images": (
+        set_in("content", "preprocessing", {"input_size": [3, 1 << 40, 8]}),
+        "input_size",
+    ),
     "a mean that is none": (
         set_in("content", "preprocessing", {"input_size": [3, 8, 8], "mean": ["a"] * 3}),
         "no list of numbers",
@@ -139,7 +178,16 @@ def test_a_resigned_header_alone_is_no_error(packed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x08", b"{}", b"PK\x03\x04" * 9, b"\x00" * 64, b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}"]
+    "content",
+    [
+        b"",
+        b"\x08",
+        b"{}",
+        b"PK\x03\x04" * 9,
+        b"\x00" * 64,
+        b"\xff" * 64,
+        b"\x02" + b"\0" * 7 + b"{}",
+    ],
 )
 def test_foreign_files(content, tmp_path):
     path = tmp_path / "m.safetensors"
@@ -174,7 +222,11 @@ def test_every_bit_flipped_or_cut_off_is_noticed(tmp_path):
 
     def everything():
         with Container(path) as file:
-            return {name: array.copy() for section in file.sections for name, array in file.read(section).items()}
+            return {
+                name: array.copy()
+                for section in file.sections
+                for name, array in file.read(section).items()
+            }
 
     for name, array in everything().items():
         np.testing.assert_array_equal(array, tensors[name])
@@ -208,12 +260,36 @@ def test_flips_in_a_real_file_never_give_a_model(packed, tmp_path):
         load_packed(path)
 
 
-JUNK = [None, True, 0, -1, 9, 1 << 40, 1.5, "", "x", "../x", "norm4", [], [0], ["a"], [[]], {}, {"a": 1}]
+JUNK = [
+    None,
+    True,
+    0,
+    -1,
+    9,
+    1 << 40,
+    1.5,
+    "",
+    "x",
+    "../x",
+    "norm4",
+    [],
+    [0],
+    ["a"],
+    [[]],
+    {},
+    {"a": 1},
+]
 
 
 def places(thing, path=()):
     """Every key and index of a header, the first and last of long lists."""
-    items = thing.items() if isinstance(thing, dict) else list(enumerate(thing)) if isinstance(thing, list) else []
+    items = (
+        thing.items()
+        if isinstance(thing, dict)
+        else list(enumerate(thing))
+        if isinstance(thing, list)
+        else []
+    )
     for key, inner in [*items][:40] if isinstance(thing, dict) else [*items[:2], *items[-1:]]:
         yield (*path, key)
         yield from places(inner, (*path, key))
@@ -259,7 +335,9 @@ def test_a_compressed_plane_cannot_unfold_to_more_than_a_plane(net, tmp_path):
     write_container(path, {**tensors, "plane0": bomb}, {**header, "compression": "zstd-xor0"})
     with pytest.raises(UserError, match="another size"):
         load_packed(path)
-    write_container(path, {**tensors, "plane0": bomb[: bomb.size // 2]}, {**header, "compression": "zstd-xor0"})
+    write_container(
+        path, {**tensors, "plane0": bomb[: bomb.size // 2]}, {**header, "compression": "zstd-xor0"}
+    )
     with pytest.raises(UserError):
         load_packed(path)
 

@@ -46,7 +46,9 @@ def test_errors(make, packed, tmp_path):
         join(tmp_path / "narrow", tmp_path / "rest", tmp_path / "x")
     with pytest.raises(UserError, match="is no rest file"):
         join(tmp_path / "narrow", packed, tmp_path / "x")
-    save_packed(make(level="left", classes=10, quantizer="round")[0], tmp_path / "other", max_bits=4)
+    save_packed(
+        make(level="left", classes=10, quantizer="round")[0], tmp_path / "other", max_bits=4
+    )
     with pytest.raises(UserError, match="another model"):
         join(tmp_path / "other", tmp_path / "rest", tmp_path / "x")
     with pytest.raises(UserError, match="rest file"):

@@ -26,7 +26,9 @@ def test_resident_refills_one_buffer_and_lean_keeps_nothing(packed, net):
     assert all(w._weight is None for *_, w in packed_weights(lean))
 
 
-def test_a_resident_weight_is_read_where_it_stands_and_never_of_another_width_model_or_state(make, packed, net, monkeypatch):
+def test_a_resident_weight_is_read_where_it_stands_and_never_of_another_width_model_or_state(
+    make, packed, net, monkeypatch
+):
     model, images, other = load_packed(packed), net[1], make(quantizer="round")[0]
     name, module, tensor, weight = packed_weights(model)[0]
     expected = {bits: logits(net[0], images, bits, "truncate") for bits in (8, 2)}
@@ -37,7 +39,9 @@ def test_a_resident_weight_is_read_where_it_stands_and_never_of_another_width_mo
 
     made = []
     real = type(weight).forward
-    monkeypatch.setattr(type(weight), "forward", lambda self, codes: made.append(self.name) or real(self, codes))
+    monkeypatch.setattr(
+        type(weight), "forward", lambda self, codes: made.append(self.name) or real(self, codes)
+    )
     assert getattr(module, tensor) is weight._weight and not made
     assert getattr(twin.get_submodule(name.rpartition(".")[0]), tensor) is not weight._weight
     for again in (lambda: model.to("cpu"), lambda: model.load_state_dict(twin.state_dict())):

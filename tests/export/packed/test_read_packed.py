@@ -23,7 +23,11 @@ def reader():
 def test_it_is_short_and_knows_nothing_of_the_library():
     text = READER.read_text()
     assert len(text.splitlines()) < 150
-    assert "import torch" not in text and "import tq_lightning" not in text and "from tq_lightning" not in text
+    assert (
+        "import torch" not in text
+        and "import tq_lightning" not in text
+        and "from tq_lightning" not in text
+    )
 
 
 @pytest.mark.parametrize("level", ["endpoint", "left", "centre"])
@@ -34,13 +38,19 @@ def test_codes_weights_and_norms(make, reader, level, compress, tmp_path):
     save_packed(model, path, compress=compress)
     served = load_packed(path)
     for bits in (1, 3, 8):
-        codes, weights, norms = reader.read(path, bits), reader.weights(path, bits), reader.norms(path, bits)
+        codes, weights, norms = (
+            reader.read(path, bits),
+            reader.weights(path, bits),
+            reader.norms(path, bits),
+        )
         with bit_width(served, bits):
             for name, module, tensor, _ in packed_weights(served):
                 stored = module.parametrizations[tensor].original.numpy()
                 np.testing.assert_array_equal(codes[name][0], stored >> (8 - bits))
                 np.testing.assert_array_equal(weights[name], getattr(module, tensor).numpy())
-        np.testing.assert_array_equal(norms["bn1.running_var"], model.bn1.sets[str(bits)].running_var.numpy())
+        np.testing.assert_array_equal(
+            norms["bn1.running_var"], model.bn1.sets[str(bits)].running_var.numpy()
+        )
 
 
 def test_damage_is_noticed(reader, packed, tmp_path):

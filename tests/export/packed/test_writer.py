@@ -17,9 +17,19 @@ from tq_lightning.quant.switchable_norm import per_width_norms
 
 CASES = {
     "floor": {},
-    "round, activations truncated": {"quantizer": "round", "activations": "clamp_round_truncate", "level": "left"},
+    "round, activations truncated": {
+        "quantizer": "round",
+        "activations": "clamp_round_truncate",
+        "level": "left",
+    },
     "learned clips, per channel": {"activations": "pact_floor", "normalizer": "tanh_channel"},
-    "vit, shared norms": {"name": "test_vit", "size": 160, "classes": 5, "norm": "shared", "level": "centre"},
+    "vit, shared norms": {
+        "name": "test_vit",
+        "size": 160,
+        "classes": 5,
+        "norm": "shared",
+        "level": "centre",
+    },
     "4 stored bits": {"max_bits": 4, "widths": (4, 2), "skip": ()},
     "grey images": {"model_args": {"in_chans": 1}, "norm": "per_width_all"},
 }
@@ -44,7 +54,11 @@ def test_logits_are_the_truncated_training_models(make, case, mode, tmp_path):
             alone = load_packed(tmp_path / "m.safetensors", bits=bits, mode=mode)
             assert torch.equal(alone(images), expected)
     assert not torch.equal(logits(whole, images, 1), logits(whole, images, top))
-    assert not any(p.is_floating_point() and p.dim() == 4 for n, p in whole.named_buffers() if n.endswith("original"))
+    assert not any(
+        p.is_floating_point() and p.dim() == 4
+        for n, p in whole.named_buffers()
+        if n.endswith("original")
+    )
 
 
 def test_round_quantized_is_not_what_a_packed_model_gives(make, tmp_path):
@@ -64,7 +78,9 @@ def test_first_planes_are_a_prefix_of_the_file(packed, net, tmp_path):
     assert order[-9:] == ["scale", *planes]  # all floats come before, and nothing after
     assert order[:-9] == ["float", *(f"norm{n}" for n in range(1, 9))]
     assert start + sections["plane7"][1] == size
-    assert {end - begin for begin, end in (sections[p] for p in planes)} == {sections["plane0"][1] - sections["plane0"][0]}
+    assert {end - begin for begin, end in (sections[p] for p in planes)} == {
+        sections["plane0"][1] - sections["plane0"][0]
+    }
     # safetensors, given the same tensors, would place them at the same bytes
     with safe_open(packed, "np") as file:
         metadata = file.metadata()
@@ -79,7 +95,11 @@ def test_no_float_parent_in_the_file(packed, net):
     stored = load_file(packed)
     assert quantized and not any(name.split("/")[-1] in quantized for name in stored)
     floats = sum(a.size for n, a in stored.items() if n.startswith("float/"))
-    assert floats == sum(p.numel() for n, p in net[0].named_parameters() if n in ("conv1.weight", "fc.weight", "fc.bias"))
+    assert floats == sum(
+        p.numel()
+        for n, p in net[0].named_parameters()
+        if n in ("conv1.weight", "fc.weight", "fc.bias")
+    )
 
 
 def load_metadata(path):
@@ -91,7 +111,10 @@ def test_only_what_a_width_needs_is_read(packed, net, tmp_path):
     """Bytes of other planes and norm sets may be anything: a reader at 2 bits never looks at them."""
     raw = bytearray(packed.read_bytes())
     with Container(packed) as file:
-        spans = {name: (file.data_start + a, file.data_start + b) for name, (a, b) in file.sections.items()}
+        spans = {
+            name: (file.data_start + a, file.data_start + b)
+            for name, (a, b) in file.sections.items()
+        }
     unread = [f"plane{p}" for p in range(2, 8)] + [f"norm{n}" for n in (1, 3, 4, 5, 6, 7, 8)]
     for name in unread:
         begin, end = spans[name]
@@ -124,7 +147,9 @@ def test_compressed_is_lossless_and_read_by_prefix(net, tmp_path):
     for bits in (1, 3, 8):
         part = load_packed(tmp_path / "z.safetensors", bits=bits)
         assert torch.equal(part(images), logits(model, images, bits, "truncate"))
-    assert load_packed(tmp_path / "z.safetensors", bits=1).tq_file["bytes_read"] < sizes["total"] / 2
+    assert (
+        load_packed(tmp_path / "z.safetensors", bits=1).tq_file["bytes_read"] < sizes["total"] / 2
+    )
 
 
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
@@ -197,7 +222,10 @@ def test_errors(make, net, packed, tmp_path):
         pass
     with pytest.raises(ValueError, match="source='truncate'"), bit_width(served, 4, "quantize"):
         pass
-    with pytest.raises(UserError, match="loaded for widths 2, not 4"), bit_width(load_packed(packed, bits=2), 4):
+    with (
+        pytest.raises(UserError, match="loaded for widths 2, not 4"),
+        bit_width(load_packed(packed, bits=2), 4),
+    ):
         pass
     for bits in (0, 9, True, 2.0):
         with pytest.raises(UserError, match="bits from 1 to 8"):
@@ -233,7 +261,10 @@ def test_an_interrupted_write_leaves_the_old_file_whole(net, packed, tmp_path, m
 def test_only_the_norm_sets_that_are_served_are_made(packed, net, monkeypatch):
     made = []
     real = copy.deepcopy
-    monkeypatch.setattr("tq_lightning.quant.switchable_norm.copy.deepcopy", lambda *a: made.append(type(a[0])) or real(*a))
+    monkeypatch.setattr(
+        "tq_lightning.quant.switchable_norm.copy.deepcopy",
+        lambda *a: made.append(type(a[0])) or real(*a),
+    )
     norms = len(per_width_norms(net[0]))
     for bits, sets in ((2, {"2"}), (None, set("12345678"))):
         made.clear()
@@ -250,8 +281,15 @@ def test_a_header_that_asks_for_an_absurd_network_ends_at_once(make, tmp_path):
         with pytest.raises(UserError, match="many times larger than its file"):
             save_packed(model, path)
             with Container(path) as file:
-                header = {**file.header, "model": {**file.header["model"], "args": {"num_classes": 10, **args}}}
-                tensors = {name: array for section in file.sections for name, array in file.read(section).items()}
+                header = {
+                    **file.header,
+                    "model": {**file.header["model"], "args": {"num_classes": 10, **args}},
+                }
+                tensors = {
+                    name: array
+                    for section in file.sections
+                    for name, array in file.read(section).items()
+                }
                 write_container(tmp_path / "absurd.safetensors", tensors, header)
             load_packed(tmp_path / "absurd.safetensors")
     assert not torch.nn.modules.module._global_parameter_registration_hooks

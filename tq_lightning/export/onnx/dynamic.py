@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tq_lightning.export.onnx.graph import _trace, example_size, write_graph
-from tq_lightning.export.onnx.width_modules import TensorActivation, TensorNorm, TensorWeight, WidthTables, swap
+from tq_lightning.export.onnx.width_modules import (
+    TensorActivation,
+    TensorNorm,
+    TensorWeight,
+    WidthTables,
+    swap,
+)
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.quant.activation import ActivationQuantizer
@@ -33,7 +39,9 @@ def export_dynamic(path: str | Path, out: str | Path) -> None:
     graph = dynamic_model(load_packed(path))
     size = example_size(graph.model)
     shapes = {"images": {0: torch.export.Dim("batch")}, "bits": None}
-    write_graph(_trace(graph, (torch.zeros(2, *size), torch.tensor(4)), ["images", "bits"], shapes), out)
+    write_graph(
+        _trace(graph, (torch.zeros(2, *size), torch.tensor(4)), ["images", "bits"], shapes), out
+    )
 
 
 def dynamic_model(model: nn.Module) -> _Dynamic:
@@ -46,10 +54,15 @@ def dynamic_model(model: nn.Module) -> _Dynamic:
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
         delattr(module, tensor)
         module.register_buffer(tensor, codes)
-        parametrize.register_parametrization(module, tensor, TensorWeight(now, packed.scale, packed.level), unsafe=True)
+        parametrize.register_parametrization(
+            module, tensor, TensorWeight(now, packed.scale, packed.level), unsafe=True
+        )
     for norm in per_width_norms(model):
         for layer in norm.sets.values():
-            swap(layer, lambda m: TensorActivation(now, m) if isinstance(m, ActivationQuantizer) else None)
+            swap(
+                layer,
+                lambda m: TensorActivation(now, m) if isinstance(m, ActivationQuantizer) else None,
+            )
     swap(model, lambda m: TensorNorm(now, m, widths) if isinstance(m, PerWidthNorm) else None)
     swap(model, lambda m: TensorActivation(now, m) if isinstance(m, ActivationQuantizer) else None)
     return _Dynamic(model, now).eval()

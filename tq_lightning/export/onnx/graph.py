@@ -37,7 +37,10 @@ from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import codes_to_levels
 
-OPSETS = (21, 25)  # the first whose DequantizeLinear takes 4-bit integers, and the first where it takes 2-bit ones
+OPSETS = (
+    21,
+    25,
+)  # the first whose DequantizeLinear takes 4-bit integers, and the first where it takes 2-bit ones
 
 
 def levels_affine(bits: int, level: str) -> tuple[float, float]:
@@ -58,7 +61,9 @@ def affine_nodes(
         constant = numpy_helper.from_array(np.asarray(value, np.float32), f"{name}/{label}_by")
         graph.graph.initializer.append(constant)
         result = name if label == "weight" else f"{name}/{label}"
-        nodes.append(helper.make_node(op, [source, constant.name], [result], name=f"{name}/{label}_node"))
+        nodes.append(
+            helper.make_node(op, [source, constant.name], [result], name=f"{name}/{label}_node")
+        )
         source = result
     return nodes
 
@@ -77,11 +82,15 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
         module.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
         names.append(name)
     size = example_size(model)
-    graph = _trace(model, (torch.zeros(2, *size),), ["images"], ({0: torch.export.Dim("batch")},), opset)
+    graph = _trace(
+        model, (torch.zeros(2, *size),), ["images"], ({0: torch.export.Dim("batch")},), opset
+    )
     have = {i.name for i in graph.graph.initializer}
     missing = [name for name in names if name not in have]
     if missing:
-        raise UserError(f"the exported graph has no weight {missing[0]}; ONNX export does not know this kind of layer")
+        raise UserError(
+            f"the exported graph has no weight {missing[0]}; ONNX export does not know this kind of layer"
+        )
     return graph
 
 
@@ -108,14 +117,22 @@ def example_size(model: nn.Module) -> tuple[int, ...]:
     how = model.tq_file["preprocessing"] or {}  # type: ignore[index]
     size = how.get("input_size") if isinstance(how, Mapping) else None
     if not isinstance(size, list) or len(size) != 3:
-        raise UserError("the packed file does not say the size of its images; export it with preprocessing={'input_size': ...}")
+        raise UserError(
+            "the packed file does not say the size of its images; export it with preprocessing={'input_size': ...}"
+        )
     return tuple(size)
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...], inputs: list[str], shapes: Any, opset: int = OPSETS[0]) -> onnx.ModelProto:
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], inputs: list[str], shapes: Any, opset: int = OPSETS[0]
+) -> onnx.ModelProto:
     try:
-        with warnings.catch_warnings():  # of the width's numbers, which are looked up inside the graph on purpose
-            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
+        with (
+            warnings.catch_warnings()
+        ):  # of the width's numbers, which are looked up inside the graph on purpose
+            warnings.filterwarnings(
+                "ignore", "The tensor attributes? .* assigned during export", UserWarning
+            )
             program = torch.onnx.export(
                 model.eval(),
                 args,
@@ -129,7 +146,9 @@ def _trace(model: nn.Module, args: tuple[Any, ...], inputs: list[str], shapes: A
             )
     except Exception as error:  # whatever torch.export and the translation to ONNX raise
         said = " ".join(str(error).split())[:200]
-        raise UserError(f"PyTorch cannot export this network to ONNX ({type(error).__name__}: {said})") from error
+        raise UserError(
+            f"PyTorch cannot export this network to ONNX ({type(error).__name__}: {said})"
+        ) from error
     assert program is not None
     buffer = io.BytesIO()
     program.save(buffer)  # type: ignore[arg-type]

@@ -11,7 +11,13 @@ import numpy as np
 from onnx import helper, numpy_helper
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx.graph import affine_nodes, float_graph, levels_affine, put_nodes, write_graph
+from tq_lightning.export.onnx.graph import (
+    affine_nodes,
+    float_graph,
+    levels_affine,
+    put_nodes,
+    write_graph,
+)
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.quant.bit_width import bit_width
@@ -30,18 +36,34 @@ def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
     weights = packed_weights(model)
     stored = weights[0][3].stored
     if bits not in weights[0][3].widths:
-        raise UserError(f"{path} runs at widths {', '.join(map(str, weights[0][3].widths))}, not {bits}; pass one as --bits")
-    codes = {name: module.parametrizations[tensor].original.numpy() for name, module, tensor, _ in weights}  # type: ignore[index,union-attr]
+        raise UserError(
+            f"{path} runs at widths {', '.join(map(str, weights[0][3].widths))}, not {bits}; pass one as --bits"
+        )
+    codes = {
+        name: module.parametrizations[tensor].original.numpy()
+        for name, module, tensor, _ in weights
+    }  # type: ignore[index,union-attr]
     with bit_width(model, bits):
         graph = float_graph(model)
     shared = {"one": 1.0, "zero": 0.0, "stored_bits": stored, "bits": bits}
-    graph.graph.initializer.extend(numpy_helper.from_array(np.asarray(v, np.float32), f"trunc/{k}") for k, v in shared.items())
+    graph.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(v, np.float32), f"trunc/{k}") for k, v in shared.items()
+    )
     nodes = []
     for name, _, _, packed in weights:
-        graph.graph.initializer.append(numpy_helper.from_array(codes[name].astype(np.float32), f"{name}/codes"))
+        graph.graph.initializer.append(
+            numpy_helper.from_array(codes[name].astype(np.float32), f"{name}/codes")
+        )
         inputs = [f"{name}/codes", *(f"trunc/{key}" for key in shared)]
         nodes.append(
-            helper.make_node("Trunc", inputs, [f"{name}/short"], name=f"{name}/trunc", domain=DOMAIN, rounding_mode="FLOOR")
+            helper.make_node(
+                "Trunc",
+                inputs,
+                [f"{name}/short"],
+                name=f"{name}/trunc",
+                domain=DOMAIN,
+                rounding_mode="FLOOR",
+            )
         )
         a, b = levels_affine(bits, packed.level)
         nodes += affine_nodes(graph, name, f"{name}/short", a, b, packed.scale)

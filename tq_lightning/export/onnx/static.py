@@ -7,12 +7,23 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx.graph import OPSETS, affine_nodes, float_graph, levels_affine, put_nodes, write_graph
+from tq_lightning.export.onnx.graph import (
+    OPSETS,
+    affine_nodes,
+    float_graph,
+    levels_affine,
+    put_nodes,
+    write_graph,
+)
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
 
 # (widest width, type, codes a byte, first opset)
-TYPES = ((2, TensorProto.UINT2, 4, 25), (4, TensorProto.UINT4, 2, 21), (8, TensorProto.UINT8, 1, 21))
+TYPES = (
+    (2, TensorProto.UINT2, 4, 25),
+    (4, TensorProto.UINT4, 2, 21),
+    (8, TensorProto.UINT8, 1, 21),
+)
 
 
 def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:
@@ -22,8 +33,12 @@ def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:
         UserError: an opset that no graph is written for.
     """
     if opset not in (None, *OPSETS):
-        raise UserError(f"no graph of opset {opset!r} is written; pass {' or '.join(map(str, OPSETS))}")
-    kind, per_byte, first = next(row[1:] for row in TYPES if bits <= row[0] and (opset is None or row[3] <= opset))
+        raise UserError(
+            f"no graph of opset {opset!r} is written; pass {' or '.join(map(str, OPSETS))}"
+        )
+    kind, per_byte, first = next(
+        row[1:] for row in TYPES if bits <= row[0] and (opset is None or row[3] <= opset)
+    )
     return kind, per_byte, opset or first
 
 
@@ -41,16 +56,28 @@ def export_static(path: str | Path, out: str | Path, bits: int, opset: int | Non
     """
     model = load_packed(path, bits=bits)
     kind, per_byte, opset = smallest_type(bits, opset)
-    weights = {name: (module, tensor, packed) for name, module, tensor, packed in packed_weights(model)}
-    codes = {name: module.parametrizations[tensor].original for name, (module, tensor, _) in weights.items()}  # type: ignore[index,union-attr]
+    weights = {
+        name: (module, tensor, packed) for name, module, tensor, packed in packed_weights(model)
+    }
+    codes = {
+        name: module.parametrizations[tensor].original
+        for name, (module, tensor, _) in weights.items()
+    }  # type: ignore[index,union-attr]
     graph = float_graph(model, opset)
     nodes: list[onnx.NodeProto] = []
     for name, (_, _, packed) in weights.items():
         a, b = levels_affine(bits, packed.level)
         array = codes[name].numpy()
-        stored = helper.make_tensor(f"{name}/codes", kind, array.shape, dense(array, per_byte), raw=True)
+        stored = helper.make_tensor(
+            f"{name}/codes", kind, array.shape, dense(array, per_byte), raw=True
+        )
         step = numpy_helper.from_array(np.asarray(a, np.float32), f"{name}/step")
-        made = helper.make_node("DequantizeLinear", [stored.name, step.name], [f"{name}/levels"], name=f"{name}/dequantize")
+        made = helper.make_node(
+            "DequantizeLinear",
+            [stored.name, step.name],
+            [f"{name}/levels"],
+            name=f"{name}/dequantize",
+        )
         graph.graph.initializer.extend([stored, step])
         nodes += [made, *affine_nodes(graph, name, f"{name}/levels", None, b, packed.scale)]
     put_nodes(graph, nodes)

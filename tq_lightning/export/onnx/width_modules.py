@@ -22,8 +22,12 @@ class WidthTables(nn.Module):
         super().__init__()
         rows = [widths.index(n) if n in widths else BEYOND for n in range(1, max_bits + 1)]
         self.register_buffer("rows", torch.tensor(rows))
-        self.register_buffer("shifts", torch.tensor([stored - n for n in range(1, stored + 1)], dtype=torch.uint8))
-        self.register_buffer("down", torch.tensor([max_bits - n for n in range(1, max_bits + 1)], dtype=torch.uint8))
+        self.register_buffer(
+            "shifts", torch.tensor([stored - n for n in range(1, stored + 1)], dtype=torch.uint8)
+        )
+        self.register_buffer(
+            "down", torch.tensor([max_bits - n for n in range(1, max_bits + 1)], dtype=torch.uint8)
+        )
         self.register_buffer("tops", torch.tensor([2.0**n - 1 for n in range(1, max_bits + 1)]))
         self.register_buffer("steps", torch.tensor([2.0**-n for n in range(1, max_bits + 1)]))
         self.max_bits = max_bits
@@ -37,7 +41,12 @@ class WidthTables(nn.Module):
 def _shift(codes: Tensor, by: Tensor) -> Tensor:
     """codes >> by as one BitShift node; PyTorch's own translation of a shift takes uint8 for int8."""
     done = torch.onnx.ops.symbolic(
-        "BitShift", (codes, by), {"direction": "RIGHT"}, dtype=torch.uint8, shape=codes.shape, version=11
+        "BitShift",
+        (codes, by),
+        {"direction": "RIGHT"},
+        dtype=torch.uint8,
+        shape=codes.shape,
+        version=11,
     )
     assert isinstance(done, Tensor)
     return done
@@ -73,7 +82,10 @@ class TensorNorm(nn.Module):
 
     def forward(self, *args: Any) -> Tensor:
         row = self.now[0].rows_now
-        state = {n: torch.index_select(getattr(self, f"table{i}"), 0, row)[0] for i, n in enumerate(self.names)}  # type: ignore[arg-type]
+        state = {
+            n: torch.index_select(getattr(self, f"table{i}"), 0, row)[0]
+            for i, n in enumerate(self.names)
+        }  # type: ignore[arg-type]
         return torch.func.functional_call(self.body[0], state, args)
 
 

@@ -29,7 +29,9 @@ def decompress_plane(frame: np.ndarray, first: np.ndarray | None, size: int) -> 
     data = frame.tobytes()
     try:
         if zstandard.frame_content_size(data) != size:
-            raise UserError(f"a compressed plane unfolds to another size than the {size} bytes of a plane")
+            raise UserError(
+                f"a compressed plane unfolds to another size than the {size} bytes of a plane"
+            )
         raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
     except zstandard.ZstdError as error:
         raise UserError(f"a compressed plane does not unfold ({error})") from error

@@ -46,7 +46,9 @@ def section_of(name: str) -> str:
     return name.split("/", 1)[0]
 
 
-def write_container(path: str | Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> int:
+def write_container(
+    path: str | Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, Any]
+) -> int:
     """Writes a whole file or nothing: to a temporary file beside `path`, synced, then renamed over it.
 
     Args:
@@ -75,7 +77,10 @@ def write_container(path: str | Path, tensors: Mapping[str, np.ndarray], header:
         }
         at += array.nbytes
         sums.setdefault(section_of(name), hashlib.sha256()).update(_bytes(array))
-    content = {**header, "checksums": {section: digest.hexdigest() for section, digest in sums.items()}}
+    content = {
+        **header,
+        "checksums": {section: digest.hexdigest() for section, digest in sums.items()},
+    }
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
@@ -85,9 +90,13 @@ def write_container(path: str | Path, tensors: Mapping[str, np.ndarray], header:
     raw = json.dumps({"__metadata__": metadata, **index}, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     digest = hashlib.sha256(raw).hexdigest().encode()
-    raw = raw.replace(f'"header_sha256":"{_NO_SUM}"'.encode(), b'"header_sha256":"' + digest + b'"', 1)
+    raw = raw.replace(
+        f'"header_sha256":"{_NO_SUM}"'.encode(), b'"header_sha256":"' + digest + b'"', 1
+    )
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.writelines([len(raw).to_bytes(8, "little"), raw, *(_bytes(tensors[name]) for name in order)])
+        file.writelines(
+            [len(raw).to_bytes(8, "little"), raw, *(_bytes(tensors[name]) for name in order)]
+        )
     return 8 + len(raw) + at
 
 
@@ -112,9 +121,13 @@ class Container:
         try:
             with open(self.path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+                self._map = (
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+                )
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot open {path} ({getattr(error, 'strerror', None) or error})") from error
+            raise UserError(
+                f"cannot open {path} ({getattr(error, 'strerror', None) or error})"
+            ) from error
         try:
             self._parse()
         except UserError:
@@ -124,7 +137,9 @@ class Container:
     def __enter__(self) -> "Container":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -138,23 +153,35 @@ class Container:
         data = self._map or b""
         length = int.from_bytes(data[:8], "little")
         if self.size < 8 or length > MAX_HEADER or length > self.size - 8:
-            raise UserError(f"{self.path} is no packed file, or only a part of one; write it with `export`")
+            raise UserError(
+                f"{self.path} is no packed file, or only a part of one; write it with `export`"
+            )
         raw = data[8 : 8 + length]
         try:
             content = json.loads(raw.decode(), object_pairs_hook=_unique)
             metadata = content.pop("__metadata__")
             kind, version = metadata["format"], metadata["format_version"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{self.path} is no packed file of tq_lightning; write one with `export`") from error
+            raise UserError(
+                f"{self.path} is no packed file of tq_lightning; write one with `export`"
+            ) from error
         if kind != FORMAT:
-            raise UserError(f"{self.path} is of format {str(kind)[:40]!r}, not {FORMAT!r}; write it with `export`")
+            raise UserError(
+                f"{self.path} is of format {str(kind)[:40]!r}, not {FORMAT!r}; write it with `export`"
+            )
         if version != str(VERSION):
             hint = "update tq_lightning, or export the model again"
-            raise UserError(f"{self.path} is of format version {str(version)[:20]!r}; this reader knows {VERSION}; {hint}")
+            raise UserError(
+                f"{self.path} is of format version {str(version)[:20]!r}; this reader knows {VERSION}; {hint}"
+            )
         digest = metadata.get("header_sha256")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise self.damaged("its header has no checksum")
-        blank = raw.replace(b'"header_sha256":"' + digest.encode() + b'"', f'"header_sha256":"{_NO_SUM}"'.encode(), 1)
+        blank = raw.replace(
+            b'"header_sha256":"' + digest.encode() + b'"',
+            f'"header_sha256":"{_NO_SUM}"'.encode(),
+            1,
+        )
         if hashlib.sha256(blank).hexdigest() != digest:
             raise self.damaged("the checksum of its header does not match")
         self.data_start = 8 + length
@@ -164,17 +191,23 @@ class Container:
             self.entries = {name: _entry(name, given) for name, given in content.items()}
             self.checksums: dict[str, str] = dict(self.header["checksums"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self.damaged(f"its header does not parse ({' '.join(str(error).split())[:80]})") from error
+            raise self.damaged(
+                f"its header does not parse ({' '.join(str(error).split())[:80]})"
+            ) from error
         self._check_layout()
 
     def _check_layout(self) -> None:
         """Ranges follow one another without gap or overlap, fill the file, and each section is one run."""
         at, seen, last = 0, set(), None
-        self.entries = dict(sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+        self.entries = dict(
+            sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end))
+        )
         self.sections: dict[str, tuple[int, int]] = {}
         for name, entry in self.entries.items():
             if entry.begin != at:
-                raise self.damaged(f"the bytes of tensor {name[:60]!r} overlap others or leave a gap")
+                raise self.damaged(
+                    f"the bytes of tensor {name[:60]!r} overlap others or leave a gap"
+                )
             at = entry.end
             section = section_of(name)
             if section != last and section in seen:
@@ -183,12 +216,16 @@ class Container:
             last = section
             self.sections[section] = (self.sections.get(section, (entry.begin, 0))[0], entry.end)
         if self.data_start + at != self.size:
-            raise self.damaged(f"it has {self.size} bytes, its header speaks of {self.data_start + at}")
+            raise self.damaged(
+                f"it has {self.size} bytes, its header speaks of {self.data_start + at}"
+            )
         if set(self.checksums) != seen:
             raise self.damaged("its checksums are not those of its sections")
 
     def damaged(self, how: str) -> UserError:
-        return UserError(f"{self.path} is damaged or not made by `export`: {how}; fetch or export it again")
+        return UserError(
+            f"{self.path} is damaged or not made by `export`: {how}; fetch or export it again"
+        )
 
     def read(self, section: str) -> dict[str, np.ndarray]:
         """The tensors of one section by full name, as read-only views of the mapped file, checked against its SHA-256.
@@ -220,9 +257,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, given: dict[str, Any]) -> Entry:
     dtype, shape, (begin, end) = given["dtype"], given["shape"], given["data_offsets"]
-    if set(given) != {"dtype", "shape", "data_offsets"} or dtype not in DTYPES or not isinstance(shape, list):
+    if (
+        set(given) != {"dtype", "shape", "data_offsets"}
+        or dtype not in DTYPES
+        or not isinstance(shape, list)
+    ):
         raise ValueError(f"tensor {name[:60]!r} is not described as it should be")
-    if len(shape) > 16 or any(type(n) is not int or n < 0 or n > 1 << 48 for n in (*shape, begin, end)):
+    if len(shape) > 16 or any(
+        type(n) is not int or n < 0 or n > 1 << 48 for n in (*shape, begin, end)
+    ):
         raise ValueError(f"tensor {name[:60]!r} has an absurd shape or place")
     if end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
         raise ValueError(f"tensor {name[:60]!r} has a place that does not fit its shape")

@@ -18,8 +18,22 @@ from tq_lightning.export.packed.container import Container, section_of, write_co
 from tq_lightning.export.packed.schema import read_header
 from tq_lightning.export.packed.sections import compressed, narrowed, sections_above, sizes
 
-_SHARED = ("int", "float64", "float", "scale", "plane0")  # sections that a narrow file and the whole one have in common
-_KEYS = ("model", "prepare", "layers", "dtypes", "norms", "folded", "codes")  # and keys of the header
+_SHARED = (
+    "int",
+    "float64",
+    "float",
+    "scale",
+    "plane0",
+)  # sections that a narrow file and the whole one have in common
+_KEYS = (
+    "model",
+    "prepare",
+    "layers",
+    "dtypes",
+    "norms",
+    "folded",
+    "codes",
+)  # and keys of the header
 
 
 def read_all(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -30,7 +44,11 @@ def read_all(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     with Container(path) as file:
         header = read_header(file)
-        tensors = {name: array.copy() for section in file.sections for name, array in file.read(section).items()}
+        tensors = {
+            name: array.copy()
+            for section in file.sections
+            for name, array in file.read(section).items()
+        }
     if any(f"plane{p}" not in tensors for p in range(header["stored_bits"])):
         raise file.damaged("it lacks a plane")
     if header["compression"] is None:
@@ -38,11 +56,15 @@ def read_all(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     else:
         first = tensors["plane0"] = decompress_plane(tensors["plane0"], None, header["codes"] // 8)
         for p in range(1, header["stored_bits"]):
-            tensors[f"plane{p}"] = decompress_plane(tensors[f"plane{p}"], first, header["codes"] // 8)
+            tensors[f"plane{p}"] = decompress_plane(
+                tensors[f"plane{p}"], first, header["codes"] // 8
+            )
     return {key: value for key, value in header.items() if key != "checksums"}, tensors
 
 
-def repack(path: str | Path, out: str | Path, max_bits: int | None = None, compress: bool = False) -> dict[str, int]:
+def repack(
+    path: str | Path, out: str | Path, max_bits: int | None = None, compress: bool = False
+) -> dict[str, int]:
     """Writes `path` anew with its first `max_bits` planes (None = all it has), compressed or not.
 
     Returns:
@@ -54,7 +76,9 @@ def repack(path: str | Path, out: str | Path, max_bits: int | None = None, compr
     header, tensors = read_all(path)
     stored = header["stored_bits"] if max_bits is None else max_bits
     if not 1 <= stored <= header["stored_bits"]:
-        raise UserError(f"{path} stores {header['stored_bits']} planes; pass --max-bits from 1 to {header['stored_bits']}")
+        raise UserError(
+            f"{path} stores {header['stored_bits']} planes; pass --max-bits from 1 to {header['stored_bits']}"
+        )
     header, tensors = narrowed({**header, "compression": None}, tensors, stored)
     if compress:
         header, tensors = compressed(header, tensors)
@@ -69,10 +93,17 @@ def write_rest(path: str | Path, out: str | Path, bits: int) -> dict[str, int]:
     """
     header, tensors = read_all(path)
     if not 1 <= bits < header["stored_bits"]:
-        raise UserError(f"{path} stores {header['stored_bits']} planes, there is no rest above {bits}")
+        raise UserError(
+            f"{path} stores {header['stored_bits']} planes, there is no rest above {bits}"
+        )
     keep = sections_above(bits)
     rest = {name: array for name, array in tensors.items() if section_of(name) in keep}
-    return sizes(rest, write_container(out, rest, {**header, "compression": None, "rest_of": _identity(header, tensors)}))
+    return sizes(
+        rest,
+        write_container(
+            out, rest, {**header, "compression": None, "rest_of": _identity(header, tensors)}
+        ),
+    )
 
 
 def join(path: str | Path, rest: str | Path, out: str | Path) -> dict[str, int]:
@@ -87,26 +118,38 @@ def join(path: str | Path, rest: str | Path, out: str | Path) -> dict[str, int]:
     with Container(rest) as file:
         given = read_header(file, rest=True)
         if given["rest_of"] != _identity(header, tensors):
-            raise UserError(f"{rest} belongs to another model than {path}; pass the rest written with it")
+            raise UserError(
+                f"{rest} belongs to another model than {path}; pass the rest written with it"
+            )
         whole = {key: value for key, value in given.items() if key not in ("checksums", "rest_of")}
-        more = {name: array.copy() for section in file.sections for name, array in file.read(section).items()}
+        more = {
+            name: array.copy()
+            for section in file.sections
+            for name, array in file.read(section).items()
+        }
         _check_planes(file, header, more)
     tensors = {**tensors, **more}
     if any(f"plane{p}" not in tensors for p in range(whole["stored_bits"])):
-        raise UserError(f"{rest} begins above plane {header['stored_bits']}, where {path} ends; pass the rest written with it")
+        raise UserError(
+            f"{rest} begins above plane {header['stored_bits']}, where {path} ends; pass the rest written with it"
+        )
     if was_compressed:
         whole, tensors = compressed(whole, tensors)
     return sizes(tensors, write_container(out, tensors, whole))
 
 
-def _check_planes(file: Container, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def _check_planes(
+    file: Container, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
     for name, array in tensors.items():
         if name.startswith("plane") and array.shape != (header["codes"] // 8,):
             raise file.damaged(f"{name} is not of {header['codes'] // 8} bytes")
 
 
 def _identity(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    digests: dict[str, Any] = {"header": hashlib.sha256(json.dumps([header[k] for k in _KEYS], sort_keys=True).encode())}
+    digests: dict[str, Any] = {
+        "header": hashlib.sha256(json.dumps([header[k] for k in _KEYS], sort_keys=True).encode())
+    }
     for name in sorted(tensors):
         if section_of(name) in _SHARED:
             digests.setdefault(section_of(name), hashlib.sha256()).update(tensors[name].tobytes())

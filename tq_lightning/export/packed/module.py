@@ -17,7 +17,9 @@ from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import dequantize, truncate_codes
 
 MODES = ("resident", "lean")
-CHUNK = 1 << 18  # codes worked on at a time: few enough for a core's caches, enough to hide the cost of a call
+CHUNK = (
+    1 << 18
+)  # codes worked on at a time: few enough for a core's caches, enough to hide the cost of a call
 
 
 class PackedWeight(nn.Module):
@@ -61,7 +63,11 @@ class PackedWeight(nn.Module):
         assert bits is not None, "a packed model has no float width"  # bit_width refuses it
         if torch.compiler.is_compiling():
             # a graph takes the weight where it is at hand, else makes it from the codes; it never writes it
-            if self._bits == bits and self._weight is not None and not torch.compiler.is_exporting():
+            if (
+                self._bits == bits
+                and self._weight is not None
+                and not torch.compiler.is_exporting()
+            ):
                 return self._weight
             return self._make(codes, bits)
         if not self.resident:
@@ -88,7 +94,9 @@ class PackedWeight(nn.Module):
     def _fill(self, codes: Tensor, bits: int) -> None:
         """Overwrites the kept weight, a few rows at a time so that the steps in between never leave the cache."""
         if self._weight is None:
-            with torch.inference_mode(False):  # so that a weight first made under inference_mode serves elsewhere too
+            with torch.inference_mode(
+                False
+            ):  # so that a weight first made under inference_mode serves elsewhere too
                 self._weight = torch.empty_like(codes, dtype=self.dtype)  # and its layout in memory
         self._bits = None  # should the work be cut short, nothing stale is served
         scale = self.scale.float()
@@ -106,7 +114,9 @@ class PackedWeight(nn.Module):
 
     def check_width(self, bits: int | None) -> None:
         """Called by `bit_width` before it changes the width: UserError where that width was not loaded."""
-        if bits is None or bits in self.widths:  # None is refused by `bit_width` in words of its own
+        if (
+            bits is None or bits in self.widths
+        ):  # None is refused by `bit_width` in words of its own
             return
         if bits > self.stored:
             hint = "load the file with more bits, or bring it to more with `export FILE --add REST`"
@@ -114,7 +124,9 @@ class PackedWeight(nn.Module):
             hint = "load it with bits=None to switch widths"
         else:
             hint = "its file has no norm statistics for it; calibrate before exporting"
-        raise UserError(f"this model was loaded for widths {', '.join(map(str, self.widths))}, not {bits}; {hint}")
+        raise UserError(
+            f"this model was loaded for widths {', '.join(map(str, self.widths))}, not {bits}; {hint}"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.stored} bits stored, level={self.level}, {'resident' if self.resident else 'lean'}"
@@ -134,7 +146,9 @@ def attach(module: nn.Module, tensor_name: str, codes: Tensor, packed: PackedWei
     setattr(kind, tensor_name, property(_at_hand(tensor_name, made.fget), made.fset))  # type: ignore[arg-type]
 
 
-def _at_hand(tensor_name: str, make: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+def _at_hand(
+    tensor_name: str, make: Callable[[nn.Module], Tensor]
+) -> Callable[[nn.Module], Tensor]:
     """How a layer reads its weight: the resident one where it stands, else `make`.
 
     torch reads a parametrized tensor through three modules and their hooks, which adds up to 3 % of a small transformer's pass.
@@ -158,5 +172,12 @@ def packed_weights(model: nn.Module) -> list[tuple[str, nn.Module, str, PackedWe
         if parametrize.is_parametrized(module):
             for tensor_name, chain in module.parametrizations.items():  # type: ignore[union-attr]
                 if isinstance(chain[0], PackedWeight):
-                    found.append((f"{name}.{tensor_name}" if name else tensor_name, module, tensor_name, chain[0]))
+                    found.append(
+                        (
+                            f"{name}.{tensor_name}" if name else tensor_name,
+                            module,
+                            tensor_name,
+                            chain[0],
+                        )
+                    )
     return found

@@ -18,7 +18,14 @@ from tq_lightning.errors import UserError
 from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.module import MODES, PackedWeight, attach
-from tq_lightning.export.packed.schema import cast, check_layers, check_names, file_names, named_tensors, read_header
+from tq_lightning.export.packed.schema import (
+    cast,
+    check_layers,
+    check_names,
+    file_names,
+    named_tensors,
+    read_header,
+)
 from tq_lightning.export.packed.sections import split_norms
 from tq_lightning.export.packed.skeleton import build_skeleton
 from tq_lightning.quant.bit_planes import unpack_planes
@@ -27,7 +34,12 @@ from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.quant.weight import weight_quantizers
 
 
-def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | None = None, mode: str = "resident") -> nn.Module:
+def load_packed(
+    path: str | Path,
+    bits: int | None = None,
+    model: nn.Module | None = None,
+    mode: str = "resident",
+) -> nn.Module:
     """Builds the model of a packed file, in evaluation mode, reading what the width needs and no more.
 
     Args:
@@ -49,7 +61,9 @@ def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | No
         header = read_header(file)
         stored = header["stored_bits"]
         if bits is not None and (type(bits) is not int or not 1 <= bits <= stored):
-            raise UserError(f"{path} stores {stored} bit planes; pass bits from 1 to {stored}, or None for all, got {bits!r}")
+            raise UserError(
+                f"{path} stores {stored} bit planes; pass bits from 1 to {stored}, or None for all, got {bits!r}"
+            )
         shapes = {name: entry.shape for name, entry in file.entries.items()}
         planes = stored if bits is None else bits
         try:
@@ -72,22 +86,33 @@ def load_packed(path: str | Path, bits: int | None = None, model: nn.Module | No
         width.packed, width.default_source = True, "truncate"
         width.bits, width.source = max(widths), "truncate"
         _fill(model, header, split_norms(header, floats), widths)
-        _attach_codes(model, header, floats["scale"], _read_codes(file, header, planes), planes, widths, mode)
+        _attach_codes(
+            model, header, floats["scale"], _read_codes(file, header, planes), planes, widths, mode
+        )
         model.tq_file = {  # type: ignore[assignment]
-            **{key: header[key] for key in ("model", "preprocessing", "class_names", "prepare", "stored_bits")},
+            **{
+                key: header[key]
+                for key in ("model", "preprocessing", "class_names", "prepare", "stored_bits")
+            },
             "path": str(path),
             "file_bytes": file.size,
             "bytes_read": file.bytes_read,
         }
     left = [name for name, value in named_tensors(model) if value.is_meta]
     if left:
-        raise UserError(f"{path} holds no values for {', '.join(left[:3])}; pass the network itself as model=")
+        raise UserError(
+            f"{path} holds no values for {', '.join(left[:3])}; pass the network itself as model="
+        )
     return model.eval().requires_grad_(False)
 
 
 def _widths(header: Mapping[str, Any], model: nn.Module, bits: int | None) -> list[int]:
     """The widths that the loaded model can run at."""
-    usable = header["norm_widths"] if per_width_norms(model) else list(range(1, header["stored_bits"] + 1))
+    usable = (
+        header["norm_widths"]
+        if per_width_norms(model)
+        else list(range(1, header["stored_bits"] + 1))
+    )
     if bits is None and usable:
         return usable
     if bits not in usable:
@@ -121,7 +146,9 @@ def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
         module._buffers[leaf] = value
 
 
-def _fill(model: nn.Module, header: Mapping[str, Any], floats: Mapping[str, np.ndarray], widths: list[int]) -> None:
+def _fill(
+    model: nn.Module, header: Mapping[str, Any], floats: Mapping[str, np.ndarray], widths: list[int]
+) -> None:
     """Every tensor that is not quantized, from the file; norm sets of other widths go."""
     for full, value, name in file_names(model):
         module, leaf = _owner(model, full)
@@ -130,10 +157,14 @@ def _fill(model: nn.Module, header: Mapping[str, Any], floats: Mapping[str, np.n
         if name in floats:
             array = floats[name]
             if array.shape != tuple(value.shape):
-                raise UserError(f"{full} is {tuple(array.shape)} in the file, {tuple(value.shape)} in its network")
+                raise UserError(
+                    f"{full} is {tuple(array.shape)} in the file, {tuple(value.shape)} in its network"
+                )
             filled = torch.tensor(array)
         else:  # a folded batch norm: weight and bias say all
-            filled = torch.full(value.shape, 0.0 if leaf == "running_mean" else 1.0 - float(module.eps))  # type: ignore[arg-type]
+            filled = torch.full(
+                value.shape, 0.0 if leaf == "running_mean" else 1.0 - float(module.eps)
+            )  # type: ignore[arg-type]
         _put(module, leaf, cast(header, full, filled, value.dtype))
     for full, value in list(named_tensors(model)):
         if full.endswith("num_batches_tracked"):
@@ -156,7 +187,9 @@ def _attach_codes(
 ) -> None:
     """Codes in the place of every float parameter."""
     width, start = width_of(model), 0
-    found = {full: (module, tensor, rule) for full, module, tensor, rule in weight_quantizers(model)}
+    found = {
+        full: (module, tensor, rule) for full, module, tensor, rule in weight_quantizers(model)
+    }
     for layer in header["layers"]:
         full, offset, count = layer["name"], layer["offset"], math.prod(layer["scale"])
         module, tensor, rule = found[full]
@@ -164,4 +197,9 @@ def _attach_codes(
         scale = torch.tensor(scales[start : start + count]).view(layer["scale"])
         start += count
         dtype = cast(header, full, torch.empty(0), torch.float32).dtype
-        attach(module, tensor, part, PackedWeight(full, width, planes, widths, rule.level, scale, dtype, mode))
+        attach(
+            module,
+            tensor,
+            part,
+            PackedWeight(full, width, planes, widths, rule.level, scale, dtype, mode),
+        )

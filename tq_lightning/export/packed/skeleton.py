@@ -17,7 +17,16 @@ from tq_lightning.quant.weight import weight_quantizers
 TOO_LARGE = "is many times larger than its file"
 # A constructor registers some tensors that it replaces later, or that a file stores once for several: room for those.
 _TIMES, _MORE_TENSORS, _MORE_NUMBERS = 4, 1000, 1 << 24
-_FILLS = {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
+_FILLS = {
+    Tensor.normal_,
+    Tensor.uniform_,
+    Tensor.fill_,
+    Tensor.zero_,
+    Tensor.erfinv_,
+    Tensor.mul_,
+    Tensor.add_,
+    Tensor.clamp_,
+}
 
 
 class SkipInit(TorchFunctionMode):
@@ -92,7 +101,9 @@ def build_skeleton(
             model = _create(header["model"])
     if weight_quantizers(model):
         if getattr(model, "tq", None) != header["prepare"]:
-            raise UserError("the model given was prepared in another way than the file's; pass it as it was before prepare()")
+            raise UserError(
+                "the model given was prepared in another way than the file's; pass it as it was before prepare()"
+            )
         return model
     from tq_lightning.quant.prepare import attach_norms, prepare
 
@@ -116,7 +127,9 @@ def _create(given: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"the file names no model of timm's: {str(name)[:60]!r}")
     for key, value in args.items():
         if any(word in key for word in _FORBIDDEN) or not _plain(value):
-            raise UserError(f"the file gives the model an argument that a file may not give: {str(key)[:40]!r}")
+            raise UserError(
+                f"the file gives the model an argument that a file may not give: {str(key)[:40]!r}"
+            )
     try:
         with torch.device("meta"), SkipInit():
             return create_model(name, **args)
@@ -131,4 +144,8 @@ def _plain(value: Any) -> bool:
         return len(value) <= 64 and all(_plain(v) for v in value)
     if isinstance(value, str):
         return len(value) <= 64 and "/" not in value and "\\" not in value
-    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= _MAX_ARG)
+    return (
+        value is None
+        or isinstance(value, bool)
+        or (isinstance(value, int | float) and abs(value) <= _MAX_ARG)
+    )

@@ -65,7 +65,9 @@ def save_packed(
     header, tensors = describe(model, name, model_args, preprocessing, class_names)
     stored = header["stored_bits"] if max_bits is None else max_bits
     if not isinstance(stored, int) or not 1 <= stored <= header["stored_bits"]:
-        raise UserError(f"no such number of planes {max_bits!r}; pass max_bits from 1 to {header['stored_bits']}")
+        raise UserError(
+            f"no such number of planes {max_bits!r}; pass max_bits from 1 to {header['stored_bits']}"
+        )
     if fold_norms:
         header["folded"] = True
         fold(model, tensors)
@@ -88,7 +90,9 @@ def describe(
     """A prepared model as a file's header and tensors, all planes, nothing folded or compressed."""
     quantizers = weight_quantizers(model)
     if not quantizers:
-        raise UserError(f"{type(model).__name__} is not prepared, there is nothing to pack; call prepare(model, ...) first")
+        raise UserError(
+            f"{type(model).__name__} is not prepared, there is nothing to pack; call prepare(model, ...) first"
+        )
     config = getattr(model, "pretrained_cfg", None) or {}
     if name is None and config.get("architecture"):
         name = config["architecture"]
@@ -98,7 +102,9 @@ def describe(
     if name is not None and classes is not None:
         args.setdefault("num_classes", classes)
     if class_names is not None and classes is not None and len(class_names) != classes:
-        raise UserError(f"{len(class_names)} class names for a model of {classes} classes; pass one for each")
+        raise UserError(
+            f"{len(class_names)} class names for a model of {classes} classes; pass one for each"
+        )
 
     tensors, dtypes = _floats(model)
     layers: list[dict[str, Any]] = []
@@ -109,7 +115,12 @@ def describe(
         codes, scale = quantizer.codes(weight.detach())
         factor = scale.detach().cpu().float().numpy()
         scales.append(factor.reshape(-1))
-        layer = {"name": full, "shape": list(codes.shape), "offset": at, "scale": list(factor.shape)}
+        layer = {
+            "name": full,
+            "shape": list(codes.shape),
+            "offset": at,
+            "scale": list(factor.shape),
+        }
         if weight.dtype != torch.float32:
             dtypes[full] = str(weight.dtype).removeprefix("torch.")
         if id(weight) in placed:  # tied: one run of codes serves both
@@ -166,7 +177,9 @@ def _array(value: Tensor) -> np.ndarray:
     """The value as float32, float64 or int64, whichever holds it exactly."""
     value = value.detach().cpu()
     if value.is_complex():
-        raise UserError(f"a packed file has no place for a tensor of {value.dtype}; keep it out of the model's buffers")
+        raise UserError(
+            f"a packed file has no place for a tensor of {value.dtype}; keep it out of the model's buffers"
+        )
     if value.dtype not in _WIDE:
         value = value.float() if value.is_floating_point() else value.long()
     return value.numpy()
@@ -178,7 +191,11 @@ def norm_widths(model: nn.Module) -> list[int]:
     if not norms:
         return []
     top = norms[0].width.max_bits
-    return [n for n in range(1, top + 1) if all(str(n) in m.trained or bool(m.calibrated[n]) for m in norms)]
+    return [
+        n
+        for n in range(1, top + 1)
+        if all(str(n) in m.trained or bool(m.calibrated[n]) for m in norms)
+    ]
 
 
 def fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:

@@ -20,7 +20,9 @@ FIGURES: dict[str, Callable[[Comparisons], list[Figure]]] = {
     "level": partial(draw_accuracy.factor, key="model.level", title="Levels"),
     "activations": partial(draw_accuracy.factor, key="model.activations", title="Activations"),
     "activations_source": partial(
-        draw_accuracy.factor, key=ACTIVATIONS_SOURCE, title="Activations truncated like the weights, or requantized"
+        draw_accuracy.factor,
+        key=ACTIVATIONS_SOURCE,
+        title="Activations truncated like the weights, or requantized",
     ),
     "normalizer": partial(draw_accuracy.factor, key="model.normalizer", title="Normalisers"),
     "widths": partial(draw_accuracy.factor, key="model.widths", title="Width sets"),

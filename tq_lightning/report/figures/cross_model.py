@@ -14,7 +14,11 @@ from tq_lightning.report.labels import ACTIVATIONS_SOURCE, bits_words, slug, uni
 from tq_lightning.report.stats import SPLIT_WORDS, Estimate, acc1, compare, mean_interval, split_of
 
 LOW_BITS = (1, 2)
-EXTRAS = ("model.level", "model.activations", ACTIVATIONS_SOURCE)  # what a legend tells beyond model and quantizer
+EXTRAS = (
+    "model.level",
+    "model.activations",
+    ACTIVATIONS_SOURCE,
+)  # what a legend tells beyond model and quantizer
 FLOOR = 2  # the series of floor, as in the QT-gap figure
 ROW_NAMES = [name for name, _, _ in ROWS]
 
@@ -42,8 +46,16 @@ def robustness(evidence: Comparisons) -> list[Figure]:
     low, high = grid[0].get_xlim()
     grid[0].set_xlim(max(low, -2), min(high, 102))
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    caption = " ".join([f"Top-1 on the {SPLIT_WORDS[part]}, mean and 95 % t interval over seeds.", *flags, *mixed(arms)])
-    return [Figure("low_bit_robustness", "Low-bit robustness", title, caption, "; ".join(words), figure)]
+    caption = " ".join(
+        [
+            f"Top-1 on the {SPLIT_WORDS[part]}, mean and 95 % t interval over seeds.",
+            *flags,
+            *mixed(arms),
+        ]
+    )
+    return [
+        Figure("low_bit_robustness", "Low-bit robustness", title, caption, "; ".join(words), figure)
+    ]
 
 
 def _low_bits(axes: Axes, setting: ComparisonGroup, y: int, bits: int, part: str) -> list[str]:
@@ -54,21 +66,32 @@ def _low_bits(axes: Axes, setting: ComparisonGroup, y: int, bits: int, part: str
         if (e := acc1(arm, source, bits, part)) is not None:
             colour, marker, _ = SERIES[series]
             at = y + 0.2 * (series - 1)
-            axes.errorbar(e.mean, at, xerr=e.half, fmt=marker, color=colour, capsize=2.5, elinewidth=1)
+            axes.errorbar(
+                e.mean, at, xerr=e.half, fmt=marker, color=colour, capsize=2.5, elinewidth=1
+            )
             words.append(f"{setting.label}, {name}, {bits_words(bits)}: {e.text()}")
     return words
 
 
 def pareto(evidence: Comparisons) -> list[Figure]:
     """Accuracy of the truncated weights against the bytes read to run at that width with the Pareto front."""
-    arms = [arm for arm in evidence.paired() if all((run.record.get("bytes") or {}).get("planes") for run in arm.runs)]
+    arms = [
+        arm
+        for arm in evidence.paired()
+        if all((run.record.get("bytes") or {}).get("planes") for run in arm.runs)
+    ]
     datasets = list(dict.fromkeys(str(arm["data.name"]) for arm in arms))
     stems = unique([f"pareto_{slug(name)}" for name in datasets])
     pairs = zip(datasets, stems, strict=True)
-    drawn = [_pareto(name, stem, [arm for arm in arms if str(arm["data.name"]) == name]) for name, stem in pairs]
+    drawn = [
+        _pareto(name, stem, [arm for arm in arms if str(arm["data.name"]) == name])
+        for name, stem in pairs
+    ]
     if len(evidence.paired()) < len(evidence.arms):
         for figure in drawn:
-            figure.caption += " Arms whose STE is not the paper's for their quantizer are not drawn."
+            figure.caption += (
+                " Arms whose STE is not the paper's for their quantizer are not drawn."
+            )
     return drawn
 
 
@@ -82,29 +105,58 @@ def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Figure:
         (size, estimate, arm, w)
         for arm in arms
         for w in arm.runs[0].widths
-        if (size := _read(arm, w)) is not None and (estimate := acc1(arm, "truncate", w, part)) is not None
+        if (size := _read(arm, w)) is not None
+        and (estimate := acc1(arm, "truncate", w, part)) is not None
     ]
     front = pareto_front([(size, e.mean) for size, e, _, _ in points])
     title = f"Accuracy against bytes read: {dataset}"
     flags = between([[arm] for arm in arms], "arms")
     if single := sorted({_name(arm) for arm in arms if len(arm.runs) == 1}):
-        flags.append(f"ONE SEED ({', '.join(single) if len(single) <= 6 else f'{len(single)} arms'}).")
+        flags.append(
+            f"ONE SEED ({', '.join(single) if len(single) <= 6 else f'{len(single)} arms'})."
+        )
     figure, body = style.new(6.4, 3.7, title, flags)
     axes = body.add_subplot()
     x, y = [size / 1024 for size, _, _, _ in points], [e.mean for _, e, _, _ in points]
-    axes.plot(x, y, ".", color="#aaaaaa", markersize=4, label="every arm drawn, each width", zorder=1)
-    on_front = [arm for arm in arms if any(a is arm and (size, e.mean) in front for size, e, a, _ in points)]
+    axes.plot(
+        x, y, ".", color="#aaaaaa", markersize=4, label="every arm drawn, each width", zorder=1
+    )
+    on_front = [
+        arm for arm in arms if any(a is arm and (size, e.mean) in front for size, e, a, _ in points)
+    ]
     for arm, (colour, marker, dashes) in zip(on_front, SERIES, strict=False):
         own = [(size / 1024, e.mean, e.half or 0.0) for size, e, a, _ in points if a is arm]
-        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 0.9}
+        look: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "linestyle": dashes,
+            "linewidth": 0.9,
+        }
         sizes, means, halves = zip(*own, strict=True)
-        axes.errorbar(sizes, means, halves, label=f"{_name(arm)} (on the front)", elinewidth=0.7, capsize=2, **look)
+        axes.errorbar(
+            sizes,
+            means,
+            halves,
+            label=f"{_name(arm)} (on the front)",
+            elinewidth=0.7,
+            capsize=2,
+            **look,
+        )
     for size, e, _, w in points:
         if (size, e.mean) in front:
             at = (size / 1024, e.mean)
             axes.annotate(str(w), at, (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
     x, y = [size / 1024 for size, _ in front], [accuracy for _, accuracy in front]
-    axes.step(x, y, where="post", color=style.GREY, linewidth=2.5, alpha=0.35, label="Pareto front", zorder=1)
+    axes.step(
+        x,
+        y,
+        where="post",
+        color=style.GREY,
+        linewidth=2.5,
+        alpha=0.35,
+        label="Pareto front",
+        zorder=1,
+    )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bytes read to run at that width [KiB]")
@@ -123,7 +175,14 @@ def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Figure:
 
 def _name(arm: Arm) -> str:
     extra = [str(arm[k]) for k in EXTRAS if arm[k] not in (None, "endpoint", "quantize")]
-    return ", ".join([str(arm["model.name"]), str(arm["model.quantizer"]), *extra, *(["fine-tuned"] if arm[START] else [])])
+    return ", ".join(
+        [
+            str(arm["model.name"]),
+            str(arm["model.quantizer"]),
+            *extra,
+            *(["fine-tuned"] if arm[START] else []),
+        ]
+    )
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -147,9 +206,19 @@ def disagreement(evidence: Comparisons) -> list[Figure]:
     figure, body = style.new(7.0, 2.6 + 0.17 * len(settings), title, flags)
     left, right = body.subplots(1, 2)
     words, widths = [], sorted({w for s in settings for r in s.runs for w in r.widths})
-    drawn = [(f"{value}, {s.label}", arm) for s in settings for value, arm in s.arms if arm["model.quantizer"] == "round"]
+    drawn = [
+        (f"{value}, {s.label}", arm)
+        for s in settings
+        for value, arm in s.arms
+        if arm["model.quantizer"] == "round"
+    ]
     floors = [arm for s in settings for _, arm in s.arms if arm["model.quantizer"] == "floor"]
-    zero = all(not run.record["widths"][str(w)].get("disagree") for arm in floors for run in arm.runs for w in run.widths)
+    zero = all(
+        not run.record["widths"][str(w)].get("disagree")
+        for arm in floors
+        for run in arm.runs
+        for w in run.widths
+    )
     if floors:
         many = f"{len(floors)} arms, the first drawn" if len(floors) > 1 else "1 arm"
         drawn.append((f"floor ({many}{'; 0 at every width in each' if zero else ''})", floors[0]))
@@ -161,7 +230,11 @@ def disagreement(evidence: Comparisons) -> list[Figure]:
         lost = {w: e for w in arm.runs[0].widths if (e := _lost(arm, w, part)) is not None}
         style.line(left, shares, series, name, arm.trained, shift)
         style.line(right, lost, series, name, arm.trained, shift)
-        both = [f"{shares[w].mean:.1f} % disagree and {lost[w].mean:.1f} points lost at {w}" for w in shares if w in lost]
+        both = [
+            f"{shares[w].mean:.1f} % disagree and {lost[w].mean:.1f} points lost at {w}"
+            for w in shares
+            if w in lost
+        ]
         words.append(f"{name}: {', '.join(both)}")
     for axes in (left, right):
         style.width_axis(axes, widths)

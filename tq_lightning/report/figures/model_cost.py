@@ -11,7 +11,15 @@ from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import SERIES, Figure
 from tq_lightning.report.labels import bits_words
-from tq_lightning.report.model_costs import WAYS, energy_name, mib, model_names, ratio, times, with_key
+from tq_lightning.report.model_costs import (
+    WAYS,
+    energy_name,
+    mib,
+    model_names,
+    ratio,
+    times,
+    with_key,
+)
 
 # What bytes are: (words, colour, hatch).
 PARTS = {
@@ -49,7 +57,9 @@ def mechanism(evidence: Comparisons) -> list[Figure]:
 def _staircases(axes: Axes, record: dict[str, Any], bits: int) -> float:
     """Draw one width; returns the share of [0, 1] in per cent where round and round shifted disagree."""
     u = np.asarray(record["u"], dtype=float)
-    rounded, shifted, floored = (np.asarray(record[k][str(bits)], dtype=float) for k in ("round", "round_shifted", "floor"))
+    rounded, shifted, floored = (
+        np.asarray(record[k][str(bits)], dtype=float) for k in ("round", "round_shifted", "floor")
+    )
     wrong = ~np.isclose(rounded, shifted)
     over = axes.get_xaxis_transform()
     axes.fill_between(
@@ -64,9 +74,25 @@ def _staircases(axes: Axes, record: dict[str, Any], bits: int) -> float:
         label="bins disagree",
     )
     # Floor lies under the others, thick and pale: where it meets one of them both can be seen.
-    axes.step(u, floored, where="mid", color=style.GREEN, linewidth=3, alpha=0.45, label="floor (= floor, shifted)")
+    axes.step(
+        u,
+        floored,
+        where="mid",
+        color=style.GREEN,
+        linewidth=3,
+        alpha=0.45,
+        label="floor (= floor, shifted)",
+    )
     axes.step(u, rounded, where="mid", color=style.BLUE, linewidth=1.4, label="round")
-    axes.step(u, shifted, where="mid", color=style.RED, linestyle="--", linewidth=1.4, label="round, shifted")
+    axes.step(
+        u,
+        shifted,
+        where="mid",
+        color=style.RED,
+        linestyle="--",
+        linewidth=1.4,
+        label="round, shifted",
+    )
     share = 100 * float(wrong.mean())
     axes.set_title(f"{bits_words(bits)}: {share:.0f} % of [0, 1] disagrees")
     axes.set_xlabel("normalised weight u (no unit)")
@@ -105,7 +131,17 @@ def _bars(axes: Axes, record: dict[str, Any], name: str) -> list[str]:
         for part, (what, colour, hatch) in PARTS.items():
             size = mib(way.get(part, 0))
             label_once = what if y == 0 else None
-            axes.barh(y, size, 0.72, left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3, label=label_once)
+            axes.barh(
+                y,
+                size,
+                0.72,
+                left,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0.3,
+                label=label_once,
+            )
             left += size
         note = f"{mib(way['total']):.3g} MiB{'' if key == 'float_master' else ', ' + times(ratio(record, key))}"
         axes.text(mib(way["total"]), y, f"  {note}", va="center", fontsize=7)
@@ -127,7 +163,9 @@ def energy(evidence: Comparisons) -> list[Figure]:
         return []
     columns = min(2, len(records))
     rows = -(-len(records) // columns)
-    assumptions = list(dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", [])))
+    assumptions = list(
+        dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", []))
+    )
     title = "Energy of a switch of width and of weight traffic: a model, not a measurement"
     foot = "Assumes: " + "; ".join(a.rstrip(".") for a in assumptions) if assumptions else ""
     figure, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 2.1 * rows, title, foot=foot)
@@ -136,12 +174,23 @@ def energy(evidence: Comparisons) -> list[Figure]:
     for axes, record, name in zip(grid, records, model_names(records), strict=False):
         by_width = record["energy"]["by_width"]
         widths = sorted(int(w) for w in by_width)
-        kinds = [k for k in by_width[str(widths[0])] if k.endswith("_pj") and all(k in row for row in by_width.values())]
+        kinds = [
+            k
+            for k in by_width[str(widths[0])]
+            if k.endswith("_pj") and all(k in row for row in by_width.values())
+        ]
         for i, kind in enumerate(kinds):
             colour, marker, dashes = SERIES[i % len(SERIES)]
             values = [by_width[str(w)][kind] * 1e-6 for w in widths]
-            look = {"color": colour, "marker": marker, "linestyle": dashes, "label": energy_name(kind)}
-            if kind.startswith("traffic"):  # close to the refetches: big and hollow, so that both are seen
+            look = {
+                "color": colour,
+                "marker": marker,
+                "linestyle": dashes,
+                "label": energy_name(kind),
+            }
+            if kind.startswith(
+                "traffic"
+            ):  # close to the refetches: big and hollow, so that both are seen
                 look |= {"markersize": 9, "markerfacecolor": "none", "linewidth": 0.8}
             axes.plot(widths, values, **look)
             words.append(
@@ -150,7 +199,9 @@ def energy(evidence: Comparisons) -> list[Figure]:
         drawn = [by_width[str(w)][kind] * 1e-6 for w in widths for kind in kinds]
         style.width_axis(axes, widths)
         axes.set_yscale("log")
-        axes.set_ylim(10 ** math.floor(math.log10(min(drawn))), 10 ** math.ceil(math.log10(max(drawn))))
+        axes.set_ylim(
+            10 ** math.floor(math.log10(min(drawn))), 10 ** math.ceil(math.log10(max(drawn)))
+        )
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("modelled energy [µJ]")
         axes.set_title(name)
@@ -158,5 +209,10 @@ def energy(evidence: Comparisons) -> list[Figure]:
         axes.set_visible(False)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     sources = dict.fromkeys(r["energy"]["source"] for r in records if r["energy"].get("source"))
-    caption = " ".join(["Computed from picojoule constants, not measured.", *(f"{line}." for line in [*sources, *assumptions])])
+    caption = " ".join(
+        [
+            "Computed from picojoule constants, not measured.",
+            *(f"{line}." for line in [*sources, *assumptions]),
+        ]
+    )
     return [Figure("energy", "Energy", title, caption, "; ".join(words), figure)]

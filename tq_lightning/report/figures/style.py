@@ -75,7 +75,9 @@ class Figure:
     figure: Canvas
 
 
-def new(width: float, height: float, title: str, flags: Iterable[str] = (), foot: str = "") -> tuple[Canvas, SubFigure]:
+def new(
+    width: float, height: float, title: str, flags: Iterable[str] = (), foot: str = ""
+) -> tuple[Canvas, SubFigure]:
     """(figure, its body of that many inches). Above the body stands the title; below it, in the figure itself, what makes
     its arms unequal, and the `foot`."""
     heads = textwrap.wrap(title, int(width * 12))
@@ -120,21 +122,54 @@ def line(
         return
     colour, marker, style = SERIES[series % len(SERIES)]
     look = {"color": colour, **more}
-    axes.plot([], [], marker=marker, linestyle=style, label=label, **look)  # the legend's entry: line and filled marker
+    axes.plot(
+        [], [], marker=marker, linestyle=style, label=label, **look
+    )  # the legend's entry: line and filled marker
     at = {w: w + shift for w in points}
-    axes.plot(list(at.values()), [e.mean for e in points.values()], linestyle=style, zorder=2, **look)
+    axes.plot(
+        list(at.values()), [e.mean for e in points.values()], linestyle=style, zorder=2, **look
+    )
     if several := {at[w]: e for w, e in points.items() if e.half is not None}:
-        means, halves = [e.mean for e in several.values()], [e.half or 0.0 for e in several.values()]
-        axes.errorbar(list(several), means, halves, fmt="none", ecolor=colour, elinewidth=1, capsize=2.5, zorder=2, **more)
+        means, halves = (
+            [e.mean for e in several.values()],
+            [e.half or 0.0 for e in several.values()],
+        )
+        axes.errorbar(
+            list(several),
+            means,
+            halves,
+            fmt="none",
+            ecolor=colour,
+            elinewidth=1,
+            capsize=2.5,
+            zorder=2,
+            **more,
+        )
     for fill, picked in ((colour, set(trained)), ("white", set(points) - set(trained))):
         mine = {at[w]: e.mean for w, e in points.items() if w in picked}
-        axes.plot(list(mine), list(mine.values()), marker, markerfacecolor=fill, linestyle="none", zorder=3, **look)
+        axes.plot(
+            list(mine),
+            list(mine.values()),
+            marker,
+            markerfacecolor=fill,
+            linestyle="none",
+            zorder=3,
+            **look,
+        )
 
 
 def hollow_entry(axes: Axes, some: bool) -> None:
     """A legend entry that explains hollow markers, where there are some."""
     if some:
-        axes.plot([], [], linestyle="none", marker="o", color=GREY, markerfacecolor="white", label="hollow: width not trained")
+        axes.plot(
+            [],
+            [],
+            linestyle="none",
+            marker="o",
+            color=GREY,
+            markerfacecolor="white",
+            label="hollow: width not trained",
+        )
 
 
 def clip(axes: Axes, low: float = 0.0, high: float = 100.0) -> None:
@@ -147,9 +182,13 @@ def write(drawn: Figure, folder: Path) -> None:
     """`NAME.png` (200 dpi) and `NAME.svg` in `folder`; no date inside, so that equal figures are equal files."""
     with styled():
         drawn.figure.set_dpi(200)
-        FigureCanvasAgg(drawn.figure).print_png(folder / f"{drawn.name}.png")  # savefig would draw twice
+        FigureCanvasAgg(drawn.figure).print_png(
+            folder / f"{drawn.name}.png"
+        )  # savefig would draw twice
         drawn.figure.set_layout_engine("none")  # laid out above; the second format keeps it
-        FigureCanvasSVG(drawn.figure).print_svg(folder / f"{drawn.name}.svg", metadata={"Date": None})
+        FigureCanvasSVG(drawn.figure).print_svg(
+            folder / f"{drawn.name}.svg", metadata={"Date": None}
+        )
 
 
 def styled() -> Any:

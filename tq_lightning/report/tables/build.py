@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from tq_lightning.report.comparisons import PAPER, ROWS, Comparisons, is_papers, reference, row_arms, split
+from tq_lightning.report.comparisons import (
+    PAPER,
+    ROWS,
+    Comparisons,
+    is_papers,
+    reference,
+    row_arms,
+    split,
+)
 from tq_lightning.report.groups import Arm, ComparisonGroup, shown_extras
 from tq_lightning.report.model_costs import WAYS, energy_name, model_names, ratio, with_key
 from tq_lightning.report.stats import METHOD, acc1, acc1_float, compare, number, split_of
@@ -41,16 +49,44 @@ def qt_gap(evidence: Comparisons) -> Table:
         flags = " ".join(setting.flags)
         for words, arm, source in row_arms(setting):
             values = [_estimate(acc1(arm, source, w, part)) for w in widths]
-            rows.append([setting.label, words, len(arm.runs), *values, _estimate(acc1_float(arm, part)), part, flags])
+            rows.append(
+                [
+                    setting.label,
+                    words,
+                    len(arm.runs),
+                    *values,
+                    _estimate(acc1_float(arm, part)),
+                    part,
+                    flags,
+                ]
+            )
             if words in PAPER and is_papers(setting):
                 paper = [PAPER[words].get(str(w)) for w in widths]
                 rows.append(
-                    [setting.label, f"{words} (paper)", None, *paper, PAPER[words]["float"], "test", "arXiv 2506.11431"]
+                    [
+                        setting.label,
+                        f"{words} (paper)",
+                        None,
+                        *paper,
+                        PAPER[words]["float"],
+                        "test",
+                        "arXiv 2506.11431",
+                    ]
                 )
         for value, arm in setting.arms:
             gaps = [compare(arm, arm, "quantize", "truncate", w, part) for w in widths]
             cells = [None if g is None else _estimate(g.estimate) for g in gaps]
-            rows.append([setting.label, f"QT gap of {value} [points]", len(arm.runs), *cells, None, part, flags])
+            rows.append(
+                [
+                    setting.label,
+                    f"QT gap of {value} [points]",
+                    len(arm.runs),
+                    *cells,
+                    None,
+                    part,
+                    flags,
+                ]
+            )
     caption = f"Top-1 in per cent by width in bits, mean ± half of the 95 % t interval over seeds. {METHOD}"
     return Table(
         "qt_gap",
@@ -125,14 +161,39 @@ def differences(evidence: Comparisons) -> Table:
             base = (name, setting.values(name)[0], "truncate")
             for value, arm in setting.arms:
                 if arm is not base[1]:
-                    rows += _differences(short, setting, (value, arm, "truncate"), base, split(setting))
+                    rows += _differences(
+                        short, setting, (value, arm, "truncate"), base, split(setting)
+                    )
     caption = f"a - b in percentage points of top-1, truncated weights unless the row says otherwise. {METHOD}"
-    columns = ["factor", "setting", "a", "b", "bits", "a - b", "interval", "how", "in words", "split", "flags"]
-    return Table("differences", "Differences between arms", caption, columns, rows, ("factor", "setting", "bits", "how"))
+    columns = [
+        "factor",
+        "setting",
+        "a",
+        "b",
+        "bits",
+        "a - b",
+        "interval",
+        "how",
+        "in words",
+        "split",
+        "flags",
+    ]
+    return Table(
+        "differences",
+        "Differences between arms",
+        caption,
+        columns,
+        rows,
+        ("factor", "setting", "bits", "how"),
+    )
 
 
 def _differences(
-    factor: str, setting: ComparisonGroup, a: tuple[str, Arm, str], b: tuple[str, Arm, str], part: str
+    factor: str,
+    setting: ComparisonGroup,
+    a: tuple[str, Arm, str],
+    b: tuple[str, Arm, str],
+    part: str,
 ) -> list[list[Cell]]:
     out = []
     for w in a[1].runs[0].widths:
@@ -141,7 +202,14 @@ def _differences(
             continue
         e = found.estimate
         interval = "" if e.half is None else f"[{number(e.low, 2, '+')}, {number(e.high, 2, '+')}]"
-        cells = [(number(e.mean, 2, "+"), e.mean), interval, found.how, found.verdict(), part, " ".join(setting.flags)]
+        cells = [
+            (number(e.mean, 2, "+"), e.mean),
+            interval,
+            found.how,
+            found.verdict(),
+            part,
+            " ".join(setting.flags),
+        ]
         out.append([factor, setting.label, a[0], b[0], w, *cells])
     return out
 
@@ -159,9 +227,15 @@ def storage(evidence: Comparisons) -> Table:
         for key, words in WAYS.items():
             if way := record["ways"].get(key):
                 times = ratio(record, key)
-                parts = [_size(way.get(p)) for p in ("total", "weights", "float", "norms", "scales")]
+                parts = [
+                    _size(way.get(p)) for p in ("total", "weights", "float", "norms", "scales")
+                ]
                 rows.append([name, words, int(way["total"]), *parts, (f"{times:.3f}×", times)])
-    notes = [f"{n}: {line}" for r, n in zip(records, names, strict=True) for line in r.get("accounting", [])]
+    notes = [
+        f"{n}: {line}"
+        for r, n in zip(records, names, strict=True)
+        for line in r.get("accounting", [])
+    ]
     columns = [
         "model",
         "way",
@@ -173,28 +247,51 @@ def storage(evidence: Comparisons) -> Table:
         "scales",
         "float parameters over this",
     ]
-    return Table("storage", "Storage", "Sizes in MiB; total also in bytes.", columns, rows, ("model", "way"), tuple(notes))
+    return Table(
+        "storage",
+        "Storage",
+        "Sizes in MiB; total also in bytes.",
+        columns,
+        rows,
+        ("model", "way"),
+        tuple(notes),
+    )
 
 
 def read_at(evidence: Comparisons) -> Table:
     """Bytes read to run at each width."""
     records = with_key(evidence, "read_at")
     widths = sorted({int(w) for r in records for w in r["read_at"]})
-    rows = [[n, *(_size(r["read_at"].get(str(w))) for w in widths)] for r, n in zip(records, model_names(records), strict=True)]
+    rows = [
+        [n, *(_size(r["read_at"].get(str(w))) for w in widths)]
+        for r, n in zip(records, model_names(records), strict=True)
+    ]
     caption = "MiB read from the packed file, by width in bits."
-    return Table("read_at", "Bytes read to run at a width", caption, ["model", *map(str, widths)], rows)
+    return Table(
+        "read_at", "Bytes read to run at a width", caption, ["model", *map(str, widths)], rows
+    )
 
 
 def energy(evidence: Comparisons) -> Table:
     """The energy model by model and width."""
     records = [r for r in with_key(evidence, "energy") if r["energy"].get("by_width")]
-    kinds = list(dict.fromkeys(k for r in records for v in r["energy"]["by_width"].values() for k in v if k.endswith("_pj")))
+    kinds = list(
+        dict.fromkeys(
+            k
+            for r in records
+            for v in r["energy"]["by_width"].values()
+            for k in v
+            if k.endswith("_pj")
+        )
+    )
     rows: list[list[Cell]] = [
         [name, int(w), *((f"{v[k] * 1e-6:.4g}", v[k]) if k in v else None for k in kinds)]
         for record, name in zip(records, model_names(records), strict=True)
         for w, v in sorted(record["energy"]["by_width"].items(), key=lambda item: int(item[0]))
     ]
-    notes = tuple(dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", [])))
+    notes = tuple(
+        dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", []))
+    )
     columns = ["model", "bits", *(f"{energy_name(k)} [µJ]" for k in kinds)]
     return Table(
         "energy",
@@ -216,10 +313,22 @@ def constants(evidence: Comparisons) -> Table:
             value = pj if isinstance(pj, int | float) else str(pj)
             rows.setdefault(f"{name} {value}", [name, value, energy.get("source", "not recorded")])
     caption = "What the model rests on, as each inspect record carries it."
-    return Table("constants", "Constants of the energy model", caption, ["operation", "pJ", "source"], list(rows.values()))
+    return Table(
+        "constants",
+        "Constants of the energy model",
+        caption,
+        ["operation", "pJ", "source"],
+        list(rows.values()),
+    )
 
 
 def left_out(evidence: Comparisons) -> Table:
     """What was found and not used, with the reason."""
     rows: list[list[Cell]] = [[path, reason] for path, reason in evidence.left_out]
-    return Table("left_out", "Left out", "Found, and in no number of this report.", ["record", "reason"], rows)
+    return Table(
+        "left_out",
+        "Left out",
+        "Found, and in no number of this report.",
+        ["record", "reason"],
+        rows,
+    )

@@ -41,7 +41,11 @@ def markdown(table: Table) -> str:
     def row(cells: list[str]) -> str:
         return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
 
-    lines = [row(table.columns), row(["---"] * len(table.columns)), *(row([text(c) for c in cells]) for cells in table.rows)]
+    lines = [
+        row(table.columns),
+        row(["---"] * len(table.columns)),
+        *(row([text(c) for c in cells]) for cells in table.rows),
+    ]
     notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
     return "\n".join([f"### {table.title}", "", *lines, "", table.caption, *notes, ""])
 
@@ -91,8 +95,13 @@ def latex(table: Table) -> str:
     caption = safe(f"{table.title}. {table.caption}")
     body = "\n".join(map(row, shown))
     named = rf"\caption{{{caption}}}\label{{tab:{table.name}}}"
-    heads, columns = row(table.columns), "".join(_column([cells[i] for cells in shown]) for i in range(len(table.columns)))
-    notes = "".join(f"\n\\noindent{{\\footnotesize\\raggedright {safe(note)}\\par}}" for note in table.notes)
+    heads, columns = (
+        row(table.columns),
+        "".join(_column([cells[i] for cells in shown]) for i in range(len(table.columns))),
+    )
+    notes = "".join(
+        f"\n\\noindent{{\\footnotesize\\raggedright {safe(note)}\\par}}" for note in table.notes
+    )
     if len(table.rows) > PAGE_ROWS:
         return rf"""% \usepackage{{array,booktabs,longtable,pdflscape}}
 \begin{{landscape}}\scriptsize\setlength{{\tabcolsep}}{{2pt}}
