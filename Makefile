@@ -1,4 +1,5 @@
-# make demo | test | test-slow | lint | bench. The environment is built once, in $(VENV); PYTHON=python3.12 make test works.
+# make demo | test | test-slow | test-lowest | test-wheel | lint | docs | bench
+# The environment is built once, in $(VENV). PYTHON=python3.12 make test uses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv-$(notdir $(PYTHON))
 RUN := $(VENV)/bin/python
@@ -8,12 +9,12 @@ DEMO := OMP_NUM_THREADS=1 $(RUN)
 # threads of two test processes at once otherwise wait for each other
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
-.PHONY: env demo test test-slow test-slow-again lint bench clean
+.PHONY: env demo test test-slow test-slow-again test-lowest test-wheel lint docs bench clean
 
 env: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("error: $(PYTHON) is Python %d.%d; pass PYTHON=python3.11 or newer" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "error: $(PYTHON) is Python %d.%d; pass PYTHON=python3.11, 3.12 or 3.13" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
@@ -35,11 +36,38 @@ test-slow: $(READY)
 test-slow-again: $(READY)
 	$(TEST_ENV) $(RUN) -m pytest -m "(slow or families) and not gpu" --last-failed --last-failed-no-failures none
 
+# the oldest versions that pyproject.toml allows, in an environment of their own
+LOWEST := .venv-lowest
+test-lowest: $(READY)
+	$(PYTHON) -m venv $(LOWEST)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
+	$(TEST_ENV) $(LOWEST)/bin/python -m pytest -m "not slow and not families and not gpu" -n 2
+
+# the sdist, and the wheel built from it, in an empty environment and from another folder
+test-wheel: $(READY)
+	rm -rf build/wheel && $(RUN) -m build --quiet --outdir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	cd build/wheel/venv && bin/tq-lightning --version && bin/tq-lightning inspect --model.name resnet8_cifar
+	cd build/wheel/venv && bin/tq-lightning classify $(CURDIR)/results/digits_example/model.safetensors \
+		$(CURDIR)/results/digits_example/images --bits 2 --top 1
+	cd build/wheel/venv && bin/tq-lightning report $(CURDIR)/results/runs/levels_digits --out report
+	rm -rf build/wheel
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
+
+$(VENV)/.docs: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo "the site: build/docs/index.html"
 
 $(VENV)/.peers: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,peers]'
@@ -49,4 +77,4 @@ bench: $(VENV)/.peers
 	$(RUN) tests/benchmarks/run.py --out results/benchmarks
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,9 +1,39 @@
-"""tq_lightning: TruncQuant on PyTorch Lightning. One stored network that runs at 8, 4, 2 or 1 bits by a right shift."""
+"""TruncQuant on PyTorch Lightning: one stored network that runs at 8, 4, 2 or 1 bits by a right shift.
+
+The public names need PyTorch alone, so a plain training loop can use them without Lightning::
+
+    model = timm.create_model("resnet18", num_classes=10)
+    prepare(model, quantizer="floor", widths=(8, 4, 2, 1))
+    with bit_width(model, 4):
+        loss = cross_entropy(model(images), labels)
+
+`python -m tq_lightning --help` lists the verbs of the command line.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tq_lightning.provenance import __version__
+
+if TYPE_CHECKING:
+    from tq_lightning.export.packed import load_packed, save_packed
+    from tq_lightning.quant.bit_width import bit_width
+    from tq_lightning.quant.codes import codes_to_levels, floor_codes, round_codes, truncate_codes
+    from tq_lightning.quant.prepare import prepare
+    from tq_lightning.quant.switchable_norm import calibrate_norms
+
+__all__ = [
+    "__version__",
+    "bit_width",
+    "calibrate_norms",
+    "codes_to_levels",
+    "floor_codes",
+    "load_packed",
+    "prepare",
+    "round_codes",
+    "save_packed",
+    "truncate_codes",
+]
 
 _HOMES = {
     "prepare": "quant.prepare",
@@ -16,13 +46,16 @@ _HOMES = {
     "save_packed": "export.packed",
     "load_packed": "export.packed",
 }
-__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    # resolved on first use, so that `python -m tq_lightning --help` need not load torch
+    # Resolved on first use, so that `python -m tq_lightning --help` does not load torch.
     if name not in _HOMES:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(_HOMES)}"
         )
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
