@@ -267,7 +267,7 @@ def test_going_on_keeps_identity_time_and_what_was_found(tmp_path):
         and after["best"] == before["best"]
         and after["curves"] == before["curves"]
     )
-    assert running(tmp_path / "other")._record["id"] != before["id"]
+    assert running(tmp_path / "other")._record.id != before["id"]
 
 
 def test_a_sanity_check_is_not_recorded(tmp_path):

@@ -56,10 +56,10 @@ def test_policy_changes_the_packed_number_and_not_the_papers():
     base |= {"skip": ["first", "last"], "widths": [4, 2], "max_bits": 4, "activations": None}
     four = inspect_record(base)
     shared = inspect_record({**base, "norm": "shared", "widths": [8], "max_bits": 8})
-    assert four["paper_ratio"] == shared["paper_ratio"]
-    assert four["ways"]["packed"]["weights"] * 2 == shared["ways"]["packed"]["weights"]
-    assert four["ways"]["packed"]["norms"] == 4 * shared["ways"]["packed"]["norms"]
-    assert list(four["read_at"]) == ["1", "2", "3", "4"]
+    assert four.paper_ratio == shared.paper_ratio
+    assert four.ways["packed"].weights * 2 == shared.ways["packed"].weights
+    assert four.ways["packed"].norms == 4 * shared.ways["packed"].norms
+    assert list(four.read_at) == [1, 2, 3, 4]
 
 
 def test_lists_and_nulls_as_sweep_engines_send_them(capsys):
@@ -91,14 +91,14 @@ def test_the_model_block_of_a_configuration(tmp_path, capsys):
 
 def test_mechanism_floor_is_its_own_shift_and_round_is_not():
     lines = mechanism()
-    assert len(lines["u"]) == len(lines["floor"]["1"]) and 0 < lines["u"][0] < lines["u"][-1] < 1
+    assert len(lines.u) == len(lines.floor[1]) and 0 < lines.u[0] < lines.u[-1] < 1
     differ = {
-        n: sum(a != b for a, b in zip(lines["round"][n], lines["round_shifted"][n], strict=True))
-        for n in "1234"
+        n: sum(a != b for a, b in zip(lines.round[n], lines.round_shifted[n], strict=True))
+        for n in (1, 2, 3, 4)
     }
-    assert differ["1"] == 0 and min(differ[n] for n in "234") > 50
-    for n in "1234":
-        assert len(set(lines["floor"][n])) == 2 ** int(n)
+    assert differ[1] == 0 and min(differ[n] for n in (2, 3, 4)) > 50
+    for n in (1, 2, 3, 4):
+        assert len(set(lines.floor[n])) == 2**n
 
 
 BAD = {

@@ -6,7 +6,7 @@ from tq_lightning.cost.energy import ASSUMPTIONS, CONSTANTS_PJ, energy_model
 
 
 def test_one_weight_by_hand():
-    four = energy_model(1)["by_width"]["4"]
+    four = energy_model(1).by_width[4]
     assert four["refetch_float_pj"] == pytest.approx(650 + 2 * 3.7 + 2 * 0.9 + 4 * 100 / 64)
     assert four["shift_pj"] == pytest.approx(12 * 100 / 64 + 0.03)
     assert four["refetch_planes_pj"] == pytest.approx(4 * 1300 / 64 + 4 * 100 / 64)
@@ -27,27 +27,25 @@ def test_the_table_is_that_of_the_paper():
 
 def test_scales_with_weights_and_widths():
     one, many = energy_model(1, max_bits=4), energy_model(1000, max_bits=4)
-    assert list(one["by_width"]) == ["1", "2", "3", "4"]
-    for bits, parts in one["by_width"].items():
-        assert many["by_width"][bits] == pytest.approx(
-            {name: 1000 * pj for name, pj in parts.items()}
-        )
+    assert list(one.by_width) == [1, 2, 3, 4]
+    for bits, parts in one.by_width.items():
+        assert many.by_width[bits] == pytest.approx({name: 1000 * pj for name, pj in parts.items()})
 
 
 def test_a_shift_is_cheaper_because_it_stays_on_chip():
-    by_width = energy_model(1)["by_width"]
+    by_width = energy_model(1).by_width
     assert all(
         20 < parts["refetch_float_pj"] / parts["shift_pj"] < 60 for parts in by_width.values()
     )
     # Counter-example: to leave for one bit, its plane from DRAM and a shift cost about the same; at 8 the shift wins.
-    assert by_width["1"]["refetch_planes_pj"] < 2 * by_width["1"]["shift_pj"]
-    assert by_width["8"]["refetch_planes_pj"] > 6 * by_width["8"]["shift_pj"]
+    assert by_width[1]["refetch_planes_pj"] < 2 * by_width[1]["shift_pj"]
+    assert by_width[8]["refetch_planes_pj"] > 6 * by_width[8]["shift_pj"]
 
 
 def test_the_record_carries_its_sources():
     record = energy_model(7)
-    assert record["constants_pj"] == CONSTANTS_PJ
-    assert "fig. 1.1.9" in record["source"] and "45 nm" in record["source"]
-    assert record["assumptions"] == list(ASSUMPTIONS) and any(
+    assert record.constants_pj == CONSTANTS_PJ
+    assert "fig. 1.1.9" in record.source and "45 nm" in record.source
+    assert record.assumptions == list(ASSUMPTIONS) and any(
         "Horowitz" in line for line in ASSUMPTIONS
     )

@@ -19,6 +19,7 @@ from tq_lightning.export.packed.writer import load_packed, save_packed
 from tq_lightning.models import create_model
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import per_width_norms
+from tq_lightning.records import StorageBytes
 
 
 def _net():
@@ -39,26 +40,26 @@ def test_every_way_by_hand():
     prepare(model, verbose=False)
     rows = layer_rows(model)
     floats = 4 * (135 + 7 + 128)
-    assert total(rows, "float_master", 8) == {
-        "total": 4 * 35 + floats + 4 * 26,
-        "weights": 4 * 35,
-        "scales": 0,
-        "float": floats,
-        "norms": 4 * 26,
-    }
-    assert total(rows, "master8", 8) == {
-        "total": 64 + 4 + floats + 4 * 26,
-        "weights": 64,
-        "scales": 4,
-        "float": floats,
-        "norms": 4 * 26,
-    }
-    assert total(rows, "packed", 8)["norms"] == 4 * (8 * 20 + 6)
-    assert total(rows, "packed", 8)["weights"] == 64
+    assert total(rows, "float_master", 8) == StorageBytes(
+        total=4 * 35 + floats + 4 * 26,
+        weights=4 * 35,
+        scales=0,
+        float=floats,
+        norms=4 * 26,
+    )
+    assert total(rows, "master8", 8) == StorageBytes(
+        total=64 + 4 + floats + 4 * 26,
+        weights=64,
+        scales=4,
+        float=floats,
+        norms=4 * 26,
+    )
+    assert total(rows, "packed", 8).norms == 4 * (8 * 20 + 6)
+    assert total(rows, "packed", 8).weights == 64
     each = total(rows, "file_per_width", 8)
-    assert each["weights"] == 8 * 36 and each["float"] == 8 * floats and each["norms"] == 8 * 4 * 26
+    assert each.weights == 8 * 36 and each.float == 8 * floats and each.norms == 8 * 4 * 26
     assert read_at(rows, 3) == 24 + 4 + floats + 4 * 26
-    assert read_at(rows, 8) == total(rows, "master8", 8)["total"]
+    assert read_at(rows, 8) == total(rows, "master8", 8).total
 
 
 def test_policy_moves_the_numbers():
@@ -66,17 +67,17 @@ def test_policy_moves_the_numbers():
     prepare(shared, norm="shared", skip=(), verbose=False)
     prepare(channel, normalizer="tanh_channel", verbose=False)
     prepare(narrow, max_bits=4, widths=(4, 2), verbose=False)
-    assert total(layer_rows(shared), "packed", 8)["norms"] == 4 * 26
-    assert total(layer_rows(shared), "packed", 8)["weights"] == 8 * (24 + 8 + 16)
-    assert total(layer_rows(channel), "packed", 8)["scales"] == 4 * 7
-    assert total(layer_rows(narrow), "packed", 4)["weights"] == 32
-    assert total(layer_rows(narrow), "packed", 4)["norms"] == 4 * (4 * 20 + 6)
+    assert total(layer_rows(shared), "packed", 8).norms == 4 * 26
+    assert total(layer_rows(shared), "packed", 8).weights == 8 * (24 + 8 + 16)
+    assert total(layer_rows(channel), "packed", 8).scales == 4 * 7
+    assert total(layer_rows(narrow), "packed", 4).weights == 32
+    assert total(layer_rows(narrow), "packed", 4).norms == 4 * (4 * 20 + 6)
     assert {row.bits for row in layer_rows(narrow)} == {None, 4}
 
 
 def test_resnet50_in_the_papers_accounting():
     rows = paper_rows(meta_model("resnet50"))
-    paper = total(rows, "paper", 8)["total"]
+    paper = total(rows, "paper", 8).total
     # Counted anew from the architecture: all convolutions and the classifier but the stem in 8 bits.
     conv = sum(
         m.weight.numel() for m in meta_model("resnet50").modules() if isinstance(m, nn.Conv2d)
@@ -95,7 +96,7 @@ def test_the_favourable_assumption_shows():
     """Classifier in float, as the default policy has it: the ratio must fall, else the two were one."""
     model = meta_model("resnet50")
     prepare(model, verbose=False)
-    packed = total(layer_rows(model), "packed", 8)["total"]
+    packed = total(layer_rows(model), "packed", 8).total
     assert round(4 * 25_557_032 / packed, 2) == 2.91
 
 
@@ -137,10 +138,10 @@ def test_record_bytes():
     parameters = sum(p.numel() for p in model.parameters())
     prepare(model, verbose=False)
     got, rows = record_bytes(model), layer_rows(model)
-    assert got["float"] == 4 * parameters
-    assert got["packed"] == total(rows, "packed", 8)["total"]
-    assert list(got["planes"]) == [str(n) for n in range(1, 9)]
-    assert sorted(got["planes"].values()) == list(got["planes"].values())
+    assert got.float == 4 * parameters
+    assert got.packed == total(rows, "packed", 8).total
+    assert list(got.planes) == list(range(1, 9))
+    assert sorted(got.planes.values()) == list(got.planes.values())
 
 
 def test_a_model_whose_code_needs_values_falls_back(monkeypatch):
@@ -164,8 +165,8 @@ def test_parts_add_up(way):
     model = meta_model("resnet20_cifar")
     prepare(model, verbose=False)
     got = total(layer_rows(model), way, 8)
-    assert got.pop("total") == sum(got.values())
-    assert torch.tensor(list(got.values())).ge(0).all()
+    parts = [got.weights, got.scales, got.float, got.norms]
+    assert got.total == sum(parts) and min(parts) >= 0
 
 
 @pytest.mark.parametrize(
@@ -189,8 +190,8 @@ def test_prediction_is_the_file_but_for_its_header(tmp_path, name, policy):
     written = save_packed(model, tmp_path / "m.safetensors")
     body = written["total"] - written["header"]
     rows = layer_rows(unseen)
-    assert total(rows, "packed", max_bits)["total"] == body
-    assert total(rows, "packed", max_bits)["weights"] == sum(
+    assert total(rows, "packed", max_bits).total == body
+    assert total(rows, "packed", max_bits).weights == sum(
         b for k, b in written.items() if k.startswith("plane")
     )
     assert (tmp_path / "m.safetensors").stat().st_size == body + written["header"]
@@ -212,5 +213,5 @@ def test_transposed_convolution_and_tied_floats_as_in_the_file(tmp_path):
     prepare(model, skip=(), normalizer="tanh_channel", verbose=False)
     written = save_packed(model, tmp_path / "m.safetensors")
     rows = layer_rows(model)
-    assert total(rows, "packed", 8)["total"] == written["total"] - written["header"]
-    assert total(rows, "float_master", 8)["total"] == 4 * (6 * 5 * 9 + 10 + 12)
+    assert total(rows, "packed", 8).total == written["total"] - written["header"]
+    assert total(rows, "float_master", 8).total == 4 * (6 * 5 * 9 + 10 + 12)

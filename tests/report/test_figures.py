@@ -6,6 +6,7 @@ import pytest
 from fixtures import records
 from matplotlib.axes import Axes
 
+from tq_lightning.records import parse
 from tq_lightning.report import figures
 from tq_lightning.report.comparisons import gather
 from tq_lightning.report.figures import cross_model as draw_across
@@ -16,11 +17,11 @@ from tq_lightning.report.runs import Loaded, Run, flatten
 
 def evidence(*records):
     runs = [
-        Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r)
+        Run(r["id"], r["id"], r["seed"], flatten(r["config"]), parse(r))
         for r in records
         if r.get("kind") != "inspect"
     ]
-    return gather(Loaded(runs, [r for r in records if r.get("kind") == "inspect"], []))
+    return gather(Loaded(runs, [parse(r) for r in records if r.get("kind") == "inspect"], []))
 
 
 def drawn(name, *records):
@@ -158,7 +159,7 @@ def test_disagreement_notes_what_it_does_not_draw_and_survives_many_arms(make):
     ]
     runs = [make.run("round", 0, model_lr=float(k)) for k in range(9)]
     found = gather(
-        Loaded([Run(r["id"], r["id"], 0, flatten(r["config"]), r) for r in runs], [], []),
+        Loaded([Run(r["id"], r["id"], 0, flatten(r["config"]), parse(r)) for r in runs], [], []),
         ["model.lr"],
     )
     with style.styled():
@@ -218,7 +219,10 @@ def test_every_accuracy_says_its_split_and_its_number_of_seeds(make):
 def test_storage_ratios_are_over_the_float_parameters(make):
     record = make.inspect()
     record["ways"]["float_master"]["total"] += 10**6  # buffers are no parameters
-    assert draw_models.ratio(record, "paper") == 4 * 25_557_032 / record["ways"]["paper"]["total"]
+    assert (
+        draw_models.ratio(parse(record), "paper")
+        == 4 * 25_557_032 / record["ways"]["paper"]["total"]
+    )
     (figure,) = drawn("storage", record, make.inspect("resnet18", 11_689_512))
     assert "× smaller" in texts(figure.figure)
     assert "× larger" in figure.alt

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tq_lightning.records import parse
 from tq_lightning.report.caveats import flags_of, mixed
 from tq_lightning.report.comparisons import gather, is_papers, reference, row_arms
 from tq_lightning.report.groups import arm_config, group, settings
@@ -10,7 +11,7 @@ from tq_lightning.report.runs import Loaded, Run, flatten
 
 
 def runs(*records):
-    return [Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r) for r in records]
+    return [Run(r["id"], r["id"], r["seed"], flatten(r["config"]), parse(r)) for r in records]
 
 
 def evidence(*records, ignore=()):

@@ -56,7 +56,7 @@ def test_wandb_folder_and_older_copy(tmp_path, make):
         ({"widths": {}}, "holds no width"),
         (
             {"widths": {"four": {"quantize": 80.0, "truncate": 80.0}}},
-            "broken: widths has a key that is no width in bits",
+            "broken: widths has a key that is not a width in bits",
         ),
         ({"seed": [1]}, "broken: seed is '[1]', not a whole number"),
         ({"test": {"metrics": []}}, "broken: test.metrics is '[]', not a mapping"),
@@ -99,8 +99,8 @@ def test_half_written_and_foreign_json(tmp_path, make):
     found = {path.split("/")[-2]: reason for path, reason in loaded.left_out}
     assert "half-written" in found["half"]
     assert "half-written" in found["empty"]
-    assert "no key 'schema'" in found["foreign"]
-    assert "no key 'schema'" in found["list"]
+    assert "the key 'schema' is missing" in found["foreign"]
+    assert "the key 'schema' is missing" in found["list"]
 
 
 @pytest.mark.parametrize("part", ["ways", "read_at", "energy", "mechanism", "policy"])
@@ -109,7 +109,7 @@ def test_a_broken_inspect_record_does_not_take_the_report_with_it(tmp_path, make
     broken[part] = "x"
     make.write(tmp_path, whole, broken)
     loaded = load([str(tmp_path)])
-    assert [record["model"] for record in loaded.inspects] == ["resnet50"]
+    assert [record.model for record in loaded.inspects] == ["resnet50"]
     assert reasons(loaded) == [f"broken: {part} is 'x', not a mapping"]
 
 
@@ -253,9 +253,9 @@ def test_paths_of_the_machine_are_shortened_and_urls_kept():
 
 def test_full_paths_on_request(tmp_path, make):
     make.write(tmp_path, make.run())
-    assert load([str(tmp_path)]).runs[0].record["config"]["data"]["root"] == "…/cifar10"
+    assert load([str(tmp_path)]).runs[0].record.config["data"]["root"] == "…/cifar10"
     assert (
-        load([str(tmp_path)], full_paths=True).runs[0].record["config"]["data"]["root"]
+        load([str(tmp_path)], full_paths=True).runs[0].record.config["data"]["root"]
         == "/home/someone/data/cifar10"
     )
 

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from tq_lightning.records import parse
 from tq_lightning.report import dataframe as tidy
 from tq_lightning.report import findings as verdicts
 from tq_lightning.report.comparisons import gather
@@ -12,11 +13,11 @@ from tq_lightning.report.tables.render import Table, latex, markdown
 
 def evidence(*records):
     runs = [
-        Run(r["id"], r["id"], r["seed"], flatten(r["config"]), r)
+        Run(r["id"], r["id"], r["seed"], flatten(r["config"]), parse(r))
         for r in records
         if r.get("kind") != "inspect"
     ]
-    return gather(Loaded(runs, [r for r in records if r.get("kind") == "inspect"], []))
+    return gather(Loaded(runs, [parse(r) for r in records if r.get("kind") == "inspect"], []))
 
 
 def cells(table, **where):

@@ -1,14 +1,17 @@
 """A stand-in for `fit`: in a blink, a record.json as a real run leaves it. Named to the engine with --fit."""
 
-import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from tq_lightning.records import Evaluation, ModelBytes, Record, write_record
 
 METRIC = "val/acc1_truncate_mean"
 
 
-def fit(argv: list[str]) -> dict[str, float]:
+def fit(argv: list[str]) -> dict[str, Any]:
     """val/acc1_truncate_mean = 50 + 10 lr - seed. --sleep=S takes S seconds, --end=how ends it that way; notes who ran what."""
     given = dict(word.removeprefix("--").split("=", 1) for word in argv if "=" in word)
     root = Path(given["trainer.default_root_dir"])
@@ -37,16 +40,18 @@ def fit(argv: list[str]) -> dict[str, float]:
     }
     if end == "unlogged":
         del metrics[METRIC]
-    record = {
-        "status": "finished",
-        "last": {"epoch": 0, "metrics": metrics},
-        "bytes": {"packed": 1000 + int(100 * lr)},
-    }
-    (run / "record.json").write_text(json.dumps(record))
-    return metrics
+    record = Record(
+        id=run.name,
+        status="finished",
+        config={},
+        last=Evaluation(metrics, 0),
+        bytes=ModelBytes(packed=1000 + int(100 * lr)),
+    )
+    write_record(run / "record.json", record)
+    return {**metrics, "record": str(run / "record.json")}
 
 
-def fit_epochs(argv: list[str]) -> dict[str, float]:
+def fit_epochs(argv: list[str]) -> dict[str, Any]:
     """A fit of --epochs=N with --sleep=S seconds each: a row of metrics.csv and a last.ckpt an epoch, and it can go on.
 
     --stop=K: a signal from outside ends each call after K epochs of its own.
@@ -60,8 +65,8 @@ def fit_epochs(argv: list[str]) -> dict[str, float]:
         run = Path(given["ckpt_path"]).parents[1]
         begin = torch.load(given["ckpt_path"], weights_only=True)["global_step"]
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    record = {"id": run.name, "status": "running"}
-    (run / "record.json").write_text(json.dumps(record))
+    record = Record(id=run.name, status="running", config={})
+    write_record(run / "record.json", record)
     for epoch in range(begin, int(given["epochs"])):
         if epoch - begin == int(given.get("stop", -1)):
             raise KeyboardInterrupt
@@ -73,9 +78,6 @@ def fit_epochs(argv: list[str]) -> dict[str, float]:
         torch.save({"global_step": epoch + 1}, run / "checkpoints" / "new")
         (run / "checkpoints" / "new").rename(run / "checkpoints" / "last.ckpt")
     metrics = {METRIC: 50 + 10 * float(given["model.lr"])}
-    record |= {
-        "status": "finished",
-        "last": {"epoch": int(given["epochs"]) - 1, "metrics": metrics},
-    }
-    (run / "record.json").write_text(json.dumps(record))
-    return metrics
+    last = Evaluation(metrics, int(given["epochs"]) - 1)
+    write_record(run / "record.json", replace(record, status="finished", last=last))
+    return {**metrics, "record": str(run / "record.json")}

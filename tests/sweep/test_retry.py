@@ -14,6 +14,7 @@ from crew import ran, study_of, wait_for
 from optuna.trial import TrialState, create_trial
 
 from tq_lightning.cli import main
+from tq_lightning.records import Evaluation, Record, write_record
 from tq_lightning.report.inputs import find
 from tq_lightning.report.runs import read
 from tq_lightning.sweep.config import read_sweep
@@ -163,15 +164,10 @@ def test_a_result_that_comes_after_the_trial_was_given_away_is_none(write_sweep,
     def fit(argv):
         queue.fail(trial, "lost", "no sign of life")  # by another one, while this one was cut off
         home = Path(next(word for word in argv if "default_root_dir" in word).partition("=")[2])
-        (home / "record.json").write_text(
-            json.dumps(
-                {
-                    "status": "finished",
-                    "last": {"epoch": 0, "metrics": {"val/acc1_truncate_mean": 1.0}},
-                }
-            )
-        )
+        last = Evaluation({"val/acc1_truncate_mean": 1.0}, 0)
+        write_record(home / "record.json", Record("a", "finished", {}, last=last))
         shutil.copy(home / "record.json", record)
+        return {"record": str(home / "record.json")}
 
     ending = run_claimed(
         queue, trial, sweep, ["val/acc1_truncate_mean"], tmp_path, fit, None, lambda: False

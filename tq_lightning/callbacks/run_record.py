@@ -1,10 +1,10 @@
 """RunRecord: writes record.json, the one file that tables and figures are made from."""
 
 import csv
-import json
 import sys
 import time
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,16 @@ from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.weight import original, weight_quantizers
-from tq_lightning.records import MONITOR, NAME, SCHEMA, write_json
+from tq_lightning.records import (
+    MONITOR,
+    NAME,
+    Evaluation,
+    Record,
+    TestResult,
+    WidthResult,
+    read_record,
+    write_record,
+)
 
 
 def read_curves(metrics_file: Path) -> dict[str, list[list[float]]]:
@@ -73,98 +82,110 @@ class RunRecord(L.Callback):
     ) -> None:
         self.path = Path(run_dir) / NAME
         self.config, self.checkpoint = config, checkpoint
-        self._record: dict[str, Any] = {}
+        self._record: Record | None = None
         self._start = 0.0
 
     def _save(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self._record is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self._record)
+            write_record(self.path, self._record)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        earlier = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        # the model is the one of the start: its checkpoint adds what the data set had to say
-        config = self.config | {
-            key: value for key, value in earlier.get("config", {}).items() if key == "model"
-        }
+        earlier = read_record(self.path) if self.path.is_file() else None
+        config = self.config
+        if earlier is not None and "model" in earlier.config:
+            # the model is the one of the start: its checkpoint adds what the data set had to say
+            config = config | {"model": earlier.config["model"]}
+        start = earlier or Record(
+            id=uuid.uuid4().hex,
+            status="running",
+            config=config,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
         commit, dirty = git_state()
-        self._start = time.monotonic() - earlier.get("seconds", 0.0)
         device = trainer.strategy.root_device
-        self._record = {
-            "schema": SCHEMA,
-            "id": earlier.get("id", uuid.uuid4().hex),
-            "status": "running",
-            "reason": None,
-            "command": " ".join(["python -m tq_lightning", *sys.argv[1:]]),
-            "config": config,
-            "seed": config.get("seed_everything"),
-            "versions": package_versions(),
-            "commit": commit,
-            "dirty": dirty,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processes": trainer.world_size,
-            "started": earlier.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
-            "seconds": earlier.get("seconds", 0.0),
-            "parameters_quantized": pl_module.report.share,
-            # a run that goes on keeps what it had found until it finds more
-            **{
-                key: earlier[key]
-                for key in ("steps", "epochs", "curves", "last", "best", "widths")
-                if key in earlier
-            },
-        }
+        self._start = time.monotonic() - start.seconds
+        # a resumed run keeps its earlier results until it has newer ones
+        self._record = replace(
+            start,
+            status="running",
+            reason=None,
+            command=" ".join(["python -m tq_lightning", *sys.argv[1:]]),
+            config=config,
+            seed=config.get("seed_everything"),
+            versions=package_versions(),
+            commit=commit,
+            dirty=dirty,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            processes=trainer.world_size,
+            parameters_quantized=pl_module.report.share,
+            bytes=None,
+            test=None,
+        )
         self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._record and not trainer.sanity_checking:
-            self._update(trainer)
+        if self._record is not None and not trainer.sanity_checking:
+            self._record = self._updated(self._record, trainer)
             self._save(trainer)
 
-    def _update(self, trainer: L.Trainer) -> None:
-        record = self._record
-        record["seconds"] = round(time.monotonic() - self._start, 2)
-        record["steps"] = trainer.global_step
+    def _updated(self, record: Record, trainer: L.Trainer) -> Record:
         curves = read_curves(self.path.parent / "metrics.csv")
-        record["curves"] = curves
+        record = replace(
+            record,
+            seconds=round(time.monotonic() - self._start, 2),
+            steps=trainer.global_step,
+            curves=curves,
+            epochs=len({epoch for points in curves.values() for epoch, _ in points}),
+        )
         scored = curves.get(MONITOR, [])
-        record["epochs"] = len({epoch for points in curves.values() for epoch, _ in points})
         if not scored:
-            return
+            return record
         best = int(max(scored, key=lambda point: point[1])[0])
         last = int(scored[-1][0])
-        record["last"] = {"epoch": last, "metrics": _at_epoch(curves, last)}
-        record["best"] = {"epoch": best, "monitor": MONITOR, "metrics": _at_epoch(curves, best)}
-        metrics = record["best"]["metrics"]
+        metrics = _at_epoch(curves, best)
         bits = sorted(
             int(key.rsplit("_w", 1)[1]) for key in metrics if key.startswith("val/acc1_truncate_w")
         )
-        record["widths"] = {
-            str(b): {
-                "quantize": metrics[f"val/acc1_quantize_w{b}"],
-                "truncate": metrics[f"val/acc1_truncate_w{b}"],
-                "qt_gap": metrics[f"val/qt_gap_w{b}"],
-            }
-            for b in bits
-        }
+        return replace(
+            record,
+            last=Evaluation(_at_epoch(curves, last), last),
+            best=Evaluation(metrics, best, MONITOR),
+            widths={
+                b: WidthResult(
+                    metrics[f"val/acc1_quantize_w{b}"],
+                    metrics[f"val/acc1_truncate_w{b}"],
+                    metrics[f"val/qt_gap_w{b}"],
+                )
+                for b in bits
+            },
+        )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._update(trainer)
-        for bits, share in code_disagreement(pl_module).items():
-            self._record.setdefault("widths", {}).setdefault(str(bits), {})["disagree"] = round(
-                share, 6
-            )
-        self._record["bytes"] = record_bytes(pl_module.model)
-        interrupted = bool(trainer.interrupted)
-        self._record["status"] = "interrupted" if interrupted else "finished"
+        assert self._record is not None
+        record = self._updated(self._record, trainer)
+        shares = code_disagreement(pl_module)
+        widths = {
+            bits: replace(result, disagree=round(shares[bits], 6))
+            for bits, result in (record.widths or {}).items()
+        }
+        self._record = replace(
+            record,
+            widths=widths,
+            bytes=record_bytes(pl_module.model),
+            status="interrupted" if trainer.interrupted else "finished",
+        )
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        if not self._record or self._record["status"] != "running":
+        if self._record is None or self._record.status != "running":
             return
-        stopped = isinstance(exception, KeyboardInterrupt)
-        self._record["status"] = "interrupted" if stopped else "failed"
-        self._record["reason"] = first_line(exception)
-        self._record["seconds"] = round(time.monotonic() - self._start, 2)
+        self._record = replace(
+            self._record,
+            status="interrupted" if isinstance(exception, KeyboardInterrupt) else "failed",
+            reason=first_line(exception),
+            seconds=round(time.monotonic() - self._start, 2),
+        )
         self._save(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -175,11 +196,6 @@ class RunRecord(L.Callback):
             for k, v in trainer.callback_metrics.items()
             if k.startswith("test/")
         }
-        record = json.loads(self.path.read_text())
-        record["test"] = {
-            "checkpoint": self.checkpoint,
-            "epoch": pl_module.loaded_epoch,
-            "images": int(metrics.pop("test/images")),
-            "metrics": metrics,
-        }
-        write_json(self.path, record)
+        images = int(metrics.pop("test/images"))
+        test = TestResult(metrics, self.checkpoint, pl_module.loaded_epoch, images)
+        write_record(self.path, replace(read_record(self.path), test=test))

@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from tq_lightning.records import read_record
+
 
 class OwnRunLogger(WandbLogger):
     """A WandbLogger whose run ends with its fit: a run left open would take in the next fit of this process, a sweep's say."""
@@ -51,16 +53,13 @@ class WandbRecord(L.Callback):
         logger = next((lo for lo in trainer.loggers if isinstance(lo, WandbLogger)), None)
         if logger is None or not trainer.is_global_zero or not self.record.is_file():
             return
-        import json
-
         import wandb
 
         run = logger.experiment
-        record = json.loads(self.record.read_text())
+        results = read_record(self.record).widths or {}
         rows = [
-            [int(bits), at["quantize"], at["truncate"], at["qt_gap"]]
-            for bits, at in sorted(record.get("widths", {}).items(), key=lambda item: -int(item[0]))
-            if "truncate" in at
+            [bits, results[bits].quantize, results[bits].truncate, results[bits].qt_gap]
+            for bits in sorted(results, reverse=True)
         ]
         if rows:
             table = wandb.Table(

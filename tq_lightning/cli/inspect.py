@@ -1,6 +1,5 @@
 """`python -m tq_lightning inspect`: the byte table of any model under any policy, without training or weights."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,15 +11,8 @@ import yaml
 from tq_lightning.cli.parser import Parser
 from tq_lightning.cost.record import inspect_record
 from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write
+from tq_lightning.records import STORAGE_LABELS, InspectRecord, write_record
 
-WAY_WORDS = {
-    "float_master": "float master, one norm set",
-    "file_per_width": "one file for each width",
-    "master8": "stored codes, one norm set",
-    "packed": "packed file, all norm sets",
-    "paper": "the paper's accounting",
-}
 # model.* key -> (default, what it is); the same keys as in a training configuration
 KEYS: dict[str, tuple[Any, str]] = {
     "name": (None, "a timm model, or one of our CIFAR ResNets"),
@@ -126,45 +118,40 @@ def _show(
     print()
 
 
-def show(record: dict[str, Any]) -> None:
-    """Prints the tables of a record: bytes per layer, in total by way, and read by width; then the words."""
-    ways = list(record["ways"])
+def show(record: InspectRecord) -> None:
+    """Print the tables of a record: bytes by layer, in total, and read by width; then the energy model and its sources."""
     layers = [
         [
-            layer["name"],
-            layer["kind"],
-            "x".join(map(str, layer["shape"])),
-            "float" if layer["bits"] is None else str(layer["bits"]),
-            f"{layer['parameters']:,}",
-            *(f"{layer['bytes'][way]:,}" for way in ways),
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.shape)),
+            "float" if layer.bits is None else str(layer.bits),
+            f"{layer.parameters:,}",
+            *(f"{layer.bytes[way]:,}" for way in record.ways),
         ]
-        for layer in record["layers"]
+        for layer in record.layers
     ]
-    _show(
-        f"{record['model']}: bytes by layer",
-        ["layer", "kind", "shape", "bits", "parameters", *ways],
-        layers,
-        3,
-    )
-    floats = 4 * record["parameters"]
-    parts = ("weights", "scales", "float", "norms", "total")
+    columns = ["layer", "kind", "shape", "bits", "parameters", *record.ways]
+    _show(f"{record.model}: bytes by layer", columns, layers, 3)
+    floats = 4 * record.parameters
     totals = [
         [
             way,
-            WAY_WORDS[way],
-            *(f"{size[part]:,}" for part in parts),
-            f"{floats / size['total']:.3f}x",
+            STORAGE_LABELS[way],
+            *(f"{part:,}" for part in (s.weights, s.scales, s.float, s.norms, s.total)),
+            f"{floats / s.total:.3f}x",
         ]
-        for way, size in record["ways"].items()
+        for way, s in record.ways.items()
     ]
+    columns = ["way", "what", "weights", "scales", "float", "norms", "total"]
     _show(
         "in total, to serve all widths",
-        ["way", "what", *parts, "float parameters over it"],
+        [*columns, "float parameters over it"],
         totals,
-        2,
+        right_from=2,
     )
     reads = [
-        [bits, f"{size:,}", f"{floats / size:.2f}x"] for bits, size in record["read_at"].items()
+        [str(bits), f"{size:,}", f"{floats / size:.2f}x"] for bits, size in record.read_at.items()
     ]
     _show(
         "read from the packed file to run at a width",
@@ -172,23 +159,20 @@ def show(record: dict[str, Any]) -> None:
         reads,
         0,
     )
-    energy = record["energy"]
-    names = list(energy["by_width"]["1"])
+    energy = record.energy
+    assert energy is not None
+    names = [name.removesuffix("_pj").replace("_", " ") for name in energy.by_width[1]]
     joules = [
-        [bits, *(f"{pj * 1e-6:,.2f}" for pj in row.values())]
-        for bits, row in energy["by_width"].items()
+        [str(bits), *(f"{pj * 1e-6:,.2f}" for pj in row.values())]
+        for bits, row in energy.by_width.items()
     ]
     title = "energy in microjoule, a model and no measurement: a switch to the width, and an inference's weight traffic"
-    _show(
-        title, ["bits", *(name.removesuffix("_pj").replace("_", " ") for name in names)], joules, 0
-    )
-    for line in (*record["accounting"], *(f"energy: {line}" for line in energy["assumptions"])):
+    _show(title, ["bits", *names], joules, 0)
+    for line in (*record.accounting, *(f"energy: {line}" for line in energy.assumptions)):
         print(f"- {line}")
-    print(
-        "- energy, pJ: "
-        + "; ".join(f"{name} {pj:g}" for name, pj in energy["constants_pj"].items())
-    )
-    print(f"- energy, source: {energy['source']}")
+    constants = "; ".join(f"{name} {pj:g}" for name, pj in energy.constants_pj.items())
+    print(f"- energy, pJ: {constants}")
+    print(f"- energy, source: {energy.source}")
 
 
 def main(argv: list[str]) -> int:
@@ -201,7 +185,6 @@ def main(argv: list[str]) -> int:
     record = inspect_record(values, f"python -m tq_lightning inspect {shlex.join(argv)}")
     show(record)
     if out is not None:
-        with atomic_write(out) as temporary:
-            temporary.write_text(json.dumps(record))
+        write_record(out, record)
         print(f"- wrote {out}")
     return 0

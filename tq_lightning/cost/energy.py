@@ -5,7 +5,7 @@ that `inspect --out` writes. Only quantized weights are counted: norms, scales a
 whichever way the width is switched.
 """
 
-from typing import Any
+from tq_lightning.records import Energy
 
 # Fig. 1.1.9, "rough energy costs for various operations in 45 nm, 0.9 V". Memory is given there for accesses of 64 bits:
 # cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. (The 640 pJ for 32 bits of DRAM and 5 pJ for 32 bits
@@ -37,7 +37,7 @@ ASSUMPTIONS = (
 )
 
 
-def energy_model(weights: int, max_bits: int = 8) -> dict[str, Any]:
+def energy_model(weights: int, max_bits: int = 8) -> Energy:
     """Energy of a switch to each width and of one inference's weight traffic at it.
 
     Args:
@@ -45,9 +45,8 @@ def energy_model(weights: int, max_bits: int = 8) -> dict[str, Any]:
         max_bits: stored width.
 
     Returns:
-        {"assumptions": [words], "constants_pj": the table, "source": words,
-        "by_width": {"n": {name: pJ}}} with, for a switch to n bits,
-        refetch_float_pj, refetch_planes_pj and shift_pj, and for an inference traffic_float_pj and traffic_pj.
+        The energy block of the inspect record. `by_width` holds, for a switch to n bits, refetch_float_pj,
+        refetch_planes_pj and shift_pj, and for an inference traffic_float_pj and traffic_pj.
     """
     dram = CONSTANTS_PJ["DRAM access, 64 bits"] / ACCESS_BITS
     sram = CONSTANTS_PJ["SRAM access (1 MB cache), 64 bits"] / ACCESS_BITS
@@ -61,10 +60,5 @@ def energy_model(weights: int, max_bits: int = 8) -> dict[str, Any]:
             "traffic_float_pj": FLOAT_BITS * dram,
             "traffic_pj": bits * dram,
         }
-        by_width[str(bits)] = {name: weights * pj for name, pj in each.items()}
-    return {
-        "assumptions": list(ASSUMPTIONS),
-        "constants_pj": dict(CONSTANTS_PJ),
-        "source": SOURCE,
-        "by_width": by_width,
-    }
+        by_width[bits] = {name: weights * pj for name, pj in each.items()}
+    return Energy(list(ASSUMPTIONS), dict(CONSTANTS_PJ), SOURCE, by_width)

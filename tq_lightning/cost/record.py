@@ -1,22 +1,19 @@
 """The inspect record: bytes and energy of a model under a policy, computed without running it."""
 
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from tq_lightning.errors import UserError
 from tq_lightning.provenance import git_state, package_versions
-
-SCHEMA = 1
-
+from tq_lightning.records import InspectRecord, Layer, Mechanism
 
 MECHANISM_BITS = (1, 2, 3, 4)
-
-
 GRID = 1024  # values of u between 0 and 1; cell centres, so that none lies on the edge of a bin
 
 
-def inspect_record(values: dict[str, Any], command: str = "") -> dict[str, Any]:
-    """The inspect record (schema 1) of a model under a policy.
+def inspect_record(values: dict[str, Any], command: str = "") -> InspectRecord:
+    """The inspect record of a model under a policy.
 
     Args:
         values: the keys of `KEYS`, all of them.
@@ -54,62 +51,59 @@ def inspect_record(values: dict[str, Any], command: str = "") -> dict[str, Any]:
     max_bits, own = policy["max_bits"], rows["packed"]
     ways = {way: total(rows[way], way, max_bits) for way in WAYS}
     by_layer = {way: {row.name: sum(WAYS[way](row, max_bits)) for row in rows[way]} for way in WAYS}
-    record = {
-        "schema": SCHEMA,
-        "kind": "inspect",
-        "id": uuid.uuid4().hex,
-        "model": values["name"],
-        "model_args": {"num_classes": values["num_classes"], **(values["model_args"] or {})},
-        "policy": policy,
-        "versions": package_versions(("torch", "timm")),
-        "commit": git_state()[0],
-        "command": command,
-        "parameters": sum(row.parameters for row in own),
-        "quantized_parameters": sum(row.codes for row in own),
-        "layers": [
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "shape": list(row.shape),
-                "parameters": row.parameters,
-                "bits": row.bits,
-                "bytes": {way: by_layer[way].get(row.name, 0) for way in WAYS},
-            }
+    record = InspectRecord(
+        id=uuid.uuid4().hex,
+        model=values["name"],
+        parameters=sum(row.parameters for row in own),
+        model_args={"num_classes": values["num_classes"], **(values["model_args"] or {})},
+        policy=policy,
+        versions=package_versions(("torch", "timm")),
+        commit=git_state()[0],
+        command=command,
+        quantized_parameters=sum(row.codes for row in own),
+        layers=[
+            Layer(
+                row.name,
+                row.kind,
+                list(row.shape),
+                row.parameters,
+                row.bits,
+                {way: by_layer[way].get(row.name, 0) for way in WAYS},
+            )
             for row in own
         ],
-        "ways": ways,
-        "read_at": {str(bits): read_at(own, bits) for bits in range(1, max_bits + 1)},
-        "paper_ratio": float_over(rows["paper"], ways["paper"]["total"]),
-        "policy_ratio": float_over(own, ways["packed"]["total"]),
-        "energy": energy_model(sum(row.codes for row in own), max_bits),
-        "mechanism": mechanism(),
-    }
-    return {**record, "accounting": _accounting(record)}
-
-
-def _accounting(record: dict[str, Any]) -> list[str]:
-    """What the two ratios, and the others, are made of; sizes in bytes."""
-    ways, policy = record["ways"], record["policy"]
-    paper, packed, one, codes, files = (
-        ways[way] for way in ("paper", "packed", "float_master", "master8", "file_per_width")
+        ways=ways,
+        read_at={bits: read_at(own, bits) for bits in range(1, max_bits + 1)},
+        paper_ratio=float_over(rows["paper"], ways["paper"].total),
+        policy_ratio=float_over(own, ways["packed"].total),
+        energy=energy_model(sum(row.codes for row in own), max_bits),
+        mechanism=mechanism(),
     )
-    floats = f"{4 * record['parameters']:,} bytes"
+    return replace(record, accounting=_accounting(record))
+
+
+def _accounting(record: InspectRecord) -> list[str]:
+    """What the two ratios, and the others, are made of; sizes in bytes."""
+    paper, packed, one, codes, files = (
+        record.ways[way] for way in ("paper", "packed", "float_master", "master8", "file_per_width")
+    )
+    floats = f"{4 * record.parameters:,} bytes"
     return [
-        f"the paper's accounting: {record['parameters']:,} float parameters, {floats}, over {paper['total']:,} = "
-        f"{paper['weights']:,} of 8-bit weights (every layer but the stem, the classifier too) + {paper['float']:,} of stem, "
-        f"biases and the rest in float + {paper['norms']:,} of norms (a batch norm has 8 sets of scale, shift, mean and "
-        f"variance); no scales, no header: {record['paper_ratio']:.3f}x",
-        f"this policy as packed (in float: {', '.join(policy['skip']) or 'nothing'}; norm {policy['norm']}; widths 1 to "
-        f"{policy['max_bits']}): the same {floats} over {packed['total']:,} = {packed['weights']:,} of weights + "
-        f"{packed['scales']:,} of scales + {packed['float']:,} in float + {packed['norms']:,} of norms, the file but for its "
-        f"header: {record['policy_ratio']:.3f}x",
-        f"with one norm set on either side, statistics counted: {one['total']:,} in float over {codes['total']:,} with codes: "
-        f"{one['total'] / codes['total']:.3f}x; a float master that serves several widths needs the other sets as well",
-        f"one file for each width: {files['total']:,} bytes, {files['total'] / packed['total']:.3f} times the packed file",
+        f"the paper's accounting: {record.parameters:,} float parameters, {floats}, over {paper.total:,} = "
+        f"{paper.weights:,} of 8-bit weights (every layer but the stem, the classifier too) + {paper.float:,} of stem, "
+        f"biases and the rest in float + {paper.norms:,} of norms (a batch norm has 8 sets of scale, shift, mean and "
+        f"variance); no scales, no header: {record.paper_ratio:.3f}x",
+        f"this policy as packed (in float: {record.skipped}; norm {record.policy['norm']}; widths 1 to "
+        f"{record.policy['max_bits']}): the same {floats} over {packed.total:,} = {packed.weights:,} of weights + "
+        f"{packed.scales:,} of scales + {packed.float:,} in float + {packed.norms:,} of norms, the file but for its "
+        f"header: {record.policy_ratio:.3f}x",
+        f"with one norm set on either side, statistics counted: {one.total:,} in float over {codes.total:,} with codes: "
+        f"{one.total / codes.total:.3f}x; a float master that serves several widths needs the other sets as well",
+        f"one file for each width: {files.total:,} bytes, {files.total / packed.total:.3f} times the packed file",
     ]
 
 
-def mechanism() -> dict[str, Any]:
+def mechanism() -> Mechanism:
     """Staircases on a plain tensor: levels of round, of round at 8 bits shifted, and of floor, at 1 to 4 bits."""
     import torch
 
@@ -130,9 +124,9 @@ def mechanism() -> dict[str, Any]:
     }
     lines = {
         name: {
-            str(bits): [round(x, 6) for x in codes_to_levels(make(bits), bits).tolist()]
+            bits: [round(x, 6) for x in codes_to_levels(make(bits), bits).tolist()]
             for bits in MECHANISM_BITS
         }
         for name, make in makers.items()
     }
-    return {"bits": list(MECHANISM_BITS), "u": u.tolist(), **lines}
+    return Mechanism(list(MECHANISM_BITS), u.tolist(), **lines)

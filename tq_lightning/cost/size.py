@@ -20,6 +20,7 @@ from tq_lightning.quant.bit_planes import aligned, plane_bytes
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.weight import WeightQuantizer
+from tq_lightning.records import ModelBytes, StorageBytes
 
 FLOAT_BYTES = 4
 PARTS = ("weights", "scales", "float", "norms")
@@ -194,13 +195,13 @@ WAYS: dict[str, Callable[[Row, int], tuple[int, int, int, int]]] = {
 }
 
 
-def total(rows: Iterable[Row], way: str, max_bits: int) -> dict[str, int]:
-    """Bytes of a way by part, and their sum under "total"."""
+def total(rows: Iterable[Row], way: str, max_bits: int) -> StorageBytes:
+    """Bytes of a storage scheme, in total and by part."""
     columns = [
         sum(column) for column in zip(*(WAYS[way](row, max_bits) for row in rows), strict=True)
     ]
     columns = columns or [0] * len(PARTS)
-    return {"total": sum(columns), **dict(zip(PARTS, columns, strict=True))}
+    return StorageBytes(sum(columns), **dict(zip(PARTS, columns, strict=True)))
 
 
 def read_at(rows: Iterable[Row], bits: int) -> int:
@@ -226,11 +227,11 @@ def float_over(rows: Iterable[Row], bytes_: int) -> float:
     return FLOAT_BYTES * sum(row.parameters for row in rows) / bytes_
 
 
-def record_bytes(model: nn.Module) -> dict[str, Any]:
-    """The byte block of a run record: {"float": float parameters, "packed": the file, "planes": {width: bytes read}}."""
+def record_bytes(model: nn.Module) -> ModelBytes:
+    """The byte block of a run record."""
     rows, max_bits = layer_rows(model), int(model.tq["max_bits"])  # type: ignore[index,arg-type]
-    return {
-        "float": FLOAT_BYTES * sum(row.parameters for row in rows),
-        "packed": total(rows, "packed", max_bits)["total"],
-        "planes": {str(bits): read_at(rows, bits) for bits in range(1, max_bits + 1)},
-    }
+    return ModelBytes(
+        float=FLOAT_BYTES * sum(row.parameters for row in rows),
+        packed=total(rows, "packed", max_bits).total,
+        planes={bits: read_at(rows, bits) for bits in range(1, max_bits + 1)},
+    )

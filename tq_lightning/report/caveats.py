@@ -59,14 +59,12 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     runs = [run for arm in part for run in arm.runs]
     out = []
     for what, values in {
-        "commits": {str(run.record.get("commit"))[:8] for run in runs},
-        "versions of tq_lightning": {
-            str((run.record.get("versions") or {}).get("tq_lightning")) for run in runs
-        },
+        "commits": {str(run.record.commit)[:8] for run in runs},
+        "versions of tq_lightning": {str(run.record.versions.get("tq_lightning")) for run in runs},
         "tested checkpoints": {
-            str(run.record["test"].get("checkpoint")) for run in runs if run.has_test
+            str(run.record.test.checkpoint) for run in runs if run.has_test and run.record.test
         },
-        "devices": {str(run.record.get("device")) for run in runs},
+        "devices": {str(run.record.device) for run in runs},
     }.items():
         if len(values) > 1:
             out.append(f"The runs come from different {what}: {', '.join(sorted(values))}.")
@@ -79,6 +77,6 @@ def mixed(part: Iterable[Arm]) -> list[str]:
         out.append(
             "Some runs start from trained weights, whose own training may have seen the validation images."
         )
-    if any(run.record.get("dirty") for run in runs):
+    if any(run.record.dirty for run in runs):
         out.append("Some runs came from a working tree with uncommitted changes.")
     return out

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
+from tq_lightning.records import InspectRecord
 from tq_lightning.report.groups import Arm, ComparisonGroup, group, settings
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, AUTO_STE
 from tq_lightning.report.runs import Loaded
@@ -41,7 +41,7 @@ class Comparisons:
     """Arms, inspect records and what was left out; `ignore` holds keys left aside when settings are matched."""
 
     arms: list[Arm]
-    inspects: list[dict[str, Any]]
+    inspects: list[InspectRecord]
     left_out: list[tuple[str, str]]
     ignore: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)

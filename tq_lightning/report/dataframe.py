@@ -34,8 +34,8 @@ def rows(arms: list[Arm]) -> list[dict[str, Any]]:
 
 
 def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, Any]:
-    values = run.record["widths"][str(width)]
     record = run.record
+    values = (record.widths or {})[width]
     return {
         "run": run.id,
         "arm": number,
@@ -45,21 +45,21 @@ def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, 
         "source": source,
         "width": width,
         "trained": width in arm.trained,
-        "val_acc1": values[source],
-        "val_qt_gap": values.get("qt_gap"),
+        "val_acc1": run.acc1(source, width, "val"),
+        "val_qt_gap": values.qt_gap,
         "val_acc1_float": run.acc1_float("val"),
         "test_acc1": run.acc1(source, width, "test"),
         "test_acc1_float": run.acc1_float("test"),
-        "disagree": values.get("disagree"),
-        "bytes_read": ((record.get("bytes") or {}).get("planes") or {}).get(str(width)),
-        "epochs": record.get("epochs"),
-        "steps": record.get("steps"),
-        "best_epoch": (record.get("best") or {}).get("epoch"),
-        "seconds": record.get("seconds"),
-        "device": record.get("device"),
-        "commit": record.get("commit"),
-        "dirty": record.get("dirty"),
-        "version": (record.get("versions") or {}).get("tq_lightning"),
+        "disagree": values.disagree,
+        "bytes_read": record.bytes.planes.get(width) if record.bytes else None,
+        "epochs": record.epochs,
+        "steps": record.steps,
+        "best_epoch": record.best.epoch if record.best else None,
+        "seconds": record.seconds,
+        "device": record.device,
+        "commit": record.commit,
+        "dirty": record.dirty,
+        "version": record.versions.get("tq_lightning"),
         "record": run.path,
     }
 

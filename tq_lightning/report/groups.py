@@ -141,7 +141,7 @@ def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
     out = []
     for key, members in arms.items():
         latest: dict[int | None, Run] = {}
-        for run in sorted(members, key=lambda r: (str(r.record.get("started", "")), r.id)):
+        for run in sorted(members, key=lambda r: (r.record.started or "", r.id)):
             if (older := latest.get(run.seed)) is not None:
                 left_out.append(
                     (

@@ -200,7 +200,7 @@ def run_table(arms: list[Arm]) -> Table:
             ]
             values = [run.acc1("truncate", w, part) for w in widths]
             gap = [g for w in arm.trained if (g := _gap(run, w, part)) is not None]
-            tail = [record.get("epochs"), record.get("seconds"), str(record.get("commit"))[:8]]
+            tail = [record.epochs, record.seconds, str(record.commit)[:8]]
             rows.append(
                 [
                     _link(run.id[:10], run.id),
@@ -237,10 +237,7 @@ def _gap(run: Run, width: int, part: str) -> float | None:
 
 def _details(run: Run) -> dict[str, Any]:
     """What the dialog of a run shows: its record but for the curves and for metrics that `widths` and `test` repeat."""
-    kept = {
-        k: v
-        for k, v in run.record.items()
-        if k not in ("curves", "config", "schema", "last", "best")
-    }
-    best = {k: v for k, v in (run.record.get("best") or {}).items() if k != "metrics"}
-    return {"path": run.path, "config": run.record["config"], "record": {**kept, "best": best}}
+    tree = run.record.tree(("curves", "config", "schema", "last", "best"))
+    best = run.record.best
+    kept = {"epoch": best.epoch, "monitor": best.monitor} if best is not None else {}
+    return {"path": run.path, "config": run.record.config, "record": {**tree, "best": kept}}

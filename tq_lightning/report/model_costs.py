@@ -1,18 +1,7 @@
 """TODO report/model_costs.py."""
 
-from typing import Any
-
+from tq_lightning.records import Energy, InspectRecord
 from tq_lightning.report.comparisons import Comparisons
-
-# Ways of serving widths 1..8, in the order of the bars.
-WAYS = {
-    "float_master": "float master",
-    "file_per_width": "one file per width",
-    "master8": "8-bit master (ours)",
-    "packed": "packed file (ours)",
-    "paper": "paper's accounting",
-}
-
 
 ENERGIES = {
     "refetch_float_pj": "switch: refetch float, requantize",
@@ -28,33 +17,30 @@ def mib(value: float) -> float:
     return value / 2**20
 
 
-def with_key(evidence: Comparisons, key: str) -> list[dict[str, Any]]:
+def with_key(evidence: Comparisons, key: str) -> list[InspectRecord]:
     """Inspect records that hold `key`, smallest model first."""
-    return sorted(
-        (r for r in evidence.inspects if r.get(key)),
-        key=lambda r: (r.get("parameters") or 0, r["model"]),
-    )
+    found = [record for record in evidence.inspects if getattr(record, key)]
+    return sorted(found, key=lambda r: (r.parameters, r.model))
 
 
-def model_names(records: list[dict[str, Any]]) -> list[str]:
+def with_energy(evidence: Comparisons) -> list[tuple[InspectRecord, Energy]]:
+    """Inspect records with an energy model, smallest model first."""
+    found = [(r, r.energy) for r in with_key(evidence, "energy")]
+    return [(record, energy) for record, energy in found if energy and energy.by_width]
+
+
+def model_names(records: list[InspectRecord]) -> list[str]:
     """Model names; where a model comes twice, what its policy skips tells the two apart."""
-    names = [str(r["model"]) for r in records]
-    skips = [
-        ", ".join(map(str, (r.get("policy") or {}).get("skip") or [])) or "nothing" for r in records
-    ]
+    names = [r.model for r in records]
     return [
-        f"{n} (skip {s})" if names.count(n) > 1 else n for n, s in zip(names, skips, strict=True)
+        f"{r.model} (skip {r.skipped})" if names.count(r.model) > 1 else r.model for r in records
     ]
 
 
-def ratio(record: dict[str, Any], way: str) -> float:
+def ratio(record: InspectRecord, way: str) -> float:
     """Bytes of the float parameters, 4 each, over those of a way: what the paper's 3.53 is."""
-    master = (
-        4 * record["parameters"]
-        if record.get("parameters")
-        else record["ways"]["float_master"]["total"]
-    )
-    return master / record["ways"][way]["total"]
+    master = 4 * record.parameters if record.parameters else record.ways["float_master"].total
+    return master / record.ways[way].total
 
 
 def times(value: float) -> str:

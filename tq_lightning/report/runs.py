@@ -4,14 +4,12 @@ import functools
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tq_lightning.errors import UserError
-from tq_lightning.records import INSPECT, RUN, fault
+from tq_lightning.records import InspectRecord, Record, RecordError, parse, read_any
 from tq_lightning.report.inputs import Candidate, find
 
-SCHEMA = 1
 SOURCES = ("quantize", "truncate")
 # An absolute path of the machine that ran: at least two folders deep, and no part of a URL.
 ABSOLUTE = re.compile(r"(?<![\w.:/…-])/(?:[^\s/'\",=:]+/)+([^\s/'\",=:]*)")
@@ -25,47 +23,40 @@ class Run:
     path: str
     seed: int | None
     config: dict[str, Any]
-    record: dict[str, Any] = field(repr=False)
+    record: Record = field(repr=False)
 
     @property
     def widths(self) -> list[int]:
         """Widths in bits that the record holds, ascending."""
-        return sorted(int(w) for w in self.record["widths"])
+        return sorted(self.record.widths or {})
 
     @property
     def budget(self) -> tuple[int | None, int | None]:
         """(epochs, steps) really taken."""
-        return self.record.get("epochs"), self.record.get("steps")
+        return self.record.epochs, self.record.steps
 
     @functools.cached_property
     def has_test(self) -> bool:
         """True where the test block names a value for every width and both sources."""
-        return all(self._test(source, w) is not None for source in SOURCES for w in self.widths)
+        return all(self._test(f"acc1_{s}_w{w}") is not None for s in SOURCES for w in self.widths)
 
-    def _test(self, source: str, width: int) -> float | None:
-        metrics = (self.record.get("test") or {}).get("metrics", {})
-        return metrics.get(f"test/acc1_{source}_w{width}")
+    def _test(self, metric: str) -> float | None:
+        test = self.record.test
+        return None if test is None else test.metrics.get(f"test/{metric}")
 
     def acc1(self, source: str, width: int, split: str) -> float | None:
         """Top-1 in per cent of `source` at `width` bits on `split` ("val": at the best epoch, or "test")."""
         if split == "test":
-            return self._test(source, width)
-        return self.record["widths"].get(str(width), {}).get(source)
+            return self._test(f"acc1_{source}_w{width}")
+        result = (self.record.widths or {}).get(width)
+        return None if result is None else getattr(result, source)
 
     def acc1_float(self, split: str) -> float | None:
         """Top-1 in per cent of the float weights, None where it was not evaluated."""
-        blocks = (
-            [self.record.get("test") or {}] if split == "test" else [self.record.get("best") or {}]
-        )
-        return next(
-            (
-                b["metrics"][k]
-                for b in blocks
-                for k in [f"{split}/acc1_float"]
-                if k in b.get("metrics", {})
-            ),
-            None,
-        )
+        if split == "test":
+            return self._test("acc1_float")
+        best = self.record.best
+        return None if best is None else best.metrics.get("val/acc1_float")
 
 
 @dataclass
@@ -73,28 +64,30 @@ class Loaded:
     """What a set of inputs holds: usable runs, inspect records, and (path, reason) of what was left out."""
 
     runs: list[Run]
-    inspects: list[dict[str, Any]]
+    inspects: list[InspectRecord]
     left_out: list[tuple[str, str]]
 
 
 def load(inputs: list[str], full_paths: bool = False) -> Loaded:
     """Read everything under `inputs`. Raises `UserError` where nothing usable is found."""
-    runs: dict[str, list[tuple[str, dict]]] = {}
-    inspects: dict[str, list[tuple[str, dict]]] = {}
+    runs: dict[str, list[tuple[str, Record]]] = {}
+    inspects: dict[str, list[tuple[str, InspectRecord]]] = {}
     left_out: list[tuple[str, str]] = []
     for candidate in find(inputs):
         record, reason = read(candidate)
-        if reason is not None:
+        if isinstance(record, Record):
+            runs.setdefault(record.id, []).append((candidate.shown, record))
+        elif record is not None:
+            inspects.setdefault(record.id, []).append((candidate.shown, record))
+        else:
             left_out.append((candidate.shown, reason))
-            continue
-        kind = inspects if record.get("kind") == "inspect" else runs
-        kind.setdefault(record["id"], []).append((candidate.shown, record))
     kept = [_one_of(group, left_out) for group in runs.values()]
     described = [_one_of(group, left_out) for group in inspects.values()]
     loaded = Loaded(
         runs=[_run(path, record, full_paths) for path, record in filter(None, kept)],
         inspects=[
-            record if full_paths else shorten(record) for _, record in filter(None, described)
+            record if full_paths else parse(shorten(record.tree()))
+            for _, record in filter(None, described)
         ],
         left_out=left_out,
     )
@@ -105,76 +98,61 @@ def load(inputs: list[str], full_paths: bool = False) -> Loaded:
     return loaded
 
 
-def read(candidate: Candidate) -> tuple[dict[str, Any], str | None]:
-    """(record, None), or ({}, why it is left out)."""
+def read(candidate: Candidate) -> tuple[Record | InspectRecord | None, str]:
+    """(record, "") or (None, why it is left out)."""
     if candidate.refusal is not None:
-        return {}, candidate.refusal
+        return None, candidate.refusal
     try:
-        record = json.loads(Path(candidate.path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}, "no such file"
-    except OSError as error:
-        return {}, f"can't be read: {error.strerror}"
-    except (ValueError, RecursionError) as error:
-        return {}, f"broken JSON, half-written perhaps: {str(error).splitlines()[0]}"
-    if not isinstance(record, dict) or "schema" not in record:
-        return {}, "not a record of tq_lightning: it has no key 'schema'"
-    if record["schema"] != SCHEMA:
-        return (
-            {},
-            f"schema {record['schema']!r}; this version reads schema {SCHEMA}: use the version that wrote it",
-        )
-    return record, fault(record, INSPECT) if record.get("kind") == "inspect" else _run_fault(record)
+        record = read_any(candidate.path)
+    except RecordError as error:
+        return None, str(error)
+    if isinstance(record, InspectRecord):
+        return record, ""
+    if record.status != "finished":
+        reason = (record.reason or "no reason given").splitlines()[0]
+        return None, f"unfinished: status {record.status} ({reason})"
+    if not record.widths:
+        return None, "holds no width: a float run has nothing to compare"
+    return record, ""
 
 
-def _run_fault(record: dict) -> str | None:
-    if record.get("kind", "run") != "run":
-        return f"kind {record['kind']!r}; this report reads runs and inspect records"
-    if isinstance(record.get("status"), str) and record["status"] != "finished":
-        reason = str(record.get("reason") or "no reason given").splitlines()[0]
-        return f"unfinished: status {record['status']} ({reason})"
-    if wrong := fault(record, RUN):
-        return wrong
-    return None if record["widths"] else "holds no width: a float run has nothing to compare"
-
-
-def _one_of(
-    group: list[tuple[str, dict]], left_out: list[tuple[str, str]]
-) -> tuple[str, dict] | None:
-    """One record of those with the same id: equal copies count once, contradicting ones not at all.
+def _one_of(group: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any:
+    """One (path, record) of those with the same id: equal copies count once, contradicting ones not at all.
 
     A copy from before `test` added its block (W&B keeps such a one) is a copy, not a contradiction.
     """
-    group = sorted(group, key=lambda item: ("test" not in item[1], len(Path(item[0]).parts)))
+    group = sorted(group, key=lambda item: (_test_text(item[1]) is None, item[0].count("/")))
     path, record = group[0]
     for _, twin in group[1:]:
-        if _without_test(twin) != _without_test(record) or (
-            "test" in twin and twin["test"] != record["test"]
-        ):
+        if _text(twin) != _text(record) or _test_text(twin) not in (None, _test_text(record)):
             paths = ", ".join(p for p, _ in group)
             left_out += [
-                (p, f"two runs with one id ({record['id']}) that differ: {paths}") for p, _ in group
+                (p, f"two runs with one id ({record.id}) that differ: {paths}") for p, _ in group
             ]
             return None
     # Only once none contradicts: of a group that is left out whole, no copy is counted.
     left_out += [
-        (other, f"a copy of {path} (id {record['id']}): counted once") for other, _ in group[1:]
+        (other, f"a copy of {path} (id {record.id}): counted once") for other, _ in group[1:]
     ]
     return path, record
 
 
-def _without_test(record: dict) -> str:
-    return json.dumps(
-        {k: v for k, v in record.items() if k != "test"}, sort_keys=True
-    )  # text: NaN equals NaN
+def _text(record: Record | InspectRecord) -> str:
+    """A record without its tests, as text: NaN equals NaN."""
+    tree = record.tree(("test",)) if isinstance(record, Record) else record.tree()
+    return json.dumps(tree, sort_keys=True)
 
 
-def _run(path: str, record: dict, full_paths: bool) -> Run:
-    config = flatten(record["config"])
-    if not full_paths:
-        record = shorten(record)
-    seed = record.get("seed", config.get("seed_everything"))
-    return Run(id=record["id"], path=path, seed=seed, config=config, record=record)
+def _test_text(record: Record | InspectRecord) -> str | None:
+    test = record.test if isinstance(record, Record) else None
+    return None if test is None else repr(test)
+
+
+def _run(path: str, record: Record, full_paths: bool) -> Run:
+    config = flatten(record.config)
+    shown: Any = record if full_paths else parse(shorten(record.tree()))
+    seed = record.seed if record.seed is not None else config.get("seed_everything")
+    return Run(id=record.id, path=path, seed=seed, config=config, record=shown)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,8 @@ def check_out(out: Path) -> None:
 def is_report(folder: Path) -> bool:
     """True where the folder bears our marker."""
     try:
-        return json.loads((folder / MARKER).read_text(encoding="utf-8")).get("kind") == KIND
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return marker.get("kind") == KIND
     except (OSError, ValueError, AttributeError):
         return False
 

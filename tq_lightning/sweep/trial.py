@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import math
 import secrets
 import shutil
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write
+from tq_lightning.records import NAME, Record, RecordError, read_any, value_of
 
-STORAGE_BYTES = "storage/bytes"  # an objective: the packed file's size
 Fit = Callable[
     [list[str]], Any
 ]  # `tq_lightning.cli.run_fit`, or a test's stand-in that writes a record.json the same way
@@ -72,9 +70,10 @@ def run_trial(
             f"--trainer.callbacks.monitor={metrics[0]}",
         ]
     failure, interrupted, before = "", False, _records(folder)
+    path: Path | None = None
     try:
         with _as_program(argv), _reporting(decide if report is not None else None):
-            fit(argv)
+            path = Path(fit(argv)["record"])
     except KeyboardInterrupt:
         interrupted = True
     except SystemExit as error:
@@ -83,61 +82,41 @@ def run_trial(
         failure = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     if failure:
         _free_memory()
-    written = [path for path, when in _records(folder).items() if before.get(path) != when]
-    path = written[0] if written else None
-    record = json.loads(path.read_text()) if path is not None else None
-    shown = str(path) if path is not None else None
-    if interrupted or (record is not None and record.get("status") == "interrupted"):
+    if path is None:  # fit raised: the record it wrote, if any, says how far it came
+        written = [path for path, when in _records(folder).items() if before.get(path) != when]
+        path = written[0] if written else None
+    record, shown = _read(path), str(path) if path is not None else None
+    if interrupted or (record is not None and record.status == "interrupted"):
         return TrialResult("interrupted", reason="stopped by the user", record=shown)
     if failure or record is None:
         return TrialResult(
             "failed", reason=failure or f"fit left no record.json in {folder}", record=shown
         )
-    if record.get("status") == "failed":
-        return TrialResult(
-            "failed", reason=str(record.get("reason") or "its record says failed"), record=shown
-        )
+    if record.status == "failed":
+        return TrialResult("failed", reason=record.reason or "its record says failed", record=shown)
     if pruned:
         return TrialResult("pruned", reason="pruned", record=shown)
     return _judge(record, metrics, shown)
 
 
-def value_of(record: dict[str, Any], name: str) -> float | None:
-    """An objective's value in a record: a metric of its last epoch, or storage/bytes, the packed file's size in bytes.
-
-    The last epoch's and not the best's: it is what W&B's sweeps take (a run's summary holds the last value logged), it is what
-    the pruner saw, and no arm gains by having had more epochs to choose from.
-    """
-    metrics = record.get("last", {}).get("metrics", {})
-    value = record.get("bytes", {}).get("packed") if name == STORAGE_BYTES else metrics.get(name)
-    return None if value is None else float(value)
-
-
-def disown(record: str) -> None:
-    """Mark the record of a trial that was given to another worker: two results of one trial must not be counted."""
-    path = Path(record)
-    content = json.loads(path.read_text()) | {
-        "status": "interrupted",
-        "reason": "its trial was given to another worker",
-    }
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+def _read(path: Path | None) -> Record | None:
+    try:
+        record = read_any(path) if path is not None else None
+    except RecordError:
+        return None
+    return record if isinstance(record, Record) else None
 
 
 def _records(folder: Path) -> dict[Path, int]:
-    """Every record.json under a trial's folder -> when it was written (ns); one of an earlier run is none of this trial's."""
-    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("record.json"))}
+    """{record.json under a trial's folder: when it was written in ns}; one of an earlier run is none of this trial's."""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob(NAME))}
 
 
-def _judge(record: dict[str, Any], metrics: list[str], shown: str | None) -> TrialResult:
-    """A finished run's values; failed where a metric is missing, or where anything it measured last is not finite."""
-    last = record.get("last", {}).get("metrics", {})
-    for (
-        name,
-        value,
-    ) in (
-        last.items()
-    ):  # accuracies stay finite when the weights are NaN; the losses beside them tell
+def _judge(record: Record, metrics: list[str], shown: str | None) -> TrialResult:
+    """A finished run's values; failed if a metric is missing or any metric of the last epoch is not finite."""
+    last = record.last.metrics if record.last is not None else {}
+    # accuracies stay finite when the weights are NaN; the losses beside them tell
+    for name, value in last.items():
         if value is not None and not math.isfinite(value):
             return TrialResult(
                 "failed", reason=f"non-finite: {name} is {value} in the last epoch", record=shown

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tq_lightning.errors import UserError
+from tq_lightning.records import STORAGE_BYTES
 from tq_lightning.sweep import config as space
 from tq_lightning.sweep import search_space as twins
 from tq_lightning.sweep.parameters import rounded
-from tq_lightning.sweep.trial import STORAGE_BYTES
 
 
 def check_arms(sweep: space.Sweep, metrics: list[str]) -> None:

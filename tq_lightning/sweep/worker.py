@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tq_lightning.records import mark_superseded
 from tq_lightning.sweep import search_space as twins
 from tq_lightning.sweep.config import Sweep
 from tq_lightning.sweep.heartbeat import alive
 from tq_lightning.sweep.progress import describe
 from tq_lightning.sweep.storage import StorageOutage
-from tq_lightning.sweep.trial import Fit, TrialResult, disown, go_on, new_home, run_trial
+from tq_lightning.sweep.trial import Fit, TrialResult, go_on, new_home, run_trial
 from tq_lightning.sweep.trial_queue import RETRIED, TrialQueue
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _write(queue: TrialQueue, claimed: "optuna.trial.FrozenTrial", ending: Trial
                 and trial.state == TrialState.FAIL
                 and trial.user_attrs.get("cause") in RETRIED
             ):
-                disown(
+                mark_superseded(
                     ending.record
                 )  # it was taken for dead and given to another worker, whose result counts
             return

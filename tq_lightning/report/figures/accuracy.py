@@ -247,7 +247,7 @@ def _epochs(arm: Arm, width: int) -> dict[int, list[float]]:
     """{epoch: values over the seeds} of the truncated validation accuracy at `width` bits."""
     out: dict[int, list[float]] = {}
     for run in arm.runs:
-        for epoch, value in (run.record.get("curves") or {}).get(f"val/acc1_truncate_w{width}", []):
+        for epoch, value in (run.record.curves or {}).get(f"val/acc1_truncate_w{width}", []):
             if isinstance(value, int | float) and math.isfinite(value):
                 out.setdefault(int(epoch), []).append(value)
     return dict(sorted(out.items()))

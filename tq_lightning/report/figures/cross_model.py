@@ -78,7 +78,7 @@ def pareto(evidence: Comparisons) -> list[Figure]:
     arms = [
         arm
         for arm in evidence.paired()
-        if all((run.record.get("bytes") or {}).get("planes") for run in arm.runs)
+        if all(run.record.bytes and run.record.bytes.planes for run in arm.runs)
     ]
     datasets = list(dict.fromkeys(str(arm["data.name"]) for arm in arms))
     stems = unique([f"pareto_{slug(name)}" for name in datasets])
@@ -96,7 +96,8 @@ def pareto(evidence: Comparisons) -> list[Figure]:
 
 
 def _read(arm: Arm, width: int) -> float | None:
-    return arm.runs[0].record["bytes"]["planes"].get(str(width))
+    size = arm.runs[0].record.bytes
+    return size.planes.get(width) if size is not None else None
 
 
 def _pareto(dataset: str, stem: str, arms: list[Arm]) -> Figure:
@@ -214,10 +215,10 @@ def disagreement(evidence: Comparisons) -> list[Figure]:
     ]
     floors = [arm for s in settings for _, arm in s.arms if arm["model.quantizer"] == "floor"]
     zero = all(
-        not run.record["widths"][str(w)].get("disagree")
+        not result.disagree
         for arm in floors
         for run in arm.runs
-        for w in run.widths
+        for result in (run.record.widths or {}).values()
     )
     if floors:
         many = f"{len(floors)} arms, the first drawn" if len(floors) > 1 else "1 arm"
@@ -255,8 +256,9 @@ def disagreement(evidence: Comparisons) -> list[Figure]:
 
 def _share(arm: Arm, width: int) -> Estimate | None:
     """Disagreeing weight codes in per cent over the seeds; None unless every run has the share."""
-    values = [run.record["widths"].get(str(width), {}).get("disagree") for run in arm.runs]
-    return None if any(v is None for v in values) else mean_interval([100.0 * v for v in values])
+    results = [(run.record.widths or {}).get(width) for run in arm.runs]
+    values = [r.disagree for r in results if r is not None and r.disagree is not None]
+    return mean_interval([100.0 * v for v in values]) if len(values) == len(results) else None
 
 
 def _lost(arm: Arm, width: int, part: str) -> Estimate | None:

@@ -1,23 +1,23 @@
 """Figures from inspect records: the staircases of the mechanism, bytes by way of serving, energy of a switch."""
 
 import math
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
+from tq_lightning.records import STORAGE_LABELS, InspectRecord, Mechanism
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import SERIES, Figure
 from tq_lightning.report.labels import bits_words
 from tq_lightning.report.model_costs import (
-    WAYS,
     energy_name,
     mib,
     model_names,
     ratio,
     times,
+    with_energy,
     with_key,
 )
 
@@ -32,10 +32,10 @@ PARTS = {
 
 def mechanism(evidence: Comparisons) -> list[Figure]:
     """Round, round shifted and floor as staircases over u; shaded where shifted bins are not the rounded ones."""
-    record = next((r["mechanism"] for r in evidence.inspects if r.get("mechanism")), None)
+    record = next((r.mechanism for r in evidence.inspects if r.mechanism), None)
     if record is None:
         return []
-    bits = [int(b) for b in record["bits"]]
+    bits = record.bits
     title = "Mechanism: a right shift cuts where floor cuts, not where round does"
     rows = -(-len(bits) // 2)
     figure, body = style.new(7.0, 0.3 + 2.3 * rows, title)
@@ -54,11 +54,12 @@ def mechanism(evidence: Comparisons) -> list[Figure]:
     return [Figure("mechanism", "Mechanism", title, caption, alt, figure)]
 
 
-def _staircases(axes: Axes, record: dict[str, Any], bits: int) -> float:
+def _staircases(axes: Axes, record: Mechanism, bits: int) -> float:
     """Draw one width; returns the share of [0, 1] in per cent where round and round shifted disagree."""
-    u = np.asarray(record["u"], dtype=float)
+    u = np.asarray(record.u, dtype=float)
     rounded, shifted, floored = (
-        np.asarray(record[k][str(bits)], dtype=float) for k in ("round", "round_shifted", "floor")
+        np.asarray(levels[bits], dtype=float)
+        for levels in (record.round, record.round_shifted, record.floor)
     )
     wrong = ~np.isclose(rounded, shifted)
     over = axes.get_xaxis_transform()
@@ -122,14 +123,14 @@ def storage(evidence: Comparisons) -> list[Figure]:
     return [Figure("storage", "Storage", title, caption, "; ".join(words), figure)]
 
 
-def _bars(axes: Axes, record: dict[str, Any], name: str) -> list[str]:
+def _bars(axes: Axes, record: InspectRecord, name: str) -> list[str]:
     """One model's bars; returns what each says."""
-    ways = {key: label for key, label in WAYS.items() if key in record["ways"]}
+    ways = {key: label for key, label in STORAGE_LABELS.items() if key in record.ways}
     words = []
     for y, (key, label) in enumerate(ways.items()):
-        way, left = record["ways"][key], 0.0
+        way, left = record.ways[key], 0.0
         for part, (what, colour, hatch) in PARTS.items():
-            size = mib(way.get(part, 0))
+            size = mib(getattr(way, part))
             label_once = what if y == 0 else None
             axes.barh(
                 y,
@@ -143,14 +144,13 @@ def _bars(axes: Axes, record: dict[str, Any], name: str) -> list[str]:
                 label=label_once,
             )
             left += size
-        note = f"{mib(way['total']):.3g} MiB{'' if key == 'float_master' else ', ' + times(ratio(record, key))}"
-        axes.text(mib(way["total"]), y, f"  {note}", va="center", fontsize=7)
+        note = f"{mib(way.total):.3g} MiB{'' if key == 'float_master' else ', ' + times(ratio(record, key))}"
+        axes.text(mib(way.total), y, f"  {note}", va="center", fontsize=7)
         words.append(f"{name}, {label}: {note}")
     axes.set_yticks(range(len(ways)), list(ways.values()), fontsize=7.5)
     axes.set_ylim(len(ways) - 0.4, -0.6)
-    axes.set_xlim(0, 2.0 * max(mib(record["ways"][k]["total"]) for k in ways))
-    skipped = ", ".join(map(str, (record.get("policy") or {}).get("skip") or [])) or "nothing"
-    axes.set_title(f"{record['model']}\nin float: {skipped}", fontsize=8)
+    axes.set_xlim(0, 2.0 * max(mib(record.ways[k].total) for k in ways))
+    axes.set_title(f"{record.model}\nin float: {record.skipped}", fontsize=8)
     axes.set_xlabel("size [MiB]")
     axes.grid(axis="y", visible=False)
     return words
@@ -158,30 +158,29 @@ def _bars(axes: Axes, record: dict[str, Any], name: str) -> list[str]:
 
 def energy(evidence: Comparisons) -> list[Figure]:
     """Model of the energy to switch to a width: refetch and requantize the float master, or shift in place."""
-    records = [r for r in with_key(evidence, "energy") if r["energy"].get("by_width")]
+    records = with_energy(evidence)
     if not records:
         return []
     columns = min(2, len(records))
     rows = -(-len(records) // columns)
-    assumptions = list(
-        dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", []))
-    )
+    assumptions = list(dict.fromkeys(line for _, e in records for line in e.assumptions))
     title = "Energy of a switch of width and of weight traffic: a model, not a measurement"
     foot = "Assumes: " + "; ".join(a.rstrip(".") for a in assumptions) if assumptions else ""
     figure, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 2.1 * rows, title, foot=foot)
     grid = np.ravel(body.subplots(rows, columns, squeeze=False))
     words = []
-    for axes, record, name in zip(grid, records, model_names(records), strict=False):
-        by_width = record["energy"]["by_width"]
-        widths = sorted(int(w) for w in by_width)
+    names = model_names([record for record, _ in records])
+    for axes, (_, model), name in zip(grid, records, names, strict=False):
+        by_width = model.by_width
+        widths = sorted(by_width)
         kinds = [
             k
-            for k in by_width[str(widths[0])]
+            for k in by_width[widths[0]]
             if k.endswith("_pj") and all(k in row for row in by_width.values())
         ]
         for i, kind in enumerate(kinds):
             colour, marker, dashes = SERIES[i % len(SERIES)]
-            values = [by_width[str(w)][kind] * 1e-6 for w in widths]
+            values = [by_width[w][kind] * 1e-6 for w in widths]
             look = {
                 "color": colour,
                 "marker": marker,
@@ -196,7 +195,7 @@ def energy(evidence: Comparisons) -> list[Figure]:
             words.append(
                 f"{name}, {energy_name(kind)}: {values[0]:.3g} µJ at {widths[0]} to {values[-1]:.3g} µJ at {widths[-1]}"
             )
-        drawn = [by_width[str(w)][kind] * 1e-6 for w in widths for kind in kinds]
+        drawn = [by_width[w][kind] * 1e-6 for w in widths for kind in kinds]
         style.width_axis(axes, widths)
         axes.set_yscale("log")
         axes.set_ylim(
@@ -208,7 +207,7 @@ def energy(evidence: Comparisons) -> list[Figure]:
     for axes in grid[len(records) :]:
         axes.set_visible(False)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    sources = dict.fromkeys(r["energy"]["source"] for r in records if r["energy"].get("source"))
+    sources = dict.fromkeys(e.source for _, e in records if e.source)
     caption = " ".join(
         [
             "Computed from picojoule constants, not measured.",

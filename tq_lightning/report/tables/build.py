@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tq_lightning.records import STORAGE_LABELS
 from tq_lightning.report.comparisons import (
     PAPER,
     ROWS,
@@ -12,7 +13,13 @@ from tq_lightning.report.comparisons import (
     split,
 )
 from tq_lightning.report.groups import Arm, ComparisonGroup, shown_extras
-from tq_lightning.report.model_costs import WAYS, energy_name, model_names, ratio, with_key
+from tq_lightning.report.model_costs import (
+    energy_name,
+    model_names,
+    ratio,
+    with_energy,
+    with_key,
+)
 from tq_lightning.report.stats import METHOD, acc1, acc1_float, compare, number, split_of
 from tq_lightning.report.tables.render import Cell, Table
 
@@ -110,7 +117,7 @@ def arms(evidence: Comparisons) -> Table:
             arm["data.name"],
             *(_plain(arm[f"model.{k}"]) for k in ("quantizer", "ste", "level", "activations")),
         ]
-        seconds = sum(run.record.get("seconds") or 0.0 for run in arm.runs)
+        seconds = sum(run.record.seconds for run in arm.runs)
         values = [_estimate(acc1(arm, "truncate", w, part)) for w in widths]
         rows.append(
             [
@@ -224,18 +231,13 @@ def storage(evidence: Comparisons) -> Table:
     records = with_key(evidence, "ways")
     names = model_names(records)
     for record, name in zip(records, names, strict=True):
-        for key, words in WAYS.items():
-            if way := record["ways"].get(key):
+        for key, words in STORAGE_LABELS.items():
+            if way := record.ways.get(key):
                 times = ratio(record, key)
-                parts = [
-                    _size(way.get(p)) for p in ("total", "weights", "float", "norms", "scales")
-                ]
-                rows.append([name, words, int(way["total"]), *parts, (f"{times:.3f}×", times)])
-    notes = [
-        f"{n}: {line}"
-        for r, n in zip(records, names, strict=True)
-        for line in r.get("accounting", [])
-    ]
+                sizes = (way.total, way.weights, way.float, way.norms, way.scales)
+                parts = [_size(size) for size in sizes]
+                rows.append([name, words, int(way.total), *parts, (f"{times:.3f}×", times)])
+    notes = [f"{n}: {line}" for r, n in zip(records, names, strict=True) for line in r.accounting]
     columns = [
         "model",
         "way",
@@ -261,9 +263,9 @@ def storage(evidence: Comparisons) -> Table:
 def read_at(evidence: Comparisons) -> Table:
     """Bytes read to run at each width."""
     records = with_key(evidence, "read_at")
-    widths = sorted({int(w) for r in records for w in r["read_at"]})
-    rows = [
-        [n, *(_size(r["read_at"].get(str(w))) for w in widths)]
+    widths = sorted({w for r in records for w in r.read_at})
+    rows: list[list[Cell]] = [
+        [n, *(_size(r.read_at.get(w)) for w in widths)]
         for r, n in zip(records, model_names(records), strict=True)
     ]
     caption = "MiB read from the packed file, by width in bits."
@@ -274,24 +276,22 @@ def read_at(evidence: Comparisons) -> Table:
 
 def energy(evidence: Comparisons) -> Table:
     """The energy model by model and width."""
-    records = [r for r in with_key(evidence, "energy") if r["energy"].get("by_width")]
+    records = with_energy(evidence)
     kinds = list(
         dict.fromkeys(
             k
-            for r in records
-            for v in r["energy"]["by_width"].values()
+            for _, energy in records
+            for v in energy.by_width.values()
             for k in v
             if k.endswith("_pj")
         )
     )
     rows: list[list[Cell]] = [
-        [name, int(w), *((f"{v[k] * 1e-6:.4g}", v[k]) if k in v else None for k in kinds)]
-        for record, name in zip(records, model_names(records), strict=True)
-        for w, v in sorted(record["energy"]["by_width"].items(), key=lambda item: int(item[0]))
+        [name, w, *((f"{v[k] * 1e-6:.4g}", v[k]) if k in v else None for k in kinds)]
+        for (_, energy), name in zip(records, model_names([r for r, _ in records]), strict=True)
+        for w, v in sorted(energy.by_width.items())
     ]
-    notes = tuple(
-        dict.fromkeys(line for r in records for line in r["energy"].get("assumptions", []))
-    )
+    notes = tuple(dict.fromkeys(line for _, energy in records for line in energy.assumptions))
     columns = ["model", "bits", *(f"{energy_name(k)} [µJ]" for k in kinds)]
     return Table(
         "energy",
@@ -308,10 +308,10 @@ def constants(evidence: Comparisons) -> Table:
     """The picojoule constants that the energy model rests on, as the inspect records carry them."""
     rows: dict[str, list[Cell]] = {}
     for record in evidence.inspects:
-        energy = record.get("energy") or {}
-        for name, pj in energy.get("constants_pj", {}).items():
-            value = pj if isinstance(pj, int | float) else str(pj)
-            rows.setdefault(f"{name} {value}", [name, value, energy.get("source", "not recorded")])
+        if record.energy is not None:
+            for name, pj in record.energy.constants_pj.items():
+                source = record.energy.source or "not recorded"
+                rows.setdefault(f"{name} {pj}", [name, pj, source])
     caption = "What the model rests on, as each inspect record carries it."
     return Table(
         "constants",

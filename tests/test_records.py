@@ -1,0 +1,212 @@
+"""record.json: every file that exists still reads, wrong values are named, and no other module reaches into the JSON."""
+
+import ast
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+from fixtures.records import inspect, run
+
+from tq_lightning import records
+from tq_lightning.errors import UserError
+from tq_lightning.records import (
+    STORAGE_BYTES,
+    STORAGE_LABELS,
+    Record,
+    RecordError,
+    mark_superseded,
+    parse,
+    read_any,
+    read_record,
+    value_of,
+    write_record,
+)
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = sorted(ROOT.glob("results/runs/**/record.json"))[:20]
+COMMITTED += sorted(ROOT.glob("results/inspect/*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: str(p.relative_to(ROOT / "results")))
+def test_a_committed_record_reads_and_writes_back_unchanged(path, tmp_path):
+    record = read_any(path)
+    write_record(tmp_path / "copy.json", record)
+    assert json.loads((tmp_path / "copy.json").read_text()) == json.loads(path.read_text())
+
+
+def test_fields_of_later_versions_are_kept(tmp_path):
+    write_record(tmp_path / "record.json", parse(run() | {"carbon": {"kg": 2}}))
+    assert json.loads((tmp_path / "record.json").read_text())["carbon"] == {"kg": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"id": None}, "broken: id is missing"),
+        ({"steps": 1.5}, "broken: steps is '1.5', not a whole number"),
+        ({"steps": True}, "broken: steps is 'True', not a whole number"),
+        ({"seconds": float("inf")}, "broken: seconds is 'inf', not a number"),
+        ({"dirty": "no"}, "broken: dirty is 'no', not true or false"),
+        ({"best": {"epoch": 1}}, "broken: best.metrics is missing"),
+        (
+            {"best": {"metrics": {"val/acc1_float": "x"}}},
+            "broken: best.metrics.val/acc1_float is 'x', not a number",
+        ),
+        ({"bytes": {"planes": {"8": "x"}}}, "broken: bytes.planes.8 is 'x', not a whole number"),
+        ({"config": {"trainer": 3}}, "broken: config.trainer is '3', not a mapping"),
+        (
+            {"config": {"model": {"widths": "eight"}}},
+            "broken: config.model.widths is 'eight', not a list of widths",
+        ),
+        ({"kind": "sweep"}, "kind 'sweep'; supported kinds are run and inspect"),
+    ],
+)
+def test_a_wrong_value_is_named(change, reason):
+    with pytest.raises(RecordError) as caught:
+        parse(run() | change)
+    assert str(caught.value) == reason
+
+
+def test_an_inspect_record_needs_the_scheme_that_others_are_compared_with():
+    tree = inspect()
+    del tree["ways"]["float_master"]
+    with pytest.raises(RecordError, match=r"ways\.float_master is missing"):
+        parse(tree)
+
+
+def test_every_storage_scheme_has_a_label():
+    from tq_lightning.cost.size import WAYS
+
+    assert list(STORAGE_LABELS) == list(WAYS)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', "\x00", "[" * 100_000])
+def test_a_damaged_record_is_one_line_with_its_path(tmp_path, text):
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_record(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_objective_is_the_last_epochs_value_or_the_packed_size():
+    tree = run(bytes={"packed": 1234})
+    tree["last"] = {"epoch": 3, "metrics": {"val/acc1_float": 50.0}}
+    record = parse(tree)
+    assert value_of(record, "val/acc1_float") == 50.0 != record.best.metrics["val/acc1_float"]
+    assert value_of(record, STORAGE_BYTES) == 1234
+    assert value_of(record, "val/never") is None
+    assert value_of(replace(record, bytes=None, last=None), STORAGE_BYTES) is None
+
+
+def test_a_superseded_record_keeps_everything_but_its_status(tmp_path):
+    path = tmp_path / "record.json"
+    write_record(path, parse(run()))
+    mark_superseded(path)
+    record = read_record(path)
+    assert (record.status, record.reason) == (
+        "interrupted",
+        "its trial was given to another worker",
+    )
+    assert record.tree(("status", "reason")) == parse(run()).tree(("status", "reason"))
+
+
+# -- nothing else reaches into the JSON --------------------------------------------------------------------------------
+KEYS = {
+    f.name
+    for kind in vars(records).values()
+    if is_dataclass(kind)
+    for f in fields(kind)
+    if f.name != "more"
+} | {"schema", "kind"}
+# Some keys of a record name other things too: `name` and `widths` are configuration keys, `shape` stands in the header of a
+# packed file. A subscript is judged by what it is taken from, the last name of the expression before the bracket. These names
+# hold other things, everywhere in the package; a record under one of them would escape the test, so none may sound like one.
+NOT_RECORDS = {
+    "hparams": "the arguments of a TQModule",
+    "values": "arguments of inspect",
+    "given": "parsed arguments, or a header under test",
+    "content": "a YAML file",
+    "config": "a configuration",
+    "raw": "a sweep file",
+    "entry": "an entry of a sweep file",
+    "user_attrs": "a trial's attributes in Optuna",
+    "header": "the header of a packed file",
+    "tq_file": "the header of a packed file",
+    "layer": "a layer in that header",
+    "cut": "a norm in that header",
+    "thing": "a layer or a norm in that header",
+    "checkpoint": "a Lightning checkpoint",
+    "row": "a row of a CSV file",
+    "rows": "rows of the byte table, by storage scheme",
+    "ways": "totals of the byte table, by storage scheme",
+    "PAPER": "a table of the paper",
+    "made": "facts of a report",
+    "marker": "report.json",
+}
+SOUNDS_LIKE_A_RECORD = {
+    *("record", "records", "run", "runs", "earlier", "best", "last", "test", "tests", "metrics"),
+    *("energy", "mechanism", "policy", "way", "inspects", "result", "tree"),
+}
+
+
+def last_name(node):
+    """`record` of `record`, `self.record`, `self.record()` and `self.record[0]`."""
+    while isinstance(node, ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def record_keys(source):
+    """(line, expression, key) wherever a key of a record is a subscript or the first argument of get, pop or setdefault."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Subscript):
+            owner, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            if node.func.attr not in ("get", "pop", "setdefault"):
+                continue
+            owner, key = node.func.value, node.args[0]
+        else:
+            continue
+        if not isinstance(key, ast.Constant) or key.value not in KEYS:
+            continue
+        names = {last_name(owner)}
+        while isinstance(owner, ast.Subscript):  # header["model"]["name"] is taken from a header
+            owner = owner.value
+            names.add(last_name(owner))
+        if not names & set(NOT_RECORDS):
+            yield node.lineno, ast.unparse(node), key.value
+
+
+FILES = [p for p in sorted((ROOT / "tq_lightning").rglob("*.py")) if p.name != "records.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "tq_lightning")))
+def test_no_key_of_a_record_outside_records(path):
+    assert list(record_keys(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'record["status"]',
+        'run["widths"]',
+        'blocks.get("best")',
+        'run.record["test"]["metrics"]',
+        '(record.get("bytes") or {}).get("planes")',
+        'json.loads(path.read_text())["id"]',
+        'record.setdefault("widths", {})',
+        'self._record["config"]["model"]',
+        'arm.runs[0].record["bytes"]',
+        'del record["reason"]',
+    ],
+)
+def test_counter_example(source):
+    assert list(record_keys(source))
+
+
+def test_the_keys_and_the_names_mean_something():
+    assert {"status", "widths", "best", "planes", "disagree", "by_width", "accounting"} <= KEYS
+    assert not set(NOT_RECORDS) & SOUNDS_LIKE_A_RECORD
+    assert isinstance(parse(run()), Record)
