@@ -1,0 +1,90 @@
+"""Artifacts of version 0.1.0 open with the current code and give the same results."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tq_lightning import bit_width, load_packed
+from tq_lightning.cli import main, run_fit
+
+HERE = Path(__file__).parent
+EXPECTED = json.loads((HERE / "expected.json").read_text())
+CHECKPOINT = "runs/interrupted/run/checkpoints/last.ckpt"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A writable copy of the artifacts, as the current directory."""
+    shutil.copytree(HERE / "run", tmp_path / "runs/interrupted/run")
+    shutil.copytree(HERE / "sweep", tmp_path / "sweep")
+    shutil.copy(HERE / "sweep.yaml", tmp_path)
+    shutil.copy(HERE.parents[1] / "conf" / "digits.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def acc1(metrics, split):
+    return {k: v for k, v in metrics.items() if k.startswith(f"{split}/acc1") and "float" not in k}
+
+
+def test_packed_file():
+    model = load_packed(HERE / "packed.safetensors")
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for bits, logits in EXPECTED["logits"].items():
+        with torch.no_grad(), bit_width(model, int(bits)):
+            torch.testing.assert_close(model(x), torch.tensor(logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("verb", ["test", "validate"])
+def test_checkpoint_is_scored_as_before(folder, verb):
+    config = ["--config", "runs/interrupted/run/config.yaml"]
+    assert main([verb, *config, "--ckpt_path", CHECKPOINT]) == 0
+    if verb == "test":
+        record = json.loads(Path("runs/interrupted/run/record.json").read_text())
+        found = acc1(record["test"]["metrics"], "test")
+        # one image of 360 may change sides on another processor
+        assert found == pytest.approx(acc1(EXPECTED["test"], "test"), abs=0.3)
+
+
+def test_interrupted_run_resumes(folder):
+    config = ["--config", "runs/interrupted/run/config.yaml"]
+    metrics = run_fit([*config, "--ckpt_path", CHECKPOINT])
+    assert Path(metrics["run_dir"]).resolve() == folder / "runs/interrupted/run"
+    assert metrics["train/loss_w2"] == pytest.approx(EXPECTED["resumed"]["train/loss_w2"], abs=2e-3)
+    assert acc1(metrics, "val") == pytest.approx(acc1(EXPECTED["resumed"], "val"), abs=0.7)
+    record = json.loads(Path("runs/interrupted/run/record.json").read_text())
+    assert (record["status"], record["steps"], record["epochs"]) == ("finished", 80, 2)
+
+
+def test_checkpoint_exports_to_the_weights_it_holds(folder):
+    assert main(["export", CHECKPOINT, "--out", "model.safetensors"]) == 0
+    model = load_packed("model.safetensors", bits=2)
+    assert model.tq_file["prepare"]["widths"] == [8, 2]
+
+
+def test_finished_sweep_is_read_and_not_run_again(folder):
+    before = {p: p.read_bytes() for p in Path("sweep/trials").rglob("record.json")}
+    trials = Path("sweep/trials.csv").read_text()
+    assert main(["sweep", "sweep.yaml", "--dir", "sweep"]) == 0
+    assert {p: p.read_bytes() for p in Path("sweep/trials").rglob("record.json")} == before
+    old, new = (list(csv.DictReader(text.splitlines())) for text in (trials, Path("sweep/trials.csv").read_text()))
+    assert [{key: row[key] for key in old[0]} for row in new] == old
+
+
+def test_report_has_the_numbers_it_had(folder):
+    assert main(["report", "sweep", "--out", "report"]) == 0
+    with (HERE / "expected_runs.csv").open() as file:
+        expected = list(csv.DictReader(file))
+    with Path("report/runs.csv").open() as file:
+        found = {(r["model_quantizer"], r["seed"], r["source"], r["width"]): r for r in csv.DictReader(file)}
+    assert len(found) == len(expected) == 64
+    for row in expected:
+        new = found[row["model_quantizer"], row["seed"], row["source"], row["width"]]
+        assert {key: new[key] for key in row} == row
+    arms = Path("report/tables/arms.md").read_text()
+    for cell in ("76.7 ± 57.4", "74.7 ± 39.7", "83.3 ± 26.5", "78.5 ± 26.5"):  # floor, then round
+        assert cell in arms
