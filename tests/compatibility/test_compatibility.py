@@ -71,7 +71,10 @@ def test_finished_sweep_is_read_and_not_run_again(folder):
     trials = Path("sweep/trials.csv").read_text()
     assert main(["sweep", "sweep.yaml", "--dir", "sweep"]) == 0
     assert {p: p.read_bytes() for p in Path("sweep/trials").rglob("record.json")} == before
-    old, new = (list(csv.DictReader(text.splitlines())) for text in (trials, Path("sweep/trials.csv").read_text()))
+    old, new = (
+        list(csv.DictReader(text.splitlines()))
+        for text in (trials, Path("sweep/trials.csv").read_text())
+    )
     assert [{key: row[key] for key in old[0]} for row in new] == old
 
 
@@ -80,7 +83,10 @@ def test_report_has_the_numbers_it_had(folder):
     with (HERE / "expected_runs.csv").open() as file:
         expected = list(csv.DictReader(file))
     with Path("report/runs.csv").open() as file:
-        found = {(r["model_quantizer"], r["seed"], r["source"], r["width"]): r for r in csv.DictReader(file)}
+        found = {
+            (r["model_quantizer"], r["seed"], r["source"], r["width"]): r
+            for r in csv.DictReader(file)
+        }
     assert len(found) == len(expected) == 64
     for row in expected:
         new = found[row["model_quantizer"], row["seed"], row["source"], row["width"]]
