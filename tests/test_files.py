@@ -1,9 +1,23 @@
-"""Whole or not at all: two writers of one file, and one that fails."""
+"""Atomic writes: two writers of one file, one that fails, folders, a full disk, and no leftovers."""
+
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
 from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write
+from tq_lightning.files import atomic_write, remove_temporaries
+
+
+def test_a_file_is_replaced(tmp_path):
+    path = tmp_path / "trials.csv"
+    for text in ("a", "b"):
+        with atomic_write(str(path)) as temporary:
+            temporary.write_text(text)
+            assert temporary.parent == tmp_path  # a rename between file systems is not atomic
+        assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
 
 
 def test_two_writers_at_a_time_leave_one_whole_file(tmp_path):
@@ -16,10 +30,89 @@ def test_two_writers_at_a_time_leave_one_whole_file(tmp_path):
     assert path.read_text() == "a,b" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError("full"), UserError),
+        (RuntimeError("broken"), RuntimeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path, error, seen):
     path = tmp_path / "trials.csv"
     path.write_text("before")
-    with pytest.raises(UserError, match="full"), atomic_write(path) as temporary:
+    with pytest.raises(seen), atomic_write(path) as temporary:
         temporary.write_text("half")
-        raise OSError("full")
+        raise error
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_swapped_as_a_whole(tmp_path):
+    target = tmp_path / "report"
+    target.mkdir()
+    (target / "old.html").write_text("old")
+    with atomic_write(target) as building:
+        (building / "figures").mkdir(parents=True)
+        (building / "figures" / "new.svg").write_text("new")
+        assert [p.name for p in target.iterdir()] == ["old.html"]
+    assert [p.name for p in target.iterdir()] == ["figures"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_cannot_be_swapped_in_stays(tmp_path, monkeypatch):
+    target = tmp_path / "report"
+    target.mkdir()
+    (target / "old.html").write_text("old")
+    real = os.replace
+
+    def replace(source, goal):
+        if str(source).endswith(".tmp"):
+            raise PermissionError(13, "Permission denied")
+        real(source, goal)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match="Permission denied"), atomic_write(target) as building:
+        building.mkdir()
+    assert (target / "old.html").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(tmp_path):
+    path = tmp_path / "trials.csv"
+    path.write_text("before")
+    with pytest.raises(UserError) as caught, atomic_write(path) as temporary:
+        temporary.symlink_to("/dev/full")
+        temporary.write_text("x" * 100_000)
+    assert str(caught.value) == (
+        f"cannot write {path} (No space left on device); nothing was changed"
+    )
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"no folder .*absent to write a\.csv to; create it first"),
+        atomic_write(tmp_path / "absent" / "a.csv") as temporary,
+    ):
+        temporary.write_text("a")
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    code = (
+        "import sys, time; from tq_lightning.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as t: t.write_text('half'); time.sleep(60)"
+    )
+    path = tmp_path / "last.ckpt"
+    path.write_text("before")
+    writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    until = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    writer.kill()
+    writer.wait()
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".hidden.tmp").write_text("a user's")
+    remove_temporaries(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden.tmp", "last.ckpt"]
+    assert path.read_text() == "before"
+    remove_temporaries(tmp_path / "absent")

@@ -1,6 +1,7 @@
 """Atomic file writes, safe with concurrent writers."""
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from tq_lightning.errors import UserError
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -16,13 +19,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     The caller creates a file or a folder at the yielded path. It is flushed to disk before it is renamed, so a reader (or
     the next start after a crash) sees either the old content or the new one. If the block raises, `path` is unchanged and
-    the temporary path is removed. Each writer has a temporary name of its own.
+    the temporary path is removed. Each writer has a temporary name of its own; a killed writer leaves its temporary file,
+    which `remove_temporaries` deletes.
 
     Args:
         path: target file or folder. Its parent folder must exist.
 
     Raises:
-        UserError: the parent folder does not exist, the disk is full, or the target can't be written.
+        UserError: the parent folder does not exist, the disk is full, or the target cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -35,25 +39,36 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             _swap_folder(temporary, path)
         else:
             os.replace(temporary, path)
-        _sync(path.parent)
+        _sync(path.parent, deep=False)
     except OSError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}); nothing was changed"
-        ) from error
+        reason = (error.strerror or str(error)).splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}); nothing was changed") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
-    if path.is_dir() and os.name == "nt":  # Windows can't open a folder
-        return
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed writers left in `folder`. Call it only while no other process writes there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(path.name):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path, deep: bool = True) -> None:
+    """Flush a file, or a folder with (`deep`) or without the files below it, to disk."""
+    if path.is_dir():
+        for entry in path.iterdir() if deep else ():
+            _sync(entry)
+        if os.name == "nt":  # Windows cannot open a folder
+            return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -62,7 +77,7 @@ def _sync(path: Path) -> None:
 
 
 def _swap_folder(new: Path, target: Path) -> None:
-    """Rename a folder over another one; the old one is moved aside first and restored if the rename fails."""
+    """Rename a folder over another one, which is moved aside first and restored if the rename fails."""
     if not target.exists() or not any(target.iterdir()):
         os.replace(new, target)
         return
@@ -73,4 +88,4 @@ def _swap_folder(new: Path, target: Path) -> None:
     except OSError:
         os.replace(aside, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)

@@ -83,7 +83,7 @@ def test_the_newest_whole_checkpoint_of_the_latest_attempt_is_gone_on_from_in_a_
         "metrics.csv",
     }  # W&B's files are not copied
     assert (homes[1] / "r2" / "metrics.csv").is_file() and not list(trials.glob("*.part"))
-    assert "can't go on from" in capsys.readouterr().err
+    assert "cannot resume from" in capsys.readouterr().err
 
 
 def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(write_sweep, tmp_path, monkeypatch):

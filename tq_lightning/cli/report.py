@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tq_lightning.cli.parser import Parser
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, hide_password
 from tq_lightning.report.write import check_out, make
 
 
@@ -60,7 +60,8 @@ def main(argv: list[str]) -> int:
                 f"--ignore {key}: no run has the key {key}; pass one such as model.lr or data.batch_size"
             )
     found = evidence.gather(loaded, arguments.ignore)
-    command = records.shorten("python -m tq_lightning report " + shlex.join(argv))
+    command = "python -m tq_lightning report " + shlex.join(argv)
+    command = records.shorten(hide_password(command))
     written = make(found, out, arguments.title or out.resolve().name, command)
     show(found, out, written)
     return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, first_line, hide_password
 
 MAX_SNIFF = (
     64 * 2**20
@@ -141,14 +141,14 @@ def _from_study(storage: str, path: Path | None) -> list[Candidate]:
     """The trials of every study of a storage; each trial's user attribute "record" is the path of its record.json."""
     if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).exists():
         raise UserError(f"{storage}: no such SQLite file; pass the storage the sweep was run with")
-    name = shown(path) if path else _without_password(storage)
+    name = shown(path) if path else hide_password(storage)
     try:
         trials = _trials(storage)
     except (
         Exception
     ) as error:  # Optuna and its drivers raise many kinds; each means: this storage can't be read
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name}: not readable as an Optuna study: {reason[0]}") from error
+        reason = first_line(error)
+        raise UserError(f"{name}: not readable as an Optuna study: {reason}") from error
     out = [
         _from_trial(f"{name}, study {study}, trial {trial.number}", trial, path)
         for study, trial in trials
@@ -212,10 +212,6 @@ def _from_trial(name: str, trial: Any, study_file: Path | None) -> Candidate:
         shown(path),
         None if state == "complete" else f"{name}: the trial is {state}, not complete",
     )
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"(://[^:/@]+):[^@/]*@", r"\1:***@", url)
 
 
 def shown(path: Path) -> str:

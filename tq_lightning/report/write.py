@@ -48,8 +48,7 @@ def make(evidence: Any, out: Path, title: str, command: str) -> list[str]:
 
 def fill(folder: Path, evidence: Any, title: str, command: str) -> list[str]:
     """All files of a report into `folder`."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    from tq_lightning import __version__
     from tq_lightning.report import dataframe as tidy
     from tq_lightning.report import figures
     from tq_lightning.report import findings as verdicts
@@ -58,10 +57,6 @@ def fill(folder: Path, evidence: Any, title: str, command: str) -> list[str]:
     from tq_lightning.report.tables import build as tabulate
     from tq_lightning.report.tables import render as tables
 
-    try:
-        ours = version("tq_lightning")
-    except PackageNotFoundError:
-        ours = "unknown"
     (folder / "figures").mkdir()
     (folder / "tables").mkdir()
     drawn = figures.draw(evidence)
@@ -78,7 +73,7 @@ def fill(folder: Path, evidence: Any, title: str, command: str) -> list[str]:
         summary(title, command, said, evidence.notes), encoding="utf-8"
     )
     beside = [*(tidy.write(evidence.arms, folder) if evidence.arms else []), "summary.md"]
-    made = {"command": command, "version": ours, "files": beside}
+    made = {"command": command, "version": __version__, "files": beside}
     text = page.page(title, evidence, made_tables, drawn, said, folder / "figures", made)
     (folder / "index.html").write_text(text, encoding="utf-8")
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
@@ -87,7 +82,7 @@ def fill(folder: Path, evidence: Any, title: str, command: str) -> list[str]:
         "schema": 1,
         "title": title,
         "command": command,
-        "version": ours,
+        "version": __version__,
         "left_out": evidence.left_out,
         "files": files,
     }

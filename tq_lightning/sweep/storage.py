@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.errors import TrainingError, UserError, hide_password
 
 if TYPE_CHECKING:
     import optuna
@@ -80,11 +80,6 @@ class StorageOutage:
         return True
 
 
-def hide_password(url: str) -> str:
-    """The URL as it may be shown and written down."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
-
-
 def _database(url: str) -> "optuna.storages.RDBStorage":
     """RDBStorage with the waits that many workers need, and with SQLite's transactions made atomic."""
     from optuna.storages import RDBStorage
@@ -127,4 +122,5 @@ def _database(url: str) -> "optuna.storages.RDBStorage":
 def _first(error: BaseException, limit: int = 200) -> str:
     """What a storage's error says, in one line of at most `limit` characters."""
     text = re.sub(r"^\([\w.]+\)\s*", "", " ".join(str(error.__cause__ or error).split()))
+    text = hide_password(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."

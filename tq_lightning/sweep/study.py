@@ -8,10 +8,10 @@ from typing import Any
 
 import optuna
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, hide_password
 from tq_lightning.sweep import config as space
 from tq_lightning.sweep import search_space as twins
-from tq_lightning.sweep.storage import hide_password, open_storage
+from tq_lightning.sweep.storage import open_storage
 from tq_lightning.sweep.trial_queue import STALE_SECONDS, TrialQueue
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tq_lightning.errors import UserError
+from tq_lightning.files import atomic_write
 from tq_lightning.records import NAME, Record, RecordError, read_any, value_of
 
 Fit = Callable[
@@ -194,19 +195,16 @@ def go_on(
     from tq_lightning.training.checkpoint import checkpoint_step
 
     for path in _checkpoints(study, trial, home.parent):
-        part = home.with_name(f"{home.name}.part")
         run = path.parents[1]
         try:
-            # W&B's files stay: the fit that goes on makes a W&B run of its own
-            shutil.copytree(run, part / run.name, ignore=shutil.ignore_patterns("wandb", "*.tmp"))
-            step = checkpoint_step(part / run.name / LAST)
-        except (OSError, shutil.Error, UserError) as error:
-            print(f"can't go on from {path}: {error}", file=sys.stderr, flush=True)
-            shutil.rmtree(part, ignore_errors=True)
+            with atomic_write(home) as copy:
+                # W&B's files stay: the fit that resumes makes a W&B run of its own
+                ignored = shutil.ignore_patterns("wandb", "*.tmp")
+                shutil.copytree(run, copy / run.name, ignore=ignored)
+                step = checkpoint_step(copy / run.name / LAST)
+        except UserError as error:
+            print(f"cannot resume from {path}: {error}", file=sys.stderr, flush=True)
             continue
-        part.rename(
-            home
-        )  # whole or not at all: a worker that dies in the middle leaves nothing to go on from
         return home / run.name / LAST, step
     return None
 

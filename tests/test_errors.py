@@ -1,0 +1,59 @@
+"""Passwords never leave the process: not in a message, not in a report."""
+
+import pytest
+
+from tq_lightning.errors import first_line, hide_password
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:secret@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://u:se/cr/et@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://u:se@cret@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://u:se%40cr%2Fet@h:5432/db", "postgresql://u:***@h:5432/db"),
+        ("postgresql://u:se:cr?et#@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://u:@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://:secret@h/db", "postgresql://:***@h/db"),
+        ("postgresql://u:sec ret@h/db", "postgresql://u:***@h/db"),
+        ("postgresql+psycopg://u:secret@[::1]:5432/db", "postgresql+psycopg://u:***@[::1]:5432/db"),
+        ("postgresql://h/db?user=u&password=secret", "postgresql://h/db?user=u&password=***"),
+        ("postgresql://h/db?password=se%26cret&a=b", "postgresql://h/db?password=***&a=b"),
+        ("mysql://u:a@h/db?sslpassword=secret&x=1", "mysql://u:***@h/db?sslpassword=***&x=1"),
+        # nothing to hide
+        ("postgresql://u@h:5432/db", "postgresql://u@h:5432/db"),
+        ("postgresql://h:5432/db", "postgresql://h:5432/db"),
+        ("sqlite:////home/me@host/a:b/study.db", "sqlite:////home/me@host/a:b/study.db"),
+        ("journal:/data/study.log", "journal:/data/study.log"),
+    ],
+)
+def test_the_password_of_a_url(url, shown):
+    assert hide_password(url) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(psycopg.OperationalError) connection to 'postgresql://u:se/c@ret@h/db' failed: timeout",
+        "python -m tq_lightning report postgresql://u:se/c@ret@h/db --out report",
+        "Could not parse postgresql://u:se/c@ret@h/db; or mysql://v:se/c@ret@i/db",
+        'invalid dsn "host=h user=u password=se/c@ret dbname=db"',
+        "invalid dsn password='se/c@ret more'",
+    ],
+)
+def test_passwords_inside_a_text(text):
+    shown = hide_password(text)
+    assert "se/c" not in shown and "ret" not in shown.replace("interpret", "")
+    assert "***" in shown
+
+
+def test_the_rest_of_a_text_stays():
+    text = "cannot reach postgresql://u:secret@h/db (timeout); start it"
+    assert hide_password(text) == "cannot reach postgresql://u:***@h/db (timeout); start it"
+
+
+def test_first_line_of_an_error():
+    assert first_line(RuntimeError("postgresql://u:pw@h/db\nfurther lines")) == (
+        "postgresql://u:***@h/db"
+    )
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
