@@ -20,7 +20,7 @@ from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.layers import select_layers
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import calibrate_norms
-from tq_lightning.quant.weight import original, shared_normalisation, weight_quantizers
+from tq_lightning.quant.weight import original, shared_normalization, weight_quantizers
 
 PINNED = dict(
     line.strip().split("==")
@@ -208,14 +208,15 @@ def test_family(family):
     for bits in WIDTHS:
         with bit_width(model, bits):
             sum(t.float().square().mean() for t in _tensors(model(x))).backward()
-    for full_name, module, tensor, _ in weight_quantizers(model):
+    for weight in weight_quantizers(model):
+        full_name, module, tensor = weight.name, weight.module, weight.tensor
         gradient = original(module, tensor).grad
         assert gradient is not None and gradient.isfinite().all(), f"gradient of {full_name}"
     model.zero_grad()
 
     model.eval()
     calibrate_norms(model, [x])
-    with torch.no_grad(), shared_normalisation(model):
+    with torch.no_grad(), shared_normalization(model):
         for bits in range(1, 9):
             with bit_width(model, bits, "quantize"):
                 quantized = _tensors(model(x))
@@ -235,9 +236,7 @@ def _share(
     model: nn.Module, floats: _FloatWeights, skipped: set[int]
 ) -> tuple[float, list[tuple[int, ...]]]:
     """Share of the multiplied weights that is quantized, leaving `skipped` aside, and the shapes of what is not."""
-    done = sum(
-        original(module, tensor).numel() for _, module, tensor, _ in weight_quantizers(model)
-    )
+    done = sum(weight.original.numel() for weight in weight_quantizers(model))
     left = [p for p in floats.met.values() if id(p) not in skipped]
     return done / (done + sum(p.numel() for p in left)), [tuple(p.shape) for p in left]
 

@@ -125,8 +125,9 @@ def _calls(name: str, bits: int | None, source: str, normalizer: str = "tanh", t
 def _grids(model: nn.Module, bits: int) -> list[tuple[Tensor, Tensor]]:
     """(level, weight) of every quantized tensor, from the integers: the codes at 8 bits, shifted."""
     grids = []
-    for _, module, tensor, quantizer in weight_quantizers(model):
-        u, scale = quantizer.normalise(original(module, tensor).detach())
+    for weight in weight_quantizers(model):
+        quantizer = weight.quantizer
+        u, scale, _ = quantizer.normalize(weight.original.detach())
         codes = truncate_codes(floor_codes(u, 8), 8, bits)
         grids.append((codes_to_levels(codes, bits), dequantize(codes, bits, scale)))
     return grids
@@ -176,7 +177,8 @@ def test_gradients_reach_the_float_weight_in_training(name):
     prepare(model, skip=(), verbose=False)
     with bit_width(model, 2):
         model(torch.randn(shape)).square().sum().backward()
-    for full_name, module, tensor, _ in weight_quantizers(model):
+    for weight in weight_quantizers(model):
+        full_name, module, tensor = weight.name, weight.module, weight.tensor
         gradient = original(module, tensor).grad
         assert gradient is not None and gradient.isfinite().all() and gradient.abs().sum() > 0, (
             full_name

@@ -91,7 +91,7 @@ def switching(table, prepared, path):
     served = load_packed(path)
     weights, tensors = (
         packed_weights(served),
-        [(m, t) for _, m, t, _ in weight_quantizers(prepared)],
+        [(w.module, w.tensor) for w in weight_quantizers(prepared)],
     )
     turn = {"packed": 0, "float": 0}
 
@@ -101,12 +101,12 @@ def switching(table, prepared, path):
             for module, tensor in pairs:
                 getattr(module, tensor)
 
-    numbers = sum(m.parametrizations[t].original.numel() for _, m, t, _ in weights)
+    numbers = sum(w.codes.numel() for w in weights)
     source, target = (
         torch.zeros(numbers * 5 // 2, dtype=torch.uint8),
         torch.zeros(numbers * 5 // 2, dtype=torch.uint8),
     )
-    pairs = [(m, t) for _, m, t, _ in weights]
+    pairs = [(w.module, w.tensor) for w in weights]
     took = alternately(
         7,
         packed=lambda: step(served, pairs, "packed"),

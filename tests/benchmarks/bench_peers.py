@@ -129,7 +129,7 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
         "bytes",
     )
     ours = load_packed(packed)
-    pairs = [(module, tensor) for _, module, tensor, _ in packed_weights(ours)]
+    pairs = [(w.module, w.tensor) for w in packed_weights(ours)]
     assert pairs
     turn = {"tq_lightning": 0, "optimum-quanto": 0}
 

@@ -109,7 +109,7 @@ def main():
             str(work / "dynamic.onnx"), providers=["CPUExecutionProvider"]
         )
     rows = []
-    widths = packed_weights(served)[0][3].widths
+    widths = packed_weights(served)[0].packed.widths
     for bits in sorted(widths, reverse=True):
         with torch.inference_mode(), bit_width(served, bits):
             row = {"bits": bits, "images": len(labels), "pytorch": hits(served, images, labels)}
@@ -120,8 +120,8 @@ def main():
         row["bytes_read"] = alone.tq_file["bytes_read"]
         made = reader.weights(path, bits)
         same = [
-            np.array_equal(made[n], getattr(m, t).detach().numpy())
-            for n, m, t, _ in packed_weights(alone)
+            np.array_equal(made[w.name], getattr(w.module, w.tensor).detach().numpy())
+            for w in packed_weights(alone)
         ]
         row["numpy_reader_weights_equal"] = all(same)
         if dynamic is not None:

@@ -14,7 +14,7 @@ from tq_lightning.callbacks.width_table import print_widths
 from tq_lightning.cli import run_fit
 from tq_lightning.errors import TrainingError
 from tq_lightning.models import create_model
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.weight import weight_quantizers
 
 RUN = [
     *(
@@ -306,8 +306,8 @@ def test_disagreement_of_codes():
             assert set(got) == set(range(1, 9)) and not any(got.values())
     assert got[8] == 0 and got[1] < 1e-3 and all(got[b] > 0.005 for b in range(2, 8))
     differ = total = 0
-    for _, module, name, q in weight_quantizers(model):
-        u, _ = q.normalise(original(module, name))
+    for item in weight_quantizers(model):
+        u = item.quantizer.normalize(item.original).u
         differ += int(
             (torch.round(3 * u) != torch.div(torch.round(255 * u), 64, rounding_mode="floor")).sum()
         )

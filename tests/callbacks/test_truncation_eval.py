@@ -339,14 +339,14 @@ def test_bad_number_of_batches():
 
 def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, monkeypatch):
     calls = []
-    plain = weight.WeightQuantizer._normalise
+    plain = weight.WeightQuantizer.normalize
     monkeypatch.setattr(
         weight.WeightQuantizer,
-        "_normalise",
+        "normalize",
         lambda self, w: (calls.append(self), plain(self, w))[1],
     )
     trainer, module, data = fit(tmp_path, limit_train_batches=1)
-    quantizers = [q for _, _, _, q in weight.weight_quantizers(module)]
+    quantizers = [w.quantizer for w in weight.weight_quantizers(module)]
     assert len(trainer.val_dataloaders) > 1
     assert len(calls) == 2 * len(quantizers), (
         "one step, and one validation of several batches and a calibration"

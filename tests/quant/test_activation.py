@@ -8,7 +8,7 @@ from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.ste import STES
 
-PACT = [kind for kind, (learned, _, _) in ACTIVATIONS.items() if learned]
+PACT = [kind for kind, row in ACTIVATIONS.items() if row.learned]
 CLAMP = [kind for kind in ACTIVATIONS if kind not in PACT]
 
 
@@ -65,8 +65,8 @@ def test_value_of_every_kind(kind, source):
     x = _inputs(clip)
     u = (x / clip).clamp(0, 1)
     for bits in range(1, 9):
-        at_width = QUANTIZERS[quantizer](u, bits)
-        shifted = QUANTIZERS[quantizer](u, 8) >> (8 - bits)
+        at_width = QUANTIZERS[quantizer].codes(u, bits)
+        shifted = QUANTIZERS[quantizer].codes(u, 8) >> (8 - bits)
         codes = shifted if truncated and source == "truncate" else at_width
         exact = codes.float() / (2**bits - 1) * clip
         layer = _layer(kind, bits, source)
@@ -147,7 +147,7 @@ def test_dtype_outside_float32_inside(kind, dtype):
 def test_stored_width_below_eight():
     x = torch.rand(100)
     layer = _layer("clamp_round_truncate", 2, "truncate", max_bits=4)
-    assert torch.equal(layer(x), (QUANTIZERS["round"](x, 4) >> 2).float() / 3)
+    assert torch.equal(layer(x), (QUANTIZERS["round"].codes(x, 4) >> 2).float() / 3)
 
 
 def test_empty_batch():

@@ -35,8 +35,8 @@ def test_wrong_order_is_noticed():
     ("call", "match"),
     [
         (lambda: pack_planes(np.array([4], np.uint8), 2), "does not fit 2 bits"),
-        (lambda: pack_planes(np.zeros((2, 2), np.uint8), 8), "row of uint8"),
-        (lambda: pack_planes(np.zeros(2, np.int8), 8), "row of uint8"),
+        (lambda: pack_planes(np.zeros((2, 2), np.uint8), 8), "one-dimensional uint8"),
+        (lambda: pack_planes(np.zeros(2, np.int8), 8), "one-dimensional uint8"),
         (lambda: pack_planes(np.zeros(2, np.uint8), 9), "1 to 8"),
         (lambda: unpack_planes([np.zeros(3, np.uint8)], 8), "is 1 bytes"),
         (lambda: unpack_planes([], 8), "1 to 8"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_refuses_other_widths(model, bits):
     with (
         bit_width(model, 2),
         pytest.raises(
-            ValueError, match=r"no such width .*; pass bits from 1 to 8, or None for float"
+            ValueError, match=r"unknown width .*; pass bits from 1 to 8, or None for float"
         ),
     ):
         bit_width(model, bits).__enter__()
@@ -91,7 +92,7 @@ def test_refuses_other_widths(model, bits):
 def test_refuses_widths_above_the_stored_one(net):
     prepare(net, max_bits=4, widths=(4, 2), verbose=False)
     with (
-        pytest.raises(ValueError, match="no such width 8; pass bits from 1 to 4"),
+        pytest.raises(ValueError, match="unknown width 8; pass bits from 1 to 4"),
         bit_width(net, 8),
     ):
         pass
@@ -197,17 +198,15 @@ def test_quantize_never_passes_through_stored_codes(net, images, monkeypatch, qu
     monkeypatch.setattr(codes, "truncate_codes", shift)
     for user in (fake_quantize, weight):
         monkeypatch.setattr(user, "truncate_codes", shift)
-    asked = []
-    plain = dict(codes.QUANTIZERS)
-    spy = {
-        name: lambda u, bits, f=f: (asked.append(bits), f(u, bits))[1] for name, f in plain.items()
-    }
-    monkeypatch.setattr(fake_quantize, "QUANTIZERS", spy)
+    tops = []
+    row = codes.QUANTIZERS[quantizer]
+    spy = replace(row, steps=lambda u, top: (tops.append(top), row.steps(u, top))[1])
+    monkeypatch.setitem(codes.QUANTIZERS, quantizer, spy)
     for train in (False, True):
         for bits in (8, 4, 2, 1) if train else range(1, 9):
-            asked.clear()
+            tops.clear()
             with bit_width(net.train(train), bits, "quantize"):
                 net(images).sum().backward()
-            assert set(asked) == {bits}
+            assert set(tops) == {2**bits - 1}
     with pytest.raises(AssertionError, match="was called"), bit_width(net.eval(), 4, "truncate"):
         net(images)

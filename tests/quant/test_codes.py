@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from tq_lightning.quant.codes import (
-    BIN_EDGES,
     LEVELS,
     QUANTIZERS,
     codes_to_levels,
@@ -111,20 +110,22 @@ def test_counter_example_round_codes_have_no_identity():
 def test_every_quantizer(name, bits):
     """What any row of the dict must do: uint8, all codes used, monotone, the ends at the ends, the input untouched."""
     u = U.clone()
-    codes = QUANTIZERS[name](u, bits)
+    quantize = QUANTIZERS[name].codes
+    codes = quantize(u, bits)
     assert codes.dtype == torch.uint8 and codes.shape == U.shape and torch.equal(u, U)
     assert codes.unique().tolist() == list(range(2**bits))
     assert (codes[U.argsort()].int().diff() >= 0).all()
-    assert QUANTIZERS[name](torch.tensor([[0.0, 1.0]]), bits).tolist() == [[0, 2**bits - 1]]
-    assert QUANTIZERS[name](torch.empty(0, 3), bits).shape == (0, 3)
+    assert quantize(torch.tensor([[0.0, 1.0]]), bits).tolist() == [[0, 2**bits - 1]]
+    assert quantize(torch.empty(0, 3), bits).shape == (0, 3)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_bin_edges_are_where_the_codes_change(name, bits):
-    edge, width = BIN_EDGES[name](U, bits)
+    quantizer = QUANTIZERS[name]
+    edge, width = quantizer.edges(U, bits)
     step = 1e-6
-    below, above = QUANTIZERS[name](edge - step, bits), QUANTIZERS[name](edge + step, bits)
+    below, above = quantizer.codes(edge - step, bits), quantizer.codes(edge + step, bits)
     assert torch.equal(below + 1, above)
     assert edge.unique().numel() == 2**bits - 1
     u = U
@@ -134,8 +135,29 @@ def test_bin_edges_are_where_the_codes_change(name, bits):
     assert gaps.numel() == 0 or torch.allclose(gaps, torch.tensor(width))
 
 
-def test_every_quantizer_has_bin_edges():
-    assert BIN_EDGES.keys() == QUANTIZERS.keys()
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_nested_says_whether_the_codes_nest(name):
+    quantizer = QUANTIZERS[name]
+    stored = quantizer.codes(U, 8)
+    same = [torch.equal(quantizer.codes(U, bits), stored >> (8 - bits)) for bits in WIDTHS]
+    assert all(same) == quantizer.nested
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_steps_take_the_largest_code_as_a_tensor(name, bits):
+    """The form that an ONNX graph computes gives the same codes, to the bit."""
+    top = torch.tensor([2.0**bits - 1])
+    steps = torch.minimum(QUANTIZERS[name].steps(U, top), top)
+    assert torch.equal(steps, QUANTIZERS[name].codes(U, bits).float())
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_take_the_largest_code_as_a_tensor(level, bits):
+    codes = torch.arange(2**bits).to(torch.uint8)
+    levels = LEVELS[level](codes.float(), torch.tensor([2.0**bits - 1]))
+    assert torch.equal(levels, codes_to_levels(codes, bits, level))
 
 
 TRUNCATE_CASES = {  # name -> (code, from, to, code after)

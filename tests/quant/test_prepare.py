@@ -9,14 +9,15 @@ from torch.nn.utils import parametrizations
 
 from tq_lightning.quant.activation import ACTIVATIONS, ActivationQuantizer
 from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.config import check_widths
 from tq_lightning.quant.layers import select_layers
-from tq_lightning.quant.prepare import check_widths, prepare
+from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import PerWidthNorm, calibrate_norms, per_width_norms
 from tq_lightning.quant.weight import original, weight_quantizers
 
 
 def _quantized(model: nn.Module) -> list[str]:
-    return [name for name, *_ in weight_quantizers(model)]
+    return [weight.name for weight in weight_quantizers(model)]
 
 
 def test_report_and_what_is_printed(net, capsys):
@@ -66,7 +67,7 @@ def test_quiet_and_arguments_kept(net, capsys):
         "skip": ["last"],
         "norm": "shared",
     }
-    rule = weight_quantizers(net)[0][3]
+    rule = weight_quantizers(net)[0].quantizer
     assert (rule.quantizer, rule.ste, rule.level, rule.normalizer) == (
         "round",
         "ewgs",
@@ -108,8 +109,11 @@ BAD_SKIPS = {  # name -> (skip, message)
         r"skip pattern 'inner' matches no layer .*such as 'inner\.\*'",
     ),
     "matches a norm alone": (("*.bn",), r"skip pattern '\*\.bn' matches no layer with weights"),
-    "not a list": ("first", r"skip must be a list of entries, got 'first'; pass \['first'\]"),
-    "everything": (("*",), r"nothing left to quantize in Sequential with skip=\['\*'\]; skip less"),
+    "not a list": ("first", r"skip must be a list, got 'first'; pass \['first'\]"),
+    "everything": (
+        ("*",),
+        r"nothing left to quantize in Sequential with skip=\['\*'\]; skip fewer layers",
+    ),
 }
 
 
@@ -158,19 +162,19 @@ def _old_style(norm) -> nn.Module:
 UNTREATABLE = {  # name -> (layer, why)
     "old-style weight_norm": (
         lambda: _old_style(nn.utils.weight_norm),
-        "its weight is no parameter",
+        "its weight is not a parameter",
     ),
     "old-style spectral_norm": (
         lambda: _old_style(nn.utils.spectral_norm),
-        "its weight is no parameter",
+        "its weight is not a parameter",
     ),
     "parametrized weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
-        "parametrized already",
+        "already parametrized",
     ),
     "a module of one's own": (
         _Kernel,
-        r"_Kernel multiplies with a weight of shape \(4, 4\) in a way unknown",
+        r"_Kernel has a weight of shape \(4, 4\), but is not a known kind of layer",
     ),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex64"),
     "sparse": (lambda: _sparse(), "not a dense float tensor"),
@@ -190,7 +194,7 @@ def test_what_cannot_be_treated_names_the_layer_and_the_pattern(case):
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(make()), nn.Linear(4, 4))
     with pytest.raises(
         ValueError,
-        match=rf"can't quantize layer 1\.0: .*{why}.*; leave it in float with skip '1\.0'",
+        match=rf"cannot quantize layer 1\.0: .*{why}.*; leave it in float with skip '1\.0'",
     ):
         prepare(model, verbose=False, skip=())
     assert not weight_quantizers(model) and not hasattr(model, "tq")
@@ -225,12 +229,12 @@ BAD = {  # name -> (arguments, message)
         {"norm": "batch"},
         "unknown norm 'batch'; pass one of per_width, per_width_all, shared",
     ),
-    "no widths": ({"widths": ()}, r"widths must be whole numbers from 1 to max_bits=8, got \[\]"),
+    "no widths": ({"widths": ()}, r"widths must be integers from 1 to max_bits=8, got \[\]"),
     "a width too wide": ({"widths": (8, 4), "max_bits": 4}, r"from 1 to max_bits=4, got \[8, 4\]"),
     "a width twice": ({"widths": (8, 8)}, r"widths must differ, got \[8, 8\]"),
     "a float width": ({"widths": (8, None)}, r"got \[8, None\]"),
     "true for a width": ({"widths": (8, True)}, r"got \[8, True\]"),
-    "max_bits": ({"max_bits": 9}, "max_bits must be a whole number from 1 to 8, got 9"),
+    "max_bits": ({"max_bits": 9}, "max_bits must be an integer from 1 to 8, got 9"),
     "skip": ({"skip": ("layer9",)}, "matches no layer"),
 }
 
@@ -257,7 +261,7 @@ def test_no_relu_to_replace_leaves_the_model_alone():
 def test_prepared_twice(net):
     prepare(net, verbose=False)
     keys = list(net.state_dict())
-    with pytest.raises(ValueError, match="prepared already; prepare a fresh one"):
+    with pytest.raises(ValueError, match="already prepared; pass a new one"):
         prepare(net, verbose=False)
     assert list(net.state_dict()) == keys
 
@@ -358,9 +362,10 @@ def test_at_most_two_to_the_n_values_for_each_scale(case, normalizer):
     model = nn.Sequential(make())
     prepare(model, skip=(), normalizer=normalizer, verbose=False)
     assert _quantized(model) == [f"0.{tensor}" for tensor in tensors]
-    for _, module, tensor, rule in weight_quantizers(model):
-        assert getattr(module, tensor).unique().numel() > 16
-        _, scale = rule.normalise(original(module, tensor))
+    for item in weight_quantizers(model):
+        module, tensor = item.module, item.tensor
+        assert item.original.unique().numel() > 16
+        scale = item.quantizer.normalize(item.original).scale
         for bits in (1, 2, 3):
             with bit_width(model, bits, "truncate"):
                 weight = getattr(module, tensor)

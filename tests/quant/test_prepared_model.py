@@ -75,8 +75,8 @@ def test_copies_of_layers_with_several_tensors(make):
         before.sum().backward()
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        for _, module, tensor, _ in weight_quantizers(model):
-            original(module, tensor).zero_()
+        for weight in weight_quantizers(model):
+            weight.original.zero_()
     with bit_width(twin, 2):
         assert torch.equal(twin[0](*inputs)[0], before)
     with bit_width(model, 2):
@@ -129,15 +129,15 @@ def test_dtypes(net, images, dtype):
     for bits in (8, 4, 2, 1):
         with bit_width(net.train(), bits):
             net(images.to(dtype)).sum().backward()
-    assert all(original(m, t).grad.isfinite().all() for _, m, t, _ in weight_quantizers(net))
+    assert all(w.original.grad.isfinite().all() for w in weight_quantizers(net))
 
 
 def test_state_survives_a_round_trip_between_dtypes(model, images):
-    codes = [rule.codes(original(m, t).bfloat16())[0] for _, m, t, rule in weight_quantizers(model)]
+    codes = [w.quantizer.codes(w.original.bfloat16())[0] for w in weight_quantizers(model)]
     model.to(torch.bfloat16).to(torch.float32)
     assert all(
-        torch.equal(rule.codes(original(m, t))[0], c)
-        for (_, m, t, rule), c in zip(weight_quantizers(model), codes, strict=True)
+        torch.equal(w.quantizer.codes(w.original)[0], c)
+        for w, c in zip(weight_quantizers(model), codes, strict=True)
     )
 
 

@@ -182,9 +182,9 @@ def test_refusals_and_nothing_to_do(model, images):
     prepare(plain, skip=(), verbose=False)
     assert untrained_widths(plain) == []
     calibrate_norms(plain, [])
-    with pytest.raises(ValueError, match="width 3 has no norm set"):
+    with pytest.raises(ValueError, match="width 3 has no norm"):
         calibrate_norms(plain, [images], widths=[3])
-    with pytest.raises(ValueError, match="width 9 has no norm set"):
+    with pytest.raises(ValueError, match="width 9 has no norm"):
         calibrate_norms(model, [images], widths=[9])
 
 

@@ -1,19 +1,20 @@
 """The weight quantizer: normalisers against hand-written ones, gradients against float64 autograd, and hard weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tq_lightning.quant import fake_quantize
 from tq_lightning.quant.bit_width import Width, bit_width
-from tq_lightning.quant.codes import LEVELS, QUANTIZERS, codes_to_levels
+from tq_lightning.quant.codes import LEVELS, NORMALIZERS, QUANTIZERS, codes_to_levels
+from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import (
-    NORMALIZERS,
     WeightQuantizer,
     original,
-    shared_normalisation,
+    shared_normalization,
     weight_quantizers,
 )
 
@@ -32,9 +33,9 @@ def _rule(
     return WeightQuantizer(
         "stem.weight",
         Width(8, (8, 4, 2, 1), bits, source),
+        QuantConfig(**choices),
         channel_dim=channel_dim,
         groups=groups,
-        **choices,
     )
 
 
@@ -76,7 +77,8 @@ def _by_hand(w: Tensor, normalizer: str, channel_dim: int, groups: int) -> tuple
 def test_normaliser(normalizer, shape):
     size, channel_dim, groups = SHAPES[shape]
     w = _weight(*size)
-    u, scale = _rule(normalizer=normalizer, channel_dim=channel_dim, groups=groups).normalise(w)
+    rule = _rule(normalizer=normalizer, channel_dim=channel_dim, groups=groups)
+    u, scale, _ = rule.normalize(w)
     exact_u, exact_scale = _by_hand(w, normalizer, channel_dim, groups)
     assert u.dtype == scale.dtype == torch.float32 and u.shape == w.shape
     assert torch.allclose(u.double(), exact_u, atol=1e-6)
@@ -91,8 +93,8 @@ def test_normaliser(normalizer, shape):
 def test_counter_example_channels_of_a_grouped_transposed_convolution():
     """Grouped and not grouped, the same tensor has other output channels."""
     w = _weight(6, 4, 2)
-    u_grouped = _rule(normalizer="absmax_channel", channel_dim=1, groups=3).normalise(w)[0]
-    u_plain = _rule(normalizer="absmax_channel", channel_dim=1, groups=1).normalise(w)[0]
+    u_grouped = _rule(normalizer="absmax_channel", channel_dim=1, groups=3).normalize(w).u
+    u_plain = _rule(normalizer="absmax_channel", channel_dim=1, groups=1).normalize(w).u
     assert not torch.allclose(u_grouped, u_plain)
 
 
@@ -104,11 +106,11 @@ def test_value(normalizer, quantizer, source):
     for level in LEVELS:
         for bits in range(1, 9):
             rule = _rule(bits, source, normalizer=normalizer, quantizer=quantizer, level=level)
-            u, scale = rule.normalise(w)
+            u, scale, _ = rule.normalize(w)
             codes = (
-                QUANTIZERS[quantizer](u, bits)
+                QUANTIZERS[quantizer].codes(u, bits)
                 if source == "quantize"
-                else QUANTIZERS[quantizer](u, 8) >> (8 - bits)
+                else QUANTIZERS[quantizer].codes(u, 8) >> (8 - bits)
             )
             exact = scale * (2 * codes_to_levels(codes, bits, level) - 1)
             assert torch.equal(rule(w), exact)
@@ -129,7 +131,8 @@ def test_codes_are_the_stored_ones():
     rule = _rule(2)
     codes, scale = rule.codes(w)
     assert (
-        torch.equal(codes, QUANTIZERS["floor"](rule.normalise(w)[0], 8)) and not scale.requires_grad
+        torch.equal(codes, QUANTIZERS["floor"].codes(rule.normalize(w).u, 8))
+        and not scale.requires_grad
     )
     assert torch.equal(scale, w.detach().abs().mean())
     narrow = WeightQuantizer("a", Width(4, (4,), 4))
@@ -153,49 +156,49 @@ def test_gradient_of_the_weight(normalizer, shape):
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_shared_normalisation_gives_the_same_values_and_gradients(normalizer):
+def test_shared_normalization_gives_the_same_values_and_gradients(normalizer):
     model = nn.Sequential(nn.Linear(6, 4), nn.ConvTranspose1d(3, 3, 2, groups=3))
     prepare(model, skip=(), normalizer=normalizer, verbose=False)
-    for _, module, tensor, rule in weight_quantizers(model):
-        w = original(module, tensor)
+    for quantized in weight_quantizers(model):
+        module, rule, w = quantized.module, quantized.quantizer, quantized.original
         plain = []
         for bits in (8, 2):
             with bit_width(model, bits):
                 plain.append(module.weight)
         torch.autograd.backward([p.sin().sum() for p in plain])
-        with shared_normalisation(model):
+        with shared_normalization(model):
             shared = []
             for bits in (8, 2):
                 with bit_width(model, bits):
                     shared.append(module.weight)
             assert all(torch.equal(a, b) for a, b in zip(plain, shared, strict=True))
-            leaf = rule._shared[0]
+            leaf = rule._shared.u
             (grad,) = torch.autograd.grad([p.sin().sum() for p in shared], [leaf])
-            assert torch.allclose(rule.normaliser_grad(grad), w.grad, rtol=1e-4, atol=1e-6)
+            assert torch.allclose(rule.normalizer_grad(grad), w.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_shared_normalisation_runs_once_and_ends(monkeypatch):
+def test_shared_normalization_runs_once_and_ends(monkeypatch):
     model = nn.Sequential(nn.Linear(6, 4))
     prepare(model, skip=(), verbose=False)
     calls = []
-    plain = WeightQuantizer._normalise
+    plain = WeightQuantizer.normalize
     monkeypatch.setattr(
-        WeightQuantizer, "_normalise", lambda self, w: (calls.append(self.name), plain(self, w))[1]
+        WeightQuantizer, "normalize", lambda self, w: (calls.append(self.name), plain(self, w))[1]
     )
-    rule = weight_quantizers(model)[0][3]
-    with pytest.raises(RuntimeError, match="inside"), shared_normalisation(model):
+    rule = weight_quantizers(model)[0].quantizer
+    with pytest.raises(RuntimeError, match="inside"), shared_normalization(model):
         for bits in (8, 4, 2):
             with bit_width(model, bits):
                 model(torch.ones(1, 6))
         raise RuntimeError("inside")
     assert calls == ["0.weight"] and rule._shared is None
     with (
-        shared_normalisation(model),
+        shared_normalization(model),
         bit_width(model, 4),
     ):  # an evaluation of many batches, and each of its batches
         for _ in range(3):
-            with shared_normalisation(model) as pairs:
-                assert [q for q, _ in pairs] == [rule]
+            with shared_normalization(model) as weights:
+                assert [w.quantizer for w in weights] == [rule]
                 model(torch.ones(1, 6))
     assert calls == ["0.weight"] * 2 and rule._shared is None
     with bit_width(model, 2):
@@ -205,14 +208,14 @@ def test_shared_normalisation_runs_once_and_ends(monkeypatch):
         assert not torch.equal(model[0].weight, before)
 
 
-def test_shared_normalisation_begun_without_gradients_still_trains():
+def test_shared_normalization_begun_without_gradients_still_trains():
     """Codes are read first (no gradient), a pass with gradients follows: it must reach the weight."""
     model = nn.Sequential(nn.Linear(6, 4))
     prepare(model, skip=(), verbose=False)
-    _, module, tensor, rule = weight_quantizers(model)[0]
-    with shared_normalisation(model), bit_width(model, 2):
-        rule.codes(original(module, tensor))
-        assert module.weight.requires_grad
+    weight = weight_quantizers(model)[0]
+    with shared_normalization(model), bit_width(model, 2):
+        weight.quantizer.codes(weight.original)
+        assert weight.module.weight.requires_grad
 
 
 HARD = {  # name -> weight (4, 3)
@@ -249,10 +252,10 @@ def test_hard_weights_shared():
         prepare(model, skip=(), verbose=False)
         with torch.no_grad():
             original(model[0], "weight").copy_(w)
-        rule = weight_quantizers(model)[0][3]
-        with shared_normalisation(model), bit_width(model, 2):
-            (grad,) = torch.autograd.grad(model[0].weight.sum(), [rule._shared[0]])
-            assert rule.normaliser_grad(grad).isfinite().all(), case
+        rule = weight_quantizers(model)[0].quantizer
+        with shared_normalization(model), bit_width(model, 2):
+            (grad,) = torch.autograd.grad(model[0].weight.sum(), [rule._shared.u])
+            assert rule.normalizer_grad(grad).isfinite().all(), case
 
 
 def test_exact_values_of_simple_weights():
@@ -269,8 +272,8 @@ def test_nan_and_infinity_name_the_layer(bad, normalizer, dtype):
     w = _weight(4, 3).to(dtype)
     w[2, 1] = bad
     rule = _rule(2, normalizer=normalizer)
-    for call in (rule, rule.normalise, rule.codes):
-        with pytest.raises(ValueError, match=r"weight stem\.weight holds NaN or infinity"):
+    for call in (rule, rule.normalize, rule.codes):
+        with pytest.raises(ValueError, match=r"weight stem\.weight contains NaN or infinity"):
             call(w)
 
 
@@ -281,7 +284,7 @@ def test_nan_names_the_layer_of_a_model(net, images):
         net(images)
     with (
         pytest.raises(ValueError, match=r"conv\.weight"),
-        shared_normalisation(net),
+        shared_normalization(net),
         bit_width(net, 4),
     ):
         net(images)
@@ -300,11 +303,13 @@ def test_inside_is_float32_whatever_the_dtype_of_the_weight(dtype):
 def test_inside_is_float32_under_autocast_and_in_bfloat16_models(net, images, monkeypatch, train):
     seen = []
 
-    def floor(u: Tensor, bits: int) -> Tensor:
-        seen.append(u.dtype)
-        return QUANTIZERS["floor"](u, bits)
+    row = QUANTIZERS["floor"]
 
-    monkeypatch.setattr(fake_quantize, "QUANTIZERS", {"floor": floor})
+    def steps(u: Tensor, top: float) -> Tensor:
+        seen.append(u.dtype)
+        return row.steps(u, top)
+
+    monkeypatch.setitem(QUANTIZERS, "floor", replace(row, steps=steps))
     prepare(net, skip=(), activations="pact_floor", verbose=False)
     net.train(train)
     weights = {}
@@ -326,9 +331,10 @@ def test_inside_is_float32_under_autocast_and_in_bfloat16_models(net, images, mo
 def test_weight_quantizers_lists_full_names(net):
     prepare(net, skip=("last",), verbose=False)
     found = weight_quantizers(net)
-    assert [name for name, *_ in found] == ["stem.weight", "conv.weight"]
-    assert found[1][1] is net.conv and found[1][3].name == "conv.weight"
-    assert weight_quantizers(net.conv)[0][0] == "weight"
+    assert [weight.name for weight in found] == ["stem.weight", "conv.weight"]
+    assert found[1].module is net.conv and found[1].quantizer.name == "conv.weight"
+    assert found[1].original is original(net.conv, "weight")
+    assert weight_quantizers(net.conv)[0].name == "weight"
 
 
 @pytest.mark.parametrize("key", ["quantizer", "ste", "level", "normalizer"])

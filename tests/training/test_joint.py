@@ -12,7 +12,7 @@ from tq_lightning import bit_width, prepare
 from tq_lightning.errors import TrainingError
 from tq_lightning.models import create_model
 from tq_lightning.quant.switchable_norm import train_float_norms
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_a_plain_loop(name, quantizer):
     assert_same_grads(ours, theirs)
     for name, ours_buffer in ours.named_buffers():
         assert torch.equal(ours_buffer, theirs.get_buffer(name)), name
-    assert all(original(m, t).grad.abs().sum() > 0 for _, m, t, _ in weight_quantizers(ours))
+    assert all(w.original.grad.abs().sum() > 0 for w in weight_quantizers(ours))
 
 
 @pytest.mark.parametrize("normalizer", ["absmax", "tanh_channel", "absmax_channel"])
@@ -253,11 +253,11 @@ def test_sandwich_leaves_the_other_norms_without_gradient():
 
 def test_frozen_parameters_stay_out():
     model = prepared(conv_net)
-    frozen = [original(m, t).requires_grad_(False) for _, m, t, _ in weight_quantizers(model)[:2]]
+    frozen = [w.original.requires_grad_(False) for w in weight_quantizers(model)[:2]]
     images, target = batch()
     joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
     assert all(p.grad is None for p in frozen)
-    assert original(*weight_quantizers(model)[2][1:3]).grad is not None
+    assert weight_quantizers(model)[2].original.grad is not None
 
 
 def test_a_loss_that_is_not_finite_names_its_width():
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_names_its_width():
         joint_loss(model, images, WIDTHS, bad)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
-    assert all(q._shared is None for *_, q in weight_quantizers(model)), (
+    assert all(w.quantizer._shared is None for w in weight_quantizers(model)), (
         "an error leaves nothing shared"
     )
     joint_loss(model, images, WIDTHS, recursive(target))[0].backward()

@@ -17,7 +17,7 @@ from tq_lightning.errors import first_line
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.records import (
     MONITOR,
     NAME,
@@ -52,13 +52,14 @@ def code_disagreement(model: torch.nn.Module) -> dict[int, float]:
     """{width: share of the weight codes that differ between quantize and truncate}, over all quantized weights."""
     differ = dict.fromkeys(range(1, width_of(model).max_bits + 1), 0)
     total = 0
-    for _, module, tensor_name, q in weight_quantizers(model):
-        u, _ = q.normalise(original(module, tensor_name))
-        stored = QUANTIZERS[q.quantizer](u, q.width.max_bits)
+    for weight in weight_quantizers(model):
+        q = weight.quantizer
+        u, quantizer = q.normalize(weight.original).u, QUANTIZERS[q.quantizer]
+        stored = quantizer.codes(u, q.width.max_bits)
         total += stored.numel()
         for bits in differ:
             shifted = truncate_codes(stored, q.width.max_bits, bits)
-            differ[bits] += int((QUANTIZERS[q.quantizer](u, bits) != shifted).sum())
+            differ[bits] += int((quantizer.codes(u, bits) != shifted).sum())
     return {bits: count / total for bits, count in differ.items()}
 
 

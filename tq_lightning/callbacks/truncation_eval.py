@@ -11,19 +11,25 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms, untrained_widths
-from tq_lightning.quant.weight import shared_normalisation, weight_quantizers
+from tq_lightning.quant.weight import shared_normalization, weight_quantizers
 
 Pass = tuple[int | None, str]
 
 
 def sources_agree(model: nn.Module, bits: int) -> bool:
-    """Whether quantize and truncate give the same network at `bits` by construction: floor codes, or nothing to shift."""
+    """Tell whether quantize and truncate give the same network at `bits` by construction.
+
+    They do if nothing is shifted, or if the codes of everything that is shifted nest.
+    """
     if bits == width_of(model).max_bits:
         return True
-    weights = all(q.quantizer == "floor" for _, _, _, q in weight_quantizers(model))
-    shifted = [m for m in model.modules() if isinstance(m, ActivationQuantizer) and m.truncated]
-    return weights and all(m.quantizer == "floor" for m in shifted)
+    shifted = {w.quantizer.quantizer for w in weight_quantizers(model)}
+    shifted |= {
+        m.quantizer for m in model.modules() if isinstance(m, ActivationQuantizer) and m.truncated
+    }
+    return all(QUANTIZERS[name].nested for name in shifted)
 
 
 def evaluation_passes(model: nn.Module) -> list[Pass]:
@@ -40,10 +46,10 @@ def evaluation_passes(model: nn.Module) -> list[Pass]:
 def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict[Pass, Tensor]:
     """Logits (batch, classes) of one batch at every pass; the weights are normalised once for all of them.
 
-    Inside `shared_normalisation(model)` they are so once for all batches.
+    Inside `shared_normalization(model)` they are so once for all batches.
     """
     logits = {}
-    with shared_normalisation(model):
+    with shared_normalization(model):
         for bits, source in passes:
             with bit_width(model, bits, source):
                 logits[bits, source] = model(images)
@@ -92,7 +98,7 @@ class TruncationEval(L.Callback):
 
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
         self._weights.close()
-        self._weights.enter_context(shared_normalisation(module))
+        self._weights.enter_context(shared_normalization(module))
         if calibrate and untrained_widths(module):
             if not self._batches:
                 self._batches = list(

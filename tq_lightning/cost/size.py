@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_planes import aligned, plane_bytes
+from tq_lightning.quant.codes import NORMALIZERS
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.weight import WeightQuantizer
@@ -146,7 +147,7 @@ def _scale_count(weight: Tensor, quantizer: WeightQuantizer) -> int:
     """One for the tensor, or one for each output channel (and input channel, the way a transposed convolution keeps them)."""
     return (
         math.prod(weight.shape[: quantizer.channel_dim + 1])
-        if quantizer.normalizer.endswith("_channel")
+        if NORMALIZERS[quantizer.normalizer].per_channel
         else 1
     )
 

@@ -1,9 +1,11 @@
-"""Bit planes: codes of k bits <-> k planes of one bit a code, most significant first, in plain NumPy.
+"""Bit planes: k-bit codes <-> k planes of one bit per code, in plain NumPy.
 
-Plane p holds bit k-1-p of every code, eight codes a byte, the first code in the highest bit (`numpy.packbits` order). The
-first n planes alone are the codes shifted right by k-n: a narrower model is a prefix of the planes.
+Planes are ordered most significant first. Plane p holds bit k-1-p of every code, eight codes to a
+byte, the first code in the highest bit (the order of `numpy.packbits`). The first n planes alone are
+the codes shifted right by k-n: a narrower model is a prefix of the planes.
 
-The work is done in blocks that stay in a core's second-level cache, with whole-array operations that NumPy vectorises.
+Work proceeds in blocks that fit a core's second-level cache, with whole-array operations that NumPy
+vectorizes.
 """
 
 from collections.abc import Sequence
@@ -13,36 +15,38 @@ import numpy as np
 from tq_lightning.quant.codes import STORED_BITS
 
 BLOCK = 1 << 18  # codes; one block of codes and its scratch are half a megabyte
-ALIGN = 64  # codes; every layer begins on a whole byte of every plane, and on a whole 64-bit word
+ALIGN = 64  # codes; every layer starts on a whole byte, and a whole 64-bit word, of every plane
 
 
 def aligned(count: int) -> int:
-    """Codes that a layer of `count` codes takes in the row of all layers, with the gap behind it."""
+    """Round `count` codes up to the next layer boundary."""
     return -(-count // ALIGN) * ALIGN
 
 
 def plane_bytes(count: int) -> int:
-    """Bytes of one plane of `count` codes."""
+    """Return the bytes of one plane of `count` codes."""
     return (count + 7) // 8
 
 
 def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes -> planes.
+    """Pack codes into bit planes.
 
     Args:
         codes: uint8 (count,), each below 2^bits.
-        bits: width k of the codes, 1..8.
+        bits: Width k of the codes, 1..8.
 
     Returns:
-        uint8 (k, ceil(count / 8)), most significant plane first; the bits behind the last code are 0.
+        uint8 (k, ceil(count / 8)), most significant plane first. Padding bits are 0.
 
     Raises:
-        ValueError: `codes` are not a row of uint8, `bits` is out of range, or a code does not fit it.
+        ValueError: `codes` is not one-dimensional uint8, `bits` is out of range, or a code does not
+            fit it.
     """
     _check(codes, bits)
     if bits < STORED_BITS and codes.size and int(codes.max()) >> bits:
         raise ValueError(
-            f"a code of {int(codes.max())} does not fit {bits} bits; pass bits={int(codes.max()).bit_length()}"
+            f"a code of {int(codes.max())} does not fit {bits} bits; "
+            f"pass bits={int(codes.max()).bit_length()}"
         )
     planes = np.empty((bits, plane_bytes(codes.size)), np.uint8)
     scratch = np.empty(min(BLOCK, codes.size), np.uint8)
@@ -50,7 +54,7 @@ def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
         block = codes[start : start + BLOCK]
         at = slice(start // 8, start // 8 + plane_bytes(block.size))
         for p in range(bits):
-            # packbits takes any value but 0 for a one, so the bit need not be moved down first
+            # packbits reads any nonzero value as a one, so the bit need not be shifted down
             one = np.bitwise_and(block, 1 << (bits - 1 - p), out=scratch[: block.size])
             planes[p, at] = np.packbits(one)
     return planes
@@ -59,18 +63,19 @@ def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
 def unpack_planes(
     planes: Sequence[np.ndarray] | np.ndarray, count: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """The first n planes -> codes of width n.
+    """Unpack the first n planes into codes of width n.
 
     Args:
-        planes: n rows, 1..8, of ceil(count / 8) bytes each, most significant first.
-        count: number of codes.
-        out: uint8 (count,) to write to; or None. Codes in it are not read.
+        planes: 1 to 8 rows of ceil(count / 8) bytes each, most significant first.
+        count: Number of codes.
+        out: uint8 (count,) to write to, or None.
 
     Returns:
-        uint8 (count,), `out` where given. Equal to the stored codes shifted right by the number of planes left out.
+        uint8 (count,), `out` if it was given: the stored codes shifted right by the number of planes
+        that are missing.
 
     Raises:
-        ValueError: no planes or more than 8, or a plane of another length.
+        ValueError: There are no planes or more than 8, or a plane has another length.
     """
     out = np.empty(count, np.uint8) if out is None else out
     _check(out, len(planes))
@@ -84,15 +89,16 @@ def unpack_planes(
         at = slice(start // 8, start // 8 + plane_bytes(block.size))
         block[:] = np.unpackbits(planes[0][at], count=block.size)
         for plane in planes[1:]:
-            np.add(
-                block, block, out=block
-            )  # one bit to the left; NumPy's uint8 shift is many times slower
+            # a shift to the left; NumPy's own shift of uint8 is many times slower
+            np.add(block, block, out=block)
             np.bitwise_or(block, np.unpackbits(plane[at], count=block.size), out=block)
     return out
 
 
 def _check(codes: np.ndarray, bits: int) -> None:
     if codes.dtype != np.uint8 or codes.ndim != 1:
-        raise ValueError(f"codes must be a row of uint8, got {codes.dtype} of shape {codes.shape}")
+        raise ValueError(
+            f"codes must be one-dimensional uint8, got {codes.dtype} of shape {codes.shape}"
+        )
     if not 1 <= bits <= STORED_BITS:
-        raise ValueError(f"planes of 1 to {STORED_BITS} bits, got {bits}")
+        raise ValueError(f"expected 1 to {STORED_BITS} planes, got {bits}")

@@ -1,4 +1,4 @@
-"""The width in use: one small object shared by all quantizers of a model, and the one context that writes it."""
+"""The width in use: one object shared by all quantizers of a model, written by one context manager."""
 
 import sys
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ SOURCES = ("quantize", "truncate")
 
 @dataclass
 class Width:
-    """What a prepared model runs at now. Only `bit_width` writes `bits` and `source`.
+    """The current width of a prepared model. Only `bit_width` writes `bits` and `source`.
 
     Attributes:
-        max_bits: stored width.
-        widths: trained widths, widest first.
-        bits: width in use, None = float.
-        source: how the weight of a width came about, "quantize" or "truncate".
-        packed: True where the float weights are gone (a loaded packed model).
-        default_source: what `bit_width` takes where no source is given.
+        max_bits: Stored width.
+        widths: Trained widths, widest first.
+        bits: Width in use, None = float.
+        source: Where the weights of that width come from, "quantize" or "truncate".
+        packed: True if there are no float weights (a loaded packed model).
+        default_source: The source of `bit_width` if none is passed.
     """
 
     max_bits: int
@@ -38,10 +38,11 @@ class Width:
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that hold a `Width`, in model order.
+    """List the modules of a model that hold a `Width`, in model order.
 
-    Walked anew at every call, so that a copied, swapped or added module is seen; by hand, since the generators of
-    `nn.Module.modules` take ten times as long, which a switch between two images feels.
+    Nothing is cached, so that a copied, replaced or added module is found. The walk does not use
+    `nn.Module.modules`, whose nested generators take ten times as long: a switch between two images
+    would show it.
     """
     seen: set[int] = set()
     todo: list[nn.Module | None] = [model]
@@ -67,22 +68,23 @@ def _shared(model: nn.Module, holders: list[nn.Module]) -> Width:
         )
     if len(found) > 1:
         raise ValueError(
-            f"{type(model).__name__} holds parts of {len(found)} prepared models; set their widths one by one"
+            f"{type(model).__name__} holds parts of {len(found)} prepared models; "
+            "set the width of each part separately"
         )
     return next(iter(found.values()))  # type: ignore[return-value]
 
 
 def width_of(model: nn.Module) -> Width:
-    """The shared `Width` of a prepared model (or of one of its parts).
+    """Return the `Width` that all quantizers of a prepared model (or of a part of one) share.
 
     Raises:
-        ValueError: the model is not prepared, or holds parts of two prepared models.
+        ValueError: The model is not prepared, or holds parts of several prepared models.
     """
     return _shared(model, _holders(model))
 
 
 def _allow_variants(max_bits: int) -> None:
-    # torch.compile builds one graph a width and source and, past its limit, silently runs eager: make room for all.
+    # torch.compile builds one graph per width and source and silently runs eagerly past its limit
     dynamo: Any = sys.modules.get("torch._dynamo.config")
     if dynamo is not None:
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (2 * max_bits + 1))
@@ -90,24 +92,27 @@ def _allow_variants(max_bits: int) -> None:
 
 def _set(width: Width, bits: int | None, source: str) -> None:
     width.bits, width.source = bits, source
-    parametrize._cache.clear()  # inside parametrize.cached(): its key knows no width
+    parametrize._cache.clear()  # the keys of parametrize.cached() do not include the width
 
 
 @contextmanager
 def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> Iterator[nn.Module]:
-    """Runs `model` at a width inside the `with` block and restores what was before on any exit.
+    """Run `model` at a width inside the `with` block; any exit restores the previous width.
 
     Args:
-        model: a prepared (or loaded packed) model, or a part of one; all parts of that model change together.
-        bits: width in use, 1..max_bits; None = float, as if never prepared but for its clipped activations.
-        source: "quantize" (codes made at `bits`) or "truncate" (stored codes shifted); None = the model's default,
+        model: A prepared or loaded packed model, or a part of one. All parts of that model change
+            together.
+        bits: Width in use, 1..max_bits. None = float, as if the model had never been prepared,
+            except that its activations stay clipped.
+        source: "quantize" (codes made at `bits`) or "truncate" (stored codes shifted). None is
             "quantize" for a prepared model and "truncate" for a packed one.
 
     Yields:
         The model.
 
     Raises:
-        ValueError: no such width or source; float asked of a packed model; norm statistics missing at an untrained width.
+        ValueError: An unknown width or source, float on a packed model, or an untrained width
+            without norm statistics.
     """
     holders = _holders(model)
     width = _shared(model, holders)
@@ -121,7 +126,7 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
             )
     elif not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= width.max_bits:
         raise ValueError(
-            f"no such width {bits!r}; pass bits from 1 to {width.max_bits}, or None for float"
+            f"unknown width {bits!r}; pass bits from 1 to {width.max_bits}, or None for float"
         )
     if width.packed and source == "quantize":
         raise ValueError(

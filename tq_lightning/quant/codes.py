@@ -1,73 +1,155 @@
-"""Integers: the code of a value at a width, the shift that narrows a code, the level a code stands for.
+"""Integer arithmetic of quantization: codes, their truncation, and the levels they stand for.
 
-Training, evaluation and export all call the functions of this file; there is no second formula anywhere. `u` is the
-normalised weight or clipped activation in [0, 1], float32. A product with 2^n is exact in float32, hence
+Training, evaluation and export all call these functions, so every formula exists once. `u` is the
+normalized weight or the clipped activation, float32 in [0, 1]. `top` is M_n = 2^n - 1, the largest
+code of width n: a number, or a tensor if the width is an input of an exported graph.
 
-    floor_codes(u, n) == floor_codes(u, N) >> (N - n)     for every u in [0, 1] and every n <= N
+A product with 2^n is exact in float32. Hence, for every u in [0, 1] and every n <= N,
 
-exactly (TruncQuant, arXiv 2506.11431), while `round_codes` has no such identity for 1 < n < N.
+    floor_codes(u, n) == floor_codes(u, N) >> (N - n)
 
-To add a quantizer, write its code function and its bin-edge function and add a row to `QUANTIZERS` and `BIN_EDGES`.
+(TruncQuant, arXiv 2506.11431). `round_codes` has no such identity for 1 < n < N.
+
+To add a quantizer, a level map or a normalizer, write its functions and one row of `QUANTIZERS`,
+`LEVELS` or `NORMALIZERS`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 STORED_BITS = 8
 
+Top = float | Tensor
+
 
 def check_bits(bits: int, name: str = "bits") -> None:
-    """Raises ValueError, which calls the width `name`, for anything but a whole number from 1 to `STORED_BITS`."""
+    """Check that a width is an integer from 1 to `STORED_BITS`.
+
+    Raises:
+        ValueError: It is not. The message calls the width `name`.
+    """
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= STORED_BITS:
-        raise ValueError(f"{name} must be a whole number from 1 to {STORED_BITS}, got {bits!r}")
+        raise ValueError(f"{name} must be an integer from 1 to {STORED_BITS}, got {bits!r}")
+
+
+# -- quantizers ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Quantizer:
+    """A row of `QUANTIZERS`: a map from [0, 1] to codes, and everything that depends on it.
+
+    Attributes:
+        steps: (u, top) -> codes as float32, not yet clamped to [0, top]. With a tensor as `top` this
+            is also the form that an ONNX graph computes.
+        edges: (u, bits) -> (the inner bin edge nearest to each `u`, the bin width).
+        ste: The straight-through estimator that `ste="auto"` selects, a key of `ste.STES`.
+        nested: Whether the n-bit code always equals the N-bit code shifted right by N - n. If so,
+            the sources "quantize" and "truncate" agree by construction.
+    """
+
+    steps: Callable[[Tensor, Top], Tensor]
+    edges: Callable[[Tensor, int], tuple[Tensor, float]]
+    ste: str
+    nested: bool
+
+    def codes(self, u: Tensor, bits: int) -> Tensor:
+        """Quantize `u` (float32 in [0, 1], any shape) to uint8 codes of width `bits`."""
+        return _to_codes(self.steps, u, bits)
+
+
+def _to_codes(steps: Callable[[Tensor, Top], Tensor], u: Tensor, bits: int) -> Tensor:
+    check_bits(bits)
+    top = 2**bits - 1
+    return steps(u, float(top)).clamp_(0, top).to(torch.uint8)
+
+
+def _floor_steps(u: Tensor, top: Top) -> Tensor:
+    return torch.mul(u, top + 1.0).floor_()
+
+
+def _floor_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
+    width = 2.0**-bits
+    return (u / width).round().clamp(1, 2**bits - 1) * width, width
+
+
+def _round_steps(u: Tensor, top: Top) -> Tensor:
+    return torch.mul(u, top).round_()
+
+
+def _round_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
+    top = 2**bits - 1
+    return ((u * top - 0.5).round().clamp(0, top - 1) + 0.5) / top, 1.0 / top
+
+
+QUANTIZERS: dict[str, Quantizer] = {
+    "floor": Quantizer(_floor_steps, _floor_edges, ste="scaled", nested=True),
+    "round": Quantizer(_round_steps, _round_edges, ste="identity", nested=False),
+}
 
 
 def floor_codes(u: Tensor, bits: int) -> Tensor:
-    """Codes whose bins are the bins of a right shift: k = clamp(floor(2^n u), 0, 2^n - 1).
+    """Quantize to codes whose bins a right shift merges: k = clamp(floor(2^n u), 0, 2^n - 1).
 
     Args:
-        u: values in [0, 1], any shape, float32.
-        bits: width n, 1..8.
+        u: Values in [0, 1], any shape, float32.
+        bits: Width n, 1..8.
 
     Returns:
-        uint8 codes of the shape of `u`.
+        uint8 codes, shape of `u`.
 
     Raises:
-        ValueError: `bits` is no whole number from 1 to 8.
+        ValueError: `bits` is not an integer from 1 to 8.
 
-    Source: TruncQuant, arXiv 2506.11431. Example: `floor_codes(0.4, 2)` is 1, and `floor_codes(0.4, 8) >> 6` is 102 >> 6 = 1.
+    Source:
+        TruncQuant, arXiv 2506.11431.
+
+    Example:
+        `floor_codes(0.4, 2)` is 1, and `floor_codes(0.4, 8) >> 6` is 102 >> 6 = 1.
     """
-    check_bits(bits)
-    return torch.mul(u, 2.0**bits).floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return _to_codes(_floor_steps, u, bits)
 
 
 def round_codes(u: Tensor, bits: int) -> Tensor:
-    """Codes whose bins are centred on k / M_n: k = round(M_n u), M_n = 2^n - 1 (half to even, as in PyTorch).
+    """Quantize to codes whose bins are centered on k / M_n: k = round(M_n u), M_n = 2^n - 1.
 
-    Args, returns and errors as in `floor_codes`. Source: DoReFa-Net, arXiv 1606.06160, eq. 5.
-    Example: `round_codes(0.34, 2)` is 1, but `round_codes(0.2, 2)` is 1 while `round_codes(0.2, 8) >> 6` is 51 >> 6 = 0.
+    Ties round to the even code, as in `torch.round`.
+
+    Args:
+        u: Values in [0, 1], any shape, float32.
+        bits: Width n, 1..8.
+
+    Returns:
+        uint8 codes, shape of `u`.
+
+    Raises:
+        ValueError: `bits` is not an integer from 1 to 8.
+
+    Source:
+        DoReFa-Net, arXiv 1606.06160, eq. 5.
+
+    Example:
+        `round_codes(0.34, 2)` is 1. `round_codes(0.2, 2)` is 1 too, but `round_codes(0.2, 8) >> 6`
+        is 51 >> 6 = 0.
     """
-    check_bits(bits)
-    top = 2**bits - 1
-    return torch.mul(u, float(top)).round_().clamp_(0, top).to(torch.uint8)
+    return _to_codes(_round_steps, u, bits)
 
 
 def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
-    """Narrows stored codes as a device does: codes >> (from_bits - to_bits).
+    """Narrow stored codes the way a device does: codes >> (from_bits - to_bits).
 
     Args:
         codes: uint8 codes of width `from_bits`, any shape.
-        from_bits: stored width N, 1..8.
-        to_bits: wanted width n, 1..N.
+        from_bits: Stored width N, 1..8.
+        to_bits: Target width n, 1..N.
 
     Returns:
-        uint8 codes of width `to_bits`, of the same shape (the same tensor where nothing is shifted).
+        uint8 codes of width `to_bits`, shape of `codes`; `codes` itself if both widths are equal.
 
     Raises:
-        ValueError: a width out of range, or `to_bits` above `from_bits`.
-        TypeError: `codes` are not uint8.
+        ValueError: A width is out of range, or `to_bits` is greater than `from_bits`.
+        TypeError: `codes` is not uint8.
     """
     check_bits(from_bits, "from_bits")
     check_bits(to_bits, "to_bits")
@@ -83,89 +165,111 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
     return codes if shift == 0 else codes >> shift
 
 
-def _endpoint(k: Tensor, bits: int) -> Tensor:
-    return k.div_(float(2**bits - 1))
+# -- level maps: (codes as float32, which may be overwritten; top) -> levels in [0, 1] -------------
+def _endpoint(k: Tensor, top: Top) -> Tensor:
+    return k.div_(top)
 
 
-def _left(k: Tensor, bits: int) -> Tensor:
-    return k.mul_(2.0**-bits)
+def _left(k: Tensor, top: Top) -> Tensor:
+    return k.div_(top + 1.0)
 
 
-def _centre(k: Tensor, bits: int) -> Tensor:
-    return k.add_(0.5).mul_(2.0**-bits)
+def _centre(k: Tensor, top: Top) -> Tensor:
+    return k.add_(0.5).div_(top + 1.0)
+
+
+LEVELS: dict[str, Callable[[Tensor, Top], Tensor]] = {
+    "endpoint": _endpoint,
+    "left": _left,
+    "centre": _centre,
+}
 
 
 def codes_to_levels(
     codes: Tensor, bits: int, level: str = "endpoint", out: Tensor | None = None
 ) -> Tensor:
-    """Places codes in [0, 1]: endpoint k/M_n, left k/2^n, centre (k + 1/2)/2^n.
+    """Map codes to levels in [0, 1]: endpoint k/M_n, left k/2^n, centre (k + 1/2)/2^n.
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
-        bits: width n, 1..8.
-        level: a key of `LEVELS`. AdaBits (arXiv 1912.09666) calls floor + left 'modified', floor + centre 'centered'.
-        out: float32 of the shape of `codes` to write to, without a tensor in between; None = a new one.
+        bits: Width n, 1..8.
+        level: A key of `LEVELS`. AdaBits (arXiv 1912.09666) calls floor codes with left levels
+            "modified" and floor codes with centre levels "centered".
+        out: float32 tensor to write to, shape of `codes`; None allocates one.
 
     Returns:
-        float32 levels of the shape of `codes`, `out` where given.
+        float32 levels, shape of `codes`; `out` if it was given.
 
     Raises:
-        ValueError: `bits` out of range, an unknown `level`, or an `out` of another type or shape.
+        ValueError: `bits` is out of range, `level` is unknown, or `out` has another dtype or shape.
     """
     check_bits(bits)
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; pass one of {', '.join(LEVELS)}")
     if out is None:
-        return LEVELS[level](codes.to(torch.float32), bits)
+        return LEVELS[level](codes.to(torch.float32), 2.0**bits - 1)
     if out.dtype != torch.float32 or out.shape != codes.shape:
         raise ValueError(
-            f"out must be float32 of shape {tuple(codes.shape)}, got {out.dtype} of shape {tuple(out.shape)}"
+            f"out must be float32 of shape {tuple(codes.shape)}, "
+            f"got {out.dtype} of shape {tuple(out.shape)}"
         )
-    return LEVELS[level](out.copy_(codes), bits)
+    return LEVELS[level](out.copy_(codes), 2.0**bits - 1)
 
 
 def dequantize(
     codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint", out: Tensor | None = None
 ) -> Tensor:
-    """The weight a code stands for: scale * (2 level - 1).
+    """Map codes to weights: scale * (2 level - 1).
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
-        bits: width n, 1..8.
+        bits: Width n, 1..8.
         scale: float32, broadcastable to the shape of `codes`.
-        level: a key of `LEVELS`.
-        out: as in `codes_to_levels`.
+        level: A key of `LEVELS`.
+        out: float32 tensor to write to, shape of `codes`; None allocates one.
 
     Returns:
-        float32 weights of the shape of `codes`, `out` where given. Raises as `codes_to_levels`.
+        float32 weights, shape of `codes`; `out` if it was given.
+
+    Raises:
+        ValueError: As in `codes_to_levels`.
     """
-    return codes_to_levels(codes, bits, level, out).mul_(2.0).sub_(1.0).mul_(scale)
+    return levels_to_weights(codes_to_levels(codes, bits, level, out), scale)
 
 
-def _floor_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
-    width = 2.0**-bits
-    return (u / width).round().clamp(1, 2**bits - 1) * width, width
+def levels_to_weights(levels: Tensor, scale: Tensor) -> Tensor:
+    """Map levels in [0, 1] to weights, in place: scale * (2 level - 1)."""
+    return levels.mul_(2.0).sub_(1.0).mul_(scale)
 
 
-def _round_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
-    top = 2**bits - 1
-    return ((u * top - 0.5).round().clamp(0, top - 1) + 0.5) / top, 1.0 / top
+# -- normalizers -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Normalizer:
+    """A row of `NORMALIZERS`: u = t / (2 max|t|) + 1/2 with t = `squash(w)`.
+
+    Attributes:
+        squash: w -> t, odd and increasing.
+        slope: t -> dt/dw, may overwrite its argument; None if t is w.
+        per_channel: Take the maximum, and the mean of the scale, over each output channel instead of
+            the whole tensor.
+    """
+
+    squash: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor] | None
+    per_channel: bool
 
 
-QUANTIZERS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "floor": floor_codes,
-    "round": round_codes,
-}
+def _unchanged(w: Tensor) -> Tensor:
+    return w
 
-# Nearest inner edge between two bins, and the bins' width: what a soft staircase needs to know of a quantizer.
-BIN_EDGES: dict[str, Callable[[Tensor, int], tuple[Tensor, float]]] = {
-    "floor": _floor_edges,
-    "round": _round_edges,
-}
 
-# Each takes codes as a float32 tensor, which it overwrites with the levels.
-LEVELS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "endpoint": _endpoint,
-    "left": _left,
-    "centre": _centre,
+def _tanh_slope(t: Tensor) -> Tensor:
+    return t.square_().neg_().add_(1.0)
+
+
+NORMALIZERS: dict[str, Normalizer] = {
+    "tanh": Normalizer(torch.tanh, _tanh_slope, per_channel=False),
+    "tanh_channel": Normalizer(torch.tanh, _tanh_slope, per_channel=True),
+    "absmax": Normalizer(_unchanged, None, per_channel=False),
+    "absmax_channel": Normalizer(_unchanged, None, per_channel=True),
 }

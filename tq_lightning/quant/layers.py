@@ -1,4 +1,4 @@
-"""TODO quant/layers.py."""
+"""Selection of the layers of a model to quantize, and the reasons why others are not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,19 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-_LAYER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+LAYER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose weights a quantizer can take: its name, the tensors it multiplies with, and why it is left out."""
+    """A layer that multiplies its input with weights.
+
+    Attributes:
+        name: Full name in the model, "(root)" for the model itself.
+        module: The layer.
+        tensors: Names of the weights in it.
+        skipped: The skip entry that keeps it in float, or None.
+    """
 
     name: str
     module: nn.Module
@@ -23,7 +30,10 @@ class Layer:
     skipped: str | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters behind its tensors: several for one that is computed (weight_norm, in a skipped layer)."""
+        """List the parameters behind its tensors.
+
+        A computed tensor has several (weight_norm, in a skipped layer).
+        """
         found: list[nn.Parameter] = []
         for tensor in self.tensors:
             own = self.module._parameters.get(tensor)
@@ -33,7 +43,7 @@ class Layer:
 
 
 def _tensor_names(module: nn.Module) -> tuple[str, ...]:
-    """The tensors a layer multiplies its input with; empty for layers that multiply with none."""
+    """Name the weights that a layer multiplies its input with; empty for all other layers."""
     if isinstance(module, (_ConvNd, nn.Linear)):
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):  # its out_proj is a Linear of its own
@@ -47,26 +57,29 @@ def _tensor_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _refusal(module: nn.Module, tensors: tuple[str, ...]) -> str | None:
-    """Why the weights of a layer can't be put on the grid; None where they can."""
+    """Say why the weights of a layer cannot be quantized; None if they can."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its weight has no shape yet: run one batch through the model first"
     for tensor in tensors:
         weight = module._parameters.get(tensor)
         if parametrize.is_parametrized(module, tensor):
-            return f"its {tensor} is parametrized already"
+            return f"its {tensor} is already parametrized"
         if weight is None:
-            return f"its {tensor} is no parameter (an old-style weight_norm or spectral_norm?)"
+            return f"its {tensor} is not a parameter (old-style weight_norm or spectral_norm?)"
         if not weight.is_floating_point() or weight.layout != torch.strided:
             return f"its {tensor} is {weight.dtype}, {weight.layout}, not a dense float tensor"
-    if not tensors and not isinstance(module, (nn.Embedding, nn.EmbeddingBag, *_LAYER_NORMS)):
+    if not tensors and not isinstance(module, (nn.Embedding, nn.EmbeddingBag, *LAYER_NORMS)):
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() >= 2:
-            return f"{type(module).__name__} multiplies with a weight of shape {tuple(weight.shape)} in a way unknown here"
+            return (
+                f"{type(module).__name__} has a weight of shape {tuple(weight.shape)}, "
+                "but is not a known kind of layer"
+            )
     return None
 
 
 def _configured(model: nn.Module, key: str, names: list[str]) -> list[str]:
-    """Layer names that a timm model gives for its first convolution or its classifier, where it gives any."""
+    """Return the layers that a timm model names as its `first_conv` or its `classifier`, if any."""
     config = getattr(model, "pretrained_cfg", None) or {}
     given = config.get(key) or ()
     given = (given,) if isinstance(given, str) else tuple(given)
@@ -74,15 +87,17 @@ def _configured(model: nn.Module, key: str, names: list[str]) -> list[str]:
 
 
 def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> list[Layer]:
-    """Every layer with weights to quantize, in model order, each with the skip entry that leaves it in float, if any.
+    """List the layers with weights to quantize, in model order, skipped ones included.
 
     Args:
-        model: any module; parameters may be on the meta device.
-        skip: "first" (the stem: timm's `first_conv`, else the first layer), "last" (timm's `classifier`, else the last
-            layer) and name patterns of fnmatch such as "layer4.*" or "*.conv_dw".
+        model: Any module; its parameters may be on the meta device.
+        skip: "first" (the stem: timm's `first_conv`, else the first layer), "last" (timm's
+            `classifier`, else the last layer), and fnmatch patterns of layer names, such as
+            "layer4.*" or "*.conv_dw".
 
     Raises:
-        ValueError: a pattern that matches no layer; a layer that can't be treated, with the pattern to skip it.
+        ValueError: A pattern matches no layer, or a layer cannot be quantized; the message names the
+            pattern that skips it.
     """
     named = [
         (name or "(root)", module, _tensor_names(module)) for name, module in model.named_modules()
@@ -94,8 +109,6 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
         if (why := _refusal(module, tensors)) is not None
     }
     reasons: dict[str, str] = {}
-    if isinstance(skip, str):
-        raise ValueError(f"skip must be a list of entries, got {skip!r}; pass [{skip!r}]")
     for entry in skip:
         if entry == "first":
             matched = _configured(model, "first_conv", names) or names[:1]
@@ -108,8 +121,9 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
                 inside = [n for n in names if any(n.startswith(f"{m}.") for m in matched)]
                 examples = [f"{entry}.*"] if inside else names[1:4]
                 raise ValueError(
-                    f"skip pattern {entry!r} matches no layer with weights to quantize; pass 'first', 'last' or a pattern "
-                    f"of names such as {', '.join(map(repr, examples))}"
+                    f"skip pattern {entry!r} matches no layer with weights to quantize; "
+                    "pass 'first', 'last' or a pattern of names such as "
+                    f"{', '.join(map(repr, examples))}"
                 )
         for name in matched:
             reasons.setdefault(name, entry)
@@ -117,7 +131,8 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
     for name, module, tensors in named:
         if name in refusals and name not in reasons:
             raise ValueError(
-                f"can't quantize layer {name}: {refusals[name]}; leave it in float with skip '{name}'"
+                f"cannot quantize layer {name}: {refusals[name]}; "
+                f"leave it in float with skip '{name}'"
             )
         if tensors:
             layers.append(Layer(name, module, tensors, reasons.get(name)))

@@ -1,8 +1,10 @@
-"""One normalisation layer per width: deep copies of the layer it replaces, chosen by the width in use.
+"""Switchable normalization: one norm layer per width, each a deep copy of the layer it replaces.
 
-Activation statistics differ so much between widths that shared batch-norm statistics fail (Any-Precision DNNs, arXiv
-1911.07346; AdaBits, arXiv 1912.09666). Sets exist for every width and for float; those of the trained widths learn in
-training, the others are re-estimated by `calibrate_norms` and are an error before.
+Activation statistics differ so much between widths that shared batch-norm statistics fail
+(Any-Precision DNNs, arXiv 1911.07346; AdaBits, arXiv 1912.09666; the idea is that of Slimmable
+networks, arXiv 1812.08928). There is one norm for every width and one for float. Those of the trained
+widths learn in training. The others are estimated by `calibrate_norms`; using one before that is an
+error.
 """
 
 import copy
@@ -15,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
 
-FLOAT = "none"  # bits=None; "float" is a method of every module and no key of a ModuleDict
+FLOAT = "none"  # key of bits=None; "float" is a method of every module, so a ModuleDict refuses it
 
 
 def _key(bits: int | None) -> str:
@@ -23,16 +25,17 @@ def _key(bits: int | None) -> str:
 
 
 class PerWidthNorm(nn.Module):
-    """Stands where `layer` stood and hands each call to the copy of the width in use.
+    """Replaces `layer` and passes each call on to its copy for the width in use.
 
     Args:
-        layer: a normalisation layer (timm's with their activation too).
-        width: the model's shared `Width`; its `widths` are the trained ones.
-        only: widths to make sets for, for a model that will run at no other; None = all, and float.
+        layer: A normalization layer, including those of timm that apply an activation.
+        width: The model's shared `Width`; its `widths` are the trained ones.
+        only: Widths to make copies for, if the model will run at no other; None = all, and float.
 
     Attributes:
-        sets: ModuleDict with keys "1".."max_bits" and `FLOAT`, or of `only`. Parameters of untrained sets carry no gradient.
-        calibrated: bool (max_bits + 1,), entry n says that untrained width n has statistics of its own.
+        sets: ModuleDict with keys "1".."max_bits" and `FLOAT`, or those of `only`. Parameters of
+            untrained widths need no gradient.
+        calibrated: bool (max_bits + 1,); entry n tells whether untrained width n has statistics.
     """
 
     def __init__(self, layer: nn.Module, width: Width, only: Collection[int] | None = None) -> None:
@@ -40,7 +43,7 @@ class PerWidthNorm(nn.Module):
         self.width = width
         every: list[int | None] = [*range(1, width.max_bits + 1), None]
         keys = [_key(bits) for bits in every if only is None or bits in only]
-        # the memo keeps the shared width shared where the layer holds an activation quantizer
+        # the memo keeps the width shared if the layer holds an activation quantizer
         self.sets = nn.ModuleDict({key: copy.deepcopy(layer, {id(width): width}) for key in keys})
         self.trained = {str(bits) for bits in width.widths}
         for key, norm in self.sets.items():
@@ -56,17 +59,20 @@ class PerWidthNorm(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("sets", "width") or name.startswith(
-                "__"
-            ):  # not built yet (deepcopy, unpickling)
+            # during deepcopy and unpickling `sets` and `width` do not exist yet
+            if name in ("sets", "width") or name.startswith("__"):
                 raise
             key = _key(self.width.bits)
-            if key not in self.sets:  # of a width that it was not made for
+            if key not in self.sets:  # a width outside of `only`
                 raise
             return getattr(self.sets[key], name)
 
     def check_width(self, bits: int | None) -> None:
-        """Raises ValueError where `bits` would run on statistics that belong to no width."""
+        """Check that the norm of a width can be used; `bit_width` calls this.
+
+        Raises:
+            ValueError: It is neither trained nor calibrated.
+        """
         key = _key(bits)
         if key in self.trained or self.calibrating or bits is None:
             return
@@ -74,35 +80,40 @@ class PerWidthNorm(nn.Module):
             raise ValueError(
                 f"width {bits} has no trainable norm; train one of {', '.join(sorted(self.trained))}"
             )
-        if (
-            not self.calibrated[bits] and not self.width.packed
-        ):  # there the weights refuse it, and know what was loaded
+        # a packed model checks its widths in PackedWeight, which knows what was loaded
+        if not self.calibrated[bits] and not self.width.packed:
             raise ValueError(
-                f"width {bits} was not trained and has no norm statistics yet; call calibrate_norms(model, batches) first"
+                f"width {bits} was not trained and has no norm statistics yet; "
+                "call calibrate_norms(model, batches) first"
             )
 
-    def borrow(self, bits: int | None) -> None:
-        """Gives an untrained set the affine parameters of the next wider trained width (the widest for float)."""
+    def copy_affine_from_wider(self, bits: int | None) -> None:
+        """Give an untrained width the parameters of the next wider trained width.
+
+        Float, and widths above all trained ones, take those of the widest.
+        """
         trained = sorted(int(key) for key in self.trained if key != FLOAT)
-        donor = next((b for b in trained if bits is not None and b >= bits), trained[-1])
-        own = self.sets[_key(bits)]
-        own.load_state_dict(self.sets[str(donor)].state_dict())
+        wider = next((b for b in trained if bits is not None and b >= bits), trained[-1])
+        self.sets[_key(bits)].load_state_dict(self.sets[str(wider)].state_dict())
 
 
 def per_width_norms(model: nn.Module) -> list[PerWidthNorm]:
-    """All `PerWidthNorm` of a model, in model order."""
+    """List all `PerWidthNorm` of a model, in model order."""
     return [m for m in model.modules() if isinstance(m, PerWidthNorm)]
 
 
 def train_float_norms(model: nn.Module) -> None:
-    """Makes the float sets trainable: for a joint training that has a float pass."""
+    """Make the float norms trainable, for joint training with a float pass."""
     for norm in per_width_norms(model):
         norm.trained.add(FLOAT)
         norm.sets[FLOAT].requires_grad_(True)
 
 
 def untrained_widths(model: nn.Module) -> list[int | None]:
-    """Widths whose norm sets are estimated, not trained: widest first, None (float) last; empty without such norms."""
+    """List the widths whose norms are estimated: widest first, None (float) last.
+
+    The list is empty for a model without per-width norms.
+    """
     norms = per_width_norms(model)
     if not norms:
         return []
@@ -114,23 +125,26 @@ def untrained_widths(model: nn.Module) -> list[int | None]:
 def calibrate_norms(
     model: nn.Module, batches: Iterable[Tensor], widths: list[int | None] | None = None
 ) -> None:
-    """Estimates the norm statistics of untrained widths from a few batches, into sets of their own.
+    """Estimate the norm statistics of untrained widths from a few batches.
 
-    The affine parameters come from the next wider trained width, the statistics are the plain mean over the batches of
-    what the layers see at that width, quantized as in training. Trained sets, modes, the width and all random states
-    stay as they were: only batch norms of the width being estimated are in training mode.
+    Affine parameters are copied from the next wider trained width. Statistics are the mean over the
+    batches of what the layers see at that width, quantized as in training. Only the batch norms of
+    the width being estimated are in training mode, so trained norms, modes, the width in use and all
+    random states stay as they were.
 
     Args:
-        model: a prepared model.
-        batches: images (batch, channels, height, width) on the model's device; read once a width, so pass a list.
-        widths: what to estimate; None = every untrained width and float. Trained widths are refused.
+        model: A prepared model.
+        batches: Images (batch, channels, height, width) on the model's device.
+        widths: Widths to estimate; None = every untrained width and float.
 
     Raises:
-        ValueError: a width in `widths` that was trained or has no norm set; no batches; a model that is packed or not prepared.
+        ValueError: A width in `widths` is trained or has no norm, there are no batches, or the model
+            is packed or not prepared.
     """
     if width_of(model).packed:
         raise ValueError(
-            "a packed model has the statistics of its file; calibrate the prepared model before save_packed"
+            "a packed model has the statistics of its file; "
+            "calibrate the prepared model before save_packed"
         )
     norms = per_width_norms(model)
     untrained = untrained_widths(model)
@@ -138,12 +152,10 @@ def calibrate_norms(
     for bits in widths:
         if bits not in untrained:
             trained = any(_key(bits) in norm.trained for norm in norms)
-            why = (
-                "was trained; its statistics are not re-estimated"
-                if trained
-                else "has no norm set to estimate"
+            why = "was trained" if trained else "has no norm"
+            raise ValueError(
+                f"width {_key(bits)} {why}; pass untrained widths, or None for all of them"
             )
-            raise ValueError(f"width {_key(bits)} {why}; pass None for all that can be estimated")
     if not norms or not widths:
         return
     batches = list(batches)
@@ -173,7 +185,7 @@ def _calibrate(
     momenta = [layer.momentum for layer in layers]
     try:
         for norm in norms:
-            norm.borrow(bits)
+            norm.copy_affine_from_wider(bits)
             norm.calibrating = True
             if bits is not None:
                 norm.calibrated[bits] = False  # until all batches have passed

@@ -8,7 +8,8 @@ from torch import nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
-from tq_lightning.quant.prepare import PrepareReport, prepare
+from tq_lightning.quant.config import QuantConfig
+from tq_lightning.quant.prepare import PrepareReport, apply_config
 from tq_lightning.quant.switchable_norm import train_float_norms
 from tq_lightning.training.validation import as_list
 
@@ -59,21 +60,12 @@ def prepare_model(
         UserError: a choice that `prepare` does not know, or a layer that it can't treat.
     """
     try:
-        report = prepare(
-            model,
-            quantizer=h.quantizer,
-            ste=h.ste,
-            level=h.level,
-            normalizer=h.normalizer,
-            widths=widths,
-            max_bits=h.max_bits,
-            activations=h.activations,
-            skip=as_list(h.skip),
-            norm=h.norm,
-            verbose=verbose,
-        )
+        config = QuantConfig.from_mapping({**h, "widths": widths, "skip": as_list(h.skip)})
+        report = apply_config(model, config)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+    if verbose:
+        print(report)
     if h.float_pass:
         train_float_norms(model)
     if h.channels_last:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError
 from tq_lightning.quant.bit_width import bit_width
-from tq_lightning.quant.weight import shared_normalisation
+from tq_lightning.quant.weight import shared_normalization
 
 # what a width's logits are scored with: (bits, logits, logits of the passes before) -> scalar loss
 WidthLoss = Callable[[int | None, Tensor, dict[int | None, Tensor]], Tensor]
@@ -93,24 +93,25 @@ def joint_loss(
     params = [p for p in model.parameters() if p.requires_grad]
     losses: dict[int | None, Tensor] = {}
     logits: dict[int | None, Tensor] = {}
-    with shared_normalisation(model) as pairs:
+    with shared_normalization(model) as quantized:
         position = {id(p): i for i, p in enumerate(params)}
-        # a weight that takes part at its quantized widths is reached through its normalised leaf, see below
-        leaves: dict[int, tuple[Tensor, Tensor]] = {}
+        # a weight that takes part at its quantized widths is reached through its normalized leaf, see below
+        leaves: dict[str, Tensor] = {}
         sums: list[Tensor | None] = [None] * len(params)
-        leaf_sums: dict[int, Tensor] = {}
+        leaf_sums: dict[str, Tensor] = {}
         for i, bits in enumerate(widths):
             with bit_width(model, bits):
                 out = model(images)
                 loss = width_loss(bits, out, logits)
             logits[bits], losses[bits] = out.detach(), loss.detach()
             factor = loss_scale if weights is None else loss_scale * weights[i]
-            for q, weight in pairs:
-                if q._shared is not None and q._shared[0].requires_grad and id(q) not in leaves:
-                    leaves[id(q)] = (q._shared[0], weight)
+            for w in quantized:
+                shared = w.quantizer._shared
+                if shared is not None and shared.u.requires_grad and w.name not in leaves:
+                    leaves[w.name] = shared.u
             keys = list(leaves)
             with torch.autocast(images.device.type, enabled=False):
-                inputs = [*params, *(leaves[k][0] for k in keys)]
+                inputs = [*params, *(leaves[k] for k in keys)]
                 grads = _own(torch.autograd.grad(loss * factor, inputs, allow_unused=True))
             del out, loss
             _add(sums, grads[: len(params)])
@@ -119,13 +120,10 @@ def joint_loss(
                     leaf_sums[key] = g if key not in leaf_sums else leaf_sums[key].add_(g)
             del grads
         with torch.no_grad():
-            for q, weight in pairs:
-                if id(q) in leaf_sums:
-                    _add_at(
-                        sums,
-                        position[id(weight)],
-                        q.normaliser_grad(leaf_sums.pop(id(q))).to(weight.dtype),
-                    )
+            for w in quantized:
+                if w.name in leaf_sums:
+                    grad = w.quantizer.normalizer_grad(leaf_sums.pop(w.name))
+                    _add_at(sums, position[id(w.original)], grad.to(w.original.dtype))
     present = [g for g in sums if g is not None]
     if loss_scale != 1.0:
         torch._foreach_div_(present, loss_scale)

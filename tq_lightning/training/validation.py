@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tq_lightning.errors import UserError
-from tq_lightning.quant.prepare import check_widths
+from tq_lightning.quant.config import check_widths
 from tq_lightning.training.losses import LOSSES, TEACHERS
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
@@ -89,7 +89,7 @@ def check_trainer(trainer: Any) -> None:
     name = type(trainer.strategy).__name__
     if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         raise UserError(
-            f"trainer.strategy: {name} shards the weights, and the normaliser needs the maximum of a whole one; pass ddp"
+            f"trainer.strategy: {name} shards the weights, and the normalizer needs the maximum of a whole one; pass ddp"
         )
     if trainer.accumulate_grad_batches < 1:
         raise UserError(

@@ -16,21 +16,23 @@ def logits(model, images, bits, source=None):
 def test_resident_refills_one_buffer_and_lean_keeps_nothing(packed, net):
     resident, lean = load_packed(packed), load_packed(packed, mode="lean")
     logits(resident, net[1], 8)
-    _, module, tensor, weight = packed_weights(resident)[0]
+    first = packed_weights(resident)[0]
+    module, tensor, weight = first.module, first.tensor, first.packed
     place = weight._weight.data_ptr()
     codes = module.parametrizations[tensor].original.clone()
     logits(resident, net[1], 2)
     assert weight._weight.data_ptr() == place
     assert torch.equal(module.parametrizations[tensor].original, codes)
     logits(lean, net[1], 8)
-    assert all(w._weight is None for *_, w in packed_weights(lean))
+    assert all(w.packed._weight is None for w in packed_weights(lean))
 
 
 def test_a_resident_weight_is_read_where_it_stands_and_never_of_another_width_model_or_state(
     make, packed, net, monkeypatch
 ):
     model, images, other = load_packed(packed), net[1], make(quantizer="round")[0]
-    name, module, tensor, weight = packed_weights(model)[0]
+    first = packed_weights(model)[0]
+    name, module, tensor, weight = first.name, first.module, first.tensor, first.packed
     expected = {bits: logits(net[0], images, bits, "truncate") for bits in (8, 2)}
     assert torch.equal(logits(model, images, 8), expected[8])
     twin = copy.deepcopy(model)

@@ -44,7 +44,8 @@ def test_codes_weights_and_norms(make, reader, level, compress, tmp_path):
             reader.norms(path, bits),
         )
         with bit_width(served, bits):
-            for name, module, tensor, _ in packed_weights(served):
+            for weight in packed_weights(served):
+                name, module, tensor = weight.name, weight.module, weight.tensor
                 stored = module.parametrizations[tensor].original.numpy()
                 np.testing.assert_array_equal(codes[name][0], stored >> (8 - bits))
                 np.testing.assert_array_equal(weights[name], getattr(module, tensor).numpy())

@@ -47,16 +47,16 @@ def export_dynamic(path: str | Path, out: str | Path) -> None:
 def dynamic_model(model: nn.Module) -> _Dynamic:
     """A loaded packed model with the width as a tensor, which a graph can take as an input. `model` is spent."""
     weights = packed_weights(model)
-    widths = list(weights[0][3].widths)
-    now = WidthTables(weights[0][3].stored, weights[0][3].width.max_bits, widths)
-    for _, module, tensor, packed in weights:
-        codes = module.parametrizations[tensor].original  # type: ignore[index,union-attr]
+    first = weights[0].packed
+    widths = list(first.widths)
+    now = WidthTables(first.stored, first.width.max_bits, widths)
+    for weight in weights:
+        module, tensor, codes = weight.module, weight.tensor, weight.codes
+        replacement = TensorWeight(now, weight.packed.scale, weight.packed.level)
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
         delattr(module, tensor)
         module.register_buffer(tensor, codes)
-        parametrize.register_parametrization(
-            module, tensor, TensorWeight(now, packed.scale, packed.level), unsafe=True
-        )
+        parametrize.register_parametrization(module, tensor, replacement, unsafe=True)
     for norm in per_width_norms(model):
         for layer in norm.sets.values():
             swap(

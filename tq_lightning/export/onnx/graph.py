@@ -75,12 +75,13 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
     """
     names = []
     _fix_activations(model)
-    for name, module, tensor, _ in packed_weights(model):
+    for weight in packed_weights(model):
+        module, tensor = weight.module, weight.tensor
         value = getattr(module, tensor).detach().clone()
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
         delattr(module, tensor)
         module.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
-        names.append(name)
+        names.append(weight.name)
     size = example_size(model)
     graph = _trace(
         model, (torch.zeros(2, *size),), ["images"], ({0: torch.export.Dim("batch")},), opset

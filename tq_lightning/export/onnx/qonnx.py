@@ -34,15 +34,12 @@ def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
     """
     model = load_packed(path)
     weights = packed_weights(model)
-    stored = weights[0][3].stored
-    if bits not in weights[0][3].widths:
+    stored, widths = weights[0].packed.stored, weights[0].packed.widths
+    if bits not in widths:
         raise UserError(
-            f"{path} runs at widths {', '.join(map(str, weights[0][3].widths))}, not {bits}; pass one as --bits"
+            f"{path} runs at widths {', '.join(map(str, widths))}, not {bits}; pass one as --bits"
         )
-    codes = {
-        name: module.parametrizations[tensor].original.numpy()
-        for name, module, tensor, _ in weights
-    }  # type: ignore[index,union-attr]
+    codes = {weight.name: weight.codes.numpy() for weight in weights}
     with bit_width(model, bits):
         graph = float_graph(model)
     shared = {"one": 1.0, "zero": 0.0, "stored_bits": stored, "bits": bits}
@@ -50,7 +47,8 @@ def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
         numpy_helper.from_array(np.asarray(v, np.float32), f"trunc/{k}") for k, v in shared.items()
     )
     nodes = []
-    for name, _, _, packed in weights:
+    for weight in weights:
+        name, packed = weight.name, weight.packed
         graph.graph.initializer.append(
             numpy_helper.from_array(codes[name].astype(np.float32), f"{name}/codes")
         )

@@ -56,16 +56,12 @@ def export_static(path: str | Path, out: str | Path, bits: int, opset: int | Non
     """
     model = load_packed(path, bits=bits)
     kind, per_byte, opset = smallest_type(bits, opset)
-    weights = {
-        name: (module, tensor, packed) for name, module, tensor, packed in packed_weights(model)
-    }
-    codes = {
-        name: module.parametrizations[tensor].original
-        for name, (module, tensor, _) in weights.items()
-    }  # type: ignore[index,union-attr]
+    weights = packed_weights(model)
+    codes = {weight.name: weight.codes for weight in weights}
     graph = float_graph(model, opset)
     nodes: list[onnx.NodeProto] = []
-    for name, (_, _, packed) in weights.items():
+    for weight in weights:
+        name, packed = weight.name, weight.packed
         a, b = levels_affine(bits, packed.level)
         array = codes[name].numpy()
         stored = helper.make_tensor(

@@ -6,7 +6,7 @@ whoever reads it, but behind it stand uint8 codes and a scale. The weight comes 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -165,19 +165,33 @@ def _at_hand(
     return read
 
 
-def packed_weights(model: nn.Module) -> list[tuple[str, nn.Module, str, PackedWeight]]:
-    """All packed weights: (full tensor name, owning module, tensor name in it, what serves it), in model order."""
-    found = []
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for tensor_name, chain in module.parametrizations.items():  # type: ignore[union-attr]
-                if isinstance(chain[0], PackedWeight):
-                    found.append(
-                        (
-                            f"{name}.{tensor_name}" if name else tensor_name,
-                            module,
-                            tensor_name,
-                            chain[0],
-                        )
-                    )
-    return found
+class PackedTensor(NamedTuple):
+    """A packed weight of a loaded model.
+
+    Attributes:
+        name: Full name of the tensor in the model.
+        module: The layer that owns it.
+        tensor: Its name in `module`.
+        packed: The parametrization.
+    """
+
+    name: str
+    module: nn.Module
+    tensor: str
+    packed: PackedWeight
+
+    @property
+    def codes(self) -> Tensor:
+        """The uint8 codes behind the tensor, of width `packed.stored`."""
+        return self.module.parametrizations[self.tensor].original  # type: ignore[index,union-attr]
+
+
+def packed_weights(model: nn.Module) -> list[PackedTensor]:
+    """List all packed weights, in model order."""
+    return [
+        PackedTensor(f"{name}.{tensor}" if name else tensor, module, tensor, chain[0])
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for tensor, chain in module.parametrizations.items()  # type: ignore[union-attr]
+        if isinstance(chain[0], PackedWeight)
+    ]

@@ -187,19 +187,14 @@ def _attach_codes(
 ) -> None:
     """Codes in the place of every float parameter."""
     width, start = width_of(model), 0
-    found = {
-        full: (module, tensor, rule) for full, module, tensor, rule in weight_quantizers(model)
-    }
+    found = {weight.name: weight for weight in weight_quantizers(model)}
     for layer in header["layers"]:
         full, offset, count = layer["name"], layer["offset"], math.prod(layer["scale"])
-        module, tensor, rule = found[full]
+        weight = found[full]
         part = codes[offset : offset + math.prod(layer["shape"])].view(layer["shape"])
         scale = torch.tensor(scales[start : start + count]).view(layer["scale"])
         start += count
         dtype = cast(header, full, torch.empty(0), torch.float32).dtype
-        attach(
-            module,
-            tensor,
-            part,
-            PackedWeight(full, width, planes, widths, rule.level, scale, dtype, mode),
-        )
+        level = weight.quantizer.level
+        packed = PackedWeight(full, width, planes, widths, level, scale, dtype, mode)
+        attach(weight.module, weight.tensor, part, packed)

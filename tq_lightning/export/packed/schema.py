@@ -13,7 +13,7 @@ from tq_lightning.export.packed.container import Container, section_of
 from tq_lightning.quant.bit_planes import aligned
 from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.weight import weight_quantizers
 
 _LAYER_KEYS = {"name", "shape", "offset", "scale"}
 _TYPES = {
@@ -44,8 +44,9 @@ def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
     behind = (
         set()
     )  # by name, not identity: an embedding tied to a quantized classifier is itself used in float
-    for full, _, tensor, _ in weight_quantizers(model):
-        behind.add(f"{full[: -len(tensor)]}parametrizations.{tensor}.original")
+    for weight in weight_quantizers(model):
+        owner = weight.name.removesuffix(weight.tensor)
+        behind.add(f"{owner}parametrizations.{weight.tensor}.original")
     found = []
     for full, value in named_tensors(model):
         if full in behind or full.endswith("num_batches_tracked"):
@@ -239,10 +240,7 @@ def check_layers(
     header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module
 ) -> None:
     """The layer map against the network and against the rows of codes, before anything is unpacked."""
-    own = {
-        full: tuple(original(module, tensor).shape)
-        for full, module, tensor, _ in weight_quantizers(model)
-    }
+    own = {w.name: tuple(w.original.shape) for w in weight_quantizers(model)}
     given = {layer["name"]: tuple(layer["shape"]) for layer in header["layers"]}
     if given != own or len(given) != len(header["layers"]):
         raise UserError("its layer map is not that of its network")

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tq_lightning.errors import UserError
 from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.weight import weight_quantizers
 
 TOO_LARGE = "is many times larger than its file"
@@ -105,13 +107,15 @@ def build_skeleton(
                 "the model given was prepared in another way than the file's; pass it as it was before prepare()"
             )
         return model
-    from tq_lightning.quant.prepare import attach_norms, prepare
+    from tq_lightning.quant.prepare import apply_config, attach_norms
 
     try:
-        # the norms last, on their own: copies of sets that no one asked for would take most of the time of a load
-        prepare(model, **{**header["prepare"], "norm": "shared", "verbose": False})
-        attach_norms(model, header["prepare"].get("norm", "per_width"), width_of(model), norm_sets)
-        model.tq = {**model.tq, **header["prepare"]}  # type: ignore[assignment,dict-item]
+        config = QuantConfig(**header["prepare"])
+        # Norms are attached separately: copies for widths that are not loaded would dominate the
+        # time of a load.
+        apply_config(model, replace(config, norm="shared"))
+        attach_norms(model, config.norm, width_of(model), norm_sets)
+        model.tq = config.to_dict()  # type: ignore[assignment]
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"its network cannot be prepared as the header says ({error})") from error
     return model

@@ -21,8 +21,9 @@ from tq_lightning.export.packed.schema import check_names, check_preprocessing, 
 from tq_lightning.export.packed.sections import compressed, merge_norms, narrowed, sizes
 from tq_lightning.export.packed.skeleton import build_skeleton
 from tq_lightning.quant.bit_planes import aligned, pack_planes
+from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.switchable_norm import per_width_norms
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.weight import weight_quantizers
 
 __all__ = ["load_packed", "save_packed"]
 
@@ -88,8 +89,8 @@ def describe(
     class_names: Sequence[str] | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A prepared model as a file's header and tensors, all planes, nothing folded or compressed."""
-    quantizers = weight_quantizers(model)
-    if not quantizers:
+    quantized = weight_quantizers(model)
+    if not quantized:
         raise UserError(
             f"{type(model).__name__} is not prepared, there is nothing to pack; call prepare(model, ...) first"
         )
@@ -110,19 +111,19 @@ def describe(
     layers: list[dict[str, Any]] = []
     placed: dict[int, dict[str, Any]] = {}
     rows, scales, at = [], [], 0
-    for full, module, tensor, quantizer in quantizers:
-        weight = original(module, tensor)
-        codes, scale = quantizer.codes(weight.detach())
+    for item in quantized:
+        weight = item.original
+        codes, scale = item.quantizer.codes(weight.detach())
         factor = scale.detach().cpu().float().numpy()
         scales.append(factor.reshape(-1))
         layer = {
-            "name": full,
+            "name": item.name,
             "shape": list(codes.shape),
             "offset": at,
             "scale": list(factor.shape),
         }
         if weight.dtype != torch.float32:
-            dtypes[full] = str(weight.dtype).removeprefix("torch.")
+            dtypes[item.name] = str(weight.dtype).removeprefix("torch.")
         if id(weight) in placed:  # tied: one run of codes serves both
             layer["offset"] = placed[id(weight)]["offset"]
         else:
@@ -132,7 +133,7 @@ def describe(
             at += rows[-1].size
         layers.append(layer)
     tensors["scale"] = np.concatenate(scales)
-    stored = quantizers[0][3].width.max_bits
+    stored = width_of(model).max_bits
     for p, plane in enumerate(pack_planes(np.concatenate(rows), stored)):
         tensors[f"plane{p}"] = plane
     header = {
