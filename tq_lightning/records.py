@@ -100,6 +100,8 @@ class Record:
     started: str | None = None
     seconds: Number = 0.0
     parameters_quantized: Number | None = None  # share of the parameters
+    ste: str | None = None  # STE of the weights, with "auto" resolved
+    nested: bool | None = None  # codes of the weights nest: both sources agree by construction
     steps: int | None = None
     epochs: int | None = None
     curves: dict[str, Points] | None = None

@@ -65,6 +65,7 @@ def test_a_finished_run(tmp_path):
     assert {"trainer", "model", "data"} <= record["config"].keys() and record["config"]["model"][
         "quantizer"
     ] == "round"
+    assert record["ste"] == "identity" and record["nested"] is False
     assert {"tq_lightning", "torch", "lightning", "timm", "python"} <= record["versions"].keys()
     assert (
         record["device"] == "cpu"

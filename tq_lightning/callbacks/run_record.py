@@ -17,6 +17,7 @@ from tq_lightning.errors import first_line
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
+from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.records import (
     MONITOR,
@@ -103,6 +104,7 @@ class RunRecord(L.Callback):
             config=config,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        quant = QuantConfig(**pl_module.model.tq)
         commit, dirty = git_state()
         device = trainer.strategy.root_device
         self._start = time.monotonic() - start.seconds
@@ -120,6 +122,8 @@ class RunRecord(L.Callback):
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             processes=trainer.world_size,
             parameters_quantized=pl_module.report.share,
+            ste=quant.resolved_ste,
+            nested=quant.nested,
             bytes=None,
             test=None,
         )
