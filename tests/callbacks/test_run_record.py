@@ -14,6 +14,7 @@ from tq_lightning.callbacks.width_table import print_widths
 from tq_lightning.cli import run_fit
 from tq_lightning.errors import TrainingError
 from tq_lightning.models import create_model
+from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.weight import weight_quantizers
 
 RUN = [
@@ -183,6 +184,7 @@ class Ends:
 
 class Report:
     report = type("Report", (), {"share": 0.9})()
+    model = type("Model", (), {"tq": QuantConfig().to_dict()})()
 
 
 def running(path, **config):
