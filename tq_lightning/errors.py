@@ -1,9 +1,14 @@
-"""The exceptions a user meets, and how their text is shown: one line, without passwords."""
+"""Exceptions that users see, and parts of their messages.
 
+A message is one line, without passwords, that says what was got and what to pass instead.
+"""
+
+import difflib
 import re
+from collections.abc import Iterable
 
-# scheme://user:PASSWORD@host. A password may hold "/", "@" and "%": it ends at the last "@" before white space, and if
-# it holds white space itself, at the next "@" of the line.
+# scheme://user:PASSWORD@host. A password may hold "/", "@" and "%": it ends at the last "@" before
+# white space, and if it holds white space itself, at the next "@" of the line.
 _IN_AUTHORITY = re.compile(r"(\w[\w+.-]*://[^\s:/@]*):(\S*@|[^@\n]*@)")
 # ?password=PASSWORD and &sslpassword=PASSWORD of a URL, password=PASSWORD of a connection string
 _IN_QUERY = re.compile(
@@ -14,20 +19,21 @@ _IN_QUERY = re.compile(
 class UserError(ValueError):
     """Bad input from the user (a key, a path, a value, a file).
 
-    The message is one line that says what was got and what to pass. The command line prints it and exits with status 2; a
-    library caller sees a `ValueError`.
+    The command line prints the message as one line and exits with status 2. Library callers can
+    catch it as a `ValueError`.
     """
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot continue (a non-finite loss, a weight that turned NaN).
+    """A training that cannot continue (a non-finite loss, a weight that turned NaN).
 
-    The command line prints its message as one line and exits with status 1; the run's record keeps it as the reason.
+    The command line prints the message as one line and exits with status 1. The run's record keeps
+    it as the reason.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without passwords, or the name of its class if the message is empty."""
+    """Return the first line of an error's message without passwords, or its class if it is empty."""
     return hide_password((str(error).splitlines() or [type(error).__name__])[0])
 
 
@@ -35,10 +41,17 @@ def hide_password(text: str) -> str:
     """Replace the passwords of all URLs in a text by `***`.
 
     Args:
-        text: a storage URL, or a text that contains some, such as the message of a database driver or a command line.
+        text: a storage URL, or a text that contains some, such as the message of a database driver
+            or a command line.
 
     Example:
         >>> hide_password("cannot reach postgresql://me:se/cr@t@host/db?sslpassword=x")
         'cannot reach postgresql://me:***@host/db?sslpassword=***'
     """
     return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1:***@", text))
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return "; did you mean X, Y?" with the names in `known` that are close to `name`, or ""."""
+    close = difflib.get_close_matches(str(name), list(known), n=count)
+    return f"; did you mean {', '.join(close)}?" if close else ""

@@ -59,7 +59,7 @@ def test_what_sweep_engines_send_arrives_typed(
 
 
 def test_lists_as_text_mean_the_same_as_lists() -> None:
-    from tq_lightning.training.validation import as_ints, as_list
+    from tq_lightning.training.lists import as_ints, as_list
 
     assert (
         as_ints("8,4,2,1", "k")
@@ -106,7 +106,7 @@ def test_later_config_files_win_and_text_in_them_is_typed(
             "error: trainer.precision: got '7', pass 64, 32, 16 or 'transformer-engine'",
         ),
         ([*DIGITS, "--model.widths", "9"], "from 1 to max_bits=8, got [9]"),
-        ([*DIGITS, "--model.widths", "a,b"], "got 'a,b', pass whole numbers"),
+        ([*DIGITS, "--model.widths", "a,b"], "got 'a,b', expected integers"),
         ([*DIGITS, "--model.teacher", "wide"], "pass one of none, widest"),
         ([*DIGITS, "--data.name", "digit"], "is not one of digits"),
         ([*DIGITS, "--trainer.devices", "two"], "devices"),
@@ -199,7 +199,10 @@ def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"no checkpoint")
     said = error_of(capsys, *DIGITS, "--ckpt_path", str(broken))
-    assert "is no checkpoint of a run (not a file that torch.save wrote, or half of one)" in said
+    assert (
+        "is not a training checkpoint (not a file that torch.save wrote, or an incomplete one)"
+        in said
+    )
 
 
 def test_a_root_that_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""load_checkpoint_model: what is no checkpoint of a run is said to be none (what is one, the tests of fit and export load)."""
+"""load_checkpoint_model refuses files that are not training checkpoints."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
 @pytest.mark.parametrize(
     ("hparams", "said"),
     [
-        (None, "is no checkpoint of a run ('hyper_parameters')"),
-        ({"lr": 0.1}, "is no checkpoint of a run ('name')"),
+        (None, "is not a training checkpoint (it has no 'hyper_parameters')"),
+        ({"lr": 0.1}, "is not a training checkpoint (it has no 'name')"),
         (
             {**OURS, "of_another_library": 1},
             "got an unexpected keyword argument 'of_another_library'",

@@ -1,8 +1,8 @@
-"""What a checkpoint leaves of the arguments given beside it is said, and nothing else is."""
+"""Arguments that a checkpoint overrides are reported, and no others."""
 
 import pytest
 
-from tq_lightning.training.checkpoint import overruled
+from tq_lightning.training.checkpoint import overridden_arguments
 
 KEPT = {
     "lr": 0.05,
@@ -37,8 +37,8 @@ KEPT = {
     ],
 )
 def test_only_what_was_asked_for_and_differs(asked, said):
-    assert overruled(asked, KEPT) == said
+    assert overridden_arguments(asked, KEPT) == said
 
 
 def test_a_default_is_not_asked_for():
-    assert overruled({"lr": 0.05, "opt": "sgd"}, {"lr": 0.5, "opt": "adam"}) == []
+    assert overridden_arguments({"lr": 0.05, "opt": "sgd"}, {"lr": 0.5, "opt": "adam"}) == []

@@ -256,23 +256,6 @@ def test_what_a_model_excepts_from_decay(train, tmp_path):
     assert decays[id(module.model.blocks[0].mlp.fc1.parametrizations.weight.original)] == 0.1
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"opt": "sgdd"}, "model.opt: got 'sgdd'"),
-        ({"opt": "adam", "opt_args": {"beta": 1}}, "model.opt: got 'adam'"),
-        ({"sched": "cosin"}, "model.sched: got 'cosin', pass one of cosine"),
-        ({"sched": "plateau"}, "model.sched: got 'plateau'"),
-        ({"decay_epochs": "1,two"}, "model.decay_epochs: got '1,two'"),
-        ({"sched": "step", "decay_epochs": 0}, "model.decay_epochs: got 0, pass epochs above 0"),
-        (
-            {"sched": "multistep", "decay_epochs": "[]"},
-            "model.decay_epochs: got '[]', pass epochs above 0",
-        ),
-        ({"steps": math.inf}, "the schedule needs an end"),
-    ],
-)
-def test_bad_names_are_one_sentence(changes, said):
-    with pytest.raises(UserError) as error:
-        rates(**changes)
-    assert said in str(error.value) and "\n" not in str(error.value)
+def test_a_schedule_without_an_end_is_refused():
+    with pytest.raises(UserError, match=r"model\.sched: the schedule needs an end; pass trainer"):
+        rates(steps=math.inf)

@@ -9,9 +9,9 @@ from torch import nn
 
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.training import module as module_file
+from tq_lightning.training.lists import as_ints, as_list
 from tq_lightning.training.losses import bce, cross_entropy, distillation
 from tq_lightning.training.module import TQModule
-from tq_lightning.training.validation import as_ints, as_list
 
 LOGITS = {
     None: torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 0.0]]),
@@ -43,7 +43,7 @@ def width_losses(monkeypatch, teacher_net=False, **arguments):
         return torch.stack(list(losses.values())).sum(), losses
 
     monkeypatch.setattr(module_file, "joint_loss", joint)
-    monkeypatch.setattr(module_file, "idle_parameters", lambda model, loss: [])
+    monkeypatch.setattr(module_file, "unused_parameters", lambda model, loss: [])
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
     module._trainer = SimpleNamespace(fit_loop=loop, precision_plugin=SimpleNamespace())
     module.log = lambda *_, **__: None
@@ -167,15 +167,33 @@ def test_sandwich_is_a_function_of_seed_and_step():
         ({"teacher": "external"}, "pass model.teacher_name"),
         ({"distill_weight": 1.5}, "model.distill_weight: got 1.5"),
         ({"temperature": 0.0}, "model.temperature: got 0.0"),
-        ({"width_weights": "1,2"}, "got 2 factors for 4 passes"),
+        ({"width_weights": "1,2"}, "got 2 weights for 4 passes"),
         ({"width_weights": "1,2,x,4"}, "model.width_weights: got '1,2,x,4'"),
-        ({"widths": "8,four"}, "model.widths: got '8,four', pass whole numbers"),
+        ({"widths": "8,four"}, "model.widths: got '8,four', expected integers"),
         ({"widths": [9]}, "model.widths"),
         ({"widths": []}, "model.widths"),
         ({"ema_decay": 1.5}, "model.ema_decay: got 1.5"),
         ({"calibration_batches": 0}, "model.calibration_batches: got 0"),
         ({"sandwich_random": -1}, "model.sandwich_random: got -1"),
         ({"seed": -1}, "model.seed: got -1"),
+        ({"quantizer": "flor"}, "unknown quantizer 'flor'; pass one of floor, round"),
+        ({"norm": "none"}, "unknown norm 'none'; pass one of per_width"),
+        ({"activations": "relu"}, "unknown activations 'relu'; pass null or one of"),
+        ({"lr": -1.0}, "model.lr: got -1.0, pass a number from 0"),
+        ({"lr": math.nan}, "model.lr: got nan"),
+        ({"lr": math.inf}, "model.lr: got inf"),
+        ({"momentum": 1.5}, "model.momentum: got 1.5"),
+        ({"weight_decay": -1e-4}, "model.weight_decay: got -0.0001"),
+        ({"warmup_epochs": -1}, "model.warmup_epochs: got -1"),
+        ({"num_classes": 0}, "model.num_classes: got 0"),
+        ({"opt": "sgdd"}, "model.opt: got 'sgdd'; did you mean sgd"),
+        ({"opt": "adam", "opt_args": {"beta": 1}}, "model.opt_args: got {'beta': 1}, which adam"),
+        ({"opt": "adamw", "opt_args": {"betas": [2, 3]}}, "model.opt_args: got {'betas': [2, 3]}"),
+        ({"sched": "cosin"}, "poly, none; did you mean cosine?"),
+        ({"sched": "plateau"}, "model.sched: got 'plateau'"),
+        ({"decay_epochs": "1,two"}, "model.decay_epochs: got '1,two'"),
+        ({"sched": "step", "decay_epochs": 0}, "model.decay_epochs: got 0, pass epochs above 0"),
+        ({"sched": "multistep", "decay_epochs": "[]"}, "model.decay_epochs: got '[]', pass epochs"),
     ],
 )
 def test_bad_values_are_one_sentence_that_names_the_key(arguments, said):
@@ -185,9 +203,23 @@ def test_bad_values_are_one_sentence_that_names_the_key(arguments, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["[8, 4", "8, 4]", "(8, 4]", "8,,4", ",8", "[8, [4]"])
+def test_a_list_that_is_not_well_formed_is_refused(text):
+    with pytest.raises(UserError, match=r"model\.widths: got .*, expected integers"):
+        TQModule(widths=text)
+    with pytest.raises(UserError, match=r"model\.skip: got .*, expected a list"):
+        TQModule(skip=text)
+
+
+def test_null_teacher_is_none():
+    module = TQModule(teacher=None)
+    assert module.hparams.teacher == "none"
+
+
 def test_lists_in_every_spelling():
     assert as_list("8, 4") == ["8", "4"] and as_list("(8,)") == ["8"] and as_list(8) == [8]
     assert as_ints(("8", 4.0), "k") == [8, 4]
+    assert as_list("layer[12].*, first") == ["layer[12].*", "first"] and as_list("[]") == []
     assert TQModule(widths="1,8,4").widths == TQModule(widths=[8, 4, 1]).widths == (8, 4, 1)
 
 
@@ -271,6 +303,6 @@ def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
 
     with pytest.raises(
         TrainingError,
-        match=r"step 1: weight .*blocks.0.mlp.fc1.weight holds NaN.*learning rate 0.1",
+        match=r"step 1: weight .*blocks.0.mlp.fc1.weight contains NaN.*learning rate 0.1",
     ):
         train(tmp_path, callbacks=[Break()])

@@ -1,55 +1,64 @@
-"""A trained network from its checkpoint, for those who serve or score it without a Trainer."""
+"""Training checkpoints: rebuild the model, find the newest file, and read its progress."""
 
 import inspect
+import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from tq_lightning.errors import UserError, first_line
 from tq_lightning.models import create_model
+from tq_lightning.records import NAME
+from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
-from tq_lightning.training.validation import as_list
+
+
+class Progress(NamedTuple):
+    """How far a training had come when it wrote a checkpoint."""
+
+    step: int
+    """Optimizer steps."""
+    epochs: int
+    """Completed epochs."""
 
 
 def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Rebuilds the prepared model of a run's checkpoint, with all its norm sets, on the CPU, in evaluation mode.
+    """Rebuild the prepared model of a training checkpoint, to serve or score it without a Trainer.
 
     Args:
-        path: a .ckpt file of a fit. Loaded with `weights_only=True`: it runs no code.
+        path: a .ckpt file written by `fit`. It is loaded with `weights_only=True`, so it can't run
+            code.
 
     Returns:
-        (model, the `model.*` configuration it was trained with, its preprocessing: input_size, mean, std, interpolation,
-        crop_pct, classes).
+        (model, hparams, preprocessing). The model is on the CPU, in evaluation mode, with the
+        norms of all widths. `hparams` is the `model:` section that it was trained with.
+        `preprocessing` has the keys input_size, mean, std, interpolation, crop_pct, classes.
 
     Raises:
-        UserError: no such file, no checkpoint of a run, or one whose weights do not fit its configuration.
+        UserError: the file does not exist, is not a training checkpoint, or holds weights that do
+            not fit its configuration.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"checkpoint {path} does not exist; pass a .ckpt file of a run, e.g. RUN/checkpoints/last.ckpt"
+            f"checkpoint {path} does not exist; pass a .ckpt file of a run, "
+            "e.g. RUN/checkpoints/last.ckpt"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
         state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
         name, classes, args = (hparams[key] for key in ("name", "num_classes", "model_args"))
-        module = TQModule(
-            **{
-                **hparams,
-                "pretrained": False,
-                "checkpoint_path": None,
-                "teacher": "none",
-                "compile": False,
-            }
-        )
+        unused = {"pretrained": False, "checkpoint_path": None, "teacher": "none", "compile": False}
+        module = TQModule(**{**hparams, **unused})
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{path} is no checkpoint of a run ({first_line(error)}); pass a .ckpt file that `fit` wrote"
+            f"{path} is not a training checkpoint ({_reason(error)}); "
+            "pass a .ckpt file written by fit"
         ) from None
     model = create_model(name, classes, **(args or {}))
     module.attach(model)
@@ -63,57 +72,91 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
 
 
 def newest_checkpoint(root: Path, which: str) -> Path:
-    """The `last` or `best` checkpoint of the newest run under `root`.
+    """Return the "last" or "best" checkpoint of the newest run under `root`.
 
     Raises:
-        UserError: there is none; the message says where it was looked for.
+        UserError: there is no such file.
     """
     pattern = "*/checkpoints/last.ckpt" if which == "last" else "*/checkpoints/best*.ckpt"
     found = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(
-            f"ckpt_path={which}: no {pattern} under {root}; pass the file of a checkpoint, or the trainer.default_root_dir "
-            "of the run"
+            f"ckpt_path={which}: no {pattern} under {root}; pass a checkpoint file, or the "
+            "trainer.default_root_dir of the run"
         )
     return found[-1]
 
 
-def checkpoint_step(path: Path) -> int:
-    """The optimizer step a checkpoint was written at. Raises UserError for a file that is no checkpoint of a run."""
+def run_folder(path: Path) -> Path | None:
+    """Return the run that a checkpoint belongs to: RUN of RUN/checkpoints/FILE.
+
+    None if the file is elsewhere, or if RUN has neither a record nor a configuration.
+    """
+    folder = path.absolute().parent
+    run = path.parent.parent
+    if folder.name != "checkpoints":
+        return None
+    return run if (run / NAME).is_file() or (run / "config.yaml").is_file() else None
+
+
+def read_progress(path: Path) -> Progress:
+    """Read the step and the epochs of a training checkpoint.
+
+    Raises:
+        UserError: the file is not a training checkpoint, or parts of it are missing.
+    """
     try:
-        # mmap reads no weights for one number; the files of old that can't be mapped are no checkpoints of ours
+        # mmap: no weights are read. Files too old to be mapped are not checkpoints of ours.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(checkpoint["global_step"])
+        if not all(isinstance(checkpoint[key], dict) for key in ("state_dict", "hyper_parameters")):
+            raise TypeError("no state dict or no hyperparameters")
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        return Progress(int(checkpoint["global_step"]), int(epochs))
     except Exception as error:
-        reason = first_line(error)
-        reason = (
-            "not a file that torch.save wrote, or half of one"
-            if "mmap" in reason or "zip" in reason
-            else reason
-        )
         raise UserError(
-            f"ckpt_path: {path} is no checkpoint of a run ({reason}); pass last, best, or a .ckpt file"
+            f"ckpt_path: {path} is not a training checkpoint ({_reason(error)}); "
+            "pass last, best, or a .ckpt file"
         ) from None
 
 
-def overruled(asked: dict[str, Any], kept: dict[str, Any]) -> list[str]:
-    """`key=value, not value` for each argument of the model that a checkpoint keeps, though another one was asked for.
+def checkpoint_step(path: Path) -> int:
+    """Return the optimizer step of a training checkpoint. Raises as `read_progress`."""
+    return read_progress(path).step
+
+
+def inside_epoch(checkpoint: dict[str, Any]) -> bool:
+    """Return True if a checkpoint was written before the last batch of an epoch."""
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return bool(batches["current"]["ready"] and not batches["is_last_batch"])
+
+
+def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[str]:
+    """List the model arguments that a checkpoint overrides, as `key=value, not value`.
 
     Args:
-        asked: the `model:` section as given; what is at its default was not asked for.
-        kept: that section with the checkpoint's arguments in it.
+        given: the `model:` section as the user gave it. A value at its default does not count.
+        kept: the same section with the checkpoint's values.
     """
     defaults = {key: p.default for key, p in inspect.signature(TQModule).parameters.items()}
     return [
         f"model.{key}={kept[key]}, not {value}"
-        for key, value in asked.items()
+        for key, value in given.items()
         if key in kept and not _same(value, defaults.get(key)) and not _same(value, kept[key])
     ]
 
 
 def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, dict) and isinstance(
-        two, dict
-    ):  # a checkpoint's may hold more: dropout rates
-        return one.items() <= two.items()
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.items() <= two.items()  # a checkpoint's model_args hold the dropout rates too
     return [str(v) for v in as_list(one)] == [str(v) for v in as_list(two)]
+
+
+def _reason(error: Exception) -> str:
+    """Say why a file could not be loaded, without torch's advice to switch its checks off."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        unsupported = "GLOBAL " in text or "Unsupported" in text
+        return "it holds objects that could run code" if unsupported else "it is damaged"
+    if "mmap" in text or "zip" in text or "PytorchStreamReader" in text:
+        return "not a file that torch.save wrote, or an incomplete one"
+    return f"it has no {text}" if isinstance(error, KeyError) else first_line(error)

@@ -1,4 +1,4 @@
-"""What a run trains, from its hyper-parameters: the model, its quantizers, and its teacher."""
+"""Build what a run trains from its hyperparameters: the model, its quantizers and its teacher."""
 
 from typing import Any
 
@@ -11,24 +11,32 @@ from tq_lightning.models import create_model
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.prepare import PrepareReport, apply_config
 from tq_lightning.quant.switchable_norm import train_float_norms
-from tq_lightning.training.validation import as_list
 
 
-def build_model(h: Any) -> nn.Module:
-    """The float model that `h` names, with the weights it starts from. Raises as `create_model`.
+def build_model(h: Any, start_weights: bool = True) -> nn.Module:
+    """Create the float model `h.name` and load the weights that it starts from.
 
-    `h.model_args` then holds the dropout rates too: with it the model can be built again from a checkpoint.
+    Adds the dropout rates to `h.model_args`, so that the model can be rebuilt from a checkpoint.
+
+    Args:
+        h: hyperparameters of a TQModule.
+        start_weights: False leaves the weights random, for a checkpoint to replace them.
+
+    Raises:
+        UserError: as `create_model`.
     """
     rates = {key: h[key] for key in ("drop_rate", "drop_path_rate") if h[key] is not None}
     h.model_args = {**(h.model_args or {}), **rates}
-    return create_model(h.name, h.num_classes, h.pretrained, h.checkpoint_path, **h.model_args)
+    pretrained, path = (h.pretrained, h.checkpoint_path) if start_weights else (False, None)
+    return create_model(h.name, h.num_classes, pretrained, path, **h.model_args)
 
 
 def build_teacher(h: Any) -> nn.Module | None:
-    """The external teacher that `h` names, frozen; None where it names none.
+    """Create the external teacher `h.teacher_name`, frozen; return None if there is no name.
 
     Raises:
-        UserError: timm's weights are for another number of classes, and a fresh head would teach noise; or as `create_model`.
+        UserError: timm's weights have another number of classes (a new classifier would be
+            random), or as `create_model`.
     """
     if h.teacher_name is None:
         return None
@@ -36,31 +44,33 @@ def build_teacher(h: Any) -> nn.Module | None:
     known = get_pretrained_cfg(h.teacher_name)
     if path is None and known is not None and known.num_classes != h.num_classes:
         raise UserError(
-            f"model.teacher_name: the weights of {h.teacher_name} are for {known.num_classes} classes, the data has "
-            f"{h.num_classes}; pass model.teacher_checkpoint_path"
+            f"model.teacher_name: the weights of {h.teacher_name} are for {known.num_classes} "
+            f"classes, the data has {h.num_classes}; pass model.teacher_checkpoint_path"
         )
     try:
-        return (
-            create_model(h.teacher_name, h.num_classes, path is None, path)
-            .eval()
-            .requires_grad_(False)
-        )
+        teacher = create_model(h.teacher_name, h.num_classes, path is None, path)
     except UserError as error:
         raise UserError(
             f"the teacher (model.teacher_name, model.teacher_checkpoint_path): {error}"
         ) from None
+    return teacher.eval().requires_grad_(False)
 
 
 def prepare_model(
-    model: nn.Module, h: Any, widths: tuple[int, ...], verbose: bool
+    model: nn.Module, config: QuantConfig, h: Any, verbose: bool = False
 ) -> PrepareReport:
-    """Prepares `model` in place as `h` says.
+    """Attach the quantizers of `config` to `model`, in place.
+
+    Args:
+        model: a float model.
+        config: how the model is quantized.
+        h: hyperparameters of a TQModule, for `float_pass` and `channels_last`.
+        verbose: print the report.
 
     Raises:
-        UserError: a choice that `prepare` does not know, or a layer that it can't treat.
+        UserError: a layer that can't be quantized, or a pattern that matches no layer.
     """
     try:
-        config = QuantConfig.from_mapping({**h, "widths": widths, "skip": as_list(h.skip)})
         report = apply_config(model, config)
     except ValueError as error:
         raise UserError(f"model: {error}") from None

@@ -26,7 +26,11 @@ from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
 from tq_lightning.records import MONITOR, NAME
-from tq_lightning.training.checkpoint import checkpoint_step, newest_checkpoint, overruled
+from tq_lightning.training.checkpoint import (
+    checkpoint_step,
+    newest_checkpoint,
+    overridden_arguments,
+)
 from tq_lightning.training.cli_messages import _KINDS, one_line
 from tq_lightning.training.module import TQModule
 
@@ -108,7 +112,7 @@ class TQCLI(LightningCLI):
             self.resumed = path
         asked = config.model.as_dict()
         super()._parse_ckpt_path()  # the checkpoint's model arguments replace those given
-        kept = overruled(asked, self.config[self.config.subcommand].model.as_dict())
+        kept = overridden_arguments(asked, self.config[self.config.subcommand].model.as_dict())
         if kept:
             print(
                 f"the model stays as its checkpoint was trained: {'; '.join(kept)}",

@@ -1,96 +1,186 @@
-"""Losses: against labels, and against a wider network's logits. One function each; `LOSSES` lists those for labels."""
+"""Training losses: against labels, and against the logits of a teacher.
+
+To add a label loss, write its function and add a row to `LOSSES`.
+"""
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (batch, classes) against labels (batch,) or soft labels (batch, classes)."""
+    """Mean cross-entropy over the batch.
+
+    Args:
+        logits: (batch, classes).
+        target: class indices (batch,) or soft labels (batch, classes).
+
+    Returns:
+        A float32 scalar.
+    """
     return F.cross_entropy(logits.float(), target)
 
 
 def bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean binary cross-entropy summed over classes; shapes as in `cross_entropy`. Source: ResNet strikes back, 2110.00476."""
+    """Binary cross-entropy summed over classes, mean over the batch.
+
+    Args:
+        logits: (batch, classes).
+        target: class indices (batch,) or soft labels (batch, classes).
+
+    Returns:
+        A float32 scalar.
+
+    Source: Wightman et al., "ResNet strikes back", arXiv 2110.00476.
+    """
     if target.dim() == 1:
         target = F.one_hot(target, logits.shape[1])
-    return (
-        F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
-        .sum(1)
-        .mean()
-    )
+    losses = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+    return losses.sum(1).mean()
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over the batch. Source: Hinton et al., arXiv 1503.02531.
+    """Distillation loss T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over the batch.
 
     Args:
-        logits, teacher: (batch, classes); `teacher` carries no gradient. temperature: T > 0.
+        logits: logits of the student (batch, classes).
+        teacher: logits of the teacher (batch, classes); they receive no gradient.
+        temperature: T > 0.
 
     Returns:
-        A float32 scalar, 0 where the two agree.
+        A float32 scalar; 0 if both distributions are equal.
+
+    Source: Hinton et al., arXiv 1503.02531.
     """
     student = F.log_softmax(logits.float() / temperature, dim=1)
     target = F.log_softmax(teacher.detach().float() / temperature, dim=1)
     return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy, "bce": bce}
+LabelLoss = Callable[[Tensor, Tensor], Tensor]
+# (width, its logits, {wider width: its logits}, widest first) -> scalar loss
+WidthLoss = Callable[[int | None, Tensor, dict[int | None, Tensor]], Tensor]
+
+LOSSES: dict[str, LabelLoss] = {"cross_entropy": cross_entropy, "bce": bce}
 TEACHERS = ("none", "widest", "recursive", "external")
 
 
-def taught(
-    hard: Callable[[Tensor, Tensor], Tensor],
+def make_width_loss(
+    label_loss: LabelLoss,
     target: Tensor,
     teacher: str,
-    outside: Tensor | None = None,
-    share: float = 1.0,
+    external: Tensor | None = None,
+    distill_weight: float = 1.0,
     temperature: float = 1.0,
-) -> Callable[[int | None, Tensor, dict[int | None, Tensor]], Tensor]:
-    """The loss of each width of a joint step: labels where nobody teaches, else (1 - share) labels + share teacher.
+) -> WidthLoss:
+    """Build the loss function that the joint step applies to each width.
+
+    A width without a teacher is trained on the labels. A width with a teacher is trained on
+    (1 - distill_weight) * label loss + distill_weight * distillation loss.
 
     Args:
-        hard: a row of `LOSSES`. target: what it scores against.
-        teacher: one of `TEACHERS`. An outside teacher teaches every width where it is "external", else the widest.
-        outside: logits (batch, classes) of an outside teacher.
-        share, temperature: of `distillation`.
+        label_loss: a value of `LOSSES`.
+        target: labels, as `label_loss` takes them.
+        teacher: one of `TEACHERS`. "external" teaches every width; with the other choices an
+            external teacher, if given, teaches the widest width.
+        external: logits (batch, classes) of the external teacher.
+        distill_weight: weight of the distillation loss, from 0 to 1.
+        temperature: temperature of the distillation loss.
 
     Returns:
-        (width, its logits, {wider width: its logits} widest first) -> scalar.
+        The loss of one width, given the logits of the wider widths of the same step.
     """
 
-    def loss(bits: int | None, logits: Tensor, wider: dict[int | None, Tensor]) -> Tensor:
-        by = outside if teacher == "external" or not wider else None
-        if by is None and wider and teacher != "none":
-            by = list(wider.values())[0 if teacher == "widest" else -1]
-        if by is None:
-            return hard(logits, target)
-        soft = distillation(logits, by, temperature)
-        return soft if share == 1.0 else (1 - share) * hard(logits, target) + share * soft
+    def width_loss(bits: int | None, logits: Tensor, wider: dict[int | None, Tensor]) -> Tensor:
+        soft_target = external if teacher == "external" or not wider else None
+        if soft_target is None and wider and teacher != "none":
+            soft_target = list(wider.values())[0 if teacher == "widest" else -1]
+        if soft_target is None:
+            return label_loss(logits, target)
+        soft = distillation(logits, soft_target, temperature)
+        if distill_weight == 1.0:
+            return soft
+        return (1 - distill_weight) * label_loss(logits, target) + distill_weight * soft
 
-    return loss
+    return width_loss
 
 
 class EpochLosses:
-    """Sums of losses over the samples of an epoch, on their device.
+    """Running sums of the losses of an epoch, kept in checkpoints and reduced over ranks.
 
-    Lightning's own mean of an epoch starts anew in a run that goes on inside one. `state` is what a checkpoint keeps;
-    under several processes it is that of the first, so that there the means of a resumed epoch are not quite those of
-    an uninterrupted one.
+    Lightning's epoch mean restarts when a run resumes inside an epoch. torchmetrics' MeanMetric
+    synchronizes with the device at every update. These sums do neither.
     """
 
     def __init__(self) -> None:
-        self.state: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor | float, int]] = {}
+
+    def reset(self) -> None:
+        """Start a new epoch."""
+        self._sums.clear()
 
     def add(self, losses: dict[str, Tensor], samples: int) -> None:
-        """Takes in the mean losses (scalars, by key) of a batch of `samples`."""
+        """Add the mean losses (scalars, by key) of a batch of `samples` images."""
         for key, loss in losses.items():
-            total, count = self.state.get(key, (0.0, 0))
-            # what a checkpoint held may lie on another device
+            total, count = self._sums.get(key, (0.0, 0))
+            # a total that was read from a checkpoint may be on another device
             total = total.to(loss.device) if isinstance(total, Tensor) else total
-            self.state[key] = (total + loss.detach() * samples, count + samples)
+            self._sums[key] = (total + loss.detach() * samples, count + samples)
 
-    def means(self) -> dict[str, Tensor]:
-        """The mean of each loss, scalars by key."""
-        return {key: total / count for key, (total, count) in self.state.items()}
+    def means(
+        self, reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums
+    ) -> dict[str, Tensor]:
+        """Return the mean of each loss.
+
+        Args:
+            reduce_sum: adds a tensor up over all ranks.
+
+        Returns:
+            {key: scalar tensor}.
+        """
+        if not self._sums:
+            return {}
+        sums = reduce_sum(self._as_tensor())
+        return {key: total / count for key, (total, count) in zip(self._sums, sums, strict=True)}
+
+    def state_dict(
+        self, gather: Callable[[Tensor], Tensor] = lambda sums: sums[None]
+    ) -> dict[str, Tensor]:
+        """Return {key: (ranks, 2) tensor of sum and sample count}.
+
+        Args:
+            gather: stacks a tensor over all ranks, along a new first dimension.
+        """
+        if not self._sums:
+            return {}
+        gathered = gather(self._as_tensor())
+        return {key: gathered[:, i].cpu().clone() for i, key in enumerate(self._sums)}
+
+    def load_state_dict(self, state: dict[str, object], rank: int = 0, world: int = 1) -> None:
+        """Restore the sums of this rank.
+
+        A state of as many ranks gives each rank its own sums. A state of another number of ranks
+        is added up in rank 0. Older checkpoints hold (sum, count) of rank 0; every rank takes it.
+        """
+        self._sums = {}
+        for key, value in state.items():
+            if isinstance(value, tuple):
+                self._sums[key] = value
+                continue
+            assert isinstance(value, Tensor)
+            if len(value) != world:
+                value = torch.stack([value.sum(0), *[torch.zeros(2)] * (world - 1)])
+            self._sums[key] = (value[rank, 0], int(value[rank, 1]))
+
+    def _as_tensor(self) -> Tensor:
+        """Sums and counts as one (keys, 2) tensor."""
+        device = next(iter(t.device for t, _ in self._sums.values() if isinstance(t, Tensor)), None)
+        rows = [
+            torch.stack(
+                [torch.as_tensor(total, device=device), torch.tensor(float(n), device=device)]
+            )
+            for total, n in self._sums.values()
+        ]
+        return torch.stack(rows)

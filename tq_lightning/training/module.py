@@ -1,4 +1,4 @@
-"""TQModule: the LightningModule that trains a timm model at several widths at once."""
+"""TQModule: the LightningModule that trains a timm model jointly at several bit widths."""
 
 import os
 import random
@@ -11,73 +11,85 @@ from torch import Tensor, nn
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.prepare import PrepareReport
-from tq_lightning.training.joint import idle_parameters, joint_loss
-from tq_lightning.training.losses import LOSSES, EpochLosses, taught
+from tq_lightning.training.joint import joint_loss, unused_parameters
+from tq_lightning.training.lists import as_ints
+from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
 from tq_lightning.training.validation import (
-    as_ints,
     check,
+    check_against_data,
     check_trainer,
     pass_weights,
-    trained_widths,
+    quant_config,
 )
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 
 def width_key(bits: int | None) -> str:
-    """How a width is written in metric keys: w4, or float."""
+    """Return the name of a width in metric keys: w4, or float."""
     return "float" if bits is None else f"w{bits}"
 
 
 class TQModule(L.LightningModule):
-    """A timm model with its quantizers, trained jointly at `widths`. The signature is the configuration.
+    """A timm model with fake quantizers, trained jointly at `widths`.
+
+    The signature is the `model:` section of a configuration.
 
     Args:
-        name: model name, as `timm.create_model` takes it; resnet8_cifar, resnet20_cifar, resnet56_cifar and
-            preresnet20_cifar are registered too.
-        pretrained: load timm's weights (downloads them).
+        name: a model of timm, or resnet8_cifar, resnet20_cifar, resnet56_cifar, preresnet20_cifar.
+        pretrained: start from timm's pretrained weights (downloads them).
         checkpoint_path: file of float weights to start from.
-        num_classes: classes of the head; null = those of the data set.
+        num_classes: outputs of the classifier; null for the classes of the data set.
         model_args: further arguments of the model, e.g. {expansion: 5} or {img_size: 32}.
-        drop_rate: dropout before the classifier; null = the model's default.
-        drop_path_rate: stochastic depth; null = the model's default.
+        drop_rate: dropout before the classifier; null for the model's default.
+        drop_path_rate: stochastic depth; null for the model's default.
         quantizer: floor (TruncQuant) or round (baseline).
-        ste: auto, identity, scaled, slope, clipped, ewgs or dsq; auto = scaled for floor, identity for round.
+        ste: auto, identity, scaled, slope, clipped, ewgs or dsq; auto is scaled for floor and
+            identity for round.
         level: endpoint, left or centre.
         normalizer: tanh, tanh_channel, absmax or absmax_channel.
-        widths: trained widths, e.g. 8,4,2,1.
-        max_bits: stored width.
-        activations: null, or clamp_round, clamp_floor, pact_round, pact_floor, each also with _truncate.
+        widths: trained bit widths, e.g. 8,4,2,1.
+        max_bits: stored bit width.
+        activations: null, or clamp_round, clamp_floor, pact_round, pact_floor, each also with
+            _truncate.
         skip: layers left in float: first, last, and name patterns.
         norm: per_width, per_width_all (layer norms too) or shared.
-        loss: cross_entropy or bce, against the labels.
-        teacher: who teaches the narrower widths: none (labels), widest, recursive (the next wider), external.
-        teacher_name: external timm teacher; it teaches the widest width, or all with teacher=external.
-        teacher_checkpoint_path: its weights; null = timm's pretrained ones.
-        distill_weight: share of the teacher's loss at a taught width, the labels get the rest.
-        temperature: of the distillation.
-        float_pass: train a float pass (bits=None) too, ahead of the widths.
-        width_schedule: all, or sandwich (widest, narrowest and `sandwich_random` others a step).
-        sandwich_random: random widths a step of the sandwich.
-        width_weights: factor of each width's loss, in the order of `widths`, the float pass's ahead; null = 1 each.
-        opt: optimiser, a name of timm's (sgd, adam, adamw, lamb, ...).
-        lr: learning rate at the top of the schedule.
+        loss: label loss, cross_entropy or bce.
+        teacher: teacher of the narrower widths: recursive (the next wider width), widest, external,
+            or none (labels only; null is none).
+        teacher_name: external teacher, a model of timm. It teaches the widest width, or all widths
+            with teacher=external.
+        teacher_checkpoint_path: its weights; null for timm's pretrained weights.
+        distill_weight: weight of the distillation loss; the label loss has the rest.
+        temperature: temperature of the distillation.
+        float_pass: train a float pass (bits=None) too, before the widths.
+        width_schedule: all, or sandwich (widest, narrowest and `sandwich_random` others per step).
+        sandwich_random: random widths per step of the sandwich.
+        width_weights: weight of each width's loss, in the order of `widths` (the float pass first);
+            null is 1 for each.
+        opt: optimizer, a name of timm (sgd, adam, adamw, lamb, ...).
+        lr: peak learning rate.
         weight_decay: weight decay.
-        momentum: of sgd and the like.
-        opt_args: further arguments of the optimiser, e.g. {betas: [0.9, 0.95]}.
-        sched: schedule, a name of timm's (cosine, step, multistep, poly, tanh, none), stepped every update.
+        momentum: momentum of sgd and similar optimizers.
+        opt_args: further arguments of the optimizer, e.g. {betas: [0.9, 0.95]}.
+        sched: learning-rate schedule, stepped every update: cosine, step, multistep, poly, tanh or
+            none.
         warmup_epochs: epochs of linear warm-up.
-        warmup_lr: where it starts.
-        min_lr: where cosine and poly end.
-        decay_epochs: epochs between decays (step), or their epochs (multistep), e.g. 100,150,180.
+        warmup_lr: learning rate at the start of the warm-up.
+        min_lr: learning rate at the end of cosine and poly.
+        decay_epochs: epochs between decays (step), or the epochs of the decays (multistep), e.g.
+            100,150,180.
         decay_rate: factor of a decay; power of poly.
-        ema_decay: decay of an exponential moving average of the weights, which is then what is evaluated; null = none.
-        calibration_batches: training batches that the norm statistics of untrained widths are estimated from.
-        channels_last: lay convolutions out as (batch, height, width, channels) in memory: faster on most devices.
+        ema_decay: decay of an exponential moving average of the weights, which is then evaluated
+            and saved; null for none.
+        calibration_batches: training batches that norm statistics of untrained widths are
+            estimated from.
+        channels_last: use the channels_last memory format, which is faster on most devices.
         compile: run the model through torch.compile.
-        seed: of the width schedule and the random states of each step; null = the run's seed.
+        seed: seed of the width schedule and of the random state of each step; null for the seed of
+            the run.
     """
 
-    hparams: Any  # type: ignore[assignment]  # an AttributeDict, which its annotation in Lightning does not say
+    hparams: Any  # type: ignore[assignment]  # an AttributeDict; Lightning annotates a mapping
 
     def __init__(
         self,
@@ -98,7 +110,7 @@ class TQModule(L.LightningModule):
         skip: list[str] | str = ["first", "last"],  # noqa: B006
         norm: str = "per_width",
         loss: str = "cross_entropy",
-        teacher: str = "recursive",
+        teacher: str | None = "recursive",
         teacher_name: str | None = None,
         teacher_checkpoint_path: str | None = None,
         distill_weight: float = 1.0,
@@ -126,24 +138,29 @@ class TQModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.hparams.teacher = self.hparams.teacher or "none"
         check(self.hparams)
-        self.widths = trained_widths(widths, max_bits)
-        ahead: tuple[None, ...] = (None,) if float_pass else ()
-        self.passes: tuple[int | None, ...] = ahead + self.widths
+        self.quant = quant_config(self.hparams)
+        self.widths = self.quant.widths
+        float_first: tuple[None, ...] = (None,) if float_pass else ()
+        self.passes: tuple[int | None, ...] = float_first + self.widths
+        # the weights are in the order in which the widths were given
         self.width_weights = pass_weights(
-            width_weights, (*ahead, *as_ints(widths, "model.widths"))
-        )  # as they were given
+            width_weights, (*float_first, *as_ints(widths, "model.widths"))
+        )
         self.model: nn.Module | None = None
         self.report: PrepareReport | None = None
-        # plain lists hide the teacher and the compiled twin from parameters(), state_dict() and the checkpoint
+        # lists hide the teacher and the compiled model from parameters(), state_dict(), checkpoints
         self._teacher: list[nn.Module] = []
         self._compiled: list[Any] = []
-        self._idle: list[nn.Parameter] = []
+        self._unused: list[nn.Parameter] = []
         self._epoch_losses = EpochLosses()
         self.loaded_epoch: int | None = None
+        self.restored_from_checkpoint = False
+        """Set before a checkpoint is loaded: the start weights are then not needed."""
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What belongs to every run: the moving average (first, so that it is what gets evaluated) and the evaluation."""
+        """Return the callbacks of every run. The moving average comes first, so it is evaluated."""
         from tq_lightning.callbacks.ema import MovingAverage
         from tq_lightning.callbacks.resume import StepSeeds
         from tq_lightning.callbacks.truncation_eval import TruncationEval
@@ -157,11 +174,15 @@ class TQModule(L.LightningModule):
         return callbacks
 
     def setup(self, stage: str) -> None:
+        """Check the Trainer and the data before a model is built."""
         check_trainer(self.trainer)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            check_against_data(self.hparams, data, self.trainer)
 
-    # -- the model -------------------------------------------------------------------------------------------------
+    # -- model -----------------------------------------------------------------------------------
     def configure_model(self) -> None:
-        """Builds and prepares the model once, before the strategy wraps it; the head's size may come from the data."""
+        """Build and prepare the model once; a null num_classes is taken from the data."""
         if self.model is not None:
             return
         from tq_lightning.training.factory import build_model, build_teacher
@@ -171,16 +192,17 @@ class TQModule(L.LightningModule):
         if h.num_classes is None:
             if data is None:
                 raise UserError(
-                    "model.num_classes is null and there is no data set to take it from; pass model.num_classes"
+                    "model.num_classes is null and there is no data set to take it from; "
+                    "pass model.num_classes"
                 )
             h.num_classes = data.num_classes
-        self.attach(build_model(h))
+        self.attach(build_model(h, start_weights=not self.restored_from_checkpoint))
         if self._trainer is not None and self._trainer.state.fn == "fit":
             teacher = build_teacher(h)
             self._teacher = [] if teacher is None else [teacher]
 
     def attach(self, model: nn.Module) -> None:
-        """Prepares `model` as the hyper-parameters say and takes it as this module's model."""
+        """Prepare `model` as the hyperparameters say and make it the model of this module."""
         from tq_lightning.training.factory import prepare_model
 
         verbose = (
@@ -188,44 +210,48 @@ class TQModule(L.LightningModule):
             and self._trainer.state.fn == "fit"
             and self._trainer.is_global_zero
         )
-        self.report = prepare_model(model, self.hparams, self.widths, verbose)
+        self.report = prepare_model(model, self.quant, self.hparams, verbose)
         self.model = model
         if self.hparams.compile:
             self._compiled = [torch.compile(model)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) -> logits (batch, classes), at the width in use."""
+        """Return logits (batch, classes) of images (batch, channels, height, width).
+
+        The model runs at the bit width in use.
+        """
         assert self.model is not None
         if self.hparams.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return (self._compiled[0] if self._compiled else self.model)(images)
 
-    # -- the joint step --------------------------------------------------------------------------------------------
+    # -- joint step ------------------------------------------------------------------------------
     def step_widths(self, step: int) -> tuple[int | None, ...]:
-        """The passes of a step, widest first: a function of seed and step alone, so that a resumed run sees the same."""
-        draw = random.Random(f"{self.run_seed}-{step}")
-        return WIDTH_SCHEDULES[self.hparams.width_schedule](
-            self.passes, self.hparams.sandwich_random, draw
-        )
+        """Return the passes of a step, widest first.
+
+        They depend on seed and step alone, so a resumed run takes the same ones.
+        """
+        h, rng = self.hparams, random.Random(f"{self.run_seed}-{step}")
+        return WIDTH_SCHEDULES[h.width_schedule](self.passes, h.sandwich_random, rng)
 
     @property
     def run_seed(self) -> int:
-        """Seed of the step's random states: `seed`, else the run's `seed_everything`, else 0."""
+        """Seed of the random state of each step: `seed`, else `seed_everything`, else 0."""
         if self.hparams.seed is not None:
             return self.hparams.seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the joint loss of a batch (images, labels)."""
         images, target = batch
         h = self.hparams
         passes = self.step_widths(self.trainer.fit_loop.epoch_loop.total_batch_idx)
-        outside = None
+        external = None
         if self._teacher:
             with torch.no_grad():
-                outside = self._teacher[0].to(images.device)(images)
-
-        width_loss = taught(
-            LOSSES[h.loss], target, h.teacher, outside, h.distill_weight, h.temperature
+                external = self._teacher[0].to(images.device)(images)
+        width_loss = make_width_loss(
+            LOSSES[h.loss], target, h.teacher, external, h.distill_weight, h.temperature
         )
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
@@ -237,10 +263,10 @@ class TQModule(L.LightningModule):
             raise TrainingError(
                 f"step {self.global_step}: {error} (learning rate {lr:g})"
             ) from None
-        self._idle = [p for p in idle_parameters(self, loss) if p.grad is None]
+        self._unused = [p for p in unused_parameters(self, loss) if p.grad is None]
         values = {f"train/loss_{width_key(b)}": value for b, value in losses.items()}
         if batch_idx == 0:
-            self._epoch_losses.state.clear()
+            self._epoch_losses.reset()
         self._epoch_losses.add(values, len(images))
         self.log(
             "train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, logger=False
@@ -248,31 +274,33 @@ class TQModule(L.LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        means = {
-            key: self.trainer.strategy.reduce(mean, reduce_op="mean")
-            for key, mean in self._epoch_losses.means().items()
-        }
+        """Log the mean losses of the epoch over all ranks."""
+        strategy = self.trainer.strategy
+        means = self._epoch_losses.means(lambda sums: strategy.reduce(sums, reduce_op="sum"))
         self.log_dict(means, logger=False)
-        # Lightning would write the row after the epoch's checkpoint, and a run killed between the two would go on without it;
-        # a row that is ahead of its checkpoint is dropped and comes again
+        # Lightning writes the row after the epoch's checkpoint. A run killed between the two would
+        # resume without the row. A row that is ahead of its checkpoint is dropped and comes again.
         row = {**{key: float(mean) for key, mean in means.items()}, "epoch": self.current_epoch}
         for logger in self.loggers:
             logger.log_metrics(row, step=self.global_step - 1)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Nothing: the TruncationEval callback scores every width on the batch."""
+        """Do nothing: the TruncationEval callback evaluates every width on the batch."""
 
     test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities (batch, classes) at the widest width, truncated as a device would run it."""
+        """Return class probabilities (batch, classes) at the widest trained width, truncated."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         with bit_width(self, self.widths[0], "truncate"):
             return self(images).float().softmax(1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps how images reach the network beside the weights: whoever serves it has no data set to ask."""
-        checkpoint["epoch_losses"] = dict(self._epoch_losses.state)
+        """Add the epoch's losses, and the preprocessing, which a server can't ask a data set for."""
+        gather = self.trainer.strategy.all_gather
+        checkpoint["epoch_losses"] = self._epoch_losses.state_dict(
+            lambda sums: gather(sums).view(-1, *sums.shape)
+        )
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             checkpoint["preprocessing"] = {
@@ -285,25 +313,28 @@ class TQModule(L.LightningModule):
             }
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a state dict; build the model first if it was not (load_from_checkpoint, ddp_spawn)."""
         if self.hparams.num_classes is not None:
-            self.configure_model()  # load_from_checkpoint, ddp_spawn and ddp_fork load into a module that was never built
+            self.configure_model()
         return super().load_state_dict(*args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the epoch's losses."""
         self.loaded_epoch = checkpoint.get("epoch")
-        self._epoch_losses.state = dict(checkpoint.get("epoch_losses", {}))
-        # a schedule is a function of the configuration and of the step: with more epochs it has their length, where the
-        # state of the shorter one would stay at its end
+        place = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
+        self._epoch_losses.load_state_dict(checkpoint.get("epoch_losses", {}), *place)
+        # A schedule follows from the configuration and the step. The saved state would end the
+        # schedule where the earlier run ended, even if this one has more epochs.
         checkpoint["lr_schedulers"] = []
 
     def on_train_start(self) -> None:
-        for config in (
-            self.trainer.lr_scheduler_configs
-        ):  # the optimizer's state brought the rate of the run before
+        """Set the learning rate of this step: the optimizer's state has that of the earlier run."""
+        for config in self.trainer.lr_scheduler_configs:
             self.lr_scheduler_step(config.scheduler, None)
 
-    # -- optimisation ----------------------------------------------------------------------------------------------
+    # -- optimization ----------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
+        """Create timm's optimizer and schedule."""
         from tq_lightning.training.optim import build_optimizer, build_scheduler
 
         assert self.model is not None
@@ -317,17 +348,20 @@ class TQModule(L.LightningModule):
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # DDP's reducer fills in zeros for the norms of widths that took no part; a single process leaves them out, and so
-        # momentum and weight decay do not move them
-        for p in self._idle:
+        """Drop the zero gradients that DDP's reducer gives to the norms of unused widths.
+
+        Momentum and weight decay would move them; in a single process they have no gradient.
+        """
+        for p in self._unused:
             p.grad = None
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
+        """Step, then free the gradients: the next joint step sums its own before backward."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # now and not just before the next backward: the joint step sums its gradients up earlier than that
         optimizer.zero_grad()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step timm's schedule, which counts optimizer updates."""
         scheduler.step_update(num_updates=self.global_step)

@@ -1,4 +1,4 @@
-"""Optimiser and schedule by name, from timm's factories."""
+"""Optimizers and learning-rate schedules by name, from timm's factories."""
 
 from typing import Any
 
@@ -6,65 +6,84 @@ import lightning as L
 import torch
 from torch import nn
 
-from tq_lightning.errors import UserError, first_line
-from tq_lightning.training.validation import as_floats
+from tq_lightning.errors import UserError, did_you_mean, first_line
+from tq_lightning.training.lists import as_floats
+
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
+
+
+def check_optimizer(h: Any) -> None:
+    """Check `h.opt` and `h.opt_args` on a single parameter.
+
+    Raises:
+        UserError: a name or an argument that timm does not accept; the message names the key.
+    """
+    from timm.optim import list_optimizers
+
+    known = list_optimizers()
+    if h["opt"].split("_", 1)[-1].lower() not in known and h["opt"].lower() not in known:
+        hint = did_you_mean(h["opt"], known) or "; timm.optim.list_optimizers() lists the names"
+        raise UserError(f"model.opt: got {h['opt']!r}{hint}")
+    _create(nn.Linear(1, 1), h)
 
 
 def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
-    """timm's optimiser `h.opt` over the parameters that train.
+    """Create timm's optimizer `h.opt` over the trainable parameters of `model`.
 
-    No weight decay on biases, norms and what the model itself excepts (position embeddings, for one). "sgd" is Nesterov's,
-    as ever in timm, and plain SGD at momentum 0.
+    Biases, norms and the parameters that the model itself excludes (position embeddings, for
+    example) have no weight decay. As in timm, "sgd" uses Nesterov momentum; with a momentum of 0
+    it is plain SGD.
 
     Raises:
-        UserError: a name or an argument that timm does not know.
+        UserError: a name or an argument that timm does not accept.
     """
+    return _create(model, vars(h) if not isinstance(h, dict) else h)
+
+
+def _create(model: nn.Module, h: Any) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2
 
-    args = {
-        "momentum": h.momentum,
-        **({"nesterov": False} if h.opt in ("sgd", "sgdw") and not h.momentum else {}),
-    }
+    args = {"opt": h["opt"], "lr": h["lr"], "weight_decay": h["weight_decay"]}
+    args["momentum"] = h["momentum"]
+    if h["opt"] in ("sgd", "sgdw") and not h["momentum"]:
+        args["nesterov"] = False
+    further = h["opt_args"] or {}
     try:
-        return create_optimizer_v2(
-            model, opt=h.opt, lr=h.lr, weight_decay=h.weight_decay, **{**args, **(h.opt_args or {})}
-        )
-    except (ValueError, AssertionError, TypeError) as error:
-        said = first_line(error)
+        return create_optimizer_v2(model, **(args | further))
+    except Exception as error:  # each optimizer raises what it likes about its arguments
+        if not further:
+            raise UserError(f"model.opt: got {h['opt']!r} ({first_line(error)})") from None
         raise UserError(
-            f"model.opt: got {h.opt!r} ({said}); pass a name from timm.optim.list_optimizers()"
+            f"model.opt_args: got {further}, which {h['opt']} does not accept ({first_line(error)})"
         ) from None
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer) -> Any | None:
-    """timm's schedule `h.sched`, counted in optimizer updates and ending with the run's last; None for "none".
+    """Create timm's schedule `h.sched`, stepped every update and as long as the training.
+
+    Returns:
+        The scheduler; None if `h.sched` is "none".
 
     Raises:
-        UserError: an unknown schedule, one that needs a metric, or a run without an end.
+        UserError: a training without an end.
     """
     from timm.scheduler import create_scheduler_v2
 
-    known = ("cosine", "tanh", "step", "multistep", "poly", "none")
-    if h.sched not in known:
-        raise UserError(f"model.sched: got {h.sched!r}, pass one of {', '.join(known)}")
     if h.sched == "none":
         return None
     total = trainer.estimated_stepping_batches
     if total == float("inf"):
         raise UserError(
-            "the schedule needs an end: pass trainer.max_epochs or trainer.max_steps, or model.sched=none"
+            "model.sched: the schedule needs an end; pass trainer.max_epochs or trainer.max_steps, "
+            "or model.sched=none"
         )
     per_epoch = max(1, -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
     milestones = [round(v * per_epoch) for v in as_floats(h.decay_epochs, "model.decay_epochs")]
-    if not milestones or min(milestones) < 1:
-        raise UserError(
-            f"model.decay_epochs: got {h.decay_epochs!r}, pass epochs above 0 such as 100,150,180"
-        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=h.sched,
         num_epochs=max(1, int(total)),
-        decay_epochs=milestones[0],
+        decay_epochs=max(1, milestones[0]),
         decay_milestones=milestones,
         decay_rate=h.decay_rate,
         min_lr=h.min_lr,

@@ -1,97 +1,161 @@
-"""What a user may pass for each key of `model:`, in every spelling that command lines and sweep engines send."""
+"""Validation of the `model:` and `trainer:` keys, before any model is built."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tq_lightning.errors import UserError
-from tq_lightning.quant.config import check_widths
+from tq_lightning.errors import UserError, did_you_mean
+from tq_lightning.quant.config import QuantConfig, check_widths
+from tq_lightning.training.lists import as_floats, as_ints, as_list
 from tq_lightning.training.losses import LOSSES, TEACHERS
+from tq_lightning.training.optim import SCHEDULES, check_optimizer
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
-_CHOICES = {"loss": tuple(LOSSES), "teacher": TEACHERS, "width_schedule": tuple(WIDTH_SCHEDULES)}
-# key -> (whether a value will do, what to pass)
-_RANGES: dict[str, tuple[Any, str]] = {
-    "distill_weight": (lambda v: 0.0 <= v <= 1.0, "a share from 0 to 1"),
-    "temperature": (lambda v: v > 0.0, "a number above 0"),
+CHOICES: dict[str, tuple[str, ...]] = {
+    "loss": tuple(LOSSES),
+    "teacher": TEACHERS,
+    "width_schedule": tuple(WIDTH_SCHEDULES),
+    "sched": SCHEDULES,
+}
+
+
+def _from_zero(value: float) -> bool:
+    return 0.0 <= value < math.inf
+
+
+# key -> (test of a value, description of the accepted values)
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_classes": (lambda v: v is None or v >= 1, "1 or more, or null for those of the data"),
+    "drop_rate": (lambda v: v is None or 0.0 <= v < 1.0, "a number from 0 to below 1, or null"),
+    "drop_path_rate": (
+        lambda v: v is None or 0.0 <= v < 1.0,
+        "a number from 0 to below 1, or null",
+    ),
+    "distill_weight": (lambda v: 0.0 <= v <= 1.0, "a number from 0 to 1"),
+    "temperature": (lambda v: 0.0 < v < math.inf, "a number above 0"),
+    "lr": (_from_zero, "a number from 0"),
+    "weight_decay": (_from_zero, "a number from 0"),
+    "momentum": (lambda v: 0.0 <= v < 1.0, "a number from 0 to below 1"),
+    "warmup_epochs": (_from_zero, "a number from 0"),
+    "warmup_lr": (_from_zero, "a number from 0"),
+    "min_lr": (_from_zero, "a number from 0"),
+    "decay_rate": (lambda v: 0.0 < v < math.inf, "a number above 0"),
     "ema_decay": (
         lambda v: v is None or 0.0 <= v < 1.0,
         "a number from 0 to below 1, or null for no average",
     ),
     "calibration_batches": (lambda v: v >= 1, "1 or more"),
     "sandwich_random": (lambda v: v >= 0, "0 or more"),
-    "seed": (lambda v: v is None or v >= 0, "0 or more, or null for the run's"),
+    "seed": (lambda v: v is None or v >= 0, "0 or more, or null for the seed of the run"),
 }
 
 
-def as_list(value: Any) -> list:
-    """`8,4,2,1`, `[8,4,2,1]`, `8` and their string twins as a list."""
-    if isinstance(value, str):
-        value = [
-            part.strip().strip("'\"")
-            for part in value.strip().strip("[]()").split(",")
-            if part.strip()
-        ]
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def as_ints(value: Any, key: str) -> list[int]:
-    """`as_list` with whole numbers; a UserError that names `key` where one is none."""
-    try:
-        return [int(v) for v in as_list(value)]
-    except (TypeError, ValueError):
-        raise UserError(f"{key}: got {value!r}, pass whole numbers such as 8,4,2,1") from None
-
-
-def as_floats(value: Any, key: str) -> list[float]:
-    """`as_list` with numbers; a UserError that names `key` where one is none."""
-    try:
-        return [float(v) for v in as_list(value)]
-    except (TypeError, ValueError):
-        raise UserError(f"{key}: got {value!r}, pass numbers such as 1,0.5,0.5,1") from None
-
-
 def check(h: Any) -> None:
-    """Raises UserError, with the key, for a value of the hyper-parameters `h` that means nothing."""
-    for key, known in _CHOICES.items():
+    """Check the hyperparameters `h` of a TQModule.
+
+    Raises:
+        UserError: a value that is unknown or out of range; the message names the key.
+    """
+    for key, known in CHOICES.items():
         if h[key] not in known:
-            raise UserError(f"model.{key}: got {h[key]!r}, pass one of {', '.join(known)}")
-    for key, (fits, what) in _RANGES.items():
+            hint = did_you_mean(h[key], known)
+            raise UserError(f"model.{key}: got {h[key]!r}, pass one of {', '.join(known)}{hint}")
+    for key, (fits, accepted) in _RANGES.items():
         if not fits(h[key]):
-            raise UserError(f"model.{key}: got {h[key]}, pass {what}")
+            raise UserError(f"model.{key}: got {h[key]}, pass {accepted}")
     if h["teacher"] == "external" and h["teacher_name"] is None:
-        raise UserError("model.teacher=external needs a model: pass model.teacher_name")
+        raise UserError("model.teacher=external needs a teacher model: pass model.teacher_name")
+    if min(as_floats(h["decay_epochs"], "model.decay_epochs"), default=0.0) <= 0.0:
+        raise UserError(
+            f"model.decay_epochs: got {h['decay_epochs']!r}, pass epochs above 0, e.g. 100,150,180"
+        )
+    check_optimizer(h)
 
 
-def trained_widths(widths: Any, max_bits: int) -> tuple[int, ...]:
-    """`model.widths` in any spelling as a tuple, widest first; UserError where one is no width."""
+def quant_config(h: Any) -> QuantConfig:
+    """Return the QuantConfig of the hyperparameters `h`, whose lists may be in any spelling.
+
+    Raises:
+        UserError: a value that is unknown or out of range.
+    """
+    widths = as_ints(h["widths"], "model.widths")
+    skip = as_list(h["skip"], "model.skip")
     try:
-        return check_widths(as_ints(widths, "model.widths"), max_bits)
-    except UserError:
-        raise
+        check_widths(widths, h["max_bits"])
     except ValueError as error:
         raise UserError(f"model.widths: {error}") from None
+    try:
+        return QuantConfig.from_mapping({**h, "widths": widths, "skip": skip})
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
 
 
 def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int | None, float]:
-    """{pass: factor of its loss}; `passes` in the order in which the factors were given. null is 1 each."""
+    """Return {pass: weight of its loss}.
+
+    Args:
+        width_weights: `model.width_weights` in any spelling; None is 1 for each pass.
+        passes: passes in the order of `width_weights`.
+
+    Raises:
+        UserError: not one weight for each pass.
+    """
     if width_weights is None:
         return dict.fromkeys(passes, 1.0)
     weights = as_floats(width_weights, "model.width_weights")
     if len(weights) != len(passes):
         raise UserError(
-            f"model.width_weights: got {len(weights)} factors for {len(passes)} passes; pass one each"
+            f"model.width_weights: got {len(weights)} weights for {len(passes)} passes; "
+            "pass one for each"
         )
     return dict(zip(passes, weights, strict=True))
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raises UserError for a strategy of Lightning's that splits a weight over processes, and for steps of no batches."""
+    """Check the Trainer's strategy and accumulation.
+
+    Raises:
+        UserError: a strategy that shards weights, or an accumulation of less than one batch.
+    """
     name = type(trainer.strategy).__name__
     if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         raise UserError(
-            f"trainer.strategy: {name} shards the weights, and the normalizer needs the maximum of a whole one; pass ddp"
+            f"trainer.strategy: {name} shards the weights, but the normalizer needs the maximum "
+            "over the whole weight; pass ddp"
         )
     if trainer.accumulate_grad_batches < 1:
         raise UserError(
-            f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, pass 1 or more"
+            f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, "
+            "pass 1 or more"
+        )
+
+
+def check_against_data(h: Any, data: Any, trainer: Any) -> None:
+    """Check the model's keys against the data set and the length of the fit.
+
+    Args:
+        h: hyperparameters of the TQModule.
+        data: the TQDataModule, after its setup.
+        trainer: the Trainer, in its setup.
+
+    Raises:
+        UserError: fewer classes than labels, other channels than the images have, or a warm-up
+            that is longer than the training.
+    """
+    if h.num_classes is not None and h.num_classes < data.num_classes:
+        raise UserError(
+            f"model.num_classes: got {h.num_classes}, but the data has {data.num_classes} classes; "
+            "pass that number, or null"
+        )
+    channels = (h.model_args or {}).get("in_chans", 3)
+    if channels != data.input_shape[0]:
+        raise UserError(
+            f"model.model_args: got in_chans={channels}, but the images have "
+            f"{data.input_shape[0]} channels; leave in_chans out"
+        )
+    epochs = trainer.max_epochs or 0
+    if trainer.state.fn == "fit" and h.sched != "none" and 0 < epochs < h.warmup_epochs:
+        raise UserError(
+            f"model.warmup_epochs: got {h.warmup_epochs:g}, but trainer.max_epochs is {epochs}; "
+            "pass a shorter warm-up"
         )
