@@ -1,0 +1,1 @@
+"""Real integers: the packed file, and ONNX graphs made from it."""

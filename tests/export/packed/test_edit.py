@@ -44,7 +44,7 @@ def test_errors(make, packed, tmp_path):
     write_rest(packed, tmp_path / "rest", 4)
     with pytest.raises(UserError, match="begins above plane 2"):
         join(tmp_path / "narrow", tmp_path / "rest", tmp_path / "x")
-    with pytest.raises(UserError, match="is no rest file"):
+    with pytest.raises(UserError, match="is not a rest file"):
         join(tmp_path / "narrow", packed, tmp_path / "x")
     save_packed(
         make(level="left", classes=10, quantizer="round")[0], tmp_path / "other", max_bits=4
@@ -53,20 +53,20 @@ def test_errors(make, packed, tmp_path):
         join(tmp_path / "other", tmp_path / "rest", tmp_path / "x")
     with pytest.raises(UserError, match="rest file"):
         load_packed(tmp_path / "rest")
-    with pytest.raises(UserError, match="no rest above 8"):
+    with pytest.raises(UserError, match="has no rest above 8"):
         write_rest(packed, tmp_path / "x", 8)
     with pytest.raises(UserError, match="stores 8 planes"):
         repack(packed, tmp_path / "x", max_bits=9)
     header, tensors = read_all(packed)
     write_container(tmp_path / "short", {**tensors, "plane3": tensors["plane3"][1:]}, header)
-    with pytest.raises(UserError, match="plane3 is not of"):
+    with pytest.raises(UserError, match="plane3 does not have"):
         repack(tmp_path / "short", tmp_path / "x", compress=True)
     with Container(tmp_path / "rest") as file:
         rest = {name: file.read(name)[name].copy() for name in file.sections}
         write_container(tmp_path / "short", {**rest, "plane5": rest["plane5"][1:]}, file.header)
         write_container(tmp_path / "bad", rest, {**file.header, "stored_bits": "8"})
     repack(packed, tmp_path / "narrow", max_bits=4)
-    for name, match in (("short", "plane5 is not of"), ("bad", "no proper 'stored_bits'")):
+    for name, match in (("short", "plane5 does not have"), ("bad", "no valid 'stored_bits'")):
         with pytest.raises(UserError, match=match):
             join(tmp_path / "narrow", tmp_path / name, tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -63,3 +63,16 @@ def test_damage_is_noticed(reader, packed, tmp_path):
         reader.read(tmp_path / "m", 8)
     with pytest.raises(ValueError, match="stores 8"):
         reader.read(packed, 9)
+
+
+def test_command_line(reader, packed, tmp_path, capsys):
+    """Wrong arguments and files give one line and exit status 2."""
+    assert reader.main([str(packed), "2"]) == 0
+    assert "conv1.weight" in capsys.readouterr().out
+    for args in ([], [str(packed)], [str(packed), "two"], [str(packed), "2", "3"]):
+        assert reader.main(args) == 2
+        assert capsys.readouterr().err == "usage: python read_packed.py FILE BITS\n"
+    (tmp_path / "text").write_text("not a packed file")
+    for args in ([str(packed), "9"], [str(tmp_path / "text"), "2"], [str(tmp_path / "none"), "2"]):
+        assert reader.main(args) == 2
+        assert capsys.readouterr().err.count("\n") == 1

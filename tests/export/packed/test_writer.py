@@ -239,7 +239,7 @@ def test_errors(make, net, packed, tmp_path):
     with pytest.raises(UserError, match="no folder"):
         save_packed(net[0], tmp_path / "nowhere" / "x.safetensors")
     other = make("resnet20_cifar")[0]
-    with pytest.raises(UserError, match="against the network"):
+    with pytest.raises(UserError, match="compared with the network"):
         save_packed(other, tmp_path / "x.safetensors", name="resnet8_cifar")
     assert not list(tmp_path.iterdir())
 

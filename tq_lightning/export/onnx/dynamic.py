@@ -1,4 +1,10 @@
-"""TODO export/onnx/dynamic.py."""
+"""Dynamic graph: a packed file at all its widths, with the width as an input.
+
+Every packed weight is its uint8 codes followed by BitShift; levels are computed in the graph. Norm
+sets of all widths are tables that Gather reads. A width that the file does not hold is an index out
+of range, which every runtime reports as an error, so no wrong shift is ever computed. The weights
+are computed at every run.
+"""
 
 from pathlib import Path
 
@@ -6,63 +12,69 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.export.onnx.graph import _trace, example_size, write_graph
+from tq_lightning.export.onnx.graph import image_size, trace, write_graph
 from tq_lightning.export.onnx.width_modules import (
-    TensorActivation,
     TensorNorm,
     TensorWeight,
     WidthTables,
-    swap,
+    replace_activations,
+    replace_modules,
 )
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
-from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
 
 
-class _Dynamic(nn.Module):
-    def __init__(self, model: nn.Module, now: WidthTables) -> None:
-        super().__init__()
-        self.now, self.model = now, model
-
-    def forward(self, images: Tensor, bits: Tensor) -> Tensor:
-        self.now.set(bits)
-        return self.model(images)
-
-
 def export_dynamic(path: str | Path, out: str | Path) -> None:
-    """Writes the graph of all widths of a packed file: inputs "images" (batch, c, h, w) and "bits" (int64, no dimension).
+    """Write the graph of all widths of a packed file.
+
+    The inputs are "images" (batch, channels, height, width) and "bits" (int64 scalar), the output
+    is "logits".
+
+    Args:
+        path: packed file.
+        out: target file, written atomically.
 
     Raises:
-        UserError: as `export_static`.
+        UserError: see `export_static`.
     """
-    graph = dynamic_model(load_packed(path))
-    size = example_size(graph.model)
+    model = DynamicModel(load_packed(path))
+    images = torch.zeros(2, *image_size(model.model))
     shapes = {"images": {0: torch.export.Dim("batch")}, "bits": None}
-    write_graph(
-        _trace(graph, (torch.zeros(2, *size), torch.tensor(4)), ["images", "bits"], shapes), out
-    )
+    graph = trace(model, (images, torch.tensor(4)), ["images", "bits"], shapes)
+    write_graph(graph, out)
 
 
-def dynamic_model(model: nn.Module) -> _Dynamic:
-    """A loaded packed model with the width as a tensor, which a graph can take as an input. `model` is spent."""
-    weights = packed_weights(model)
-    first = weights[0].packed
-    widths = list(first.widths)
-    now = WidthTables(first.stored, first.width.max_bits, widths)
-    for weight in weights:
-        module, tensor, codes = weight.module, weight.tensor, weight.codes
-        replacement = TensorWeight(now, weight.packed.scale, weight.packed.level)
-        parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
-        delattr(module, tensor)
-        module.register_buffer(tensor, codes)
-        parametrize.register_parametrization(module, tensor, replacement, unsafe=True)
-    for norm in per_width_norms(model):
-        for layer in norm.sets.values():
-            swap(
-                layer,
-                lambda m: TensorActivation(now, m) if isinstance(m, ActivationQuantizer) else None,
-            )
-    swap(model, lambda m: TensorNorm(now, m, widths) if isinstance(m, PerWidthNorm) else None)
-    swap(model, lambda m: TensorActivation(now, m) if isinstance(m, ActivationQuantizer) else None)
-    return _Dynamic(model, now).eval()
+class DynamicModel(nn.Module):
+    """Packed model with the width as a second input.
+
+    Args:
+        model: loaded packed model. Its weights, norms and activations are replaced in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        weights = packed_weights(model)
+        first = weights[0].packed
+        widths = list(first.widths)
+        self.tables = WidthTables(first.stored, first.width.max_bits, widths)
+        for weight in weights:
+            _, module, tensor, packed = weight
+            codes = weight.codes
+            parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+            delattr(module, tensor)
+            module.register_buffer(tensor, codes)
+            computed = TensorWeight(self.tables, packed.scale, packed.level)
+            parametrize.register_parametrization(module, tensor, computed, unsafe=True)
+        for norm in per_width_norms(model):
+            for layer in norm.sets.values():
+                replace_activations(layer, self.tables)
+        replace_modules(model, PerWidthNorm, lambda norm: TensorNorm(self.tables, norm, widths))
+        replace_activations(model, self.tables)
+        self.model = model
+        self.eval()
+
+    def forward(self, images: Tensor, bits: Tensor) -> Tensor:
+        """Compute logits (batch, classes) of images (batch, channels, height, width)."""
+        self.tables.select(bits)
+        return self.model(images)

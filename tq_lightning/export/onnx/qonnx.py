@@ -1,8 +1,9 @@
-"""Packed file -> QONNX: stored codes behind the Trunc operator, for FPGA tools.
+"""QONNX graph: a packed file at one width, its stored codes followed by Trunc, for FPGA tools.
 
-Trunc of QONNX (domain `qonnx.custom_op.general`, version 1) on x with scale 1 and zero point 0 is
-floor(round(x) / 2^(input bits - output bits)), which is the right shift of a code. Codes lie in the graph as floats that hold
-whole numbers, as QONNX keeps all its tensors; weight = (a code + b) scale follows as Mul, Add, Mul.
+Trunc of QONNX (domain `qonnx.custom_op.general`, version 1) of x with scale 1 and zero point 0 is
+floor(round(x) / 2^(input bits - output bits)), the right shift of a code. QONNX keeps all tensors
+as floats, so codes are integers stored as floats. weight = (a code + b) scale follows as Mul, Add,
+Mul.
 """
 
 from pathlib import Path
@@ -23,40 +24,43 @@ from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.quant.bit_width import bit_width
 
 DOMAIN = "qonnx.custom_op.general"
-TRUNC_VERSION = 1  # version 2 takes an output scale and a sign besides
+TRUNC_VERSION = 1  # version 2 also takes an output scale and a sign
 
 
 def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
-    """Writes the graph of a packed file at one width, its weights at the stored width behind Trunc.
+    """Write the graph of a packed file at one width, with weights at the stored width and Trunc.
+
+    Args:
+        path: packed file.
+        out: target file, written atomically.
+        bits: width, one of those that the file runs at.
 
     Raises:
-        UserError: as `load_packed`; a width that is not stored; a network that PyTorch cannot export.
+        UserError: see `load_packed`; the width is not available; PyTorch can't export the network.
     """
     model = load_packed(path)
     weights = packed_weights(model)
-    stored, widths = weights[0].packed.stored, weights[0].packed.widths
-    if bits not in widths:
+    first = weights[0].packed
+    if bits not in first.widths:
         raise UserError(
-            f"{path} runs at widths {', '.join(map(str, widths))}, not {bits}; pass one as --bits"
+            f"{path} runs at widths {', '.join(map(str, first.widths))}, not {bits}; "
+            "pass one as --bits"
         )
-    codes = {weight.name: weight.codes.numpy() for weight in weights}
+    codes = {weight.name: weight.codes.numpy().astype(np.float32) for weight in weights}
     with bit_width(model, bits):
         graph = float_graph(model)
-    shared = {"one": 1.0, "zero": 0.0, "stored_bits": stored, "bits": bits}
+    constants = {"one": 1.0, "zero": 0.0, "stored_bits": first.stored, "bits": bits}
     graph.graph.initializer.extend(
-        numpy_helper.from_array(np.asarray(v, np.float32), f"trunc/{k}") for k, v in shared.items()
+        numpy_helper.from_array(np.asarray(value, np.float32), f"trunc/{key}")
+        for key, value in constants.items()
     )
     nodes = []
-    for weight in weights:
-        name, packed = weight.name, weight.packed
-        graph.graph.initializer.append(
-            numpy_helper.from_array(codes[name].astype(np.float32), f"{name}/codes")
-        )
-        inputs = [f"{name}/codes", *(f"trunc/{key}" for key in shared)]
+    for name, _, _, packed in weights:
+        graph.graph.initializer.append(numpy_helper.from_array(codes[name], f"{name}/codes"))
         nodes.append(
             helper.make_node(
                 "Trunc",
-                inputs,
+                [f"{name}/codes", *(f"trunc/{key}" for key in constants)],
                 [f"{name}/short"],
                 name=f"{name}/trunc",
                 domain=DOMAIN,

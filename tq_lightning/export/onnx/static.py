@@ -1,4 +1,16 @@
-"""TODO export/onnx/static.py."""
+"""Static graph: a packed file at one width, with integer weights.
+
+Every packed weight is an initializer of the smallest unsigned integer type that holds its codes and
+that ONNX Runtime takes as input of DequantizeLinear: uint2 for 1 and 2 bits (opset 25), uint4 for
+3 and 4, uint8 for 5 to 8 (opset 21). For runtimes without opset 25, opset 21 stores 1 and 2 bits
+as uint4.
+
+ONNX Runtime keeps DequantizeLinear of a constant in the graph, so it computes the weights at every
+run, like mode "lean" in PyTorch. With the session option `session.disable_quant_qdq` = "1" it folds
+them at load into float weights of that width, like mode "resident". A run then costs as much as
+that of the float graph. The Add of the level separates DequantizeLinear from MatMul, since ONNX
+Runtime would fuse the two into MatMulNBits, which by default quantizes the activations to 8 bits.
+"""
 
 from pathlib import Path
 
@@ -18,7 +30,7 @@ from tq_lightning.export.onnx.graph import (
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
 
-# (widest width, type, codes a byte, first opset)
+# (largest width, type, codes per byte, first opset)
 TYPES = (
     (2, TensorProto.UINT2, 4, 25),
     (4, TensorProto.UINT4, 2, 21),
@@ -26,64 +38,72 @@ TYPES = (
 )
 
 
-def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:
-    """(type, codes a byte, opset) of codes of a width; `opset` None = the lowest that has the smallest type of all.
+def export_static(path: str | Path, out: str | Path, bits: int, opset: int | None = None) -> None:
+    """Write the graph of a packed file at one width.
+
+    The input is "images" (batch, channels, height, width), the output "logits".
+
+    Args:
+        path: packed file.
+        out: target file, written atomically.
+        bits: width, 1 to the stored one.
+        opset: 21 or 25. None takes the lowest that has the smallest type for the width.
 
     Raises:
-        UserError: an opset that no graph is written for.
+        UserError: see `load_packed`; an unsupported opset; PyTorch can't export the network, or
+            the file can't be written.
+    """
+    model = load_packed(path, bits=bits)
+    kind, per_byte, opset = smallest_type(bits, opset)
+    weights = packed_weights(model)
+    codes = {weight.name: weight.codes.numpy() for weight in weights}
+    graph = float_graph(model, opset)
+    nodes: list[onnx.NodeProto] = []
+    for name, _, _, packed in weights:
+        stored = helper.make_tensor(
+            f"{name}/codes", kind, codes[name].shape, dense(codes[name], per_byte), raw=True
+        )
+        a, b = levels_affine(bits, packed.level)
+        step = numpy_helper.from_array(np.asarray(a, np.float32), f"{name}/step")
+        graph.graph.initializer.extend([stored, step])
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear",
+                [stored.name, step.name],
+                [f"{name}/levels"],
+                name=f"{name}/dequantize",
+            )
+        )
+        nodes += affine_nodes(graph, name, f"{name}/levels", None, b, packed.scale)
+    put_nodes(graph, nodes)
+    write_graph(graph, out)
+
+
+def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:
+    """Smallest integer type for the codes of a width.
+
+    Args:
+        bits: width, 1..8.
+        opset: opset of the graph. None takes the lowest that has the smallest type of all.
+
+    Returns:
+        (ONNX type, codes per byte, opset).
+
+    Raises:
+        UserError: an unsupported opset.
     """
     if opset not in (None, *OPSETS):
-        raise UserError(
-            f"no graph of opset {opset!r} is written; pass {' or '.join(map(str, OPSETS))}"
-        )
+        raise UserError(f"opset {opset!r} is not supported; pass {' or '.join(map(str, OPSETS))}")
     kind, per_byte, first = next(
         row[1:] for row in TYPES if bits <= row[0] and (opset is None or row[3] <= opset)
     )
     return kind, per_byte, opset or first
 
 
-def export_static(path: str | Path, out: str | Path, bits: int, opset: int | None = None) -> None:
-    """Writes the graph of a packed file at one width: input "images" (batch, c, h, w), output "logits".
-
-    Args:
-        path: a packed file.
-        out: file to write, whole or not at all.
-        bits: width, 1 to the stored one.
-        opset: 21 or 25; None = the lowest that has the smallest type for the width.
-
-    Raises:
-        UserError: as `load_packed`; another opset; a network that PyTorch cannot export; a file that cannot be written.
-    """
-    model = load_packed(path, bits=bits)
-    kind, per_byte, opset = smallest_type(bits, opset)
-    weights = packed_weights(model)
-    codes = {weight.name: weight.codes for weight in weights}
-    graph = float_graph(model, opset)
-    nodes: list[onnx.NodeProto] = []
-    for weight in weights:
-        name, packed = weight.name, weight.packed
-        a, b = levels_affine(bits, packed.level)
-        array = codes[name].numpy()
-        stored = helper.make_tensor(
-            f"{name}/codes", kind, array.shape, dense(array, per_byte), raw=True
-        )
-        step = numpy_helper.from_array(np.asarray(a, np.float32), f"{name}/step")
-        made = helper.make_node(
-            "DequantizeLinear",
-            [stored.name, step.name],
-            [f"{name}/levels"],
-            name=f"{name}/dequantize",
-        )
-        graph.graph.initializer.extend([stored, step])
-        nodes += [made, *affine_nodes(graph, name, f"{name}/levels", None, b, packed.scale)]
-    put_nodes(graph, nodes)
-    write_graph(graph, out)
-
-
 def dense(codes: np.ndarray, per_byte: int) -> bytes:
-    """uint8 codes -> 1, 2 or 4 of them a byte, the first in the lowest bits, as ONNX lays out its narrow integers."""
+    """Pack uint8 codes, 1, 2 or 4 per byte, the first in the lowest bits as ONNX lays them out."""
     flat = np.pad(codes.reshape(-1), (0, -codes.size % per_byte)).reshape(-1, per_byte)
-    out = np.zeros(len(flat), np.uint8)
+    packed = np.zeros(len(flat), np.uint8)
     for i in range(per_byte):
-        out |= flat[:, i] << np.uint8(8 // per_byte * i)
-    return out.tobytes()
+        packed |= flat[:, i] << np.uint8(8 // per_byte * i)
+    return packed.tobytes()

@@ -1,4 +1,4 @@
-"""The packed file: one stored network that a device truncates for itself."""
+"""Packed file: one stored network that runs at any width up to the stored one by a right shift."""
 
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.export.packed.writer import save_packed

@@ -1,8 +1,9 @@
-"""Lossless compression of bit planes: one zstd frame a plane, so that a prefix of planes stays readable by itself.
+"""Lossless compression of bit planes: one zstd frame per plane, so a prefix stays readable.
 
-Codes crowd around the middle of their range, where 10000xxx and 01111xxx are neighbours: each plane by itself looks like
-noise. XORed with plane 0, planes 1, 2, ... become the bits of the distance from the middle, whose high bits are mostly 0;
-those shrink. Plane 0 is needed by every reader anyway.
+Codes cluster around the middle of their range, where 10000xxx and 01111xxx are neighbors, so each
+plane by itself looks like noise. XORed with plane 0, the other planes become the bits of the
+distance from the middle. Its high bits are mostly 0 and compress well. Every reader needs plane 0
+anyway.
 """
 
 import numpy as np
@@ -10,30 +11,44 @@ import zstandard
 
 from tq_lightning.errors import UserError
 
-CODING = "zstd-xor0"  # the name in the header
-LEVEL = 19  # zstd's slowest ordinary level: written once, read often
+CODING = "zstd-xor0"  # value of "compression" in the header
+LEVEL = 19  # the slowest ordinary level of zstd: a file is written once and read often
 
 
 def compress_plane(plane: np.ndarray, first: np.ndarray | None) -> np.ndarray:
-    """One plane -> its zstd frame. `first` is plane 0, or None for plane 0 itself. Both uint8 (bytes,)."""
+    """Compress one plane to a zstd frame.
+
+    Args:
+        plane: uint8 (bytes,).
+        first: plane 0, or None if `plane` is plane 0.
+
+    Returns:
+        uint8 (frame bytes,).
+    """
     raw = plane if first is None else plane ^ first
     return np.frombuffer(zstandard.ZstdCompressor(level=LEVEL).compress(raw.tobytes()), np.uint8)
 
 
 def decompress_plane(frame: np.ndarray, first: np.ndarray | None, size: int) -> np.ndarray:
-    """A zstd frame -> the plane of `size` bytes. Nothing larger than `size` is ever allocated.
+    """Decompress a zstd frame without ever allocating more than `size` bytes for it.
+
+    Args:
+        frame: uint8 (frame bytes,).
+        first: plane 0, or None if `frame` holds plane 0.
+        size: size of a plane in bytes.
+
+    Returns:
+        uint8 (size,).
 
     Raises:
-        UserError: not a frame, or one of another size.
+        UserError: the frame is invalid or holds another number of bytes.
     """
     data = frame.tobytes()
     try:
         if zstandard.frame_content_size(data) != size:
-            raise UserError(
-                f"a compressed plane unfolds to another size than the {size} bytes of a plane"
-            )
+            raise UserError(f"a compressed plane does not decompress to {size} bytes")
         raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
     except zstandard.ZstdError as error:
-        raise UserError(f"a compressed plane does not unfold ({error})") from error
+        raise UserError(f"a compressed plane can't be decompressed ({error})") from error
     plane = np.frombuffer(raw, np.uint8)
     return plane if first is None else plane ^ first

@@ -1,9 +1,10 @@
-"""The container of a packed file: safetensors, written atomically, read by byte range, checked before it is believed.
+"""Container of a packed file: a safetensors file, written atomically and read by byte range.
 
-A file is 8 bytes (length of the header, little endian), the header (JSON), the data. Tensors lie in the order in which
-safetensors itself writes them: by type, wide ones first, then by name. What stands before the first "/" of a name is the
-tensor's section; a section is one run of bytes with one SHA-256. The header holds a SHA-256 of itself, taken with zeros
-in its own place. docs/format.md is the specification.
+A file is 8 bytes (header length, little endian), a JSON header, and the data. Tensors are stored
+in the order that safetensors itself uses: by type, wide types first, then by name. The part of a
+tensor's name before the first "/" is its section. A section is one contiguous run of bytes with
+one SHA-256. The header holds a SHA-256 of itself, computed with zeros in the place of the digest.
+docs/format.md is the specification.
 """
 
 import hashlib
@@ -25,15 +26,17 @@ from tq_lightning.files import atomic_write
 
 FORMAT = "tq_packed"
 VERSION = 1
-# safetensors' own order of the types that a packed file uses, and NumPy's name of each
+# types of a packed file in the order of safetensors, with their NumPy names
 DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "U8": "|u1"}
-MAX_HEADER = 64 << 20  # bytes; a header is kilobytes, this only stops an absurd one
-_NO_SUM = "0" * 64
+MAX_HEADER = 64 << 20  # bytes; real headers are kilobytes
+MAX_DIMS = 16  # dimensions of a tensor
+MAX_EXTENT = 1 << 48  # of a dimension, an offset or a count
+_NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: its type, its shape, and its bytes [begin, end) counted from the start of the data."""
+    """Type, shape and byte range [begin, end) of one tensor, relative to the start of the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,78 +45,91 @@ class Entry:
 
 
 def section_of(name: str) -> str:
-    """The section a tensor belongs to: "float" of "float/conv1.weight", "plane0" of "plane0"."""
+    """Section of a tensor: "float" for "float/conv1.weight", "plane0" for "plane0"."""
     return name.split("/", 1)[0]
+
+
+def is_shape(value: Any) -> bool:
+    """Check that a JSON value is a list of at most `MAX_DIMS` dimensions."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMS
+        and all(type(n) is int and 0 <= n < MAX_EXTENT for n in value)
+    )
 
 
 def write_container(
     path: str | Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, Any]
 ) -> int:
-    """Writes a whole file or nothing: to a temporary file beside `path`, synced, then renamed over it.
+    """Write a container atomically.
 
     Args:
-        path: the file; its folder must exist.
-        tensors: name -> array of int64, float64, float32 or uint8.
-        header: what a reader must know, JSON values; checksums and version are added here.
+        path: target file. Its folder must exist.
+        tensors: arrays of int64, float64, float32 or uint8 by name.
+        header: JSON values for the reader. Version and checksums are added here.
 
     Returns:
-        Bytes written.
+        Number of bytes written.
 
     Raises:
-        UserError: no such folder, or the file cannot be written.
+        UserError: the folder does not exist, or the file can't be written.
     """
-    kinds = {np.dtype(code): kind for kind, code in DTYPES.items()}
+    codes = {np.dtype(numpy_name): name for name, numpy_name in DTYPES.items()}
     rank = list(DTYPES)
-    order = sorted(tensors, key=lambda name: (rank.index(kinds[tensors[name].dtype]), name))
+    order = sorted(tensors, key=lambda name: (rank.index(codes[tensors[name].dtype]), name))
     index: dict[str, Any] = {}
-    sums: dict[str, Any] = {}
-    at = 0
+    digests: dict[str, Any] = {}
+    offset = 0
     for name in order:
         array = tensors[name]
         index[name] = {
-            "dtype": kinds[array.dtype],
+            "dtype": codes[array.dtype],
             "shape": list(array.shape),
-            "data_offsets": [at, at + array.nbytes],
+            "data_offsets": [offset, offset + array.nbytes],
         }
-        at += array.nbytes
-        sums.setdefault(section_of(name), hashlib.sha256()).update(_bytes(array))
-    content = {
-        **header,
-        "checksums": {section: digest.hexdigest() for section, digest in sums.items()},
-    }
+        offset += array.nbytes
+        digests.setdefault(section_of(name), hashlib.sha256()).update(_bytes(array))
+    checksums = {section: digest.hexdigest() for section, digest in digests.items()}
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
-        "header": json.dumps(content, sort_keys=True, allow_nan=False),
-        "header_sha256": _NO_SUM,
+        "header": json.dumps({**header, "checksums": checksums}, sort_keys=True, allow_nan=False),
+        "header_sha256": _NO_DIGEST,
     }
     raw = json.dumps({"__metadata__": metadata, **index}, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256(raw).hexdigest().encode()
-    raw = raw.replace(
-        f'"header_sha256":"{_NO_SUM}"'.encode(), b'"header_sha256":"' + digest + b'"', 1
-    )
+    raw = raw.replace(_digest_field(_NO_DIGEST), _digest_field(hashlib.sha256(raw).hexdigest()), 1)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.writelines(
             [len(raw).to_bytes(8, "little"), raw, *(_bytes(tensors[name]) for name in order)]
         )
-    return 8 + len(raw) + at
+    return 8 + len(raw) + offset
 
 
 def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
+def _digest_field(digest: str) -> bytes:
+    return f'"header_sha256":"{digest}"'.encode()
+
+
 class Container:
-    """An open file: its header is read and checked, its sections are read, and checked, when asked for.
+    """Open packed file. The header is checked on opening, each section when it is read.
+
+    Args:
+        path: file to open.
 
     Attributes:
-        header: what `write_container` was given, with "checksums".
-        entries: name -> `Entry`, in file order.
-        size: bytes of the file; data_start: bytes before the data; bytes_read: bytes of it used so far.
+        header: the header given to `write_container`, with "checksums".
+        entries: `Entry` of each tensor by name, in file order.
+        sections: byte range (begin, end) of each section, in file order.
+        size: size of the file in bytes.
+        data_start: bytes before the data.
+        bytes_read: bytes of the file used so far.
 
     Raises:
-        UserError: not a packed file, a newer version, or one that is damaged.
+        UserError: not a packed file, a newer version, or a damaged file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -143,10 +159,11 @@ class Container:
         self.close()
 
     def close(self) -> None:
+        """Unmap the file."""
         if self._map is not None:
             try:
                 self._map.close()
-            except BufferError:  # an array still looks at it; the mapping goes when that does
+            except BufferError:  # an array still uses the mapping; it is freed with that array
                 self._map = None
 
     def _parse(self) -> None:
@@ -154,84 +171,88 @@ class Container:
         length = int.from_bytes(data[:8], "little")
         if self.size < 8 or length > MAX_HEADER or length > self.size - 8:
             raise UserError(
-                f"{self.path} is no packed file, or only a part of one; write it with `export`"
+                f"{self.path} is not a packed file, or is incomplete; write it with `export`"
             )
         raw = data[8 : 8 + length]
         try:
-            content = json.loads(raw.decode(), object_pairs_hook=_unique)
-            metadata = content.pop("__metadata__")
+            index = json.loads(raw.decode(), object_pairs_hook=_unique)
+            metadata = index.pop("__metadata__")
             kind, version = metadata["format"], metadata["format_version"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{self.path} is no packed file of tq_lightning; write one with `export`"
+                f"{self.path} is not a packed file of tq_lightning; write one with `export`"
             ) from error
         if kind != FORMAT:
             raise UserError(
-                f"{self.path} is of format {str(kind)[:40]!r}, not {FORMAT!r}; write it with `export`"
+                f"{self.path} has format {str(kind)[:40]!r}, expected {FORMAT!r}; "
+                "write it with `export`"
             )
         if version != str(VERSION):
-            hint = "update tq_lightning, or export the model again"
             raise UserError(
-                f"{self.path} is of format version {str(version)[:20]!r}; this reader knows {VERSION}; {hint}"
+                f"{self.path} has format version {str(version)[:20]!r}, this reader supports "
+                f"{VERSION}; update tq_lightning, or export the model again"
             )
         digest = metadata.get("header_sha256")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise self.damaged("its header has no checksum")
-        blank = raw.replace(
-            b'"header_sha256":"' + digest.encode() + b'"',
-            f'"header_sha256":"{_NO_SUM}"'.encode(),
-            1,
-        )
+        blank = raw.replace(_digest_field(digest), _digest_field(_NO_DIGEST), 1)
         if hashlib.sha256(blank).hexdigest() != digest:
             raise self.damaged("the checksum of its header does not match")
         self.data_start = 8 + length
         self.bytes_read = self.data_start
         try:
             self.header: dict[str, Any] = json.loads(metadata["header"], object_pairs_hook=_unique)
-            self.entries = {name: _entry(name, given) for name, given in content.items()}
+            self.entries = {name: _entry(name, value) for name, value in index.items()}
             self.checksums: dict[str, str] = dict(self.header["checksums"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self.damaged(
-                f"its header does not parse ({' '.join(str(error).split())[:80]})"
-            ) from error
+            reason = " ".join(str(error).split())[:80]
+            raise self.damaged(f"its header can't be parsed ({reason})") from error
         self._check_layout()
 
     def _check_layout(self) -> None:
-        """Ranges follow one another without gap or overlap, fill the file, and each section is one run."""
-        at, seen, last = 0, set(), None
+        """Check that the tensors fill the file without gap or overlap, section by section."""
         self.entries = dict(
             sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end))
         )
         self.sections: dict[str, tuple[int, int]] = {}
+        offset, previous = 0, None
         for name, entry in self.entries.items():
-            if entry.begin != at:
+            if entry.begin != offset:
                 raise self.damaged(
                     f"the bytes of tensor {name[:60]!r} overlap others or leave a gap"
                 )
-            at = entry.end
+            offset = entry.end
             section = section_of(name)
-            if section != last and section in seen:
-                raise self.damaged(f"section {section[:60]!r} lies in two places")
-            seen.add(section)
-            last = section
-            self.sections[section] = (self.sections.get(section, (entry.begin, 0))[0], entry.end)
-        if self.data_start + at != self.size:
+            if section != previous and section in self.sections:
+                raise self.damaged(f"section {section[:60]!r} is not contiguous")
+            begin, _ = self.sections.get(section, (entry.begin, 0))
+            self.sections[section] = (begin, entry.end)
+            previous = section
+        if self.data_start + offset != self.size:
             raise self.damaged(
-                f"it has {self.size} bytes, its header speaks of {self.data_start + at}"
+                f"it has {self.size} bytes, its header describes {self.data_start + offset}"
             )
-        if set(self.checksums) != seen:
-            raise self.damaged("its checksums are not those of its sections")
+        if set(self.checksums) != set(self.sections):
+            raise self.damaged("its checksums do not match its sections")
 
-    def damaged(self, how: str) -> UserError:
+    def damaged(self, reason: str) -> UserError:
+        """Error for a file that is damaged or was made by another program."""
         return UserError(
-            f"{self.path} is damaged or not made by `export`: {how}; fetch or export it again"
+            f"{self.path} is damaged or was not made by `export`: {reason}; "
+            "fetch or export it again"
         )
 
     def read(self, section: str) -> dict[str, np.ndarray]:
-        """The tensors of one section by full name, as read-only views of the mapped file, checked against its SHA-256.
+        """Read one section and check its SHA-256.
+
+        Args:
+            section: name of a section.
+
+        Returns:
+            Read-only arrays by full tensor name, views of the mapped file.
 
         Raises:
-            UserError: no such section, or its bytes are not those that were written.
+            UserError: the section does not exist, or its checksum differs.
         """
         if section not in self.sections:
             raise self.damaged(f"it has no section {section!r}")
@@ -240,33 +261,35 @@ class Container:
         if hashlib.sha256(view).hexdigest() != self.checksums[section]:
             raise self.damaged(f"the checksum of section {section!r} does not match")
         self.bytes_read += end - begin
-        found = {}
+        arrays = {}
         for name, entry in self.entries.items():
             if section_of(name) == section:
                 part = view[entry.begin - begin : entry.end - begin]
-                found[name] = np.frombuffer(part, DTYPES[entry.dtype]).reshape(entry.shape)
-        return found
+                arrays[name] = np.frombuffer(part, DTYPES[entry.dtype]).reshape(entry.shape)
+        return arrays
+
+    def read_all(self) -> dict[str, np.ndarray]:
+        """Read every section, as arrays that outlive the file."""
+        return {
+            name: array.copy()
+            for section in self.sections
+            for name, array in self.read(section).items()
+        }
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a key stands twice")
-    return out
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
 
 
-def _entry(name: str, given: dict[str, Any]) -> Entry:
-    dtype, shape, (begin, end) = given["dtype"], given["shape"], given["data_offsets"]
-    if (
-        set(given) != {"dtype", "shape", "data_offsets"}
-        or dtype not in DTYPES
-        or not isinstance(shape, list)
-    ):
-        raise ValueError(f"tensor {name[:60]!r} is not described as it should be")
-    if len(shape) > 16 or any(
-        type(n) is not int or n < 0 or n > 1 << 48 for n in (*shape, begin, end)
-    ):
-        raise ValueError(f"tensor {name[:60]!r} has an absurd shape or place")
+def _entry(name: str, value: dict[str, Any]) -> Entry:
+    dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+    if set(value) != {"dtype", "shape", "data_offsets"} or dtype not in DTYPES:
+        raise ValueError(f"tensor {name[:60]!r} has an invalid entry")
+    if not is_shape(shape) or not is_shape([begin, end]):
+        raise ValueError(f"tensor {name[:60]!r} has an invalid shape or offset")
     if end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-        raise ValueError(f"tensor {name[:60]!r} has a place that does not fit its shape")
+        raise ValueError(f"tensor {name[:60]!r} has offsets that do not match its shape")
     return Entry(dtype, tuple(shape), begin, end)

@@ -1,7 +1,7 @@
-"""Packed file -> packed file, without the network: fewer planes, compression, and the missing planes by themselves.
+"""Packed file -> packed file without the network: fewer planes, compression, rest files.
 
-A rest file holds planes n+1.. and their norm sets alone. Joined to the narrow file they were cut from, it gives the whole
-file again, byte for byte.
+A rest file holds only the planes above the n-th and their norm sets. Joined to the narrow file of
+n planes, it gives the full file again, byte for byte.
 """
 
 import hashlib
@@ -13,144 +13,124 @@ from typing import Any
 import numpy as np
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container, section_of, write_container
 from tq_lightning.export.packed.schema import read_header
-from tq_lightning.export.packed.sections import compressed, narrowed, sections_above, sizes
+from tq_lightning.export.packed.sections import (
+    compress_planes,
+    keep_planes,
+    read_planes,
+    section_sizes,
+    sections_above,
+)
 
-_SHARED = (
-    "int",
-    "float64",
-    "float",
-    "scale",
-    "plane0",
-)  # sections that a narrow file and the whole one have in common
-_KEYS = (
-    "model",
-    "prepare",
-    "layers",
-    "dtypes",
-    "norms",
-    "folded",
-    "codes",
-)  # and keys of the header
+# sections and header keys that a narrow file and its full file have in common
+_SHARED_SECTIONS = ("int", "float64", "float", "scale", "plane0")
+_SHARED_KEYS = ("model", "prepare", "layers", "dtypes", "norms", "folded", "codes")
 
 
 def read_all(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and tensors of a packed file, every section checked, planes unfolded.
+    """Read the header and all tensors of a packed file, with planes decompressed.
 
     Raises:
-        UserError: a file that is damaged, foreign, newer, or a rest file.
+        UserError: the file is damaged, foreign, newer, or a rest file.
     """
     with Container(path) as file:
         header = read_header(file)
-        tensors = {
-            name: array.copy()
-            for section in file.sections
-            for name, array in file.read(section).items()
-        }
-    if any(f"plane{p}" not in tensors for p in range(header["stored_bits"])):
-        raise file.damaged("it lacks a plane")
-    if header["compression"] is None:
-        _check_planes(file, header, tensors)
-    else:
-        first = tensors["plane0"] = decompress_plane(tensors["plane0"], None, header["codes"] // 8)
-        for p in range(1, header["stored_bits"]):
-            tensors[f"plane{p}"] = decompress_plane(
-                tensors[f"plane{p}"], first, header["codes"] // 8
-            )
+        tensors = file.read_all()
+        for p, plane in enumerate(read_planes(file, header, header["stored_bits"])):
+            tensors[f"plane{p}"] = plane.copy()
     return {key: value for key, value in header.items() if key != "checksums"}, tensors
 
 
 def repack(
     path: str | Path, out: str | Path, max_bits: int | None = None, compress: bool = False
 ) -> dict[str, int]:
-    """Writes `path` anew with its first `max_bits` planes (None = all it has), compressed or not.
+    """Write a packed file again with fewer planes, compressed or not.
+
+    Args:
+        path: packed file to read.
+        out: target file, written atomically.
+        max_bits: number of planes to keep. None keeps all.
+        compress: compress the planes.
 
     Returns:
-        {section: bytes}, with "header" and "total".
+        Bytes per section, with "header" and "total".
 
     Raises:
-        UserError: as `read_all`; more planes asked for than there are.
+        UserError: see `read_all`; more planes asked for than the file has.
     """
     header, tensors = read_all(path)
     stored = header["stored_bits"] if max_bits is None else max_bits
     if not 1 <= stored <= header["stored_bits"]:
         raise UserError(
-            f"{path} stores {header['stored_bits']} planes; pass --max-bits from 1 to {header['stored_bits']}"
+            f"{path} stores {header['stored_bits']} planes; pass --max-bits from 1 to "
+            f"{header['stored_bits']}"
         )
-    header, tensors = narrowed({**header, "compression": None}, tensors, stored)
+    header, tensors = keep_planes({**header, "compression": None}, tensors, stored)
     if compress:
-        header, tensors = compressed(header, tensors)
-    return sizes(tensors, write_container(out, tensors, header))
+        header, tensors = compress_planes(header, tensors)
+    return section_sizes(tensors, write_container(out, tensors, header))
 
 
 def write_rest(path: str | Path, out: str | Path, bits: int) -> dict[str, int]:
-    """Writes what a file of the first `bits` planes of `path` lacks: the other planes and their norm sets.
+    """Write the planes of `path` above the first `bits`, and their norm sets, to a rest file.
+
+    Returns:
+        Bytes per section, with "header" and "total".
 
     Raises:
-        UserError: as `read_all`; nothing left above `bits`.
+        UserError: see `read_all`; the file has no more than `bits` planes.
     """
     header, tensors = read_all(path)
     if not 1 <= bits < header["stored_bits"]:
         raise UserError(
-            f"{path} stores {header['stored_bits']} planes, there is no rest above {bits}"
+            f"{path} stores {header['stored_bits']} planes and has no rest above {bits}"
         )
-    keep = sections_above(bits)
-    rest = {name: array for name, array in tensors.items() if section_of(name) in keep}
-    return sizes(
-        rest,
-        write_container(
-            out, rest, {**header, "compression": None, "rest_of": _identity(header, tensors)}
-        ),
-    )
+    sections = sections_above(bits)
+    rest = {name: array for name, array in tensors.items() if section_of(name) in sections}
+    header = {**header, "compression": None, "rest_of": _identity(header, tensors)}
+    return section_sizes(rest, write_container(out, rest, header))
 
 
 def join(path: str | Path, rest: str | Path, out: str | Path) -> dict[str, int]:
-    """Brings the narrow file `path` to the planes of `rest`; compressed where `path` is.
+    """Add the planes of a rest file to a narrow file. The result is compressed if `path` is.
+
+    Returns:
+        Bytes per section, with "header" and "total".
 
     Raises:
-        UserError: `rest` is no rest file, is of another model, or does not begin where `path` ends.
+        UserError: `rest` is not a rest file, belongs to another model, or does not begin at the
+            plane where `path` ends.
     """
     header, tensors = read_all(path)
-    with Container(path) as file:
-        was_compressed = file.header["compression"] is not None
     with Container(rest) as file:
-        given = read_header(file, rest=True)
-        if given["rest_of"] != _identity(header, tensors):
+        rest_header = read_header(file, rest=True)
+        if rest_header["rest_of"] != _identity(header, tensors):
             raise UserError(
-                f"{rest} belongs to another model than {path}; pass the rest written with it"
+                f"{rest} belongs to another model than {path}; pass the rest file written with it"
             )
-        whole = {key: value for key, value in given.items() if key not in ("checksums", "rest_of")}
-        more = {
-            name: array.copy()
-            for section in file.sections
-            for name, array in file.read(section).items()
-        }
-        _check_planes(file, header, more)
-    tensors = {**tensors, **more}
-    if any(f"plane{p}" not in tensors for p in range(whole["stored_bits"])):
+        added = file.read_all()
+        for name, array in added.items():
+            if name.startswith("plane") and array.shape != (header["codes"] // 8,):
+                raise file.damaged(f"{name} does not have {header['codes'] // 8} bytes")
+    tensors = {**tensors, **added}
+    if any(f"plane{p}" not in tensors for p in range(rest_header["stored_bits"])):
         raise UserError(
-            f"{rest} begins above plane {header['stored_bits']}, where {path} ends; pass the rest written with it"
+            f"{rest} begins above plane {header['stored_bits']}, where {path} ends; "
+            "pass the rest file written with it"
         )
-    if was_compressed:
-        whole, tensors = compressed(whole, tensors)
-    return sizes(tensors, write_container(out, tensors, whole))
-
-
-def _check_planes(
-    file: Container, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> None:
-    for name, array in tensors.items():
-        if name.startswith("plane") and array.shape != (header["codes"] // 8,):
-            raise file.damaged(f"{name} is not of {header['codes'] // 8} bytes")
+    full = {key: v for key, v in rest_header.items() if key not in ("checksums", "rest_of")}
+    if header["compression"] is not None:
+        full, tensors = compress_planes(full, tensors)
+    return section_sizes(tensors, write_container(out, tensors, full))
 
 
 def _identity(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    digests: dict[str, Any] = {
-        "header": hashlib.sha256(json.dumps([header[k] for k in _KEYS], sort_keys=True).encode())
-    }
+    """Digests of everything that a narrow file and its full file have in common."""
+    shared = json.dumps([header[key] for key in _SHARED_KEYS], sort_keys=True)
+    digests: dict[str, Any] = {"header": hashlib.sha256(shared.encode())}
     for name in sorted(tensors):
-        if section_of(name) in _SHARED:
-            digests.setdefault(section_of(name), hashlib.sha256()).update(tensors[name].tobytes())
+        section = section_of(name)
+        if section in _SHARED_SECTIONS:
+            digests.setdefault(section, hashlib.sha256()).update(tensors[name].tobytes())
     return {section: digest.hexdigest() for section, digest in digests.items()}

@@ -1,8 +1,9 @@
-"""The runtime of a packed model: weights are integers of one stored width, narrowed by a shift when a layer asks.
+"""Weights of a packed model: integers of one stored width, shifted right when a layer reads them.
 
-`PackedWeight` takes the place of the float parameter and its `WeightQuantizer`: `layer.weight` stays a float tensor to
-whoever reads it, but behind it stand uint8 codes and a scale. The weight comes from the same `truncate_codes` and
-`dequantize` as in training, hence equals the trained model truncated to that width, bit for bit.
+`PackedWeight` replaces the float parameter and its `WeightQuantizer`. `layer.weight` is still a
+float tensor, computed from uint8 codes and a scale. It is made by the same `truncate_codes` and
+`dequantize` as in training, so it equals the trained model's weight truncated to that width, bit
+for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,24 +18,23 @@ from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import dequantize, truncate_codes
 
 MODES = ("resident", "lean")
-CHUNK = (
-    1 << 18
-)  # codes worked on at a time: few enough for a core's caches, enough to hide the cost of a call
+# codes processed at a time: few enough for a core's caches, enough to hide the call overhead
+CHUNK = 1 << 18
 
 
 class PackedWeight(nn.Module):
-    """Parametrization whose original is the uint8 codes: codes -> shift -> level -> weight.
+    """Parametrization of uint8 codes: codes -> shift -> level -> weight.
 
     Args:
         name: full tensor name, for messages.
         width: the model's shared `Width`.
-        stored: width of the codes held.
-        widths: those that were loaded, with their norm sets.
+        stored: width of the codes.
+        widths: loaded widths, those with planes and norm sets.
         level: a key of `codes.LEVELS`.
         scale: float32, broadcastable to the weight.
-        dtype: of the weight it stands for.
-        mode: "resident" keeps the weight of the width last used, and overwrites it in place when the width changes;
-            "lean" makes the weight anew at every use and keeps nothing.
+        dtype: type of the weight.
+        mode: "resident" keeps the weight of the last used width and overwrites it in place when
+            the width changes. "lean" computes the weight at every use and keeps nothing.
     """
 
     scale: Tensor
@@ -58,11 +58,11 @@ class PackedWeight(nn.Module):
         self._bits: int | None = None  # width of `_weight`
 
     def forward(self, codes: Tensor) -> Tensor:
-        """uint8 codes of width `stored` -> weight at the width in use, same shape."""
+        """Compute the weight at the width in use from uint8 codes of width `stored`."""
         bits = self.width.bits
         assert bits is not None, "a packed model has no float width"  # bit_width refuses it
         if torch.compiler.is_compiling():
-            # a graph takes the weight where it is at hand, else makes it from the codes; it never writes it
+            # a graph reads the kept weight if there is one, but never writes it
             if (
                 self._bits == bits
                 and self._weight is not None
@@ -77,12 +77,12 @@ class PackedWeight(nn.Module):
         return self._weight  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
-        """The model goes to another device: the kept weight, which is made from what moves, stays behind."""
+        """Drop the kept weight when the model moves: it is computed again from what moved."""
         self._weight = self._bits = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Other codes and scales come in: the kept weight is not theirs."""
+        """Drop the kept weight when other codes and scales are loaded."""
         self._weight = self._bits = None
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -92,13 +92,12 @@ class PackedWeight(nn.Module):
 
     @torch.no_grad()
     def _fill(self, codes: Tensor, bits: int) -> None:
-        """Overwrites the kept weight, a few rows at a time so that the steps in between never leave the cache."""
+        """Overwrite the kept weight, a few rows at a time so that intermediates stay in cache."""
         if self._weight is None:
-            with torch.inference_mode(
-                False
-            ):  # so that a weight first made under inference_mode serves elsewhere too
-                self._weight = torch.empty_like(codes, dtype=self.dtype)  # and its layout in memory
-        self._bits = None  # should the work be cut short, nothing stale is served
+            # a weight first computed under inference_mode must be usable outside of it
+            with torch.inference_mode(False):
+                self._weight = torch.empty_like(codes, dtype=self.dtype)
+        self._bits = None  # nothing stale is served if this is interrupted
         scale = self.scale.float()
         rows = max(1, CHUNK * codes.shape[0] // max(1, codes.numel()))
         for start in range(0, codes.shape[0], rows):
@@ -113,45 +112,52 @@ class PackedWeight(nn.Module):
         self._bits = bits
 
     def check_width(self, bits: int | None) -> None:
-        """Called by `bit_width` before it changes the width: UserError where that width was not loaded."""
-        if (
-            bits is None or bits in self.widths
-        ):  # None is refused by `bit_width` in words of its own
+        """Raise `UserError` if a width was not loaded. Called by `bit_width`."""
+        if bits is None or bits in self.widths:  # `bit_width` itself refuses None
             return
         if bits > self.stored:
-            hint = "load the file with more bits, or bring it to more with `export FILE --add REST`"
+            hint = "load the file with more bits, or add planes with `export FILE --add REST`"
         elif len(self.widths) == 1:
             hint = "load it with bits=None to switch widths"
         else:
             hint = "its file has no norm statistics for it; calibrate before exporting"
-        raise UserError(
-            f"this model was loaded for widths {', '.join(map(str, self.widths))}, not {bits}; {hint}"
-        )
+        widths = ", ".join(map(str, self.widths))
+        raise UserError(f"this model was loaded for widths {widths}, not {bits}; {hint}")
 
     def extra_repr(self) -> str:
-        return f"{self.stored} bits stored, level={self.level}, {'resident' if self.resident else 'lean'}"
+        """Stored bits, level and mode."""
+        mode = "resident" if self.resident else "lean"
+        return f"{self.stored} bits stored, level={self.level}, {mode}"
 
 
-def attach(module: nn.Module, tensor_name: str, codes: Tensor, packed: PackedWeight) -> None:
-    """Puts `codes` (uint8, shape of the weight) and `packed` where a parametrized float weight stands, which is dropped.
+def attach_packed_weight(
+    module: nn.Module, tensor_name: str, codes: Tensor, packed: PackedWeight
+) -> None:
+    """Replace a quantized float weight by its codes.
 
-    The name `tensor_name` may have only its `WeightQuantizer` on it.
+    Args:
+        module: owner of the weight.
+        tensor_name: name of the weight. Its only parametrization is a `WeightQuantizer`.
+        codes: uint8, shape of the weight.
+        packed: parametrization of the codes.
     """
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
     delattr(module, tensor_name)
     module.register_buffer(tensor_name, codes)
     parametrize.register_parametrization(module, tensor_name, packed, unsafe=True)
-    kind: type = type(module)  # a class of this module alone, with torch's property for the tensor
-    made: property = getattr(kind, tensor_name)
-    setattr(kind, tensor_name, property(_at_hand(tensor_name, made.fget), made.fset))  # type: ignore[arg-type]
+    # torch gave this module a class of its own, with a property for the tensor
+    kind: type = type(module)
+    slow: property = getattr(kind, tensor_name)
+    setattr(kind, tensor_name, property(_resident_or(tensor_name, slow.fget), slow.fset))  # type: ignore[arg-type]
 
 
-def _at_hand(
-    tensor_name: str, make: Callable[[nn.Module], Tensor]
+def _resident_or(
+    tensor_name: str, slow: Callable[[nn.Module], Tensor]
 ) -> Callable[[nn.Module], Tensor]:
-    """How a layer reads its weight: the resident one where it stands, else `make`.
+    """Property getter that returns the resident weight if it is current, else calls `slow`.
 
-    torch reads a parametrized tensor through three modules and their hooks, which adds up to 3 % of a small transformer's pass.
+    torch reads a parametrized tensor through three modules and their hooks, which takes up to 3 %
+    of the forward pass of a small transformer.
     """
 
     def read(module: nn.Module) -> Tensor:
@@ -160,7 +166,7 @@ def _at_hand(
             packed: PackedWeight = chain._modules["0"]  # type: ignore[assignment]
             if packed._weight is not None and packed._bits == packed.width.bits:
                 return packed._weight
-        return make(module)
+        return slow(module)
 
     return read
 
@@ -169,10 +175,10 @@ class PackedTensor(NamedTuple):
     """A packed weight of a loaded model.
 
     Attributes:
-        name: Full name of the tensor in the model.
-        module: The layer that owns it.
-        tensor: Its name in `module`.
-        packed: The parametrization.
+        name: full name of the tensor in the model.
+        module: layer that owns it.
+        tensor: its name in `module`.
+        packed: parametrization that computes it.
     """
 
     name: str
@@ -182,7 +188,7 @@ class PackedTensor(NamedTuple):
 
     @property
     def codes(self) -> Tensor:
-        """The uint8 codes behind the tensor, of width `packed.stored`."""
+        """Stored codes, uint8, shape of the weight."""
         return self.module.parametrizations[self.tensor].original  # type: ignore[index,union-attr]
 
 

@@ -1,7 +1,11 @@
-"""The header of a packed file against the network it speaks of: names, shapes and places, before anything is unpacked."""
+"""Checks of a packed file's header: by itself, and against the network it describes.
+
+All of them run before a plane is unpacked, so a file that does not fit raises an error and never
+becomes a model.
+"""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,13 +13,30 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.compression import CODING
-from tq_lightning.export.packed.container import Container, section_of
+from tq_lightning.export.packed.container import MAX_EXTENT, Container, is_shape, section_of
+from tq_lightning.export.packed.sections import file_names
 from tq_lightning.quant.bit_planes import aligned
 from tq_lightning.quant.codes import STORED_BITS
-from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
+from tq_lightning.quant.switchable_norm import PerWidthNorm
 from tq_lightning.quant.weight import weight_quantizers
 
-_LAYER_KEYS = {"name", "shape", "offset", "scale"}
+# type of each header field
+_FIELDS: dict[str, Any] = {
+    "model": dict,
+    "preprocessing": dict | None,
+    "class_names": list | None,
+    "prepare": dict,
+    "stored_bits": int,
+    "codes": int,
+    "layers": list,
+    "dtypes": dict,
+    "norm_widths": list,
+    "norms": list,
+    "folded": bool,
+    "compression": str | None,
+}
+_LAYER_KEYS, _NORM_KEYS = {"name", "shape", "offset", "scale"}, {"name", "shape"}
+# tensor type of each section
 _TYPES = {
     "int": "I64",
     "float64": "F64",
@@ -23,150 +44,105 @@ _TYPES = {
     "scale": "F32",
     "norm": "F32",
     "plane": "U8",
-}  # by section
-_SETS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # keys of norm sets
+}
+_SET_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # keys of norm sets
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
 _CROPS = ("center", "squash", "border")
+# Planes larger than this many times their compressed file are a decompression bomb.
+_MAX_RATIO, _FREE_BYTES = 256, 16 << 20
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under every name they have."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+def check_preprocessing(options: Mapping[str, Any] | None) -> None:
+    """Check the preprocessing options of a header. Unknown keys may hold anything.
 
-
-def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
-    """(name in the model, tensor, name in the file) for everything of a prepared model that a file holds as it is.
-
-    Left out: quantized weights, the float set of per-width norms, and batch norm's counters, which move no output.
+    Raises:
+        UserError: images can't be prepared with these options.
     """
-    homes = {name for name, module in model.named_modules() if isinstance(module, PerWidthNorm)}
-    behind = (
-        set()
-    )  # by name, not identity: an embedding tied to a quantized classifier is itself used in float
-    for weight in weight_quantizers(model):
-        owner = weight.name.removesuffix(weight.tensor)
-        behind.add(f"{owner}parametrizations.{weight.tensor}.original")
-    found = []
-    for full, value in named_tensors(model):
-        if full in behind or full.endswith("num_batches_tracked"):
-            continue
-        if (
-            full.endswith(".calibrated") and full.removesuffix(".calibrated") in homes
-        ):  # said by which norm sets are there
-            continue
-        kind = (
-            "float64"
-            if value.dtype == torch.float64
-            else "float"
-            if value.is_floating_point()
-            else "int"
-        )
-        name = f"{kind}/{full}"
-        home, _, inside = full.partition(".sets.")
-        if home in homes:
-            key, rest = inside.split(".", 1)
-            if key == FLOAT:
-                continue
-            if kind == "float":
-                name = f"norm{key}/{home}.{rest}"
-        found.append((full, value, name))
-    return found
-
-
-def check_preprocessing(how: Mapping[str, Any] | None) -> None:
-    """Raises UserError where images could not be made ready as `how` says; keys unknown here may hold anything."""
-    how = how or {}
-    size, numbers = how.get("input_size", [1, 1, 1]), [how.get("crop_pct", 1.0)]
+    options = options or {}
+    size = options.get("input_size", [1, 1, 1])
     if (
         not isinstance(size, list | tuple)
         or len(size) != 3
         or any(type(n) is not int or not 0 < n <= 1 << 14 for n in size)
     ):
         raise UserError(
-            f"preprocessing has input_size {str(size)[:40]}; it must be [channels, height, width]"
+            f"preprocessing has input_size {str(size)[:40]}; expected [channels, height, width]"
         )
+    numbers = [options.get("crop_pct", 1.0)]
     for key in ("mean", "std"):
-        values = how.get(key, [])
+        values = options.get(key, [])
         numbers += values if isinstance(values, list | tuple) else [None]
     if any(
         isinstance(n, bool) or not isinstance(n, int | float) or not abs(n) < 1e6 for n in numbers
     ):
-        raise UserError(
-            "preprocessing has a mean or std that is no list of numbers, or a crop_pct that is no number"
-        )
+        raise UserError("preprocessing has a mean, std or crop_pct that is not made of numbers")
     if (
-        how.get("interpolation", "bicubic") not in _INTERPOLATIONS
-        or how.get("crop_mode", "center") not in _CROPS
+        options.get("interpolation", "bicubic") not in _INTERPOLATIONS
+        or options.get("crop_mode", "center") not in _CROPS
     ):
         raise UserError(
-            f"preprocessing has an interpolation or crop_mode other than {', '.join(_INTERPOLATIONS + _CROPS)}"
+            "preprocessing has an unknown interpolation or crop_mode; expected one of "
+            f"{', '.join(_INTERPOLATIONS)} and one of {', '.join(_CROPS)}"
         )
 
 
 def read_header(file: Container, rest: bool = False) -> dict[str, Any]:
-    """The header, of a whole file or of a rest file, with the type of every field checked."""
+    """Check the type and range of every header field.
+
+    Args:
+        file: open container.
+        rest: whether a rest file (missing planes only) is expected.
+
+    Returns:
+        The header.
+
+    Raises:
+        UserError: an invalid field, an unknown compression, or the wrong kind of file.
+    """
     header = file.header
     if rest and header.get("rest_of") is None:
         raise UserError(
-            f"{file.path} is no rest file; write it with `export WHOLE --max-bits n --out NARROW --rest FILE`"
+            f"{file.path} is not a rest file; write one with "
+            "`export FULL --max-bits n --out NARROW --rest FILE`"
         )
     if not rest and header.get("rest_of") is not None:
         raise UserError(
-            f"{file.path} is a rest file (missing planes only); join with `export NARROW --add REST --out FILE`"
+            f"{file.path} is a rest file (missing planes only); join it with "
+            "`export NARROW --add REST --out FILE`"
         )
-    kinds: dict[str, Any] = {
-        "model": dict,
-        "preprocessing": dict | None,
-        "class_names": list | None,
-        "prepare": dict,
-        "stored_bits": int,
-        "codes": int,
-        "layers": list,
-        "dtypes": dict,
-        "norm_widths": list,
-        "norms": list,
-        "folded": bool,
-        "compression": str | None,
-    }
-    for key, kind in kinds.items():
+    for key, kind in _FIELDS.items():
+        value = header.get(key)
         if (
             key not in header
-            or not isinstance(header[key], kind)
-            or (kind is int and isinstance(header[key], bool))
+            or not isinstance(value, kind)
+            or (kind is int and isinstance(value, bool))
         ):
-            raise file.damaged(f"its header has no proper {key!r}")
+            raise file.damaged(f"its header has no valid {key!r}")
     if header["compression"] not in (None, CODING):
         raise UserError(
-            f"{file.path} is compressed as {header['compression'][:20]!r}, unknown here; update tq_lightning"
+            f"{file.path} has unknown compression {header['compression'][:20]!r}; "
+            "update tq_lightning"
         )
-    if not 1 <= header["stored_bits"] <= STORED_BITS:
-        raise file.damaged(f"its number of planes is none of 1 to {STORED_BITS}")
-    for keys, things in ((_LAYER_KEYS, header["layers"]), ({"name", "shape"}, header["norms"])):
-        for thing in things:
-            if (
-                not isinstance(thing, dict)
-                or set(thing) != keys
-                or not isinstance(thing["name"], str)
-            ):
-                raise file.damaged("its layer map is not one")
-            for shape in (thing["shape"], thing.get("scale", []), [thing.get("offset", 0)]):
-                if not isinstance(shape, list) or any(
-                    type(n) is not int or not 0 <= n < 1 << 48 for n in shape
-                ):
-                    raise file.damaged("its layer map has an absurd shape or place")
-    if any(
-        type(n) is not int or not 1 <= n <= header["stored_bits"] for n in header["norm_widths"]
-    ):
-        raise file.damaged("its norm sets are of widths that it does not store")
+    stored, codes = header["stored_bits"], header["codes"]
+    if not 1 <= stored <= STORED_BITS:
+        raise file.damaged(f"its number of planes is not in 1..{STORED_BITS}")
+    if not 0 <= codes < MAX_EXTENT:
+        raise file.damaged("its number of codes is out of range")
+    if stored * codes // 8 > _MAX_RATIO * file.size + _FREE_BYTES:
+        raise file.damaged("its row of codes is many times larger than the file")
+    _check_layout(file, header)
+    widths = header["norm_widths"]
+    if any(type(n) is not int or not 1 <= n <= stored for n in widths):
+        raise file.damaged("it has norm sets for widths that it does not store")
+    if len(set(widths)) != len(widths):
+        raise file.damaged("its norm widths are not unique")
     if any(not isinstance(name, str) for name in header["class_names"] or []):
-        raise file.damaged("its class names are none")
+        raise file.damaged("its class names are not strings")
     for name, entry in file.entries.items():
         section = section_of(name)
-        if entry.dtype != _TYPES.get(
-            section if section in _TYPES else section.rstrip("0123456789")
-        ):
-            raise file.damaged(f"tensor {name[:60]!r} is of a type that it cannot have")
+        kind = section if section in _TYPES else section.rstrip("0123456789")
+        if entry.dtype != _TYPES.get(kind):
+            raise file.damaged(f"tensor {name[:60]!r} has the wrong type {entry.dtype}")
     try:
         check_preprocessing(header["preprocessing"])
     except UserError as error:
@@ -174,99 +150,128 @@ def read_header(file: Container, rest: bool = False) -> dict[str, Any]:
     return header
 
 
-def cast(header: Mapping[str, Any], full: str, value: Tensor, default: torch.dtype) -> Tensor:
-    """`value` in the type that the header gives the tensor, or in `default`.
+def _check_layout(file: Container, header: Mapping[str, Any]) -> None:
+    """Check the form of the layer map and of the norm layout."""
+    for keys, items in ((_LAYER_KEYS, header["layers"]), (_NORM_KEYS, header["norms"])):
+        for item in items:
+            if not isinstance(item, dict) or set(item) != keys or not isinstance(item["name"], str):
+                raise file.damaged("its layer map is invalid")
+            shapes = (item["shape"], item.get("scale", []), [item.get("offset", 0)])
+            if not all(is_shape(shape) for shape in shapes):
+                raise file.damaged("its layer map has an invalid shape or offset")
+
+
+def cast_to_header_dtype(
+    header: Mapping[str, Any], full: str, value: Tensor, default: torch.dtype
+) -> Tensor:
+    """Cast `value` to the type that the header gives for the tensor `full`, or to `default`.
 
     Raises:
-        UserError: a type that is none, or of another kind than the value's.
+        UserError: an unknown type, or one of another kind than that of `value`.
     """
-    dtype = getattr(
-        torch, str(header["dtypes"].get(full, str(default).removeprefix("torch."))), None
-    )
+    name = header["dtypes"].get(full, str(default).removeprefix("torch."))
+    dtype = getattr(torch, str(name), None)
     try:
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point == value.is_floating_point():
             return value.to(dtype)
-    except (RuntimeError, TypeError):  # quantized and packed types take no conversion
+    except (RuntimeError, TypeError):  # quantized and packed types can't be converted to
         pass
-    raise UserError(
-        f"the file gives {full} a type that is none: {str(header['dtypes'].get(full))[:40]!r}"
-    )
-
-
-def _of_no_set(name: str, model: nn.Module) -> bool:
-    """Whether a name of the file ("float64/bn1.sets.3.weight") is of a norm set that the network was built without."""
-    home, _, inside = name.partition("/")[2].partition(".sets.")
-    key = inside.partition(".")[0]
-    norm = model
-    for part in home.split(".") if key in _SETS else ():
-        norm = norm._modules.get(part)  # type: ignore[assignment]
-        if norm is None:
-            return False
-    return isinstance(norm, PerWidthNorm) and key not in norm.sets
+    raise UserError(f"the file gives {full} an invalid type {str(name)[:40]!r}")
 
 
 def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
-    """Raises UserError where the tensors of the file are not those that its network wants."""
+    """Check that the tensors of a file are those of its network.
+
+    Args:
+        header: header of the file.
+        names: names of the tensors in the file.
+        model: prepared network, possibly without the norm sets of some widths.
+
+    Raises:
+        UserError: tensors are missing, or there are others.
+    """
     folded = (".running_mean", ".running_var") if header["folded"] else ()
-    own = {name for _, _, name in file_names(model) if not name.startswith("norm")} | {"scale"}
-    own |= {f"norm{n}" for n in header["norm_widths"] if header["norms"]} | {
-        f"plane{p}" for p in range(header["stored_bits"])
-    }
-    lacks = {n for n in own - names if not n.endswith(folded)} if folded else own - names
-    adds = {name for name in names - own if not _of_no_set(name, model)}
+    in_model = file_names(model)
+    expected = {name for _, _, name in in_model if not name.startswith("norm")} | {"scale"}
+    expected |= {f"norm{n}" for n in header["norm_widths"] if header["norms"]}
+    expected |= {f"plane{p}" for p in range(header["stored_bits"])}
+    missing = expected - names
+    extra = {name for name in names - expected if not _of_unbuilt_set(name, model)}
     if header["norm_widths"]:
-        # all sets are alike: those that the network was built with speak for the others
-        cuts = {
+        # all sets have the same layout, so those that were built stand for the others
+        shapes = {
             name.split("/", 1)[1]: value.shape
-            for _, value, name in file_names(model)
+            for _, value, name in in_model
             if name.startswith("norm")
         }
-        given = {cut["name"]: torch.Size(cut["shape"]) for cut in header["norms"]}
-        lacks |= {n for n in cuts if n not in given and not (folded and n.endswith(folded))}
-        adds |= {n for n in given if given[n] != cuts.get(n)}
-    if lacks or adds:
-        words = [
-            f"{what} {', '.join(sorted(s)[:2])}"
-            for what, s in (("lacks", lacks), ("adds", adds))
-            if s
+        given = {part["name"]: torch.Size(part["shape"]) for part in header["norms"]}
+        missing |= set(shapes) - set(given)
+        extra |= {name for name in given if given[name] != shapes.get(name)}
+    if folded:
+        missing = {name for name in missing if not name.endswith(folded)}
+    if missing or extra:
+        differences = [
+            f"{verb} {', '.join(sorted(names)[:2])}"
+            for verb, names in (("lacks", missing), ("adds", extra))
+            if names
         ]
         raise UserError(
-            f"the file {' and '.join(words)} against the network {header['model'].get('name')!r} made with "
-            f"{header['model'].get('args')}; pass model_args= to save_packed as the model was made, or model= to load_packed"
+            f"the file {' and '.join(differences)} compared with the network "
+            f"{header['model'].get('name')!r} made with {header['model'].get('args')}; pass the "
+            "model_args= of the model to save_packed, or model= to load_packed"
         )
+
+
+def _of_unbuilt_set(name: str, model: nn.Module) -> bool:
+    """Check if a file name ("float64/bn1.sets.3.weight") is of a norm set that was not built."""
+    norm_name, _, inside = name.partition("/")[2].partition(".sets.")
+    key = inside.partition(".")[0]
+    if key not in _SET_KEYS:
+        return False
+    module: nn.Module | None = model
+    for part in norm_name.split("."):
+        # not get_submodule(), which would evaluate a quantized weight of that name
+        module = None if module is None else module._modules.get(part)
+    return isinstance(module, PerWidthNorm) and key not in module.sets
 
 
 def check_layers(
     header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module
 ) -> None:
-    """The layer map against the network and against the rows of codes, before anything is unpacked."""
-    own = {w.name: tuple(w.original.shape) for w in weight_quantizers(model)}
-    given = {layer["name"]: tuple(layer["shape"]) for layer in header["layers"]}
-    if given != own or len(given) != len(header["layers"]):
-        raise UserError("its layer map is not that of its network")
-    end, runs = (
-        0,
-        {layer["offset"]: aligned(math.prod(layer["shape"])) for layer in header["layers"]},
-    )
+    """Check the layer map against the network and against the row of codes.
+
+    Args:
+        header: header of the file.
+        shapes: shape of each tensor in the file.
+        model: prepared network.
+
+    Raises:
+        UserError: layers, codes, planes or scales do not match.
+    """
+    layers = header["layers"]
+    expected = {weight.name: tuple(weight.original.shape) for weight in weight_quantizers(model)}
+    given = {layer["name"]: tuple(layer["shape"]) for layer in layers}
+    if given != expected or len(given) != len(layers):
+        raise UserError("its layer map does not match its network")
+    runs = {layer["offset"]: aligned(math.prod(layer["shape"])) for layer in layers}
+    end = 0
     for offset, size in sorted(runs.items()):
         if offset != end:
             raise UserError("its layers overlap or leave a gap")
         end += size
-    if any(
-        aligned(math.prod(layer["shape"])) != runs[layer["offset"]] for layer in header["layers"]
-    ):
+    if any(aligned(math.prod(layer["shape"])) != runs[layer["offset"]] for layer in layers):
         raise UserError("two layers of different size share their codes")
     if end != header["codes"]:
-        raise UserError(f"its layers have {end} codes, its header speaks of {header['codes']}")
+        raise UserError(f"its layers have {end} codes, its header gives {header['codes']}")
     for p in range(header["stored_bits"]):
         shape = shapes[f"plane{p}"]
         if len(shape) != 1 or (header["compression"] is None and shape[0] != end // 8):
-            raise UserError(f"plane {p} is not of {end // 8} bytes")
-    for layer in header["layers"]:
-        pairs = list(zip(layer["scale"], layer["shape"], strict=False))
+            raise UserError(f"plane {p} does not have {end // 8} bytes")
+    for layer in layers:
+        pairs = zip(layer["scale"], layer["shape"], strict=False)
         if len(layer["scale"]) not in (0, len(layer["shape"])) or any(
             s not in (1, n) for s, n in pairs
         ):
-            raise UserError(f"the scale of {layer['name']} does not fit its weight")
-    if shapes["scale"] != (sum(math.prod(layer["scale"]) for layer in header["layers"]),):
-        raise UserError("its scales are not as many as its header says")
+            raise UserError(f"the scale of {layer['name']} does not match its weight")
+    if shapes["scale"] != (sum(math.prod(layer["scale"]) for layer in layers),):
+        raise UserError("its number of scales does not match its header")

@@ -1,70 +1,138 @@
-"""TODO export/packed/sections.py."""
+"""Sections of a packed file: which tensor is stored where, and which sections a width needs.
+
+In file order: "int", "float64" and "float" (tensors that are not quantized), "norm1".."norm8" (one
+set of norms per width), "scale", and "plane0".."plane7" (most significant plane first, the codes
+of all layers in one row). Running at n bits takes "norm<n>", the first n planes, and everything
+that is neither a norm set nor a plane.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.compression import CODING, compress_plane
-from tq_lightning.export.packed.container import section_of
+from tq_lightning.export.packed.compression import CODING, compress_plane, decompress_plane
+from tq_lightning.export.packed.container import Container, section_of
 from tq_lightning.quant.codes import STORED_BITS
+from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
+from tq_lightning.quant.weight import weight_quantizers
 
 
-def sizes(tensors: Mapping[str, np.ndarray], total: int) -> dict[str, int]:
-    """Bytes by section, with "header" (what is no tensor) and "total"."""
-    out: dict[str, int] = {}
-    for name, array in tensors.items():
-        section = section_of(name)
-        out[section] = out.get(section, 0) + array.nbytes
-    return {"header": total - sum(out.values()), **dict(sorted(out.items())), "total": total}
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under every name they have."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
+    """Tensors of a prepared model that a file stores unquantized.
+
+    Quantized weights, the float set of per-width norms, and batch norm's counters (which don't
+    affect outputs) are left out. Buffers that a state dict leaves out are included, so a reader
+    needs no second source for any value.
+
+    Returns:
+        (name in the model, tensor, name in the file) in model order.
+    """
+    norms = {name for name, module in model.named_modules() if isinstance(module, PerWidthNorm)}
+    # by name, not identity: an embedding tied to a quantized classifier is itself used in float
+    quantized = {
+        f"{weight.name.removesuffix(weight.tensor)}parametrizations.{weight.tensor}.original"
+        for weight in weight_quantizers(model)
+    }
+    found = []
+    for full, value in named_tensors(model):
+        owner, _, leaf = full.rpartition(".")
+        # which norm sets are in the file already says which ones are calibrated
+        if leaf == "num_batches_tracked" or (leaf == "calibrated" and owner in norms):
+            continue
+        if full in quantized:
+            continue
+        kind = "float" if value.is_floating_point() else "int"
+        if value.dtype == torch.float64:
+            kind = "float64"
+        name = f"{kind}/{full}"
+        norm, _, inside = full.partition(".sets.")
+        if norm in norms:
+            key, _, rest = inside.partition(".")
+            if key == FLOAT:
+                continue
+            if kind == "float":
+                name = f"norm{key}/{norm}.{rest}"
+        found.append((full, value, name))
+    return found
 
 
 def merge_norms(
     tensors: Mapping[str, np.ndarray],
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """The tensors of each width's norm set as one row, "norm4"; and how every row is cut: [{"name", "shape"}, ...].
+    """Join the tensors of each width's norm set into one row.
 
-    A set of ResNet-50 has 212 tensors: named one by one, at eight widths, their names would weigh more than a plane's tenth.
+    A set of ResNet-50 has 212 tensors. With eight widths, storing their names one by one would
+    take more than a tenth of a plane.
+
+    Args:
+        tensors: arrays by file name, e.g. "norm4/bn1.weight".
+
+    Returns:
+        The layout of every row, [{"name", "shape"}, ...], and the arrays with the rows "norm4", ...
     """
-    out = {name: array for name, array in tensors.items() if not name.startswith("norm")}
-    cuts: list[dict[str, Any]] = []
-    for section in sorted({section_of(name) for name in tensors if name not in out}):
+    merged = {name: array for name, array in tensors.items() if not name.startswith("norm")}
+    layout: list[dict[str, Any]] = []
+    for section in sorted({section_of(name) for name in tensors if name not in merged}):
         own = {
-            name.split("/", 1)[1]: array
+            name.removeprefix(f"{section}/"): array
             for name, array in tensors.items()
-            if name.startswith(f"{section}/")
+            if section_of(name) == section
         }
-        cuts = [{"name": name, "shape": list(array.shape)} for name, array in own.items()]
-        out[section] = np.concatenate([array.reshape(-1) for array in own.values()])
-    return cuts, out
+        layout = [{"name": name, "shape": list(array.shape)} for name, array in own.items()]
+        merged[section] = np.concatenate([array.reshape(-1) for array in own.values()])
+    return layout, merged
+
+
+def split_norms(
+    header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Undo `merge_norms`: "norm4" becomes "norm4/bn1.weight", and so on."""
+    result = {}
+    for name, array in tensors.items():
+        if not name.startswith("norm"):
+            result[name] = array
+            continue
+        ends = np.cumsum([math.prod(part["shape"]) for part in header["norms"]])
+        if array.ndim != 1 or array.dtype != np.float32 or ends[-1] != array.size:
+            raise UserError(
+                f"norm set {name!r} does not have the size given in the header; export it again"
+            )
+        for part, values in zip(header["norms"], np.split(array, ends[:-1]), strict=True):
+            result[f"{name}/{part['name']}"] = values.reshape(part["shape"])
+    return result
 
 
 def sections_above(bits: int) -> set[str]:
-    """The sections that a file of the first `bits` planes does without: the other planes and their norm sets."""
-    return {f"plane{n}" for n in range(bits, STORED_BITS)} | {
-        f"norm{n}" for n in range(bits + 1, STORED_BITS + 1)
-    }
+    """Sections that a file with the first `bits` planes does not have."""
+    planes = {f"plane{n}" for n in range(bits, STORED_BITS)}
+    return planes | {f"norm{n}" for n in range(bits + 1, STORED_BITS + 1)}
 
 
-def narrowed(
+def keep_planes(
     header: Mapping[str, Any], tensors: Mapping[str, np.ndarray], bits: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The same file with its first `bits` planes, and the norm sets of those widths, alone."""
-    gone = sections_above(bits)
-    kept = {name: array for name, array in tensors.items() if section_of(name) not in gone}
-    return {
-        **header,
-        "stored_bits": bits,
-        "norm_widths": [n for n in header["norm_widths"] if n <= bits],
-    }, kept
+    """Header and tensors cut to the first `bits` planes and the norm sets of those widths."""
+    dropped = sections_above(bits)
+    kept = {name: array for name, array in tensors.items() if section_of(name) not in dropped}
+    widths = [n for n in header["norm_widths"] if n <= bits]
+    return {**header, "stored_bits": bits, "norm_widths": widths}, kept
 
 
-def compressed(
+def compress_planes(
     header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The same file with its planes as zstd frames."""
+    """Header and tensors with every plane as a zstd frame."""
     first = tensors["plane0"]
     frames = {
         name: compress_plane(array, None if name == "plane0" else first)
@@ -74,20 +142,32 @@ def compressed(
     return {**header, "compression": CODING}, {**tensors, **frames}
 
 
-def split_norms(
-    header: Mapping[str, Any], floats: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Norm rows cut into their tensors: "norm4" -> "norm4/bn1.weight", ...; the rest as it is."""
-    out = {}
-    for name, array in floats.items():
-        if not name.startswith("norm"):
-            out[name] = array
-            continue
-        ends = np.cumsum([math.prod(cut["shape"]) for cut in header["norms"]])
-        if array.ndim != 1 or array.dtype != np.float32 or ends[-1] != array.size:
-            raise UserError(
-                f"its norm set {name!r} is not of the size that its header says; export it again"
-            )
-        for cut, part in zip(header["norms"], np.split(array, ends[:-1]), strict=True):
-            out[f"{name}/{cut['name']}"] = part.reshape(cut["shape"])
-    return out
+def read_planes(file: Container, header: Mapping[str, Any], bits: int) -> list[np.ndarray]:
+    """Read the first `bits` planes, decompressed.
+
+    Returns:
+        Arrays of uint8 (codes / 8,), most significant plane first.
+
+    Raises:
+        UserError: a plane is missing, damaged, or has another size.
+    """
+    size = header["codes"] // 8
+    planes: list[np.ndarray] = []
+    for p in range(bits):
+        plane = file.read(f"plane{p}").get(f"plane{p}")
+        if plane is not None and header["compression"] is not None:
+            plane = decompress_plane(plane, planes[0] if planes else None, size)
+        if plane is None or plane.shape != (size,):
+            raise file.damaged(f"plane{p} does not have {size} bytes")
+        planes.append(plane)
+    return planes
+
+
+def section_sizes(tensors: Mapping[str, np.ndarray], total: int) -> dict[str, int]:
+    """Bytes per section, with "header" (everything that is not a tensor) and "total"."""
+    sizes: dict[str, int] = {}
+    for name, array in tensors.items():
+        section = section_of(name)
+        sizes[section] = sizes.get(section, 0) + array.nbytes
+    header = total - sum(sizes.values())
+    return {"header": header, **dict(sorted(sizes.items())), "total": total}

@@ -1,4 +1,4 @@
-"""Building a network for its shape alone: nothing is initialised, and one far larger than its file is not built to its end."""
+"""Build the network of a packed file without initializing it, within bounds set by the file."""
 
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +17,8 @@ from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.weight import weight_quantizers
 
 TOO_LARGE = "is many times larger than its file"
-# A constructor registers some tensors that it replaces later, or that a file stores once for several: room for those.
+# Room for tensors that a constructor registers and replaces, or that a file stores once for
+# several uses.
 _TIMES, _MORE_TENSORS, _MORE_NUMBERS = 4, 1000, 1 << 24
 _FILLS = {
     Tensor.normal_,
@@ -29,42 +30,86 @@ _FILLS = {
     Tensor.add_,
     Tensor.clamp_,
 }
+# Substrings of model arguments that name files to open or weights to fetch.
+_FORBIDDEN = ("name", "pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
+_MAX_ARG = 1 << 16  # largest number in a model argument
+
+
+def build_skeleton(
+    header: Mapping[str, Any],
+    model: nn.Module | None = None,
+    norm_sets: Collection[int] | None = None,
+    held: tuple[int, int] | None = None,
+) -> nn.Module:
+    """Build the prepared network of a header, on the meta device if it is made here.
+
+    Args:
+        header: checked header, see `read_header`.
+        model: network to use instead of the one that the header names, as in `load_packed`.
+        norm_sets: widths to make norm sets for if the network is prepared here. None makes all
+            of them, and the float set.
+        held: (tensors, numbers) in the file. Building stops once the network has many times
+            more. None sets no bound.
+
+    Returns:
+        The prepared network.
+
+    Raises:
+        UserError: the model is unknown, too large, would open files, or can't be prepared as
+            the header says.
+    """
+    if model is None:
+        with _bounded(held):
+            model = _create(header["model"])
+    if weight_quantizers(model):
+        if getattr(model, "tq", None) != header["prepare"]:
+            raise UserError(
+                "the given model was prepared with other options than the file; "
+                "pass it as it was before prepare()"
+            )
+        return model
+    from tq_lightning.quant.prepare import apply_config, attach_norms
+
+    try:
+        config = QuantConfig(**header["prepare"])
+        # norms separately: copying sets that are not needed would take most of the loading time
+        apply_config(model, replace(config, norm="shared"))
+        attach_norms(model, config.norm, width_of(model), norm_sets)
+        model.tq = config.to_dict()  # type: ignore[assignment]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"its network can't be prepared as the header says ({error})") from error
+    return model
 
 
 class SkipInit(TorchFunctionMode):
-    """Leaves out what only writes values to a tensor of the meta device, which has none.
+    """Skip in-place initialization of tensors on the meta device, which have no values.
 
-    PyTorch works out the shape of every such call in Python, and for random numbers loads its compiler first.
+    PyTorch would compute the result shape of every such call in Python, and load its compiler for
+    random numbers.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` unless it only fills a meta tensor."""
         if func in _FILLS and args and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def bounded(held: tuple[int, int] | None) -> Iterator[None]:
-    """Ends the building of a network, in this thread, as soon as it has many times more than a file holds.
-
-    Args:
-        held: (tensors, numbers) of the file; None = no bound.
-
-    Raises:
-        UserError: the network has more, said with `TOO_LARGE`.
-    """
+def _bounded(held: tuple[int, int] | None) -> Iterator[None]:
+    """Raise `UserError` once this thread registers many times more tensors than a file holds."""
     if held is None:
         yield
         return
     thread, tensors, numbers = threading.get_ident(), 0, 0
-    most = (_TIMES * held[0] + _MORE_TENSORS, _TIMES * held[1] + _MORE_NUMBERS)
+    max_tensors, max_numbers = _TIMES * held[0] + _MORE_TENSORS, _TIMES * held[1] + _MORE_NUMBERS
 
-    def count(module: nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+    def count(module: nn.Module, name: str, value: Tensor | None) -> None:
         nonlocal tensors, numbers
-        if parameter is None or threading.get_ident() != thread:
+        if value is None or threading.get_ident() != thread:
             return
-        tensors, numbers = tensors + 1, numbers + parameter.numel()
-        if tensors > most[0] or numbers > most[1]:
+        tensors, numbers = tensors + 1, numbers + value.numel()
+        if tensors > max_tensors or numbers > max_numbers:
             raise UserError(f"the network that its header asks for {TOO_LARGE}")
 
     handle = register_module_parameter_registration_hook(count)  # type: ignore[arg-type]
@@ -74,82 +119,31 @@ def bounded(held: tuple[int, int] | None) -> Iterator[None]:
         handle.remove()
 
 
-# What a file may never ask of create_model: files to open, weights to fetch.
-_FORBIDDEN = ("name", "pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
-
-
-_MAX_ARG = 1 << 16  # of any number in the model's arguments
-
-
-def build_skeleton(
-    header: Mapping[str, Any],
-    model: nn.Module | None = None,
-    norm_sets: Collection[int] | None = None,
-    held: tuple[int, int] | None = None,
-) -> nn.Module:
-    """The prepared network of a header, without values where it is built here.
-
-    Args:
-        header: as `read_header` gives it.
-        model: as in `load_packed`.
-        norm_sets: widths whose norm sets are made, where it is prepared here; None = all, and float.
-        held: (tensors, numbers) that the file holds: a network of many times more ends early; None = build whatever comes.
-
-    Raises:
-        UserError: a model that is unknown, asks for files, or cannot be prepared as the header says.
-    """
-    if model is None:
-        with bounded(held):
-            model = _create(header["model"])
-    if weight_quantizers(model):
-        if getattr(model, "tq", None) != header["prepare"]:
-            raise UserError(
-                "the model given was prepared in another way than the file's; pass it as it was before prepare()"
-            )
-        return model
-    from tq_lightning.quant.prepare import apply_config, attach_norms
-
-    try:
-        config = QuantConfig(**header["prepare"])
-        # Norms are attached separately: copies for widths that are not loaded would dominate the
-        # time of a load.
-        apply_config(model, replace(config, norm="shared"))
-        attach_norms(model, config.norm, width_of(model), norm_sets)
-        model.tq = config.to_dict()  # type: ignore[assignment]
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"its network cannot be prepared as the header says ({error})") from error
-    return model
-
-
-def _create(given: Mapping[str, Any]) -> nn.Module:
+def _create(spec: Mapping[str, Any]) -> nn.Module:
     from tq_lightning.models import create_model
 
-    name, args = given.get("name"), given.get("args")
+    name, args = spec.get("name"), spec.get("args")
     if name is None:
-        raise UserError("the file names no model; pass the network itself as model=")
+        raise UserError("the file does not name a model; pass the network itself as model=")
     if not isinstance(name, str) or ":" in name or not isinstance(args, dict):
-        raise UserError(f"the file names no model of timm's: {str(name)[:60]!r}")
+        raise UserError(f"the file does not name a timm model: {str(name)[:60]!r}")
     for key, value in args.items():
-        if any(word in key for word in _FORBIDDEN) or not _plain(value):
-            raise UserError(
-                f"the file gives the model an argument that a file may not give: {str(key)[:40]!r}"
-            )
+        if any(word in key for word in _FORBIDDEN) or not _is_plain(value):
+            raise UserError(f"disallowed model argument in the file header: {str(key)[:40]!r}")
     try:
         with torch.device("meta"), SkipInit():
             return create_model(name, **args)
     except UserError as error:
         if "unknown model" in str(error) or TOO_LARGE in str(error):
             raise
-    return create_model(name, **args)  # a network that computes with real numbers while it is built
+    return create_model(name, **args)  # a network whose constructor computes with real values
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
-        return len(value) <= 64 and all(_plain(v) for v in value)
+        return len(value) <= 64 and all(_is_plain(v) for v in value)
     if isinstance(value, str):
         return len(value) <= 64 and "/" not in value and "\\" not in value
-    return (
-        value is None
-        or isinstance(value, bool)
-        or (isinstance(value, int | float) and abs(value) <= _MAX_ARG)
-    )
+    if value is None or isinstance(value, bool):
+        return True
+    return isinstance(value, int | float) and abs(value) <= _MAX_ARG

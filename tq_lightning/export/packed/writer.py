@@ -1,8 +1,6 @@
-"""The packed file of a prepared model: what goes in, and what of it is read for a width.
+"""save_packed(): a prepared model -> a packed file of bit planes, scales and unquantized tensors.
 
-Sections, in file order: "int", "float64", "float" (everything not quantized), "norm1".."norm8" (one set of norms per
-width), "scale", "plane0".."plane7" (most significant first, all layers in one row of codes). n bits need the first, the
-set of width n, and the first n planes. docs/format.md is the specification, docs/read_packed.py a reader in plain NumPy.
+docs/format.md is the specification, docs/read_packed.py a reader in plain NumPy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,19 +14,22 @@ from torch import Tensor, nn
 import tq_lightning
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import write_container
-from tq_lightning.export.packed.reader import load_packed
-from tq_lightning.export.packed.schema import check_names, check_preprocessing, file_names
-from tq_lightning.export.packed.sections import compressed, merge_norms, narrowed, sizes
+from tq_lightning.export.packed.schema import check_names, check_preprocessing
+from tq_lightning.export.packed.sections import (
+    compress_planes,
+    file_names,
+    keep_planes,
+    merge_norms,
+    section_sizes,
+)
 from tq_lightning.export.packed.skeleton import build_skeleton
 from tq_lightning.quant.bit_planes import aligned, pack_planes
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.quant.weight import weight_quantizers
 
-__all__ = ["load_packed", "save_packed"]
-
-_WIDE = (torch.float32, torch.float64, torch.int64)  # types a file holds as they are
-_CFG_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+_STORED_AS_IS = (torch.float32, torch.float64, torch.int64)  # other types are widened
+_PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 def save_packed(
@@ -43,60 +44,67 @@ def save_packed(
     preprocessing: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, int]:
-    """Writes a prepared model as integers: bit planes, scales, and what is not quantized. No float parent goes in.
+    """Write a prepared model as integers. The file does not contain the float weights.
 
     Args:
-        model: a prepared model; its mode and device do not matter, it is not changed.
-        path: file to write, whole or not at all.
-        name: timm name of the model; None = what timm noted on it. Without a name, `load_packed` needs `model=`.
-        model_args: further arguments of `create_model` that it was made with, such as {"in_chans": 1}.
-        max_bits: store the first planes alone, 1..max_bits of `prepare`; None = all.
-        fold_norms: store batch norms as scale and shift, 2 vectors instead of 4; logits then agree to about 1e-5 of
-            their size, no longer bit for bit.
-        compress: zstd, one frame a plane; lossless.
-        preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode; None = timm's for this model.
-        class_names: one for each class.
+        model: a prepared model in any mode, on any device. It is not changed.
+        path: target file, written atomically.
+        name: timm name of the model. None takes the name that timm noted on it. Without a name,
+            `load_packed` needs `model=`.
+        model_args: further arguments of `create_model` that the model was made with, such as
+            {"in_chans": 1}.
+        max_bits: number of planes to store, 1..max_bits of `prepare`. None stores all.
+        fold_norms: store batch norms as scale and shift, 2 vectors instead of 4. Logits then
+            agree to a relative error of about 1e-5 instead of bit for bit.
+        compress: compress each plane with zstd, without loss.
+        preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode. None takes
+            timm's for this model.
+        class_names: one name per class.
 
     Returns:
-        {section of the file: bytes}, with "header" and "total".
+        Bytes per section of the file, with "header" and "total".
 
     Raises:
-        UserError: not a prepared model, or one that could not be rebuilt from the file.
+        UserError: the model is not prepared, or can't be rebuilt from the file.
     """
-    header, tensors = describe(model, name, model_args, preprocessing, class_names)
+    header, tensors = _describe(model, name, model_args, preprocessing, class_names)
     stored = header["stored_bits"] if max_bits is None else max_bits
     if not isinstance(stored, int) or not 1 <= stored <= header["stored_bits"]:
         raise UserError(
-            f"no such number of planes {max_bits!r}; pass max_bits from 1 to {header['stored_bits']}"
+            f"max_bits={max_bits!r} is not available; pass max_bits from 1 to "
+            f"{header['stored_bits']}"
         )
     if fold_norms:
         header["folded"] = True
-        fold(model, tensors)
+        _fold(model, tensors)
     header["norms"], tensors = merge_norms(tensors)
     if header["model"]["name"] is not None:
         check_names(header, set(tensors), build_skeleton(header))
-    header, tensors = narrowed(header, tensors, stored)
+    header, tensors = keep_planes(header, tensors, stored)
     if compress:
-        header, tensors = compressed(header, tensors)
-    return sizes(tensors, write_container(path, tensors, header))
+        header, tensors = compress_planes(header, tensors)
+    return section_sizes(tensors, write_container(path, tensors, header))
 
 
-def describe(
+def _describe(
     model: nn.Module,
     name: str | None,
     model_args: Mapping[str, Any] | None,
     preprocessing: Mapping[str, Any] | None,
     class_names: Sequence[str] | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A prepared model as a file's header and tensors, all planes, nothing folded or compressed."""
-    quantized = weight_quantizers(model)
-    if not quantized:
+    """Header and tensors of a prepared model, with all planes and nothing folded or compressed."""
+    if not weight_quantizers(model):
         raise UserError(
-            f"{type(model).__name__} is not prepared, there is nothing to pack; call prepare(model, ...) first"
+            f"{type(model).__name__} is not prepared and has nothing to pack; "
+            "call prepare(model, ...) first"
         )
-    config = getattr(model, "pretrained_cfg", None) or {}
-    if name is None and config.get("architecture"):
-        name = config["architecture"]
+    timm_config = getattr(model, "pretrained_cfg", None) or {}
+    if name is None and timm_config.get("architecture"):
+        name = timm_config["architecture"]
+    if preprocessing is None:
+        known = {key: timm_config.get(key) for key in _PREPROCESSING_KEYS}
+        preprocessing = {key: value for key, value in known.items() if value is not None} or None
     check_preprocessing(preprocessing)
     classes = getattr(model, "num_classes", None)
     args = dict(model_args or {})
@@ -104,49 +112,24 @@ def describe(
         args.setdefault("num_classes", classes)
     if class_names is not None and classes is not None and len(class_names) != classes:
         raise UserError(
-            f"{len(class_names)} class names for a model of {classes} classes; pass one for each"
+            f"{len(class_names)} class names for a model of {classes} classes; pass one per class"
         )
-
-    tensors, dtypes = _floats(model)
-    layers: list[dict[str, Any]] = []
-    placed: dict[int, dict[str, Any]] = {}
-    rows, scales, at = [], [], 0
-    for item in quantized:
-        weight = item.original
-        codes, scale = item.quantizer.codes(weight.detach())
-        factor = scale.detach().cpu().float().numpy()
-        scales.append(factor.reshape(-1))
-        layer = {
-            "name": item.name,
-            "shape": list(codes.shape),
-            "offset": at,
-            "scale": list(factor.shape),
-        }
-        if weight.dtype != torch.float32:
-            dtypes[item.name] = str(weight.dtype).removeprefix("torch.")
-        if id(weight) in placed:  # tied: one run of codes serves both
-            layer["offset"] = placed[id(weight)]["offset"]
-        else:
-            row = codes.cpu().numpy().reshape(-1)
-            rows.append(np.pad(row, (0, aligned(row.size) - row.size)))
-            placed[id(weight)] = layer
-            at += rows[-1].size
-        layers.append(layer)
-    tensors["scale"] = np.concatenate(scales)
+    tensors, dtypes = _unquantized(model)
+    codes, layers, tensors["scale"] = _codes(model)
     stored = width_of(model).max_bits
-    for p, plane in enumerate(pack_planes(np.concatenate(rows), stored)):
+    for p, plane in enumerate(pack_planes(codes, stored)):
         tensors[f"plane{p}"] = plane
     header = {
         "library": f"tq_lightning {tq_lightning.__version__}",
         "model": {"name": name, "args": args, "num_classes": classes},
-        "preprocessing": _preprocessing(config) if preprocessing is None else dict(preprocessing),
+        "preprocessing": None if preprocessing is None else dict(preprocessing),
         "class_names": None if class_names is None else list(class_names),
         "prepare": model.tq,
         "stored_bits": stored,
-        "codes": at,
+        "codes": codes.size,
         "layers": layers,
         "dtypes": dtypes,
-        "norm_widths": norm_widths(model),
+        "norm_widths": _norm_widths(model),
         "norms": [],
         "folded": False,
         "compression": None,
@@ -154,56 +137,79 @@ def describe(
     return header, tensors
 
 
-def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    return {key: config[key] for key in _CFG_KEYS if config.get(key) is not None} or None
+def _codes(model: nn.Module) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray]:
+    """Quantize every weight to the stored width.
 
-
-def _floats(model: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Everything but the quantized weights by file name, and the types of what the file widens.
-
-    Buffers that a state dict leaves out are in it too: a reader then needs no second source for any number.
+    Returns:
+        The row of codes, uint8; the layer map; and all scales in its order, float32.
     """
-    usable = norm_widths(model)
+    rows, scales, end = [], [], 0
+    layers: list[dict[str, Any]] = []
+    offsets: dict[int, int] = {}  # of parameters already written
+    for weight in weight_quantizers(model):
+        codes, scale = weight.quantizer.codes(weight.original.detach())
+        if id(weight.original) not in offsets:  # tied weights share their codes
+            row = codes.cpu().numpy().reshape(-1)
+            rows.append(np.pad(row, (0, aligned(row.size) - row.size)))
+            offsets[id(weight.original)] = end
+            end += rows[-1].size
+        layers.append(
+            {
+                "name": weight.name,
+                "shape": list(codes.shape),
+                "offset": offsets[id(weight.original)],
+                "scale": list(scale.shape),
+            }
+        )
+        scales.append(scale.detach().cpu().float().numpy().reshape(-1))
+    return np.concatenate(rows), layers, np.concatenate(scales)
+
+
+def _unquantized(model: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Unquantized tensors by file name, and the types of all tensors that the file widens."""
+    usable = _norm_widths(model)
     tensors, dtypes = {}, {}
     for full, value, name in file_names(model):
         if name.startswith("norm") and int(name[4]) not in usable:
             continue
         tensors[name] = _array(value)
-        if value.dtype not in _WIDE:
+        if value.dtype not in _STORED_AS_IS:
             dtypes[full] = str(value.dtype).removeprefix("torch.")
+    for weight in weight_quantizers(model):
+        if weight.original.dtype != torch.float32:
+            dtypes[weight.name] = str(weight.original.dtype).removeprefix("torch.")
     return tensors, dtypes
 
 
 def _array(value: Tensor) -> np.ndarray:
-    """The value as float32, float64 or int64, whichever holds it exactly."""
+    """The value as float32, float64 or int64, whichever represents it exactly."""
     value = value.detach().cpu()
     if value.is_complex():
         raise UserError(
-            f"a packed file has no place for a tensor of {value.dtype}; keep it out of the model's buffers"
+            f"a packed file can't store {value.dtype} tensors; keep them out of the model's buffers"
         )
-    if value.dtype not in _WIDE:
+    if value.dtype not in _STORED_AS_IS:
         value = value.float() if value.is_floating_point() else value.long()
     return value.numpy()
 
 
-def norm_widths(model: nn.Module) -> list[int]:
-    """Widths whose norm sets hold statistics, trained or calibrated; empty for a model without norms per width."""
+def _norm_widths(model: nn.Module) -> list[int]:
+    """Widths whose norm sets are trained or calibrated. Empty without per-width norms."""
     norms = per_width_norms(model)
     if not norms:
         return []
-    top = norms[0].width.max_bits
     return [
         n
-        for n in range(1, top + 1)
-        if all(str(n) in m.trained or bool(m.calibrated[n]) for m in norms)
+        for n in range(1, norms[0].width.max_bits + 1)
+        if all(str(n) in norm.trained or bool(norm.calibrated[n]) for norm in norms)
     ]
 
 
-def fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:
-    """Replaces the four vectors of every affine batch norm in `tensors` by two, in place: y = weight x + bias.
+def _fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:
+    """Fold the statistics of affine batch norms into weight and bias, in place.
 
-    weight = gamma / sqrt(var + eps), bias = beta - mean weight, in float64 before the one rounding. A reader gives the
-    layer a mean of 0 and a variance of 1 - eps.
+    With weight = gamma / sqrt(var + eps) and bias = beta - mean * weight, computed in float64 and
+    rounded once, y = weight * x + bias. A reader sets the mean to 0 and the variance to 1 - eps.
     """
     for full, _, name in file_names(model):
         stem, _, leaf = name.rpartition(".")
@@ -211,6 +217,6 @@ def fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:
             continue
         eps = float(model.get_submodule(full.rpartition(".")[0]).eps)  # type: ignore[arg-type]
         mean = tensors.pop(f"{stem}.running_mean").astype(np.float64)
-        factor = tensors[f"{stem}.weight"] / np.sqrt(tensors.pop(name).astype(np.float64) + eps)
-        tensors[f"{stem}.bias"] = (tensors[f"{stem}.bias"] - mean * factor).astype(np.float32)
-        tensors[f"{stem}.weight"] = factor.astype(np.float32)
+        weight = tensors[f"{stem}.weight"] / np.sqrt(tensors.pop(name).astype(np.float64) + eps)
+        tensors[f"{stem}.bias"] = (tensors[f"{stem}.bias"] - mean * weight).astype(np.float32)
+        tensors[f"{stem}.weight"] = weight.astype(np.float32)
