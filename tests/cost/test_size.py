@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tq_lightning import load_packed, save_packed
 from tq_lightning.cost.size import (
     WAYS,
     float_over,
@@ -15,7 +16,6 @@ from tq_lightning.cost.size import (
     total,
 )
 from tq_lightning.errors import UserError
-from tq_lightning import load_packed, save_packed
 from tq_lightning.models import create_model
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import per_width_norms
