@@ -5,6 +5,7 @@ A message is one line, without passwords, that says what was got and what to pas
 
 import difflib
 import re
+import signal
 from collections.abc import Iterable
 
 # scheme://user:PASSWORD@host. A password may hold "/", "@" and "%": it ends at the last "@" before
@@ -14,7 +15,6 @@ _IN_AUTHORITY = re.compile(r"(\w[\w+.-]*://[^\s:/@]*):(\S*@|[^@\n]*@)")
 _IN_QUERY = re.compile(
     r"((?:^|[?&;\s'\"(])\w*(?:password|passwd|pwd)=)('[^']*'|[^\s&;'\")]*)", re.I
 )
-
 
 class UserError(ValueError):
     """Bad input from the user (a key, a path, a value, a file).
@@ -30,6 +30,20 @@ class TrainingError(RuntimeError):
     The command line prints the message as one line and exits with status 1. The run's record keeps
     it as the reason.
     """
+
+
+class Interrupted(BaseException):
+    """A signal ended the command. Not an `Exception`: nothing that handles errors handles this.
+
+    Args:
+        signum: the signal; the exit status is 128 + signum.
+        requeue: whether a fit saved its state and is to be queued again.
+    """
+
+    def __init__(self, signum: int, requeue: bool = False) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum, self.requeue = signum, requeue
+        self.status = 128 + signum
 
 
 def first_line(error: BaseException) -> str:

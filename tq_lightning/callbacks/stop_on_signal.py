@@ -1,0 +1,150 @@
+"""Stop a fit on SIGTERM or SIGUSR1 after an optimizer step, on all ranks at the same one, with last.ckpt written."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from tq_lightning.callbacks.resume import validation_follows
+from tq_lightning.errors import Interrupted
+
+STOP, REQUEUE = 1, 2  # what ranks tell each other; the larger one wins
+
+
+class SignalFlag:
+    """Signals as a flag that a fit reads between two steps, as a context manager around the whole fit.
+
+    SIGTERM asks for an end. SIGUSR1 is the warning of a scheduler (`sbatch --signal=USR1@120`) and asks for another run
+    as well. Until `defer` is called nothing is worth saving: SIGTERM raises `Interrupted` at once, SIGUSR1 waits for the
+    first step.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "SignalFlag":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # handlers belong to the main thread
+        for signum in (signal.SIGTERM, getattr(signal, "SIGUSR1", None)):
+            if signum is None:  # Windows
+                continue
+            if signum == signal.SIGTERM or signal.getsignal(signum) == signal.SIG_DFL:
+                self._before[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+    def defer(self, deferred: bool = True) -> None:
+        """Let SIGTERM wait for the end of a step, or end that; takes the handlers back from Lightning's own."""
+        self._deferred = deferred
+        for signum in self._before:
+            signal.signal(signum, self._receive)
+
+    @property
+    def wish(self) -> int:
+        """0, STOP or REQUEUE."""
+        if self.signum is None:
+            return 0
+        return STOP if self.signum == signal.SIGTERM else REQUEUE
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = self.signum or signum  # SLURM follows its warning up with a SIGTERM
+        if signum == signal.SIGTERM and not self._deferred:
+            raise Interrupted(signum)
+
+
+class StopOnSignal(L.Callback):
+    """Ends a fit with `Interrupted` after the optimizer step in which a signal arrived at any rank.
+
+    Under accumulation the step is completed first. After the last batch of an epoch, or one that a validation follows, the
+    fit ends after that: a checkpoint between the two would skip the validation when resumed.
+
+    Ranks agree by the maximum of their flags at the start of each batch. That takes the place of the SIGTERM flag that
+    Lightning broadcasts and reads at the same point, so a step has no reduction and no host read more than before; a single
+    process reads its own flag alone. A flag in the gradients would be free as well, but only a rank that reads it knows.
+
+    Args:
+        flag: the signals of this process, already handled.
+    """
+
+    def __init__(self, flag: SignalFlag) -> None:
+        self.flag = flag
+        self._agreed = 0
+        self._steps = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._steps = trainer.global_step
+        self.flag.defer()
+        if trainer.world_size > 1:
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.world_size > 1:
+            wish = torch.tensor(self.flag.wish, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
+            self._agreed = int(wish)
+        else:
+            self._agreed = self.flag.wish
+        if self._agreed and batch_idx == 0:  # the end of the epoch before has written last.ckpt
+            self._stop()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        stepped, self._steps = trainer.global_step > self._steps, trainer.global_step
+        if trainer.world_size == 1:
+            self._agreed = self.flag.wish
+        if (
+            self._agreed
+            and stepped
+            and trainer.global_step != trainer.max_steps
+            and not validation_follows(trainer, batch_idx)
+        ):
+            self._save(trainer)
+            self._stop()
+
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Nothing: this run has no checkpoints."""
+
+    def _stop(self) -> None:
+        requeue = self._agreed == REQUEUE
+        raise Interrupted(signal.SIGUSR1 if requeue else signal.SIGTERM, requeue)
+
+
+class CheckpointOnSignal(StopOnSignal, Checkpoint):
+    """`StopOnSignal` that writes `folder`/last.ckpt first.
+
+    A `Checkpoint`, so that Lightning calls it after all other callbacks: the moving average has taken the step in.
+
+    Args:
+        flag: as `StopOnSignal`. folder: of the run's checkpoints.
+    """
+
+    def __init__(self, flag: SignalFlag, folder: str | Path) -> None:
+        super().__init__(flag)
+        self.path = Path(folder) / "last.ckpt"
+
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def _nothing() -> None:
+    pass

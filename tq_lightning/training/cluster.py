@@ -1,0 +1,143 @@
+"""SLURM and torchrun: the processes a launcher started, the checks that they match the Trainer, and requeueing."""
+
+import os
+import shutil
+import subprocess
+
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from tq_lightning.errors import UserError
+
+
+def under_srun() -> bool:
+    """Whether `srun` started this process; a batch script's own commands have the job's variables but no step."""
+    return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+
+
+def slurm_job() -> tuple[str | None, int]:
+    """(job id, restart count) of the SLURM job around this process; an array task is named ARRAY_TASK.
+
+    A requeued job keeps its id, and `scontrol requeue` takes it. The number that SLURM_JOB_ID has in the last task of an
+    array is the array's own, so requeueing by it would requeue every task.
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    return job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def requeue() -> str | None:
+    """Ask SLURM to run this job again. Returns the reason if it did not agree."""
+    job, _ = slurm_job()
+    if job is None:
+        return "not a SLURM job"
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, timeout=120
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else " ".join((done.stderr or done.stdout).split())
+
+
+class SrunEnvironment(SLURMEnvironment):
+    """The tasks of an `srun` step, by the step's own variables.
+
+    Lightning reads the job's (`--ntasks-per-node` of the batch script), which a smaller step inside the job doesn't have,
+    and requeues with a checkpoint of its own, which any later fit in the same root would load.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(auto_requeue=False)
+
+    @staticmethod
+    def _validate_srun_used() -> None:
+        """Nothing: this environment is chosen under srun alone."""
+
+    @staticmethod
+    def _validate_srun_variables() -> None:
+        """Nothing: `check_tasks` compares the step with the Trainer."""
+
+    def world_size(self) -> int:
+        return int(os.environ["SLURM_STEP_NUM_TASKS"])
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Nothing: `check_tasks` has done it, for one process as well."""
+
+
+def cluster_environment() -> ClusterEnvironment | None:
+    """Lightning's plugin for the launcher of this process; None leaves the choice to Lightning (LSF, MPI)."""
+    if TorchElasticEnvironment.detect():  # ahead of SLURM, in whose jobs torchrun may run
+        return TorchElasticEnvironment()
+    if under_srun():
+        return SrunEnvironment()
+    if "SLURM_JOB_ID" in os.environ or shutil.which("srun"):
+        return LightningEnvironment()
+    return None
+
+
+def check_tasks(devices: int, nodes: int, fit: bool) -> None:
+    """Compare the processes that a launcher started with those that the Trainer counts on.
+
+    Too few wait for the missing ones forever, and too many train one run each in the same place.
+
+    Args:
+        devices: the Trainer's devices a node. nodes: its nodes.
+        fit: whether this is a training, which needs `srun` in a job of several tasks.
+
+    Raises:
+        UserError: they don't match. Its message is empty on all ranks but the first: one line says it.
+    """
+    if TorchElasticEnvironment.detect():
+        rank, tasks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", tasks))
+        started = f"torchrun started {_count(tasks, local)}"
+        ask = f"torchrun --nnodes {nodes} --nproc_per_node {devices}"
+    elif under_srun():
+        rank, tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
+        each = tasks_per_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)))
+        if len(set(each)) > 1:
+            _refuse(rank, f"srun put {each} tasks on the nodes; pass srun --ntasks-per-node")
+        local = each[0]
+        started = f"srun started {_count(tasks, local)}"
+        ask = f"srun --nodes {nodes} --ntasks-per-node {devices}"
+    else:
+        tasks = int(os.environ.get("SLURM_NTASKS") or 1)
+        if fit and tasks > 1 and "SLURM_JOB_ID" in os.environ and devices * nodes == 1:
+            raise UserError(
+                f"the SLURM job has {tasks} tasks, but this is one process; start it with srun, or pass sbatch --ntasks 1"
+            )
+        if nodes > 1 and "SLURM_JOB_ID" in os.environ:
+            raise UserError(
+                f"trainer.num_nodes={nodes}, but this is one process; start it with "
+                f"srun --nodes {nodes} --ntasks-per-node {devices}"
+            )
+        return
+    if (tasks, local) != (devices * nodes, devices):
+        _refuse(
+            rank,
+            f"{started}, but trainer.devices={devices} and trainer.num_nodes={nodes}; pass --trainer.devices {local} "
+            f"--trainer.num_nodes {max(1, tasks // local)}, or start it with {ask}",
+        )
+
+
+def _count(tasks: int, local: int) -> str:
+    where = f", {local} on each node" if local != tasks else ""
+    return f"{tasks} process{'es' if tasks > 1 else ''}{where}"
+
+
+def _refuse(rank: int, message: str) -> None:
+    raise UserError(message if rank == 0 else "")
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """SLURM's list of counts, node by node: "2(x3),1" -> [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts
