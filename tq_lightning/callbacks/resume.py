@@ -60,6 +60,19 @@ def _moved(value: Any, before: str, now: str) -> Any:
     return value
 
 
+def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a validation, or the end of the epoch, comes right after this training batch.
+
+    Lightning takes a checkpoint between the two for one after the validation: a run that resumes from it skips it.
+    """
+    every = trainer.val_check_batch
+    if trainer.is_last_batch or every is None or every == float("inf"):
+        return trainer.is_last_batch
+    loop = trainer.fit_loop.epoch_loop
+    batch = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+    return trainer.enable_validation and (batch + 1) % every == 0
+
+
 class StepCheckpoint(ModelCheckpoint):
     """Writes `folder`/last.ckpt every `steps` optimizer steps, but not at the last batch of an epoch.
 

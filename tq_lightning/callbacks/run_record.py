@@ -13,7 +13,7 @@ import lightning as L
 import torch
 
 from tq_lightning.cost.size import record_bytes
-from tq_lightning.errors import first_line
+from tq_lightning.errors import Interrupted, first_line
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
@@ -185,9 +185,10 @@ class RunRecord(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self._record is None or self._record.status != "running":
             return
+        stopped = isinstance(exception, KeyboardInterrupt | Interrupted)
         self._record = replace(
             self._record,
-            status="interrupted" if isinstance(exception, KeyboardInterrupt) else "failed",
+            status="interrupted" if stopped else "failed",
             reason=first_line(exception),
             seconds=round(time.monotonic() - self._start, 2),
         )

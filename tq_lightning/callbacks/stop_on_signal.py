@@ -88,6 +88,12 @@ class StopOnSignal(L.Callback):
         if trainer.world_size > 1:
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self.flag.defer(False)
+
+    on_test_start = on_predict_start = on_validation_start
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -119,7 +125,6 @@ class StopOnSignal(L.Callback):
         ):
             self._save(trainer)
             self._stop()
-
 
     def _save(self, trainer: L.Trainer) -> None:
         """Nothing: this run has no checkpoints."""

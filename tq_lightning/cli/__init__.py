@@ -1,12 +1,17 @@
 """The command line: `python -m tq_lightning VERB ...`. Each verb imports what it needs when it is called, and not before."""
 
+import os
+import signal
 import sys
+import threading
+import time
 from importlib import import_module
 from typing import Any
 
 from tq_lightning import __version__
-from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.errors import Interrupted, TrainingError, UserError
 
+REQUEUE_SECONDS = 60.0  # how long an attempt waits for SLURM to end it
 LIGHTNING_VERBS = {
     "fit": "train: --config conf/X.yaml [--model.quantizer floor] [--trainer.max_epochs 3] [--ckpt_path last]",
     "validate": "score every width on the validation split: --config conf/X.yaml --ckpt_path best",
@@ -63,7 +68,11 @@ def run_fit(argv: list[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a verb. Returns the exit status: 0, 1 (the run failed), 2 (bad input, one line says which), 130 (interrupted)."""
+    """Run a verb.
+
+    Returns:
+        The exit status: 0, 1 (the run failed), 2 (bad input), 130 (Ctrl-C) or 128 + the number of another signal.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -72,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tq_lightning {__version__}")
         return 0
     verb, rest = argv[0], argv[1:]
+    _end_on_sigterm()
     try:
         if verb in LIGHTNING_VERBS:
             from tq_lightning.training.lightning_cli import run
@@ -83,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"no verb {verb!r}; pass one of {known}")
         return import_module(VERBS[verb][0]).main(rest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # another rank says it
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,3 +102,40 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
+    except Interrupted as error:
+        if _first_rank():
+            print(f"interrupted: {error}", file=sys.stderr, flush=True)
+        if error.requeue:
+            _requeue()
+        return error.status
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM end a verb with its own clean-up; Python's default is to die on the spot."""
+    default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if default and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _raise_interrupted)
+
+
+def _raise_interrupted(signum: int, _: Any) -> None:
+    raise Interrupted(signum)
+
+
+def _first_rank() -> bool:
+    return all(os.environ.get(key, "0") == "0" for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _requeue() -> None:
+    """Queue this SLURM job again and wait for SLURM to end this attempt, so that no later line of a script runs."""
+    from tq_lightning.training.cluster import requeue, slurm_job
+
+    job, _ = slurm_job()
+    if job is None:
+        return
+    reason = requeue() if _first_rank() else None
+    if reason is not None:
+        print(f"SLURM did not requeue job {job}: {reason}", file=sys.stderr, flush=True)
+        return
+    if _first_rank():
+        print(f"SLURM job {job} is queued again", file=sys.stderr, flush=True)
+    time.sleep(REQUEUE_SECONDS)

@@ -71,13 +71,17 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
     return model.eval(), hparams, checkpoint.get("preprocessing", {})
 
 
-def newest_checkpoint(root: Path, which: str) -> Path:
-    """Return the "last" or "best" checkpoint of the newest run under `root`.
+def newest_checkpoint(root: Path, which: str, run_dir: Path | None = None) -> Path:
+    """Return the "last" or "best" checkpoint of the newest run under `root`, or of `run_dir`.
 
     Raises:
         UserError: there is no such file.
     """
-    pattern = "*/checkpoints/last.ckpt" if which == "last" else "*/checkpoints/best*.ckpt"
+    pattern = "checkpoints/last.ckpt" if which == "last" else "checkpoints/best*.ckpt"
+    if run_dir is None:
+        pattern = f"*/{pattern}"
+    else:
+        root = run_dir
     found = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(

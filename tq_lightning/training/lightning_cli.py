@@ -1,5 +1,6 @@
 """fit, validate, test and predict: a LightningCLI with flat keys of our own, and a run directory that nothing overwrites."""
 
+import contextlib
 import logging
 import os
 import re
@@ -17,11 +18,13 @@ from jsonargparse.loaders_dumpers import yaml_load
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tq_lightning.callbacks.csv_logger import RunLogger
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
 from tq_lightning.callbacks.run_record import RunRecord
+from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
@@ -32,7 +35,16 @@ from tq_lightning.training.checkpoint import (
     overridden_arguments,
 )
 from tq_lightning.training.cli_messages import _KINDS, one_line
+from tq_lightning.training.cluster import check_tasks, cluster_environment
 from tq_lightning.training.module import TQModule
+from tq_lightning.training.run_folder import (
+    LAST,
+    auto_folder,
+    check_same_run,
+    check_unused,
+    is_finished,
+)
+from tq_lightning.training.run_lock import RunLock
 
 ROOT = "runs"  # trainer.default_root_dir where none is given
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -80,6 +92,32 @@ class TQCLI(LightningCLI):
     resumed: Path | None = None
     resume_step: int | None = None
     given_checkpoint: str | None = None
+    stop_flag: SignalFlag
+    _lock: RunLock | None = None
+    _made: Path | None = None  # the topmost folder that this process created
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with SignalFlag() as self.stop_flag:
+            try:
+                super().__init__(*args, **kwargs)
+            except BaseException as error:
+                self._leave(error)
+                raise
+            self._leave(None)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Release the run folder; one that was made for a run that never began is removed."""
+        if self._lock is None:
+            return
+        self._lock.release()
+        kept = "checkpoints/*" if isinstance(error, UserError) else NAME
+        if error is None or self._made is None or any(self.run_dir.glob(kept)):
+            return
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other runs are in it by now
+            for folder in self.run_dir.parents:
+                if folder.is_relative_to(self._made):
+                    folder.rmdir()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -87,6 +125,13 @@ class TQCLI(LightningCLI):
             type=int,
             default=0,
             help="write checkpoints/last.ckpt every N optimizer steps as well as at every validation (0: only then)",
+        )
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="folder of this run (default: a new one under trainer.default_root_dir); with --ckpt_path auto the first "
+            "start creates it and later ones resume from it",
         )
         for flag, what in (
             ("wandb", "Weights & Biases (WANDB_MODE=offline works)"),
@@ -98,10 +143,17 @@ class TQCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         config = self.config[self.config.subcommand]
-        given = config.get("ckpt_path")
+        given, root = config.get("ckpt_path"), _root(config)
+        if config.run_dir is not None:
+            self.run_dir = Path(config.run_dir).expanduser()
+        if given == "auto":
+            given = self._parse_auto(config, root)
+        elif given is None and config.run_dir is not None and self.config.subcommand == "fit":
+            check_unused(self.run_dir)
         if given is not None:
-            root = _root(config)
-            path = newest_checkpoint(root, given) if given in ("last", "best") else Path(given)
+            path = Path(given)
+            if given in ("last", "best"):
+                path = newest_checkpoint(root, given, config.run_dir and self.run_dir)
             if not path.is_file():
                 raise UserError(
                     f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run under {root}"
@@ -120,15 +172,37 @@ class TQCLI(LightningCLI):
                 flush=True,
             )
 
+    def _parse_auto(self, config: Any, root: Path) -> str | None:
+        """Set `run_dir` to the folder that `--ckpt_path auto` means. Returns its checkpoint, None if it has to begin."""
+        if self.config.subcommand != "fit":
+            raise UserError("ckpt_path=auto is for fit; pass best, last or a file, and --run_dir")
+        self.run_dir = auto_folder(config.run_dir, root)
+        dumped = self.parser.dump(self.config, skip_none=False, format="yaml")
+        plain = yaml.safe_load(dumped)["fit"]
+        check_same_run(self.run_dir, plain)
+        if is_finished(self.run_dir, plain):
+            print(f"{self.run_dir} is finished; nothing to do", file=sys.stderr, flush=True)
+            raise SystemExit(0)
+        config.ckpt_path = None
+        checkpoint = self.run_dir / LAST
+        return str(checkpoint) if checkpoint.is_file() else None
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         root = _root(config)
-        if self.resumed is not None:
+        if hasattr(self, "run_dir"):
+            config.run_dir = None  # a run's configuration starts other runs as well
+        elif self.resumed is not None:
             self.run_dir = self.resumed.parent.parent
         else:
-            _check_root(root)
             self.run_dir = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        if self.resumed is None:
+            _check_root(self.run_dir.parent)
         self._dump_config()
+        if self.subcommand != "validate" and getattr(rank_zero_only, "rank", 0) == 0:
+            missing = [f for f in (self.run_dir, *self.run_dir.parents) if not f.exists()]
+            self._made = missing[-1] if missing else None
+            self._lock = RunLock(self.run_dir)
 
     def instantiate_classes(self) -> None:
         try:
@@ -144,18 +218,16 @@ class TQCLI(LightningCLI):
             kwargs["verbose"] = False  # the width table says it shorter than a line a metric
         return kwargs
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except UserError:
-            # bad input that shows late leaves no trace of a run that never was; what has trained is kept
-            if self.resumed is None and not any(self.run_dir.glob("checkpoints/*")):
-                shutil.rmtree(self.run_dir, ignore_errors=True)
-            raise
-
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config_init[self.subcommand]
         trainer = config["trainer"]
+        # Lightning keeps checkpoints of its own in its root, and would find another run's in a root that runs share
+        kwargs["default_root_dir"] = str(self.run_dir)
+        environment = cluster_environment()
+        if environment is not None:
+            plugins = trainer["plugins"]
+            given_plugins = plugins if isinstance(plugins, list) else [plugins] if plugins else []
+            kwargs["plugins"] = [*given_plugins, environment]
         plain: list[Callback] = [WidthTable()]
         for key in ("enable_progress_bar", "enable_model_summary"):
             if trainer[key] is None:
@@ -170,6 +242,7 @@ class TQCLI(LightningCLI):
             if trainer["logger"] in (None, True):
                 kwargs["logger"] = self._loggers(config)
         else:
+            plain.append(StopOnSignal(self.stop_flag))
             self.save_config_callback = None
             kwargs["logger"] = False
             if (
@@ -187,7 +260,9 @@ class TQCLI(LightningCLI):
             *(given if isinstance(given, list) else [given] if given else []),
             *plain,
         ]
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        check_tasks(made.num_devices, made.num_nodes, self.subcommand == "fit")
+        return made
 
     def _fit_callbacks(self, config: Any) -> list[Callback]:
         callbacks: list[Callback] = [RunRecord(self.run_dir, self.config_dump)]
@@ -196,7 +271,7 @@ class TQCLI(LightningCLI):
 
             callbacks.append(WandbRecord(self.run_dir / NAME))
         if config["trainer"]["enable_checkpointing"] is False or config["trainer"]["fast_dev_run"]:
-            return callbacks
+            return [*callbacks, StopOnSignal(self.stop_flag)]
         folder = self.run_dir / "checkpoints"
         best = ModelCheckpoint(
             folder,
@@ -218,6 +293,7 @@ class TQCLI(LightningCLI):
         callbacks += [MovedRun(), best, last]
         if every > 0:
             callbacks.append(StepCheckpoint(folder, every))
+        callbacks.append(CheckpointOnSignal(self.stop_flag, folder))
         return callbacks
 
     def _loggers(self, config: Any) -> list[Any]:
@@ -255,6 +331,7 @@ def _quiet() -> None:
         ".*`weights_only` was not set.*",
         ".*`isinstance\\(treespec.*",
         ".*Couldn't infer the batch indices.*",
+        ".*The `srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)
 

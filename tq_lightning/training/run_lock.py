@@ -75,7 +75,9 @@ class RunLock:
                     raise UserError(_refusal(self.path.parent, holder or {}))
                 if reach == _THIS_HOST and holder and not earlier and _alive(self.path, holder):
                     raise UserError(_refusal(self.path.parent, holder))
-                if reach is None:  # of an attempt whose node was given up: the server still keeps it
+                if (
+                    reach is None
+                ):  # of an attempt whose node was given up: the server still keeps it
                     os.close(handle)
                     handle = self._replace()
                 if self._is_current(handle):

@@ -1,0 +1,122 @@
+"""Launchers: their processes against the Trainer's devices and nodes, by the variables that they set."""
+
+import os
+
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+from tq_lightning.errors import UserError
+from tq_lightning.training.cluster import (
+    SrunEnvironment,
+    check_tasks,
+    cluster_environment,
+    slurm_job,
+    tasks_per_node,
+)
+
+LAUNCHERS = ("SLURM", "TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets a launcher's variables and removes all others."""
+    for key in [key for key in os.environ if key.startswith(LAUNCHERS)]:
+        monkeypatch.delenv(key)
+
+    def set_variables(**variables):
+        for key, value in variables.items():
+            monkeypatch.setenv(key, str(value))
+
+    return set_variables
+
+
+def srun(tasks, per_node, rank=0, **more):
+    step = {"STEP_ID": 0, "PROCID": rank, "STEP_NUM_TASKS": tasks, "STEP_TASKS_PER_NODE": per_node}
+    return {f"SLURM_{key}": value for key, value in {"JOB_ID": 1, **step, **more}.items()}
+
+
+def torchrun(tasks, local, rank=0):
+    names = {"RANK": rank, "WORLD_SIZE": tasks, "LOCAL_WORLD_SIZE": local, "LOCAL_RANK": 0}
+    return {**names, "TORCHELASTIC_RUN_ID": "none"}
+
+
+BATCH = {"SLURM_JOB_ID": 1, "SLURM_PROCID": 0}  # a batch script's own command
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "nodes"),
+    [
+        ({}, 2, 1),
+        ({}, 1, 1),
+        (srun(1, "1"), 1, 1),
+        (srun(2, "2"), 2, 1),
+        (srun(2, "1(x2)"), 1, 2),
+        (srun(1, "1", NTASKS_PER_NODE=2, NTASKS=2), 1, 1),  # a small step of a larger job
+        (torchrun(2, 2), 2, 1),
+        (torchrun(4, 2), 2, 2),
+        (BATCH, 2, 1),  # Lightning starts the second process
+        (BATCH | {"SLURM_NTASKS": 2}, 2, 1),
+    ],
+)
+def test_what_matches_starts(launched, variables, devices, nodes):
+    launched(**variables)
+    check_tasks(devices, nodes, fit=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "nodes", "says"),
+    [
+        (torchrun(2, 2), 1, 1, "torchrun started 2 processes.*pass --trainer.devices 2"),
+        (torchrun(1, 1), 2, 1, "torchrun --nnodes 1 --nproc_per_node 2"),
+        (srun(2, "2"), 1, 1, "srun started 2 processes.*pass --trainer.devices 2"),
+        (srun(1, "1"), 2, 1, "srun started 1 process,.*srun --nodes 1 --ntasks-per-node 2"),
+        (srun(2, "1(x2)"), 1, 1, "--trainer.devices 1 --trainer.num_nodes 2"),
+        (srun(2, "1(x2)"), 2, 1, "--trainer.devices 1 --trainer.num_nodes 2"),
+        (srun(3, "2,1"), 3, 1, "--ntasks-per-node"),
+        (BATCH | {"SLURM_NTASKS": 2}, 1, 1, "start it with srun, or pass sbatch --ntasks 1"),
+        (BATCH, 1, 2, "srun --nodes 2 --ntasks-per-node 1"),
+    ],
+)
+def test_what_does_not_match_is_one_line_from_the_first_rank(
+    launched, variables, devices, nodes, says
+):
+    launched(**variables)
+    with pytest.raises(UserError, match=says) as error:
+        check_tasks(devices, nodes, fit=True)
+    assert "\n" not in str(error.value)
+    for key in ("RANK", "SLURM_PROCID"):
+        if key in variables and "SLURM_NTASKS" not in variables and nodes == 1:
+            launched(**{key: 1})
+            with pytest.raises(UserError, match=r"^$"):
+                check_tasks(devices, nodes, fit=True)
+
+
+def test_an_evaluation_in_a_larger_job_is_one_process(launched):
+    launched(**BATCH, SLURM_NTASKS=2)
+    check_tasks(1, 1, fit=False)
+
+
+def test_the_environment_follows_the_launcher(launched, monkeypatch, recwarn):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert cluster_environment() is None
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert type(cluster_environment()) is LightningEnvironment
+    launched(**srun(4, "2(x2)", rank=3), SLURM_LOCALID=1, SLURM_NODEID=1, SLURM_NTASKS=8)
+    environment = cluster_environment()
+    assert type(environment) is SrunEnvironment and not environment.auto_requeue
+    assert (environment.world_size(), environment.global_rank()) == (4, 3)
+    launched(**torchrun(2, 2))
+    assert type(cluster_environment()) is TorchElasticEnvironment
+    assert not recwarn.list
+
+
+def test_jobs_and_array_tasks_have_names_that_a_requeue_keeps(launched):
+    assert slurm_job() == (None, 0)
+    launched(SLURM_JOB_ID=12, SLURM_RESTART_COUNT=2)
+    assert slurm_job() == ("12", 2)
+    launched(SLURM_ARRAY_JOB_ID=10, SLURM_ARRAY_TASK_ID=0)
+    assert slurm_job() == ("10_0", 2)
+
+
+def test_tasks_per_node():
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]

@@ -1,0 +1,82 @@
+"""--run_dir and --ckpt_path auto: which folder a run is in, and that it is the same run."""
+
+import os
+
+import pytest
+import yaml
+
+from tq_lightning.errors import UserError
+from tq_lightning.records import Record, write_record
+from tq_lightning.training.run_folder import (
+    auto_folder,
+    check_same_run,
+    check_unused,
+    is_finished,
+)
+
+CONFIG = {
+    "seed_everything": 0,
+    "trainer": {"max_epochs": 3, "max_steps": -1},
+    "model": {"name": "resnet8_cifar", "num_classes": None, "lr": 0.1},
+    "data": {"name": "digits", "root": "data"},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch):
+    for key in [key for key in os.environ if key.startswith("SLURM")]:
+        monkeypatch.delenv(key)
+
+
+@pytest.fixture
+def run(tmp_path):
+    saved = CONFIG | {"model": CONFIG["model"] | {"num_classes": 10}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    return tmp_path
+
+
+def test_auto_is_the_job_or_the_folder_given(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="pass --run_dir FOLDER"):
+        auto_folder(None, tmp_path)
+    assert auto_folder("x", tmp_path).name == "x"
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert auto_folder(None, tmp_path) == tmp_path / "slurm-12"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert auto_folder(None, tmp_path) == tmp_path / "slurm-12_3"
+    assert auto_folder("x", tmp_path).name == "x"
+
+
+def test_the_same_run_may_move_its_data_and_train_longer(run):
+    check_same_run(run, CONFIG)
+    check_same_run(run, CONFIG | {"data": {"name": "digits", "root": "/scratch"}})
+    check_same_run(run, CONFIG | {"trainer": {"max_epochs": 9}})
+    check_same_run(run / "new", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed_everything": 1}, "seed_everything=0, not 1"),
+        ({"model": CONFIG["model"] | {"lr": 0.2}}, "model.lr=0.1, not 0.2"),
+        ({"data": {"name": "cifar10"}}, "data.name=digits, not cifar10"),
+    ],
+)
+def test_another_run_is_not_resumed_under_this_ones_name(run, change, says):
+    with pytest.raises(UserError, match=says):
+        check_same_run(run, CONFIG | change)
+
+
+def test_finished_is_by_record_and_by_the_end_asked_for(run):
+    assert not is_finished(run, CONFIG)
+    for status, finished in (("running", False), ("interrupted", False), ("finished", True)):
+        write_record(run / "record.json", Record("id", status, CONFIG))
+        assert is_finished(run, CONFIG) == finished
+    assert not is_finished(run, CONFIG | {"trainer": {"max_epochs": 9, "max_steps": -1}})
+
+
+def test_a_folder_with_a_run_is_not_used_for_another(run):
+    check_unused(run)
+    (run / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="pass --ckpt_path auto to resume it"):
+        check_unused(run)

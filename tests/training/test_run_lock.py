@@ -1,0 +1,151 @@
+"""One writer per run folder: its death frees it, a requeued job takes it over, and other hosts are seen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tq_lightning.errors import UserError
+from tq_lightning.training import run_lock
+from tq_lightning.training.run_lock import NAME, RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tq_lightning.training.run_lock import RunLock
+if len(sys.argv) > 2:
+    from tq_lightning.training import run_lock
+    run_lock.BEAT_SECONDS = 0.1
+lock = RunLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Starts processes that hold the lock of tmp_path/run."""
+    started = []
+
+    def start(*more, **env):
+        command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), *more]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env
+        )
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def no_job(monkeypatch):
+    for key in [key for key in os.environ if key.startswith("SLURM")]:
+        monkeypatch.delenv(key)
+
+
+@pytest.fixture
+def lockless(monkeypatch):
+    """A file system whose locks reach nobody."""
+    monkeypatch.setattr(run_lock, "_try_lock", lambda handle: run_lock._THIS_HOST)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
+
+
+def test_a_living_holder_is_named_and_a_dead_one_is_not_in_the_way(tmp_path, no_job, holder):
+    run = tmp_path / "run"
+    process = holder()
+    with pytest.raises(UserError, match=f"{run} is in use by process {process.pid} on "):
+        RunLock(run)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (run / NAME).exists()
+    lock = RunLock(run)
+    lock.release()
+    lock.release()
+    assert list(run.iterdir()) == []
+
+
+def test_a_requeued_job_takes_over_and_the_earlier_attempt_ends(tmp_path, monkeypatch, holder):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    process = holder("fast")
+    with pytest.raises(UserError, match="SLURM job 7"):  # another step of the same attempt
+        RunLock(tmp_path / "run")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    start = time.monotonic()
+    lock = RunLock(tmp_path / "run")
+    assert time.monotonic() - start < 2.5, "a requeue does not wait"
+    assert process.wait(timeout=20) == 1
+    assert "taken over" in process.stderr.read()
+    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / NAME]
+    lock.release()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_tasks_of_an_array_are_different_jobs(tmp_path, monkeypatch, holder):
+    job = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    holder(**job)
+    for key, value in (job | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "1"}).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match="SLURM job 7_1"):
+        RunLock(tmp_path / "run")
+
+
+def other_host(run, pid):
+    run.mkdir()
+    (run / NAME).write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": pid}))
+
+
+def test_another_hosts_holder_lives_while_its_heartbeat_does(tmp_path, no_job, lockless):
+    run = tmp_path / "run"
+    other_host(run, 1)
+    RunLock(run).release()  # it stands still
+    other = tmp_path / "other"
+    other_host(other, 1)
+    beat = "import os, sys, time\nwhile True: os.utime(sys.argv[1]); time.sleep(0.05)"
+    process = subprocess.Popen([sys.executable, "-c", beat, str(other / NAME)])
+    try:
+        time.sleep(0.3)
+        with pytest.raises(UserError, match="in use by process 1 on elsewhere"):
+            RunLock(other)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_without_locks_a_holder_on_this_host_is_looked_up(tmp_path, no_job, lockless, holder):
+    process = holder()
+    with pytest.raises(UserError, match="in use"):
+        RunLock(tmp_path / "run")
+    process.kill()
+    process.wait()
+    start = time.monotonic()
+    RunLock(tmp_path / "run").release()
+    assert time.monotonic() - start < 0.5
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, no_job):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write in"):
+        RunLock(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "reach"), [({"rw", "vers=4.2"}, "everywhere"), ({"rw", "nolock"}, "this host")]
+)
+def test_mount_options_tell_how_far_a_lock_reaches(tmp_path, monkeypatch, options, reach):
+    monkeypatch.setattr(run_lock, "_mount_options", lambda handle: options)
+    with (tmp_path / "file").open("w") as file:
+        assert run_lock._try_lock(file.fileno()) == reach
+
+
+def test_the_mount_options_of_a_file_are_found(tmp_path):
+    with (tmp_path / "file").open("w") as file:
+        assert {"rw", "ro"} & run_lock._mount_options(file.fileno())

@@ -1,0 +1,137 @@
+"""A signal ends a fit after its optimizer step, and the same command resumes it to the bit."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tq_lightning.cli import main
+
+FIT = [
+    *("fit", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"),
+    *("--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1"),
+    *("--model.name", "test_resnet", "--model.widths", "8,2", "--model.calibration_batches", "1"),
+    *("--model.drop_rate", "0.3", "--model.ema_decay", "0.5", "--model.opt", "adamw"),
+    *("--data.name", "digits", "--data.image_size", "16", "--data.batch_size", "8"),
+]  # fmt: skip
+
+
+def fit(run: Path, *more: str) -> int:
+    return main([*FIT, "--run_dir", str(run), "--ckpt_path", "auto", *more])
+
+
+def send(name: str, epoch: int, batch: int | None) -> list[str]:
+    where = [f"--trainer.callbacks.name={name}", f"--trainer.callbacks.epoch={epoch}"]
+    at = [] if batch is None else [f"--trainer.callbacks.batch={batch}"]
+    return ["--trainer.callbacks+=fixtures.signals.SendSignal", *where, *at]
+
+
+def status(run: Path) -> str:
+    return json.loads((run / "record.json").read_text())["status"]
+
+
+def last(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(one, two, where="checkpoint"):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_same(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), where
+        for i, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == two, where
+
+
+TRAINED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    for key in (*TRAINED, "global_step", "epoch"):
+        assert_same(last(run)[key], last(whole)[key], key)
+    ours, theirs = ((r / "metrics.csv").read_text().splitlines() for r in (run, whole))
+    assert len(ours) == len(theirs)
+    left = {path.name for path in run.rglob("*") if path.is_file()}
+    assert left == {path.name for path in whole.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "step"),
+    [
+        (2, 4),
+        pytest.param(1, 8, marks=pytest.mark.slow),
+        pytest.param(3, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path, capsys, accumulate, step):
+    more = ["--trainer.accumulate_grad_batches", str(accumulate)]
+    assert fit(tmp_path / "whole", *more) == 0
+    run = tmp_path / "stopped"
+    before = signal.getsignal(signal.SIGUSR1)
+    assert fit(run, *more, *send("SIGTERM", 1, 1)) == 143
+    assert "interrupted: stopped by SIGTERM" in capsys.readouterr().err
+    assert status(run) == "interrupted" and last(run)["global_step"] == step
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert fit(run, *more) == 0
+    assert status(run) == "finished"
+    assert_same_run(run, tmp_path / "whole")
+    # the same command again has nothing to do
+    record = (run / "record.json").read_bytes()
+    assert fit(run, *more) == 0
+    assert "is finished" in capsys.readouterr().err
+    assert (run / "record.json").read_bytes() == record
+
+
+@pytest.mark.parametrize(
+    ("where", "more"),
+    [
+        ((0, None), []),  # the validation of an epoch
+        pytest.param((0, 5), [], marks=pytest.mark.slow),  # the last batch of an epoch
+        # a batch that a validation follows
+        pytest.param((0, 2), ["--trainer.val_check_interval", "3"], marks=pytest.mark.slow),
+    ],
+)
+def test_validation_and_epochs_are_finished_first(tmp_path, where, more):
+    whole, run = tmp_path / "whole", tmp_path / "stopped"
+    assert fit(whole, *more) == 0
+    assert fit(run, *more, *send("SIGUSR1", *where)) == 138
+    assert status(run) == "interrupted"
+    assert fit(run, *more) == 0
+    assert_same_run(run, whole)
+
+
+def test_a_signal_in_the_last_validation_leaves_a_finished_run(tmp_path):
+    assert fit(tmp_path / "run", *send("SIGUSR1", 1, None)) == 0
+    assert status(tmp_path / "run") == "finished"
+
+
+def test_without_checkpoints_the_run_ends_too(tmp_path):
+    more = ["--trainer.enable_checkpointing", "false"]
+    assert fit(tmp_path / "run", *more, *send("SIGTERM", 0, 2)) == 143
+    assert status(tmp_path / "run") == "interrupted"
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_signal_ends_an_evaluation_at_once(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fit(run) == 0
+    verb = ["test", *FIT[1:], "--run_dir", str(run), "--ckpt_path", "last"]
+    record = (run / "record.json").read_bytes()
+    at = ["--trainer.callbacks+=fixtures.signals.SendSignal", "--trainer.callbacks.name=SIGTERM"]
+    assert main([*verb, *at, "--trainer.callbacks.epoch=-1"]) == 143
+    assert (run / "record.json").read_bytes() == record
+    assert not (run / ".lock").exists()
+
+
+def test_nothing_is_left_of_a_run_that_never_began(tmp_path):
+    at = ["--trainer.callbacks+=fixtures.signals.SendSignal", "--trainer.callbacks.name=SIGTERM"]
+    assert fit(tmp_path / "a" / "b", *at, "--trainer.callbacks.epoch=-1") == 143
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,82 @@
+"""The folder of a run: --run_dir, and --ckpt_path auto, the one command for a first start and all later ones."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tq_lightning.errors import UserError
+from tq_lightning.records import NAME, read_record
+from tq_lightning.training.cluster import slurm_job
+
+LAST = "checkpoints/last.ckpt"
+CONFIG = "config.yaml"
+# what makes two runs different ones; where data lie and how they are read does not
+_PLACES = {"root", "download", "workers"}
+
+
+def auto_folder(run_dir: str | None, root: Path) -> Path:
+    """The folder that `--ckpt_path auto` means: `run_dir`, or one named after the SLURM job, whose id a requeue keeps.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if run_dir is not None:
+        return Path(run_dir).expanduser()
+    job, _ = slurm_job()
+    if job is None:
+        raise UserError(
+            "ckpt_path=auto needs the folder of the run, since this is not a SLURM job; pass --run_dir FOLDER"
+        )
+    return root / f"slurm-{job}"
+
+
+def check_unused(folder: Path) -> None:
+    """Raise UserError if a run is in `folder` already."""
+    if (folder / NAME).exists() or (folder / "checkpoints").exists():
+        raise UserError(
+            f"run_dir={folder} already holds a run; pass --ckpt_path auto to resume it, or another folder"
+        )
+
+
+def check_same_run(folder: Path, config: dict[str, Any]) -> None:
+    """Compare a configuration with that of the run in `folder`, which would otherwise be resumed under another's name.
+
+    Two fits in one SLURM job without a --run_dir of their own meet here.
+
+    Args:
+        config: plain types, before a checkpoint has changed its `model` section.
+
+    Raises:
+        UserError: the model, the data or the seed differ.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return
+    saved = yaml.safe_load(path.read_text())
+    for section in ("seed_everything", "model", "data"):
+        ours, theirs = _flat(section, config.get(section)), _flat(section, saved.get(section))
+        for key in ours:
+            # a run fills in what was null, such as the number of classes
+            if ours[key] is not None and str(ours[key]) != str(theirs.get(key, ours[key])):
+                raise UserError(
+                    f"{folder} is a run with {key}={theirs[key]}, not {ours[key]}; pass --run_dir for another run, "
+                    f"or --ckpt_path {folder / LAST} to continue this one with other settings"
+                )
+
+
+def _flat(section: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {section: value}
+    return {f"{section}.{key}": v for key, v in value.items() if key not in _PLACES}
+
+
+def is_finished(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the run in `folder` has come to the end that `config` asks for."""
+    record = folder / NAME
+    if not record.is_file() or read_record(record).status != "finished":
+        return False
+    path = folder / CONFIG
+    saved = yaml.safe_load(path.read_text())["trainer"] if path.is_file() else {}
+    asked = config["trainer"]
+    return all(asked.get(key) == saved.get(key) for key in ("max_epochs", "max_steps", "max_time"))
