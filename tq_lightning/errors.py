@@ -16,6 +16,7 @@ _IN_QUERY = re.compile(
     r"((?:^|[?&;\s'\"(])\w*(?:password|passwd|pwd)=)('[^']*'|[^\s&;'\")]*)", re.I
 )
 
+
 class UserError(ValueError):
     """Bad input from the user (a key, a path, a value, a file).
 
