@@ -33,6 +33,9 @@ STORAGE_LABELS = {
     "paper": "accounting of the paper",
 }
 
+# quantizers of the first records, which lack the fields `ste` and `nested` -> (paired STE, nested)
+_PAIRED = {"floor": ("scaled", True), "round": ("identity", False)}
+
 
 class RecordError(UserError):
     """A file that is not a usable record; the message is the reason, without the path."""
@@ -111,6 +114,29 @@ class Record:
     bytes: ModelBytes | None = None
     test: TestResult | None = None
     more: dict[str, Any] = field(default_factory=dict)  # top-level fields this version doesn't know
+
+    @property
+    def _quantizer(self) -> tuple[str | None, bool]:
+        """(paired STE, nested) of the quantizer by name."""
+        model = self.config.get("model") or {}
+        return _PAIRED.get(str(model.get("quantizer")), (None, False))
+
+    @property
+    def ste_used(self) -> str | None:
+        """The STE of the weights, with "auto" resolved also in records without the field `ste`."""
+        chosen = (self.config.get("model") or {}).get("ste") or "auto"
+        return self.ste or (self._quantizer[0] if chosen == "auto" else chosen)
+
+    @property
+    def ste_is_paired(self) -> bool:
+        """True if the STE is the one that the paper pairs with the quantizer."""
+        chosen = (self.config.get("model") or {}).get("ste") or "auto"
+        return chosen in ("auto", self._quantizer[0])
+
+    @property
+    def codes_nest(self) -> bool:
+        """`nested`, also in records without the field."""
+        return self._quantizer[1] if self.nested is None else self.nested
 
     def tree(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
         """The record as JSON types, except the fields named in `without`."""

@@ -4,29 +4,22 @@ import re
 
 import pytest
 from fixtures import records
+from fixtures.records import compare
 from matplotlib.axes import Axes
 
-from tq_lightning.records import parse
 from tq_lightning.report import figures
-from tq_lightning.report.comparisons import gather
-from tq_lightning.report.figures import cross_model as draw_across
-from tq_lightning.report.figures import model_cost as draw_models
-from tq_lightning.report.figures import style
-from tq_lightning.report.runs import Loaded, Run, flatten
+from tq_lightning.report.figures import cross_model, style
+from tq_lightning.report.model_costs import ratio
 
 
-def evidence(*records):
-    runs = [
-        Run(r["id"], r["id"], r["seed"], flatten(r["config"]), parse(r))
-        for r in records
-        if r.get("kind") != "inspect"
-    ]
-    return gather(Loaded(runs, [parse(r) for r in records if r.get("kind") == "inspect"], []))
+def drawn(name, *records, **more):
+    return drawing(name, *records, **more)[0]
 
 
-def drawn(name, *records):
+def drawing(name, *records, **more):
+    """(figures, notes) of one function."""
     with style.styled():
-        return figures.FIGURES[name](evidence(*records))
+        return figures.FIGURES[name](compare(*records, **more))
 
 
 def texts(figure):
@@ -38,7 +31,7 @@ def texts(figure):
 
 @pytest.fixture(scope="module")
 def all_figures(request):
-    return figures.draw(evidence(*records.everything()))
+    return figures.draw(compare(*records.everything()))[0]
 
 
 def test_every_figure_is_made_from_the_whole_set(all_figures):
@@ -48,7 +41,7 @@ def test_every_figure_is_made_from_the_whole_set(all_figures):
         "Mechanism",
         "Storage",
         "Energy",
-        "STE ablation",
+        "STE",
         "Levels",
         "Training curves",
         "Pareto front",
@@ -62,7 +55,7 @@ def test_every_figure_has_words_and_units(all_figures):
     for d in all_figures:
         assert len(d.alt) > 40, d.name
         assert d.caption, d.name
-        for axes in d.figure.findobj(lambda a: hasattr(a, "get_xlabel")):
+        for axes in d.canvas.findobj(lambda a: hasattr(a, "get_xlabel")):
             if axes.get_visible() and axes.get_ylabel():
                 assert re.search(r"\[.+\]|\(no unit\)", axes.get_ylabel()), (
                     d.name,
@@ -76,7 +69,7 @@ def test_every_figure_has_words_and_units(all_figures):
 
 
 def test_nothing_is_drawn_without_records():
-    assert figures.draw(evidence()) == []
+    assert figures.draw(compare()) == ([], [])
 
 
 def test_qt_gap_is_one_figure_a_setting_with_its_flags_on_it(make):
@@ -86,20 +79,20 @@ def test_qt_gap_is_one_figure_a_setting_with_its_flags_on_it(make):
         make.run("round", 0),
         make.run("floor", 0, epochs=3),
     )
-    assert "UNEQUAL BUDGETS" not in texts(first.figure)
-    assert "UNEQUAL BUDGETS: floor 3 epochs" in texts(second.figure).replace("\n", " ")
-    assert "ONE SEED" in texts(second.figure)
-    assert "validation split" in texts(first.figure)
+    assert "Unequal budgets" not in texts(first.canvas)
+    assert "Unequal budgets: floor 3 epochs" in texts(second.canvas).replace("\n", " ")
+    assert "One seed" in texts(second.canvas)
+    assert "validation split" in texts(first.canvas)
     assert "round, truncated" in first.alt
 
 
 def test_paper_overlay_only_in_the_papers_setting(make):
     papers = {"model": "preresnet20_cifar", "model_activations": "clamp_round", "test": True}
     (with_overlay,) = drawn("qt_gap", *make.pair(**papers))
-    assert "paper, same row" in texts(with_overlay.figure)
-    assert "test split" in texts(with_overlay.figure)
+    assert "paper, same row" in texts(with_overlay.canvas)
+    assert "test split" in texts(with_overlay.canvas)
     (without,) = drawn("qt_gap", *make.pair(**{**papers, "model_activations": None}))
-    assert "paper" not in texts(without.figure)
+    assert "paper" not in texts(without.canvas)
 
 
 def test_round_alone_is_drawn_and_floor_beside_it_preferred(make):
@@ -111,10 +104,10 @@ def test_round_alone_is_drawn_and_floor_beside_it_preferred(make):
 
 def test_hollow_markers_are_explained_where_a_width_was_not_trained(make):
     (some,) = drawn("qt_gap", *make.pair())
-    assert "hollow: width not trained" in texts(some.figure)
+    assert "hollow: width not trained" in texts(some.canvas)
     everything = {"model_widths": list(range(1, 9)), "model_float_pass": True}
     (every,) = drawn("qt_gap", *make.pair(**everything))
-    assert "hollow" not in texts(every.figure)
+    assert "hollow" not in texts(every.canvas)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -122,8 +115,8 @@ def test_the_float_point_is_hollow_unless_float_was_trained(make, trained):
     (figure,) = drawn(
         "qt_gap", *make.pair(model_widths=list(range(1, 9)), model_float_pass=trained)
     )
-    assert ("hollow" in texts(figure.figure)) != trained
-    lines = [line for axes in figure.figure.findobj(Axes) for line in axes.lines]
+    assert ("hollow" in texts(figure.canvas)) != trained
+    lines = [line for axes in figure.canvas.findobj(Axes) for line in axes.lines]
     points = [
         line
         for line in lines
@@ -134,36 +127,27 @@ def test_the_float_point_is_hollow_unless_float_was_trained(make, trained):
 
 
 def test_one_validation_makes_no_curve(make):
-    found = evidence(*make.pair(epochs=1))
-    with style.styled():
-        assert figures.FIGURES["curves"](found) == []
-    assert found.notes == [
-        "Training curves: resnet20_cifar · cifar10 was validated once, which makes no curve."
-    ]
+    note = "Training curves are drawn from three validations on; fewer: resnet20_cifar · cifar10."
+    for epochs in (1, 2):
+        assert drawing("curves", *make.pair(epochs=epochs)) == ([], [note])
+    made, notes = drawing("curves", *make.pair(epochs=3))
+    assert (len(made), notes) == (1, [])
 
 
 def test_many_settings_are_capped_and_the_rest_is_noted(make):
     records = [r for k in range(14) for r in make.pair(seeds=(0,), model_lr=float(k))]
-    found = evidence(*records)
-    with style.styled():
-        assert len(figures.FIGURES["qt_gap"](found)) == 12
-    assert "14 settings, the 12 with most runs are drawn" in found.notes[0]
+    made, notes = drawing("qt_gap", *records)
+    assert len(made) == 12
+    assert "14 settings, the 12 with most runs are drawn" in notes[0]
 
 
 def test_disagreement_notes_what_it_does_not_draw_and_survives_many_arms(make):
-    found = evidence(*(make.run("round", 0, model_lr=float(k)) for k in range(9)))
-    with style.styled():
-        (figure,) = figures.FIGURES["disagreement"](found)
-    assert found.notes == [
+    runs = [make.run("round", 0, model_lr=float(k)) for k in range(9)]
+    _, notes = drawing("disagreement", *runs)
+    assert notes == [
         "Codes that disagree: 9 settings, the 7 with most runs are drawn; the tables hold all."
     ]
-    runs = [make.run("round", 0, model_lr=float(k)) for k in range(9)]
-    found = gather(
-        Loaded([Run(r["id"], r["id"], 0, flatten(r["config"]), parse(r)) for r in runs], [], []),
-        ["model.lr"],
-    )
-    with style.styled():
-        (figure,) = figures.FIGURES["disagreement"](found)
+    (figure,) = drawn("disagreement", *runs, ignore=["model.lr"])
     assert all(f"round, lr={k}.0, resnet20_cifar" in figure.alt for k in range(9))
 
 
@@ -178,59 +162,60 @@ def test_budgets_that_differ_between_what_a_figure_compares_are_flagged_on_it(ma
 
     (unequal,) = drawn(name, *settings(5))
     assert re.search(
-        r"BUDGETS DIFFER BETWEEN (SETTINGS|ARMS): 5 to 15 epochs, 1500 to 4500\s+steps",
-        texts(unequal.figure),
+        r"Budgets differ between (settings|arms): 5 to 15 epochs, 1500 to 4500\s+steps",
+        texts(unequal.canvas),
     )
     (equal,) = drawn(name, *settings(15))
-    assert "BUDGETS" not in texts(equal.figure)
+    assert "Budgets" not in texts(equal.canvas)
 
 
 @pytest.mark.parametrize("name", ["robustness", "pareto", "disagreement"])
 def test_starts_that_differ_between_what_a_figure_compares_are_flagged_on_it(make, name):
     tuned = make.pair((0, 1), model="resnet8_cifar", model_checkpoint_path="trained.th")
     (unequal,) = drawn(name, *make.pair((0, 1)), *tuned)
-    flag = r"STARTS DIFFER BETWEEN (SETTINGS|ARMS): from scratch, from trained\s+weights \(trained.th\)"
-    assert re.search(flag, texts(unequal.figure))
+    flag = r"Starts differ between (settings|arms): from scratch, from trained\s+weights \(trained.th\)"
+    assert re.search(flag, texts(unequal.canvas))
     assert "may have seen the validation images" in unequal.caption
     (equal,) = drawn(name, *make.pair((0, 1)), *make.pair((0, 1), model="resnet8_cifar"))
-    assert "STARTS" not in texts(equal.figure)
+    assert "Starts" not in texts(equal.canvas)
 
 
 def test_pareto_front_shows_its_spread_and_says_what_it_leaves_out(make):
     (figure,) = drawn(
         "pareto", *make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1))
     )
-    (axes,) = figure.figure.findobj(Axes)
+    (axes,) = figure.canvas.findobj(Axes)
     assert any(bars.has_yerr for bars in axes.containers)
-    assert "Arms whose STE is not the paper's for their quantizer are not drawn." in figure.caption
+    note = "Arms with an STE that the paper does not pair with their quantizer are not drawn."
+    assert note in figure.caption
     assert "not drawn" not in drawn("pareto", *make.pair())[0].caption
 
 
 def test_every_accuracy_says_its_split_and_its_number_of_seeds(make):
     records = [*make.pair((0, 1)), make.run("floor", 2, test=True)]
-    for name in ("qt_gap", "robustness", "pareto"):
-        (figure,) = drawn(name, *records)
-        assert "validation split, best epoch, 2 to 3 seeds" in texts(figure.figure)
-        assert "Only 1 of 5 runs were tested" in figure.caption
+    others = make.pair((0, 1), model="resnet8_cifar")
+    for name, more in {"qt_gap": [], "robustness": others, "pareto": []}.items():
+        (figure,) = drawn(name, *records, *more)
+        assert "validation split, best epoch, 2 to 3 seeds" in texts(figure.canvas)
+        assert f"Only 1 of {5 + len(more)} runs were tested" in figure.caption
     (figure,) = drawn("qt_gap", *make.pair((0,), test=True))
-    assert "test split, 1 seed" in texts(figure.figure)
+    assert "test split, 1 seed" in texts(figure.canvas)
 
 
 def test_storage_ratios_are_over_the_float_parameters(make):
     record = make.inspect()
     record["ways"]["float_master"]["total"] += 10**6  # buffers are no parameters
     assert (
-        draw_models.ratio(parse(record), "paper")
-        == 4 * 25_557_032 / record["ways"]["paper"]["total"]
+        ratio(records.parse(record), "paper") == 4 * 25_557_032 / record["ways"]["paper"]["total"]
     )
     (figure,) = drawn("storage", record, make.inspect("resnet18", 11_689_512))
-    assert "× smaller" in texts(figure.figure)
+    assert "× smaller" in texts(figure.canvas)
     assert "× larger" in figure.alt
 
 
 def test_pareto_front():
     points = [(1, 5.0), (2, 4.0), (3, 9.0), (3, 8.0), (4, 9.0)]
-    assert draw_across.pareto_front(points) == [(1, 5.0), (3, 9.0)]
+    assert cross_model.pareto_front(points) == [(1, 5.0), (3, 9.0)]
 
 
 def test_equal_figures_are_equal_files(tmp_path, make):

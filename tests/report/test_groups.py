@@ -1,21 +1,12 @@
 """Arms, settings, labels and flags."""
 
 import pytest
+from fixtures.records import compare, runs
 
-from tq_lightning.records import parse
 from tq_lightning.report.caveats import flags_of, mixed
-from tq_lightning.report.comparisons import gather, is_papers, reference, row_arms
-from tq_lightning.report.groups import arm_config, group, settings
+from tq_lightning.report.comparisons import make_groups
+from tq_lightning.report.groups import arm_config, group
 from tq_lightning.report.labels import wrapped
-from tq_lightning.report.runs import Loaded, Run, flatten
-
-
-def runs(*records):
-    return [Run(r["id"], r["id"], r["seed"], flatten(r["config"]), parse(r)) for r in records]
-
-
-def evidence(*records, ignore=()):
-    return gather(Loaded(runs(*records), [], []), ignore)
 
 
 def test_seed_paths_and_loggers_make_no_arm_but_the_learning_rate_does(make):
@@ -63,13 +54,13 @@ def test_a_repeat_of_an_arm_and_seed_counts_once_the_latest(make):
     left_out = []
     (arm,) = group(runs(new, old), left_out)
     assert [run.id for run in arm.runs] == [new["id"]]
-    assert "a repeat is no new evidence" in left_out[0][1]
+    assert "a repeat is not counted twice" in left_out[0][1]
 
 
 def test_setting_holds_both_quantizers_and_no_flag_where_all_is_equal(make):
-    (setting,) = evidence(*make.pair()).qt_settings()
+    (setting,) = compare(*make.pair()).by_quantizer
     assert [value for value, _ in setting.arms] == ["floor", "round"]
-    assert [name for name, _, _ in row_arms(setting)] == [
+    assert [name for name, _, _ in setting.rows] == [
         "round, quantized",
         "round, truncated",
         "floor, truncated",
@@ -80,16 +71,16 @@ def test_setting_holds_both_quantizers_and_no_flag_where_all_is_equal(make):
 
 def test_unequal_budgets_and_seeds_are_flagged(make):
     records = [*(make.run("round", s) for s in (0, 1)), make.run("floor", 0, epochs=30)]
-    (setting,) = evidence(*records).qt_settings()
+    (setting,) = compare(*records).by_quantizer
     words = " ".join(setting.flags)
-    assert "UNEQUAL BUDGETS: floor 30 epochs / 9000 steps; round 15 epochs / 4500 steps." in words
-    assert "UNEQUAL SEEDS: floor 0; round 0,1." in words
-    assert "ONE SEED (floor): no interval." in words
+    assert "Unequal budgets: floor 30 epochs / 9000 steps; round 15 epochs / 4500 steps." in words
+    assert "Unequal seeds: floor 0; round 0,1." in words
+    assert "One seed (floor): no interval." in words
     assert flags_of([setting]) == [f"{setting.label}: {flag}" for flag in setting.flags]
 
 
 def test_two_whole_budgets_are_two_settings_without_flags(make):
-    found = evidence(*make.pair(epochs=15), *make.pair(epochs=30)).qt_settings()
+    found = compare(*make.pair(epochs=15), *make.pair(epochs=30)).by_quantizer
     assert [s.label for s in found] == [
         "resnet20_cifar · cifar10 · max_epochs=15",
         "resnet20_cifar · cifar10 · max_epochs=30",
@@ -100,26 +91,24 @@ def test_two_whole_budgets_are_two_settings_without_flags(make):
 def test_early_stopping_within_an_arm_is_flagged(make):
     records = make.pair(seeds=(0, 1))
     records[0]["epochs"] = 11
-    (setting,) = evidence(*records).qt_settings()
+    (setting,) = compare(*records).by_quantizer
     assert "round 11 epochs / 4500 steps or 15 epochs / 4500 steps" in setting.flags[0]
 
 
 def test_ignored_key_joins_arms_that_were_tuned_apart(make):
     records = [make.run("round", model_lr=0.1), make.run("floor", model_lr=0.2)]
-    assert [len(setting.arms) for setting in evidence(*records).qt_settings()] == [
+    assert [len(setting.arms) for setting in compare(*records).by_quantizer] == [
         1
     ]  # round alone: nothing to compare with
-    (setting,) = evidence(*records, ignore=("model.lr",)).qt_settings()
+    (setting,) = compare(*records, ignore=("model.lr",)).by_quantizer
     assert len(setting.arms) == 2
 
 
 def test_factor_settings_compare_one_key_alone(make):
     records = [make.run("floor", 0, model_ste=ste) for ste in ("identity", "scaled")]
-    found = evidence(*records)
-    assert found.factors() == ["model.ste"]
-    assert not evidence(
-        records[0], make.run("floor", 0, model_ste="scaled", model_lr=0.5)
-    ).factors()
+    found = compare(*records)
+    assert list(found.by_factor) == ["model.ste"]
+    assert not compare(records[0], make.run("floor", 0, model_ste="scaled", model_lr=0.5)).by_factor
 
 
 def test_kind_and_source_of_activations_are_two_factors(make):
@@ -127,55 +116,55 @@ def test_kind_and_source_of_activations_are_two_factors(make):
         make.run(model_activations=kind)
         for kind in ("clamp_round", "clamp_round_truncate", "pact_round")
     ]
-    found = evidence(*records)
-    assert found.factors() == ["model.activations", "model.activations_source"]
-    (setting,) = found.factor_settings("model.activations_source")
+    found = compare(*records)
+    assert list(found.by_factor) == ["model.activations", "model.activations_source"]
+    (setting,) = found.by_factor["model.activations_source"]
     assert [value for value, _ in setting.arms] == ["quantize", "truncate"]
 
 
 def test_float_activations_are_the_reference_of_quantized_ones(make):
     kinds = (None, "clamp_round", "clamp_round_truncate")
-    found = evidence(*(make.run(model_activations=kind) for kind in kinds))
-    (setting,) = found.factor_settings("model.activations")
+    found = compare(*(make.run(model_activations=kind) for kind in kinds))
+    (setting,) = found.by_factor["model.activations"]
     assert [value for value, _ in setting.arms] == ["none", "clamp_round"]
-    assert reference(setting) == "none"
+    assert setting.reference[0] == "none"
 
 
 def test_the_papers_setting_and_near_misses(make):
     papers = {"model": "preresnet20_cifar", "model_activations": "clamp_round"}
-    (setting,) = evidence(*make.pair(**papers)).qt_settings()
-    assert is_papers(setting)
+    (setting,) = compare(*make.pair(**papers)).by_quantizer
+    assert setting.is_papers
     misses = [
         {"model": "resnet20_cifar"}, {"model_activations": None}, {"model_activations": "clamp_round_truncate"},
         {"data_name": "cifar100"}, {"model_widths": [8, 4]}, {"model_expansion": 5},
     ]  # fmt: skip
     for miss in misses:
-        (setting,) = evidence(*make.pair(**{**papers, **miss})).qt_settings()
-        assert not is_papers(setting), miss
+        (setting,) = compare(*make.pair(**{**papers, **miss})).by_quantizer
+        assert not setting.is_papers, miss
 
 
 def test_mixed_commits_and_versions_are_told(make):
-    (setting,) = evidence(
+    (setting,) = compare(
         make.run("round"),
         make.run("floor", commit="ffff", versions={"tq_lightning": "0.2"}, dirty=True),
-    ).qt_settings()
+    ).by_quantizer
     words = " ".join(mixed([arm for _, arm in setting.arms]))
     assert "different commits" in words
     assert "different versions of tq_lightning: 0.1.0, 0.2" in words
     assert "uncommitted" in words
-    (same,) = evidence(*make.pair()).qt_settings()
+    (same,) = compare(*make.pair()).by_quantizer
     assert mixed([arm for _, arm in same.arms]) == []
 
 
 def test_a_label_is_broken_between_its_parts_and_says_what_floor_is_of(make):
     kinds = ("clamp_round", "clamp_round_truncate")
-    found = evidence(*(make.run(q, model_activations=k) for q in ("floor", "round") for k in kinds))
-    labels = [s.label for s in found.factor_settings("model.activations_source")]
+    found = compare(*(make.run(q, model_activations=k) for q in ("floor", "round") for k in kinds))
+    labels = [s.label for s in found.by_factor["model.activations_source"]]
     assert labels == [
         "resnet20_cifar · cifar10 · floor weights",
         "resnet20_cifar · cifar10 · round weights",
     ]
-    assert [s.label for s in found.qt_settings()][
+    assert [s.label for s in found.by_quantizer][
         1
     ] == "resnet20_cifar · cifar10 · activations truncated too"
     assert wrapped(labels[0], 26) == "resnet20_cifar · cifar10\nfloor weights"
@@ -188,5 +177,5 @@ def test_labels_are_unique_even_for_many_settings(make):
         for lr in (0.1, 0.2)
         for level in ("left", "endpoint")
     ]
-    found = settings(evidence(*records).arms, "model.quantizer", along=("model.ste",))
+    found = make_groups(compare(*records).arms, "model.quantizer", along=("model.ste",))
     assert len({s.label for s in found}) == len({s.slug for s in found}) == 4

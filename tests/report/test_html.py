@@ -250,17 +250,17 @@ class TestChromium:
         assert len(column(page, "quantizer")) == 7
 
     def test_sort_by_numbers_and_by_words(self, page):
-        before = column(page, "2")
-        page.run(f"{head('2')}.querySelector('button').click()")
-        up = [float(x) for x in column(page, "2")]
+        before = column(page, "2 bits [%]")
+        page.run(f"{head('2 bits [%]')}.querySelector('button').click()")
+        up = [float(x) for x in column(page, "2 bits [%]")]
         assert up == sorted(up)
-        assert page.run(f"{head('2')}.getAttribute('aria-sort')") == "ascending"
-        page.run(f"{head('2')}.querySelector('button').click()")
-        assert [float(x) for x in column(page, "2")] == up[::-1]
+        assert page.run(f"{head('2 bits [%]')}.getAttribute('aria-sort')") == "ascending"
+        page.run(f"{head('2 bits [%]')}.querySelector('button').click()")
+        assert [float(x) for x in column(page, "2 bits [%]")] == up[::-1]
         assert [float(x) for x in before] != up[::-1]
         page.run(f"{head('model')}.querySelector('button').click()")
         assert column(page, "model")[0] == "resnet8_cifar"  # before resnet20: digits as numbers
-        assert page.run(f"{head('2')}.getAttribute('aria-sort')") == "none"
+        assert page.run(f"{head('2 bits [%]')}.getAttribute('aria-sort')") == "none"
 
     def test_every_figure_has_a_text_alternative_and_is_seen(self, page):
         images = page.run(
@@ -323,7 +323,7 @@ class TestChromium:
         )  # chosen: light
         page.run(f"{button}.click()")
         page.run(f"{button}.click()")
-        assert page.run(f"{button}.textContent") == "Colours: system"
+        assert page.run(f"{button}.textContent") == "Colors: system"
 
     def test_narrow_window_scrolls_the_table_not_the_page(self, page):
         page.send(

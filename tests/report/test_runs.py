@@ -53,7 +53,7 @@ def test_wandb_folder_and_older_copy(tmp_path, make):
         ({"schema": 2}, "schema 2; this version reads schema 1"),
         ({"kind": "other"}, "kind 'other'"),
         ({"config": None}, "broken: config is missing"),
-        ({"widths": {}}, "holds no width"),
+        ({"widths": {}}, "no widths"),
         (
             {"widths": {"four": {"quantize": 80.0, "truncate": 80.0}}},
             "broken: widths has a key that is not a width in bits",
@@ -122,7 +122,7 @@ def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
     loaded = load([str(tmp_path)])
     assert [run.seed for run in loaded.runs] == [2]
     assert len(loaded.left_out) == 2
-    assert all(f"two runs with one id ({one['id']})" in reason for reason in reasons(loaded))
+    assert all(f"different runs with one id ({one['id']})" in reason for reason in reasons(loaded))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "record.json").write_text(
         json.dumps(one)

@@ -1,12 +1,9 @@
 """Intervals against scipy.stats, and the words for them."""
 
-import dataclasses
-
 import pytest
+from fixtures.records import runs
 from scipy import stats
 
-from tq_lightning.records import parse
-from tq_lightning.report.runs import Run, flatten
 from tq_lightning.report.stats import difference, mean_interval, number, split_of
 
 
@@ -65,10 +62,8 @@ def test_number_has_no_minus_before_nothing():
 
 def test_test_split_only_where_every_run_has_it(make):
     with_test, without = make.run(test=True), make.run(seed=1)
-    made = [
-        Run(r["id"], "", r["seed"], flatten(r["config"]), parse(r)) for r in (with_test, without)
-    ]
+    made = runs(with_test, without)
     assert split_of(made[:1]) == "test"
     assert split_of(made) == "val"
     del with_test["test"]["metrics"]["test/acc1_truncate_w3"]
-    assert split_of([dataclasses.replace(made[0])]) == "val"
+    assert split_of(runs(with_test)) == "val"

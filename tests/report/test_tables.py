@@ -1,29 +1,16 @@
 """Tables, their written forms, the tidy table and the verdicts."""
 
 import pandas as pd
+from fixtures.records import compare
 
-from tq_lightning.records import parse
-from tq_lightning.report import dataframe as tidy
-from tq_lightning.report import findings as verdicts
-from tq_lightning.report.comparisons import gather
-from tq_lightning.report.runs import Loaded, Run, flatten
-from tq_lightning.report.tables import build as tabulate
+from tq_lightning.report import dataframe, findings
+from tq_lightning.report.tables import build
 from tq_lightning.report.tables.render import Table, latex, markdown
-
-
-def evidence(*records):
-    runs = [
-        Run(r["id"], r["id"], r["seed"], flatten(r["config"]), parse(r))
-        for r in records
-        if r.get("kind") != "inspect"
-    ]
-    return gather(Loaded(runs, [parse(r) for r in records if r.get("kind") == "inspect"], []))
 
 
 def cells(table, **where):
     """Rows as dictionaries, those that hold `where`."""
-    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    return [row for row in rows if all(row[key] == value for key, value in where.items())]
+    return [row for row in table.rows if all(row[key] == value for key, value in where.items())]
 
 
 def test_markdown_and_latex_escape_what_would_break_them():
@@ -31,8 +18,7 @@ def test_markdown_and_latex_escape_what_would_break_them():
         "t",
         "A & B",
         "50 % of_it",
-        ["a|b", "c_d"],
-        [["x|y", ("1.0 ± 0.2", 1.0)], [None, 2.5]],
+        [{"a|b": "x|y", "c_d": ("1.0 ± 0.2", 1.0)}, {"a|b": None, "c_d": 2.5}],
         notes=("a note",),
     )
     assert "| x\\|y | 1.0 ± 0.2 |" in markdown(table)
@@ -44,7 +30,7 @@ def test_markdown_and_latex_escape_what_would_break_them():
     )  # below the float: notes may run over a page
     assert r"1.0 $\pm$ 0.2 \\" in made
     assert made.count(r"\begin") == made.count(r"\end") == 2
-    long = latex(Table("t", "T", "", ["a", "b"], [["[x] 雪", "é_%"]] * 41))
+    long = latex(Table("t", "T", "", [{"a": "[x] 雪", "b": "é_%"}] * 41))
     assert "longtable" in long.splitlines()[0]
     assert long.count(r"\begin{longtable}") == long.count(r"\end{longtable}") == 1
     assert r"{[}x] ? & é\_\% \\" in long
@@ -52,42 +38,42 @@ def test_markdown_and_latex_escape_what_would_break_them():
 
 def test_latex_fits_the_page():
     """Numbers stand right, long words are wrapped, what is still too wide is scaled down; a longtable, which can't be, lies."""
-    rows = [["name", "86.3 ± 0.4", None, "+1.20", "a word, " * 40]]
-    made = latex(Table("t", "T", "", ["a", "b", "c", "d", "e"], rows))
+    row = {"a": "name", "b": "86.3 ± 0.4", "c": None, "d": "+1.20", "e": "a word, " * 40}
+    made = latex(Table("t", "T", "", [row]))
     assert r"\begin{tabular}{lrlr>{\raggedright\arraybackslash}p{40em}}" in made
     assert made.index(r"\resizebox{\ifdim\width>\textwidth") < made.index(r"\begin{tabular}")
-    assert r"\begin{landscape}" in latex(Table("t", "T", "", ["a", "b", "c", "d", "e"], rows * 41))
+    assert r"\begin{landscape}" in latex(Table("t", "T", "", [row] * 41))
     for package in ("array", "booktabs", "graphicx"):
         assert package in made.splitlines()[0]
 
 
 def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
-    found = evidence(
+    found = compare(
         *make.pair(model="preresnet20_cifar", model_activations="clamp_round", test=True)
     )
-    table = tabulate.qt_gap(found)
+    table = build.qt_gap(found)
     rows = {row["row"]: row for row in cells(table)}
-    assert rows["round, truncated (paper)"]["2"] == 57.5
-    assert rows["QT gap of floor [points]"]["2"] == ("0.0 ± 0.0", 0.0)
-    assert abs(rows["QT gap of round [points]"]["2"][1] - 60) < 1e-6
+    assert rows["round, truncated (paper)"]["2 bits"] == 57.5
+    assert rows["QT gap of floor"]["2 bits"] == ("0.0 ± 0.0", 0.0)
+    assert abs(rows["QT gap of round"]["2 bits"][1] - 60) < 1e-6
     assert rows["floor, truncated"]["split"] == "test"
     assert {row["seeds"] for name, row in rows.items() if "paper" not in name} == {3}
 
 
 def test_differences_hold_the_three_rows_and_each_factor(make):
-    found = evidence(*make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1, 2)))
-    table = tabulate.differences(found)
+    found = compare(*make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1, 2)))
+    table = build.differences(found)
     (against,) = cells(
-        table, factor="quantizer", a="floor, truncated", b="round, truncated", bits=2
+        table, factor="quantizer", a="floor, truncated", b="round, truncated", **{"width [bits]": 2}
     )
-    assert against["in words"] == "a above b"
+    assert against["conclusion"] == "a above b"
     assert against["how"] == "paired"
     assert len(cells(table, factor="ste", a="scaled", b="identity")) == 8
 
 
 def test_tidy_table_is_one_row_a_run_source_and_width(tmp_path, make):
-    found = evidence(*make.pair(seeds=(0, 1), test=True))
-    written = tidy.write(found.arms, tmp_path)
+    found = compare(*make.pair(seeds=(0, 1), test=True))
+    written = dataframe.write(found.arms, tmp_path)
     frame = pd.read_csv(tmp_path / "runs.csv")
     assert len(frame) == 4 * 2 * 8
     assert frame.groupby(["run", "source", "width"]).size().max() == 1
@@ -102,11 +88,11 @@ def test_tidy_table_is_one_row_a_run_source_and_width(tmp_path, make):
         )
 
 
-def verdict(name, *records):
-    return getattr(verdicts, name)(evidence(*records))
+def finding(name, *records):
+    return getattr(findings, name)(compare(*records))
 
 
-def test_ste_verdict_follows_the_intervals(make):
+def test_ste_finding_follows_the_intervals(make):
     def arms(offset, seeds=(0, 1, 2)):
         return [
             make.run(
@@ -116,14 +102,14 @@ def test_ste_verdict_follows_the_intervals(make):
             for seed in seeds
         ]
 
-    assert verdict("ste", *arms(3.0)).answer.startswith("It helps in 4 of 4 comparisons")
-    assert verdict("ste", *arms(-3.0)).answer.startswith("No need shown")
-    assert "below it in 4" in verdict("ste", *arms(-3.0)).answer
-    assert verdict("ste", *arms(3.0, seeds=(0,))).answer == "Can't be said: one seed, no interval."
-    assert verdict("ste", *make.pair()) is None
+    assert finding("ste", *arms(3.0)).answer.startswith("It helps in 4 of 4 comparisons")
+    assert finding("ste", *arms(-3.0)).answer.startswith("No need is shown")
+    assert "below it in 4" in finding("ste", *arms(-3.0)).answer
+    assert finding("ste", *arms(3.0, seeds=(0,))).answer == "No conclusion: there is no interval."
+    assert finding("ste", *make.pair()) is None
 
 
-def test_activation_verdict(make):
+def test_activation_finding(make):
     records = [
         make.run(
             q,
@@ -136,19 +122,19 @@ def test_activation_verdict(make):
         for kind in ("clamp_round", "clamp_round_truncate")
         for s in (0, 1, 2)
     ]
-    found = verdict("activations", *records)
+    found = finding("activations", *records)
     kept, lost, *_ = found.answer.split(". ")
     assert kept == "No loss is shown with clamp_round activations and floor weights"
-    assert lost.startswith("They lose with clamp_round activations and round weights")
-    assert "Of 8 such intervals about 0.4 would miss 0 by chance" in found.answer
+    assert lost.startswith("They lose accuracy with clamp_round activations and round weights")
+    assert "Of 8 such intervals, about 0.4 exclude 0 by chance" in found.answer
     assert "a loss by truncation is shown in 4 of 4 comparisons" in found.lines[1]
-    alone = verdict("activations", *(r for r in records if r["seed"] == 0))
-    assert alone.answer.startswith("Nothing can be said (one seed) with")
-    assert verdict("activations", *make.pair()) is None
+    alone = finding("activations", *(r for r in records if r["seed"] == 0))
+    assert alone.answer.startswith("No conclusion (no interval) with")
+    assert finding("activations", *make.pair()) is None
 
 
-def test_qt_gap_verdict(make):
-    found = verdict("qt_gap", *make.pair())
+def test_qt_gap_finding(make):
+    found = finding("qt_gap", *make.pair())
     assert (
         found.answer
         == "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width."
@@ -159,20 +145,20 @@ def test_qt_gap_verdict(make):
 def test_what_truncated_activations_cost_is_not_laid_on_the_weights(make):
     both = make.pair((0,), model_activations="clamp_round_truncate")
     both[1]["widths"]["2"]["truncate"] -= 7.0
-    assert verdict("qt_gap", *make.pair(), *both).answer == (
+    assert finding("qt_gap", *make.pair(), *both).answer == (
         "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width; "
         "floor with activations truncated too loses up to 7.0 points at a trained width; "
         "round with activations truncated too loses up to 60.0 points at a trained width."
     )
 
 
-def test_lines_of_a_verdict_name_what_they_compare(make):
+def test_lines_of_a_finding_name_what_they_compare(make):
     records = [
         make.run("floor", s, model_level=level)
         for level in ("endpoint", "left", "centre")
         for s in (0, 1)
     ]
-    lines = verdict("levels", *records).lines
+    lines = finding("levels", *records).lines
     assert len(set(lines)) == len(lines) == 8
     assert all(
         line.endswith("(validation split, best epoch; 15 epochs / 4500 steps).") for line in lines

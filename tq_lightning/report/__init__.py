@@ -1,1 +1,1 @@
-"""From run records (JSON files) to one report: tidy table, tables, figures and a page. Never imports torch."""
+"""A report from run records: a tidy table, tables, figures and a page. It never imports torch."""

@@ -1,15 +1,18 @@
-"""All that a report rests on, and which comparisons it allows: what tables, figures and words are made from."""
+"""Comparisons: groups of arms that are alike except for one factor."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from tq_lightning.records import InspectRecord
-from tq_lightning.report.groups import Arm, ComparisonGroup, group, settings
-from tq_lightning.report.labels import ACTIVATIONS_SOURCE, AUTO_STE
-from tq_lightning.report.runs import Loaded
+from tq_lightning.report.caveats import collapsed, flags
+from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE, PAST, labels, short, slug, text, unique
+from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
 
-# Compared keys, and the value the others are held against (None: the first in order). Quantizers have rows of their own.
+# Compared keys -> the value that others are compared with (None: the first in order). Quantizers
+# are compared apart, in the rows of the paper.
 FACTORS: dict[str, str | None] = {
     "model.ste": "identity",
     "model.level": "endpoint",
@@ -22,110 +25,193 @@ FACTORS: dict[str, str | None] = {
     "model.loss": None,
     "model.width_schedule": "all",
 }
-# Top-1 in per cent at 1, 2, 4, 8 bits and float, table 1 of arXiv 2506.11431 (ResNet-20, expansion 1, CIFAR-10).
+# Top-1 in % by width, from table 1 of arXiv 2506.11431 (ResNet-20, expansion 1, CIFAR-10).
 PAPER: dict[str, dict[str, float]] = {
     "round, quantized": {"1": 72.5, "2": 86.0, "4": 87.5, "8": 87.7, "float": 87.7},
     "round, truncated": {"1": 72.6, "2": 57.5, "4": 84.9, "8": 87.7, "float": 87.7},
     "floor, truncated": {"1": 72.1, "2": 85.8, "4": 87.6, "8": 87.8, "float": 87.8},
 }
-# The three rows of the paper: (words, quantizer, source).
-ROWS = (
-    ("round, quantized", "round", "quantize"),
-    ("round, truncated", "round", "truncate"),
-    ("floor, truncated", "floor", "truncate"),
-)
+
+
+@dataclass(frozen=True, eq=False)
+class ComparisonGroup:
+    """Arms alike except for one factor, as (value of the factor as shown, arm)."""
+
+    factor: str
+    label: str
+    slug: str
+    arms: tuple[tuple[str, Arm], ...]
+    flags: tuple[str, ...]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs of the group."""
+        return [run for _, arm in self.arms for run in arm.runs]
+
+    @property
+    def split(self) -> str:
+        """The split that all runs of the group are compared on: "test" or "val"."""
+        return split_of(self.runs)
+
+    @property
+    def widths(self) -> list[int]:
+        """All recorded widths in bits, ascending."""
+        return sorted({width for run in self.runs for width in run.widths})
+
+    @property
+    def reference(self) -> tuple[str, Arm]:
+        """The value that others are compared with, and its arm: the usual one, else the first."""
+        usual = FACTORS.get(self.factor)
+        return next((pair for pair in self.arms if pair[0] == usual), self.arms[0])
+
+    @property
+    def rows(self) -> list[tuple[str, Arm, str]]:
+        """The paper's rows, (name, arm, source): both sources, or truncated alone if nested."""
+        out = [
+            (f"{value}, {PAST[source]}", arm, source)
+            for source in ("quantize", "truncate")
+            for value, arm in self.arms
+            if source == "truncate" or not arm.nested
+        ]
+        return sorted(out, key=lambda row: row[1].nested)
+
+    @property
+    def is_papers(self) -> bool:
+        """True if the arms are those of the paper's table, so that its numbers may stand beside."""
+        config = self.arms[0][1].config
+        expansion = next((v for k, v in config.items() if k.endswith("expansion")), 1)
+        return (
+            config.get("model.name") == "preresnet20_cifar"
+            and config.get("data.name") == "cifar10"
+            and str(expansion or 1) in ("1", "1.0")
+            and config.get("model.activations") is not None
+            and config.get(ACTIVATIONS_SOURCE) == "quantize"
+            and {1, 2, 4, 8} <= set(self.arms[0][1].trained)
+        )
 
 
 @dataclass
 class Comparisons:
-    """Arms, inspect records and what was left out; `ignore` holds keys left aside when settings are matched."""
+    """Arms, inspect records and left-out files; `ignore` holds keys that may differ in a group."""
 
     arms: list[Arm]
     inspects: list[InspectRecord]
     left_out: list[tuple[str, str]]
     ignore: tuple[str, ...] = ()
-    notes: list[str] = field(default_factory=list)
-    _found: dict[str, list[ComparisonGroup]] = field(
-        default_factory=dict, repr=False
-    )  # settings are asked for many times
 
+    @cached_property
     def paired(self) -> list[Arm]:
-        """Arms whose STE is the paper's for their quantizer."""
-        return [
-            arm for arm in self.arms if arm["model.ste"] == AUTO_STE.get(arm["model.quantizer"])
-        ]
+        """Arms with the STE that the paper pairs with their quantizer."""
+        return [arm for arm in self.arms if arm.paired]
 
-    def qt_settings(self) -> list[ComparisonGroup]:
-        """Settings for the three rows: with both quantizers, else with round alone, else whatever there is."""
-        if "rows" not in self._found:
-            for wanted in (("round", "floor"), ("round",), ()):
-                found = settings(
-                    self.paired(),
-                    "model.quantizer",
-                    self.ignore,
-                    along=("model.ste",),
-                    wanted=wanted,
-                )
-                self._found["rows"] = found
-                if found:
-                    break
-        return self._found["rows"]
+    @cached_property
+    def models(self) -> list[str]:
+        """Names of the trained models, smallest number first."""
+        return sorted({text(arm["model.name"]) for arm in self.arms}, key=number_aware)
 
-    def factor_settings(self, key: str) -> list[ComparisonGroup]:
-        """Settings in which `key` takes two or more values."""
-        if key not in self._found:
-            self._found[key] = settings(self.arms, key, self.ignore, least=2)
-        return self._found[key]
+    @cached_property
+    def by_quantizer(self) -> list[ComparisonGroup]:
+        """Groups for the paper's rows: with both kinds of codes, or else with one."""
+        kinds: tuple[set[bool], ...] = ({True, False}, {False}, set())
+        made = (
+            make_groups(
+                self.paired,
+                "model.quantizer",
+                self.ignore,
+                along=("model.ste",),
+                enough=lambda arms, wanted=wanted: wanted <= {arm.nested for arm in arms},
+            )
+            for wanted in kinds
+        )
+        return next((groups for groups in made if groups), [])
 
-    def factors(self) -> list[str]:
-        """The keys of FACTORS that differ somewhere while all else is alike."""
-        return [key for key in FACTORS if self.factor_settings(key)]
+    @cached_property
+    def by_factor(self) -> dict[str, list[ComparisonGroup]]:
+        """{key of FACTORS: groups in which it takes two or more values}."""
+        made = {
+            key: make_groups(
+                self.arms,
+                key,
+                self.ignore,
+                enough=lambda arms, key=key: len({text(arm[key]) for arm in arms}) > 1,
+            )
+            for key in FACTORS
+        }
+        return {key: groups for key, groups in made.items() if groups}
 
 
 def gather(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:
-    """Loaded records -> evidence; repeats of one arm and seed join what was left out."""
+    """Group records by configuration and drop duplicates of the same arm and seed."""
     left_out = list(loaded.left_out)
     arms = group(loaded.runs, left_out)
     return Comparisons(arms, loaded.inspects, sorted(left_out), tuple(ignore))
 
 
-def row_arms(setting: ComparisonGroup) -> list[tuple[str, Arm, str]]:
-    """(words, arm, source) for the paper's rows that a setting has; an arm beyond the first of its quantizer keeps its name."""
-    out = []
-    for words, quantizer, source in ROWS:
-        for i, (shown, arm) in enumerate(
-            (s, a) for s, a in setting.arms if a["model.quantizer"] == quantizer
-        ):
-            out.append(
-                (words if i == 0 and shown == quantizer else f"{words} ({shown})", arm, source)
-            )
-    return out
+def has_collapsed(*arms: Arm) -> bool:
+    """Return True if a seed of the arms failed to train, so that their means support no claim."""
+    return any(collapsed(arm) for arm in arms)
 
 
-def is_papers(setting: ComparisonGroup) -> bool:
-    """True where the setting is the one of the paper's table, so that its numbers may stand beside ours."""
-    config = setting.arms[0][1].config
-    expansion = next((v for k, v in config.items() if k.endswith("expansion")), 1)
-    checks: list[Callable[[], bool]] = [
-        lambda: config.get("model.name") == "preresnet20_cifar",
-        lambda: str(config.get("data.name")) == "cifar10",
-        lambda: str(expansion or 1) in ("1", "1.0"),
-        lambda: (
-            config.get("model.activations") is not None
-            and config.get(ACTIVATIONS_SOURCE) == "quantize"
-        ),
-        lambda: {1, 2, 4, 8} <= set(setting.arms[0][1].trained),
+def make_groups(
+    arms: list[Arm],
+    factor: str,
+    ignore: Iterable[str] = (),
+    along: Iterable[str] = (),
+    enough: Callable[[list[Arm]], bool] = bool,
+) -> list[ComparisonGroup]:
+    """Group arms that agree in everything but `factor`.
+
+    A group is split by training budget if each of its values has an arm under some one budget.
+    Otherwise its arms stay together, and the unequal budget is flagged.
+
+    Args:
+        arms: the arms to group.
+        factor: flat key that is compared.
+        ignore: keys that may differ within a group.
+        along: keys that change with the factor.
+        enough: whether arms are worth a group.
+    """
+    out = {factor, *ignore, *along}
+    groups: dict[str, list[Arm]] = {}
+    for arm in arms:
+        rest = {k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}
+        groups.setdefault(key_of(rest), []).append(arm)
+    parts = [
+        part
+        for members in groups.values()
+        if enough(members)
+        for part in _by_budget(members, factor)
+        if enough(part)
     ]
-    return all(check() for check in checks)
+    named = labels([part[0] for part in parts], out)
+    told = out - {factor, *along}
+    return [
+        ComparisonGroup(factor, label, name, _named(part, factor, told), flags(part, factor))
+        for part, label, name in zip(parts, named, unique(list(map(slug, named))), strict=True)
+    ]
 
 
-def reference(setting: ComparisonGroup) -> str:
-    """The value the others of a setting are held against: the customary one where present, else the first."""
-    customary = FACTORS.get(setting.factor)
-    present = [value for value, _ in setting.arms]
-    return customary if customary in present else present[0]
+def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
+    values = {text(arm[factor]) for arm in members}
+    parts: dict[str, list[Arm]] = {}
+    for arm in members:
+        budget = {k: v for k, v in arm.config.items() if BUDGET.match(k)}
+        parts.setdefault(key_of(budget), []).append(arm)
+    complete = any({text(arm[factor]) for arm in part} == values for part in parts.values())
+    return list(parts.values()) if complete else [members]
 
 
-def split(setting: ComparisonGroup) -> str:
-    """ "test" or "val", the same for every run of the setting."""
-    return split_of(setting.runs)
+def _named(part: list[Arm], factor: str, ignored: set[str]) -> tuple[tuple[str, Arm], ...]:
+    """Name each arm by the value of its factor, and by what else differs if two share a value."""
+    names = [text(arm[factor]) for arm in part]
+    differing = {k for a in part for k in a.config if len({text(b[k]) for b in part}) > 1}
+    told = sorted(k for k in differing - {factor} if k in ignored or BUDGET.match(k))
+    return tuple(
+        (
+            name
+            if names.count(name) == 1
+            else ", ".join([name, *(f"{short(k)}={text(arm[k])}" for k in told)]),
+            arm,
+        )
+        for name, arm in zip(names, part, strict=True)
+    )

@@ -1,4 +1,4 @@
-"""The tidy table: one row per run x source x width, from which every number of the report can be made again."""
+"""The tidy table: one row per run, source and width, which holds every accuracy of a report."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ FACTS = (
 
 
 def rows(arms: list[Arm]) -> list[dict[str, Any]]:
-    """acc1 in per cent, qt_gap in percentage points, disagree as a share, bytes_read in bytes, width in bits."""
+    """Accuracies are in %, qt_gap in points, bytes_read in bytes, width in bits; disagree a share."""
     return [
         _row(number, arm, run, source, width)
         for number, arm in enumerate(arms)
@@ -34,23 +34,22 @@ def rows(arms: list[Arm]) -> list[dict[str, Any]]:
 
 
 def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, Any]:
-    record = run.record
-    values = (record.widths or {})[width]
+    record, result = run.record, (run.record.widths or {})[width]
     return {
         "run": run.id,
         "arm": number,
-        **{key.split(".")[0] + "_" + key.split(".")[1]: _plain(arm[key]) for key in FACTS},
-        "trained_widths": " ".join(map(str, arm.trained)),
+        **{key.replace(".", "_"): _plain(arm[key]) for key in FACTS},
+        "trained_widths": _plain(arm.trained),
         "seed": run.seed,
         "source": source,
         "width": width,
         "trained": width in arm.trained,
         "val_acc1": run.acc1(source, width, "val"),
-        "val_qt_gap": values.qt_gap,
+        "val_qt_gap": result.qt_gap,
         "val_acc1_float": run.acc1_float("val"),
         "test_acc1": run.acc1(source, width, "test"),
         "test_acc1_float": run.acc1_float("test"),
-        "disagree": values.disagree,
+        "disagree": result.disagree,
         "bytes_read": record.bytes.planes.get(width) if record.bytes else None,
         "epochs": record.epochs,
         "steps": record.steps,
@@ -64,20 +63,14 @@ def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, 
     }
 
 
-def _plain(value: Any) -> Any:
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else "none"
-        if value is None
-        else str(value)
-    )
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value or "none")
 
 
 def write(arms: list[Arm], folder: Path) -> list[str]:
-    """`runs.csv`, and `runs.parquet` where pyarrow is installed; returns the names written."""
+    """Write `runs.csv`, and `runs.parquet` if pyarrow is installed; return the names written."""
     frame = pd.DataFrame(rows(arms))
-    frame.to_csv(folder / "runs.csv", index=False)
+    frame.to_csv(folder / "runs.csv", index=False, encoding="utf-8")
     try:
         import pyarrow  # noqa: F401
     except ImportError:

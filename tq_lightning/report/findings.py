@@ -1,12 +1,12 @@
-"""What the numbers say, in words, with the comparisons each sentence rests on. Nothing is claimed without an interval."""
+"""Findings: sentences derived from the comparisons, each with its interval."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tq_lightning.report.comparisons import Comparisons, reference, row_arms, split
-from tq_lightning.report.groups import Arm, ComparisonGroup
-from tq_lightning.report.labels import ACTIVATIONS_SOURCE, bits_words
-from tq_lightning.report.stats import LEVEL, SPLIT_WORDS, Difference, compare
+from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
+from tq_lightning.report.groups import Arm
+from tq_lightning.report.labels import ACTIVATIONS_SOURCE, SPLIT_WORDS, bits_words, counted
+from tq_lightning.report.stats import LEVEL, Difference, acc1, compare, gap, number
 
 
 @dataclass(frozen=True)
@@ -20,186 +20,223 @@ class Finding:
 
 @dataclass(frozen=True)
 class Compared:
-    """One arm against the reference at one trained width."""
+    """One arm against the reference at one trained width; no claim is made of a collapsed seed."""
 
-    setting: ComparisonGroup
+    group: ComparisonGroup
     value: str
     base: str
     bits: int
     difference: Difference
+    collapsed: bool
+
+    @property
+    def usable(self) -> bool:
+        """True if there is an interval and no seed collapsed."""
+        return self.difference.estimate.half is not None and not self.collapsed
+
+    @property
+    def sign(self) -> int:
+        """1 if shown above the reference, -1 if below, else 0."""
+        return self.difference.sign if self.usable else 0
+
+    @property
+    def line(self) -> str:
+        """The comparison as a sentence, with its split and its budget."""
+        budgets = " or ".join(dict.fromkeys(arm.budget for _, arm in self.group.arms))
+        words = self.difference.words(self.value, self.base)
+        note = "; not counted, because a seed collapsed" if self.collapsed else ""
+        where = f"{self.group.label}, {bits_words(self.bits)}"
+        return f"{where}: {words} ({SPLIT_WORDS[self.group.split]}; {budgets}{note})."
 
 
-def verdicts(evidence: Comparisons) -> list[Finding]:
-    """Every verdict that the evidence allows."""
-    made = [function(evidence) for function in VERDICTS]
-    return [verdict for verdict in made if verdict is not None]
+def findings(comparisons: Comparisons) -> list[Finding]:
+    """Return every finding that the comparisons allow."""
+    made = [function(comparisons) for function in FINDINGS]
+    return [finding for finding in made if finding is not None]
 
 
-def qt_gap(evidence: Comparisons) -> Finding | None:
-    """What truncation costs a rounded network and a floored one, and how floor truncated stands to round quantized."""
-    lines, worst = [], []
-    for setting in evidence.qt_settings():
-        part = split(setting)
-        for value, arm in setting.arms:
-            gaps = {
-                w: d
-                for w in arm.trained
-                if (d := compare(arm, arm, "quantize", "truncate", w, part)) is not None
-            }
+def title(comparisons: Comparisons) -> str:
+    """Return the title of a report: its first result as a sentence."""
+    groups = comparisons.by_quantizer
+    messages = [(*found, group.label) for group in groups if (found := message(group)) is not None]
+    if messages:
+        _, words, label = max(messages)
+        return f"{words} top-1 ({label})"
+    arms, inspects = len(comparisons.arms), len(comparisons.inspects)
+    if not arms:
+        return f"What {counted(inspects, 'model')} cost in bytes and energy"
+    return f"Accuracy of truncated weights in {counted(arms, 'arm')}"
+
+
+def message(group: ComparisonGroup) -> tuple[float, str] | None:
+    """(largest QT gap, a sentence with the accuracies at its width), or None for nothing to say.
+
+    Example: (28.2, "Truncated to 2 bits, round goes from 63.7 to 35.5 % and floor stays at 64 %").
+    """
+    arms = [(value, arm) for value, arm in group.arms if not has_collapsed(arm)]
+    gaps = [
+        (d.estimate.mean, bits)
+        for _, arm in arms
+        for bits in arm.trained
+        if not arm.nested and (d := gap(arm, bits, group.split)) is not None
+    ]
+    if not gaps:
+        return None
+    lost, bits = max(gaps)
+    words = []
+    for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
+        found = [acc1(arm, source, bits, group.split) for source in ("quantize", "truncate")]
+        before, after = (number(e.mean) for e in found if e is not None)
+        how = "stays at" if before == after else f"goes from {before} to"
+        words.append(f"{value} {how} {after} %")
+    return lost, f"Truncated to {bits_words(bits)}, {' and '.join(words)}"
+
+
+def qt_gap(comparisons: Comparisons) -> Finding | None:
+    """The cost of truncation: the QT gap of each quantizer, and the paper's rows compared."""
+    lines, worst = [], {}
+    for group in comparisons.by_quantizer:
+        split = SPLIT_WORDS[group.split]
+        for value, arm in group.arms:
+            gaps = {w: d for w in arm.trained if (d := gap(arm, w, group.split)) is not None}
             if not gaps:
                 continue
             bits = max(gaps, key=lambda w: gaps[w].estimate.mean)
             lost = gaps[bits].estimate
             if max(abs(d.estimate.mean) for d in gaps.values()) < 0.005:
-                lines.append(
-                    f"{setting.label}, {value}: truncation costs nothing at any trained width ({SPLIT_WORDS[part]})."
-                )
+                cost = "truncation costs nothing at any trained width"
             else:
-                most = f"truncation costs most at {bits_words(bits)}, {lost.text()} points"
-                lines.append(f"{setting.label}, {value}: {most} ({SPLIT_WORDS[part]}).")
-            # Activations that are shifted too lose something of their own: not to be laid at the door of the weights.
+                cost = f"truncation costs most at {bits_words(bits)}, {lost.text()} points"
+            lines.append(f"{group.label}, {value}: {cost} ({split}).")
+            # Truncated activations lose accuracy of their own, which is not due to the weights.
             too = " with activations truncated too" if arm[ACTIVATIONS_SOURCE] == "truncate" else ""
-            worst.append((f"{arm['model.quantizer']}{too}", lost.mean))
-        rows = {name: (arm, source) for name, arm, source in row_arms(setting)}
-        if {"floor, truncated", "round, quantized"} <= set(rows):
-            floor, rounded = rows["floor, truncated"][0], rows["round, quantized"][0]
-            found = {
-                w: compare(floor, rounded, "truncate", "quantize", w, part)
-                for w in sorted(set(floor.trained) & set(rounded.trained))
-            }
-            words = [
-                f"{bits_words(w)}: {d.words('floor truncated', 'round quantized')}"
-                for w, d in found.items()
-                if d is not None
-            ]
-            lines += [f"{setting.label}, {'; '.join(words)}."]
+            name = f"{arm['model.quantizer']}{too}"
+            if not has_collapsed(arm):
+                worst[name] = max(worst.get(name, lost.mean), lost.mean)
+        lines += _against_quantized(group)
     if not worst:
         return None
-    by = {
-        q: max(m for name, m in worst if name == q)
-        for q in dict.fromkeys(name for name, _ in worst)
-    }
-    said = [
-        f"{q} loses {f'up to {m:.1f} points' if m >= 0.05 else 'nothing'} at a trained width"
-        for q, m in by.items()
-    ]
-    answer = "; ".join(said) + "."
-    return Finding("What does truncation cost?", answer, tuple(lines))
+    costs = {n: f"up to {m:.1f} points" if m >= 0.05 else "nothing" for n, m in worst.items()}
+    said = [f"{name} loses {cost} at a trained width" for name, cost in costs.items()]
+    return Finding("What does truncation cost?", "; ".join(said) + ".", tuple(lines))
+
+
+def _against_quantized(group: ComparisonGroup) -> list[str]:
+    """A nested quantizer truncated against the first other one quantized, one line per group."""
+    nested = next(((value, arm) for value, arm in group.arms if arm.nested), None)
+    other = next(((value, arm) for value, arm in group.arms if not arm.nested), None)
+    if nested is None or other is None:
+        return []
+    (a, arm), (b, base) = nested, other
+    words = []
+    for width in sorted(set(arm.trained) & set(base.trained)):
+        found = compare(arm, base, "truncate", "quantize", width, group.split)
+        if found is not None:
+            shown = found.words(f"{a} truncated", f"{b} quantized")
+            words.append(f"{bits_words(width)}: {shown}")
+    return [f"{group.label}, {'; '.join(words)}."]
 
 
 def compared(
-    evidence: Comparisons, key: str, keep: Callable[[Arm], bool] = lambda _: True
+    comparisons: Comparisons, key: str, keep: Callable[[Arm], bool] = lambda _: True
 ) -> list[Compared]:
-    """Every comparison of a key's values with the reference, truncated weights, trained widths."""
+    """Compare each value of a key with the reference: truncated weights, trained widths."""
     out = []
-    for setting in evidence.factor_settings(key):
-        if not keep(setting.arms[0][1]):
-            continue
-        base_name = reference(setting)
-        base = setting.values(base_name)[0]
-        for value, arm in setting.arms:
+    for group in comparisons.by_factor.get(key, []):
+        name, base = group.reference
+        for value, arm in group.arms:
+            if arm is base or not keep(group.arms[0][1]):
+                continue
+            failed = has_collapsed(arm, base)
             for bits in sorted(set(arm.trained) & set(base.trained)):
-                found = compare(arm, base, "truncate", "truncate", bits, split(setting))
-                if arm is not base and found is not None:
-                    out.append(Compared(setting, value, base_name, bits, found))
+                found = compare(arm, base, "truncate", "truncate", bits, group.split)
+                if found is not None:
+                    out.append(Compared(group, value, name, bits, found, failed))
     return out
 
 
-def lines_of(of: list[Compared]) -> tuple[str, ...]:
-    """One line a comparison, with the split and the budget: what is not shown after few steps may be so after many."""
-    return tuple(
-        f"{c.setting.label}, {bits_words(c.bits)}: {c.difference.words(c.value, c.base)} "
-        f"({SPLIT_WORDS[split(c.setting)]}; {' or '.join(dict.fromkeys(arm.budget for _, arm in c.setting.arms))})."
-        for c in of
-    )
-
-
-def ste(evidence: Comparisons) -> Finding | None:
-    """The paper's open question 1: is the scaled STE needed with floor?"""
-    found = compared(evidence, "model.ste", lambda arm: arm["model.quantizer"] == "floor")
+def ste(comparisons: Comparisons) -> Finding | None:
+    """The paper's open question 1: is the scaled STE needed with a quantizer whose codes nest?"""
+    found = compared(comparisons, "model.ste", lambda arm: arm.nested)
     scaled = [c for c in found if c.value == "scaled" and c.base == "identity"]
     if not scaled:
         return None
-    tested = [c for c in scaled if c.difference.estimate.half is not None]
-    above = [c for c in tested if c.difference.shown and c.difference.estimate.mean > 0]
-    below = [c for c in tested if c.difference.shown and c.difference.estimate.mean < 0]
+    tested = [c for c in scaled if c.usable]
+    above, below = ([c for c in tested if c.sign == sign] for sign in (1, -1))
+    count = counted(len(tested), "comparison")
     if not tested:
-        answer = "Can't be said: one seed, no interval."
+        answer = "No conclusion: there is no interval."
     elif not above:
-        answer = f"No need shown: the scaled STE is not shown above identity in any of {len(tested)} comparisons"
+        answer = f"No need is shown: the scaled STE is not above identity in any of {count}"
         answer += f", and below it in {len(below)}." if below else "."
     elif below:
-        answer = f"Mixed: shown above identity in {len(above)} and below it in {len(below)} of {len(tested)} comparisons."
+        answer = f"Mixed: above identity in {len(above)} and below it in {len(below)} of {count}."
     else:
-        answer = f"It helps in {len(above)} of {len(tested)} comparisons ({_places(above)})"
-        answer += "; in the others no difference is shown." if len(above) < len(tested) else "."
+        answer = f"It helps in {len(above)} of {count} ({_places(above)})"
+        answer += "; no difference is shown in the others." if len(above) < len(tested) else "."
     if tested:
-        answer += _chance(above + below, tested)
-        answer += f" An effect smaller than the intervals (up to ±{_widest(tested):.1f} points) can't be ruled out."
-    others = [
-        f"{sentence(found, v)}." for v in dict.fromkeys(c.value for c in found) if v != "scaled"
-    ]
+        answer += (
+            _chance(tested) + f" Effects of up to {_widest(tested):.1f} points cannot be ruled out."
+        )
+    answer += _excluded(scaled)
+    values = dict.fromkeys(c.value for c in found if c.value != "scaled")
+    names = sorted({str(c.group.arms[0][1]["model.quantizer"]) for c in scaled})
     return Finding(
-        "Is the scaled STE needed with floor (open question 1)?",
+        f"Is the scaled STE needed with {' and '.join(names)} (open question 1 of the paper)?",
         answer,
-        (*others, *lines_of(scaled)),
+        (*(f"{sentence(found, value)}." for value in values), *(c.line for c in scaled)),
     )
 
 
-def activations(evidence: Comparisons) -> Finding | None:
-    """The paper's open question 2: activations truncated like the weights, against requantized, for each way to quantize."""
-    found = compared(evidence, ACTIVATIONS_SOURCE)
+def activations(comparisons: Comparisons) -> Finding | None:
+    """The paper's open question 2: can activations be truncated like the weights?"""
+    found = compared(comparisons, ACTIVATIONS_SOURCE)
     if not found:
         return None
-    groups: dict[str, list[Compared]] = {}
+    names: dict[str, list[Compared]] = {}
     for c in found:
-        arm = c.setting.arms[0][1]
-        groups.setdefault(
-            f"{arm['model.activations']} activations and {arm['model.quantizer']} weights", []
-        ).append(c)
-    told = {name: _loss(of) for name, of in groups.items()}
-    lines = [f"{name}: {words}." for name, (_, words) in told.items()]
-    by_answer: dict[str, list[str]] = {}
-    for name, (answer, _) in told.items():
-        by_answer.setdefault(answer, []).append(name)
-    said = [
-        f"{answer} with {'; '.join(by_answer[answer])}." for answer in LOSSES if answer in by_answer
-    ]
-    tested = [c for c in found if c.difference.estimate.half is not None]
-    answer = " ".join(said) + _chance([c for c in tested if c.difference.shown], tested)
+        arm = c.group.arms[0][1]
+        name = f"{arm['model.activations']} activations and {arm['model.quantizer']} weights"
+        names.setdefault(name, []).append(c)
+    answers: dict[str, list[str]] = {}
+    lines = []
+    for name, of in names.items():
+        answer, words = _loss(of)
+        answers.setdefault(answer, []).append(name)
+        lines.append(f"{name}: {words}.")
+    said = [f"{a} with {'; '.join(answers[a])}." for a in LOSSES if a in answers]
     return Finding(
-        "Can activations be truncated like the weights (open question 2)?",
-        answer,
-        (*lines, *lines_of(found)),
+        "Can activations be truncated like the weights (open question 2 of the paper)?",
+        " ".join(said) + _chance([c for c in found if c.usable]) + _excluded(found),
+        (*lines, *(c.line for c in found)),
     )
 
 
-LOSSES = ("No loss is shown", "They lose", "Nothing can be said (one seed)")
+LOSSES = ("No loss is shown", "They lose accuracy", "No conclusion (no interval)")
 
 
 def _loss(of: list[Compared]) -> tuple[str, str]:
-    """(one of LOSSES, what it rests on) of truncated against requantized activations."""
-    tested = [c for c in of if c.difference.estimate.half is not None]
-    lost = [c for c in tested if c.difference.shown and c.difference.estimate.mean < 0]
+    """(one of LOSSES, its basis) for truncated against requantized activations."""
+    tested = [c for c in of if c.usable]
+    lost = [c for c in tested if c.sign < 0]
+    count = counted(len(tested), "comparison")
     if not tested:
-        return LOSSES[2], "one seed, no interval"
+        return LOSSES[2], "there is no interval"
     if not lost:
-        kept = f"no loss by truncation is shown in any of {len(tested)} comparisons"
-        return (
-            LOSSES[0],
-            f"{kept}; one smaller than the intervals (up to ±{_widest(tested):.1f} points) can't be ruled out",
-        )
+        rest = f"a loss of up to {_widest(tested):.1f} points cannot be ruled out"
+        return LOSSES[0], f"no loss by truncation is shown in any of {count}; {rest}"
     most = min(lost, key=lambda c: c.difference.estimate.mean)
-    where = f"{most.setting.label} at {bits_words(most.bits)}"
-    shown = f"a loss by truncation is shown in {len(lost)} of {len(tested)} comparisons ({_places(lost)})"
-    return LOSSES[1], f"{shown}; most, {-most.difference.estimate.mean:.1f} points, for {where}"
+    size = f"{-most.difference.estimate.mean:.1f} points"
+    where = f"{size} for {most.group.label} at {bits_words(most.bits)}"
+    shown = f"a loss by truncation is shown in {len(lost)} of {count} ({_places(lost)})"
+    return LOSSES[1], f"{shown}; the largest is {where}"
 
 
 def _places(of: list[Compared]) -> str:
-    """`resnet8 · cifar10 at 1 bit, 2 bits; ...`: at most six settings are named."""
+    """Return `resnet8 · cifar10 at 1 bit, 2 bits; ...`, with at most six groups named."""
     bits: dict[str, list[str]] = {}
     for c in of:
-        bits.setdefault(c.setting.label, []).append(bits_words(c.bits))
+        bits.setdefault(c.group.label, []).append(bits_words(c.bits))
     named = [f"{label} at {', '.join(widths)}" for label, widths in list(bits.items())[:6]]
     return "; ".join([*named, *([f"{len(bits) - 6} more"] if len(bits) > 6 else [])])
 
@@ -208,49 +245,54 @@ def _widest(of: list[Compared]) -> float:
     return max((c.difference.estimate.half or 0.0 for c in of), default=0.0)
 
 
-def _chance(shown: list[Compared], of: list[Compared]) -> str:
-    """How many differences 95 % intervals would show if there were none: to be read beside how many are shown."""
-    if not shown:
+def _chance(of: list[Compared]) -> str:
+    """The number of differences that 95 % intervals would show by chance, if any are shown."""
+    if not any(c.sign for c in of):
         return ""
-    return f" (Of {len(of)} such intervals about {(1 - LEVEL) * len(of):.1f} would miss 0 by chance, were there no difference.)"
+    return f" (Of {len(of)} such intervals, about {(1 - LEVEL) * len(of):.1f} exclude 0 by chance.)"
 
 
-def levels(evidence: Comparisons) -> Finding | None:
-    """Where in its bin a level stands."""
-    return _by_value("Does the level within the bin matter?", compared(evidence, "model.level"))
+def _excluded(of: list[Compared]) -> str:
+    count = sum(c.collapsed for c in of)
+    where = "; ".join(dict.fromkeys(c.group.label for c in of if c.collapsed))
+    words = f"{counted(count, 'comparison')} with a collapsed seed ({where})"
+    return f" {words} {'is' if count == 1 else 'are'} not counted." if count else ""
+
+
+def levels(comparisons: Comparisons) -> Finding | None:
+    """The placement of a level within its bin."""
+    found = compared(comparisons, "model.level")
+    names: dict[str, list[Compared]] = {}
+    for c in found:
+        names.setdefault(str(c.group.arms[0][1]["model.quantizer"]), []).append(c)
+    parts = [
+        f"With {name}: {sentence(of, value)}."
+        for name, of in names.items()
+        for value in dict.fromkeys(c.value for c in of)
+    ]
+    lines = tuple(c.line for c in found)
+    return (
+        Finding("Does the level within the bin matter?", " ".join(parts), lines) if found else None
+    )
 
 
 def sentence(of: list[Compared], value: str) -> str:
-    """`scaled is shown above identity in 2 of 12 comparisons and below it in none; no difference is shown in 10`."""
+    """Return `scaled is above identity in 2 of 12 comparisons and below it in none; ...`."""
     mine = [c for c in of if c.value == value]
-    single = sum(c.difference.estimate.half is None for c in mine)
-    above = sum(c.difference.shown and c.difference.estimate.mean > 0 for c in mine)
-    below = sum(c.difference.shown and c.difference.estimate.mean < 0 for c in mine)
-    base, count = (
-        " and ".join(dict.fromkeys(c.base for c in mine)),
-        f"{len(mine)} comparisons (setting x trained width)",
+    tested = [c for c in mine if c.usable]
+    above, below = (sum(c.sign == sign for c in tested) for sign in (1, -1))
+    base = " and ".join(dict.fromkeys(c.base for c in mine))
+    count = f"{len(tested)} comparisons (setting × trained width)"
+    left = len(mine) - len(tested)
+    rest = f"; {counted(left, 'comparison')} without a conclusion" if left else ""
+    if not tested:
+        return f"{value} against {base}: no conclusion, because there is no interval"
+    if not above + below:
+        return f"no difference between {value} and {base} is shown in any of {count}{rest}"
+    return (
+        f"{value} is above {base} in {above or 'none'} of {count} and below it in {below or 'none'}"
+        f"; no difference is shown in {len(tested) - above - below or 'none'}{rest}"
     )
-    if single == len(mine):
-        return f"{value} against {base}: one seed, so nothing can be shown"
-    if above + below + single == 0:
-        return f"no difference between {value} and {base} is shown in any of {count}"
-    rest = f"; no difference is shown in {len(mine) - above - below - single or 'none'}"
-    rest += f", and nothing can be said of {single} with one seed" if single else ""
-    return f"{value} is shown above {base} in {above or 'none'} of {count}, and below it in {below or 'none'}{rest}"
 
 
-def _by_value(question: str, found: list[Compared]) -> Finding | None:
-    if not found:
-        return None
-    groups: dict[str, list[Compared]] = {}
-    for c in found:
-        groups.setdefault(str(c.setting.arms[0][1]["model.quantizer"]), []).append(c)
-    parts = [
-        f"With {q}: {sentence(of, v)}."
-        for q, of in groups.items()
-        for v in dict.fromkeys(c.value for c in of)
-    ]
-    return Finding(question, " ".join(parts), lines_of(found))
-
-
-VERDICTS: tuple[Callable[[Comparisons], Finding | None], ...] = (qt_gap, ste, activations, levels)
+FINDINGS: tuple[Callable[[Comparisons], Finding | None], ...] = (qt_gap, ste, activations, levels)

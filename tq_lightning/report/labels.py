@@ -1,14 +1,13 @@
-"""Words for settings and values: labels as short as they can be and still tell settings apart."""
+"""Words that a report uses in more than one place: labels, units, sources and definitions."""
 
 import re
+from collections import Counter
 from typing import Any
 
-SHORT = {"model.": "", "data.": "data.", "trainer.": ""}
-ACTIVATIONS_SOURCE = "model.activations_source"  # ours, no key of the configuration
-# `ste: auto` is the pairing of the paper.
-AUTO_STE = {"floor": "scaled", "round": "identity"}
+ACTIVATIONS_SOURCE = "model.activations_source"  # made by the report; not a configuration key
+CALIBRATION = "calibration"  # likewise
 
-# Customary values, not worth a word in a label.
+# Values that are not worth a word in a label.
 USUAL: dict[str, Any] = {
     "model.level": "endpoint",
     "model.activations": None,
@@ -17,88 +16,125 @@ USUAL: dict[str, Any] = {
     "model.norm": "per_width",
     "model.widths": [8, 4, 2, 1],
 }
+SPLIT_WORDS = {"test": "test split", "val": "validation split, best epoch"}
+PAST = {"quantize": "quantized", "truncate": "truncated"}
+ENERGIES = {
+    "refetch_float_pj": "switch: refetch float weights, requantize",
+    "refetch_planes_pj": "switch: refetch bit planes",
+    "shift_pj": "switch: shift in place",
+    "traffic_float_pj": "inference: read float weights",
+    "traffic_pj": "inference: read n-bit weights",
+}
+PARTS = {
+    "weights": "quantized weights",
+    "float": "left in float",
+    "norms": "norm layers",
+    "scales": "scales",
+}
+METHOD = (
+    "Intervals are 95 % t intervals over seeds (mean ± t·s/√n); a single seed has none. "
+    "Differences are paired by seed if both arms have the same seeds, and Welch's otherwise. "
+    "There is no correction for multiple comparisons."
+)
+DEFINITIONS = {
+    "Arm": "one configuration, trained with one or more seeds.",
+    "Quantized": "n-bit codes computed from the float weights.",
+    "Truncated": "n-bit codes computed from the stored 8-bit codes by a right shift.",
+    "QT gap": "top-1 quantized minus top-1 truncated, in percentage points.",
+}
+# Classes of the built-in data sets, which give the accuracy of guessing.
+CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "svhn": 10, "mnist": 10}
 
 
-def labels(configs: list[dict[str, Any]], left_out: set[str]) -> list[str]:
-    """Model and data always; besides, what differs between the settings of that model and data and is not customary."""
+def labels(arms: list[Any], left_out: set[str]) -> list[str]:
+    """Label each arm with its model, its data and the unusual values that tell it apart.
+
+    Args:
+        arms: one `Arm` per setting.
+        left_out: keys that a label never names.
+    """
     kin: dict[str, list[dict[str, Any]]] = {}
-    for config in configs:
-        kin.setdefault(_head(config), []).append(config)
-    differ = {
-        head: varying(of) - left_out - {"model.name", "data.name"} for head, of in kin.items()
-    }
+    for arm in arms:
+        kin.setdefault(_head(arm), []).append(arm.config)
+    unnamed = {*left_out, "model.name", "data.name"}
+    differ = {head: sorted(varying(configs) - unnamed) for head, configs in kin.items()}
     out = []
-    for config in configs:
-        usual = {**USUAL, "model.ste": AUTO_STE.get(config.get("model.quantizer", ""))}
-        told = [k for k in sorted(differ[_head(config)]) if k in config]
-        extra = [
-            _extra(k, config[k])
-            for k in told
-            if k not in usual or text(config[k]) != text(usual[k])
+    for arm in arms:
+        usual = {**USUAL, "model.ste": arm["model.ste"] if arm.paired else ""}
+        told = [key for key in differ[_head(arm)] if key in arm.config]
+        extras = [
+            _extra(key, arm[key])
+            for key in told
+            if key not in usual or text(arm[key]) != text(usual[key])
         ]
-        out.append(" · ".join([_head(config), *extra]))
+        out.append(" · ".join([_head(arm), *extras]))
     return out
 
 
-def _head(config: dict[str, Any]) -> str:
-    return f"{text(config.get('model.name'))} · {text(config.get('data.name'))}"
+def _head(arm: Any) -> str:
+    return f"{text(arm['model.name'])} · {text(arm['data.name'])}"
 
 
 def varying(configs: list[dict[str, Any]]) -> set[str]:
-    """Keys that do not have one value in all of `configs`."""
-    first = {key: text(value) for key, value in configs[0].items()}
-    return {k for c in configs for k in {*c, *first} if text(c.get(k)) != first.get(k, text(None))}
+    """Return the keys that do not have one value in all of `configs`."""
+    keys = {key for config in configs for key in config}
+    return {key for key in keys if len({text(config.get(key)) for config in configs}) > 1}
 
 
 def _extra(key: str, value: Any) -> str:
     if key == "model.quantizer":
         return f"{text(value)} weights"
-    return (
-        "activations truncated too"
-        if (key, value) == (ACTIVATIONS_SOURCE, "truncate")
-        else f"{short(key)}={text(value)}"
-    )
+    if (key, value) == (ACTIVATIONS_SOURCE, "truncate"):
+        return "activations truncated too"
+    return f"{short(key)}={text(value)}"
 
 
 def wrapped(label: str, width: int) -> str:
-    """A label on lines of about `width` characters, broken between its parts."""
+    """Break a label between its parts into lines of about `width` characters."""
     lines = [""]
     for part in label.split(" · "):
         longer = f"{lines[-1]} · {part}" if lines[-1] else part
-        if len(longer) > width and lines[-1]:
-            lines.append(part)
-        else:
-            lines[-1] = longer
+        lines[-1:] = [longer] if len(longer) <= width or not lines[-1] else [lines[-1], part]
     return "\n".join(lines)
 
 
 def bits_words(bits: int) -> str:
-    """`1 bit`, `2 bits`."""
+    """Return `1 bit`, `2 bits`."""
     return f"{bits} bit" if bits == 1 else f"{bits} bits"
 
 
+def energy_name(kind: str) -> str:
+    """Return the label of a kind of energy."""
+    return ENERGIES.get(kind, kind.removesuffix("_pj").replace("_", " "))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 seed`, `3 seeds`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def text(value: Any) -> str:
+    """Return a configuration value as a label shows it: `8,4,2,1`, `none`."""
     if isinstance(value, list | tuple):
-        return ",".join(text(v) for v in value)
+        return ",".join(map(text, value))
     return "none" if value is None else str(value)
 
 
 def short(key: str) -> str:
-    for prefix, short in SHORT.items():
-        if key.startswith(prefix):
-            return short + key.removeprefix(prefix)
-    return key
+    """Return a flat configuration key without `model.` or `trainer.`."""
+    return re.sub(r"^(model|trainer)\.", "", key)
 
 
-def slug(text: str) -> str:
-    """A file name of a label: lower case, digits and underscores, at most 60 characters."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:60]
+def slug(label: str) -> str:
+    """Return a file name for a label: lower case, digits and underscores, at most 60 characters."""
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")[:60]
 
 
 def unique(names: list[str]) -> list[str]:
-    seen: dict[str, int] = {}
+    """Number repeated names: a, a -> a, a_2."""
+    seen: Counter[str] = Counter()
     out = []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
+        seen[name] += 1
         out.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return out

@@ -1,4 +1,4 @@
-"""Reads and judges records: what is whole, finished, of our schema and unique is used; the rest is listed with its reason."""
+"""Read records: usable, finished and unique ones are used, the others are listed with a reason."""
 
 import functools
 import json
@@ -8,16 +8,17 @@ from typing import Any
 
 from tq_lightning.errors import UserError
 from tq_lightning.records import InspectRecord, Record, RecordError, parse, read_any
-from tq_lightning.report.inputs import Candidate, find
+from tq_lightning.report.inputs import Candidate, find, printable
+from tq_lightning.report.labels import CALIBRATION
 
 SOURCES = ("quantize", "truncate")
-# An absolute path of the machine that ran: at least two folders deep, and no part of a URL.
+# An absolute path of the machine that ran: at least two folders deep, and not a part of a URL.
 ABSOLUTE = re.compile(r"(?<![\w.:/…-])/(?:[^\s/'\",=:]+/)+([^\s/'\",=:]*)")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One usable run. `config` is flat: {"model.name": ...}; accuracies are top-1 in per cent."""
+    """A usable run. `config` is flat: {"model.name": ...}; accuracies are top-1 in %."""
 
     id: str
     path: str
@@ -27,17 +28,22 @@ class Run:
 
     @property
     def widths(self) -> list[int]:
-        """Widths in bits that the record holds, ascending."""
+        """Recorded widths in bits, ascending."""
         return sorted(self.record.widths or {})
 
     @property
     def budget(self) -> tuple[int | None, int | None]:
-        """(epochs, steps) really taken."""
+        """(epochs, steps) taken."""
         return self.record.epochs, self.record.steps
+
+    @property
+    def calibration(self) -> Any:
+        """How norm statistics were calibrated, or None if the record does not say."""
+        return self.record.more.get(CALIBRATION)
 
     @functools.cached_property
     def has_test(self) -> bool:
-        """True where the test block names a value for every width and both sources."""
+        """True if the test block has a value for every width and both sources."""
         return all(self._test(f"acc1_{s}_w{w}") is not None for s in SOURCES for w in self.widths)
 
     def _test(self, metric: str) -> float | None:
@@ -45,14 +51,14 @@ class Run:
         return None if test is None else test.metrics.get(f"test/{metric}")
 
     def acc1(self, source: str, width: int, split: str) -> float | None:
-        """Top-1 in per cent of `source` at `width` bits on `split` ("val": at the best epoch, or "test")."""
+        """Top-1 in % of `source` at `width` bits on `split`: "test", or "val" at the best epoch."""
         if split == "test":
             return self._test(f"acc1_{source}_w{width}")
         result = (self.record.widths or {}).get(width)
         return None if result is None else getattr(result, source)
 
     def acc1_float(self, split: str) -> float | None:
-        """Top-1 in per cent of the float weights, None where it was not evaluated."""
+        """Top-1 in % of the float weights, or None if it was not evaluated."""
         if split == "test":
             return self._test("acc1_float")
         best = self.record.best
@@ -61,7 +67,7 @@ class Run:
 
 @dataclass
 class Loaded:
-    """What a set of inputs holds: usable runs, inspect records, and (path, reason) of what was left out."""
+    """Usable runs, inspect records, and (path, reason) of what was left out."""
 
     runs: list[Run]
     inspects: list[InspectRecord]
@@ -69,29 +75,30 @@ class Loaded:
 
 
 def load(inputs: list[str], full_paths: bool = False) -> Loaded:
-    """Read everything under `inputs`. Raises `UserError` where nothing usable is found."""
-    runs: dict[str, list[tuple[str, Record]]] = {}
-    inspects: dict[str, list[tuple[str, InspectRecord]]] = {}
+    """Read all records under `inputs`.
+
+    Args:
+        inputs: folders, globs, record files and studies.
+        full_paths: keep absolute paths of the machine.
+
+    Raises:
+        UserError: an input does not exist, or no record is usable.
+    """
+    by_id: dict[tuple[type, str], list[tuple[str, Any]]] = {}
     left_out: list[tuple[str, str]] = []
     for candidate in find(inputs):
         record, reason = read(candidate)
-        if isinstance(record, Record):
-            runs.setdefault(record.id, []).append((candidate.shown, record))
-        elif record is not None:
-            inspects.setdefault(record.id, []).append((candidate.shown, record))
-        else:
+        if record is None:
             left_out.append((candidate.shown, reason))
-    kept = [_one_of(group, left_out) for group in runs.values()]
-    described = [_one_of(group, left_out) for group in inspects.values()]
+        else:
+            by_id.setdefault((type(record), record.id), []).append((candidate.shown, record))
+    kept = [one for same in by_id.values() if (one := _one_of(same, left_out)) is not None]
     loaded = Loaded(
-        runs=[_run(path, record, full_paths) for path, record in filter(None, kept)],
-        inspects=[
-            record if full_paths else parse(shorten(record.tree()))
-            for _, record in filter(None, described)
-        ],
-        left_out=left_out,
+        [_run(path, r, full_paths) for path, r in kept if isinstance(r, Record)],
+        [_published(r, full_paths) for _, r in kept if isinstance(r, InspectRecord)],
+        left_out,
     )
-    if not loaded.runs and not loaded.inspects:
+    if not kept:
         first = "; ".join(f"{path}: {reason}" for path, reason in left_out[:3])
         more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         raise UserError(f"no usable record among {len(left_out)}: {first}{more}")
@@ -99,47 +106,43 @@ def load(inputs: list[str], full_paths: bool = False) -> Loaded:
 
 
 def read(candidate: Candidate) -> tuple[Record | InspectRecord | None, str]:
-    """(record, "") or (None, why it is left out)."""
+    """Return (record, "") or (None, the reason to leave it out)."""
     if candidate.refusal is not None:
         return None, candidate.refusal
     try:
         record = read_any(candidate.path)
     except RecordError as error:
-        return None, str(error)
+        return None, printable(str(error))
     if isinstance(record, InspectRecord):
         return record, ""
     if record.status != "finished":
         reason = (record.reason or "no reason given").splitlines()[0]
-        return None, f"unfinished: status {record.status} ({reason})"
+        return None, printable(f"unfinished: status {record.status} ({reason})")
     if not record.widths:
-        return None, "holds no width: a float run has nothing to compare"
+        return None, "no widths: a float run has nothing to compare"
     return record, ""
 
 
-def _one_of(group: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any:
-    """One (path, record) of those with the same id: equal copies count once, contradicting ones not at all.
+def _one_of(same: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any:
+    """Return one (path, record) of those with one id, or None if they contradict each other.
 
-    A copy from before `test` added its block (W&B keeps such a one) is a copy, not a contradiction.
+    A copy from before `test` added its block (W&B keeps one) is not a contradiction.
     """
-    group = sorted(group, key=lambda item: (_test_text(item[1]) is None, item[0].count("/")))
-    path, record = group[0]
-    for _, twin in group[1:]:
+    same = sorted(same, key=lambda item: (_test_text(item[1]) is None, item[0].count("/")))
+    path, record = same[0]
+    for _, twin in same[1:]:
         if _text(twin) != _text(record) or _test_text(twin) not in (None, _test_text(record)):
-            paths = ", ".join(p for p, _ in group)
-            left_out += [
-                (p, f"two runs with one id ({record.id}) that differ: {paths}") for p, _ in group
-            ]
+            paths = ", ".join(p for p, _ in same)
+            reason = f"different runs with one id ({record.id}): {paths}"
+            left_out += [(p, reason) for p, _ in same]
             return None
-    # Only once none contradicts: of a group that is left out whole, no copy is counted.
-    left_out += [
-        (other, f"a copy of {path} (id {record.id}): counted once") for other, _ in group[1:]
-    ]
+    left_out += [(p, f"a copy of {path} (id {record.id}): counted once") for p, _ in same[1:]]
     return path, record
 
 
 def _text(record: Record | InspectRecord) -> str:
-    """A record without its tests, as text: NaN equals NaN."""
-    tree = record.tree(("test",)) if isinstance(record, Record) else record.tree()
+    """Return a record without its tests as text, in which NaN equals NaN."""
+    tree = record.tree(("test", "tests")) if isinstance(record, Record) else record.tree()
     return json.dumps(tree, sort_keys=True)
 
 
@@ -148,11 +151,18 @@ def _test_text(record: Record | InspectRecord) -> str | None:
     return None if test is None else repr(test)
 
 
+def _published(record: Any, full_paths: bool) -> Any:
+    """Return a record that can be printed, with absolute paths shortened unless `full_paths`."""
+    tree = record.tree()
+    return parse(_walk(tree, printable) if full_paths else shorten(tree))
+
+
 def _run(path: str, record: Record, full_paths: bool) -> Run:
-    config = flatten(record.config)
-    shown: Any = record if full_paths else parse(shorten(record.tree()))
+    config = flatten(
+        _walk(record.config, printable)
+    )  # arms differ by their paths, so these are kept
     seed = record.seed if record.seed is not None else config.get("seed_everything")
-    return Run(id=record.id, path=path, seed=seed, config=config, record=shown)
+    return Run(record.id, path, seed, config, _published(record, full_paths))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -160,26 +170,26 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return flat
 
 
 def shorten(value: Any) -> Any:
-    """Absolute paths inside a record, however deep, as …/last part: a report is published, the machine's folders are not."""
+    """Shorten absolute paths to …/last part: a published report does not name local folders."""
+    return _walk(value, lambda text: ABSOLUTE.sub(r"…/\1", printable(text)))
+
+
+def _walk(value: Any, change: Any) -> Any:
+    """Apply `change` to every text; lists of numbers, most of a record, are passed on."""
     if isinstance(value, str):
-        return ABSOLUTE.sub(r"…/\1", value)
+        return change(value)
     if isinstance(value, dict):
-        return {key: shorten(item) for key, item in value.items()}
+        return {printable(key): _walk(item, change) for key, item in value.items()}
     if isinstance(value, list) and not _numbers(value):
-        return [shorten(item) for item in value]
+        return [_walk(item, change) for item in value]
     return value
 
 
 def _numbers(value: list[Any]) -> bool:
-    """A list that begins with a number, or with a list of numbers: the curves, which are most of a record."""
-    return bool(value) and (
-        isinstance(value[0], int | float) or (isinstance(value[0], list) and _numbers(value[0]))
-    )
+    first = value[0] if value else None
+    return isinstance(first, int | float) or (isinstance(first, list) and _numbers(first))

@@ -1,39 +1,42 @@
-"""The figures of the report: one function each, one row each in FIGURES. Where it has no records, a function draws nothing."""
+"""The figures of a report: one function and one row of FIGURES each.
+
+A function returns its figures, and notes on what it does not draw. It returns no figure if the
+records hold nothing to compare.
+"""
 
 from collections.abc import Callable
 from functools import partial
 
 from tq_lightning.report.comparisons import Comparisons
-from tq_lightning.report.figures import accuracy as draw_accuracy
-from tq_lightning.report.figures import cross_model as draw_across
-from tq_lightning.report.figures import model_cost as draw_models
+from tq_lightning.report.figures import accuracy, cross_model, model_cost
 from tq_lightning.report.figures.style import Figure, styled
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 
-FIGURES: dict[str, Callable[[Comparisons], list[Figure]]] = {
-    "qt_gap": draw_accuracy.qt_gap,
-    "mechanism": draw_models.mechanism,
-    "disagreement": draw_across.disagreement,
-    "storage": draw_models.storage,
-    "energy": draw_models.energy,
-    "ste": partial(draw_accuracy.factor, key="model.ste", title="STE ablation"),
-    "level": partial(draw_accuracy.factor, key="model.level", title="Levels"),
-    "activations": partial(draw_accuracy.factor, key="model.activations", title="Activations"),
+Drawing = tuple[list[Figure], list[str]]
+
+FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
+    "qt_gap": accuracy.qt_gap,
+    "mechanism": model_cost.mechanism,
+    "disagreement": cross_model.disagreement,
+    "storage": model_cost.storage,
+    "energy": model_cost.energy,
+    "ste": partial(accuracy.factor, key="model.ste", section="STE"),
+    "level": partial(accuracy.factor, key="model.level", section="Levels"),
+    "activations": partial(accuracy.factor, key="model.activations", section="Activations"),
     "activations_source": partial(
-        draw_accuracy.factor,
-        key=ACTIVATIONS_SOURCE,
-        title="Activations truncated like the weights, or requantized",
+        accuracy.factor, key=ACTIVATIONS_SOURCE, section="Source of activations"
     ),
-    "normalizer": partial(draw_accuracy.factor, key="model.normalizer", title="Normalisers"),
-    "widths": partial(draw_accuracy.factor, key="model.widths", title="Width sets"),
-    "teacher": partial(draw_accuracy.factor, key="model.teacher", title="Teachers"),
-    "curves": draw_accuracy.curves,
-    "robustness": draw_across.robustness,
-    "pareto": draw_across.pareto,
+    "normalizer": partial(accuracy.factor, key="model.normalizer", section="Normalizers"),
+    "widths": partial(accuracy.factor, key="model.widths", section="Sets of widths"),
+    "teacher": partial(accuracy.factor, key="model.teacher", section="Teachers"),
+    "curves": accuracy.curves,
+    "robustness": cross_model.robustness,
+    "pareto": cross_model.pareto,
 }
 
 
-def draw(evidence: Comparisons) -> list[Figure]:
-    """Every figure that the evidence allows, in the order of FIGURES."""
+def draw(comparisons: Comparisons) -> Drawing:
+    """Draw every figure that the comparisons allow, in the order of FIGURES."""
     with styled():
-        return [drawn for function in FIGURES.values() for drawn in function(evidence)]
+        made = [function(comparisons) for function in FIGURES.values()]
+    return [f for figures, _ in made for f in figures], [n for _, notes in made for n in notes]

@@ -1,217 +1,163 @@
-"""Figures from inspect records: the staircases of the mechanism, bytes by way of serving, energy of a switch."""
-
-import math
+"""Figures from inspect records: the mechanism, bytes by storage scheme, and energy of a switch."""
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
 
 from tq_lightning.records import STORAGE_LABELS, InspectRecord, Mechanism
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
-from tq_lightning.report.figures.style import SERIES, Figure
-from tq_lightning.report.labels import bits_words
-from tq_lightning.report.model_costs import (
-    energy_name,
-    mib,
-    model_names,
-    ratio,
-    times,
-    with_energy,
-    with_key,
-)
+from tq_lightning.report.figures.style import Figure
+from tq_lightning.report.labels import PARTS, bits_words, energy_name
+from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
 
-# What bytes are: (words, colour, hatch).
-PARTS = {
-    "weights": ("quantized weights", style.BLUE, ""),
-    "float": ("left in float", style.ORANGE, "///"),
-    "norms": ("norm sets", style.GREEN, "..."),
-    "scales": ("scales", style.PURPLE, "xx"),
+PART_LOOKS = {  # slate tones, which no other figure uses
+    "weights": ("#33475b", ""),
+    "float": ("#8fa1b3", "///"),
+    "norms": ("#d3dbe3", "..."),
+    "scales": ("#000000", ""),
 }
 
 
-def mechanism(evidence: Comparisons) -> list[Figure]:
-    """Round, round shifted and floor as staircases over u; shaded where shifted bins are not the rounded ones."""
-    record = next((r.mechanism for r in evidence.inspects if r.mechanism), None)
+def mechanism(comparisons: Comparisons) -> tuple[list[Figure], list[str]]:
+    """Round, round shifted and floor over u, shaded where shifted bins differ from rounded ones."""
+    record = next((r.mechanism for r in comparisons.inspects if r.mechanism), None)
     if record is None:
-        return []
-    bits = record.bits
-    title = "Mechanism: a right shift cuts where floor cuts, not where round does"
-    rows = -(-len(bits) // 2)
-    figure, body = style.new(7.0, 0.3 + 2.3 * rows, title)
+        return [], []
+    wrong = {b: ~np.isclose(record.round[b], record.round_shifted[b]) for b in record.bits}
+    shares = {bits: 100 * float(where.mean()) for bits, where in wrong.items()}
+    worst = max(shares, key=lambda bits: shares[bits])
+    title = (
+        f"A right shift cuts where floor cuts: at {bits_words(worst)}, rounding puts "
+        f"{shares[worst]:.0f} % of [0, 1] into other bins"
+    )
+    rows = -(-len(record.bits) // 2)
+    canvas, body = style.new(7.0, 0.3 + 2.3 * rows, title)
     grid = np.ravel(body.subplots(rows, 2, squeeze=False))
-    shares = {b: _staircases(axes, record, b) for axes, b in zip(grid, bits, strict=False)}
-    for axes in grid[len(bits) :]:
+    for axes, bits in zip(grid, record.bits, strict=False):
+        _staircases(axes, record, bits, wrong[bits])
+        axes.set_title(f"{bits_words(bits)}: {shares[bits]:.0f} % of [0, 1] disagrees")
+    for axes in grid[len(record.bits) :]:
         axes.set_visible(False)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
-        "What each rule makes of a normalised weight u in [0, 1]: rounded at n bits, rounded at 8 bits and shifted right "
-        "by 8 - n, floored at n bits (which equals floored at 8 bits and shifted). Shaded: rounding and shifting put the "
-        "same weight into different bins."
+        "Level of a normalized weight u in [0, 1] under each rule: rounded at n bits, rounded at "
+        "8 bits and shifted right by 8 - n, and floored at n bits, which equals floored at 8 bits "
+        "and shifted. Shaded: rounding and shifting put the same weight into different bins."
     )
-    words = ", ".join(f"{share:.0f} % at {b}" for b, share in shares.items())
-    alt = f"Staircases of level over u by bits; share of [0, 1] where round and round shifted disagree: {words}"
-    return [Figure("mechanism", "Mechanism", title, caption, alt, figure)]
+    words = ", ".join(f"{share:.0f} % at {bits}" for bits, share in shares.items())
+    alt = f"Levels over u by bits; share of [0, 1] where round and round shifted disagree: {words}"
+    return [Figure("mechanism", "Mechanism", title, caption, alt, canvas)], []
 
 
-def _staircases(axes: Axes, record: Mechanism, bits: int) -> float:
-    """Draw one width; returns the share of [0, 1] in per cent where round and round shifted disagree."""
-    u = np.asarray(record.u, dtype=float)
-    rounded, shifted, floored = (
-        np.asarray(levels[bits], dtype=float)
-        for levels in (record.round, record.round_shifted, record.floor)
-    )
-    wrong = ~np.isclose(rounded, shifted)
+def _staircases(axes: Axes, record: Mechanism, bits: int, wrong: np.ndarray) -> None:
+    look = {"color": style.GRAY, "alpha": 0.22, "linewidth": 0, "label": "bins disagree"}
     over = axes.get_xaxis_transform()
-    axes.fill_between(
-        u,
-        0,
-        1,
-        where=wrong.tolist(),
-        color=style.ORANGE,
-        alpha=0.28,
-        linewidth=0,
-        transform=over,
-        label="bins disagree",
-    )
-    # Floor lies under the others, thick and pale: where it meets one of them both can be seen.
-    axes.step(
-        u,
-        floored,
-        where="mid",
-        color=style.GREEN,
-        linewidth=3,
-        alpha=0.45,
-        label="floor (= floor, shifted)",
-    )
-    axes.step(u, rounded, where="mid", color=style.BLUE, linewidth=1.4, label="round")
-    axes.step(
-        u,
-        shifted,
-        where="mid",
-        color=style.RED,
-        linestyle="--",
-        linewidth=1.4,
-        label="round, shifted",
-    )
-    share = 100 * float(wrong.mean())
-    axes.set_title(f"{bits_words(bits)}: {share:.0f} % of [0, 1] disagrees")
-    axes.set_xlabel("normalised weight u (no unit)")
+    axes.fill_between(record.u, 0, 1, where=wrong.tolist(), transform=over, **look)
+    # Floor lies below the others, thick and pale, so that both are visible where they meet.
+    for levels, label, look in (
+        (record.floor, "floor (= floor, shifted)", {"color": style.PALE[style.GREEN], "lw": 4}),
+        (record.round, "round", {"color": style.ORANGE, "lw": 1.4}),
+        (record.round_shifted, "round, shifted", {"color": "#9a6a00", "lw": 1.4, "ls": "--"}),
+    ):
+        axes.step(record.u, levels[bits], where="mid", label=label, **look)
+    axes.set_xlabel("normalized weight u (no unit)")
     axes.set_ylabel("level (no unit)")
-    return share
 
 
-def storage(evidence: Comparisons) -> list[Figure]:
-    """Bytes to serve every width 1..8, a panel a model, a bar a way, cut into what the bytes are."""
-    records = with_key(evidence, "ways")
+def storage(comparisons: Comparisons) -> tuple[list[Figure], list[str]]:
+    """Bytes to serve every width 1..8: a panel per model, a bar per scheme, cut into its parts."""
+    records = smallest_first(comparisons.inspects, "ways")
     if not records:
-        return []
+        return [], []
+    packed = [ratio(r, "packed") for r in records.values() if "packed" in r.ways]
+    span = (
+        " to ".join(f"{v:.1f}" for v in dict.fromkeys((min(packed), max(packed)))) if packed else ""
+    )
+    title = (
+        f"One packed file serves 1 to 8 bits in {span}× fewer bytes than the float parameters"
+        if packed
+        else "Bytes to serve every width from 1 to 8 bits"
+    )
     columns = min(2, len(records))
     rows = -(-len(records) // columns)
-    title = "Storage: bytes to serve every width from 1 to 8 bits"
-    figure, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 1.9 * rows, title)
+    canvas, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 1.9 * rows, title)
     grid = np.ravel(body.subplots(rows, columns, squeeze=False))
-    names = model_names(records)
-    words = [w for axes, r, n in zip(grid, records, names, strict=False) for w in _bars(axes, r, n)]
+    words: list[str] = []
+    for axes, (name, record) in zip(grid, records.items(), strict=False):
+        words += [f"{name}, {said}" for said in _bars(axes, record)]
     for axes in grid[len(records) :]:
         axes.set_visible(False)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
-        "Smaller or larger than the float parameters, 4 bytes each. The paper's accounting leaves the stem alone in float; the "
-        "other bars follow the policy named above them. The table below spells the accounting out."
+        "Smaller or larger than the float parameters, 4 bytes each. The accounting of the paper "
+        "leaves only the stem in float; the other bars follow the policy above them. The storage "
+        "table gives the accounting."
     )
-    return [Figure("storage", "Storage", title, caption, "; ".join(words), figure)]
+    return [Figure("storage", "Storage", title, caption, "; ".join(words), canvas)], []
 
 
-def _bars(axes: Axes, record: InspectRecord, name: str) -> list[str]:
-    """One model's bars; returns what each says."""
-    ways = {key: label for key, label in STORAGE_LABELS.items() if key in record.ways}
+def _bars(axes: Axes, record: InspectRecord) -> list[str]:
+    """Draw the bars of one model and return what each says."""
+    labels = {key: label for key, label in STORAGE_LABELS.items() if key in record.ways}
     words = []
-    for y, (key, label) in enumerate(ways.items()):
+    for y, (key, label) in enumerate(labels.items()):
         way, left = record.ways[key], 0.0
-        for part, (what, colour, hatch) in PARTS.items():
-            size = mib(getattr(way, part))
-            label_once = what if y == 0 else None
-            axes.barh(
-                y,
-                size,
-                0.72,
-                left,
-                color=colour,
-                hatch=hatch,
-                edgecolor="white",
-                linewidth=0.3,
-                label=label_once,
-            )
+        for part, (color, hatch) in PART_LOOKS.items():
+            size, entry = getattr(way, part) / MIB, PARTS[part] if y == 0 else None
+            look = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
+            axes.barh(y, size, 0.72, left, label=entry, **look)
             left += size
-        note = f"{mib(way.total):.3g} MiB{'' if key == 'float_master' else ', ' + times(ratio(record, key))}"
-        axes.text(mib(way.total), y, f"  {note}", va="center", fontsize=7)
-        words.append(f"{name}, {label}: {note}")
-    axes.set_yticks(range(len(ways)), list(ways.values()), fontsize=7.5)
-    axes.set_ylim(len(ways) - 0.4, -0.6)
-    axes.set_xlim(0, 2.0 * max(mib(record.ways[k].total) for k in ways))
+        times = ratio(record, key)
+        side = f", {times:.2f}× smaller" if times >= 1 else f", {1 / times:.2f}× larger"
+        note = f"{way.total / MIB:.3g} MiB{'' if key == 'float_master' else side}"
+        axes.text(way.total / MIB, y, f"  {note}", va="center", fontsize=7)
+        words.append(f"{label}: {note}")
+    axes.set_yticks(range(len(labels)), list(labels.values()), fontsize=7.5)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlim(0, 2.0 * max(record.ways[key].total for key in labels) / MIB)
     axes.set_title(f"{record.model}\nin float: {record.skipped}", fontsize=8)
     axes.set_xlabel("size [MiB]")
     axes.grid(axis="y", visible=False)
     return words
 
 
-def energy(evidence: Comparisons) -> list[Figure]:
-    """Model of the energy to switch to a width: refetch and requantize the float master, or shift in place."""
-    records = with_energy(evidence)
-    if not records:
-        return []
-    columns = min(2, len(records))
-    rows = -(-len(records) // columns)
-    assumptions = list(dict.fromkeys(line for _, e in records for line in e.assumptions))
-    title = "Energy of a switch of width and of weight traffic: a model, not a measurement"
-    foot = "Assumes: " + "; ".join(a.rstrip(".") for a in assumptions) if assumptions else ""
-    figure, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 2.1 * rows, title, foot=foot)
-    grid = np.ravel(body.subplots(rows, columns, squeeze=False))
-    words = []
-    names = model_names([record for record, _ in records])
-    for axes, (_, model), name in zip(grid, records, names, strict=False):
-        by_width = model.by_width
-        widths = sorted(by_width)
-        kinds = [
-            k
-            for k in by_width[widths[0]]
-            if k.endswith("_pj") and all(k in row for row in by_width.values())
-        ]
-        for i, kind in enumerate(kinds):
-            colour, marker, dashes = SERIES[i % len(SERIES)]
-            values = [by_width[w][kind] * 1e-6 for w in widths]
-            look = {
-                "color": colour,
-                "marker": marker,
-                "linestyle": dashes,
-                "label": energy_name(kind),
-            }
-            if kind.startswith(
-                "traffic"
-            ):  # close to the refetches: big and hollow, so that both are seen
-                look |= {"markersize": 9, "markerfacecolor": "none", "linewidth": 0.8}
-            axes.plot(widths, values, **look)
-            words.append(
-                f"{name}, {energy_name(kind)}: {values[0]:.3g} µJ at {widths[0]} to {values[-1]:.3g} µJ at {widths[-1]}"
-            )
-        drawn = [by_width[w][kind] * 1e-6 for w in widths for kind in kinds]
-        style.width_axis(axes, widths)
-        axes.set_yscale("log")
-        axes.set_ylim(
-            10 ** math.floor(math.log10(min(drawn))), 10 ** math.ceil(math.log10(max(drawn)))
+def energy(comparisons: Comparisons) -> tuple[list[Figure], list[str]]:
+    """Energy model, a row per model: each kind spans the widths 1 to 8 on a log axis."""
+    models = energies(comparisons.inspects)
+    if not models:
+        return [], []
+    every = [pj for model in models.values() for pj in model.by_width.values()]
+    kinds = [k for k in every[0] if k.endswith("_pj") and all(k in pj for pj in every)]
+    times = [pj["refetch_float_pj"] / pj["shift_pj"] for pj in every if pj.get("shift_pj")]
+    title = "Modeled energy of a width switch and of weight traffic"
+    if "refetch_float_pj" in kinds and times:
+        title = (
+            f"Modeled, not measured: a shift in place takes {min(times):.0f} to {max(times):.0f} "
+            "times less energy than refetching the float weights"
         )
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("modelled energy [µJ]")
-        axes.set_title(name)
-    for axes in grid[len(records) :]:
-        axes.set_visible(False)
-    body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    sources = dict.fromkeys(e.source for _, e in records if e.source)
-    caption = " ".join(
-        [
-            "Computed from picojoule constants, not measured.",
-            *(f"{line}." for line in [*sources, *assumptions]),
-        ]
-    )
-    return [Figure("energy", "Energy", title, caption, "; ".join(words), figure)]
+    assumptions = list(dict.fromkeys(line for m in models.values() for line in m.assumptions))
+    foot = "Assumes: " + "; ".join(a.rstrip(".") for a in assumptions) if assumptions else ""
+    canvas, body = style.new(7.2, 0.9 + 0.16 * len(kinds) * len(models), title, foot=foot)
+    axes = body.add_subplot()
+    words = []
+    for y, (name, model) in enumerate(models.items()):
+        widths = sorted(model.by_width)
+        for i, kind in enumerate(kinds):
+            values = [model.by_width[w][kind] * 1e-6 for w in widths]
+            at, (color, _) = y + style.spread(i, len(kinds), 0.64), style.SERIES[i % 6]
+            axes.plot(values, [at] * len(values), color=color, linewidth=1)
+            label = energy_name(kind) if y == 0 else None
+            axes.plot(values, [at] * len(values), "|", color=color, markersize=6, label=label)
+            ends = f"{values[0]:.3g} µJ at {widths[0]} to {values[-1]:.3g} µJ at {widths[-1]}"
+            words.append(f"{name}, {energy_name(kind)}: {ends}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_yticks(range(len(models)), list(models))
+    axes.set_ylim(len(models) - 0.5, -0.5)
+    axes.set_xlabel("modeled energy [µJ], a tick per width from 1 to 8 bits")
+    axes.grid(axis="y", visible=False)
+    body.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    sources = dict.fromkeys(model.source for model in models.values() if model.source)
+    lines = [f"{line.rstrip('.')}." for line in [*sources, *assumptions]]
+    caption = " ".join(["Computed from picojoule constants, not measured.", *lines])
+    return [Figure("energy", "Energy", title, caption, "; ".join(words), canvas)], []

@@ -1,334 +1,276 @@
-"""Which tables a report has, and what stands in their cells."""
+"""The tables of a report."""
 
 from typing import Any
 
 from tq_lightning.records import STORAGE_LABELS
-from tq_lightning.report.comparisons import (
-    PAPER,
-    ROWS,
-    Comparisons,
-    is_papers,
-    reference,
-    row_arms,
-    split,
-)
-from tq_lightning.report.groups import Arm, ComparisonGroup, shown_extras
-from tq_lightning.report.model_costs import (
+from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
+from tq_lightning.report.groups import MAIN_KEYS, Arm, shown_extras
+from tq_lightning.report.labels import (
+    METHOD,
+    PARTS,
+    SPLIT_WORDS,
+    bits_words,
     energy_name,
-    model_names,
-    ratio,
-    with_energy,
-    with_key,
+    short,
+    text,
 )
-from tq_lightning.report.stats import METHOD, acc1, acc1_float, compare, number, split_of
-from tq_lightning.report.tables.render import Cell, Table
+from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
+from tq_lightning.report.stats import Estimate, acc1, acc1_float, compare, gap, number, split_of
+from tq_lightning.report.tables.render import Cell, Link, Table
+
+Row = dict[str, Cell]
 
 
-def tables(evidence: Comparisons) -> list[Table]:
-    """Every table that has rows, in the order of the page."""
-    made = [
-        qt_gap(evidence),
-        arms(evidence),
-        differences(evidence),
-        storage(evidence),
-        read_at(evidence),
-        energy(evidence),
-        constants(evidence),
-    ]
-    return [table for table in [*made, left_out(evidence)] if table.rows]
+def tables(comparisons: Comparisons) -> list[Table]:
+    """Return every table that has rows, in the order of the page."""
+    functions = (qt_gap, arms, differences, storage, read_at, energy, constants, left_out)
+    return [table for function in functions if (table := function(comparisons)).rows]
 
 
 def _widths(arms: list[Arm]) -> list[int]:
     return sorted({w for arm in arms for run in arm.runs for w in run.widths}, reverse=True)
 
 
-def _estimate(estimate: Any) -> Cell:
+def _estimate(estimate: Estimate | None) -> Cell:
     return None if estimate is None else (estimate.text(), estimate.mean)
 
 
-def qt_gap(evidence: Comparisons) -> Table:
-    """The paper's three rows for every setting, and the QT gap of each arm, all widths."""
-    found = evidence.qt_settings()
-    widths = _widths([arm for s in found for _, arm in s.arms])
-    rows: list[list[Cell]] = []
-    for setting in found:
-        part = split(setting)
-        flags = " ".join(setting.flags)
-        for words, arm, source in row_arms(setting):
-            values = [_estimate(acc1(arm, source, w, part)) for w in widths]
-            rows.append(
-                [
-                    setting.label,
-                    words,
-                    len(arm.runs),
-                    *values,
-                    _estimate(acc1_float(arm, part)),
-                    part,
-                    flags,
-                ]
-            )
-            if words in PAPER and is_papers(setting):
-                paper = [PAPER[words].get(str(w)) for w in widths]
-                rows.append(
-                    [
-                        setting.label,
-                        f"{words} (paper)",
-                        None,
-                        *paper,
-                        PAPER[words]["float"],
-                        "test",
-                        "arXiv 2506.11431",
-                    ]
-                )
-        for value, arm in setting.arms:
-            gaps = [compare(arm, arm, "quantize", "truncate", w, part) for w in widths]
-            cells = [None if g is None else _estimate(g.estimate) for g in gaps]
-            rows.append(
-                [
-                    setting.label,
-                    f"QT gap of {value} [points]",
-                    len(arm.runs),
-                    *cells,
-                    None,
-                    part,
-                    flags,
-                ]
-            )
-    caption = f"Top-1 in per cent by width in bits, mean ± half of the 95 % t interval over seeds. {METHOD}"
-    return Table(
-        "qt_gap",
-        "QT gap",
-        caption,
-        ["setting", "row", "seeds", *map(str, widths), "float", "split", "flags"],
-        rows,
-        ("setting", "row"),
-    )
+def headline(comparisons: Comparisons) -> Table:
+    """The paper's rows at the trained widths: the first table of the page."""
+    groups = comparisons.by_quantizer
+    trained = {w for group in groups for _, arm in group.arms for w in arm.trained}
+    notes = any(group.flags for group in groups)
+    rows: list[Row] = [
+        {
+            "setting": group.label,
+            "weights": name,
+            **{
+                f"{bits_words(w)} [%]": _estimate(acc1(arm, source, w, group.split))
+                for w in sorted(trained, reverse=True)
+            },
+            "seeds": len(arm.runs),
+            "split": SPLIT_WORDS[group.split].partition(",")[0],
+            **({"note": " ".join(group.flags)} if notes else {}),
+        }
+        for group in groups
+        for name, arm, source in group.rows
+    ]
+    caption = "Top-1 accuracy at each trained width, mean ± half of the 95 % t interval over seeds."
+    return Table("headline", "Accuracy by width", caption, rows)
 
 
-def arms(evidence: Comparisons) -> Table:
+def qt_gap(comparisons: Comparisons) -> Table:
+    """The paper's rows for every group and the QT gap of each arm, at all widths."""
+    groups = comparisons.by_quantizer
+    widths = _widths([arm for group in groups for _, arm in group.arms])
+    rows: list[Row] = []
+
+    def add(group: ComparisonGroup, row: str, unit: str, values: list[Cell], **more: Cell) -> None:
+        cells = dict(zip([*map(bits_words, widths), "float"], values, strict=True))
+        rest = {"split": group.split, "flags": " ".join(group.flags), **more}
+        seeds = rest.pop("seeds")
+        head = {"setting": group.label, "row": row, "unit": unit, "seeds": seeds}
+        rows.append({**head, **cells, **rest})
+
+    for group in groups:
+        split = group.split
+        for name, arm, source in group.rows:
+            values = [_estimate(acc1(arm, source, w, split)) for w in widths]
+            values.append(_estimate(acc1_float(arm, split)))
+            add(group, name, "%", values, seeds=len(arm.runs))
+            if name in PAPER and group.is_papers:
+                paper = [PAPER[name].get(key) for key in [*map(str, widths), "float"]]
+                source = {"split": "test", "flags": "arXiv 2506.11431", "seeds": None}
+                add(group, f"{name} (paper)", "%", paper, **source)
+        for value, arm in group.arms:
+            gaps = [_estimate(d.estimate) if (d := gap(arm, w, split)) else None for w in widths]
+            add(group, f"QT gap of {value}", "points", [*gaps, None], seeds=len(arm.runs))
+    caption = f"Top-1 and QT gap by width, mean ± half of the 95 % t interval over seeds. {METHOD}"
+    return Table("qt_gap", "QT gap", caption, rows, ("setting", "row"))
+
+
+def arms(comparisons: Comparisons) -> Table:
     """Every arm with its truncated accuracy by width."""
-    widths = _widths(evidence.arms)
-    extras = shown_extras(evidence.arms)
-    rows: list[list[Cell]] = []
-    for arm, extra in zip(evidence.arms, extras, strict=True):
-        part = split_of(arm.runs)
-        facts = [
-            arm["model.name"],
-            arm["data.name"],
-            *(_plain(arm[f"model.{k}"]) for k in ("quantizer", "ste", "level", "activations")),
-        ]
+    widths = _widths(comparisons.arms)
+    rows: list[Row] = []
+    for arm, extra in zip(comparisons.arms, shown_extras(comparisons.arms), strict=True):
+        split = split_of(arm.runs)
         seconds = sum(run.record.seconds for run in arm.runs)
-        values = [_estimate(acc1(arm, "truncate", w, part)) for w in widths]
         rows.append(
-            [
-                *facts,
-                extra,
-                (",".join(map(str, arm.seeds)), len(arm.seeds)),
-                arm.budget,
-                *values,
-                part,
-                (f"{seconds:.0f}", seconds),
-            ]
+            {
+                **_facts(arm),
+                "also": extra,
+                "seeds": (",".join(map(str, arm.seeds)), len(arm.seeds)),
+                "budget": arm.budget,
+                **{
+                    f"{bits_words(w)} [%]": _estimate(acc1(arm, "truncate", w, split))
+                    for w in widths
+                },
+                "split": split,
+                "time [s]": (f"{seconds:.0f}", seconds),
+            }
         )
-    columns = [
-        "model",
-        "data",
-        "quantizer",
-        "ste",
-        "level",
-        "activations",
-        "also",
-        "seeds",
-        "budget",
-        *map(str, widths),
-        "split",
-        "seconds",
-    ]
-    caption = f"Top-1 in per cent of the truncated weights by width in bits. {METHOD} Val: at the best epoch."
-    return Table("arms", "Arms", caption, columns, rows, ("model", "data", "quantizer", "ste"))
+    caption = f"Top-1 of the truncated weights by width. {METHOD} Validation: at the best epoch."
+    return Table("arms", "Arms", caption, rows, ("model", "data", "quantizer", "ste"))
 
 
-def _plain(value: Any) -> str:
-    return "none" if value is None else str(value)
+def _facts(arm: Arm, last: int | None = None) -> Row:
+    keys = ["model.name", "data.name", *MAIN_KEYS[2:last]]
+    return {
+        short(key).removesuffix(".name").replace("name", "model"): text(arm[key]) for key in keys
+    }
 
 
-def differences(evidence: Comparisons) -> Table:
-    """Every difference between two arms that differ in one key, with its interval and the verdict in words."""
-    rows: list[list[Cell]] = []
-    for setting in evidence.qt_settings():
-        part = split(setting)
-        named = row_arms(setting)
-        ours = [(n, a, s) for n, a, s in named if n.startswith(ROWS[2][0])]
-        for base in [r for r in named if r[1]["model.quantizer"] == "round"]:
-            for other in ours:
-                rows += _differences("quantizer", setting, other, base, part)
-    for key in evidence.factors():
-        for setting in evidence.factor_settings(key):
-            name, short = reference(setting), key.removeprefix("model.")
-            base = (name, setting.values(name)[0], "truncate")
-            for value, arm in setting.arms:
-                if arm is not base[1]:
-                    rows += _differences(
-                        short, setting, (value, arm, "truncate"), base, split(setting)
-                    )
-    caption = f"a - b in percentage points of top-1, truncated weights unless the row says otherwise. {METHOD}"
-    columns = [
-        "factor",
-        "setting",
-        "a",
-        "b",
-        "bits",
-        "a - b",
-        "interval",
-        "how",
-        "in words",
-        "split",
-        "flags",
-    ]
-    return Table(
-        "differences",
-        "Differences between arms",
-        caption,
-        columns,
-        rows,
-        ("factor", "setting", "bits", "how"),
+def runs(comparisons: Comparisons) -> Table:
+    """One row per run; its first cell opens the exact configuration."""
+    widths = _widths(comparisons.arms)
+    rows: list[Row] = []
+    for index, arm in enumerate(comparisons.arms):
+        for run in arm.runs:
+            split = "test" if run.has_test else "val"
+            pairs = [
+                (run.acc1("quantize", w, split), run.acc1("truncate", w, split))
+                for w in arm.trained
+            ]
+            gaps = [q - t for q, t in pairs if q is not None and t is not None]
+            rows.append(
+                {
+                    "run": Link(run.id[:10], run.id),
+                    "arm": index,
+                    **_facts(arm, -1),
+                    "seed": run.seed,
+                    **{f"{bits_words(w)} [%]": run.acc1("truncate", w, split) for w in widths},
+                    "largest QT gap [points]": max(gaps, default=None),
+                    "split": split,
+                    "epochs": run.record.epochs,
+                    "time [s]": run.record.seconds,
+                    "commit": str(run.record.commit)[:8],
+                }
+            )
+    caption = (
+        "Top-1 of the truncated weights by width, and the largest QT gap at a trained width. The "
+        "button of a run opens its configuration, seed, commit and versions. runs.csv holds the "
+        "full table, one row per run, source and width."
     )
+    facets = ("model", "data", "quantizer", "ste", "level", "seed")
+    return Table("runs", "Runs", caption, rows, facets)
+
+
+def differences(comparisons: Comparisons) -> Table:
+    """Every difference between two arms of a group, with its interval and conclusion."""
+    rows: list[Row] = []
+    for group in comparisons.by_quantizer:
+        nested = [row for row in group.rows if row[1].nested]
+        for b in (row for row in group.rows if not row[1].nested):
+            for a in nested:
+                rows += _differences("quantizer", group, a, b)
+    for key, groups in comparisons.by_factor.items():
+        for group in groups:
+            base = (*group.reference, "truncate")
+            for value, arm in group.arms:
+                if arm is not base[1]:
+                    rows += _differences(short(key), group, (value, arm, "truncate"), base)
+    caption = (
+        "Differences a - b of top-1, of truncated weights unless the row says otherwise. " + METHOD
+    )
+    facets = ("factor", "setting", "width [bits]", "how")
+    return Table("differences", "Differences between arms", caption, rows, facets)
 
 
 def _differences(
-    factor: str,
-    setting: ComparisonGroup,
-    a: tuple[str, Arm, str],
-    b: tuple[str, Arm, str],
-    part: str,
-) -> list[list[Cell]]:
-    out = []
-    for w in a[1].runs[0].widths:
-        found = compare(a[1], b[1], a[2], b[2], w, part)
-        if found is None:
-            continue
-        e = found.estimate
-        interval = "" if e.half is None else f"[{number(e.low, 2, '+')}, {number(e.high, 2, '+')}]"
-        cells = [
-            (number(e.mean, 2, "+"), e.mean),
-            interval,
-            found.how,
-            found.verdict(),
-            part,
-            " ".join(setting.flags),
-        ]
-        out.append([factor, setting.label, a[0], b[0], w, *cells])
-    return out
-
-
-def _size(value: float | None) -> Cell:
-    return None if value is None else (f"{value / 2**20:.2f}", value)
-
-
-def storage(evidence: Comparisons) -> Table:
-    """Bytes by model and way, and how many times smaller than the float parameters; the accounting in its notes."""
-    rows: list[list[Cell]] = []
-    records = with_key(evidence, "ways")
-    names = model_names(records)
-    for record, name in zip(records, names, strict=True):
-        for key, words in STORAGE_LABELS.items():
-            if way := record.ways.get(key):
-                times = ratio(record, key)
-                sizes = (way.total, way.weights, way.float, way.norms, way.scales)
-                parts = [_size(size) for size in sizes]
-                rows.append([name, words, int(way.total), *parts, (f"{times:.3f}×", times)])
-    notes = [f"{n}: {line}" for r, n in zip(records, names, strict=True) for line in r.accounting]
-    columns = [
-        "model",
-        "way",
-        "bytes",
-        "total",
-        "quantized weights",
-        "left in float",
-        "norm sets",
-        "scales",
-        "float parameters over this",
+    factor: str, group: ComparisonGroup, a: tuple[str, Arm, str], b: tuple[str, Arm, str]
+) -> list[Row]:
+    found = {w: compare(a[1], b[1], a[2], b[2], w, group.split) for w in a[1].runs[0].widths}
+    return [
+        {
+            "factor": factor,
+            "setting": group.label,
+            "a": a[0],
+            "b": b[0],
+            "width [bits]": width,
+            "a - b [points]": (number(d.estimate.mean, 2, "+"), d.estimate.mean),
+            "95 % interval [points]": d.interval,
+            "how": d.how,
+            "conclusion": d.verdict(),
+            "split": group.split,
+            "flags": " ".join(group.flags),
+        }
+        for width, d in found.items()
+        if d is not None
     ]
-    return Table(
-        "storage",
-        "Storage",
-        "Sizes in MiB; total also in bytes.",
-        columns,
-        rows,
-        ("model", "way"),
-        tuple(notes),
-    )
 
 
-def read_at(evidence: Comparisons) -> Table:
+def _mib(value: float | None) -> Cell:
+    return None if value is None else (f"{value / MIB:.2f}", value)
+
+
+def storage(comparisons: Comparisons) -> Table:
+    """Bytes by model and storage scheme, and the ratio of the float parameters to them."""
+    records = smallest_first(comparisons.inspects, "ways")
+    rows: list[Row] = [
+        {
+            "model": name,
+            "storage": label,
+            "size [bytes]": int(way.total),
+            "total [MiB]": _mib(way.total),
+            **{f"{words} [MiB]": _mib(getattr(way, part)) for part, words in PARTS.items()},
+            "float parameters / total": (f"{ratio(record, key):.3f}×", ratio(record, key)),
+        }
+        for name, record in records.items()
+        for key, label in STORAGE_LABELS.items()
+        if (way := record.ways.get(key)) is not None
+    ]
+    notes = tuple(f"{name}: {line}" for name, r in records.items() for line in r.accounting)
+    caption = "Bytes to serve every width from 1 to 8 bits; the notes give the accounting."
+    return Table("storage", "Storage", caption, rows, ("model", "storage"), notes)
+
+
+def read_at(comparisons: Comparisons) -> Table:
     """Bytes read to run at each width."""
-    records = with_key(evidence, "read_at")
-    widths = sorted({w for r in records for w in r.read_at})
-    rows: list[list[Cell]] = [
-        [n, *(_size(r.read_at.get(w)) for w in widths)]
-        for r, n in zip(records, model_names(records), strict=True)
+    records = smallest_first(comparisons.inspects, "read_at")
+    widths = sorted({w for record in records.values() for w in record.read_at})
+    rows: list[Row] = [
+        {"model": name, **{f"{bits_words(w)} [MiB]": _mib(r.read_at.get(w)) for w in widths}}
+        for name, r in records.items()
     ]
-    caption = "MiB read from the packed file, by width in bits."
-    return Table(
-        "read_at", "Bytes read to run at a width", caption, ["model", *map(str, widths)], rows
-    )
+    caption = "Bytes read from the packed file, by width."
+    return Table("read_at", "Bytes read to run at a width", caption, rows)
 
 
-def energy(evidence: Comparisons) -> Table:
+def energy(comparisons: Comparisons) -> Table:
     """The energy model by model and width."""
-    records = with_energy(evidence)
-    kinds = list(
-        dict.fromkeys(
-            k
-            for _, energy in records
-            for v in energy.by_width.values()
-            for k in v
-            if k.endswith("_pj")
-        )
-    )
-    rows: list[list[Cell]] = [
-        [name, w, *((f"{v[k] * 1e-6:.4g}", v[k]) if k in v else None for k in kinds)]
-        for (_, energy), name in zip(records, model_names([r for r, _ in records]), strict=True)
-        for w, v in sorted(energy.by_width.items())
+    models = energies(comparisons.inspects)
+    every = [(name, w, pj) for name, m in models.items() for w, pj in sorted(m.by_width.items())]
+    kinds = dict.fromkeys(kind for _, _, pj in every for kind in pj if kind.endswith("_pj"))
+    rows: list[Row] = [
+        {
+            "model": name,
+            "width [bits]": width,
+            **{f"{energy_name(k)} [µJ]": _microjoule(pj.get(k)) for k in kinds},
+        }
+        for name, width, pj in every
     ]
-    notes = tuple(dict.fromkeys(line for _, energy in records for line in energy.assumptions))
-    columns = ["model", "bits", *(f"{energy_name(k)} [µJ]" for k in kinds)]
-    return Table(
-        "energy",
-        "Energy of a switch of width and of weight traffic",
-        "Modelled, not measured.",
-        columns,
-        rows,
-        ("model",),
-        notes,
-    )
+    notes = tuple(dict.fromkeys(line for m in models.values() for line in m.assumptions))
+    title = "Energy of a width switch and of weight traffic"
+    return Table("energy", title, "Modeled, not measured.", rows, ("model",), notes)
 
 
-def constants(evidence: Comparisons) -> Table:
-    """The picojoule constants that the energy model rests on, as the inspect records carry them."""
-    rows: dict[str, list[Cell]] = {}
-    for record in evidence.inspects:
-        if record.energy is not None:
-            for name, pj in record.energy.constants_pj.items():
-                source = record.energy.source or "not recorded"
-                rows.setdefault(f"{name} {pj}", [name, pj, source])
-    caption = "What the model rests on, as each inspect record carries it."
-    return Table(
-        "constants",
-        "Constants of the energy model",
-        caption,
-        ["operation", "pJ", "source"],
-        list(rows.values()),
-    )
+def _microjoule(pj: float | None) -> Cell:
+    return None if pj is None else (f"{pj * 1e-6:.4g}", pj)
 
 
-def left_out(evidence: Comparisons) -> Table:
-    """What was found and not used, with the reason."""
-    rows: list[list[Cell]] = [[path, reason] for path, reason in evidence.left_out]
-    return Table(
-        "left_out",
-        "Left out",
-        "Found, and in no number of this report.",
-        ["record", "reason"],
-        rows,
-    )
+def constants(comparisons: Comparisons) -> Table:
+    """The constants of the energy model, as the inspect records carry them."""
+    rows: dict[tuple[str, Any], Row] = {}
+    for model in (record.energy for record in comparisons.inspects if record.energy):
+        for name, pj in model.constants_pj.items():
+            row = {"operation": name, "energy [pJ]": pj, "source": model.source or "not recorded"}
+            rows.setdefault((name, pj), row)
+    caption = "The constants that the inspect records carry."
+    return Table("constants", "Constants of the energy model", caption, list(rows.values()))
+
+
+def left_out(comparisons: Comparisons) -> Table:
+    """Files that were found and not used, with the reason."""
+    rows: list[Row] = [{"record": path, "reason": reason} for path, reason in comparisons.left_out]
+    return Table("left_out", "Left out", "Found, but in no number of this report.", rows)

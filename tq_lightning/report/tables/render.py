@@ -1,28 +1,60 @@
-"""Tables as data, and their written forms: Markdown, LaTeX and the page's cells come from the same rows."""
+"""Tables as data, and their Markdown and LaTeX forms; the page renders the same rows."""
 
 import re
 from dataclasses import dataclass
 from typing import Any
 
-Cell = Any  # str, int, float or None; (text, sort key) where the text does not sort by itself
+import pandas as pd
+
+Cell = Any  # str, int, float or None; (text, sort key) if the text does not sort by itself
+
+
+class Link(str):
+    """A cell that opens the details of a run."""
+
+    run: str
+
+    def __new__(cls, shown: str, run: str) -> "Link":
+        """Create a cell that shows `shown` and opens `run`."""
+        link = super().__new__(cls, shown)
+        link.run = run
+        return link
 
 
 @dataclass
 class Table:
-    """`columns` name the cells of every row; `facets` are the columns worth a drop-down filter on the page; `notes` are
-    lines that belong under the table."""
+    """A table of a report.
+
+    Attributes:
+        name: name of its files, and its anchor on the page.
+        title: heading.
+        caption: what the cells hold, with units.
+        rows: {column: cell}, each with the same columns.
+        facets: columns worth a filter on the page.
+        notes: lines below the table.
+    """
 
     name: str
     title: str
     caption: str
-    columns: list[str]
-    rows: list[list[Cell]]
+    rows: list[dict[str, Cell]]
     facets: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def columns(self) -> list[str]:
+        """Column headers."""
+        return list(self.rows[0]) if self.rows else []
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The cells as text."""
+        texts = [{column: text(cell) for column, cell in row.items()} for row in self.rows]
+        return pd.DataFrame(texts, columns=self.columns, dtype=object)
+
 
 def text(cell: Cell) -> str:
-    """A cell as printed."""
+    """Return a cell as printed."""
     if isinstance(cell, tuple):
         return str(cell[0])
     if cell is None:
@@ -31,34 +63,21 @@ def text(cell: Cell) -> str:
 
 
 def sort_key(cell: Cell) -> Any:
-    """What a cell sorts by: a number where there is one."""
+    """Return what a cell sorts by: a number if it has one."""
     return cell[1] if isinstance(cell, tuple) else cell
 
 
 def markdown(table: Table) -> str:
-    """GitHub Markdown with the caption under the table."""
-
-    def row(cells: list[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
-
-    lines = [
-        row(table.columns),
-        row(["---"] * len(table.columns)),
-        *(row([text(c) for c in cells]) for cells in table.rows),
-    ]
+    """Return GitHub Markdown with the caption and the notes below the table."""
+    cells = [table.columns, ["---"] * len(table.columns), *table.shown.to_numpy().tolist()]
+    rows = [" | ".join(c.replace("|", "\\|").replace("\n", " ") for c in row) for row in cells]
+    lines = [f"| {row} |" for row in rows]
     notes = ["", *(f"- {note}" for note in table.notes)] if table.notes else []
     return "\n".join([f"### {table.title}", "", *lines, "", table.caption, *notes, ""])
 
 
 LATEX = {
     "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
@@ -71,72 +90,52 @@ LATEX = {
     "<": r"$<$",
     ">": r"$>$",
     "≈": r"$\approx$",
-    "[": "{[}",  # at the head of a row it would be read as an argument of the line break before it
+    "[": "{[}",  # at the start of a row it would be an argument of the preceding line break
+    **{c: rf"\{c}" for c in "&%$#_{}"},
 }
-LAST_SETUP = "\u017f"  # letters up to here are set up in LaTeX by itself; a later one would stop the compiler
+LAST_SETUP = "\u017f"  # LaTeX stops at letters beyond this one unless they are set up
 PAGE_ROWS = 40  # rows that fit a page
 LONG = 36  # characters beyond which a cell is wrapped
 
 
 def latex(table: Table) -> str:
-    r"""A booktabs `table`, or a `longtable` where the rows don't fit a page; its first line says which packages it needs.
+    r"""Return a booktabs `table`, or a `longtable` in landscape if the rows do not fit a page.
 
-    Columns of numbers are set right; of words that are long, wrapped. What is still wider than the text is scaled down to
-    it, and the notes stand below the float, where they may run over a page.
+    The first line names the packages it needs. Numbers are aligned right and long text is wrapped.
+    A `table` wider than the text is scaled down. Notes stand below the float, where they may break
+    across pages.
     """
-
-    def row(cells: list[str]) -> str:
-        return " & ".join(safe(cell) for cell in cells) + r" \\"
-
-    def safe(words: str) -> str:
-        return "".join(LATEX.get(c, c if c <= LAST_SETUP else "?") for c in words)
-
-    shown = [[text(c) for c in cells] for cells in table.rows]
-    caption = safe(f"{table.title}. {table.caption}")
-    body = "\n".join(map(row, shown))
-    named = rf"\caption{{{caption}}}\label{{tab:{table.name}}}"
-    heads, columns = (
-        row(table.columns),
-        "".join(_column([cells[i] for cells in shown]) for i in range(len(table.columns))),
-    )
+    shown = table.shown
+    columns = "".join(_column(shown.iloc[:, i].tolist()) for i in range(len(table.columns)))
+    long = len(table.rows) > PAGE_ROWS
+    frame = shown.map(_safe).rename(columns=_safe)
+    caption = rf"\caption{{{_safe(f'{table.title}. {table.caption}')}}}\label{{tab:{table.name}}}"
+    body = frame.to_latex(index=False, escape=False, column_format=columns, longtable=long)
     notes = "".join(
-        f"\n\\noindent{{\\footnotesize\\raggedright {safe(note)}\\par}}" for note in table.notes
+        f"\n\\noindent{{\\footnotesize\\raggedright {_safe(note)}\\par}}" for note in table.notes
     )
-    if len(table.rows) > PAGE_ROWS:
-        return rf"""% \usepackage{{array,booktabs,longtable,pdflscape}}
-\begin{{landscape}}\scriptsize\setlength{{\tabcolsep}}{{2pt}}
-\begin{{longtable}}{{{columns}}}
-{named}\\
-\toprule
-{heads}
-\midrule
-\endhead
-{body}
-\bottomrule
-\end{{longtable}}{notes}
-\end{{landscape}}
-"""
-    return rf"""% \usepackage{{array,booktabs,graphicx}}
-\begin{{table}}
-\centering
-{named}
-\setlength{{\tabcolsep}}{{3pt}}
-\resizebox{{\ifdim\width>\textwidth\textwidth\else\width\fi}}{{!}}{{%
-\begin{{tabular}}{{{columns}}}
-\toprule
-{heads}
-\midrule
-{body}
-\bottomrule
-\end{{tabular}}}}
-\end{{table}}{notes}
-"""
+    if long:
+        begin, rest = body.split("\n", 1)
+        return (
+            "% \\usepackage{array,booktabs,longtable,pdflscape}\n\\begin{landscape}\\scriptsize"
+            f"\\setlength{{\\tabcolsep}}{{2pt}}\n{begin}\n{caption}\\\\\n{rest}{notes}\n"
+            "\\end{landscape}\n"
+        )
+    scale = r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%"
+    return (
+        f"% \\usepackage{{array,booktabs,graphicx}}\n\\begin{{table}}\n\\centering\n{caption}\n"
+        f"\\setlength{{\\tabcolsep}}{{3pt}}\n{scale}\n{body.rstrip()}}}\n\\end{{table}}{notes}\n"
+    )
+
+
+def _safe(words: str) -> str:
+    return "".join(LATEX.get(c, c if c <= LAST_SETUP else "?") for c in words)
 
 
 def _column(cells: list[str]) -> str:
-    """How LaTeX sets a column."""
+    """Return the LaTeX specification of a column."""
     if (longest := max(map(len, cells), default=0)) > LONG:
-        # Half a letter's width each on about four lines: a narrower column would be taller than the page.
+        # Half an em per letter on about four lines: a narrower column would be taller than a page.
         return rf">{{\raggedright\arraybackslash}}p{{{max(20, longest // 8)}em}}"
     filled = [cell for cell in cells if cell]
     return "r" if filled and all(re.match(r"[-+]?[\d.]", cell) for cell in filled) else "l"

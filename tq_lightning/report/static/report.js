@@ -1,0 +1,87 @@
+'use strict';
+const records = JSON.parse(document.getElementById('records').textContent);
+
+for (const box of document.querySelectorAll('.table[data-name]')) {
+  const body = box.querySelector('tbody'), input = box.querySelector('input');
+  const out = box.querySelector('output'), rows = [...body.rows];
+  const picks = [...box.querySelectorAll('select')], heads = [...box.querySelectorAll('th')];
+  const words = new Map(rows.map(row => [row, row.textContent.toLowerCase()]));
+  const filter = () => {
+    const terms = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const row of rows)
+      row.hidden = !(terms.every(term => words.get(row).includes(term)) && picks.every(pick =>
+        !pick.value || row.cells[pick.dataset.column].textContent === pick.value));
+    out.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length} rows`;
+  };
+  for (const control of [input, ...picks]) control.addEventListener('input', filter);
+  for (const pick of picks) pick.addEventListener('change', filter);
+  const compare = (a, b) => {
+    // Empty cells last, numbers before words, words with their digits as numbers.
+    if (typeof a === 'number' && typeof b === 'number') return a - b;
+    if (typeof a !== typeof b) return typeof a === 'number' ? -1 : 1;
+    return a.localeCompare(b, 'en', {numeric: true});
+  };
+  heads.forEach((head, column) => head.querySelector('button').addEventListener('click', () => {
+    const sign = head.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
+    for (const other of heads) other.setAttribute('aria-sort', 'none');
+    head.setAttribute('aria-sort', sign < 0 ? 'descending' : 'ascending');
+    const keys = new Map(rows.map(row => {
+      const cell = row.cells[column], key = cell.dataset.key;
+      return [row, key === undefined ? cell.textContent : Number(key)];
+    }));
+    const empty = row => keys.get(row) === '';
+    rows.sort((a, b) => empty(a) - empty(b) || sign * compare(keys.get(a), keys.get(b)));
+    body.append(...rows);
+  }));
+}
+
+const element = (name, content) => {
+  const made = document.createElement(name);
+  made.textContent = content;
+  return made;
+};
+const openRun = ({path, config, record}) => {
+  document.getElementById('run-h').textContent = `Run ${record.id}`;
+  const facts = document.createElement('dl');
+  const {seed, versions, device, command, started, seconds, epochs, steps} = record;
+  const commit = record.commit && record.commit + (record.dirty ? ' (uncommitted changes)' : '');
+  const told = {seed, commit, versions, device, command, started, 'time [s]': seconds, epochs,
+    steps, record: path};
+  for (const [name, value] of Object.entries(told)) {
+    const pairs = value && typeof value === 'object' && Object.entries(value);
+    const shown = pairs ? pairs.map(pair => pair.join(' ')).join(', ') : value;
+    facts.append(element('dt', name), element('dd', shown ?? 'not recorded'));
+  }
+  document.getElementById('run-body').replaceChildren(facts,
+    element('h3', 'Configuration'), element('pre', JSON.stringify(config, null, 2)),
+    element('h3', 'Rest of the record'), element('pre', JSON.stringify(record, null, 2)));
+  document.getElementById('run').showModal();
+};
+const openFigure = image => {
+  document.getElementById('large-h').textContent = image.closest('figure').dataset.title;
+  document.getElementById('large-body').replaceChildren(image.cloneNode());
+  document.getElementById('large').showModal();
+};
+document.addEventListener('click', event => {
+  const button = event.target.closest('button.run'), frame = event.target.closest('a.frame');
+  if (button) openRun(records[button.dataset.run]);
+  if (frame) {
+    event.preventDefault();
+    openFigure(frame.querySelector('img'));
+  }
+});
+
+const theme = document.getElementById('theme'), themes = ['system', 'light', 'dark'];
+const paint = name => {
+  const root = document.documentElement;
+  if (name === 'system') delete root.dataset.theme; else root.dataset.theme = name;
+  theme.textContent = `Colors: ${name}`;
+};
+let current = 'system';
+try { current = localStorage.getItem('tq-theme') || 'system'; } catch { /* no storage on disk */ }
+paint(current);
+theme.addEventListener('click', () => {
+  current = themes[(themes.indexOf(current) + 1) % themes.length];
+  try { localStorage.setItem('tq-theme', current); } catch { /* lasts as long as the page */ }
+  paint(current);
+});
