@@ -1,4 +1,4 @@
-"""Every file of conf/ trains a couple of steps: its own model at its own input size, on synthetic data."""
+"""Every file of conf/ trains two steps: its model at its input size, on synthetic data."""
 
 from pathlib import Path
 

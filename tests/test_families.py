@@ -1,8 +1,9 @@
-"""Every model family of timm, by its smallest model at the smallest input it takes: prepared, trained a step, evaluated.
+"""Every model family of timm: its smallest model is prepared, trained one step, and evaluated.
 
-The table was found once by walking all models of each family on the meta device and trying inputs of 32, 64, 96, ...
-pixels (with `img_size` where the model wants to be told). The table is complete for the version of timm that
-constraints.txt pins; with another version, families that are missing on either side are skipped.
+The table was found by walking all models of each family on the meta device and trying inputs of 32,
+64, 96, ... pixels (with `img_size` if the model needs it). It is complete for the version of timm
+that constraints.txt pins; with another version, families that are missing on either side are
+skipped.
 """
 
 import gc
@@ -154,7 +155,7 @@ OPERATORS = CONVOLUTIONS | PRODUCTS | {torch.lstm, torch.gru, F.multi_head_atten
 
 
 class _FloatWeights(TorchFunctionMode):
-    """Collects the parameters of two dimensions or more that an operator multiplies with as they are, in float."""
+    """Collect the float parameters of two or more dimensions that an operator multiplies with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +172,7 @@ class _FloatWeights(TorchFunctionMode):
 
 
 def _tensors(out) -> list[Tensor]:
-    """The float tensors of whatever a model returns: heads that are trained apart come as tuples."""
+    """Return the float tensors of a model's output, which may be a tuple or a dict."""
     if isinstance(out, Tensor):
         return [out] if out.is_floating_point() else []
     out = out.values() if isinstance(out, dict) else out
@@ -235,7 +236,7 @@ def test_family(family):
 def _share(
     model: nn.Module, floats: _FloatWeights, skipped: set[int]
 ) -> tuple[float, list[tuple[int, ...]]]:
-    """Share of the multiplied weights that is quantized, leaving `skipped` aside, and the shapes of what is not."""
+    """Return the quantized share of the multiplied weights, and the shapes of the other ones."""
     done = sum(weight.original.numel() for weight in weight_quantizers(model))
     left = [p for p in floats.met.values() if id(p) not in skipped]
     return done / (done + sum(p.numel() for p in left)), [tuple(p.shape) for p in left]

@@ -1,4 +1,4 @@
-"""What import-linter's contracts (pyproject.toml) can't say: dynamic imports, stars, and what must stay light."""
+"""Import rules beyond the contracts in pyproject.toml: dynamic imports, stars, heavy packages."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ MAY_IMPORT_BY_NAME = {
 
 
 def faults(path: str, source: str) -> list[str]:
-    """Star imports, relative imports, and `import_module` outside the two files that may call it."""
+    """Find star and relative imports, and `import_module` outside the files that may call it."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):

@@ -1,6 +1,6 @@
-"""What an operator multiplies with lies on the grid, whatever layer owns the weight: caught in the operator's own call.
+"""The weights that operators multiply with lie on the grid, whatever layer owns them.
 
-Where a layer standardises its weight, it lies there up to one affine map for each output channel.
+The weight of a layer that standardizes it lies there up to one affine map per output channel.
 """
 
 import pytest
@@ -28,7 +28,7 @@ _WEIGHT_SECOND |= {torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 class _Caught(TorchFunctionMode):
-    """Every weight that a convolution, a linear map, an attention or a recurrence was called with, in order."""
+    """Record every weight that an operator was called with, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def _calls(name: str, bits: int | None, source: str, normalizer: str = "tanh", t
 
 
 def _grids(model: nn.Module, bits: int) -> list[tuple[Tensor, Tensor]]:
-    """(level, weight) of every quantized tensor, from the integers: the codes at 8 bits, shifted."""
+    """Return (level, weight) of every quantized tensor, from the shifted 8-bit codes."""
     grids = []
     for weight in weight_quantizers(model):
         quantizer = weight.quantizer

@@ -1,4 +1,4 @@
-"""TruncQuant on PyTorch Lightning: one stored network that runs at 8, 4, 2 or 1 bits by a right shift.
+"""TruncQuant on PyTorch Lightning: one stored network, run at 8, 4, 2 or 1 bits by a right shift.
 
 The public names need PyTorch alone, so a plain training loop can use them without Lightning::
 

@@ -1,0 +1,215 @@
+"""Every shell and Python block of the README and the documentation runs, or says why it does not.
+
+A block that is not run carries `<!-- not run: REASON -->` on the line before it. Its command lines
+are still parsed. The blocks of a page run in order, in one folder that holds conf/, sweeps/, docs/
+and results/, as a clone does.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tq_lightning.cli import LIGHTNING_VERBS, VERBS, main
+from tq_lightning.sweep.config import read_sweep, with_extra
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "results" / "README.md", ROOT / "results" / "digits_example" / "README.md"]
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^>]+?) -->\n+)?"
+    r"^ *```(?P<language>[\w{}-]*)\n(?P<code>.*?)^ *```$",
+    re.M | re.S,
+)
+REASONS = {
+    "builds an environment; CI runs the same targets",
+    "large data",
+    "replaces a committed result",
+    "needs a cluster",
+    "needs a database server",
+    "needs a device",
+    "needs an account",
+    "needs the packages of the environment that runs this test",
+}
+MARKED = {
+    "README.md": 1,
+    "CONTRIBUTING.md": 1,
+    "docs/getting_started.md": 1,
+    "docs/sweeps.md": 3,
+    "docs/training.md": 1,
+    "results/README.md": 5,
+    "results/digits_example/README.md": 1,
+}
+PLACEHOLDER = {"RUN/config.yaml": "conf/digits.yaml"}
+TRAINS = re.compile(r"\b(fit|sweep) ")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: Path
+    language: str
+    code: str
+    reason: str | None
+
+
+def blocks(page: Path) -> list[Block]:
+    return [
+        Block(page, m["language"], m["code"], m["reason"]) for m in BLOCK.finditer(page.read_text())
+    ]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def commands(code: str) -> list[list[str]]:
+    """The arguments of each call of tq_lightning in a shell block."""
+    found: list[list[str]] = []
+    for line in code.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        argv: list[str] | None = None
+        for token in lexer:
+            if argv is not None and set(token) <= set("|&;<>()"):
+                argv = None
+            elif argv is not None:
+                argv.append(PLACEHOLDER.get(token, re.sub(r"\$\{?\w+\}?", "1", token)))
+            elif token in ("tq-lightning", "tq_lightning"):
+                argv = []
+                found.append(argv)
+    return found
+
+
+class Parsed(Exception):
+    """Raised in place of running a command whose arguments were accepted."""
+
+
+def parse(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the parser of a verb, and nothing else."""
+    verb, arguments = argv[0], argv[1:]
+    if verb in LIGHTNING_VERBS:
+        assert main([verb, *arguments, "--print_config"]) == 0, (
+            f"fails to parse: {shlex.join(argv)}"
+        )
+        return
+    assert verb in VERBS, f"unknown verb in {shlex.join(argv)}"
+    accepts = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args, **kwargs):
+        accepts(self, *args, **kwargs)
+        raise Parsed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Parsed):
+            assert main(argv) == 0, f"fails to parse: {shlex.join(argv)}"
+    if verb == "sweep":
+        cut = arguments.index("--") if "--" in arguments else len(arguments)
+        (file,) = (a for a in arguments[:cut] if a.endswith(".yaml"))
+        with_extra(read_sweep(file), arguments[cut + 1 :])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_blocks_say_what_they_are(page):
+    """Fences close, have a language, and a mark has a known reason; commands stand in fences."""
+    text = page.read_text()
+    assert text.count("```") % 2 == 0
+    for block in blocks(page):
+        assert block.language, f"a fence without a language in {name(page)}:\n{block.code}"
+        assert block.reason is None or block.reason in REASONS, block.reason
+    outside = BLOCK.sub("", text)
+    assert "```" not in outside, "a fence that this test does not read"
+    assert "<!-- not run" not in outside, "a mark that is not directly before its block"
+    stray = [
+        line for line in outside.splitlines() if re.match(r" {4,}(python|tq-light|make)", line)
+    ]
+    assert not stray, "commands outside a fenced block"
+
+
+def test_marked_blocks():
+    """The blocks that are not run, page by page."""
+    marked = {name(p): sum(b.reason is not None for b in blocks(p)) for p in PAGES}
+    assert {page: count for page, count in marked.items() if count} == MARKED
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_command_lines_parse(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for block in blocks(page):
+        if block.language == "bash":
+            for argv in commands(block.code):
+                if not {"--help", "--version"} & set(argv):
+                    parse(argv, monkeypatch)
+            for target in re.findall(r"^(?:\w+=\S+ )*make ([\w-]+)", block.code, re.M):
+                assert f"\n{target}:" in (ROOT / "Makefile").read_text(), f"no target {target}"
+
+
+@pytest.mark.parametrize(
+    ("line", "accepted"),
+    [
+        ("tq-lightning fit --config conf/digits.yaml --trainer.max_epochs 2 | head", True),
+        ("tq-lightning fit --config conf/digits.yaml --trainer.max_epoch_s 2", False),
+        ("python -m tq_lightning classify m.safetensors images --bits 2 # comment", True),
+        ("tq-lightning classify m.safetensors", False),
+        ("srun tq-lightning report runs/a && tq-lightning report", False),
+        ("OMP_NUM_THREADS=1 tq-lightning sweep sweeps/ste.yaml -- --trainer.max_epochs=2", True),
+        ("tq-lightning sweep sweeps/ste.yaml -- --model.ste=dsq", False),
+        ("tq-lightning fly", False),
+    ],
+)
+def test_the_parser_of_this_test(line, accepted, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    found = commands(line)
+    assert found
+
+    def parse_all():
+        for argv in found:
+            parse(argv, monkeypatch)
+
+    if accepted:
+        parse_all()
+    else:
+        with pytest.raises(BaseException):  # noqa: B017 a failed assertion, or pytest.raises' own
+            parse_all()
+
+
+def runnable() -> list:
+    rows = []
+    for page in PAGES:
+        chosen = [b for b in blocks(page) if b.language in ("bash", "python") and b.reason is None]
+        slow = any(TRAINS.search(b.code) for b in chosen if b.language == "bash")
+        marks = [pytest.mark.slow, pytest.mark.timeout(900)] if slow else []
+        if chosen:
+            rows.append(pytest.param(chosen, id=name(page), marks=marks))
+    return rows
+
+
+@pytest.mark.parametrize("chosen", runnable())
+def test_blocks_run(chosen, tmp_path, monkeypatch, capsys):
+    for folder in ("conf", "sweeps", "docs", "results"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "runs").mkdir()
+    tools = tmp_path / ".bin"
+    tools.mkdir()
+    for tool, call in (("python", ""), ("tq-lightning", "-m tq_lightning")):
+        (tools / tool).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {call} "$@"\n')
+        (tools / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    for number, block in enumerate(chosen):
+        if block.language == "python":
+            script = tmp_path / f"block{number}.py"
+            script.write_text(block.code)
+            call = ["python", script.name]
+        else:
+            call = ["bash", "-euo", "pipefail", "-c", block.code]
+        done = subprocess.run(call, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

@@ -1,0 +1,25 @@
+"""Behavior that depends on the version of a dependency, for `make test-lowest`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_an_offline_wandb_fit_ends(tmp_path):
+    """Before wandb 0.19.5, the process of an offline run hangs at its end."""
+    argv = ["fit", "--config", "conf/digits.yaml", "--trainer.max_epochs", "1", "--wandb"]
+    argv += ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
+    argv += ["--model.calibration_batches", "1", "--model.warmup_epochs", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tq_lightning", *argv, "--trainer.default_root_dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob("*/wandb/offline-run-*/run-*.wandb"))) == 1
