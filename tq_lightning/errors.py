@@ -6,7 +6,9 @@ A message is one line, without passwords, that says what was got and what to pas
 import difflib
 import re
 import signal
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 # scheme://user:PASSWORD@host. A password may hold "/", "@" and "%": it ends at the last "@" before
 # white space, and if it holds white space itself, at the next "@" of the line.
@@ -70,3 +72,10 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return "; did you mean X, Y?" with the names in `known` that are close to `name`, or ""."""
     close = difflib.get_close_matches(str(name), list(known), n=count)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def program_name() -> str:
+    """Return the name of the command line as the user started it, for usage lines and hints."""
+    if Path(sys.argv[0]).stem == "tq-lightning":
+        return "tq-lightning"
+    return "python -m tq_lightning"

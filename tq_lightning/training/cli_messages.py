@@ -1,51 +1,100 @@
-"""TODO training/cli_messages.py."""
+"""Errors of the command-line parser and of Lightning, as one line that says what to pass."""
 
-import difflib
 import inspect
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.errors import did_you_mean, program_name
 from tq_lightning.training.module import TQModule
 
-
-def one_line(error: BaseException) -> str:
-    """An error's text as one line; for an argument nobody knows, with the one that was probably meant."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = _wrong_kind(" ".join(lines))[:600] if lines else type(error).__name__
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
-    if unknown:
-        keys = [
-            f"{group}.{key}"
-            for group, owner in _OWNERS.items()
-            for key in inspect.signature(owner).parameters
-        ]
-        near = difflib.get_close_matches(unknown[1], keys, n=3)
-        text += (
-            f"; did you mean --{', --'.join(near)}?" if near else "; fit --help lists the arguments"
-        )
-    return text
-
-
-_KINDS = {
-    "int": "a whole number",
+OPTIONS = ("config", "ckpt_path", "seed_everything", "checkpoint_every_n_steps", "run_dir")
+OPTIONS += ("wandb", "tensorboard", "print_config")
+_SECTIONS = {"model": TQModule, "data": TQDataModule, "trainer": Trainer}
+_TYPES = {
+    "int": "an integer",
     "float": "a number",
     "bool": "true or false",
     "str": "text",
     "dict": "{key: value}",
+    "list": "a list",
+    "NoneType": "null",
 }
 
 
-def _wrong_kind(text: str) -> str:
-    """jsonargparse's page on a value of the wrong type as "key: got value, pass kinds"; other texts as they are."""
+def known_keys() -> Iterator[str]:
+    """Yield every key of the command line, without dashes."""
+    yield from OPTIONS
+    for section, owner in _SECTIONS.items():
+        for key in inspect.signature(owner).parameters:
+            yield f"{section}.{key}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error as one line, with a hint for a key that is not known."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines) or type(error).__name__
+    for rewrite in (_unknown_argument, _unknown_key, _wrong_type, _wrong_flag, _no_accelerator):
+        message = rewrite(text)
+        if message is not None:
+            return message
+    return text[:600]
+
+
+def _unknown_argument(text: str) -> str | None:
+    """Rewrite "unrecognized arguments: ..." of argparse."""
+    match = re.search(r"unrecognized arguments: (\S+)", text)
+    if match is None:
+        return None
+    argument = match[1]
+    if not argument.startswith("-"):
+        if argument.endswith((".yaml", ".yml")) or Path(argument).is_file():
+            return f"unknown argument {argument}; did you mean --config {argument}?"
+        return f"unknown argument {argument}; options start with --, e.g. --model.lr 0.1"
+    key = argument.split("=")[0].lstrip("-")
+    return f"unknown option --{key}{_hint(key, '--')}"
+
+
+def _unknown_key(text: str) -> str | None:
+    """Rewrite jsonargparse's message on a key of a configuration file that it does not know."""
+    match = re.search(r"Subcommand '\w+' does not accept option '([^']*)'", text)
+    return f"unknown key {match[1]} in the configuration{_hint(match[1], '')}" if match else None
+
+
+def _hint(key: str, dashes: str) -> str:
+    if key.endswith("+"):
+        return f"; lists can't be appended to, pass the whole list as {dashes}{key[:-1]}"
+    close = did_you_mean(f"{dashes}{key}", [f"{dashes}{known}" for known in known_keys()])
+    return close or f"; {program_name()} fit --help all lists every option"
+
+
+def _wrong_type(text: str) -> str | None:
+    """Rewrite jsonargparse's message on a value of the wrong type: "key: got value, pass types"."""
     key = re.match(r'Parser key "([\w.]+)": ', text)
-    kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^]]*)\])", text)
+    types = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^]]*)\])", text)
     given = re.search(r"(?:Given|Got) value: (.*)$", text)
-    if not key or not kinds or not given or text.count("Expected a") != len(kinds):
-        return text
-    wanted = [_KINDS.get(kind, kind) or values for kind, values in kinds]
-    return f"{key[1]}: got {given[1]!r}, pass {' or '.join(dict.fromkeys(wanted))}"
+    if not key or not types or not given or text.count("Expected a") != len(types):
+        return None
+    accepted = [_TYPES.get(name, name) or values for name, values in types]
+    return f"{key[1]}: got {given[1]!r}, pass {' or '.join(dict.fromkeys(accepted))}"
 
 
-_OWNERS = {"model": TQModule, "data": TQDataModule, "trainer": Trainer}
+def _wrong_flag(text: str) -> str | None:
+    """Rewrite argparse's message on a flag that is neither true nor false."""
+    match = re.search(r"argument (--\w+)\S*: invalid _boolean_type value: (.*)", text)
+    return f"{match[1]}: got {match[2]}, pass true or false" if match else None
+
+
+def _no_accelerator(text: str) -> str | None:
+    """Rewrite Lightning's message on an accelerator that this machine does not have."""
+    if "can not run on your system since the accelerator is not available" in text:
+        return (
+            "trainer.accelerator: this machine has no such accelerator that PyTorch can use; "
+            "pass cpu or auto"
+        )
+    if "No supported gpu backend found" in text:
+        return "trainer.accelerator: got 'gpu', but PyTorch finds no GPU here; pass cpu or auto"
+    return None

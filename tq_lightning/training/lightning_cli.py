@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import re
 import shutil
 import sys
 import time
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionYesNo, ArgumentError, set_loader
-from jsonargparse.loaders_dumpers import yaml_load
+from jsonargparse import ActionYesNo, ArgumentError
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -29,13 +27,15 @@ from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
 from tq_lightning.records import MONITOR, NAME
+from tq_lightning.training.arguments import drop_append_options, make_parser, normalize
 from tq_lightning.training.checkpoint import (
     checkpoint_step,
     newest_checkpoint,
     overridden_arguments,
 )
-from tq_lightning.training.cli_messages import _KINDS, one_line
+from tq_lightning.training.cli_messages import one_line
 from tq_lightning.training.cluster import check_tasks, cluster_environment
+from tq_lightning.training.help_pages import page, wanted_page
 from tq_lightning.training.module import TQModule
 from tq_lightning.training.run_folder import (
     LAST,
@@ -47,24 +47,6 @@ from tq_lightning.training.run_folder import (
 from tq_lightning.training.run_lock import RunLock
 
 ROOT = "runs"  # trainer.default_root_dir where none is given
-_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-
-
-def _plain(value: Any) -> Any:
-    """What sweep engines send as text becomes what was meant: None and null, and numbers such as 1e-3."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, str):
-        if value in ("None", "null"):
-            return None
-        if _SCIENTIFIC.fullmatch(value):
-            return float(value)
-    return value
-
-
-set_loader("tq", lambda text: _plain(yaml_load(text)), exceptions=(yaml.YAMLError,))
 
 
 def _root(config: Any) -> Path:
@@ -118,6 +100,24 @@ class TQCLI(LightningCLI):
             for folder in self.run_dir.parents:
                 if folder.is_relative_to(self._made):
                     folder.rmdir()
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Create a parser with our reader of YAML; LightningCLI calls this for each verb."""
+        return make_parser(**kwargs)
+
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        drop_append_options(parser)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, or print the help page that it asks for."""
+        verb = args[0] if args and args[0] in self._subcommand_parsers else ""
+        section = wanted_page(verb, args) if verb else None
+        if section is not None:
+            print(page(verb, section, self._subcommand_parsers[verb]))
+            raise SystemExit(0)
+        super().parse_arguments(parser, normalize(args))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -336,18 +336,6 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=pattern)
 
 
-_KINDS |= {"list": "a list", "NoneType": "null"}
-
-
-def _unquote(argument: str) -> str:
-    """`--model.lr='1e-3'` and "'1e-3'", as some sweep engines quote a number, without the quotes."""
-    key, equals, value = (
-        argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    )
-    bare = value.strip("'\"")
-    return f"{key}{equals}{bare}" if bare != value and _SCIENTIFIC.fullmatch(bare) else argument
-
-
 def run(argv: list[str]) -> dict[str, Any]:
     """Runs `argv` ("fit", "--config", ...) in this process.
 
@@ -371,8 +359,7 @@ def run(argv: list[str]) -> dict[str, Any]:
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,
             },
-            parser_kwargs={"parser_mode": "tq", "exit_on_error": False},
-            args=[_unquote(argument) for argument in argv],
+            args=argv,
         )
     except (ArgumentError, MisconfigurationException) as error:
         raise UserError(one_line(error)) from None

@@ -1,0 +1,180 @@
+"""Arguments of fit: YAML types a value once, errors are one line with a hint, help fits a screen."""
+
+import pytest
+import yaml
+
+from tq_lightning.errors import UserError
+from tq_lightning.training.arguments import Loader, Text, dump, normalize
+from tq_lightning.training.cli_messages import one_line
+from tq_lightning.training.help_pages import page
+from tq_lightning.training.lightning_cli import TQCLI, TQDataModule, TQModule
+from tq_lightning.training.yaml_file import parse_yaml
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def verbs():
+    """{verb: its parser}, and the parser above them under ""."""
+
+    class ParserOnly(TQCLI):
+        def parse_arguments(self, parser, args):
+            raise Parsed(parser, self._subcommand_parsers)
+
+    with pytest.raises(Parsed) as parsed:
+        ParserOnly(TQModule, TQDataModule, auto_configure_optimizers=False, args=[])
+    parser, below = parsed.value.args
+    return {"": parser, **below}
+
+
+@pytest.fixture
+def fit(verbs, tmp_path):
+    """Parse arguments of fit; `config=TEXT` is written to a file first."""
+
+    def parse(*arguments, config=None):
+        if config is not None:
+            (tmp_path / "c.yaml").write_text(config)
+            arguments = ("--config", str(tmp_path / "c.yaml"), *arguments)
+        return verbs[""].parse_args(["fit", *normalize(arguments)]).fit
+
+    return parse
+
+
+def message(call, *arguments, **keys):
+    with pytest.raises(Exception) as error:
+        call(*arguments, **keys)
+    return one_line(error.value)
+
+
+FILE = """
+model:
+  checkpoint_path: '8e12345'
+  teacher_checkpoint_path: "null"
+  lr: 1e-3
+  model_args: {a: 'null', b: 1e-3, c: '1e-3', d: null, e: 'true'}
+data: {root: "None"}
+"""
+
+
+def test_a_file_is_typed_once(fit):
+    model = fit(config=FILE).model
+    assert model.checkpoint_path == "8e12345" and model.teacher_checkpoint_path == "null"
+    assert model.lr == 0.001
+    assert model.model_args == {"a": "null", "b": 0.001, "c": "1e-3", "d": None, "e": "true"}
+    assert fit(config=FILE).data.root == "None"
+
+
+def test_what_is_dumped_is_read_back(verbs, fit):
+    config = fit(config=FILE)
+    text = verbs["fit"].dump(config, skip_none=False)
+    assert parse_yaml(text, "text", Loader)["model"]["checkpoint_path"] == "8e12345"
+    again = fit(config=text)
+    assert again.model.as_dict() == config.model.as_dict()
+    for value in ("8e12345", "1e-3", "null", "true", "None", "2024-01-01", "~", "1_000", ".5"):
+        assert parse_yaml(dump({"k": Text(value)}), "text", Loader) == {"k": value}
+        assert isinstance(parse_yaml(dump({"k": value}), "text", Loader)["k"], Text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "section", "key", "value"),
+    [
+        (["--model.lr='1e-3'"], "model", "lr", 0.001),
+        (["--model.lr", "1e-3"], "model", "lr", 0.001),
+        (["--model.activations=None"], "model", "activations", None),
+        (["--model.activations", "null"], "model", "activations", None),
+        (["--model.activations='None'"], "model", "activations", "None"),
+        (["--model.checkpoint_path=8e12345"], "model", "checkpoint_path", "8e12345"),
+        (["--model.checkpoint_path", '"null"'], "model", "checkpoint_path", "null"),
+        (["--model.skip=['first', 'null']"], "model", "skip", ["first", "null"]),
+        (
+            ["--model.model_args={a: 'null', b: 1e-3}"],
+            "model",
+            "model_args",
+            {"a": "null", "b": 1e-3},
+        ),
+        (["--data.root", "C:"], "data", "root", "C:"),
+    ],
+)
+def test_the_command_line_is_typed_once(fit, arguments, section, key, value):
+    got = fit(*arguments)[section][key]
+    assert got == value and type(got) in (type(value), Text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["conf/r50.yaml"], "unknown argument conf/r50.yaml; did you mean --config conf/r50.yaml?"),
+        (["--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs"),
+        (["--modl.name", "x"], "unknown option --modl.name; did you mean --model.name"),
+        (["--model.widths+", "3"], "unknown option --model.widths+; lists can't be appended to, pass the whole list as --model.widths"),
+        (["--trainer.precision", "bf16-mixd"], "trainer.precision: got 'bf16-mixd', pass an integer or 'transformer-engine'"),
+        (["--wandb=5"], "--wandb: got '5', pass true or false"),
+        (["--model.model_args={a: 1, a: 2}"], "duplicate key a"),
+        (["--model.model_args", "{a: [}"], "not valid YAML"),
+        (["--config", "/"], "/ is not a file; pass a YAML file"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_one_line(fit, arguments, said):
+    text = message(fit, *arguments)
+    assert said in text and "\n" not in text and len(text) < 700
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("model:\n  quantiser: floor\n", "unknown key model.quantiser in the configuration; did you mean model.quantizer"),
+        ("modell: {quantizer: floor}\n", "did you mean model.quantizer"),
+        ("model: {widths+: 3}\n", "lists can't be appended to"),
+        ("model:\n  lr: 1\n  lr: 2\n", "c.yaml, line 3: duplicate key lr (first on line 2)"),
+        ("model: [1,\n  a: }", "c.yaml, line 2: not valid YAML"),
+        ("just text", "expected sections such as model: and data:"),
+    ],
+)  # fmt: skip
+def test_wrong_files_are_one_line(fit, config, said):
+    text = message(fit, config=config)
+    assert said in text and "\n" not in text
+
+
+def test_files_in_other_encodings(fit, tmp_path):
+    path = tmp_path / "wide.yaml"
+    path.write_bytes("model: {lr: 1e-3, checkpoint_path: '8e1'}  # für\n".encode("utf-16"))
+    model = fit("--config", str(path)).model
+    assert (model.lr, model.checkpoint_path) == (0.001, "8e1")
+    path.write_bytes("model: {name: für}\n".encode("latin-1"))
+    assert f"{path}, line 1: not UTF-8" in message(fit, "--config", str(path))
+
+
+def test_a_broken_file_of_a_section_is_named(fit, tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("lr: 1\nlr: 2\n")
+    with pytest.raises(UserError, match=r"model.yaml, line 2: duplicate key lr"):
+        fit("--model", str(path))
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_help_fits_a_screen_and_shows_choices(verbs, verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = page(verb, "", verbs[verb]).splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert lines[0].startswith(f"usage: python -m tq_lightning {verb} ")
+    assert "{floor, round}" in text and "{none, widest, recursive, external}" in text
+    assert text.index("--model.quantizer") < text.index("--trainer.max_epochs")
+
+
+def test_every_option_has_its_page(verbs):
+    assert "--model.distill_weight" in page("fit", "model", verbs["fit"])
+    assert "--data.val_fraction" in page("fit", "data", verbs["fit"])
+    trainer = page("fit", "trainer", verbs["fit"])
+    assert "--trainer.gradient_clip_val" in trainer and "--model.lr" not in trainer
+    assert "--trainer.gradient_clip_val" in page("fit", "all", verbs["fit"])
+
+
+def test_conf_files_are_read_as_pyyaml_reads_them(fit):
+    import tq_lightning
+
+    root = __import__("pathlib").Path(tq_lightning.__file__).parents[1]
+    for path in sorted((root / "conf").glob("*.yaml")):
+        assert parse_yaml(path.read_text(), str(path), Loader) == yaml.safe_load(path.read_text())

@@ -1,0 +1,175 @@
+"""Arguments of fit, validate, test and predict: how text becomes typed values, and back.
+
+YAML types a value once. Text that YAML has typed as text stays text, so that `'8e12345'` is a name
+and `"null"` is not null; plain `1e-3` is a number, as in YAML 1.2. jsonargparse would type text a
+second time. It leaves instances of `Text` alone.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, set_dumper, set_loader
+from jsonargparse.typing import register_type
+from lightning.pytorch.cli import LightningArgumentParser
+
+from tq_lightning.errors import UserError, program_name
+from tq_lightning.training.yaml_file import parse_yaml, read_yaml
+
+PARSER_MODE = "tq"
+_SECTIONS = ("--model", "--data", "--trainer")
+_FLOAT = re.compile(
+    r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
+class Text(str):
+    """Text that YAML has typed as text."""
+
+
+def _type_floats_as_yaml_1_2(cls: Any) -> None:
+    """Replace the implicit resolvers of a PyYAML class: no dates, and 1e-3 is a number."""
+    dropped = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    cls.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rows if tag not in dropped]
+        for first, rows in cls.yaml_implicit_resolvers.items()
+    }
+    cls.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML loader whose text values are `Text`."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping whose keys are plain strings."""
+        mapping = super().construct_mapping(node, deep)
+        return {str(k) if isinstance(k, Text) else k: v for k, v in mapping.items()}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML dumper that quotes what `Loader` would not read as text."""
+
+
+_type_floats_as_yaml_1_2(Loader)
+_type_floats_as_yaml_1_2(_Dumper)
+Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: Text(node.value))
+for _dumper in (_Dumper, yaml.SafeDumper):
+    _dumper.add_representer(Text, yaml.SafeDumper.represent_str)
+
+
+def dump(value: Any, flow: bool = False) -> str:
+    """Write a configuration as YAML that `Loader` reads back to the same values.
+
+    Args:
+        value: mappings, lists and scalars.
+        flow: write {key: value} instead of one line for each key.
+    """
+    return yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=flow, allow_unicode=True, sort_keys=False
+    )
+
+
+def load(text: str, path: str = "") -> Any:
+    """Type a value of the command line, or the content of the configuration file `path`.
+
+    Raises:
+        UserError: a configuration, a mapping or a list that is not valid YAML.
+        yaml.YAMLError: other text that is not valid YAML; jsonargparse then takes it as it is.
+    """
+    if not path and text.strip() == "None":
+        return None
+    try:
+        value = parse_yaml(text, str(path) or "the value", Loader)
+    except UserError as error:
+        if path or text.lstrip()[:1] == "{":
+            raise
+        raise yaml.YAMLError(str(error)) from None
+    if not path and isinstance(value, dict) and not text.lstrip().startswith("{"):
+        return text  # a value such as "C:" or "a: b" is text
+    return value
+
+
+register_type(Text, serializer=str, deserializer=Text)
+set_loader(PARSER_MODE, load, exceptions=(yaml.YAMLError,))
+set_dumper(PARSER_MODE, lambda value: dump(value))
+
+
+class ConfigFile(ActionConfigFile):
+    """Read --config through `yaml_file`, whose errors name the file and the line."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        """Check the file, then let jsonargparse read it."""
+        text = str(values)
+        if not text.lstrip().startswith("{"):
+            path = Path(text).expanduser()
+            values = read_yaml(path, Loader)
+            if not isinstance(values, dict):
+                raise UserError(f"--config {path}: expected sections such as model: and data:")
+            text = str(path)
+            if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):  # jsonargparse reads UTF-8
+                text = dump(values, flow=True)
+        super().__call__(parser, cfg, text, option_string)
+
+
+def make_parser(**kwargs: Any) -> LightningArgumentParser:
+    """Create a parser for a verb, or the parser above all verbs."""
+    kwargs = {
+        "parser_mode": PARSER_MODE,
+        "exit_on_error": False,
+        "allow_abbrev": False,
+        "prog": program_name(),
+        **kwargs,
+    }
+    parser = LightningArgumentParser(**kwargs)
+    parser.add_argument(
+        "-c", "--config", action=ConfigFile, help="YAML file; a later file wins over an earlier one"
+    )
+    return parser
+
+
+def drop_append_options(parser: LightningArgumentParser) -> None:
+    """Remove `--model.widths+` and the like: a list that is given as text can't be appended to."""
+    for action in parser._actions:
+        for option in list(action.option_strings):
+            if re.fullmatch(r"--(model|data)\.\w+\+", option):
+                action.option_strings.remove(option)
+                del parser._option_string_actions[option]
+
+
+def normalize(argv: Sequence[str]) -> list[str]:
+    """Return command-line arguments with quoted values as `Text`, and check files of sections.
+
+    Sweep engines send `--model.lr='1e-3'`; the quotes are YAML's, the value is the text in them.
+
+    Raises:
+        UserError: a file given for a whole section is not valid YAML.
+    """
+    normalized: list[str] = []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        option = argument.startswith("--") and bool(equals)
+        text = _unquote(value if option else argument)
+        if text is None:
+            normalized.append(argument)
+        else:
+            normalized += [key, text] if option else [text]
+    for key, value in pairwise(normalized):
+        if key in _SECTIONS and Path(value).is_file():
+            read_yaml(value, Loader)
+    return normalized
+
+
+def _unquote(value: str) -> Text | None:
+    """Return the text of a value in quotes; None if it is not in quotes."""
+    if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0]:
+        return None
+    try:
+        text = parse_yaml(value, "the value", Loader)
+    except UserError:
+        return None
+    # argparse would take text with a leading dash for an option
+    return text if isinstance(text, Text) and not text.startswith("-") else None
