@@ -41,8 +41,7 @@ class Quantizer:
     """A row of `QUANTIZERS`: a map from [0, 1] to codes, and everything that depends on it.
 
     Attributes:
-        steps: (u, top) -> codes as float32, not yet clamped to [0, top]. With a tensor as `top` this
-            is also the form that an ONNX graph computes.
+        steps: (u, top) -> codes as float32, not yet clamped to [0, top].
         edges: (u, bits) -> (the inner bin edge nearest to each `u`, the bin width).
         ste: The straight-through estimator that `ste="auto"` selects, a key of `ste.STES`.
         nested: Whether the n-bit code always equals the N-bit code shifted right by N - n. If so,
@@ -58,11 +57,15 @@ class Quantizer:
         """Quantize `u` (float32 in [0, 1], any shape) to uint8 codes of width `bits`."""
         return _to_codes(self.steps, u, bits)
 
+    def onnx(self, u: Tensor, top: Tensor) -> Tensor:
+        """Quantize `u` to codes as float32: the form of a graph that takes the width as an input."""
+        return torch.minimum(self.steps(u, top).clamp_min_(0.0), top)
+
 
 def _to_codes(steps: Callable[[Tensor, Top], Tensor], u: Tensor, bits: int) -> Tensor:
     check_bits(bits)
-    top = 2**bits - 1
-    return steps(u, float(top)).clamp_(0, top).to(torch.uint8)
+    top = 2.0**bits - 1
+    return steps(u, top).clamp_(0.0, top).to(torch.uint8)
 
 
 def _floor_steps(u: Tensor, top: Top) -> Tensor:
