@@ -1,6 +1,6 @@
-"""Models by name: `timm.create_model` with errors a user can act on, and weights from files that run no code.
+"""Models by name: `timm.create_model` with actionable errors, and weights from files.
 
-The CIFAR ResNets of `models/cifar_resnet.py` are known to timm once this module is imported.
+Importing this package registers the CIFAR ResNets of `models/cifar_resnet.py` with timm.
 """
 
 import difflib
@@ -28,34 +28,38 @@ def create_model(
     checkpoint_path: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Any model of timm, or one of our CIFAR ResNets, by name.
+    """Create a timm model, or one of our CIFAR ResNets, by name.
 
     Args:
-        name: a name of `timm.list_models()`, with its tag if need be, or `hf-hub:...` / `local-dir:...`.
-        num_classes: outputs of the classifier; None for the model's own number.
-        pretrained: loads timm's weights for the model (from its cache, else over the network).
-        checkpoint_path: weights to load, `.safetensors` or a `torch.save` file (read with `weights_only=True`): a plain
-            state dict, a checkpoint of timm, or one of our own runs. Names and shapes must match.
-        **kwargs: passed on to the model, `in_chans=1` for one.
+        name: A name from `timm.list_models()`, with a tag if needed, or `hf-hub:...` or
+            `local-dir:...`.
+        num_classes: Outputs of the classifier; None for the model's own number.
+        pretrained: Load timm's weights for the model (from its cache, else over the network).
+        checkpoint_path: Weights to load: a `.safetensors` file or one written by `torch.save` (read
+            with `weights_only=True`) with a plain state dict, a checkpoint of timm, or a checkpoint
+            of a run. Names and shapes must match.
+        **kwargs: Further arguments of the model, e.g. `in_chans=1`.
 
     Returns:
-        The model, in training mode, on the CPU (or on the device of an enclosing `torch.device(...)`).
+        The model, in training mode, on the CPU (or on the device of an enclosing
+        `torch.device(...)`).
 
     Raises:
-        UserError: unknown name, argument or tag; weights that cannot be had, read, or loaded into the model.
+        UserError: An unknown name, argument or tag, or weights that cannot be downloaded, read or
+            loaded into the model.
     """
-    if ":" not in name and not timm.is_model(name):
+    if not is_remote(name) and not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
         hint = (
             f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
         )
         raise UserError(f"unknown model {name!r}; {hint}")
     try:
-        with _hub_answers_at_once() if pretrained or ":" in name else nullcontext():
+        with _offline_without_network() if pretrained or is_remote(name) else nullcontext():
             model = timm.create_model(
                 name, pretrained=pretrained, num_classes=num_classes, **kwargs
             )
-    except Exception as error:  # timm raises whatever the model or the network stack does
+    except Exception as error:  # the model and the network stack raise errors of any type
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         if pretrained:
             said = (
@@ -65,23 +69,29 @@ def create_model(
             )
             hint = "pass pretrained=false, or checkpoint_path=FILE with weights you have"
             raise UserError(
-                f"cannot get the pretrained weights of {name} ({said}); {hint}"
+                f"cannot load the pretrained weights of {name} ({said}); {hint}"
             ) from error
         asked = {"num_classes": num_classes, **kwargs}
         given = ", ".join(f"{key}={value!r}" for key, value in asked.items() if value is not None)
         raise UserError(
-            f"timm cannot make {name} with {given or 'no arguments'} ({said})"
+            f"timm cannot create {name} with {given or 'no arguments'} ({said})"
         ) from error
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path, name)
     return model
 
 
-@contextmanager
-def _hub_answers_at_once() -> Iterator[None]:
-    """Without a network the hub's client retries for most of a minute; here it looks in its cache alone, and says so.
+def is_remote(name: str) -> bool:
+    """Tell whether a model name refers to a hub or a folder, such as `hf-hub:...`, not to timm."""
+    return ":" in name
 
-    Judged by whether the hub's host has an address; behind a proxy, which knows addresses itself, nothing is changed.
+
+@contextmanager
+def _offline_without_network() -> Iterator[None]:
+    """Put the hub's client into offline mode if there is no network.
+
+    It would otherwise retry for most of a minute before it reads its cache. There is a network if
+    the hub's host has an address. Behind a proxy, which resolves addresses itself, nothing changes.
     """
     before = hub.HF_HUB_OFFLINE
     if not getproxies():

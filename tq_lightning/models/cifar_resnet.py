@@ -1,16 +1,16 @@
-"""The CIFAR ResNets, registered with timm on import.
+"""CIFAR ResNets, registered with timm on import.
 
-Two kinds, both with a 3x3 stem, three stages of 16/32/64 channels and no stem pooling:
+Both kinds have a 3x3 stem, three stages of 16/32/64 channels and no stem pooling:
 
-- `resnet8_cifar`, `resnet20_cifar`, `resnet56_cifar`: post-activation, option-A shortcuts (every second pixel, missing
-  channels zero), as in arXiv 1512.03385 section 4.2. The weights of akamaster/pytorch_resnet_cifar10 (BSD-2) load into
-  them by `checkpoint_path`.
-- `preresnet20_cifar` (`expansion=1`) and `preresnet20_cifar_x5`: the network of Any-Precision DNNs (arXiv 1911.07346),
-  pre-activation, a strided 1x1 convolution and a batch norm on the shortcut of each narrowing block, and no ReLU
-  between the last norm and the pooling. That paper leaves stem, shortcuts and classifier in float:
-  `skip=("first", "last", "*skip_conv")`.
+- `resnet8_cifar`, `resnet20_cifar`, `resnet56_cifar`: post-activation with option-A shortcuts
+  (every second pixel, missing channels zero), as in arXiv 1512.03385 section 4.2. The weights of
+  akamaster/pytorch_resnet_cifar10 (BSD-2) load into them by `checkpoint_path`.
+- `preresnet20_cifar` (`expansion=1`) and `preresnet20_cifar_x5`: the network of Any-Precision DNNs
+  (arXiv 1911.07346). It is pre-activation, has a strided 1x1 convolution and a batch norm on the
+  shortcut of each strided block, and no ReLU between the last norm and the pooling. The paper keeps
+  stem, shortcuts and classifier in float: `skip=("first", "last", "*skip_conv")`.
 
-Every ReLU is a module of its own, so that an activation quantizer can take its place.
+Every ReLU is a separate module, so that an activation quantizer can replace it.
 """
 
 from typing import Any
@@ -48,7 +48,10 @@ class _Block(nn.Module):
 
 
 class _PreActBlock(nn.Module):
-    """Norm, ReLU, 3x3 convolution, twice; a strided block projects its shortcut, which starts after the first ReLU."""
+    """Norm, ReLU and 3x3 convolution, twice.
+
+    A strided block projects its shortcut, which starts after the first ReLU.
+    """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
         super().__init__()
@@ -70,13 +73,13 @@ class _PreActBlock(nn.Module):
 
 
 class _CifarNet(nn.Module):
-    """What both kinds share: three stages, average pooling, one linear classifier, and the methods timm's tools call.
+    """Base of both kinds: three stages, average pooling, a linear classifier, timm's methods.
 
     Args:
-        widths: channels of the three stages.
-        depth: blocks in a stage.
-        num_classes: outputs; 0 for none (the pooled features are returned).
-        in_chans: channels of the input.
+        widths: Channels of the three stages.
+        depth: Blocks per stage.
+        num_classes: Outputs; 0 returns the pooled features.
+        in_chans: Channels of the input.
     """
 
     block: type[nn.Module]
@@ -102,7 +105,7 @@ class _CifarNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a new one; 0 classes removes it. `global_pool` is there for timm's signature."""
+        """Replace the classifier; 0 classes removes it. timm's signature has `global_pool`."""
         self.num_classes = num_classes
         self.fc: nn.Module = (
             nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
@@ -120,7 +123,10 @@ class _CifarNet(nn.Module):
 
 
 class CifarResNet(_CifarNet):
-    """Post-activation CIFAR ResNet of 6 depth + 2 layers: (b, in_chans, 32, 32) -> (b, num_classes)."""
+    """Post-activation CIFAR ResNet with 6 depth + 2 layers.
+
+    Shapes: (b, in_chans, 32, 32) -> (b, num_classes).
+    """
 
     block = _Block
 
@@ -133,11 +139,12 @@ class CifarResNet(_CifarNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Return the feature map before pooling."""
         return self.layer3(self.layer2(self.layer1(self.act1(self.bn1(self.conv1(x))))))
 
 
 class CifarPreActResNet(_CifarNet):
-    """Pre-activation CIFAR ResNet of 6 depth + 2 layers, every stage `expansion` times wider.
+    """Pre-activation CIFAR ResNet with 6 depth + 2 layers, every stage `expansion` times wider.
 
     Shapes: (b, in_chans, 32, 32) -> (b, num_classes).
     """
@@ -153,6 +160,7 @@ class CifarPreActResNet(_CifarNet):
         self.bn = nn.BatchNorm2d(64 * expansion)
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Return the feature map before pooling."""
         return self.bn(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
 
 
@@ -163,7 +171,7 @@ _CIFAR_CFG = {
     "pool_size": (8, 8),
     "crop_pct": 1.0,
     "interpolation": "bicubic",
-    "mean": (0.485, 0.456, 0.406),  # those of the public weights, which are ImageNet's
+    "mean": (0.485, 0.456, 0.406),  # of the public weights: ImageNet's
     "std": (0.229, 0.224, 0.225),
     "first_conv": "conv1",
     "classifier": "fc",
@@ -180,21 +188,25 @@ default_cfgs = generate_default_cfgs(dict.fromkeys(_CIFAR_NAMES, _CIFAR_CFG))
 
 @register_model
 def resnet8_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create a CIFAR ResNet-8, for tests and demos."""
     return build_model_with_cfg(CifarResNet, "resnet8_cifar", pretrained, depth=1, **kwargs)
 
 
 @register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create a CIFAR ResNet-20."""
     return build_model_with_cfg(CifarResNet, "resnet20_cifar", pretrained, depth=3, **kwargs)
 
 
 @register_model
 def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create a CIFAR ResNet-56."""
     return build_model_with_cfg(CifarResNet, "resnet56_cifar", pretrained, depth=9, **kwargs)
 
 
 @register_model
 def preresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create the pre-activation CIFAR ResNet-20 of Any-Precision DNNs."""
     return build_model_with_cfg(
         CifarPreActResNet, "preresnet20_cifar", pretrained, depth=3, **kwargs
     )
@@ -202,6 +214,7 @@ def preresnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def preresnet20_cifar_x5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create `preresnet20_cifar` with five times as many channels."""
     kwargs.setdefault("expansion", 5)
     return build_model_with_cfg(
         CifarPreActResNet, "preresnet20_cifar_x5", pretrained, depth=3, **kwargs

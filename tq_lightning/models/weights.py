@@ -1,4 +1,4 @@
-"""TODO models/weights.py."""
+"""Loading float weights from a checkpoint file, without running code from it."""
 
 import pickle
 import re
@@ -11,23 +11,33 @@ from torch import Tensor, nn
 from tq_lightning.errors import UserError
 from tq_lightning.quant.switchable_norm import FLOAT
 
-# What a checkpoint may wrap its tensors in, the averaged weights first.
+# Keys that a checkpoint may keep its tensors under, averaged weights first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
+# Prefixes of all names: DataParallel and AveragedModel, our LightningModule.
+_PREFIXES = ("module.", "model.")
 
-# What training wrappers put before every name: DataParallel, our LightningModule, torch.compile.
-_PREFIXES = ("module.", "model.", "_orig_mod.")
+# Parts of a name, anywhere in it: torch.compile, FSDP, activation checkpointing.
+_INFIXES = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-
-# What only a prepared model holds: the norm sets of the widths, which of them are calibrated, learned clips.
+# Tensors that only a prepared model has: norms per width, which are calibrated, learned clips.
 _ONLY_PREPARED = re.compile(r"\.sets\.\d+\.|\.calibrated$|\.clip$")
+
+# Counters that move no output: of AveragedModel, and of batch norms since PyTorch 0.4.1.
+_COUNTERS = ("n_averaged", "num_batches_tracked")
 
 
 def load_weights(model: nn.Module, path: str | Path, name: str = "the model") -> None:
-    """Loads a checkpoint file into an unprepared model, in place; all names and shapes must match.
+    """Load a checkpoint file into an unprepared model, in place. All names and shapes must match.
+
+    Args:
+        model: The model.
+        path: A `.safetensors` file, or one written by `torch.save`.
+        name: Name of the model, for messages.
 
     Raises:
-        UserError: no such file, not a file of tensors, or tensors that do not fit (said: which, with both shapes).
+        UserError: There is no such file, it is not a file of tensors, or its tensors do not fit the
+            model; the message names the first ones, with both shapes.
     """
     state = _rename(read_state_dict(path), model)
     own = model.state_dict()
@@ -35,13 +45,11 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
         if state[key].shape != own[key].shape:
             got, want = tuple(state[key].shape), tuple(own[key].shape)
             raise UserError(
-                f"{path}: {key} is {got}, {name} has {want}; {_mismatch_hint(key, got, want, model)}"
+                f"{path}: {key} has shape {got}, {name} has {want}; "
+                f"{_mismatch_hint(key, got, want, model)}"
             )
-    # A counter that older PyTorch did not save, and that moves no output.
-    missing = sorted(
-        key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")
-    )
-    extra = sorted(state.keys() - own.keys())
+    missing = sorted(key for key in own.keys() - state.keys() if not key.endswith(_COUNTERS))
+    extra = sorted(key for key in state.keys() - own.keys() if not key.endswith(_COUNTERS))
     if missing or extra:
         lists = {"missing": missing, "unknown": extra}
         words = [
@@ -50,16 +58,21 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
             if keys
         ]
         raise UserError(
-            f"{path} does not fit {name}: tensors {', '.join(words)}; pass the checkpoint of this model"
+            f"{path} does not fit {name}: tensors {', '.join(words)}; "
+            "pass the checkpoint of this model"
         )
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a tensor whose values cannot be copied, such as a sparse one
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} does not fit {name} ({said})") from error
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file by name, on the CPU, out of whatever it wraps them in. No file runs code.
+    """Read the tensors of a checkpoint file by name, on the CPU, out of the dict that wraps them.
 
     Raises:
-        UserError: no such file, or one that holds anything but tensors and plain values.
+        UserError: There is no such file, or it holds more than tensors and plain values.
     """
     if not Path(path).is_file():
         raise UserError(
@@ -73,13 +86,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # the text of torch's error advises to switch off the check
         raise UserError(
-            f"{path} refused: no checkpoint, or one that holds more than tensors and plain values"
+            f"{path} refused: it is not a checkpoint, or holds more than tensors and plain values"
         ) from error
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise UserError(
-            f"cannot read {path} as a checkpoint ({said}); pass a file that torch.save wrote, whole"
+            f"cannot read {path} as a checkpoint ({said}); pass an intact file of torch.save"
         ) from error
     for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -88,26 +102,25 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if (
         not isinstance(content, dict)
         or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         raise UserError(
-            f"{path} holds no state dict (a dict of tensors, plain or under one of {', '.join(_WRAPPERS)})"
+            f"{path} has no state dict "
+            f"(a dict of tensors, plain or under one of {', '.join(_WRAPPERS)})"
         )
     return content
 
 
 def _rename(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Names as the model has them: wrapper prefixes off, prepared tensors back to their place, `linear` to our `fc`."""
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    """Rename tensors as in `model`: no wrappers, no traces of prepare(), `linear` as our `fc`."""
     own = model.state_dict().keys()
+    state = _unwrapped(state, set(own))
     state = {
         _unprepared(key): value
         for key, value in state.items()
         if key in own or not _ONLY_PREPARED.search(key)
     }
-    if hasattr(model, "fc") and not hasattr(model, "linear"):  # the public CIFAR weights say linear
+    if hasattr(model, "fc") and not hasattr(model, "linear"):  # the public CIFAR weights
         state = {
             f"fc.{key[7:]}" if key.startswith("linear.") else key: value
             for key, value in state.items()
@@ -115,8 +128,22 @@ def _rename(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def _unwrapped(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
+    """Strip the prefixes of training wrappers, in any order and number."""
+    if state.keys() & own:
+        return state
+    state = {_INFIXES.sub("", key): value for key, value in state.items()}
+    while not state.keys() & own:
+        named = [key for key in state if key not in _COUNTERS]
+        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in named)), None)
+        if prefix is None or not named:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
 def _unprepared(key: str) -> str:
-    """The name that a float weight, or a tensor of a float norm set, had before prepare()."""
+    """Return the name that a float weight, or a tensor of a float norm, had before prepare()."""
     return (
         key.replace(f".sets.{FLOAT}.", ".")
         .replace(".parametrizations.", ".")
@@ -126,7 +153,7 @@ def _unprepared(key: str) -> str:
 
 def _mismatch_hint(key: str, got: tuple[int, ...], want: tuple[int, ...], model: nn.Module) -> str:
     cfg = getattr(model, "pretrained_cfg", {}) or {}
-    if key.startswith(f"{cfg.get('classifier')}."):
+    if key.startswith(f"{cfg.get('classifier')}.") and got:
         return f"pass num_classes={got[0]}"
     if key == f"{cfg.get('first_conv')}.weight" and len(got) == len(want) and got[1] != want[1]:
         return f"pass in_chans={got[1]}"

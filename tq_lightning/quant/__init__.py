@@ -1,0 +1,1 @@
+"""Quantization of any nn.Module: pure PyTorch, without Lightning, timm or files."""

@@ -44,10 +44,10 @@ class ActivationQuantizer(nn.Module):
     """y = clip * level(code(x clipped to [0, clip] / clip)), float32 inside, dtype of `x` outside.
 
     `clamp_*` fixes the clip at 1 (DoReFa, arXiv 1606.06160; Any-Precision, arXiv 1911.07346).
-    `pact_*` learns it: dy/dclip is 1 if x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), for every
-    straight-through rule, since a rule concerns dy/dx only. Codes are made at the width in use. With
-    `*_truncate` and the source "truncate" they are made at max_bits and shifted. Levels are endpoint
-    levels, so that 0 stays 0 and 1 stays 1.
+    `pact_*` learns it: dy/dclip is 1 if x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), for
+    every straight-through rule, since a rule concerns dy/dx only. Codes are made at the width in
+    use. With `*_truncate` and the source "truncate" they are made at max_bits and shifted. Levels
+    are endpoint levels, so that 0 stays 0 and 1 stays 1.
 
     Args:
         kind: A key of `ACTIVATIONS`.
@@ -102,4 +102,5 @@ class ActivationQuantizer(nn.Module):
         return out.to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Describe the quantizer in the printed model."""
         return f"{self.kind}, ste={self.ste}"

@@ -1,8 +1,8 @@
 """Bit planes: k-bit codes <-> k planes of one bit per code, in plain NumPy.
 
 Planes are ordered most significant first. Plane p holds bit k-1-p of every code, eight codes to a
-byte, the first code in the highest bit (the order of `numpy.packbits`). The first n planes alone are
-the codes shifted right by k-n: a narrower model is a prefix of the planes.
+byte, the first code in the highest bit (the order of `numpy.packbits`). The first n planes alone
+are the codes shifted right by k-n: a narrower model is a prefix of the planes.
 
 Work proceeds in blocks that fit a core's second-level cache, with whole-array operations that NumPy
 vectorizes.
@@ -71,8 +71,8 @@ def unpack_planes(
         out: uint8 (count,) to write to, or None.
 
     Returns:
-        uint8 (count,), `out` if it was given: the stored codes shifted right by the number of planes
-        that are missing.
+        uint8 (count,), `out` if it was given: the stored codes shifted right by the number of
+        planes that are missing.
 
     Raises:
         ValueError: There are no planes or more than 8, or a plane has another length.

@@ -1,4 +1,4 @@
-"""The width in use: one object shared by all quantizers of a model, written by one context manager."""
+"""The width in use: an object that all quantizers of a model share, and its only writer."""
 
 import sys
 from collections.abc import Iterator

@@ -58,7 +58,7 @@ class Quantizer:
         return _to_codes(self.steps, u, bits)
 
     def onnx(self, u: Tensor, top: Tensor) -> Tensor:
-        """Quantize `u` to codes as float32: the form of a graph that takes the width as an input."""
+        """Quantize `u` to float32 codes: the form of a graph with the width as an input."""
         return torch.minimum(self.steps(u, top).clamp_min_(0.0), top)
 
 
@@ -253,8 +253,8 @@ class Normalizer:
     Attributes:
         squash: w -> t, odd and increasing.
         slope: t -> dt/dw, may overwrite its argument; None if t is w.
-        per_channel: Take the maximum, and the mean of the scale, over each output channel instead of
-            the whole tensor.
+        per_channel: Take the maximum, and the mean of the scale, over each output channel,
+            not over the whole tensor.
     """
 
     squash: Callable[[Tensor], Tensor]

@@ -63,7 +63,7 @@ class QuantConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantConfig":
-        """Pick the nine choices out of a mapping that may hold other keys; missing ones are defaults.
+        """Pick the nine choices out of a mapping; other keys are ignored, missing ones default.
 
         Raises:
             ValueError: As in the constructor.

@@ -29,17 +29,18 @@ def width_codes(u: Tensor, bits: int, quantizer: str, max_bits: int, source: str
 class FakeQuantize(torch.autograd.Function):
     """Fake-quantize `u` with the straight-through gradient of `ste`.
 
-    It is a single node, so that the forward pass keeps no intermediate tensor that the rule does not
-    read.
+    It is a single node, so that the forward pass keeps no intermediate tensor that the rule does
+    not read.
 
     forward(u, scale, signed, bits, quantizer, ste, level, max_bits, source): `u` is float32 in
-    [0, 1], any shape; `scale` is float32, broadcastable to it, and gets no gradient. Returns float32
-    of the shape of `u`: scale * (2 level - 1) if `signed` (weights; the same `dequantize` reads
-    packed files), else scale * level (activations).
+    [0, 1], any shape; `scale` is float32, broadcastable to it, and gets no gradient. Returns
+    float32 of the shape of `u`: scale * (2 level - 1) if `signed` (weights; the same `dequantize`
+    reads packed files), else scale * level (activations).
     """
 
     @staticmethod
     def forward(ctx, u, scale, signed, bits, quantizer, ste, level, max_bits, source):  # type: ignore[no-untyped-def]
+        """Return the fake-quantized values of `u`."""
         codes = width_codes(u, bits, quantizer, max_bits, source)
         kept = (u, codes) if STES[ste].elementwise else (None, None)
         ctx.save_for_backward(scale, *kept)
@@ -50,6 +51,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        """Return the straight-through gradient of `u`."""
         scale, u, codes = ctx.saved_tensors
         signed, bits, quantizer, ste, level = ctx.rule
         levels = None if codes is None else codes_to_levels(codes, bits, level)

@@ -96,8 +96,8 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
             "layer4.*" or "*.conv_dw".
 
     Raises:
-        ValueError: A pattern matches no layer, or a layer cannot be quantized; the message names the
-            pattern that skips it.
+        ValueError: A pattern matches no layer, or a layer cannot be quantized; the message
+            names the pattern that skips it.
     """
     named = [
         (name or "(root)", module, _tensor_names(module)) for name, module in model.named_modules()

@@ -1,8 +1,8 @@
 """Straight-through estimators: substitutes for the derivative of a staircase, which is zero.
 
 Each rule maps dL/dlevel to dL/du, where u in [0, 1] is the input of the quantizer and level in
-[0, 1] its output. A rule is a pure function `(grad, u, level, bits, quantizer) -> grad`. All tensors
-have the shape of `u`; `quantizer` is a key of `codes.QUANTIZERS`.
+[0, 1] its output. A rule is a pure function `(grad, u, level, bits, quantizer) -> grad`. All
+tensors have the shape of `u`; `quantizer` is a key of `codes.QUANTIZERS`.
 
 To add a rule, write its function and one row of `STES`.
 """
@@ -98,8 +98,8 @@ class STE:
 
     Attributes:
         rule: (grad, u, level, bits, quantizer) -> grad.
-        elementwise: The rule reads `u` or `level`. The others get None for both, so that the forward
-            pass need not keep them.
+        elementwise: The rule reads `u` or `level`. The others get None for both, so that the
+            forward pass need not keep them.
     """
 
     rule: Callable[[Tensor, Tensor, Tensor, int, str], Tensor]

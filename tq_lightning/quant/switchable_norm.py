@@ -2,9 +2,9 @@
 
 Activation statistics differ so much between widths that shared batch-norm statistics fail
 (Any-Precision DNNs, arXiv 1911.07346; AdaBits, arXiv 1912.09666; the idea is that of Slimmable
-networks, arXiv 1812.08928). There is one norm for every width and one for float. Those of the trained
-widths learn in training. The others are estimated by `calibrate_norms`; using one before that is an
-error.
+networks, arXiv 1812.08928). There is one norm for every width and one for float. Those of the
+trained widths learn in training. The others are estimated by `calibrate_norms`; using one before
+that is an error.
 """
 
 import copy
@@ -53,6 +53,7 @@ class PerWidthNorm(nn.Module):
         self.calibrating = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the norm of the width in use."""
         return self.sets[_key(self.width.bits)](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -78,7 +79,8 @@ class PerWidthNorm(nn.Module):
             return
         if self.training:
             raise ValueError(
-                f"width {bits} has no trainable norm; train one of {', '.join(sorted(self.trained))}"
+                f"width {bits} has no trainable norm; "
+                f"train one of {', '.join(sorted(self.trained))}"
             )
         # a packed model checks its widths in PackedWeight, which knows what was loaded
         if not self.calibrated[bits] and not self.width.packed:
@@ -129,8 +131,8 @@ def calibrate_norms(
 
     Affine parameters are copied from the next wider trained width. Statistics are the mean over the
     batches of what the layers see at that width, quantized as in training. Only the batch norms of
-    the width being estimated are in training mode, so trained norms, modes, the width in use and all
-    random states stay as they were.
+    the width being estimated are in training mode, so trained norms, modes, the width in use and
+    all random states stay as they were.
 
     Args:
         model: A prepared model.
@@ -138,8 +140,8 @@ def calibrate_norms(
         widths: Widths to estimate; None = every untrained width and float.
 
     Raises:
-        ValueError: A width in `widths` is trained or has no norm, there are no batches, or the model
-            is packed or not prepared.
+        ValueError: A width in `widths` is trained or has no norm, there are no batches, or the
+            model is packed or not prepared.
     """
     if width_of(model).packed:
         raise ValueError(

@@ -170,7 +170,7 @@ class WeightQuantizer(nn.Module):
         return out.to(w.dtype)
 
     def _codes_at(self, u: Tensor, bits: int) -> Tensor:
-        """Codes of `u` at a width; a shared normalization makes stored codes once and shifts them."""
+        """Codes of `u` at a width; a shared normalization keeps stored codes and shifts them."""
         if not self._sharing or self.width.source != "truncate":
             return width_codes(u, bits, self.quantizer, self.width.max_bits, self.width.source)
         if self._stored is None:
@@ -178,6 +178,7 @@ class WeightQuantizer(nn.Module):
         return truncate_codes(self._stored, self.width.max_bits, bits)
 
     def extra_repr(self) -> str:
+        """Describe the quantizer in the printed model."""
         return f"{self.quantizer}, ste={self.ste}, level={self.level}, normalizer={self.normalizer}"
 
 
