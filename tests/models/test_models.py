@@ -2,6 +2,7 @@
 
 import pickle
 import socket
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -92,6 +93,10 @@ def test_every_relu_is_its_own_module():
     assert len(used) == len(set(used)) == 7
 
 
+def _prefixed(prefix):
+    return lambda state: {f"{prefix}{key}": value for key, value in state.items()}
+
+
 WRAPS = {
     "plain": lambda s: s,
     "state_dict": lambda s: {"state_dict": s, "best_prec1": 91.7, "epoch": 3},
@@ -101,6 +106,21 @@ WRAPS = {
         "global_step": 7,
     },
     "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "averaged": lambda s: {"n_averaged": torch.tensor(3), **_prefixed("module.")(s)},
+    "a compiled part": lambda s: {
+        k.replace("layer1.", "layer1._orig_mod."): v for k, v in s.items()
+    },
+    **{
+        prefix: _prefixed(prefix)
+        for prefix in (
+            "_orig_mod.module.",
+            "module._orig_mod.",
+            "model.module.",
+            "module.model.",
+            "model._orig_mod.module.",
+            "module.module._fsdp_wrapped_module.",
+        )
+    },
     "timm with EMA": lambda s: {
         "state_dict": {k: v * 0 for k, v in s.items()},
         "state_dict_ema": s,
@@ -122,6 +142,41 @@ def test_checkpoints_of_every_kind(tmp_path, wrap):
     torch.save(WRAPS[wrap](source.state_dict()), tmp_path / "w.pth")
     assert _same(create_model("resnet8_cifar", checkpoint_path=tmp_path / "w.pth"), source)
     assert not _same(create_model("resnet8_cifar"), source)
+
+
+def test_a_model_whose_own_names_look_like_a_wrapper_keeps_them(tmp_path):
+    source, target = (nn.Sequential(OrderedDict(model=nn.Linear(3, 2))) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth")
+    assert _same(source, target)
+    torch.save(_prefixed("model.module.")(source.state_dict()), tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth")
+    assert _same(source, target)
+
+
+BROKEN = {  # name -> what a file holds in place of the state dict of resnet8_cifar
+    "not a tensor": (lambda s: {**s, "fc.bias": "ten"}, "has no state dict"),
+    "a name that is no text": (lambda s: {**s, 7: s["fc.bias"]}, "has no state dict"),
+    "another shape": (
+        lambda s: {**s, "layer1.0.conv1.weight": torch.zeros(3, 3)},
+        r"layer1\.0\.conv1\.weight has shape \(3, 3\), resnet8_cifar has \(16, 16, 3, 3\)",
+    ),
+    "no dimensions": (
+        lambda s: {**s, "fc.weight": torch.tensor(1.0)},
+        r"fc\.weight has shape \(\)",
+    ),
+    "sparse": (lambda s: {**s, "fc.weight": s["fc.weight"].to_sparse()}, "does not fit"),
+    "only a counter": (lambda s: {"n_averaged": torch.tensor(1)}, "does not fit resnet8_cifar"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_parts_are_one_line(tmp_path, case):
+    breaking, message = BROKEN[case]
+    torch.save(breaking(create_model("resnet8_cifar").state_dict()), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        create_model("resnet8_cifar", checkpoint_path=tmp_path / "w.pth")
+    assert "\n" not in str(caught.value)
 
 
 def test_safetensors(tmp_path):
@@ -156,8 +211,9 @@ def test_no_file_runs_code(tmp_path, capsys):
     (tmp_path / "bad.pth").write_bytes(pickle.dumps({"state_dict": _Runs()}))
     torch.save({"state_dict": _Runs()}, tmp_path / "bad.ckpt")
     for name in ("bad.pth", "bad.ckpt"):
-        with pytest.raises(UserError, match="refused"):
+        with pytest.raises(UserError, match="refused") as caught:
             read_state_dict(tmp_path / name)
+        assert "weights_only" not in str(caught.value)  # torch's advice to switch the check off
     assert "ran code" not in capsys.readouterr().out
 
 

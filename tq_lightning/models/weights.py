@@ -130,9 +130,7 @@ def _rename(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def _unwrapped(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
     """Strip the prefixes of training wrappers, in any order and number."""
-    if state.keys() & own:
-        return state
-    state = {_INFIXES.sub("", key): value for key, value in state.items()}
+    state = {key if key in own else _INFIXES.sub("", key): v for key, v in state.items()}
     while not state.keys() & own:
         named = [key for key in state if key not in _COUNTERS]
         prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in named)), None)
