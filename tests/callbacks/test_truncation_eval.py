@@ -361,3 +361,16 @@ def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, mon
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.validate(module, data)
     assert not any(q._sharing or q._shared for q in quantizers)
+
+
+def test_a_last_batch_of_one_image_does_not_break_the_calibration(tmp_path):
+    """33 samples in batches of 16: the last layers of a ResNet-18 see one pixel of one image."""
+    from tq_lightning.cli import run_fit
+
+    metrics = run_fit(
+        "--model.name resnet18 --model.widths 8,2 --data.name synthetic --data.samples 33 "
+        "--data.image_size 32 --data.batch_size 16 --trainer.accelerator cpu "
+        "--trainer.max_epochs 1 --trainer.enable_model_summary false "
+        f"--trainer.default_root_dir {tmp_path}".split()
+    )
+    assert all(f"val/acc1_truncate_w{bits}" in metrics for bits in range(1, 9))

@@ -22,13 +22,20 @@ def model(net, images):
     return net.eval()
 
 
-def test_a_prepared_model_is_in_float_until_told(net, images):
+def test_a_prepared_model_starts_at_its_widest_trained_width(net, images):
+    """A plain loop that forgets `bit_width` trains a quantized model; float must be asked for."""
     net.eval()
     before = net(images)
-    prepare(net, verbose=False)
-    assert torch.equal(net(images), before)
+    prepare(net, widths=(2, 4), verbose=False)
+    assert (width_of(net).bits, width_of(net).source) == (4, "quantize")
+    assert net.conv.weight.unique().numel() <= 16 and not torch.equal(net(images), before)
+    with bit_width(net, 4):
+        at_four = net(images)
+    assert torch.equal(net(images), at_four)
     with bit_width(net, None):
         assert torch.equal(net(images), before)
+    net.train()(images).sum().backward()
+    assert net.bn1.sets["4"].weight.grad is not None and net.bn1.sets["2"].weight.grad is None
 
 
 def test_the_width_is_that_of_the_modules_as_they_are_now(model):
@@ -37,19 +44,19 @@ def test_the_width_is_that_of_the_modules_as_they_are_now(model):
         pass
     twin = copy.deepcopy(model)
     with bit_width(twin, 2):
-        assert (width_of(twin).bits, width_of(model).bits) == (2, None)
+        assert (width_of(twin).bits, width_of(model).bits) == (2, 8)
     whole = nn.Sequential(model)
     assert width_of(whole) is width_of(model)
     whole._modules["0"] = twin  # as `prepare` swaps layers, past every hook
     assert width_of(whole) is width_of(twin)
     with bit_width(whole, 4):
-        assert width_of(model).bits is None
+        assert width_of(model).bits == 8
     whole.append(model)
     with pytest.raises(ValueError, match="parts of 2 prepared models"), bit_width(whole, 4):
         pass
     del whole[0]
     with bit_width(whole, 4):
-        assert (width_of(model).bits, width_of(twin).bits) == (4, None)
+        assert (width_of(model).bits, width_of(twin).bits) == (4, 8)
 
 
 def test_one_walk_finds_a_module_used_twice_or_in_a_loop_once(model):
@@ -74,7 +81,7 @@ def test_restored_on_exit_nested_and_after_an_error(model):
         assert (width.bits, width.source) == (8, "quantize")
     with pytest.raises(RuntimeError), bit_width(model, 4):
         model(torch.zeros(1, 7, 6, 6))  # a wrong number of channels
-    assert (width.bits, width.source) == (None, "quantize")
+    assert (width.bits, width.source) == (8, "quantize")
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", True])
@@ -86,7 +93,7 @@ def test_refuses_other_widths(model, bits):
         ),
     ):
         bit_width(model, bits).__enter__()
-    assert width_of(model).bits is None
+    assert width_of(model).bits == 8
 
 
 def test_refuses_widths_above_the_stored_one(net):
@@ -154,7 +161,7 @@ def test_widths_inside_a_parametrization_cache(model, images):
         for bits in (8, 1, None):
             with bit_width(model, bits):
                 assert torch.equal(model(images), alone[bits])
-        assert torch.equal(model(images), alone[None])
+        assert torch.equal(model(images), alone[8])
     with bit_width(model, 2), parametrize.cached():
         assert model.conv.weight is model.conv.weight
 

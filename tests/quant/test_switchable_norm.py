@@ -90,7 +90,7 @@ def test_untrained_width_is_an_error_until_estimated(model, images):
             bit_width(model, bits, "truncate"),
         ):
             pass
-    assert width_of(model).bits is None
+    assert width_of(model).bits == 8
     calibrate_norms(model, [images], widths=[3])
     with bit_width(model, 3):
         assert model(images).isfinite().all()
@@ -157,6 +157,36 @@ def test_statistics_are_the_plain_mean_over_the_batches_at_that_width(model, ima
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
+def test_a_short_batch_weighs_by_its_images(model, images):
+    batches = [images, images[:2] * 3 + 1]
+    calibrate_norms(model, batches, widths=[3])
+    with bit_width(model.eval(), 3):
+        seen = [model.stem(batch) for batch in batches]
+    own = model.bn1.sets["3"]
+    mean = (4 * seen[0].mean((0, 2, 3)) + 2 * seen[1].mean((0, 2, 3))) / 6
+    assert torch.allclose(own.running_mean, mean, atol=1e-5)
+    plain = (seen[0].mean((0, 2, 3)) + seen[1].mean((0, 2, 3))) / 2
+    assert not torch.allclose(own.running_mean, plain, atol=1e-2)
+
+
+def test_a_batch_of_one_image_is_left_out_unless_there_are_no_others():
+    """At a layer of one pixel PyTorch refuses a batch of one image in training mode."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    prepare(model, skip=(), widths=(4,), verbose=False)
+    rows = torch.randn(5, 3)
+    calibrate_norms(model, [rows[:4]], widths=[2])
+    expected = model[1].sets["2"].running_mean.clone()
+    calibrate_norms(model, [rows[:4], rows[4:]], widths=[2])
+    assert torch.equal(model[1].sets["2"].running_mean, expected)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        calibrate_norms(model, [rows[4:]], widths=[2])
+
+    images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    prepare(images, skip=(), widths=(4,), verbose=False)
+    calibrate_norms(images, [torch.randn(1, 3, 5, 5)], widths=[2])
+    assert images[1].sets["2"].running_mean.abs().sum() > 0
+
+
 def test_affine_parameters_come_from_the_next_wider_trained_width(model, images):
     calibrate_norms(model, [images])
     for bits, donor in {7: 8, 6: 8, 5: 8, 3: 4, 1: 2, None: 8}.items():
@@ -195,7 +225,7 @@ def test_an_error_on_the_way_restores_and_leaves_no_half_estimate_in_use(model, 
         calibrate_norms(model, [images, images[:, :2]], widths=[3])
     assert all(m.training for m in model.modules())
     assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    assert width_of(model).bits is None and not model.bn1.calibrating
+    assert width_of(model).bits == 8 and not model.bn1.calibrating
     with pytest.raises(ValueError, match="width 3 was not trained"), bit_width(model.eval(), 3):
         pass
     with bit_width(model, 1):

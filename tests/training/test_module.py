@@ -272,7 +272,7 @@ def test_a_teacher_with_weights_for_other_classes_is_refused_before_a_download(t
 
 def test_what_is_wrong_with_a_teacher_is_said_of_the_teacher(train, tmp_path):
     with pytest.raises(
-        UserError, match=r"^the teacher .*: cannot get the pretrained weights of resnet8_cifar"
+        UserError, match=r"^the teacher .*: cannot load the pretrained weights of resnet8_cifar"
     ):
         train(tmp_path, {"teacher": "external", "teacher_name": "resnet8_cifar"})
 

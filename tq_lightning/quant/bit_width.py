@@ -19,7 +19,7 @@ class Width:
     Attributes:
         max_bits: Stored width.
         widths: Trained widths, widest first.
-        bits: Width in use, None = float.
+        bits: Width in use, None = float. `prepare` starts at the widest trained width.
         source: Where the weights of that width come from, "quantize" or "truncate".
         packed: True if there are no float weights (a loaded packed model).
         default_source: The source of `bit_width` if none is passed.

@@ -54,7 +54,8 @@ def prepare(
 ) -> PrepareReport:
     """Prepare `model` for training at several widths, in place. Load its weights before.
 
-    Convolutions, linear layers, attention projections and recurrent weights are parametrized.
+    Convolutions, linear layers, attention projections and recurrent weights are parametrized. The
+    model starts at its widest trained width; `bit_width` runs it at others, or in float.
 
     Args:
         model: Any module.
@@ -116,7 +117,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
             f"nothing left to quantize in {type(model).__name__} with skip={list(config.skip)!r}; "
             "skip fewer layers"
         )
-    width = Width(config.max_bits, config.widths)
+    width = Width(config.max_bits, config.widths, bits=config.widths[0])
     report = PrepareReport()
     report.share, report.weight_share = _quantized_shares(model, layers)
     for layer in layers:

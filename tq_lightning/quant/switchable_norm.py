@@ -130,9 +130,11 @@ def calibrate_norms(
     """Estimate the norm statistics of untrained widths from a few batches.
 
     Affine parameters are copied from the next wider trained width. Statistics are the mean over the
-    batches of what the layers see at that width, quantized as in training. Only the batch norms of
-    the width being estimated are in training mode, so trained norms, modes, the width in use and
-    all random states stay as they were.
+    batches, weighted by their images, of what the layers see at that width, quantized as in
+    training. A batch of one image is left out if there are larger ones: it has no variance at a
+    layer of one pixel, and PyTorch refuses it there. Only the batch norms of the width being
+    estimated are in training mode, so trained norms, modes, the width in use and all random states
+    stay as they were.
 
     Args:
         model: A prepared model.
@@ -161,6 +163,7 @@ def calibrate_norms(
     if not norms or not widths:
         return
     batches = list(batches)
+    batches = [batch for batch in batches if len(batch) > 1] or batches
     if not batches:
         raise ValueError(
             "no batches to estimate norm statistics from; pass a list of image batches"
@@ -193,10 +196,13 @@ def _calibrate(
                 norm.calibrated[bits] = False  # until all batches have passed
         for layer in layers:
             layer.reset_running_stats()
-            layer.momentum = None  # cumulative mean over the batches
             layer.training = True
+        images = 0
         with bit_width(model, bits, "quantize"):
             for batch in batches:
+                images += len(batch)
+                for layer in layers:
+                    layer.momentum = len(batch) / images  # the running mean over all images so far
                 model(batch)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
