@@ -203,7 +203,7 @@ def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
             for bits, source in hits:
                 with bit_width(module, bits, source):
                     hits[bits, source] += int(
-                        (module(data.normalise(pixels)).argmax(1) == labels).sum()
+                        (module(data.normalize(pixels)).argmax(1) == labels).sum()
                     )
     assert trainer.callback_metrics["val/images"].item() == total == 144
     for (bits, source), count in hits.items():

@@ -183,7 +183,7 @@ def test_the_signature_is_the_configuration():
         assert f"--data.{name} " in help_text
         assert parameter.default is not inspect.Parameter.empty
         assert f"\n    {name}: " in inspect.getdoc(TQDataModule), f"{name} has no line under Args"
-    assert "chance of timm's random erasing" in help_text
+    assert "probability of timm's random erasing" in help_text
     config = parser.parse_args(
         ["--data.name=synthetic", "--data.mean=[0.1,0.2,0.3]", "--data.samples=null"]
     )

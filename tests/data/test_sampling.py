@@ -69,15 +69,12 @@ def test_two_processes_see_the_steps_of_one():
         assert torch.equal(left, right)  # the global batch; `share` says who takes what
 
 
-def test_small_sets():
-    order = TrainOrder(torch.arange(5), 32, seed=0)
-    assert len(order) == 1
-    assert next(order.batches(0))[1].numel() == 5
-    assert next(TrainOrder(torch.arange(5), 32, seed=0, even=True).batches(0))[1].numel() == 4
+def test_a_batch_larger_than_the_set_is_refused():
+    assert len(TrainOrder(torch.arange(32), 32, seed=0)) == 1
+    with pytest.raises(UserError, match=r"data.batch_size=32 is too large: 31 training samples"):
+        TrainOrder(torch.arange(31), 32, seed=0)
     with pytest.raises(UserError, match="do not fill a batch of 2 x 32"):
         TrainOrder(torch.arange(40), 32, seed=0, world=2)
-    with pytest.raises(UserError, match="make no batch"):
-        TrainOrder(torch.arange(1), 32, seed=0, even=True)
 
 
 @pytest.mark.parametrize("samples", [7, 32, 33, 100])

@@ -1,0 +1,1 @@
+"""Data sets and their batches: reading, sampling, augmentation, and the data module."""

@@ -1,4 +1,4 @@
-"""Augmentation: of whole batches on the device from numbers drawn in advance, and timm's of single images."""
+"""Augmentation: batches on the device from numbers drawn in advance; single images by timm."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -15,10 +15,14 @@ from tq_lightning.data.sampling import derive_seed, generator
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's global generators, and put their states back on any exit.
+    """Seed the global generators of Python, NumPy and PyTorch, and restore their states on exit.
 
-    timm's transforms, random erasing and mixup draw from the global generators; this makes their draws a function of
-    `seed` alone and leaves no trace. `device`: a CUDA device whose generator is used too.
+    timm's transforms, random erasing and mixup draw from the global generators. Inside this context
+    their draws are a function of `seed` alone.
+
+    Args:
+        seed: seed of all generators.
+        device: a CUDA device whose generator is seeded too.
     """
     cuda = device if device is not None and device.type == "cuda" else None
     python, numeric, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -35,9 +39,9 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def reseed(seed: int, device: torch.device | None = None) -> None:
-    """Seed the three generators of the CPU, and that of `device` if it is a CUDA one.
+    """Seed the three CPU generators, and that of `device` if it is a CUDA device.
 
-    (`torch.manual_seed` would seed every CUDA device, whether its state was kept or not.)
+    `torch.manual_seed` would also seed the other CUDA devices, whose states were not saved.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -48,15 +52,17 @@ def reseed(seed: int, device: torch.device | None = None) -> None:
 
 
 def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int) -> Tensor:
-    """Pad every image with `pad` black pixels, cut one window of the old size per image, and mirror where asked.
+    """Pad images with black, crop a window of the original size from each, and mirror some.
 
     Args:
         images: (B, C, H, W), any dtype.
-        top, left: (B,) int64, corner of the window in 0..2*pad.
-        flip: (B,) bool, mirror left-right.
+        top: (B,) int64, first row of the window, 0..2*pad.
+        left: (B,) int64, first column of the window, 0..2*pad.
+        flip: (B,) bool, whether to mirror left-right.
+        pad: width of the border in pixels.
 
     Returns:
-        (B, C, H, W), same dtype: one gather for all images, crop and mirror together.
+        (B, C, H, W), same dtype, computed by one gather.
     """
     b, c, h, w = images.shape
     padded = F.pad(images, (pad, pad, pad, pad)) if pad else images
@@ -70,13 +76,17 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int)
 
 
 class BatchAugment:
-    """Draws the random numbers of a training batch on the CPU, and applies them to the batch where it is.
+    """Augmentation of training batches, with random numbers drawn on the CPU in advance.
+
+    Batch b of epoch e draws from (seed, e, b) for the global batch, regardless of the number of
+    processes.
 
     Args:
-        seed: run seed; batch b of epoch e draws from (seed, e, b) for the global batch, however many processes share it.
-        pad: black border of the random crop in pixels, 0 for none.
-        hflip: chance to mirror.
-        reprob, remode: timm's RandomErasing: its chance, and const | rand | pixel.
+        seed: run seed.
+        pad: black border of the random crop in pixels, 0 for no crop.
+        hflip: probability of mirroring.
+        reprob: probability of timm's RandomErasing.
+        remode: fill of timm's RandomErasing, const, rand or pixel.
         mixup: timm's Mixup, or None.
     """
 
@@ -87,7 +97,17 @@ class BatchAugment:
         self.reprob, self.remode, self.mixup = reprob, remode, mixup
 
     def draw(self, epoch: int, batch: int, size: int, mine: Tensor) -> dict[str, Any]:
-        """The numbers for places `mine` of the global batch: small tensors, and integers for seeds (they stay on the CPU)."""
+        """Draw the numbers for a process's share of a batch.
+
+        Args:
+            epoch: number of the epoch.
+            batch: number of the batch in it.
+            size: size of the global batch.
+            mine: positions of this process in the global batch.
+
+        Returns:
+            Small tensors, and integers for seeds, which stay on the CPU.
+        """
         source = generator(self.seed, epoch, batch, 3)
         out: dict[str, Any] = {}
         if self.pad or self.hflip:
@@ -101,15 +121,17 @@ class BatchAugment:
         return out
 
     def geometry(self, images: Tensor, draw: dict[str, Any]) -> Tensor:
-        """Crop and mirror; before normalisation, so that the border is black."""
-        return (
-            crop_flip(images, draw["top"], draw["left"], draw["flip"], self.pad)
-            if "top" in draw
-            else images
-        )
+        """Crop and mirror. Called before normalization, so the border is black."""
+        if "top" not in draw:
+            return images
+        return crop_flip(images, draw["top"], draw["left"], draw["flip"], self.pad)
 
     def finish(self, images: Tensor, labels: Tensor, draw: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Random erasing and mixup, after normalisation as in timm; under mixup labels become (B, classes) floats."""
+        """Apply random erasing and mixup. Called after normalization, as in timm.
+
+        Returns:
+            Images, and labels, which mixup turns into float (B, classes).
+        """
         if "erase" in draw:
             from timm.data.random_erasing import RandomErasing
 
@@ -125,30 +147,48 @@ class BatchAugment:
 
 
 def eval_transform(size: int, crop_pct: float, interpolation: str) -> Callable[[Any], Tensor]:
-    """timm's evaluation transform of one PIL image, up to a uint8 (3, size, size) tensor."""
+    """Make timm's evaluation transform: PIL image -> uint8 (3, size, size)."""
     from timm.data import create_transform
 
     return create_transform(size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
 
 
 def train_transform(
-    size: int, scale: float, hflip: float, interpolation: str, **colours: Any
+    size: int, scale: float, hflip: float, interpolation: str, **color: Any
 ) -> Callable[[Any], Tensor]:
-    """timm's training transform of one PIL image, up to a uint8 (3, size, size) tensor (erasing is left to the batch).
+    """Make timm's training transform without random erasing: PIL image -> uint8 (3, size, size).
 
-    `colours`: color_jitter, auto_augment and mean (what auto-augment fills with), as timm's `create_transform` takes them.
+    Args:
+        size: height and width in pixels.
+        scale: smallest share of the image's area that a random crop takes.
+        hflip: probability of mirroring.
+        interpolation: random, bilinear or bicubic.
+        **color: color_jitter, auto_augment and mean (the fill of auto-augment), as for timm's
+            `create_transform`.
     """
     from timm.data import create_transform
 
     crop: dict[str, Any] = {"scale": (scale, 1.0), "hflip": hflip, "interpolation": interpolation}
-    return create_transform(size, is_training=True, normalize=False, **crop, **colours)
+    return create_transform(size, is_training=True, normalize=False, **crop, **color)
 
 
-def colour_transform(size: int, **colours: Any) -> Callable[[Any], Tensor]:
-    """The part of `train_transform` that neither crops nor mirrors, for small images, which are cropped as a batch."""
-    from timm.data import create_transform
+class ColorTransform:
+    """The part of `train_transform` that neither crops nor mirrors.
 
-    _, ops, last = create_transform(
-        size, is_training=True, normalize=False, separate=True, **colours
-    )
-    return lambda image: last(ops(image))
+    Small images are cropped and mirrored as a batch instead.
+
+    Args:
+        size: height and width in pixels.
+        **color: see `train_transform`.
+    """
+
+    def __init__(self, size: int, **color: Any) -> None:
+        from timm.data import create_transform
+
+        _, self.operations, self.to_tensor = create_transform(
+            size, is_training=True, normalize=False, separate=True, **color
+        )
+
+    def __call__(self, image: Any) -> Tensor:
+        """Transform a PIL image to uint8 (3, H, W)."""
+        return self.to_tensor(self.operations(image))

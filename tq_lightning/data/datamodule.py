@@ -1,4 +1,7 @@
-"""TQDataModule: any row of `DATASETS` as a LightningDataModule; its signature is the `data:` section of a configuration."""
+"""TQDataModule: any row of `DATASETS` as a LightningDataModule.
+
+Its signature is the `data:` section of a configuration.
+"""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tq_lightning.data import augment
-from tq_lightning.data import image_folder as images
 from tq_lightning.data.datasets import DATASETS, Source, Split
+from tq_lightning.data.image_folder import missing
 from tq_lightning.data.loaders import BatchReader, EvalLoader, ImageDataset, TrainLoader
 from tq_lightning.data.sampling import TrainOrder, generator, stratified
 from tq_lightning.data.validation import check
@@ -21,47 +24,60 @@ from tq_lightning.errors import UserError
 class TQDataModule(lightning.LightningDataModule):
     """Training, validation and test batches of one data set.
 
-    A batch is (images, labels): images float32 (B, 3, image_size, image_size), normalised, on the device; labels int64
-    (B,), or float (B, classes) under mixup, cutmix or label smoothing. The order of epoch e and the augmentation of its
-    batches depend on (seed, e, batch) alone: the same after a resume, and for two processes at batch 64 as for one at 128.
+    A batch is (images, labels): images float32 (B, 3, image_size, image_size), normalized, on the
+    device; labels int64 (B,), or float (B, classes) with mixup, cutmix or label smoothing. The
+    order of epoch e and the augmentation of its batches depend only on (seed, e, batch). They are
+    the same after a resume, and for two processes at batch size 64 as for one at 128.
 
-    Validation is the set's own validation split, or else held out of the training split. Test and predict take the test
-    split, or else the validation split of a set that has one (ImageNet has no other). `test` alone touches the test split.
+    Validation uses the set's own validation split, or samples held out of the training split. Test
+    and predict use the test split, or the validation split of a set without one (ImageNet).
+    Only `test` and `predict` read the test split.
 
     Attributes:
         input_shape: (3, image_size, image_size).
-        mean, std, interpolation, crop_pct: the preprocessing of evaluation.
-        num_classes, class_names, mixup: see the properties.
+        mean: per-channel mean that images are normalized with.
+        std: per-channel standard deviation that images are normalized with.
+        interpolation: interpolation of evaluation.
+        crop_pct: crop of evaluation.
 
     Args:
         name: digits, cifar10, cifar100, imagenet, imagefolder or synthetic.
-        root: folder with <split>/<class>/<image>, or <split>.tar with the same inside; split is train, val or test.
-            cifar10 and cifar100 take torchvision's files too, imagefolder also a folder or tar of classes without splits.
-        download: let torchvision fetch cifar10 or cifar100 into root where nothing is found.
-        num_classes: classes to make for synthetic (10), to insist on for others; null takes what the set has.
-        image_size: edge of the images in pixels; null is 8 for digits, 32 for cifar and synthetic, 224 for image files.
+        root: folder with <split>/<class>/<image>, or <split>.tar with the same inside; split is
+            train, val or test. cifar10 and cifar100 also take torchvision's files, imagefolder also
+            a folder or tar of classes without splits.
+        download: let torchvision download cifar10 or cifar100 into root if it is not found.
+        num_classes: number of classes to make for synthetic (10), or to require of other sets;
+            null takes what the set has.
+        image_size: height and width in pixels; null is 8 for digits, 32 for cifar and synthetic,
+            224 for image files.
         batch_size: training samples per process and step.
-        eval_batch_size: samples per process and step in evaluation; null is twice batch_size, at least 256 if small.
-        workers: processes that read image files; null is one per core, up to 8. Small images need none.
-        val_fraction: share of the training split held out, one sample at least, where the set has no validation split;
-            the same samples for every seed.
-        samples: train on this many samples, even over the classes; null takes all. For synthetic, how many to make (2048).
+        eval_batch_size: samples per process and step in evaluation; null is twice batch_size, and
+            at least 256 for small images.
+        workers: processes that read image files; null is one per core, up to 8. Images in memory
+            need none.
+        val_fraction: share of the training split held out for validation if the set has no
+            validation split, at least one sample; the same samples for every seed.
+        samples: number of training samples to use, even over the classes; null uses all. For
+            synthetic, the number to make (2048).
         mean: per-channel mean of the images in 0..1; null is the set's own.
         std: per-channel standard deviation of the images in 0..1; null is the set's own.
         interpolation: how images are scaled in evaluation, bilinear or bicubic.
         train_interpolation: how image files are scaled in training, random, bilinear or bicubic.
-        crop_pct: in evaluation image files are scaled until the crop takes this share of their shorter side.
-        pad: black border in pixels of the random crop of small images; null is the set's own, 4 for cifar.
-        hflip: chance to mirror a training image; null is the set's own, 0.5 but for digits.
+        crop_pct: in evaluation, image files are scaled so that the crop takes this share of their
+            shorter side.
+        pad: black border in pixels of the random crop of small images; null is the set's own, 4
+            for cifar.
+        hflip: probability of mirroring a training image; null is the set's own, 0.5 except for
+            digits.
         scale: smallest share of an image file's area that a random crop takes.
-        color_jitter: timm's colour jitter; null is the set's own, 0.4 for image files.
-        auto_augment: timm's policy, for example rand-m9-mstd0.5-inc1; null for none.
-        reprob: chance of timm's random erasing.
-        remode: what random erasing fills in, const, rand or pixel.
+        color_jitter: timm's color jitter; null is the set's own, 0.4 for image files.
+        auto_augment: timm's policy, e.g. rand-m9-mstd0.5-inc1; null for none.
+        reprob: probability of timm's random erasing.
+        remode: fill of random erasing, const, rand or pixel.
         mixup: timm's mixup alpha, 0 for none.
         cutmix: timm's cutmix alpha, 0 for none.
         smoothing: label smoothing.
-        seed: of the order and the augmentation; null takes seed_everything.
+        seed: seed of the order and the augmentation; null takes seed_everything.
     """
 
     def __init__(
@@ -96,16 +112,12 @@ class TQDataModule(lightning.LightningDataModule):
         super().__init__()
         check(locals())
         row = self._row = DATASETS[name]
-        self.name, self.batch_size, self.val_fraction, self.samples = (
-            name,
-            batch_size,
-            val_fraction,
-            samples,
-        )
+        self.name, self.batch_size = name, batch_size
+        self.val_fraction, self.samples = val_fraction, samples
         self.image_size = image_size or row["size"] or 224
         self.input_shape = (3, self.image_size, self.image_size)
         self.eval_batch_size = eval_batch_size or max(2 * batch_size, 256 if row["size"] else 1)
-        self.workers = min(8, len(os.sched_getaffinity(0))) if workers is None else workers
+        self.workers = min(8, _available_cpus()) if workers is None else workers
         self.mean, self.std = tuple(mean or row["mean"]), tuple(std or row["std"])
         self.interpolation, self.train_interpolation = interpolation, train_interpolation
         self.crop_pct = 1.0 if row["size"] else crop_pct
@@ -120,36 +132,27 @@ class TQDataModule(lightning.LightningDataModule):
         self._source = Source(
             Path(root).expanduser(), download, num_classes, self.image_size, samples
         )
-        self._splits: dict[str, Split] = {}
-        self._absent: set[str] = set()
-        self._fetches: dict[tuple[str, str], BatchReader] = {}
+        self._splits: dict[str, Split | None] = {}
+        self._readers: dict[tuple[str, str], BatchReader] = {}
         self._augment: augment.BatchAugment | None = None
-
-    # What a model, a calibration and an export header ask for
 
     @property
     def num_classes(self) -> int:
-        """Classes of the set: known from its name, or asked for, or read from its files."""
-        return (
-            self._row["classes"]
-            or self._expected
-            or (10 if self.name == "synthetic" else len(self.class_names))
-        )
+        """Number of classes: fixed by the set, configured, or read from its files."""
+        known = self._row["classes"] or self._expected
+        return known or (10 if self.name == "synthetic" else len(self.class_names))
 
     @property
     def class_names(self) -> list[str]:
-        """Names in index order, from the first split there is."""
-        split = next(
-            (got for name in ("train", "val", "test") if (got := self._split(name)) is not None),
-            None,
-        )
-        if split is None:
-            raise UserError(images.missing(self._source.root, "train", "val", "test"))
-        return split.classes
+        """Class names by number, from the first split that the set has."""
+        for name in ("train", "val", "test"):
+            if (split := self._split(name)) is not None:
+                return split.classes
+        raise UserError(missing(self._source.root, "train", "val", "test"))
 
     @property
     def mixup(self) -> Any:
-        """timm's Mixup as configured, or None; it makes the soft targets of label smoothing too."""
+        """Mixup of timm as configured, or None. It also makes the targets of label smoothing."""
         if not any(self.mix.values()):
             return None
         from timm.data.mixup import Mixup
@@ -160,61 +163,57 @@ class TQDataModule(lightning.LightningDataModule):
     def calibration_batches(
         self, n: int, batch_size: int | None = None, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`n` batches (images, labels) of training samples as evaluation sees them, to re-estimate norm statistics.
+        """Training batches, preprocessed as in evaluation, to re-estimate norm statistics.
 
-        Always the same ones, whatever the seed, epoch, process or random state, none of which is touched. Fewer than `n`
-        where the training split is smaller.
+        They are always the same, regardless of seed, epoch, process and random state, and change
+        none of these.
+
+        Args:
+            n: number of batches. There are fewer if the training split is smaller.
+            batch_size: samples per batch; None is that of training.
+            device: device of the batches.
+
+        Yields:
+            (images, labels).
         """
         size = batch_size or self.batch_size
         split, samples = self._part("train")
         samples = samples[torch.randperm(samples.numel(), generator=generator(8))[: n * size]]
-        # a reader of its own: this may be called while validation goes through the same split
-        for pixels, labels in self._new_fetch(split, training=False)(
-            lambda: iter(samples.split(size))
-        ):
-            yield self.normalise(pixels.to(device)), labels.to(device)
-
-    # Splits
+        # a reader of its own: this may be called while validation reads the same split
+        reader = self._new_reader(split, training=False)
+        for pixels, labels in reader(lambda: iter(samples.split(size))):
+            yield self.normalize(pixels.to(device)), labels.to(device)
 
     def _split(self, name: str) -> Split | None:
-        """The split train, val or test, read once; None where the set has none."""
-        if name not in self._splits and name not in self._absent:
-            got = self._row["read"](self._source, name)
-            if (
-                got is not None
-                and self._expected is not None
-                and self._expected != len(got.classes)
-            ):
-                what = (
-                    f"{self.name} at {self._source.root.absolute()} has {len(got.classes)} classes"
-                )
+        """The split train, val or test, read once; None if the set does not have it."""
+        if name not in self._splits:
+            split = self._row["read"](self._source, name)
+            if split is not None and self._expected not in (None, len(split.classes)):
                 raise UserError(
-                    f"data.num_classes={self._expected}, but {what}; pass that number, or null"
+                    f"data.num_classes={self._expected}, but {self.name} at "
+                    f"{self._source.root.absolute()} has {len(split.classes)} classes; pass that "
+                    "number, or null"
                 )
-            if got is None:
-                self._absent.add(name)
-            else:
-                self._splits[name] = got
-        return self._splits.get(name)
+            self._splits[name] = split
+        return self._splits[name]
 
-    def _need(self, *names: str) -> str:
-        """The first of the splits that is there."""
+    def _first_split(self, *names: str) -> str:
+        """The first of these splits that the set has."""
         for name in names:
             if self._split(name) is not None:
                 return name
-        raise UserError(f"{self.name}: {images.missing(self._source.root, *names)}")
+        raise UserError(f"{self.name}: {missing(self._source.root, *names)}")
 
     def _part(self, stage: str) -> tuple[str, Tensor]:
-        """(split to read, sample numbers) for stage train, val or test."""
+        """(split to read, sample numbers) of the stage train, val or test."""
         own = self._split("val") is not None
-        name = (
-            self._need("test", "val")
-            if stage == "test"
-            else "val"
-            if stage == "val" and own
-            else self._need("train")
-        )
-        labels = self._splits[name].labels
+        if stage == "test":
+            name = self._first_split("test", "val")
+        elif stage == "val" and own:
+            name = "val"
+        else:
+            name = self._first_split("train")
+        labels = self._need(name).labels
         everything = torch.arange(labels.numel())
         if name != "train":
             return name, everything
@@ -228,91 +227,97 @@ class TQDataModule(lightning.LightningDataModule):
             rest = rest[stratified(labels[rest], self.samples)]
         return name, rest
 
-    def _fetch(self, name: str, stage: str) -> BatchReader:
-        """How `stage` reads batches of a split; kept, so that worker processes live on."""
-        if (name, stage) not in self._fetches:
-            self._fetches[name, stage] = self._new_fetch(name, training=stage == "train")
-        return self._fetches[name, stage]
+    def _need(self, name: str) -> Split:
+        split = self._split(name)
+        assert split is not None
+        return split
 
-    def _new_fetch(self, name: str, training: bool) -> BatchReader:
-        split = self._splits[name]
+    def _reader(self, name: str, stage: str) -> BatchReader:
+        """Reader of a split for a stage, kept so that its worker processes persist."""
+        if (name, stage) not in self._readers:
+            self._readers[name, stage] = self._new_reader(name, training=stage == "train")
+        return self._readers[name, stage]
+
+    def _new_reader(self, name: str, training: bool) -> BatchReader:
+        split = self._need(name)
         read, transform = split.read, None
-        colours = {
+        color = {
             "color_jitter": self.color_jitter or None,
             "auto_augment": self.auto_augment,
             "mean": self.mean,
         }
         if read is not None and training:
-            how = self.train_interpolation
             transform = augment.train_transform(
-                self.image_size, self.scale, self.hflip, how, **colours
+                self.image_size, self.scale, self.hflip, self.train_interpolation, **color
             )
         elif read is not None:
             transform = augment.eval_transform(self.image_size, self.crop_pct, self.interpolation)
         elif training and (self.color_jitter or self.auto_augment):
-            read, transform = split.picture, augment.colour_transform(self.image_size, **colours)
-        items = (
-            ImageDataset(read, transform) if read is not None and transform is not None else None
-        )
+            read, transform = split.picture, augment.ColorTransform(self.image_size, **color)
+        items = None
+        if read is not None and transform is not None:
+            items = ImageDataset(read, split.labels.numel(), transform)
         return BatchReader(split.labels, split.pixels, items, self.workers)
 
-    # Lightning
-
     def prepare_data(self) -> None:
-        """Download where that is needed: on one process, before the others look."""
+        """Download a missing data set on one process, before the others look for it."""
         if self.name in ("cifar10", "cifar100"):
-            self.setup(
-                str(self.trainer.state.fn.value)
-                if self.trainer and self.trainer.state.fn
-                else "fit"
-            )
+            verb = self.trainer.state.fn if self.trainer else None
+            self.setup(str(verb.value) if verb else "fit")
 
     def setup(self, stage: str) -> None:
-        """Read what `stage` (fit, validate, test or predict) needs: a missing set is an error before anything starts."""
+        """Read the splits of a stage, so that a missing one is an error before anything starts.
+
+        Args:
+            stage: fit, validate, test or predict.
+        """
         for part in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
             self._part(part)
 
     def train_dataloader(self) -> TrainLoader:
+        """Make the loader of the training samples."""
         name, samples = self._part("train")
-        fetch, mixup = self._fetch(name, "train"), self.mixup
+        reader, mixup = self._reader(name, "train"), self.mixup
         if mixup is not None and self.batch_size % 2:
             raise UserError(
-                f"data.batch_size={self.batch_size} is odd: mixup, cutmix and smoothing need an even one"
+                f"data.batch_size={self.batch_size} is odd; mixup, cutmix and smoothing need an "
+                "even one"
             )
-        order = TrainOrder(
-            samples, self.batch_size, self.seed, *self._place(), even=mixup is not None
-        )
+        order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
         order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
         files = self._row["size"] is None  # cropped and mirrored one by one
         pad, hflip = (0, 0.0) if files else (self.pad, self.hflip)
         self._augment = augment.BatchAugment(self.seed, pad, hflip, self.reprob, self.remode, mixup)
-        loader = TrainLoader(fetch, order, self._augment)
+        loader = TrainLoader(reader, order, self._augment)
         loader.progress = lambda: self._progress(loader)
         return loader
 
     def val_dataloader(self) -> EvalLoader:
+        """Make the loader of the validation samples."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
+        """Make the loader of the test samples."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> EvalLoader:
+        """Make the loader of the test samples."""
         return self._eval_loader("test")
 
     def _eval_loader(self, stage: str) -> EvalLoader:
         name, samples = self._part(stage)
-        return EvalLoader(self._fetch(name, stage), samples, self.eval_batch_size, *self._place())
+        return EvalLoader(self._reader(name, stage), samples, self.eval_batch_size, *self._place())
 
     def teardown(self, stage: str) -> None:
-        """Let the worker processes go."""
-        self._fetches.clear()
+        """End the worker processes."""
+        self._readers.clear()
 
     def _place(self) -> tuple[int, int]:
         """(rank, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _progress(self, loader: TrainLoader) -> tuple[int, int] | None:
-        """(epoch, next batch) by Lightning's counters, if `loader` is what a running fit trains on."""
+        """(epoch, next batch) by Lightning's counters if a running fit trains on `loader`."""
         trainer = self.trainer
         if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
             return None
@@ -320,16 +325,30 @@ class TQDataModule(lightning.LightningDataModule):
         return fit.epoch_progress.current.processed, fit.epoch_loop.batch_progress.current.ready  # type: ignore[attr-defined]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
-        """A loader's batch -> (images, labels) for the model; a training batch has its random numbers as third item."""
+        """Augment and normalize a batch of a loader.
+
+        Args:
+            batch: (pixels, labels), with the random numbers of a training batch as third item.
+            dataloader_idx: not used.
+
+        Returns:
+            (images, labels) for the model.
+        """
         pixels, labels, *draw = batch
         if not draw or self._augment is None:
-            return self.normalise(pixels), labels
-        return self._augment.finish(
-            self.normalise(self._augment.geometry(pixels, draw[0])), labels, draw[0]
-        )
+            return self.normalize(pixels), labels
+        pixels = self._augment.geometry(pixels, draw[0])
+        return self._augment.finish(self.normalize(pixels), labels, draw[0])
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, 3, image_size, image_size), (pixels / 255 - mean) / std, scaled last."""
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Compute (pixels / 255 - mean) / std and scale to the image size.
+
+        Args:
+            pixels: uint8 (B, 3, H, W).
+
+        Returns:
+            float32 (B, 3, image_size, image_size).
+        """
         mean, std = (
             torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std)
         )
@@ -339,3 +358,10 @@ class TQDataModule(lightning.LightningDataModule):
         return torch.nn.functional.interpolate(
             out, self.input_shape[1:], mode=self.interpolation, antialias=True
         )
+
+
+def _available_cpus() -> int:
+    """CPUs that this process may use; macOS and Windows can't tell, so all of them there."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

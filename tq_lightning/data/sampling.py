@@ -1,4 +1,8 @@
-"""Which samples make up which batch: functions of numbers alone, so that resumed and distributed runs see the same ones."""
+"""Assignment of samples to batches.
+
+Everything here is a function of integers alone, so resumed and distributed runs see the same
+batches.
+"""
 
 import math
 from collections.abc import Iterator
@@ -9,32 +13,37 @@ from torch import Tensor
 
 from tq_lightning.errors import UserError
 
-SPLIT_SEED = 0  # whatever the run's seed: seeds and arms are compared on the same held-out images
+# independent of the run's seed: runs are compared on the same held-out images
+SPLIT_SEED = 0
 
 
 def derive_seed(*numbers: int) -> int:
-    """One 63-bit seed out of non-negative integers (run seed, epoch, batch, ...); near-by inputs give unrelated seeds."""
+    """Derive a 63-bit seed from non-negative integers (run seed, epoch, batch, ...).
+
+    Nearby inputs give unrelated seeds.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A private CPU generator seeded by `derive_seed(*numbers)`; the global random state is not touched."""
+    """Make a CPU generator seeded by `derive_seed(*numbers)`; no global random state changes."""
     return torch.Generator().manual_seed(derive_seed(*numbers))
 
 
 def stratified(labels: Tensor, count: int, seed: int = SPLIT_SEED) -> Tensor:
-    """Exactly `count` sample numbers, as evenly over the classes as the numbers allow.
+    """Pick `count` samples, as evenly over the classes as possible.
 
-    Each class is shuffled and its j-th of n samples gets the key (j + U) / n with one random U a class; the smallest
-    keys win. A class with a single image takes part by chance, so a set with one image a class can be split too.
+    Each class is shuffled, and its j-th of n samples gets the key (j + U) / n with one random U per
+    class. The samples with the smallest keys are picked. A class with a single image takes part by
+    chance, so a set with one image per class can be split too.
 
     Args:
         labels: (samples,) int64 class numbers.
-        count: how many to pick, 0..samples.
-        seed: of the private generator.
+        count: number of samples to pick, 0..samples.
+        seed: seed of the private generator.
 
     Returns:
-        (count,) sorted sample numbers.
+        (count,) int64, sorted sample numbers.
     """
     draw = generator(seed, labels.numel(), 1)
     keys = torch.empty(labels.numel(), dtype=torch.float64)
@@ -46,10 +55,19 @@ def stratified(labels: Tensor, count: int, seed: int = SPLIT_SEED) -> Tensor:
 
 
 def share(size: int, rank: int, world: int) -> Tensor:
-    """The places in a global batch that belong to one process, size // world of them.
+    """Positions in a global batch that belong to one process.
 
-    Process r takes the r-th block from the front and its mirror image from the back. Mixup pairs place i with place
-    size-1-i: so both of a pair live in one process, and reversing the local batch pairs them as the global one would.
+    Process r takes the r-th block from the front and its mirror image from the back. Mixup pairs
+    position i with size-1-i, so both samples of a pair are in one process, and reversing the local
+    batch pairs them like reversing the global batch.
+
+    Args:
+        size: size of the global batch.
+        rank: number of the process.
+        world: number of processes.
+
+    Returns:
+        (size // world,) int64 positions.
     """
     local = size // world
     front, back = (local + 1) // 2, local // 2
@@ -59,17 +77,20 @@ def share(size: int, rank: int, world: int) -> Tensor:
 
 
 class TrainOrder:
-    """The batches of every training epoch: epoch e is one permutation drawn from (seed, e), cut into global batches.
+    """Batches of every training epoch.
+
+    Epoch e is a permutation drawn from (seed, e) and cut into global batches. The samples that do
+    not fill a last batch are left out of the epoch; they differ in every epoch.
 
     Args:
         samples: (N,) sample numbers of the training part.
-        batch_size: samples a process and step; the global batch is batch_size * world.
+        batch_size: samples per process and step. The global batch has batch_size * world.
         seed: run seed.
-        rank, world: this process and how many there are.
-        even: drop the odd sample of a batch smaller than asked for (mixup needs pairs).
+        rank: number of this process.
+        world: number of processes.
 
-    The samples that do not fill a last batch are left out of the epoch (others in every epoch). A set smaller than one
-    batch gives one smaller batch in a single process and is refused in several.
+    Raises:
+        UserError: the samples do not fill one global batch.
     """
 
     def __init__(
@@ -79,42 +100,53 @@ class TrainOrder:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        even: bool = False,
     ) -> None:
         self.samples, self.seed, self.rank, self.world = samples, seed, rank, world
         self.shuffle = True
-        count = samples.numel()
-        self.size = min(batch_size * world, count)
-        if world > 1 and self.size < batch_size * world:
+        self.size = batch_size * world
+        if samples.numel() < self.size:
+            processes = f"{world} x " if world > 1 else ""
             raise UserError(
-                f"{count} training samples do not fill a batch of {world} x {batch_size}; lower data.batch_size"
-            )
-        if even:
-            self.size -= self.size % 2
-        if self.size < 1:
-            raise UserError(
-                f"{count} training samples make no batch; raise data.samples or lower data.val_fraction"
+                f"data.batch_size={batch_size} is too large: {samples.numel()} training samples do "
+                f"not fill a batch of {processes}{batch_size}; lower it"
             )
 
     def __len__(self) -> int:
         return self.samples.numel() // self.size
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """(batch number, (size,) sample numbers of the global batch) from batch `start` of `epoch` on."""
-        order = (
-            torch.randperm(self.samples.numel(), generator=generator(self.seed, epoch, 2))
-            if self.shuffle
-            else None
-        )
-        samples = self.samples if order is None else self.samples[order]
+        """Yield (batch number, (size,) sample numbers of the global batch) of an epoch.
+
+        Args:
+            epoch: number of the epoch.
+            start: first batch to yield.
+        """
+        samples = self.samples
+        if self.shuffle:
+            samples = samples[
+                torch.randperm(len(samples), generator=generator(self.seed, epoch, 2))
+            ]
         for batch in range(start, len(self)):
             yield batch, samples[batch * self.size : (batch + 1) * self.size]
 
 
 def eval_batches(samples: Tensor, batch_size: int, rank: int = 0, world: int = 1) -> list[Tensor]:
-    """The evaluation batches of one process: every sample in exactly one process, and equally many batches in each.
+    """Evaluation batches of one process.
 
-    (A collective inside an evaluation step would hang if one process had a batch more; the sizes differ instead.)
+    Every sample is in exactly one process. All processes get the same number of batches, since a
+    collective operation in an evaluation step would hang otherwise; batch sizes differ instead.
+
+    Args:
+        samples: (N,) sample numbers.
+        batch_size: largest number of samples per batch.
+        rank: number of this process.
+        world: number of processes.
+
+    Returns:
+        Sample numbers of each batch.
+
+    Raises:
+        UserError: there are fewer samples than processes.
     """
     if samples.numel() < world:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a user may pass for each key of `data:`."""
+"""Ranges and choices of the `data:` keys."""
 
 from typing import Any
 
@@ -7,11 +7,24 @@ from tq_lightning.errors import UserError
 
 _COUNT, _SHARE, _STRENGTH = (1, 10**9), (0.0, 1.0), (0.0, 1000.0)
 _RANGES: dict[str, tuple[float, float]] = {
-    "num_classes": _COUNT, "image_size": _COUNT, "batch_size": _COUNT, "eval_batch_size": _COUNT, "samples": _COUNT,
-    "workers": (0, 1024), "pad": (0, 1024), "val_fraction": (0.0, 0.9), "crop_pct": (0.01, 1.0), "scale": (0.001, 1.0),
-    "hflip": _SHARE, "reprob": _SHARE, "smoothing": (0.0, 0.99), "mixup": _STRENGTH, "cutmix": _STRENGTH,
-    "color_jitter": _STRENGTH, "seed": (0, 2**63 - 1),
-}  # fmt: skip
+    "num_classes": _COUNT,
+    "image_size": _COUNT,
+    "batch_size": _COUNT,
+    "eval_batch_size": _COUNT,
+    "samples": _COUNT,
+    "workers": (0, 1024),
+    "pad": (0, 1024),
+    "val_fraction": (0.0, 0.9),
+    "crop_pct": (0.01, 1.0),
+    "scale": (0.001, 1.0),
+    "hflip": _SHARE,
+    "reprob": _SHARE,
+    "smoothing": (0.0, 0.99),
+    "mixup": _STRENGTH,
+    "cutmix": _STRENGTH,
+    "color_jitter": _STRENGTH,
+    "seed": (0, 2**63 - 1),
+}
 _CHOICES = {
     "name": tuple(DATASETS),
     "interpolation": ("bilinear", "bicubic"),
@@ -21,7 +34,14 @@ _CHOICES = {
 
 
 def check(given: dict[str, Any]) -> None:
-    """Raises UserError, with the key, for a value out of its range."""
+    """Check the values of the `data:` keys.
+
+    Args:
+        given: value by key, of all arguments of the data module.
+
+    Raises:
+        UserError: a value is out of range or unknown. The message names the key.
+    """
     for key, allowed in _CHOICES.items():
         if given[key] not in allowed:
             raise UserError(f"data.{key}={given[key]!r} is not one of {', '.join(allowed)}")

@@ -1,0 +1,173 @@
+"""Images: which files are images, and how any of them becomes 8-bit RGB.
+
+Training, evaluation and `classify` all use this module, so they read the same files in the same
+way.
+"""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from tq_lightning.errors import UserError
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+# Folders of file managers, NAS systems and archivers. Names that begin with "." are left out too.
+_SYSTEM_FOLDERS = {
+    "@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "lost+found",
+    "$recycle.bin", "system volume information",
+}  # fmt: skip
+_EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
+_INDIRECT = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB"}  # mode -> mode that converts directly
+
+
+class UnreadableImage(UserError):
+    """A file that can't be decoded, or whose pixels have no defined 8-bit form."""
+
+
+class LeftOut:
+    """Files of a data set that are not used, counted by reason, with an example each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        """Count one file or folder."""
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def __str__(self) -> str:
+        parts = [f"{n} {reason} ({self.examples[reason]})" for reason, n in self.counts.items()]
+        return printable(f"left out {self.counts.total()}: {', '.join(parts)}")
+
+
+def printable(text: str) -> str:
+    """Replace bytes of file names that are not UTF-8, so that the text can be printed anywhere."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_hidden(parts: tuple[str, ...]) -> bool:
+    """Check if any part of a relative path is hidden or belongs to a file manager or NAS."""
+    return any(part.startswith(".") or part.lower() in _SYSTEM_FOLDERS for part in parts)
+
+
+def reason_to_skip(path: PurePosixPath) -> str | None:
+    """Why a file is not an image of a data set, judged by its relative path; None if it is one."""
+    if path.name.startswith("._"):
+        return "macOS companion files"
+    if is_hidden(path.parts):
+        return "in hidden or system folders"
+    if path.suffix.lower() not in SUFFIXES:
+        return "not images"
+    return None
+
+
+def list_images(root: Path) -> tuple[list[PurePosixPath], LeftOut]:
+    """List the images below a folder, at any depth. Symbolic links are followed.
+
+    Args:
+        root: folder to search.
+
+    Returns:
+        Relative paths in no particular order, and the files that were left out.
+
+    Raises:
+        UserError: a folder can't be read.
+    """
+    found: list[PurePosixPath] = []
+    left_out = LeftOut()
+    for path, problem in _walk(root, PurePosixPath(), ()):
+        reason = reason_to_skip(path) or problem
+        if reason is None:
+            found.append(path)
+        else:
+            left_out.add(reason, str(path))
+    return found, left_out
+
+
+def _walk(
+    root: Path, inside: PurePosixPath, ancestors: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[PurePosixPath, str | None]]:
+    """Yield (relative path, why it can't be opened or None) of everything but folders."""
+    folder = root / inside
+    try:
+        info = folder.stat()
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(printable(f"can't read folder {folder} ({error.strerror})")) from error
+    identity = (info.st_dev, info.st_ino)
+    if identity in ancestors:  # a link to a folder above
+        return
+    for entry in listed:
+        path = inside / entry.name
+        if entry.is_dir():
+            yield from _walk(root, path, (*ancestors, identity))
+        elif entry.is_file():
+            yield path, None
+        else:  # opening a FIFO would wait forever
+            yield path, "broken links" if entry.is_symlink() else "not regular files"
+
+
+def read_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Any:
+    """Decode an image file to 8 bits per channel.
+
+    16-bit gray values are divided by 257, so that 65535 becomes 255. Transparency is dropped, as
+    in timm and torchvision. Only the first frame of an animation is read.
+
+    Args:
+        source: a path or an open file.
+        mode: "RGB", or "L" for a gray image.
+
+    Returns:
+        A PIL image of mode `mode`.
+
+    Raises:
+        UnreadableImage: the file is damaged, not an image, too large, or has a pixel type without
+            a defined 8-bit form. The message does not name the file.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow raises an error at twice the size that it warns about
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            with Image.open(source) as image:
+                image.load()
+                return _to_8_bits(image).convert(mode)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UnreadableImage(f"can't be read as an image ({reason})") from error
+
+
+def _to_8_bits(image: Any) -> Any:
+    """Bring an image to one of the 8-bit modes that convert directly to RGB and L."""
+    mode, kind = image.mode, image.format
+    if mode in _EIGHT_BIT:
+        # a palette may carry its transparency per entry, which only RGBA keeps apart from colors
+        return image.convert("RGBA") if mode in ("P", "PA") else image
+    if mode in _INDIRECT:
+        return image.convert(_INDIRECT[mode])
+    # Pillow reads 16-bit PNM, and in old versions PNG, as 32-bit integers
+    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM")):
+        return _from_16_bits(image)
+    raise UnreadableImage(
+        f"has pixel type {mode!r}, which has no defined 8-bit form; save it as 8- or 16-bit"
+    )
+
+
+def _from_16_bits(image: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.float32).clip(0, 65535)
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))

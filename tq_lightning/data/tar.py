@@ -1,0 +1,78 @@
+"""Index of the images in a tar file, by byte range."""
+
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from tq_lightning.data.images import LeftOut, is_hidden, printable, reason_to_skip
+from tq_lightning.errors import UserError
+
+
+class Member(NamedTuple):
+    """Byte range of a file in a tar."""
+
+    offset: int
+    size: int
+
+
+def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
+    """List the images of a tar, and of the tars inside it.
+
+    Args:
+        path: an uncompressed tar.
+
+    Returns:
+        Place of each image by its path, and the files that were left out.
+
+    Raises:
+        UserError: the tar is damaged, or its member sizes contradict its content.
+    """
+    members: dict[PurePosixPath, Member] = {}
+    left_out = LeftOut()
+    try:
+        with open(path, "rb") as file:
+            _list_members(file, 0, path.stat().st_size, PurePosixPath(), members, left_out)
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            printable(f"{path} can't be read to its end ({reason}); copy or download it again")
+        ) from error
+    return members, left_out
+
+
+def _list_members(
+    file: IO[bytes],
+    start: int,
+    end: int,
+    inside: PurePosixPath,
+    members: dict[PurePosixPath, Member],
+    left_out: LeftOut,
+) -> None:
+    """List the tar at bytes [start, end) of `file`."""
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte per file
+            first, last = info.offset_data, info.offset_data + info.size
+            if info.size < 0 or last > end:
+                raise tarfile.ReadError(f"{info.name[:60]!r} extends beyond the end of the file")
+            path = inside / info.name.lstrip("/")
+            reason = reason_to_skip(path)
+            if info.isdir():
+                continue
+            if not info.isreg() or info.issparse():
+                left_out.add("not regular files", str(path))
+            elif path.suffix.lower() == ".tar" and start == 0 and not is_hidden(path.parts):
+                _list_members(file, first, last, path.with_suffix(""), members, left_out)
+            elif reason is not None:
+                left_out.add(reason, str(path))
+            else:
+                members[path] = Member(first, info.size)
+        file.seek(tar.offset)
+    # tarfile takes everything that is not a header for the end of the archive
+    remaining = end - file.tell()
+    while remaining > 0:
+        chunk = file.read(min(remaining, 1 << 20))
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError("data after the end of the archive")
+        remaining -= len(chunk) or remaining
