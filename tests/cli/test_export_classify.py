@@ -86,7 +86,7 @@ def test_bad_images_are_named_and_passed_over(packed, folder, capsys):
     said = capsys.readouterr()
     assert len(said.out.strip().splitlines()) == 5
     assert (
-        "bad.jpg: cannot be read as an image" in said.err
+        "bad.jpg: can't be read as an image" in said.err
         and "4 images classified, 1 skipped" in said.err
     )
 
@@ -95,7 +95,7 @@ def test_classify_errors(packed, folder, tmp_path):
     with pytest.raises(UserError, match="no image or folder"):
         classify.main([str(packed), str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images under"):
+    with pytest.raises(UserError, match="no images found under"):
         classify.main([str(packed), str(tmp_path / "empty")])
     with pytest.raises(UserError, match="bits from 1 to 8"):
         classify.main([str(packed), str(folder), "--bits", "9"])
@@ -114,7 +114,7 @@ def test_a_single_image_that_is_none_is_one_line(packed, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"x")
     assert main(["classify", str(packed), str(tmp_path / "bad.png"), "--bits", "1"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "bad.png cannot be read as an image" in said[0]
+    assert len(said) == 1 and "bad.png can't be read as an image" in said[0]
 
 
 def test_class_names_of_the_file(net, tmp_path, folder, capsys):

@@ -1,8 +1,9 @@
-"""The verb `classify`: images through a packed file at a chosen width; classes and probabilities as CSV."""
+"""The verb `classify`: images -> classes and probabilities as CSV, by a packed file at one width."""
 
+import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,81 +11,105 @@ from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 COLUMNS = ("image", "rank", "class", "name", "probability")
 
 
-def main(argv: list[str]) -> int:
-    """Runs the verb. Returns 0, or 1 where some images could not be read (they are named on standard error).
-
-    Raises:
-        UserError: bad arguments, a file that is no model, no image that can be read.
-    """
+def parser() -> Parser:
+    """Make the parser of the verb."""
     p = Parser("classify", description=__doc__)
-    p.add_argument("model", metavar="MODEL", type=Path, help="a packed file written by `export`")
+    p.add_argument("model", metavar="MODEL", type=Path, help="packed file written by `export`")
     p.add_argument(
         "images",
         metavar="IMAGES",
         type=Path,
-        help="an image, or a folder searched for images at any depth",
+        help="an image, or a folder that is searched for images at any depth",
     )
     p.add_argument(
-        "--bits", type=int, help="width to run at; only the planes it needs are read (default: all)"
+        "--bits", type=int, help="width to run at; only its planes are read (default: all)"
     )
     p.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
-    p.add_argument(
-        "--out", type=Path, help="CSV file to write, whole or not at all (default: standard output)"
-    )
-    p.add_argument("--batch-size", type=int, default=16, help="images at a time (default: 16)")
+    p.add_argument("--out", type=Path, help="CSV file to write (default: standard output)")
+    p.add_argument("--batch-size", type=int, default=16, help="images per batch (default: 16)")
     p.add_argument(
         "--lean",
         action="store_true",
-        help="make the weights layer by layer: less memory, more time",
+        help="compute weights layer by layer: less memory, more time",
     )
-    a = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb.
+
+    Args:
+        argv: arguments after the verb.
+
+    Returns:
+        Exit status: 0, or 1 if some images could not be read. They are named on standard error.
+
+    Raises:
+        UserError: wrong arguments, a file that is not a model, or no image that can be read.
+    """
+    args = parser().parse_args(argv)
     for key in ("top", "batch_size"):
-        if getattr(a, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} must be at least 1, got {getattr(a, key)}")
-    files = find_images(a.images)
+        if getattr(args, key) < 1:
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} must be at least 1, got {getattr(args, key)}")
+    files = find_images(args.images)
 
     from tq_lightning.export.packed.reader import load_packed
 
-    model = load_packed(a.model, bits=a.bits, mode="lean" if a.lean else "resident")
-    if a.out is None:
-        return _run(model, files, a, sys.stdout)
-    if a.out.is_dir() or not a.out.parent.is_dir():
-        raise UserError(
-            f"cannot write {a.out} ({'it is a folder' if a.out.is_dir() else f'no folder {a.out.parent}'})"
-        )
-    with atomic_write(a.out) as temporary, temporary.open("w", newline="") as file:
-        return _run(model, files, a, file)
+    model = load_packed(args.model, bits=args.bits, mode="lean" if args.lean else "resident")
+    if args.out is None:
+        # names that are not UTF-8 are written as the bytes that they are
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        return _run(model, files, args, sys.stdout)
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        reason = "it is a folder" if args.out.is_dir() else f"no folder {args.out.parent}"
+        raise UserError(f"cannot write {args.out} ({reason})")
+    with (
+        atomic_write(args.out) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        return _run(model, files, args, file)
 
 
 def find_images(path: Path) -> list[Path]:
-    """The image itself, or all images below a folder, sorted.
+    """Find the images below a folder, sorted; or the image itself.
+
+    One line on standard error counts the files that are left out.
 
     Raises:
-        UserError: no such file or folder, or a folder without images.
+        UserError: the path does not exist, or is a folder without images.
     """
+    from tq_lightning.data.images import SUFFIXES, list_images, printable
+
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"no image or folder {path}")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        raise UserError(printable(f"no image or folder {path}"))
+    found, left_out = list_images(path)
     if not found:
-        raise UserError(f"no images under {path}; known are {', '.join(SUFFIXES)}")
-    return found
+        raise UserError(
+            printable(f"no images found under {path} (supported: {', '.join(SUFFIXES)})")
+        )
+    if left_out.counts:
+        print(f"{printable(str(path))}: {left_out}", file=sys.stderr)
+    return sorted(path / image for image in found)
 
 
-def _run(model: Any, files: list[Path], a: Any, out: IO[str]) -> int:
+def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) -> int:
     import torch
     from rich.console import Console
     from rich.progress import track
 
-    names = _names(model)
+    from tq_lightning.data.images import printable
+
+    class_name = _class_names(model)
     rows, bad = csv.writer(out), []
     rows.writerow(COLUMNS)
-    batches = [files[i : i + a.batch_size] for i in range(0, len(files), a.batch_size)]
+    batches = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]
     errors = Console(stderr=True)
     for batch in track(
         batches,
@@ -95,10 +120,10 @@ def _run(model: Any, files: list[Path], a: Any, out: IO[str]) -> int:
         good, pixels = [], []
         for path, value in _read(model, batch):
             if isinstance(value, str):
-                if files == [a.images]:
-                    raise UserError(f"{path} {value}")
+                if files == [args.images]:
+                    raise UserError(printable(f"{path} {value}"))
                 bad.append(path)
-                print(f"skipped {path}: {value}", file=sys.stderr)
+                print(printable(f"skipped {path}: {value}"), file=sys.stderr)
             else:
                 good.append(path)
                 pixels.append(value)
@@ -106,21 +131,23 @@ def _run(model: Any, files: list[Path], a: Any, out: IO[str]) -> int:
             continue
         with torch.inference_mode():
             probabilities = model(torch.stack(pixels)).float().softmax(1)
-        values, classes = probabilities.topk(min(a.top, probabilities.shape[1]))
+        values, classes = probabilities.topk(min(args.top, probabilities.shape[1]))
         for path, row, indices in zip(good, values.tolist(), classes.tolist(), strict=True):
             for rank, (value, index) in enumerate(zip(row, indices, strict=True), 1):
-                rows.writerow([path, rank, index, names(index), f"{value:.6f}"])
+                rows.writerow([path, rank, index, class_name(index), f"{value:.6f}"])
     if len(bad) == len(files):
-        raise UserError(f"none of {len(files)} images could be read, the first is {bad[0]}")
+        raise UserError(
+            printable(f"none of {len(files)} images could be read, the first is {bad[0]}")
+        )
     print(f"{len(files) - len(bad)} images classified, {len(bad)} skipped", file=sys.stderr)
     return int(bool(bad))
 
 
-def _names(model: Any) -> Any:
-    """Class number -> name: the file's, ImageNet's for a network of 1000 classes, else the number."""
-    known = model.tq_file["class_names"]
-    if known:
-        return lambda index: known[index] if index < len(known) else str(index)
+def _class_names(model: Any) -> Callable[[int], str]:
+    """Class number -> name: that of the file, of ImageNet for 1000 classes, or the number."""
+    names = model.tq_file["class_names"]
+    if names:
+        return lambda index: names[index] if index < len(names) else str(index)
     if model.tq_file["model"]["num_classes"] == 1000:
         from timm.data import ImageNetInfo
 
@@ -129,21 +156,22 @@ def _names(model: Any) -> Any:
 
 
 def _read(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
-    """Each path with its normalised (3, height, width) tensor, or with what is wrong with it."""
-    from PIL import Image
+    """Yield each path with its normalized (channels, height, width) tensor, or with an error."""
     from timm.data import create_transform
 
-    how = dict(model.tq_file["preprocessing"] or {})
-    if "input_size" not in how:
+    from tq_lightning.data.images import UnreadableImage, read_image
+
+    options = dict(model.tq_file["preprocessing"] or {})
+    if "input_size" not in options:
         raise UserError(
-            "the packed file does not say how images reach its network; export it with preprocessing="
+            "the packed file does not say how images are preprocessed; export it with "
+            "preprocessing="
         )
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    transform = create_transform(**{key: how[key] for key in keys if key in how})
-    mode = "L" if how["input_size"][0] == 1 else "RGB"
+    transform = create_transform(**{key: options[key] for key in keys if key in options})
+    mode = "L" if options["input_size"][0] == 1 else "RGB"
     for path in paths:
         try:
-            with Image.open(path) as image:
-                yield path, transform(image.convert(mode))
-        except Exception as error:  # PIL raises whatever a broken file makes its decoders do
-            yield path, f"cannot be read as an image ({' '.join(str(error).split())[:100]})"
+            yield path, transform(read_image(path, mode))
+        except UnreadableImage as error:
+            yield path, str(error)

@@ -1,7 +1,7 @@
 """Data sets by name. To add one, write a reader and add a row to `DATASETS`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Source:
         image_size: height and width in pixels.
         samples: number of synthetic training samples; None is 2048.
         index: class numbers by name, once the first split of image files was read.
+        files: splits of image files that were read.
     """
 
     root: Path
@@ -60,6 +61,7 @@ class Source:
     image_size: int
     samples: int | None
     index: dict[str, int] | None = None
+    files: dict[str, Split | None] = field(default_factory=dict)
 
 
 def read_digits(source: Source, split: str) -> Split | None:
@@ -177,6 +179,12 @@ def read_imagenet(source: Source, split: str) -> Split | None:
 
 
 def _read_files(source: Source, split: str) -> Split | None:
+    if split not in source.files:
+        source.files[split] = _index_files(source, split)
+    return source.files[split]
+
+
+def _index_files(source: Source, split: str) -> Split | None:
     root = source.root
     flat = image_folder.is_flat(root)
     path = image_folder.find_split(root, split)

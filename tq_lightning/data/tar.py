@@ -15,6 +15,21 @@ class Member(NamedTuple):
     size: int
 
 
+class _BoundedFile:
+    """Binary file that is never asked for more bytes than it has.
+
+    tarfile allocates whatever size an extended header claims.
+    """
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self.file, self.size = file, size
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Read up to `size` bytes."""
+        return self.file.read(max(0, min(size, self.size - self.tell())))
+
+
 def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
     """List the images of a tar, and of the tars inside it.
 
@@ -30,9 +45,10 @@ def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
     members: dict[PurePosixPath, Member] = {}
     left_out = LeftOut()
     try:
-        with open(path, "rb") as file:
-            _list_members(file, 0, path.stat().st_size, PurePosixPath(), members, left_out)
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        with open(path, "rb") as raw:
+            file = _BoundedFile(raw, path.stat().st_size)
+            _list_members(file, 0, file.size, PurePosixPath(), members, left_out)
+    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
         reason = " ".join(str(error).split())[:100]
         raise UserError(
             printable(f"{path} can't be read to its end ({reason}); copy or download it again")
@@ -41,7 +57,7 @@ def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
 
 
 def _list_members(
-    file: IO[bytes],
+    file: "_BoundedFile",
     start: int,
     end: int,
     inside: PurePosixPath,
@@ -50,7 +66,7 @@ def _list_members(
 ) -> None:
     """List the tar at bytes [start, end) of `file`."""
     file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
         while (info := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte per file
             first, last = info.offset_data, info.offset_data + info.size

@@ -1,0 +1,342 @@
+"""Pixel types, and which files of a folder or tar are images of a class."""
+
+import io
+import os
+import shutil
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.data.images import SUFFIXES, UnreadableImage, list_images, read_image
+from tq_lightning.errors import UserError
+
+GRAY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+CLASSES = ("ant", "bee", "cow")
+
+
+def sixteen(order="="):
+    return (GRAY.astype(np.uint16) * 257).astype(f"{order}u2")
+
+
+def file_of(image, kind, **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    stream.seek(0)
+    return stream
+
+
+def pgm():
+    return io.BytesIO(b"P5 16 16 65535\n" + sixteen(">").tobytes())
+
+
+GRAYS = {
+    "L": lambda: file_of(Image.fromarray(GRAY), "PNG"),
+    "I;16 PNG": lambda: file_of(Image.fromarray(sixteen()), "PNG"),
+    "I;16 TIFF": lambda: file_of(Image.fromarray(sixteen()), "TIFF"),
+    "I;16B TIFF": lambda: file_of(Image.fromarray(sixteen(">")), "TIFF"),
+    "16-bit PGM": pgm,
+    "LA": lambda: file_of(Image.merge("LA", [Image.fromarray(GRAY)] * 2), "PNG"),
+    "RGB": lambda: file_of(Image.merge("RGB", [Image.fromarray(GRAY)] * 3), "PNG"),
+    "RGBA": lambda: file_of(Image.merge("RGBA", [Image.fromarray(GRAY)] * 4), "PNG"),
+    "WebP": lambda: file_of(Image.merge("RGB", [Image.fromarray(GRAY)] * 3), "WEBP", lossless=True),
+    "GIF": lambda: file_of(Image.fromarray(GRAY), "GIF"),
+    "BMP": lambda: file_of(Image.fromarray(GRAY), "BMP"),
+    "CMYK": lambda: file_of(
+        Image.merge("CMYK", [Image.fromarray(255 - GRAY)] * 3 + [Image.new("L", (16, 16), 0)]),
+        "TIFF",
+    ),
+}
+
+
+@pytest.mark.parametrize("make", GRAYS.values(), ids=GRAYS.keys())
+def test_every_pixel_type_gives_the_8_bit_picture(make):
+    image = read_image(make())
+    assert image.mode == "RGB"
+    for channel in range(3):
+        np.testing.assert_array_equal(np.asarray(image)[..., channel], GRAY)
+    np.testing.assert_array_equal(np.asarray(read_image(make(), "L")), GRAY)
+
+
+def test_black_and_white_palettes_and_transparency():
+    bits = Image.fromarray(GRAY > 127)
+    np.testing.assert_array_equal(
+        np.asarray(read_image(file_of(bits, "PNG")))[..., 0], np.where(GRAY > 127, 255, 0)
+    )
+    colors = [(200, 10, 30), (0, 255, 7), (5, 6, 250)]
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([value for color in colors for value in color])
+    palette.putdata([0, 1, 2])
+    for options in ({}, {"transparency": 1}, {"transparency": b"\x80\x00\xff"}):
+        image = read_image(file_of(palette, "PNG", **options))
+        assert np.asarray(image)[0].tolist() == list(map(list, colors))
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 70000)])
+def test_pixel_types_without_an_8_bit_form_are_refused_by_name(mode, value):
+    with pytest.raises(UnreadableImage, match=f"pixel type '{mode}'"):
+        read_image(file_of(Image.new(mode, (4, 4), value), "TIFF"))
+
+
+def test_a_decompression_bomb_is_one_error(monkeypatch):
+    stream = file_of(Image.new("L", (64, 64)), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        read_image(stream)
+
+
+def pattern(label):
+    """Stripes along rows, along columns, or none: told apart by 16-bit values as by 8-bit ones."""
+    stripes = np.tile(np.arange(16) // 4 % 2 * 60 + 60, (16, 1)).astype(np.uint8)
+    return (stripes, stripes.T, np.full((16, 16), 90, np.uint8))[label]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, count in (("train", 6), ("val", 2)):
+        for label, name in enumerate(CLASSES):
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(count):
+                image = Image.fromarray(pattern(label))
+                image.save(tmp_path / split / name / f"{n}.png")
+    return tmp_path
+
+
+def module(root, **keys):
+    keys = {"batch_size": 4, "workers": 0, "image_size": 16, "crop_pct": 1.0} | keys
+    return TQDataModule("imagefolder", str(root), **keys)
+
+
+def validation(root, **keys):
+    data = module(root, **keys)
+    data.setup("validate")
+    batches = [data.on_after_batch_transfer(batch) for batch in data.val_dataloader()]
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_16_bit_images_are_trained_and_evaluated_as_8_bit_ones(folder, packed):
+    expected, labels = validation(folder)
+    for path in folder.rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
+    if packed:
+        for split in ("train", "val"):
+            pack(folder, split)
+    images, again = validation(folder)
+    assert torch.equal(images, expected) and torch.equal(labels, again)
+
+
+def pack(root, split, remove=True):
+    with tarfile.open(root / f"{split}.tar", "w") as tar:
+        tar.add(root / split, split)
+    if remove:
+        shutil.rmtree(root / split)
+
+
+def litter(root):
+    """Leftovers of notebooks, macOS, NAS systems and people; returns the number of files."""
+    picture = (root / "train" / "ant" / "0.png").read_bytes()
+    left = [
+        "train/preview.png",
+        "train/notes.txt",
+        "train/ant/.ipynb_checkpoints/0-checkpoint.png",
+        "train/.ipynb_checkpoints/x.png",
+        "train/@eaDir/0.png",
+        "train/bee/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg",
+        "train/__MACOSX/ant/0.png",
+        "train/ant/.hidden.png",
+        "train/ant/Thumbs.db",
+    ]
+    for name in left:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture)
+    for path in [*(root / "train").glob("[abc]*/[0-9].png")]:
+        path.with_name(f"._{path.name}").write_bytes(b"8 bytes.")
+    return len(left) + 3 * 6
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_leftovers_are_neither_classes_nor_samples_and_are_counted(folder, packed, capsys):
+    count = litter(folder)
+    if packed:
+        pack(folder, "train")
+    data = module(folder)
+    data.setup("fit")
+    assert data.class_names == list(CLASSES)
+    assert Counter(data._split("train").labels.tolist()) == {0: 6, 1: 6, 2: 6}
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert f"18 images of 3 classes; left out {count}: " in lines[0]
+    for reason in ("18 macOS companion files", "not in a class folder", "not images"):
+        assert reason in lines[0]
+
+
+def test_every_suffix_is_read_in_training_and_in_classify(folder):
+    for suffix in SUFFIXES:
+        path = folder / "train" / "ant" / f"new{suffix.upper()}"
+        kind = "PNG" if suffix in (".pbm", ".pgm", ".pnm") else None
+        kind = kind or Image.registered_extensions()[suffix]
+        Image.merge("RGB", [Image.fromarray(GRAY)] * 3).save(path, kind)
+    data = module(folder)
+    data.setup("fit")
+    assert int((data._split("train").labels == 0).sum()) == 6 + len(SUFFIXES)
+    found, left_out = list_images(folder / "train" / "ant")
+    assert len(found) == 6 + len(SUFFIXES) and not left_out.counts
+
+
+def test_a_class_of_webp_files_is_a_class(folder):
+    for path in (folder / "train" / "bee").iterdir():
+        Image.open(path).save(path.with_suffix(".webp"), lossless=True)
+        path.unlink()
+    data = module(folder)
+    data.setup("fit")
+    assert data.class_names == list(CLASSES)
+
+
+def error_of(root, stage="fit", name="imagefolder", **keys):
+    with pytest.raises(UserError) as caught:
+        TQDataModule(name, str(root), batch_size=4, workers=0, download=False, **keys).setup(stage)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "shard-0/"])
+def test_a_webdataset_shard_is_not_one_class(folder, prefix):
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        for n, path in enumerate(sorted((folder / "train").rglob("*.png"))):
+            tar.add(path, f"{prefix}{n:06}.png")
+            info = tarfile.TarInfo(f"{prefix}{n:06}.cls")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"0"))
+    assert ("no images" if not prefix else "single class (shard-0)") in error_of(folder)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link to a device", "broken link", "link to itself"])
+def test_files_that_must_not_be_opened(folder, kind, capsys):
+    path = folder / "train" / "ant" / "special.png"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link to a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "broken link":
+        path.symlink_to("nowhere")
+    else:
+        path.with_suffix("").symlink_to(folder / "train")
+    data = module(folder)
+    data.setup("fit")
+    assert data._split("train").labels.numel() == 18
+    if kind != "link to itself":
+        assert "left out 1: " in capsys.readouterr().err
+    list(data.train_dataloader())
+
+
+def test_a_split_that_is_a_fifo_is_one_line(folder):
+    os.mkfifo(folder / "train.tar")
+    assert "neither a folder nor a regular file" in error_of(folder)
+
+
+@pytest.mark.parametrize("size", [1, 10**6, 2**62])
+@pytest.mark.parametrize("which", [0, 5, -1])
+def test_a_tar_that_lies_about_a_size(folder, size, which):
+    """Whatever the header of a member claims, no image is lost silently."""
+    pack(folder, "train", remove=False)
+    raw = bytearray((folder / "train.tar").read_bytes())
+    with tarfile.open(folder / "train.tar") as tar:
+        member = [m for m in tar if m.isfile()][which]
+    header = raw[member.offset : member.offset + 512]
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    raw[member.offset : member.offset + 512] = header
+    (folder / "train.tar").write_bytes(raw)
+    try:
+        data = module(folder)
+        data.setup("fit")
+    except UserError as error:
+        assert "train.tar can't be read to its end" in str(error)
+    else:  # a size in the same block: all members are found, and one is a damaged image
+        assert size == 1 and data._split("train").labels.numel() == 18
+
+
+def test_a_tar_with_a_black_image_behind_a_short_size(folder):
+    """512 zero bytes inside the data of a member look like the end of the archive."""
+    shutil.rmtree(folder / "train")
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        for name in ("ant/0.bmp", "bee/0.bmp"):
+            stream = file_of(Image.new("RGB", (32, 32)), "BMP")
+            info = tarfile.TarInfo(name)
+            info.size = len(stream.getvalue())
+            tar.addfile(info, stream)
+    raw = bytearray((folder / "train.tar").read_bytes())
+    raw[124:136] = tarfile.itn(512, 12, tarfile.GNU_FORMAT)
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    (folder / "train.tar").write_bytes(raw)
+    assert "data after the end of the archive" in error_of(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_skipped_and_counted(folder, workers, monkeypatch, capsys):
+    """A truncated file and a decompression bomb among good images."""
+    whole = (folder / "train" / "ant" / "1.png").read_bytes()
+    (folder / "train" / "ant" / "1.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (400, 400)).save(folder / "train" / "bee" / "1.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    data = module(folder, workers=workers)
+    for _ in range(2):
+        batches = list(data.train_dataloader())
+        assert sum(len(labels) for _, labels, _ in batches) == 16
+    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert "skipped 2 of 18 images, others took their place; the first is " in lines[-1]
+    assert any(name in lines[-1] for name in ("ant/1.png", "bee/1.png"))
+    data.teardown("fit")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_of_broken_images_is_one_line(folder, workers):
+    for path in (folder / "train").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    data = module(folder, workers=workers)
+    with pytest.raises(UserError, match=r"18 images in a row can't be read, the first is \w+/"):
+        list(data.train_dataloader())
+    data.teardown("fit")
+
+
+def test_names_that_are_not_utf8(folder, capsys):
+    odd = os.fsdecode(b"caf\xe9")
+    os.rename(folder / "train" / "ant", folder / "train" / odd)
+    os.rename(folder / "val" / "ant", folder / "val" / odd)
+    (folder / "train" / f"{odd}.png").write_bytes(b"")
+    data = module(folder)
+    data.setup("fit")
+    assert odd in data.class_names
+    assert "1 not in a class folder (caf\\udce9.png)" in capsys.readouterr().err
+    assert sum(len(labels) for _, labels, _ in data.train_dataloader()) == 16
+
+
+def test_cifar_as_images_compares_the_classes_of_both_splits(tmp_path):
+    names = [f"class{n}" for n in range(10)]
+    for split in ("train", "test"):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / name / "0.png")
+    TQDataModule("cifar10", str(tmp_path), download=False).setup("test")
+    os.rename(tmp_path / "test" / "class3", tmp_path / "test" / "cat")
+    message = error_of(tmp_path, "test", "cifar10")
+    assert "different classes (cat and class0)" in message
+
+
+def test_16_bit_values_keep_their_contrast():
+    values = np.tile(np.where(np.arange(8) % 2, 34000, 12000), (8, 1)).astype(np.uint16)
+    image = np.asarray(read_image(file_of(Image.fromarray(values), "PNG")))[..., 0]
+    assert set(np.unique(image)) == {round(12000 / 257), round(34000 / 257)}
+
+
+def test_a_system_without_cpu_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert TQDataModule("digits").workers == 3
