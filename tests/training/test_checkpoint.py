@@ -20,6 +20,8 @@ OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
         ),
         ({**OURS, "loss": "mse"}, "model.loss: got 'mse'"),
         (OURS, "does not fit its own configuration"),
+        ({**OURS, "name": "hf-hub:someone/model"}, "would be fetched from elsewhere"),
+        ({**OURS, "name": "local-dir:/somewhere"}, "would be fetched from elsewhere"),
     ],
 )
 def test_a_foreign_checkpoint_is_one_sentence(tmp_path, hparams, said):

@@ -86,6 +86,23 @@ def is_remote(name: str) -> bool:
     return ":" in name
 
 
+def check_local(name: str, path: str | Path) -> None:
+    """Refuse a remote model name that was read from a file: nothing is fetched on a file's behalf.
+
+    Args:
+        name: Name of the model.
+        path: The file, for the message.
+
+    Raises:
+        UserError: The name is remote.
+    """
+    if is_remote(name):
+        raise UserError(
+            f"{path} names the model {name!r}, which would be fetched from elsewhere; "
+            "pass a checkpoint that names a timm model"
+        )
+
+
 @contextmanager
 def _offline_without_network() -> Iterator[None]:
     """Put the hub's client into offline mode if there is no network.

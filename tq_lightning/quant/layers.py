@@ -1,8 +1,9 @@
-"""Selection of the layers of a model to quantize, and the reasons why others are not."""
+"""The layers of a model: which ones to quantize, why others are not, and replacing them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -137,3 +138,26 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
         if tensors:
             layers.append(Layer(name, module, tensors, reasons.get(name)))
     return layers
+
+
+def replace_modules(
+    model: nn.Module, kinds: type | tuple[type, ...], make: Callable[[Any], nn.Module]
+) -> list[str]:
+    """Replace every submodule of some types by make(submodule).
+
+    A module that is used in several places is replaced by one new module.
+
+    Returns:
+        The names of all places, in model order.
+    """
+    made: dict[int, nn.Module] = {}
+    names = []
+    for parent_name, parent in list(model.named_modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child is None or not isinstance(child, kinds):
+                continue
+            if id(child) not in made:
+                made[id(child)] = make(child)
+            parent._modules[child_name] = made[id(child)]
+            names.append(f"{parent_name}.{child_name}" if parent_name else child_name)
+    return names

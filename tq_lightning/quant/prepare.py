@@ -1,6 +1,6 @@
 """prepare(): attaches quantizers and per-width norms to any nn.Module, by layer name."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.config import NORMS, QuantConfig
-from tq_lightning.quant.layers import LAYER_NORMS, Layer, select_layers
+from tq_lightning.quant.layers import LAYER_NORMS, Layer, replace_modules, select_layers
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 from tq_lightning.quant.weight import WeightQuantizer, weight_quantizers
 
@@ -132,7 +132,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
         report[layer.name] = f"weight {shapes}: {rule}"
     if config.activations is not None:
         kind, ste = config.activations, config.ste
-        replaced = _replace(model, _RELUS, lambda m: ActivationQuantizer(kind, width, ste))
+        replaced = replace_modules(model, _RELUS, lambda m: ActivationQuantizer(kind, width, ste))
         report.update(dict.fromkeys(replaced, f"activation: {kind}"))
     report.update(attach_norms(model, config.norm, width))
     model.tq = config.to_dict()  # type: ignore[assignment]
@@ -161,7 +161,7 @@ def attach_norms(
     if norm == "shared":
         return {}
     kinds = (_BatchNorm, *LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
-    replaced = _replace(model, kinds, lambda m: PerWidthNorm(m, width, only))
+    replaced = replace_modules(model, kinds, lambda m: PerWidthNorm(m, width, only))
     trained = ", ".join(map(str, width.widths))
     return dict.fromkeys(replaced, f"norm per width: trained {trained}; the others estimated")
 
@@ -195,23 +195,3 @@ def _release_graph(rnn: nn.RNNBase, args: object, output: object) -> None:
     # An RNN keeps the weights of its last call. Here they are results of a graph, which would stay
     # alive and prevent a deep copy.
     rnn._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in rnn._flat_weights]
-
-
-def _replace(
-    model: nn.Module, kinds: tuple[type, ...], make: Callable[[nn.Module], nn.Module]
-) -> list[str]:
-    """Replace every module of `kinds` by make(module) and list the names.
-
-    A module that is used in several places is replaced by one new module.
-    """
-    made: dict[int, nn.Module] = {}
-    names = []
-    for parent_name, parent in list(model.named_modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is None or not isinstance(child, kinds):
-                continue
-            if id(child) not in made:
-                made[id(child)] = make(child)
-            parent._modules[child_name] = made[id(child)]
-            names.append(f"{parent_name}.{child_name}" if parent_name else child_name)
-    return names

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tq_lightning.errors import UserError, first_line
-from tq_lightning.models import create_model
+from tq_lightning.models import check_local, create_model
 from tq_lightning.records import NAME
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
@@ -37,8 +37,8 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
         `preprocessing` has the keys input_size, mean, std, interpolation, crop_pct, classes.
 
     Raises:
-        UserError: the file does not exist, is not a training checkpoint, or holds weights that do
-            not fit its configuration.
+        UserError: the file does not exist, is not a training checkpoint, names a model on a hub,
+            or holds weights that do not fit its configuration.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,6 +60,7 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
             f"{path} is not a training checkpoint ({_reason(error)}); "
             "pass a .ckpt file written by fit"
         ) from None
+    check_local(name, path)
     model = create_model(name, classes, **(args or {}))
     module.attach(model)
     try:

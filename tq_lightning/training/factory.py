@@ -7,7 +7,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.models import create_model
+from tq_lightning.models import check_local, create_model, is_remote
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.prepare import PrepareReport, apply_config
 from tq_lightning.quant.switchable_norm import train_float_norms
@@ -16,19 +16,27 @@ from tq_lightning.quant.switchable_norm import train_float_norms
 def build_model(h: Any, start_weights: bool = True) -> nn.Module:
     """Create the float model `h.name` and load the weights that it starts from.
 
-    Adds the dropout rates to `h.model_args`, so that the model can be rebuilt from a checkpoint.
+    Adds the dropout rates to `h.model_args`, and replaces a name such as `hf-hub:...` by that of the
+    architecture, so that the model can be rebuilt from a checkpoint.
 
     Args:
         h: hyperparameters of a TQModule.
         start_weights: False leaves the weights random, for a checkpoint to replace them.
 
     Raises:
-        UserError: as `create_model`.
+        UserError: as `create_model`; without `start_weights`, as `check_local`.
     """
+    if not start_weights:
+        check_local(h.name, "the checkpoint")
     rates = {key: h[key] for key in ("drop_rate", "drop_path_rate") if h[key] is not None}
     h.model_args = {**(h.model_args or {}), **rates}
     pretrained, path = (h.pretrained, h.checkpoint_path) if start_weights else (False, None)
-    return create_model(h.name, h.num_classes, pretrained, path, **h.model_args)
+    model = create_model(h.name, h.num_classes, pretrained, path, **h.model_args)
+    if is_remote(h.name):
+        # a checkpoint must be loadable without fetching anything, so it names the architecture
+        fetched = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "num_classes"}
+        h.name, h.model_args = model.pretrained_cfg["architecture"], {**fetched, **h.model_args}
+    return model
 
 
 def build_teacher(h: Any) -> nn.Module | None:

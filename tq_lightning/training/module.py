@@ -14,6 +14,7 @@ from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
+from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.validation import (
     check,
     check_against_data,
@@ -176,6 +177,7 @@ class TQModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the Trainer and the data before a model is built."""
         check_trainer(self.trainer)
+        use_timm_sync_batchnorm(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_against_data(self.hparams, data, self.trainer)

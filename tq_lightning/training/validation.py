@@ -112,16 +112,23 @@ def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int |
 
 
 def check_trainer(trainer: Any) -> None:
-    """Check the Trainer's strategy and accumulation.
+    """Check the Trainer's strategy, precision and accumulation.
 
     Raises:
-        UserError: a strategy that shards weights, or an accumulation of less than one batch.
+        UserError: a strategy that shards weights, a precision that replaces layers, or an
+            accumulation of less than one batch.
     """
     name = type(trainer.strategy).__name__
     if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         raise UserError(
             f"trainer.strategy: {name} shards the weights, but the normalizer needs the maximum "
             "over the whole weight; pass ddp"
+        )
+    precision = type(trainer.precision_plugin).__name__
+    if precision in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
+        raise UserError(
+            f"trainer.precision: {precision} replaces the quantized layers by its own; "
+            "pass bf16-mixed, 16-mixed or 32-true"
         )
     if trainer.accumulate_grad_batches < 1:
         raise UserError(

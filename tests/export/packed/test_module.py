@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 from tq_lightning import bit_width, load_packed, save_packed
@@ -68,3 +69,26 @@ def test_half_precision_models(make, tmp_path):
 def with_width(model, bits):
     with bit_width(model, bits, "truncate"):
         return model.layer1[0].conv1.weight.detach()
+
+
+@pytest.mark.parametrize("mode", ["resident", "lean"])
+def test_a_packed_model_goes_to_bfloat16(packed, net, mode):
+    model, images = load_packed(packed, mode=mode), net[1]
+    exact = {bits: logits(model, images, bits) for bits in (8, 2)}
+    first = packed_weights(model)[0]
+
+    def weight(bits):
+        with bit_width(model, bits):
+            return getattr(first.module, first.tensor).clone()
+
+    floats = {bits: weight(bits) for bits in (8, 2)}
+    model.to(torch.bfloat16)
+    for bits, other in ((8, 2), (2, 8)):
+        assert torch.equal(weight(bits), floats[bits].bfloat16())  # rounded once
+        got = logits(model, images.bfloat16(), bits)
+        assert got.dtype == torch.bfloat16
+        error, far = ((got.float() - exact[n]).abs().max() for n in (bits, other))
+        assert error < 0.03 * exact[bits].abs().max()
+        assert far > 2 * error  # counter-example: another width is further away
+    model.float()
+    assert all(torch.equal(weight(bits), floats[bits]) for bits in (8, 2))

@@ -18,10 +18,10 @@ from tq_lightning.export.onnx.width_modules import (
     TensorWeight,
     WidthTables,
     replace_activations,
-    replace_modules,
 )
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
+from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
 
 

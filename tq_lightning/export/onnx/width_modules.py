@@ -4,7 +4,6 @@ They mirror `PackedWeight`, `PerWidthNorm` and `ActivationQuantizer`, with the f
 quant/codes.py. The numbers that depend on the width are looked up once, at the start of the graph.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
 from tq_lightning.quant.codes import LEVELS, QUANTIZERS, levels_to_weights
+from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 
 OUT_OF_RANGE = 1 << 20  # an index beyond every table: an error of the runtime
@@ -151,16 +151,3 @@ class TensorActivation(nn.Module):
 def replace_activations(model: nn.Module, tables: WidthTables) -> None:
     """Replace every `ActivationQuantizer` of a model by a `TensorActivation`."""
     replace_modules(model, ActivationQuantizer, lambda layer: TensorActivation(tables, layer))
-
-
-def replace_modules(
-    model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]
-) -> None:
-    """Replace every submodule of a type; one that is used several times is replaced by one."""
-    made: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, kind):
-                if id(child) not in made:
-                    made[id(child)] = make(child)
-                parent._modules[name] = made[id(child)]

@@ -77,9 +77,17 @@ class PackedWeight(nn.Module):
         return self._weight  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
-        """Drop the kept weight when the model moves: it is computed again from what moved."""
+        """Follow the model to another device or dtype.
+
+        The kept weight is dropped, to be computed again. The weight takes the new dtype, but the
+        scale stays in float32, so that the weight is rounded once.
+        """
         self._weight = self._bits = None
-        return super()._apply(fn, recurse)
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.zeros(1, dtype=self.dtype, device=scale.device)).dtype
+        self.scale = scale.to(self.scale.device)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Drop the kept weight when other codes and scales are loaded."""
