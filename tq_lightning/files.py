@@ -13,6 +13,11 @@ from tq_lightning.errors import UserError
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 
 
+def expand_path(path: str | Path) -> Path:
+    """Return a path with `~` and `~user` expanded, as a shell does; the only place that does so."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success, what was written there replaces `path`.

@@ -1,5 +1,6 @@
 """The command line: what users and sweep engines type reaches its key with its type; what is wrong is one line and status 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,46 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 
     assert len(lines) == 1, err
     assert "Traceback" not in err
     return lines[0]
+
+
+def run_verb(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tq_lightning", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=280
+    )
+
+
+def test_a_notebooks_matplotlib_backend_does_not_matter() -> None:
+    backend = "module://matplotlib_inline_that_is_not_installed.backend"
+    done = run_verb("fit", "--help", MPLBACKEND=backend)
+    assert (done.returncode, done.stderr) == (0, "") and "--model.quantizer" in done.stdout
+
+
+def test_a_closed_stdout_ends_quietly() -> None:
+    command = f"{sys.executable} -m tq_lightning inspect --model.name resnet8_cifar"
+    script = f"set -o pipefail; {command} | head -n 1; exit $?"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=280)
+    assert done.stderr == "" and done.returncode in (0, 141)
+    closed = subprocess.run(
+        ["bash", "-c", f"{command} > >(exec 0<&-; exit 0); exit $?"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert closed.stderr == ""
+
+
+def test_the_program_has_the_name_it_was_started_by(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m tq_lightning VERB")
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/tq-lightning", "--help"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("usage: tq-lightning VERB")
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert capsys.readouterr().out.startswith("usage: tq-lightning export")
 
 
 def test_help_names_every_verb_and_loads_no_torch() -> None:
@@ -86,7 +127,8 @@ def test_later_config_files_win(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["fti"], "no verb 'fti'; pass one of fit"),
+        (["fti"], "unknown verb 'fti'; pass one of fit"),
+        (["swep"], "did you mean sweep?"),
         ([*DIGITS, "--model.quantiser", "floor"], "did you mean --model.quantizer"),
         ([*DIGITS, "--model.lr", "fast"], "error: model.lr: got 'fast', pass a number"),
         (

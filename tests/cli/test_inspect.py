@@ -107,7 +107,7 @@ BAD = {
     "unknown key": (["--model.name=resnet8_cifar", "--model.skp=first"], "unrecognized"),
     "pattern": (["--model.name=resnet8_cifar", "--model.skip=layer9.*"], "layer9"),
     "width": (["--model.name=resnet8_cifar", "--model.widths=9"], "widths"),
-    "no number": (["--model.name=resnet8_cifar", "--model.widths=eight"], "whole numbers"),
+    "no number": (["--model.name=resnet8_cifar", "--model.widths=eight"], "expected integers"),
     "norm": (["--model.name=resnet8_cifar", "--model.norm=batch"], "norm"),
     "argument": (["--model.name=resnet8_cifar", "--model.model_args={colour: red}"], "colour"),
     "no mapping": (["--model.name=resnet8_cifar", "--model.model_args=3"], "model_args"),

@@ -1,5 +1,9 @@
-"""The command line: `python -m tq_lightning VERB ...`. Each verb imports what it needs when it is called, and not before."""
+"""The command line: `tq-lightning VERB ...` or `python -m tq_lightning VERB ...`.
 
+A verb's modules are imported when the verb is called, so that --help does not load torch.
+"""
+
+import contextlib
 import os
 import signal
 import sys
@@ -9,28 +13,34 @@ from importlib import import_module
 from typing import Any
 
 from tq_lightning import __version__
-from tq_lightning.errors import Interrupted, TrainingError, UserError
+from tq_lightning.errors import (
+    Interrupted,
+    TrainingError,
+    UserError,
+    did_you_mean,
+    program_name,
+)
 
 REQUEUE_SECONDS = 60.0  # how long an attempt waits for SLURM to end it
 LIGHTNING_VERBS = {
-    "fit": "train: --config conf/X.yaml [--model.quantizer floor] [--trainer.max_epochs 3] [--ckpt_path last]",
-    "validate": "score every width on the validation split: --config conf/X.yaml --ckpt_path best",
-    "test": "score every width on the test split and add it to the run's record: --config conf/X.yaml --ckpt_path best",
+    "fit": "train: --config conf/X.yaml [--model.quantizer round] [--ckpt_path last]",
+    "validate": "evaluate on the validation split: --config conf/X.yaml --ckpt_path best",
+    "test": "evaluate on the test split: --config conf/X.yaml --ckpt_path best",
     "predict": "class probabilities of the test split: --config conf/X.yaml --ckpt_path best",
 }
-# verb -> (module with main(argv) -> exit status, what it does)
+# verb -> (module with main(argv) -> exit status, description)
 VERBS = {
     "sweep": (
         "tq_lightning.cli.sweep",
-        "run a W&B sweep file with Optuna: sweeps/ste.yaml [--workers 2]",
+        "run a W&B sweep file with Optuna: sweeps/digits.yaml [--workers 2]",
     ),
     "report": (
         "tq_lightning.cli.report",
-        "tables, figures and a page from runs: RUNS... --out results/NAME",
+        "tables, figures and a page of runs: RUNS... --out results/NAME",
     ),
     "inspect": (
         "tq_lightning.cli.inspect",
-        "bytes of a model under any policy, no training: --model.name resnet50",
+        "storage and energy of a model, without training: --model.name resnet50",
     ),
     "export": (
         "tq_lightning.cli.export",
@@ -38,30 +48,31 @@ VERBS = {
     ),
     "classify": (
         "tq_lightning.cli.classify",
-        "images through a packed file: MODEL IMAGES --bits 2",
+        "classify images with a packed file: MODEL IMAGES --bits 2",
     ),
 }
 
 
 def usage() -> str:
-    """The top-level help: a line a verb."""
-    rows = [*LIGHTNING_VERBS.items(), *((verb, what) for verb, (_, what) in VERBS.items())]
-    lines = [f"  {verb:<10}{what}" for verb, what in rows]
+    """Return the top-level help: one line per verb."""
+    program = program_name()
+    rows = [*LIGHTNING_VERBS.items(), *((verb, words) for verb, (_, words) in VERBS.items())]
     return "\n".join(
         [
-            "usage: python -m tq_lightning VERB [arguments]",
+            f"usage: {program} VERB [options]",
             "",
-            "TruncQuant on PyTorch Lightning: one stored network that runs at 8, 4, 2 or 1 bits by a right shift.",
+            "TruncQuant on PyTorch Lightning: train one network that runs at 8, 4, 2 or 1 bits by",
+            "a right shift of its stored weights.",
             "",
-            *lines,
+            *(f"  {verb:<10}{words}" for verb, words in rows),
             "",
-            "python -m tq_lightning VERB --help lists a verb's arguments; --version prints the version.",
+            f"{program} VERB --help lists the options of a verb; --version prints the version.",
         ]
     )
 
 
 def run_fit(argv: list[str]) -> dict[str, Any]:
-    """Run a whole `fit` in this process; see `training.lightning_cli.run_fit`."""
+    """Run `fit` in this process; see `training.lightning_cli.run_fit`."""
     from tq_lightning.training import lightning_cli
 
     return lightning_cli.run_fit(argv)
@@ -70,10 +81,27 @@ def run_fit(argv: list[str]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run a verb.
 
+    Args:
+        argv: the verb and its arguments; None for those of the process.
+
     Returns:
-        The exit status: 0, 1 (the run failed), 2 (bad input), 130 (Ctrl-C) or 128 + the number of another signal.
+        The exit status: 0, 1 (the run failed), 2 (bad input), 130 (Ctrl-C) or 128 + the number of
+        another signal (141 if standard output was closed).
     """
-    argv = sys.argv[1:] if argv is None else argv
+    # a notebook's MPLBACKEND names a module that may be missing here, and nothing is shown anyway
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # the reader of a pipe is gone, e.g. head; a last flush must not fail once more
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -89,8 +117,9 @@ def main(argv: list[str] | None = None) -> int:
             run(argv)
             return 0
         if verb not in VERBS:
-            known = ", ".join([*LIGHTNING_VERBS, *VERBS])
-            raise UserError(f"no verb {verb!r}; pass one of {known}")
+            known = [*LIGHTNING_VERBS, *VERBS]
+            hint = did_you_mean(verb, known)
+            raise UserError(f"unknown verb {verb!r}; pass one of {', '.join(known)}{hint}")
         return import_module(VERBS[verb][0]).main(rest)
     except UserError as error:
         if str(error):  # another rank says it

@@ -1,4 +1,4 @@
-"""The verb `export`: a checkpoint, or a packed file, to a packed file or an ONNX graph."""
+"""The verb `export`: convert a checkpoint or a packed file to a packed file or an ONNX graph."""
 
 import argparse
 import tempfile
@@ -12,67 +12,89 @@ FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx")
 
 
 def parser() -> Parser:
-    p = Parser("export", description=__doc__)
-    p.add_argument(
-        "source", metavar="CKPT", type=Path, help="a checkpoint of a run (.ckpt), or a packed file"
+    """Build the parser of the verb."""
+    p = Parser(
+        "export", description="Convert a checkpoint or a packed file to a packed file or ONNX."
     )
-    p.add_argument("--out", type=Path, required=True, help="file to write, whole or not at all")
+    p.add_argument(
+        "source", metavar="CKPT", type=Path, help="training checkpoint (.ckpt), or packed file"
+    )
+    p.add_argument("--out", type=Path, required=True, help="file to write")
     p.add_argument(
         "--format",
         choices=FORMATS,
-        default="packed",
-        help="packed (default); onnx and qonnx: one width",
+        help="default: packed; onnx and qonnx are graphs of one width",
     )
     p.add_argument("--bits", type=int, help="width of an onnx or qonnx graph")
     p.add_argument(
         "--opset",
         type=int,
-        help="of an onnx graph: 21 or 25 (default: the lowest with the smallest integer type)",
+        help="ONNX opset, 21 or 25 (default: the lowest with the smallest integer type)",
     )
-    p.add_argument("--max-bits", type=int, help="write the first planes alone")
+    p.add_argument("--max-bits", type=int, help="write only the first planes")
     p.add_argument(
         "--fold-norms",
         action="store_true",
-        help="batch norms as scale and shift; logits to about 1e-5",
+        help="store batch norms as scale and shift; logits change by about 1e-5",
     )
-    p.add_argument("--compress", action="store_true", help="zstd, a frame per plane; lossless")
+    p.add_argument(
+        "--compress", action="store_true", help="compress each plane with zstd (lossless)"
+    )
     p.add_argument(
         "--rest",
         type=Path,
-        help="with --max-bits: also write the planes left out, to add them later",
+        help="with --max-bits: also write the other planes, to add them later",
     )
-    p.add_argument("--add", type=Path, help="a rest file: bring the packed file CKPT to its planes")
+    p.add_argument(
+        "--add", type=Path, help="file written by --rest: add its planes to the packed file CKPT"
+    )
     return p
 
 
 def main(argv: list[str]) -> int:
-    """Runs the verb. Returns 0.
+    """Convert a file.
+
+    Args:
+        argv: arguments after the verb.
+
+    Returns:
+        Exit status 0.
 
     Raises:
-        UserError: bad arguments, a file that cannot be read or written, a width that is not there.
+        UserError: wrong arguments, a file that can't be read or written, or a width that the file
+            does not have.
     """
     a = parser().parse_args(argv)
+    if a.format is None and a.out.suffix == ".onnx":
+        raise UserError(
+            f"--out {a.out} looks like an ONNX file; pass --format onnx, onnx-dynamic or qonnx, "
+            "or another name for a packed file"
+        )
+    a.format = a.format or "packed"
     if not a.source.is_file():
         raise UserError(
-            f"no file {a.source} to export; pass a checkpoint of a run or a packed file"
+            f"no file {a.source} to export; pass a training checkpoint or a packed file"
         )
     if a.rest is not None and a.max_bits is None:
-        raise UserError("--rest is what --max-bits leaves out; pass both")
+        raise UserError("--rest holds the planes that --max-bits leaves out; pass both")
     if a.format in ("onnx", "qonnx") and a.bits is None:
         raise UserError(
-            f"--format {a.format} is a graph of one width; pass --bits n, or --format onnx-dynamic for all"
+            f"--format {a.format} is a graph of one width; pass --bits N, or --format onnx-dynamic "
+            "for all widths"
         )
     if a.format not in ("onnx", "qonnx") and a.bits is not None:
         raise UserError(
-            f"--bits is the width of an onnx or qonnx graph; for fewer planes pass --max-bits {a.bits}"
+            "--bits is the width of an onnx or qonnx graph; for fewer planes pass "
+            f"--max-bits {a.bits}"
         )
     if a.opset is not None and a.format != "onnx":
-        raise UserError(f"--opset is of --format onnx, not of {a.format}")
+        raise UserError(f"--opset is for --format onnx, got {a.format}")
     if a.rest is not None and a.rest.resolve() == a.out.resolve():
-        raise UserError("--rest and --out are one file; pass two")
+        raise UserError("--rest and --out are the same file; pass two")
     if a.format != "packed" and (a.compress or a.rest or a.add or a.max_bits is not None):
         raise UserError(
-            f"--compress, --rest, --add and --max-bits are of packed files, not of --format {a.format}"
+            "--compress, --rest, --add and --max-bits are for packed files, got "
+            f"--format {a.format}"
         )
     if a.format == "packed":
         sizes = _packed(a)
@@ -90,14 +112,14 @@ def main(argv: list[str]) -> int:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a file looks like safetensors: a header length, then a JSON object."""
+    """Return True if a file looks like safetensors: a header length, then a JSON object."""
     with open(path, "rb") as file:
         head = file.read(9)
     return path.suffix == ".safetensors" or (head[8:9] == b"{" and head[4:8] == b"\0" * 4)
 
 
 def save_checkpoint(checkpoint: Path, out: Path, **options: Any) -> dict[str, int]:
-    """Packs a run's checkpoint: `save_packed` with the network, preprocessing and class names that it was trained with."""
+    """Pack a training checkpoint with its preprocessing and class names; see `save_packed`."""
     from tq_lightning.export.packed.writer import save_packed
     from tq_lightning.training.checkpoint import load_checkpoint_model
 

@@ -1,4 +1,4 @@
-"""`python -m tq_lightning inspect`: the byte table of any model under any policy, without training or weights."""
+"""The verb `inspect`: storage and energy of a model under a policy, without training or weights."""
 
 import shlex
 import sys
@@ -6,61 +6,58 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tq_lightning.cli.parser import Parser
 from tq_lightning.cost.record import inspect_record
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, program_name
 from tq_lightning.records import STORAGE_LABELS, InspectRecord, write_record
+from tq_lightning.training.lists import as_ints, as_list
+from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
-# model.* key -> (default, what it is); the same keys as in a training configuration
+# model.* key -> (default, description); the same keys as in a training configuration
 KEYS: dict[str, tuple[Any, str]] = {
-    "name": (None, "a timm model, or one of our CIFAR ResNets"),
-    "num_classes": (None, "classes; null = the model's own number"),
-    "model_args": ({}, "further arguments of the model, as {in_chans: 1}"),
-    "skip": (["first", "last"], "layers left in float: first, last, name patterns; [] = none"),
+    "name": (None, "a model of timm, or resnet20_cifar and the like"),
+    "num_classes": (None, "classes; null for the model's own number"),
+    "model_args": ({}, "further arguments of the model, e.g. {in_chans: 1}"),
+    "skip": (["first", "last"], "layers left in float: first, last, name patterns; [] for none"),
     "widths": ([8, 4, 2, 1], "trained widths"),
     "max_bits": (8, "stored width"),
     "norm": ("per_width", "per_width, per_width_all or shared"),
-    "normalizer": ("tanh", "tanh, absmax; with _channel one scale for each output channel"),
-    "activations": (None, "activation quantizer; a learned clip is stored too"),
+    "normalizer": (
+        "tanh",
+        "tanh or absmax, each also with _channel (one scale per output channel)",
+    ),
+    "activations": (None, "activation quantizer; its learned clip is stored"),
 }
 
 
-def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
-    parser = Parser("inspect", description=__doc__)
-    parser.add_argument(
-        "--config", help="YAML file whose model: block gives the keys not given here"
+def parser() -> Parser:
+    """Build the parser of the verb."""
+    p = Parser("inspect", description="Storage and energy of a model, without training or weights.")
+    p.add_argument(
+        "--config", type=Path, help="YAML file whose model: section gives the keys not given here"
     )
-    for key, (default, words) in KEYS.items():
-        parser.add_argument(
-            f"--model.{key}", dest=key, metavar="V", help=f"{words} (default {default})"
+    for key, (default, description) in KEYS.items():
+        p.add_argument(
+            f"--model.{key}", dest=key, metavar="V", help=f"{description} (default {default})"
         )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="write the inspect record that `report` reads"
+    p.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="write the record that `report` reads"
     )
-    given = vars(parser.parse_args(list(argv)))
+    return p
+
+
+def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
+    """Return the policy and the file of the record."""
+    given = vars(parser().parse_args(list(argv)))
     out, config = given.pop("out"), given.pop("config")
     values = {key: default for key, (default, _) in KEYS.items()}
-    values |= {key: value for key, value in _model_block(config).items() if key in KEYS}
+    values |= {key: value for key, value in _model_section(config).items() if key in KEYS}
     values |= {key: _value(key, text) for key, text in given.items() if text is not None}
-    for key in ("skip", "widths"):
-        listed = values[key]
-        listed = (
-            [part.strip() for part in listed.split(",") if part.strip()]
-            if isinstance(listed, str)
-            else listed
-        )
-        values[key] = list(listed) if isinstance(listed, (list, tuple)) else [listed]
-    try:
-        values["widths"] = [int(bits) for bits in values["widths"]]
-    except (TypeError, ValueError):
-        raise UserError(
-            f"model.widths: got {values['widths']!r}, pass whole numbers such as 8,4,2,1"
-        ) from None
+    values["skip"] = as_list(values["skip"], "model.skip")
+    values["widths"] = as_ints(values["widths"], "model.widths")
     if not isinstance(values["model_args"] or {}, dict):
         raise UserError(
-            f"model.model_args: got {values['model_args']!r}, pass a mapping such as '{{in_chans: 1}}'"
+            f"model.model_args: got {values['model_args']!r}, pass a mapping, e.g. {{in_chans: 1}}"
         )
     if not isinstance(values["name"], str):
         raise UserError("inspect: no model; pass --model.name NAME")
@@ -70,30 +67,30 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
 
 
 def _value(key: str, text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"model.{key}: cannot read {text!r}; pass a YAML value") from None
-    return None if value == "None" else value
+    return None if text == "None" else parse_yaml(text, f"--model.{key}")
 
 
-def _model_block(path: str | None) -> dict[str, Any]:
+def _model_section(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read ({type(error).__name__})") from None
-    block = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(block, dict):
-        raise UserError(f"--config {path}: has no model: block")
-    return block
+    content = read_yaml(path)
+    section = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(f"--config {path}: no model: section")
+    return section
 
 
 def _show(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right_from: int
 ) -> None:
-    """A rich table in a terminal, plain aligned columns elsewhere; columns from `right_from` on are numbers."""
+    """Print a table: rich in a terminal, plain aligned columns elsewhere.
+
+    Args:
+        title: title of the table.
+        columns: column headers.
+        rows: cells.
+        right_from: index of the first column that is aligned to the right.
+    """
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -119,7 +116,7 @@ def _show(
 
 
 def show(record: InspectRecord) -> None:
-    """Print the tables of a record: bytes by layer, in total, and read by width; then the energy model and its sources."""
+    """Print bytes by layer, in total and by width, then the energy model and its sources."""
     layers = [
         [
             layer.name,
@@ -166,7 +163,10 @@ def show(record: InspectRecord) -> None:
         [str(bits), *(f"{pj * 1e-6:,.2f}" for pj in row.values())]
         for bits, row in energy.by_width.items()
     ]
-    title = "energy in microjoule, a model and no measurement: a switch to the width, and an inference's weight traffic"
+    title = (
+        "energy in microjoules (modeled, not measured): a switch to the width, and the weight "
+        "traffic of one inference"
+    )
     _show(title, ["bits", *names], joules, 0)
     for line in (*record.accounting, *(f"energy: {line}" for line in energy.assumptions)):
         print(f"- {line}")
@@ -176,13 +176,20 @@ def show(record: InspectRecord) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the tables of a model under a policy, and writes the record where `--out` is given. Returns 0.
+    """Print the tables of a model under a policy, and write the record if `--out` is given.
+
+    Args:
+        argv: arguments after the verb.
+
+    Returns:
+        Exit status 0.
 
     Raises:
-        UserError: bad arguments, an unknown model, a policy that cannot be, a file that cannot be written.
+        UserError: wrong arguments, an unknown model, an impossible policy, or a file that can't be
+            written.
     """
     values, out = _parse(argv)
-    record = inspect_record(values, f"python -m tq_lightning inspect {shlex.join(argv)}")
+    record = inspect_record(values, f"{program_name()} inspect {shlex.join(argv)}")
     show(record)
     if out is not None:
         write_record(out, record)

@@ -1,18 +1,32 @@
-"""The argument parser of all verbs but Lightning's: wrong arguments are one line, as every other error."""
+"""The argparse parser of the verbs that LightningCLI does not parse.
+
+Every wrong argument is a `UserError` of one line, and every path is expanded here.
+"""
 
 import argparse
+from pathlib import Path
 from typing import Any, NoReturn
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, did_you_mean, program_name
+from tq_lightning.files import expand_path
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` whose errors are a `UserError` and whose options can't be abbreviated."""
+    """`argparse.ArgumentParser` for one verb, without abbreviations.
+
+    Args:
+        verb: the verb, for the usage line and for errors.
+        **kwargs: passed on to `argparse.ArgumentParser`.
+    """
 
     def __init__(self, verb: str, **kwargs: Any) -> None:
-        super().__init__(prog=f"python -m tq_lightning {verb}", allow_abbrev=False, **kwargs)
+        super().__init__(prog=f"{program_name()} {verb}", allow_abbrev=False, **kwargs)
         self.verb = verb
+        self.register("type", Path, expand_path)  # type=Path expands ~
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`; the command line prints it and exits with status 2."""
-        raise UserError(f"{self.verb}: {message}; --help lists the arguments")
+        unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
+        if unknown.startswith("--") and message.startswith("unrecognized"):
+            message += did_you_mean(unknown, self._option_string_actions)
+        raise UserError(f"{self.verb}: {message}; {self.prog} --help lists the options")
