@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         # the reader of a pipe is gone, e.g. head; a last flush must not fail once more
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 141
 
 
 def _run(argv: list[str]) -> int:
