@@ -1,0 +1,108 @@
+"""Fits on a real SLURM: requeued jobs, arrays and two ranks end as the uninterrupted run, to the bit."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cluster.conftest import PYTHON
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+EPOCHS, BATCHES = 2, 20
+FIT = " ".join(
+    [
+        f"{PYTHON} -m tq_lightning fit --trainer.accelerator cpu --trainer.max_epochs {EPOCHS}",
+        f"--trainer.limit_train_batches {BATCHES} --trainer.limit_val_batches 1",
+        "--model.name resnet8_cifar --model.widths 8,2 --model.calibration_batches 1",
+        "--model.ema_decay 0.9 --trainer.accumulate_grad_batches 2",
+        "--data.name digits --data.batch_size 8 --ckpt_path auto",
+    ]
+)
+TRAINED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
+
+
+def paced(work: Path, name: str, seconds: float = 0.2) -> str:
+    """Options for a fit that writes its progress to work/name."""
+    return (
+        "--trainer.callbacks+=fixtures.signals.Pace "
+        f"--trainer.callbacks.file={work}/{name} --trainer.callbacks.seconds={seconds}"
+    )
+
+
+def wait_for_batches(slurm, path: Path, count: int, timeout: float = 200) -> None:
+    """Wait until a paced fit has begun `count` batches, over all its attempts."""
+    end = time.monotonic() + timeout
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < end, slurm.logs() + logs(path.parent)
+        time.sleep(0.1)
+
+
+def logs(work: Path) -> str:
+    return "\n".join(path.read_text()[-3000:] for path in sorted(work.glob("*.log")))
+
+
+def last(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def record(run: Path) -> dict:
+    return json.loads((run / "record.json").read_text())
+
+
+def assert_same(one, two, where):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_same(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        for i, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == two, where
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    assert record(run)["status"] == record(whole)["status"] == "finished"
+    for key in (*TRAINED, "global_step", "epoch"):
+        assert_same(last(run)[key], last(whole)[key], key)
+    ours, theirs = ((r / "metrics.csv").read_text() for r in (run, whole))
+    assert ours == theirs
+    assert not [path for path in run.rglob("*") if ".tmp" in path.name or ".lock" in path.name]
+
+
+@pytest.fixture(scope="module")
+def whole(slurm, tmp_path_factory):
+    """Seed -> the run folder of the uninterrupted fit."""
+    work = tmp_path_factory.mktemp("whole")
+    job = slurm.sbatch(work, f"srun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID", "--array=0-1")
+    for task in (0, 1):
+        assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED", logs(work)
+    return {task: work / "runs" / f"slurm-{job}_{task}" for task in (0, 1)}
+
+
+def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, whole, tmp_path):
+    """Each task goes on in its own folder, and with its own seed's weights."""
+    pace = paced(tmp_path, "batches-$SLURM_ARRAY_TASK_ID")
+    script = f"set -e\nsrun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID {pace}\ntouch after-$SLURM_ARRAY_TASK_ID"
+    job = slurm.sbatch(tmp_path, script, "--array=0-1")
+    for task in (0, 1):
+        wait_for_batches(slurm, tmp_path / f"batches-{task}", 5)
+    slurm.call("scancel", "--signal=USR1", f"{job}_0")
+    slurm.call("scontrol", "requeue", f"{job}_1")
+    for task in (0, 1):
+        run = tmp_path / "runs" / f"slurm-{job}_{task}"
+        wait_for_batches(slurm, tmp_path / f"batches-{task}", 12)
+        assert not (tmp_path / f"after-{task}").exists(), "no later line of the script has run"
+        shown = slurm.wait(f"{job}_{task}")
+        assert shown["JobState"] == "COMPLETED", logs(tmp_path)
+        assert shown["Restarts"] == "1"
+        assert_same_run(run, whole[task])
+        batches = (tmp_path / f"batches-{task}").read_text().splitlines()
+        assert len(batches) - len(set(batches)) <= 1, "it went on from where it was"
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert "is queued again" in logs(tmp_path) and "srun` command is available" not in logs(tmp_path)
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
