@@ -122,12 +122,17 @@ def slurm(tmp_path_factory):
         for node in ("n1", "n2"):
             slurm.call("slurmd", "-N", node)
         end = time.monotonic() + 60
-        while "2 idle" not in " ".join(slurm.call("sinfo", "-h", "-o", "%D %T", check=False).split()):
+        while "2 idle" not in " ".join(
+            slurm.call("sinfo", "-h", "-o", "%D %T", check=False).split()
+        ):
             assert time.monotonic() < end, slurm.logs()
             time.sleep(0.2)
         yield slurm
     finally:
         slurm.call("scancel", "--full", "-u", "root", check=False)
+        end = time.monotonic() + 30
+        while slurm.call("squeue", "-h", check=False).strip() and time.monotonic() < end:
+            time.sleep(0.2)
         pids = [int(path.read_text()) for path in folder.glob("*.pid")]
         slurm.call("scontrol", "shutdown", check=False)
         end = time.monotonic() + 10

@@ -104,5 +104,53 @@ def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, whole, tmp_path):
         batches = (tmp_path / f"batches-{task}").read_text().splitlines()
         assert len(batches) - len(set(batches)) <= 1, "it went on from where it was"
     assert len(list((tmp_path / "runs").iterdir())) == 2
-    assert "is queued again" in logs(tmp_path) and "srun` command is available" not in logs(tmp_path)
+    assert "is queued again" in logs(tmp_path) and "srun` command is available" not in logs(
+        tmp_path
+    )
     assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+
+TWO = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+RANKS = "--trainer.num_nodes 2 --trainer.devices 1 --trainer.strategy ddp"
+
+
+def test_two_ranks_are_requeued_by_signal_and_by_a_lost_node(slurm, tmp_path):
+    """The requeued job logs the same losses, though its second epoch was cut in two."""
+    work = tmp_path / "whole"
+    one = slurm.sbatch(work, f"srun {FIT} {RANKS}", *TWO)
+    assert slurm.wait(one)["JobState"] == "COMPLETED", logs(work)
+    work = tmp_path / "cut"
+    job = slurm.sbatch(work, f"srun {FIT} {RANKS} {paced(work, 'batches')}", *TWO)
+    wait_for_batches(slurm, work / "batches", BATCHES + 4)
+    slurm.call("scancel", "--signal=USR1", job)
+    wait_for_batches(slurm, work / "batches", BATCHES + 9)
+    run = work / "runs" / f"slurm-{job}"
+    assert record(run)["processes"] == 2
+    slurm.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    time.sleep(2)  # it may register again by itself
+    slurm.call("scontrol", "update", "nodename=n2", "state=resume", check=False)
+    shown = slurm.wait(job)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "2"), logs(work)
+    assert_same_run(run, tmp_path / "whole" / "runs" / f"slurm-{one}")
+    assert list((work / "runs").iterdir()) == [run]
+
+
+def test_tasks_that_do_not_match_are_one_line_each(slurm, tmp_path):
+    fit = FIT.replace("--ckpt_path auto", "")
+    commands = [
+        f"srun --ntasks-per-node=2 {fit}",
+        f"srun --ntasks=1 {fit} --trainer.devices 2",
+        fit,
+    ]
+    script = "\n".join(
+        f"timeout 100 {c} > out{i} 2>&1; echo $? > rc{i}" for i, c in enumerate(commands)
+    )
+    job = slurm.sbatch(tmp_path, script, "--ntasks=2", "--nodes=1")
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
+    says = ("--trainer.devices 2", "srun --nodes 1 --ntasks-per-node 2", "start it with srun")
+    for i, said in enumerate(says):
+        out = (tmp_path / f"out{i}").read_text()
+        lines = [line for line in out.splitlines() if not line.startswith(("srun: ", "slurmstepd"))]
+        assert len(lines) == 1 and said in lines[0] and lines[0].startswith("error: "), out
+        assert int((tmp_path / f"rc{i}").read_text()) == 2
+    assert not (tmp_path / "runs").exists()

@@ -1,7 +1,9 @@
 """Weights & Biases: a logger that gets along with sweeps, and a callback that puts a run's record among its files."""
 
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,35 @@ from tq_lightning.records import read_record
 
 
 class OwnRunLogger(WandbLogger):
-    """A WandbLogger whose run ends with its fit: a run left open would take in the next fit of this process, a sweep's say."""
+    """A WandbLogger for one fit.
+
+    Its W&B run ends with the fit: left open, it would take in the next fit of the same process, such as a sweep's. A
+    resumed fit continues the W&B run of its folder and logs nothing that this has already. Values are the same to the
+    bit, so those after the checkpoint need not come again.
+
+    Args:
+        run_dir: the run's folder.
+        kwargs: as for WandbLogger.
+    """
+
+    def __init__(self, run_dir: Path, **kwargs: Any) -> None:
+        super().__init__(save_dir=run_dir, log_model=False, **kwargs)
+        self._logged_file = run_dir / "wandb" / "logged.txt"
+        self._logged: set[tuple[str, str]] = set()
+        if self._logged_file.is_file():
+            lines = self._logged_file.read_text().splitlines()
+            self._logged = {(step, key) for step, _, key in (line.partition(" ") for line in lines)}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+        new = {key: v for key, v in metrics.items() if (str(step), key) not in self._logged}
+        if not set(new) - {"epoch"}:
+            return
+        if step is not None:
+            self._logged_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._logged_file.open("a") as file:
+                file.writelines(f"{step} {key}\n" for key in new if key != "epoch")
+        super().log_metrics(new | {k: v for k, v in metrics.items() if k == "epoch"}, step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -21,6 +51,14 @@ class OwnRunLogger(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
+
+
+def earlier_id(run_dir: Path) -> str | None:
+    """Id of the W&B run that an earlier attempt at this run began, from the name of its folder."""
+    for folder in sorted(run_dir.glob("wandb/*run-*")):
+        if match := re.fullmatch(r"(offline-)?run-\d{8}_\d{6}-(.+)", folder.name):
+            return match[2]
+    return None
 
 
 def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
@@ -32,7 +70,10 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
     in_sweep = "WANDB_SWEEP_ID" in os.environ
     project = None if in_sweep else os.environ.get("WANDB_PROJECT", "tq_lightning")
     logger = OwnRunLogger(
-        name=None if in_sweep else run_dir.name, save_dir=run_dir, project=project, log_model=False
+        run_dir,
+        name=None if in_sweep else run_dir.name,
+        project=project,
+        id=None if in_sweep else earlier_id(run_dir),
     )
     if getattr(rank_zero_only, "rank", 0) == 0:  # whoever launched this process, torchrun or Slurm
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,8 @@ def _run(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
@@ -161,10 +162,14 @@ def _requeue() -> None:
     job, _ = slurm_job()
     if job is None:
         return
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda signum, _: ended.append(signum))
     reason = requeue() if _first_rank() else None
     if reason is not None:
         print(f"SLURM did not requeue job {job}: {reason}", file=sys.stderr, flush=True)
         return
     if _first_rank():
         print(f"SLURM job {job} is queued again", file=sys.stderr, flush=True)
-    time.sleep(REQUEUE_SECONDS)
+    until = time.monotonic() + REQUEUE_SECONDS
+    while not ended and time.monotonic() < until:
+        time.sleep(0.1)

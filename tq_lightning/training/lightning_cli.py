@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tq_lightning.callbacks.csv_logger import RunLogger
+from tq_lightning.callbacks.peers import WatchPeers
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
-from tq_lightning.errors import UserError
-from tq_lightning.records import MONITOR, NAME
+from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.records import MONITOR, NAME, read_record, write_record
 from tq_lightning.training.arguments import drop_append_options, make_parser, normalize
 from tq_lightning.training.checkpoint import (
     checkpoint_step,
@@ -75,6 +77,7 @@ class TQCLI(LightningCLI):
     resume_step: int | None = None
     given_checkpoint: str | None = None
     stop_flag: SignalFlag
+    _peers: WatchPeers | None = None
     _lock: RunLock | None = None
     _made: Path | None = None  # the topmost folder that this process created
 
@@ -84,8 +87,16 @@ class TQCLI(LightningCLI):
                 super().__init__(*args, **kwargs)
             except BaseException as error:
                 self._leave(error)
+                if isinstance(error, RuntimeError) and self._peers and self._peers.message:
+                    lost = self._peers.message if self._peers.speaks() else ""
+                    raise TrainingError(lost) from None
                 raise
             self._leave(None)
+
+    def _fail_record(self, reason: str) -> None:
+        path = self.run_dir / NAME
+        if self.subcommand == "fit" and self._lock is not None and path.is_file():
+            write_record(path, replace(read_record(path), status="failed", reason=reason))
 
     def _leave(self, error: BaseException | None) -> None:
         """Release the run folder; one that was made for a run that never began is removed."""
@@ -228,7 +239,11 @@ class TQCLI(LightningCLI):
             plugins = trainer["plugins"]
             given_plugins = plugins if isinstance(plugins, list) else [plugins] if plugins else []
             kwargs["plugins"] = [*given_plugins, environment]
-        plain: list[Callback] = [WidthTable()]
+        self._peers = WatchPeers(self._fail_record)
+        plain: list[Callback] = [
+            self._peers,
+            WidthTable(),
+        ]  # first: it names what an error is due to
         for key in ("enable_progress_bar", "enable_model_summary"):
             if trainer[key] is None:
                 kwargs[key] = sys.stdout.isatty()

@@ -1,0 +1,147 @@
+"""WatchPeers: end all ranks of a run within seconds of the death of one."""
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import lightning as L
+
+from tq_lightning.errors import Interrupted
+
+GRACE_SECONDS = 2.0  # what a rank gets to end by itself, ahead of Lightning's own watch (5 s)
+CONNECT_SECONDS = 30.0
+_BYE = b"bye"
+
+
+class WatchPeers(L.Callback):
+    """Holds a TCP connection from every rank to the first: the kernel closes it when a process dies.
+
+    A rank whose peer is gone fails in its next reduction under gloo, but waits for the time limit of the process group
+    (30 minutes) under NCCL, where nothing in the process can stop it. So `GRACE_SECONDS` after the loss it is ended. There
+    are no heartbeats: a rank that is busy for a long time is not taken for dead.
+
+    Args:
+        on_lost: called with the message before the process is ended; it marks the run's record.
+    """
+
+    def __init__(self, on_lost: Callable[[str], None] = lambda message: None) -> None:
+        self.on_lost = on_lost
+        self.message: str | None = None  # set once a peer is lost
+        self._lost = threading.Event()
+        self._ended = threading.Event()
+        self._sockets: dict[socket.socket, int] = {}  # connection -> rank at its other end
+        self._rank, self._size = 0, 1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._rank, self._size = trainer.global_rank, trainer.world_size
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if self._size == 1 or environment is None or self._sockets:
+            return
+        server = None
+        if self._rank == 0:
+            server = socket.create_server(("", 0), backlog=self._size)
+        place = (server.getsockname()[1], secrets.token_bytes(16)) if server else None
+        port, token = trainer.strategy.broadcast(place)
+        with contextlib.suppress(OSError):  # no way between the hosts: the run is not watched
+            if server is not None:
+                self._accept(server, token)
+            else:
+                self._connect(environment.main_address, port, token)
+        if self._sockets:
+            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    def _accept(self, server: socket.socket, token: bytes) -> None:
+        until = time.monotonic() + CONNECT_SECONDS
+        with server:
+            while len(self._sockets) < self._size - 1:
+                server.settimeout(max(0.01, until - time.monotonic()))
+                peer, _ = server.accept()
+                peer.settimeout(5.0)
+                hello = peer.recv(len(token) + 4, socket.MSG_WAITALL)
+                if hello[:-4] == token:
+                    self._keep(peer, int.from_bytes(hello[-4:], "big"))
+
+    def _connect(self, host: str, port: int, token: bytes) -> None:
+        peer = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+        peer.sendall(token + self._rank.to_bytes(4, "big"))
+        self._keep(peer, 0)
+
+    def _keep(self, peer: socket.socket, rank: int) -> None:
+        peer.settimeout(None)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):  # a host that lost its power closes nothing
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._sockets[peer] = rank
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer in self._sockets:
+                selector.register(peer, selectors.EVENT_READ)
+            while selector.get_map() and not self._ended.is_set():
+                for key, _ in selector.select(timeout=1.0):
+                    said = b""
+                    with contextlib.suppress(OSError):
+                        said = key.fileobj.recv(16)  # type: ignore[union-attr]
+                    if self._ended.is_set():
+                        return
+                    if said.startswith(_BYE):
+                        selector.unregister(key.fileobj)
+                        continue
+                    rank = int(said) if said.isdigit() else self._sockets[key.fileobj]  # type: ignore[index]
+                    self._end(rank)
+                    return
+
+    def _end(self, rank: int) -> None:
+        """Tell the others, give the main thread a moment to fail by itself, then end the process."""
+        self.message = (
+            f"rank {rank} of {self._size} ended before the others; its own output says why. "
+            "Resume with --ckpt_path last"
+        )
+        self._lost.set()
+        self._say(str(rank).encode())
+        if self._ended.wait(GRACE_SECONDS):
+            return
+        self.on_lost(self.message)
+        if self.speaks(rank):
+            print(f"error: {self.message}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def speaks(self, lost: int | None = None) -> bool:
+        """Whether this is the rank that tells the user: the first one that is left."""
+        if lost is None:
+            lost = 0 if self.message is not None and self.message.startswith("rank 0 ") else -1
+        return self._rank == (1 if lost == 0 else 0)
+
+    def _say(self, word: bytes) -> None:
+        for peer in self._sockets:
+            with contextlib.suppress(OSError):
+                peer.sendall(word)
+
+    def _leave(self) -> None:
+        self._ended.set()
+        self._say(_BYE)
+        for peer in self._sockets:
+            peer.close()
+        self._sockets.clear()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._leave()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Name the lost peer in the error that its loss caused here; leave with a word if all ranks leave."""
+        if self._size == 1:
+            return
+        if isinstance(exception, Interrupted):
+            self._leave()
+        elif isinstance(exception, RuntimeError) and self._lost.wait(1.0):
+            self._ended.set()
+            exception.args = (self.message,)
