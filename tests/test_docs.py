@@ -40,6 +40,7 @@ REASONS = {
 MARKED = {
     "README.md": 1,
     "CONTRIBUTING.md": 1,
+    "docs/cluster.md": 7,
     "docs/getting_started.md": 1,
     "docs/sweeps.md": 3,
     "docs/training.md": 1,

@@ -31,3 +31,27 @@ def test_other_ranks_make_no_run_however_they_were_launched(tmp_path, monkeypatc
     )  # as under Slurm, which sets neither RANK nor LOCAL_RANK
     make_wandb_logger(tmp_path / "a", {"lr": 0.1})
     assert not (tmp_path / "a").exists()
+
+
+def test_a_resumed_fit_continues_its_run_and_logs_no_step_twice(tmp_path, monkeypatch):
+    """Killed after step 1 and half of step 2, resumed from the checkpoint of step 1."""
+    import wandb
+
+    logged = []
+    monkeypatch.setattr(wandb.Run, "log", lambda self, data, **_: logged.append(data))
+    logger = make_wandb_logger(tmp_path / "a", {"lr": 0.1})
+    for step in (0, 1):
+        logger.log_metrics({"x": step, "epoch": 0}, step=step)
+        logger.log_metrics({"y": step, "epoch": 0}, step=step)
+    logger.log_metrics({"x": 2, "epoch": 0}, step=2)
+    first = logger.experiment.id
+    logger.finalize("failed")
+    logger = make_wandb_logger(tmp_path / "a", {"lr": 0.1})
+    assert logger.experiment.id == first
+    for step in (1, 2, 3):
+        logger.log_metrics({"x": step, "epoch": 0}, step=step)
+        logger.log_metrics({"y": step, "epoch": 0}, step=step)
+    logger.finalize("success")
+    rows = [(row["trainer/global_step"], key) for row in logged for key in row if key in "xy"]
+    assert sorted(rows) == [(step, key) for step in range(4) for key in "xy"]
+    assert all("epoch" in row for row in logged)

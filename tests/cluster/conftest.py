@@ -108,6 +108,7 @@ def slurm(tmp_path_factory):
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         reason = f"needs {', '.join(missing)}" if missing else "needs to be root"
+        assert "TQ_REQUIRE_SLURM" not in os.environ, reason
         pytest.skip(f"{reason} (Debian: apt-get install slurmctld slurmd slurm-client munge)")
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("state", "n1", "n2", "log"):

@@ -103,8 +103,8 @@ class TQCLI(LightningCLI):
         if self._lock is None:
             return
         self._lock.release()
-        kept = "checkpoints/*" if isinstance(error, UserError) else NAME
-        if error is None or self._made is None or any(self.run_dir.glob(kept)):
+        kept = "*" if error is None else "checkpoints/*" if isinstance(error, UserError) else NAME
+        if self._made is None or any(self.run_dir.glob(kept)):
             return
         shutil.rmtree(self.run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):  # other runs are in it by now
@@ -196,7 +196,10 @@ class TQCLI(LightningCLI):
             raise SystemExit(0)
         config.ckpt_path = None
         checkpoint = self.run_dir / LAST
-        return str(checkpoint) if checkpoint.is_file() else None
+        if checkpoint.is_file():
+            return str(checkpoint)
+        self.resume_step = 0  # what an attempt without a checkpoint has logged comes again
+        return None
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -240,10 +243,8 @@ class TQCLI(LightningCLI):
             given_plugins = plugins if isinstance(plugins, list) else [plugins] if plugins else []
             kwargs["plugins"] = [*given_plugins, environment]
         self._peers = WatchPeers(self._fail_record)
-        plain: list[Callback] = [
-            self._peers,
-            WidthTable(),
-        ]  # first: it names what an error is due to
+        # the peers come first: they name the cause of an error before the record is written
+        plain: list[Callback] = [self._peers, WidthTable()]
         for key in ("enable_progress_bar", "enable_model_summary"):
             if trainer[key] is None:
                 kwargs[key] = sys.stdout.isatty()
