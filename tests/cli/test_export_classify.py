@@ -1,7 +1,11 @@
-"""The verbs export and classify: files written whole, one-line errors, bad images named and passed over."""
+"""The verbs export and classify: files, one-line errors, and images that can't be read."""
 
 import csv
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from fixtures.packed import make, net, packed  # noqa: F401
@@ -34,7 +38,7 @@ def test_export_of_a_packed_file(packed, tmp_path, capsys):
         (["{packed}", "--outt", "x"], "export: the following arguments are required: --out"),
         (["{packed}", "--out", "x", "--formt", "onnx"], "did you mean --format"),
         (["{packed}", "--out", "x", "--form", "onnx"], "unrecognized arguments: --form"),
-        (["{packed}", "--out", "x", "--format", "onnx"], "pass --bits"),
+        (["{packed}", "--out", "x", "--format", "onnx-dynamic", "--bits", "4"], "--bits is the"),
         (["{packed}", "--out", "x", "--bits", "4"], "--max-bits 4"),
         (
             ["{packed}", "--out", "x", "--format", "onnx", "--bits", "4", "--compress"],
@@ -56,6 +60,26 @@ def test_export_errors_are_one_line(argv, said, packed, tmp_path, monkeypatch, c
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["onnx", "qonnx"])
+def test_a_graph_without_bits_has_the_widest_width(kind, packed, tmp_path, monkeypatch, capsys):
+    from tq_lightning.export.onnx import qonnx, static
+    from tq_lightning.export.packed.edit import repack
+
+    def write(path, out, bits, *opset):
+        out.write_text(str(bits))
+
+    monkeypatch.setattr(static, "export_static", write)
+    monkeypatch.setattr(qonnx, "export_qonnx", write)
+    repack(packed, tmp_path / "narrow", max_bits=4)
+    for source, expected in ((packed, 8), (tmp_path / "narrow", 4)):
+        out = tmp_path / "m.onnx"
+        assert main(["export", str(source), "--out", str(out), "--format", kind]) == 0
+        assert out.read_text() == str(expected)
+        assert f": {expected} bits, pass --bits for another width" in capsys.readouterr().out
+    main(["export", str(packed), "--out", str(out), "--format", kind, "--bits", "2"])
+    assert out.read_text() == "2" and "pass --bits" not in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -93,6 +117,44 @@ def test_bad_images_are_named_and_passed_over(packed, folder, capsys):
         "bad.jpg: can't be read as an image" in said.err
         and "4 images classified, 1 skipped" in said.err
     )
+
+
+def test_16_bit_images_are_classified_as_8_bit_ones(packed, tmp_path, capsys):
+    gray = np.arange(0, 256, dtype=np.uint8).repeat(4).reshape(32, 32)
+    Image.fromarray(gray).save(tmp_path / "8.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    classify.main([str(packed), str(tmp_path), "--top", "10"])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(rows) == 20
+    for one, other in zip(rows[:10], rows[10:], strict=True):
+        assert one["image"] != other["image"]
+        assert (one["class"], one["probability"]) == (other["class"], other["probability"])
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_names_that_are_not_utf8_keep_their_bytes(packed, folder, tmp_path, out):
+    (folder / "deep" / "0.png").rename(folder / "deep" / os.fsdecode(b"caf\xe9.png"))
+    (folder / "deep" / os.fsdecode(b"bad\xff.png")).write_bytes(b"x")
+    argv = [str(packed), str(folder), "--bits", "1", "--top", "1"]
+    argv += ["--out", str(tmp_path / "o.csv")] if out else []
+    done = subprocess.run(
+        [sys.executable, "-m", "tq_lightning", "classify", *argv], capture_output=True, check=False
+    )
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert b"bad\\udcff.png" in done.stderr
+    text = (tmp_path / "o.csv").read_bytes() if out else done.stdout
+    assert b"caf\xe9.png,1," in text
+
+
+def test_leftovers_are_not_classified_and_are_counted(packed, folder, capsys):
+    (folder / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/x.png", "deep/._0.png"):
+        (folder / name).write_bytes(b"x")
+    os.mkfifo(folder / "fifo.png")
+    assert classify.main([str(packed), str(folder), "--bits", "1", "--top", "1"]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.strip().splitlines()) == 5
+    assert "left out 4: " in said.err and "not regular files (fifo.png)" in said.err
 
 
 def test_classify_errors(packed, folder, tmp_path):

@@ -25,7 +25,9 @@ def parser() -> Parser:
         choices=FORMATS,
         help="default: packed; onnx and qonnx are graphs of one width",
     )
-    p.add_argument("--bits", type=int, help="width of an onnx or qonnx graph")
+    p.add_argument(
+        "--bits", type=int, help="width of an onnx or qonnx graph (default: the widest of the file)"
+    )
     p.add_argument(
         "--opset",
         type=int,
@@ -77,11 +79,6 @@ def main(argv: list[str]) -> int:
         )
     if a.rest is not None and a.max_bits is None:
         raise UserError("--rest holds the planes that --max-bits leaves out; pass both")
-    if a.format in ("onnx", "qonnx") and a.bits is None:
-        raise UserError(
-            f"--format {a.format} is a graph of one width; pass --bits N, or --format onnx-dynamic "
-            "for all widths"
-        )
     if a.format not in ("onnx", "qonnx") and a.bits is not None:
         raise UserError(
             "--bits is the width of an onnx or qonnx graph; for fewer planes pass "
@@ -106,8 +103,12 @@ def main(argv: list[str]) -> int:
         if not is_packed(path):
             path = Path(folder) / "model.safetensors"
             save_checkpoint(a.source, path, fold_norms=a.fold_norms)
+        hint = ""
+        if a.format in ("onnx", "qonnx") and a.bits is None:
+            a.bits = _widest(path)
+            hint = f": {a.bits} bits, pass --bits for another width"
         _onnx(a, path)
-    print(f"wrote {a.out} ({a.out.stat().st_size:,} bytes)")
+    print(f"wrote {a.out} ({a.out.stat().st_size:,} bytes){hint}")
     return 0
 
 
@@ -162,6 +163,16 @@ def _packed(a: argparse.Namespace) -> dict[str, int]:
     if a.rest is not None:
         repack.write_rest(a.source, a.rest, a.max_bits)
     return repack.repack(a.source, a.out, a.max_bits, a.compress)
+
+
+def _widest(path: Path) -> int:
+    """Return the widest width that a packed file runs at."""
+    from tq_lightning.export.packed.container import Container
+    from tq_lightning.export.packed.schema import read_header
+
+    with Container(path) as file:
+        header = read_header(file)
+    return max(header["norm_widths"], default=header["stored_bits"])
 
 
 def _onnx(a: argparse.Namespace, path: Path) -> None:

@@ -1,37 +1,14 @@
 """Damaged, foreign, newer and hostile files end in one UserError, never in a model; thousands of mutations."""
 
-import hashlib
-import json
-
 import numpy as np
 import pytest
 import torch
+from fixtures.packed import resign, set_in
 
 from tq_lightning import load_packed
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import Container, write_container
 from tq_lightning.export.packed.edit import read_all
-
-
-def resign(raw, change):
-    """The file with its header changed by `change(metadata, index, content)` and all header sums made right again."""
-    length = int.from_bytes(raw[:8], "little")
-    index = json.loads(raw[8 : 8 + length])
-    metadata = index.pop("__metadata__")
-    content = json.loads(metadata["header"])
-    change(metadata, index, content)
-    metadata |= {"header": json.dumps(content), "header_sha256": "0" * 64}
-    head = json.dumps({"__metadata__": metadata, **index}, separators=(",", ":")).encode()
-    digest = hashlib.sha256(head).hexdigest().encode()
-    head = head.replace(b'"header_sha256":"' + b"0" * 64, b'"header_sha256":"' + digest)
-    return len(head).to_bytes(8, "little") + head + raw[8 + length :]
-
-
-def set_in(where, key, value):
-    def change(metadata, index, content):
-        {"metadata": metadata, "index": index, "content": content}[where][key] = value
-
-    return change
 
 
 def stretch(metadata, index, content):
@@ -148,6 +125,7 @@ HOSTILE = {
     "planes wider than codes": (too_wide, "8 planes of 4-bit codes"),
     "a plane of floats": (plane_of_floats, "has the wrong type"),
     "norm rows uncut": (norms_of_none, "compared with the network"),
+    "norm sets twice": (set_in("content", "norm_widths", [1, 2, 2]), "not unique"),
     "norms beyond the planes": (set_in("content", "norm_widths", [9]), "does not store"),
     "class names that are none": (set_in("content", "class_names", [1, 2]), "class names"),
     "absurd images": (

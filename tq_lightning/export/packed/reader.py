@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
+from tq_lightning.export.packed.bounds import Bounds
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.module import MODES, PackedWeight, attach_packed_weight
 from tq_lightning.export.packed.schema import (
     cast_to_header_dtype,
     check_layers,
     check_names,
+    check_parameters,
     read_header,
 )
 from tq_lightning.export.packed.sections import (
@@ -29,7 +31,7 @@ from tq_lightning.export.packed.sections import (
     read_planes,
     split_norms,
 )
-from tq_lightning.export.packed.skeleton import build_skeleton
+from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
 from tq_lightning.quant.bit_planes import unpack_planes
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.switchable_norm import per_width_norms
@@ -108,11 +110,13 @@ def _matching_skeleton(
 ) -> nn.Module:
     """The prepared network of a file, checked against the names and shapes of its tensors."""
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    numbers = sum(math.prod(layer["shape"]) for layer in header["layers"])
-    numbers += sum(math.prod(shape) for shape in shapes.values())
-    tensors = len(header["layers"]) + len(shapes) + len(header["norms"])
+    if model is None:
+        tensors = len(header["layers"]) + len(shapes) + len(header["norms"])
+        numbers = header["codes"] + sum(math.prod(shape) for shape in shapes.values())
+        model = create_skeleton(header["model"], Bounds(tensors, numbers))
+        check_parameters(header, set(shapes), model)
     norm_sets = header["norm_widths"] if bits is None else [bits]
-    model = build_skeleton(header, model, norm_sets, (tensors, numbers))
+    model = prepare_skeleton(model, header["prepare"], norm_sets)
     stored, max_bits = header["stored_bits"], width_of(model).max_bits
     if stored > max_bits:
         raise UserError(f"it has {stored} planes of {max_bits}-bit codes")

@@ -5,6 +5,7 @@ becomes a model.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.compression import CODING
 from tq_lightning.export.packed.container import MAX_EXTENT, Container, is_shape, section_of
-from tq_lightning.export.packed.sections import file_names
+from tq_lightning.export.packed.sections import file_names, named_tensors
 from tq_lightning.quant.bit_planes import aligned
 from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.switchable_norm import PerWidthNorm
@@ -159,6 +160,8 @@ def _check_layout(file: Container, header: Mapping[str, Any]) -> None:
             shapes = (item["shape"], item.get("scale", []), [item.get("offset", 0)])
             if not all(is_shape(shape) for shape in shapes):
                 raise file.damaged("its layer map has an invalid shape or offset")
+        if len({item["name"] for item in items}) != len(items):
+            raise file.damaged("its layer map has duplicate names")
 
 
 def cast_to_header_dtype(
@@ -177,6 +180,46 @@ def cast_to_header_dtype(
     except (RuntimeError, TypeError):  # quantized and packed types can't be converted to
         pass
     raise UserError(f"the file gives {full} an invalid type {str(name)[:40]!r}")
+
+
+def check_parameters(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
+    """Check that a file has all tensors of its network, before the network is prepared.
+
+    Preparing takes much longer than creating a network, so a file must not ask for it with a
+    network that is not its own.
+
+    Args:
+        header: header of the file.
+        names: names of the tensors in the file.
+        model: network that was not prepared.
+
+    Raises:
+        UserError: the network has other tensors.
+    """
+    quantized = {layer["name"]: tuple(layer["shape"]) for layer in header["layers"]}
+    present = {re.sub(r"\.sets\.\d+", "", name.partition("/")[2]) for name in names}
+    present |= {part["name"] for part in header["norms"]} | set(quantized)
+    counters = ("num_batches_tracked",)
+    ignored = (*counters, "running_mean", "running_var") if header["folded"] else counters
+    in_model = {name: tuple(value.shape) for name, value in named_tensors(model)}
+    missing = {name for name in in_model if name not in present and not name.endswith(ignored)}
+    if missing:
+        raise _mismatch(header, missing, set())
+    if any(in_model.get(name) != shape for name, shape in quantized.items()):
+        raise UserError("its layer map does not match its network")
+
+
+def _mismatch(header: Mapping[str, Any], missing: set[str], extra: set[str]) -> UserError:
+    differences = [
+        f"{verb} {', '.join(sorted(names)[:2])}"
+        for verb, names in (("lacks", missing), ("adds", extra))
+        if names
+    ]
+    return UserError(
+        f"the file {' and '.join(differences)} compared with the network "
+        f"{header['model'].get('name')!r} made with {str(header['model'].get('args'))[:200]}; pass "
+        "the model_args= of the model to save_packed, or model= to load_packed"
+    )
 
 
 def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
@@ -210,16 +253,7 @@ def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) ->
     if folded:
         missing = {name for name in missing if not name.endswith(folded)}
     if missing or extra:
-        differences = [
-            f"{verb} {', '.join(sorted(names)[:2])}"
-            for verb, names in (("lacks", missing), ("adds", extra))
-            if names
-        ]
-        raise UserError(
-            f"the file {' and '.join(differences)} compared with the network "
-            f"{header['model'].get('name')!r} made with {header['model'].get('args')}; pass the "
-            "model_args= of the model to save_packed, or model= to load_packed"
-        )
+        raise _mismatch(header, missing, extra)
 
 
 def _of_unbuilt_set(name: str, model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from tq_lightning.export.packed.sections import (
     merge_norms,
     section_sizes,
 )
-from tq_lightning.export.packed.skeleton import build_skeleton
+from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
 from tq_lightning.quant.bit_planes import aligned, pack_planes
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.switchable_norm import per_width_norms
@@ -79,7 +79,8 @@ def save_packed(
         _fold(model, tensors)
     header["norms"], tensors = merge_norms(tensors)
     if header["model"]["name"] is not None:
-        check_names(header, set(tensors), build_skeleton(header))
+        skeleton = prepare_skeleton(create_skeleton(header["model"]), header["prepare"])
+        check_names(header, set(tensors), skeleton)
     header, tensors = keep_planes(header, tensors, stored)
     if compress:
         header, tensors = compress_planes(header, tensors)

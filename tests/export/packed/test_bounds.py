@@ -1,0 +1,88 @@
+"""Small signed files that ask for huge networks end in one error, soon and in little memory."""
+
+import time
+
+import pytest
+import torch
+from fixtures.packed import resign, set_in
+from torch import nn
+
+from tq_lightning import load_packed
+from tq_lightning.errors import UserError
+from tq_lightning.export.packed.bounds import BoundedValues, Bounds
+
+
+def network(name, **args):
+    """A header that names another network and claims as many norm tensors as it has room for."""
+
+    def change(metadata, index, content):
+        content["model"] = {"name": name, "args": args}
+        content["norms"] += [{"name": f"{n:x}", "shape": []} for n in range(2600)]
+
+    return change
+
+
+def dimensions(where, key):
+    def change(metadata, index, content):
+        content[where][0][key] = [1] * 60_000
+
+    return change
+
+
+def skips(metadata, index, content):
+    content["prepare"]["skip"] = ["first"] * 20_000
+
+
+def duplicates(metadata, index, content):
+    content["norms"] += content["norms"]
+
+
+def planes(metadata, index, content):
+    content["codes"], content["compression"] = 1 << 40, "zstd-xor0"
+
+
+BY_FILE, BY_NETWORK = "is damaged", "many times larger than its file"
+HUGE = {
+    "norm widths": (set_in("content", "norm_widths", [1] * 30_000), BY_FILE),
+    "dimensions of a layer": (dimensions("layers", "shape"), BY_FILE),
+    "dimensions of a scale": (dimensions("layers", "scale"), BY_FILE),
+    "dimensions of a norm": (dimensions("norms", "shape"), BY_FILE),
+    "norms twice": (duplicates, BY_FILE),
+    "codes": (planes, BY_FILE),
+    "skip patterns": (skips, "20000 skip patterns"),
+    "depth": (network("vit_tiny_patch16_224", depth=65536), BY_NETWORK),
+    "thin": (network("convnext_atto", depths=[10000] * 4, dims=[1] * 4), BY_NETWORK),
+    "window": (network("swin_tiny_patch4_window7_224", img_size=4096, window_size=1024), BY_NETWORK),
+    "another network": (network("vit_tiny_patch16_224", depth=500, embed_dim=3, num_heads=1), "lacks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "match"), HUGE.values(), ids=HUGE.keys())
+def test_huge_headers_end_soon(change, match, packed, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(resign(packed.read_bytes(), change))
+    assert path.stat().st_size < 400_000
+    import timm  # noqa: F401  its import is not part of the measurement
+
+    start = time.process_time()
+    with pytest.raises(UserError, match=match) as caught:
+        load_packed(path)
+    assert time.process_time() - start < 20  # at most 4 s on a quiet machine
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert not nn.modules.module._global_parameter_registration_hooks
+    assert not nn.modules.module._global_module_registration_hooks
+
+
+def test_values_are_refused_before_they_are_allocated():
+    """A constructor that computes with values could ask for terabytes."""
+    with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
+        torch.zeros(1 << 44)
+    rows = torch.arange(1 << 20)
+    with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
+        rows[:, None] - rows[None, :]
+    with BoundedValues(Bounds(10, 1000)):
+        layer = nn.Linear(100, 100)
+        assert layer.weight.mul(2).view(-1)[0].item() == 2 * layer.weight[0, 0].item()
+    with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
+        while True:
+            rows.add_(1)
