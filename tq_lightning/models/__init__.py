@@ -96,7 +96,7 @@ def check_local(name: str, path: str | Path) -> None:
     Raises:
         UserError: The name is remote.
     """
-    if is_remote(name):
+    if not isinstance(name, str) or is_remote(name):
         raise UserError(
             f"{path} names the model {name!r}, which would be fetched from elsewhere; "
             "pass a checkpoint that names a timm model"

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,35 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
             model; the message names the first ones, with both shapes.
     """
     state = _rename(read_state_dict(path), model)
+    check_fit(state, model, path, name)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a tensor whose values cannot be copied, such as a sparse one
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} does not fit {name} ({said})") from error
+
+
+def check_fit(
+    state: Mapping[str, Any], model: nn.Module, path: str | Path, name: str = "the model"
+) -> None:
+    """Check that a state dict has the names and shapes of a model.
+
+    Counters that move no output may be missing or unknown.
+
+    Args:
+        state: The state dict.
+        model: The model.
+        path: Where the state dict comes from, for messages.
+        name: Name of the model, for messages.
+
+    Raises:
+        UserError: It does not fit; the message names the first tensors, with both shapes.
+    """
     own = model.state_dict()
     for key in sorted(state.keys() & own.keys()):
+        if not isinstance(state[key], Tensor):
+            kind = type(state[key]).__name__
+            raise UserError(f"{path}: {key} is not a tensor, got {kind}; pass an intact file")
         if state[key].shape != own[key].shape:
             got, want = tuple(state[key].shape), tuple(own[key].shape)
             raise UserError(
@@ -61,11 +89,6 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
             f"{path} does not fit {name}: tensors {', '.join(words)}; "
             "pass the checkpoint of this model"
         )
-    try:
-        model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # a tensor whose values cannot be copied, such as a sparse one
-        said = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} does not fit {name} ({said})") from error
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from tq_lightning.errors import UserError, first_line
 from tq_lightning.models import check_local, create_model
+from tq_lightning.models.weights import check_fit
 from tq_lightning.records import NAME
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
@@ -51,6 +52,7 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
         hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
         state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
         name, classes, args = (hparams[key] for key in ("name", "num_classes", "model_args"))
+        check_local(name, path)
         unused = {"pretrained": False, "checkpoint_path": None, "teacher": "none", "compile": False}
         module = TQModule(**{**hparams, **unused})
     except UserError:
@@ -60,15 +62,10 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
             f"{path} is not a training checkpoint ({_reason(error)}); "
             "pass a .ckpt file written by fit"
         ) from None
-    check_local(name, path)
     model = create_model(name, classes, **(args or {}))
     module.attach(model)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} does not fit its own configuration ({first_line(error)})"
-        ) from None
+    check_fit(state, model, path, "its own configuration")
+    model.load_state_dict(state)
     return model.eval(), hparams, checkpoint.get("preprocessing", {})
 
 

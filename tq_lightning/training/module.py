@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
+from tq_lightning.training.optim import check_restored_state
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.validation import (
     check,
@@ -321,7 +323,13 @@ class TQModule(L.LightningModule):
         return super().load_state_dict(*args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the epoch's losses."""
+        """Check that the checkpoint fits, and restore the epoch's losses."""
+        for key in ("state_dict", "current_model_state"):  # the latter is that of a moving average
+            if self.model is not None and key in checkpoint:
+                check_fit(checkpoint[key], self, "the checkpoint", "its own configuration")
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fitting and not checkpoint.get("optimizer_states"):
+            raise UserError("the checkpoint has no state of an optimizer; pass an intact one")
         self.loaded_epoch = checkpoint.get("epoch")
         place = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
         self._epoch_losses.load_state_dict(checkpoint.get("epoch_losses", {}), *place)
@@ -331,6 +339,8 @@ class TQModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Set the learning rate of this step: the optimizer's state has that of the earlier run."""
+        for optimizer in self.trainer.optimizers:
+            check_restored_state(optimizer)
         for config in self.trainer.lr_scheduler_configs:
             self.lr_scheduler_step(config.scheduler, None)
 

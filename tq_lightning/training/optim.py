@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tq_lightning.errors import UserError, did_you_mean, first_line
 from tq_lightning.training.lists import as_floats
@@ -38,6 +38,22 @@ def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
         UserError: a name or an argument that timm does not accept.
     """
     return _create(model, vars(h) if not isinstance(h, dict) else h)
+
+
+def check_restored_state(optimizer: torch.optim.Optimizer) -> None:
+    """Check the shapes of a restored state, which PyTorch does not check.
+
+    Raises:
+        UserError: a state has another shape than its parameter.
+    """
+    for parameter, state in optimizer.state.items():
+        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+            value = state.get(key)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise UserError(
+                    f"the checkpoint's optimizer state does not fit: {key} has shape "
+                    f"{tuple(value.shape)}, its parameter has {tuple(parameter.shape)}"
+                )
 
 
 def _create(model: nn.Module, h: Any) -> torch.optim.Optimizer:
