@@ -1,40 +1,47 @@
-"""The pictures of a study: what is in them, with units, and no label over another."""
+"""The plots of a study: what they show, with units, and that no label lies over another."""
 
 import itertools
+import warnings
 
+import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import create_trial
 
-from tq_lightning.sweep.plots import PLOTS, Axis, Shown, Study, draw, front, with_unit
+from tq_lightning.sweep.plots import draw, figures, with_unit
 
+KINDS = {"optimization_history", "param_importances", "parallel_coordinate", "slice"}
 CHOICES = ("null", "clamp_round_truncate", "pact_floor_truncate", "[8, 7, 6, 5, 4, 3, 2, 1]")
-AXES = [
-    Axis("seed_everything", ("0", "1")),
-    Axis("model.activations", CHOICES),
-    Axis("model.lr", log=True),
-]
+SPACE = {
+    "seed_everything": CategoricalDistribution([0, 1]),
+    "model.activations": CategoricalDistribution(list(CHOICES)),
+    "model.lr": FloatDistribution(1e-4, 1, log=True),
+}
 
 
 def study(count=12, names=("val/acc1_truncate_mean",)):
-    trials = [
-        Shown(
-            number,
-            (50.0 + number, 1000.0 + 10 * number)[: len(names)],
-            {
-                "seed_everything": str(number % 2),
-                "model.activations": CHOICES[number % 4],
-                "model.lr": 10 ** -(number % 5),
-            },
-            best=number > 8,
-        )
-        for number in range(count)
-    ]
-    return Study(
-        list(names),
-        [True, False][: len(names)],
-        AXES,
-        trials,
-        [{"model.lr": 0.75, "model.activations": 0.25}] * 2,
-    )
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    made = optuna.create_study(directions=["maximize", "minimize"][: len(names)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.set_metric_names(list(names))
+    for n in range(count):
+        params = {
+            "seed_everything": n % 2,
+            "model.activations": CHOICES[n % 4],
+            "model.lr": 10.0 ** -(n % 5),
+        }
+        values = [50.0 + n, 1000.0 + 10 * n][: len(names)]
+        made.add_trial(create_trial(values=values, params=params, distributions=SPACE))
+    return made
+
+
+def drawn(count=12, **kwargs):
+    import matplotlib
+
+    with matplotlib.rc_context({"figure.constrained_layout.use": True}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dict(figures(study(count, **kwargs), [{"model.lr": 1.0}, {"model.lr": 1.0}]))
 
 
 def visible_texts(figure):
@@ -57,56 +64,80 @@ def visible_texts(figure):
     ]
 
 
-@pytest.mark.parametrize("name", PLOTS)
 @pytest.mark.parametrize("count", [1, 12])
-def test_no_label_lies_over_another_and_none_is_cut(name, count):
-    figure = PLOTS[name](study(count), 0)
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    boxes = [
-        (text.get_text(), text.get_rotation(), text.get_window_extent(renderer))
-        for text in visible_texts(figure)
-    ]
-    for (a, turned, box), (b, also, other) in itertools.combinations(boxes, 2):
-        if not (turned % 90 or also % 90):  # the frames of slanted texts meet where the texts don't
-            assert not box.padded(-1).overlaps(other.padded(-1)), (a, b)
-    width, height = figure.canvas.get_width_height()
-    assert all(
-        box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
-        for _, _, box in boxes
-    )
+def test_no_label_lies_over_another_and_none_is_cut(count):
+    for name, figure in drawn(count).items():
+        figure.canvas.draw()
+        renderer = figure.canvas.get_renderer()
+        boxes = [
+            (text.get_text(), text.get_rotation(), text.get_window_extent(renderer))
+            for text in visible_texts(figure)
+        ]
+        for (a, turned, box), (b, also, other) in itertools.combinations(boxes, 2):
+            # the frames of slanted texts meet where the texts don't
+            if not (turned % 90 or also % 90):
+                assert not box.padded(-1).overlaps(other.padded(-1)), (name, a, b)
+        width, height = figure.canvas.get_width_height()
+        for text, _, box in boxes:
+            assert box.x0 >= -1 and box.y0 >= -1, (name, text)
+            assert box.x1 <= width + 1 and box.y1 <= height + 1, (name, text)
 
 
-@pytest.mark.parametrize("name", PLOTS)
-def test_the_objective_is_named(name):
-    said = " ".join(text.get_text() for text in visible_texts(PLOTS[name](study(), 0)))
-    assert "val/acc1_truncate_mean" in said and ("(%)" in said or "share of the variance" in said)
+def test_every_plot_names_the_objective_with_its_unit():
+    plots = drawn()
+    assert set(plots) == KINDS
+    for name, figure in plots.items():
+        said = " ".join(text.get_text() for text in visible_texts(figure))
+        assert "val/acc1_truncate_mean" in said, name
+        assert ("(%)" in said) or ("share of the variance" in said), name
 
 
 def test_units():
-    assert (
-        with_unit("val/qt_gap_w2") == "val/qt_gap_w2 (percentage points)"
-        and with_unit("train/loss_w2") == "train/loss_w2"
-    )
+    assert with_unit("val/qt_gap_w2") == "val/qt_gap_w2 (percentage points)"
+    assert with_unit("train/loss_w2") == "train/loss_w2"
     assert with_unit("storage/bytes") == "storage/bytes"
 
 
-def test_a_front_marks_its_trials_by_number():
-    texts = {
-        text.get_text()
-        for text in visible_texts(front(study(names=("val/acc1_float", "storage/bytes"))))
-    }
-    assert {
-        "9",
-        "10",
-        "11",
-        "val/acc1_float (%), more is better",
-        "storage/bytes, less is better",
-    } <= texts and "3" not in texts
+def test_a_pareto_front_has_trial_numbers_and_units():
+    plots = drawn(names=("val/acc1_float", "storage/bytes"))
+    assert set(plots) == {f"{kind}_{i}" for kind in KINDS for i in (1, 2)} | {"pareto_front"}
+    texts = {text.get_text() for text in visible_texts(plots["pareto_front"])}
+    assert {"0", "11", "val/acc1_float (%)", "storage/bytes"} <= texts
 
 
-def test_what_tells_no_importances_is_not_drawn(tmp_path):
-    told = study()
-    silent = Study(told.names, told.maximize, told.axes, told.trials, [{}])
-    assert {path.stem for path in draw(silent, tmp_path)} == set(PLOTS) - {"param_importances"}
-    assert draw(Study(told.names, told.maximize, told.axes, [], [{}]), tmp_path / "none") == []
+def test_objectives_without_importances_have_no_such_plot(tmp_path):
+    written = draw(study(), tmp_path / "some", [{}])
+    assert {path.stem for path in written} == KINDS - {"param_importances"}
+    assert all(path.stat().st_size > 5000 for path in written)
+    assert draw(study(0), tmp_path / "none", [{}]) == [] and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        {"MATPLOTLIBRC": "text.usetex: True\nfont.size: 40\nbackend: tkagg\n"},
+    ],
+)
+def test_the_callers_matplotlib_settings_do_not_matter(tmp_path, settings):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    if "MATPLOTLIBRC" in settings:
+        (tmp_path / "matplotlibrc").write_text(settings["MATPLOTLIBRC"])
+        settings = {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    here = Path(__file__)
+    code = (
+        "import sys, pathlib; from test_plots import study, draw; "
+        "print(len(draw(study(4), pathlib.Path(sys.argv[1]), [{'model.lr': 1}])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code, str(tmp_path / "plots")],
+        env=os.environ | settings | {"PYTHONPATH": f"{here.parent}:{here.parents[2]}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "4", ""), done.stderr

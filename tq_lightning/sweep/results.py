@@ -1,4 +1,4 @@
-"""What a study came to: ranked tables in the terminal and as CSV, importances, and the study's plots as PNG."""
+"""Results of a study: ranked tables in the terminal and as CSV, parameter importances, plots."""
 
 import csv
 import statistics
@@ -11,81 +11,107 @@ from rich.table import Table
 
 from tq_lightning.files import atomic_write
 from tq_lightning.sweep import plots
-from tq_lightning.sweep import search_space as twins
 from tq_lightning.sweep.config import Sweep, argument
+from tq_lightning.sweep.search_space import decode
 from tq_lightning.sweep.trial_queue import TrialQueue
 
 if TYPE_CHECKING:
     import optuna
 
 SEED = "seed_everything"
-SHOWN = 20  # rows of a table in the terminal; the CSV has all
+MAX_ROWS = 20  # of a table in the terminal; the CSV has all
 
 
-def write_outcome(
+def write_results(
     sweep: Sweep, queue: TrialQueue, folder: Path, console: Console | None = None
 ) -> None:
-    """Print the ranked tables and the importances; write trials.csv, arms.csv, importances.csv and plots/*.png to `folder`."""
+    """Print the ranked tables; write trials.csv, arms.csv, importances.csv and plots/*.png.
+
+    Args:
+        sweep: the sweep file.
+        queue: the trial queue of its study.
+        folder: receives the files.
+        console: where to print; the terminal by default.
+    """
     console = console or Console(highlight=False)
     if not console.is_terminal:
-        console.width = 160  # a log has no edge to fold columns at
-    trials = ranked(queue)
-    names = queue.study.metric_names or ["value"]
-    rows = [trial_row(sweep, trial, names) for trial in trials]
+        console.width = 160  # a log file has no edge to fold columns at
+    study, trials = queue.study, ranked(queue)
+    names = study.metric_names or ["value"]
+    seconds = {point: _seconds(attempts) for point, attempts in queue.attempts().items()}
+    rows = [trial_row(sweep, t, names, seconds[t.user_attrs["point"]]) for t in trials]
     _write_csv(folder / "trials.csv", rows)
-    hidden = ("run_dir", "record", "attempt") + (
-        () if any(row["reason"] for row in rows) else ("reason",)
-    )
-    _print(
-        console,
-        f"{queue.study.study_name}: trials",
-        [{k: v for k, v in row.items() if k not in hidden} for row in rows],
-    )
+    hidden = ["run_dir", "record", "attempt"]
+    if not any(row["reason"] for row in rows):
+        hidden.append("reason")
+    shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+    _print(console, f"{study.study_name}: trials", shown)
     if SEED in sweep.parameters and len(names) == 1:
-        arms = arm_rows(sweep, trials, names[0], queue.study.direction.name == "MAXIMIZE")
+        arms = arm_rows(sweep, trials, names[0], study.direction.name == "MAXIMIZE")
         _write_csv(folder / "arms.csv", arms)
-        _print(console, f"{queue.study.study_name}: arms over their seeds", arms)
-    _importances(queue.study, folder, console, names)
-    drawn = draw(sweep, queue, folder / "plots")
+        _print(console, f"{study.study_name}: arms (configurations without the seed)", arms)
+    importances = [importances_of(study, i) for i in range(len(names))]
+    found = [
+        {"objective": name, "parameter": key, "importance": value}
+        for name, shares in zip(names, importances, strict=True)
+        for key, value in shares.items()
+    ]
+    if found:
+        _write_csv(folder / "importances.csv", found)
+        _print(console, "parameter importances (share of the variance, fANOVA)", found)
+    else:
+        console.print(
+            "no parameter importances: they need two different results and a parameter that varies"
+        )
+    drawn = plots.draw(study, folder / "plots", importances)
     console.print(f"tables and {len(drawn)} plots in {folder}", soft_wrap=True)
 
 
 def ranked(queue: TrialQueue) -> list["optuna.trial.FrozenTrial"]:
-    """Each point's last attempt that began: complete ones first, best (or the Pareto front) first; then the others."""
+    """Return each point's last attempt that began, best first.
+
+    Complete trials come first, on several objectives those of the Pareto front; then the pruned
+    ones, then the others.
+    """
     from optuna.trial import TrialState
 
     study = queue.study
-    trials = [t for t in queue.latest().values() if t.state != TrialState.WAITING]
+    trials = [t for t in queue.last_attempts().values() if t.state != TrialState.WAITING]
     signs = [-1 if direction.name == "MAXIMIZE" else 1 for direction in study.directions]
     front = {t.number for t in study.best_trials} if len(signs) > 1 else set()
 
     def key(t: "optuna.trial.FrozenTrial") -> Any:
         if t.state != TrialState.COMPLETE:
             return (1, t.state != TrialState.PRUNED, [], t.number)
-        return (
-            0,
-            t.number not in front and bool(front),
-            [sign * value for sign, value in zip(signs, t.values, strict=True)],
-            t.number,
-        )
+        values = [sign * value for sign, value in zip(signs, t.values, strict=True)]
+        return (0, bool(front) and t.number not in front, values, t.number)
 
     return sorted(trials, key=key)
 
 
-def trial_row(sweep: Sweep, trial: "optuna.trial.FrozenTrial", names: list[str]) -> dict[str, Any]:
-    """One trial as a row: number, how it ended, its values, what the program got, where its run lies."""
+def trial_row(
+    sweep: Sweep, trial: "optuna.trial.FrozenTrial", names: list[str], seconds: float | None
+) -> dict[str, Any]:
+    """Return a trial as a row: its state, values, parameters and files.
+
+    Args:
+        sweep: the sweep file.
+        trial: the last attempt at a point.
+        names: names of the objectives.
+        seconds: duration of all attempts together.
+    """
     values = trial.values or [None] * len(names)
-    row: dict[str, Any] = {
+    row = {
         "trial": trial.number,
         "state": trial.state.name.lower(),
         "attempt": trial.user_attrs.get("attempt", 0),
     }
-    row |= dict(zip(names, values, strict=True)) | _searched(sweep, trial)
-    seconds = trial.duration.total_seconds() if trial.duration is not None else None
-    reason = trial.user_attrs.get("reason", "") if trial.state.name == "FAIL" else ""
-    return row | {
+    return {
+        **row,
+        **dict(zip(names, values, strict=True)),
+        **_searched(sweep, trial),
         "seconds": seconds,
-        "reason": reason,
+        "reason": trial.user_attrs.get("reason", "") if trial.state.name == "FAIL" else "",
         "run_dir": trial.user_attrs.get("run_dir"),
         "record": trial.user_attrs.get("record"),
     }
@@ -94,7 +120,10 @@ def trial_row(sweep: Sweep, trial: "optuna.trial.FrozenTrial", names: list[str])
 def arm_rows(
     sweep: Sweep, trials: list["optuna.trial.FrozenTrial"], name: str, maximize: bool
 ) -> list[dict[str, Any]]:
-    """The trials that differ in nothing but the seed, as one row: mean and standard deviation (n - 1) over the seeds."""
+    """Return one row per arm, a configuration without its seed.
+
+    Each row has the mean and the sample standard deviation (n - 1) of the objective `name`.
+    """
     arms: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for trial in trials:
         if trial.value is not None and trial.state.name == "COMPLETE":
@@ -105,97 +134,55 @@ def arm_rows(
             f"mean {name}": statistics.mean(values),
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "seeds": len(values),
+            **arm,
         }
-        | arm
         for arm, values in arms.values()
     ]
     return sorted(rows, key=lambda row: row[f"mean {name}"], reverse=maximize)
 
 
-def draw(sweep: Sweep, queue: TrialQueue, folder: Path) -> list[Path]:
-    """Draw the study's pictures (`plots`) from its complete trials; without any there is nothing to draw."""
-    from optuna.trial import TrialState
+def importances_of(study: "optuna.Study", objective: int) -> dict[str, float]:
+    """Return parameter -> share of an objective's variance (fANOVA).
 
-    study = queue.study
-    front = {t.number for t in study.best_trials} if len(study.directions) > 1 else set()
-    trials = [
-        plots.Shown(t.number, tuple(t.values), _shown(sweep, t), t.number in front)
-        for t in queue.trials()
-        if t.state == TrialState.COMPLETE
-    ]
-    axes = [
-        plots.Axis(key, tuple(_text(value) for value in parameter.values) or None, parameter.log)
-        for key, parameter in sweep.parameters.items()
-    ]
-    names = study.metric_names or ["value"]
-    found = [find_importances(study, position) or {} for position in range(len(names))]
-    maximize = [direction.name == "MAXIMIZE" for direction in study.directions]
-    return plots.draw(plots.Study(names, maximize, axes, trials, found), folder)
-
-
-def _importances(study: "optuna.Study", folder: Path, console: Console, names: list[str]) -> None:
-    """Print and write the parameter importances (fANOVA), where the study can tell any."""
-    rows = []
-    for position, name in enumerate(names):
-        found = find_importances(study, position) or {}
-        rows += [
-            {"objective": name, "parameter": key, "importance": value}
-            for key, value in found.items()
-        ]
-    if rows:
-        _write_csv(folder / "importances.csv", rows)
-        _print(console, "parameter importances (share of the variance, fANOVA)", rows)
-    else:
-        console.print(
-            "no parameter importances: they need two different results and two values of a parameter"
-        )
-
-
-def find_importances(study: "optuna.Study", position: int) -> dict[str, float] | None:
-    """Parameter -> importance; None where the trials don't tell (fewer than two, all equal, nothing varied)."""
+    Empty with fewer than two different values, or if no parameter varies.
+    """
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
     from optuna.trial import TrialState
 
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len({t.values[position] for t in complete}) < 2:
-        return None
+    if len({t.values[objective] for t in complete}) < 2:
+        return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = get_param_importances(
-            study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda t: t.values[position]
+        return get_param_importances(
+            study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda t: t.values[objective]
         )
-    return found or None
+
+
+def _seconds(attempts: list["optuna.trial.FrozenTrial"]) -> float | None:
+    """Return the seconds that the attempts at a point took together."""
+    ended = [t.duration.total_seconds() for t in attempts if t.duration is not None]
+    return sum(ended) if ended else None
 
 
 def _searched(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
-    """The searched keys as the program got them; lists as text."""
+    """Return the searched keys as `fit` got them; lists and mappings as text."""
     values = {
-        key: twins.decode(parameter, trial.params[key])
+        key: decode(parameter, trial.params[key])
         for key, parameter in sweep.parameters.items()
         if key in trial.params
     }
     return {
-        key: value if isinstance(value, bool | int | float | str) else _text(value)
+        key: value
+        if isinstance(value, bool | int | float | str)
+        else argument("", value).removeprefix("--=")
         for key, value in values.items()
     }
 
 
-def _shown(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
-    """The searched keys as the pictures have them: numbers of ranges, texts of choices."""
-    return {
-        key: _text(value) if sweep.parameters[key].values else value
-        for key, value in _searched(sweep, trial).items()
-    }
-
-
-def _text(value: Any) -> str:
-    return argument("", value).removeprefix("--=")
-
-
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows whole or not at all; columns in the order they first come up."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write rows; the columns are in the order of their first appearance."""
+    columns = dict.fromkeys(key for row in rows for key in row)
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -207,15 +194,20 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
         return
     table = Table(title=title, title_justify="left")
     for column in dict.fromkeys(key for row in rows for key in row):
-        name = plots.short(column.replace("val/", ""))
-        table.add_column(name, overflow="fold")
-    for row in rows[:SHOWN]:
-        table.add_row(
-            *(
-                f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-                for value in row.values()
-            )
+        table.add_column(_short(column), overflow="fold")
+    for row in rows[:MAX_ROWS]:
+        cells = (
+            f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+            for value in row.values()
         )
+        table.add_row(*cells)
     console.print(table)
-    if len(rows) > SHOWN:
-        console.print(f"... and {len(rows) - SHOWN} more in the CSV")
+    if len(rows) > MAX_ROWS:
+        console.print(f"... and {len(rows) - MAX_ROWS} more in the CSV")
+
+
+def _short(column: str) -> str:
+    """Shorten a column header for the terminal."""
+    for prefix in ("model.", "trainer.", "val/"):
+        column = column.removeprefix(prefix)
+    return "seed" if column == SEED else column.replace("mean val/", "mean ")
