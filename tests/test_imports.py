@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 MAY_IMPORT_BY_NAME = {
     "__init__.py",
     "cli/__init__.py",
-    "cli/sweep.py",
+    "sweep/worker.py",
 }  # public names and verbs, loaded on first use
 
 

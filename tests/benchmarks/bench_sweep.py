@@ -21,9 +21,9 @@ from measuring import Table
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sweep")]
 
-from tq_lightning.sweep import launcher as engine  # noqa: E402
 from tq_lightning.sweep.config import read_sweep  # noqa: E402
-from tq_lightning.sweep.worker import work  # noqa: E402
+from tq_lightning.sweep.study import Options, make_trial_queue, open_study  # noqa: E402
+from tq_lightning.sweep.worker import Worker  # noqa: E402
 
 METRIC = "val/acc1_truncate_mean"
 TINY = [
@@ -54,9 +54,9 @@ def run(
         "command": ["python", "-m", "tq_lightning", "fit", *arguments, "${args}"],
     }))  # fmt: skip
     sweep = read_sweep(file)
-    options = engine.Options(folder, url, method, {METRIC: "maximize"}, n_trials=trials)
-    queue = engine.make_trial_queue(sweep, engine.open_study(sweep, options), options)
-    work(queue, sweep, [METRIC], folder, "bench", timed, parent=None)
+    options = Options(folder, url, method, {METRIC: "maximize"}, n_trials=trials)
+    queue = make_trial_queue(sweep, open_study(sweep, options), options)
+    Worker(queue, sweep, [METRIC], folder, timed).run()
     return calls
 
 

@@ -1,5 +1,6 @@
-"""What the tests of sweeps share: sweep files made on the spot, and the `sweep` command in a process of its own."""
+"""Fixtures of the sweep tests: sweep files, and the `sweep` command with a stand-in for fit."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,14 +9,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tq_lightning.cli import sweep as sweep_verb
+from tq_lightning.sweep.study import FIT
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # crew, stand_in and wandb_stand_in are modules beside the tests
+sys.path.insert(0, str(HERE))  # the helper modules beside the tests
 COMMAND = ["${env}", "python", "-m", "tq_lightning", "fit", "${args}"]
 
 
 @pytest.fixture
 def write_sweep(tmp_path):
-    """A function that writes a sweep file (a grid over model.lr, if nothing else is said) and returns its path."""
+    """A function that writes a sweep file (by default a grid over model.lr); returns its path."""
 
     def write(name="sweep.yaml", arguments=(), **keys):
         keys = {
@@ -34,13 +38,31 @@ def write_sweep(tmp_path):
 
 
 @pytest.fixture
+def replace_fit(monkeypatch):
+    """A function that puts a stand-in (MODULE:NAME) in the place of fit for `sweep`."""
+    real = sweep_verb.main
+
+    def replace(fit):
+        monkeypatch.setattr(sweep_verb, "main", functools.partial(real, fit=fit))
+
+    return replace
+
+
+@pytest.fixture
+def no_results(monkeypatch):
+    """`sweep` without tables and plots, which take longer than everything else."""
+    monkeypatch.setattr("tq_lightning.sweep.results.write_results", lambda *_: None)
+
+
+@pytest.fixture
 def sweep_process():
-    """A function that starts `python -m tq_lightning sweep ...` with the stand-in fit; kills what is left at the end."""
+    """A function that starts `sweep ...` with a stand-in for fit; ends what is left of it."""
     started = []
 
     def start(*argv, fit="stand_in:fit"):
+        module = ["-m", "tq_lightning", "sweep"] if fit == FIT else [HERE / "sweep_command.py", fit]
         process = subprocess.Popen(
-            [sys.executable, "-m", "tq_lightning", "sweep", *map(str, argv), "--fit", fit],
+            [sys.executable, *map(str, module), *map(str, argv)],
             env=os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent.parent}", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

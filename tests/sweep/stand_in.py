@@ -9,6 +9,11 @@ from typing import Any
 from tq_lightning.records import Evaluation, ModelBytes, Record, write_record
 
 METRIC = "val/acc1_truncate_mean"
+CHECKPOINT = {  # but for global_step
+    "state_dict": {},
+    "hyper_parameters": {},
+    "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 0}}}},
+}
 
 
 def fit(argv: list[str]) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def fit_epochs(argv: list[str]) -> dict[str, Any]:
             file.write(f"{os.getpid()} {float(given['model.lr']):g} {epoch} {time.time()}\n")
         with (run / "metrics.csv").open("a") as file:
             file.write(f"{epoch},{os.getpid()}\n")
-        torch.save({"global_step": epoch + 1}, run / "checkpoints" / "new")
+        torch.save({**CHECKPOINT, "global_step": epoch + 1}, run / "checkpoints" / "new")
         (run / "checkpoints" / "new").rename(run / "checkpoints" / "last.ckpt")
     metrics = {METRIC: 50 + 10 * float(given["model.lr"])}
     last = Evaluation(metrics, int(given["epochs"]) - 1)

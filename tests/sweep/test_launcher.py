@@ -1,37 +1,37 @@
-"""The crew of a `sweep` command: who takes a dead worker's place, and what it gets of the machine."""
+"""The worker pool of a `sweep` command: replacing exited workers, and their share of the machine."""
 
 from types import SimpleNamespace
 
 import pytest
 from optuna.exceptions import StorageInternalError
 
-from tq_lightning.sweep import launcher as optuna_engine
+from tq_lightning.sweep import launcher
 from tq_lightning.sweep.launcher import WorkerPool
 from tq_lightning.sweep.study import Options
 from tq_lightning.sweep.worker import DONE, REPLACE
 
 
 @pytest.fixture
-def crew(tmp_path, monkeypatch):
-    """Two workers that never end by themselves; `crew.shares` has the place of every worker started."""
+def pool(tmp_path, monkeypatch):
+    """Two workers that never end by themselves; `pool.shares` has the slot of every worker started."""
     (tmp_path / "logs").mkdir()
-    crew = WorkerPool(
+    pool = WorkerPool(
         Options(tmp_path, "sqlite:///study.db", "study", {"loss": "minimize"}, workers=2), None
     )
-    crew.shares = []
+    pool.shares = []
     monkeypatch.setattr(
-        optuna_engine, "_share", lambda place, workers: crew.shares.append(place) or {}
+        launcher, "_slot_environment", lambda slot, workers: pool.shares.append(slot) or {}
     )
     monkeypatch.setattr(
-        optuna_engine.subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: None)
+        launcher.subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: None)
     )
-    for place in range(2):
-        crew.start(place)
-    return crew
+    for slot in range(2):
+        pool.start(slot)
+    return pool
 
 
-class Storage:
-    """A ledger that was away at the first `missed` calls, and then had one trial of the dead worker's."""
+class Queue:
+    """A queue whose storage fails at the first `missed` calls, and then has one trial of the worker."""
 
     def __init__(self, missed=0):
         self.missed = missed
@@ -44,31 +44,33 @@ class Storage:
 
 
 @pytest.mark.parametrize("status", [REPLACE, 1, -9])
-@pytest.mark.parametrize("place", [0, 1])
-def test_who_takes_a_dead_workers_place_gets_its_share(crew, place, status):
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_replacement_gets_the_share_of_the_worker_it_replaces(pool, slot, status):
     for _ in range(3):
-        dead = [name for name in crew.running if crew.places[name] == place]
+        dead = [name for name in pool.running if pool.slots[name] == slot]
         assert len(dead) == 1
-        crew.running[dead[0]].poll = lambda: status
-        crew.replace_dead(Storage())
+        pool.running[dead[0]].poll = lambda: status
+        pool.replace_exited(Queue())
     assert (
-        crew.shares == [0, 1, place, place, place] and len(crew.running) == 2 and crew.strikes == 0
+        pool.shares == [0, 1, slot, slot, slot]
+        and len(pool.running) == 2
+        and pool.failed_starts == 0
     )
 
 
-def test_a_worker_that_dies_while_the_storage_is_away_is_replaced_when_it_is_back(crew):
-    dead, queue = next(iter(crew.running)), Storage(missed=2)
-    crew.running[dead].poll = lambda: 1
+def test_a_worker_that_dies_during_an_outage_is_replaced_after_it(pool):
+    dead, queue = next(iter(pool.running)), Queue(missed=2)
+    pool.running[dead].poll = lambda: 1
     for _ in range(2):
         with pytest.raises(StorageInternalError):
-            crew.replace_dead(queue)
-        assert dead in crew.running and len(crew.running) == 2
-    crew.replace_dead(queue)
-    assert dead not in crew.running and crew.shares == [0, 1, 0] and len(crew.running) == 2
+            pool.replace_exited(queue)
+        assert dead in pool.running and len(pool.running) == 2
+    pool.replace_exited(queue)
+    assert dead not in pool.running and pool.shares == [0, 1, 0] and len(pool.running) == 2
 
 
-def test_a_worker_that_is_done_is_not_replaced(crew):
-    for process in list(crew.running.values()):
+def test_a_worker_that_is_done_is_not_replaced(pool):
+    for process in list(pool.running.values()):
         process.poll = lambda: DONE
-    crew.replace_dead(Storage())
-    assert not crew.running and crew.shares == [0, 1]
+    pool.replace_exited(Queue())
+    assert not pool.running and pool.shares == [0, 1]

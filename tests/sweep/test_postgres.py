@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from crew import check_killed_worker
+from worker_pool_helpers import check_killed_worker
 
 BINARIES = next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)), None)
 

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from crew import study_of, wait_for
 from optuna.trial import TrialState
+from worker_pool_helpers import study_of, wait_for
 
 from tq_lightning.cli import main
+from tq_lightning.sweep.study import FIT
 from tq_lightning.sweep.trial import run_trial
 
 HERE = Path(__file__).parent
@@ -67,16 +68,16 @@ def test_trials_are_real_fits_with_their_own_records_and_reported_epochs(write_s
 def test_a_pruned_trial_ends_early_with_its_record(tmp_path):
     from tq_lightning.cli import run_fit
 
-    ending = run_trial(
+    result = run_trial(
         run_fit,
         [*TINY, "--trainer.max_epochs=4"],
         tmp_path,
         ["val/acc1_truncate_mean"],
         lambda step, value: step == 2,
     )
-    record = json.loads(Path(ending.record).read_text())
+    record = json.loads(Path(result.record).read_text())
     assert (
-        ending.state == "pruned" and record["status"] == "finished" and record["last"]["epoch"] == 1
+        result.state == "pruned" and record["status"] == "finished" and record["last"]["epoch"] == 1
     )
 
 
@@ -85,10 +86,10 @@ def test_a_pruned_trial_ends_early_with_its_record(tmp_path):
 def test_a_trial_that_can_not_train_fails_with_fits_own_words(tmp_path):
     from tq_lightning.cli import run_fit
 
-    ending = run_trial(
+    result = run_trial(
         run_fit, [*TINY, "--model.lr=1e12"], tmp_path, ["val/acc1_truncate_mean"], None
     )
-    assert ending.state == "failed" and "learning rate" in ending.reason
+    assert result.state == "failed" and "learning rate" in result.reason
 
 
 @pytest.mark.slow
@@ -106,7 +107,7 @@ def test_a_killed_trial_goes_on_with_its_last_checkpoint(
         arguments=arguments, early_terminate=early, parameters={"model.lr": {"values": [0.01]}}
     )
     folder = tmp_path / "out"
-    process = sweep_process(path, "--dir", folder, "--workers", "1", fit="tq_lightning.cli:run_fit")
+    process = sweep_process(path, "--dir", folder, "--workers", "1", fit=FIT)
 
     def first_epoch_is_over() -> bool:  # its checkpoint is written a moment before its row
         rows = [path.read_text().count("\n") for path in folder.glob("trials/*/*/metrics.csv")]
@@ -156,7 +157,7 @@ def _is_worker(pid, name):
         words = Path("/proc", pid, "cmdline").read_text().split("\0")
     except OSError:
         return False
-    return name in words and "sweep" in words
+    return "tq_lightning.sweep.worker" in words and name in words[-2]
 
 
 def _scores(run):

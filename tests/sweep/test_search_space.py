@@ -7,17 +7,17 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from tq_lightning.sweep.config import grid, read_sweep, with_extra
+from tq_lightning.sweep.config import grid_point, grid_size, read_sweep, with_extra
 from tq_lightning.sweep.parameters import Parameter
 from tq_lightning.sweep.search_space import (
     arguments,
     decode,
     distribution,
     encode,
-    fixed,
     pruner,
     sampler,
     suggest,
+    weighted_choices,
 )
 
 TABLE = [
@@ -33,19 +33,19 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("parameter", "twin"), TABLE)
-def test_twins(parameter, twin):
-    assert distribution(parameter) == twin
+@pytest.mark.parametrize(("parameter", "expected"), TABLE)
+def test_distributions(parameter, expected):
+    assert distribution(parameter) == expected
 
 
 def test_lists_come_back_as_lists(write_sweep):
     sweep = read_sweep(
         write_sweep(parameters={"w": {"values": [[8, 4], [8]]}, "n": {"values": [None, True]}})
     )
-    for point in grid(sweep):
+    for point in (grid_point(sweep, i) for i in range(grid_size(sweep))):
         stored = encode(sweep, point)
         assert {key: decode(sweep.parameters[key], stored[key]) for key in stored} == point
-    assert encode(sweep, grid(sweep)[0]) == {"w": "[8, 4]", "n": None}
+    assert encode(sweep, grid_point(sweep, 0)) == {"w": "[8, 4]", "n": None}
 
 
 def draws(sweep, count=200):
@@ -53,7 +53,7 @@ def draws(sweep, count=200):
     rows = []
     for point in range(count):
         study.sampler = sampler(sweep, point)
-        study.enqueue_trial(fixed(sweep, point))
+        study.enqueue_trial(weighted_choices(sweep, point))
         rows.append(suggest(sweep, study.ask()))
     return rows
 
@@ -108,7 +108,7 @@ def test_arguments_the_searched_ones_after_the_commands(write_sweep):
         )
     )
     study = optuna.create_study()
-    study.enqueue_trial(encode(sweep, grid(sweep)[0]))
+    study.enqueue_trial(encode(sweep, grid_point(sweep, 0)))
     assert arguments(sweep, suggest(sweep, study.ask())) == [
         "--config",
         "a.yaml",

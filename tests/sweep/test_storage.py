@@ -1,4 +1,4 @@
-"""Storages that go away for a while, and those that no worker could share."""
+"""Outages of a storage, and storages that workers cannot share."""
 
 import pytest
 from optuna.exceptions import StorageInternalError
@@ -7,17 +7,17 @@ from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.sweep.storage import StorageOutage, open_storage
 
 
-def test_a_storage_may_be_away_for_a_while_but_not_for_ever():
-    away = StorageOutage(seconds=60)
-    with away:
+def test_an_outage_may_last_a_while():
+    outage = StorageOutage(seconds=60)
+    with outage:
         raise StorageInternalError("gone")
-    assert away.since is not None
-    away.since -= 61
-    with pytest.raises(TrainingError, match=r"away for 60 s \(gone\); start it, go on"), away:
+    assert outage.since is not None
+    outage.since -= 61
+    with pytest.raises(TrainingError, match=r"unreachable for 60 s \(gone\); start it"), outage:
         raise StorageInternalError("gone")
-    with away:
+    with outage:
         pass
-    with away:  # it had come back in between
+    with outage:  # it had come back in between
         raise StorageInternalError("gone")
 
 
@@ -28,5 +28,5 @@ def test_other_errors_are_not_swallowed():
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite:///:memory:"])
 def test_a_storage_in_memory_is_refused(url):
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="in-memory database"):
         open_storage(url)

@@ -1,4 +1,4 @@
-"""The bookkeeping of points: nothing run twice, nothing lost, whichever storage and whoever dies."""
+"""The trial queue: no point runs twice and none is lost, on every storage, whichever process dies."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
-from tq_lightning.sweep.heartbeat import alive
+from tq_lightning.sweep.heartbeat import heartbeat
 from tq_lightning.sweep.storage import open_storage
 from tq_lightning.sweep.trial_queue import MAX_LOST, TrialQueue
 
@@ -20,7 +20,7 @@ def url(request, tmp_path):
     return URLS[request.param].format(tmp_path)
 
 
-def ledger_of(url, limit=5, stale=60.0):
+def queue_of(url, limit=5, stale=60.0):
     study = optuna.create_study(storage=open_storage(url), study_name="s", load_if_exists=True)
     return TrialQueue(study, lambda point: {"x": point}, limit, stale)
 
@@ -34,20 +34,20 @@ def points(queue, *states):
 
 
 def test_every_point_waits_once_and_is_claimed_once(url):
-    queue, other = ledger_of(url), ledger_of(url)
-    queue.tend()
-    other.tend()
+    queue, other = queue_of(url), queue_of(url)
+    queue.refresh()
+    other.refresh()
     assert points(queue, TrialState.WAITING) == [0, 1, 2, 3, 4]
     claimed = []
     while trial := (queue if len(claimed) % 2 else other).claim("me"):
         claimed.append(trial.user_attrs["point"])
         assert trial.system_attrs["fixed_params"] == {"x": claimed[-1]}
-    assert claimed == [0, 1, 2, 3, 4] and not queue.settled()
+    assert claimed == [0, 1, 2, 3, 4] and not queue.finished()
 
 
 def test_claims_from_many_threads_do_not_meet(url):
-    ledgers = [ledger_of(url, limit=16) for _ in range(3)]
-    ledgers[0].tend()
+    queues = [queue_of(url, limit=16) for _ in range(3)]
+    queues[0].refresh()
     claimed: list[int] = []
 
     def run(queue):
@@ -55,80 +55,80 @@ def test_claims_from_many_threads_do_not_meet(url):
             claimed.append(trial.user_attrs["point"])
             finish(queue, trial)
 
-    threads = [threading.Thread(target=run, args=(queue,)) for queue in ledgers]
+    threads = [threading.Thread(target=run, args=(queue,)) for queue in queues]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(claimed) == list(range(16)) and ledgers[0].settled()
+    assert sorted(claimed) == list(range(16)) and queues[0].finished()
 
 
 def test_a_point_enqueued_twice_is_run_once(url):
-    queue = ledger_of(url, limit=1)
+    queue = queue_of(url, limit=1)
     for _ in range(2):  # as two commands do that start at the same moment
         queue.study.enqueue_trial({"x": 0}, user_attrs={"point": 0, "attempt": 0})
     finish(queue, queue.claim("a"))
-    assert queue.claim("b") is None and queue.settled()
+    assert queue.claim("b") is None and queue.finished()
     assert [t.state for t in queue.trials()] == [TrialState.COMPLETE]
 
 
 def test_a_silent_worker_loses_its_trial_and_a_live_one_keeps_it(url):
-    queue = ledger_of(url, limit=2, stale=0.6)
-    queue.tend()
+    queue = queue_of(url, limit=2, stale=0.6)
+    queue.refresh()
     dead, living = queue.claim("dead"), queue.claim("living")
-    with alive(queue, living, None):
+    with heartbeat(queue, living, None):
         for _ in range(20):
             threading.Event().wait(0.1)
-            queue.tend()
+            queue.refresh()
     retry = queue.claim("next")
     assert (
         retry.user_attrs["point"],
         retry.user_attrs["attempt"],
         retry.user_attrs["retry_of"],
     ) == (0, 1, dead.number)
-    assert "no sign of life" in queue.study.trials[dead.number].user_attrs["reason"]
+    assert "heartbeat timed out" in queue.study.trials[dead.number].user_attrs["reason"]
     assert (
         queue.study.trials[living.number].state == TrialState.RUNNING
         and queue.claim("next") is None
     )
     finish(queue, living), finish(queue, retry)
-    assert queue.settled()
+    assert queue.finished()
 
 
 def test_who_fails_a_trial_may_die_before_it_enqueues_the_next(url):
-    queue = ledger_of(url, limit=1)
-    queue.tend()
-    queue.fail(queue.claim("a"), "interrupted", "stopped")  # and no tend() after it
-    other = ledger_of(url, limit=1)
-    assert not other.settled()
-    other.tend()
+    queue = queue_of(url, limit=1)
+    queue.refresh()
+    queue.fail(queue.claim("a"), "interrupted", "stopped")  # and no refresh() after it
+    other = queue_of(url, limit=1)
+    assert not other.finished()
+    other.refresh()
     assert other.claim("b").user_attrs["attempt"] == 1
 
 
 def test_a_point_that_kills_its_workers_is_given_up(url):
-    queue = ledger_of(url, limit=1)
+    queue = queue_of(url, limit=1)
     for _ in range(MAX_LOST):
-        queue.tend()
+        queue.refresh()
         queue.claim("w")
         assert (
-            not queue.settled()
+            not queue.finished()
             and queue.fail_worker("w", "lost", "its worker was killed by SIGKILL") == 1
         )
-    queue.tend()
-    assert queue.claim("w") is None and queue.settled() and len(queue.trials()) == MAX_LOST
+    queue.refresh()
+    assert queue.claim("w") is None and queue.finished() and len(queue.trials()) == MAX_LOST
 
 
 def test_a_trial_that_raised_is_not_retried(url):
-    queue = ledger_of(url, limit=1)
-    queue.tend()
+    queue = queue_of(url, limit=1)
+    queue.refresh()
     queue.fail(queue.claim("a"), "error", "RuntimeError: no")
-    queue.tend()
-    assert queue.settled() and queue.claim("a") is None
+    queue.refresh()
+    assert queue.finished() and queue.claim("a") is None
 
 
 def test_a_result_that_comes_after_the_trial_was_given_away_does_not_count(url):
-    queue = ledger_of(url, limit=1)
-    queue.tend()
+    queue = queue_of(url, limit=1)
+    queue.refresh()
     slow = queue.claim("slow")
     queue.fail(slow, "lost", "no sign of life")
     queue.study.tell(slow.number, 3.0, skip_if_finished=True)
@@ -138,55 +138,55 @@ def test_a_result_that_comes_after_the_trial_was_given_away_does_not_count(url):
 
 
 def test_a_larger_limit_adds_points_and_a_smaller_one_leaves_some(url):
-    ledger_of(url, limit=2).tend()
-    queue = ledger_of(url, limit=4)
-    queue.tend()
+    queue_of(url, limit=2).refresh()
+    queue = queue_of(url, limit=4)
+    queue.refresh()
     assert points(queue, TrialState.WAITING) == [0, 1, 2, 3]
-    small = ledger_of(url, limit=1)
+    small = queue_of(url, limit=1)
     finish(small, small.claim("a"))
-    assert small.claim("a") is None and small.settled() and not queue.settled()
+    assert small.claim("a") is None and small.finished() and not queue.finished()
 
 
 def test_without_a_limit_there_is_always_one_more(url):
-    queue = ledger_of(url, limit=None)
+    queue = queue_of(url, limit=None)
     for point in range(3):
-        queue.tend()
+        queue.refresh()
         trial = queue.claim("a")
         assert trial.user_attrs["point"] == point
         finish(queue, trial)
-    assert not queue.settled()
+    assert not queue.finished()
 
 
 @pytest.fixture
 def interruptible():
-    """SIGINT raises KeyboardInterrupt, as under `work`: a suite started in the background inherits that it is ignored."""
+    """SIGINT raises KeyboardInterrupt, as under `Worker.run`: a suite started in the background inherits that it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def test_a_worker_learns_that_its_trial_was_taken(url, interruptible):
-    queue = ledger_of(url, limit=1, stale=0.6)
-    queue.tend()
+    queue = queue_of(url, limit=1, stale=0.6)
+    queue.refresh()
     trial = queue.claim("cut off")
-    with pytest.raises(KeyboardInterrupt), alive(queue, trial, None):
-        ledger_of(url, limit=1).fail(trial, "lost", "no sign of life")
+    with pytest.raises(KeyboardInterrupt), heartbeat(queue, trial, None):
+        queue_of(url, limit=1).fail(trial, "lost", "no sign of life")
         threading.Event().wait(20)
-    assert queue.taken
+    assert queue.trial_taken
 
 
 def test_who_could_not_look_has_seen_nobody_silent(url, monkeypatch):
     """A storage that is away for longer than `stale` is no reason to take the trials of those it was away for as well."""
-    queue = ledger_of(url, limit=1, stale=0.2)
-    queue.tend()
+    queue = queue_of(url, limit=1, stale=0.2)
+    queue.refresh()
     trial = queue.claim("living")
-    queue.tend()
+    queue.refresh()
     with monkeypatch.context() as away, pytest.raises(StorageInternalError):
         away.setattr(queue, "trials", lambda: (_ for _ in ()).throw(StorageInternalError))
-        queue.tend()
+        queue.refresh()
     threading.Event().wait(0.3)
-    queue.tend()
+    queue.refresh()
     assert queue.study.trials[trial.number].state == TrialState.RUNNING
     threading.Event().wait(0.3)
-    queue.tend()
+    queue.refresh()
     assert queue.study.trials[trial.number].state == TrialState.FAIL

@@ -110,6 +110,7 @@ def _run(argv: list[str]) -> int:
         return 0
     verb, rest = argv[0], argv[1:]
     _end_on_sigterm()
+    os.environ["MPLBACKEND"] = "Agg"  # figures are files; a notebook's backend may be missing here
     try:
         if verb in LIGHTNING_VERBS:
             from tq_lightning.training.lightning_cli import run

@@ -1,185 +1,195 @@
-"""`python -m tq_lightning sweep FILE`: the command line of the Optuna engine."""
+"""`python -m tq_lightning sweep FILE`: run a W&B sweep file with Optuna."""
 
 import argparse
-import os
+import math
 import shlex
 import sys
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
 from tq_lightning.sweep.config import GOALS, Sweep, read_sweep, with_extra
+from tq_lightning.sweep.study import FIT, Options, make_trial_queue, open_study, point_count
 from tq_lightning.sweep.trial_queue import STALE_SECONDS
 
-FIT = "tq_lightning.cli:run_fit"
 
+def main(argv: list[str], fit: str = FIT) -> int:
+    """Run or join the sweep of a file.
 
-def main(argv: list[str]) -> int:
-    """Run or join the sweep of a file. Returns 0 when it is done, 1 when no trial has a result, 130 when interrupted.
+    Args:
+        argv: arguments as on the command line, after `sweep`.
+        fit: function that runs a trial, as MODULE:NAME. With another one than the real `fit`,
+            the arguments of the trials are not checked.
 
-    Raises UserError for bad input, before any training starts.
+    Returns:
+        0 if the sweep or its time is over, 1 if no trial has a result, 128 plus the number of the
+        signal that interrupted it.
+
+    Raises:
+        UserError: bad input, before any training starts; a folder that can't be written.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
-    again, extra = tuple(argv[:cut]), tuple(argv[cut + 1 :])
-    given = parser().parse_args(again)
-    sweep = with_extra(read_sweep(given.file), list(extra))
-    objectives = read_objectives(given.objectives, sweep)
-    for name in ("workers", "n_trials", "timeout", "stale_after"):
-        value = getattr(given, name)
-        if value is not None and value < (0 if name == "workers" else 1):
-            raise UserError(
-                f"--{name.replace('_', '-')}: expected a number from {0 if name == 'workers' else 1}, got {value}"
-            )
-
-    from tq_lightning.sweep import launcher as engine
-
-    study_name = given.study_name or sweep.name
-    folder = Path(given.dir or Path("runs") / "sweeps" / study_name)
-    storage = given.storage or f"sqlite:///{folder / 'study.db'}"
-    options = engine.Options(
-        folder,
-        storage,
-        study_name,
-        objectives,
-        given.workers,
-        given.n_trials,
-        given.timeout,
-        given.stale_after,
-        again,
-        extra,
-    )
-    if given.worker is not None:
-        return _work(sweep, options, given)
-    if given.fit == FIT:
+    given, extra = parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    sweep = with_extra(read_sweep(given.file), extra)
+    options = read_options(given, sweep, extra, fit)
+    point_count(sweep, options)
+    if fit == FIT:
         from tq_lightning.sweep.validation import check_arms
 
-        check_arms(sweep, list(objectives))
-    if given.storage is None:
-        folder.mkdir(parents=True, exist_ok=True)  # for the database in it
-    if given.workers == 0:
-        study = engine.open_study(sweep, options)
-        finished = _work(sweep, options, given) == 0
-    else:
-        finished = engine.run_sweep(sweep, options)
-        study = engine.open_study(sweep, options)
+        check_arms(sweep, list(options.objectives))
+    try:
+        return run(sweep, options, shlex.join(argv))
+    except OSError as error:
+        where = error.filename or options.folder
+        raise UserError(f"cannot write {where}: {error.strerror}; pass another --dir") from error
 
-    from tq_lightning.sweep.results import write_outcome
 
-    queue = engine.make_trial_queue(sweep, study, options)
-    write_outcome(sweep, queue, folder)
-    if not finished or not (queue.settled() or queue.limit is None):
-        why = "out of time" if finished else "interrupted"
-        print(
-            f"{why}; nothing is lost: go on with  python -m tq_lightning sweep {shlex.join(argv)}"
-        )
-    if finished and not any(t.values for t in queue.trials()):
-        reasons = [t.user_attrs["reason"] for t in queue.trials() if "reason" in t.user_attrs] or [
-            "none has begun"
-        ]
-        print(f"error: no trial has a result: {reasons[0]}", file=sys.stderr)
+def run(sweep: Sweep, options: Options, command: str) -> int:
+    """Run the sweep and write its tables and plots. Returns the exit status as `main` does."""
+    from tq_lightning.sweep.launcher import run_sweep
+    from tq_lightning.sweep.results import write_results
+    from tq_lightning.sweep.storage import sqlite_url
+    from tq_lightning.sweep.worker import run_inline
+
+    if options.storage == sqlite_url(options.folder / "study.db"):
+        options.folder.mkdir(parents=True, exist_ok=True)
+    status = run_inline(sweep, options) if options.workers == 0 else run_sweep(sweep, options)
+    queue = make_trial_queue(sweep, open_study(sweep, options), options)
+    write_results(sweep, queue, options.folder)
+    if status or not (queue.finished() or queue.limit is None):
+        why = "interrupted" if status else "out of time"
+        print(f"{why}. Progress is saved. Resume with: python -m tq_lightning sweep {command}")
+    if not status and not any(t.values for t in queue.trials()):
+        reasons = [t.user_attrs["reason"] for t in queue.trials() if "reason" in t.user_attrs]
+        first = (reasons or ["none has started"])[0]
+        print(f"error: no trial has a result: {first}", file=sys.stderr)
         return 1
-    return 0 if finished else 130
+    return status
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of `sweep`."""
+    """Build the parser of `sweep`."""
     p = Parser(
         "sweep",
-        description="Run a W&B sweep file with Optuna: no account, no network. The same command "
-        "again goes on with the study; the same command elsewhere joins it (with one --storage).",
-        epilog="What follows -- goes to every trial's fit, over the file's own: -- --trainer.max_epochs=2 --data.name=digits",
+        description="Run a W&B sweep file with Optuna, without an account or a network. Run the "
+        "same command again to resume. Run it on another machine, with the same --storage, to add "
+        "workers.",
+        epilog="Arguments after -- go to the fit of every trial and override those of the file: "
+        "-- --trainer.max_epochs=2 --data.name=digits",
     )
-    p.add_argument("file", help="a sweep file in the W&B format, such as sweeps/ste.yaml")
+    p.add_argument("file", help="sweep file in the W&B format, e.g. sweeps/digits.yaml")
     p.add_argument(
         "--workers",
-        type=int,
+        type=_integer(0),
         default=1,
-        help="worker processes here (default 1; 0: the trials run in this process)",
+        help="worker processes on this machine (default: 1; 0 runs the trials in this process)",
     )
     p.add_argument(
         "--n-trials",
-        type=int,
-        help="trials of the whole study, wherever they run (default: run_cap, or the grid)",
+        type=_integer(1),
+        help="trials of the whole study, on all machines (default: run_cap, or the whole grid)",
     )
     p.add_argument(
-        "--timeout", type=float, help="seconds after which this command starts no further trial"
+        "--timeout", type=_seconds, help="seconds after which this command starts no more trials"
     )
-    p.add_argument("--study-name", help="default: the file's name")
+    p.add_argument("--study-name", help="default: `name` of the file, or its file name")
     p.add_argument(
-        "--dir", help="the sweep's folder: trials, logs, tables, plots (default runs/sweeps/STUDY)"
+        "--dir", help="folder for trials, logs, tables and plots (default: runs/sweeps/STUDY-NAME)"
     )
     p.add_argument(
         "--storage",
-        help="an Optuna URL (postgresql+psycopg://user@host/db) or journal:PATH (default: SQLite in DIR)",
+        help="Optuna storage: postgresql+psycopg://user@host/db, or journal:PATH "
+        "(default: SQLite in --dir)",
     )
     p.add_argument(
         "--objectives",
-        help="several metrics, such as val/acc1_truncate_w2:max,storage/bytes:min; nothing is pruned",
+        help="several metrics, e.g. val/acc1_truncate_w2:max,storage/bytes:min; disables pruning",
     )
     p.add_argument(
         "--stale-after",
-        type=float,
+        type=_seconds,
         default=STALE_SECONDS,
-        help="seconds without a sign of life after which a trial is given to another worker (default %(default)g)",
+        help="seconds without a heartbeat after which a trial is given to another worker "
+        "(default: %(default)g)",
     )
-    for role in (
-        "--worker",
-        "--fit",
-    ):  # what the engine tells its own workers; a stand-in for `fit` in tests
-        p.add_argument(role, default=FIT if role == "--fit" else None, help=argparse.SUPPRESS)
-    p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
-    p.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     return p
 
 
+def read_options(
+    given: argparse.Namespace, sweep: Sweep, extra: list[str], fit: str = FIT
+) -> Options:
+    """Complete the parsed arguments with the defaults that the sweep file gives."""
+    from tq_lightning.sweep.storage import sqlite_url
+
+    study_name = given.study_name or sweep.name
+    folder = Path(given.dir).expanduser() if given.dir else default_folder(study_name, sweep)
+    return Options(
+        folder=folder,
+        storage=given.storage or sqlite_url(folder / "study.db"),
+        study_name=study_name,
+        objectives=read_objectives(given.objectives, sweep),
+        file=sweep.path,
+        extra=tuple(extra),
+        workers=given.workers,
+        n_trials=given.n_trials,
+        timeout=given.timeout,
+        stale_after=given.stale_after,
+        fit=fit,
+    )
+
+
+def default_folder(study_name: str, sweep: Sweep) -> Path:
+    """Return runs/sweeps/STUDY_NAME. Raises UserError for a name that is not one path part."""
+    printable = study_name.isprintable() and not set(study_name) & set("/\\")
+    if not printable or study_name in (".", "..") or len(study_name.encode()) > 200:
+        raise UserError(
+            f"{sweep.path}: name: {study_name[:80]!r} cannot name a folder; "
+            "pass --dir, or use another name"
+        )
+    return Path("runs") / "sweeps" / study_name
+
+
 def read_objectives(text: str | None, sweep: Sweep) -> dict[str, str]:
-    """Metric name -> minimize or maximize, from --objectives or else from the file's metric."""
+    """Return {metric: minimize or maximize} of --objectives, or else of the file's metric."""
     if text is None:
         if sweep.metric is None:
             raise UserError(
-                f"{sweep.path}: no metric to judge by; give metric with name and goal, or pass --objectives NAME:max"
+                f"{sweep.path}: no metric; add metric with name and goal, "
+                "or pass --objectives NAME:max"
             )
         return {sweep.metric: sweep.goal}
-    objectives = {}
+    objectives: dict[str, str] = {}
     for part in text.split(","):
         name, _, goal = part.strip().rpartition(":")
         full = next((known for known in GOALS if goal in (known, known[:3])), None)
         if not name or full is None or name in objectives:
             raise UserError(
-                f"--objectives: expected NAME:max or NAME:min, each name once, with commas between; got {part!r}"
+                "--objectives: expected NAME:max or NAME:min, each name once, "
+                f"separated by commas; got {part!r}"
             )
         objectives[name] = full
     return objectives
 
 
-def _work(sweep: Sweep, options: object, given: argparse.Namespace) -> int:
-    """The worker's role: take trials until the study is settled."""
-    from tq_lightning.sweep import launcher as engine
-    from tq_lightning.sweep.worker import REPLACE, work
+def _integer(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
+        return number
 
-    assert isinstance(options, engine.Options)
-    module, _, name = given.fit.partition(":")
-    fit = getattr(import_module(module), name)
-    queue = engine.make_trial_queue(sweep, engine.open_study(sweep, options), options)
-    deadline = given.deadline
-    if deadline is None and given.timeout is not None:
-        import time
+    return integer
 
-        deadline = time.time() + given.timeout
-    status = work(
-        queue,
-        sweep,
-        list(options.objectives),
-        options.folder,
-        given.worker or "inline",
-        fit,
-        deadline=deadline,
-        parent=given.parent,
-    )
-    sys.stdout.flush()
-    if status == REPLACE and given.worker is not None:
-        os._exit(
-            status
-        )  # the interpreter's own end would ask the broken context to free what it holds, and may abort
-    return status
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (1 <= number < math.inf):
+        raise argparse.ArgumentTypeError(f"expected seconds >= 1, got {text}")
+    return number

@@ -1,5 +1,5 @@
-"""Sweeps: one file in the W&B format, run by `wandb agent` and by our Optuna engine alike.
+"""Hyperparameter sweeps: W&B sweep files, run by Optuna without an account or a network.
 
-`space` reads the file, `twins` turns it into Optuna's terms, `ledger` keeps count of what is to be run (and survives
-killed workers), `trial` runs one `fit`, `worker` runs one after another, `optuna_engine` runs the whole study.
+In reading order: `config` reads a sweep file, `launcher` starts worker processes, each `worker`
+claims trials from the `trial_queue`, and `trial` runs one as a `fit` and reads its result.
 """

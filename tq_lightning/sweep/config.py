@@ -1,30 +1,32 @@
-"""The one reader of a sweep file: a W&B sweep YAML -> `Sweep`, with every error found before anything runs.
+"""Read a W&B sweep file into a `Sweep`; every error is found before anything runs.
 
-What the keys mean is W&B's (docs.wandb.ai, "sweep configuration"); what they become in Optuna is in `twins`.
+The keys mean what W&B documents as its sweep configuration. `search_space` translates them for
+Optuna.
 """
 
 import dataclasses
-import itertools
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tq_lightning.errors import UserError
 from tq_lightning.sweep.parameters import (
     Parameter,
     as_number,
-    axis,
+    axis_size,
+    axis_value,
     check_keys,
+    check_plain,
     one_of,
     read_parameters,
 )
+from tq_lightning.training.yaml_file import read_yaml
 
-TOP_KEYS: tuple[str, ...] = (
+KEYS = (
     "program",
     "command",
     "method",
@@ -34,15 +36,33 @@ TOP_KEYS: tuple[str, ...] = (
     "run_cap",
     "name",
     "description",
+    "project",  # project and entity belong to W&B's server and are ignored here
+    "entity",
 )
-TOP_KEYS += ("project", "entity")  # of W&B's server; nothing to us
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
+COMMAND = "[${env}, python, -m, tq_lightning, fit, --config, FILE, ${args}]"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, read and checked. `parameters` and `constants` have dotted command-line keys, in the file's order."""
+    """A sweep file, read and checked.
+
+    Attributes:
+        path: the file.
+        name: `name` of the file, or its stem.
+        method: grid, random or bayes.
+        metric: name of the objective, None if the file has no metric.
+        goal: minimize or maximize.
+        parameters: dotted command-line key -> what is searched, in the file's order.
+        constants: dotted command-line key -> the one value of every trial.
+        arguments: arguments of `fit` in the file's `command`.
+        environment: variables set in the file's `command`.
+        early_terminate: the numbers of Hyperband, None without pruning.
+        run_cap: number of trials, None if the file has no cap.
+        source: the parts of the file that a study must agree with to be joined.
+        extra: arguments of `fit` given after `--` on the command line.
+    """
 
     path: str
     name: str
@@ -51,88 +71,100 @@ class Sweep:
     goal: str
     parameters: dict[str, Parameter]
     constants: dict[str, Any]
-    arguments: tuple[str, ...]  # what the command gives `fit` besides the searched keys
+    arguments: tuple[str, ...]
     environment: dict[str, str]
     early_terminate: dict[str, float] | None
     run_cap: int | None
-    source: dict[str, Any]  # what a study of this name must agree with
-    extra: tuple[str, ...] = ()  # given after -- on our command line; they win over all others
+    source: dict[str, Any]
+    extra: tuple[str, ...] = ()
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """Read and check one sweep file. Raises UserError with one line for whatever neither engine could run."""
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"can't read the sweep file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    """Read and check a sweep file.
+
+    Raises:
+        UserError: the file can't be read, or neither W&B nor Optuna could run it.
+    """
+    path = Path(path).expanduser()
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(
-            f"{path} holds no sweep: expected keys {', '.join(TOP_KEYS[:5])}, got {type(raw).__name__}"
+            f"{path} is not a sweep file: expected keys {', '.join(KEYS[:5])}, "
+            f"got {type(raw).__name__}"
         )
-    check_keys(raw, TOP_KEYS, str(path))
+    check_keys(raw, KEYS, str(path))
+    check_plain(raw, str(path))
     method = one_of(raw.get("method"), METHODS, f"{path}: method")
     parameters: dict[str, Parameter] = {}
     constants: dict[str, Any] = {}
     read_parameters(raw.get("parameters"), "", method, parameters, constants, f"{path}: parameters")
     if not parameters:
         raise UserError(
-            f"{path}: parameters: nothing to search; give at least one key `values` or `min` and `max`"
+            f"{path}: parameters: nothing to search; give at least one key `values`, "
+            "or `min` and `max`"
         )
     metric, goal = _read_metric(raw.get("metric"), path)
-    arguments, environment = _read_command(raw, path)
+    arguments, environment = _read_command(raw.get("command"), path)
     cap = raw.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
-        raise UserError(f"{path}: run_cap: expected a whole number from 1, got {cap!r}")
-    source = {
-        key: raw.get(key) for key in ("method", "metric", "parameters", "early_terminate")
-    } | {"arguments": list(arguments)}
+        raise UserError(f"{path}: run_cap: expected an integer >= 1, got {cap!r}")
+    name = raw.get("name") or path.stem
+    if not isinstance(name, str | int | float):
+        raise UserError(f"{path}: name: expected text, got {name!r}")
+    source = {key: raw.get(key) for key in ("method", "metric", "parameters", "early_terminate")}
     return Sweep(
-        str(path),
-        str(raw.get("name") or path.stem),
-        method,
-        metric,
-        goal,
-        parameters,
-        constants,
-        arguments,
-        environment,
-        _read_early_terminate(raw.get("early_terminate"), path),
-        cap,
-        json.loads(json.dumps(source)),
+        path=str(path),
+        name=str(name),
+        method=method,
+        metric=metric,
+        goal=goal,
+        parameters=parameters,
+        constants=constants,
+        arguments=arguments,
+        environment=environment,
+        early_terminate=_read_early_terminate(raw.get("early_terminate"), path),
+        run_cap=cap,
+        source=json.loads(json.dumps(source | {"arguments": list(arguments)})),
     )
 
 
 def with_extra(sweep: Sweep, extra: list[str]) -> Sweep:
-    """The sweep with further arguments for every trial alike. Raises UserError where they would fix what is searched."""
+    """Add arguments of `fit` to every trial.
+
+    Raises:
+        UserError: an argument sets a key that is searched.
+    """
     for word in extra:
         key = word.removeprefix("--").split("=", 1)[0]
         if key in sweep.parameters:
-            raise UserError(
-                f"{key} after -- would undo the search over it in {sweep.path}; leave it out"
-            )
-    return dataclasses.replace(
-        sweep,
-        extra=tuple(extra),
-        source=sweep.source | {"extra": list(extra)} if extra else sweep.source,
-    )
+            raise UserError(f"{word}: {key} is searched in {sweep.path}; remove it after --")
+    if not extra:
+        return sweep
+    source = sweep.source | {"extra": list(extra)}
+    return dataclasses.replace(sweep, extra=tuple(extra), source=source)
 
 
-def grid(sweep: Sweep) -> list[dict[str, Any]]:
-    """Every point of a grid sweep, the file's last key turning fastest; values as the file has them."""
-    axes = {key: axis(parameter) for key, parameter in sweep.parameters.items()}
-    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+def grid_size(sweep: Sweep) -> int:
+    """Return the number of points of a grid sweep."""
+    return math.prod(axis_size(parameter) for parameter in sweep.parameters.values())
+
+
+def grid_point(sweep: Sweep, index: int) -> dict[str, Any]:
+    """Return one point of a grid sweep, with values as in the file; the last key varies fastest."""
+    point = {}
+    for key, parameter in reversed(sweep.parameters.items()):
+        index, i = divmod(index, axis_size(parameter))
+        point[key] = axis_value(parameter, i)
+    return dict(reversed(point.items()))
 
 
 def argument(key: str, value: Any) -> str:
-    """One command-line argument `--key=value` that the YAML-reading parser of `fit` turns back into the same typed value."""
+    """Format `--key=value` so that the parser of `fit` reads a value of the same type."""
     return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _read_metric(raw: Any, path: Path) -> tuple[str | None, str]:
-    """(name, goal) of `metric`; W&B's default goal is minimize."""
+    """Return (name, goal); like W&B, the default goal is minimize."""
     if raw is None:
         return None, "minimize"
     if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
@@ -142,7 +174,7 @@ def _read_metric(raw: Any, path: Path) -> tuple[str | None, str]:
 
 
 def _read_early_terminate(raw: Any, path: Path) -> dict[str, float] | None:
-    """Hyperband's numbers: min_iter, or max_iter with s brackets; eta."""
+    """Return the numbers of Hyperband: min_iter, or max_iter with s brackets; eta."""
     if raw is None:
         return None
     where = f"{path}: early_terminate"
@@ -158,22 +190,16 @@ def _read_early_terminate(raw: Any, path: Path) -> dict[str, float] | None:
             f"{where}: expected min_iter, or max_iter and s; got {', '.join(numbers) or 'neither'}"
         )
     if min(numbers.values()) < 1 or numbers.get("eta", 3) < 2:
-        raise UserError(f"{where}: expected numbers from 1 (eta from 2), got {raw!r}")
+        raise UserError(f"{where}: expected numbers >= 1 and eta >= 2, got {raw!r}")
     return numbers
 
 
-def _read_command(raw: dict[str, Any], path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The arguments that `command` gives `fit` besides ${args}, and the NAME=VALUE settings in front of the program."""
-    command = raw.get("command")
-    shape = "[${env}, python, -m, tq_lightning, fit, --config, FILE, ${args}]"
-    if (
-        not isinstance(command, list)
-        or not command
-        or command[-1] != "${args}"
-        or command.count("${args}") != 1
-    ):
+def _read_command(command: Any, path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the arguments of `fit` before ${args}, and the NAME=VALUE words before the program."""
+    where = f"{path}: command"
+    if not isinstance(command, list) or command[-1:] != ["${args}"] or command.count("${args}") > 1:
         raise UserError(
-            f"{path}: command: expected a list that ends in ${{args}}, such as {shape}, got {command!r}"
+            f"{where}: expected a list that ends in ${{args}}, e.g. {COMMAND}; got {command!r}"
         )
     words = [
         re.sub(r"\$\{envvar:(\w+)\}", lambda m: os.environ.get(m[1], m[1]), str(word))
@@ -182,14 +208,15 @@ def _read_command(raw: dict[str, Any], path: Path) -> tuple[tuple[str, ...], dic
     starts = [i for i in range(len(words) - 2) if words[i : i + 3] == ["-m", "tq_lightning", "fit"]]
     if not starts:
         raise UserError(
-            f"{path}: command: the engine runs `-m tq_lightning fit` itself; expected {shape}, got {command!r}"
+            f"{where}: expected {COMMAND}, got {command!r}; each trial runs `tq_lightning fit`"
         )
-    # --wandb is for W&B's agents; under Optuna the study has the curves, and whoever wants both says so after --
+    # --wandb is for W&B's agents. With Optuna the study holds the curves, and --wandb can still
+    # be given after -- on the command line.
     arguments = [word for word in words[starts[0] + 3 :] if word != "--wandb"]
     for word in arguments:
         if word.startswith("${"):
             raise UserError(
-                f"{path}: command: {word} stands where only arguments of fit and, at the end, ${{args}} can"
+                f"{where}: {word} is not supported after `fit`; only ${{args}} is, as the last word"
             )
     settings = [
         word.split("=", 1) for word in words[: starts[0]] if re.match(r"[A-Za-z_]\w*=", word)

@@ -1,42 +1,45 @@
-"""TODO sweep/heartbeat.py."""
+"""The heartbeat of a running trial."""
 
 import contextlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
-
-import optuna
+from typing import TYPE_CHECKING
 
 from tq_lightning.sweep.trial_queue import TrialQueue
 
+if TYPE_CHECKING:
+    import optuna
+
 
 @contextlib.contextmanager
-def alive(
+def heartbeat(
     queue: TrialQueue, trial: "optuna.trial.FrozenTrial", parent: int | None
 ) -> Iterator[None]:
-    """Give a trial's sign of life from a thread while the block runs; interrupt the block if process `parent` is gone.
+    """Write a trial's heartbeat from a thread while the block runs.
 
-    Likewise where the trial is another worker's by now, since this one was suspended or cut off from the storage for too long;
-    `ledger.taken` says so then.
+    The block is interrupted with SIGINT if process `parent` has exited, or if the trial was given
+    to another worker because this one was suspended or cut off from the storage for too long. In
+    the second case `queue.trial_taken` is True.
     """
     from optuna.exceptions import UpdateFinishedTrialError
 
     stop = threading.Event()
-    queue.taken = False
+    queue.trial_taken = False
 
     def beat() -> None:
         count = 0
-        while not stop.wait(queue.stale / 6 if count else 0):
+        while not stop.wait(queue.stale_after / 6 if count else 0):
             count += 1
             try:
                 queue.storage.set_trial_user_attr(trial._trial_id, "heartbeat", count)
             except UpdateFinishedTrialError:
                 if not stop.is_set():
-                    queue.taken = True
+                    queue.trial_taken = True
                     os.kill(os.getpid(), signal.SIGINT)
                 return
-            except Exception:  # a storage that is away for a moment must not end the training
+            except Exception:  # a storage outage must not end the training
                 pass
             if parent is not None and os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGINT)

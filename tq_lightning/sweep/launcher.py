@@ -1,6 +1,7 @@
-"""The Optuna engine: one study, N worker processes, one process that tends them. Any number of machines may join by name."""
+"""Run a sweep with worker processes. Any number of machines may join a study by its name."""
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -8,106 +9,112 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tq_lightning.errors import TrainingError
-from tq_lightning.sweep import config as space
+from tq_lightning.sweep.config import Sweep
 from tq_lightning.sweep.progress import Progress
 from tq_lightning.sweep.storage import StorageOutage
 from tq_lightning.sweep.study import Options, make_trial_queue, open_study
 from tq_lightning.sweep.trial_queue import TrialQueue
-from tq_lightning.sweep.worker import DONE, REPLACE
+from tq_lightning.sweep.worker import DONE, REPLACE, STOPPED
 
-if TYPE_CHECKING:
-    pass
-
-TEND_SECONDS = 1.0
-END_SECONDS = 120.0  # what the workers get to end a trial after Ctrl-C
-STRIKES = 3  # workers that may die without having taken a trial
+CHECK_SECONDS = 1.0  # between two looks at the workers and the queue
+STOP_SECONDS = 120.0  # for the workers to end their trials after Ctrl-C
+MAX_FAILED_STARTS = 3  # workers that may exit without having taken a trial
 
 
-def run_sweep(sweep: space.Sweep, options: Options) -> bool:
-    """Run the sweep with worker processes until it is settled or its time is over. Returns False when interrupted.
+def run_sweep(sweep: Sweep, options: Options) -> int:
+    """Run worker processes until every point has its result or the time is over.
 
-    Raises UserError before any training starts, TrainingError where workers die without having begun a trial.
+    Returns:
+        0, or 128 plus the number of the signal that stopped the sweep.
+
+    Raises:
+        UserError: bad input, before any training starts.
+        TrainingError: workers exit without having taken a trial, or the storage is unreachable.
     """
     study = open_study(sweep, options)
     queue = make_trial_queue(sweep, study, options)
     deadline = None if options.timeout is None else time.time() + options.timeout
     (options.folder / "logs").mkdir(parents=True, exist_ok=True)
-    queue.tend()
-    crew = WorkerPool(options, deadline)
-    # SIGINT too: a command started in the background of a script inherits it as ignored
-    before = {
-        number: signal.signal(number, _raise_interrupt)
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    outage = StorageOutage()
+    with outage:
+        queue.refresh()
+    pool = WorkerPool(options, deadline)
+    stopped_by: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        stopped_by.append(number)
+        raise KeyboardInterrupt
+
+    # SIGINT too: a command in the background of a script inherits it as ignored.
+    before = {number: signal.signal(number, interrupt) for number in STOPPED}
     try:
         with Progress(queue, deadline, options.workers) as progress:
-            for place in range(options.workers):
-                crew.start(place)
-            away = StorageOutage()
-            while crew.running:
-                with away:
-                    crew.replace_dead(queue)
-                    queue.tend()
+            for slot in range(options.workers):
+                pool.start(slot)
+            while pool.running:
+                with outage:
+                    pool.replace_exited(queue)
+                    queue.refresh()
                     progress.show()
-                time.sleep(TEND_SECONDS)
-            progress.show()
-        return True
+                time.sleep(CHECK_SECONDS)
+            with outage:
+                progress.show()
+        return 0
     except KeyboardInterrupt:
-        crew.end()
-        return False
+        pool.stop()
+        return 128 + stopped_by[0]
     finally:
-        crew.kill(queue)
+        pool.kill(queue)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 class WorkerPool:
-    """The worker processes of one `sweep` command. Each is the same command again in the worker's role.
+    """The worker processes of one `sweep` command.
 
-    They have their own sessions, so that Ctrl-C reaches this process alone and each worker is told once.
+    Each worker has its own session, so that Ctrl-C reaches only this process, which then tells
+    every worker once.
+
+    Args:
+        options: passed on to the workers.
+        deadline: `time.time()` after which no trial is started.
     """
 
     def __init__(self, options: Options, deadline: float | None) -> None:
         self.options, self.deadline = options, deadline
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.places: dict[str, int] = {}  # whose share of the machine a worker has
-        self.strikes = 0
+        self.slots: dict[str, int] = {}  # worker -> its share of the machine
+        self.failed_starts = 0
 
-    def start(self, place: int) -> None:
-        """Start the worker number `place`; what it prints goes to logs/NAME.log in the sweep's folder."""
-        name = f"{socket.gethostname()}-{os.getpid()}-{place}-{secrets.token_hex(3)}"
-        role = ["--worker", name, "--parent", str(os.getpid())]
-        if self.deadline is not None:
-            role += ["--deadline", str(self.deadline)]
-        extra = ["--", *self.options.extra] if self.options.extra else []
-        command = [
-            sys.executable,
-            "-m",
-            "tq_lightning",
-            "sweep",
-            *self.options.again,
-            *role,
-            *extra,
-        ]
+    def start(self, slot: int) -> None:
+        """Start a worker on one share of the machine. Its output goes to logs/NAME.log."""
+        name = f"{socket.gethostname()}-{os.getpid()}-{slot}-{secrets.token_hex(3)}"
+        given = {
+            "name": name,
+            "parent": os.getpid(),
+            "deadline": self.deadline,
+            "options": self.options.to_dict(),
+        }
         with (self.options.folder / "logs" / f"{name}.log").open("wb") as log:
             self.running[name] = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "tq_lightning.sweep.worker", json.dumps(given)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | _share(place, self.options.workers),
+                env=os.environ | _slot_environment(slot, self.options.workers),
                 start_new_session=True,
                 preexec_fn=_default_sigint,
             )
-        self.places[name] = place
+        self.slots[name] = slot
 
-    def replace_dead(self, queue: TrialQueue) -> None:
-        """Give the trials of workers that died to others, at once, and start new workers in their place.
+    def replace_exited(self, queue: TrialQueue) -> None:
+        """Fail the trials of workers that died and start new workers in their place.
 
-        Where the storage is away (StorageInternalError) a dead worker stays in `running`, and the next call tends to it.
+        If the storage is unreachable (StorageInternalError), the worker stays in `running` and
+        is handled by the next call.
         """
         for name, process in list(self.running.items()):
             status = process.poll()
@@ -116,29 +123,31 @@ class WorkerPool:
             how = (
                 f"was killed by {signal.Signals(-status).name}"
                 if status < 0
-                else f"ended with exit status {status}"
+                else f"exited with status {status}"
             )
-            # the trial of a worker to REPLACE has its reason; the next one needs a fresh process
-            if status not in (DONE, REPLACE) and not queue.fail_worker(
-                name, "lost", f"its worker {how}"
-            ):
-                self.strikes += 1
+            if status == DONE:
+                del self.running[name]
+                continue
+            lost = queue.fail_worker(name, "lost", f"worker {how}")
             del self.running[name]
-            if self.strikes >= STRIKES:
+            # REPLACE and a signal come after the trial's own result was written
+            if not lost and status not in (REPLACE, *(128 + number for number in STOPPED)):
+                self.failed_starts += 1
+            if self.failed_starts >= MAX_FAILED_STARTS:
                 log = self.options.folder / "logs" / f"{name}.log"
-                last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+                last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["(no output)"]
                 raise TrainingError(
-                    f"{STRIKES} workers ended before their first trial; the last {how} and said {last[0]!r}; see {log}"
+                    f"{MAX_FAILED_STARTS} workers exited before their first trial; "
+                    f"the last one {how}: {last[0]} (see {log})"
                 )
-            if status != DONE:
-                self.start(self.places[name])
+            self.start(self.slots[name])
 
-    def end(self) -> None:
-        """Ctrl-C: let every worker end its trial cleanly; a second Ctrl-C, or two minutes, end the waiting."""
+    def stop(self) -> None:
+        """Let every worker end its trial; a second Ctrl-C or STOP_SECONDS end the waiting."""
         for process in self.running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
-        until = time.monotonic() + END_SECONDS
+        until = time.monotonic() + STOP_SECONDS
         with contextlib.suppress(KeyboardInterrupt):
             while (
                 any(process.poll() is None for process in self.running.values())
@@ -147,28 +156,21 @@ class WorkerPool:
                 time.sleep(0.1)
 
     def kill(self, queue: TrialQueue) -> None:
-        """Leave no worker behind, and no trial of theirs `running`."""
+        """Kill the remaining workers with their children and fail their running trials."""
         from optuna.exceptions import StorageInternalError
 
         for name, process in self.running.items():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(
-                    process.pid, signal.SIGKILL
-                )  # and what it started: the other ranks, the data loaders
+                os.killpg(process.pid, signal.SIGKILL)  # further ranks and data loaders too
             process.wait()
-            with contextlib.suppress(
-                StorageInternalError
-            ):  # away: whoever goes on finds the trial silent
+            with contextlib.suppress(StorageInternalError):  # else the heartbeat will time out
                 queue.fail_worker(name, "interrupted", "stopped by the user")
 
 
-def _share(index: int, workers: int) -> dict[str, str]:
-    """One worker's share of the machine: threads, and where several GPUs are at hand, its own."""
-    share = {
-        "OMP_NUM_THREADS": os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers))
-        )
-    }
+def _slot_environment(slot: int, workers: int) -> dict[str, str]:
+    """Return the variables for one worker's share of the machine: threads, and its own GPUs."""
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if workers == 1:
         return share
     import torch
@@ -178,16 +180,10 @@ def _share(index: int, workers: int) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         given = visible.split(",") if visible else [str(i) for i in range(count)]
         each = max(1, count // workers)
-        first = index * each % count
+        first = slot * each % count
         share["CUDA_VISIBLE_DEVICES"] = ",".join(given[first : first + each])
     return share
 
 
 def _default_sigint() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a worker that is still importing must end by it as well
-
-
-def _raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends a worker that is still importing

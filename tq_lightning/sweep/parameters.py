@@ -1,9 +1,7 @@
-"""The searched keys of a sweep file: `parameters`, nested or not -> `Parameter`s and constants, every error in one line."""
+"""Read `parameters` of a sweep file, nested or flat, as `Parameter`s and constants."""
 
 import difflib
-import itertools
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +26,7 @@ RANGES = (
     "q_log_uniform",
     "q_log_uniform_values",
 )
-NO_TWIN = (
+UNSUPPORTED = (
     "normal",
     "q_normal",
     "log_normal",
@@ -38,13 +36,21 @@ NO_TWIN = (
     "inv_log_uniform",
     "inv_log_uniform_values",
 )
+MAX_INTEGER = 2**53  # integers beyond it are not exact as the floats that samplers draw
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One searched key. Either `values` (a choice) or the range `low`..`high` (both ends in it).
+    """One searched key: a choice of `values`, or the range from `low` to `high`, both included.
 
-    log: drawn uniformly in the logarithm. q: what is drawn is rounded to a multiple of it. integer: an int reaches the program.
+    Attributes:
+        values: the choices; empty for a range.
+        weights: probability of each choice; None if all are equally likely.
+        low: lower end of a range.
+        high: upper end of a range.
+        log: draw uniformly in the logarithm.
+        q: round to a multiple of this number.
+        integer: pass an int to `fit`.
     """
 
     values: tuple[Any, ...] = ()
@@ -56,26 +62,32 @@ class Parameter:
     integer: bool = False
 
 
-def axis(parameter: Parameter) -> tuple[Any, ...]:
-    """The values of one grid axis: a choice's, or the steps of a range."""
+def axis_size(parameter: Parameter) -> int:
+    """Return the number of values on one axis of a grid."""
     if parameter.values:
-        return parameter.values
+        return len(parameter.values)
     first, last = multiples(parameter)
-    return tuple(rounded(k * (parameter.q or 1), parameter) for k in range(first, last + 1))
+    return last - first + 1
+
+
+def axis_value(parameter: Parameter, index: int) -> Any:
+    """Return one value on an axis of a grid: a choice, or a step of a range."""
+    if parameter.values:
+        return parameter.values[index]
+    return rounded((multiples(parameter)[0] + index) * (parameter.q or 1), parameter)
 
 
 def multiples(parameter: Parameter) -> tuple[int, int]:
-    """(first, last) whole number whose product with q (1 where there is none) lies in the range; 0.7 is seven times 0.1."""
-    step, slack = parameter.q or 1, 1e-9
+    """Return the first and last integer whose product with q (default 1) lies in the range."""
+    step, slack = parameter.q or 1, 1e-9  # 0.7 counts as seven times 0.1
     return math.ceil(parameter.low / step - slack), math.floor(parameter.high / step + slack)
 
 
 def rounded(number: float, parameter: Parameter) -> int | float:
-    """What was drawn from a range -> what the program gets: the nearest multiple of q, as W&B rounds, an int where all are."""
+    """Round a number drawn from a range to a multiple of q; an int if the parameter is one."""
     if parameter.q is not None:
-        number = float(
-            f"{round(number / parameter.q) * parameter.q:.12g}"
-        )  # 0.3, not 0.30000000000000004
+        # 12 digits: 0.3, not 0.30000000000000004
+        number = float(f"{round(number / parameter.q) * parameter.q:.12g}")
     return round(number) if parameter.integer else float(number)
 
 
@@ -87,7 +99,16 @@ def read_parameters(
     constants: dict[str, Any],
     where: str,
 ) -> None:
-    """Flatten (possibly nested) `parameters` into dotted keys, in the file's order."""
+    """Flatten `parameters` of a sweep file into dotted keys, in the file's order.
+
+    Args:
+        raw: the value of a `parameters` key.
+        prefix: dotted prefix of its keys, "" at the top.
+        method: grid, random or bayes.
+        parameters: receives the keys that are searched.
+        constants: receives the keys with one value.
+        where: file and key, named in errors.
+    """
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"{where}: expected keys of the command line, got {raw!r}")
     for name, entry in raw.items():
@@ -98,95 +119,17 @@ def read_parameters(
         if "parameters" in entry:
             read_parameters(entry["parameters"], f"{key}.", method, parameters, constants, here)
         elif key in parameters or key in constants:
-            raise UserError(f"{here}: the key {key} is given twice")
+            raise UserError(f"{here}: duplicate key {key}")
         elif "value" in entry:
             constants[key] = entry["value"]
+        elif "values" in entry:
+            parameters[key] = _read_choice(entry, here)
         else:
-            parameters[key] = (
-                _read_choice(entry, here) if "values" in entry else _read_range(entry, method, here)
-            )
-
-
-def _read_choice(entry: dict[str, Any], where: str) -> Parameter:
-    """`values`, with `probabilities` or without."""
-    one_of(
-        entry.get("distribution", "categorical"),
-        ("categorical", "categorical_w_probabilities"),
-        f"{where}: distribution",
-    )
-    values, weights = entry["values"], entry.get("probabilities")
-    if not isinstance(values, list) or not values:
-        raise UserError(
-            f"{where}: values: an empty range; expected a list of at least one value, got {values!r}"
-        )
-    for a, b in itertools.combinations(values, 2):
-        if a == b:
-            raise UserError(
-                f"{where}: values: {a!r} and {b!r} are the same value to both engines; keep one"
-            )
-    if weights is None:
-        return Parameter(values=tuple(values))
-    numbers = (
-        [as_number(weight, f"{where}: probabilities") for weight in weights]
-        if isinstance(weights, list)
-        else []
-    )
-    if len(numbers) != len(values) or min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6:
-        raise UserError(
-            f"{where}: probabilities: expected {len(values)} numbers from 0 that add up to 1, got {weights!r}"
-        )
-    return Parameter(values=tuple(values), weights=tuple(numbers))
-
-
-def _read_range(entry: dict[str, Any], method: str, where: str) -> Parameter:
-    """`min`, `max`, `q` and a distribution's name."""
-    name = entry.get("distribution")
-    if name in NO_TWIN:
-        raise UserError(
-            f"{where}: distribution {name} has no twin in Optuna; use uniform, log_uniform_values or a q_ form"
-        )
-    if "min" not in entry or "max" not in entry:
-        raise UserError(
-            f"{where}: expected value, values or both min and max, got {', '.join(entry) or 'nothing'}"
-        )
-    low, high = as_number(entry["min"], f"{where}: min"), as_number(entry["max"], f"{where}: max")
-    if name is None:  # W&B's rule: two integers make a range of integers
-        name = (
-            "int_uniform"
-            if all(isinstance(entry[end], int) for end in ("min", "max"))
-            else "uniform"
-        )
-    one_of(name, RANGES, f"{where}: distribution")
-    q = as_number(entry.get("q", 1), f"{where}: q") if name.startswith("q_") else None
-    if "q" in entry and q is None:
-        raise UserError(f"{where}: q is for the q_ distributions; got distribution {name}")
-    if q is not None and q <= 0:
-        raise UserError(f"{where}: q: expected a number above 0, got {entry['q']!r}")
-    if not low < high:
-        raise UserError(
-            f"{where}: an empty range; expected min < max, got min {entry['min']!r} and max {entry['max']!r}"
-        )
-    if name in ("log_uniform", "q_log_uniform"):  # W&B takes the ends as exponents of e here
-        low, high = math.exp(low), math.exp(high)
-    integer = name == "int_uniform" or (
-        q is not None and q.is_integer() and (name.startswith("q_log") or low.is_integer())
-    )
-    parameter = Parameter(low=low, high=high, log="log" in name, q=q, integer=integer)
-    if parameter.log and low <= 0:
-        raise UserError(f"{where}: min: a logarithmic range starts above 0, got {entry['min']!r}")
-    if q is not None and operator.gt(*multiples(parameter)):
-        raise UserError(
-            f"{where}: an empty range; no multiple of q {entry['q']!r} lies in {entry['min']!r}..{entry['max']!r}"
-        )
-    if method == "grid" and name not in ("int_uniform", "q_uniform"):
-        raise UserError(
-            f"{where}: a grid needs values, or integers min and max; got distribution {name}"
-        )
-    return parameter
+            parameters[key] = _read_range(entry, method, here)
 
 
 def check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    """Raise for the first key that is not known, with the nearest that is."""
+    """Raise UserError for the first unknown key, with the closest known one."""
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
@@ -194,23 +137,126 @@ def check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> Non
             raise UserError(f"{where}: unknown key {key!r}; {hint}")
 
 
+def check_plain(value: Any, where: str) -> None:
+    """Raise UserError for a value that JSON can't hold: a date, NaN, a key that isn't text."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{where}: expected text as a key, got {key!r}; put it in quotes")
+            check_plain(below, f"{where}: {key}")
+    elif isinstance(value, list):
+        for below in value:
+            check_plain(below, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: expected a finite number, got {value!r}")
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        kind = type(value).__name__
+        raise UserError(f"{where}: expected text or a number, got {kind} {value}; put it in quotes")
+
+
 def one_of(given: Any, known: tuple[str, ...], where: str) -> str:
-    """`given` where it is one of `known`, else an error that lists them."""
+    """Return `given` if it is one of `known`; else raise UserError with the list."""
     if given not in known:
-        raise UserError(
-            f"{where}: expected {', '.join(known[:-1])}{' or ' if known[1:] else ''}{known[-1]}, got {given!r}"
-        )
+        listed = f"{', '.join(known[:-1])} or {known[-1]}" if known[1:] else known[0]
+        raise UserError(f"{where}: expected {listed}, got {given!r}")
     return str(given)
 
 
 def as_number(given: Any, where: str) -> float:
-    """A number; YAML 1.1 reads 1e-3 as a string, so a string that is a number counts."""
+    """Convert to float. Accepts text, since YAML 1.1 reads 1e-3 as text."""
     try:
         if isinstance(given, bool):
             raise ValueError
         number = float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: expected a number, got {given!r}") from None
     if not math.isfinite(number):
         raise UserError(f"{where}: expected a finite number, got {given!r}")
     return number
+
+
+def _read_choice(entry: dict[str, Any], where: str) -> Parameter:
+    """Read `values`, with or without `probabilities`."""
+    kinds = ("categorical", "categorical_w_probabilities")
+    one_of(entry.get("distribution", "categorical"), kinds, f"{where}: distribution")
+    values, weights = entry["values"], entry.get("probabilities")
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where}: values: expected a list of at least one value, got {values!r}")
+    seen: dict[Any, Any] = {}
+    for value in values:
+        key = _hashable(value)
+        if key in seen:
+            raise UserError(f"{where}: values: {seen[key]!r} and {value!r} are equal; keep one")
+        seen[key] = value
+    if weights is None:
+        return Parameter(values=tuple(values))
+    numbers = [
+        as_number(weight, f"{where}: probabilities")
+        for weight in (weights if isinstance(weights, list) else ())
+    ]
+    if len(numbers) != len(values) or min(numbers) < 0 or abs(sum(numbers) - 1) > 1e-6:
+        raise UserError(
+            f"{where}: probabilities: expected {len(values)} numbers >= 0 that add up to 1, "
+            f"got {weights!r}"
+        )
+    return Parameter(values=tuple(values), weights=tuple(numbers))
+
+
+def _hashable(value: Any) -> Any:
+    """Convert a JSON value to one that hashes, equal where the values are equal (1, 1.0, true)."""
+    if isinstance(value, list):
+        return ("list", *map(_hashable, value))
+    if isinstance(value, dict):
+        return ("dict", frozenset((key, _hashable(below)) for key, below in value.items()))
+    return value
+
+
+def _read_range(entry: dict[str, Any], method: str, where: str) -> Parameter:
+    """Read `min`, `max`, `q` and the name of a distribution."""
+    name = entry.get("distribution")
+    if name in UNSUPPORTED:
+        raise UserError(
+            f"{where}: distribution {name} is not supported by Optuna; "
+            "use uniform, log_uniform_values or a q_ form"
+        )
+    if "min" not in entry or "max" not in entry:
+        raise UserError(
+            f"{where}: expected value, values or both min and max, "
+            f"got {', '.join(entry) or 'nothing'}"
+        )
+    low, high = (as_number(entry[end], f"{where}: {end}") for end in ("min", "max"))
+    if name is None:  # like W&B: two integers make a range of integers
+        integers = isinstance(entry["min"], int) and isinstance(entry["max"], int)
+        name = "int_uniform" if integers else "uniform"
+    one_of(name, RANGES, f"{where}: distribution")
+    q = as_number(entry.get("q", 1), f"{where}: q") if name.startswith("q_") else None
+    if "q" in entry and q is None:
+        raise UserError(f"{where}: q needs a q_ distribution, got distribution {name}")
+    if q is not None and q <= 0:
+        raise UserError(f"{where}: q: expected a number > 0, got {entry['q']!r}")
+    given = f"min {entry['min']!r} and max {entry['max']!r}"
+    if not low < high:
+        raise UserError(f"{where}: expected min < max, got {given}")
+    if name in ("log_uniform", "q_log_uniform"):  # W&B's ends are exponents of e
+        try:
+            low, high = math.exp(low), math.exp(high)
+        except OverflowError:
+            raise UserError(
+                f"{where}: {name} takes exponents of e, got {given}; "
+                "use log_uniform_values for the values themselves"
+            ) from None
+    integer = name == "int_uniform" or (
+        q is not None and q.is_integer() and (name.startswith("q_log") or low.is_integer())
+    )
+    if integer and max(abs(low), abs(high)) > MAX_INTEGER:
+        raise UserError(f"{where}: expected integers between -2^53 and 2^53, got {given}")
+    parameter = Parameter(low=low, high=high, log="log" in name, q=q, integer=integer)
+    if parameter.log and low <= 0:
+        raise UserError(f"{where}: min of a logarithmic range must be > 0, got {entry['min']!r}")
+    if q is not None and axis_size(parameter) < 1:
+        raise UserError(f"{where}: no multiple of q {entry['q']!r} between {given}")
+    if method == "grid" and name not in ("int_uniform", "q_uniform"):
+        raise UserError(
+            f"{where}: a grid needs values, or integers min and max; got distribution {name}"
+        )
+    return parameter

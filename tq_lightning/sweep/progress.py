@@ -1,4 +1,4 @@
-"""How a sweep stands, in the terminal: one live line, or a printed one at every change where there is no terminal."""
+"""Sweep progress in the terminal: a live line, or one line per change when there is no TTY."""
 
 import time
 from datetime import datetime
@@ -11,7 +11,14 @@ from tq_lightning.sweep.trial_queue import TrialQueue
 
 
 class Progress:
-    """Trials done, running, failed and pruned, the best so far and the time left. A context manager."""
+    """Show the state of a sweep while the context is open.
+
+    Args:
+        queue: the trial queue.
+        deadline: `time.time()` after which no trial is started.
+        workers: worker processes of this command.
+        console: where to print; the terminal by default.
+    """
 
     def __init__(
         self,
@@ -22,11 +29,9 @@ class Progress:
     ) -> None:
         self.queue, self.deadline, self.workers = queue, deadline, workers
         self.console = console or Console(highlight=False)
-        self.live = (
-            Live(console=self.console, auto_refresh=False, transient=True)
-            if self.console.is_terminal
-            else None
-        )
+        self.live: Live | None = None
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.last = ""
 
     def __enter__(self) -> "Progress":
@@ -42,34 +47,36 @@ class Progress:
     ) -> None:
         if self.live is not None:
             self.live.stop()
-            self.console.print(describe(self.queue, self.deadline, self.workers), soft_wrap=True)
+            self.console.print(self.last, soft_wrap=True)
 
     def show(self) -> None:
-        """Draw the current line; without a terminal, print it when a count has changed."""
+        """Update the live line; without a terminal, print a line if a count has changed."""
         line = describe(self.queue, self.deadline, self.workers)
-        counts = line.split("; time left")[0]
         if self.live is not None:
             self.live.update(line, refresh=True)
-        elif counts != self.last:
+        elif line.split("; time left")[0] != self.last.split("; time left")[0]:
             self.console.print(line, soft_wrap=True)
-        self.last = counts
+        self.last = line
 
 
 def describe(queue: TrialQueue, deadline: float | None, workers: int = 1) -> str:
-    """`7 of 12 done, 2 running, 1 failed, 0 pruned; best val/acc1_float 91.3 (trial 4); time left 3 min`.
+    """Return a line with the counts, the best trial and the estimated time left.
 
-    The time left: what is to be done at the mean seconds of a trial, less what the running ones have had, shared by `workers`
-    of this command, or by as many as run where others have joined. deadline: time.time() after which no trial is started.
+    The time left is the mean duration of a trial times the trials left, less the time that the
+    running ones have had, divided by `workers`, or by the running trials if other commands run
+    some of them. It is at most the time until `deadline`.
+
+    Example:
+        `7 of 12 done, 2 running, 1 failed, 0 pruned; best val/acc1_float 91.3 (trial 4);
+        time left 3 min`
     """
     from optuna.trial import TrialState
 
-    trials = list(queue.latest().values())
+    trials = list(queue.last_attempts().values())
     by_state = {state: [t for t in trials if t.state == state] for state in TrialState}
-    failed = [t for t in by_state[TrialState.FAIL] if not queue.to_retry(t)]
+    failed = [t for t in by_state[TrialState.FAIL] if not queue.will_retry(t)]
     complete, running, pruned = (
-        by_state[TrialState.COMPLETE],
-        by_state[TrialState.RUNNING],
-        by_state[TrialState.PRUNED],
+        by_state[state] for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.PRUNED)
     )
     done = len(complete) + len(pruned) + len(failed)
     of = "" if queue.limit is None else f" of {queue.limit}"
@@ -85,19 +92,19 @@ def describe(queue: TrialQueue, deadline: float | None, workers: int = 1) -> str
     left = []
     if seconds and queue.limit is not None and done < queue.limit:
         mean, now = sum(seconds) / len(seconds), datetime.now()
-        had = sum(
+        elapsed = sum(
             min(mean, max(0.0, (now - t.datetime_start).total_seconds()))
             for t in running
             if t.datetime_start
         )
-        left.append(((queue.limit - done) * mean - had) / max(1, workers, len(running)))
+        left.append(((queue.limit - done) * mean - elapsed) / max(1, workers, len(running)))
     if deadline is not None:
         left.append(max(0.0, deadline - time.time()))
-    return line + (f"; time left {_span(min(left))}" if left else "")
+    return line + (f"; time left {_duration(min(left))}" if left else "")
 
 
-def _span(seconds: float) -> str:
-    """Seconds in the unit one would say them in."""
+def _duration(seconds: float) -> str:
+    """Format seconds in the unit a reader would use."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

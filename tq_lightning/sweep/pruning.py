@@ -1,4 +1,4 @@
-"""The callback that tells a study how a trial is doing, and ends the trial where the pruner says so."""
+"""The callback that reports a trial's metric to the study and stops a pruned trial."""
 
 import math
 from collections.abc import Callable
@@ -6,17 +6,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-# Set by the worker while its trial runs in this process: (step, value) -> whether to stop. A module attribute, and not an
-# argument of the callback: the trial's config is saved and logged, and must not hold the storage's URL with its password.
+# (step, value) -> whether to stop; set by the worker while its trial runs in this process. It is
+# a module attribute because a trial's configuration is saved and logged, and an argument would put
+# the storage's URL with its password there.
 report: Callable[[int, float], bool] | None = None
 
 
 class ReportToStudy(pl.Callback):
-    """Report `monitor` after every validation; the n-th value is step n, as W&B counts.
+    """Report `monitor` after every validation; as in W&B, the n-th value is step n.
 
-    Under DDP rank 0, which is the worker's own process, reports and decides; the others get its decision. A pruned trial ends
-    as a run does whose epochs are over, so it has its record. A fit that goes on from a checkpoint has the values up to there
-    in it, and reports them first: the pruner sees one whole curve, though the earlier ones came from another trial.
+    Under DDP rank 0, which is the worker's own process, reports and decides, and the others follow.
+    A pruned trial ends like a run whose epochs are over and writes its record. A resumed fit first
+    reports the values that its checkpoint holds, so the pruner sees one whole curve.
+
+    Args:
+        monitor: key of the metric.
     """
 
     def __init__(self, monitor: str) -> None:
@@ -24,34 +28,39 @@ class ReportToStudy(pl.Callback):
         self.values: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the values reported so far."""
         return {"values": self.values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the values reported before the checkpoint."""
         self.values = list(state_dict["values"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the values of a resumed fit; it was not pruned at them and isn't now."""
         if trainer.is_global_zero and report is not None:
-            for step, value in enumerate(
-                self.values, 1
-            ):  # what the pruner says of them it said before: the fit went on
+            for step, value in enumerate(self.values, 1):
                 if math.isfinite(value):
                     report(step, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raises RuntimeError where the metric isn't logged, or where rank 0 is no process of the sweep's."""
+        """Report the metric and stop the trial if the pruner says so.
+
+        Raises:
+            RuntimeError: the metric isn't logged, or rank 0 is not the worker's process.
+        """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
-            raise RuntimeError(
-                f"{self.monitor} is not logged; this run logs {', '.join(sorted(trainer.callback_metrics))}"
-            )
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise RuntimeError(f"{self.monitor} is not logged; this run logs {logged}")
         value = float(trainer.callback_metrics[self.monitor])
         self.values.append(value)
         stop: Any = False
         if trainer.is_global_zero:
             if report is None:
                 raise RuntimeError(
-                    "pruning needs the worker to be rank 0: one process or strategy ddp, not ddp_spawn or ddp_fork"
+                    "pruning needs the worker to be rank 0: use one process or strategy ddp, "
+                    "not ddp_spawn or ddp_fork"
                 )
             stop = math.isfinite(value) and report(len(self.values), value)
         if trainer.strategy.broadcast(stop):

@@ -1,14 +1,17 @@
-"""A sweep's words in Optuna's: distributions, samplers, the pruner.
+"""A sweep in Optuna's terms: distributions, samplers and the pruner.
 
 | sweep file | Optuna |
 |---|---|
-| values | CategoricalDistribution; a list or mapping stands in it as its JSON text, since storages keep only scalars |
-| values with probabilities | the same, drawn with its weights: always for random, in TPE's startup trials for bayes |
-| int_uniform; uniform | IntDistribution; FloatDistribution |
-| q_uniform | step=q from the first to the last multiple of q in the range |
-| log_uniform_values, log_uniform | FloatDistribution(log=True); W&B takes the ends of log_uniform as exponents of e |
-| q_log_uniform_values, q_log_uniform | FloatDistribution(log=True), rounded to a multiple of q on its way to the program |
-| grid, random, bayes | every point enqueued (`ledger`), RandomSampler, TPESampler |
+| values | CategoricalDistribution; lists and mappings as JSON, since storages keep only scalars |
+| values with probabilities | the same, drawn with the weights (`weighted_choices`) |
+| int_uniform | IntDistribution |
+| uniform | FloatDistribution |
+| q_uniform | the same with step=q, from the first to the last multiple of q in the range |
+| log_uniform_values | FloatDistribution(log=True) |
+| log_uniform | the same; the ends are exponents of e, as in W&B |
+| q_log_uniform_values, q_log_uniform | the same, rounded to a multiple of q for `fit` |
+| grid | every point is enqueued (`trial_queue`) |
+| random, bayes | RandomSampler, TPESampler |
 | hyperband | HyperbandPruner |
 """
 
@@ -22,11 +25,11 @@ from tq_lightning.sweep.parameters import Parameter, multiples, rounded
 if TYPE_CHECKING:
     import optuna
 
-STARTUP_TRIALS = 10  # random trials before TPE models anything: Optuna's own default, said here because weights hold for it
+STARTUP_TRIALS = 10  # random trials before TPE starts to model; Optuna's own default
 
 
 def distribution(parameter: Parameter) -> "optuna.distributions.BaseDistribution":
-    """The Optuna twin of one parameter (module docstring)."""
+    """Return the Optuna distribution of a parameter; see the module's table."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.values:
@@ -41,15 +44,27 @@ def distribution(parameter: Parameter) -> "optuna.distributions.BaseDistribution
     return FloatDistribution(low, high, step=q)
 
 
+def encode(sweep: Sweep, point: dict[str, Any]) -> dict[str, Any]:
+    """Convert a point of a grid to the values that Optuna stores."""
+    return {
+        key: _label(value) if sweep.parameters[key].values else value
+        for key, value in point.items()
+    }
+
+
 def decode(parameter: Parameter, stored: Any) -> Any:
-    """What Optuna's storage holds -> what the program gets, with the type that the sweep file gave it."""
+    """Convert a stored value to the one `fit` gets, with the type it has in the sweep file."""
     if parameter.values:
         return next(value for value in parameter.values if _label(value) == stored)
     return rounded(stored, parameter)
 
 
-def fixed(sweep: Sweep, point: int) -> dict[str, Any]:
-    """The values that are fixed before point number `point` of a random or bayes sweep is asked for: the weighted choices."""
+def weighted_choices(sweep: Sweep, point: int) -> dict[str, Any]:
+    """Draw the parameters with probabilities for one point of a random or bayes sweep.
+
+    They are fixed before the sampler is asked, since Optuna's samplers know no weights. TPE
+    chooses by itself after its startup trials.
+    """
     if sweep.method == "bayes" and point >= STARTUP_TRIALS:
         return {}
     draw = random.Random(point)
@@ -60,57 +75,54 @@ def fixed(sweep: Sweep, point: int) -> dict[str, Any]:
     }
 
 
-def encode(sweep: Sweep, point: dict[str, Any]) -> dict[str, Any]:
-    """A grid point as Optuna stores it."""
-    return {
-        key: _label(value) if sweep.parameters[key].values else value
-        for key, value in point.items()
-    }
-
-
 def suggest(sweep: Sweep, trial: "optuna.trial.Trial") -> dict[str, Any]:
-    """Ask for every searched key. Returns key -> value with its type, the constants of the file after them."""
+    """Ask the sampler for every searched key. Returns key -> value, the file's constants last."""
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
     values = {}
     for key, parameter in sweep.parameters.items():
-        twin: Any = distribution(parameter)
-        if isinstance(twin, CategoricalDistribution):
-            stored: Any = trial.suggest_categorical(key, twin.choices)
-        elif isinstance(twin, IntDistribution):
-            stored = trial.suggest_int(key, twin.low, twin.high, step=twin.step)
+        space: Any = distribution(parameter)
+        if isinstance(space, CategoricalDistribution):
+            stored: Any = trial.suggest_categorical(key, space.choices)
+        elif isinstance(space, IntDistribution):
+            stored = trial.suggest_int(key, space.low, space.high, step=space.step)
         else:
-            stored = trial.suggest_float(key, twin.low, twin.high, step=twin.step, log=twin.log)
+            stored = trial.suggest_float(key, space.low, space.high, step=space.step, log=space.log)
         values[key] = decode(parameter, stored)
     return values | sweep.constants
 
 
 def arguments(sweep: Sweep, values: dict[str, Any]) -> list[str]:
-    """The arguments of `fit` for one trial; the later wins: the command's own, the file's constants, those after --, the point.
+    """Return the arguments of `fit` for one trial. Later ones win.
 
-    What is searched comes last, so that a --config after -- can't undo the search in silence.
+    The order: `command` of the file, its constants, what follows `--`, the searched values. The
+    searched values come last so that a `--config` after `--` can't override the search.
     """
-    fixed = [argument(key, value) for key, value in values.items() if key not in sweep.parameters]
+    constants = [
+        argument(key, value) for key, value in values.items() if key not in sweep.parameters
+    ]
     searched = [argument(key, value) for key, value in values.items() if key in sweep.parameters]
-    return [*sweep.arguments, *fixed, *sweep.extra, *searched]
+    return [*sweep.arguments, *constants, *sweep.extra, *searched]
 
 
 def sampler(sweep: Sweep, point: int) -> "optuna.samplers.BaseSampler":
-    """A sampler seeded by the point's number: a random sweep draws the same points whichever worker asks."""
+    """Return a sampler seeded by the point: any worker draws the same in a random sweep."""
     from optuna.samplers import RandomSampler, TPESampler
 
     if sweep.method == "bayes":
-        # constant_liar: points that other workers are still running count, so that two workers don't try the same thing
+        # constant_liar counts the points that are still running, so that two workers don't try
+        # the same region.
         return TPESampler(
             n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=point
         )
-    return RandomSampler(seed=point)  # a grid's values are all fixed; nothing is left to draw
+    return RandomSampler(seed=point)  # every value of a grid point is fixed
 
 
 def pruner(sweep: Sweep, objectives: int) -> "optuna.pruners.BasePruner":
-    """HyperbandPruner with the file's numbers; none with several objectives, where Optuna has no pruning.
+    """Return a HyperbandPruner with the file's numbers; no pruning with several objectives.
 
-    One step is one logged value of the metric, as in W&B. max_iter with s brackets starts at max_iter / eta**s.
+    A step is one logged value of the metric, as in W&B. With max_iter and s brackets the shortest
+    trial has max_iter / eta**s steps.
     """
     from optuna.pruners import HyperbandPruner, NopPruner
 
@@ -124,7 +136,7 @@ def pruner(sweep: Sweep, objectives: int) -> "optuna.pruners.BasePruner":
 
 
 def _label(value: Any) -> Any:
-    """A choice as Optuna's storages can hold it."""
-    return (
-        value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
-    )
+    """Return a choice as Optuna's storages can hold it."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return json.dumps(value)

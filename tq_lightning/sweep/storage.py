@@ -1,33 +1,56 @@
-"""Where a study lives: an Optuna URL -> a storage that several processes may use and that survives their SIGKILL."""
+"""The storage of a study: opening an Optuna URL, and surviving its outages."""
 
 import re
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from tq_lightning.errors import TrainingError, UserError, hide_password
 
 if TYPE_CHECKING:
     import optuna
 
-CONNECT_SECONDS = 10  # how long an unreachable server may keep the user waiting
-AWAY_SECONDS = 120  # how long a server may be away, restarting say, before a running sweep gives up
-LOCKED_SECONDS = 60  # how long a SQLite writer waits for the others
+CONNECT_SECONDS = 10  # timeout for connecting to a server
+OUTAGE_SECONDS = 120.0  # a server may be restarting for this long during a sweep
+LOCK_SECONDS = 60  # timeout for SQLite's write lock
+PERMANENT = re.compile(r"readonly database|disk is full|no space left|read-only", re.IGNORECASE)
+
+T = TypeVar("T")
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a SQLite file, whatever characters its path has."""
+    import sqlalchemy
+
+    url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+    if sqlalchemy.make_url(url).database == str(path) and "{" not in url:
+        return url
+    # SQLAlchemy 2.0 escapes nothing, and Optuna takes braces for a template.
+    return f"sqlite:///file:{quote(str(path))}?uri=true"
 
 
 def open_storage(url: str) -> "optuna.storages.BaseStorage":
-    """Open `url`: any database URL of Optuna's, or journal:PATH (for file systems where SQLite's locks don't hold).
+    """Open a storage that several processes can use and that survives their SIGKILL.
 
-    SQLite is the default: a process that is killed between two bytes leaves a transaction that the next reader rolls back,
-    and its lock dies with it. Optuna's journal has neither: half a line spoils the file, and a dead holder's
-    lock stays for 30 s.
-    Raises UserError where the storage can't be reached.
+    SQLite is the default. A process killed in mid-write leaves a transaction that the next reader
+    rolls back, and its lock dies with it. Optuna's journal has neither: half a line spoils the
+    file, and the lock of a killed process stays for 30 s.
+
+    Args:
+        url: a database URL as Optuna takes it, or journal:PATH for file systems without working
+            SQLite locks.
+
+    Raises:
+        UserError: the storage can't be reached, or workers can't share it.
     """
     import optuna
 
     if re.fullmatch(r"sqlite(\+\w+)?://(/:memory:)?", url):
         raise UserError(
-            f"the storage {url} is no file: workers can't share it and it ends with them; pass sqlite:///PATH"
+            f"{url} is an in-memory database, which workers cannot share; pass sqlite:///PATH"
         )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -35,25 +58,29 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
             from optuna.storages.journal import JournalFileBackend
 
             return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
-        return optuna.storages._CachedStorage(
-            _database(url)
-        )  # what create_study wraps it in; one cache for all that we ask
-    except (
-        Exception
-    ) as error:  # each driver raises its own kinds; all mean that there is no storage
-        where = hide_password(url)
+        # What create_study wraps it in: one cache for all that this process reads.
+        return optuna.storages._CachedStorage(_open_database(url))
+    except Exception as error:  # each driver has its own kinds
         raise UserError(
-            f"the storage {where} can't be reached: {_first(error)}; start it or pass another --storage"
+            f"cannot open the storage {hide_password(url)}: {reason_of(error)}; "
+            "start it, or pass another --storage"
         ) from error
 
 
 class StorageOutage:
-    """A context that lets a storage be away: its errors are swallowed until they have lasted AWAY_SECONDS without a success.
+    """A context that suppresses a storage's errors until they have lasted too long.
 
-    For what is tried again anyway. Raises TrainingError then: trials under way can't tell their results any more.
+    It is for actions that are repeated anyway. An action that succeeds ends the outage.
+
+    Args:
+        seconds: how long an outage may last.
+
+    Raises:
+        TrainingError: the outage has lasted longer.
+        UserError: the database is read-only or its disk is full, which does not pass by waiting.
     """
 
-    def __init__(self, seconds: float = AWAY_SECONDS) -> None:
+    def __init__(self, seconds: float = OUTAGE_SECONDS) -> None:
         self.seconds = seconds
         self.since: float | None = None
 
@@ -72,55 +99,69 @@ class StorageOutage:
             self.since = None
         if not isinstance(error, StorageInternalError):
             return False
+        if PERMANENT.search(reason_of(error)):
+            raise UserError(
+                f"cannot write to the storage: {reason_of(error)}; "
+                "free the disk or pass another --storage, then run the same command to resume"
+            ) from error
         self.since = self.since or time.monotonic()
         if time.monotonic() - self.since > self.seconds:
             raise TrainingError(
-                f"the storage has been away for {self.seconds:.0f} s ({_first(error)}); start it, go on with the same command"
+                f"the storage has been unreachable for {self.seconds:.0f} s ({reason_of(error)}); "
+                "start it and run the same command to resume"
             ) from error
         return True
 
 
-def _database(url: str) -> "optuna.storages.RDBStorage":
-    """RDBStorage with the waits that many workers need, and with SQLite's transactions made atomic."""
+def retry_during_outage(action: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:
+    """Repeat an idempotent action until the storage answers. Raises like `StorageOutage`."""
+    outage = StorageOutage(seconds)
+    while True:
+        with outage:
+            return action()
+        time.sleep(1.0)
+
+
+def _open_database(url: str) -> "optuna.storages.RDBStorage":
+    """Open RDBStorage with timeouts for many workers, and with atomic transactions on SQLite."""
     from optuna.storages import RDBStorage
     from sqlalchemy import event
 
-    lite = url.startswith("sqlite")
-    connect: dict[str, Any] = {"timeout": LOCKED_SECONDS} if lite else {}
+    sqlite = url.startswith("sqlite")
+    connect: dict[str, Any] = {"timeout": LOCK_SECONDS} if sqlite else {}
     if url.startswith("postgres"):
         connect = {"connect_timeout": CONNECT_SECONDS}
-    options = {
-        "connect_args": connect,
-        "pool_pre_ping": not lite,
-    }  # a server may have dropped a connection during a long trial
+    # pool_pre_ping: a server may have dropped the connection during a long trial
+    options = {"connect_args": connect, "pool_pre_ping": not sqlite}
     for attempt in range(5):
         try:
             storage = RDBStorage(url, engine_kwargs=options)
             break
         except Exception as error:
-            # two commands that start at the same moment may both create the tables; the loser finds them on its next try
-            if attempt == 4 or not re.search(
-                r"already exists|unique|locked", str(error), re.IGNORECASE
-            ):
+            # Two commands that start at once may both create the tables. The slower one finds
+            # them at its next attempt.
+            race = re.search(r"already exists|unique|locked", str(error), re.IGNORECASE)
+            if attempt == 4 or not race:
                 raise
             time.sleep(0.5)
-    if lite:
-        # Optuna pops a waiting trial with SELECT ... FOR UPDATE, which SQLite ignores: two workers could get the same one.
-        # Taking the write lock as a transaction begins makes read-then-write atomic.
+    if sqlite:
+        # Optuna claims a waiting trial with SELECT ... FOR UPDATE, which SQLite ignores: two
+        # workers could get the same one. Taking the write lock when a transaction begins makes
+        # read-then-write atomic.
         @event.listens_for(storage.engine, "connect")
-        def manual(connection: Any, _: Any) -> None:
+        def set_manual_transactions(connection: Any, _: Any) -> None:
             connection.isolation_level = None
 
         @event.listens_for(storage.engine, "begin")
-        def begin(connection: Any) -> None:
+        def begin_immediate(connection: Any) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
         storage.engine.dispose()  # connections made before the listeners
     return storage
 
 
-def _first(error: BaseException, limit: int = 200) -> str:
-    """What a storage's error says, in one line of at most `limit` characters."""
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """Return the message of a storage error as one line of at most `limit` characters, no passwords."""
     text = re.sub(r"^\([\w.]+\)\s*", "", " ".join(str(error.__cause__ or error).split()))
     text = hide_password(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."

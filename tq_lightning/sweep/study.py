@@ -1,107 +1,168 @@
-"""TODO sweep/study.py."""
+"""The study of a sweep: its options, its size, creating or joining it, and its trial queue."""
 
+import dataclasses
 import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import optuna
+from typing import TYPE_CHECKING, Any
 
 from tq_lightning.errors import UserError, hide_password
-from tq_lightning.sweep import config as space
-from tq_lightning.sweep import search_space as twins
-from tq_lightning.sweep.storage import open_storage
+from tq_lightning.sweep.config import Sweep, grid_point, grid_size
+from tq_lightning.sweep.search_space import encode, weighted_choices
+from tq_lightning.sweep.storage import open_storage, reason_of
 from tq_lightning.sweep.trial_queue import STALE_SECONDS, TrialQueue
+
+if TYPE_CHECKING:
+    import optuna
+
+FIT = "tq_lightning.training.lightning_cli:run_fit"
+MAX_POINTS = 100_000  # every worker reads all trials of a study before it claims one
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says besides the file. timeout in seconds; objectives: name -> goal."""
+    """The options of a `sweep` command, for its process and its workers.
+
+    Attributes:
+        folder: trials, logs, tables and plots go here.
+        storage: an Optuna URL, or journal:PATH.
+        study_name: name of the study in the storage.
+        objectives: metric -> minimize or maximize.
+        file: the sweep file.
+        extra: arguments of `fit` given after `--`.
+        workers: worker processes of this command; 0 runs the trials in its own process.
+        n_trials: number of trials of the whole study; None for run_cap, or the whole grid.
+        timeout: seconds after which this command starts no trial.
+        stale_after: heartbeat timeout in seconds.
+        fit: function that runs a trial, as MODULE:NAME.
+    """
 
     folder: Path
     storage: str
     study_name: str
     objectives: dict[str, str]
+    file: str = ""
+    extra: tuple[str, ...] = ()
     workers: int = 1
     n_trials: int | None = None
     timeout: float | None = None
-    stale: float = STALE_SECONDS
-    again: tuple[str, ...] = ()  # the arguments of this command, which make its workers
-    extra: tuple[str, ...] = ()  # those after --
+    stale_after: float = STALE_SECONDS
+    fit: str = FIT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON types."""
+        return dataclasses.asdict(self) | {"folder": str(self.folder)}
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "Options":
+        """Restore the options that `to_dict` returned."""
+        return cls(**given | {"folder": Path(given["folder"]), "extra": tuple(given["extra"])})
 
 
-def open_study(sweep: space.Sweep, options: Options) -> "optuna.Study":
-    """The study of this name: created, or joined where it is of the same sweep.
+def open_study(sweep: Sweep, options: Options) -> "optuna.Study":
+    """Create the study, or join it if it belongs to the same sweep.
 
-    Raises UserError where the sweep has no end, the storage can't be reached or a study of this name has other parameters.
+    Raises:
+        UserError: the sweep has no end, the storage can't be reached, or a study of this name has
+            other parameters.
     """
     import optuna
 
     point_count(sweep, options)
     storage = open_storage(options.storage)
-    directions: Any = list(options.objectives.values())
-    mine, where = sweep.source | {"objectives": options.objectives}, hide_password(options.storage)
-    existing = {s.study_name: s for s in storage.get_all_studies()}.get(options.study_name)
-    if existing is not None:
-        theirs: Any = existing.user_attrs.get("sweep")
-        if theirs is None and storage.get_n_trials(existing._study_id):
-            raise UserError(
-                f"the study {options.study_name} in {where} is not one of a sweep file's; pass another --study-name"
-            )
-        both = [] if theirs is None else [*mine, *(key for key in theirs if key not in mine)]
-        different = [
-            key for key in both if json.dumps(theirs.get(key)) != json.dumps(mine.get(key))
-        ]
-        if different:
-            names = " and ".join(
-                "arguments after --" if key == "extra" else key for key in different
-            )
-            raise UserError(
-                f"the study {options.study_name} exists in {where} with other {names} than {sweep.path}: "
-                f"{_difference(theirs.get(different[0]), mine.get(different[0]))}; "
-                "pass another --study-name, or what it was begun with"
-            )
-    study = optuna.create_study(
-        storage=storage, study_name=options.study_name, directions=directions, load_if_exists=True
-    )
-    if existing is None or "sweep" not in existing.user_attrs:
-        with warnings.catch_warnings():  # "experimental" since 3.2
-            warnings.simplefilter("ignore")
-            study.set_metric_names(list(options.objectives))
-        study.set_user_attr("file", sweep.path)
-        study.set_user_attr("sweep", mine)
+    try:
+        existing = {s.study_name: s for s in storage.get_all_studies()}.get(options.study_name)
+        if existing is not None:
+            _check_same_sweep(existing, storage, sweep, options)
+        directions: Any = list(options.objectives.values())
+        study = optuna.create_study(
+            storage=storage,
+            study_name=options.study_name,
+            directions=directions,
+            load_if_exists=True,
+        )
+        if existing is None or "sweep" not in existing.user_attrs:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # experimental since Optuna 3.2
+                study.set_metric_names(list(options.objectives))
+            study.set_user_attr("file", sweep.path)
+            study.set_user_attr("sweep", _identity(sweep, options))
+    except optuna.exceptions.StorageInternalError as error:
+        raise UserError(
+            f"cannot write to the storage {hide_password(options.storage)}: {reason_of(error)}; "
+            "make it writable or pass another --storage"
+        ) from error
     return study
 
 
-def point_count(sweep: space.Sweep, options: Options) -> int | None:
-    """How many points the sweep has: a grid its own, random and bayes as many as --n-trials or run_cap say; None: no end.
+def point_count(sweep: Sweep, options: Options) -> int | None:
+    """Return the number of points of a sweep, None if only a timeout ends it.
 
-    Raises UserError where neither a count nor a timeout ends the sweep.
+    Raises:
+        UserError: nothing ends the sweep, or its grid is too large for a study.
     """
     cap = options.n_trials if options.n_trials is not None else sweep.run_cap
     if sweep.method == "grid":
-        points = len(space.grid(sweep))
-        return points if cap is None else min(cap, points)
+        size = grid_size(sweep)
+        points = size if cap is None else min(cap, size)
+        if points > MAX_POINTS:
+            raise UserError(
+                f"{sweep.path}: the grid has {size:,} points, and a study holds at most "
+                f"{MAX_POINTS:,} trials; remove values, or limit it with --n-trials or run_cap"
+            )
+        return points
     if cap is None and options.timeout is None:
         raise UserError(
-            f"{sweep.path}: a {sweep.method} sweep has no end of its own; pass --n-trials or --timeout, or give run_cap"
+            f"{sweep.path}: a {sweep.method} sweep never ends by itself; "
+            "pass --n-trials or --timeout, or set run_cap"
         )
     return cap
 
 
-def make_trial_queue(sweep: space.Sweep, study: "optuna.Study", options: Options) -> TrialQueue:
-    """The ledger of a sweep: a grid's points are fixed, those of random and bayes are drawn when their turn comes."""
-    points = space.grid(sweep) if sweep.method == "grid" else None
+def make_trial_queue(sweep: Sweep, study: "optuna.Study", options: Options) -> TrialQueue:
+    """Return the trial queue of a sweep's study."""
 
-    def fixed(point: int) -> dict[str, Any]:
-        return twins.fixed(sweep, point) if points is None else twins.encode(sweep, points[point])
+    def fixed_params(point: int) -> dict[str, Any]:
+        if sweep.method == "grid":
+            return encode(sweep, grid_point(sweep, point))
+        return weighted_choices(sweep, point)
 
-    return TrialQueue(study, fixed, point_count(sweep, options), options.stale)
+    return TrialQueue(study, fixed_params, point_count(sweep, options), options.stale_after)
+
+
+def _identity(sweep: Sweep, options: Options) -> dict[str, Any]:
+    """The parts of a sweep that all commands of one study must agree on."""
+    return sweep.source | {"objectives": options.objectives}
+
+
+def _check_same_sweep(
+    existing: Any, storage: "optuna.storages.BaseStorage", sweep: Sweep, options: Options
+) -> None:
+    """Raise UserError if a study belongs to another sweep than the file."""
+    where = hide_password(options.storage)
+    theirs: Any = existing.user_attrs.get("sweep")
+    if theirs is None:
+        if storage.get_n_trials(existing._study_id):
+            raise UserError(
+                f"the study {options.study_name} in {where} was not made from a sweep file; "
+                "pass another --study-name"
+            )
+        return
+    mine = _identity(sweep, options)
+    keys = [*mine, *(key for key in theirs if key not in mine)]
+    different = [key for key in keys if json.dumps(theirs.get(key)) != json.dumps(mine.get(key))]
+    if different:
+        names = " and ".join("arguments after --" if key == "extra" else key for key in different)
+        raise UserError(
+            f"the study {options.study_name} exists in {where} with other {names} than "
+            f"{sweep.path}: {_difference(theirs.get(different[0]), mine.get(different[0]))}; "
+            "pass another --study-name, or the file and arguments it was created with"
+        )
 
 
 def _difference(theirs: Any, mine: Any) -> str:
-    """The first difference between two values of a sweep file, in words."""
+    """Describe the first difference between two values of a sweep file."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in [*theirs, *(key for key in mine if key not in theirs)]:
             if theirs.get(key) != mine.get(key):

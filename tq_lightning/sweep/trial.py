@@ -1,40 +1,42 @@
-"""One trial: a real `fit` with its own directory, and what its record says came of it."""
+"""Run one trial as a `fit` in its own directory and read its result from record.json."""
 
 import contextlib
 import gc
+import importlib.util
 import math
-import secrets
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write
+from tq_lightning.errors import Interrupted
 from tq_lightning.records import NAME, Record, RecordError, read_any, value_of
 
-Fit = Callable[
-    [list[str]], Any
-]  # `tq_lightning.cli.run_fit`, or a test's stand-in that writes a record.json the same way
+Fit = Callable[[list[str]], dict[str, Any]]  # training.lightning_cli.run_fit, or a test's stand-in
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial ended. state: complete, pruned, failed, interrupted or lost; values: one per objective where complete."""
+    """The result of a trial.
+
+    Attributes:
+        state: complete, pruned, failed, interrupted or lost.
+        values: one per objective if complete.
+        reason: why the trial has no values.
+        record: path of the run's record.json.
+        signum: signal with which fit ended itself after a step, None otherwise.
+    """
 
     state: str
     values: tuple[float, ...] = ()
     reason: str = ""
     record: str | None = None
+    signum: int | None = None
 
     @property
-    def broken(self) -> bool:
-        """Whether it failed by an error of CUDA's own, after which every later call in the process fails as well.
-
-        Lack of memory is none: its message has no `CUDA error:`.
-        """
+    def cuda_is_broken(self) -> bool:
+        """True for an error after which every CUDA call in the process fails; not out of memory."""
         return self.state == "failed" and (
             "CUDA error:" in self.reason or "cuDNN error:" in self.reason
         )
@@ -48,10 +50,15 @@ def run_trial(
     report: Callable[[int, float], bool] | None,
     checkpoint: Path | None = None,
 ) -> TrialResult:
-    """Run `fit argv` in `folder` and read its record. Raises nothing: a trial may end in any way, and the sweep goes on.
+    """Run `fit` in `folder` and read its record. Never raises: the sweep continues either way.
 
-    metrics: the objectives' names, read by `value_of`. report: (step, value) -> whether to prune, for the pruning callback;
-    None where nothing prunes. checkpoint: what the fit goes on from, in a run below `folder`; None: it begins.
+    Args:
+        fit: runs the trial and returns its metrics and "record".
+        argv: arguments of `fit`.
+        folder: becomes `trainer.default_root_dir`.
+        metrics: names of the objectives, see `records.value_of`.
+        report: (step, value) -> whether to prune, for `ReportToStudy`; None without pruning.
+        checkpoint: resumed in its own run, which lies below `folder`; None starts a new run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     argv = [*argv, f"--trainer.default_root_dir={folder}"]
@@ -62,7 +69,7 @@ def run_trial(
     def decide(step: int, value: float) -> bool:
         nonlocal pruned
         assert report is not None
-        pruned = pruned or report(step, value)
+        pruned = report(step, value)
         return pruned
 
     if report is not None:
@@ -70,37 +77,67 @@ def run_trial(
             "--trainer.callbacks+=tq_lightning.sweep.pruning.ReportToStudy",
             f"--trainer.callbacks.monitor={metrics[0]}",
         ]
-    failure, interrupted, before = "", False, _records(folder)
+    failure, interrupted, signum, before = "", False, None, _records(folder)
     path: Path | None = None
     try:
-        with _as_program(argv), _reporting(decide if report is not None else None):
+        with _as_command(argv), _reporting(decide if report is not None else None):
             path = Path(fit(argv)["record"])
     except KeyboardInterrupt:
         interrupted = True
+    except Interrupted as error:
+        interrupted, signum = True, error.signum
     except SystemExit as error:
-        failure = f"fit ended with exit status {error.code}"
+        failure = f"fit exited with status {error.code}"
     except BaseException as error:
         failure = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     if failure:
         _free_memory()
-    if path is None:  # fit raised: the record it wrote, if any, says how far it came
+    if path is None:  # fit raised; it may have written a record of how far it got
         written = [path for path, when in _records(folder).items() if before.get(path) != when]
         path = written[0] if written else None
-    record, shown = _read(path), str(path) if path is not None else None
-    if interrupted or (record is not None and record.status == "interrupted"):
+    shown = str(path) if path is not None else None
+    if interrupted:
+        return TrialResult("interrupted", reason="stopped by the user", record=shown, signum=signum)
+    record = _read_record(path)
+    if failure and (record is None or record.status != "interrupted"):
+        return TrialResult("failed", reason=failure, record=shown)
+    if path is None:
+        return TrialResult("failed", reason=f"fit left no {NAME} in {folder}")
+    return read_result(path, metrics, pruned)
+
+
+def read_result(path: Path, metrics: list[str], pruned: bool = False) -> TrialResult:
+    """Read the result of a run that has ended from its record.
+
+    A trial fails if an objective is missing, or if any metric of the last epoch is not finite:
+    accuracies stay finite when the weights are NaN, but the losses beside them don't.
+    """
+    record, shown = _read_record(path), str(path)
+    if record is None:
+        return TrialResult("failed", reason=f"{path} is not a readable record", record=shown)
+    if record.status == "interrupted":
         return TrialResult("interrupted", reason="stopped by the user", record=shown)
-    if failure or record is None:
-        return TrialResult(
-            "failed", reason=failure or f"fit left no record.json in {folder}", record=shown
-        )
     if record.status == "failed":
-        return TrialResult("failed", reason=record.reason or "its record says failed", record=shown)
+        reason = record.reason or "the run failed without a reason in its record"
+        return TrialResult("failed", reason=reason, record=shown)
     if pruned:
         return TrialResult("pruned", reason="pruned", record=shown)
-    return _judge(record, metrics, shown)
+    last = record.last.metrics if record.last is not None else {}
+    for name, value in last.items():
+        if value is not None and not math.isfinite(value):
+            reason = f"non-finite: {name} is {value} in the last epoch"
+            return TrialResult("failed", reason=reason, record=shown)
+    values = []
+    for name in metrics:
+        value = value_of(record, name)
+        if value is None:
+            reason = f"{name} was never logged; the record has {', '.join(sorted(last))}"
+            return TrialResult("failed", reason=reason, record=shown)
+        values.append(value)
+    return TrialResult("complete", tuple(values), record=shown)
 
 
-def _read(path: Path | None) -> Record | None:
+def _read_record(path: Path | None) -> Record | None:
     try:
         record = read_any(path) if path is not None else None
     except RecordError:
@@ -109,45 +146,30 @@ def _read(path: Path | None) -> Record | None:
 
 
 def _records(folder: Path) -> dict[Path, int]:
-    """{record.json under a trial's folder: when it was written in ns}; one of an earlier run is none of this trial's."""
+    """Return {record.json below a folder: its mtime in ns}, to tell new records from copies."""
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob(NAME))}
 
 
-def _judge(record: Record, metrics: list[str], shown: str | None) -> TrialResult:
-    """A finished run's values; failed if a metric is missing or any metric of the last epoch is not finite."""
-    last = record.last.metrics if record.last is not None else {}
-    # accuracies stay finite when the weights are NaN; the losses beside them tell
-    for name, value in last.items():
-        if value is not None and not math.isfinite(value):
-            return TrialResult(
-                "failed", reason=f"non-finite: {name} is {value} in the last epoch", record=shown
-            )
-    values = [value_of(record, name) for name in metrics]
-    for name, value in zip(metrics, values, strict=True):
-        if value is None:
-            return TrialResult(
-                "failed",
-                reason=f"{name} was never logged; the record has {', '.join(sorted(last))}",
-                record=shown,
-            )
-    return TrialResult(
-        "complete", tuple(value for value in values if value is not None), record=shown
-    )
-
-
 @contextlib.contextmanager
-def _as_program(argv: list[str]) -> Iterator[None]:
-    """Let this process look like `fit argv`: under DDP, Lightning starts the other ranks from sys.argv."""
-    before, sys.argv = sys.argv, [sys.argv[0], "fit", *argv]
+def _as_command(argv: list[str]) -> Iterator[None]:
+    """Make this process look like `python -m tq_lightning fit ARGV`.
+
+    Lightning starts the further ranks of a trial under DDP with the name of the main module and
+    with sys.argv.
+    """
+    module: Any = sys.modules["__main__"]
+    before = sys.argv, getattr(module, "__spec__", None)
+    sys.argv = [sys.argv[0], "fit", *argv]
+    module.__spec__ = importlib.util.find_spec("tq_lightning.__main__")
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv, module.__spec__ = before
 
 
 @contextlib.contextmanager
 def _reporting(decide: Callable[[int, float], bool] | None) -> Iterator[None]:
-    """Set the pruning callback's way to the study, where one is wanted (its module imports Lightning)."""
+    """Connect `ReportToStudy` with this trial; without pruning its module is not imported."""
     if decide is None:
         yield
         return
@@ -161,63 +183,9 @@ def _reporting(decide: Callable[[int, float], bool] | None) -> Iterator[None]:
 
 
 def _free_memory() -> None:
-    """After a failure: drop what the traceback held, so that one trial's lack of memory is not the next one's."""
+    """Drop what a failed fit's traceback holds, so that the next trial has its memory."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        with contextlib.suppress(
-            RuntimeError
-        ):  # a broken context (see `Ending.broken`) has no memory to give back
+        with contextlib.suppress(RuntimeError):  # if CUDA is broken, nothing can be freed
             torch.cuda.empty_cache()
-
-
-if TYPE_CHECKING:
-    import optuna
-
-LAST = "checkpoints/last.ckpt"
-
-
-def new_home(trials: Path, trial: "optuna.trial.FrozenTrial") -> Path:
-    """The folder for one attempt, below `trials`: a name that no other trial has, of no study and on no machine."""
-    attempt = trial.user_attrs["attempt"]
-    middle = f"retry{attempt}-" if attempt else ""
-    return trials / f"{trial.user_attrs['point']:04d}-{middle}{secrets.token_hex(3)}"
-
-
-def go_on(
-    study: "optuna.Study", trial: "optuna.trial.FrozenTrial", home: Path
-) -> tuple[Path, int] | None:
-    """Copy the newest run of the earlier attempts at a trial's point into `home`, which doesn't exist yet.
-
-    Returns the copy's checkpoint and its step; None where the trial has to begin at the beginning: no earlier attempt came to
-    a checkpoint, or its folder is on another machine.
-    """
-    from tq_lightning.training.checkpoint import checkpoint_step
-
-    for path in _checkpoints(study, trial, home.parent):
-        run = path.parents[1]
-        try:
-            with atomic_write(home) as copy:
-                # W&B's files stay: the fit that resumes makes a W&B run of its own
-                ignored = shutil.ignore_patterns("wandb", "*.tmp")
-                shutil.copytree(run, copy / run.name, ignore=ignored)
-                step = checkpoint_step(copy / run.name / LAST)
-        except UserError as error:
-            print(f"cannot resume from {path}: {error}", file=sys.stderr, flush=True)
-            continue
-        return home / run.name / LAST, step
-    return None
-
-
-def _checkpoints(
-    study: "optuna.Study", trial: "optuna.trial.FrozenTrial", trials: Path
-) -> list[Path]:
-    """The checkpoints of the earlier attempts, those of the last one first."""
-    by_number = {t.number: t for t in study.get_trials(deepcopy=False)}
-    found: list[Path] = []
-    while "retry_of" in trial.user_attrs:
-        trial = by_number[trial.user_attrs["retry_of"]]
-        if "run_dir" in trial.user_attrs:  # else its worker died before it began
-            there = (trials / Path(trial.user_attrs["run_dir"]).name).glob(f"*/{LAST}")
-            found += sorted(there, key=lambda path: path.stat().st_mtime, reverse=True)
-    return found

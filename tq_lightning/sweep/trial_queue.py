@@ -1,17 +1,22 @@
-"""What of a study is to be run, by whom, and what became of it: one bookkeeping for every storage.
+"""The trials of a study as a queue that many workers share, on every storage that Optuna has.
 
-A sweep is a row of points 0..n-1: a grid's points, or slots that the sampler fills. Each is a trial that waits in the study,
-with the user attributes `point` and `attempt`; a storage makes WAITING -> RUNNING atomic, so a point has one worker. A trial
-whose worker died is FAILED with cause `lost`, one stopped by the user with cause `interrupted`, and what is missing is always
-worked out from the trials themselves: whoever comes next enqueues the next attempt, even if its finder died while at it.
-Should two commands enqueue the same attempt at the same moment, the lower trial number has it and the other is a `duplicate`.
+A sweep is a sequence of points 0..n-1: the points of a grid, or slots that the sampler fills. Each
+point is a waiting trial with the user attributes `point` and `attempt`. Storages make the step from
+WAITING to RUNNING atomic, so a point has one worker.
 
-Optuna's own heartbeat covers databases only and `Study.optimize` only, so a worker gives its sign of life itself: the user
-attribute `heartbeat`, a count. Who looks on measures by its own clock how long the count
-has stood still; no clocks are compared.
+A trial whose worker died is failed with cause `lost`, one stopped by the user with cause
+`interrupted`. The points that are missing are always derived from the trials themselves, so
+any process can enqueue the next attempt, even if the one that failed the trial died right after.
+If two commands enqueue the same attempt at once, the lower trial number is kept and the other is
+failed as `duplicate`.
+
+Optuna's heartbeat covers only databases and `Study.optimize`. Workers write one of their own: the
+user attribute `heartbeat`, a counter. An observer measures with its own clock how long the counter
+has not moved; clocks of two machines are never compared.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,74 +24,84 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import optuna
 
-STALE_SECONDS = 60.0  # without a sign of life for so long, a trial's worker counts as dead
-MAX_LOST = 3  # a point that killed so many workers (memory, mostly) is left as failed
-AHEAD = 100  # trials that wait in the storage at most; more are enqueued as these are taken
-RETRIED = ("lost", "interrupted")
+STALE_SECONDS = 60.0  # default heartbeat timeout
+MAX_LOST = 3  # a point that killed this many workers (out of memory, mostly) is left as failed
+MAX_WAITING = 100  # trials waiting in the storage at once
+RETRIED_CAUSES = ("lost", "interrupted")
 
 
 class TrialQueue:
-    """The bookkeeping of one study, seen from one process.
+    """The queue of one study, as one process sees it.
 
-    study: the Optuna study. fixed: point number -> parameters fixed for it (as stored). limit: the number of points; None
-    goes on until somebody stops. stale: see STALE_SECONDS.
+    Args:
+        study: the Optuna study.
+        fixed_params: point -> stored values of its parameters that are fixed in advance.
+        limit: number of points; None for an endless sweep.
+        stale_after: seconds without a heartbeat after which a trial's worker counts as dead.
+
+    Attributes:
+        trial_taken: True once the trial that runs in this process was given to another worker;
+            see `heartbeat`.
     """
 
     def __init__(
         self,
         study: "optuna.Study",
-        fixed: Callable[[int], dict[str, Any]],
+        fixed_params: Callable[[int], dict[str, Any]],
         limit: int | None,
-        stale: float = STALE_SECONDS,
+        stale_after: float = STALE_SECONDS,
     ) -> None:
-        self.study, self.fixed, self.limit, self.stale = study, fixed, limit, stale
+        self.study, self.fixed_params = study, fixed_params
+        self.limit, self.stale_after = limit, stale_after
         self.storage = study._storage
-        self.taken = False  # whether the trial that runs in this process was given to another worker: see `alive`
-        self._seen: dict[
-            int, tuple[Any, float]
-        ] = {}  # running trial's number -> (its heartbeat, when this was first seen)
+        self.trial_taken = False
+        self._beats: dict[int, tuple[Any, float]] = {}  # trial -> (heartbeat, when it last moved)
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
-        """All trials of points by number, but for duplicates."""
-        trials = self.study.get_trials(deepcopy=False)
+        """Return the trials of all points by number, without duplicates."""
         return [
             t
-            for t in trials
+            for t in self.study.get_trials(deepcopy=False)
             if "point" in t.user_attrs and t.user_attrs.get("cause") != "duplicate"
         ]
 
-    def latest(self) -> dict[int, "optuna.trial.FrozenTrial"]:
-        """Point -> its last attempt."""
-        last: dict[int, optuna.trial.FrozenTrial] = {}
-        for t in self.trials():
-            point = t.user_attrs["point"]
-            if point not in last or t.user_attrs["attempt"] > last[point].user_attrs["attempt"]:
-                last[point] = t
-        return last
+    def attempts(self) -> dict[int, list["optuna.trial.FrozenTrial"]]:
+        """Return the attempts at each point, first to last."""
+        found: dict[int, list[optuna.trial.FrozenTrial]] = {}
+        for trial in self.trials():
+            found.setdefault(trial.user_attrs["point"], []).append(trial)
+        for attempts in found.values():
+            attempts.sort(key=lambda t: (t.user_attrs["attempt"], -t.number))
+        return found
 
-    def tend(self) -> None:
-        """Fail the trials whose workers are dead, and enqueue every point that waits for its first or its next attempt."""
+    def last_attempts(self) -> dict[int, "optuna.trial.FrozenTrial"]:
+        """Return the last attempt at each point."""
+        return {point: attempts[-1] for point, attempts in self.attempts().items()}
+
+    def refresh(self) -> None:
+        """Fail the trials of dead workers and enqueue each point that needs an attempt."""
         from optuna.exceptions import StorageInternalError
         from optuna.trial import TrialState
 
         try:
             trials = self.trials()
         except StorageInternalError:
-            self._seen.clear()  # who couldn't look has seen nobody silent
+            self._beats.clear()  # workers could not write heartbeats either
             raise
         running = {t.number: t for t in trials if t.state == TrialState.RUNNING}
         now = time.monotonic()
-        self._seen = {number: seen for number, seen in self._seen.items() if number in running}
+        self._beats = {number: beat for number, beat in self._beats.items() if number in running}
         for number, trial in running.items():
-            beat = trial.user_attrs.get("heartbeat")
-            if number not in self._seen or self._seen[number][0] != beat:
-                self._seen[number] = (beat, now)
-            elif now - self._seen[number][1] > self.stale:
-                self.fail(trial, "lost", f"its worker gave no sign of life for {self.stale:.0f} s")
+            count = trial.user_attrs.get("heartbeat")
+            if number not in self._beats or self._beats[number][0] != count:
+                self._beats[number] = (count, now)
+            elif now - self._beats[number][1] > self.stale_after:
+                reason = f"worker heartbeat timed out after {self.stale_after:.0f} s"
+                self.fail(trial, "lost", reason)
         self._enqueue()
 
     def claim(self, worker: str) -> "optuna.trial.FrozenTrial | None":
-        """Take the waiting trial of the lowest point; None where nothing waits. No other worker can get the same one."""
+        """Take the waiting trial of the lowest point, for one worker only; None if none waits."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -94,14 +109,11 @@ class TrialQueue:
         first: dict[tuple[int, int], int] = {}
         for t in trials:
             first.setdefault((t.user_attrs["point"], t.user_attrs["attempt"]), t.number)
-        for t in sorted(
-            trials, key=lambda t: t.user_attrs["point"]
-        ):  # a retry before what has not begun
-            if t.state != TrialState.WAITING or (
-                self.limit is not None and t.user_attrs["point"] >= self.limit
-            ):
+        for t in sorted(trials, key=lambda t: t.user_attrs["point"]):  # retries before new points
+            point, attempt = t.user_attrs["point"], t.user_attrs["attempt"]
+            if t.state != TrialState.WAITING or (self.limit is not None and point >= self.limit):
                 continue
-            if first.get((t.user_attrs["point"], t.user_attrs["attempt"])) != t.number:
+            if first[point, attempt] != t.number:
                 self.fail(t, "duplicate", "another trial has the same point")
                 continue
             with contextlib.suppress(UpdateFinishedTrialError):
@@ -111,71 +123,72 @@ class TrialQueue:
         return None
 
     def fail(self, trial: "optuna.trial.FrozenTrial", cause: str, reason: str) -> None:
-        """End an unfinished trial as failed. Does nothing where it ended otherwise in the meantime."""
+        """Fail an unfinished trial. Does nothing if it has finished in the meantime."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         with contextlib.suppress(UpdateFinishedTrialError):
-            # the attributes first: a finished trial takes none, and one that isn't FAILED in the end is not judged by them
+            # Attributes first: a finished trial takes none, and they are read only of failed ones.
             self.storage.set_trial_user_attr(trial._trial_id, "cause", cause)
             self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)
             self.storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
 
     def fail_worker(self, worker: str, cause: str, reason: str) -> int:
-        """Fail what a worker was running when it ended. Returns the number of such trials."""
+        """Fail the running trials of an exited worker. Returns their number."""
         from optuna.trial import TrialState
 
-        left = [
+        running = [
             t
             for t in self.trials()
             if t.state == TrialState.RUNNING and t.user_attrs.get("worker") == worker
         ]
-        for trial in left:
+        for trial in running:
             self.fail(trial, cause, reason)
-        return len(left)
+        return len(running)
 
-    def to_retry(self, trial: "optuna.trial.FrozenTrial") -> bool:
-        """Whether a trial ended without a result, through no fault of its parameters as far as one can tell."""
+    def will_retry(self, trial: "optuna.trial.FrozenTrial") -> bool:
+        """Return True if a trial failed for a reason outside its parameters, as far as is known."""
         from optuna.trial import TrialState
 
-        if trial.state != TrialState.FAIL or trial.user_attrs.get("cause") not in RETRIED:
+        if trial.state != TrialState.FAIL or trial.user_attrs.get("cause") not in RETRIED_CAUSES:
             return False
-        return trial.user_attrs.get("lost", 0) + (trial.user_attrs["cause"] == "lost") < MAX_LOST
+        return _lost_attempts(trial) < MAX_LOST
 
-    def settled(self) -> bool:
-        """Whether every point has its result (a value, pruned, or failed for good)."""
+    def finished(self) -> bool:
+        """Return True once every point is complete, pruned or failed for good."""
         if self.limit is None:
             return False
-        last = self.latest()
-        return all(
-            point in last and last[point].state.is_finished() and not self.to_retry(last[point])
+        last = self.last_attempts()
+        return len(last) >= self.limit and all(
+            point in last and last[point].state.is_finished() and not self.will_retry(last[point])
             for point in range(self.limit)
         )
 
     def _enqueue(self) -> None:
-        """Add waiting trials for what is missing."""
+        """Add waiting trials for retries and for points without a trial."""
         from optuna.trial import TrialState
 
-        last = self.latest()
+        last = self.last_attempts()
         waiting = sum(t.state == TrialState.WAITING for t in last.values())
         following = max(last, default=-1) + 1
-        retries = [point for point, trial in last.items() if self.to_retry(trial)]
+        retries = [point for point, trial in last.items() if self.will_retry(trial)]
         missing = [point for point in range(following) if point not in last]
         new = range(following, self.limit if self.limit is not None else following + 1)
-        for point in [*retries, *missing, *new][
-            : max(0, (AHEAD if self.limit is not None else 1) - waiting)
-        ]:
-            before = last.get(point)
+        room = max(0, (MAX_WAITING if self.limit is not None else 1) - waiting)
+        for point in itertools.islice(itertools.chain(retries, missing, new), room):
+            earlier = last.get(point)
             attrs: dict[str, Any] = {"point": point, "attempt": 0}
-            params = self.fixed(point)
-            if before is not None:
-                params = (
-                    before.params or params
-                )  # what the sampler drew for the first attempt holds for the next
-                lost = before.user_attrs.get("lost", 0) + (before.user_attrs["cause"] == "lost")
+            params = self.fixed_params(point)
+            if earlier is not None:
+                params = earlier.params or params  # a retry has the sampler's first draw
                 attrs |= {
-                    "attempt": before.user_attrs["attempt"] + 1,
-                    "lost": lost,
-                    "retry_of": before.number,
+                    "attempt": earlier.user_attrs["attempt"] + 1,
+                    "lost": _lost_attempts(earlier),
+                    "retry_of": earlier.number,
                 }
             self.study.enqueue_trial(params, user_attrs=attrs)
+
+
+def _lost_attempts(trial: "optuna.trial.FrozenTrial") -> int:
+    """Number of workers that a point has lost in a row, `trial` included."""
+    return int(trial.user_attrs.get("lost", 0)) + (trial.user_attrs["cause"] == "lost")

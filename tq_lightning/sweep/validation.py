@@ -1,39 +1,47 @@
-"""What can be known to be wrong before any training starts: each arm goes through the real command-line parser."""
+"""Check a sweep before any training starts: every arm passes the real command-line parser."""
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tq_lightning.errors import UserError
 from tq_lightning.records import STORAGE_BYTES
-from tq_lightning.sweep import config as space
-from tq_lightning.sweep import search_space as twins
+from tq_lightning.sweep.config import Sweep, argument
 from tq_lightning.sweep.parameters import rounded
+from tq_lightning.sweep.search_space import arguments
+
+MAX_CHECKED = 1000  # arms; a check takes some milliseconds
 
 
-def check_arms(sweep: space.Sweep, metrics: list[str]) -> None:
-    """Parse every value of every searched key as `fit` would, and look for `metrics` among what such a run logs.
+def check_arms(sweep: Sweep, metrics: list[str]) -> None:
+    """Check every value of every searched key as `fit` would, and that `metrics` are logged.
 
-    Each arm's LightningModule and data module are made, and its quantizers put on a toy network, so that a misspelt value is
-    found too; no data is read and no model built. Raises UserError with the arm in front.
+    For each arm the LightningModule and the data module are constructed, and a toy network is
+    prepared with its quantizers, so that misspelled values are found too. No data is read and
+    no model is built.
+
+    Raises:
+        UserError: the first error, with the arguments of its arm.
     """
     parse = fit_parser()
-    for values in every_value(sweep):
-        arm = " ".join(space.argument(key, value) for key, value in values.items())
+    for values in itertools.islice(every_value(sweep), MAX_CHECKED):
+        arm = " ".join(argument(key, value) for key, value in values.items())
         try:
-            logged = logged_metrics(parse(twins.arguments(sweep, values)))
+            logged = logged_metrics(parse(arguments(sweep, values)))
         except (ValueError, TypeError) as error:
             raise UserError(f"{sweep.path}: {arm}: {' '.join(str(error).split())}") from None
         for name in metrics:
             if name not in logged:
                 raise UserError(
-                    f"{sweep.path}: metric {name!r} is never logged with {arm}; pass one of {_in_words(logged)}"
+                    f"{sweep.path}: metric {name!r} is never logged with {arm}; "
+                    f"pass one of {_compact(logged)}"
                 )
 
 
-def every_value(sweep: space.Sweep) -> Iterator[dict[str, Any]]:
-    """As few points as hold every value of every choice and both ends of every range."""
+def every_value(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Yield as few points as contain every choice and both ends of every range."""
     axes = {
         key: parameter.values
         or (rounded(parameter.low, parameter), rounded(parameter.high, parameter))
@@ -45,7 +53,10 @@ def every_value(sweep: space.Sweep) -> Iterator[dict[str, Any]]:
 
 @functools.cache
 def fit_parser() -> Callable[[list[str]], Any]:
-    """The parser of `fit`: arguments -> its configuration. It raises UserError for arguments that `fit` would refuse."""
+    """Return a function that parses arguments of `fit` into its configuration.
+
+    The function raises UserError for arguments that `fit` would refuse.
+    """
     from jsonargparse import ArgumentError
 
     from tq_lightning.data.datamodule import TQDataModule
@@ -54,7 +65,7 @@ def fit_parser() -> Callable[[list[str]], Any]:
     from tq_lightning.training.module import TQModule
 
     class ParserOnly(TQCLI):
-        """The command line up to the point where it would read its arguments."""
+        """The command line up to the point where it would parse its arguments."""
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             raise _BuiltError(parser)
@@ -69,22 +80,24 @@ def fit_parser() -> Callable[[list[str]], Any]:
     except _BuiltError as built:
         parser = built.args[0]
 
-    def parse(arguments: list[str]) -> Any:
+    def parse(argv: list[str]) -> Any:
         try:
-            return parser.parse_args(["fit", *arguments])["fit"]
+            return parser.parse_args(["fit", *argv])["fit"]
         except ArgumentError as error:
-            hint = (
-                "; it is looked for from the folder that the sweep is run in"
-                if "does not exist" in str(error)
-                else ""
-            )
+            hint = ""
+            if "does not exist" in str(error):
+                hint = "; paths are relative to the folder where the sweep is started"
             raise UserError(one_line(error) + hint) from None
 
     return parse
 
 
 def logged_metrics(config: Any) -> list[str]:
-    """The names that a run can be judged by. Raises ValueError for a value that `fit` would refuse later."""
+    """Return the metrics that a run with this configuration logs.
+
+    Raises:
+        ValueError: a value that `fit` would refuse after parsing.
+    """
     import timm
     import torch
 
@@ -98,15 +111,12 @@ def logged_metrics(config: Any) -> list[str]:
     TQDataModule(**config["data"])
     given: Any = module.hparams
     if ":" not in given.name and not timm.is_model(given.name):
-        create_model(given.name)  # raises the error that says which names are near
+        create_model(given.name)  # raises the error that suggests similar names
     toy = torch.nn.Sequential(
         *(layer for _ in range(3) for layer in (torch.nn.Linear(2, 2), torch.nn.ReLU()))
     )
-    same = {
-        key: given[key]
-        for key in ("quantizer", "ste", "level", "normalizer", "max_bits", "activations", "norm")
-    }
-    prepare(toy, widths=module.widths, verbose=False, **same)
+    keys = ("quantizer", "ste", "level", "normalizer", "max_bits", "activations", "norm")
+    prepare(toy, widths=module.widths, verbose=False, **{key: given[key] for key in keys})
     widths = range(1, given.max_bits + 1)
     scores = {(bits, "truncate"): 0.0 for bits in (*widths, None)} | {(None, "quantize"): 0.0}
     return [
@@ -117,11 +127,11 @@ def logged_metrics(config: Any) -> list[str]:
 
 
 class _BuiltError(Exception):
-    """Carries the parser out of LightningCLI, which offers no way to build one without running it."""
+    """Carries the parser out of LightningCLI, which can't build one without parsing."""
 
 
-def _in_words(names: list[str]) -> str:
-    """Metric names, the widths of one kind together."""
+def _compact(names: list[str]) -> str:
+    """List metric names, with the widths of one kind in braces."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         stem, width = re.fullmatch(r"(.*?)(?:_w(\d))?", name).groups()  # type: ignore[union-attr]

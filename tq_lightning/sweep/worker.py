@@ -1,197 +1,269 @@
-"""A worker: takes one trial after another from the study and runs them in this process, which has paid for its imports."""
+"""A worker: run one trial of the queue after another in one process, which imports torch once.
+
+The launcher starts it as `python -m tq_lightning.sweep.worker JSON`. `sweep --workers 0` runs it
+in the command's own process.
+"""
 
 import contextlib
+import json
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.records import mark_superseded
-from tq_lightning.sweep import search_space as twins
-from tq_lightning.sweep.config import Sweep
-from tq_lightning.sweep.heartbeat import alive
+from tq_lightning.sweep.config import Sweep, read_sweep, with_extra
+from tq_lightning.sweep.heartbeat import heartbeat
 from tq_lightning.sweep.progress import describe
-from tq_lightning.sweep.storage import StorageOutage
-from tq_lightning.sweep.trial import Fit, TrialResult, go_on, new_home, run_trial
-from tq_lightning.sweep.trial_queue import RETRIED, TrialQueue
+from tq_lightning.sweep.resume import EarlierRun, attempt_folder, copy_earlier_run
+from tq_lightning.sweep.search_space import arguments, pruner, sampler, suggest
+from tq_lightning.sweep.storage import StorageOutage, retry_during_outage
+from tq_lightning.sweep.study import Options, make_trial_queue, open_study
+from tq_lightning.sweep.trial import Fit, TrialResult, read_result, run_trial
+from tq_lightning.sweep.trial_queue import RETRIED_CAUSES, TrialQueue
 
 if TYPE_CHECKING:
     import optuna
 
-POLL_SECONDS = 1.0  # between two looks at a study in which nothing waits
-DONE, INTERRUPTED, REPLACE = (
-    0,
-    130,
-    75,
-)  # exit statuses of a worker; the last one: CUDA is broken in it, start another
+POLL_SECONDS = 1.0  # between two looks at a queue in which nothing waits
+STOPPED = (signal.SIGINT, signal.SIGTERM)
+DONE = 0  # exit status: every point has its result, or the time is over
+REPLACE = 75  # exit status: CUDA is broken in this process; start another one
 
 
-def work(
-    queue: TrialQueue,
-    sweep: Sweep,
-    metrics: list[str],
-    folder: Path,
-    name: str,
-    fit: Fit,
-    *,
-    deadline: float | None = None,
-    parent: int | None = None,
-) -> int:
-    """Run trials until the sweep is settled, or until `deadline` (time.time()) has passed, after which none is started.
+class Worker:
+    """Runs the trials of a queue in this process.
 
-    parent: the process that tends the ledger; None where nobody else does, as with --workers 0. Returns DONE, INTERRUPTED or
-    REPLACE.
+    Args:
+        queue: the trial queue of the study.
+        sweep: the sweep file.
+        metrics: names of the objectives.
+        folder: the sweep's folder; each trial gets a folder below `trials`.
+        fit: runs one trial.
+        name: identifies the worker in the study.
+        deadline: `time.time()` after which no trial is started.
+        parent: the launcher's process, which refreshes the queue; None if this process does.
     """
-    os.environ.update(sweep.environment)
-    stopped = False
 
-    def interrupt(*_: Any) -> None:
-        nonlocal stopped
-        stopped = stopped or not queue.taken
+    def __init__(
+        self,
+        queue: TrialQueue,
+        sweep: Sweep,
+        metrics: list[str],
+        folder: Path,
+        fit: Fit,
+        *,
+        name: str = "inline",
+        deadline: float | None = None,
+        parent: int | None = None,
+    ) -> None:
+        self.queue, self.sweep, self.metrics = queue, sweep, metrics
+        self.folder, self.fit, self.name = folder, fit, name
+        self.deadline, self.parent = deadline, parent
+        self.stopped_by: int | None = None  # number of the signal that stops this worker
+
+    def run(self) -> int:
+        """Run trials until the queue is finished. Returns DONE, REPLACE or 128 plus a signal."""
+        os.environ.update(self.sweep.environment)
+        before = {number: signal.signal(number, self._interrupt) for number in STOPPED}
+        outage = StorageOutage()
+        try:
+            while self.deadline is None or time.time() < self.deadline:
+                if self.parent is not None and os.getppid() != self.parent:
+                    return 128 + signal.SIGTERM
+                claimed, finished = None, False
+                with outage:
+                    if self.parent is None:
+                        self.queue.refresh()
+                    claimed = self.queue.claim(self.name)
+                    finished = claimed is None and self.queue.finished()
+                if finished:
+                    return DONE
+                if claimed is None:
+                    time.sleep(POLL_SECONDS)
+                    continue
+                result = self.run_claimed(claimed)
+                if self.stopped_by is not None:
+                    return 128 + self.stopped_by
+                if result is not None and result.cuda_is_broken:
+                    reason = f"CUDA no longer works in this process: {result.reason}"
+                    print(reason, flush=True)
+                    return REPLACE
+                if self.parent is None:  # else the launcher shows the progress
+                    with outage:
+                        print(describe(self.queue, self.deadline), flush=True)
+                for number in STOPPED:  # fit has installed Lightning's handlers
+                    signal.signal(number, self._interrupt)
+            return DONE
+        except KeyboardInterrupt:
+            return 128 + (self.stopped_by or signal.SIGINT)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run_claimed(self, claimed: "optuna.trial.FrozenTrial") -> TrialResult | None:
+        """Run one trial that this worker claimed and store its result.
+
+        Returns:
+            The result; None if the trial was given to another worker before it began.
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
+            with heartbeat(self.queue, claimed, self.parent):
+                result = self._run(claimed)
+        except KeyboardInterrupt:  # outside of fit
+            result = TrialResult("interrupted", reason="stopped by the user")
+        except UpdateFinishedTrialError:
+            return None
+        if result.signum is not None:  # fit handled the signal that was sent to this process
+            self.stopped_by = self.stopped_by or result.signum
+        if self.stopped_by is not None and result.state == "failed":
+            # a fit may end in any way when it is stopped; its parameters are not the reason
+            result = TrialResult("interrupted", reason="stopped by the user", record=result.record)
+        elif self.stopped_by is None and result.state == "interrupted":
+            # by a signal to fit alone, or by another rank that died
+            result = TrialResult(
+                "lost", reason="fit was stopped from outside", record=result.record
+            )
+        retry_during_outage(lambda: self._store(claimed, result))
+        return result
+
+    def _interrupt(self, number: int, _: Any) -> None:
+        if not self.queue.trial_taken:  # else the heartbeat interrupts one trial, not the worker
+            self.stopped_by = self.stopped_by or number
         raise KeyboardInterrupt
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    away = StorageOutage()
-    try:
-        while deadline is None or time.time() < deadline:
-            if parent is not None and os.getppid() != parent:
-                return INTERRUPTED
-            claimed, settled = None, False
-            with away:
-                if parent is None:
-                    queue.tend()
-                claimed = queue.claim(name)
-                settled = claimed is None and queue.settled()
-            if claimed is None:
-                if settled:
-                    return DONE
-                time.sleep(POLL_SECONDS)
-                continue
-            ending = run_claimed(
-                queue, claimed, sweep, metrics, folder, fit, parent, lambda: stopped
-            )
-            if stopped:
-                return INTERRUPTED
-            if ending is not None and ending.broken:
-                print(
-                    f"CUDA fails in this process from now on, so it ends: {ending.reason}",
-                    flush=True,
-                )
-                return REPLACE
-            if parent is None:  # else the parent shows it
-                with away:
-                    print(describe(queue, deadline), flush=True)
-            for number in (
-                before
-            ):  # Lightning puts its own in their place; the next trial must be stoppable too
-                signal.signal(number, interrupt)
-        return DONE
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_claimed(
-    queue: TrialQueue,
-    claimed: "optuna.trial.FrozenTrial",
-    sweep: Sweep,
-    metrics: list[str],
-    folder: Path,
-    fit: Fit,
-    parent: int | None,
-    stopped: Any,
-) -> TrialResult | None:
-    """Run one trial that is ours, write down how it ended and return that; None where it was another's before it began."""
-    import optuna
-    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-
-    study, point = queue.study, claimed.user_attrs["point"]
-    study.sampler, study.pruner = twins.sampler(sweep, point), twins.pruner(sweep, len(metrics))
-    home = new_home(folder / "trials", claimed)
-
-    def report(step: int, value: float) -> bool:
-        with contextlib.suppress(
-            StorageInternalError
-        ):  # away for a moment: hours of training are worth more than one report
-            try:
-                trial.report(value, step)
-                return trial.should_prune()
-            except UpdateFinishedTrialError:
-                return True  # it is another worker's now
-        return False
-
-    try:
-        with alive(queue, claimed, parent):
-            trial = optuna.trial.Trial(study, claimed._trial_id)
-            values = twins.suggest(sweep, trial)
-            argv = twins.arguments(sweep, values)
-            trial.set_user_attr("run_dir", str(home))
-            trial.set_user_attr("arguments", argv)
-            before = go_on(study, claimed, home)
-            if before is not None:
-                trial.set_user_attr("resumed_step", before[1])
-                if before[1] > study.trials[claimed.user_attrs["retry_of"]].user_attrs.get(
-                    "resumed_step", 0
-                ):
-                    trial.set_user_attr(
-                        "lost", 0
-                    )  # the last attempt got further: this is no trial that kills each worker
-            prunes = sweep.early_terminate is not None and len(metrics) == 1
-            ending = run_trial(
-                fit, argv, home, metrics, report if prunes else None, before and before[0]
-            )
-    except KeyboardInterrupt:  # between the lines above
-        ending = TrialResult("interrupted", reason="stopped by the user")
-    except UpdateFinishedTrialError:
-        return None  # taken for dead before it began: it is another worker's now
-    if (
-        stopped() and ending.state == "failed"
-    ):  # whatever Ctrl-C made of the fit, the parameters are not to blame
-        ending = TrialResult("interrupted", reason="stopped by the user", record=ending.record)
-    elif not stopped() and ending.state == "interrupted":
-        # a signal from outside, or another rank that died: try it again, a few times
-        ending = TrialResult(
-            "lost", reason="its fit was stopped from outside", record=ending.record
+    def _run(self, claimed: "optuna.trial.FrozenTrial") -> TrialResult:
+        """Run a claimed trial, or take the result of an earlier attempt that was never stored."""
+        folder = attempt_folder(self.folder / "trials", claimed)
+        trial, argv = retry_during_outage(lambda: self._prepare(claimed, folder))
+        earlier = retry_during_outage(lambda: copy_earlier_run(self.queue.study, claimed, folder))
+        if earlier is not None and earlier.record is not None:
+            values = earlier.trial.intermediate_values
+            for step, value in values.items():
+                retry_during_outage(lambda s=step, v=value: trial.report(v, s))  # type: ignore[misc]
+            pruned = earlier.trial.user_attrs.get("pruned") == max(values, default=0) > 0
+            return read_result(earlier.record, self.metrics, pruned)
+        if earlier is not None:
+            retry_during_outage(lambda: self._note_resume(trial, earlier))
+        prunes = self.sweep.early_terminate is not None and len(self.metrics) == 1
+        return run_trial(
+            self.fit,
+            argv,
+            folder,
+            self.metrics,
+            _reporter(trial) if prunes else None,
+            earlier.checkpoint if earlier is not None else None,
         )
-    _write(queue, claimed, ending)
-    return ending
 
+    def _prepare(
+        self, claimed: "optuna.trial.FrozenTrial", folder: Path
+    ) -> tuple["optuna.trial.Trial", list[str]]:
+        """Draw the parameters. Returns the trial and the arguments of `fit`."""
+        import optuna
 
-def _write(queue: TrialQueue, claimed: "optuna.trial.FrozenTrial", ending: TrialResult) -> None:
-    """Put a trial's end into the study; a database that is away is tried again for a minute, since hours may hang on it."""
-    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-    from optuna.trial import TrialState
+        study, point = self.queue.study, claimed.user_attrs["point"]
+        study.sampler = sampler(self.sweep, point)
+        study.pruner = pruner(self.sweep, len(self.metrics))
+        trial = optuna.trial.Trial(study, claimed._trial_id)
+        argv = arguments(self.sweep, suggest(self.sweep, trial))
+        trial.set_user_attr("run_dir", str(folder))
+        trial.set_user_attr("arguments", argv)
+        return trial, argv
 
-    for attempt in range(7):
+    def _note_resume(self, trial: "optuna.trial.Trial", earlier: EarlierRun) -> None:
+        trial.set_user_attr("resumed_step", earlier.step)
+        last = self.queue.study.trials[trial.user_attrs["retry_of"]]
+        if earlier.step > last.user_attrs.get("resumed_step", 0):
+            trial.set_user_attr("lost", 0)  # the trial makes progress: it doesn't kill each worker
+
+    def _store(self, claimed: "optuna.trial.FrozenTrial", result: TrialResult) -> None:
+        """Write the result of a trial into the study."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        queue = self.queue
         try:
-            if ending.record is not None:
-                queue.storage.set_trial_user_attr(claimed._trial_id, "record", ending.record)
-            if ending.state == "complete":
-                queue.study.tell(claimed.number, list(ending.values), skip_if_finished=True)
-            elif ending.state == "pruned":
+            if result.record is not None:
+                queue.storage.set_trial_user_attr(claimed._trial_id, "record", result.record)
+            if result.state == "complete":
+                queue.study.tell(claimed.number, list(result.values), skip_if_finished=True)
+            elif result.state == "pruned":
                 queue.study.tell(claimed.number, state=TrialState.PRUNED, skip_if_finished=True)
             else:
-                queue.fail(
-                    claimed, "error" if ending.state == "failed" else ending.state, ending.reason
-                )
-            return
+                cause = "error" if result.state == "failed" else result.state
+                queue.fail(claimed, cause, result.reason)
         except UpdateFinishedTrialError:
             trial = queue.storage.get_trial(claimed._trial_id)
-            if (
-                ending.record is not None
-                and trial.state == TrialState.FAIL
-                and trial.user_attrs.get("cause") in RETRIED
-            ):
-                mark_superseded(
-                    ending.record
-                )  # it was taken for dead and given to another worker, whose result counts
-            return
-        except StorageInternalError:
-            if attempt == 6:
-                raise
-            time.sleep(2**attempt)
+            given_away = trial.user_attrs.get("cause") in RETRIED_CAUSES
+            if result.record is not None and trial.state == TrialState.FAIL and given_away:
+                with contextlib.suppress(UserError):  # an unreadable record counts nowhere
+                    mark_superseded(result.record)  # the result of the other worker counts
+
+
+def load_fit(name: str) -> Fit:
+    """Import the function that runs a trial, given as MODULE:NAME."""
+    module, _, function = name.partition(":")
+    fit: Fit = getattr(import_module(module), function)
+    return fit
+
+
+def run_inline(sweep: Sweep, options: Options) -> int:
+    """Run a sweep in this process. Returns 0, or 128 plus a signal; a broken CUDA is SIGINT."""
+    worker = _make_worker(sweep, options)
+    if options.timeout is not None:
+        worker.deadline = time.time() + options.timeout
+    status = worker.run()
+    return 128 + signal.SIGINT if status == REPLACE else status
+
+
+def main(argv: list[str]) -> int:
+    """Run a worker process. `argv` is one JSON text, which the launcher writes."""
+    given = json.loads(argv[0])
+    options = Options.from_dict(given.pop("options"))
+    try:
+        sweep = with_extra(read_sweep(options.file), list(options.extra))
+        status = _make_worker(sweep, options, **given).run()
+    except (UserError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    sys.stdout.flush()
+    if status == REPLACE:
+        os._exit(status)  # freeing what a broken CUDA context holds may abort the process
+    return status
+
+
+def _make_worker(sweep: Sweep, options: Options, **given: Any) -> Worker:
+    queue = make_trial_queue(sweep, open_study(sweep, options), options)
+    metrics, fit = list(options.objectives), load_fit(options.fit)
+    return Worker(queue, sweep, metrics, options.folder, fit, **given)
+
+
+def _reporter(trial: "optuna.trial.Trial") -> Callable[[int, float], bool]:
+    """Return a function (step, value) -> whether the pruner stops the trial."""
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+
+    def report(step: int, value: float) -> bool:
+        # An outage costs one report, not hours of training.
+        with contextlib.suppress(StorageInternalError):
+            try:
+                trial.report(value, step)
+                prune = trial.should_prune()
+                if prune:  # the record says finished; a retry that finds it needs to know
+                    trial.set_user_attr("pruned", step)
+                return prune
+            except UpdateFinishedTrialError:
+                return True  # the trial was given to another worker
+        return False
+
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

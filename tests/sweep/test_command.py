@@ -6,27 +6,27 @@ import signal
 
 import optuna
 import pytest
-from crew import check_killed_worker, ran, study_of, wait_for
 from optuna.trial import TrialState
+from worker_pool_helpers import check_killed_worker, ran, study_of, wait_for
 
 from tq_lightning.cli import main
 
 
 @pytest.fixture
-def with_outcome(monkeypatch):
-    """The arguments that put the stand-in in fit's place, in this process."""
-    return ["--fit", "stand_in:fit", "--workers", "0"]
+def with_results(replace_fit):
+    """The arguments that run the stand-in for fit in this process."""
+    replace_fit("stand_in:fit")
+    return ["--workers", "0"]
 
 
 @pytest.fixture
-def stand_in(with_outcome, monkeypatch):
-    """The same without tables and plots, which take longer than all else."""
-    monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
-    return with_outcome
+def stand_in(with_results, no_results):
+    """The same without tables and plots."""
+    return with_results
 
 
 def test_a_grid_runs_once_with_its_records_tables_and_plots(
-    write_sweep, tmp_path, with_outcome, monkeypatch, capsys
+    write_sweep, tmp_path, with_results, monkeypatch, capsys
 ):
     path = write_sweep(
         parameters={
@@ -36,7 +36,7 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(
         }
     )
     folder = tmp_path / "out"
-    assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
+    assert main(["sweep", str(path), "--dir", str(folder), *with_results]) == 0
     assert [row[1:] for row in ran(folder)] == [(0.1, 0), (0.2, 0), (0.1, 1), (0.2, 1)]
     best = study_of(folder).best_trial
     (home,) = (folder / "trials").glob("0001-*")
@@ -58,28 +58,28 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(
     }
     assert all(file.stat().st_size > 5000 for file in (folder / "plots").iterdir())
     assert "parameter importances" in capsys.readouterr().out
-    monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
+    monkeypatch.setattr("tq_lightning.sweep.results.write_results", lambda *_: None)
     assert (
-        main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
+        main(["sweep", str(path), "--dir", str(folder), *with_results]) == 0
     )  # the same command again: nothing is left to run
     assert len(ran(folder)) == 4
 
 
-def test_failures_have_their_reasons_and_the_sweep_goes_on(write_sweep, tmp_path, with_outcome):
+def test_failures_have_their_reasons_and_the_sweep_goes_on(write_sweep, tmp_path, with_results):
     ends = ["raise", "exit", "nan", "unlogged", "well"]
     path, folder = write_sweep(parameters={"end": {"values": ends}}), tmp_path / "out"
-    assert main(["sweep", str(path), "--dir", str(folder), *with_outcome]) == 0
+    assert main(["sweep", str(path), "--dir", str(folder), *with_results]) == 0
     # a lack of memory, the first one's, ends no worker: the others ran
     trials = study_of(folder).trials
     assert [t.state for t in trials] == [TrialState.FAIL] * 4 + [TrialState.COMPLETE]
     reasons = [t.user_attrs["reason"] for t in trials[:4]]
     assert reasons[0] == "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"
-    assert reasons[1] == "fit ended with exit status 3"
+    assert reasons[1] == "fit exited with status 3"
     assert reasons[2] == "non-finite: train/loss_w2 is nan in the last epoch"
     assert reasons[3].startswith(
         "val/acc1_truncate_mean was never logged; the record has train/loss_w2"
     )
-    assert "exit status 3" in (folder / "trials.csv").read_text()
+    assert "exited with status 3" in (folder / "trials.csv").read_text()
 
 
 def test_a_sweep_without_any_result_is_an_error(write_sweep, tmp_path, stand_in, capsys):
@@ -112,14 +112,14 @@ def test_a_timeout_starts_no_more_trials(write_sweep, tmp_path, stand_in, capsys
     )
 
 
-def test_several_objectives_give_a_front(write_sweep, tmp_path, with_outcome):
+def test_several_objectives_give_a_front(write_sweep, tmp_path, with_results):
     path, folder = (
         write_sweep(early_terminate={"type": "hyperband", "min_iter": 1}),
         tmp_path / "out",
     )
     wanted = "val/acc1_truncate_mean:max,storage/bytes:min"
     assert (
-        main(["sweep", str(path), "--dir", str(folder), "--objectives", wanted, *with_outcome]) == 0
+        main(["sweep", str(path), "--dir", str(folder), "--objectives", wanted, *with_results]) == 0
     )
     study = study_of(folder)
     assert [t.values for t in study.trials] == [[51, 1010], [52, 1020], [53, 1030]] and len(
@@ -132,18 +132,18 @@ def test_several_objectives_give_a_front(write_sweep, tmp_path, with_outcome):
 BAD = [
     (["--objectives", "a"], "expected NAME:max or NAME:min"),
     (["--objectives", "a:max,a:min"], "each name once"),
-    (["--workers", "-1"], "--workers: expected a number from 0, got -1"),
-    (["--n-trials", "0"], "--n-trials: expected a number from 1"),
-    (["--n-trials", "x"], "invalid int value: 'x'"),
+    (["--workers", "-1"], "--workers: expected an integer >= 0, got -1"),
+    (["--n-trials", "0"], "--n-trials: expected an integer >= 1, got 0"),
+    (["--n-trials", "x"], "expected an integer >= 1, got x"),
     (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
     (
         ["--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"],
-        "the storage postgresql+psycopg://me:***@127.0.0.1:1/x can't be reached",
+        "cannot open the storage postgresql+psycopg://me:***@127.0.0.1:1/x: ",
     ),
     (["--storage", "sqlite:////nowhere/at/all.db"], "unable to open database file"),
-    (["--storage", "nonsense"], "can't be reached"),
-    (["--storage", "sqlite://"], "the storage sqlite:// is no file"),
-    (["--", "--model.lr=1"], "would undo the search"),
+    (["--storage", "nonsense"], "cannot open the storage nonsense: "),
+    (["--storage", "sqlite://"], "sqlite:// is an in-memory database"),
+    (["--", "--model.lr=1"], "--model.lr=1: model.lr is searched in"),
 ]
 
 
@@ -159,7 +159,7 @@ def test_bad_input_is_one_line_and_status_2(write_sweep, tmp_path, stand_in, cap
 def test_a_sweep_without_end_is_refused(write_sweep, tmp_path, stand_in, capsys):
     path = write_sweep(method="random")
     assert main(["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]) == 2
-    assert "no end of its own" in capsys.readouterr().err
+    assert "a random sweep never ends by itself" in capsys.readouterr().err
 
 
 def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_in, capsys):
@@ -188,7 +188,7 @@ def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_
         storage=f"sqlite:///{tmp_path}/out/study.db", study_name="foreign"
     ).add_trial(optuna.create_trial(value=1.0))
     assert main(["sweep", str(other), *command, "--study-name", "foreign"]) == 2
-    assert "not one of a sweep file's" in capsys.readouterr().err
+    assert "was not made from a sweep file" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_loses_nothing(
     out, _ = process.communicate(timeout=240)
     assert (
         process.returncode == 130
-        and "go on with  python -m tq_lightning sweep" in out
+        and "Resume with: python -m tq_lightning sweep" in out
         and "Traceback" not in out
     )
     trials = study_of(folder, "s").trials
@@ -250,7 +250,7 @@ def test_a_killed_command_is_taken_over_by_another_and_leaves_no_process(
     trials = study_of(folder).trials
     assert sorted(t.value for t in trials if t.state == TrialState.COMPLETE) == [51, 52, 53]
     lost = [t for t in trials if t.state == TrialState.FAIL]
-    assert [t.user_attrs["reason"] for t in lost] == ["its worker gave no sign of life for 4 s"]
+    assert [t.user_attrs["reason"] for t in lost] == ["worker heartbeat timed out after 4 s"]
     assert len(ran(folder)) == 4
 
 
@@ -278,7 +278,8 @@ def test_in_this_process_a_broken_cuda_ends_the_command_and_loses_nothing(
     assert main(command) == 130 and len(ran(tmp_path / "out")) == 1
     said = capsys.readouterr().out
     assert (
-        "CUDA fails in this process" in said and "go on with  python -m tq_lightning sweep" in said
+        "CUDA no longer works in this process" in said
+        and "Resume with: python -m tq_lightning sweep" in said
     )
     assert main(command) == 0 and len(ran(tmp_path / "out")) == 3
 
@@ -288,6 +289,6 @@ def test_workers_that_can_not_begin_end_the_command(write_sweep, tmp_path, sweep
     out, _ = process.communicate(timeout=240)
     assert (
         process.returncode == 1
-        and "3 workers ended before their first trial" in out
+        and "3 workers exited before their first trial" in out
         and "has no attribute" in out
     )

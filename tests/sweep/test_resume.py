@@ -10,17 +10,18 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from crew import ran, study_of, wait_for
 from optuna.trial import TrialState, create_trial
+from stand_in import CHECKPOINT
+from worker_pool_helpers import ran, study_of, wait_for
 
 from tq_lightning.cli import main
 from tq_lightning.records import Evaluation, Record, write_record
 from tq_lightning.report.inputs import find
 from tq_lightning.report.runs import read
 from tq_lightning.sweep.config import read_sweep
-from tq_lightning.sweep.trial import go_on, new_home
+from tq_lightning.sweep.resume import attempt_folder, copy_earlier_run
 from tq_lightning.sweep.trial_queue import MAX_LOST, TrialQueue
-from tq_lightning.sweep.worker import run_claimed
+from tq_lightning.sweep.worker import Worker
 
 
 def attempt(number, run_dir=None, **attrs):
@@ -40,7 +41,7 @@ def left_run(home, name, step, when):
     if isinstance(step, str):
         path.write_bytes(b"PK half")
     elif step is not None:
-        torch.save({"global_step": step}, path)
+        torch.save({**CHECKPOINT, "global_step": step}, path)
     if step is not None:
         os.utime(path, (when, when))
 
@@ -50,8 +51,8 @@ def test_a_first_attempt_and_one_whose_files_are_elsewhere_begin(tmp_path):
     study.add_trials([attempt(0, "/elsewhere/trials/0003-abcdef"), attempt(1)])
     first, retry = study.trials
     assert (
-        go_on(study, first, tmp_path / "0003-x") is None
-        and go_on(study, retry, tmp_path / "0003-y") is None
+        copy_earlier_run(study, first, tmp_path / "0003-x") is None
+        and copy_earlier_run(study, retry, tmp_path / "0003-y") is None
     )
     assert not list(tmp_path.iterdir())
 
@@ -75,41 +76,33 @@ def test_the_newest_whole_checkpoint_of_the_latest_attempt_is_gone_on_from_in_a_
             attempt(3),
         ]
     )
-    home = new_home(trials, study.trials[3])
-    assert home.name.startswith("0003-retry3-") and home != new_home(trials, study.trials[3])
-    assert go_on(study, study.trials[3], home) == (home / "r2" / "checkpoints" / "last.ckpt", 3)
+    home = attempt_folder(trials, study.trials[3])
+    assert home.name.startswith("0003-retry3-") and home != attempt_folder(trials, study.trials[3])
+    assert copy_earlier_run(study, study.trials[3], home)[1:] == (
+        None,
+        home / "r2" / "checkpoints" / "last.ckpt",
+        3,
+    )
     assert {path.name for path in (home / "r2").iterdir()} == {
         "checkpoints",
         "metrics.csv",
     }  # W&B's files are not copied
     assert (homes[1] / "r2" / "metrics.csv").is_file() and not list(trials.glob("*.part"))
-    assert "cannot resume from" in capsys.readouterr().err
+    assert "cannot resume " in capsys.readouterr().err
 
 
-def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(write_sweep, tmp_path, monkeypatch):
+def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(
+    write_sweep, tmp_path, replace_fit, no_results
+):
     """Each call is stopped after one epoch, more often than MAX_LOST: an attempt that gets further is no loss."""
-    monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
+    replace_fit("stand_in:fit_epochs")
     epochs = MAX_LOST + 2
     path = write_sweep(
         arguments=[f"--epochs={epochs}", "--stop=1"],
         parameters={"model.lr": {"values": [0.1, 0.2]}},
     )
     folder = tmp_path / "out"
-    assert (
-        main(
-            [
-                "sweep",
-                str(path),
-                "--dir",
-                str(folder),
-                "--workers",
-                "0",
-                "--fit",
-                "stand_in:fit_epochs",
-            ]
-        )
-        == 0
-    )
+    assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0"]) == 0
     assert [row[1:] for row in ran(folder)] == [
         (lr, epoch) for lr in (0.1, 0.2) for epoch in range(epochs)
     ]
@@ -129,27 +122,13 @@ def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(write_sweep, tmp_path
     assert len(taken) == len(set(taken)) == 2
 
 
-def test_a_trial_that_makes_no_headway_is_given_up(write_sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr("tq_lightning.sweep.results.write_outcome", lambda *_: None)
+def test_a_trial_that_makes_no_headway_is_given_up(write_sweep, tmp_path, replace_fit, no_results):
+    replace_fit("stand_in:fit_epochs")
     path = write_sweep(
         arguments=["--epochs=3", "--stop=0"], parameters={"model.lr": {"values": [0.1]}}
     )
     folder = tmp_path / "out"
-    assert (
-        main(
-            [
-                "sweep",
-                str(path),
-                "--dir",
-                str(folder),
-                "--workers",
-                "0",
-                "--fit",
-                "stand_in:fit_epochs",
-            ]
-        )
-        == 1
-    )
+    assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0"]) == 1
     assert len(study_of(folder).trials) == MAX_LOST
 
 
@@ -157,7 +136,7 @@ def test_a_result_that_comes_after_the_trial_was_given_away_is_none(write_sweep,
     sweep = read_sweep(write_sweep(parameters={"model.lr": {"values": [0.1]}}))
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
     queue = TrialQueue(study, lambda _: {"model.lr": 0.1}, limit=1)
-    queue.tend()
+    queue.refresh()
     trial = queue.claim("me")
     record = tmp_path / "trials" / "record.json"
 
@@ -169,13 +148,13 @@ def test_a_result_that_comes_after_the_trial_was_given_away_is_none(write_sweep,
         shutil.copy(home / "record.json", record)
         return {"record": str(home / "record.json")}
 
-    ending = run_claimed(
-        queue, trial, sweep, ["val/acc1_truncate_mean"], tmp_path, fit, None, lambda: False
-    )
-    assert ending.state == "complete" and json.loads(record.read_text())["status"] == "finished"
-    assert json.loads(Path(ending.record).read_text())["status"] == "interrupted"
+    worker = Worker(queue, sweep, ["val/acc1_truncate_mean"], tmp_path, fit)
+    result = worker.run_claimed(trial)
+    assert result.state == "complete" and json.loads(record.read_text())["status"] == "finished"
+    assert json.loads(Path(result.record).read_text())["status"] == "interrupted"
     assert (
-        study.trials[0].state == TrialState.FAIL and queue.latest()[0].user_attrs["cause"] == "lost"
+        study.trials[0].state == TrialState.FAIL
+        and queue.last_attempts()[0].user_attrs["cause"] == "lost"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the tests with worker processes share: a look into the study, who ran what, and the check with a killed worker."""
+"""Helpers of tests with worker processes: the study, the calls of the stand-in, a killed worker."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def ran(folder):
 def wait_for(condition, seconds=240.0):
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.05)
 
 
@@ -51,7 +51,7 @@ def check_killed_worker(write_sweep, tmp_path, sweep_process, url):
         == 12
     )
     failed = [t for t in trials if t.state != TrialState.COMPLETE]
-    assert len(failed) == 1 and failed[0].user_attrs["reason"] == "its worker was killed by SIGKILL"
+    assert len(failed) == 1 and failed[0].user_attrs["reason"] == "worker was killed by SIGKILL"
     calls = [row[1:] for row in ran(folder)]
     assert len(calls) == 13 and calls.count((lr, seed)) == 2 and len(set(calls)) == 12
     assert len({row[0] for row in ran(folder)}) >= 3

@@ -1,0 +1,103 @@
+"""Resume a trial: its attempts' folders, and a copy of the run that an earlier attempt left."""
+
+import contextlib
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tq_lightning.errors import UserError
+from tq_lightning.files import atomic_write
+from tq_lightning.records import NAME, mark_superseded, read_record
+
+if TYPE_CHECKING:
+    import optuna
+
+LAST = "checkpoints/last.ckpt"
+
+
+class EarlierRun(NamedTuple):
+    """A copy of the run that an earlier attempt left.
+
+    Attributes:
+        trial: the earlier attempt.
+        record: record.json of the copy if that run finished, else None.
+        checkpoint: the checkpoint to resume, None if the run finished.
+        step: its global step.
+    """
+
+    trial: "optuna.trial.FrozenTrial"
+    record: Path | None
+    checkpoint: Path | None
+    step: int
+
+
+def attempt_folder(trials: Path, trial: "optuna.trial.FrozenTrial") -> Path:
+    """Return a folder below `trials` for one attempt; no other attempt has it, on any machine."""
+    attempt = trial.user_attrs["attempt"]
+    middle = f"retry{attempt}-" if attempt else ""
+    return trials / f"{trial.user_attrs['point']:04d}-{middle}{secrets.token_hex(3)}"
+
+
+def copy_earlier_run(
+    study: "optuna.Study", trial: "optuna.trial.FrozenTrial", folder: Path
+) -> EarlierRun | None:
+    """Copy the newest run of the earlier attempts at a trial's point into `folder`.
+
+    A finished run, whose worker died before it stored the result, comes first. The copy then holds
+    the result and the originals are marked superseded, so that the trial counts once.
+
+    Returns:
+        The copy; None if there is nothing to resume: no earlier attempt reached a checkpoint, or
+        its folder is on another machine.
+    """
+    from tq_lightning.training.checkpoint import checkpoint_step
+
+    earlier = _earlier_runs(study, trial, folder.parent)
+    originals = [run / NAME for run, _ in earlier if _is_finished(run)]
+    for run, attempt in earlier:
+        step, finished = 0, _is_finished(run)
+        try:
+            with atomic_write(folder) as part:
+                # W&B's files stay behind: a resumed fit opens a W&B run of its own
+                ignored = shutil.ignore_patterns("wandb", "*.tmp", ".lock")
+                shutil.copytree(run, part / run.name, ignore=ignored)
+                if not finished:
+                    step = checkpoint_step(part / run.name / LAST)
+        except UserError as error:
+            print(f"cannot resume {run}: {error}", file=sys.stderr, flush=True)
+            continue
+        for original in originals:
+            with contextlib.suppress(UserError):
+                mark_superseded(original)
+        copy = folder / run.name
+        if finished:
+            return EarlierRun(attempt, copy / NAME, None, step)
+        return EarlierRun(attempt, None, copy / LAST, step)
+    return None
+
+
+def _earlier_runs(
+    study: "optuna.Study", trial: "optuna.trial.FrozenTrial", trials: Path
+) -> list[tuple[Path, "optuna.trial.FrozenTrial"]]:
+    """Return (run, attempt) of the earlier attempts: finished runs, then the latest attempt's."""
+    by_number = {t.number: t for t in study.get_trials(deepcopy=False)}
+    found: list[tuple[Path, optuna.trial.FrozenTrial]] = []
+    while "retry_of" in trial.user_attrs:
+        trial = by_number[trial.user_attrs["retry_of"]]
+        if "run_dir" not in trial.user_attrs:  # its worker died before it began
+            continue
+        folder = trials / Path(trial.user_attrs["run_dir"]).name
+        checkpoints = sorted(folder.glob(f"*/{LAST}"), key=lambda p: p.stat().st_mtime)
+        runs = [path.parents[1] for path in reversed(checkpoints)]
+        finished = [p.parent for p in folder.glob(f"*/{NAME}") if _is_finished(p.parent)]
+        found += [(run, trial) for run in dict.fromkeys([*finished, *runs])]
+    return sorted(found, key=lambda pair: not _is_finished(pair[0]))
+
+
+def _is_finished(run: Path) -> bool:
+    try:
+        return read_record(run / NAME).status == "finished"
+    except UserError:
+        return False
