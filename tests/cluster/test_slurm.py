@@ -154,3 +154,37 @@ def test_tasks_that_do_not_match_are_one_line_each(slurm, tmp_path):
         assert len(lines) == 1 and said in lines[0] and lines[0].startswith("error: "), out
         assert int((tmp_path / f"rc{i}").read_text()) == 2
     assert not (tmp_path / "runs").exists()
+
+
+SWEEP = """
+name: lr
+method: grid
+metric: {name: val/acc1_truncate_mean, goal: maximize}
+parameters:
+  model.lr: {values: [0.1, 0.05, 0.02]}
+"""
+
+
+def test_a_sweep_under_srun_is_requeued_and_loses_nothing(slurm, tmp_path):
+    """Two tasks are two commands that share the study, and not two ranks."""
+    import optuna
+
+    fixed = FIT.split(" fit ")[1].replace(" --ckpt_path auto", "")
+    command = f"{PYTHON} -m tq_lightning sweep lr.yaml --workers 1 --dir sweep -- {fixed}"
+    (tmp_path / "lr.yaml").write_text(SWEEP)
+    job = slurm.sbatch(
+        tmp_path, f"srun {command} --trainer.max_epochs 6", "--ntasks=2", "--nodes=1"
+    )
+    end = time.monotonic() + 200
+    while not list(tmp_path.glob("sweep/trials/*/*/checkpoints/last.ckpt")):
+        assert time.monotonic() < end, logs(tmp_path)
+        time.sleep(0.2)
+    slurm.call("scancel", "--signal=USR1", job)
+    shown = slurm.wait(job)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), logs(tmp_path)
+    study = optuna.load_study(study_name="lr", storage=f"sqlite:///{tmp_path}/sweep/study.db")
+    states = [trial.state.name for trial in study.trials]
+    assert states.count("COMPLETE") == 3
+    causes = {t.user_attrs["cause"] for t in study.trials if t.state.name == "FAIL"}
+    assert causes == {"interrupted"}
+    assert any("resumed_step" in t.user_attrs for t in study.trials if t.state.name == "COMPLETE")

@@ -47,7 +47,9 @@ class WatchPeers(L.Callback):
         if self._rank == 0:
             server = socket.create_server(("", 0), backlog=self._size)
         place = (server.getsockname()[1], secrets.token_bytes(16)) if server else None
-        port, token = trainer.strategy.broadcast(place)
+        agreed = trainer.strategy.broadcast(place)
+        assert agreed is not None  # the first rank has made it
+        port, token = agreed
         with contextlib.suppress(OSError):  # no way between the hosts: the run is not watched
             if server is not None:
                 self._accept(server, token)
