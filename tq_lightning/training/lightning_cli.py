@@ -340,6 +340,8 @@ def _quiet() -> None:
         ".*args parameter is intended to run from within Python.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*LeafSpec.*",
+        ".*sync_dist=True.*",
+        ".*nn.functional.all_gather is deprecated.*",
         ".*overrides the configure_model callback.*",
         ".*The number of training batches.*",
         ".*when using `ckpt_path`, callbacks used to create the checkpoint.*",
