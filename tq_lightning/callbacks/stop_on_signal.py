@@ -33,9 +33,7 @@ class SignalFlag:
         if threading.current_thread() is not threading.main_thread():
             return self  # handlers belong to the main thread
         for signum in (signal.SIGTERM, getattr(signal, "SIGUSR1", None)):
-            if signum is None:  # Windows
-                continue
-            if signum == signal.SIGTERM or signal.getsignal(signum) == signal.SIG_DFL:
+            if signum is not None:  # Windows has no SIGUSR1
                 self._before[signum] = signal.signal(signum, self._receive)
         return self
 

@@ -111,6 +111,7 @@ def _run(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     _end_on_sigterm()
     os.environ["MPLBACKEND"] = "Agg"  # figures are files; a notebook's backend may be missing here
+    status: int
     try:
         if verb in LIGHTNING_VERBS:
             from tq_lightning.training.lightning_cli import run
@@ -121,7 +122,10 @@ def _run(argv: list[str]) -> int:
             known = [*LIGHTNING_VERBS, *VERBS]
             hint = did_you_mean(verb, known)
             raise UserError(f"unknown verb {verb!r}; pass one of {', '.join(known)}{hint}")
-        return import_module(VERBS[verb][0]).main(rest)
+        status = import_module(VERBS[verb][0]).main(rest)
+        if status == 128 + getattr(signal, "SIGUSR1", 0):  # a sweep in a SLURM job
+            _requeue()
+        return status
     except UserError as error:
         if str(error):  # another rank says it
             print(f"error: {error}", file=sys.stderr)

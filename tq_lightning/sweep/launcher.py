@@ -17,7 +17,7 @@ from tq_lightning.sweep.progress import Progress
 from tq_lightning.sweep.storage import StorageOutage
 from tq_lightning.sweep.study import Options, make_trial_queue, open_study
 from tq_lightning.sweep.trial_queue import TrialQueue
-from tq_lightning.sweep.worker import DONE, REPLACE, STOPPED
+from tq_lightning.sweep.worker import DONE, REPLACE, STOPPED, without_launcher
 
 CHECK_SECONDS = 1.0  # between two looks at the workers and the queue
 STOP_SECONDS = 120.0  # for the workers to end their trials after Ctrl-C
@@ -64,7 +64,7 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
                 progress.show()
         return 0
     except KeyboardInterrupt:
-        pool.stop()
+        pool.stop(signal.SIGINT if stopped_by[0] == signal.SIGINT else signal.SIGTERM)
         return 128 + stopped_by[0]
     finally:
         pool.kill(queue)
@@ -104,7 +104,7 @@ class WorkerPool:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | _slot_environment(slot, self.options.workers),
+                env=without_launcher(os.environ) | _slot_environment(slot, self.options.workers),
                 start_new_session=True,
                 preexec_fn=_default_sigint,
             )
@@ -142,11 +142,14 @@ class WorkerPool:
                 )
             self.start(self.slots[name])
 
-    def stop(self) -> None:
-        """Let every worker end its trial; a second Ctrl-C or STOP_SECONDS end the waiting."""
+    def stop(self, number: int) -> None:
+        """Send every worker a signal and wait until it has ended its trial.
+
+        SIGTERM lets `fit` write a checkpoint first. A second signal or STOP_SECONDS end the wait.
+        """
         for process in self.running.values():
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
         until = time.monotonic() + STOP_SECONDS
         with contextlib.suppress(KeyboardInterrupt):
             while (

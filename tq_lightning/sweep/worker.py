@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     import optuna
 
 POLL_SECONDS = 1.0  # between two looks at a queue in which nothing waits
-STOPPED = (signal.SIGINT, signal.SIGTERM)
+# signals that stop a sweep; SIGUSR1 is a scheduler's warning, and Windows does not have it
+STOPPED = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
 DONE = 0  # exit status: every point has its result, or the time is over
 REPLACE = 75  # exit status: CUDA is broken in this process; start another one
 
@@ -214,8 +217,23 @@ def load_fit(name: str) -> Fit:
     return fit
 
 
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables without those of `srun`: a worker is a run of its own, not a rank."""
+    return {key: value for key, value in environment.items() if not key.startswith("SLURM_")}
+
+
 def run_inline(sweep: Sweep, options: Options) -> int:
     """Run a sweep in this process. Returns 0, or 128 plus a signal; a broken CUDA is SIGINT."""
+    job = dict(os.environ)
+    try:
+        for key in job.keys() - without_launcher(job).keys():
+            del os.environ[key]
+        return _run_inline(sweep, options)
+    finally:
+        os.environ.update(job)
+
+
+def _run_inline(sweep: Sweep, options: Options) -> int:
     worker = _make_worker(sweep, options)
     if options.timeout is not None:
         worker.deadline = time.time() + options.timeout
