@@ -8,7 +8,7 @@ from optuna.exceptions import StorageInternalError
 from tq_lightning.sweep import launcher
 from tq_lightning.sweep.launcher import WorkerPool
 from tq_lightning.sweep.study import Options
-from tq_lightning.sweep.worker import DONE, REPLACE
+from tq_lightning.sweep.worker import DONE, REPLACE, without_launcher
 
 
 @pytest.fixture
@@ -74,3 +74,8 @@ def test_a_worker_that_is_done_is_not_replaced(pool):
         process.poll = lambda: DONE
     pool.replace_exited(Queue())
     assert not pool.running and pool.shares == [0, 1]
+
+
+def test_the_workers_of_a_job_step_are_no_ranks_of_it():
+    kept = {"CUDA_VISIBLE_DEVICES": "1", "PATH": "/bin"}
+    assert without_launcher(kept | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}) == kept

@@ -111,7 +111,6 @@ def _run(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     _end_on_sigterm()
     os.environ["MPLBACKEND"] = "Agg"  # figures are files; a notebook's backend may be missing here
-    status: int
     try:
         if verb in LIGHTNING_VERBS:
             from tq_lightning.training.lightning_cli import run
