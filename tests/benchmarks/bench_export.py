@@ -1,10 +1,12 @@
-"""Speed and memory of packed files: planes, switching, cold loads, memory held, latency of one image. Ratios in one run.
+"""Speed and memory of packed files: planes, width switches, cold loads, latency of one image.
 
-    python tests/benchmarks/bench_export.py [--out export.csv] [--model resnet50] [--vit vit_tiny_patch16_224] [--no-onnx]
+    python tests/benchmarks/bench_export.py [--out export.csv] [--model resnet50] \\
+        [--vit vit_tiny_patch16_224] [--no-onnx]
 
-Each ratio is of two medians measured alternately in one process. Weights are random: nothing here depends on their values.
-Loads run in a process of their own, the file dropped from the page cache before where the system allows it. Memory is what
-the kernel counts for that process (Linux), above what its imports hold.
+Each ratio is of two medians measured alternately in one process. Weights are random: nothing here
+depends on their values. Loads run in a process of their own, the file dropped from the page cache
+before where the system allows it. Memory is what the kernel counts for that process (Linux), above
+what its imports hold.
 """
 
 import argparse
@@ -23,7 +25,8 @@ REPEATS = 31  # of one image
 LOAD = """
 import gc, json, os, sys, time
 import torch
-import tq_lightning.export.load, tq_lightning.quant.prepare, tq_lightning.models, timm, safetensors.torch
+import tq_lightning.export.packed.reader, tq_lightning.quant.prepare, tq_lightning.models
+import timm, safetensors.torch
 
 def mib(key):  # ru_maxrss would not do: a child inherits the peak of its parent
     with open("/proc/self/status") as file:
@@ -43,7 +46,7 @@ if mode == "float":
     model.load_state_dict(safetensors.torch.load_file(path))
     read = os.path.getsize(path)
 else:
-    model = tq_lightning.export.load.load_packed(path, bits=int(bits) or None, mode=mode)
+    model = tq_lightning.export.packed.reader.load_packed(path, bits=int(bits) or None, mode=mode)
     read = model.tq_file["bytes_read"]
 out = {"read": read, "seconds": time.perf_counter() - start, "peak": mib("VmHWM") - before}
 gc.collect()
@@ -229,7 +232,8 @@ def latency(table, name, size, path, float_model, onnx):
     def session(file, fold=False):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # threads of the session that ran before would otherwise spin on the cores of the one being timed
+        # threads of the session that ran before would otherwise spin on the cores of the one being
+        # timed
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if fold:  # DequantizeLinear is folded at load, as "resident" does
             options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -1,10 +1,12 @@
-"""How many augmented images a second the loader alone delivers, at CIFAR size: random crop with padding 4 and mirroring.
+"""Augmented images per second of the loader alone: CIFAR size, random crop, mirroring.
 
-    python tests/benchmarks/bench_loader.py [--out loader.csv] [--device cpu] [--seconds 5] [--batch-size 128] [--threads 2]
+    python tests/benchmarks/bench_loader.py [--out loader.csv] [--device cpu] \\
+        [--seconds 5] [--batch-size 128] [--threads 2]
 
-Images are made up (the pixels do not matter), 20,000 of 32x32 in memory as CIFAR-10's are; a batch is taken from memory, moved,
-cropped, mirrored and normalised, exactly as in a training run. The aim is 15,000 images a second on 2 cores. Images a second of
-processor time are given too: they tell what the machine could do where other work slowed this down.
+Images are made up (the pixels do not matter), 20,000 of 32x32 in memory as CIFAR-10's are; a batch
+is taken from memory, moved, cropped, mirrored and normalized, exactly as in a training run. The aim
+is 15,000 images a second on 2 cores. Images a second of processor time are given too: they tell
+what the machine could do where other work slowed this down.
 """
 
 import argparse
@@ -23,7 +25,7 @@ CASES = {"crop+flip": {}, "crop+flip+erasing": {"reprob": 0.25}, "crop+flip+mixu
 def measure(
     keys: dict[str, float], batch_size: int, seconds: float, device: str
 ) -> tuple[float, float]:
-    """Images a second, by the clock and of processor time, over whole epochs for `seconds`; the first epoch is left out."""
+    """Images per second, by the clock and by processor time, over whole epochs after the first."""
     module = TQDataModule("synthetic", samples=20_000, batch_size=batch_size, seed=0, **keys)
     loader = module.train_dataloader()
 
@@ -60,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     table = Table()
     for name, keys in CASES.items():
         rate, per_core = measure(keys, args.batch_size, args.seconds, args.device)
-        note = f"{per_core:,.0f} a second of processor time; batch {args.batch_size}, {args.threads} threads, {args.device}"
+        note = (
+            f"{per_core:,.0f} per second of processor time; batch {args.batch_size}, "
+            f"{args.threads} threads, {args.device}"
+        )
         table.add(
             f"loader alone, {name}",
             rate,

@@ -1,13 +1,15 @@
-"""This package beside its neighbours, in one run: a training step, a switch of the width, bytes on disk, one image.
+"""Comparison with other quantization libraries: training step, width switch, bytes, latency.
 
     pip install -c constraints.txt -e '.[peers]'
     python tests/benchmarks/bench_peers.py [--out peers.csv] [--repeats 7] [--threads 2]
 
-Brevitas and optimum-quanto quantize to one width at a time and truncate nothing, so each is asked for what it has that comes
-nearest: Brevitas, a quantization-aware step of ResNet-20 with the same layers in float, weights alone; optimum-quanto, a
-ResNet-50 whose weights are stored at 8, 4 or 2 bits (its range estimation, its packing, its kernels for the processor).
-Accuracy is not compared: weights are random. Calls are timed in turn and medians compared. A peer that is not installed is
-said and left out.
+Brevitas and optimum-quanto quantize to one width at a time and truncate nothing, so each is asked
+for what it has that comes
+nearest: Brevitas, a quantization-aware step of ResNet-20 with the same layers in float, weights
+    alone; optimum-quanto, a
+ResNet-50 whose weights are stored at 8, 4 or 2 bits (its range estimation, its packing, its kernels
+for the processor). Accuracy is not compared: weights are random. Calls are timed in turn and
+medians compared. A peer that is not installed is said and left out.
 """
 
 import argparse
@@ -35,7 +37,7 @@ Row = tuple[str, float, str]
 
 
 def with_brevitas(model: nn.Module, bits: int) -> nn.Module:
-    """ResNet-20 with every 3x3 convolution but the stem as Brevitas' QuantConv2d; weights at `bits`, activations in float."""
+    """ResNet-20 with Brevitas' QuantConv2d for 3x3 convolutions but the stem; float activations."""
     import brevitas.nn as qnn
 
     for name, layer in list(model.named_modules()):
@@ -56,9 +58,10 @@ def with_brevitas(model: nn.Module, bits: int) -> nn.Module:
 
 
 def training(repeats: int) -> Iterator[Row]:
-    """Forward and backward of ResNet-20 at 8, 4, 2 and 1 bits over 4 float steps: ours jointly, Brevitas one after the other.
+    """Time of ResNet-20 steps at 8, 4, 2 and 1 bits over 4 float steps: joint, and with Brevitas.
 
-    Brevitas' own weights of one bit are binary, which is another quantizer: its four are 8, 4, 3 and 2 bits.
+    Brevitas' own weights of one bit are binary, which is another quantizer: its four are 8, 4, 3
+    and 2 bits.
     """
     torch.manual_seed(0)
     plain = create_model("resnet20_cifar", num_classes=10)
@@ -98,7 +101,7 @@ def training(repeats: int) -> Iterator[Row]:
 
 
 def quanto_model(plain: nn.Module, bits: int) -> nn.Module:
-    """The float network quantized by optimum-quanto, as its users do it: the stem left out, weights frozen."""
+    """Quantize the float network with optimum-quanto: the stem in float, weights frozen."""
     from optimum import quanto
 
     model = copy.deepcopy(plain)
@@ -110,7 +113,7 @@ def quanto_model(plain: nn.Module, bits: int) -> nn.Module:
 
 
 def serving(folder: Path, repeats: int) -> Iterator[Row]:
-    """ResNet-50: bytes of 8, 4 and 2 bits on disk, seconds to go to another width, latency of one image over float."""
+    """ResNet-50: bytes on disk, seconds to switch the width, latency of one image over float."""
     from safetensors.torch import save_file
 
     plain = create_model("resnet50").eval()

@@ -1,10 +1,10 @@
-"""What the sweep engine adds to a trial beyond `fit` itself, and how soon the second in-process trial starts.
+"""Overhead of the sweep engine per trial, and time until the second in-process trial starts.
 
     python tests/benchmarks/bench_sweep.py [--out sweep.csv] [--trials 10]
 
-Every trial is a stand-in that returns at once, so that all the time between two of them is the engine's: writing down the
-end of one, claiming the next, asking the sampler, signs of life. Then two real fits on two batches of digits: from the end
-of the first to the call of the second.
+Every trial is a stand-in that returns at once, so that all the time between two of them is the
+engine's: writing down the end of one, claiming the next, asking the sampler, signs of life. Then
+two real fits on two batches of digits: from the end of the first to the call of the second.
 """
 
 import argparse
@@ -27,8 +27,9 @@ from tq_lightning.sweep.worker import Worker  # noqa: E402
 
 METRIC = "val/acc1_truncate_mean"
 TINY = [
-    "--config", str(ROOT / "conf" / "digits.yaml"), "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1",
-    "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
+    "--config", str(ROOT / "conf" / "digits.yaml"), "--trainer.max_epochs=1",
+    "--trainer.check_val_every_n_epoch=1", "--trainer.limit_train_batches=2",
+ "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
 ]  # fmt: skip
 
 
@@ -50,7 +51,8 @@ def run(
     )
     file = folder / f"{method}.yaml"
     file.write_text(yaml.safe_dump({
-        "method": method, "metric": {"name": METRIC, "goal": "maximize"}, "parameters": {"model.lr": parameter},
+        "method": method, "metric": {"name": METRIC, "goal": "maximize"},
+        "parameters": {"model.lr": parameter},
         "command": ["python", "-m", "tq_lightning", "fit", *arguments, "${args}"],
     }))  # fmt: skip
     sweep = read_sweep(file)

@@ -1,11 +1,12 @@
-"""What training and evaluating at several widths cost beside the float network, in one run, as ratios.
+"""Cost of training and evaluation at several widths, as ratios to the float network.
 
     python tests/benchmarks/bench_training.py [--out training.csv] [--repeats 7] [--threads 2]
 
-Joint step at 8/4/2/1 bits against four float steps; evaluation of 8 truncated widths against 8 float evaluations; peak memory
-of the joint step against the float step, each in a process of its own; time of the imports and of --help. The two sides of a
-ratio are timed in turn, and medians are compared, so that other work on the machine falls on both; the allocator keeps its
-memory (`measuring.py`), but where memory is measured. Seconds of processor time serve as a second opinion.
+Joint step at 8/4/2/1 bits against four float steps; evaluation of 8 truncated widths against 8
+float evaluations; peak memory of the joint step against the float step, each in a process of its
+own; time of the imports and of --help. The two sides of a ratio are timed in turn, and medians are
+compared, so that other work on the machine falls on both; the allocator keeps its memory
+(`measuring.py`), but where memory is measured. Seconds of processor time serve as a second opinion.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def train_step(
 
 
 def ratio(one: Took, other: Took, aim: str) -> tuple[float, str, str, str]:
-    """What follows the case in a row of the table: the ratio, its unit, the aim, and the ratio by processor time."""
+    """Return the columns of a row after the case: ratio, unit, aim, ratio by processor time."""
     return one.clock / other.clock, "x", aim, f"by processor time {one.busy / other.busy:.3f}"
 
 
@@ -111,7 +112,7 @@ def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[fl
 
 
 def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> int:
-    """Peak resident memory of three steps above that of the built model, in a process of its own."""
+    """Measure the peak resident memory of three steps above the built model, in a new process."""
     ask = json.dumps([name, size, batch, joint, threads])
     argv = [sys.executable, __file__, "--memory", ask]
     done = subprocess.run(argv, env=fresh_memory(), capture_output=True, text=True, check=True)

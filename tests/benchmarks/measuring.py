@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# glibc gives large tensors back to the system and fetches them again page by page: up to a quarter of a step, on whichever side
-# of a ratio its heap happens to stand worse
+# glibc gives large tensors back to the system and fetches them again page by page: up to a quarter
+# of a step, on whichever side of a ratio its heap happens to stand worse
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
@@ -22,7 +22,7 @@ class Took(NamedTuple):
 
 
 def keep_memory() -> None:
-    """Starts this script again with an allocator that keeps what it has, unless it runs with one already."""
+    """Restart this script with an allocator that keeps its memory, unless it has one already."""
     if not os.environ.keys() >= KEPT.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT})
 
@@ -33,7 +33,7 @@ def fresh_memory() -> dict[str, str]:
 
 
 def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Took]:
-    """What each call takes, both sides of a ratio in turn so that other work falls on both, after one of each uncounted."""
+    """Time calls in turn, so that other work affects all alike, after one uncounted round."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -47,7 +47,7 @@ def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Took]:
 
 
 class Table:
-    """Rows of (case, value, unit, aim, note): printed as they come, for a run takes minutes, and written at the end."""
+    """Rows of (case, value, unit, aim, note), printed as they come and written at the end."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, float, str, str, str]] = []

@@ -1,4 +1,4 @@
-"""Every benchmark of this folder, one after the other, with their tables in one place: what `make bench` calls.
+"""Run every benchmark of this folder in turn and collect the tables (`make bench`).
 
 python tests/benchmarks/run.py [--out results/benchmarks] [--only training,loader]
 """
@@ -59,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = [
         "# Benchmarks",
         "",
-        f"    make bench    # {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, Python "
-        f"{platform.python_version()}, load average of the last 5 minutes at the end {os.getloadavg()[1]:.1f}",
+        f"    make bench    # {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
+        f"{platform.machine()}, Python {platform.python_version()}, "
+        f"load average of the last 5 minutes at the end {os.getloadavg()[1]:.1f}",
         "",
         f"{len(aimed) - len(short)} of {len(aimed)} aims are met{'; not met:' if short else '.'}",
         "",
