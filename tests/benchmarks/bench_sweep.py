@@ -29,7 +29,7 @@ METRIC = "val/acc1_truncate_mean"
 TINY = [
     "--config", str(ROOT / "conf" / "digits.yaml"), "--trainer.max_epochs=1",
     "--trainer.check_val_every_n_epoch=1", "--trainer.limit_train_batches=2",
- "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
+    "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu",
 ]  # fmt: skip
 
 
