@@ -134,6 +134,13 @@ def test_blocks_say_what_they_are(page):
     assert not stray, "commands outside a fenced block"
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name)
+def test_relative_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
 def test_marked_blocks():
     """The blocks that are not run, page by page."""
     marked = {name(p): sum(b.reason is not None for b in blocks(p)) for p in PAGES}
