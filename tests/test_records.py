@@ -120,23 +120,19 @@ KEYS = {
     for f in fields(kind)
     if f.name != "more"
 } | {"schema", "kind"}
-# Some keys of a record name other things too: `name` and `widths` are configuration keys, `shape` stands in the header of a
-# packed file. A subscript is judged by what it is taken from, the last name of the expression before the bracket. These names
-# hold other things, everywhere in the package; a record under one of them would escape the test, so none may sound like one.
+# Some keys of a record name other things too. A subscript is judged by what it is taken from, the last name of the expression
+# before the bracket. The names below hold other things everywhere in the package; a record under one of them would escape the
+# test, so none may sound like one.
 NOT_RECORDS = {
     "hparams": "the arguments of a TQModule",
+    "h": "the arguments of a TQModule",
     "values": "arguments of inspect",
-    "given": "parsed arguments, or a header under test",
+    "given": "parsed arguments",
     "content": "a YAML file",
     "config": "a configuration",
     "raw": "a sweep file",
     "entry": "an entry of a sweep file",
     "user_attrs": "a trial's attributes in Optuna",
-    "header": "the header of a packed file",
-    "tq_file": "the header of a packed file",
-    "layer": "a layer in that header",
-    "cut": "a norm in that header",
-    "thing": "a layer or a norm in that header",
     "checkpoint": "a Lightning checkpoint",
     "row": "a row of a CSV file",
     "rows": "rows of the byte table, by storage scheme",
@@ -144,6 +140,20 @@ NOT_RECORDS = {
     "PAPER": "a table of the paper",
     "made": "facts of a report",
     "marker": "report.json",
+}
+# These rooms may not import `records` (import-linter), and the header of a packed file shares some words with a record.
+ROOMS_WITHOUT_RECORDS = ("quant/", "models/", "data/", "export/", "cli/classify.py")
+HEADER_KEYS = {
+    "name",
+    "kind",
+    "shape",
+    "model",
+    "layers",
+    "norms",
+    "widths",
+    "bits",
+    "ste",
+    "float",
 }
 SOUNDS_LIKE_A_RECORD = {
     *("record", "records", "run", "runs", "earlier", "best", "last", "test", "tests", "metrics"),
@@ -158,7 +168,7 @@ def last_name(node):
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-def record_keys(source):
+def record_keys(source, keys=KEYS):
     """(line, expression, key) wherever a key of a record is a subscript or the first argument of get, pop or setdefault."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Subscript):
@@ -169,7 +179,7 @@ def record_keys(source):
             owner, key = node.func.value, node.args[0]
         else:
             continue
-        if not isinstance(key, ast.Constant) or key.value not in KEYS:
+        if not isinstance(key, ast.Constant) or key.value not in keys:
             continue
         names = {last_name(owner)}
         while isinstance(owner, ast.Subscript):  # header["model"]["name"] is taken from a header
@@ -184,7 +194,8 @@ FILES = [p for p in sorted((ROOT / "tq_lightning").rglob("*.py")) if p.name != "
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "tq_lightning")))
 def test_no_key_of_a_record_outside_records(path):
-    assert list(record_keys(path.read_text())) == []
+    room = path.relative_to(ROOT / "tq_lightning").as_posix().startswith(ROOMS_WITHOUT_RECORDS)
+    assert list(record_keys(path.read_text(), KEYS - HEADER_KEYS if room else KEYS)) == []
 
 
 @pytest.mark.parametrize(
@@ -209,4 +220,5 @@ def test_counter_example(source):
 def test_the_keys_and_the_names_mean_something():
     assert {"status", "widths", "best", "planes", "disagree", "by_width", "accounting"} <= KEYS
     assert not set(NOT_RECORDS) & SOUNDS_LIKE_A_RECORD
+    assert not HEADER_KEYS & {"status", "best", "last", "test", "metrics", "bytes", "config", "id"}
     assert isinstance(parse(run()), Record)

@@ -48,6 +48,7 @@ class Evaluation:
     metrics: dict[str, Any]
     epoch: int | None = None
     monitor: str | None = None
+    step: int | None = None  # optimizer steps at that time
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class TestResult:
     checkpoint: str | None = None
     epoch: int | None = None
     images: int | None = None
-    data: str | None = None
+    data: dict[str, Any] | None = None  # name and root
     split: str | None = None
+    batches: int | None = None  # if not the whole split was tested
     __test__ = False  # not a test case of pytest's
 
 
@@ -112,7 +114,8 @@ class Record:
     best: Evaluation | None = None
     widths: dict[int, WidthResult] | None = None
     bytes: ModelBytes | None = None
-    test: TestResult | None = None
+    test: TestResult | None = None  # of the run's own data, all of the split
+    tests: list[TestResult] | None = None  # of other data or of a part; no table takes them
     more: dict[str, Any] = field(default_factory=dict)  # top-level fields this version doesn't know
 
     @property

@@ -8,11 +8,12 @@ import torch
 
 from tq_lightning import prepare
 from tq_lightning.callbacks.csv_logger import RunLogger
+from tq_lightning.callbacks.metric_log import MetricLog
 from tq_lightning.callbacks.resume import StepSeeds
-from tq_lightning.callbacks.run_record import RunRecord, code_disagreement, read_curves
+from tq_lightning.callbacks.run_record import RunRecord, code_disagreement
 from tq_lightning.callbacks.width_table import print_widths
 from tq_lightning.cli import run_fit
-from tq_lightning.errors import TrainingError
+from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.models import create_model
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.weight import weight_quantizers
@@ -169,16 +170,12 @@ def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
 
 
 class Ends:
-    """Stands for a Trainer at the places where RunRecord looks."""
+    """Stands for a Trainer where RunRecord looks."""
 
-    is_global_zero, sanity_checking, interrupted, world_size, global_step, callback_metrics = (
-        True,
-        False,
-        False,
-        1,
-        6,
-        {},
-    )
+    is_global_zero, sanity_checking, interrupted, world_size = True, False, False, 1
+    current_epoch, global_step, limit_val_batches = 0, 6, 1.0
+    callback_metrics: dict = {}
+    callbacks: tuple = ()
     strategy = type("Strategy", (), {"root_device": torch.device("cpu")})()
 
 
@@ -187,9 +184,11 @@ class Report:
     model = type("Model", (), {"tq": QuantConfig().to_dict()})()
 
 
-def running(path, **config):
+def running(path, trainer=None, **config):
+    trainer = trainer or Ends()
     record = RunRecord(path, {"seed_everything": 1, **config})
-    record.on_fit_start(Ends(), Report())
+    record.setup(trainer, Report(), "fit")
+    record.on_train_start(trainer, Report())
     return record
 
 
@@ -215,87 +214,205 @@ def test_interrupted_and_failed(tmp_path):
     )
 
 
-def write_metrics(path, rows):
-    path.mkdir(parents=True, exist_ok=True)
-    keys = sorted({key for row in rows for key in row})
-    with (path / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, keys)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def scored(epoch, mean, **more):
-    row = {"epoch": epoch, "step": 10 * epoch + 9, "val/acc1_truncate_mean": mean, **more}
+def scores(mean, **more):
+    metrics = {"val/acc1_truncate_mean": mean, "val/images": 9.0}
     for bits in range(1, 9):
-        row |= {
+        metrics |= {
             f"val/acc1_quantize_w{bits}": mean,
             f"val/acc1_truncate_w{bits}": mean - bits,
-            f"val/qt_gap_w{bits}": bits,
+            f"val/qt_gap_w{bits}": float(bits),
         }
-    return row
+    return metrics | more
+
+
+def at(epoch, step, mean=None, **more):
+    """A Trainer at the end of a validation."""
+    metrics = {} if mean is None else scores(mean, **more)
+    state = {"current_epoch": epoch, "global_step": step, "callback_metrics": metrics}
+    return type("At", (Ends,), state)()
+
+
+def validate(record, *places):
+    for place in places:
+        record.on_validation_end(place, Report())
 
 
 def test_best_epoch_is_one_epoch_for_all_widths(tmp_path):
     """By the mean over the trained widths, the first of equals; never each width at its own best."""
-    rows = [
-        scored(0, 50.0),
-        scored(1, 70.0),
-        scored(2, 70.0),
-        {**scored(3, 60.0), "val/acc1_truncate_w1": 99.0},
-    ]
-    write_metrics(tmp_path, rows)
     record = running(tmp_path)
-    record.on_validation_end(Ends(), Report())
+    last = at(3, 40, 60.0, **{"val/acc1_truncate_w1": 99.0})
+    validate(record, at(0, 10, 50.0), at(1, 20, 70.0), at(2, 30, 70.0), last)
     got = read(tmp_path)
     assert (got["best"]["epoch"], got["last"]["epoch"], got["epochs"]) == (1, 3, 4)
     assert got["widths"]["1"] == {"quantize": 70.0, "truncate": 69.0, "qt_gap": 1.0}
     assert got["curves"]["val/acc1_truncate_w1"][3] == [3, 99.0]
 
 
-def test_going_on_keeps_identity_time_and_what_was_found(tmp_path):
-    write_metrics(tmp_path, [scored(0, 50.0)])
+def test_several_validations_in_an_epoch_keep_the_best_of_all(tmp_path):
+    """A curve has one value an epoch, the last; the best is that of the best checkpoint."""
+    record = running(tmp_path)
+    validate(record, at(0, 5, 50.0), at(0, 10, 80.0), at(0, 15, 60.0))
+    got = read(tmp_path)
+    assert (got["best"]["step"], got["best"]["metrics"]["val/acc1_truncate_mean"]) == (10, 80.0)
+    assert got["widths"]["2"]["truncate"] == 78.0
+    assert got["curves"]["val/acc1_truncate_mean"] == [[0, 60.0]] and got["last"]["step"] == 15
+
+
+def test_training_metrics_belong_to_their_epoch(tmp_path):
+    log = MetricLog()
+    log.epoch, log.train_metrics = 0, {"train/loss_w2": 0.5}
+    record, place = running(tmp_path), at(0, 10, 50.0)
+    validate(record, place)
+    place.callbacks = [log]
+    record.on_save_checkpoint(place, Report(), {})
+    got = read(tmp_path)
+    assert got["curves"]["train/loss_w2"] == [[0, 0.5]]
+    assert got["best"]["metrics"]["train/loss_w2"] == got["last"]["metrics"]["train/loss_w2"] == 0.5
+
+
+def test_a_resumed_run_keeps_identity_time_and_earlier_results(tmp_path):
     first = running(tmp_path)
     first._start -= 100.0
-    first.on_validation_end(Ends(), Report())
+    validate(first, at(0, 10, 50.0))
     before = read(tmp_path)
-    running(tmp_path)
+    running(tmp_path, at(1, 10))
     after = read(tmp_path)
-    assert (
-        after["id"] == before["id"]
-        and after["started"] == before["started"]
-        and after["seconds"] >= 100.0
-    )
-    assert (
-        after["status"] == "running"
-        and after["best"] == before["best"]
-        and after["curves"] == before["curves"]
-    )
+    assert after["id"] == before["id"] and after["started"] == before["started"]
+    assert after["seconds"] >= 100.0 and after["status"] == "running"
+    for key in ("best", "last", "widths", "curves"):
+        assert after[key] == before[key]
     assert running(tmp_path / "other")._record.id != before["id"]
+
+
+@pytest.mark.parametrize("step", [20, None])
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path, step):
+    """Killed in epoch 2 and resumed from the end of epoch 0, also with a record that knows no steps."""
+    first = running(tmp_path)
+    validate(first, at(0, 10, 50.0), at(1, 20, 90.0))
+    if step is None:
+        tree = read(tmp_path)
+        for block in ("best", "last"):
+            del tree[block]["step"]
+        (tmp_path / "record.json").write_text(json.dumps(tree))
+    second = running(tmp_path, at(1, 10))
+    got = read(tmp_path)
+    assert got["best"]["epoch"] == got["last"]["epoch"] == 0
+    assert got["widths"]["1"]["truncate"] == 49.0
+    assert got["curves"]["val/acc1_truncate_mean"] == [[0, 50.0]]
+    validate(second, at(1, 20, 40.0))
+    assert read(tmp_path)["best"]["epoch"] == 0
+
+
+def test_resuming_from_the_best_checkpoint_keeps_its_validation(tmp_path):
+    """It was written in the validation at the end of epoch 1, which does not run again."""
+    validate(running(tmp_path), at(0, 10, 50.0), at(1, 20, 90.0), at(2, 30, 60.0))
+    running(tmp_path, at(1, 20))
+    got = read(tmp_path)
+    assert got["best"]["epoch"] == got["last"]["epoch"] == 1
+    assert got["curves"]["val/acc1_truncate_mean"] == [[0, 50.0], [1, 90.0]]
 
 
 def test_a_sanity_check_is_not_recorded(tmp_path):
     record = running(tmp_path)
-    write_metrics(tmp_path, [scored(0, 50.0)])
-    sanity = type("Sanity", (Ends,), {"sanity_checking": True})()
-    record.on_validation_end(sanity, Report())
+    sanity = at(0, 0, 50.0)
+    sanity.sanity_checking = True
+    validate(record, sanity)
     assert "best" not in read(tmp_path)
 
 
 def test_other_processes_write_nothing(tmp_path):
     second = type("Second", (Ends,), {"is_global_zero": False})()
-    record = RunRecord(tmp_path / "run", {})
-    record.on_fit_start(second, Report())
+    record = running(tmp_path / "run", second)
     record.on_exception(second, Report(), RuntimeError("x"))
     assert not (tmp_path / "run").exists()
 
 
-def test_curves_take_the_last_value_of_an_epoch(tmp_path):
-    write_metrics(
-        tmp_path,
-        [{"epoch": 0, "step": 1, "a": 1.0, "b": ""}, {"epoch": 0, "step": 3, "a": 2.0, "b": 5.0}],
-    )
-    assert read_curves(tmp_path / "metrics.csv") == {"a": [[0, 2.0]], "b": [[0, 5.0]]}
-    assert read_curves(tmp_path / "none.csv") == {}
+def test_a_fit_that_trains_nothing_changes_nothing(tmp_path):
+    validate(running(tmp_path), at(0, 10, 50.0))
+    before = (tmp_path / "record.json").read_bytes()
+    record = RunRecord(tmp_path, {})
+    record.setup(Ends(), Report(), "fit")
+    with pytest.raises(UserError, match=r"nothing to train: the run is at epoch 0, step 6; pass"):
+        record.on_fit_end(Ends(), Report())
+    record.on_exception(Ends(), Report(), UserError("nothing to train"))
+    assert (tmp_path / "record.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00", '{"schema": 1}'])
+def test_a_damaged_record_is_one_line_before_anything_is_written(tmp_path, text):
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        RunRecord(tmp_path, {}).setup(Ends(), Report(), "fit")
+    assert str(tmp_path / "record.json") in str(caught.value) and "\n" not in str(caught.value)
+    assert (tmp_path / "record.json").read_text() == text
+
+
+def test_a_run_without_validation_is_refused(tmp_path):
+    none = type("None_", (Ends,), {"limit_val_batches": 0})()
+    with pytest.raises(UserError, match=r"limit_val_batches=0 leaves the run without a result"):
+        RunRecord(tmp_path, {}).setup(none, Report(), "fit")
+
+
+# -- the test block ------------------------------------------------------------------------------------------------------
+class Tested(Ends):
+    """A Trainer after a test of `batches` of 4 batches."""
+
+    def __init__(self, batches=4, split="test", acc=70.0):
+        self.num_test_batches, self.test_dataloaders = [batches], [range(4)]
+        self.callback_metrics = {"test/acc1_truncate_w2": acc, "test/images": 10.0 * batches}
+        self.datamodule = type("Data", (), {"split_of": lambda _, stage: split})()
+
+
+OWN = {"data": {"name": "cifar10", "root": "data", "image_size": None, "batch_size": 128}}
+
+
+def test_block(path, trainer, checkpoint="best", **data):
+    record = RunRecord(path, {"data": {**OWN["data"], **data}}, checkpoint)
+    record.setup(trainer, Report(), "test")
+    record.on_test_end(trainer, type("Module", (), {"loaded_epoch": 3})())
+    return read(path)
+
+
+test_block.__test__ = False
+
+
+def test_a_whole_test_of_the_runs_own_data_is_the_runs(tmp_path):
+    validate(running(tmp_path, **OWN), at(0, 10, 50.0))
+    before = read(tmp_path)
+    got = test_block(tmp_path, Tested(), batch_size=7)  # how images are read changes no result
+    assert got["test"] == {
+        "metrics": {"test/acc1_truncate_w2": 70.0},
+        "checkpoint": "best",
+        "epoch": 3,
+        "images": 40,
+        "data": {"name": "cifar10", "root": "data"},
+        "split": "test",
+    }
+    assert {k: v for k, v in got.items() if k != "test"} == before
+    assert test_block(tmp_path, Tested(acc=71.0))["test"]["metrics"] == {
+        "test/acc1_truncate_w2": 71.0
+    }
+
+
+@pytest.mark.parametrize(
+    ("trainer", "data", "why"),
+    [
+        (Tested(2), {}, "a part of the split"),
+        (Tested(), {"name": "cifar100"}, "name"),
+        (Tested(), {"root": "elsewhere"}, "root"),
+        (Tested(), {"image_size": 64}, "image_size"),
+    ],
+)
+def test_another_test_is_added_beside(tmp_path, capsys, trainer, data, why):
+    validate(running(tmp_path, **OWN), at(0, 10, 50.0))
+    before = test_block(tmp_path, Tested())
+    assert capsys.readouterr().out == ""
+    got = test_block(tmp_path, trainer, **data)
+    assert got["test"] == before["test"] and len(got["tests"]) == 1
+    assert got["tests"][0]["data"]["name"] == data.get("name", "cifar10")
+    assert got["tests"][0].get("batches") == (2 if why == "a part of the split" else None)
+    assert f"not a test of the run's own data ({why})" in capsys.readouterr().out
+    assert len(test_block(tmp_path, trainer, **data)["tests"]) == 2
 
 
 def test_disagreement_of_codes():

@@ -1,11 +1,13 @@
 """Every width is scored, through integers, and nothing but the estimated norm sets is touched."""
 
+import csv
 import random
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from tq_lightning import bit_width, prepare
 from tq_lightning.callbacks import truncation_eval as file
@@ -34,7 +36,7 @@ def network(**how):
     return model.eval()
 
 
-def fit(root, model=None, callbacks=(), **flags):
+def fit(root, model=None, callbacks=(), ckpt=None, **flags):
     L.seed_everything(0)
     settings = {
         "accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 2, "num_sanity_val_steps": 0,
@@ -44,7 +46,7 @@ def fit(root, model=None, callbacks=(), **flags):
     module = TQModule(**{"lr": 0.01, "calibration_batches": 1, **(model or {})})
     data = TQDataModule(name="digits", batch_size=32, eval_batch_size=100)
     trainer = L.Trainer(callbacks=list(callbacks), **{**settings, **flags})
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt, weights_only=True if ckpt else None)
     return trainer, module, data
 
 
@@ -187,7 +189,10 @@ def test_validation_leaves_everything_as_it_was(tmp_path):
         for b in range(1, 9)
         for key in ("acc1_quantize", "acc1_truncate", "qt_gap")
     }
-    assert keys == widths | {"val/acc1_truncate_mean", "val/acc1_float", "val/images"}
+    widths |= {f"val/acc5_truncate_w{b}" for b in range(1, 9)}
+    widths |= {f"val/loss_w{b}" for b in (8, 4, 2, 1)} | {"val/loss", "val/images"}
+    means = {f"val/acc{k}_{name}" for k in (1, 5) for name in ("truncate_mean", "float")}
+    assert keys == widths | means
 
 
 def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
@@ -196,20 +201,33 @@ def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
     )
     module.eval()
     hits = {(b, s): 0 for b in range(1, 9) for s in ("quantize", "truncate")}
+    top5, loss = dict.fromkeys(range(1, 9), 0), dict.fromkeys(range(1, 9), 0.0)
     total = 0
     with torch.no_grad():
         for pixels, labels in data.val_dataloader():
             total += len(labels)
             for bits, source in hits:
                 with bit_width(module, bits, source):
-                    hits[bits, source] += int(
-                        (module(data.normalize(pixels)).argmax(1) == labels).sum()
-                    )
+                    logits = module(data.normalize(pixels))
+                hits[bits, source] += int((logits.argmax(1) == labels).sum())
+                if source == "truncate":
+                    order = logits.argsort(1, descending=True)[:, :5]
+                    top5[bits] += int((order == labels[:, None]).sum())
+                    chance = logits.softmax(1)[torch.arange(len(labels)), labels]
+                    loss[bits] -= float(chance.log().sum())
     assert trainer.callback_metrics["val/images"].item() == total == 144
     for (bits, source), count in hits.items():
         assert trainer.callback_metrics[f"val/acc1_{source}_w{bits}"].item() == pytest.approx(
             100 * count / total, abs=1e-3
         )
+    metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    for bits, count in top5.items():
+        assert metrics[f"val/acc5_truncate_w{bits}"] == pytest.approx(100 * count / total, abs=1e-3)
+    assert 0 < top5[8] < total and top5[8] > hits[8, "truncate"]
+    for bits in (8, 4, 2, 1):
+        assert metrics[f"val/loss_w{bits}"] == pytest.approx(loss[bits] / total, rel=1e-4)
+    mean = sum(loss[bits] for bits in (8, 4, 2, 1)) / 4 / total
+    assert metrics["val/loss"] == pytest.approx(mean, rel=1e-4)
     gap = 100 * (hits[2, "quantize"] - hits[2, "truncate"]) / total
     assert trainer.callback_metrics["val/qt_gap_w2"].item() == pytest.approx(gap, abs=1e-3)
 
@@ -282,6 +300,86 @@ def test_the_end_of_a_run_is_always_scored_and_once(tmp_path, flags, at):
     )
     assert seen.at == at
     assert "val/acc1_truncate_mean" in trainer.callback_metrics
+
+
+class StopAt(L.Callback):
+    """Stops the Trainer at a hook, as a time limit (a batch) and EarlyStopping (an epoch) do."""
+
+    def __init__(self, hook, step):
+        self.step = step
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer, *_):
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.step
+
+
+class EpochMonitor(StopAt, EarlyStopping):
+    """Stops where EarlyStopping on a training metric does: after the end of an epoch."""
+
+    def __init__(self, step):
+        EarlyStopping.__init__(self, "train/loss_w8", check_on_train_epoch_end=True)
+        StopAt.__init__(self, "on_train_epoch_end", step)
+
+
+@pytest.mark.parametrize(
+    ("stop", "at", "epochs"),
+    [
+        (StopAt("on_train_batch_end", 3), [3], ["1"]),  # inside the second epoch
+        (StopAt("on_train_batch_end", 4), [4], ["1"]),  # at its end
+        (StopAt("on_train_epoch_end", 4), [4], ["1", "1"]),
+        (EpochMonitor(4), [4], ["1", "1"]),
+    ],
+)
+def test_a_run_that_is_stopped_is_scored_at_its_end_and_once(tmp_path, stop, at, epochs):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from tq_lightning.callbacks.csv_logger import RunLogger
+
+    seen = Validations()
+    kind = {"enable_version_counter": False}
+    last = ModelCheckpoint(tmp_path, "last", every_n_epochs=1, save_on_train_epoch_end=True, **kind)
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/acc1_truncate_mean", mode="max", **kind)
+    trainer, _, _ = fit(
+        tmp_path,
+        callbacks=[stop, seen, last, best],
+        max_epochs=9,
+        check_val_every_n_epoch=50,
+        limit_val_batches=1,
+        enable_checkpointing=True,
+        logger=RunLogger(str(tmp_path), "run"),
+    )
+    assert seen.at == at and trainer.current_epoch == 2
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open(newline="")))
+    assert [row["epoch"] for row in rows if row["val/images"] or row["epoch"] == "1"] == epochs
+    assert [row["epoch"] for row in rows if row["val/images"]] == ["1"]
+    for name in ("last", "best"):
+        model, _, _ = load_checkpoint_model(tmp_path / f"{name}.ckpt")
+        with bit_width(model, 3), torch.no_grad():  # not trained: its norms have been estimated
+            assert torch.isfinite(model(torch.randn(2, 3, 8, 8))).all()
+    # both resume as what they are: the end of the second epoch
+    trainer, _, _ = fit(tmp_path, max_epochs=3, logger=False, ckpt=tmp_path / "last.ckpt")
+    assert trainer.current_epoch == 3 and trainer.global_step == at[0] + 2
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_fewer_classes_than_five_have_no_top5(tmp_path, classes):
+    from tq_lightning.data.datamodule import TQDataModule
+
+    module = TQModule(num_classes=classes, calibration_batches=1)
+    data = TQDataModule(name="synthetic", num_classes=classes, samples=32, batch_size=16)
+    flags = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = L.Trainer(
+        max_steps=1,
+        limit_val_batches=1,
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **flags,
+    )
+    trainer.fit(module, data)
+    assert ("val/acc5_truncate_w8" in trainer.callback_metrics) == (classes == 5)
+    assert trainer.callback_metrics.get("val/acc5_truncate_w8", 100.0) == 100.0
 
 
 def test_estimates_belong_to_the_weights_they_were_made_with(tmp_path):

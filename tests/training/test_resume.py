@@ -284,6 +284,48 @@ def test_stopped_in_the_last_validation(train, resnet, tmp_path):
     assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
 
 
+class Kill(L.Callback):
+    """Breaks off at the start of the n-th batch of this process."""
+
+    def __init__(self, batches):
+        self.left = batches
+
+    def on_train_batch_start(self, *_):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def killed(train, root, model, accumulate, *batches):
+    """Train 2 epochs of 10 batches, a checkpoint every 2 steps; killed and resumed after each number of batches."""
+    end = {"enable_version_counter": False, "every_n_epochs": 1, "save_on_train_epoch_end": True}
+    flags = {"max_epochs": 2, "limit_train_batches": 10, "accumulate_grad_batches": accumulate}
+    for count in (*batches, None):
+        last = root / "last.ckpt"
+        callbacks = [ModelCheckpoint(root, "last", **end), StepCheckpoint(root, 2)]
+        callbacks += [Kill(count)] if count is not None else []
+        resume = last if last.is_file() else None
+        flags |= {"callbacks": callbacks, "ckpt_path": resume, "enable_checkpointing": True}
+        try:
+            _, module = train(root, model, **flags)
+        except SystemExit:
+            assert count is not None
+    return module
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_two_kills_in_a_row_under_accumulation(train, resnet, tmp_path, accumulate):
+    """Each kill is inside an accumulation; 10 batches end an epoch inside one, too."""
+    model = {**resnet, "opt": "adamw", "ema_decay": 0.5, "width_schedule": "sandwich"}
+    whole = killed(train, tmp_path / "a", model, accumulate)
+    rest = killed(train, tmp_path / "b", model, accumulate, 8, 1, 6)
+    assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
+    ours, theirs = (torch.load(tmp_path / r / "last.ckpt", weights_only=True) for r in "ba")
+    for key in ("state_dict", "current_model_state", "optimizer_states", "global_step"):
+        assert_same(ours[key], theirs[key], key)
+    assert ours["global_step"] == 2 * math.ceil(10 / accumulate)
+
+
 class Rates(L.Callback):
     """Keeps the learning rate of every step."""
 
@@ -357,5 +399,5 @@ def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
     state = torch.load(tmp_path / "good.ckpt", weights_only=True)
     torch.save({**state, "extra": Harm()}, tmp_path / "bad.ckpt")
     assert main(["fit", "--data.name", "digits", "--ckpt_path", str(tmp_path / "bad.ckpt")]) == 2
-    assert "is no checkpoint of a run" in capsys.readouterr().err
+    assert "is not a training checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "harm").exists()

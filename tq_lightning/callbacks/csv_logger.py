@@ -1,19 +1,45 @@
-"""RunLogger: Lightning's CSV logger in a run's own directory, which goes on with the file of a run that is resumed."""
+"""RunLogger: Lightning's CSV logger, writing metrics.csv in a run's folder and continuing it after a resume."""
 
 import csv
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
 
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """Read the rows of a metrics.csv.
+
+    A killed run may have left half a row: one without a step, or with more fields than the header.
+    Such rows are dropped.
+
+    Raises:
+        UserError: the file is damaged or cannot be read.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); restore or delete it to resume the run"
+        ) from None
+    if "step" not in (reader.fieldnames or ["step"]):
+        raise UserError(
+            f"{path} is damaged (its header has no column step); restore or delete it to resume"
+        )
+    return [row for row in rows if None not in row and (row.get("step") or "").isdigit()]
+
+
 class _ResumedWriter(ExperimentWriter):
-    """Keeps the rows of an existing metrics.csv up to the step that the run goes on from; the later ones come again."""
+    """Keeps the rows of an existing metrics.csv from before the resumed step; later ones are logged again."""
 
     def __init__(self, log_dir: str, resume_step: int | None) -> None:
         self._resume_step = resume_step
@@ -22,46 +48,61 @@ class _ResumedWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         if not os.path.isfile(self.metrics_file_path):
             return
-        with open(self.metrics_file_path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        # a killed run may have left half a row: one without its step, or with more fields than keys
-        rows = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]
-        kept = [
-            row for row in rows if self._resume_step is None or int(row["step"]) < self._resume_step
-        ]
+        rows = read_rows(self.metrics_file_path)
         self.metrics_keys = sorted({key for row in rows for key in row})
-        with (
-            atomic_write(self.metrics_file_path) as temporary,
-            temporary.open("w", newline="") as file,
-        ):
+        self._rewrite(
+            row for row in rows if self._resume_step is None or int(row["step"]) < self._resume_step
+        )
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._rewrite(read_rows(self.metrics_file_path))
+
+    def _rewrite(self, rows: Any) -> None:
+        target = self.metrics_file_path
+        with atomic_write(target) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
-            writer.writerows(kept)
-
-    def log_hparams(self, params: dict[str, Any]) -> None:
-        """Nothing: the run directory holds the resolved configuration, config.yaml, already."""
+            writer.writerows(rows)
 
 
 class RunLogger(CSVLogger):
-    """metrics.csv in `root`/`run`, written at every validation.
+    """metrics.csv in `root`/`run`. Every row is on disk once it is logged, so a killed run keeps its rows.
 
     Args:
-        root: where the runs lie. run: the run's own folder in it.
-        resume_step: step of the checkpoint that the run goes on from; rows from it on are dropped. None keeps all.
+        root: folder of the runs.
+        run: name of the run's folder in it.
+        resume_step: step of the checkpoint that the run resumes from; rows from that step on are
+            dropped. None keeps all.
+
+    Raises:
+        UserError: the run resumes and its metrics.csv is damaged.
     """
 
     def __init__(self, root: str, run: str, resume_step: int | None = None) -> None:
         super().__init__(root, name="", version=run)
         self.resume_step = resume_step
+        existing = Path(root) / run / "metrics.csv"
+        if resume_step is not None and existing.is_file():
+            read_rows(existing)  # now, and not when the first row is logged
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
+        """The writer of metrics.csv, created on first use."""
         if self._experiment is None:
             os.makedirs(self.root_dir, exist_ok=True)
             self._experiment = _ResumedWriter(self.log_dir, self.resume_step)
         return self._experiment  # type: ignore[return-value]
 
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Do nothing: config.yaml holds them, and a fit that trains nothing leaves metrics.csv as it is."""
+
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+        """Write a row."""
         super().log_metrics(dict(metrics), step)
-        self.save()  # a row an epoch: a killed run keeps what it had logged
+        try:
+            self.save()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.log_dir}/metrics.csv ({error.strerror})"
+            ) from error

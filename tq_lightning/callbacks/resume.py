@@ -61,9 +61,10 @@ def _moved(value: Any, before: str, now: str) -> Any:
 
 
 def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether a validation, or the end of the epoch, comes right after this training batch.
+    """Tell whether a validation, or the end of the epoch, comes right after this training batch.
 
-    Lightning takes a checkpoint between the two for one after the validation: a run that resumes from it skips it.
+    Lightning takes a checkpoint between the two for one after the validation: a run killed in that
+    validation would resume without it, and a last epoch would not be evaluated.
     """
     every = trainer.val_check_batch
     if trainer.is_last_batch or every is None or every == float("inf"):
@@ -74,16 +75,26 @@ def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Writes `folder`/last.ckpt every `steps` optimizer steps, but not at the last batch of an epoch.
+    """Writes `folder`/last.ckpt every `steps` optimizer steps.
 
-    There validation follows and then the epoch's own checkpoint. Lightning takes a checkpoint between the two for a
-    finished epoch: a run killed in that validation would go on without it, and a last epoch would stay unscored.
+    Only batches that took an optimizer step are saved: the gradients of the others are not in a
+    checkpoint. Batches that a validation or the end of the epoch follows are left out: see
+    `validation_follows`.
+
+    Args:
+        folder: the run's checkpoints.
+        steps: optimizer steps between two checkpoints.
     """
 
     def __init__(self, folder: Any, steps: int) -> None:
         super().__init__(
             folder, filename="last", enable_version_counter=False, every_n_train_steps=steps
         )
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -93,5 +104,6 @@ class StepCheckpoint(ModelCheckpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not trainer.is_last_batch:
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        if stepped and not validation_follows(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

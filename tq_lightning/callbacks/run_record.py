@@ -1,9 +1,10 @@
-"""RunRecord: writes record.json, the one file that tables and figures are made from."""
+"""RunRecord: writes record.json, the file that tables and figures are made from."""
 
-import csv
 import sys
 import time
 import uuid
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import lightning as L
 import torch
 
+from tq_lightning.callbacks.metric_log import MetricLog
 from tq_lightning.cost.size import record_bytes
-from tq_lightning.errors import Interrupted, first_line
+from tq_lightning.errors import Interrupted, UserError, first_line
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
@@ -23,6 +25,7 @@ from tq_lightning.records import (
     MONITOR,
     NAME,
     Evaluation,
+    Points,
     Record,
     TestResult,
     WidthResult,
@@ -30,27 +33,14 @@ from tq_lightning.records import (
     write_record,
 )
 
-
-def read_curves(metrics_file: Path) -> dict[str, list[list[float]]]:
-    """{metric: [[epoch, value], ...]} of a run's metrics.csv, one value an epoch."""
-    curves: dict[str, dict[int, float]] = {}
-    if not metrics_file.is_file():
-        return {}
-    with metrics_file.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if not row.get("epoch"):
-                continue
-            for key, value in row.items():
-                if value and key not in ("epoch", "step"):
-                    curves.setdefault(key, {})[int(float(row["epoch"]))] = round(float(value), 5)
-    return {
-        key: [[e, v] for e, v in sorted(points.items())] for key, points in sorted(curves.items())
-    }
+Curves = dict[str, dict[int, float]]  # {metric: {epoch: value}}
+# what makes a test one of the run's own data: which images, and how the model sees them
+DATA_KEYS = ("name", "root", "image_size", "mean", "std", "interpolation", "crop_pct")
 
 
 @torch.no_grad()
 def code_disagreement(model: torch.nn.Module) -> dict[int, float]:
-    """{width: share of the weight codes that differ between quantize and truncate}, over all quantized weights."""
+    """Return {width: share of the weight codes that differ between quantize and truncate}."""
     differ = dict.fromkeys(range(1, width_of(model).max_bits + 1), 0)
     total = 0
     for weight in weight_quantizers(model):
@@ -64,19 +54,18 @@ def code_disagreement(model: torch.nn.Module) -> dict[int, float]:
     return {bits: count / total for bits, count in differ.items()}
 
 
-def _at_epoch(curves: dict[str, list[list[float]]], epoch: int) -> dict[str, float]:
-    return {key: value for key, points in curves.items() for e, value in points if e == epoch}
-
-
 class RunRecord(L.Callback):
-    """Keeps `run_dir`/record.json: "running" at the start of a fit, then finished, failed or interrupted with its reason.
+    """Keeps the record.json of a run.
 
-    A test adds its block to the record of the run it tests.
+    The record changes only by what was trained or tested. It is "running" once training starts, then
+    "finished", "failed" or "interrupted" with a reason. It is fed with what `MetricLog` and the
+    validations measured, and written before each checkpoint, so it is never older than one. A test
+    adds its block.
 
     Args:
-        run_dir: the run's directory.
+        run_dir: the run's folder.
         config: the resolved configuration, plain types.
-        checkpoint: what a test reads ("best", "last" or a path), for its block.
+        checkpoint: what a test evaluates ("best", "last" or a path), for its block.
     """
 
     def __init__(
@@ -85,100 +74,101 @@ class RunRecord(L.Callback):
         self.path = Path(run_dir) / NAME
         self.config, self.checkpoint = config, checkpoint
         self._record: Record | None = None
+        self._earlier: Record | None = None
+        self._curves: Curves = {}
+        self._trained: int | None = None  # epoch whose training metrics the record has
         self._start = 0.0
 
-    def _save(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero and self._record is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_record(self.path, self._record)
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Read the record of a run that resumes or is tested, before anything is written.
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        earlier = read_record(self.path) if self.path.is_file() else None
-        config = self.config
-        if earlier is not None and "model" in earlier.config:
-            # the model is the one of the start: its checkpoint adds what the data set had to say
-            config = config | {"model": earlier.config["model"]}
-        start = earlier or Record(
-            id=uuid.uuid4().hex,
-            status="running",
-            config=config,
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+        Raises:
+            UserError: the record is damaged, or the run would end without a result.
+        """
+        if self.path.is_file():
+            self._earlier = read_record(self.path)
+        if stage == "fit" and trainer.limit_val_batches == 0:
+            raise UserError(
+                "trainer.limit_val_batches=0 leaves the run without a result; pass at least 1 batch"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        earlier, config = self._earlier, self.config
+        if earlier is None:
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            record = Record(uuid.uuid4().hex, "running", config, started=started)
+        else:
+            record = _at(earlier, trainer.current_epoch, trainer.global_step)
+            # the checkpoint's model section has been completed from the data set; keep the one asked for
+            config = config | {"model": earlier.config.get("model", config.get("model"))}
+        self._curves = {key: dict(points) for key, points in (record.curves or {}).items()}
+        self._start = time.monotonic() - record.seconds
         quant = QuantConfig(**pl_module.model.tq)
         commit, dirty = git_state()
         device = trainer.strategy.root_device
-        self._start = time.monotonic() - start.seconds
-        # a resumed run keeps its earlier results until it has newer ones
         self._record = replace(
-            start,
+            record,
             status="running",
             reason=None,
             command=" ".join(["python -m tq_lightning", *sys.argv[1:]]),
             config=config,
             seed=config.get("seed_everything"),
+            ste=quant.resolved_ste,
+            nested=quant.nested,
             versions=package_versions(),
             commit=commit,
             dirty=dirty,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             processes=trainer.world_size,
             parameters_quantized=pl_module.report.share,
-            ste=quant.resolved_ste,
-            nested=quant.nested,
-            bytes=None,
-            test=None,
         )
         self._save(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._record is not None and not trainer.sanity_checking:
-            self._record = self._updated(self._record, trainer)
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._take_training_metrics(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._take_training_metrics(trainer):
             self._save(trainer)
 
-    def _updated(self, record: Record, trainer: L.Trainer) -> Record:
-        curves = read_curves(self.path.parent / "metrics.csv")
-        record = replace(
-            record,
-            seconds=round(time.monotonic() - self._start, 2),
-            steps=trainer.global_step,
-            curves=curves,
-            epochs=len({epoch for points in curves.values() for epoch, _ in points}),
-        )
-        scored = curves.get(MONITOR, [])
-        if not scored:
-            return record
-        best = int(max(scored, key=lambda point: point[1])[0])
-        last = int(scored[-1][0])
-        metrics = _at_epoch(curves, best)
-        bits = sorted(
-            int(key.rsplit("_w", 1)[1]) for key in metrics if key.startswith("val/acc1_truncate_w")
-        )
-        return replace(
-            record,
-            last=Evaluation(_at_epoch(curves, last), last),
-            best=Evaluation(metrics, best, MONITOR),
-            widths={
-                b: WidthResult(
-                    metrics[f"val/acc1_quantize_w{b}"],
-                    metrics[f"val/acc1_truncate_w{b}"],
-                    metrics[f"val/qt_gap_w{b}"],
-                )
-                for b in bits
-            },
-        )
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._record is None or trainer.sanity_checking:
+            return
+        metrics = _rounded(trainer.callback_metrics, "val/")
+        self._add(trainer.current_epoch, metrics)
+        now = Evaluation(metrics, trainer.current_epoch, MONITOR, trainer.global_step)
+        best = self._record.best
+        # the rule of the best checkpoint: the first of equals
+        if best is None or metrics[MONITOR] > best.metrics[MONITOR]:
+            best = now
+        last = replace(now, monitor=None)
+        self._record = replace(self._record, best=best, last=last, widths=_widths(best))
+        self._take_training_metrics(trainer)
+        self._save(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        assert self._record is not None
-        record = self._updated(self._record, trainer)
-        shares = code_disagreement(pl_module)
-        widths = {
-            bits: replace(result, disagree=round(shares[bits], 6))
-            for bits, result in (record.widths or {}).items()
-        }
+        if self._record is None:
+            raise UserError(
+                f"nothing to train: the run is at epoch {trainer.current_epoch}, step "
+                f"{trainer.global_step}; pass a larger trainer.max_epochs, max_steps or max_time"
+            )
+        self._take_training_metrics(trainer)
+        status, reason = "interrupted" if trainer.interrupted else "finished", None
+        if self._record.best is None:
+            status, reason = "failed", "the run ended without a validation"
+        shares = code_disagreement(pl_module) if trainer.is_global_zero else {}
         self._record = replace(
-            record,
-            widths=widths,
+            self._record,
+            widths={
+                bits: replace(result, disagree=round(shares[bits], 6))
+                for bits, result in (self._record.widths or {}).items()
+                if bits in shares
+            },
             bytes=record_bytes(pl_module.model),
-            status="interrupted" if trainer.interrupted else "finished",
+            status=status,
+            reason=reason,
         )
         self._save(trainer)
 
@@ -190,18 +180,130 @@ class RunRecord(L.Callback):
             self._record,
             status="interrupted" if stopped else "failed",
             reason=first_line(exception),
-            seconds=round(time.monotonic() - self._start, 2),
         )
-        self._save(trainer)
+        with suppress(UserError):  # a full disk may be the exception
+            self._save(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if not trainer.is_global_zero or not self.path.is_file():
+        record = self._earlier
+        if not trainer.is_global_zero or record is None:
             return
-        metrics = {
-            k: round(float(v), 5)
-            for k, v in trainer.callback_metrics.items()
-            if k.startswith("test/")
+        metrics = _rounded(trainer.callback_metrics, "test/")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        ours, asked = record.config.get("data") or {}, self.config.get("data") or {}
+        loaders = trainer.test_dataloaders
+        sizes = [len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+        other = [key for key in DATA_KEYS if not _same(ours.get(key), asked.get(key))]
+        result = TestResult(
+            metrics,
+            self.checkpoint,
+            pl_module.loaded_epoch,
+            images=int(metrics.pop("test/images")),
+            data={key: asked.get(key) for key in ("name", "root")},
+            split=data.split_of("test"),
+            batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
+        )
+        if result.batches is None and not other:
+            record = replace(record, test=result)
+        else:
+            why = ", ".join([*(["a part of the split"] if result.batches else []), *other])
+            print(f"not a test of the run's own data ({why}): added to tests in {self.path}")
+            record = replace(record, tests=[*(record.tests or []), result])
+        self._earlier = record
+        write_record(self.path, record)
+
+    def _take_training_metrics(self, trainer: L.Trainer) -> bool:
+        """Add the training metrics of the last epoch; False if the record has them."""
+        log = next((c for c in trainer.callbacks if isinstance(c, MetricLog)), None)  # type: ignore[attr-defined]
+        if self._record is None or log is None or log.epoch in (None, self._trained):
+            return False
+        self._trained = log.epoch
+        metrics = _rounded(log.train_metrics, "train/")
+        self._add(log.epoch, metrics)
+        for name in ("best", "last"):
+            block = getattr(self._record, name)
+            if block is not None and block.epoch == log.epoch:
+                both = {**block.metrics, **metrics}
+                self._record = replace(self._record, **{name: replace(block, metrics=both)})
+        return True
+
+    def _add(self, epoch: int, metrics: dict[str, float]) -> None:
+        for key, value in metrics.items():
+            self._curves.setdefault(key, {})[epoch] = value
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if not trainer.is_global_zero or self._record is None:
+            return
+        curves = {
+            key: [[epoch, value] for epoch, value in sorted(points.items())]
+            for key, points in sorted(self._curves.items())
         }
-        images = int(metrics.pop("test/images"))
-        test = TestResult(metrics, self.checkpoint, pl_module.loaded_epoch, images)
-        write_record(self.path, replace(read_record(self.path), test=test))
+        self._record = replace(
+            self._record,
+            seconds=round(time.monotonic() - self._start, 2),
+            steps=trainer.global_step,
+            epochs=len({epoch for points in self._curves.values() for epoch in points}),
+            curves=curves,
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(self.path, self._record)
+
+
+def _at(record: Record, epoch: int, step: int) -> Record:
+    """The record as it was at an epoch and optimizer step: what came later is measured again."""
+
+    def earlier(block: Evaluation | None) -> bool:
+        if block is None or block.epoch is None:
+            return False
+        if block.step is None:  # written by version 0.1.0
+            return block.epoch < epoch or (block.epoch == epoch and record.steps == step)
+        return block.step <= step
+
+    kept = [block for block in (record.best, record.last) if earlier(block)]
+    curves: Curves = {
+        key: {int(e): value for e, value in points if e < epoch}
+        for key, points in (record.curves or {}).items()
+    }
+    for block in kept:
+        if block.epoch == epoch:  # validated already, and not again
+            for key in (key for key in block.metrics if key.startswith("val/")):
+                curves.setdefault(key, {})[epoch] = block.metrics[key]
+    best, scores = record.best if earlier(record.best) else None, curves.get(MONITOR, {})
+    if best is None and scores:
+        first = max(sorted(scores), key=lambda e: scores[e])
+        best = Evaluation({k: p[first] for k, p in curves.items() if first in p}, first, MONITOR)
+    last = record.last if earlier(record.last) else None
+    if last is None and scores:
+        final = max(scores)
+        last = Evaluation({k: p[final] for k, p in curves.items() if final in p}, final)
+    points = {key: Points([[e, v] for e, v in sorted(p.items())]) for key, p in curves.items() if p}
+    widths = None if best is None else _widths(best)
+    return replace(
+        record, curves=points, best=best, last=last, widths=widths, bytes=None, test=None
+    )
+
+
+def _widths(best: Evaluation) -> dict[int, WidthResult]:
+    """Results by width of the best epoch."""
+    metrics, prefix = best.metrics, "val/acc1_truncate_w"
+    return {
+        bits: WidthResult(
+            metrics[f"val/acc1_quantize_w{bits}"],
+            metrics[f"val/acc1_truncate_w{bits}"],
+            metrics[f"val/qt_gap_w{bits}"],
+        )
+        for bits in sorted(
+            int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix)
+        )
+    }
+
+
+def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    return {k: round(float(v), 5) for k, v in metrics.items() if k.startswith(prefix)}
+
+
+def _same(one: Any, two: Any) -> bool:
+    """True for equal values, and for two spellings of one path."""
+    if isinstance(one, str) and isinstance(two, str):
+        return one == two or Path(one).expanduser().resolve() == Path(two).expanduser().resolve()
+    return one == two

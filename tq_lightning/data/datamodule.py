@@ -232,6 +232,10 @@ class TQDataModule(lightning.LightningDataModule):
         assert split is not None
         return split
 
+    def split_of(self, stage: str) -> str:
+        """Name of the split that stage train, val or test reads."""
+        return self._part(stage)[0]
+
     def _reader(self, name: str, stage: str) -> BatchReader:
         """Reader of a split for a stage, kept so that its worker processes persist."""
         if (name, stage) not in self._readers:

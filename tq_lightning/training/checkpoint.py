@@ -12,6 +12,7 @@ from tq_lightning.errors import UserError, first_line
 from tq_lightning.models import check_local, create_model
 from tq_lightning.models.weights import check_fit
 from tq_lightning.records import NAME
+from tq_lightning.training.checkpoint_io import verify_checkpoint
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
 
@@ -47,6 +48,7 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
             f"checkpoint {path} does not exist; pass a .ckpt file of a run, "
             "e.g. RUN/checkpoints/last.ckpt"
         )
+    verify_checkpoint(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
@@ -107,6 +109,7 @@ def read_progress(path: Path) -> Progress:
     Raises:
         UserError: the file is not a training checkpoint, or parts of it are missing.
     """
+    verify_checkpoint(path)
     try:
         # mmap: no weights are read. Files too old to be mapped are not checkpoints of ours.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

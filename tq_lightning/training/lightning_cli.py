@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,6 +29,7 @@ from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.files import atomic_write, remove_temporaries
 from tq_lightning.records import MONITOR, NAME, read_record, write_record
 from tq_lightning.training.arguments import drop_append_options, make_parser, normalize
 from tq_lightning.training.checkpoint import (
@@ -35,6 +37,7 @@ from tq_lightning.training.checkpoint import (
     newest_checkpoint,
     overridden_arguments,
 )
+from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
 from tq_lightning.training.cli_messages import one_line
 from tq_lightning.training.cluster import check_tasks, cluster_environment
 from tq_lightning.training.help_pages import page, wanted_page
@@ -63,6 +66,30 @@ def _check_root(root: Path) -> None:
         raise UserError(
             f"trainer.default_root_dir={root}: cannot write in {there}; pass a folder for the runs"
         )
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes RUN/config.yaml once training starts, without `ckpt_path`: it starts a new run.
+
+    A fit that trains nothing leaves the file of an earlier one.
+    """
+
+    def __init__(self, *args: Any, run_dir: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run_dir = run_dir
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Do nothing: training may not start."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write the file."""
+        if trainer.is_global_zero:
+            config = self.config.clone()
+            config.ckpt_path = None
+            text = self.parser.dump(config, skip_none=False)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.run_dir / "config.yaml") as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
 
 class TQCLI(LightningCLI):
@@ -238,10 +265,11 @@ class TQCLI(LightningCLI):
         # Lightning keeps checkpoints of its own in its root, and would find another run's in a root that runs share
         kwargs["default_root_dir"] = str(self.run_dir)
         environment = cluster_environment()
-        if environment is not None:
-            plugins = trainer["plugins"]
-            given_plugins = plugins if isinstance(plugins, list) else [plugins] if plugins else []
-            kwargs["plugins"] = [*given_plugins, environment]
+        plugins = trainer["plugins"]
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins] if plugins else [])]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        kwargs["plugins"] = [*plugins, *([environment] if environment is not None else [])]
         self._peers = WatchPeers(self._fail_record)
         # the peers come first: they name the cause of an error before the record is written
         plain: list[Callback] = [self._peers, WidthTable()]
@@ -254,6 +282,10 @@ class TQCLI(LightningCLI):
         ):
             plain.append(RichProgressBar())
         if self.subcommand == "fit":
+            self.save_config_kwargs = {"run_dir": self.run_dir}
+            if self._lock is not None:
+                remove_temporaries(self.run_dir)
+                remove_temporaries(self.run_dir / "checkpoints")
             plain += self._fit_callbacks(config)
             if trainer["logger"] in (None, True):
                 kwargs["logger"] = self._loggers(config)
@@ -289,12 +321,15 @@ class TQCLI(LightningCLI):
         if config["trainer"]["enable_checkpointing"] is False or config["trainer"]["fast_dev_run"]:
             return [*callbacks, StopOnSignal(self.stop_flag)]
         folder = self.run_dir / "checkpoints"
+        # Lightning takes an interval of 1 batch for 1.0, a whole epoch
+        every_batch = isinstance(config["trainer"]["val_check_interval"], int)
         best = ModelCheckpoint(
             folder,
             filename="best-{epoch}",
             monitor=MONITOR,
             mode="max",
             save_top_k=1,
+            save_on_train_epoch_end=False if every_batch else None,
             auto_insert_metric_name=False,
             enable_version_counter=False,  # an epoch that is run again after a kill writes over its own file
         )
@@ -368,8 +403,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         cli = TQCLI(
             TQModule,
             TQDataModule,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={

@@ -165,12 +165,14 @@ class TQModule(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Return the callbacks of every run. The moving average comes first, so it is evaluated."""
         from tq_lightning.callbacks.ema import MovingAverage
+        from tq_lightning.callbacks.metric_log import MetricLog
         from tq_lightning.callbacks.resume import StepSeeds
         from tq_lightning.callbacks.truncation_eval import TruncationEval
 
         callbacks: list[L.Callback] = [
             StepSeeds(),
             TruncationEval(self.hparams.calibration_batches),
+            MetricLog(),
         ]
         if self.hparams.ema_decay is not None:
             callbacks.insert(0, MovingAverage(self.hparams.ema_decay))
@@ -277,16 +279,10 @@ class TQModule(L.LightningModule):
         )
         return loss
 
-    def on_train_epoch_end(self) -> None:
-        """Log the mean losses of the epoch over all ranks."""
+    def train_losses(self) -> dict[str, Tensor]:
+        """Return the mean losses of the epoch so far, over all ranks, by metric key."""
         strategy = self.trainer.strategy
-        means = self._epoch_losses.means(lambda sums: strategy.reduce(sums, reduce_op="sum"))
-        self.log_dict(means, logger=False)
-        # Lightning writes the row after the epoch's checkpoint. A run killed between the two would
-        # resume without the row. A row that is ahead of its checkpoint is dropped and comes again.
-        row = {**{key: float(mean) for key, mean in means.items()}, "epoch": self.current_epoch}
-        for logger in self.loggers:
-            logger.log_metrics(row, step=self.global_step - 1)
+        return self._epoch_losses.means(lambda sums: strategy.reduce(sums, reduce_op="sum"))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Do nothing: the TruncationEval callback evaluates every width on the batch."""

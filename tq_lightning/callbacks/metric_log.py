@@ -1,0 +1,90 @@
+"""MetricLog: one row of metrics per epoch, and the training loss by step, to every logger."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+LOSS, RATE, SPEED = "train/loss", "train/lr", "train/images_per_second"
+
+
+class MetricLog(L.Callback):
+    """Logs to every logger of the Trainer.
+
+    Every epoch has one row that holds its training losses, the learning rate, the images per second
+    (over all processes, without the time of validations) and its validation metrics. The row is
+    written before the checkpoint of the epoch: a run that is killed in between logs it again when it
+    resumes, and a run that resumes from the checkpoint has it. A validation inside an epoch has a
+    row of its own. Rows by step hold the training loss and the learning rate, every
+    `trainer.log_every_n_steps` optimizer steps; they have no `epoch`.
+    """
+
+    def __init__(self) -> None:
+        self.epoch: int | None = None
+        """Epoch of `train_metrics`."""
+        self.train_metrics: dict[str, float] = {}
+        """Training part of the last row."""
+        self._pending: dict[str, float] = {}  # of a validation that has no row yet
+        self._step = self._images = 0
+        self._rate = 0.0  # of the last step: the schedule moves on before the batch ends
+        self._seconds = self._since = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._step = trainer.global_step
+        self.on_train_epoch_start(trainer, pl_module)  # not called if the run resumes in an epoch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._images, self._seconds, self._since = 0, 0.0, time.monotonic()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += len(batch[0])
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        if stepped and self._step % trainer.log_every_n_steps == 0:
+            # Lightning has divided the loss by the number of accumulated batches
+            loss = outputs["loss"] * trainer.accumulate_grad_batches
+            self._write(trainer, {LOSS: float(loss), RATE: self._rate})
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()  # once an epoch: the queued steps belong to the training
+        self._seconds += time.monotonic() - self._since
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._since = time.monotonic()
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        metrics = trainer.callback_metrics
+        self._pending = {k: float(v) for k, v in metrics.items() if k.startswith("val/")}
+        ends = trainer.global_step == trainer.max_steps or trainer.should_stop
+        if not (ends or trainer.is_last_batch):
+            self._write_epoch(trainer, {})
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        losses = {key: float(mean) for key, mean in pl_module.train_losses().items()}
+        seconds = self._seconds + time.monotonic() - self._since
+        speed = self._images * trainer.world_size / max(seconds, 1e-9)
+        self.epoch = trainer.current_epoch
+        self.train_metrics = losses | {RATE: self._rate, SPEED: round(speed, 1)}
+        pl_module.log_dict(self.train_metrics, logger=False)  # for callbacks that monitor a metric
+        self._write_epoch(trainer, self.train_metrics)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._pending and self.epoch is not None:  # the end was validated after its epoch's row
+            self._write_epoch(trainer, {}, self.epoch)
+
+    def _write_epoch(
+        self, trainer: L.Trainer, metrics: dict[str, float], epoch: int | None = None
+    ) -> None:
+        epoch = trainer.current_epoch if epoch is None else epoch
+        self._write(trainer, {**metrics, **self._pending, "epoch": epoch})
+        self._pending = {}
+
+    def _write(self, trainer: L.Trainer, row: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step - 1)
