@@ -1,4 +1,4 @@
-"""Where a result comes from: versions of the packages it depends on and the git commit of the source tree."""
+"""Provenance of a result: versions of the packages it depends on, and the git commit."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "optuna", "wan
 
 
 def package_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """{name: version} of tq_lightning, Python and those of `packages` that are installed."""
+    """Return {name: version} of tq_lightning, Python and the installed ones of `packages`."""
     found = {"tq_lightning": __version__, "python": platform.python_version()}
     for package in packages:
         try:
@@ -22,9 +22,9 @@ def package_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
 
 
 def git_state() -> tuple[str | None, bool]:
-    """(commit, has uncommitted changes) of the source tree; (None, False) outside a git checkout."""
+    """Return (commit, has uncommitted changes) of the source tree; (None, False) without git."""
     root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():  # an installed package may lie inside somebody else's checkout
+    if not (root / ".git").exists():  # a package may be installed inside another checkout
         return None, False
     try:
         ask = {"cwd": root, "capture_output": True, "text": True, "timeout": 20}

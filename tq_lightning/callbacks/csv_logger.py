@@ -1,4 +1,4 @@
-"""RunLogger: Lightning's CSV logger, writing metrics.csv in a run's folder and continuing it after a resume."""
+"""RunLogger: Lightning's CSV logger for the metrics.csv of a run, continued when the run resumes."""
 
 import csv
 import os
@@ -39,7 +39,10 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
 
 class _ResumedWriter(ExperimentWriter):
-    """Keeps the rows of an existing metrics.csv from before the resumed step; later ones are logged again."""
+    """Keeps the rows of an existing metrics.csv from before the resumed step.
+
+    Later rows are logged again.
+    """
 
     def __init__(self, log_dir: str, resume_step: int | None) -> None:
         self._resume_step = resume_step
@@ -66,7 +69,7 @@ class _ResumedWriter(ExperimentWriter):
 
 
 class RunLogger(CSVLogger):
-    """metrics.csv in `root`/`run`. Every row is on disk once it is logged, so a killed run keeps its rows.
+    """Writes `root`/`run`/metrics.csv. A row is on disk once it is logged: a killed run keeps it.
 
     Args:
         root: folder of the runs.
@@ -95,7 +98,7 @@ class RunLogger(CSVLogger):
         return self._experiment  # type: ignore[return-value]
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Do nothing: config.yaml holds them, and a fit that trains nothing leaves metrics.csv as it is."""
+        """Do nothing: config.yaml has them, and metrics.csv changes once training starts."""
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
         """Write a row."""

@@ -1,4 +1,4 @@
-"""MovingAverage: an exponential moving average of the weights, which is what gets evaluated and served."""
+"""MovingAverage: an exponential moving average of the weights, which is evaluated and saved."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +9,13 @@ from torch import Tensor
 
 
 class MovingAverage(WeightAveraging):
-    """average = decay * average + (1 - decay) * weights after every optimizer step; the first step's weights start it.
+    """average = decay * average + (1 - decay) * weights, after every optimizer step.
 
-    Validation runs on the average, and a checkpoint's `state_dict` is the average (the weights in training lie beside it,
-    under `current_model_state`). Parameters and norm statistics are averaged, one fused call a step; counters and flags
-    are copied: a norm set that is no longer calibrated in training is not in the average either.
+    It starts with the weights of the first step. Validation runs on the average, and the
+    `state_dict` of a checkpoint is the average; the weights in training are under
+    `current_model_state`. Parameters and norm statistics are averaged, in one fused call per step.
+    Counters and flags are copied, so a norm that training has marked as not calibrated is not
+    calibrated in the average either.
 
     Args:
         decay: from 0 (the last weights) to below 1.

@@ -13,10 +13,10 @@ class MetricLog(L.Callback):
     """Logs to every logger of the Trainer.
 
     Every epoch has one row that holds its training losses, the learning rate, the images per second
-    (over all processes, without the time of validations) and its validation metrics. The row is
-    written before the checkpoint of the epoch: a run that is killed in between logs it again when it
-    resumes, and a run that resumes from the checkpoint has it. A validation inside an epoch has a
-    row of its own. Rows by step hold the training loss and the learning rate, every
+    (of all processes, without the time of validations) and its validation metrics. The row is
+    written before the checkpoint of the epoch: a run that is killed in between logs it again when
+    it resumes, and a run that resumes from the checkpoint has it. A validation inside an epoch has
+    a row of its own. Rows by step hold the training loss and the learning rate, every
     `trainer.log_every_n_steps` optimizer steps; they have no `epoch`.
     """
 

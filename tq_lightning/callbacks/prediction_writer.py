@@ -1,4 +1,4 @@
-"""PredictionWriter: what `predict` found, as a CSV file in the run's directory."""
+"""PredictionWriter: the predictions of `predict` as a CSV file in the run's folder."""
 
 import csv
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from tq_lightning.files import atomic_write
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predictions.csv (sample number, class number, class name, probability), whole or not at all.
+    """Writes predictions.csv: sample number, class number, class name and probability.
 
-    Under several processes each writes the rows of its own share, predictions-RANK.csv.
+    With several processes, each writes the rows of its own samples to predictions-RANK.csv.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,6 +29,7 @@ class PredictionWriter(BasePredictionWriter):
         predictions: Sequence[Tensor],
         batch_indices: Sequence[Any],
     ) -> None:
+        """Write the file."""
         names = trainer.datamodule.class_names  # type: ignore[attr-defined]
         target = self.folder / (
             "predictions.csv"

@@ -1,4 +1,9 @@
-"""StepSeeds: the random states of each training step are a function of seed, step and rank, and of nothing else."""
+"""Resuming a run: random states by step, checkpoints inside an epoch, and folders that were moved.
+
+`StepSeeds` makes each step independent of the process it runs in, `StepCheckpoint` writes the
+checkpoints that can be resumed from inside an epoch, and `MovedRun` adapts a checkpoint to the folder
+it is in now.
+"""
 
 import os
 import random
@@ -11,10 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class StepSeeds(L.Callback):
-    """Reseeds Python, NumPy and torch before each training step.
+    """Reseeds Python, NumPy and torch before each training step, from seed, step and rank.
 
-    A run that is killed and resumed from any checkpoint then draws the same dropout masks as one that was not, without
-    random states in the checkpoint, and whatever an evaluation drew in between.
+    A resumed run draws the same dropout masks as an uninterrupted one, without random states in the
+    checkpoint and whatever an evaluation drew in between.
     """
 
     def on_train_batch_start(
@@ -29,10 +34,10 @@ class StepSeeds(L.Callback):
 
 
 class MovedRun(L.Callback):
-    """Lets what a checkpoint remembers of its folder name the folder it lies in now.
+    """Replaces the checkpoint folder that a checkpoint has saved by the one it is in now.
 
-    Lightning forgets the best score where the folder's name has changed: the next epoch would count as the best, however
-    poor, and lie beside the true one.
+    Lightning drops the best score if the folder has changed: the next epoch would count as the best
+    one and be saved beside the true one.
     """
 
     def on_load_checkpoint(
@@ -52,7 +57,7 @@ class MovedRun(L.Callback):
 
 
 def _moved(value: Any, before: str, now: str) -> Any:
-    """`value` with every path at or below `before` at or below `now`."""
+    """Replace the folder `before` by `now` in all paths of `value`."""
     if isinstance(value, dict):
         return {_moved(key, before, now): _moved(v, before, now) for key, v in value.items()}
     if isinstance(value, str) and (value == before or value.startswith(before + os.sep)):

@@ -57,10 +57,10 @@ def code_disagreement(model: torch.nn.Module) -> dict[int, float]:
 class RunRecord(L.Callback):
     """Keeps the record.json of a run.
 
-    The record changes only by what was trained or tested. It is "running" once training starts, then
-    "finished", "failed" or "interrupted" with a reason. It is fed with what `MetricLog` and the
-    validations measured, and written before each checkpoint, so it is never older than one. A test
-    adds its block.
+    The record changes only by what was trained or tested. It is "running" once training starts,
+    then "finished", "failed" or "interrupted" with a reason. Its numbers come from `MetricLog` and
+    from the validations. It is written before each checkpoint, so it is never older than one. A
+    test adds its block.
 
     Args:
         run_dir: the run's folder.
@@ -99,7 +99,7 @@ class RunRecord(L.Callback):
             record = Record(uuid.uuid4().hex, "running", config, started=started)
         else:
             record = _at(earlier, trainer.current_epoch, trainer.global_step)
-            # the checkpoint's model section has been completed from the data set; keep the one asked for
+            # the model section of a checkpoint has been completed from the data set
             config = config | {"model": earlier.config.get("model", config.get("model"))}
         self._curves = {key: dict(points) for key, points in (record.curves or {}).items()}
         self._start = time.monotonic() - record.seconds
@@ -250,7 +250,7 @@ class RunRecord(L.Callback):
 
 
 def _at(record: Record, epoch: int, step: int) -> Record:
-    """The record as it was at an epoch and optimizer step: what came later is measured again."""
+    """Return the record as of an epoch and a step; later results will be measured again."""
 
     def earlier(block: Evaluation | None) -> bool:
         if block is None or block.epoch is None:
@@ -284,7 +284,7 @@ def _at(record: Record, epoch: int, step: int) -> Record:
 
 
 def _widths(best: Evaluation) -> dict[int, WidthResult]:
-    """Results by width of the best epoch."""
+    """Return the results by width of the best epoch."""
     metrics, prefix = best.metrics, "val/acc1_truncate_w"
     return {
         bits: WidthResult(
@@ -303,7 +303,7 @@ def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def _same(one: Any, two: Any) -> bool:
-    """True for equal values, and for two spellings of one path."""
+    """Return True for equal values and for two spellings of one path."""
     if isinstance(one, str) and isinstance(two, str):
         return one == two or Path(one).expanduser().resolve() == Path(two).expanduser().resolve()
     return one == two

@@ -1,4 +1,4 @@
-"""TruncationEval: score every width at each validation, truncated, and quantized wherever that differs."""
+"""TruncationEval: evaluate every width, truncated and, wherever that differs, quantized."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,7 +35,10 @@ def sources_agree(model: nn.Module, bits: int) -> bool:
 
 
 def evaluation_passes(model: nn.Module) -> list[Pass]:
-    """(width, source) of every pass an evaluation takes, widest first, float last; what agrees is run once, truncated."""
+    """Return the (width, source) pairs to evaluate, widest first, float last.
+
+    Pairs that agree by construction run once, truncated.
+    """
     passes: list[Pass] = []
     for bits in range(width_of(model).max_bits, 0, -1):
         passes.append((bits, "truncate"))
@@ -46,9 +49,10 @@ def evaluation_passes(model: nn.Module) -> list[Pass]:
 
 @torch.no_grad()
 def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict[Pass, Tensor]:
-    """Logits (batch, classes) of one batch at every pass; the weights are normalised once for all of them.
+    """Return the logits (batch, classes) of one batch for every pass.
 
-    Inside `shared_normalization(model)` they are so once for all batches.
+    The weights are normalized once for all passes, and inside `shared_normalization(model)` once
+    for all batches.
     """
     logits = {}
     with shared_normalization(model):
@@ -61,7 +65,10 @@ def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict
 def width_metrics(
     stage: str, accuracy: dict[Pass, float], max_bits: int, trained: tuple[int, ...]
 ) -> dict[str, float]:
-    """The metric keys of an evaluation: `stage`/acc1_quantize_w4 and so on for every width, in %; gaps in points."""
+    """Return top-1 in % of both sources for every width, and the QT gaps in percentage points.
+
+    The keys are `stage`/acc1_quantize_w4 and so on.
+    """
     metrics = {}
     for bits in range(max_bits, 0, -1):
         truncate = accuracy[bits, "truncate"]
@@ -79,7 +86,10 @@ def width_metrics(
 def top5_metrics(
     stage: str, accuracy: dict[Pass, float], trained: tuple[int, ...]
 ) -> dict[str, float]:
-    """Top-5 accuracy in % of the truncated weights at every width, of float, and the mean over the trained widths."""
+    """Return top-5 in % of the truncated weights at every width, their mean, and float.
+
+    The mean is over the trained widths.
+    """
     truncated = {bits: value for (bits, source), value in accuracy.items() if source == "truncate"}
     metrics = {f"{stage}/acc5_truncate_w{bits}": value for bits, value in truncated.items()}
     metrics[f"{stage}/acc5_truncate_mean"] = sum(truncated[b] for b in trained) / len(trained)
@@ -88,7 +98,7 @@ def top5_metrics(
 
 
 def hits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each image's class is the likeliest, and is among the TOP likeliest, as two bool tensors (batch,)."""
+    """Tell for each image whether top-1 and top-5 are right: two bool tensors (batch,)."""
     first = logits.argmax(1) == target
     likeliest = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
     return first, (likeliest == target[:, None]).any(1)
@@ -199,7 +209,7 @@ class TruncationEval(L.Callback):
             trainer.check_val_every_n_epoch = 1
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Validate a run that a callback stopped after an epoch without one, or that never had one."""
+        """Validate the end of a run that a callback stopped, or that has had no validation."""
         missing = trainer.should_stop or (self._scored_step is None and self._trained)
         if not missing or self._scored_step == trainer.global_step or not trainer.enable_validation:
             return
@@ -262,7 +272,7 @@ class TruncationEval(L.Callback):
 
 
 def _calibrated(model: nn.Module) -> bool:
-    """Whether every untrained width has norm statistics of its own already (as a checkpoint of a fit has)."""
+    """Tell whether every untrained width has norm statistics, as in a checkpoint of a fit."""
     norms = per_width_norms(model)
     widths = [bits for bits in untrained_widths(model) if bits is not None]
     return all(bool(norm.calibrated[bits]) for norm in norms[:1] for bits in widths)

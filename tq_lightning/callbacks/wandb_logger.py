@@ -1,4 +1,4 @@
-"""Weights & Biases: a logger that gets along with sweeps, and a callback that puts a run's record among its files."""
+"""Weights & Biases: a logger that works inside sweeps, and a callback that uploads the record."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from tq_lightning.errors import UserError, first_line
 from tq_lightning.records import read_record
 
 
@@ -47,6 +48,7 @@ class OwnRunLogger(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """Finish the W&B run."""
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
@@ -62,11 +64,17 @@ def earlier_id(run_dir: Path) -> str | None:
 
 
 def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
-    """One W&B run for this run, with its resolved configuration; its files go below `run_dir`.
+    """Start a W&B run with the resolved configuration; its files go below `run_dir`.
 
-    An agent's sweep gives the run its id and project through the environment, so neither is set here where it does; what
-    the sweep itself set is left to it. Only rank 0 makes a run.
+    A W&B agent passes the id and the project of the run through the environment, so inside a W&B
+    sweep neither is set here, and the keys that the sweep has set are left alone. Only rank 0 starts
+    a run.
+
+    Raises:
+        UserError: W&B refuses to start, e.g. for lack of an API key.
     """
+    import wandb
+
     in_sweep = "WANDB_SWEEP_ID" in os.environ
     project = None if in_sweep else os.environ.get("WANDB_PROJECT", "tq_lightning")
     logger = OwnRunLogger(
@@ -77,15 +85,24 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
     )
     if getattr(rank_zero_only, "rank", 0) == 0:  # whoever launched this process, torchrun or Slurm
         run_dir.mkdir(parents=True, exist_ok=True)
-        # a sweep locks the keys it set, and with them whole sections: the resolved values go beside them
-        logger.experiment.config.update(
-            {"resolved": config} if in_sweep else config, allow_val_change=True
-        )
+        # a sweep locks the keys it has set, and with them whole sections
+        resolved = {"resolved": config} if in_sweep else config
+        try:
+            logger.experiment.config.update(resolved, allow_val_change=True)
+        except wandb.Error as error:
+            raise UserError(
+                f"W&B did not start ({first_line(error)}); run `wandb login`, or set "
+                "WANDB_MODE=offline"
+            ) from error
     return logger
 
 
 class WandbRecord(L.Callback):
-    """At the end of a fit: the table by width, its figure, and record.json among the files of the W&B run."""
+    """Adds the table by width, its figure and record.json to the W&B run at the end of a fit.
+
+    Args:
+        record: path of record.json.
+    """
 
     def __init__(self, record: Path) -> None:
         self.record = record
@@ -109,6 +126,8 @@ class WandbRecord(L.Callback):
             figure = _figure(rows)
             run.log({"widths": table, "qt_gap": wandb.Image(figure)})
             figure.clf()
+        if not Path(run.dir).is_dir():  # WANDB_MODE=disabled
+            return
         shutil.copyfile(self.record, Path(run.dir) / self.record.name)
         run.save(str(Path(run.dir) / self.record.name), base_path=run.dir, policy="end")
 

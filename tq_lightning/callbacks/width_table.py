@@ -1,4 +1,4 @@
-"""WidthTable: what an evaluation found, a line a width, in the terminal."""
+"""WidthTable: the accuracies of an evaluation in the terminal, one row per width."""
 
 import sys
 from typing import Any
@@ -7,7 +7,13 @@ import lightning as L
 
 
 def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
-    """Prints top-1 by width from metric keys: a table, or one line for each of many validations where no terminal is."""
+    """Print top-1 by width from metrics: a table, or one line per validation without a terminal.
+
+    Args:
+        metrics: the metric keys of an evaluation.
+        stage: "val" or "test".
+        title: text above the table.
+    """
     rows = []
     bits = 8
     while bits:
@@ -22,10 +28,8 @@ def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
         return
     if stage == "val" and not sys.stdout.isatty():
         cells = "  ".join(f"w{b} {q:.2f}/{t:.2f}" for b, q, t, _ in rows)
-        print(
-            f"{title}: top-1 % quantized/truncated  {cells}  float {metrics[f'{stage}/acc1_float']:.2f}",
-            flush=True,
-        )
+        in_float = f"float {metrics[f'{stage}/acc1_float']:.2f}"
+        print(f"{title}: top-1 % quantized/truncated  {cells}  {in_float}", flush=True)
         return
     from rich.console import Console
     from rich.table import Table
@@ -40,7 +44,7 @@ def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
 
 
 class WidthTable(L.Callback):
-    """Prints `print_widths` after each validation and test."""
+    """Calls `print_widths` after each validation and test."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:

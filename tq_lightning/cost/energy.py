@@ -1,18 +1,20 @@
-"""A model, no measurement, of what weights cost in energy: fetching them for an inference, and switching their width.
+"""A model (not a measurement) of the energy that weights cost: an inference, and a switch of width.
 
-Every number comes from one table of published constants, each assumption is a line of words, and both go into the record
-that `inspect --out` writes. Only quantized weights are counted: norms, scales and layers left in float cost the same
-whichever way the width is switched.
+All numbers come from one table of published constants. The table and the assumptions are part of the
+inspect record. Only quantized weights are counted: norms, scales and layers left in float cost the
+same however the width is switched.
 """
 
 from tq_lightning.records import Energy
 
-# Fig. 1.1.9, "rough energy costs for various operations in 45 nm, 0.9 V". Memory is given there for accesses of 64 bits:
-# cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. (The 640 pJ for 32 bits of DRAM and 5 pJ for 32 bits
-# of SRAM that deep-learning papers print come from Han et al., arXiv 1506.02626, fig. 1, and agree with 1.3 nJ and the 8 KB.)
+# Fig. 1.1.9, "rough energy costs for various operations in 45 nm, 0.9 V". It gives memory accesses of
+# 64 bits: cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. The 640 pJ for 32 bits of
+# DRAM and 5 pJ for 32 bits of SRAM in deep-learning papers come from Han et al., arXiv 1506.02626,
+# fig. 1, and agree with the 1.3 nJ and the cache of 8 KB.
 SOURCE = (
-    "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, fig. 1.1.9: rough costs at 45 nm, "
-    "0.9 V; of DRAM's 1.3 to 2.6 nJ the low end, which favours refetching; of cache the 1 MB entry, the dearest, which does too"
+    "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, fig. 1.1.9: "
+    "rough costs at 45 nm, 0.9 V; DRAM at the low end of 1.3 to 2.6 nJ and cache at the 1 MB entry, "
+    "the most expensive one, both of which favor refetching"
 )
 # operation -> pJ
 CONSTANTS_PJ: dict[str, float] = {
@@ -22,31 +24,35 @@ CONSTANTS_PJ: dict[str, float] = {
     "FP32 add": 0.9,
     "8-bit integer add": 0.03,
 }
-ACCESS_BITS = 64  # what the two memory constants are for
+ACCESS_BITS = 64  # of the two memory constants
 FLOAT_BITS = 32
 
 ASSUMPTIONS = (
-    "45 nm constants of Horowitz (ISSCC 2014, fig. 1.1.9); energy of a 64-bit access is shared evenly by its bits",
-    "the float master is in DRAM; codes live on chip in SRAM of 1 MB banks, the stored 8-bit codes for a switch by shift too",
-    "refetch: read 32 bits a weight from DRAM, 2 FP32 multiplies and 2 adds to normalise and round it "
-    "(tanh, the maximum and the mean are not counted), write n bits to SRAM",
-    "shift in place: read the stored code from SRAM, one 8-bit add in place of the shift, write n bits to SRAM",
-    "refetch planes, where the stored codes do not fit on chip: read n bit planes from DRAM, write n bits to SRAM",
-    "weight traffic: each quantized weight is read from DRAM once an inference, at 32 bits or at n",
-    "norm sets, scales, layers in float, leakage and the control of it all are not counted",
+    "45 nm constants of Horowitz (ISSCC 2014, fig. 1.1.9); the bits of a 64-bit access share its "
+    "energy evenly",
+    "the float master is in DRAM; codes are on chip in SRAM banks of 1 MB, and so are the stored 8-bit "
+    "codes that are shifted in place",
+    "refetch: read 32 bits per weight from DRAM, normalize and round with 2 FP32 multiplies and 2 adds "
+    "(tanh, maximum and mean are not counted), write n bits to SRAM",
+    "shift in place: read the stored code from SRAM, shift it at the cost of one 8-bit add, write n "
+    "bits to SRAM",
+    "refetch planes, if the stored codes do not fit on chip: read n bit planes from DRAM, write n bits "
+    "to SRAM",
+    "weight traffic: each quantized weight is read from DRAM once per inference, with 32 or n bits",
+    "norms, scales, layers left in float, leakage and control logic are not counted",
 )
 
 
 def energy_model(weights: int, max_bits: int = 8) -> Energy:
-    """Energy of a switch to each width and of one inference's weight traffic at it.
+    """Model the energy of a switch to each width, and of the weight traffic of one inference.
 
     Args:
         weights: number of quantized weights.
         max_bits: stored width.
 
     Returns:
-        The energy block of the inspect record. `by_width` holds, for a switch to n bits, refetch_float_pj,
-        refetch_planes_pj and shift_pj, and for an inference traffic_float_pj and traffic_pj.
+        The energy block of the inspect record. `by_width` has refetch_float_pj, refetch_planes_pj
+        and shift_pj for a switch to n bits, and traffic_float_pj and traffic_pj for an inference.
     """
     dram = CONSTANTS_PJ["DRAM access, 64 bits"] / ACCESS_BITS
     sram = CONSTANTS_PJ["SRAM access (1 MB cache), 64 bits"] / ACCESS_BITS

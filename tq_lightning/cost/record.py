@@ -9,18 +9,19 @@ from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.records import InspectRecord, Layer, Mechanism
 
 MECHANISM_BITS = (1, 2, 3, 4)
-GRID = 1024  # values of u between 0 and 1; cell centres, so that none lies on the edge of a bin
+GRID = 1024  # values of u in (0, 1): centers of cells, none of which is on the edge of a bin
 
 
 def inspect_record(values: dict[str, Any], command: str = "") -> InspectRecord:
-    """The inspect record of a model under a policy.
+    """Compute the inspect record of a model under a quantization policy.
 
     Args:
-        values: the keys of `KEYS`, all of them.
+        values: name, num_classes, model_args, skip, widths, max_bits, norm, normalizer and
+            activations, as in the `model:` section of a configuration.
         command: the command line, for the record.
 
     Raises:
-        UserError: no such model, or a policy that prepare() refuses.
+        UserError: the model is unknown, or prepare() refuses the policy.
     """
     from tq_lightning.cost.energy import energy_model
     from tq_lightning.cost.size import (
@@ -83,28 +84,32 @@ def inspect_record(values: dict[str, Any], command: str = "") -> InspectRecord:
 
 
 def _accounting(record: InspectRecord) -> list[str]:
-    """What the two ratios, and the others, are made of; sizes in bytes."""
+    """Spell out what the ratios are made of; sizes in bytes."""
     paper, packed, one, codes, files = (
         record.ways[way] for way in ("paper", "packed", "float_master", "master8", "file_per_width")
     )
     floats = f"{4 * record.parameters:,} bytes"
+    policy = f"norm {record.policy['norm']}; widths 1 to {record.policy['max_bits']}"
     return [
-        f"the paper's accounting: {record.parameters:,} float parameters, {floats}, over {paper.total:,} = "
-        f"{paper.weights:,} of 8-bit weights (every layer but the stem, the classifier too) + {paper.float:,} of stem, "
-        f"biases and the rest in float + {paper.norms:,} of norms (a batch norm has 8 sets of scale, shift, mean and "
-        f"variance); no scales, no header: {record.paper_ratio:.3f}x",
-        f"this policy as packed (in float: {record.skipped}; norm {record.policy['norm']}; widths 1 to "
-        f"{record.policy['max_bits']}): the same {floats} over {packed.total:,} = {packed.weights:,} of weights + "
-        f"{packed.scales:,} of scales + {packed.float:,} in float + {packed.norms:,} of norms, the file but for its "
-        f"header: {record.policy_ratio:.3f}x",
-        f"with one norm set on either side, statistics counted: {one.total:,} in float over {codes.total:,} with codes: "
-        f"{one.total / codes.total:.3f}x; a float master that serves several widths needs the other sets as well",
-        f"one file for each width: {files.total:,} bytes, {files.total / packed.total:.3f} times the packed file",
+        f"accounting of the paper: {record.parameters:,} float parameters ({floats}) over "
+        f"{paper.total:,} = {paper.weights:,} of 8-bit weights (every layer but the stem, with the "
+        f"classifier) + {paper.float:,} of stem, biases and the rest in float + {paper.norms:,} of "
+        "norms (8 sets of scale, shift, mean and variance per batch norm); no scales, no header: "
+        f"{record.paper_ratio:.3f}x",
+        f"this policy as packed (in float: {record.skipped}; {policy}): the same {floats} over "
+        f"{packed.total:,} = {packed.weights:,} of weights + {packed.scales:,} of scales + "
+        f"{packed.float:,} in float + {packed.norms:,} of norms, without the header of the file: "
+        f"{record.policy_ratio:.3f}x",
+        f"with one norm set on either side, statistics included: {one.total:,} in float over "
+        f"{codes.total:,} with codes: {one.total / codes.total:.3f}x; a float master that serves "
+        "several widths needs the other sets as well",
+        f"one file per width: {files.total:,} bytes, {files.total / packed.total:.3f} times the "
+        "packed file",
     ]
 
 
 def mechanism() -> Mechanism:
-    """Staircases on a plain tensor: levels of round, of round at 8 bits shifted, and of floor, at 1 to 4 bits."""
+    """Compute the levels over u of round, of round at 8 bits then shifted, and of floor."""
     import torch
 
     from tq_lightning.quant.codes import (

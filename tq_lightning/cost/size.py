@@ -1,8 +1,9 @@
-"""Byte accounting of a prepared model, layer by layer: what each way of serving all widths costs to store and to read.
+"""Bytes of a prepared model, layer by layer, to store and to read, for each storage scheme.
 
-Works on the model `prepare()` returns, so that there is one rule of which layer is quantized and which norm gets sets, and
-on the meta device (`meta_model`), where a network of any size takes no memory. A prediction here is the size of the file
-that export writes, but for its header.
+A storage scheme is a way to serve all widths. The accounting works on a prepared model, so `prepare`
+alone decides which layers are quantized and which norms are switchable. The model may be on the meta
+device (`meta_model`), where it takes no memory. The size predicted for the packed file is that of
+export, without the header.
 """
 
 import math
@@ -25,7 +26,7 @@ from tq_lightning.records import ModelBytes, StorageBytes
 
 FLOAT_BYTES = 4
 PARTS = ("weights", "scales", "float", "norms")
-PAPER_BITS = 8  # the paper keeps one norm set for each width 1..8
+PAPER_BITS = 8  # the paper keeps one norm set per width 1..8
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,19 @@ class Row:
     """A layer in bytes.
 
     Attributes:
-        name, kind, shape: layer name, conv | linear | norm | other, shape of its (first) weight.
-        parameters: learnable numbers of the layer in the float network, each counted where it is first met.
-        codes: quantized weights among them; `bits` is their stored width, None where there are none.
-        plane: bytes of one bit plane of the layer, with the file's padding.
+        name: name of the layer.
+        kind: conv, linear, norm or other.
+        shape: shape of its (first) weight.
+        parameters: parameters of the layer in the float network; a tied one counts once.
+        codes: number of quantized weights among them.
+        bits: their stored width; None without quantized weights.
+        plane: bytes of one bit plane of the layer, with the padding of the file.
         scales: bytes of its scales.
-        floats: bytes of what is kept as it is: biases, weights left in float.
-        tables: bytes that only a packed file holds: constants and index tables, which a network's code could make anew,
-            a tied float tensor under its second name.
-        norm_set, sets: bytes of one set of norm parameters and statistics, and how many sets there are.
+        floats: bytes of biases and weights left in float.
+        tables: bytes that only a packed file has: constants and index tables that the code of the
+            network could recompute, and a tied float tensor under its second name.
+        norm_set: bytes of one set of norm parameters and statistics.
+        sets: number of such sets.
     """
 
     name: str
@@ -59,7 +64,7 @@ class Row:
 
 
 def meta_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
-    """A model by name with parameters on the meta device (no memory), or on the CPU where its code cannot do without values.
+    """Create a model on the meta device, or on the CPU if its code needs values.
 
     Raises:
         UserError: as `create_model`.
@@ -72,7 +77,7 @@ def meta_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.M
 
 
 def layer_rows(model: nn.Module) -> list[Row]:
-    """A row for each layer of a prepared model that stores anything, in model order."""
+    """Return a row for each layer of a prepared model that stores something, in model order."""
     seen: set[int] = set()
     rows = (_row(name or "(root)", module, seen) for name, module in _layers(model))
     return [
@@ -81,7 +86,7 @@ def layer_rows(model: nn.Module) -> list[Row]:
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the network as it was before prepare(): what prepare() put inside a layer belongs to the layer."""
+    """Modules of the network before prepare(): parts added inside a layer belong to the layer."""
     yield name, module
     if isinstance(module, PerWidthNorm):
         return
@@ -94,7 +99,7 @@ def _row(name: str, module: nn.Module, seen: set[int]) -> Row:
     many = isinstance(module, PerWidthNorm)
     chains = getattr(module, "parametrizations", {}).values()
     quantizers = [(c.original, c[0]) for c in chains if isinstance(c[0], WeightQuantizer)]
-    weights = [w for w, _ in quantizers if id(w) not in seen]  # tied weights share one run of codes
+    weights = [w for w, _ in quantizers if id(w) not in seen]  # tied weights share their codes
     seen.update(id(w) for w in weights)
     kept, tables = _kept(module, seen)
     parameters = [p for p in [*weights, *kept] if isinstance(p, nn.Parameter)]
@@ -117,9 +122,9 @@ def _row(name: str, module: nn.Module, seen: set[int]) -> Row:
 
 
 def _kept(module: nn.Module, seen: set[int]) -> tuple[list[Tensor], int]:
-    """Float tensors that the layer keeps (of a norm: those of one set), and the bytes of what only a packed file holds.
+    """Float tensors that a layer keeps (of a norm: of one set), and the bytes of its tables.
 
-    The batch counter of batch norms moves no output, and no file has it.
+    The batch counter of batch norms changes no output and is in no file.
     """
     kept: list[Tensor] = []
     tables = 0
@@ -138,13 +143,13 @@ def _kept(module: nn.Module, seen: set[int]) -> tuple[list[Tensor], int]:
 
 
 def _stored_bytes(tensor: Tensor) -> int:
-    """Bytes in a packed file, which knows float32, float64 and int64."""
+    """Bytes in a packed file, which supports float32, float64 and int64."""
     wide = tensor.dtype == torch.float64 or not tensor.is_floating_point()
     return tensor.numel() * (8 if wide else FLOAT_BYTES)
 
 
 def _scale_count(weight: Tensor, quantizer: WeightQuantizer) -> int:
-    """One for the tensor, or one for each output channel (and input channel, the way a transposed convolution keeps them)."""
+    """One per tensor, or one per channel (and those before it, for transposed convolutions)."""
     return (
         math.prod(weight.shape[: quantizer.channel_dim + 1])
         if NORMALIZERS[quantizer.normalizer].per_channel
@@ -186,7 +191,7 @@ def _paper(row: Row, bits: int) -> tuple[int, int, int, int]:
     return row.codes, 0, row.floats, row.norm_set * sets
 
 
-# way of serving the widths 1..max_bits -> bytes of a row in the order of PARTS
+# storage scheme -> bytes of a row in the order of PARTS, to serve the widths 1..max_bits
 WAYS: dict[str, Callable[[Row, int], tuple[int, int, int, int]]] = {
     "float_master": _float_master,
     "file_per_width": _file_per_width,
@@ -206,30 +211,32 @@ def total(rows: Iterable[Row], way: str, max_bits: int) -> StorageBytes:
 
 
 def read_at(rows: Iterable[Row], bits: int) -> int:
-    """Bytes read to run at a width: that many planes, the scales, what is kept as it is, one norm set; not the header."""
+    """Bytes read to run at a width: its planes, scales, float tensors and norm set; no header."""
     return sum(
         row.plane * bits + row.scales + row.floats + row.tables + row.norm_set for row in rows
     )
 
 
 def paper_rows(model: nn.Module) -> list[Row]:
-    """Rows of an unprepared model, which is prepared in place, under the policy of the paper's storage claim.
+    """Prepare a model in place under the policy of the paper's storage claim; return its rows.
 
-    The accounting is `total(rows, "paper", 8)`: 8-bit weights of every layer but the stem, the classifier's too; stem,
-    biases and all else in float; 8 sets of batch norm; no scales, no header (TruncQuant, arXiv 2506.11431). The float
-    parameters over it are 3.533 for ResNet-50.
+    The accounting is `total(rows, "paper", 8)`: 8-bit weights of every layer but the stem, with the
+    classifier; stem, biases and the rest in float; 8 sets of batch norm; no scales, no header. The
+    float parameters of ResNet-50 over it are 3.533.
+
+    Source: TruncQuant, arXiv 2506.11431.
     """
     prepare(model, skip=("first",), norm="per_width", max_bits=PAPER_BITS, verbose=False)
     return layer_rows(model)
 
 
 def float_over(rows: Iterable[Row], bytes_: int) -> float:
-    """Bytes of the float parameters, which have one set of norms and no statistics, over `bytes_`."""
+    """Bytes of the float parameters (one set of norms, no statistics) over `bytes_`."""
     return FLOAT_BYTES * sum(row.parameters for row in rows) / bytes_
 
 
 def record_bytes(model: nn.Module) -> ModelBytes:
-    """The byte block of a run record."""
+    """Return the byte block of a run's record."""
     rows, max_bits = layer_rows(model), int(model.tq["max_bits"])  # type: ignore[index,arg-type]
     return ModelBytes(
         float=FLOAT_BYTES * sum(row.parameters for row in rows),

@@ -32,7 +32,8 @@ def check_out(out: Path) -> None:
 def is_report(folder: Path) -> bool:
     """Return True if the folder carries our marker."""
     try:
-        return json.loads((folder / MARKER).read_text(encoding="utf-8")).get("kind") == KIND
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return marker.get("kind") == KIND
     except (OSError, ValueError, AttributeError):
         return False
 
