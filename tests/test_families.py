@@ -18,10 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_width import bit_width
+from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.layers import select_layers
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import calibrate_norms
-from tq_lightning.quant.weight import original, shared_normalization, weight_quantizers
+from tq_lightning.quant.weight import original, weight_quantizers
 
 PINNED = dict(
     line.strip().split("==")
@@ -217,7 +218,7 @@ def test_family(family):
 
     model.eval()
     calibrate_norms(model, [x])
-    with torch.no_grad(), shared_normalization(model):
+    with torch.no_grad(), fused_weights(model):
         for bits in range(1, 9):
             with bit_width(model, bits, "quantize"):
                 quantized = _tensors(model(x))

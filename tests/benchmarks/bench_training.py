@@ -25,9 +25,9 @@ from measuring import Table, Took, alternately, fresh_memory, keep_memory
 
 from tq_lightning.callbacks.truncation_eval import evaluate_batch
 from tq_lightning.models import create_model
+from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import calibrate_norms
-from tq_lightning.quant.weight import shared_normalization
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)
@@ -101,7 +101,7 @@ def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[fl
                 reference(images)
 
     def evaluate_widths() -> None:
-        with shared_normalization(
+        with fused_weights(
             model
         ):  # as the callback does: weights are coded once an evaluation, not once a batch
             for _ in range(BATCHES):

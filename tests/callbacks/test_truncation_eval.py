@@ -19,7 +19,7 @@ from tq_lightning.callbacks.truncation_eval import (
 )
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.models import create_model
-from tq_lightning.quant import fake_quantize, weight
+from tq_lightning.quant import fake_quantize, fused_weights, weight
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
@@ -108,7 +108,7 @@ def test_truncated_passes_shift_uint8_codes(monkeypatch):
         return out
 
     monkeypatch.setattr(fake_quantize, "truncate_codes", spy)
-    monkeypatch.setattr(weight, "truncate_codes", spy)
+    monkeypatch.setattr(fused_weights, "truncate_codes", spy)
     evaluate_batch(model, images, [(2, "truncate")])
     assert seen == [(8, 2)] * len(weight.weight_quantizers(model)) and len(seen) > 5
     seen.clear()
@@ -437,19 +437,17 @@ def test_bad_number_of_batches():
 
 def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, monkeypatch):
     calls = []
-    plain = weight.WeightQuantizer.normalize
+    plain = fused_weights.FusedWeights.normalize
     monkeypatch.setattr(
-        weight.WeightQuantizer,
+        fused_weights.FusedWeights,
         "normalize",
-        lambda self, w: (calls.append(self), plain(self, w))[1],
+        lambda self: (calls.append(self), plain(self))[1],
     )
     trainer, module, data = fit(tmp_path, limit_train_batches=1)
     quantizers = [w.quantizer for w in weight.weight_quantizers(module)]
     assert len(trainer.val_dataloaders) > 1
-    assert len(calls) == 2 * len(quantizers), (
-        "one step, and one validation of several batches and a calibration"
-    )
-    assert not any(q._sharing or q._shared for q in quantizers)
+    assert len(calls) == 2, "one step, and one validation of several batches and a calibration"
+    assert all(q.made is None for q in quantizers) and width_of(module).fused is None
 
     class Fail(L.Callback):
         def on_validation_batch_end(self, *_):
@@ -458,7 +456,7 @@ def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, mon
     trainer.callbacks.append(Fail())
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.validate(module, data)
-    assert not any(q._sharing or q._shared for q in quantizers)
+    assert all(q.made is None for q in quantizers) and width_of(module).fused is None
 
 
 def test_a_last_batch_of_one_image_does_not_break_the_calibration(tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tq_lightning.quant.bit_width import Width, bit_width
 from tq_lightning.quant.codes import LEVELS, NORMALIZERS, QUANTIZERS, codes_to_levels
@@ -14,7 +14,6 @@ from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import (
     WeightQuantizer,
     original,
-    shared_normalization,
     weight_quantizers,
 )
 
@@ -155,69 +154,6 @@ def test_gradient_of_the_weight(normalizer, shape):
         assert torch.allclose(w.grad, exact.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_shared_normalization_gives_the_same_values_and_gradients(normalizer):
-    model = nn.Sequential(nn.Linear(6, 4), nn.ConvTranspose1d(3, 3, 2, groups=3))
-    prepare(model, skip=(), normalizer=normalizer, verbose=False)
-    for quantized in weight_quantizers(model):
-        module, rule, w = quantized.module, quantized.quantizer, quantized.original
-        plain = []
-        for bits in (8, 2):
-            with bit_width(model, bits):
-                plain.append(module.weight)
-        torch.autograd.backward([p.sin().sum() for p in plain])
-        with shared_normalization(model):
-            shared = []
-            for bits in (8, 2):
-                with bit_width(model, bits):
-                    shared.append(module.weight)
-            assert all(torch.equal(a, b) for a, b in zip(plain, shared, strict=True))
-            leaf = rule._shared.u
-            (grad,) = torch.autograd.grad([p.sin().sum() for p in shared], [leaf])
-            assert torch.allclose(rule.normalizer_grad(grad), w.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_shared_normalization_runs_once_and_ends(monkeypatch):
-    model = nn.Sequential(nn.Linear(6, 4))
-    prepare(model, skip=(), verbose=False)
-    calls = []
-    plain = WeightQuantizer.normalize
-    monkeypatch.setattr(
-        WeightQuantizer, "normalize", lambda self, w: (calls.append(self.name), plain(self, w))[1]
-    )
-    rule = weight_quantizers(model)[0].quantizer
-    with pytest.raises(RuntimeError, match="inside"), shared_normalization(model):
-        for bits in (8, 4, 2):
-            with bit_width(model, bits):
-                model(torch.ones(1, 6))
-        raise RuntimeError("inside")
-    assert calls == ["0.weight"] and rule._shared is None
-    with (
-        shared_normalization(model),
-        bit_width(model, 4),
-    ):  # an evaluation of many batches, and each of its batches
-        for _ in range(3):
-            with shared_normalization(model) as weights:
-                assert [w.quantizer for w in weights] == [rule]
-                model(torch.ones(1, 6))
-    assert calls == ["0.weight"] * 2 and rule._shared is None
-    with bit_width(model, 2):
-        before = model[0].weight
-        with torch.no_grad():
-            original(model[0], "weight").mul_(0.5).add_(0.1)
-        assert not torch.equal(model[0].weight, before)
-
-
-def test_shared_normalization_begun_without_gradients_still_trains():
-    """Codes are read first (no gradient), a pass with gradients follows: it must reach the weight."""
-    model = nn.Sequential(nn.Linear(6, 4))
-    prepare(model, skip=(), verbose=False)
-    weight = weight_quantizers(model)[0]
-    with shared_normalization(model), bit_width(model, 2):
-        weight.quantizer.codes(weight.original)
-        assert weight.module.weight.requires_grad
-
-
 HARD = {  # name -> weight (4, 3)
     "all zero": torch.zeros(4, 3),
     "minus zero": -torch.zeros(4, 3),
@@ -246,18 +182,6 @@ def test_hard_weights_stay_finite(case, normalizer):
                 assert w.grad.isfinite().all(), (quantizer, ste, bits)
 
 
-def test_hard_weights_shared():
-    for case, w in HARD.items():
-        model = nn.Sequential(nn.Linear(3, 4))
-        prepare(model, skip=(), verbose=False)
-        with torch.no_grad():
-            original(model[0], "weight").copy_(w)
-        rule = weight_quantizers(model)[0].quantizer
-        with shared_normalization(model), bit_width(model, 2):
-            (grad,) = torch.autograd.grad(model[0].weight.sum(), [rule._shared.u])
-            assert rule.normalizer_grad(grad).isfinite().all(), case
-
-
 def test_exact_values_of_simple_weights():
     for bits in (1, 2, 8):
         assert torch.equal(_rule(bits)(torch.zeros(2, 2)), torch.zeros(2, 2))
@@ -281,12 +205,6 @@ def test_nan_names_the_layer_of_a_model(net, images):
     prepare(net, verbose=False)
     original(net.conv, "weight").data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"conv\.weight"), bit_width(net, 4):
-        net(images)
-    with (
-        pytest.raises(ValueError, match=r"conv\.weight"),
-        shared_normalization(net),
-        bit_width(net, 4),
-    ):
         net(images)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from tq_lightning import bit_width, prepare
 from tq_lightning.errors import TrainingError
 from tq_lightning.models import create_model
+from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.switchable_norm import train_float_norms
 from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.training.joint import joint_loss
@@ -272,9 +273,8 @@ def test_a_loss_that_is_not_finite_names_its_width():
         joint_loss(model, images, WIDTHS, bad)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
-    assert all(w.quantizer._shared is None for w in weight_quantizers(model)), (
-        "an error leaves nothing shared"
-    )
+    assert width_of(model).fused is None
+    assert all(w.quantizer.made is None for w in weight_quantizers(model))
     joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import bit_width, width_of
 from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms, untrained_widths
-from tq_lightning.quant.weight import shared_normalization, weight_quantizers
+from tq_lightning.quant.weight import weight_quantizers
 
 Pass = tuple[int | None, str]
 TOP = 5  # classes; with fewer, top-5 is left out
@@ -51,11 +52,11 @@ def evaluation_passes(model: nn.Module) -> list[Pass]:
 def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict[Pass, Tensor]:
     """Return the logits (batch, classes) of one batch for every pass.
 
-    The weights are normalized once for all passes, and inside `shared_normalization(model)` once
+    The weights are normalized once for all passes, and inside `fused_weights(model)` once
     for all batches.
     """
     logits = {}
-    with shared_normalization(model):
+    with fused_weights(model):
         for bits, source in passes:
             with bit_width(model, bits, source):
                 logits[bits, source] = model(images)
@@ -140,7 +141,7 @@ class TruncationEval(L.Callback):
 
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
         self._weights.close()
-        self._weights.enter_context(shared_normalization(module))
+        self._weights.enter_context(fused_weights(module))
         if calibrate and untrained_widths(module):
             if not self._batches:
                 batches = trainer.datamodule.calibration_batches(self.calibration_batches)  # type: ignore[attr-defined]

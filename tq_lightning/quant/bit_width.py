@@ -23,6 +23,7 @@ class Width:
         source: Where the weights of that width come from, "quantize" or "truncate".
         packed: True if there are no float weights (a loaded packed model).
         default_source: The source of `bit_width` if none is passed.
+        fused: The `FusedModel` that makes the weights inside `fused_weights`, else None.
     """
 
     max_bits: int
@@ -31,6 +32,7 @@ class Width:
     source: str = "quantize"
     packed: bool = False
     default_source: str = "quantize"
+    fused: Any = None
 
     def __post_init__(self) -> None:
         if self.bits is None and self.packed:
@@ -140,6 +142,10 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
     before = (width.bits, width.source)
     _set(width, bits, source)
     try:
+        if width.fused is not None:
+            width.fused.make(bits, source)
         yield model
     finally:
+        if width.fused is not None:
+            width.fused.release()
         _set(width, *before)

@@ -51,6 +51,7 @@ class PerWidthNorm(nn.Module):
                 norm.requires_grad_(False)
         self.register_buffer("calibrated", torch.zeros(width.max_bits + 1, dtype=torch.bool))
         self.calibrating = False
+        self._read: tuple[Tensor, int | None, list[bool]] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the norm of the width in use."""
@@ -83,11 +84,19 @@ class PerWidthNorm(nn.Module):
                 f"train one of {', '.join(sorted(self.trained))}"
             )
         # a packed model checks its widths in PackedWeight, which knows what was loaded
-        if not self.calibrated[bits] and not self.width.packed:
+        if not self.width.packed and not self._calibrated_widths()[bits]:
             raise ValueError(
                 f"width {bits} was not trained and has no norm statistics yet; "
                 "call calibrate_norms(model, batches) first"
             )
+
+    def _calibrated_widths(self) -> list[bool]:
+        """`calibrated` as Python values, read from the device only after it has changed."""
+        flags = self.calibrated
+        version = None if flags.is_inference() else flags._version
+        if self._read is None or self._read[0] is not flags or self._read[1] != version:
+            self._read = (flags, version, flags.tolist())
+        return self._read[2]
 
     def copy_affine_from_wider(self, bits: int | None) -> None:
         """Give an untrained width the parameters of the next wider trained width.

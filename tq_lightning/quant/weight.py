@@ -4,8 +4,6 @@ The layer keeps reading `layer.weight` and gets a tensor on the grid of the widt
 timm and any other code that reads the weight are therefore covered.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import NORMALIZERS, QUANTIZERS, dequantize, truncate_codes
+from tq_lightning.quant.codes import NORMALIZERS, QUANTIZERS, dequantize
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
 
 
 def _channel_view(w: Tensor, channel_dim: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -71,12 +69,10 @@ class WeightQuantizer(nn.Module):
         self.quantizer, self.ste = config.quantizer, config.resolved_ste
         self.level, self.normalizer = config.level, config.normalizer
         self.channel_dim, self.groups = channel_dim, groups
-        # shared by the passes of one step or one evaluation, see `shared_normalization`
-        self._sharing = False
-        self._shared: Normalized | None = None
-        self._stored: Tensor | None = None  # uint8 codes at the stored width
+        # the weight in use while `fused_weights` makes those of the whole model, else None
+        self.made: Tensor | None = None
 
-    def _reduce(self, w: Tensor, how: str) -> Tensor:
+    def reduce(self, w: Tensor, how: str) -> Tensor:
         """Reduce a non-negative `w` to its "max" or "mean", per tensor or per output channel."""
         if not NORMALIZERS[self.normalizer].per_channel:
             return w.amax() if how == "max" else w.mean()
@@ -89,22 +85,26 @@ class WeightQuantizer(nn.Module):
     def _scale(self, w: Tensor) -> Tensor:
         """Compute E = mean|w| and check the tensor: NaN and infinity show in the mean."""
         magnitude = w.detach().abs()
-        scale = self._reduce(magnitude, "mean")
+        scale = self.reduce(magnitude, "mean")
         if torch.compiler.is_compiling():
             # a graph cannot branch on values; NaN passes through and shows in the loss
-            return torch.where(torch.isfinite(scale), scale, self._huge_mean(magnitude))
+            return torch.where(torch.isfinite(scale), scale, self.huge_mean(magnitude))
         if not torch.isfinite(scale).all():
-            if not torch.isfinite(magnitude).all():
-                raise ValueError(
-                    f"weight {self.name} contains NaN or infinity; "
-                    "lower the learning rate or repair the checkpoint"
-                )
-            scale = self._huge_mean(magnitude)
+            self.check_finite(magnitude)
+            scale = self.huge_mean(magnitude)
         return scale
 
-    def _huge_mean(self, magnitude: Tensor) -> Tensor:
+    def check_finite(self, w: Tensor) -> None:
+        """Raise ValueError if `w` contains NaN or infinity; the message names the tensor."""
+        if not torch.isfinite(w).all():
+            raise ValueError(
+                f"weight {self.name} contains NaN or infinity; "
+                "lower the learning rate or repair the checkpoint"
+            )
+
+    def huge_mean(self, magnitude: Tensor) -> Tensor:
         """Average a finite weight whose float32 sum overflows; scaling by a power of 2 is exact."""
-        return self._reduce(magnitude * 2.0**-64, "mean") * 2.0**64
+        return self.reduce(magnitude * 2.0**-64, "mean") * 2.0**64
 
     def normalize(self, w: Tensor) -> Normalized:
         """Normalize a weight: u = t / (2 max|t|) + 1/2 with t = tanh(w) or w, and E = mean|w|.
@@ -122,36 +122,13 @@ class WeightQuantizer(nn.Module):
         scale = self._scale(w)
         t = NORMALIZERS[self.normalizer].squash(w)
         # halved first, since twice a maximum near 3e38 overflows; clamped for an all-zero weight
-        top = self._reduce(t.detach().abs(), "max").clamp_min(_TINY)
+        top = self.reduce(t.detach().abs(), "max").clamp_min(TINY)
         return Normalized((t * 0.5 / top).add(0.5), scale, top)
-
-    def _normalized(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._sharing:
-            return self.normalize(w)[:2]
-        if self._shared is None:
-            self._shared = self.normalize(w.detach())
-        u = self._shared.u
-        if w.requires_grad and torch.is_grad_enabled() and not u.requires_grad:
-            u.requires_grad_()  # also if a pass without gradients came first
-        return u, self._shared.scale
-
-    def normalizer_grad(self, grad_u: Tensor) -> Tensor:
-        """Turn dL/du of the shared leaf into dL/dw; overwrites `grad_u` (float32) and returns it.
-
-        du/dw is (dt/dw) / (2 max|t|), for instance (1 - t^2) / (2 max|t|) with t = tanh(w). The
-        maximum carries no gradient.
-        """
-        assert self._shared is not None
-        u, _, top = self._shared
-        slope = NORMALIZERS[self.normalizer].slope
-        if slope is not None:
-            grad_u.mul_(slope(u.detach().sub(0.5).mul_(2.0).mul_(top)))
-        return grad_u.mul_(0.5).div_(top)
 
     def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `w` at the stored width: (uint8 codes, shape of `w`; scale, broadcastable)."""
         with torch.no_grad():
-            u, scale = self._normalized(w)
+            u, scale, _ = self.normalize(w)
             return QUANTIZERS[self.quantizer].codes(u, self.width.max_bits), scale
 
     def forward(self, w: Tensor) -> Tensor:
@@ -159,23 +136,18 @@ class WeightQuantizer(nn.Module):
         bits, source = self.width.bits, self.width.source
         if bits is None:
             return w
-        u, scale = self._normalized(w)
+        if self.made is not None:
+            return self.made.to(w.dtype)
+        u, scale, _ = self.normalize(w)
         if torch.is_grad_enabled() and u.requires_grad:
             max_bits = self.width.max_bits
             out = FakeQuantize.apply(
                 u, scale, True, bits, self.quantizer, self.ste, self.level, max_bits, source
             )
         else:
-            out = dequantize(self._codes_at(u, bits), bits, scale, self.level)
+            codes = width_codes(u, bits, self.quantizer, self.width.max_bits, source)
+            out = dequantize(codes, bits, scale, self.level)
         return out.to(w.dtype)
-
-    def _codes_at(self, u: Tensor, bits: int) -> Tensor:
-        """Codes of `u` at a width; a shared normalization keeps stored codes and shifts them."""
-        if not self._sharing or self.width.source != "truncate":
-            return width_codes(u, bits, self.quantizer, self.width.max_bits, self.width.source)
-        if self._stored is None:
-            self._stored = QUANTIZERS[self.quantizer].codes(u, self.width.max_bits)
-        return truncate_codes(self._stored, self.width.max_bits, bits)
 
     def extra_repr(self) -> str:
         """Describe the quantizer in the printed model."""
@@ -218,30 +190,3 @@ def weight_quantizers(model: nn.Module) -> list[QuantizedTensor]:
 def original(module: nn.Module, tensor: str) -> Tensor:
     """Return the float parameter behind a quantized tensor of a layer."""
     return module.parametrizations[tensor].original  # type: ignore[index,union-attr]
-
-
-@contextmanager
-def shared_normalization(model: nn.Module) -> Iterator[list[QuantizedTensor]]:
-    """Normalize each weight once for all passes inside the block, which must not change a weight.
-
-    The normalizer does not depend on the width, so a joint step over K widths, or an evaluation of
-    many, needs it once. Inside, `u` is a leaf: it accumulates the gradients of all passes, and
-    `WeightQuantizer.normalizer_grad` carries their sum to the weight. A block nested in another one
-    of the same model shares with it.
-
-    Yields:
-        The quantized tensors, in model order.
-    """
-    weights = weight_quantizers(model)
-    if any(w.quantizer._sharing for w in weights):
-        yield weights
-        return
-    for w in weights:
-        q = w.quantizer
-        q._sharing, q._shared, q._stored = True, None, None
-    try:
-        yield weights
-    finally:
-        for w in weights:
-            q = w.quantizer
-            q._sharing, q._shared, q._stored = False, None, None

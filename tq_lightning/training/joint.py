@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError
 from tq_lightning.quant.bit_width import bit_width
-from tq_lightning.quant.weight import shared_normalization
+from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.training.losses import WidthLoss
 
 
@@ -69,44 +69,40 @@ def joint_loss(
     position = {id(p): i for i, p in enumerate(params)}
     losses: dict[int | None, Tensor] = {}
     logits: dict[int | None, Tensor] = {}
-    with shared_normalization(model) as quantized:
-        # The normalized weight is a leaf that all quantized widths share. Its gradients are summed
-        # over the widths, so that the normalizer's backward pass runs once.
-        leaves: dict[str, Tensor] = {}
-        leaf_sums: dict[str, Tensor] = {}
+    with fused_weights(model, check=False) as fused:
         sums: list[Tensor | None] = [None] * len(params)
         for i, bits in enumerate(widths):
+            groups = fused.groups if bits is not None else []
             with bit_width(model, bits):
+                for group in groups:
+                    group.require_grad()
                 out = model(images)
                 loss = width_loss(bits, out, logits)
             logits[bits], losses[bits] = out.detach(), loss.detach()
             factor = loss_scale if weights is None else loss_scale * weights[i]
-            for w in quantized:
-                shared = w.quantizer._shared
-                if shared is not None and shared.u.requires_grad:
-                    leaves.setdefault(w.name, shared.u)
+            # the quantized weights of a width are leaves; their gradients go through the
+            # straight-through rule here, and once per step through the normalizer
+            leaves = [leaf for group in groups for leaf in group.leaves]
             with torch.autocast(images.device.type, enabled=False):
-                inputs = [*params, *leaves.values()]
-                grads = _writable(torch.autograd.grad(loss * factor, inputs, allow_unused=True))
+                grads = torch.autograd.grad(loss * factor, [*params, *leaves], allow_unused=True)
             del out, loss
-            _accumulate(sums, grads[: len(params)])
-            for key, g in zip(leaves, grads[len(params) :], strict=True):
-                if g is not None:
-                    leaf_sums[key] = g if key not in leaf_sums else leaf_sums[key].add_(g)
-            del grads
-        with torch.no_grad():
-            for w in quantized:
-                if w.name in leaf_sums:
-                    grad = w.quantizer.normalizer_grad(leaf_sums.pop(w.name)).to(w.original.dtype)
-                    i = position[id(w.original)]
+            _accumulate(sums, _writable(grads[: len(params)]))
+            leaf_grads = iter(grads[len(params) :])
+            for group in groups:
+                group.add_grads([next(leaf_grads) for _ in group.leaves])
+            del grads, leaf_grads
+        finite = [group.finite for group in fused.groups if group.finite is not None]
+        for group in fused.groups:
+            for weight, grad in zip(group.trained, group.weight_grads(), strict=True):
+                if grad is not None:
+                    i = position[id(weight)]
                     before = sums[i]
                     sums[i] = grad if before is None else before.add_(grad)
     if loss_scale != 1.0:
         torch._foreach_div_([g for g in sums if g is not None], loss_scale)
-    for bits, loss in losses.items():
-        if not torch.isfinite(loss):
-            name = "float" if bits is None else bits
-            raise TrainingError(f"loss is not finite at width {name}{_not_finite(model)}")
+    # the only value that a step reads from the device
+    if not bool(torch.stack([*(loss.isfinite() for loss in losses.values()), *finite]).all()):
+        raise TrainingError(_not_finite(model, losses))
     factors = [1.0] * len(widths) if weights is None else list(weights)
     total = torch.stack([f * losses[b].float() for f, b in zip(factors, widths, strict=True)]).sum()
     return _PrecomputedGradients.apply(total, sums, *params), losses
@@ -149,10 +145,13 @@ def _accumulate(sums: list[Tensor | None], grads: Sequence[Tensor | None]) -> No
         torch._foreach_add_(old, new)
 
 
-def _not_finite(model: nn.Module) -> str:
-    """Name the first parameter that holds NaN or infinity, for an error message."""
+def _not_finite(model: nn.Module, losses: dict[int | None, Tensor]) -> str:
+    """Name the first width whose loss, and the first parameter that, is not finite."""
+    bad = [bits for bits, loss in losses.items() if not torch.isfinite(loss)]
+    width = next(iter(bad or losses))
+    text = f"loss is not finite at width {'float' if width is None else width}"
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             layer = name.replace(".parametrizations.", ".").removesuffix(".original")
-            return f"; {layer} holds NaN or infinity"
-    return ""
+            return f"{text}; {layer} holds NaN or infinity"
+    return text

@@ -1,0 +1,105 @@
+"""Operations that a joint step and an evaluation dispatch, and values that they read from the device.
+
+Counts are exact and the same on every machine. On a GPU small networks are bound by them.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tq_lightning import prepare
+from tq_lightning.callbacks.truncation_eval import evaluate_batch
+from tq_lightning.models import create_model
+from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.switchable_norm import per_width_norms
+from tq_lightning.training.joint import joint_loss
+
+WIDTHS = (8, 4, 2, 1)
+BATCHES = 10
+HOST_READ = "aten._local_scalar_dense.default"
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def build(name, prepared, **how):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=10)
+    if prepared:
+        prepare(model, widths=WIDTHS, verbose=False, **how)
+    return model
+
+
+def count(call):
+    call()
+    operations = Operations()
+    with operations:
+        call()
+    return operations.counts
+
+
+def joint_step(model, images, target):
+    loss, _ = joint_loss(
+        model, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target)
+    )
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "limit"), [("resnet20_cifar", 32, 1.25), ("resnet50", 64, 1.15)]
+)
+def test_joint_step(name, size, limit):
+    images, target = torch.randn(2, 3, size, size), torch.randint(0, 10, (2,))
+    plain, model = build(name, False).train(), build(name, True).train()
+    one = count(lambda: F.cross_entropy(plain(images), target).backward())
+    joint = count(lambda: joint_step(model, images, target))
+    assert one.total() > 0 and joint.total() <= limit * len(WIDTHS) * one.total()
+    assert joint[HOST_READ] == 1 and one[HOST_READ] == 0
+
+
+@pytest.mark.parametrize(
+    "how", [{"normalizer": "tanh_channel"}, {"quantizer": "round", "ste": "dsq"}]
+)
+def test_host_reads_of_other_choices(how):
+    images, target = torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
+    model = build("resnet8_cifar", True, **how).train()
+    assert count(lambda: joint_step(model, images, target))[HOST_READ] == 1
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet20_cifar", 32), ("resnet50", 64)])
+def test_evaluation(name, size):
+    """Batches at 8 widths, against as many passes of the float network.
+
+    The weights are normalized once an evaluation, which a real one spreads over dozens of batches.
+    """
+    images = torch.randn(2, 3, size, size)
+    plain, model = build(name, False).eval(), build(name, True).eval()
+    for norm in per_width_norms(model):
+        norm.calibrated.fill_(True)
+    passes = [(bits, "truncate") for bits in range(8, 0, -1)]
+
+    def floats():
+        with torch.no_grad():
+            for _ in range(BATCHES * len(passes)):
+                plain(images)
+
+    def widths():
+        with fused_weights(model):
+            for _ in range(BATCHES):
+                evaluate_batch(model, images, passes)
+
+    one, fused = count(floats), count(widths)
+    assert fused.total() <= 1.1 * one.total()
+    assert fused[HOST_READ] == 1

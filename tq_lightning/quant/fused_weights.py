@@ -1,0 +1,275 @@
+"""Fused weights: all quantized weights of a model at one width, made together in a few calls.
+
+A joint step over K widths, or an evaluation of many, needs every weight at every width. Layer by
+layer that is a dozen small operations per layer and width. Here the weights lie in flat buffers: they
+are normalized once, and the functions of `codes.py` and `ste.py` run once per width on the whole
+buffer. The layers read views of it, so the network itself runs the operations of the float network.
+
+The values are those of `WeightQuantizer`, bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.codes import (
+    NORMALIZERS,
+    QUANTIZERS,
+    codes_to_levels,
+    dequantize,
+    truncate_codes,
+)
+from tq_lightning.quant.ste import STES
+from tq_lightning.quant.weight import TINY, QuantizedTensor, WeightQuantizer, weight_quantizers
+
+ALIGNMENT = 16  # elements between the starts of two weights divide by it: 64 bytes of float32
+
+
+class FusedWeights:
+    """The quantized weights of a model that share their quantizer, normalizer, level and STE.
+
+    Args:
+        weights: Weights on one device. They must not change while this object is in use.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
+        self.weights = list(weights)
+        self.rule: WeightQuantizer = weights[0].quantizer
+        self.originals = [w.original for w in weights]
+        self.device = self.originals[0].device
+        self.bits: int | None = None  # width of the weights in `_made`
+        self.finite: Tensor | None = None  # scalar bool on the device, set by `normalize`
+        self._trained = [i for i, w in enumerate(self.originals) if w.requires_grad]
+        self.trained = [self.originals[i] for i in self._trained]
+        self.leaves: list[Tensor] = []  # the weights in use, aligned with `trained`
+        self._grad_sum: Tensor | None = None
+        self._has_grad = [False] * len(self.trained)
+
+    def _flat(self) -> tuple[Tensor, list[Tensor]]:
+        """Allocate a flat float32 buffer and a view of it for each weight, strided as the weight."""
+        size = sum(-(-w.numel() // ALIGNMENT) * ALIGNMENT for w in self.originals)
+        flat = torch.zeros(size, dtype=torch.float32, device=self.device)
+        views, start = [], 0
+        for w in self.originals:
+            views.append(flat.as_strided(w.shape, _dense_strides(w), start))
+            start += -(-w.numel() // ALIGNMENT) * ALIGNMENT
+        return flat, views
+
+    def _reduce(self, views: list[Tensor], how: str) -> list[Tensor]:
+        if how == "max" and not NORMALIZERS[self.rule.normalizer].per_channel:
+            return list(torch._foreach_max(views))
+        return [w.quantizer.reduce(v, how) for w, v in zip(self.weights, views, strict=True)]
+
+    def normalize(self) -> None:
+        """Compute u, scale and max|t| of every weight; see `WeightQuantizer.normalize`.
+
+        Nothing is read back from the device: `finite` tells whether all weights are.
+        """
+        row = NORMALIZERS[self.rule.normalizer]
+        self._u, self._u_views = self._flat()
+        self._made, self._views = self._flat()
+        self._scale, scale_views = self._flat()
+        torch._foreach_copy_(self._u_views, self.originals)
+        torch.abs(self._u, out=self._made)
+        means = self._reduce(self._views, "mean")
+        self._made.mul_(2.0**-64)  # see WeightQuantizer.huge_mean
+        huge = self._reduce(self._views, "mean")
+        if row.per_channel:
+            scales = [_finite_mean(m, h) for m, h in zip(means, huge, strict=True)]
+            self.finite = torch.stack([s.isfinite().all() for s in scales]).all()
+        else:
+            scale = _finite_mean(torch.stack(means), torch.stack(huge))
+            self.finite = scale.isfinite().all()
+            scales = list(scale.unbind())
+        torch._foreach_copy_(scale_views, scales)
+        t = row.squash(self._u)
+        if t is not self._u:
+            self._u.copy_(t)
+        torch.abs(self._u, out=self._made)
+        self._top = self._reduce(self._views, "max")
+        torch._foreach_clamp_min_(self._top, TINY)
+        self._u.mul_(0.5)
+        torch._foreach_div_(self._u_views, self._top)
+        self._u.add_(0.5)
+        self._stored: Tensor | None = None
+
+    def check(self) -> None:
+        """Raise ValueError if a weight contains NaN or infinity; the message names it."""
+        if self.finite is None or bool(self.finite):
+            return
+        for w in self.weights:
+            w.quantizer.check_finite(w.original)
+
+    @torch.no_grad()
+    def make(self, bits: int | None, source: str) -> bool:
+        """Write the weights of a width to the views that the layers read; None = float weights.
+
+        Returns:
+            Whether the weights had to be normalized first.
+        """
+        self.bits = bits
+        if bits is None:
+            self.release()
+            return False
+        fresh = self.finite is None
+        if fresh:
+            self.normalize()
+        codes = self._codes(bits, source)
+        dequantize(codes, bits, self._scale, self.rule.level, out=self._made)
+        self._kept = codes if STES[self.rule.ste].elementwise else None
+        if torch.is_autocast_enabled(self.device.type):
+            torch.clear_autocast_cache()  # it knows tensors by identity, and theirs does not change
+        for w, view in zip(self.weights, self._views, strict=True):
+            w.quantizer.made = view
+        return fresh
+
+    def _codes(self, bits: int, source: str) -> Tensor:
+        codes, max_bits = QUANTIZERS[self.rule.quantizer].codes, self.rule.width.max_bits
+        if source != "truncate":
+            return codes(self._u, bits)
+        if self._stored is None:
+            self._stored = codes(self._u, max_bits)
+        return truncate_codes(self._stored, max_bits, bits)
+
+    def release(self) -> None:
+        """Let the layers make their weights on their own again."""
+        for w in self.weights:
+            w.quantizer.made = None
+
+    def require_grad(self) -> None:
+        """Turn the views of trained weights into `leaves`, which autograd can differentiate by."""
+        if not self.leaves:
+            self.leaves = [self._views[i].requires_grad_() for i in self._trained]
+
+    @torch.no_grad()
+    def add_grads(self, grads: Sequence[Tensor | None]) -> None:
+        """Add the gradients of a width: dL/dleaf of each of `leaves`, None if it took no part.
+
+        The straight-through rule of the width is applied here, once for all weights.
+        """
+        assert self.bits is not None
+        if all(g is None for g in grads):
+            return
+        if self._grad_sum is None:
+            self._grad, self._grad_views = self._flat()
+        present = [i for i, g in enumerate(grads) if g is not None]
+        if len(present) < len(self.weights):
+            self._grad.zero_()
+        torch._foreach_copy_(
+            [self._grad_views[self._trained[i]] for i in present], [grads[i] for i in present]
+        )
+        for i in present:
+            self._has_grad[i] = True
+        level = None
+        if self._kept is not None:
+            level = codes_to_levels(self._kept, self.bits, self.rule.level)
+        grad_level = self._grad * (2.0 * self._scale)
+        grad_u = STES[self.rule.ste].rule(
+            grad_level, self._u, level, self.bits, self.rule.quantizer
+        )
+        self._grad_sum = grad_u if self._grad_sum is None else self._grad_sum.add_(grad_u)
+
+    @torch.no_grad()
+    def weight_grads(self) -> list[Tensor | None]:
+        """dL/dw of each of `trained`, summed over the widths, in its dtype; ends the use of `u`.
+
+        du/dw is (dt/dw) / (2 max|t|); the maximum carries no gradient.
+        """
+        if self._grad_sum is None:
+            return [None] * len(self.trained)
+        slope = NORMALIZERS[self.rule.normalizer].slope
+        self._grad.copy_(self._grad_sum)
+        if slope is not None:
+            self._u.sub_(0.5).mul_(2.0)
+            torch._foreach_mul_(self._u_views, self._top)
+            self._grad.mul_(slope(self._u))
+        self._grad.mul_(0.5)
+        torch._foreach_div_(self._grad_views, self._top)
+        self.finite = None  # `u` is overwritten
+        return [
+            self._grad_views[i].to(w.dtype) if present else None
+            for i, w, present in zip(self._trained, self.trained, self._has_grad, strict=True)
+        ]
+
+
+def _finite_mean(mean: Tensor, huge: Tensor) -> Tensor:
+    """The mean, or, where its float32 sum overflowed, the one of the weight times 2^-64."""
+    return torch.where(mean.isfinite(), mean, huge * 2.0**64)
+
+
+def _dense_strides(w: Tensor) -> tuple[int, ...]:
+    """The strides of a dense weight, so that reductions keep their order; else contiguous ones."""
+    order = sorted(range(w.dim()), key=w.stride, reverse=True)
+    expected = 1
+    for dim in reversed(order):
+        if w.shape[dim] != 1 and w.stride(dim) != expected:
+            return torch.empty(w.shape, device="meta").stride()
+        expected *= w.shape[dim]
+    return w.stride()
+
+
+class FusedModel:
+    """The fused weights of a model: one `FusedWeights` per device and choice of quantizer.
+
+    Args:
+        model: A prepared model.
+        check: Read back once, when the weights are normalized, whether all of them are finite. If
+            False, the caller reads `finite` when it suits.
+    """
+
+    def __init__(self, model: nn.Module, check: bool = True) -> None:
+        groups: dict[tuple, list[QuantizedTensor]] = {}
+        for w in weight_quantizers(model):
+            q = w.quantizer
+            key = (w.original.device, q.quantizer, q.ste, q.level, q.normalizer)
+            groups.setdefault(key, []).append(w)
+        self.groups = [FusedWeights(group) for group in groups.values()]
+        self.check = check
+
+    def make(self, bits: int | None, source: str) -> None:
+        """Make the weights of a width; see `FusedWeights.make`.
+
+        Raises:
+            ValueError: `check` is True and a weight contains NaN or infinity.
+        """
+        for group in self.groups:
+            fresh = group.make(bits, source)
+            if fresh and self.check:
+                group.check()
+
+    def release(self) -> None:
+        """Let the layers make their weights on their own again."""
+        for group in self.groups:
+            group.release()
+
+
+@contextmanager
+def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
+    """Make the weights of each width in a few calls inside the block, which must not change a weight.
+
+    `bit_width` makes them as it is entered. A block inside another one of the same model shares its
+    normalized weights.
+
+    Args:
+        model: A prepared or packed model.
+        check: As in `FusedModel`.
+
+    Yields:
+        The fused weights.
+
+    Raises:
+        ValueError: The model is not prepared.
+    """
+    width = width_of(model)
+    if width.fused is not None:
+        yield width.fused
+        return
+    width.fused = FusedModel(model, check)
+    try:
+        yield width.fused
+    finally:
+        width.fused.release()
+        width.fused = None
