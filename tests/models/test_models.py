@@ -1,4 +1,4 @@
-"""Models: the CIFAR networks' structure against their papers, every way a checkpoint may come, one line for every mistake."""
+"""Models: the structure of the CIFAR networks, all kinds of checkpoints, and one-line errors."""
 
 import pickle
 import socket
@@ -51,7 +51,7 @@ def test_structure_and_timm_surface(name):
 
 
 def test_option_a_shortcut_is_a_subsampled_copy():
-    """With zero residual branches the network is stem, ReLU, subsampling, zero padding: checked by hand at one place."""
+    """With zero residual branches the network is stem, ReLU, subsampling and zero padding."""
     model = create_model("resnet8_cifar").eval()
     for name, module in model.named_modules():
         if name.endswith("bn2"):

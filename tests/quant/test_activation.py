@@ -1,4 +1,4 @@
-"""Activations: exact codes of every kind, PACT's gradient, the shift of truncated kinds, float width."""
+"""Activations: exact codes of every kind, gradients of PACT, truncated kinds, float width."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_exact(case):
 @pytest.mark.parametrize("source", ["quantize", "truncate"])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_value_of_every_kind(kind, source):
-    """Codes at the width in use, but for `*_truncate` under the source truncate: 8-bit codes shifted."""
+    """Codes are made at the width in use; `*_truncate` shifts 8-bit codes if the weights do."""
     learned, quantizer, truncated = ACTIVATIONS[kind]
     clip = 6.0 if learned else 1.0
     x = _inputs(clip)
@@ -100,7 +100,7 @@ def test_gradient_of_the_input_clamp(kind, bits):
 @pytest.mark.parametrize("ste", STES)
 @pytest.mark.parametrize("kind", PACT)
 def test_pact_gradient(kind, ste, bits):
-    """dy/dclip is 1 where x >= clip, else 0, whatever the straight-through rule; x gets nothing out there."""
+    """dy/dclip is 1 if x >= clip, else 0, for every rule; x gets no gradient beyond the clip."""
     layer = _layer(kind, bits, ste=ste)
     x = torch.tensor([-2.0, -1e-3, 1.0, 5.9, 6.0, 6.1, 100.0], requires_grad=True)
     layer(x).backward(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]))

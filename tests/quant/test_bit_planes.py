@@ -1,4 +1,4 @@
-"""Planes <-> codes: exact on odd lengths, most significant plane first, a prefix of planes is a right shift."""
+"""Bit planes: exact on odd lengths, most significant first, and a prefix is a right shift."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_round_trip_and_prefix(count, bits):
 
 
 def test_named_bytes():
-    # 0b10000001, then seven zeros: the first code sits in the highest bit of the first and of the last plane
+    # 0b10000001, then seven zeros: the highest bit of the first and of the last plane
     codes = np.array([0b10000001, 0, 0, 0, 0, 0, 0, 1, 255], np.uint8)
     planes = pack_planes(codes, 8)
     assert planes[0].tolist() == [0x80, 0x80]

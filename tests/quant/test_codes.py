@@ -1,4 +1,4 @@
-"""Integers: exact results at named edges, the identity of floor codes bit for bit, and where round codes break it."""
+"""Codes and levels: exact results at named edges, and the identity that round codes break."""
 
 import math
 from fractions import Fraction
@@ -20,14 +20,14 @@ from tq_lightning.quant.codes import (
 WIDTHS = range(1, 9)
 
 
-def _neighbours(points: Tensor) -> Tensor:
-    """The points, and the float32 numbers next to them, as far as they lie in [0, 1]."""
+def _neighbors(points: Tensor) -> Tensor:
+    """The points and the float32 numbers next to them, clamped to [0, 1]."""
     below, above = points.nextafter(torch.tensor(-1.0)), points.nextafter(torch.tensor(2.0))
     return torch.cat([below, points, above]).clamp(0.0, 1.0)
 
 
 def _hard_values() -> Tensor:
-    """Edges and centres of all bins of either quantizer at every width, their neighbours, tiny and random values."""
+    """Edges and centers of all bins at every width, their neighbors, tiny and random values."""
     points = [torch.arange(513) / 512]
     for bits in WIDTHS:
         top = 2**bits - 1
@@ -35,7 +35,7 @@ def _hard_values() -> Tensor:
     tiny = torch.tensor([0.0, 1e-45, 1e-38, 1e-7, 1 - 2**-24])
     return torch.cat(
         [
-            _neighbours(torch.cat(points)),
+            _neighbors(torch.cat(points)),
             tiny,
             torch.rand(20_000, generator=torch.Generator().manual_seed(0)),
         ]
@@ -108,7 +108,7 @@ def test_counter_example_round_codes_have_no_identity():
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer(name, bits):
-    """What any row of the dict must do: uint8, all codes used, monotone, the ends at the ends, the input untouched."""
+    """Every row returns uint8, uses all codes, is monotone and leaves its input alone."""
     u = U.clone()
     quantize = QUANTIZERS[name].codes
     codes = quantize(u, bits)
@@ -222,7 +222,7 @@ def test_every_level_placement(level, bits):
     assert torch.equal(held.view(torch.int32), weights.view(torch.int32))  # to the bit
 
 
-def test_levels_go_to_no_tensor_of_another_type_or_shape():
+def test_levels_refuse_an_out_of_another_dtype_or_shape():
     codes = torch.arange(4).to(torch.uint8)
     for out in (torch.empty(4, dtype=torch.float16), torch.empty(5), torch.empty(1, 4)):
         with pytest.raises(ValueError, match="out must be float32 of shape"):

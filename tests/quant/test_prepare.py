@@ -1,4 +1,4 @@
-"""prepare(): what it attaches by name, what it says, what it refuses, and that a refusal leaves the model alone."""
+"""prepare(): what it attaches and reports, and refusals that leave the model as it was."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""A prepared model as a citizen of PyTorch: copies, checkpoints, dtypes, compilation."""
+"""A prepared model in PyTorch: copies, checkpoints, dtypes, compilation."""
 
 import copy
 import shutil
@@ -20,7 +20,7 @@ PASSES = [(bits, source) for bits in range(8, 0, -1) for source in ("quantize", 
 
 @pytest.fixture
 def model(net, images):
-    """Rounded weights and learned, truncated activations, so that no two passes agree for a reason of construction."""
+    """Rounded weights and learned, truncated activations: no two passes agree by construction."""
     prepare(
         net, quantizer="round", activations="pact_round_truncate", skip=("last",), verbose=False
     )
@@ -151,7 +151,7 @@ def fresh_dynamo():
 
 @pytest.mark.slow
 def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo):
-    """17 variants, a graph each: no graph breaks, none thrown away at a recompile limit, none run uncompiled."""
+    """17 variants have one graph each, without graph breaks or a hit recompile limit."""
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     exact = _logits(model, images)
     graphs = []
@@ -203,7 +203,7 @@ def test_room_for_all_variants_is_made(model, fresh_dynamo):
 
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
 def test_compiled_weights_huge_and_nan(normalizer, fresh_dynamo):
-    """A graph does not branch on values: a huge weight quantizes as in eager, a NaN reaches the output, and so the loss."""
+    """A graph cannot branch on values: huge weights quantize as in eager, NaN reaches the loss."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     prepare(model, skip=(), normalizer=normalizer, verbose=False)
     compiled, x, weight = (

@@ -1,4 +1,4 @@
-"""Backward rules: every row of `STES` keeps the exact value and finite gradients; each known row against its formula."""
+"""Straight-through estimators: exact values, finite gradients, and each row's formula."""
 
 import math
 
@@ -98,7 +98,8 @@ def test_formula(ste, quantizer):
         assert torch.allclose(got, expected, rtol=1e-3 if ste == "dsq" else 1e-6, atol=2e-4), bits
 
 
-EXAMPLES = {  # a rule's documented example -> (ste, quantizer, bits, u, level, gradient of 1 becomes, as printed)
+# a documented example -> (ste, quantizer, bits, u, level, what a gradient of 1 becomes, as printed)
+EXAMPLES = {
     "identity": ("identity", "floor", 2, 0.4, 1 / 3, 1.0, "stays 1"),
     "scaled": ("scaled", "floor", 2, 0.4, 1 / 3, 3 / 4, "3/4"),
     "slope": ("slope", "floor", 2, 0.4, 1 / 3, 4 / 3, "4/3"),
@@ -137,7 +138,7 @@ def test_soft_staircase_rises_by_one_step_a_bin(quantizer):
 
 @pytest.mark.parametrize("source", ["quantize", "truncate"])
 def test_scale_and_sign(source):
-    """A weight is scale * (2 level - 1), an activation scale * level, and the gradient carries the same factor."""
+    """Weights are scale * (2 level - 1), activations scale * level; gradients have that factor."""
     u, scale = torch.tensor([[0.1, 0.6], [0.3, 0.9]]), torch.tensor([[2.0], [0.5]])
     for signed in (True, False):
         leaf = u.clone().requires_grad_()

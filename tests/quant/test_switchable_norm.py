@@ -1,4 +1,4 @@
-"""One norm per width: the right set is used, untrained ones are an error until estimated, and estimating disturbs nothing."""
+"""Switchable norms: the width in use selects one, and estimating others disturbs nothing."""
 
 import copy
 
@@ -195,7 +195,7 @@ def test_affine_parameters_come_from_the_next_wider_trained_width(model, images)
             assert torch.equal(norm.sets[_key(bits)].bias, norm.sets[str(donor)].bias)
 
 
-def test_above_the_widest_trained_width_the_widest_lends(net, images):
+def test_widths_above_all_trained_ones_copy_the_widest(net, images):
     prepare(net, skip=(), widths=(4, 2), verbose=False)
     net.bn1.sets["4"].weight.data.fill_(0.7)
     calibrate_norms(net, [images])
@@ -218,7 +218,7 @@ def test_refusals_and_nothing_to_do(model, images):
         calibrate_norms(model, [images], widths=[9])
 
 
-def test_an_error_on_the_way_restores_and_leaves_no_half_estimate_in_use(model, images):
+def test_an_error_while_estimating_restores_and_leaves_no_partial_estimate(model, images):
     calibrate_norms(model, [images])
     model.train()
     with pytest.raises(RuntimeError):

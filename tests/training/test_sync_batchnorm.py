@@ -1,4 +1,4 @@
-"""Synchronized batch norms: one for each width, with the activation that timm fuses into its norms."""
+"""Synchronized batch norms: one per width, with the activation that timm fuses into them."""
 
 import copy
 from types import SimpleNamespace

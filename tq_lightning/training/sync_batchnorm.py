@@ -1,7 +1,8 @@
 """Synchronized batch norms under `--trainer.sync_batchnorm true`.
 
-PyTorch's converter, which Lightning calls, drops the activation that timm fuses into `BatchNormAct2d`.
-timm's converter keeps it. It is applied to each norm, so also to each width of a `PerWidthNorm`.
+PyTorch's converter, which Lightning calls, drops the activation that timm fuses into
+`BatchNormAct2d`. timm's converter keeps it. It is applied to each norm, so also to each width of a
+`PerWidthNorm`.
 """
 
 from typing import Any
