@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import time
 
 import optuna
 import pytest
@@ -292,3 +293,142 @@ def test_workers_that_can_not_begin_end_the_command(write_sweep, tmp_path, sweep
         and "3 workers exited before their first trial" in out
         and "has no attribute" in out
     )
+
+
+def test_the_seconds_of_all_attempts_are_summed(write_sweep, tmp_path, replace_fit):
+    replace_fit("stand_in:fit_epochs")
+    path, folder = (
+        write_sweep(
+            arguments=["--epochs=2", "--stop=1", "--sleep=0.3"],
+            parameters={"model.lr": {"values": [0.1]}},
+        ),
+        tmp_path / "out",
+    )
+    assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0"]) == 0
+    (row,) = csv.DictReader((folder / "trials.csv").open())
+    attempts = study_of(folder).trials
+    assert len(attempts) == 2 and row["attempt"] == "1"
+    assert float(row["seconds"]) == pytest.approx(
+        sum(t.duration.total_seconds() for t in attempts), abs=0.01
+    )
+
+
+@pytest.mark.parametrize("name", ["does lr matter?", "100 %41 #1", "{braces}", "über"])
+def test_the_database_lies_in_the_folder_of_any_name(
+    write_sweep, tmp_path, stand_in, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    path = write_sweep()
+    path.write_text(path.read_text() + f'name: "{name}"\n')
+    for _ in range(2):  # the second command joins the study
+        assert main(["sweep", str(path), *stand_in]) == 0
+    folder = tmp_path / "runs" / "sweeps" / name
+    assert [p.name for p in (tmp_path / "runs" / "sweeps").iterdir()] == [name]
+    assert (folder / "study.db").read_bytes().startswith(b"SQLite format 3")
+    assert len(ran(folder)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("../../outside", "'../../outside' cannot name a folder; pass --dir"),
+        ("/tmp/outside", "'/tmp/outside' cannot name a folder"),
+        ("..", "'..' cannot name a folder"),
+        ("a\\nb", "cannot name a folder"),
+        ("x" * 300, "cannot name a folder"),
+    ],
+)
+def test_names_that_lead_elsewhere_are_refused(
+    write_sweep, tmp_path, stand_in, monkeypatch, capsys, name, said
+):
+    monkeypatch.chdir(tmp_path)
+    path = write_sweep()
+    path.write_text(path.read_text() + f'name: "{name}"\n')
+    assert main(["sweep", str(path), *stand_in]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and len(error) < 300
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(
+    write_sweep, tmp_path, stand_in, capsys
+):
+    (tmp_path / "file").write_text("")
+    path = str(write_sweep())
+    assert main(["sweep", path, "--dir", str(tmp_path / "file" / "out"), *stand_in]) == 2
+    error = capsys.readouterr().err
+    assert "cannot write" in error and error.count("\n") == 1
+    assert main(["sweep", path, "--dir", str(tmp_path / "out"), *stand_in]) == 0
+    capsys.readouterr()
+    readonly = f"sqlite:///file:{tmp_path}/out/study.db?mode=ro&uri=true"
+    other = write_sweep("other.yaml", parameters={"model.lr": {"values": [0.4]}})
+    assert main(["sweep", str(other), "--storage", readonly, *stand_in]) == 2
+    error = capsys.readouterr().err
+    assert "readonly database" in error and error.count("\n") == 1, error
+
+
+CASES = {
+    "latin1": (b"# gelernt f\xfcr Ziffern\nmethod: grid\n", "line 1: not UTF-8 text"),
+    "duplicate": (b"method: grid\nparameters:\n  a: {values: [1]}\n  a: {values: [2]}\n",
+                  "line 4: duplicate key a (first on line 3)"),
+    "broken": (b"method: grid\nparameters: {a: {values: [1, 2}\n", "not valid YAML"),
+    "anchors": (
+        b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + b"".join(
+            b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 30)
+        ),
+        "more than 100,000 values",
+    ),
+    "grid": (
+        b"method: grid\nmetric: {name: x, goal: maximize}\n"
+        b"parameters: {a: {min: 1, max: 4000}, b: {min: 1, max: 6000}}\n"
+        b'command: [python, -m, tq_lightning, fit, "${args}"]\n',
+        "the grid has 24,000,000 points",
+    ),
+    "date": (b"method: grid\nparameters: {a: {values: [2024-01-01, 2]}}\n", "got date 2024-01-01"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hostile_sweep_files_are_one_line_and_status_2(tmp_path, stand_in, capsys, case):
+    content, said = CASES[case]
+    path = tmp_path / "s.yaml"
+    path.write_bytes(content)
+    start = time.monotonic()
+    assert main(["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(path) in error and error.count("\n") == 1
+    assert time.monotonic() - start < 10 and not (tmp_path / "out").exists()
+
+
+def test_a_part_of_a_huge_grid_runs(tmp_path, stand_in):
+    path = tmp_path / "s.yaml"
+    path.write_bytes(CASES["grid"][0].replace(b"name: x", b"name: val/acc1_truncate_mean"))
+    folder = tmp_path / "out"
+    assert main(["sweep", str(path), "--dir", str(folder), "--n-trials", "2", *stand_in]) == 0
+    assert [t.params for t in study_of(folder, "s").trials] == [{"a": 1, "b": 1}, {"a": 1, "b": 2}]
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_worker_requeues_its_trial(write_sweep, tmp_path, sweep_process):
+    path, folder = write_sweep(arguments=["--sleep=1.5"]), tmp_path / "out"
+    process = sweep_process(path, "--dir", folder)
+    wait_for(lambda: (folder / "trials" / "ran.txt").exists())
+    os.kill(ran(folder)[0][0], signal.SIGTERM)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "Traceback" not in out, out
+    trials = study_of(folder).trials
+    assert sorted(t.value for t in trials if t.state == TrialState.COMPLETE) == [51, 52, 53]
+    failed = [t for t in trials if t.state == TrialState.FAIL]
+    assert [t.user_attrs["cause"] for t in failed] == ["interrupted"]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_is_status_143(write_sweep, tmp_path, sweep_process):
+    path, folder = write_sweep(arguments=["--sleep=600"]), tmp_path / "out"
+    process = sweep_process(path, "--dir", folder)
+    wait_for(lambda: (folder / "trials" / "ran.txt").exists())
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 143 and "interrupted. Progress is saved." in out, out
+    assert [t.user_attrs.get("cause") for t in study_of(folder).trials][0] == "interrupted"

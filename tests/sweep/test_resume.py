@@ -194,3 +194,84 @@ def test_a_suspended_worker_stops_when_it_wakes_and_takes_the_next_trial(
         (Path(t.user_attrs["record"]).parent / "metrics.csv").read_text().splitlines() for t in done
     ]
     assert [[int(row.split(",")[0]) for row in one] for one in rows] == [list(range(12))] * 4
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_finished_run_whose_result_was_never_stored_is_not_run_again(
+    write_sweep, tmp_path, pruned
+):
+    """The worker dies between the end of the fit and the study's row: one run, one result."""
+    from stand_in import METRIC, fit
+
+    sweep = read_sweep(
+        write_sweep(
+            parameters={"model.lr": {"values": [0.1]}},
+            early_terminate={"type": "hyperband", "min_iter": 1},
+        )
+    )
+    study = optuna.create_study(
+        direction="maximize", storage=f"sqlite:///{tmp_path}/study.db", study_name="s"
+    )
+    queue = TrialQueue(study, lambda _: {"model.lr": 0.1}, limit=1)
+    queue.refresh()
+    dying = Worker(queue, sweep, [METRIC], tmp_path, fit, name="dying")
+    claimed = queue.claim("dying")
+    result = dying._run(claimed)  # and no _store
+    assert result.state == "complete" and len(ran(tmp_path)) == 1
+    trial = optuna.trial.Trial(study, claimed._trial_id)
+    trial.report(51.0, 1)
+    if pruned:
+        trial.set_user_attr("pruned", 1)
+    queue.fail_worker("dying", "lost", "worker was killed by SIGKILL")
+
+    queue.refresh()
+    retry = Worker(queue, sweep, [METRIC], tmp_path, fit).run_claimed(queue.claim("next"))
+    assert len(ran(tmp_path)) == 1 and queue.finished()
+    assert retry.state == ("pruned" if pruned else "complete")
+    last = queue.last_attempts()[0]
+    assert last.state == (TrialState.PRUNED if pruned else TrialState.COMPLETE)
+    assert last.intermediate_values == {1: 51.0}
+    finished = [p for p in tmp_path.rglob("record.json") if '"finished"' in p.read_text()]
+    assert [str(path) for path in finished] == [last.user_attrs["record"]]
+    # the first worker was only suspended and stores its result after all: it counts nowhere
+    dying._store(claimed, result)
+    assert [p for p in tmp_path.rglob("record.json") if '"finished"' in p.read_text()] == finished
+    assert queue.study.trials[0].state == TrialState.FAIL
+
+
+def test_a_storage_outage_between_claim_and_fit_is_waited_for(
+    write_sweep, tmp_path, replace_fit, no_results, monkeypatch
+):
+    from optuna.exceptions import StorageInternalError
+
+    replace_fit("stand_in:fit")
+    path, folder = write_sweep(), tmp_path / "out"
+    real, failures = optuna.trial.Trial, [3]
+
+    def flaky(*args):
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise StorageInternalError("gone")
+        return real(*args)
+
+    monkeypatch.setattr("optuna.trial.Trial", flaky)
+    monkeypatch.setattr("tq_lightning.sweep.storage.time.sleep", lambda _: None)
+    assert main(["sweep", str(path), "--dir", str(folder), "--workers", "0"]) == 0
+    assert sorted(t.value for t in study_of(folder).trials) == [51, 52, 53]
+
+
+def test_an_outage_that_does_not_end_is_one_line(
+    write_sweep, tmp_path, replace_fit, no_results, monkeypatch, capsys
+):
+    from optuna.exceptions import StorageInternalError
+
+    def gone(*_):
+        raise StorageInternalError("gone")
+
+    replace_fit("stand_in:fit")
+    monkeypatch.setattr("optuna.trial.Trial", gone)
+    monkeypatch.setattr("tq_lightning.sweep.storage.OUTAGE_SECONDS", 0.0)
+    command = ["sweep", str(write_sweep()), "--dir", str(tmp_path / "out"), "--workers", "0"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "error: the storage has been unreachable" in error

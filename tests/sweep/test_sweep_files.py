@@ -8,11 +8,12 @@ import yaml
 from tq_lightning.errors import UserError
 from tq_lightning.sweep.config import grid_point, grid_size, read_sweep
 from tq_lightning.sweep.search_space import arguments
-from tq_lightning.sweep.validation import check_arms, every_value, fit_parser
+from tq_lightning.sweep.validation import check_arms, every_value, fit_parser, logged_metrics
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
 POINTS = {
+    "digits": 6,
     "floor_vs_round": 6,
     "floor_vs_round_finetune": 6,
     "ste": 162,
@@ -100,6 +101,12 @@ def test_metrics_that_are_logged_pass(write_sweep):
         read_sweep(write_sweep()),
         ["val/acc1_truncate_w3", "val/acc1_float", "train/loss_w2", "storage/bytes"],
     )
+
+
+@pytest.mark.parametrize("null", ["None", "null"])
+def test_a_null_teacher_is_no_teacher(parse, null):
+    """W&B sends the YAML `none` and null of a sweep file as None."""
+    assert "train/loss_w8" in logged_metrics(parse([f"--model.teacher={null}"]))
 
 
 @pytest.mark.parametrize("null", ["None", "null"])
