@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from worker_pool_helpers import check_killed_worker, ran, study_of, wait_for
 
 from tq_lightning.cli import main
+from tq_lightning.report.inputs import find
 
 
 @pytest.fixture
@@ -326,6 +327,7 @@ def test_the_database_lies_in_the_folder_of_any_name(
     assert [p.name for p in (tmp_path / "runs" / "sweeps").iterdir()] == [name]
     assert (folder / "study.db").read_bytes().startswith(b"SQLite format 3")
     assert len(ran(folder)) == 3
+    assert len(find([str(folder / "study.db")])) == 3  # the report reads it too
 
 
 @pytest.mark.parametrize(
@@ -350,9 +352,7 @@ def test_names_that_lead_elsewhere_are_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
-def test_a_folder_that_can_not_be_written_is_one_line(
-    write_sweep, tmp_path, stand_in, capsys
-):
+def test_a_folder_that_can_not_be_written_is_one_line(write_sweep, tmp_path, stand_in, capsys):
     (tmp_path / "file").write_text("")
     path = str(write_sweep())
     assert main(["sweep", path, "--dir", str(tmp_path / "file" / "out"), *stand_in]) == 2
@@ -431,4 +431,4 @@ def test_sigterm_to_the_command_is_status_143(write_sweep, tmp_path, sweep_proce
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 143 and "interrupted. Progress is saved." in out, out
-    assert [t.user_attrs.get("cause") for t in study_of(folder).trials][0] == "interrupted"
+    assert study_of(folder).trials[0].user_attrs["cause"] == "interrupted"

@@ -7,7 +7,9 @@ import glob
 import json
 import os
 import re
+import sqlite3
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +162,14 @@ def _trials(storage: str) -> list[tuple[str, Any]]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if "://" in storage:
-        # Reading must not write: by default Optuna adds its tables to any database.
-        backend: Any = optuna.storages.RDBStorage(storage, skip_table_creation=True)
+    # Reading must not write: by default Optuna adds its tables to any database.
+    open_database = partial(optuna.storages.RDBStorage, skip_table_creation=True)
+    if storage.startswith("sqlite:///"):
+        path = storage.removeprefix("sqlite:///")  # opened as it is: in a URL it would end at "?"
+        engine = {"creator": lambda: sqlite3.connect(path)}
+        backend: Any = open_database("sqlite://", engine_kwargs=engine)
+    elif "://" in storage:
+        backend = open_database(storage)
     else:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
