@@ -38,7 +38,10 @@ class PredictionWriter(BasePredictionWriter):
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         number = 0
-        with atomic_write(target) as temporary, temporary.open("w", newline="") as file:
+        with (
+            atomic_write(target) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(["sample", "class", "name", "probability"])
             for batch in predictions:
