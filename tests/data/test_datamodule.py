@@ -36,7 +36,7 @@ def test_digits():
 
 
 def test_no_sample_is_in_two_parts():
-    """Held-out digits are no training digits, whatever the seed, and the test split is not read for a fit."""
+    """Held-out digits are not trained on, for any seed, and a fit does not read the test split."""
     module, other = TQDataModule("digits", seed=0), TQDataModule("digits", seed=1)
     (_, train), (_, val) = module._part("train"), module._part("val")
     assert not set(train.tolist()) & set(val.tolist())
@@ -175,7 +175,7 @@ def test_bad_keys_are_one_line(keys, message):
 
 
 def test_the_signature_is_the_configuration():
-    """Every key has a help text, a plain type and a default, and a YAML of strings builds the module."""
+    """Every key has a help text and a default, and strings from YAML build the module."""
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(TQDataModule, "data")
     help_text = parser.format_help()

@@ -46,14 +46,14 @@ class Recorder(lightning.LightningModule):
 def run(path, devices, batch_size):
     strategy = "ddp_fork" if devices > 1 else "auto"
     trainer = lightning.Trainer(
-        max_epochs=2, accelerator="cpu", devices=devices, strategy=strategy, logger=False, num_sanity_val_steps=0,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=2, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
+        num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Recorder(path), TQDataModule(batch_size=batch_size, eval_batch_size=33, **KEYS))
 
 
 def seen(path, devices, batch_size):
-    """The sorted lines of a run in a process of its own: one that has run other tests may not be forked any more."""
+    """Sorted lines of a run in a new process: one that ran other tests can't be forked safely."""
     subprocess.run(
         [sys.executable, __file__, str(path), str(devices), str(batch_size)],
         check=True,

@@ -1,4 +1,4 @@
-"""A run stopped in the middle of an epoch and resumed sees exactly the batches that the uninterrupted run sees."""
+"""A run stopped inside an epoch and resumed sees the batches of the uninterrupted run."""
 
 import contextlib
 
@@ -53,8 +53,8 @@ def fit(data, root, epochs=2, stop=None, resume=None, every=3, when=None, **flag
     when = when or {"every_n_train_steps": every}
     keep = ModelCheckpoint(root, save_top_k=-1, filename="{step}", save_on_exception=False, **when)
     trainer = lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=[keep], logger=False, enable_progress_bar=False,
-        enable_model_summary=False, **flags,
+        max_epochs=epochs, accelerator="cpu", callbacks=[keep], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, **flags,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         trainer.fit(model, TQDataModule(**data), ckpt_path=resume, weights_only=True)
@@ -127,7 +127,7 @@ def test_from_the_end_of_an_epoch(tmp_path, after_training):
 
 
 def test_with_max_steps_and_limited_epochs(tmp_path):
-    """Under max_steps Lightning believes every resume to be a restart; an epoch cut by limit_train_batches is whole."""
+    """Lightning takes every resume for a restart if max_steps ends the run."""
     flags = {"epochs": -1, "max_steps": 12, "limit_train_batches": 5}
     whole = fit(SMALL, tmp_path / "a", **flags)
     assert [b[2] for b in whole.seen] == [*range(5), *range(5), 0, 1]

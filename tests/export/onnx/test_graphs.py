@@ -1,4 +1,4 @@
-"""torch.export of a loaded model at a fixed width, and torch.compile without a recompile per batch."""
+"""torch.export at a fixed width, and torch.compile without a recompile per batch."""
 
 import pytest
 import torch

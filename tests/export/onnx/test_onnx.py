@@ -1,7 +1,10 @@
 """ONNX Runtime against PyTorch at every width: static graphs, the dynamic graph, QONNX's Trunc.
 
-Graphs are made by PyTorch's exporter, which takes seconds each: one small network is exported once a kind, others are slow.
+PyTorch's exporter takes seconds per graph, so a small network is exported once per kind.
+Further exports are marked slow.
 """
+
+import json
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-HOW = {"input_size": [3, 8, 8]}
+HOW = {"input_size": [3, 8, 8], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.25]}
+NAMES = ["ant", "b\u00e9", "42"]
 
 
 class Small(nn.Module):
@@ -59,9 +63,9 @@ def small(**how):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(a timm-named file would do as well) the packed file of a small network and the loaded model."""
+    """The packed file of a small network, and the loaded model."""
     path = tmp_path_factory.mktemp("onnx") / "m.safetensors"
-    save_packed(small(), path, preprocessing=HOW)
+    save_packed(small(), path, preprocessing=HOW, class_names=NAMES)
     return path, load_packed(path, model=Small())
 
 
@@ -83,6 +87,16 @@ def session(path, **entries):
     for key, value in entries.items():
         options.add_session_config_entry(f"session.{key}", value)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def metadata(path):
+    """The metadata that ONNX Runtime gives to an application."""
+    values = session(path).get_modelmeta().custom_metadata_map
+    plain = {"model": str, "quantizer": str}
+    return {key: plain.get(key, json.loads)(value) for key, value in values.items()}
+
+
+DESCRIPTION = {"quantizer": "floor", "stored_bits": 8, "class_names": NAMES, **HOW}
 
 
 def expected(model, images, bits):
@@ -147,6 +161,7 @@ def test_static(served, bits, opset, kind, tmp_path):
     assert (
         "conv.weight" not in kinds and sum(n.op_type == "DequantizeLinear" for n in graph.node) == 2
     )
+    assert metadata(tmp_path / "m.onnx") == {**DESCRIPTION, "widths": [bits]}
     images = torch.randn(5, 3, 8, 8)
     for options in ({}, {"disable_quant_qdq": "1"}):
         got = session(tmp_path / "m.onnx", **options).run(None, {"images": images.numpy()})[0]
@@ -155,7 +170,7 @@ def test_static(served, bits, opset, kind, tmp_path):
 
 
 def test_the_option_that_folds_the_weights_at_load(tmp_path):
-    """ONNX Runtime keeps DequantizeLinear of a constant in the graph, unless told that it is no quantized graph."""
+    """ONNX Runtime keeps DequantizeLinear of a constant unless QDQ handling is disabled."""
     helper, kind = onnx.helper, onnx.TensorProto
     codes = helper.make_tensor(
         "c", kind.UINT4, [4, 6], dense(np.arange(24, dtype=np.uint8) % 16, 2), raw=True
@@ -196,6 +211,7 @@ def test_dynamic_at_every_width(served, tmp_path):
         onnx.TensorProto.UINT8 in kinds.values()
         and sum(n.op_type == "BitShift" for n in graph.node) == 3
     )
+    assert metadata(tmp_path / "m.onnx") == {**DESCRIPTION, "widths": list(range(1, 9))}
     run, images = session(tmp_path / "m.onnx"), torch.randn(5, 3, 8, 8)
     for bits in (8, 1, 2, 3, 4, 5, 6, 7, 8):
         got = run.run(None, {"images": images.numpy(), "bits": np.array(bits)})[0]

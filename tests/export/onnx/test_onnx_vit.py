@@ -1,4 +1,4 @@
-"""A vision transformer of timm through ONNX Runtime: static, dynamic, at every width, top-1 as in PyTorch."""
+"""A vision transformer of timm in ONNX Runtime: top-1 as in PyTorch at every width."""
 
 import numpy as np
 import pytest

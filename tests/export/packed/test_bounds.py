@@ -52,9 +52,15 @@ HUGE = {
     "skip patterns": (skips, "20000 skip patterns"),
     "depth": (network("vit_tiny_patch16_224", depth=65536), BY_NETWORK),
     "thin": (network("convnext_atto", depths=[10000] * 4, dims=[1] * 4), BY_NETWORK),
-    "window": (network("swin_tiny_patch4_window7_224", img_size=4096, window_size=1024), BY_NETWORK),
-    "another network": (network("vit_tiny_patch16_224", depth=500, embed_dim=3, num_heads=1), "lacks"),
-}  # fmt: skip
+    "window": (
+        network("swin_tiny_patch4_window7_224", img_size=4096, window_size=1024),
+        BY_NETWORK,
+    ),
+    "another network": (
+        network("vit_tiny_patch16_224", depth=500, embed_dim=3, num_heads=1),
+        "lacks",
+    ),
+}
 
 
 @pytest.mark.parametrize(("change", "match"), HUGE.values(), ids=HUGE.keys())

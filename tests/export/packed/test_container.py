@@ -1,4 +1,4 @@
-"""Damaged, foreign, newer and hostile files end in one UserError, never in a model; thousands of mutations."""
+"""Damaged, foreign, newer and hostile files raise one UserError and never give a model."""
 
 import numpy as np
 import pytest
@@ -186,7 +186,7 @@ def test_nested_json_is_no_crash(tmp_path):
 
 
 def test_every_bit_flipped_or_cut_off_is_noticed(tmp_path):
-    """3,000 single-bit flips, cuts and appended bytes of a small file: all end in a UserError, whatever they hit."""
+    """3,000 bit flips, cuts and appended bytes of a small file all raise a UserError."""
     draw = np.random.default_rng(0)
     tensors = {
         "float/a": draw.normal(size=(3, 4)).astype(np.float32),
@@ -274,7 +274,7 @@ def places(thing, path=()):
 
 
 def test_headers_with_junk_in_any_place_end_in_an_error_or_load(packed, tmp_path):
-    """Signed anew, so that the checksums hold: what is left is the reader's own care. Nothing but a UserError comes out."""
+    """With correct checksums, only the checks of the reader are left. They raise only UserError."""
     draw, raw, path = np.random.default_rng(2), packed.read_bytes(), tmp_path / "m.safetensors"
     refused = 0
     for trial in range(400):

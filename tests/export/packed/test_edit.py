@@ -1,4 +1,4 @@
-"""Files cut to fewer planes, brought back by the missing planes alone, compressed and unfolded again."""
+"""Files cut to fewer planes, completed from a rest file, compressed and decompressed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packed weights at run time: one resident buffer, or none; never a weight of another width, model or state."""
+"""Packed weights at run time: never a weight of another width, model or state."""
 
 import copy
 

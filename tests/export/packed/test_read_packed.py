@@ -1,4 +1,4 @@
-"""The reader of docs/ in plain NumPy against the library: the same integers, the same weights, bit for bit."""
+"""docs/read_packed.py against the library: the same integers and weights, bit for bit."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""save_packed / load_packed: the trained network, truncated, bit for bit; planes as a prefix; nothing read in vain."""
+"""save_packed and load_packed: the truncated network bit for bit; planes as a prefix."""
 
 import copy
 import json
@@ -108,7 +108,7 @@ def load_metadata(path):
 
 
 def test_only_what_a_width_needs_is_read(packed, net, tmp_path):
-    """Bytes of other planes and norm sets may be anything: a reader at 2 bits never looks at them."""
+    """A reader at 2 bits never reads the other planes and norm sets."""
     raw = bytearray(packed.read_bytes())
     with Container(packed) as file:
         spans = {
@@ -154,7 +154,7 @@ def test_compressed_is_lossless_and_read_by_prefix(net, tmp_path):
 
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
 def test_any_module_with_model_given(normalizer, tmp_path):
-    """Recurrent, attention, transposed and tied weights, an embedding tied to a quantized classifier, odd buffers."""
+    """Recurrent, attention, transposed and tied weights, and buffers of other types."""
 
     class Odd(nn.Module):
         def __init__(self):

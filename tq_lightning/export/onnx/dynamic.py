@@ -38,11 +38,13 @@ def export_dynamic(path: str | Path, out: str | Path) -> None:
     Raises:
         UserError: see `export_static`.
     """
-    model = DynamicModel(load_packed(path))
-    images = torch.zeros(2, *image_size(model.model))
+    packed = load_packed(path)
+    widths = packed_weights(packed)[0].packed.widths
+    model = DynamicModel(packed)
+    images = torch.zeros(2, *image_size(packed))
     shapes = {"images": {0: torch.export.Dim("batch")}, "bits": None}
     graph = trace(model, (images, torch.tensor(4)), ["images", "bits"], shapes)
-    write_graph(graph, out)
+    write_graph(graph, packed, widths, out)
 
 
 class DynamicModel(nn.Module):

@@ -5,8 +5,9 @@ predictions are the same except for ties.
 """
 
 import io
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,39 @@ def put_nodes(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
         getattr(graph.graph, field).extend(values)
 
 
-def write_graph(graph: onnx.ModelProto, out: str | Path) -> None:
-    """Check a graph and write it atomically, without the exporter's metadata."""
-    del graph.graph.metadata_props[:]
+def write_graph(
+    graph: onnx.ModelProto, model: nn.Module, widths: Sequence[int], out: str | Path
+) -> None:
+    """Check a graph and write it atomically, with metadata of the model instead of the exporter's.
+
+    The metadata are strings by name, JSON except for `model` and `quantizer`: `widths` that the
+    graph runs at, `stored_bits`, `quantizer`, and, if the packed file has them, `model`,
+    `class_names`, `input_size` (channels, height, width), `mean`, `std`, `interpolation`,
+    `crop_pct` and `crop_mode`.
+
+    Args:
+        graph: graph to write.
+        model: packed model that it was made from.
+        widths: widths that it runs at.
+        out: target file.
+    """
     for node in graph.graph.node:  # stack traces with the names of Python files
         del node.metadata_props[:]
+    header: dict[str, Any] = model.tq_file  # type: ignore[assignment]
+    values = {
+        "model": header["model"]["name"],
+        "quantizer": header["prepare"]["quantizer"],
+        "widths": list(widths),
+        "stored_bits": header["stored_bits"],
+        "class_names": header["class_names"],
+        **(header["preprocessing"] or {}),
+    }
+    del graph.graph.metadata_props[:]
+    del graph.metadata_props[:]
+    text = {
+        k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None
+    }
+    helper.set_model_props(graph, text)
     onnx.checker.check_model(graph)
     with atomic_write(out) as temporary:
         temporary.write_bytes(graph.SerializeToString())

@@ -71,4 +71,4 @@ def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
         nodes += affine_nodes(graph, name, f"{name}/short", a, b, packed.scale)
     put_nodes(graph, nodes)
     graph.opset_import.append(helper.make_opsetid(DOMAIN, TRUNC_VERSION))
-    write_graph(graph, out)
+    write_graph(graph, model, [bits], out)

@@ -76,7 +76,7 @@ def export_static(path: str | Path, out: str | Path, bits: int, opset: int | Non
         )
         nodes += affine_nodes(graph, name, f"{name}/levels", None, b, packed.scale)
     put_nodes(graph, nodes)
-    write_graph(graph, out)
+    write_graph(graph, model, [bits], out)
 
 
 def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:

@@ -14,11 +14,11 @@ import numpy as np
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import Container, section_of, write_container
+from tq_lightning.export.packed.reader import read_planes
 from tq_lightning.export.packed.schema import read_header
 from tq_lightning.export.packed.sections import (
     compress_planes,
     keep_planes,
-    read_planes,
     section_sizes,
     sections_above,
 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.bounds import Bounds
+from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.module import MODES, PackedWeight, attach_packed_weight
 from tq_lightning.export.packed.schema import (
@@ -28,7 +29,6 @@ from tq_lightning.export.packed.schema import (
 from tq_lightning.export.packed.sections import (
     file_names,
     named_tensors,
-    read_planes,
     split_norms,
 )
 from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
@@ -123,6 +123,27 @@ def _matching_skeleton(
     check_names(header, set(shapes), model)
     check_layers(header, shapes, model)
     return model
+
+
+def read_planes(file: Container, header: Mapping[str, Any], bits: int) -> list[np.ndarray]:
+    """Read the first `bits` planes, decompressed.
+
+    Returns:
+        Arrays of uint8 (codes / 8,), most significant plane first.
+
+    Raises:
+        UserError: a plane is missing, damaged, or has another size.
+    """
+    size = header["codes"] // 8
+    planes: list[np.ndarray] = []
+    for p in range(bits):
+        plane = file.read(f"plane{p}").get(f"plane{p}")
+        if plane is not None and header["compression"] is not None:
+            plane = decompress_plane(plane, planes[0] if planes else None, size)
+        if plane is None or plane.shape != (size,):
+            raise file.damaged(f"plane{p} does not have {size} bytes")
+        planes.append(plane)
+    return planes
 
 
 def _usable_widths(header: Mapping[str, Any], model: nn.Module, bits: int | None) -> list[int]:

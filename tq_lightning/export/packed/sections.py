@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.compression import CODING, compress_plane, decompress_plane
-from tq_lightning.export.packed.container import Container, section_of
+from tq_lightning.export.packed.compression import CODING, compress_plane
+from tq_lightning.export.packed.container import section_of
 from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.weight import weight_quantizers
@@ -140,27 +140,6 @@ def compress_planes(
         if name.startswith("plane")
     }
     return {**header, "compression": CODING}, {**tensors, **frames}
-
-
-def read_planes(file: Container, header: Mapping[str, Any], bits: int) -> list[np.ndarray]:
-    """Read the first `bits` planes, decompressed.
-
-    Returns:
-        Arrays of uint8 (codes / 8,), most significant plane first.
-
-    Raises:
-        UserError: a plane is missing, damaged, or has another size.
-    """
-    size = header["codes"] // 8
-    planes: list[np.ndarray] = []
-    for p in range(bits):
-        plane = file.read(f"plane{p}").get(f"plane{p}")
-        if plane is not None and header["compression"] is not None:
-            plane = decompress_plane(plane, planes[0] if planes else None, size)
-        if plane is None or plane.shape != (size,):
-            raise file.damaged(f"plane{p} does not have {size} bytes")
-        planes.append(plane)
-    return planes
 
 
 def section_sizes(tensors: Mapping[str, np.ndarray], total: int) -> dict[str, int]:
