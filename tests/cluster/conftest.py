@@ -88,7 +88,7 @@ class Slurm:
         shown = self.call("scontrol", "--oneliner", "show", "job", job).split()
         return dict(field.split("=", 1) for field in shown if "=" in field)
 
-    def wait(self, job: str, *states: str, timeout: float = 240) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout: float = 600) -> dict[str, str]:
         """Wait until a job is in one of `states`; by default, until it has ended."""
         states = states or ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
         end = time.monotonic() + timeout

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cluster.conftest import PYTHON
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 EPOCHS, BATCHES = 2, 20
 FIT = " ".join(
@@ -31,7 +31,7 @@ def paced(work: Path, name: str, seconds: float = 0.2) -> str:
     )
 
 
-def wait_for_batches(slurm, path: Path, count: int, timeout: float = 200) -> None:
+def wait_for_batches(slurm, path: Path, count: int, timeout: float = 400) -> None:
     """Wait until a paced fit has begun `count` batches, over all its attempts."""
     end = time.monotonic() + timeout
     while not path.exists() or len(path.read_text().splitlines()) < count:
@@ -143,7 +143,7 @@ def test_tasks_that_do_not_match_are_one_line_each(slurm, tmp_path):
         fit,
     ]
     script = "\n".join(
-        f"timeout 100 {c} > out{i} 2>&1; echo $? > rc{i}" for i, c in enumerate(commands)
+        f"timeout 280 {c} > out{i} 2>&1; echo $? > rc{i}" for i, c in enumerate(commands)
     )
     job = slurm.sbatch(tmp_path, script, "--ntasks=2", "--nodes=1")
     assert slurm.wait(job)["JobState"] == "COMPLETED"
