@@ -19,7 +19,7 @@ CONF = """
 ClusterName=tq
 SlurmctldHost=localhost(127.0.0.1)
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 AuthInfo=cred_expire=5
 SlurmUser=root
 StateSaveLocation={folder}/state
@@ -37,7 +37,7 @@ MinJobAge=3600
 KillWait=10
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=1
-NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=4000
+NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{nodes}] CPUs=2 RealMemory=4000
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE
 """
 
@@ -61,8 +61,8 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # nothing of an outer job or launcher reaches the jobs
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "TORCHELASTIC"))}
-        self.env = kept | {
+        outer = ("SLURM", "TORCHELASTIC")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(outer)} | {
             "SLURM_CONF": f"{folder}/slurm.conf",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             "OMP_NUM_THREADS": "1",
@@ -114,7 +114,9 @@ def slurm(tmp_path_factory):
     for name in ("state", "n1", "n2", "log"):
         (folder / name).mkdir()
     slurm = Slurm(folder)
-    (folder / "slurm.conf").write_text(CONF.format(folder=folder, ports=free_ports()))
+    port, first, second = free_ports()
+    conf = CONF.format(folder=folder, port=port, nodes=f"{first}-{second}")
+    (folder / "slurm.conf").write_text(conf)
     subprocess.run(["install", "-d", "-o", "munge", "-g", "munge", "/run/munge"], check=True)
     munge = ["runuser", "-u", "munge", "--", "munged"]
     own = subprocess.run(munge, capture_output=True).returncode == 0  # else one runs already

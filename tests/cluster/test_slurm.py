@@ -1,4 +1,4 @@
-"""Fits on a real SLURM: requeued jobs, arrays and two ranks end as the uninterrupted run, to the bit."""
+"""On a real SLURM, requeued jobs, arrays and two ranks end as the uninterrupted run, to the bit."""
 
 import json
 import time
@@ -87,7 +87,8 @@ def whole(slurm, tmp_path_factory):
 def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, whole, tmp_path):
     """Each task goes on in its own folder, and with its own seed's weights."""
     pace = paced(tmp_path, "batches-$SLURM_ARRAY_TASK_ID")
-    script = f"set -e\nsrun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID {pace}\ntouch after-$SLURM_ARRAY_TASK_ID"
+    fit = f"srun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID {pace}"
+    script = f"set -e\n{fit}\ntouch after-$SLURM_ARRAY_TASK_ID"
     job = slurm.sbatch(tmp_path, script, "--array=0-1")
     for task in (0, 1):
         wait_for_batches(slurm, tmp_path / f"batches-{task}", 5)

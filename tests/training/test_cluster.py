@@ -1,4 +1,4 @@
-"""Launchers: their processes against the Trainer's devices and nodes, by the variables that they set."""
+"""The processes of launchers against the Trainer's devices and nodes."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""One writer per run folder: its death frees it, a requeued job takes it over, and other hosts are seen."""
+"""A run folder has one writer: death frees it, a requeue takes it over, other hosts are seen."""
 
 import json
 import os

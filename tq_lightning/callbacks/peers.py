@@ -20,11 +20,12 @@ _BYE = b"bye"
 
 
 class WatchPeers(L.Callback):
-    """Holds a TCP connection from every rank to the first: the kernel closes it when a process dies.
+    """Hold a TCP connection from every rank to the first one; the kernel closes it on a death.
 
-    A rank whose peer is gone fails in its next reduction under gloo, but waits for the time limit of the process group
-    (30 minutes) under NCCL, where nothing in the process can stop it. So `GRACE_SECONDS` after the loss it is ended. There
-    are no heartbeats: a rank that is busy for a long time is not taken for dead.
+    A rank whose peer is gone fails in its next reduction under gloo. Under NCCL it waits for the
+    time limit of the process group (30 minutes), and nothing in the process can stop that. So the
+    process is ended `GRACE_SECONDS` after the loss. Without heartbeats, a rank that is busy for a
+    long time is never taken for dead.
 
     Args:
         on_lost: called with the message before the process is ended; it marks the run's record.
@@ -39,6 +40,7 @@ class WatchPeers(L.Callback):
         self._rank, self._size = 0, 1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Connect the ranks; the process group exists by now."""
         self._rank, self._size = trainer.global_rank, trainer.world_size
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if self._size == 1 or environment is None or self._sockets:
@@ -96,12 +98,12 @@ class WatchPeers(L.Callback):
                     if said.startswith(_BYE):
                         selector.unregister(key.fileobj)
                         continue
-                    rank = int(said) if said.isdigit() else self._sockets[key.fileobj]  # type: ignore[index]
-                    self._end(rank)
+                    lost = self._sockets[key.fileobj]  # type: ignore[index]
+                    self._end(int(said) if said.isdigit() else lost)
                     return
 
     def _end(self, rank: int) -> None:
-        """Tell the others, give the main thread a moment to fail by itself, then end the process."""
+        """Tell the others, give the main thread a moment to fail by itself, end the process."""
         self.message = (
             f"rank {rank} of {self._size} ended before the others; its own output says why. "
             "Resume with --ckpt_path last"
@@ -134,12 +136,16 @@ class WatchPeers(L.Callback):
         self._sockets.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say goodbye: the end of this rank is not a loss."""
         self._leave()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Name the lost peer in the error that its loss caused here; leave with a word if all ranks leave."""
+        """Name the lost peer in the error that its loss caused here.
+
+        `Interrupted` is raised by all ranks, so it is a goodbye.
+        """
         if self._size == 1:
             return
         if isinstance(exception, Interrupted):

@@ -1,4 +1,4 @@
-"""Stop a fit on SIGTERM or SIGUSR1 after an optimizer step, on all ranks at the same one, with last.ckpt written."""
+"""Stop a fit on SIGTERM or SIGUSR1: after the same optimizer step on all ranks, with last.ckpt."""
 
 import signal
 import threading
@@ -17,11 +17,11 @@ STOP, REQUEUE = 1, 2  # what ranks tell each other; the larger one wins
 
 
 class SignalFlag:
-    """Signals as a flag that a fit reads between two steps, as a context manager around the whole fit.
+    """Signals as a flag that a fit reads between two steps. A context manager around the fit.
 
-    SIGTERM asks for an end. SIGUSR1 is the warning of a scheduler (`sbatch --signal=USR1@120`) and asks for another run
-    as well. Until `defer` is called nothing is worth saving: SIGTERM raises `Interrupted` at once, SIGUSR1 waits for the
-    first step.
+    SIGTERM asks for an end. SIGUSR1 is the warning of a scheduler (`sbatch --signal=USR1@120`) and
+    asks for another run as well. Until `defer` is called there is nothing to save: SIGTERM raises
+    `Interrupted` at once, and SIGUSR1 waits for the first step.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,10 @@ class SignalFlag:
         self._before.clear()
 
     def defer(self, deferred: bool = True) -> None:
-        """Let SIGTERM wait for the end of a step, or end that; takes the handlers back from Lightning's own."""
+        """Let SIGTERM wait for the end of a step, or raise at once.
+
+        Called after Lightning has installed its own handlers, which this replaces.
+        """
         self._deferred = deferred
         for signum in self._before:
             signal.signal(signum, self._receive)
@@ -64,15 +67,19 @@ class SignalFlag:
 class StopOnSignal(L.Callback):
     """Ends a fit with `Interrupted` after the optimizer step in which a signal arrived at any rank.
 
-    Under accumulation the step is completed first. After the last batch of an epoch, or one that a validation follows, the
-    fit ends after that: a checkpoint between the two would skip the validation when resumed.
+    Under accumulation the step is completed first. After the last batch of an epoch, or a batch
+    that a validation follows, the fit ends after that validation: a run that resumes from a
+    checkpoint between the two would skip it.
 
-    Ranks agree by the maximum of their flags at the start of each batch. That takes the place of the SIGTERM flag that
-    Lightning broadcasts and reads at the same point, so a step has no reduction and no host read more than before; a single
-    process reads its own flag alone. A flag in the gradients would be free as well, but only a rank that reads it knows.
+    Ranks agree by the maximum of their flags at the start of each batch. This reduction takes the
+    place of the SIGTERM flag that Lightning broadcasts and reads at the same point, so a step has
+    neither a reduction nor a host read more than before. A single process reads its own flag. A
+    flag that travels with the gradients would need a host read of its own.
+
+    In validate, test and predict SIGTERM raises `Interrupted` at once.
 
     Args:
-        flag: the signals of this process, already handled.
+        flag: the entered flag of this process.
     """
 
     def __init__(self, flag: SignalFlag) -> None:
@@ -81,12 +88,15 @@ class StopOnSignal(L.Callback):
         self._steps = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals over, and the place of Lightning's own flag."""
         self._steps = trainer.global_step
         self.flag.defer()
         if trainer.world_size > 1:
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+            loop = trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals over in an evaluation; the validation of a fit waits for its end."""
         if trainer.state.fn != "fit":
             self.flag.defer(False)
 
@@ -95,13 +105,14 @@ class StopOnSignal(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Agree with the other ranks; stop here if the epoch before has written last.ckpt."""
         if trainer.world_size > 1:
             wish = torch.tensor(self.flag.wish, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
             self._agreed = int(wish)
         else:
             self._agreed = self.flag.wish
-        if self._agreed and batch_idx == 0:  # the end of the epoch before has written last.ckpt
+        if self._agreed and batch_idx == 0:
             self._stop()
 
     def on_train_batch_end(
@@ -112,6 +123,7 @@ class StopOnSignal(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        """Save and stop, if this batch completed an optimizer step."""
         stepped, self._steps = trainer.global_step > self._steps, trainer.global_step
         if trainer.world_size == 1:
             self._agreed = self.flag.wish
@@ -135,7 +147,7 @@ class StopOnSignal(L.Callback):
 class CheckpointOnSignal(StopOnSignal, Checkpoint):
     """`StopOnSignal` that writes `folder`/last.ckpt first.
 
-    A `Checkpoint`, so that Lightning calls it after all other callbacks: the moving average has taken the step in.
+    As a `Checkpoint` it is called after all other callbacks, such as the moving average.
 
     Args:
         flag: as `StopOnSignal`. folder: of the run's checkpoints.

@@ -18,9 +18,9 @@ from tq_lightning.records import read_record
 class OwnRunLogger(WandbLogger):
     """A WandbLogger for one fit.
 
-    Its W&B run ends with the fit: left open, it would take in the next fit of the same process, such as a sweep's. A
-    resumed fit continues the W&B run of its folder and logs nothing that this has already. Values are the same to the
-    bit, so those after the checkpoint need not come again.
+    Its W&B run ends with the fit; left open, it would take in the next fit of the same process,
+    such as a sweep's. A resumed fit continues the W&B run of its folder and skips the values that
+    this run already has. They are the same to the bit.
 
     Args:
         run_dir: the run's folder.

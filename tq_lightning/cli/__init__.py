@@ -160,7 +160,7 @@ def _first_rank() -> bool:
 
 
 def _requeue() -> None:
-    """Queue this SLURM job again and wait for SLURM to end this attempt, so that no later line of a script runs."""
+    """Requeue this SLURM job and wait for its end, so that no later line of a script runs."""
     from tq_lightning.training.cluster import requeue, slurm_job
 
     job, _ = slurm_job()

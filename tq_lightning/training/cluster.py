@@ -1,4 +1,4 @@
-"""SLURM and torchrun: the processes a launcher started, the checks that they match the Trainer, and requeueing."""
+"""SLURM and torchrun: check the processes of a launcher against the Trainer, and requeue a job."""
 
 import os
 import shutil
@@ -15,15 +15,15 @@ from tq_lightning.errors import UserError
 
 
 def under_srun() -> bool:
-    """Whether `srun` started this process; a batch script's own commands have the job's variables but no step."""
+    """Whether `srun` started this process. Other commands of a batch script have no step id."""
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
 
 
 def slurm_job() -> tuple[str | None, int]:
-    """(job id, restart count) of the SLURM job around this process; an array task is named ARRAY_TASK.
+    """Return the id and restart count of the SLURM job; the id of an array task is ARRAY_TASK.
 
-    A requeued job keeps its id, and `scontrol requeue` takes it. The number that SLURM_JOB_ID has in the last task of an
-    array is the array's own, so requeueing by it would requeue every task.
+    A requeued job keeps its id. SLURM_JOB_ID would not do for arrays: in one of the tasks it is the
+    id of the whole array, and `scontrol requeue` would requeue every task.
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
@@ -47,8 +47,8 @@ def requeue() -> str | None:
 class SrunEnvironment(SLURMEnvironment):
     """The tasks of an `srun` step, by the step's own variables.
 
-    Lightning reads the job's (`--ntasks-per-node` of the batch script), which a smaller step inside the job doesn't have,
-    and requeues with a checkpoint of its own, which any later fit in the same root would load.
+    Lightning's own class reads the variables of the job, which differ in a smaller step, and
+    requeues with a checkpoint that any later fit in the same root would load.
     """
 
     def __init__(self) -> None:
@@ -63,14 +63,15 @@ class SrunEnvironment(SLURMEnvironment):
         """Nothing: `check_tasks` compares the step with the Trainer."""
 
     def world_size(self) -> int:
+        """Return the number of tasks of the step."""
         return int(os.environ["SLURM_STEP_NUM_TASKS"])
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Nothing: `check_tasks` has done it, for one process as well."""
+        """Nothing: `check_tasks` does it, for a single process too."""
 
 
 def cluster_environment() -> ClusterEnvironment | None:
-    """Lightning's plugin for the launcher of this process; None leaves the choice to Lightning (LSF, MPI)."""
+    """Return the plugin for this process's launcher; None lets Lightning choose (LSF, MPI)."""
     if TorchElasticEnvironment.detect():  # ahead of SLURM, in whose jobs torchrun may run
         return TorchElasticEnvironment()
     if under_srun():
@@ -81,16 +82,17 @@ def cluster_environment() -> ClusterEnvironment | None:
 
 
 def check_tasks(devices: int, nodes: int, fit: bool) -> None:
-    """Compare the processes that a launcher started with those that the Trainer counts on.
+    """Compare the processes that a launcher started with those that the Trainer expects.
 
-    Too few wait for the missing ones forever, and too many train one run each in the same place.
+    Too few would wait for the missing ones, and too many would train several runs.
 
     Args:
-        devices: the Trainer's devices a node. nodes: its nodes.
-        fit: whether this is a training, which needs `srun` in a job of several tasks.
+        devices: the Trainer's devices on each node.
+        nodes: the Trainer's nodes.
+        fit: whether this is a fit, which needs `srun` in a job of several tasks.
 
     Raises:
-        UserError: they don't match. Its message is empty on all ranks but the first: one line says it.
+        UserError: they differ. The message is empty on all ranks but the first.
     """
     if TorchElasticEnvironment.detect():
         rank, tasks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -109,7 +111,8 @@ def check_tasks(devices: int, nodes: int, fit: bool) -> None:
         tasks = int(os.environ.get("SLURM_NTASKS") or 1)
         if fit and tasks > 1 and "SLURM_JOB_ID" in os.environ and devices * nodes == 1:
             raise UserError(
-                f"the SLURM job has {tasks} tasks, but this is one process; start it with srun, or pass sbatch --ntasks 1"
+                f"the SLURM job has {tasks} tasks, but this is one process; start it with srun, "
+                "or pass sbatch --ntasks 1"
             )
         if nodes > 1 and "SLURM_JOB_ID" in os.environ:
             raise UserError(
@@ -120,8 +123,9 @@ def check_tasks(devices: int, nodes: int, fit: bool) -> None:
     if (tasks, local) != (devices * nodes, devices):
         _refuse(
             rank,
-            f"{started}, but trainer.devices={devices} and trainer.num_nodes={nodes}; pass --trainer.devices {local} "
-            f"--trainer.num_nodes {max(1, tasks // local)}, or start it with {ask}",
+            f"{started}, but trainer.devices={devices} and trainer.num_nodes={nodes}; "
+            f"pass --trainer.devices {local} --trainer.num_nodes {max(1, tasks // local)}, "
+            f"or start it with {ask}",
         )
 
 
@@ -135,7 +139,7 @@ def _refuse(rank: int, message: str) -> None:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """SLURM's list of counts, node by node: "2(x3),1" -> [2, 2, 2, 1]."""
+    """Expand SLURM's list of task counts: "2(x3),1" -> [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
         count, _, times = part.partition("(x")

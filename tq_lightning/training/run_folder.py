@@ -1,4 +1,4 @@
-"""The folder of a run: --run_dir, and --ckpt_path auto, the one command for a first start and all later ones."""
+"""The folder of a run: --run_dir, and --ckpt_path auto for a first start and all later ones."""
 
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ _PLACES = {"root", "download", "workers"}
 
 
 def auto_folder(run_dir: str | None, root: Path) -> Path:
-    """The folder that `--ckpt_path auto` means: `run_dir`, or one named after the SLURM job, whose id a requeue keeps.
+    """Return the folder of `--ckpt_path auto`: `run_dir`, or one named after the SLURM job.
 
     Raises:
-        UserError: neither is there.
+        UserError: no run_dir, and not in a SLURM job.
     """
     if run_dir is not None:
         return Path(run_dir).expanduser()
     job, _ = slurm_job()
     if job is None:
         raise UserError(
-            "ckpt_path=auto needs the folder of the run, since this is not a SLURM job; pass --run_dir FOLDER"
+            "ckpt_path=auto needs the folder of the run outside of a SLURM job; "
+            "pass --run_dir FOLDER"
         )
     return root / f"slurm-{job}"
 
@@ -35,16 +36,18 @@ def check_unused(folder: Path) -> None:
     """Raise UserError if a run is in `folder` already."""
     if (folder / NAME).exists() or (folder / "checkpoints").exists():
         raise UserError(
-            f"run_dir={folder} already holds a run; pass --ckpt_path auto to resume it, or another folder"
+            f"run_dir={folder} already holds a run; pass --ckpt_path auto to resume it, "
+            "or another folder"
         )
 
 
 def check_same_run(folder: Path, config: dict[str, Any]) -> None:
-    """Compare a configuration with that of the run in `folder`, which would otherwise be resumed under another's name.
+    """Check that a configuration is that of the run in `folder`, so that it may be resumed.
 
-    Two fits in one SLURM job without a --run_dir of their own meet here.
+    Two fits in one SLURM job have the same folder unless they are given a --run_dir.
 
     Args:
+        folder: the run folder; an empty one matches.
         config: plain types, before a checkpoint has changed its `model` section.
 
     Raises:
@@ -60,8 +63,9 @@ def check_same_run(folder: Path, config: dict[str, Any]) -> None:
             # a run fills in what was null, such as the number of classes
             if ours[key] is not None and str(ours[key]) != str(theirs.get(key, ours[key])):
                 raise UserError(
-                    f"{folder} is a run with {key}={theirs[key]}, not {ours[key]}; pass --run_dir for another run, "
-                    f"or --ckpt_path {folder / LAST} to continue this one with other settings"
+                    f"{folder} is a run with {key}={theirs[key]}, not {ours[key]}; "
+                    f"pass --run_dir for another run, or --ckpt_path {folder / LAST} "
+                    "to continue this one with other settings"
                 )
 
 

@@ -1,16 +1,17 @@
 """RunLock: at most one process writes a run folder, on one machine or on several that share it.
 
-Three mechanisms, each for what the one before can't see:
+Three mechanisms, each for the cases that the one before does not cover:
 
-1. A POSIX record lock (`fcntl.lockf`) on RUN/.lock. The kernel, or the NFS server, frees it when its holder dies, and
-   forked data loader workers don't inherit it. Where it reaches every host that is all there is to it.
-2. The file names its holder (host, process, SLURM job). Where the file system has no locks, or keeps them to one host
-   (NFS mounted with `nolock` or `local_lock`, Lustre with `localflock`), a holder on this host is looked up by its
-   process id, and one on another host by its heartbeat: it touches the file every `BEAT_SECONDS`, and a file that stands
-   still for `STALE_SECONDS` is free. The newcomer watches it; no clocks are compared.
-3. SLURM starts a requeued job only after the earlier attempt has ended or its node was given up, so a lock of the same
-   job with a lower restart count is taken over at once. A holder that lost its lock that way (its node came back) notices
-   at its next heartbeat and ends itself before it writes again.
+1. A POSIX record lock (`fcntl.lockf`) on RUN/.lock. The kernel, or the NFS server, frees it when
+   its holder dies. Forked data loader workers do not inherit it.
+2. The file names its holder: host, process and SLURM job. If the file system has no locks or keeps
+   them to one host (NFS mounted with `nolock` or `local_lock`, Lustre with `localflock`), a holder
+   on this host is looked up by its process id. A holder on another host touches the file every
+   `BEAT_SECONDS`, and the file is free if it stands still for `STALE_SECONDS`. The newcomer watches
+   it, so no clocks are compared.
+3. SLURM starts a requeued job after the earlier attempt has ended or its node was given up. A lock
+   of the same job with a lower restart count is taken over at once. If that node comes back, the
+   old holder notices at its next heartbeat and ends.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "localflock"}  #
 
 
 class RunLock:
-    """Exclusive right to write a run folder, from construction to `release` or the end of the process.
+    """The exclusive right to write a run folder, until `release` or the end of the process.
 
     Args:
         folder: the run folder; it is created if it does not exist.
@@ -119,7 +120,7 @@ class RunLock:
                 ours = (_read(self._file) or {}).get("token") == self._token
                 if (not ours or not self._is_current(self._file)) and not self._ended.is_set():
                     print(
-                        f"error: {self.path.parent} was taken over by another process, so this one ends",
+                        f"error: {self.path.parent} was taken over by another process",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -156,7 +157,7 @@ def _try_lock(handle: int) -> str | None:
 
 
 def _mount_options(handle: int) -> set[str]:
-    """Mount options of the file system that an open file is on; empty where Linux's /proc is missing."""
+    """Return the mount options of an open file's file system; empty without Linux's /proc."""
     device = os.fstat(handle).st_dev
     number = f"{os.major(device)}:{os.minor(device)}" if hasattr(os, "major") else ""
     options: set[str] = set()
@@ -184,7 +185,7 @@ def _earlier_attempt(holder: dict[str, Any]) -> bool:
 
 
 def _alive(path: Path, holder: dict[str, Any]) -> bool:
-    """Whether a holder lives, where a lock doesn't tell: its process on this host, its heartbeat on another."""
+    """Whether a holder is alive: by its process on this host, by its heartbeat on another."""
     if holder.get("host") == socket.gethostname():
         try:
             os.kill(int(holder["pid"]), 0)
