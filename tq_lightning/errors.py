@@ -50,7 +50,7 @@ class Interrupted(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without passwords, or its class if it is empty."""
+    """Return the first line of an error's message, without passwords; its class if it is empty."""
     return hide_password((str(error).splitlines() or [type(error).__name__])[0])
 
 

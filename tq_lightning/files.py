@@ -22,16 +22,17 @@ def expand_path(path: str | Path) -> Path:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success, what was written there replaces `path`.
 
-    The caller creates a file or a folder at the yielded path. It is flushed to disk before it is renamed, so a reader (or
-    the next start after a crash) sees either the old content or the new one. If the block raises, `path` is unchanged and
-    the temporary path is removed. Each writer has a temporary name of its own; a killed writer leaves its temporary file,
-    which `remove_temporaries` deletes.
+    The caller creates a file or a folder at the yielded path. It is flushed to disk before it is
+    renamed, so a reader (or the next start after a crash) sees either the old content or the new
+    one. If the block raises, `path` is unchanged and the temporary path is removed. Each writer has
+    a temporary name of its own. A killed writer leaves its temporary file, which
+    `remove_temporaries` deletes.
 
     Args:
         path: target file or folder. Its parent folder must exist.
 
     Raises:
-        UserError: the parent folder does not exist, the disk is full, or the target cannot be written.
+        UserError: the parent folder does not exist, the disk is full, or `path` is not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -53,7 +54,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed writers left in `folder`. Call it only while no other process writes there."""
+    """Delete the temporary files of killed writers; no other process may be writing to `folder`."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _TEMPORARY.fullmatch(path.name):
             _remove(path)
@@ -82,7 +83,7 @@ def _sync(path: Path, deep: bool = True) -> None:
 
 
 def _swap_folder(new: Path, target: Path) -> None:
-    """Rename a folder over another one, which is moved aside first and restored if the rename fails."""
+    """Rename a folder over another one, which is moved aside and restored if that fails."""
     if not target.exists() or not any(target.iterdir()):
         os.replace(new, target)
         return

@@ -1,9 +1,9 @@
 """record.json: its fields, its checks, and the only code that reads or writes it.
 
 A run writes a `Record`, `inspect --out` an `InspectRecord`. The dataclasses below are the schema: a
-file is checked against their annotations when it is read. A field without a default must be present;
-one with a default may be missing or null. Maps with integer keys are keyed by the width in bits.
-Fields are added to schema 1, never renamed or removed.
+file is checked against their annotations when it is read. A field without a default is required; one
+with a default may be missing or null. Maps with integer keys are keyed by the width in bits. Fields
+are added to schema 1, never renamed or removed.
 """
 
 import json
@@ -56,7 +56,8 @@ class Evaluation:
 class WidthResult:
     """Top-1 in % of both sources at one width, at the best epoch.
 
-    `qt_gap` is in percentage points, `disagree` the share of weight codes that differ between the sources.
+    `qt_gap` is in percentage points. `disagree` is the share of weight codes that differ between
+    the sources.
     """
 
     quantize: Number
@@ -151,7 +152,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of the byte table: `bits` is None for a layer left in float, `bytes` is keyed by storage scheme."""
+    """A row of the byte table.
+
+    `bits` is None for a layer left in float. `bytes` is keyed by storage scheme.
+    """
 
     name: str
     kind: str
@@ -174,7 +178,7 @@ class StorageBytes:
 
 @dataclass(frozen=True)
 class Energy:
-    """The energy model: pJ by width and kind, the constants it rests on, its assumptions and source."""
+    """The energy model: pJ by width and kind, its constants, its assumptions and its source."""
 
     assumptions: list[str]
     constants_pj: dict[str, Number] = field(default_factory=dict)
@@ -225,12 +229,12 @@ class InspectRecord:
         return ", ".join(map(str, self.policy.get("skip") or [])) or "nothing"
 
 
-# -- reading and writing -----------------------------------------------------------------------------------------------
+# -- reading and writing -------------------------------------------------------------------------
 def read_any(path: str | Path) -> Record | InspectRecord:
     """Read a record of either kind.
 
     Raises:
-        RecordError: the file is missing, unreadable, damaged, of another schema, or breaks the schema.
+        RecordError: the file is missing, unreadable or damaged, or breaks the schema.
     """
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -299,7 +303,7 @@ def write_record(path: str | Path, record: Record | InspectRecord) -> None:
 
 
 def mark_superseded(path: str | Path) -> None:
-    """Mark the record of a trial that was given to another worker, so that one trial never counts twice."""
+    """Mark the record of a trial that was given to another worker: it must not count twice."""
     reason = "its trial was given to another worker"
     write_record(path, replace(read_record(path), status="interrupted", reason=reason))
 
@@ -307,8 +311,8 @@ def mark_superseded(path: str | Path) -> None:
 def value_of(record: Record, metric: str) -> Number | None:
     """A sweep objective: a metric of the last epoch, or STORAGE_BYTES; None if it was not logged.
 
-    The last epoch counts, not the best: a W&B sweep reads the last logged value too, the pruner saw it, and no
-    configuration gains from having had more epochs to choose from.
+    The last epoch counts, not the best: a W&B sweep reads the last logged value too, the pruner saw
+    it, and no configuration gains from having had more epochs to choose from.
     """
     if metric == STORAGE_BYTES:
         size = record.bytes.packed if record.bytes is not None else None
@@ -317,7 +321,7 @@ def value_of(record: Record, metric: str) -> Number | None:
     return None if value is None else float(value)
 
 
-# -- the schema --------------------------------------------------------------------------------------------------------
+# -- the schema ----------------------------------------------------------------------------------
 T = TypeVar("T")
 _KINDS: dict[Any, tuple[str, Any]] = {
     str: ("a text", lambda v: isinstance(v, str)),
@@ -387,7 +391,7 @@ def _from_tree(kind: type[T], tree: dict[str, Any], before: str) -> T:
 
 
 def _to_tree(value: Any) -> Any:
-    """JSON types of a dataclass. A field that is None is left out, unless it is in WRITTEN_AS_NULL."""
+    """Convert a dataclass to JSON types; None is left out, except for WRITTEN_AS_NULL."""
     if is_dataclass(value):
         pairs = ((f.name, getattr(value, f.name)) for f in fields(value))
         return {k: _to_tree(v) for k, v in pairs if v is not None or k in WRITTEN_AS_NULL}

@@ -1,0 +1,1 @@
+"""Lightning callbacks and loggers of a run: evaluation, record, metrics, resume, signals."""

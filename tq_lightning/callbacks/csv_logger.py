@@ -1,4 +1,4 @@
-"""RunLogger: Lightning's CSV logger for the metrics.csv of a run, continued when the run resumes."""
+"""RunLogger: Lightning's CSV logger, which continues the metrics.csv of a resumed run."""
 
 import csv
 import os

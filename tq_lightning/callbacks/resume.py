@@ -1,8 +1,7 @@
 """Resuming a run: random states by step, checkpoints inside an epoch, and folders that were moved.
 
-`StepSeeds` makes each step independent of the process it runs in, `StepCheckpoint` writes the
-checkpoints that can be resumed from inside an epoch, and `MovedRun` adapts a checkpoint to the folder
-it is in now.
+`StepSeeds` makes each step independent of the process it runs in. `StepCheckpoint` writes checkpoints
+from which a run resumes inside an epoch. `MovedRun` adapts a checkpoint to the folder it is in now.
 """
 
 import os

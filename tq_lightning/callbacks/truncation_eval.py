@@ -114,8 +114,8 @@ class TruncationEval(L.Callback):
 
     Norm statistics of untrained widths are estimated from `calibration_batches` fixed training
     batches at the start of each validation epoch, into norms of their own, which the checkpoint
-    keeps; a test uses those of its checkpoint. Once training continues, these norms are marked as not
-    calibrated: they belong to the weights they were estimated with. Everything else (parameters,
+    keeps; a test uses those of its checkpoint. Once training continues, these norms are marked as
+    not calibrated: they belong to the weights they were estimated with. Everything else (parameters,
     buffers, modes, width, random states) stays as it was.
 
     The end of a run is always scored, whatever `trainer.check_val_every_n_epoch` says and whatever
@@ -136,7 +136,7 @@ class TruncationEval(L.Callback):
         self._fresh = True
         self._scored_step: int | None = None
         self._trained = False  # since this process started
-        # open during an evaluation, in which no weight changes: weights are normalized and coded once
+        # open during an evaluation, in which no weight changes: they are normalized and coded once
         self._weights = ExitStack()
 
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:

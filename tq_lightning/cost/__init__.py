@@ -1,0 +1,1 @@
+"""Storage and energy of a model at every width, computed without running it."""

@@ -1,20 +1,20 @@
 """A model (not a measurement) of the energy that weights cost: an inference, and a switch of width.
 
-All numbers come from one table of published constants. The table and the assumptions are part of the
-inspect record. Only quantized weights are counted: norms, scales and layers left in float cost the
-same however the width is switched.
+All numbers come from one table of published constants. The table and the assumptions are part of
+the inspect record. Only quantized weights are counted: norms, scales and layers left in float cost
+the same however the width is switched.
 """
 
 from tq_lightning.records import Energy
 
-# Fig. 1.1.9, "rough energy costs for various operations in 45 nm, 0.9 V". It gives memory accesses of
-# 64 bits: cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. The 640 pJ for 32 bits of
-# DRAM and 5 pJ for 32 bits of SRAM in deep-learning papers come from Han et al., arXiv 1506.02626,
-# fig. 1, and agree with the 1.3 nJ and the cache of 8 KB.
+# Fig. 1.1.9, "rough energy costs for various operations in 45 nm, 0.9 V". Its memory accesses are of
+# 64 bits: cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. The 640 pJ for 32 bits
+# of DRAM and 5 pJ for 32 bits of SRAM in deep-learning papers come from Han et al., arXiv
+# 1506.02626, fig. 1, and agree with the 1.3 nJ and the cache of 8 KB.
 SOURCE = (
-    "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, fig. 1.1.9: "
-    "rough costs at 45 nm, 0.9 V; DRAM at the low end of 1.3 to 2.6 nJ and cache at the 1 MB entry, "
-    "the most expensive one, both of which favor refetching"
+    "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, fig. "
+    "1.1.9: rough costs at 45 nm, 0.9 V; DRAM at the low end of 1.3 to 2.6 nJ and cache at the 1 "
+    "MB entry, the most expensive one, both of which favor refetching"
 )
 # operation -> pJ
 CONSTANTS_PJ: dict[str, float] = {
@@ -30,14 +30,14 @@ FLOAT_BITS = 32
 ASSUMPTIONS = (
     "45 nm constants of Horowitz (ISSCC 2014, fig. 1.1.9); the bits of a 64-bit access share its "
     "energy evenly",
-    "the float master is in DRAM; codes are on chip in SRAM banks of 1 MB, and so are the stored 8-bit "
-    "codes that are shifted in place",
-    "refetch: read 32 bits per weight from DRAM, normalize and round with 2 FP32 multiplies and 2 adds "
-    "(tanh, maximum and mean are not counted), write n bits to SRAM",
-    "shift in place: read the stored code from SRAM, shift it at the cost of one 8-bit add, write n "
+    "the float master is in DRAM; codes are on chip in SRAM banks of 1 MB, and so are the stored "
+    "8-bit codes that are shifted in place",
+    "refetch: read 32 bits per weight from DRAM, normalize and round with 2 FP32 multiplies and 2 "
+    "adds (tanh, maximum and mean are not counted), write n bits to SRAM",
+    "shift in place: read the stored code from SRAM, shift it at the cost of one 8-bit add, write "
+    "n bits to SRAM",
+    "refetch planes, if the stored codes do not fit on chip: read n bit planes from DRAM, write n "
     "bits to SRAM",
-    "refetch planes, if the stored codes do not fit on chip: read n bit planes from DRAM, write n bits "
-    "to SRAM",
     "weight traffic: each quantized weight is read from DRAM once per inference, with 32 or n bits",
     "norms, scales, layers left in float, leakage and control logic are not counted",
 )

@@ -1,9 +1,9 @@
 """Bytes of a prepared model, layer by layer, to store and to read, for each storage scheme.
 
-A storage scheme is a way to serve all widths. The accounting works on a prepared model, so `prepare`
-alone decides which layers are quantized and which norms are switchable. The model may be on the meta
-device (`meta_model`), where it takes no memory. The size predicted for the packed file is that of
-export, without the header.
+A storage scheme is a way to serve all widths. The accounting works on a prepared model, so
+`prepare` alone decides which layers are quantized and which norms are switchable. The model may be
+on the meta device (`meta_model`), where it takes no memory. The size predicted for the packed file
+is that of export, without the header.
 """
 
 import math

@@ -11,8 +11,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
-# A checkpoint is a zip archive. Its comment, the last bytes of the file, holds the CRC-32 of all bytes before the digits:
-# the archive's own checksums are not verified by torch.load, and cover the tensors alone.
+# A checkpoint is a zip archive. Its comment, the last bytes of the file, holds the CRC-32 of all bytes
+# before the digits: torch.load does not verify the archive's own checksums, which cover less.
 _MARK = b"tq-crc32:"
 _DIGITS = 8
 _END = 22 + len(_MARK) + _DIGITS  # the archive's last record with its comment
@@ -20,10 +20,11 @@ _BLOCK = 2**22  # bytes
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk and renames: a kill or a full disk leaves the old checkpoint.
+    """Writes beside the target, flushes to disk and renames.
 
-    Lightning's own writer goes through the folder for temporary files. If that is another file system, the last step is a
-    copy, and a kill during it leaves half a file.
+    A kill or a full disk leaves the old checkpoint. Lightning's own writer goes through the folder
+    for temporary files: if that is another file system, its last step is a copy, and a kill during
+    the copy leaves half a file.
     """
 
     def save_checkpoint(
@@ -75,7 +76,10 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def _with_checksum(archive: memoryview) -> tuple[bytes | memoryview, ...]:
-    """The parts of a zip archive with the checksum as its comment, whose length stands in the last two bytes."""
+    """The parts of a zip archive with the checksum as its comment.
+
+    The length of the comment is in the last two bytes of the archive.
+    """
     comment = (len(_MARK) + _DIGITS).to_bytes(2, "little")
     crc = 0
     for part in (archive[:-2], comment, _MARK):
