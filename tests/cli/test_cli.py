@@ -1,4 +1,4 @@
-"""The command line: what users and sweep engines type reaches its key with its type; what is wrong is one line and status 2."""
+"""The command line: typed values reach their keys; an error is one line and status 2."""
 
 import os
 import subprocess
@@ -70,7 +70,10 @@ def test_the_program_has_the_name_it_was_started_by(
 
 
 def test_help_names_every_verb_and_loads_no_torch() -> None:
-    code = "import sys; from tq_lightning.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from tq_lightning.cli import main; main(['--help']); "
+        "sys.exit('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for verb in [*LIGHTNING_VERBS, *VERBS]:

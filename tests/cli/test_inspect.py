@@ -81,7 +81,8 @@ def test_lists_and_nulls_as_sweep_engines_send_them(capsys):
 def test_the_model_block_of_a_configuration(tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(
-        "model:\n  name: resnet8_cifar\n  quantizer: floor\n  skip: [first]\ndata:\n  name: digits\n"
+        "model:\n  name: resnet8_cifar\n  quantizer: floor\n  skip: [first]\n"
+        "data:\n  name: digits\n"
     )
     assert main(["--config", str(config)]) == 0
     assert "in float: first;" in capsys.readouterr().out

@@ -15,7 +15,7 @@ def test_one_weight_by_hand():
 
 
 def test_the_table_is_that_of_the_paper():
-    """Horowitz, ISSCC 2014, fig. 1.1.9, as printed: memory for 64 bits (DRAM 1.3 to 2.6 nJ), arithmetic for one operation."""
+    """Horowitz, ISSCC 2014, fig. 1.1.9: memory for 64 bits, arithmetic for one operation."""
     assert CONSTANTS_PJ == {
         "DRAM access, 64 bits": 1300.0,
         "SRAM access (1 MB cache), 64 bits": 100.0,
@@ -37,7 +37,8 @@ def test_a_shift_is_cheaper_because_it_stays_on_chip():
     assert all(
         20 < parts["refetch_float_pj"] / parts["shift_pj"] < 60 for parts in by_width.values()
     )
-    # Counter-example: to leave for one bit, its plane from DRAM and a shift cost about the same; at 8 the shift wins.
+    # Counter-example: to leave for one bit, its plane from DRAM and a shift cost about the same; at
+    # 8 the shift wins.
     assert by_width[1]["refetch_planes_pj"] < 2 * by_width[1]["shift_pj"]
     assert by_width[8]["refetch_planes_pj"] > 6 * by_width[8]["shift_pj"]
 

@@ -1,4 +1,4 @@
-"""Byte accounting: the paper's ratio by an independent count, every way by hand on a small net, the same rule as prepare()."""
+"""Byte accounting: the paper's ratio by an independent count, and every way by hand."""
 
 import pytest
 import timm
@@ -79,7 +79,8 @@ def test_policy_moves_the_numbers():
 def test_resnet50_in_the_papers_accounting():
     rows = paper_rows(meta_model("resnet50"))
     paper = total(rows, "paper", 8).total
-    # Counted anew from the architecture: all convolutions and the classifier but the stem in 8 bits.
+    # Counted anew from the architecture: all convolutions and the classifier but the stem in 8
+    # bits.
     conv = sum(
         m.weight.numel() for m in meta_model("resnet50").modules() if isinstance(m, nn.Conv2d)
     )
@@ -94,7 +95,7 @@ def test_resnet50_in_the_papers_accounting():
 
 
 def test_the_favourable_assumption_shows():
-    """Classifier in float, as the default policy has it: the ratio must fall, else the two were one."""
+    """With the classifier in float, as by default, the ratio must fall."""
     model = meta_model("resnet50")
     prepare(model, verbose=False)
     packed = total(layer_rows(model), "packed", 8).total
