@@ -110,7 +110,7 @@ def test_truncated_passes_shift_uint8_codes(monkeypatch):
     monkeypatch.setattr(fake_quantize, "truncate_codes", spy)
     monkeypatch.setattr(fused_weights, "truncate_codes", spy)
     evaluate_batch(model, images, [(2, "truncate")])
-    assert seen == [(8, 2)] * len(weight.weight_quantizers(model)) and len(seen) > 5
+    assert seen == [(8, 2)]  # all weights in one call
     seen.clear()
     evaluate_batch(model, images, [(2, "quantize"), (None, "quantize")])
     assert seen == []

@@ -225,13 +225,18 @@ def test_lists_in_every_spelling():
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_sharded_strategies_are_refused_in_a_sentence(strategy):
+    def trainer(name):
+        return SimpleNamespace(
+            strategy=type(name, (), {})(),
+            precision_plugin=SimpleNamespace(),
+            accumulate_grad_batches=1,
+        )
+
     module = TQModule()
-    module._trainer = SimpleNamespace(strategy=type(strategy, (), {})(), accumulate_grad_batches=1)
+    module._trainer = trainer(strategy)
     with pytest.raises(UserError, match=f"{strategy} shards the weights.*pass ddp"):
         module.setup("fit")
-    module._trainer = SimpleNamespace(
-        strategy=type("DDPStrategy", (), {})(), accumulate_grad_batches=1
-    )
+    module._trainer = trainer("DDPStrategy")
     module.setup("fit")
 
 
@@ -303,6 +308,6 @@ def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
 
     with pytest.raises(
         TrainingError,
-        match=r"step 1: weight .*blocks.0.mlp.fc1.weight contains NaN.*learning rate 0.1",
+        match=r"step 1: .*blocks.0.mlp.fc1.weight holds NaN.*learning rate 0.1",
     ):
         train(tmp_path, callbacks=[Break()])
