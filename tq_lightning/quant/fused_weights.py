@@ -1,8 +1,8 @@
 """Fused weights: all quantized weights of a model at one width, made together in a few calls.
 
 A joint step over K widths, or an evaluation of many, needs every weight at every width. Layer by
-layer that is a dozen small operations per layer and width. Here the weights lie in flat buffers: they
-are normalized once, and the functions of `codes.py` and `ste.py` run once per width on the whole
+layer that is a dozen small operations per layer and width. Here the weights lie in flat buffers.
+They are normalized once, and the functions of `codes.py` and `ste.py` run once per width on the whole
 buffer. The layers read views of it, so the network itself runs the operations of the float network.
 
 The values are those of `WeightQuantizer`, bit for bit.
@@ -49,7 +49,7 @@ class FusedWeights:
         self._has_grad = [False] * len(self.trained)
 
     def _flat(self) -> tuple[Tensor, list[Tensor]]:
-        """Allocate a flat float32 buffer and a view of it for each weight, strided as the weight."""
+        """Allocate a flat float32 buffer and one view per weight, with the strides of the weight."""
         size = sum(-(-w.numel() // ALIGNMENT) * ALIGNMENT for w in self.originals)
         flat = torch.zeros(size, dtype=torch.float32, device=self.device)
         views, start = [], 0
@@ -248,7 +248,7 @@ class FusedModel:
 
 @contextmanager
 def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
-    """Make the weights of each width in a few calls inside the block, which must not change a weight.
+    """Make the weights of each width in a few calls; no weight may change inside the block.
 
     `bit_width` makes them as it is entered. A block inside another one of the same model shares its
     normalized weights.
