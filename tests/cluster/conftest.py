@@ -56,7 +56,7 @@ def free_ports() -> tuple[int, int, int]:
 
 
 class Slurm:
-    """Commands of a running SLURM; jobs run in `folder`, as `python -m tq_lightning` of this checkout."""
+    """Commands of a running SLURM. Jobs run this checkout."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -173,6 +173,7 @@ method: grid
 metric: {name: val/acc1_truncate_mean, goal: maximize}
 parameters:
   model.lr: {values: [0.1, 0.05, 0.02]}
+command: ["${env}", python, -m, tq_lightning, fit, "${args}"]
 """
 
 
