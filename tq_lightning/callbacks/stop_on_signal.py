@@ -26,7 +26,7 @@ class SignalFlag:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._deferred = False
+        self.deferred = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalFlag":
@@ -47,7 +47,7 @@ class SignalFlag:
 
         Called after Lightning has installed its own handlers, which this replaces.
         """
-        self._deferred = deferred
+        self.deferred = deferred
         for signum in self._before:
             signal.signal(signum, self._receive)
 
@@ -60,7 +60,7 @@ class SignalFlag:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.signum = self.signum or signum  # SLURM follows its warning up with a SIGTERM
-        if signum == signal.SIGTERM and not self._deferred:
+        if signum == signal.SIGTERM and not self.deferred:
             raise Interrupted(signum)
 
 

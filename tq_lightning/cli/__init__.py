@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     # a notebook's MPLBACKEND names a module that may be missing here, and nothing is shown anyway
     os.environ["MPLBACKEND"] = "agg"
     try:
-        status = _run(sys.argv[1:] if argv is None else argv)
+        with _sigterm_raises():
+            status = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -109,8 +111,6 @@ def _run(argv: list[str]) -> int:
         print(f"tq_lightning {__version__}")
         return 0
     verb, rest = argv[0], argv[1:]
-    _end_on_sigterm()
-    os.environ["MPLBACKEND"] = "Agg"  # figures are files; a notebook's backend may be missing here
     try:
         if verb in LIGHTNING_VERBS:
             from tq_lightning.training.lightning_cli import run
@@ -137,6 +137,8 @@ def _run(argv: list[str]) -> int:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
     except Interrupted as error:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is about to end
         if _first_rank():
             print(f"interrupted: {error}", file=sys.stderr, flush=True)
         if error.requeue:
@@ -144,11 +146,17 @@ def _run(argv: list[str]) -> int:
         return error.status
 
 
-def _end_on_sigterm() -> None:
-    """Let SIGTERM end a verb with its own clean-up; Python's default is to die on the spot."""
-    default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if default and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _raise_interrupted)
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM end a verb by an exception, so that it cleans up; Python's default does not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise_interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _raise_interrupted(signum: int, _: Any) -> None:

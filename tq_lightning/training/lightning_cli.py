@@ -28,7 +28,7 @@ from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
-from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.errors import Interrupted, TrainingError, UserError
 from tq_lightning.files import atomic_write, remove_temporaries
 from tq_lightning.records import MONITOR, NAME, read_record, write_record
 from tq_lightning.training.arguments import drop_append_options, make_parser, normalize
@@ -113,6 +113,8 @@ class TQCLI(LightningCLI):
             try:
                 super().__init__(*args, **kwargs)
             except BaseException as error:
+                if isinstance(error, Interrupted) and not self.stop_flag.deferred:
+                    self._stop_children()
                 self._leave(error)
                 if isinstance(error, RuntimeError) and self._peers and self._peers.message:
                     lost = self._peers.message if self._peers.speaks() else ""
@@ -124,6 +126,13 @@ class TQCLI(LightningCLI):
         path = self.run_dir / NAME
         if self.subcommand == "fit" and self._lock is not None and path.is_file():
             write_record(path, replace(read_record(path), status="failed", reason=reason))
+
+    def _stop_children(self) -> None:
+        """Pass SIGTERM on to the ranks that Lightning has started; only in a fit they agree."""
+        trainer = getattr(self, "trainer", None)
+        launcher = trainer.strategy.launcher if trainer is not None else None
+        for process in getattr(launcher, "procs", ()):
+            process.terminate()
 
     def _leave(self, error: BaseException | None) -> None:
         """Release the run folder; one that was made for a run that never began is removed."""

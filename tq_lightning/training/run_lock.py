@@ -92,7 +92,7 @@ class RunLock:
 
     def _replace(self) -> int:
         """Put a new, locked file in the place of one that is locked; returns its handle."""
-        fresh = self.path.with_name(f"{NAME}.{self._token}.tmp")
+        fresh = self.path.with_name(f"{NAME}.{self._token[:8]}.tmp")
         handle = os.open(fresh, os.O_RDWR | os.O_CREAT, 0o644)
         _try_lock(handle)
         os.replace(fresh, self.path)
