@@ -134,6 +134,47 @@ def test_one_validation_makes_no_curve(make):
     assert (len(made), notes) == (1, [])
 
 
+def test_what_compares_nothing_is_not_drawn(make):
+    assert drawn("qt_gap", make.run("floor")) == []
+    assert drawn("robustness", *make.pair()) == []
+    assert drawn("pareto", make.run("floor")) == []
+    assert drawn("ste", *make.pair()) == []
+    assert len(drawn("robustness", *make.pair(), *make.pair(model="resnet8_cifar"))) == 1
+
+
+def test_titles_carry_the_message(make):
+    (figure,) = drawn("qt_gap", *make.pair(noise=0.0))
+    message = "Truncated to 2 bits, round goes from 84.0 to 24.0 % and floor stays at 84.0 %"
+    assert figure.title == f"{message} (resnet20_cifar · cifar10)"
+    assert message in texts(figure.canvas).replace("\u00a0", " ").replace("\n", " ")
+
+
+def test_floor_is_green_and_round_orange_on_every_figure(make):
+    others = make.pair(model="resnet8_cifar")
+    for name in ("qt_gap", "robustness", "pareto", "disagreement"):
+        for figure in drawn(name, *make.pair(), *others):
+            lines = [line for axes in figure.canvas.findobj(Axes) for line in axes.lines]
+            colors = {str(line.get_label()): line.get_color() for line in lines}
+            for label, color in colors.items():
+                if "floor" in label:
+                    assert color == style.GREEN, (name, label)
+                if "round" in label:
+                    assert color in (style.ORANGE, style.PALE[style.ORANGE]), (name, label)
+
+
+def test_intervals_are_cut_at_100_and_seeds_are_dots(make):
+    records = [make.run(q, s, offset=13.0 + s) for q in ("round", "floor") for s in (-1, 0, 1)]
+    for record in records:
+        for value in record["widths"].values():
+            value.update({k: min(value[k], 100.0) for k in ("quantize", "truncate")})
+    (figure,) = drawn("qt_gap", *records)
+    (axes,) = figure.canvas.findobj(Axes)
+    ends = [y for bar in axes.collections for path in bar.get_paths() for _, y in path.vertices]
+    assert max(ends) <= 100.0
+    dots = [line for line in axes.lines if line.get_marker() == "." and len(line.get_xdata()) == 3]
+    assert len(dots) >= 24
+
+
 def test_many_settings_are_capped_and_the_rest_is_noted(make):
     records = [r for k in range(14) for r in make.pair(seeds=(0,), model_lr=float(k))]
     made, notes = drawing("qt_gap", *records)

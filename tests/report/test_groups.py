@@ -143,6 +143,33 @@ def test_the_papers_setting_and_near_misses(make):
         assert not setting.is_papers, miss
 
 
+def test_what_codes_do_counts_not_the_name_of_their_quantizer(make):
+    """A quantizer of another name whose record says that its codes nest has one row, as floor has."""
+    toy = make.run("toy", ste="toy_ste", nested=True)
+    (group,) = compare(make.run("round"), toy).by_quantizer
+    assert [name for name, _, _ in group.rows] == [
+        "round, quantized",
+        "round, truncated",
+        "toy, truncated",
+    ]
+    assert dict(group.arms)["toy"]["model.ste"] == "toy_ste"
+    (group,) = compare(make.run("round"), toy | {"nested": False}).by_quantizer
+    assert len(group.rows) == 4
+
+
+def test_runs_of_different_calibration_are_two_arms(make):
+    records = [make.run(seed=0), make.run(seed=1), make.run(seed=2, calibration="weighted")]
+    assert [len(arm.runs) for arm in compare(*records).arms] == [2, 1]
+
+
+def test_a_test_of_other_data_is_not_the_runs(make):
+    """Tests in the added list, of other data or of a part, stand in no table."""
+    record = make.run(test=True)
+    record["tests"] = [record.pop("test") | {"data": "cifar100"}]
+    (arm,) = compare(record).arms
+    assert not arm.runs[0].has_test
+
+
 def test_mixed_commits_and_versions_are_told(make):
     (setting,) = compare(
         make.run("round"),
@@ -177,5 +204,5 @@ def test_labels_are_unique_even_for_many_settings(make):
         for lr in (0.1, 0.2)
         for level in ("left", "endpoint")
     ]
-    found = make_groups(compare(*records).arms, "model.quantizer", along=("model.ste",))
+    found = make_groups(compare(*records).arms, "model.quantizer", ["model.ste"])
     assert len({s.label for s in found}) == len({s.slug for s in found}) == 4

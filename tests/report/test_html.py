@@ -79,7 +79,7 @@ def test_page_stands_alone(tmp_path, monkeypatch, make):
         parse_constant=lambda name: pytest.fail(name),
     )
     assert data[record["id"]]["config"]["model"]["quantizer"] == "floor"
-    assert data[record["id"]]["record"]["loss"] == "nan"
+    assert data[record["id"]]["record"]["loss"] == "NaN"
 
 
 class Browser:

@@ -27,14 +27,14 @@ def test_paired_where_seeds_coincide_and_welch_where_not():
     interval = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval()
     assert paired.how == "paired"
     assert (paired.estimate.low, paired.estimate.high) == pytest.approx(tuple(interval))
-    assert paired.shown
+    assert paired.sign == 1
     welch = difference(a, {3: 79.5, 4: 81.4, 5: 84.6})
     interval = stats.ttest_ind(
         list(a.values()), list(b.values()), equal_var=False
     ).confidence_interval()
     assert welch.how == "Welch"
     assert (welch.estimate.low, welch.estimate.high) == pytest.approx(tuple(interval))
-    assert not welch.shown  # the same numbers: pairing is what shows it
+    assert welch.sign == 0  # the same numbers: pairing is what shows it
 
 
 def test_words():
@@ -45,7 +45,7 @@ def test_words():
     one = difference({0: 1.0}, {0: 2.0})
     assert "one seed: no interval" in one.words("a", "b")
     assert one.verdict() == "one seed: no interval"
-    assert not one.shown
+    assert one.sign == 0
     assert difference({0: 1.0, 1: 1.0}, {0: 2.0, 1: 2.0}).verdict() == "a below b"
 
 

@@ -88,8 +88,10 @@ def test_tidy_table_is_one_row_a_run_source_and_width(tmp_path, make):
         )
 
 
-def finding(name, *records):
-    return getattr(findings, name)(compare(*records))
+def finding(key, *records):
+    """The finding on a key, or on the QT gap."""
+    found = compare(*records)
+    return findings.qt_gap(found) if key == "qt_gap" else findings.by_factor(found, f"model.{key}")
 
 
 def test_ste_finding_follows_the_intervals(make):
@@ -102,11 +104,40 @@ def test_ste_finding_follows_the_intervals(make):
             for seed in seeds
         ]
 
-    assert finding("ste", *arms(3.0)).answer.startswith("It helps in 4 of 4 comparisons")
-    assert finding("ste", *arms(-3.0)).answer.startswith("No need is shown")
-    assert "below it in 4" in finding("ste", *arms(-3.0)).answer
-    assert finding("ste", *arms(3.0, seeds=(0,))).answer == "No conclusion: there is no interval."
+    def answer(*records):
+        return finding("ste", *records).answer
+
+    assert answer(*arms(3.0)).startswith("It helps in 4 of 4 comparisons")
+    assert answer(*arms(-3.0)).startswith("No need is shown: below the reference in 4 of 4")
+    none = "No conclusion (no interval) with the scaled STE and floor weights."
+    assert answer(*arms(3.0, seeds=(0,))) == none
     assert finding("ste", *make.pair()) is None
+
+
+def test_a_collapsed_seed_is_named_and_supports_no_claim(make):
+    """Its mean stays in the tables; findings, titles and the list of answers leave it out."""
+    learned = [make.run("floor", s, model_ste=e) for e in ("identity", "scaled") for s in (0, 1, 2)]
+    failed = make.run("floor", 2, model_ste="scaled")
+    failed["widths"] = {w: {"quantize": 11.0, "truncate": 11.0} for w in failed["widths"]}
+    failed["id"] = learned[-1]["id"]
+    found = finding("ste", *learned[:-1], failed)
+    assert found.answer.startswith("No conclusion (no interval) with the scaled STE")
+    assert "4 comparisons with a collapsed seed (resnet20_cifar · cifar10) are not counted" in (
+        found.answer
+    )
+    assert all("a seed collapsed" in line for line in found.lines)
+    (group,) = compare(*learned[:-1], failed).by_factor["model.ste"]
+    assert group.flags == ("Collapsed: scaled seed 2 stayed near guessing (11.0 % on average).",)
+    (table,) = [t for t in build.tables(compare(*learned[:-1], failed)) if t.name == "differences"]
+    assert all("Collapsed: scaled seed 2" in row["flags"] for row in table.rows)
+    (whole,) = compare(*learned).by_factor["model.ste"]
+    assert whole.flags == ()
+
+
+def test_an_arm_that_never_learned_has_no_collapsed_seed(make):
+    records = [make.run("floor", s, noise=0.0, offset=-74.0) for s in (0, 1, 2)]
+    (group,) = compare(*records).by_quantizer
+    assert group.flags == ()
 
 
 def test_activation_finding(make):
@@ -122,15 +153,16 @@ def test_activation_finding(make):
         for kind in ("clamp_round", "clamp_round_truncate")
         for s in (0, 1, 2)
     ]
-    found = finding("activations", *records)
-    kept, lost, *_ = found.answer.split(". ")
-    assert kept == "No loss is shown with clamp_round activations and floor weights"
-    assert lost.startswith("They lose accuracy with clamp_round activations and round weights")
+    found = finding("activations_source", *records)
+    kept, lost = found.answer.split(" They ")
+    with_floor = "of 4 comparisons with clamp_round activations and floor weights"
+    assert kept.startswith(f"No loss is shown in any {with_floor}; effects of up to")
+    with_round = "4 of 4 comparisons with clamp_round activations and round weights"
+    assert lost.startswith(f"lose accuracy in {with_round}, by up to 20")
     assert "Of 8 such intervals, about 0.4 exclude 0 by chance" in found.answer
-    assert "a loss by truncation is shown in 4 of 4 comparisons" in found.lines[1]
-    alone = finding("activations", *(r for r in records if r["seed"] == 0))
+    alone = finding("activations_source", *(r for r in records if r["seed"] == 0))
     assert alone.answer.startswith("No conclusion (no interval) with")
-    assert finding("activations", *make.pair()) is None
+    assert finding("activations_source", *make.pair()) is None
 
 
 def test_qt_gap_finding(make):
@@ -158,7 +190,7 @@ def test_lines_of_a_finding_name_what_they_compare(make):
         for level in ("endpoint", "left", "centre")
         for s in (0, 1)
     ]
-    lines = finding("levels", *records).lines
+    lines = finding("level", *records).lines
     assert len(set(lines)) == len(lines) == 8
     assert all(
         line.endswith("(validation split, best epoch; 15 epochs / 4500 steps).") for line in lines

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError, hide_password
+from tq_lightning.provenance import __version__
 from tq_lightning.report.comparisons import Comparisons, gather
 from tq_lightning.report.findings import title
 from tq_lightning.report.inputs import printable
@@ -15,48 +16,28 @@ from tq_lightning.report.tables.build import arms
 from tq_lightning.report.write import check_out, make
 
 ALWAYS = ("model", "data", "quantizer", "ste", "seeds", "split")
+WIDTHS = ("8 bits [%]", "4 bits [%]", "2 bits [%]", "1 bit [%]")
 IF_DIFFERENT = ("level", "activations", "also")  # printed if arms differ in them
 
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the verb."""
-    made = Parser(
-        "report",
-        description="Tables, figures and one self-contained page from run records (record.json).",
-    )
-    made.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="RUNS_OR_STUDIES",
-        help="run folders, globs, record files, W&B run folders, Optuna studies (file or URL)",
-    )
-    made.add_argument(
-        "--out",
-        required=True,
-        metavar="FOLDER",
-        help="folder of the report, e.g. results/NAME; an existing report is replaced",
-    )
+    what = "Tables, figures and one self-contained page from run records (record.json)."
+    made = Parser("report", description=what)
+    inputs = "run folders, globs, record files, W&B run folders, Optuna studies (file or URL)"
+    made.add_argument("inputs", nargs="+", metavar="RUNS_OR_STUDIES", help=inputs)
+    out = "folder of the report, e.g. results/NAME; an existing report is replaced"
+    made.add_argument("--out", required=True, metavar="FOLDER", help=out)
     made.add_argument("--title", help="title of the page (default: the first result)")
-    made.add_argument(
-        "--ignore",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="key that may differ between compared arms, e.g. model.lr (repeatable)",
-    )
-    made.add_argument(
-        "--full-paths",
-        action="store_true",
-        help="keep absolute paths of this machine (default: shorten them)",
-    )
+    ignore = "key that may differ between compared arms, e.g. model.lr (repeatable)"
+    made.add_argument("--ignore", action="append", default=[], metavar="KEY", help=ignore)
+    full_paths = "keep absolute paths of this machine (default: shorten them)"
+    made.add_argument("--full-paths", action="store_true", help=full_paths)
     return made
 
 
 def main(argv: list[str]) -> int:
-    """Write a report.
-
-    Returns:
-        Exit status 0.
+    """Write a report and return exit status 0.
 
     Raises:
         UserError: bad input; the command line prints it and exits with status 2.
@@ -71,20 +52,15 @@ def main(argv: list[str]) -> int:
     comparisons = gather(loaded, arguments.ignore)
     command = shorten(hide_password("python -m tq_lightning report " + shlex.join(argv)))
     heading = printable(arguments.title or title(comparisons))
-    show(comparisons, out, make(comparisons, out, heading, command))
+    show(comparisons, out, make(comparisons, out, heading, command, __version__))
     return 0
 
 
 def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
     """Print the arms, what was left out and the folder: a table on a terminal, else plain lines."""
-    table = arms(comparisons)
-    widths = [f"{bits} [%]" for bits in ("8 bits", "4 bits", "2 bits", "1 bit")]
-    frame = table.shown
-    heads = [
-        column
-        for column in table.columns
-        if column in (*ALWAYS, *widths) or (column in IF_DIFFERENT and frame[column].nunique() > 1)
-    ]
+    frame = arms(comparisons).shown
+    telling = [column for column in IF_DIFFERENT if column in frame and frame[column].nunique() > 1]
+    heads = [column for column in frame if column in (*ALWAYS, *WIDTHS, *telling)]
     rows = frame[heads].to_numpy().tolist()
     if sys.stdout.isatty() and rows:
         from rich.console import Console

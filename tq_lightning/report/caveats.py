@@ -3,50 +3,39 @@
 from collections.abc import Iterable
 
 from tq_lightning.report.groups import START, Arm
-from tq_lightning.report.labels import CLASSES, counted, text
-from tq_lightning.report.stats import acc1
+from tq_lightning.report.labels import CLASSES, counted
+from tq_lightning.report.stats import mean_interval
 
 
-def flags(part: list[Arm], factor: str) -> tuple[str, ...]:
-    """Return what makes the arms of one comparison unequal, as short sentences for the figure."""
+def flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
+    """Return what makes the named arms of a comparison unequal, as sentences for the figure."""
     out = []
-    budgets = {text(arm[factor]): arm.budget for arm in part}
-    if len(set(budgets.values())) > 1 or any(" or " in b for b in budgets.values()):
-        out.append("Unequal budgets: " + _listed(budgets))
-    seeds = {text(arm[factor]): ",".join(map(str, arm.seeds)) for arm in part}
-    if len(set(seeds.values())) > 1:
-        out.append("Unequal seeds: " + _listed(seeds))
-    single = [text(arm[factor]) for arm in part if len(arm.seeds) == 1]
-    if single:
+    budgets = {name: arm.budget for name, arm in arms}
+    seeds = {name: ",".join(map(str, arm.seeds)) for name, arm in arms}
+    for what, of in (("budgets", budgets), ("seeds", seeds)):
+        if len(set(of.values())) > 1 or any(" or " in value for value in of.values()):
+            out.append(f"Unequal {what}: {'; '.join(f'{name} {v}' for name, v in of.items())}.")
+    if single := [name for name, arm in arms if len(arm.seeds) == 1]:
         out.append(f"One seed ({', '.join(single)}): no interval.")
-    out += [words for arm in part for words in collapsed(arm, text(arm[factor]))]
-    return tuple(out)
-
-
-def _listed(by_name: dict[str, str]) -> str:
-    return "; ".join(f"{name} {words}" for name, words in by_name.items()) + "."
+    return (*out, *(words for name, arm in arms for words in collapsed(arm, name)))
 
 
 def collapsed(arm: Arm, name: str = "") -> list[str]:
     """Name the seeds that failed to train while the other seeds of the arm learned.
 
-    A seed has collapsed if it gained less than a fifth of what the median of the others gained over
-    guessing, in quantized accuracy over the trained widths.
+    Gains are of mean quantized accuracy at the trained widths over guessing. A seed has collapsed
+    if the others gained more than 5 points in the median, and it less than a fifth of that.
     """
-    values = {}
-    for run in arm.runs:
-        alone = Arm(arm.config, (run,))
-        found = [acc1(alone, "quantize", width, "val") for width in arm.trained]
-        if known := [e.mean for e in found if e is not None]:
-            values[run.seed] = sum(known) / len(known)
     classes = arm.runs[0].config.get("model.num_classes") or CLASSES.get(str(arm["data.name"]))
     guess = 100 / classes if isinstance(classes, int) else 0.0
+    found = {r.seed: [r.acc1("quantize", w, "val") for w in arm.trained] for r in arm.runs}
+    gains = {seed: mean_interval(v).mean - guess for seed, v in found.items() if None not in v}
     out = []
-    for seed, value in values.items():
-        others = sorted(v for s, v in values.items() if s != seed)
-        if others and value - guess < 0.2 * (others[len(others) // 2] - guess):
-            where = f"{name} seed {seed}".strip()
-            out.append(f"Collapsed: {where} stayed near guessing ({value:.1f} % on average).")
+    for seed, gain in gains.items():
+        others = sorted(g for s, g in gains.items() if s != seed) or [0.0]
+        if (median := others[len(others) // 2]) > 5.0 and gain < 0.2 * median:
+            near = f"near guessing ({gain + guess:.1f} % on average)"
+            out.append(f"Collapsed: {f'{name} seed {seed}'.strip()} stayed {near}.")
     return out
 
 
@@ -77,9 +66,8 @@ def between(parts: list[list[Arm]], what: str) -> list[str]:
         out.append(f"Budgets differ between {what}: {', '.join(ranges) or 'not all recorded'}.")
     starts = {frozenset(arm.start for arm in arms) for arms in parts}
     if len(starts) > 1:
-        out.append(
-            f"Starts differ between {what}: {', '.join(sorted(frozenset().union(*starts)))}."
-        )
+        listed = ", ".join(sorted(frozenset().union(*starts)))
+        out.append(f"Starts differ between {what}: {listed}.")
     return out
 
 
@@ -94,16 +82,17 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     """Name commits, versions, checkpoints and devices that differ between runs, for a caption."""
     runs = [run for arm in part for run in arm.runs]
     records = [run.record for run in runs]
-    tested = [run.record.test for run in runs if run.has_test]
-    out = []
-    for what, values in {
+    sources = {
         "commits": {str(record.commit)[:8] for record in records},
         "versions of tq_lightning": {str(r.versions.get("tq_lightning")) for r in records},
-        "tested checkpoints": {str(test.checkpoint) for test in tested},
+        "tested checkpoints": {str(run.record.test.checkpoint) for run in runs if run.has_test},
         "devices": {str(record.device) for record in records},
-    }.items():
-        if len(values) > 1:
-            out.append(f"The runs come from different {what}: {', '.join(sorted(values))}.")
+    }
+    out = [
+        f"The runs come from different {what}: {', '.join(sorted(values))}."
+        for what, values in sources.items()
+        if len(values) > 1
+    ]
     count = sum(run.has_test for run in runs)
     if 0 < count < len(runs):
         share = f"{count} of {len(runs)} runs were tested"

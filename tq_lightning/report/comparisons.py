@@ -7,7 +7,16 @@ from functools import cached_property
 from tq_lightning.records import InspectRecord
 from tq_lightning.report.caveats import collapsed, flags
 from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
-from tq_lightning.report.labels import ACTIVATIONS_SOURCE, PAST, labels, short, slug, text, unique
+from tq_lightning.report.labels import (
+    ACTIVATIONS_SOURCE,
+    PAST,
+    labels,
+    short,
+    slug,
+    text,
+    unique,
+    varying,
+)
 from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
 
@@ -78,15 +87,14 @@ class ComparisonGroup:
     @property
     def is_papers(self) -> bool:
         """True if the arms are those of the paper's table, so that its numbers may stand beside."""
-        config = self.arms[0][1].config
-        expansion = next((v for k, v in config.items() if k.endswith("expansion")), 1)
+        arm = self.arms[0][1]
+        expansions = {str(v or 1) for k, v in arm.config.items() if k.endswith("expansion")}
+        fixed = (arm["model.name"], arm["data.name"], arm[ACTIVATIONS_SOURCE])
         return (
-            config.get("model.name") == "preresnet20_cifar"
-            and config.get("data.name") == "cifar10"
-            and str(expansion or 1) in ("1", "1.0")
-            and config.get("model.activations") is not None
-            and config.get(ACTIVATIONS_SOURCE) == "quantize"
-            and {1, 2, 4, 8} <= set(self.arms[0][1].trained)
+            fixed == ("preresnet20_cifar", "cifar10", "quantize")
+            and expansions <= {"1", "1.0"}
+            and arm["model.activations"] is not None
+            and {1, 2, 4, 8} <= set(arm.trained)
         )
 
 
@@ -112,28 +120,23 @@ class Comparisons:
     @cached_property
     def by_quantizer(self) -> list[ComparisonGroup]:
         """Groups for the paper's rows: with both kinds of codes, or else with one."""
-        kinds: tuple[set[bool], ...] = ({True, False}, {False}, set())
-        made = (
-            make_groups(
+        for wanted in ({True, False}, {False}, set()):
+            found = make_groups(
                 self.paired,
                 "model.quantizer",
-                self.ignore,
-                along=("model.ste",),
-                enough=lambda arms, wanted=wanted: wanted <= {arm.nested for arm in arms},
+                {*self.ignore, "model.ste"},
+                lambda arms, wanted=wanted: wanted <= {arm.nested for arm in arms},
             )
-            for wanted in kinds
-        )
-        return next((groups for groups in made if groups), [])
+            if found:
+                return found
+        return []
 
     @cached_property
     def by_factor(self) -> dict[str, list[ComparisonGroup]]:
         """{key of FACTORS: groups in which it takes two or more values}."""
         made = {
             key: make_groups(
-                self.arms,
-                key,
-                self.ignore,
-                enough=lambda arms, key=key: len({text(arm[key]) for arm in arms}) > 1,
+                self.arms, key, self.ignore, lambda arms, key=key: len(_values(arms, key)) > 1
             )
             for key in FACTORS
         }
@@ -156,7 +159,6 @@ def make_groups(
     arms: list[Arm],
     factor: str,
     ignore: Iterable[str] = (),
-    along: Iterable[str] = (),
     enough: Callable[[list[Arm]], bool] = bool,
 ) -> list[ComparisonGroup]:
     """Group arms that agree in everything but `factor`.
@@ -168,10 +170,9 @@ def make_groups(
         arms: the arms to group.
         factor: flat key that is compared.
         ignore: keys that may differ within a group.
-        along: keys that change with the factor.
         enough: whether arms are worth a group.
     """
-    out = {factor, *ignore, *along}
+    out = {factor, *ignore}
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         rest = {k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}
@@ -184,34 +185,33 @@ def make_groups(
         if enough(part)
     ]
     named = labels([part[0] for part in parts], out)
-    told = out - {factor, *along}
-    return [
-        ComparisonGroup(factor, label, name, _named(part, factor, told), flags(part, factor))
-        for part, label, name in zip(parts, named, unique(list(map(slug, named))), strict=True)
-    ]
+    slugs, arms_of = unique(list(map(slug, named))), [_named(part, factor, out) for part in parts]
+    every = zip(named, slugs, arms_of, strict=True)
+    return [ComparisonGroup(factor, label, name, of, flags(of)) for label, name, of in every]
+
+
+def _values(arms: list[Arm], key: str) -> set[str]:
+    return {text(arm[key]) for arm in arms}
 
 
 def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
-    values = {text(arm[factor]) for arm in members}
     parts: dict[str, list[Arm]] = {}
     for arm in members:
         budget = {k: v for k, v in arm.config.items() if BUDGET.match(k)}
         parts.setdefault(key_of(budget), []).append(arm)
-    complete = any({text(arm[factor]) for arm in part} == values for part in parts.values())
+    values = _values(members, factor)
+    complete = any(_values(part, factor) == values for part in parts.values())
     return list(parts.values()) if complete else [members]
 
 
 def _named(part: list[Arm], factor: str, ignored: set[str]) -> tuple[tuple[str, Arm], ...]:
     """Name each arm by the value of its factor, and by what else differs if two share a value."""
     names = [text(arm[factor]) for arm in part]
-    differing = {k for a in part for k in a.config if len({text(b[k]) for b in part}) > 1}
-    told = sorted(k for k in differing - {factor} if k in ignored or BUDGET.match(k))
-    return tuple(
-        (
-            name
-            if names.count(name) == 1
-            else ", ".join([name, *(f"{short(k)}={text(arm[k])}" for k in told)]),
-            arm,
-        )
-        for name, arm in zip(names, part, strict=True)
-    )
+    known = {factor, "model.ste"} if factor == "model.quantizer" else {factor}
+    differing = sorted(varying([arm.config for arm in part]) - known)
+    told = [key for key in differing if key in ignored or BUDGET.match(key)]
+    out = []
+    for name, arm in zip(names, part, strict=True):
+        extras = [f"{short(key)}={text(arm[key])}" for key in told if names.count(name) > 1]
+        out.append((", ".join([name, *extras]), arm))
+    return tuple(out)

@@ -5,17 +5,14 @@ from typing import Any
 
 import pandas as pd
 
-from tq_lightning.report.groups import Arm
+from tq_lightning.report.groups import MAIN_KEYS, Arm
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 from tq_lightning.report.runs import SOURCES, Run
 
 FACTS = (
     "model.name",
     "data.name",
-    "model.quantizer",
-    "model.ste",
-    "model.level",
-    "model.activations",
+    *MAIN_KEYS[2:],
     ACTIVATIONS_SOURCE,
     "model.normalizer",
     "model.norm",
@@ -23,7 +20,7 @@ FACTS = (
 
 
 def rows(arms: list[Arm]) -> list[dict[str, Any]]:
-    """Accuracies are in %, qt_gap in points, bytes_read in bytes, width in bits; disagree a share."""
+    """Rows with accuracies in %, qt_gap in points, bytes_read in bytes, and disagree as a share."""
     return [
         _row(number, arm, run, source, width)
         for number, arm in enumerate(arms)
@@ -51,13 +48,9 @@ def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, 
         "test_acc1_float": run.acc1_float("test"),
         "disagree": result.disagree,
         "bytes_read": record.bytes.planes.get(width) if record.bytes else None,
-        "epochs": record.epochs,
-        "steps": record.steps,
+        **{key: getattr(record, key) for key in ("epochs", "steps")},
         "best_epoch": record.best.epoch if record.best else None,
-        "seconds": record.seconds,
-        "device": record.device,
-        "commit": record.commit,
-        "dirty": record.dirty,
+        **{key: getattr(record, key) for key in ("seconds", "device", "commit", "dirty")},
         "version": record.versions.get("tq_lightning"),
         "record": run.path,
     }

@@ -34,14 +34,9 @@ BUDGET = re.compile(
 )
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
 TRUNCATED = "_truncate"  # suffix of activations that are truncated like the weights
-MAIN_KEYS = (
-    "data.name",
-    "model.name",
-    "model.quantizer",
-    "model.ste",
-    "model.level",
-    "model.activations",
-)
+# Keys that every table names, in the order that arms are sorted by.
+MAIN_KEYS = ("data.name", "model.name", "model.quantizer", "model.ste", "model.level")
+MAIN_KEYS += ("model.activations",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +84,16 @@ class Arm:
 def arm_config(run: Run) -> dict[str, Any]:
     """Flat configuration of a run without seed, places and loggers.
 
-    The STE is the resolved one, and paths are reduced to their shape. Calibration of the norm
-    statistics is part of it if the record names one, so no table mixes records that differ in it.
+    The STE is the resolved one, and paths are reduced to their shape. The calibration of the norm
+    statistics is part of it if the record names one, so that no mean mixes two of them.
     """
     config = {
         k: v
         for k, v in run.config.items()
         if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)
     }
-    if run.record.ste_used is not None:
-        config["model.ste"] = run.record.ste_used
-    if run.calibration is not None:
-        config[CALIBRATION] = run.calibration
+    found = {"model.ste": run.record.ste_used, CALIBRATION: run.calibration}
+    config |= {key: value for key, value in found.items() if value is not None}
     # The coding of activations and their source are separate choices, so that each can be compared
     # alone. Float activations are never truncated: they are the reference of quantized ones.
     if "model.activations" in config:
@@ -112,28 +105,21 @@ def arm_config(run: Run) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Return one value for "8,4,2,1", "[8, 4, 2, 1]", [8, 4, 2, 1] and its other orders."""
+    """Return one value for "8,4,2,1", "[8, 4, 2, 1]", [8, 4, 2, 1] and other orders."""
     items = re.split(r"[\s,\[\]]+", value) if isinstance(value, str) else value
-    if not items:
-        return value
-    order = sorted((str(i) for i in items if i != ""), key=str)
-    return sorted(order, key=lambda i: -int(i) if i.isdigit() else 0)
+    order = sorted(filter(None, map(str, items or [])))
+    return sorted(order, key=lambda i: -int(i) if i.isdigit() else 0) if items else value
 
 
 def _shape(value: Any) -> Any:
-    """Reduce a path to its last parts, with '#' for numbers, in which the seeds of an arm differ."""
+    """Reduce a path to its last parts, with # for numbers, in which seeds of an arm differ."""
     if isinstance(value, str) and PATH_VALUE.search(value):
         return re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", value)[-3:]))
     return value
 
 
 def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
-    """Group runs into arms; of runs with the same arm and seed the latest counts.
-
-    Args:
-        runs: usable runs.
-        left_out: (path, reason) of each repeat is appended to it.
-    """
+    """Group runs into arms; the latest run of a seed counts, and `left_out` gains the others."""
     members: dict[str, tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:
         config = arm_config(run)
@@ -163,7 +149,6 @@ def key_of(config: dict[str, Any]) -> str:
 
 
 def shown_extras(arms: list[Arm]) -> list[str]:
-    """List, for each arm, the keys beyond the main ones that differ among the arms, as `key=value`."""
+    """List, for each arm, the other keys that differ among the arms, as `key=value`."""
     keys = sorted(varying([arm.config for arm in arms]) - set(MAIN_KEYS))
-    shown = [[f"{short(k)}={text(arm[k])}" for k in keys if k in arm.config] for arm in arms]
-    return [", ".join(words) for words in shown]
+    return [", ".join(f"{short(k)}={text(a[k])}" for k in keys if k in a.config) for a in arms]

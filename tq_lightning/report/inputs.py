@@ -1,7 +1,4 @@
-"""Find records: folders, globs, single files, Optuna studies and W&B run folders -> files to read.
-
-This module deals with paths alone; `runs` reads the files.
-"""
+"""Find the files of records in folders, globs, Optuna studies and W&B run folders."""
 
 import glob
 import json
@@ -17,18 +14,13 @@ from tq_lightning.errors import UserError, first_line, hide_password
 from tq_lightning.records import NAME
 
 MAX_SNIFF = 64 * 2**20  # bytes; an inspect record is far smaller, so larger files are not opened
-JOURNAL = "journal:"
 SWEEP_STUDY = "study.db"  # the study of a sweep, in its folder
-SQLITE = b"SQLite format 3"
 URL = re.compile(r"^(sqlite|postgresql|mysql|mariadb|oracle|mssql)(\+\w+)?://")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that should hold a record.
-
-    `shown` is the path as printed, `refusal` the reason not to use the file.
-    """
+    """A file that should hold a record, its path as printed, and the reason not to use it."""
 
     path: Path
     shown: str
@@ -54,8 +46,7 @@ def find(inputs: list[str]) -> list[Candidate]:
 def _expand(given: str) -> list[Candidate]:
     if URL.match(given):
         return _from_study(given, None)
-    if given.startswith(JOURNAL):  # as `sweep --storage` writes it
-        given = given.removeprefix(JOURNAL)
+    given = given.removeprefix("journal:")  # as `sweep --storage` writes it
     if Path(given).exists():
         return _from_path(Path(given))
     kinds = "run folders, record.json files, a glob or an Optuna study"
@@ -86,12 +77,16 @@ def _from_path(path: Path) -> list[Candidate]:
     try:
         with path.open("rb") as file:
             line = file.readline(2**20)
+        if line.startswith(b"SQLite format 3"):
+            return _from_study(f"sqlite:///{path}", path)
+        if "op_code" in json.loads(line):
+            return _from_study(str(path), path)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
-    if line.startswith(SQLITE):
-        return _from_study(f"sqlite:///{path}", path)
-    if _is_journal(line):
-        return _from_study(str(path), path)
+    except (ValueError, TypeError):
+        pass
     raise UserError(f"{name}: neither a JSON record nor an Optuna study (journal or SQLite file)")
 
 
@@ -120,13 +115,6 @@ def _looks_like_inspect(path: Path) -> bool:
         fits = path.is_file() and path.stat().st_size <= MAX_SNIFF
         return fits and re.search(rb'"kind"\s*:\s*"inspect"', path.read_bytes()) is not None
     except OSError:
-        return False
-
-
-def _is_journal(line: bytes) -> bool:
-    try:
-        return "op_code" in json.loads(line)
-    except (ValueError, TypeError):
         return False
 
 

@@ -25,12 +25,8 @@ ENERGIES = {
     "traffic_float_pj": "inference: read float weights",
     "traffic_pj": "inference: read n-bit weights",
 }
-PARTS = {
-    "weights": "quantized weights",
-    "float": "left in float",
-    "norms": "norm layers",
-    "scales": "scales",
-}
+PARTS = {"weights": "quantized weights", "float": "left in float", "norms": "norm layers"}
+PARTS |= {"scales": "scales"}
 METHOD = (
     "Intervals are 95 % t intervals over seeds (mean ± t·s/√n); a single seed has none. "
     "Differences are paired by seed if both arms have the same seeds, and Welch's otherwise. "
@@ -47,32 +43,18 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "svhn
 
 
 def labels(arms: list[Any], left_out: set[str]) -> list[str]:
-    """Label each arm with its model, its data and the unusual values that tell it apart.
-
-    Args:
-        arms: one `Arm` per setting.
-        left_out: keys that a label never names.
-    """
-    kin: dict[str, list[dict[str, Any]]] = {}
-    for arm in arms:
-        kin.setdefault(_head(arm), []).append(arm.config)
-    unnamed = {*left_out, "model.name", "data.name"}
-    differ = {head: sorted(varying(configs) - unnamed) for head, configs in kin.items()}
+    """Label arms with model, data, and unusual values that tell them apart, except `left_out`."""
+    heads = [f"{text(arm['model.name'])} · {text(arm['data.name'])}" for arm in arms]
     out = []
-    for arm in arms:
+    for head, arm in zip(heads, arms, strict=True):
+        kin = [other.config for h, other in zip(heads, arms, strict=True) if h == head]
         usual = {**USUAL, "model.ste": arm["model.ste"] if arm.paired else ""}
-        told = [key for key in differ[_head(arm)] if key in arm.config]
+        told = sorted((varying(kin) - {*left_out, "model.name", "data.name"}) & set(arm.config))
         extras = [
-            _extra(key, arm[key])
-            for key in told
-            if key not in usual or text(arm[key]) != text(usual[key])
+            _extra(k, arm[k]) for k in told if k not in usual or text(arm[k]) != text(usual[k])
         ]
-        out.append(" · ".join([_head(arm), *extras]))
+        out.append(" · ".join([head, *extras]))
     return out
-
-
-def _head(arm: Any) -> str:
-    return f"{text(arm['model.name'])} · {text(arm['data.name'])}"
 
 
 def varying(configs: list[dict[str, Any]]) -> set[str]:
@@ -98,18 +80,13 @@ def wrapped(label: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def bits_words(bits: int) -> str:
-    """Return `1 bit`, `2 bits`."""
-    return f"{bits} bit" if bits == 1 else f"{bits} bits"
-
-
 def energy_name(kind: str) -> str:
     """Return the label of a kind of energy."""
     return ENERGIES.get(kind, kind.removesuffix("_pj").replace("_", " "))
 
 
 def counted(number: int, noun: str) -> str:
-    """Return `1 seed`, `3 seeds`."""
+    """Return `1 seed`, `8 bits`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

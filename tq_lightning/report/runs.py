@@ -75,11 +75,7 @@ class Loaded:
 
 
 def load(inputs: list[str], full_paths: bool = False) -> Loaded:
-    """Read all records under `inputs`.
-
-    Args:
-        inputs: folders, globs, record files and studies.
-        full_paths: keep absolute paths of the machine.
+    """Read all records under `inputs`; `full_paths` keeps absolute paths of the machine.
 
     Raises:
         UserError: an input does not exist, or no record is usable.
@@ -93,16 +89,13 @@ def load(inputs: list[str], full_paths: bool = False) -> Loaded:
         else:
             by_id.setdefault((type(record), record.id), []).append((candidate.shown, record))
     kept = [one for same in by_id.values() if (one := _one_of(same, left_out)) is not None]
-    loaded = Loaded(
-        [_run(path, r, full_paths) for path, r in kept if isinstance(r, Record)],
-        [_published(r, full_paths) for _, r in kept if isinstance(r, InspectRecord)],
-        left_out,
-    )
     if not kept:
         first = "; ".join(f"{path}: {reason}" for path, reason in left_out[:3])
         more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         raise UserError(f"no usable record among {len(left_out)}: {first}{more}")
-    return loaded
+    runs = [_run(path, r, full_paths) for path, r in kept if isinstance(r, Record)]
+    inspects = [_published(r, full_paths) for _, r in kept if isinstance(r, InspectRecord)]
+    return Loaded(runs, inspects, left_out)
 
 
 def read(candidate: Candidate) -> tuple[Record | InspectRecord | None, str]:
@@ -128,27 +121,22 @@ def _one_of(same: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any
 
     A copy from before `test` added its block (W&B keeps one) is not a contradiction.
     """
-    same = sorted(same, key=lambda item: (_test_text(item[1]) is None, item[0].count("/")))
+    texts = [_texts(record) for _, record in same]
+    same = sorted(same, key=lambda r: (getattr(r[1], "test", None) is None, r[0].count("/")))
     path, record = same[0]
-    for _, twin in same[1:]:
-        if _text(twin) != _text(record) or _test_text(twin) not in (None, _test_text(record)):
-            paths = ", ".join(p for p, _ in same)
-            reason = f"different runs with one id ({record.id}): {paths}"
-            left_out += [(p, reason) for p, _ in same]
-            return None
+    if len({text for text, _ in texts}) > 1 or len({test for _, test in texts if test}) > 1:
+        paths = ", ".join(p for p, _ in same)
+        left_out += [(p, f"different runs with one id ({record.id}): {paths}") for p, _ in same]
+        return None
     left_out += [(p, f"a copy of {path} (id {record.id}): counted once") for p, _ in same[1:]]
     return path, record
 
 
-def _text(record: Record | InspectRecord) -> str:
-    """Return a record without its tests as text, in which NaN equals NaN."""
-    tree = record.tree(("test", "tests")) if isinstance(record, Record) else record.tree()
-    return json.dumps(tree, sort_keys=True)
-
-
-def _test_text(record: Record | InspectRecord) -> str | None:
-    test = record.test if isinstance(record, Record) else None
-    return None if test is None else repr(test)
+def _texts(record: Record | InspectRecord) -> tuple[str, str]:
+    """(record without its tests, its test) as text, in which NaN equals NaN."""
+    tree = record.tree()
+    _, test = tree.pop("tests", None), tree.pop("test", None)
+    return json.dumps(tree, sort_keys=True), json.dumps(test, sort_keys=True) if test else ""
 
 
 def _published(record: Any, full_paths: bool) -> Any:

@@ -53,21 +53,15 @@ class Difference:
     how: str
 
     @property
-    def shown(self) -> bool:
-        """True if the interval exists and excludes 0."""
-        return self.estimate.half is not None and not self.estimate.low <= 0.0 <= self.estimate.high
-
-    @property
     def sign(self) -> int:
-        """1 if a is shown above b, -1 if below, 0 if no difference is shown."""
-        return (1 if self.estimate.mean > 0 else -1) if self.shown else 0
+        """1 if the interval shows a above b, -1 if below, 0 if it includes 0 or does not exist."""
+        if self.estimate.half is None or self.estimate.low <= 0.0 <= self.estimate.high:
+            return 0
+        return 1 if self.estimate.mean > 0 else -1
 
     @property
     def interval(self) -> str:
-        """`[+0.40, +2.00]`, or an empty string without an interval.
-
-        Two digits show on which side of 0 an end lies.
-        """
+        """`[+0.40, +2.00]`, with digits that show the side of 0, or nothing without an interval."""
         if self.estimate.half is None:
             return ""
         return f"[{number(self.estimate.low, 2, '+')}, {number(self.estimate.high, 2, '+')}]"
@@ -83,7 +77,7 @@ class Difference:
         mean = f"{a} - {b} = {number(self.estimate.mean, 2, '+')} points"
         if self.estimate.half is None:
             return f"{mean}, one seed: no interval, no conclusion"
-        if not self.shown:
+        if not self.sign:
             return f"no difference shown, {mean} {self.interval}, {self.how}"
         side = "above" if self.sign > 0 else "below"
         size = f"{abs(self.estimate.mean):.2f} points"
@@ -109,14 +103,13 @@ def difference(a: dict[int | None, float], b: dict[int | None, float]) -> Differ
         pairs = [a[seed] - b[seed] for seed in sorted(a, key=str)]
         return Difference(mean_interval(pairs), "paired")
     x, y = np.array(list(a.values()), dtype=float), np.array(list(b.values()), dtype=float)
-    mean = float(x.mean() - y.mean())
+    mean, half = float(x.mean() - y.mean()), 0.0
     if min(x.size, y.size) < 2:
         return Difference(Estimate(mean, None), "one seed")
     va, vb = x.var(ddof=1) / x.size, y.var(ddof=1) / y.size
-    if va + vb == 0:
-        return Difference(Estimate(mean, 0.0), "Welch")
-    dof = (va + vb) ** 2 / (va**2 / (x.size - 1) + vb**2 / (y.size - 1))
-    half = float(stdtrit(dof, 0.5 + LEVEL / 2) * math.sqrt(va + vb))
+    if va + vb > 0:
+        dof = (va + vb) ** 2 / (va**2 / (x.size - 1) + vb**2 / (y.size - 1))
+        half = float(stdtrit(dof, 0.5 + LEVEL / 2) * math.sqrt(va + vb))
     return Difference(Estimate(mean, half), "Welch")
 
 

@@ -1,7 +1,6 @@
 """Write a report: tables, figures and the page, as one folder that is replaced atomically."""
 
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tq_lightning.errors import UserError
@@ -19,14 +18,10 @@ KIND = "tq_lightning report"
 
 def check_out(out: Path) -> None:
     """Refuse a target that is a file, or a folder that is not a report, before any work."""
-    if out.is_dir():
-        if any(out.iterdir()) and not is_report(out):
-            raise UserError(
-                f"--out {out}: the folder exists and is not a report; pass a new folder "
-                "(nothing was changed)"
-            )
-    elif out.exists() or out.is_symlink():
+    if not out.is_dir() and (out.exists() or out.is_symlink()):
         raise UserError(f"--out {out} is a file; pass a new folder or one that holds a report")
+    if out.is_dir() and any(out.iterdir()) and not is_report(out):
+        raise UserError(f"--out {out}: the folder exists and is not a report; pass a new folder")
 
 
 def is_report(folder: Path) -> bool:
@@ -38,67 +33,55 @@ def is_report(folder: Path) -> bool:
         return False
 
 
-def make(comparisons: Comparisons, out: Path, title: str, command: str) -> list[str]:
+def make(comparisons: Comparisons, out: Path, title: str, command: str, version: str) -> list[str]:
     """Write the report beside `out`, move it there once complete, and return its files."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written: {error.strerror} ({error.filename})"
-        ) from error
+        reason = f"{error.strerror} ({error.filename})"
+        raise UserError(f"--out {out} cannot be written: {reason}") from error
     with atomic_write(out) as building:
         building.mkdir()
-        return fill(building, comparisons, title, command)
+        return fill(building, comparisons, title, command, version)
 
 
-def fill(folder: Path, comparisons: Comparisons, title: str, command: str) -> list[str]:
+def fill(
+    folder: Path, comparisons: Comparisons, title: str, command: str, version: str
+) -> list[str]:
     """Write all files of a report into `folder`."""
-    try:
-        made_by = version("tq_lightning")
-    except PackageNotFoundError:
-        made_by = "unknown"
     (folder / "figures").mkdir()
     (folder / "tables").mkdir()
     drawn, notes = figures.draw(comparisons)
     for figure in drawn:
         style.write(figure, folder / "figures")
     headline, tables = build.headline(comparisons), build.tables(comparisons)
-    texts = {}
-    for table in tables:
-        texts[f"tables/{table.name}.md"] = render.markdown(table)
-        texts[f"tables/{table.name}.tex"] = render.latex(table)
-    runs = [build.runs(comparisons)] if comparisons.arms else []
+    texts = {f"tables/{table.name}.md": render.markdown(table) for table in tables}
+    texts |= {f"tables/{table.name}.tex": render.latex(table) for table in tables}
+    tables += [build.runs(comparisons)] if comparisons.arms else []
     said = findings(comparisons)
     texts["summary.md"] = summary(title, command, headline, said, notes)
     data = dataframe.write(comparisons.arms, folder) if comparisons.arms else []
     texts["index.html"] = html.page(
         folder / "figures",
-        comparisons,
-        drawn,
+        [run for arm in comparisons.arms for run in arm.runs],
+        comparisons=comparisons,
+        figures=drawn,
         title=title,
         headline=headline,
         findings=said,
         notes=notes,
-        tables=sorted([*tables, *runs], key=lambda table: table.name == "left_out"),
+        tables=sorted(tables, key=lambda table: table.name == "left_out"),
         command=command,
-        made_by=made_by,
+        version=version,
         files=[*data, "summary.md"],
     )
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    marker = {"kind": KIND, "schema": 1, "title": title, "command": command, "version": version}
+    marker |= {"left_out": comparisons.left_out, "files": sorted([*files, *texts])}
+    texts[MARKER] = json.dumps(marker, indent=1, ensure_ascii=False) + "\n"
     for name, content in texts.items():
         (folder / name).write_text(content, encoding="utf-8")
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    marker = {
-        "kind": KIND,
-        "schema": 1,
-        "title": title,
-        "command": command,
-        "version": made_by,
-        "left_out": comparisons.left_out,
-        "files": files,
-    }
-    content = json.dumps(marker, indent=1, ensure_ascii=False) + "\n"
-    (folder / MARKER).write_text(content, encoding="utf-8")
-    return files
+    return marker["files"]
 
 
 def summary(

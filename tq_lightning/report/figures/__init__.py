@@ -9,10 +9,9 @@ from functools import partial
 
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import accuracy, cross_model, model_cost
-from tq_lightning.report.figures.style import Figure, styled
+from tq_lightning.report.figures.accuracy import Drawing, factor
+from tq_lightning.report.figures.style import styled
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
-
-Drawing = tuple[list[Figure], list[str]]
 
 FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "qt_gap": accuracy.qt_gap,
@@ -20,15 +19,13 @@ FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "disagreement": cross_model.disagreement,
     "storage": model_cost.storage,
     "energy": model_cost.energy,
-    "ste": partial(accuracy.factor, key="model.ste", section="STE"),
-    "level": partial(accuracy.factor, key="model.level", section="Levels"),
-    "activations": partial(accuracy.factor, key="model.activations", section="Activations"),
-    "activations_source": partial(
-        accuracy.factor, key=ACTIVATIONS_SOURCE, section="Source of activations"
-    ),
-    "normalizer": partial(accuracy.factor, key="model.normalizer", section="Normalizers"),
-    "widths": partial(accuracy.factor, key="model.widths", section="Sets of widths"),
-    "teacher": partial(accuracy.factor, key="model.teacher", section="Teachers"),
+    "ste": partial(factor, key="model.ste", section="STE"),
+    "level": partial(factor, key="model.level", section="Levels"),
+    "activations": partial(factor, key="model.activations", section="Activations"),
+    "activations_source": partial(factor, key=ACTIVATIONS_SOURCE, section="Truncated activations"),
+    "normalizer": partial(factor, key="model.normalizer", section="Normalizers"),
+    "widths": partial(factor, key="model.widths", section="Sets of widths"),
+    "teacher": partial(factor, key="model.teacher", section="Teachers"),
     "curves": accuracy.curves,
     "robustness": cross_model.robustness,
     "pareto": cross_model.pareto,
@@ -39,4 +36,7 @@ def draw(comparisons: Comparisons) -> Drawing:
     """Draw every figure that the comparisons allow, in the order of FIGURES."""
     with styled():
         made = [function(comparisons) for function in FIGURES.values()]
-    return [f for figures, _ in made for f in figures], [n for _, notes in made for n in notes]
+    figures = [figure for drawn, _ in made for figure in drawn]
+    sections = list(dict.fromkeys(figure.section for figure in figures))
+    figures.sort(key=lambda figure: sections.index(figure.section))
+    return figures, [note for _, notes in made for note in notes]

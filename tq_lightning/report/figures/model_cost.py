@@ -1,13 +1,16 @@
 """Figures from inspect records: the mechanism, bytes by storage scheme, and energy of a switch."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 
-from tq_lightning.records import STORAGE_LABELS, InspectRecord, Mechanism
+from tq_lightning.records import STORAGE_LABELS, InspectRecord
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
+from tq_lightning.report.figures.accuracy import Drawing
 from tq_lightning.report.figures.style import Figure
-from tq_lightning.report.labels import PARTS, bits_words, energy_name
+from tq_lightning.report.labels import PARTS, counted, energy_name
 from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
 
 PART_LOOKS = {  # slate tones, which no other figure uses
@@ -18,7 +21,7 @@ PART_LOOKS = {  # slate tones, which no other figure uses
 }
 
 
-def mechanism(comparisons: Comparisons) -> tuple[list[Figure], list[str]]:
+def mechanism(comparisons: Comparisons) -> Drawing:
     """Round, round shifted and floor over u, shaded where shifted bins differ from rounded ones."""
     record = next((r.mechanism for r in comparisons.inspects if r.mechanism), None)
     if record is None:
@@ -27,17 +30,26 @@ def mechanism(comparisons: Comparisons) -> tuple[list[Figure], list[str]]:
     shares = {bits: 100 * float(where.mean()) for bits, where in wrong.items()}
     worst = max(shares, key=lambda bits: shares[bits])
     title = (
-        f"A right shift cuts where floor cuts: at {bits_words(worst)}, rounding puts "
+        f"A right shift cuts where floor cuts: at {counted(worst, 'bit')}, rounding puts "
         f"{shares[worst]:.0f} % of [0, 1] into other bins"
     )
     rows = -(-len(record.bits) // 2)
-    canvas, body = style.new(7.0, 0.3 + 2.3 * rows, title)
-    grid = np.ravel(body.subplots(rows, 2, squeeze=False))
-    for axes, bits in zip(grid, record.bits, strict=False):
-        _staircases(axes, record, bits, wrong[bits])
-        axes.set_title(f"{bits_words(bits)}: {shares[bits]:.0f} % of [0, 1] disagrees")
-    for axes in grid[len(record.bits) :]:
-        axes.set_visible(False)
+    canvas, body = style.new((7.0, 0.3 + 2.3 * rows), title)
+    lines: list[tuple[Any, str, dict[str, Any]]] = [
+        (record.floor, "floor (= floor, shifted)", {"color": style.GREEN, "lw": 4, "alpha": 0.5}),
+        (record.round, "round", {"color": style.PALE[style.ORANGE], "lw": 2}),
+        (record.round_shifted, "round, shifted", {"color": style.ORANGE, "lw": 1.2, "ls": "--"}),
+    ]
+    grid = _grid(body, rows, 2, len(record.bits))
+    for axes, bits in zip(grid, record.bits, strict=True):
+        shade = {"color": style.GRAY, "alpha": 0.22, "linewidth": 0, "label": "bins disagree"}
+        over, where = axes.get_xaxis_transform(), wrong[bits].tolist()
+        axes.fill_between(record.u, 0, 1, where=where, transform=over, **shade)
+        for levels, label, look in lines:
+            axes.step(record.u, levels[bits], where="mid", label=label, **look)
+        axes.set_xlabel("normalized weight u (no unit)")
+        axes.set_ylabel("level (no unit)")
+        axes.set_title(f"{counted(bits, 'bit')}: {shares[bits]:.0f} % of [0, 1] disagrees")
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
         "Level of a normalized weight u in [0, 1] under each rule: rounded at n bits, rounded at "
@@ -49,44 +61,29 @@ def mechanism(comparisons: Comparisons) -> tuple[list[Figure], list[str]]:
     return [Figure("mechanism", "Mechanism", title, caption, alt, canvas)], []
 
 
-def _staircases(axes: Axes, record: Mechanism, bits: int, wrong: np.ndarray) -> None:
-    look = {"color": style.GRAY, "alpha": 0.22, "linewidth": 0, "label": "bins disagree"}
-    over = axes.get_xaxis_transform()
-    axes.fill_between(record.u, 0, 1, where=wrong.tolist(), transform=over, **look)
-    # Floor lies below the others, thick and pale, so that both are visible where they meet.
-    for levels, label, look in (
-        (record.floor, "floor (= floor, shifted)", {"color": style.PALE[style.GREEN], "lw": 4}),
-        (record.round, "round", {"color": style.ORANGE, "lw": 1.4}),
-        (record.round_shifted, "round, shifted", {"color": "#9a6a00", "lw": 1.4, "ls": "--"}),
-    ):
-        axes.step(record.u, levels[bits], where="mid", label=label, **look)
-    axes.set_xlabel("normalized weight u (no unit)")
-    axes.set_ylabel("level (no unit)")
+def _grid(body: Any, rows: int, columns: int, used: int) -> list[Axes]:
+    grid = list(np.ravel(body.subplots(rows, columns, squeeze=False)))
+    for axes in grid[used:]:
+        axes.set_visible(False)
+    return grid[:used]
 
 
-def storage(comparisons: Comparisons) -> tuple[list[Figure], list[str]]:
+def storage(comparisons: Comparisons) -> Drawing:
     """Bytes to serve every width 1..8: a panel per model, a bar per scheme, cut into its parts."""
     records = smallest_first(comparisons.inspects, "ways")
     if not records:
         return [], []
-    packed = [ratio(r, "packed") for r in records.values() if "packed" in r.ways]
-    span = (
-        " to ".join(f"{v:.1f}" for v in dict.fromkeys((min(packed), max(packed)))) if packed else ""
-    )
-    title = (
-        f"One packed file serves 1 to 8 bits in {span}× fewer bytes than the float parameters"
-        if packed
-        else "Bytes to serve every width from 1 to 8 bits"
-    )
+    title = "Bytes to serve every width from 1 to 8 bits"
+    if packed := [ratio(r, "packed") for r in records.values() if "packed" in r.ways]:
+        span = " to ".join(f"{v:.1f}" for v in dict.fromkeys((min(packed), max(packed))))
+        title = f"One packed file serves 1 to 8 bits in {span}× fewer bytes than float parameters"
     columns = min(2, len(records))
     rows = -(-len(records) // columns)
-    canvas, body = style.new(7.2 if columns == 2 else 5.2, 0.3 + 1.9 * rows, title)
-    grid = np.ravel(body.subplots(rows, columns, squeeze=False))
+    canvas, body = style.new((7.4 if columns == 2 else 5.4, 0.3 + 1.9 * rows), title)
+    grid = _grid(body, rows, columns, len(records))
     words: list[str] = []
-    for axes, (name, record) in zip(grid, records.items(), strict=False):
+    for axes, (name, record) in zip(grid, records.items(), strict=True):
         words += [f"{name}, {said}" for said in _bars(axes, record)]
-    for axes in grid[len(records) :]:
-        axes.set_visible(False)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
         "Smaller or larger than the float parameters, 4 bytes each. The accounting of the paper "
@@ -114,42 +111,42 @@ def _bars(axes: Axes, record: InspectRecord) -> list[str]:
         words.append(f"{label}: {note}")
     axes.set_yticks(range(len(labels)), list(labels.values()), fontsize=7.5)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlim(0, 2.0 * max(record.ways[key].total for key in labels) / MIB)
+    axes.set_xlim(0, 2.4 * max(record.ways[key].total for key in labels) / MIB)
     axes.set_title(f"{record.model}\nin float: {record.skipped}", fontsize=8)
     axes.set_xlabel("size [MiB]")
     axes.grid(axis="y", visible=False)
     return words
 
 
-def energy(comparisons: Comparisons) -> tuple[list[Figure], list[str]]:
+def energy(comparisons: Comparisons) -> Drawing:
     """Energy model, a row per model: each kind spans the widths 1 to 8 on a log axis."""
     models = energies(comparisons.inspects)
     if not models:
         return [], []
     every = [pj for model in models.values() for pj in model.by_width.values()]
     kinds = [k for k in every[0] if k.endswith("_pj") and all(k in pj for pj in every)]
-    times = [pj["refetch_float_pj"] / pj["shift_pj"] for pj in every if pj.get("shift_pj")]
     title = "Modeled energy of a width switch and of weight traffic"
-    if "refetch_float_pj" in kinds and times:
+    if {"refetch_float_pj", "shift_pj"} <= set(kinds):
+        times = [pj["refetch_float_pj"] / pj["shift_pj"] for pj in every]
         title = (
             f"Modeled, not measured: a shift in place takes {min(times):.0f} to {max(times):.0f} "
             "times less energy than refetching the float weights"
         )
     assumptions = list(dict.fromkeys(line for m in models.values() for line in m.assumptions))
     foot = "Assumes: " + "; ".join(a.rstrip(".") for a in assumptions) if assumptions else ""
-    canvas, body = style.new(7.2, 0.9 + 0.16 * len(kinds) * len(models), title, foot=foot)
+    size = (7.2, 0.9 + 0.16 * len(kinds) * len(models))
+    canvas, body = style.new(size, title, foot=foot)
     axes = body.add_subplot()
     words = []
     for y, (name, model) in enumerate(models.items()):
-        widths = sorted(model.by_width)
         for i, kind in enumerate(kinds):
-            values = [model.by_width[w][kind] * 1e-6 for w in widths]
-            at, (color, _) = y + style.spread(i, len(kinds), 0.64), style.SERIES[i % 6]
-            axes.plot(values, [at] * len(values), color=color, linewidth=1)
-            label = energy_name(kind) if y == 0 else None
-            axes.plot(values, [at] * len(values), "|", color=color, markersize=6, label=label)
-            ends = f"{values[0]:.3g} µJ at {widths[0]} to {values[-1]:.3g} µJ at {widths[-1]}"
-            words.append(f"{name}, {energy_name(kind)}: {ends}")
+            values = {w: pj[kind] * 1e-6 for w, pj in sorted(model.by_width.items())}
+            at = [y + style.spread(i, len(kinds), 0.64)] * len(values)
+            look = {"color": style.SERIES[i % len(style.SERIES)], "lw": 1, "marker": "|", "ms": 6}
+            label = energy_name(kind)
+            axes.plot(list(values.values()), at, label=label if y == 0 else None, **look)
+            ends = [f"{v:.3g} µJ at {w}" for w, v in values.items()]
+            words.append(f"{name}, {label}: {ends[0]} to {ends[-1]}")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_yticks(range(len(models)), list(models))

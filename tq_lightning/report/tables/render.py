@@ -23,16 +23,7 @@ class Link(str):
 
 @dataclass
 class Table:
-    """A table of a report.
-
-    Attributes:
-        name: name of its files, and its anchor on the page.
-        title: heading.
-        caption: what the cells hold, with units.
-        rows: {column: cell}, each with the same columns.
-        facets: columns worth a filter on the page.
-        notes: lines below the table.
-    """
+    """A table: rows of {column: cell} with equal columns; facets are columns worth a filter."""
 
     name: str
     title: str
@@ -49,8 +40,7 @@ class Table:
     @property
     def shown(self) -> pd.DataFrame:
         """The cells as text."""
-        texts = [{column: text(cell) for column, cell in row.items()} for row in self.rows]
-        return pd.DataFrame(texts, columns=self.columns, dtype=object)
+        return pd.DataFrame(self.rows, columns=self.columns, dtype=object).map(text)
 
 
 def text(cell: Cell) -> str:
@@ -77,21 +67,11 @@ def markdown(table: Table) -> str:
 
 
 LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "µ": r"$\mu$",
-    "−": "--",
-    "…": r"\ldots{}",
-    "√": r"$\surd$",
-    "<": r"$<$",
-    ">": r"$>$",
-    "≈": r"$\approx$",
-    "[": "{[}",  # at the start of a row it would be an argument of the preceding line break
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "µ": r"$\mu$", "√": r"$\surd$"},
+    **{"<": r"$<$", ">": r"$>$", "≈": r"$\approx$", "−": "--", "…": r"\ldots{}"},
     **{c: rf"\{c}" for c in "&%$#_{}"},
+    "[": "{[}",  # at the start of a row it would be an argument of the preceding line break
 }
 LAST_SETUP = "\u017f"  # LaTeX stops at letters beyond this one unless they are set up
 PAGE_ROWS = 40  # rows that fit a page

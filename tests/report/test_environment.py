@@ -1,0 +1,63 @@
+"""What surrounds a report changes nothing in it: matplotlib's settings, and names of any characters."""
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib
+import pytest
+from fixtures.records import compare
+
+from tq_lightning.cli import report as command
+from tq_lightning.report import figures
+from tq_lightning.report.figures import style
+
+
+def test_a_notebooks_backend_and_usetex_change_nothing(tmp_path, make):
+    """The command in an environment that a notebook made, whose backend cannot be imported here."""
+    make.write(tmp_path / "runs", *make.pair((0, 1)))
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
+    svgs = []
+    for name, more in {
+        "plain": {},
+        "notebook": {"MPLBACKEND": "module://nothing_like_it.backend_inline"},
+        "usetex": {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")},
+    }.items():
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MPLB", "MATPL"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "tq_lightning", "report", "runs", "--out", name],
+            cwd=tmp_path,
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), (name, done.stderr)
+        svgs.append((tmp_path / name / "figures/qt_gap_resnet20_cifar_cifar10.svg").read_bytes())
+    assert svgs[0] == svgs[1] == svgs[2]
+
+
+def test_drawing_leaves_the_callers_settings(make):
+    with matplotlib.rc_context({"font.size": 17.0}):
+        backend = matplotlib.get_backend(auto_select=False)
+        figures.draw(compare(*make.pair((0, 1))))
+        assert matplotlib.rcParams["font.size"] == 17.0
+        assert matplotlib.get_backend(auto_select=False) == backend
+
+
+@pytest.mark.parametrize("name", ["a$b$c$", "$", "lone \udce9 surrogate", "\x1b[31m", "雪 é & <b>"])
+def test_names_of_any_characters(tmp_path, make, name):
+    make.write(tmp_path / "runs", *make.pair((0, 1), data_name=name), make.inspect(model=name))
+    out = tmp_path / "report"
+    assert command.main([str(tmp_path / "runs"), "--out", str(out)]) == 0
+    page = (out / "index.html").read_text(encoding="utf-8")
+    shown = name.replace("\udce9", "?").replace("\x1b", "?")
+    assert json.loads((out / "report.json").read_text(encoding="utf-8"))["left_out"] == []
+    assert shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in page
+
+
+def test_dollars_are_drawn_as_dollars(make):
+    with style.styled():
+        (figure,), _ = figures.FIGURES["qt_gap"](compare(*make.pair((0, 1), data_name="a$b$c")))
+        figure.canvas.draw_without_rendering()
