@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     inputs = "run folders, globs, record files, W&B run folders, Optuna studies (file or URL)"
     made.add_argument("inputs", nargs="+", metavar="RUNS_OR_STUDIES", help=inputs)
     out = "folder of the report, e.g. results/NAME; an existing report is replaced"
-    made.add_argument("--out", required=True, metavar="FOLDER", help=out)
+    made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=out)
     made.add_argument("--title", help="title of the page (default: the first result)")
     ignore = "key that may differ between compared arms, e.g. model.lr (repeatable)"
     made.add_argument("--ignore", action="append", default=[], metavar="KEY", help=ignore)
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         UserError: bad input; the command line prints it and exits with status 2.
     """
     arguments = parser().parse_args(argv)
-    out = Path(arguments.out)
+    out = arguments.out
     check_out(out)
     loaded = load(arguments.inputs, arguments.full_paths)
     for key in arguments.ignore:

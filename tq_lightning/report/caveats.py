@@ -45,10 +45,9 @@ def flags_of(groups: list) -> list[str]:
     for group in groups:
         for flag in group.flags:
             bearers.setdefault(flag, []).append(group.label)
-    own = [
-        f"{'all settings' if len(of) == len(groups) > 1 else '; '.join(of)}: {flag}"
-        for flag, of in bearers.items()
-    ]
+    every = len(groups) if len(groups) > 1 else 0
+    names = {f: "all settings" if len(of) == every else "; ".join(of) for f, of in bearers.items()}
+    own = [f"{of}: {flag}" for flag, of in names.items()]
     return [*own, *between([[arm for _, arm in group.arms] for group in groups], "settings")]
 
 
@@ -58,11 +57,9 @@ def between(parts: list[list[Arm]], what: str) -> list[str]:
     out = []
     if len(budgets) > 1:
         pairs = zip(*frozenset().union(*budgets), strict=True)
-        ranges = []
-        for unit, values in zip(("epochs", "steps"), pairs, strict=True):
-            known = sorted({v for v in values if v is not None})
-            if len(known) > 1:
-                ranges.append(f"{known[0]} to {known[-1]} {unit}")
+        known = [sorted({v for v in values if v is not None}) for values in pairs]
+        units = zip(known, ("epochs", "steps"), strict=True)
+        ranges = [f"{of[0]} to {of[-1]} {unit}" for of, unit in units if len(of) > 1]
         out.append(f"Budgets differ between {what}: {', '.join(ranges) or 'not all recorded'}.")
     starts = {frozenset(arm.start for arm in arms) for arms in parts}
     if len(starts) > 1:

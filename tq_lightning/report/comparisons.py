@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from tq_lightning.records import InspectRecord
 from tq_lightning.report.caveats import collapsed, flags
 from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
 from tq_lightning.report.labels import (
     ACTIVATIONS_SOURCE,
-    PAST,
     labels,
     short,
     slug,
@@ -77,7 +76,7 @@ class ComparisonGroup:
     def rows(self) -> list[tuple[str, Arm, str]]:
         """The paper's rows, (name, arm, source): both sources, or truncated alone if nested."""
         out = [
-            (f"{value}, {PAST[source]}", arm, source)
+            (f"{value}, {source}d", arm, source)
             for source in ("quantize", "truncate")
             for value, arm in self.arms
             if source == "truncate" or not arm.nested
@@ -120,27 +119,22 @@ class Comparisons:
     @cached_property
     def by_quantizer(self) -> list[ComparisonGroup]:
         """Groups for the paper's rows: with both kinds of codes, or else with one."""
+        ignore = {*self.ignore, "model.ste"}
         for wanted in ({True, False}, {False}, set()):
-            found = make_groups(
-                self.paired,
-                "model.quantizer",
-                {*self.ignore, "model.ste"},
-                lambda arms, wanted=wanted: wanted <= {arm.nested for arm in arms},
-            )
-            if found:
+            enough = partial(lambda kinds, arms: kinds <= {arm.nested for arm in arms}, wanted)
+            if found := make_groups(self.paired, "model.quantizer", ignore, enough):
                 return found
         return []
 
     @cached_property
     def by_factor(self) -> dict[str, list[ComparisonGroup]]:
         """{key of FACTORS: groups in which it takes two or more values}."""
-        made = {
-            key: make_groups(
-                self.arms, key, self.ignore, lambda arms, key=key: len(_values(arms, key)) > 1
-            )
-            for key in FACTORS
-        }
-        return {key: groups for key, groups in made.items() if groups}
+        found = {}
+        for key in FACTORS:
+            enough = partial(lambda key, arms: len(_values(arms, key)) > 1, key)
+            if groups := make_groups(self.arms, key, self.ignore, enough):
+                found[key] = groups
+        return found
 
 
 def gather(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:

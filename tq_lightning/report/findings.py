@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, SPLIT_WORDS, counted
@@ -140,16 +140,14 @@ def compared(comparisons: Comparisons, key: str) -> list[Compared]:
     ]
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question about one key, and the words of its answers."""
+class Question(NamedTuple):
+    """A question about one key, the words of its answers, and what is answered apart."""
 
     question: str
     above: str
     below: str
     same: str
-    name: Callable[[Compared], str]  # what is answered apart
-    keep: Callable[[Compared], Any] = lambda c: True
+    name: Callable[[Compared], str]
 
 
 def _weights(c: Compared) -> str:
@@ -158,12 +156,11 @@ def _weights(c: Compared) -> str:
 
 QUESTIONS = {
     "model.ste": Question(
-        "Is the scaled STE needed with codes that nest (open question 1 of the paper)?",
+        "Is the scaled STE needed (open question 1 of the paper)?",
         "It helps",
         "No need is shown: below the reference",
         "No need is shown",
         lambda c: f"the {c.value} STE and {_weights(c)}",
-        lambda c: c.group.arms[0][1].nested,
     ),
     ACTIVATIONS_SOURCE: Question(
         "Can activations be truncated like the weights (open question 2 of the paper)?",
@@ -184,12 +181,10 @@ QUESTIONS = {
 
 def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
     """Answer a question for each of its names, from the comparisons that support a claim."""
-    words = QUESTIONS[key]
-    found = [c for c in compared(comparisons, key) if words.keep(c)]
+    words, found = QUESTIONS[key], compared(comparisons, key)
     names = dict.fromkeys(map(words.name, found))
-    said = [_answer(words, n, [c for c in found if words.name(c) == n]) for n in names]
+    answer = " ".join(_answer(words, n, [c for c in found if words.name(c) == n]) for n in names)
     tested = [c for c in found if c.usable]
-    answer = " ".join(dict.fromkeys(said))
     if any(c.difference.sign for c in tested):
         chance = f"about {(1 - LEVEL) * len(tested):.1f} exclude 0 by chance"
         answer += f" (Of {len(tested)} such intervals, {chance}.)"

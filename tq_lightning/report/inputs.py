@@ -53,10 +53,9 @@ def _expand(given: str) -> list[Candidate]:
     if not glob.has_magic(given):
         raise UserError(f"{printable(given)}: no such file or folder; pass {kinds}")
     matches = sorted(glob.glob(given, recursive=True))
-    # A glob may match other files (runs/*): these are skipped unless no match holds a record.
     out: list[Candidate] = []
     last = f"the pattern matches no file or folder; pass {kinds}"
-    for match in matches:
+    for match in matches:  # other files (of runs/*) are skipped unless no match holds a record
         try:
             out += _from_path(Path(match))
         except UserError as error:
@@ -128,10 +127,7 @@ def _from_study(storage: str, path: Path | None) -> list[Candidate]:
     except Exception as error:  # Optuna and its drivers raise many kinds
         reason = first_line(error).strip()
         raise UserError(f"{name}: not readable as an Optuna study: {reason}") from error
-    out = [
-        _from_trial(f"{name}, study {study}, trial {trial.number}", trial, path)
-        for study, trial in trials
-    ]
+    out = [_from_trial(f"{name}, study {s}, trial {t.number}", t, path) for s, t in trials]
     if not any(candidate.path.name for candidate in out):
         count = f"none of the {len(out)} trials points to a record (user attribute 'record')"
         raise UserError(f"{name}: {count}")
@@ -148,6 +144,7 @@ def _refusals(study: Path) -> list[Candidate]:
 
 def _trials(storage: str) -> list[tuple[str, Any]]:
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Reading must not write: by default Optuna adds its tables to any database.
@@ -159,15 +156,10 @@ def _trials(storage: str) -> list[tuple[str, Any]]:
     elif "://" in storage:
         backend = open_database(storage)
     else:
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
-        backend = JournalStorage(JournalFileBackend(storage))
-    studies = [
-        (name, optuna.load_study(study_name=name, storage=backend))
-        for name in optuna.get_all_study_names(backend)
-    ]
-    return [(name, trial) for name, s in studies for trial in s.get_trials(deepcopy=False)]
+        backend = optuna.storages.JournalStorage(JournalFileBackend(storage))
+    names = optuna.get_all_study_names(backend)
+    studies = {name: optuna.load_study(study_name=name, storage=backend) for name in names}
+    return [(n, trial) for n, s in studies.items() for trial in s.get_trials(deepcopy=False)]
 
 
 def _from_trial(name: str, trial: Any, study_file: Path | None) -> Candidate:

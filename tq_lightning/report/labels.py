@@ -1,7 +1,6 @@
 """Words that a report uses in more than one place: labels, units, sources and definitions."""
 
 import re
-from collections import Counter
 from typing import Any
 
 ACTIVATIONS_SOURCE = "model.activations_source"  # made by the report; not a configuration key
@@ -17,7 +16,6 @@ USUAL: dict[str, Any] = {
     "model.widths": [8, 4, 2, 1],
 }
 SPLIT_WORDS = {"test": "test split", "val": "validation split, best epoch"}
-PAST = {"quantize": "quantized", "truncate": "truncated"}
 ENERGIES = {
     "refetch_float_pj": "switch: refetch float weights, requantize",
     "refetch_planes_pj": "switch: refetch bit planes",
@@ -109,9 +107,5 @@ def slug(label: str) -> str:
 
 def unique(names: list[str]) -> list[str]:
     """Number repeated names: a, a -> a, a_2."""
-    seen: Counter[str] = Counter()
-    out = []
-    for name in names:
-        seen[name] += 1
-        out.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return out
+    counts = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{n}_{count + 1}" if count else n for n, count in zip(names, counts, strict=True)]

@@ -6,10 +6,7 @@ MIB = 2**20
 
 
 def smallest_first(records: list[InspectRecord], field: str) -> dict[str, InspectRecord]:
-    """{name: record} of the records that hold `field`, smallest model first.
-
-    Two records of one model are told apart by the layers that they leave in float.
-    """
+    """{name: record} of the records that hold `field`; a name tells two of one model apart."""
     held = [record for record in records if getattr(record, field)]
     held.sort(key=lambda record: (record.parameters, record.model))
     names = [record.model for record in held]

@@ -9,7 +9,6 @@ from typing import Any
 from tq_lightning.errors import UserError
 from tq_lightning.records import InspectRecord, Record, RecordError, parse, read_any
 from tq_lightning.report.inputs import Candidate, find, printable
-from tq_lightning.report.labels import CALIBRATION
 
 SOURCES = ("quantize", "truncate")
 # An absolute path of the machine that ran: at least two folders deep, and not a part of a URL.
@@ -35,11 +34,6 @@ class Run:
     def budget(self) -> tuple[int | None, int | None]:
         """(epochs, steps) taken."""
         return self.record.epochs, self.record.steps
-
-    @property
-    def calibration(self) -> Any:
-        """How norm statistics were calibrated, or None if the record does not say."""
-        return self.record.more.get(CALIBRATION)
 
     @functools.cached_property
     def has_test(self) -> bool:

@@ -62,9 +62,8 @@ class Difference:
     @property
     def interval(self) -> str:
         """`[+0.40, +2.00]`, with digits that show the side of 0, or nothing without an interval."""
-        if self.estimate.half is None:
-            return ""
-        return f"[{number(self.estimate.low, 2, '+')}, {number(self.estimate.high, 2, '+')}]"
+        ends = [number(end, 2, "+") for end in (self.estimate.low, self.estimate.high)]
+        return "" if self.estimate.half is None else f"[{', '.join(ends)}]"
 
     def verdict(self) -> str:
         """Return the conclusion for the cell of a table."""

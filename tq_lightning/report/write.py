@@ -20,17 +20,13 @@ def check_out(out: Path) -> None:
     """Refuse a target that is a file, or a folder that is not a report, before any work."""
     if not out.is_dir() and (out.exists() or out.is_symlink()):
         raise UserError(f"--out {out} is a file; pass a new folder or one that holds a report")
-    if out.is_dir() and any(out.iterdir()) and not is_report(out):
-        raise UserError(f"--out {out}: the folder exists and is not a report; pass a new folder")
-
-
-def is_report(folder: Path) -> bool:
-    """Return True if the folder carries our marker."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return marker.get("kind") == KIND
+        marker = json.loads((out / MARKER).read_text(encoding="utf-8"))
+        kind = marker.get("kind")
     except (OSError, ValueError, AttributeError):
-        return False
+        kind = None
+    if kind != KIND and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out}: the folder exists and is not a report; pass a new folder")
 
 
 def make(comparisons: Comparisons, out: Path, title: str, command: str, version: str) -> list[str]:
@@ -45,9 +41,7 @@ def make(comparisons: Comparisons, out: Path, title: str, command: str, version:
         return fill(building, comparisons, title, command, version)
 
 
-def fill(
-    folder: Path, comparisons: Comparisons, title: str, command: str, version: str
-) -> list[str]:
+def fill(folder: Path, comparisons: Comparisons, title: str, command: str, version: str) -> list:
     """Write all files of a report into `folder`."""
     (folder / "figures").mkdir()
     (folder / "tables").mkdir()
@@ -59,7 +53,7 @@ def fill(
     texts |= {f"tables/{table.name}.tex": render.latex(table) for table in tables}
     tables += [build.runs(comparisons)] if comparisons.arms else []
     said = findings(comparisons)
-    texts["summary.md"] = summary(title, command, headline, said, notes)
+    texts["summary.md"] = f"# {title}\n\n    {command}\n\n{summary(headline, said, notes)}"
     data = dataframe.write(comparisons.arms, folder) if comparisons.arms else []
     texts["index.html"] = html.page(
         folder / "figures",
@@ -84,13 +78,9 @@ def fill(
     return marker["files"]
 
 
-def summary(
-    title: str, command: str, headline: render.Table, said: list[Finding], notes: list[str]
-) -> str:
+def summary(headline: render.Table, said: list[Finding], notes: list[str]) -> str:
     """Return the first table and the findings as Markdown."""
-    lines = [f"# {title}", "", f"    {command}", ""]
-    if headline.rows:
-        lines.append(render.markdown(headline).partition("\n\n")[2])
+    lines = [render.markdown(headline).partition("\n\n")[2]] if headline.rows else []
     for finding in said:
         lines += [f"**{finding.question}** {finding.answer}", ""]
         lines += [*(f"- {line}" for line in finding.lines), ""]

@@ -13,6 +13,7 @@ from tq_lightning.report.figures.accuracy import Drawing, factor
 from tq_lightning.report.figures.style import styled
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 
+# Figures of one section stand together.
 FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "qt_gap": accuracy.qt_gap,
     "mechanism": model_cost.mechanism,
@@ -36,7 +37,4 @@ def draw(comparisons: Comparisons) -> Drawing:
     """Draw every figure that the comparisons allow, in the order of FIGURES."""
     with styled():
         made = [function(comparisons) for function in FIGURES.values()]
-    figures = [figure for drawn, _ in made for figure in drawn]
-    sections = list(dict.fromkeys(figure.section for figure in figures))
-    figures.sort(key=lambda figure: sections.index(figure.section))
-    return figures, [note for _, notes in made for note in notes]
+    return [f for figures, _ in made for f in figures], [n for _, notes in made for n in notes]

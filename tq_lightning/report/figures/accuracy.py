@@ -69,7 +69,7 @@ def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
             thin = look | {"linewidth": 0.7, "marker": "x", "markersize": 4}
             axes.plot(list(at), list(at.values()), alpha=0.75, zorder=1, **thin)
     if hollow:
-        style.hollow_entry(axes)
+        axes.plot([], [], "o", color=style.GRAY, mfc="white", label="hollow: width not trained")
     if papers:
         axes.plot([], [], color=style.GRAY, lw=0.8, marker="x", label="paper, same row (thin)")
     style.width_axis(axes, group.widths, floats)
@@ -137,8 +137,7 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
     grid[0][0].set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
     grid[1][0].set_ylabel(f"difference to\n{base} [points]")
     style.clip(grid[0][0])
-    columns = min(len(entries), 4)
-    body.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns)
+    body.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=4)
     weights = " and ".join(sorted({str(arm["model.quantizer"]) for arm in arms}))
     caption = (
         f"Top: top-1 by width of {weights} weights, truncated. Bottom: difference to {base}; an "
@@ -218,8 +217,7 @@ def _curves(group: ComparisonGroup, arms: dict[str, Arm], models: list[str]) -> 
             axes.plot(list(points), mean, label=counted(width, "bit"), marker=shape, **look)
             for x, of in points.items():
                 axes.plot([x] * len(of), of, ".", color=look["color"], markersize=2.5, alpha=0.5)
-        axes.set_title(f"{value} ({counted(len(arm.runs), 'seed')})")
-        axes.set_xlabel("epoch")
+        axes.set(title=f"{value} ({counted(len(arm.runs), 'seed')})", xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
     grid[0].set_ylabel("top-1 truncated [%], validation")
     style.clip(grid[0])

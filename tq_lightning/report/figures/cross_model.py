@@ -192,10 +192,9 @@ def disagreement(comparisons: Comparisons) -> Drawing:
             points = {w: pair[side] for w, pair in found[name].items()}
             style.line(axes, points, name, arm, style.spread(i, len(series)), side == 0, **look)
             style.width_axis(axes, sorted({w for g in groups for w in g.widths}))
-    grid[0].set_ylabel("weight codes that disagree [%]")
-    grid[1].set_ylabel("QT gap [points]")
-    grid[0].set_title("quantized and truncated codes differ")
-    grid[1].set_title(f"QT gap, {labels.SPLIT_WORDS[split]}, {seeds_words(arms)}")
+    where = f"{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}"
+    grid[0].set(ylabel="weight codes that disagree [%]", title="both sources' codes")
+    grid[1].set(ylabel="QT gap [points]", title=where)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left")
     words = []
     for name, of in found.items():

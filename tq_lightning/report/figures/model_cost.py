@@ -47,9 +47,8 @@ def mechanism(comparisons: Comparisons) -> Drawing:
         axes.fill_between(record.u, 0, 1, where=where, transform=over, **shade)
         for levels, label, look in lines:
             axes.step(record.u, levels[bits], where="mid", label=label, **look)
-        axes.set_xlabel("normalized weight u (no unit)")
-        axes.set_ylabel("level (no unit)")
         axes.set_title(f"{counted(bits, 'bit')}: {shares[bits]:.0f} % of [0, 1] disagrees")
+        axes.set(xlabel="normalized weight u (no unit)", ylabel="level (no unit)")
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
         "Level of a normalized weight u in [0, 1] under each rule: rounded at n bits, rounded at "
@@ -110,10 +109,9 @@ def _bars(axes: Axes, record: InspectRecord) -> list[str]:
         axes.text(way.total / MIB, y, f"  {note}", va="center", fontsize=7)
         words.append(f"{label}: {note}")
     axes.set_yticks(range(len(labels)), list(labels.values()), fontsize=7.5)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlim(0, 2.4 * max(record.ways[key].total for key in labels) / MIB)
+    widest = max(record.ways[key].total for key in labels) / MIB
+    axes.set(xlim=(0, 2.4 * widest), ylim=(len(labels) - 0.4, -0.6), xlabel="size [MiB]")
     axes.set_title(f"{record.model}\nin float: {record.skipped}", fontsize=8)
-    axes.set_xlabel("size [MiB]")
     axes.grid(axis="y", visible=False)
     return words
 
@@ -147,11 +145,10 @@ def energy(comparisons: Comparisons) -> Drawing:
             axes.plot(list(values.values()), at, label=label if y == 0 else None, **look)
             ends = [f"{v:.3g} µJ at {w}" for w, v in values.items()]
             words.append(f"{name}, {label}: {ends[0]} to {ends[-1]}")
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel="modeled energy [µJ], a tick per width from 1 to 8 bits")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_yticks(range(len(models)), list(models))
     axes.set_ylim(len(models) - 0.5, -0.5)
-    axes.set_xlabel("modeled energy [µJ], a tick per width from 1 to 8 bits")
     axes.grid(axis="y", visible=False)
     body.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     sources = dict.fromkeys(model.source for model in models.values() if model.source)

@@ -110,8 +110,7 @@ def width_axis(axes: Axes, widths: list[int], with_float: bool = False) -> None:
     if with_float:
         ticks[FLOAT_AT] = "float"
     axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
-    axes.set_xlabel("width [bits]")
+    axes.set(xlim=(min(ticks) - 0.5, max(ticks) + 0.5), xlabel="width [bits]")
     axes.grid(axis="x", visible=False)
 
 
@@ -143,12 +142,6 @@ def line(
     for w, e in points.items():
         fill = color if w in arm.trained else "white"
         axes.plot(w + shift, e.mean, shape, color=color, markerfacecolor=fill, zorder=3)
-
-
-def hollow_entry(axes: Axes) -> None:
-    """Add a legend entry that explains hollow markers."""
-    look = {"linestyle": "none", "marker": "o", "color": GRAY, "markerfacecolor": "white"}
-    axes.plot([], [], label="hollow: width not trained", **look)
 
 
 def clip(axes: Axes, axis: str = "y") -> None:

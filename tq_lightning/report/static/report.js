@@ -13,8 +13,8 @@ for (const box of document.querySelectorAll('.table[data-name]')) {
         !pick.value || row.cells[pick.dataset.column].textContent === pick.value));
     out.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length} rows`;
   };
-  for (const control of [input, ...picks]) control.addEventListener('input', filter);
-  for (const pick of picks) pick.addEventListener('change', filter);
+  for (const control of [input, ...picks])
+    for (const kind of ['input', 'change']) control.addEventListener(kind, filter);
   const compare = (a, b) => {
     // Empty cells last, numbers before words, words with their digits as numbers.
     if (typeof a === 'number' && typeof b === 'number') return a - b;
@@ -35,11 +35,7 @@ for (const box of document.querySelectorAll('.table[data-name]')) {
   }));
 }
 
-const element = (name, content) => {
-  const made = document.createElement(name);
-  made.textContent = content;
-  return made;
-};
+const element = (name, textContent) => Object.assign(document.createElement(name), {textContent});
 const openRun = ({path, config, record}) => {
   document.getElementById('run-h').textContent = `Run ${record.id}`;
   const facts = document.createElement('dl');

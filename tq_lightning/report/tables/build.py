@@ -73,10 +73,8 @@ def qt_gap(comparisons: Comparisons) -> Table:
             head = {"setting": group.label, "row": name, "unit": unit, "seeds": count}
             tail = {"float": _estimate(in_float), "split": of, "flags": told}
             rows.append({**head, **_by_width(widths, cell, ""), **tail})
-    caption = (
-        f"Top-1 and QT gap by width, mean ± half of the 95 % t interval over seeds. {labels.METHOD}"
-    )
-    return Table("qt_gap", "QT gap", caption, rows, ("setting", "row"))
+    what = "Top-1 and QT gap by width, mean ± half of the 95 % t interval over seeds."
+    return Table("qt_gap", "QT gap", f"{what} {labels.METHOD}", rows, ("setting", "row"))
 
 
 def arms(comparisons: Comparisons) -> Table:
@@ -89,9 +87,7 @@ def arms(comparisons: Comparisons) -> Table:
         row = {**_facts(arm), "also": extra, "seeds": seeds, "budget": arm.budget}
         row |= _by_width(widths, lambda w: acc1(arm, "truncate", w, split))  # noqa: B023
         rows.append({**row, "split": split, "time [s]": (f"{seconds:.0f}", seconds)})
-    caption = (
-        f"Top-1 of the truncated weights by width. {labels.METHOD} Validation: at the best epoch."
-    )
+    caption = f"Top-1 of the truncated weights by width (val: at the best epoch). {labels.METHOD}"
     return Table("arms", "Arms", caption, rows, ("model", "data", "quantizer", "ste"))
 
 

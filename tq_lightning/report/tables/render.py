@@ -2,23 +2,18 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 Cell = Any  # str, int, float or None; (text, sort key) if the text does not sort by itself
 
 
-class Link(str):
+class Link(NamedTuple):
     """A cell that opens the details of a run."""
 
+    shown: str
     run: str
-
-    def __new__(cls, shown: str, run: str) -> "Link":
-        """Create a cell that shows `shown` and opens `run`."""
-        link = super().__new__(cls, shown)
-        link.run = run
-        return link
 
 
 @dataclass
