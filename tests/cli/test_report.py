@@ -153,7 +153,7 @@ def test_bad_input_makes_no_folder(tmp_path):
 
 
 def test_wrong_arguments_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="the following arguments are required: --out; .*--help"):
+    with pytest.raises(UserError, match=r"the following arguments are required: --out; .*--help"):
         command.main([str(tmp_path)])
 
 
