@@ -193,7 +193,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
             style.line(axes, points, name, arm, style.spread(i, len(series)), side == 0, **look)
             style.width_axis(axes, sorted({w for g in groups for w in g.widths}))
     where = f"{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}"
-    grid[0].set(ylabel="weight codes that disagree [%]", title="both sources' codes")
+    grid[0].set(ylabel="weight codes that disagree [%]", title="codes of both sources compared")
     grid[1].set(ylabel="QT gap [points]", title=where)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left")
     words = []

@@ -25,10 +25,10 @@ from matplotlib.figure import SubFigure
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.stats import Estimate
 
-# Okabe & Ito 2008, "Color Universal Design", apart from RED, GRAY and the last but one of SERIES.
+# From Okabe & Ito 2008, "Color Universal Design"; SERIES has no green, orange, red or pink.
 ORANGE, GREEN, RED, GRAY = "#E69F00", "#009E73", "#C8102E", "#777777"
 PALE = {GREEN: "#7FCEB8", ORANGE: "#F6CE7B"}
-SERIES = ("#0072B2", "#CC79A7", "#56B4E9", "#000000", "#8C564B", GRAY)
+SERIES = ("#0072B2", "#8C564B", "#56B4E9", "#000000", "#A6A000", GRAY)
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 2)), (0, (3, 1, 1, 1)))
 MARKERS = "os^DvPX<>*ph"
 SIZES = {"font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "legend.fontsize": 7.5}
