@@ -264,6 +264,7 @@ def test_two_runs_then_test_then_going_on(
         assert {p.name for p in run.iterdir()} == {
             "checkpoints",
             "config.yaml",
+            "layers.txt",
             "metrics.csv",
             "record.json",
         }

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.training.arguments import Loader, Text, dump, normalize
+from tq_lightning.training.arguments import Loader, Text, as_plain_strings, dump, normalize
 from tq_lightning.training.cli_messages import one_line
 from tq_lightning.training.help_pages import page
 from tq_lightning.training.lightning_cli import TQCLI, TQDataModule, TQModule
@@ -178,3 +178,20 @@ def test_conf_files_are_read_as_pyyaml_reads_them(fit):
     root = __import__("pathlib").Path(tq_lightning.__file__).parents[1]
     for path in sorted((root / "conf").glob("*.yaml")):
         assert parse_yaml(path.read_text(), str(path), Loader) == yaml.safe_load(path.read_text())
+
+
+def test_classes_receive_plain_strings(fit):
+    """A checkpoint that holds another class than str can't be loaded with weights_only."""
+
+    def kinds(value):
+        if isinstance(value, dict):
+            return {k for v in value.values() for k in kinds(v)}
+        if isinstance(value, list):
+            return {k for v in value for k in kinds(v)}
+        return {type(value)}
+
+    config = fit(config=FILE)
+    assert Text in kinds(config.as_dict())
+    plain = as_plain_strings(config)
+    assert Text not in kinds(plain.as_dict()) and plain.as_dict() == config.as_dict()
+    assert Text in kinds(config.as_dict())

@@ -103,6 +103,7 @@ def test_without_loggers(tmp_path, monkeypatch):
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "layers.txt",
         "record.json",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -46,9 +46,20 @@ class _ResumedWriter(ExperimentWriter):
 
     def __init__(self, log_dir: str, resume_step: int | None) -> None:
         self._resume_step = resume_step
+        self._trimmed = False
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
+        """Do nothing: Lightning creates the writer before the fit is known to start."""
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Add a row; before the first one, drop the rows that are logged again."""
+        if not self._trimmed:
+            self._trimmed = True
+            self._trim()
+        super().log_metrics(metrics_dict, step)
+
+    def _trim(self) -> None:
         if not os.path.isfile(self.metrics_file_path):
             return
         rows = read_rows(self.metrics_file_path)

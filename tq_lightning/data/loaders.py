@@ -165,13 +165,16 @@ class TrainLoader:
         fetch: reader of the split.
         order: batches of every epoch.
         augment: augmentation that draws the numbers.
+        data: name of the data set, kept in checkpoints.
     """
 
-    def __init__(self, fetch: BatchReader, order: TrainOrder, augment: BatchAugment) -> None:
-        self.fetch, self.order, self.augment = fetch, order, augment
+    def __init__(
+        self, fetch: BatchReader, order: TrainOrder, augment: BatchAugment, data: str = ""
+    ) -> None:
+        self.fetch, self.order, self.augment, self.data = fetch, order, augment, data
         self.epoch = 0
         self.progress: Callable[[], tuple[int, int] | None] = lambda: None
-        self._saved: dict[str, int] | None = None
+        self._saved: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -188,7 +191,11 @@ class TrainLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         epoch, start = self.progress() or (self.epoch, 0)
         saved, self._saved = self._saved, None
-        if start and saved is not None and saved != self.state_dict():
+        if (
+            start
+            and saved is not None
+            and any(self.state_dict().get(key) != value for key, value in saved.items())
+        ):
             raise UserError(
                 f"the checkpoint was saved inside an epoch with {saved}, this run has "
                 f"{self.state_dict()}: pass the same data.seed, data.samples and global batch "
@@ -202,12 +209,13 @@ class TrainLoader:
         for number, (images, labels) in enumerate(batches, start):
             yield images, labels, self.augment.draw(epoch, number, order.size, mine)
 
-    def state_dict(self) -> dict[str, int]:
-        """Numbers that determine the order of the data; Lightning's counters hold the position."""
+    def state_dict(self) -> dict[str, Any]:
+        """Values that determine the order of the data; Lightning's counters hold the position."""
         order = self.order
-        return {"seed": order.seed, "samples": order.samples.numel(), "batch": order.size}
+        state = {"seed": order.seed, "samples": order.samples.numel(), "batch": order.size}
+        return {**state, "data": self.data} if self.data else state
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep a state for the next iteration, which refuses to resume inside another order."""
         self._saved = state
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, set_dumper, set_loader
+from jsonargparse import ActionConfigFile, Namespace, set_dumper, set_loader
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -113,6 +113,20 @@ class ConfigFile(ActionConfigFile):
             if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):  # jsonargparse reads UTF-8
                 text = dump(values, flow=True)
         super().__call__(parser, cfg, text, option_string)
+
+
+def as_plain_strings(value: Any) -> Any:
+    """Return a copy of a configuration with `str` for `Text`, which no checkpoint should hold."""
+    if isinstance(value, Namespace):
+        copy = value.clone()
+        for key, item in vars(copy).items():
+            setattr(copy, key, as_plain_strings(item))
+        return copy
+    if isinstance(value, dict):
+        return {key: as_plain_strings(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_plain_strings(item) for item in value]
+    return str(value) if isinstance(value, Text) else value
 
 
 def make_parser(**kwargs: Any) -> LightningArgumentParser:

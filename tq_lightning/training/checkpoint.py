@@ -3,7 +3,7 @@
 import inspect
 import pickle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +15,8 @@ from tq_lightning.records import NAME
 from tq_lightning.training.checkpoint_io import verify_checkpoint
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
-
-
-class Progress(NamedTuple):
-    """How far a training had come when it wrote a checkpoint."""
-
-    step: int
-    """Optimizer steps."""
-    epochs: int
-    """Completed epochs."""
+from tq_lightning.training.resume_guard import saved_batches
+from tq_lightning.training.validation import Progress
 
 
 def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -116,7 +109,7 @@ def read_progress(path: Path) -> Progress:
         if not all(isinstance(checkpoint[key], dict) for key in ("state_dict", "hyper_parameters")):
             raise TypeError("no state dict or no hyperparameters")
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        return Progress(int(checkpoint["global_step"]), int(epochs))
+        return Progress(int(checkpoint["global_step"]), int(epochs), saved_batches(checkpoint))
     except Exception as error:
         raise UserError(
             f"ckpt_path: {path} is not a training checkpoint ({_reason(error)}); "
@@ -127,12 +120,6 @@ def read_progress(path: Path) -> Progress:
 def checkpoint_step(path: Path) -> int:
     """Return the optimizer step of a training checkpoint. Raises as `read_progress`."""
     return read_progress(path).step
-
-
-def inside_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Return True if a checkpoint was written before the last batch of an epoch."""
-    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    return bool(batches["current"]["ready"] and not batches["is_last_batch"])
 
 
 def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[str]:

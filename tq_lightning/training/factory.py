@@ -64,16 +64,13 @@ def build_teacher(h: Any) -> nn.Module | None:
     return teacher.eval().requires_grad_(False)
 
 
-def prepare_model(
-    model: nn.Module, config: QuantConfig, h: Any, verbose: bool = False
-) -> PrepareReport:
+def prepare_model(model: nn.Module, config: QuantConfig, h: Any) -> PrepareReport:
     """Attach the quantizers of `config` to `model`, in place.
 
     Args:
         model: a float model.
         config: how the model is quantized.
         h: hyperparameters of a TQModule, for `float_pass` and `channels_last`.
-        verbose: print the report.
 
     Raises:
         UserError: a layer that can't be quantized, or a pattern that matches no layer.
@@ -82,8 +79,6 @@ def prepare_model(
         report = apply_config(model, config)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    if verbose:
-        print(report)
     if h.float_pass:
         train_float_norms(model)
     if h.channels_last:

@@ -1,6 +1,7 @@
 """fit, validate, test and predict: a LightningCLI with flat keys of our own, and a run directory that nothing overwrites."""
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -23,19 +24,27 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tq_lightning.callbacks.csv_logger import RunLogger
 from tq_lightning.callbacks.peers import WatchPeers
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
+from tq_lightning.callbacks.progress import FitProgressBar, ProgressLines
+from tq_lightning.callbacks.quantization_summary import QuantizationSummary
 from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
-from tq_lightning.errors import Interrupted, TrainingError, UserError
-from tq_lightning.files import atomic_write, remove_temporaries
+from tq_lightning.errors import Interrupted, TrainingError, UserError, first_line
+from tq_lightning.files import atomic_write, expand_path, remove_temporaries
 from tq_lightning.records import MONITOR, NAME, read_record, write_record
-from tq_lightning.training.arguments import drop_append_options, make_parser, normalize
+from tq_lightning.training.arguments import (
+    as_plain_strings,
+    drop_append_options,
+    make_parser,
+    normalize,
+)
 from tq_lightning.training.checkpoint import (
-    checkpoint_step,
     newest_checkpoint,
     overridden_arguments,
+    read_progress,
+    run_folder,
 )
 from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
 from tq_lightning.training.cli_messages import one_line
@@ -47,11 +56,17 @@ from tq_lightning.training.run_folder import (
     auto_folder,
     check_same_run,
     check_unused,
+    has_finished,
     is_finished,
 )
 from tq_lightning.training.run_lock import RunLock
+from tq_lightning.training.run_messages import end_lines, start_line
+from tq_lightning.training.validation import check_run, check_unfinished
 
-ROOT = "runs"  # trainer.default_root_dir where none is given
+ROOT = "runs"  # the default of trainer.default_root_dir
+# the keys that are paths; ~ is expanded in them
+PATHS = ("trainer.default_root_dir", "data.root", "ckpt_path", "run_dir")
+PATHS += ("model.checkpoint_path", "model.teacher_checkpoint_path")
 
 
 def _root(config: Any) -> Path:
@@ -85,7 +100,7 @@ class SaveConfig(SaveConfigCallback):
         """Write the file."""
         if trainer.is_global_zero:
             config = self.config.clone()
-            config.ckpt_path = None
+            config.pop("ckpt_path", None)
             text = self.parser.dump(config, skip_none=False)
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.run_dir / "config.yaml") as temporary:
@@ -103,6 +118,8 @@ class TQCLI(LightningCLI):
     resumed: Path | None = None
     resume_step: int | None = None
     given_checkpoint: str | None = None
+    run_of_checkpoint: Path | None = None
+    resumed_batches: dict[str, Any] | None = None
     stop_flag: SignalFlag
     _peers: WatchPeers | None = None
     _lock: RunLock | None = None
@@ -165,6 +182,11 @@ class TQCLI(LightningCLI):
             print(page(verb, section, self._subcommand_parsers[verb]))
             raise SystemExit(0)
         super().parse_arguments(parser, normalize(args))
+        config = self.config[self.config.subcommand]
+        for key in PATHS:
+            if config[key] is not None:
+                config[key] = str(expand_path(config[key]))
+        check_run(self.config.subcommand, config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -192,7 +214,7 @@ class TQCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         given, root = config.get("ckpt_path"), _root(config)
         if config.run_dir is not None:
-            self.run_dir = Path(config.run_dir).expanduser()
+            self.run_dir = Path(config.run_dir)
         if given == "auto":
             given = self._parse_auto(config, root)
         elif given is None and config.run_dir is not None and self.config.subcommand == "fit":
@@ -205,7 +227,15 @@ class TQCLI(LightningCLI):
                 raise UserError(
                     f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run under {root}"
                 )
-            self.resume_step = checkpoint_step(path)
+            progress = read_progress(path)
+            self.resume_step = progress.step
+            self.resumed_batches = progress.batches
+            self.run_of_checkpoint = run_folder(path)
+            if self.config.subcommand == "fit":
+                finished = self.run_of_checkpoint is not None and has_finished(
+                    self.run_of_checkpoint
+                )
+                check_unfinished(path, progress, finished, config.trainer)
             self.given_checkpoint = str(given)
             config.ckpt_path = str(path)
             self.resumed = path
@@ -242,11 +272,11 @@ class TQCLI(LightningCLI):
         root = _root(config)
         if hasattr(self, "run_dir"):
             config.run_dir = None  # a run's configuration starts other runs as well
-        elif self.resumed is not None:
-            self.run_dir = self.resumed.parent.parent
-        else:
+        elif self.run_of_checkpoint is not None:
+            self.run_dir = self.run_of_checkpoint
+        else:  # also for a checkpoint that is not in a run's folder
             self.run_dir = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        if self.resumed is None:
+        if self.run_of_checkpoint is None:
             _check_root(self.run_dir.parent)
         self._dump_config()
         if self.subcommand != "validate" and getattr(rank_zero_only, "rank", 0) == 0:
@@ -255,6 +285,8 @@ class TQCLI(LightningCLI):
             self._lock = RunLock(self.run_dir)
 
     def instantiate_classes(self) -> None:
+        """Make the data module, the module and the Trainer; their errors are one line."""
+        self._typed_config, self.config = self.config, as_plain_strings(self.config)
         try:
             super().instantiate_classes()
         except (TypeError, ValueError, MisconfigurationException) as error:
@@ -268,9 +300,35 @@ class TQCLI(LightningCLI):
             kwargs["verbose"] = False  # the width table says it shorter than a line a metric
         return kwargs
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        if first:
+            print(start_line(subcommand, self.run_dir, self.resumed, self.resume_step), flush=True)
+        try:
+            super()._run_subcommand(subcommand)
+        except UserError as error:
+            if str(error).startswith("the checkpoint"):
+                raise UserError(f"ckpt_path: {self.resumed}: {error}") from None
+            raise
+        except (TrainingError, MisconfigurationException, OSError):
+            raise
+        except Exception as error:
+            if self.resumed is None or self.model.began or (self._peers and self._peers.message):
+                raise
+            raise UserError(
+                f"ckpt_path: {self.resumed} can't be loaded into this run ({first_line(error)}); "
+                "pass a checkpoint of the same model"
+            ) from error
+        if first:
+            for line in end_lines(subcommand, self.run_dir):
+                print(line, flush=True)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
+        self.config = self._typed_config  # for SaveConfig: text stays text when it is read again
         config = self.config_init[self.subcommand]
         trainer = config["trainer"]
+        self.model.restored_from_checkpoint = self.resumed is not None
+        self.model.resumed_batches = self.resumed_batches
         # Lightning keeps checkpoints of its own in its root, and would find another run's in a root that runs share
         kwargs["default_root_dir"] = str(self.run_dir)
         environment = cluster_environment()
@@ -289,7 +347,9 @@ class TQCLI(LightningCLI):
             kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
             and sys.stdout.isatty()
         ):
-            plain.append(RichProgressBar())
+            plain.append(FitProgressBar())
+        elif self.subcommand == "fit":
+            plain.append(ProgressLines())
         if self.subcommand == "fit":
             self.save_config_kwargs = {"run_dir": self.run_dir}
             if self._lock is not None:
@@ -322,7 +382,10 @@ class TQCLI(LightningCLI):
         return made
 
     def _fit_callbacks(self, config: Any) -> list[Callback]:
-        callbacks: list[Callback] = [RunRecord(self.run_dir, self.config_dump)]
+        callbacks: list[Callback] = [
+            RunRecord(self.run_dir, self.config_dump),
+            QuantizationSummary(self.run_dir),
+        ]
         if config["wandb"]:
             from tq_lightning.callbacks.wandb_logger import WandbRecord
 
@@ -424,6 +487,11 @@ def run(argv: list[str]) -> dict[str, Any]:
         )
     except (ArgumentError, MisconfigurationException) as error:
         raise UserError(one_line(error)) from None
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        raise UserError(f"cannot read or write{where}: {error.strerror}") from error
     except SystemExit as stop:
         if stop.code in (0, None):  # --help, --print_config
             return {}

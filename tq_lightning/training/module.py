@@ -16,6 +16,7 @@ from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
 from tq_lightning.training.optim import check_restored_state
+from tq_lightning.training.resume_guard import check_batches, saved_batches
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.validation import (
     check,
@@ -161,6 +162,10 @@ class TQModule(L.LightningModule):
         self.loaded_epoch: int | None = None
         self.restored_from_checkpoint = False
         """Set before a checkpoint is loaded: the start weights are then not needed."""
+        self.resumed_batches: dict[str, Any] | None = None
+        """Loader state of the checkpoint to resume, if it was written inside an epoch."""
+        self.began = False
+        """True once a checkpoint, if any, has been loaded and the loop runs."""
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return the callbacks of every run. The moving average comes first, so it is evaluated."""
@@ -185,6 +190,8 @@ class TQModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_against_data(self.hparams, data, self.trainer)
+            if stage == "fit":
+                check_batches(self.resumed_batches, data)
 
     # -- model -----------------------------------------------------------------------------------
     def configure_model(self) -> None:
@@ -211,12 +218,7 @@ class TQModule(L.LightningModule):
         """Prepare `model` as the hyperparameters say and make it the model of this module."""
         from tq_lightning.training.factory import prepare_model
 
-        verbose = (
-            self._trainer is not None
-            and self._trainer.state.fn == "fit"
-            and self._trainer.is_global_zero
-        )
-        self.report = prepare_model(model, self.quant, self.hparams, verbose)
+        self.report = prepare_model(model, self.quant, self.hparams)
         self.model = model
         if self.hparams.compile:
             self._compiled = [torch.compile(model)]
@@ -327,6 +329,8 @@ class TQModule(L.LightningModule):
         if fitting and not checkpoint.get("optimizer_states"):
             raise UserError("the checkpoint has no state of an optimizer; pass an intact one")
         self.loaded_epoch = checkpoint.get("epoch")
+        if fitting:
+            check_batches(saved_batches(checkpoint), getattr(self.trainer, "datamodule", None))
         place = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
         self._epoch_losses.load_state_dict(checkpoint.get("epoch_losses", {}), *place)
         # A schedule follows from the configuration and the step. The saved state would end the
@@ -337,8 +341,15 @@ class TQModule(L.LightningModule):
         """Set the learning rate of this step: the optimizer's state has that of the earlier run."""
         for optimizer in self.trainer.optimizers:
             check_restored_state(optimizer)
+        self.began = True
         for config in self.trainer.lr_scheduler_configs:
             self.lr_scheduler_step(config.scheduler, None)
+
+    def on_validation_start(self) -> None:
+        """Note that the loop runs."""
+        self.began = True
+
+    on_test_start = on_predict_start = on_validation_start
 
     # -- optimization ----------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:

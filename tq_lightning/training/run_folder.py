@@ -22,7 +22,7 @@ def auto_folder(run_dir: str | None, root: Path) -> Path:
         UserError: no run_dir, and not in a SLURM job.
     """
     if run_dir is not None:
-        return Path(run_dir).expanduser()
+        return Path(run_dir)
     job, _ = slurm_job()
     if job is None:
         raise UserError(
@@ -75,10 +75,15 @@ def _flat(section: str, value: Any) -> dict[str, Any]:
     return {f"{section}.{key}": v for key, v in value.items() if key not in _PLACES}
 
 
+def has_finished(folder: Path) -> bool:
+    """Return True if the record of the run in `folder` says "finished"."""
+    record = folder / NAME
+    return record.is_file() and read_record(record).status == "finished"
+
+
 def is_finished(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the run in `folder` has come to the end that `config` asks for."""
-    record = folder / NAME
-    if not record.is_file() or read_record(record).status != "finished":
+    if not has_finished(folder):
         return False
     path = folder / CONFIG
     saved = yaml.safe_load(path.read_text())["trainer"] if path.is_file() else {}

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tq_lightning.errors import UserError, did_you_mean
 from tq_lightning.quant.config import QuantConfig, check_widths
@@ -10,6 +11,18 @@ from tq_lightning.training.lists import as_floats, as_ints, as_list
 from tq_lightning.training.losses import LOSSES, TEACHERS
 from tq_lightning.training.optim import SCHEDULES, check_optimizer
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
+
+
+class Progress(NamedTuple):
+    """How far a training had come when it wrote a checkpoint."""
+
+    step: int
+    """Optimizer steps."""
+    epochs: int
+    """Completed epochs."""
+    batches: dict[str, Any] | None
+    """Loader state, if the checkpoint was written inside an epoch."""
+
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "loss": tuple(LOSSES),
@@ -135,6 +148,60 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, "
             "pass 1 or more"
         )
+
+
+def check_run(verb: str, config: Any) -> None:
+    """Check the keys of a parsed configuration that no class of ours receives.
+
+    Args:
+        verb: fit, validate, test or predict.
+        config: the configuration of the verb.
+
+    Raises:
+        UserError: a value out of range, or a fit without an end.
+    """
+    seed = config.seed_everything
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything: got {seed}, pass an integer from 0 to {2**32 - 1}")
+    if config.checkpoint_every_n_steps < 0:
+        raise UserError(
+            f"checkpoint_every_n_steps: got {config.checkpoint_every_n_steps}, pass 1 or more, "
+            "or 0 for a checkpoint at every epoch only"
+        )
+    trainer = config.trainer
+    for key in ("max_epochs", "max_steps"):
+        value = trainer[key]
+        if value is not None and (value < -1 or value == 0):
+            raise UserError(f"trainer.{key}: got {value}, pass 1 or more, or -1 for no limit")
+    without_end = trainer.max_epochs in (None, -1) and trainer.max_steps == -1
+    if verb == "fit" and without_end and not trainer.max_time and not trainer.fast_dev_run:
+        raise UserError(
+            "the training needs an end: pass --trainer.max_epochs, --trainer.max_steps or "
+            "--trainer.max_time"
+        )
+
+
+def check_unfinished(path: Path, progress: Progress, finished: bool, trainer: Any) -> None:
+    """Check that a checkpoint leaves something to train.
+
+    Args:
+        path: the checkpoint.
+        progress: its steps and epochs.
+        finished: the record of its run says "finished".
+        trainer: the `trainer:` section of the configuration.
+
+    Raises:
+        UserError: the training has reached, or passed, the end that `trainer` asks for.
+    """
+    for key, done in (("max_epochs", progress.epochs), ("max_steps", progress.step)):
+        limit = trainer[key]
+        # at the limit an interrupted run still has its result to record
+        if limit not in (None, -1) and (done > limit or (done == limit and finished)):
+            raise UserError(
+                f"ckpt_path: {path} has trained {done} {key.removeprefix('max_')}, and "
+                f"trainer.{key} is {limit}: nothing is left to train; pass a larger "
+                f"--trainer.{key} to continue, or test it with the verb test"
+            )
 
 
 def check_against_data(h: Any, data: Any, trainer: Any) -> None:

@@ -1,0 +1,237 @@
+"""fit, test, validate and predict as commands: which run they belong to, and what they refuse."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tq_lightning.callbacks.resume import StepCheckpoint
+from tq_lightning.cli import main, run_fit
+from tq_lightning.errors import UserError
+
+SMALL = [
+    *("--model.name", "resnet8_cifar", "--model.calibration_batches", "1"),
+    *("--data.name", "digits", "--data.batch_size", "16", "--data.eval_batch_size", "64"),
+    *("--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "4"),
+    *("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"),
+    *("--trainer.limit_predict_batches", "1", "--trainer.log_every_n_steps", "2"),
+]
+
+
+def small(root, *more):
+    return [*SMALL, "--trainer.default_root_dir", str(root), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(root, run folder, start weights that are gone): a run of one epoch with checkpoints inside."""
+    root = tmp_path_factory.mktemp("root")
+    weights = root.parent / "start.pth"
+    from tq_lightning.models import create_model
+
+    torch.save(create_model("resnet8_cifar", num_classes=10).state_dict(), weights)
+    plain = StepCheckpoint.on_train_batch_end
+
+    def keep_copy(self, trainer, *args):
+        plain(self, trainer, *args)
+        last = Path(self.dirpath) / "last.ckpt"
+        if last.is_file() and trainer.global_step == 2:
+            shutil.copy(last, last.with_name("inside.ckpt"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepCheckpoint, "on_train_batch_end", keep_copy)
+        metrics = run_fit(
+            small(root, "--trainer.max_epochs", "1", "--checkpoint_every_n_steps", "2")
+            + ["--model.checkpoint_path", str(weights)]
+        )
+    weights.unlink()
+    return root, Path(metrics["run_dir"])
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """(root, run folder): a copy of the finished run."""
+    root = tmp_path / "runs"
+    shutil.copytree(finished[0], root)
+    return root, root / finished[1].name
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_fit_says_where_it_is_and_what_to_do_next(tmp_path, capsys):
+    metrics = run_fit(small(tmp_path, "--trainer.max_epochs", "1"))
+    run, lines = metrics["run_dir"], capsys.readouterr().out.splitlines()
+    assert lines[0] == f"run folder: {run}"
+    assert "quantized: 6 of 8 layers" in lines[1] and "in float: conv1, fc" in lines[1]
+    assert lines[1].endswith(f"see {run}/layers.txt")
+    assert "layer3.0.conv2" in (Path(run) / "layers.txt").read_text()
+    assert [line.split(", loss")[0] for line in lines if ", step " in line] == [
+        "epoch 0, step 2/4",
+        "epoch 0, step 4/4",
+    ]
+    assert lines[-2].startswith("best epoch 0: top-1 ") and "at 8/4/2/1 bits" in lines[-2]
+    assert f"test --config {run}/config.yaml --ckpt_path {run}/checkpoints/best-0.ckpt" in lines[-1]
+    assert not any("Warning" in line for line in lines)
+
+
+def test_a_finished_run_is_not_resumed(copied):
+    root, _ = copied
+    before = contents(root)
+    for end in ("--trainer.max_epochs=1", "--trainer.max_steps=3"):
+        with pytest.raises(UserError, match=r"nothing is left to train; pass a larger --trainer"):
+            run_fit(small(root, end, "--ckpt_path", "last"))
+    assert contents(root) == before
+
+
+def test_a_checkpoint_elsewhere_starts_a_run_of_its_own(copied, tmp_path, capsys):
+    root, run = copied
+    elsewhere = tmp_path / "a" / "b" / "model.ckpt"
+    elsewhere.parent.mkdir(parents=True)
+    shutil.copy(run / "checkpoints" / "last.ckpt", elsewhere)
+    before = contents(root)
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", str(elsewhere)]
+    metrics = run_fit(small(root, *more))
+    assert Path(metrics["run_dir"]).parent == root and Path(metrics["run_dir"]) != run
+    assert {p: v for p, v in contents(root).items() if p in before} == before
+    assert [p.name for p in (tmp_path / "a").rglob("*")] == ["b", "model.ckpt"]
+    runs = sorted(root.iterdir())
+    assert main(["test", *small(root, "--ckpt_path", str(elsewhere))]) == 0
+    assert sorted(root.iterdir()) == runs and len(list((tmp_path / "a").rglob("*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--seed_everything", "5"], "seed 5, not 0"),
+        (["--data.batch_size", "8"], "batch 8, not 16"),
+        (["--data.samples", "500"], "samples 500, not 1293"),
+        (["--data.name", "synthetic", "--data.image_size", "8"], "data synthetic, not digits"),
+    ],
+)
+def test_a_resume_inside_an_epoch_needs_the_same_batches(copied, change, said):
+    root, run = copied
+    before = contents(root)
+    inside = ["--trainer.max_epochs", "2", "--ckpt_path", str(run / "checkpoints" / "inside.ckpt")]
+    with pytest.raises(UserError, match="written inside an epoch") as error:
+        run_fit(small(root, *inside, *change))
+    assert said in str(error.value)
+    assert contents(root) == before
+    if "--seed_everything" in change:
+        run_fit(small(root, *inside))  # the same batches
+        run_fit(small(root, "--trainer.max_epochs", "3", "--ckpt_path", "last", *change))
+
+
+def test_a_saved_configuration_starts_a_new_run(copied):
+    root, run = copied
+    run_fit(small(root, "--trainer.max_epochs", "2", "--ckpt_path", "last"))
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved.get("ckpt_path") is None and saved["trainer"]["max_epochs"] == 2
+    more = ["--seed_everything", "5", "--trainer.default_root_dir", str(root)]
+    more += ["--model.checkpoint_path", "null"]
+    metrics = run_fit(["--config", str(run / "config.yaml"), *more])
+    assert Path(metrics["run_dir"]) != run
+    assert yaml.safe_load((Path(metrics["run_dir"]) / "config.yaml").read_text())[
+        "seed_everything"
+    ] == 5  # fmt: skip
+
+
+def test_the_start_weights_are_needed_once(copied, capsys):
+    root, run = copied
+    config = ["--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(root)]
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["checkpoint_path"]
+    for verb in ("test", "validate", "predict"):
+        assert main([verb, *config, "--ckpt_path", "best"]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["fit", *config, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+    assert main(["fit", *config]) == 2
+    assert "start.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the training needs an end: pass --trainer.max_epochs, --trainer.max_steps or"),
+        (["--trainer.max_epochs", "0"], "trainer.max_epochs: got 0, pass 1 or more"),
+        (["--seed_everything", "-5"], "seed_everything: got -5, pass an integer from 0"),
+        (["--checkpoint_every_n_steps", "-3"], "checkpoint_every_n_steps: got -3, pass 1 or more"),
+        (["--data.batch_size", "5000"], "data.batch_size=5000 is too large: 1293 training samples"),
+        (["--model.num_classes", "4"], "model.num_classes: got 4, but the data has 10 classes"),
+        (["--model.model_args", "{in_chans: 1}"], "got in_chans=1, but the images have 3 channels"),
+        (["--model.warmup_epochs", "4"], "model.warmup_epochs: got 4, but trainer.max_epochs is 2"),
+        (["--trainer.accelerator", "gpu"], "trainer.accelerator: got 'gpu', but PyTorch finds no"),
+        (["--trainer.accelerator", "gpu7"], "gpu7"),
+        (["--trainer.strategy", "dpp"], "dpp"),
+        (["--trainer.default_root_dir", "/proc/no/such"], "/proc"),
+        (["--trainer.default_root_dir", "/dev/null/x"], "/dev/null"),
+        (["--model.teacher", "wides"], "model.teacher: got 'wides', pass one of none, widest"),
+    ],
+)
+def test_nonsense_is_refused_before_training(tmp_path, capsys, arguments, said):
+    if torch.cuda.is_available() and "gpu" in arguments:
+        pytest.skip("this machine has a GPU")
+    end = (
+        []
+        if not arguments or "--trainer.max_epochs" in arguments
+        else ["--trainer.max_epochs", "2"]
+    )
+    assert main(["fit", *small(tmp_path / "runs", *end, *arguments)]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warm_up_may_last_as_long_as_the_training(tmp_path):
+    run_fit(small(tmp_path, "--trainer.max_epochs", "1", "--model.warmup_epochs", "1"))
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("trainer: {default_root_dir: '~/runs', max_epochs: 1}\n")
+    metrics = run_fit([*SMALL, "--config", "~/c.yaml"])
+    assert Path(metrics["run_dir"]).parent == tmp_path / "runs"
+    assert not (tmp_path / "~").exists()
+    assert main(["test", *SMALL, "--config", "c.yaml", "--ckpt_path", "last"]) == 0
+
+
+BREAKS = {
+    "weights of other shapes": lambda c: c["state_dict"].update(
+        {"model.fc.weight": torch.zeros(3, 3)}
+    ),
+    "no optimizer": lambda c: c.pop("optimizer_states"),
+    "another optimizer": lambda c: c.update(optimizer_states=[{"state": {}, "param_groups": []}]),
+    "no loops": lambda c: c.pop("loops"),
+    "no weights": lambda c: c.update(state_dict={}),
+    "weights that are text": lambda c: c.update(state_dict="text"),
+    "callbacks that are a list": lambda c: c.update(callbacks=[1]),
+    "no hyperparameters": lambda c: c.pop("hyper_parameters"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_checkpoint_with_broken_parts_is_one_line(copied, capsys, broken):
+    root, run = copied
+    path = run / "checkpoints" / "broken.ckpt"
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    BREAKS[broken](checkpoint)
+    torch.save(checkpoint, path)
+    before = contents(root)
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", str(path)]
+    assert main(["fit", *small(root, *more)]) == 2
+    err = capsys.readouterr().err
+    (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
+    assert "broken.ckpt" in line and "Traceback" not in err
+    assert contents(root) == before
+
+
+def test_a_checkpoint_with_code_is_refused_without_torchs_advice(tmp_path, capsys):
+    torch.save({"state_dict": {}, "hyper_parameters": {"x": Path("x")}}, tmp_path / "code.ckpt")
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", str(tmp_path / "code.ckpt")]
+    assert main(["fit", *small(tmp_path, *more)]) == 2
+    err = capsys.readouterr().err
+    assert "it holds objects that could run code" in err
+    assert "weights_only" not in err and "trust" not in err

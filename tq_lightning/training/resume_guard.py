@@ -1,0 +1,40 @@
+"""Refuse to resume inside an epoch with other batches than those the epoch began with.
+
+Lightning restores the state of a loader after the loader was built, when nothing reads it.
+"""
+
+from typing import Any
+
+from tq_lightning.errors import UserError
+
+
+def saved_batches(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the loader state of a checkpoint that was written inside an epoch, else None."""
+    loop = checkpoint["loops"]["fit_loop"]
+    progress = loop["epoch_loop.batch_progress"]
+    states = loop["state_dict"].get("combined_loader")
+    if not states or progress["is_last_batch"] or not progress["current"]["ready"]:
+        return None
+    return states[0] if isinstance(states[0], dict) else None
+
+
+def check_batches(saved: dict[str, Any] | None, data: Any) -> None:
+    """Compare the batches of a checkpoint with those of this run.
+
+    Args:
+        saved: what `saved_batches` returned.
+        data: the TQDataModule, after its setup.
+
+    Raises:
+        UserError: another data set, seed, number of samples or global batch size.
+    """
+    if saved is None or data is None:
+        return
+    here = data.train_dataloader().state_dict()
+    different = [f"{k} {here[k]}, not {saved[k]}" for k in here if here[k] != saved.get(k, here[k])]
+    if different:
+        raise UserError(
+            "ckpt_path: the checkpoint was written inside an epoch, and the batches of this run "
+            f"differ ({', '.join(different)}); pass the same data, seed and global batch size, or "
+            "the checkpoint of an epoch's end"
+        )

@@ -1,0 +1,60 @@
+"""Messages at the start and the end of a verb: the run folder, the best epoch, the next command."""
+
+import shlex
+from pathlib import Path
+
+from tq_lightning.errors import program_name
+from tq_lightning.records import MONITOR, NAME, read_record
+
+
+def start_line(verb: str, run_dir: Path, checkpoint: Path | None, step: int | None) -> str:
+    """Return the line that names the run folder, and the checkpoint that is loaded."""
+    if checkpoint is None:
+        return f"run folder: {run_dir}" if verb == "fit" else "no checkpoint: the start weights"
+    doing = "resume" if verb == "fit" else verb
+    return f"run folder: {run_dir} ({doing} {checkpoint.name}, step {step})"
+
+
+def end_lines(verb: str, run_dir: Path) -> list[str]:
+    """Return the best epoch with its numbers, and the next command; [] without a result."""
+    path = run_dir / NAME
+    if not path.is_file():
+        return []
+    record = read_record(path)
+    lines = []
+    if record.best is not None:
+        widths = "/".join(str(bits) for bits in _trained(record.config))
+        scores = "/".join(
+            f"{record.best.metrics[f'val/acc1_truncate_w{bits}']:.2f}"
+            for bits in _trained(record.config)
+            if f"val/acc1_truncate_w{bits}" in record.best.metrics
+        )
+        lines.append(
+            f"best epoch {record.best.epoch}: top-1 {scores} % at {widths} bits (truncated, "
+            f"validation), mean {record.best.metrics.get(MONITOR, float('nan')):.2f} %"
+        )
+    command = next_command(verb, run_dir)
+    return [*lines, f"next: {command}"] if command else lines
+
+
+def next_command(verb: str, run_dir: Path) -> str | None:
+    """Return the command that usually follows a verb; None after predict."""
+    program = program_name()
+    if verb == "predict":
+        return None
+    if verb == "test":
+        return f"{program} report {shlex.quote(str(run_dir))} --out results/{run_dir.name}"
+    config = shlex.quote(str(run_dir / "config.yaml"))
+    best = sorted((run_dir / "checkpoints").glob("best*.ckpt")) or [
+        run_dir / "checkpoints" / "last.ckpt"
+    ]
+    if not best[-1].is_file():
+        return None
+    return f"{program} test --config {config} --ckpt_path {shlex.quote(str(best[-1]))}"
+
+
+def _trained(config: dict) -> list[int]:
+    from tq_lightning.training.lists import as_ints
+
+    widths = config.get("model", {}).get("widths", [])
+    return sorted(as_ints(widths, "model.widths"), reverse=True)
