@@ -185,7 +185,7 @@ def test_a_sweep_under_srun_is_requeued_and_loses_nothing(slurm, tmp_path):
     command = f"{PYTHON} -m tq_lightning sweep lr.yaml --workers 1 --dir sweep -- {fixed}"
     (tmp_path / "lr.yaml").write_text(SWEEP)
     job = slurm.sbatch(
-        tmp_path, f"srun {command} --trainer.max_epochs 6", "--ntasks=2", "--nodes=1"
+        tmp_path, f"srun {command} --trainer.max_epochs 4", "--ntasks=2", "--nodes=1"
     )
     end = time.monotonic() + 200
     while not list(tmp_path.glob("sweep/trials/*/*/checkpoints/last.ckpt")):

@@ -135,3 +135,16 @@ def test_nothing_is_left_of_a_run_that_never_began(tmp_path):
     at = ["--trainer.callbacks+=fixtures.signals.SendSignal", "--trainer.callbacks.name=SIGTERM"]
     assert fit(tmp_path / "a" / "b", *at, "--trainer.callbacks.epoch=-1") == 143
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_a_resumed_fit_continues_its_wandb_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    assert fit(run, "--wandb", *send("SIGTERM", 1, 1)) == 143
+    assert fit(run, "--wandb") == 0
+    attempts = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert len(attempts) == 2
+    assert len({name.rsplit("-", 1)[1] for name in attempts}) == 1
+    logged = (run / "wandb" / "logged.txt").read_text().splitlines()
+    assert len(logged) == len(set(logged)) > 0
