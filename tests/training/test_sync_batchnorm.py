@@ -94,3 +94,12 @@ def test_precisions_that_replace_layers_are_refused(name):
     )
     with pytest.raises(UserError, match=f"trainer.precision: {name} replaces"):
         check_trainer(trainer)
+
+
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "ModelPruning"])
+def test_callbacks_that_rebuild_the_model_are_refused(name):
+    callback = getattr(L.pytorch.callbacks, name)
+    callback = callback(swa_lrs=0.1) if "Weight" in name else callback("l1_unstructured")
+    trainer = L.Trainer(accelerator="cpu", devices=1, callbacks=[callback], logger=False)
+    with pytest.raises(UserError, match=f"trainer.callbacks: {name} .*; "):
+        check_trainer(trainer)

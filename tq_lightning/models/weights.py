@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # the text of torch's error advises to switch off the check
-        raise UserError(
-            f"{path} refused: it is not a checkpoint, or holds more than tensors and plain values"
-        ) from error
+            content = load_torch_file(path)
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise UserError(
-            f"cannot read {path} as a checkpoint ({said}); pass an intact file of torch.save"
+            f"cannot read {path} as a checkpoint ({why_not_loaded(error)}); "
+            "pass an intact file of tensors"
         ) from error
     for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -132,6 +128,37 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"(a dict of tensors, plain or under one of {', '.join(_WRAPPERS)})"
         )
     return content
+
+
+def load_torch_file(path: str | Path, mmap: bool = False) -> Any:
+    """Load a file of `torch.save` on the CPU, without running code from it and without warnings.
+
+    Args:
+        path: The file.
+        mmap: Map the tensors instead of reading them.
+
+    Raises:
+        Exception: As `torch.load`; see `why_not_loaded`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles and TorchScript archives, which are refused
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Say why a file was not loaded, without torch's advice to switch the check for code off."""
+    text = " ".join(str(error).split())
+    if "TorchScript" in text:
+        return "it is a TorchScript archive"
+    if isinstance(error, pickle.UnpicklingError):
+        code = "GLOBAL " in text or "Unsupported" in text
+        return "it holds objects that could run code" if code else "it is damaged"
+    marks = ("mmap", "zip", "PytorchStreamReader", "weights_only")
+    if isinstance(error, EOFError) or any(mark in text for mark in marks):
+        return "not a file that torch.save wrote, or an incomplete one"
+    if isinstance(error, KeyError):
+        return f"it has no {text}"
+    return f"{type(error).__name__}: {text[:120]}"
 
 
 def _rename(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -1,16 +1,14 @@
 """Training checkpoints: rebuild the model, find the newest file, and read its progress."""
 
 import inspect
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tq_lightning.errors import UserError, first_line
+from tq_lightning.errors import UserError
 from tq_lightning.models import check_local, create_model
-from tq_lightning.models.weights import check_fit
+from tq_lightning.models.weights import check_fit, load_torch_file, why_not_loaded
 from tq_lightning.records import NAME
 from tq_lightning.training.checkpoint_io import verify_checkpoint
 from tq_lightning.training.lists import as_list
@@ -43,7 +41,7 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
         )
     verify_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_torch_file(path)
         hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
         state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
         name, classes, args = (hparams[key] for key in ("name", "num_classes", "model_args"))
@@ -54,7 +52,7 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
         raise
     except Exception as error:
         raise UserError(
-            f"{path} is not a training checkpoint ({_reason(error)}); "
+            f"{path} is not a training checkpoint ({why_not_loaded(error)}); "
             "pass a .ckpt file written by fit"
         ) from None
     model = create_model(name, classes, **(args or {}))
@@ -105,14 +103,14 @@ def read_progress(path: Path) -> Progress:
     verify_checkpoint(path)
     try:
         # mmap: no weights are read. Files too old to be mapped are not checkpoints of ours.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = load_torch_file(path, mmap=True)
         if not all(isinstance(checkpoint[key], dict) for key in ("state_dict", "hyper_parameters")):
             raise TypeError("no state dict or no hyperparameters")
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         return Progress(int(checkpoint["global_step"]), int(epochs), saved_batches(checkpoint))
     except Exception as error:
         raise UserError(
-            f"ckpt_path: {path} is not a training checkpoint ({_reason(error)}); "
+            f"ckpt_path: {path} is not a training checkpoint ({why_not_loaded(error)}); "
             "pass last, best, or a .ckpt file"
         ) from None
 
@@ -141,14 +139,3 @@ def _same(one: Any, two: Any) -> bool:
     if isinstance(one, dict) and isinstance(two, dict):
         return one.items() <= two.items()  # a checkpoint's model_args hold the dropout rates too
     return [str(v) for v in as_list(one)] == [str(v) for v in as_list(two)]
-
-
-def _reason(error: Exception) -> str:
-    """Say why a file could not be loaded, without torch's advice to switch its checks off."""
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError):
-        unsupported = "GLOBAL " in text or "Unsupported" in text
-        return "it holds objects that could run code" if unsupported else "it is damaged"
-    if "mmap" in text or "zip" in text or "PytorchStreamReader" in text:
-        return "not a file that torch.save wrote, or an incomplete one"
-    return f"it has no {text}" if isinstance(error, KeyError) else first_line(error)

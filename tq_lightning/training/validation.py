@@ -124,12 +124,19 @@ def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int |
     return dict(zip(passes, weights, strict=True))
 
 
+# callbacks of Lightning that rebuild parts of the model -> why they are refused
+_REFUSED_CALLBACKS = {
+    "StochasticWeightAveraging": "resets the norm statistics of all widths; use model.ema_decay",
+    "ModelPruning": "replaces the weights that are quantized; pass a model that is pruned already",
+}
+
+
 def check_trainer(trainer: Any) -> None:
-    """Check the Trainer's strategy, precision and accumulation.
+    """Check the Trainer's strategy, precision, callbacks and accumulation.
 
     Raises:
-        UserError: a strategy that shards weights, a precision that replaces layers, or an
-            accumulation of less than one batch.
+        UserError: a strategy that shards weights, a precision or a callback that replaces layers or
+            norm statistics, or an accumulation of less than one batch.
     """
     name = type(trainer.strategy).__name__
     if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
@@ -143,6 +150,10 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.precision: {precision} replaces the quantized layers by its own; "
             "pass bf16-mixed, 16-mixed or 32-true"
         )
+    for callback in getattr(trainer, "callbacks", []):
+        hint = _REFUSED_CALLBACKS.get(type(callback).__name__)
+        if hint is not None:
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} {hint}")
     if trainer.accumulate_grad_batches < 1:
         raise UserError(
             f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, "
