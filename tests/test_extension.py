@@ -87,7 +87,9 @@ def test_a_new_quantizer_is_one_row(ceil, tmp_path, capsys):
     write_record(runs / "floor" / "record.json", other)
     assert main(["report", str(runs), "--out", str(tmp_path / "report")]) == 0
     arms = capsys.readouterr().out
-    assert "resnet8_cifar\tdigits\tceil\t" in arms and "resnet8_cifar\tdigits\tfloor\t" in arms
+    assert (
+        "resnet8_cifar\tdigits\tceil\tslope\t" in arms and "resnet8_cifar\tdigits\tfloor\t" in arms
+    )
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -97,7 +99,7 @@ def test_its_activations_in_a_graph_with_the_width_as_an_input(ceil, monkeypatch
     for bits in range(1, 9):
         layer = ActivationQuantizer("ceil", Width(8, (8,), bits))
         assert layer.ste == "slope"
-        tables.set(torch.tensor(bits))
+        tables.select(torch.tensor(bits))
         assert torch.equal(TensorActivation(tables, layer)(x), layer(x).detach())
 
 

@@ -144,7 +144,7 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.strategy: {name} shards the weights, but the normalizer needs the maximum "
             "over the whole weight; pass ddp"
         )
-    precision = type(trainer.precision_plugin).__name__
+    precision = type(getattr(trainer, "precision_plugin", None)).__name__
     if precision in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
         raise UserError(
             f"trainer.precision: {precision} replaces the quantized layers by its own; "
