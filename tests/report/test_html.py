@@ -82,6 +82,26 @@ def test_page_stands_alone(tmp_path, monkeypatch, make):
     assert data[record["id"]]["record"]["loss"] == "NaN"
 
 
+def test_the_accuracies_come_first_with_units_and_the_words_are_defined(
+    tmp_path, monkeypatch, make
+):
+    monkeypatch.setattr(figures, "FIGURES", {})
+    make.write(tmp_path / "runs", *make.pair(noise=0.0), make.inspect())
+    command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    message = "Truncated to 2 bits, round goes from 84.0 to 24.0 % and floor stays at 84.0 % top-1"
+    assert f"<h1>{message} (resnet20_cifar · cifar10)</h1>" in text
+    body = text[text.index("<main") :]
+    order = ['id="t-headline"', "<dt>Arm</dt>", "<dt>QT gap</dt>", 'id="findings"', 'id="figures"']
+    places = [body.index(part) for part in order]
+    assert places == sorted(places)
+    heads = re.findall(r"<th [^>]*>(?:<button[^>]*>)?([^<]+)<", body)
+    assert {"8 bits [%]", "4 bits [%]", "2 bits [%]", "1 bit [%]", "time [s]"} <= set(heads)
+    assert not [head for head in heads if re.fullmatch(r"\d+|seconds|bytes|pJ|total", head)]
+    words = re.sub(r"<[^>]+>", " ", body[: body.index('id="records"')])
+    assert not re.findall(r"\b[A-Z]{3,} [A-Z]{3,}\b", words)
+
+
 class Browser:
     """Chromium behind two pipes (descriptors 3 and 4), messages ended by a zero byte: the DevTools protocol."""
 
@@ -328,13 +348,23 @@ class TestChromium:
     def test_narrow_window_scrolls_the_table_not_the_page(self, page):
         page.send(
             "Emulation.setDeviceMetricsOverride",
-            width=400,
+            width=390,
             height=800,
             deviceScaleFactor=1,
             mobile=False,
         )
-        assert page.run("document.documentElement.scrollWidth") <= 400
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        first = "document.getElementById('t-headline')"
+        assert page.run(f"{first}.scrollWidth <= {first}.parentElement.clientWidth")
         page.send("Emulation.clearDeviceMetricsOverride")
+
+    def test_a_figure_opens_large(self, page):
+        page.run("document.querySelector('a.frame').click()")
+        assert page.run("document.getElementById('large').open")
+        shown = page.run("document.querySelector('#large-body img').getBoundingClientRect().width")
+        assert shown >= 1000
+        page.key("Escape", 27)
+        assert not page.run("document.getElementById('large').open")
 
     def test_left_out_records_are_on_the_page(self, page):
         assert "unfinished: status failed" in page.run(
