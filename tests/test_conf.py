@@ -69,6 +69,8 @@ def test_trains_two_steps(path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
                 "null",
                 "--model.calibration_batches",
                 "1",
+                "--model.warmup_epochs",
+                "0",
             ],
             *[
                 "--data.name",

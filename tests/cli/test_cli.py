@@ -295,9 +295,11 @@ def test_two_runs_then_test_then_going_on(
     ]
     assert main([*DIGITS, *short, *more]) == 0
     (said,) = [
-        line for line in capsys.readouterr().err.splitlines() if "stays as its checkpoint" in line
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "keeps the settings of its checkpoint" in line
     ]
-    assert said.endswith("trained: model.lr=0.1, not 0.5")
+    assert said.endswith("checkpoint: model.lr=0.1, not 0.5")
     resumed = json.loads((runs[1] / "record.json").read_text())
     assert resumed["id"] == record["id"]
     assert [epoch for epoch, _ in resumed["curves"]["val/acc1_float"]] == [0, 1]

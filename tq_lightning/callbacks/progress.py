@@ -1,4 +1,4 @@
-"""Progress of a fit: a bar in a terminal, a line every few steps elsewhere, both with the time left."""
+"""Progress of a fit with the time left: a bar in a terminal, elsewhere a line every few steps."""
 
 import time
 from datetime import timedelta

@@ -6,13 +6,14 @@ from typing import Any
 import lightning as L
 
 
-def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
+def print_widths(metrics: dict[str, float], stage: str, title: str, console: Any = None) -> None:
     """Print top-1 by width from metrics: a table, or one line per validation without a terminal.
 
     Args:
         metrics: the metric keys of an evaluation.
         stage: "val" or "test".
         title: text above the table.
+        console: the rich console of a progress bar, which prints above the bar; None for a new one.
     """
     rows = []
     bits = 8
@@ -40,7 +41,7 @@ def print_widths(metrics: dict[str, float], stage: str, title: str) -> None:
     for b, q, t, gap in rows:
         style = "red" if gap >= 5 else None
         table.add_row(str(b), f"{q:.2f}", f"{t:.2f}", f"{gap:+.2f}", style=style)
-    Console().print(table)
+    (console or Console()).print(table)
 
 
 class WidthTable(L.Callback):
@@ -48,11 +49,15 @@ class WidthTable(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
-            print_widths(
-                trainer.callback_metrics, "val", f"epoch {trainer.current_epoch} (validation)"
-            )  # type: ignore[arg-type]
+            title = f"epoch {trainer.current_epoch} (validation)"
+            print_widths(trainer.callback_metrics, "val", title, _console(trainer))  # type: ignore[arg-type]
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             title = f"top-1 on the test split, trained with {pl_module.hparams.quantizer}"
-            print_widths(trainer.callback_metrics, "test", title)  # type: ignore[arg-type]
+            print_widths(trainer.callback_metrics, "test", title, _console(trainer))  # type: ignore[arg-type]
+
+
+def _console(trainer: L.Trainer) -> Any:
+    """Return the console of the progress bar, or None."""
+    return getattr(trainer.progress_bar_callback, "_console", None)

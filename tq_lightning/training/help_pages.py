@@ -1,4 +1,4 @@
-"""Help of fit, validate, test and predict: one page of the usual options, and a page per section."""
+"""Help of fit, validate, test and predict: a page of the usual options, and one per section."""
 
 import shutil
 import textwrap

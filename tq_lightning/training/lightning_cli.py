@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: a LightningCLI with flat keys of our own, and a run directory that nothing overwrites."""
+"""fit, validate, test and predict: LightningCLI over TQModule and TQDataModule."""
 
 import contextlib
 import errno
@@ -70,12 +70,12 @@ PATHS += ("model.checkpoint_path", "model.teacher_checkpoint_path")
 
 
 def _root(config: Any) -> Path:
-    """Where the runs of a configuration lie; trainer.default_root_dir=null says nothing of it."""
+    """Return the parent of the run folders; null is the default."""
     return Path(config.trainer.default_root_dir or ROOT)
 
 
 def _check_root(root: Path) -> None:
-    """Raises UserError where no run can be written below `root`. Nothing is made: bad input leaves no trace."""
+    """Raise UserError if no run can be written below `root`, without creating anything."""
     there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
@@ -84,7 +84,7 @@ def _check_root(root: Path) -> None:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes RUN/config.yaml once training starts, without `ckpt_path`: it starts a new run.
+    """Write RUN/config.yaml once training starts, without `ckpt_path`: it starts a new run.
 
     A fit that trains nothing leaves the file of an earlier one.
     """
@@ -110,8 +110,8 @@ class SaveConfig(SaveConfigCallback):
 class TQCLI(LightningCLI):
     """LightningCLI over TQModule and TQDataModule.
 
-    `run_dir` is the directory of this run: a new one under trainer.default_root_dir, or that of the checkpoint it goes on
-    from.
+    `run_dir` is the folder of this run: --run_dir, that of the checkpoint to resume, or a new one
+    under trainer.default_root_dir.
     """
 
     run_dir: Path
@@ -152,7 +152,7 @@ class TQCLI(LightningCLI):
             process.terminate()
 
     def _leave(self, error: BaseException | None) -> None:
-        """Release the run folder; one that was made for a run that never began is removed."""
+        """Release the run folder, and remove it if it was made for a run that never began."""
         if self._lock is None:
             return
         self._lock.release()
@@ -189,18 +189,19 @@ class TQCLI(LightningCLI):
         check_run(self.config.subcommand, config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that belong to no section."""
         parser.add_argument(
             "--checkpoint_every_n_steps",
             type=int,
             default=0,
-            help="write checkpoints/last.ckpt every N optimizer steps as well as at every validation (0: only then)",
+            help="write checkpoints/last.ckpt every N optimizer steps too (0: every epoch only)",
         )
         parser.add_argument(
             "--run_dir",
             type=str | None,
             default=None,
-            help="folder of this run (default: a new one under trainer.default_root_dir); with --ckpt_path auto the first "
-            "start creates it and later ones resume from it",
+            help="folder of this run (default: a new one under trainer.default_root_dir); with "
+            "--ckpt_path auto the first start creates it and later ones resume from it",
         )
         for flag, what in (
             ("wandb", "Weights & Biases (WANDB_MODE=offline works)"),
@@ -225,7 +226,8 @@ class TQCLI(LightningCLI):
                 path = newest_checkpoint(root, given, config.run_dir and self.run_dir)
             if not path.is_file():
                 raise UserError(
-                    f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run under {root}"
+                    f"ckpt_path: {path} does not exist; pass a file, or last or best for the "
+                    f"newest run under {root}"
                 )
             progress = read_progress(path)
             self.resume_step = progress.step
@@ -244,13 +246,13 @@ class TQCLI(LightningCLI):
         kept = overridden_arguments(asked, self.config[self.config.subcommand].model.as_dict())
         if kept:
             print(
-                f"the model stays as its checkpoint was trained: {'; '.join(kept)}",
+                f"the model keeps the settings of its checkpoint: {'; '.join(kept)}",
                 file=sys.stderr,
                 flush=True,
             )
 
     def _parse_auto(self, config: Any, root: Path) -> str | None:
-        """Set `run_dir` to the folder that `--ckpt_path auto` means. Returns its checkpoint, None if it has to begin."""
+        """Set `run_dir` to the folder of `--ckpt_path auto`; return its checkpoint or None."""
         if self.config.subcommand != "fit":
             raise UserError("ckpt_path=auto is for fit; pass best, last or a file, and --run_dir")
         self.run_dir = auto_folder(config.run_dir, root)
@@ -268,6 +270,7 @@ class TQCLI(LightningCLI):
         return None
 
     def before_instantiate_classes(self) -> None:
+        """Choose the run folder and lock it."""
         config = self.config[self.subcommand]
         root = _root(config)
         if hasattr(self, "run_dir"):
@@ -297,7 +300,7 @@ class TQCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand in ("validate", "test"):
-            kwargs["verbose"] = False  # the width table says it shorter than a line a metric
+            kwargs["verbose"] = False  # the width table is shorter than a line per metric
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -324,12 +327,14 @@ class TQCLI(LightningCLI):
                 print(line, flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Create the Trainer with the callbacks and loggers of the verb."""
         self.config = self._typed_config  # for SaveConfig: text stays text when it is read again
         config = self.config_init[self.subcommand]
         trainer = config["trainer"]
         self.model.restored_from_checkpoint = self.resumed is not None
         self.model.resumed_batches = self.resumed_batches
-        # Lightning keeps checkpoints of its own in its root, and would find another run's in a root that runs share
+        # Lightning looks for its own checkpoints in its root: in a root that runs share it would
+        # find those of another run
         kwargs["default_root_dir"] = str(self.run_dir)
         environment = cluster_environment()
         plugins = trainer["plugins"]
@@ -403,7 +408,7 @@ class TQCLI(LightningCLI):
             save_top_k=1,
             save_on_train_epoch_end=False if every_batch else None,
             auto_insert_metric_name=False,
-            enable_version_counter=False,  # an epoch that is run again after a kill writes over its own file
+            enable_version_counter=False,  # an epoch repeated after a kill overwrites its file
         )
         every = config["checkpoint_every_n_steps"]
         last = ModelCheckpoint(
@@ -439,7 +444,7 @@ class TQCLI(LightningCLI):
 
 
 def _quiet() -> None:
-    # what Lightning says of hardware and data loaders at every start hides the one line a user needs
+    """Silence messages and warnings of Lightning that a user can't act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for pattern in (
@@ -462,7 +467,7 @@ def _quiet() -> None:
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    """Runs `argv` ("fit", "--config", ...) in this process.
+    """Run `argv` ("fit", "--config", ...) in this process.
 
     Returns:
         The last metrics as floats, "run_dir" and "record".
@@ -495,13 +500,13 @@ def run(argv: list[str]) -> dict[str, Any]:
     except SystemExit as stop:
         if stop.code in (0, None):  # --help, --print_config
             return {}
-        raise KeyboardInterrupt("go on with the same command and --ckpt_path last") from None
+        raise KeyboardInterrupt("resume with the same command and --ckpt_path last") from None
     metrics = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
     return {**metrics, "run_dir": str(cli.run_dir), "record": str(cli.run_dir / NAME)}
 
 
 def run_fit(argv: list[str]) -> dict[str, Any]:
-    """A whole `fit` in this process: what the command line does, for callers such as a sweep.
+    """Run `fit` in this process, as the command line does; for callers such as a sweep.
 
     Args:
         argv: arguments as on the command line, after `fit`.
@@ -510,6 +515,8 @@ def run_fit(argv: list[str]) -> dict[str, Any]:
         The last metrics as floats, and "run_dir" and "record" (paths).
 
     Raises:
-        UserError: bad input. TrainingError: a run that can't go on. KeyboardInterrupt: it was interrupted.
+        UserError: bad input.
+        TrainingError: the training cannot continue.
+        KeyboardInterrupt: Ctrl-C.
     """
     return run(["fit", *argv])

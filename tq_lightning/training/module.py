@@ -298,7 +298,7 @@ class TQModule(L.LightningModule):
             return self(images).float().softmax(1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's losses, and the preprocessing, which a server can't ask a data set for."""
+        """Add the epoch's losses and the preprocessing, which a served model needs."""
         gather = self.trainer.strategy.all_gather
         checkpoint["epoch_losses"] = self._epoch_losses.state_dict(
             lambda sums: gather(sums).view(-1, *sums.shape)
@@ -315,7 +315,7 @@ class TQModule(L.LightningModule):
             }
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict; build the model first if it was not (load_from_checkpoint, ddp_spawn)."""
+        """Load a state dict. Build the model first, e.g. for load_from_checkpoint."""
         if self.hparams.num_classes is not None:
             self.configure_model()
         return super().load_state_dict(*args, **kwargs)
