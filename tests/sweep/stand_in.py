@@ -1,4 +1,4 @@
-"""A stand-in for `fit`: in a blink, a record.json as a real run leaves it. Named to the engine with --fit."""
+"""Stand-ins for `fit` that write a record.json like a real run, within milliseconds."""
 
 import os
 import time
@@ -17,7 +17,10 @@ CHECKPOINT = {  # but for global_step
 
 
 def fit(argv: list[str]) -> dict[str, Any]:
-    """val/acc1_truncate_mean = 50 + 10 lr - seed. --sleep=S takes S seconds, --end=how ends it that way; notes who ran what."""
+    """Log val/acc1_truncate_mean = 50 + 10 lr - seed, and note the process and the arguments.
+
+    --sleep=S takes S seconds; --end=HOW ends it in that way.
+    """
     given = dict(word.removeprefix("--").split("=", 1) for word in argv if "=" in word)
     root = Path(given["trainer.default_root_dir"])
     lr, seed = float(given.get("model.lr", 0)), int(given.get("seed_everything", 0))
@@ -57,9 +60,9 @@ def fit(argv: list[str]) -> dict[str, Any]:
 
 
 def fit_epochs(argv: list[str]) -> dict[str, Any]:
-    """A fit of --epochs=N with --sleep=S seconds each: a row of metrics.csv and a last.ckpt an epoch, and it can go on.
+    """Run --epochs=N of --sleep=S seconds, each with a row of metrics.csv and a last.ckpt.
 
-    --stop=K: a signal from outside ends each call after K epochs of its own.
+    It resumes from --ckpt_path. --stop=K interrupts each call after K epochs of its own.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The reader of sweep files: types, nesting, ranges, grids, and one clear line for everything that is wrong."""
+"""Reading sweep files: types, nesting, ranges, grids, and errors of one line."""
 
 import math
 
@@ -186,7 +186,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("keys", "said"), BAD)
-def test_what_is_wrong_is_said_in_one_line(write_sweep, keys, said):
+def test_errors_are_one_line(write_sweep, keys, said):
     path = write_sweep(**keys)
     with pytest.raises(UserError) as caught:
         read_sweep(path)
@@ -227,7 +227,7 @@ def test_the_command_gives_arguments_and_environment(write_sweep, monkeypatch):
     assert sweep.arguments == ("--config", "conf/a.yaml")  # --wandb is for W&B's agents
 
 
-def test_further_arguments_go_last_and_can_not_undo_the_search(write_sweep):
+def test_extra_arguments_can_not_override_the_search(write_sweep):
     sweep = read_sweep(write_sweep())
     assert with_extra(sweep, ["--trainer.max_epochs=2"]).extra == ("--trainer.max_epochs=2",)
     assert (

@@ -1,4 +1,4 @@
-"""The same with PostgreSQL: a server of the test's own, on loopback, with its own data directory."""
+"""A killed worker with PostgreSQL: a server on loopback with its own data directory."""
 
 import glob
 import os
@@ -17,25 +17,25 @@ BINARIES = next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True
 
 @pytest.fixture(scope="module")
 def postgres():
-    """The URL of a fresh database. The server refuses root, so where the tests are root it runs as the package's own user."""
+    """The URL of a new database. The server refuses root; it then runs as the user postgres."""
     initdb = str(Path(BINARIES) / "initdb") if BINARIES else shutil.which("initdb")
     if initdb is None:
         pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")
-    home = Path(
+    base = Path(
         tempfile.mkdtemp(prefix="tq-postgres-", dir="/tmp")
     )  # short: the socket's path may have 107 bytes
     drop = {}
     if os.geteuid() == 0:
         user = pwd.getpwnam("postgres")
-        os.chown(home, user.pw_uid, user.pw_gid)
+        os.chown(base, user.pw_uid, user.pw_gid)
         drop = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    data, tools = home / "data", Path(initdb).parent
-    run = {"check": True, "capture_output": True, "cwd": home, **drop}
+    data, tools = base / "data", Path(initdb).parent
+    run = {"check": True, "capture_output": True, "cwd": base, **drop}
     subprocess.run([initdb, "-D", data, "-A", "trust", "-U", "me", "--no-sync"], **run)
-    options = f"-p {port} -k {home} -c listen_addresses=127.0.0.1 -c fsync=off"
+    options = f"-p {port} -k {base} -c listen_addresses=127.0.0.1 -c fsync=off"
     subprocess.run(
         [
             tools / "pg_ctl",
@@ -45,7 +45,7 @@ def postgres():
             "-t",
             "120",
             "-l",
-            home / "log",
+            base / "log",
             "-o",
             options,
             "start",
@@ -56,7 +56,7 @@ def postgres():
         yield f"postgresql+psycopg://me@127.0.0.1:{port}/postgres"
     finally:
         subprocess.run([tools / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop"], **run)
-        shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(base, ignore_errors=True)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The line that says how a sweep stands: counts, the best, and a time left that runs down and doesn't jump."""
+"""The progress line: counts, the best trial, and a time left that does not jump."""
 
 from datetime import datetime, timedelta
 
@@ -27,7 +27,7 @@ def line(running, workers):
     return describe(TrialQueue(study, lambda point: {}, limit=8), None, workers)
 
 
-def test_what_running_trials_have_had_counts():
+def test_the_elapsed_time_of_running_trials_counts():
     said = line(running=2, workers=2)
     assert said.startswith(
         "2 of 8 done, 2 running, 0 failed, 0 pruned; best val/acc1_float 91 (trial 1)"
@@ -35,7 +35,7 @@ def test_what_running_trials_have_had_counts():
     assert said.endswith("time left 4 min")  # (6 * 100 - 2 * 40) / 2 = 260 s
 
 
-def test_a_worker_between_two_trials_doubles_no_time():
+def test_a_worker_between_two_trials_still_counts():
     assert line(running=1, workers=2).endswith(
         "time left 5 min"
     )  # (600 - 40) / 2 = 280 s, not 560 s

@@ -1,4 +1,4 @@
-"""Sweeps of real trials: `fit` on two batches of digits, its own directory, config, seed, record; pruning, under DDP too."""
+"""Sweeps of real fits on two batches of digits: directories, records, pruning, DDP."""
 
 import csv
 import json
@@ -50,9 +50,11 @@ def test_trials_are_real_fits_with_their_own_records_and_reported_epochs(write_s
     records = [json.loads(Path(t.user_attrs["record"]).read_text()) for t in trials]
     assert [record["seed"] for record in records] == [3, 4] and records[0]["id"] != records[1]["id"]
     for trial, record in zip(trials, records, strict=True):
-        home = Path(trial.user_attrs["record"]).parent
+        run_dir = Path(trial.user_attrs["record"]).parent
         assert record["status"] == "finished" and record["config"]["model"]["widths"] == [8, 2]
-        assert (home / "config.yaml").is_file() and home.parent == Path(trial.user_attrs["run_dir"])
+        assert (run_dir / "config.yaml").is_file() and run_dir.parent == Path(
+            trial.user_attrs["run_dir"]
+        )
         curve = dict(record["curves"]["val/acc1_truncate_mean"])
         assert trial.intermediate_values == {
             epoch + 1: pytest.approx(value, abs=1e-4) for epoch, value in curve.items()
@@ -83,7 +85,7 @@ def test_a_pruned_trial_ends_early_with_its_record(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_trial_that_can_not_train_fails_with_fits_own_words(tmp_path):
+def test_a_trial_that_can_not_train_fails_with_the_message_of_fit(tmp_path):
     from tq_lightning.cli import run_fit
 
     result = run_trial(
@@ -95,10 +97,10 @@ def test_a_trial_that_can_not_train_fails_with_fits_own_words(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_trial_goes_on_with_its_last_checkpoint(
+def test_a_killed_trial_resumes_its_last_checkpoint(
     write_sweep, tmp_path, sweep_process, processes
 ):
-    """SIGKILL after the first epoch's checkpoint: the retry has all epochs in one metrics.csv and trains the others only."""
+    """SIGKILL after the first epoch: the retry trains the other ones, in a copy with one CSV."""
     arguments = [*TINY, "--trainer.max_epochs=3", "--model.widths=[8,2]"]
     if processes > 1:
         arguments += ["--trainer.strategy=ddp", f"--trainer.devices={processes}"]
@@ -129,8 +131,8 @@ def test_a_killed_trial_goes_on_with_its_last_checkpoint(
     first, second = study_of(folder).trials
     assert first.user_attrs["cause"] == "lost" and second.state == TrialState.COMPLETE, out
     record = json.loads(Path(second.user_attrs["record"]).read_text())
-    home = Path(second.user_attrs["record"]).parent
-    with (home / "metrics.csv").open(newline="") as file:
+    run_dir = Path(second.user_attrs["record"]).parent
+    with (run_dir / "metrics.csv").open(newline="") as file:
         rows = [int(row["epoch"]) for row in csv.DictReader(file) if row["val/acc1_truncate_mean"]]
     assert (
         rows == [0, 1, 2]
@@ -140,15 +142,15 @@ def test_a_killed_trial_goes_on_with_its_last_checkpoint(
     )
     steps = 2 * len(rows)  # two batches an epoch
     begun = second.user_attrs["resumed_step"]
-    assert 2 <= begun < steps == record["steps"] and f"--ckpt_path={home}" in record["command"]
+    assert 2 <= begun < steps == record["steps"] and f"--ckpt_path={run_dir}" in record["command"]
     (earlier,) = Path(first.user_attrs["run_dir"]).iterdir()
     kept = {key: value for key, value in _scores(earlier).items() if key < begun}
-    assert kept and kept == {key: value for key, value in _scores(home).items() if key < begun}
+    assert kept and kept == {key: value for key, value in _scores(run_dir).items() if key < begun}
     assert list(second.intermediate_values) == [1, 2, 3]  # the pruner has the whole curve
     assert second.intermediate_values[1] == first.intermediate_values[1]
-    assert len(list((home / "checkpoints").glob("best*"))) == 1
+    assert len(list((run_dir / "checkpoints").glob("best*"))) == 1
     status = json.loads((earlier / "record.json").read_text())["status"]
-    assert status == "running" and earlier.name == home.name and earlier != home
+    assert status == "running" and earlier.name == run_dir.name and earlier != run_dir
 
 
 def _is_worker(pid, name):

@@ -1,4 +1,4 @@
-"""A retry goes on where the earlier attempt's last checkpoint is, and nobody else writes where it does."""
+"""A retry resumes the earlier attempt's last checkpoint, in a folder of its own."""
 
 import json
 import os
@@ -32,12 +32,12 @@ def attempt(number, run_dir=None, **attrs):
     )
 
 
-def left_run(home, name, step, when):
+def left_run(attempt_dir, name, step, when):
     """A run as a killed fit leaves it. step None: no checkpoint; a text: one of half a file."""
-    (home / name / "checkpoints").mkdir(parents=True)
-    (home / name / "wandb").mkdir()
-    (home / name / "metrics.csv").write_text(f"{step}\n")
-    path = home / name / "checkpoints" / "last.ckpt"
+    (attempt_dir / name / "checkpoints").mkdir(parents=True)
+    (attempt_dir / name / "wandb").mkdir()
+    (attempt_dir / name / "metrics.csv").write_text(f"{step}\n")
+    path = attempt_dir / name / "checkpoints" / "last.ckpt"
     if isinstance(step, str):
         path.write_bytes(b"PK half")
     elif step is not None:
@@ -46,7 +46,7 @@ def left_run(home, name, step, when):
         os.utime(path, (when, when))
 
 
-def test_a_first_attempt_and_one_whose_files_are_elsewhere_begin(tmp_path):
+def test_a_first_attempt_and_one_whose_files_are_elsewhere_start_anew(tmp_path):
     study = optuna.create_study()
     study.add_trials([attempt(0, "/elsewhere/trials/0003-abcdef"), attempt(1)])
     first, retry = study.trials
@@ -57,44 +57,47 @@ def test_a_first_attempt_and_one_whose_files_are_elsewhere_begin(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_newest_whole_checkpoint_of_the_latest_attempt_is_gone_on_from_in_a_copy(
-    tmp_path, capsys
-):
+def test_the_newest_intact_checkpoint_of_the_latest_attempt_is_copied(tmp_path, capsys):
     study, trials = optuna.create_study(), tmp_path / "trials"
-    homes = [trials / f"0003-{name}" for name in ("a", "b", "c")]
-    for home, run, step, when in [
-        (homes[0], "r0", 9, 900),  # of the earliest attempt: not asked, however new
-        (homes[1], "r1", 2, 100),
-        (homes[1], "r2", 3, 200),
-        (homes[1], "r3", "half", 300),
-        (homes[2], "r4", None, 400),
+    attempts = [trials / f"0003-{name}" for name in ("a", "b", "c")]
+    for attempt_dir, run, step, when in [
+        (attempts[0], "r0", 9, 900),  # of the earliest attempt: not asked, however new
+        (attempts[1], "r1", 2, 100),
+        (attempts[1], "r2", 3, 200),
+        (attempts[1], "r3", "half", 300),
+        (attempts[2], "r4", None, 400),
     ]:
-        left_run(home, run, step, when)
+        left_run(attempt_dir, run, step, when)
     study.add_trials(
         [
-            *(attempt(i, f"/other/mount/trials/{home.name}") for i, home in enumerate(homes)),
+            *(
+                attempt(i, f"/other/mount/trials/{attempt_dir.name}")
+                for i, attempt_dir in enumerate(attempts)
+            ),
             attempt(3),
         ]
     )
-    home = attempt_folder(trials, study.trials[3])
-    assert home.name.startswith("0003-retry3-") and home != attempt_folder(trials, study.trials[3])
-    assert copy_earlier_run(study, study.trials[3], home)[1:] == (
+    attempt_dir = attempt_folder(trials, study.trials[3])
+    assert attempt_dir.name.startswith("0003-retry3-") and attempt_dir != attempt_folder(
+        trials, study.trials[3]
+    )
+    assert copy_earlier_run(study, study.trials[3], attempt_dir)[1:] == (
         None,
-        home / "r2" / "checkpoints" / "last.ckpt",
+        attempt_dir / "r2" / "checkpoints" / "last.ckpt",
         3,
     )
-    assert {path.name for path in (home / "r2").iterdir()} == {
+    assert {path.name for path in (attempt_dir / "r2").iterdir()} == {
         "checkpoints",
         "metrics.csv",
     }  # W&B's files are not copied
-    assert (homes[1] / "r2" / "metrics.csv").is_file() and not list(trials.glob("*.part"))
+    assert (attempts[1] / "r2" / "metrics.csv").is_file() and not list(trials.glob("*.part"))
     assert "cannot resume " in capsys.readouterr().err
 
 
-def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(
+def test_a_stopped_trial_resumes_and_runs_no_epoch_twice(
     write_sweep, tmp_path, replace_fit, no_results
 ):
-    """Each call is stopped after one epoch, more often than MAX_LOST: an attempt that gets further is no loss."""
+    """Each call is stopped after one epoch, more than MAX_LOST times: progress resets the count."""
     replace_fit("stand_in:fit_epochs")
     epochs = MAX_LOST + 2
     path = write_sweep(
@@ -122,7 +125,7 @@ def test_a_stopped_trial_goes_on_and_no_epoch_is_run_twice(
     assert len(taken) == len(set(taken)) == 2
 
 
-def test_a_trial_that_makes_no_headway_is_given_up(write_sweep, tmp_path, replace_fit, no_results):
+def test_a_trial_without_progress_is_given_up(write_sweep, tmp_path, replace_fit, no_results):
     replace_fit("stand_in:fit_epochs")
     path = write_sweep(
         arguments=["--epochs=3", "--stop=0"], parameters={"model.lr": {"values": [0.1]}}
@@ -132,7 +135,7 @@ def test_a_trial_that_makes_no_headway_is_given_up(write_sweep, tmp_path, replac
     assert len(study_of(folder).trials) == MAX_LOST
 
 
-def test_a_result_that_comes_after_the_trial_was_given_away_is_none(write_sweep, tmp_path):
+def test_a_late_result_of_a_trial_given_away_is_superseded(write_sweep, tmp_path):
     sweep = read_sweep(write_sweep(parameters={"model.lr": {"values": [0.1]}}))
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
     queue = TrialQueue(study, lambda _: {"model.lr": 0.1}, limit=1)
@@ -142,11 +145,13 @@ def test_a_result_that_comes_after_the_trial_was_given_away_is_none(write_sweep,
 
     def fit(argv):
         queue.fail(trial, "lost", "no sign of life")  # by another one, while this one was cut off
-        home = Path(next(word for word in argv if "default_root_dir" in word).partition("=")[2])
+        attempt_dir = Path(
+            next(word for word in argv if "default_root_dir" in word).partition("=")[2]
+        )
         last = Evaluation({"val/acc1_truncate_mean": 1.0}, 0)
-        write_record(home / "record.json", Record("a", "finished", {}, last=last))
-        shutil.copy(home / "record.json", record)
-        return {"record": str(home / "record.json")}
+        write_record(attempt_dir / "record.json", Record("a", "finished", {}, last=last))
+        shutil.copy(attempt_dir / "record.json", record)
+        return {"record": str(attempt_dir / "record.json")}
 
     worker = Worker(queue, sweep, ["val/acc1_truncate_mean"], tmp_path, fit)
     result = worker.run_claimed(trial)
@@ -160,9 +165,7 @@ def test_a_result_that_comes_after_the_trial_was_given_away_is_none(write_sweep,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_suspended_worker_stops_when_it_wakes_and_takes_the_next_trial(
-    write_sweep, tmp_path, sweep_process
-):
+def test_a_suspended_worker_drops_its_trial_when_it_wakes(write_sweep, tmp_path, sweep_process):
     path = write_sweep(
         arguments=["--epochs=12", "--sleep=0.5"],
         parameters={"model.lr": {"values": [0.1, 0.2, 0.3, 0.4]}},

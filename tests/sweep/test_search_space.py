@@ -1,4 +1,4 @@
-"""A sweep's parameters in Optuna: what is stored, what reaches the program, and that both engines mean the same."""
+"""A sweep's parameters in Optuna: stored values, drawn values, arguments of fit."""
 
 import collections
 import math
@@ -90,7 +90,7 @@ def test_draws_stay_in_their_ranges_with_their_types(write_sweep):
     assert 75 <= halves <= 125
 
 
-def test_a_random_sweep_draws_the_same_points_whoever_asks(write_sweep):
+def test_a_random_sweep_draws_the_same_points_in_every_worker(write_sweep):
     sweep = read_sweep(
         write_sweep(
             method="random", parameters={"lr": {"min": 0.0, "max": 1.0}, "m": {"min": 0, "max": 9}}
@@ -100,7 +100,7 @@ def test_a_random_sweep_draws_the_same_points_whoever_asks(write_sweep):
     assert first == second and len({row["lr"] for row in first}) == 5
 
 
-def test_arguments_the_searched_ones_after_the_commands(write_sweep):
+def test_searched_arguments_follow_those_of_the_command(write_sweep):
     sweep = read_sweep(
         write_sweep(
             arguments=["--config", "a.yaml"],
@@ -126,7 +126,7 @@ def test_hyperband_and_none(write_sweep):
     assert isinstance(pruner(read_sweep(write_sweep()), 1), optuna.pruners.NopPruner)
 
 
-def test_what_is_searched_comes_after_a_config_that_would_undo_it(write_sweep):
+def test_searched_arguments_follow_an_extra_config(write_sweep):
     parameters = {"model.lr": {"values": [0.1, 0.2]}, "trainer.max_epochs": {"value": 20}}
     sweep = with_extra(read_sweep(write_sweep(parameters=parameters)), ["--config", "b.yaml"])
     given = arguments(sweep, {"model.lr": 0.2, "trainer.max_epochs": 20})

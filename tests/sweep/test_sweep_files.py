@@ -1,4 +1,4 @@
-"""The sweep files that ship: every key and value against the real command line, every grid expanded, arms treated alike."""
+"""The files in sweeps/: every value passes the real command line; all arms are treated alike."""
 
 from pathlib import Path
 
@@ -89,7 +89,9 @@ def test_both_arms_have_the_same_search_for_a_learning_rate():
         ),
     ],
 )
-def test_what_fit_would_refuse_is_said_before_any_training(write_sweep, parameters, metric, said):
+def test_values_that_fit_would_refuse_are_errors_before_training(
+    write_sweep, parameters, metric, said
+):
     sweep = read_sweep(write_sweep(parameters=parameters))
     with pytest.raises(UserError) as caught:
         check_arms(sweep, [metric or sweep.metric])
@@ -111,7 +113,7 @@ def test_a_null_teacher_is_no_teacher(parse, null):
 
 @pytest.mark.parametrize("null", ["None", "null"])
 def test_what_wandb_agents_send_arrives_typed(parse, null):
-    """W&B writes str(value): None, True and lists as Python does, a nested mapping whole, and 1e-3 from YAML as a string."""
+    """W&B sends str(value): None, True, lists and whole mappings, and YAML's 1e-3 as text."""
     sent = [
         "--model.widths=[8, 4]",
         f"--model.activations={null}",

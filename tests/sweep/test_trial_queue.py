@@ -1,4 +1,4 @@
-"""The trial queue: no point runs twice and none is lost, on every storage, whichever process dies."""
+"""The trial queue: no point runs twice and none is lost, on every storage."""
 
 import signal
 import threading
@@ -72,7 +72,7 @@ def test_a_point_enqueued_twice_is_run_once(url):
     assert [t.state for t in queue.trials()] == [TrialState.COMPLETE]
 
 
-def test_a_silent_worker_loses_its_trial_and_a_live_one_keeps_it(url):
+def test_a_worker_without_heartbeat_loses_its_trial(url):
     queue = queue_of(url, limit=2, stale=0.6)
     queue.refresh()
     dead, living = queue.claim("dead"), queue.claim("living")
@@ -95,7 +95,7 @@ def test_a_silent_worker_loses_its_trial_and_a_live_one_keeps_it(url):
     assert queue.finished()
 
 
-def test_who_fails_a_trial_may_die_before_it_enqueues_the_next(url):
+def test_a_process_may_die_between_failing_and_requeueing_a_trial(url):
     queue = queue_of(url, limit=1)
     queue.refresh()
     queue.fail(queue.claim("a"), "interrupted", "stopped")  # and no refresh() after it
@@ -126,7 +126,7 @@ def test_a_trial_that_raised_is_not_retried(url):
     assert queue.finished() and queue.claim("a") is None
 
 
-def test_a_result_that_comes_after_the_trial_was_given_away_does_not_count(url):
+def test_a_late_result_of_a_failed_trial_does_not_count(url):
     queue = queue_of(url, limit=1)
     queue.refresh()
     slow = queue.claim("slow")
@@ -159,7 +159,7 @@ def test_without_a_limit_there_is_always_one_more(url):
 
 @pytest.fixture
 def interruptible():
-    """SIGINT raises KeyboardInterrupt, as under `Worker.run`: a suite started in the background inherits that it is ignored."""
+    """SIGINT raises KeyboardInterrupt as in `Worker.run`; a background process ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -175,14 +175,14 @@ def test_a_worker_learns_that_its_trial_was_taken(url, interruptible):
     assert queue.trial_taken
 
 
-def test_who_could_not_look_has_seen_nobody_silent(url, monkeypatch):
-    """A storage that is away for longer than `stale` is no reason to take the trials of those it was away for as well."""
+def test_an_outage_is_not_taken_for_dead_workers(url, monkeypatch):
+    """An outage longer than the heartbeat timeout fails no trial: workers had it too."""
     queue = queue_of(url, limit=1, stale=0.2)
     queue.refresh()
     trial = queue.claim("living")
     queue.refresh()
-    with monkeypatch.context() as away, pytest.raises(StorageInternalError):
-        away.setattr(queue, "trials", lambda: (_ for _ in ()).throw(StorageInternalError))
+    with monkeypatch.context() as patch, pytest.raises(StorageInternalError):
+        patch.setattr(queue, "trials", lambda: (_ for _ in ()).throw(StorageInternalError))
         queue.refresh()
     threading.Event().wait(0.3)
     queue.refresh()

@@ -1,4 +1,4 @@
-"""The real `wandb sweep` and `wandb agent` over our sweep files, against a stand-in for the server (there is none here)."""
+"""The real `wandb sweep` and `wandb agent` on our sweep files, with a stand-in for the server."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_the_stand_in_expands_nested_parameters_as_wandb_does():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_an_agent_runs_our_file_online(server, tmp_path):
-    """Two arms with nested parameters and lists: each its own run, with curves, the resolved configuration and its record."""
+    """Two arms with nested parameters and lists: each has a run with curves and its record."""
     wandb(server, tmp_path, "sweep", str(tiny("widths_and_distillation", tmp_path)))
     said = wandb(server, tmp_path, "agent", "--count", "2", f"{ENTITY}/{PROJECT}/sweep0")
     # the agent exits 0 even when its trials fail: look at what ran

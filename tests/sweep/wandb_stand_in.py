@@ -1,7 +1,8 @@
-"""A small stand-in for a W&B server on 127.0.0.1: answers what the unmodified client asks, and keeps what it was sent.
+"""A stand-in for a W&B server on 127.0.0.1 that serves the unmodified client.
 
-It hands out a grid sweep's points as the real one does: an agent's heartbeat is answered with one `run` command at a time, each
-with its arguments as {key: {value: ...}}; nested parameters go as one argument with a mapping for its value.
+It hands out the points of a grid sweep as the real one does: a heartbeat of the agent is answered
+with one `run` command, whose arguments are {key: {value: ...}}. Nested parameters are one argument
+with a mapping as its value.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ VIEWER = {
 
 
 class WandbStandIn:
-    """The server's state: `asked` (operations in order), `sent` (points handed out), `runs` (name -> what came), `uploads`."""
+    """The server's state: `asked` (operations), `sent` (points), `runs` (by name), `uploads`."""
 
     def __init__(self):
         self.asked, self.runs, self.uploads, self.sweeps, self.sent = [], {}, {}, {}, []
@@ -81,7 +82,7 @@ class WandbStandIn:
                     if self.path.endswith("/graphql"):
                         asked = json.loads(body)
                         data = state.answer(asked["query"], asked.get("variables") or {})
-                        # what is not known is an error to the client; nulls for all that it asked would make it stumble
+                        # the client handles an error better than null data
                         self.reply(
                             {"errors": [{"message": "not known here"}], "data": None}
                             if data is None

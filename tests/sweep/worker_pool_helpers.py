@@ -30,7 +30,7 @@ def wait_for(condition, seconds=240.0):
 
 
 def check_killed_worker(write_sweep, tmp_path, sweep_process, url):
-    """Three workers share a 12-point grid, one is killed in mid-trial: 12 results, none twice, the killed one's retried."""
+    """Kill one of three workers in mid-trial: 12 points, 12 results, the killed trial retried."""
     parameters = {
         "seed_everything": {"values": [0, 1, 2]},
         "model.lr": {"values": [0.1, 0.2, 0.3, 0.4]},

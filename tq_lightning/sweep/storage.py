@@ -161,7 +161,7 @@ def _open_database(url: str) -> "optuna.storages.RDBStorage":
 
 
 def reason_of(error: BaseException, limit: int = 200) -> str:
-    """Return the message of a storage error as one line of at most `limit` characters, no passwords."""
+    """Return a storage error as one line of at most `limit` characters without passwords."""
     text = re.sub(r"^\([\w.]+\)\s*", "", " ".join(str(error.__cause__ or error).split()))
     text = hide_password(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
