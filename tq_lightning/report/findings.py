@@ -209,8 +209,8 @@ def _answer(words: Question, name: str, of: list[Compared]) -> str:
         return f"Mixed with {name}: {sides}."
     if not above and not below:
         widest = max(c.difference.estimate.half or 0.0 for c in tested)
-        rest = f"effects of up to {widest:.1f} points cannot be ruled out"
-        return f"{words.same} in any of {count} with {name}; {rest}."
+        rest = f"; effects of up to {widest:.1f} points cannot be ruled out" * (widest >= 0.05)
+        return f"{words.same} in any of {count} with {name}{rest}."
     shown = above or below
     most = max(shown, key=lambda c: abs(c.difference.estimate.mean))
     size = f"{abs(most.difference.estimate.mean):.1f} points"
