@@ -16,8 +16,8 @@ from tq_lightning.quant.switchable_norm import train_float_norms
 def build_model(h: Any, start_weights: bool = True) -> nn.Module:
     """Create the float model `h.name` and load the weights that it starts from.
 
-    Adds the dropout rates to `h.model_args`, and replaces a name such as `hf-hub:...` by that of the
-    architecture, so that the model can be rebuilt from a checkpoint.
+    Adds the dropout rates to `h.model_args`, and replaces a name such as `hf-hub:...` by that of
+    the architecture, so that the model can be rebuilt from a checkpoint.
 
     Args:
         h: hyperparameters of a TQModule.
