@@ -1,9 +1,11 @@
 """The W&B logger: one run for each fit, in one process too, and none but rank 0's."""
 
 import pytest
+import wandb
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tq_lightning.callbacks.wandb_logger import make_wandb_logger
+from tq_lightning.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +57,16 @@ def test_a_resumed_fit_continues_its_run_and_logs_no_step_twice(tmp_path, monkey
     rows = [(row["trainer/global_step"], key) for row in logged for key in row if key in "xy"]
     assert sorted(rows) == [(step, key) for step in range(4) for key in "xy"]
     assert all("epoch" in row for row in logged)
+
+
+def test_a_refusal_of_wandb_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise wandb.errors.UsageError("api_key not configured (no-tty).\nCall wandb.login().")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError) as caught:
+        make_wandb_logger(tmp_path / "run", {})
+    assert str(caught.value) == (
+        "W&B did not start (api_key not configured (no-tty).); run `wandb login`, or set "
+        "WANDB_MODE=offline"
+    )
