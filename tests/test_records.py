@@ -182,8 +182,12 @@ def record_keys(source, keys=KEYS):
         if not isinstance(key, ast.Constant) or key.value not in keys:
             continue
         names = {last_name(owner)}
-        while isinstance(owner, ast.Subscript):  # header["model"]["name"] is taken from a header
-            owner = owner.value
+        # config["model"]["name"] and config.get("model").get("name") are taken from a configuration
+        while isinstance(owner, ast.Subscript | ast.Call | ast.Attribute):
+            is_get = isinstance(owner, ast.Attribute) and owner.attr in ("get", "pop", "setdefault")
+            if isinstance(owner, ast.Attribute) and not is_get:
+                break
+            owner = owner.func if isinstance(owner, ast.Call) else owner.value
             names.add(last_name(owner))
         if not names & set(NOT_RECORDS):
             yield node.lineno, ast.unparse(node), key.value
@@ -211,6 +215,7 @@ def test_no_key_of_a_record_outside_records(path):
         'self._record["config"]["model"]',
         'arm.runs[0].record["bytes"]',
         'del record["reason"]',
+        'run.record.get("config", {}).get("model")',
     ],
 )
 def test_counter_example(source):

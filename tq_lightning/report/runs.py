@@ -128,9 +128,10 @@ def _one_of(same: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any
 
 def _texts(record: Record | InspectRecord) -> tuple[str, str]:
     """(record without its tests, its test) as text, in which NaN equals NaN."""
-    tree = record.tree()
-    _, test = tree.pop("tests", None), tree.pop("test", None)
-    return json.dumps(tree, sort_keys=True), json.dumps(test, sort_keys=True) if test else ""
+    if isinstance(record, InspectRecord):
+        return json.dumps(record.tree(), sort_keys=True), ""
+    tree = record.tree(without=("test", "tests"))
+    return json.dumps(tree, sort_keys=True), repr(record.test) if record.test else ""
 
 
 def _published(record: Any, full_paths: bool) -> Any:
