@@ -340,3 +340,28 @@ def test_a_system_without_cpu_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert TQDataModule("digits").workers == 3
+
+
+def test_a_tar_of_one_tar_per_class(folder):
+    """The layout of ImageNet's own training archive."""
+    pack(folder, "val")
+    with tarfile.open(folder / "train.tar", "w") as outer:
+        for name in CLASSES:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for path in sorted((folder / "train" / name).iterdir()):
+                    tar.add(path, path.name)
+            info = tarfile.TarInfo(f"{name}.tar")
+            info.size = len(inner.getvalue())
+            inner.seek(0)
+            outer.addfile(info, inner)
+    expected = [np.asarray(Image.open(folder / "train" / name / "3.png")) for name in CLASSES]
+    shutil.rmtree(folder / "train")
+    data = module(folder)
+    data.setup("fit")
+    split = data._split("train")
+    assert data.class_names == list(CLASSES) and split.labels.numel() == 18
+    for label, number in enumerate((3, 9, 15)):
+        image, got = split.read(number)
+        assert got == label
+        np.testing.assert_array_equal(np.asarray(image)[..., 0], expected[label])

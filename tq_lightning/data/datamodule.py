@@ -292,7 +292,7 @@ class TQDataModule(lightning.LightningDataModule):
         files = self._row["size"] is None  # cropped and mirrored one by one
         pad, hflip = (0, 0.0) if files else (self.pad, self.hflip)
         self._augment = augment.BatchAugment(self.seed, pad, hflip, self.reprob, self.remode, mixup)
-        loader = TrainLoader(reader, order, self._augment, self.name)
+        loader = TrainLoader(reader, order, self._augment, str(self.name))
         loader.progress = lambda: self._progress(loader)
         return loader
 
