@@ -9,7 +9,7 @@ from tq_lightning.report.groups import MAIN_KEYS, Arm
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 from tq_lightning.report.runs import SOURCES, Run
 
-FACTS = ("model.name", "data.name", *MAIN_KEYS[2:], ACTIVATIONS_SOURCE)
+FACTS: tuple[str, ...] = ("model.name", "data.name", *MAIN_KEYS[2:], ACTIVATIONS_SOURCE)
 FACTS += ("model.normalizer", "model.norm")
 
 

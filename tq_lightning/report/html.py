@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def page(figure_folder: Path, runs: list[Run], **parts: Any) -> str:
     """Render `templates/report.html.j2` with the SVG files of a folder and the details of runs."""
     loader = FileSystemLoader(HERE / "templates", encoding="utf-8")
-    layout = {"trim_blocks": True, "lstrip_blocks": True}
+    layout: Any = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **layout)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"text": text, "sort_key": sort_key}

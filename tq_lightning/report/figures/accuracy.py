@@ -1,6 +1,7 @@
 """Figures of accuracy by width: the paper's rows, the values of one factor, and training curves."""
 
 import math
+from typing import Any
 
 from tq_lightning.report.caveats import flags_of, mixed, seeds_words
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, has_collapsed
@@ -115,9 +116,9 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
     title = f"{section}: {_ranges(found, base)}"
     size = (max(5.2, 2.5 * len(groups) + 0.4), 4.9)
     canvas, body = style.new(size, title, flags=flags_of(groups))
-    share = {"sharex": "col", "sharey": "row", "height_ratios": [3, 2]}
+    share: Any = {"sharex": "col", "sharey": "row", "height_ratios": [3, 2]}
     grid = body.subplots(2, len(groups), squeeze=False, **share)
-    entries, words = {}, []
+    entries, words = dict[str, Any](), list[str]()
     for (top, bottom), group in zip(grid.T, groups, strict=True):
         for i, (value, arm) in enumerate(group.arms):
             look = style.series_look(models, arm, values.index(value))

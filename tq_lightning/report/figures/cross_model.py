@@ -99,7 +99,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
     subtitle = f"Pareto front of accuracy and bytes read, {data}"
     canvas, body = style.new((6.4, 4.2), title, subtitle, flags)
     axes = body.add_subplot()
-    every = {"label": "every arm at each width", "color": "#aaaaaa", "ms": 4, "zorder": 1}
+    every: Any = {"label": "every arm at each width", "color": "#aaaaaa", "ms": 4, "zorder": 1}
     axes.plot([p[0] for p in points], [p[1].mean for p in points], ".", **every)
     seen: Counter[str] = Counter()  # arms of one color and marker differ in their line style
     for arm in arms:
@@ -116,7 +116,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
         if (size, e.mean) in front:
             place: dict[str, Any] = {"xytext": (0, 6), "textcoords": "offset points"}
             axes.annotate(str(w), (size, e.mean), fontsize=6.5, ha="center", **place)
-    step = {"where": "post", "color": style.GRAY, "linewidth": 2.5, "alpha": 0.35, "zorder": 1}
+    step: Any = {"where": "post", "color": style.GRAY, "linewidth": 2.5, "alpha": 0.35, "zorder": 1}
     axes.step(*zip(*front, strict=True), label="Pareto front", **step)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

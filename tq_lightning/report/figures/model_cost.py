@@ -42,7 +42,7 @@ def mechanism(comparisons: Comparisons) -> Drawing:
     ]
     grid = _grid(body, rows, 2, len(record.bits))
     for axes, bits in zip(grid, record.bits, strict=True):
-        shade = {"color": style.GRAY, "alpha": 0.22, "linewidth": 0, "label": "bins disagree"}
+        shade: Any = {"color": style.GRAY, "alpha": 0.22, "linewidth": 0, "label": "bins disagree"}
         over, where = axes.get_xaxis_transform(), wrong[bits].tolist()
         axes.fill_between(record.u, 0, 1, where=where, transform=over, **shade)
         for levels, label, look in lines:
@@ -100,7 +100,7 @@ def _bars(axes: Axes, record: InspectRecord) -> list[str]:
         way, left = record.ways[key], 0.0
         for part, (color, hatch) in PART_LOOKS.items():
             size, entry = getattr(way, part) / MIB, PARTS[part] if y == 0 else None
-            look = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
+            look: Any = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
             axes.barh(y, size, 0.72, left, label=entry, **look)
             left += size
         times = ratio(record, key)
@@ -140,7 +140,7 @@ def energy(comparisons: Comparisons) -> Drawing:
         for i, kind in enumerate(kinds):
             values = {w: pj[kind] * 1e-6 for w, pj in sorted(model.by_width.items())}
             at = [y + style.spread(i, len(kinds), 0.64)] * len(values)
-            look = {"color": style.SERIES[i % len(style.SERIES)], "lw": 1, "marker": "|", "ms": 6}
+            look: Any = {"color": style.SERIES[i % 6], "lw": 1, "marker": "|", "ms": 6}
             label = energy_name(kind)
             axes.plot(list(values.values()), at, label=label if y == 0 else None, **look)
             ends = [f"{v:.3g} µJ at {w}" for w, v in values.items()]

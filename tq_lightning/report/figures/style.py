@@ -123,7 +123,7 @@ def bars(axes: Axes, at: dict[float, Estimate], color: Any, percent: bool, along
             ends = [[e.mean - max(e.low, low)], [min(e.high, high) - e.mean]]
             point, dots = (place, e.mean), ([place] * len(e.values), e.values)
             turn = slice(None) if along == "y" else slice(None, None, -1)
-            err = {f"{along}err": ends, "fmt": "none", "elinewidth": 1, "capsize": 2.5}
+            err: Any = {f"{along}err": ends, "fmt": "none", "elinewidth": 1, "capsize": 2.5}
             axes.errorbar(*point[turn], **err, **look)
             axes.plot(*dots[turn], ".", markersize=4, alpha=0.6, **look)
 
