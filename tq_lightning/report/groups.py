@@ -35,14 +35,8 @@ BUDGET = re.compile(
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
 TRUNCATED = "_truncate"  # suffix of activations that are truncated like the weights
 # Keys that every table names, in the order that arms are sorted by.
-MAIN_KEYS: tuple[str, ...] = (
-    "data.name",
-    "model.name",
-    "model.quantizer",
-    "model.ste",
-    "model.level",
-)
-MAIN_KEYS += ("model.activations",)
+MAIN_KEYS: tuple[str, ...] = ("data.name", "model.name", "model.quantizer", "model.ste")
+MAIN_KEYS += ("model.level", "model.activations")
 
 
 @dataclass(frozen=True, eq=False)
