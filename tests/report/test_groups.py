@@ -165,7 +165,7 @@ def test_runs_of_different_calibration_are_two_arms(make):
 def test_a_test_of_other_data_is_not_the_runs(make):
     """Tests in the added list, of other data or of a part, stand in no table."""
     record = make.run(test=True)
-    record["tests"] = [record.pop("test") | {"data": "cifar100"}]
+    record["tests"] = [record.pop("test") | {"data": {"name": "cifar100"}}]
     (arm,) = compare(record).arms
     assert not arm.runs[0].has_test
 
