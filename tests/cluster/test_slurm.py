@@ -115,9 +115,9 @@ def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, whole, tmp_path):
         batches = (tmp_path / f"batches-{task}").read_text().splitlines()
         assert len(batches) - len(set(batches)) <= 1, "it went on from where it was"
     assert len(list((tmp_path / "runs").iterdir())) == 2
-    assert "is queued again" in logs(tmp_path) and "srun` command is available" not in logs(
-        tmp_path
-    )
+    said = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "is queued again" in said and "interrupted: stopped by SIGTERM" in said
+    assert "Traceback" not in said and "srun` command is available" not in said
     assert not list(tmp_path.rglob("hpc_ckpt*"))
 
 
