@@ -11,7 +11,7 @@ import math
 import types
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NewType, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
@@ -367,7 +367,7 @@ def _check(kind: Any, value: Any, where: str) -> Any:
         raise RecordError(f"broken: {where} is missing")
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if is_dataclass(origin):
-        return _from_tree(origin, _check(dict, value, where), f"{where}.")
+        return _from_tree(cast(type, origin), _check(dict, value, where), f"{where}.")
     words, accepts = _KINDS[origin]
     if not accepts(value):
         raise RecordError(f"broken: {where} is {_short(value)}, not {words}")

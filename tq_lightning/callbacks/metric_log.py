@@ -45,7 +45,8 @@ class MetricLog(L.Callback):
     ) -> None:
         self._images += len(batch[0])
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        if stepped and self._step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
+        if stepped and self._step % every == 0:
             # Lightning has divided the loss by the number of accumulated batches
             loss = outputs["loss"] * trainer.accumulate_grad_batches
             self._write(trainer, {LOSS: float(loss), RATE: self._rate})

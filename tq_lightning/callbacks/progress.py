@@ -89,7 +89,7 @@ class ProgressLines(L.Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print epoch, step, loss and the time left."""
-        every = trainer.log_every_n_steps
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
         if not trainer.is_global_zero or not every or not stepped or trainer.global_step % every:
             return

@@ -192,7 +192,7 @@ class RunRecord(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         ours, asked = record.config.get("data") or {}, self.config.get("data") or {}
         loaders = trainer.test_dataloaders
-        sizes = [len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+        sizes = [len(x) for x in (loaders if isinstance(loaders, list) else [loaders])]  # type: ignore[arg-type]
         other = [key for key in DATA_KEYS if not _same(ours.get(key), asked.get(key))]
         result = TestResult(
             metrics,
@@ -235,7 +235,7 @@ class RunRecord(L.Callback):
         if not trainer.is_global_zero or self._record is None:
             return
         curves = {
-            key: [[epoch, value] for epoch, value in sorted(points.items())]
+            key: Points([[epoch, value] for epoch, value in sorted(points.items())])
             for key, points in sorted(self._curves.items())
         }
         self._record = replace(
@@ -259,7 +259,7 @@ def _at(record: Record, epoch: int, step: int) -> Record:
             return block.epoch < epoch or (block.epoch == epoch and record.steps == step)
         return block.step <= step
 
-    kept = [block for block in (record.best, record.last) if earlier(block)]
+    kept = [block for block in (record.best, record.last) if block and earlier(block)]
     curves: Curves = {
         key: {int(e): value for e, value in points if e < epoch}
         for key, points in (record.curves or {}).items()

@@ -215,7 +215,7 @@ class TruncationEval(L.Callback):
         if not missing or self._scored_step == trainer.global_step or not trainer.enable_validation:
             return
         # the counters of the Trainer, and so those in checkpoints, as in the validation of an epoch
-        progress = trainer.fit_loop.epoch_progress.current
+        progress: Any = trainer.fit_loop.epoch_progress.current
         progress.processed, progress.completed = progress.processed - 1, progress.completed - 1
         trainer.validating = True
         try:

@@ -132,7 +132,7 @@ class WandbRecord(L.Callback):
         run.save(str(Path(run.dir) / self.record.name), base_path=run.dir, policy="end")
 
 
-def _figure(rows: list[list[float]]) -> Any:
+def _figure(rows: list[list[Any]]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")

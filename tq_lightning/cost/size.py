@@ -230,7 +230,7 @@ def paper_rows(model: nn.Module) -> list[Row]:
     return layer_rows(model)
 
 
-def float_over(rows: Iterable[Row], bytes_: int) -> float:
+def float_over(rows: Iterable[Row], bytes_: float) -> float:
     """Bytes of the float parameters (one set of norms, no statistics) over `bytes_`."""
     return FLOAT_BYTES * sum(row.parameters for row in rows) / bytes_
 
@@ -240,6 +240,6 @@ def record_bytes(model: nn.Module) -> ModelBytes:
     rows, max_bits = layer_rows(model), int(model.tq["max_bits"])  # type: ignore[index,arg-type]
     return ModelBytes(
         float=FLOAT_BYTES * sum(row.parameters for row in rows),
-        packed=total(rows, "packed", max_bits).total,
+        packed=int(total(rows, "packed", max_bits).total),
         planes={bits: read_at(rows, bits) for bits in range(1, max_bits + 1)},
     )

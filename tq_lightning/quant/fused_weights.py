@@ -159,7 +159,8 @@ class FusedWeights:
         if len(present) < len(self.weights):
             self._grad.zero_()
         torch._foreach_copy_(
-            [self._grad_views[self._trained[i]] for i in present], [grads[i] for i in present]
+            [self._grad_views[self._trained[i]] for i in present],
+            [g for g in grads if g is not None],
         )
         for i in present:
             self._has_grad[i] = True
@@ -168,7 +169,11 @@ class FusedWeights:
             level = codes_to_levels(self._kept, self.bits, self.rule.level)
         grad_level = self._grad * (2.0 * self._scale)
         grad_u = STES[self.rule.ste].rule(
-            grad_level, self._u, level, self.bits, self.rule.quantizer
+            grad_level,
+            self._u,
+            level,
+            self.bits,
+            self.rule.quantizer,  # type: ignore[arg-type]
         )
         self._grad_sum = grad_u if self._grad_sum is None else self._grad_sum.add_(grad_u)
 

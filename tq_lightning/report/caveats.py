@@ -29,7 +29,11 @@ def collapsed(arm: Arm, name: str = "") -> list[str]:
     classes = arm.runs[0].config.get("model.num_classes") or CLASSES.get(str(arm["data.name"]))
     guess = 100 / classes if isinstance(classes, int) else 0.0
     found = {r.seed: [r.acc1("quantize", w, "val") for w in arm.trained] for r in arm.runs}
-    gains = {seed: mean_interval(v).mean - guess for seed, v in found.items() if None not in v}
+    gains = {
+        seed: mean_interval([x for x in v if x is not None]).mean - guess
+        for seed, v in found.items()
+        if None not in v
+    }
     out = []
     for seed, gain in gains.items():
         others = sorted(g for s, g in gains.items() if s != seed) or [0.0]
@@ -82,7 +86,7 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     sources = {
         "commits": {str(record.commit)[:8] for record in records},
         "versions of tq_lightning": {str(r.versions.get("tq_lightning")) for r in records},
-        "tested checkpoints": {str(run.record.test.checkpoint) for run in runs if run.has_test},
+        "tested checkpoints": {str(record.test.checkpoint) for record in records if record.test},
         "devices": {str(record.device) for record in records},
     }
     out = [

@@ -70,7 +70,9 @@ class Arm:
     def budget(self) -> str:
         """Epochs and steps taken; several if the seeds differ."""
         pairs = sorted({run.budget for run in self.runs}, key=str)
-        return " or ".join(f"{counted(epochs, 'epoch')} / {steps} steps" for epochs, steps in pairs)
+        return " or ".join(
+            f"{counted(epochs or 0, 'epoch')} / {steps} steps" for epochs, steps in pairs
+        )
 
     @property
     def start(self) -> str:

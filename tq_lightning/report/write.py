@@ -70,12 +70,19 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
         files=[*data, "summary.md"],
     )
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    marker = {"kind": KIND, "schema": 1, "title": title, "command": command, "version": version}
-    marker |= {"left_out": comparisons.left_out, "files": sorted([*files, *texts])}
+    listed = sorted([*files, *texts])
+    marker: dict[str, Any] = {
+        "kind": KIND,
+        "schema": 1,
+        "title": title,
+        "command": command,
+        "version": version,
+    }
+    marker |= {"left_out": comparisons.left_out, "files": listed}
     texts[MARKER] = json.dumps(marker, indent=1, ensure_ascii=False) + "\n"
     for name, content in texts.items():
         (folder / name).write_text(content, encoding="utf-8")
-    return marker["files"]
+    return listed
 
 
 def summary(headline: render.Table, said: list[Finding], notes: list[str]) -> str:

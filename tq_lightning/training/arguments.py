@@ -150,7 +150,7 @@ def drop_append_options(parser: LightningArgumentParser) -> None:
     for action in parser._actions:
         for option in list(action.option_strings):
             if re.fullmatch(r"--(model|data)\.\w+\+", option):
-                action.option_strings.remove(option)
+                action.option_strings = [o for o in action.option_strings if o != option]
                 del parser._option_string_actions[option]
 
 

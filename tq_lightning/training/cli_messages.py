@@ -11,8 +11,8 @@ from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import did_you_mean, program_name
 from tq_lightning.training.module import TQModule
 
-OPTIONS = ("config", "ckpt_path", "seed_everything", "checkpoint_every_n_steps", "run_dir")
-OPTIONS += ("wandb", "tensorboard", "print_config")
+OPTIONS = ["config", "ckpt_path", "seed_everything", "checkpoint_every_n_steps", "run_dir"]
+OPTIONS += ["wandb", "tensorboard", "print_config"]
 _SECTIONS = {"model": TQModule, "data": TQDataModule, "trainer": Trainer}
 _TYPES = {
     "int": "an integer",

@@ -35,7 +35,8 @@ def build_model(h: Any, start_weights: bool = True) -> nn.Module:
     if is_remote(h.name):
         # a checkpoint must be loadable without fetching anything, so it names the architecture
         fetched = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "num_classes"}
-        h.name, h.model_args = model.pretrained_cfg["architecture"], {**fetched, **h.model_args}
+        architecture = model.pretrained_cfg["architecture"]  # type: ignore[index]
+        h.name, h.model_args = architecture, {**fetched, **h.model_args}
     return model
 
 

@@ -65,8 +65,8 @@ from tq_lightning.training.validation import check_run, check_unfinished
 
 ROOT = "runs"  # the default of trainer.default_root_dir
 # the keys that are paths; ~ is expanded in them
-PATHS = ("trainer.default_root_dir", "data.root", "ckpt_path", "run_dir")
-PATHS += ("model.checkpoint_path", "model.teacher_checkpoint_path")
+PATHS = ["trainer.default_root_dir", "data.root", "ckpt_path", "run_dir"]
+PATHS += ["model.checkpoint_path", "model.teacher_checkpoint_path"]
 
 
 def _root(config: Any) -> Path:

@@ -20,7 +20,7 @@ def check_optimizer(h: Any) -> None:
     """
     from timm.optim import list_optimizers
 
-    known = list_optimizers()
+    known = [str(name) for name in list_optimizers()]
     if h["opt"].split("_", 1)[-1].lower() not in known and h["opt"].lower() not in known:
         hint = did_you_mean(h["opt"], known) or "; timm.optim.list_optimizers() lists the names"
         raise UserError(f"model.opt: got {h['opt']!r}{hint}")

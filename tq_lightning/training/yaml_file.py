@@ -78,9 +78,9 @@ def parse_yaml(text: str, source: str, loader: type[yaml.SafeLoader] = yaml.Safe
         said = " ".join(str(error.problem or error.context).split())
         raise UserError(f"{source}{line}: not valid YAML: {said}") from None
     except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
+        number = text[: error.position].count("\n") + 1
         raise UserError(
-            f"{source}, line {line}: not valid YAML: character {chr(error.character)!a}"
+            f"{source}, line {number}: not valid YAML: character {chr(error.character)!a}"
         ) from None
     except RecursionError:
         raise UserError(f"{source}: nested deeper than {MAX_DEPTH} levels") from None

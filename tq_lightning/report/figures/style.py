@@ -124,7 +124,8 @@ def bars(axes: Axes, at: dict[float, Estimate], color: Any, percent: bool, along
             point, dots = (place, e.mean), ([place] * len(e.values), e.values)
             turn = slice(None) if along == "y" else slice(None, None, -1)
             err: Any = {f"{along}err": ends, "fmt": "none", "elinewidth": 1, "capsize": 2.5}
-            axes.errorbar(*point[turn], **err, **look)
+            x, y = point[turn]
+            axes.errorbar(x, y, **err, **look)
             axes.plot(*dots[turn], ".", markersize=4, alpha=0.6, **look)
 
 
@@ -166,5 +167,5 @@ def styled() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that the font lacks
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are a Literal
         yield

@@ -105,7 +105,7 @@ def runs(comparisons: Comparisons) -> Table:
         for run in arm.runs:
             split = "test" if run.has_test else "val"
             pairs = [[run.acc1(s, w, split) for s in ("quantize", "truncate")] for w in arm.trained]
-            gaps = [pair[0] - pair[1] for pair in pairs if None not in pair]
+            gaps = [q - t for q, t in pairs if q is not None and t is not None]
             row = {"run": Link(run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
             row |= {"seed": run.seed}
             row |= _by_width(widths, lambda w: run.acc1("truncate", w, split))  # noqa: B023
