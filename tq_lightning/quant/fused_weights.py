@@ -171,9 +171,9 @@ class FusedWeights:
         grad_u = STES[self.rule.ste].rule(
             grad_level,
             self._u,
-            level,
+            level,  # type: ignore[arg-type]  # only elementwise rules read it
             self.bits,
-            self.rule.quantizer,  # type: ignore[arg-type]
+            self.rule.quantizer,
         )
         self._grad_sum = grad_u if self._grad_sum is None else self._grad_sum.add_(grad_u)
 

@@ -71,7 +71,7 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
     )
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     listed = sorted([*files, *texts])
-    marker: dict[str, Any] = {
+    marker: dict[str, object] = {
         "kind": KIND,
         "schema": 1,
         "title": title,

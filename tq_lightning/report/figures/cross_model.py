@@ -178,7 +178,8 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     claims = [n for n, arm in series.items() if not arm.nested and not has_collapsed(arm)]
     title = "Weight codes that disagree, and the accuracy that they cost"
     if pairs := [found[name][2] for name in claims if 2 in found[name]]:
-        shares, costs = ([e.mean for e in of if e] for of in zip(*pairs, strict=True))
+        shares: list[float] = [share.mean for share, _ in pairs if share]
+        costs: list[float] = [cost.mean for _, cost in pairs if cost]
         title = (
             f"At 2 bits, {min(shares):.0f} to {max(shares):.0f} % of the shifted codes are wrong, "
             f"which costs {min(costs):.1f} to {max(costs):.1f} points"

@@ -121,12 +121,13 @@ def bars(axes: Axes, at: dict[float, Estimate], color: Any, percent: bool, along
     for place, e in at.items():
         if e.half is not None:
             ends = [[e.mean - max(e.low, low)], [min(e.high, high) - e.mean]]
-            point, dots = (place, e.mean), ([place] * len(e.values), e.values)
-            turn = slice(None) if along == "y" else slice(None, None, -1)
+            point: tuple[Any, Any] = (place, e.mean)
+            dots: tuple[Any, Any] = ([place] * len(e.values), e.values)
+            if along != "y":
+                point, dots = point[::-1], dots[::-1]
             err: Any = {f"{along}err": ends, "fmt": "none", "elinewidth": 1, "capsize": 2.5}
-            x, y = point[turn]
-            axes.errorbar(x, y, **err, **look)
-            axes.plot(*dots[turn], ".", markersize=4, alpha=0.6, **look)
+            axes.errorbar(point[0], point[1], **err, **look)
+            axes.plot(*dots, ".", markersize=4, alpha=0.6, **look)
 
 
 def line(
