@@ -108,7 +108,7 @@ LAYERS = {  # name -> (what makes it, shape of its input)
     "LSTM": (lambda: _Recurrent(nn.LSTM), ROWS),
     "GRU": (lambda: _Recurrent(nn.GRU), ROWS),
 }
-STANDARDISED = [name for name in LAYERS if "Std" in name]
+STANDARDIZED = [name for name in LAYERS if "Std" in name]
 
 
 def _calls(name: str, bits: int | None, source: str, normalizer: str = "tanh", train: bool = False):
@@ -141,7 +141,7 @@ def test_operator_input_is_on_the_grid(name, source):
         grids = _grids(model, bits)
         assert len(weights) == len(grids) > 0
         for weight, (level, exact) in zip(weights, grids, strict=True):
-            if name not in STANDARDISED:
+            if name not in STANDARDIZED:
                 assert torch.equal(weight, exact)
                 assert weight.unique().numel() <= 2**bits
                 continue

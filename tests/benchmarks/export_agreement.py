@@ -35,7 +35,7 @@ READER = Path(__file__).parents[2] / "docs" / "read_packed.py"
 
 
 def test_images(run, data_root):
-    """(normalised images (N, 3, h, w), labels) of the run's test split."""
+    """(normalized images (N, 3, h, w), labels) of the run's test split."""
     from tq_lightning.data.datamodule import TQDataModule
 
     config = json.loads((run / "record.json").read_text())["config"]["data"]

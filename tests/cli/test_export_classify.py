@@ -88,7 +88,7 @@ def folder(tmp_path):
     where.mkdir(parents=True)
     for i, size in enumerate(((40, 50), (32, 32), (100, 20))):
         Image.new("RGB", size, (50 * i, 200, 10)).save(where / f"{i}.png")
-    Image.new("L", (32, 32), 90).save(where / "grey.jpg")
+    Image.new("L", (32, 32), 90).save(where / "gray.jpg")
     (where / "notes.txt").write_text("no image")
     return where.parent
 

@@ -110,7 +110,7 @@ BAD = {
     "width": (["--model.name=resnet8_cifar", "--model.widths=9"], "widths"),
     "no number": (["--model.name=resnet8_cifar", "--model.widths=eight"], "expected integers"),
     "norm": (["--model.name=resnet8_cifar", "--model.norm=batch"], "norm"),
-    "argument": (["--model.name=resnet8_cifar", "--model.model_args={colour: red}"], "colour"),
+    "argument": (["--model.name=resnet8_cifar", "--model.model_args={shade: red}"], "shade"),
     "no mapping": (["--model.name=resnet8_cifar", "--model.model_args=3"], "model_args"),
     "yaml": (["--model.name=resnet8_cifar", "--model.skip=[first"], "model.skip"),
     "config": (["--config=nowhere.yaml"], "nowhere.yaml"),

@@ -258,8 +258,8 @@ def test_unknown_names_and_arguments():
     }.items():
         with pytest.raises(UserError, match=message):
             create_model(*kwargs)
-    with pytest.raises(UserError, match="colour"):
-        create_model("resnet8_cifar", colour="red")
+    with pytest.raises(UserError, match="shade"):
+        create_model("resnet8_cifar", shade="red")
 
 
 def test_pretrained_without_network_is_one_quick_line(monkeypatch, tmp_path):

@@ -31,7 +31,7 @@ CASES = {
         "level": "centre",
     },
     "4 stored bits": {"max_bits": 4, "widths": (4, 2), "skip": ()},
-    "grey images": {"model_args": {"in_chans": 1}, "norm": "per_width_all"},
+    "gray images": {"model_args": {"in_chans": 1}, "norm": "per_width_all"},
 }
 
 
