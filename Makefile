@@ -58,6 +58,7 @@ test-wheel: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/codespell
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
