@@ -1,4 +1,4 @@
-"""record.json: every file that exists still reads, wrong values are named, and no other module reaches into the JSON."""
+"""record.json: existing files still read, wrong values are named, no other module reads it."""
 
 import ast
 import json
@@ -112,7 +112,8 @@ def test_a_superseded_record_keeps_everything_but_its_status(tmp_path):
     assert record.tree(("status", "reason")) == parse(run()).tree(("status", "reason"))
 
 
-# -- nothing else reaches into the JSON --------------------------------------------------------------------------------
+# -- nothing else reaches into the JSON
+# --------------------------------------------------------------------------------
 KEYS = {
     f.name
     for kind in vars(records).values()
@@ -120,9 +121,9 @@ KEYS = {
     for f in fields(kind)
     if f.name != "more"
 } | {"schema", "kind"}
-# Some keys of a record name other things too. A subscript is judged by what it is taken from, the last name of the expression
-# before the bracket. The names below hold other things everywhere in the package; a record under one of them would escape the
-# test, so none may sound like one.
+# Some keys of a record name other things too. A subscript is judged by what it is taken from, the
+# last name of the expression before the bracket. The names below hold other things everywhere in
+# the package; a record under one of them would escape the test, so none may sound like one.
 NOT_RECORDS = {
     "hparams": "the arguments of a TQModule",
     "h": "the arguments of a TQModule",
@@ -141,7 +142,8 @@ NOT_RECORDS = {
     "made": "facts of a report",
     "marker": "report.json",
 }
-# These rooms may not import `records` (import-linter), and the header of a packed file shares some words with a record.
+# These rooms may not import `records` (import-linter), and the header of a packed file shares some
+# words with a record.
 ROOMS_WITHOUT_RECORDS = ("quant/", "models/", "data/", "export/", "cli/classify.py")
 HEADER_KEYS = {
     "name",
@@ -169,7 +171,7 @@ def last_name(node):
 
 
 def record_keys(source, keys=KEYS):
-    """(line, expression, key) wherever a key of a record is a subscript or the first argument of get, pop or setdefault."""
+    """Find (line, expression, key) where a record key is a subscript or is passed to get or pop."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Subscript):
             owner, key = node.value, node.slice

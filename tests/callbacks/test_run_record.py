@@ -1,4 +1,4 @@
-"""record.json: its schema, its status whatever ends the run, its choice of the best epoch; metrics.csv goes on after a kill."""
+"""record.json: its schema, its status after any end, its best epoch; metrics.csv after a kill."""
 
 import csv
 import json
@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_keeps_the_model_it_was_asked_for_and_takes_the_new_e
 
 
 def test_the_losses_of_an_epoch_are_on_disk_before_its_checkpoint(tmp_path, monkeypatch):
-    """A run killed right after the checkpoint of an epoch has that epoch's row, and has it once when it goes on."""
+    """A run killed right after the checkpoint of an epoch has that epoch's row exactly once."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     def losses(root):
@@ -238,7 +238,7 @@ def validate(record, *places):
 
 
 def test_best_epoch_is_one_epoch_for_all_widths(tmp_path):
-    """By the mean over the trained widths, the first of equals; never each width at its own best."""
+    """By the mean over the trained widths, the first of equals; not each width at its own best."""
     record = running(tmp_path)
     last = at(3, 40, 60.0, **{"val/acc1_truncate_w1": 99.0})
     validate(record, at(0, 10, 50.0), at(1, 20, 70.0), at(2, 30, 70.0), last)
@@ -286,7 +286,7 @@ def test_a_resumed_run_keeps_identity_time_and_earlier_results(tmp_path):
 
 @pytest.mark.parametrize("step", [20, None])
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path, step):
-    """Killed in epoch 2 and resumed from the end of epoch 0, also with a record that knows no steps."""
+    """Killed in epoch 2, resumed from the end of epoch 0; also with a record without steps."""
     first = running(tmp_path)
     validate(first, at(0, 10, 50.0), at(1, 20, 90.0))
     if step is None:
@@ -353,7 +353,8 @@ def test_a_run_without_validation_is_refused(tmp_path):
         RunRecord(tmp_path, {}).setup(none, Report(), "fit")
 
 
-# -- the test block ------------------------------------------------------------------------------------------------------
+# -- the test block
+# --------------------------------------------------------------------------------------------------
 class Tested(Ends):
     """A Trainer after a test of `batches` of 4 batches."""
 
@@ -416,7 +417,7 @@ def test_another_test_is_added_beside(tmp_path, capsys, trainer, data, why):
 
 
 def test_disagreement_of_codes():
-    """Floor never; round at 2..7, by hand for one layer; at 1 and 8 bits the two agree but for ties."""
+    """Floor never; round at 2..7, by hand for one layer; 1 and 8 bits agree except for ties."""
     for quantizer in ("floor", "round"):
         torch.manual_seed(0)
         model = create_model("resnet8_cifar", num_classes=10)
@@ -435,7 +436,7 @@ def test_disagreement_of_codes():
     assert got[2] == pytest.approx(differ / total)
 
 
-# -- metrics.csv ---------------------------------------------------------------------------------------------------------
+# -- metrics.csv -----------------------------------------------------------------------------------
 def rows_of(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -483,7 +484,7 @@ def test_every_row_is_on_disk_at_once(tmp_path):
     assert len(rows_of(log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9)]))) == 1
 
 
-# -- seeds and table -----------------------------------------------------------------------------------------------------
+# -- seeds and table -------------------------------------------------------------------------------
 def draws(step, seed=0, rank=0):
     import random
 

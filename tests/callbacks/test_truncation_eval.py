@@ -39,8 +39,9 @@ def network(**how):
 def fit(root, model=None, callbacks=(), ckpt=None, **flags):
     L.seed_everything(0)
     settings = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 2, "num_sanity_val_steps": 0,
-        "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 2,
+        "num_sanity_val_steps": 0, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "enable_checkpointing": False,
         "use_distributed_sampler": False, "default_root_dir": root,
     }  # fmt: skip
     module = TQModule(**{"lr": 0.01, "calibration_batches": 1, **(model or {})})
@@ -383,7 +384,7 @@ def test_fewer_classes_than_five_have_no_top5(tmp_path, classes):
 
 
 def test_estimates_belong_to_the_weights_they_were_made_with(tmp_path):
-    """Saved in the middle of the next epoch they are marked as missing; a test then makes them anew."""
+    """Saved in the middle of the next epoch, they are marked as missing; a test estimates them."""
 
     class Save(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

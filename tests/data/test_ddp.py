@@ -47,7 +47,8 @@ def run(path, devices, batch_size):
     strategy = "ddp_fork" if devices > 1 else "auto"
     trainer = lightning.Trainer(
         max_epochs=2, accelerator="cpu", devices=devices, strategy=strategy, logger=False,
-        num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Recorder(path), TQDataModule(batch_size=batch_size, eval_batch_size=33, **KEYS))
 

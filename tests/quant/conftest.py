@@ -8,7 +8,7 @@ from torch import nn
 
 
 def _net() -> nn.Sequential:
-    """Build stem, bn1, act1, conv, bn2, act2, pool, flatten, fc; norms differ from their defaults."""
+    """Build stem, bn1, act1, conv, bn2, act2, pool, flatten, fc with norms off their defaults."""
     torch.manual_seed(0)
     layers = OrderedDict(
         stem=nn.Conv2d(3, 6, 3, padding=1, bias=False),

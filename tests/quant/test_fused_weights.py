@@ -13,7 +13,7 @@ from tq_lightning.quant.weight import original, weight_quantizers
 
 
 def layers(**how):
-    """Weights of odd sizes: contiguous, channels last, transposed and grouped, not dense, frozen."""
+    """Weights of odd sizes: contiguous, channels last, transposed and grouped, strided, frozen."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(7, 5),

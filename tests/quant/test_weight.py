@@ -1,4 +1,4 @@
-"""The weight quantizer: normalisers against hand-written ones, gradients against float64 autograd, and hard weights."""
+"""The weight quantizer: normalizers by hand, gradients against float64 autograd, hard weights."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def _weight(*shape: int) -> Tensor:
 
 
 def _channels(shape: tuple[int, ...], channel_dim: int, groups: int) -> list[Tensor]:
-    """A mask for each output channel, written out: what one channel of the operator multiplies with."""
+    """Return one mask per output channel, written out: the weights that the channel uses."""
     masks = []
     for g in range(groups if channel_dim else 1):
         for channel in range(shape[channel_dim]):
@@ -58,7 +58,7 @@ def _channels(shape: tuple[int, ...], channel_dim: int, groups: int) -> list[Ten
 
 
 def _by_hand(w: Tensor, normalizer: str, channel_dim: int, groups: int) -> tuple[Tensor, Tensor]:
-    """(u, scale), both float64 and of the shape of `w`; u differentiable in w, its maximum held fixed."""
+    """Return (u, scale) in float64, shape of `w`; differentiable in w, its maximum held fixed."""
     w = w.double()
     t = w.tanh() if normalizer.startswith("tanh") else w
     whole = [torch.ones(w.shape, dtype=torch.bool)]

@@ -1,4 +1,4 @@
-"""What surrounds a report changes nothing in it: matplotlib's settings, and names of any characters."""
+"""The environment changes nothing in a report: matplotlib's settings, names of any characters."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Figures from synthetic records: which are drawn, what is flagged on them, and what they say in words."""
+"""Figures from synthetic records: which are drawn, their flags, and their words."""
 
 import re
 
@@ -214,7 +214,10 @@ def test_budgets_that_differ_between_what_a_figure_compares_are_flagged_on_it(ma
 def test_starts_that_differ_between_what_a_figure_compares_are_flagged_on_it(make, name):
     tuned = make.pair((0, 1), model="resnet8_cifar", model_checkpoint_path="trained.th")
     (unequal,) = drawn(name, *make.pair((0, 1)), *tuned)
-    flag = r"Starts differ between (settings|arms): from scratch, from trained\s+weights \(trained.th\)"
+    flag = (
+        r"Starts differ between (settings|arms): from scratch, "
+        r"from trained\s+weights \(trained.th\)"
+    )
     assert re.search(flag, texts(unequal.canvas))
     assert "may have seen the validation images" in unequal.caption
     (equal,) = drawn(name, *make.pair((0, 1)), *make.pair((0, 1), model="resnet8_cifar"))

@@ -135,7 +135,8 @@ def test_the_papers_setting_and_near_misses(make):
     (setting,) = compare(*make.pair(**papers)).by_quantizer
     assert setting.is_papers
     misses = [
-        {"model": "resnet20_cifar"}, {"model_activations": None}, {"model_activations": "clamp_round_truncate"},
+        {"model": "resnet20_cifar"}, {"model_activations": None},
+        {"model_activations": "clamp_round_truncate"},
         {"data_name": "cifar100"}, {"model_widths": [8, 4]}, {"model_expansion": 5},
     ]  # fmt: skip
     for miss in misses:
@@ -144,7 +145,7 @@ def test_the_papers_setting_and_near_misses(make):
 
 
 def test_what_codes_do_counts_not_the_name_of_their_quantizer(make):
-    """A quantizer of another name whose record says that its codes nest has one row, as floor has."""
+    """A quantizer of another name whose record says that its codes nest has one row, like floor."""
     toy = make.run("toy", ste="toy_ste", nested=True)
     (group,) = compare(make.run("round"), toy).by_quantizer
     assert [name for name, _, _ in group.rows] == [

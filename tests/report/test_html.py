@@ -1,4 +1,4 @@
-"""The page: what it holds as text, and what it does in headless Chromium, driven over the DevTools pipe (no extra package)."""
+"""The page: its text, and its behavior in headless Chromium over the DevTools pipe."""
 
 import json
 import os
@@ -19,7 +19,8 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 QUIET = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+    "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
 ]  # fmt: skip
 
@@ -103,7 +104,7 @@ def test_the_accuracies_come_first_with_units_and_the_words_are_defined(
 
 
 class Browser:
-    """Chromium behind two pipes (descriptors 3 and 4), messages ended by a zero byte: the DevTools protocol."""
+    """Chromium behind two pipes (descriptors 3 and 4) with the DevTools protocol."""
 
     def __init__(self, profile):
         theirs_in, ours_out = os.pipe()
@@ -181,7 +182,7 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyUp", **base)
 
     def complaints(self):
-        """Console errors and warnings, uncaught exceptions, and requests that were no file or data."""
+        """Console errors and warnings, uncaught exceptions, and requests for other URLs."""
         out = []
         for event in self.events:
             method, params = event["method"], event["params"]
@@ -231,11 +232,15 @@ def page(tmp_path_factory, request):
 
 
 SHOWN = "[...document.querySelectorAll('#t-runs tbody tr')].filter(r => r.offsetParent !== null)"
-TYPE = "(box => {{ box.value = {!r}; box.dispatchEvent(new Event('input')); }})(document.querySelector('[aria-controls=t-runs]'))"
+TYPE = (
+    "(box => {{ box.value = {!r}; box.dispatchEvent(new Event('input')); }})"
+    "(document.querySelector('[aria-controls=t-runs]'))"
+)
 
 CHOOSE = (
-    "(pick => {{ pick.value = {1!r}; pick.dispatchEvent(new Event('change')); }})([...document.querySelectorAll("
-    "'[data-name=runs] label')].find(label => label.textContent.startsWith({0!r})).querySelector('select'))"
+    "(pick => {{ pick.value = {1!r}; pick.dispatchEvent(new Event('change')); }})"
+    "([...document.querySelectorAll('[data-name=runs] label')]"
+    ".find(label => label.textContent.startsWith({0!r})).querySelector('select'))"
 )
 
 
@@ -284,7 +289,8 @@ class TestChromium:
 
     def test_every_figure_has_a_text_alternative_and_is_seen(self, page):
         images = page.run(
-            "[...document.images].map(i => [i.alt.length, i.naturalWidth, !!i.closest('figure').querySelector('figcaption')])"
+            "[...document.images].map(i => [i.alt.length, i.naturalWidth, "
+            "!!i.closest('figure').querySelector('figcaption')])"
         )
         assert len(images) > 4
         assert all(alt > 40 and width > 0 and captioned for alt, width, captioned in images)

@@ -28,7 +28,7 @@ def test_folder_glob_file_and_overlap_read_each_run_once(tmp_path, make):
 
 
 def test_wandb_folder_and_older_copy(tmp_path, make):
-    """W&B keeps the record of the fit in files/; the run's own gained a test block later: one run, the fuller record."""
+    """Of W&B's copy and the run's own record with a test block, the fuller one wins."""
     record = make.run(test=True)
     make.write(tmp_path / "runs", record)
     files = tmp_path / "wandb" / "run-1" / "files"
@@ -166,7 +166,7 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, given, words):
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_optuna_study(tmp_path, monkeypatch, make, kind):
-    """Complete trials count; pruned, failed and record-less ones are listed, even where the folder is given too."""
+    """Complete trials count; pruned, failed and record-less ones are listed."""
     optuna = pytest.importorskip("optuna")
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -199,7 +199,7 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
 def test_a_sweeps_folder_knows_its_pruned_trials_and_may_be_moved(
     tmp_path, monkeypatch, make, moved
 ):
-    """The record of a pruned trial says finished; the study beside it does not, wherever the sweep's folder lies now."""
+    """A pruned trial's record says finished; the study beside it knows better."""
     optuna = pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
     home = tmp_path / "sweep"

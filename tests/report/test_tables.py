@@ -37,7 +37,7 @@ def test_markdown_and_latex_escape_what_would_break_them():
 
 
 def test_latex_fits_the_page():
-    """Numbers stand right, long words are wrapped, what is still too wide is scaled down; a longtable, which can't be, lies."""
+    """Numbers are right-aligned, long words wrap, wide tables scale; a longtable is rotated."""
     row = {"a": "name", "b": "86.3 ± 0.4", "c": None, "d": "+1.20", "e": "a word, " * 40}
     made = latex(Table("t", "T", "", [row]))
     assert r"\begin{tabular}{lrlr>{\raggedright\arraybackslash}p{40em}}" in made
@@ -168,8 +168,8 @@ def test_activation_finding(make):
 def test_qt_gap_finding(make):
     found = finding("qt_gap", *make.pair())
     assert (
-        found.answer
-        == "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width."
+        found.answer == "floor loses nothing at a trained width; "
+        "round loses up to 60.0 points at a trained width."
     )
     assert any("round: truncation costs most at 2 bits" in line for line in found.lines)
 

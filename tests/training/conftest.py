@@ -1,4 +1,4 @@
-"""Tiny real fits: Lightning's Trainer, our module and data module, handwritten digits, a few steps on the CPU."""
+"""Tiny real fits: handwritten digits, a few steps on the CPU."""
 
 import os
 
@@ -8,7 +8,8 @@ import pytest
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.training.module import TQModule
 
-# Some virtual machines' CPUs claim bf16 instructions and die of them: oneDNN is not to use any, read at its first call
+# Some virtual machines' CPUs claim bf16 instructions and die of them: oneDNN is not to use any,
+# read at its first call
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
 VIT = {
@@ -29,8 +30,10 @@ def _train(root, model=None, data=None, callbacks=(), ckpt_path=None, **flags):
     """A fit of one epoch of two steps unless said otherwise. Returns (trainer, module)."""
     L.seed_everything(0)
     settings = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1,
-        "num_sanity_val_steps": 0, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 2,
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 0, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False,
         "enable_checkpointing": False, "use_distributed_sampler": False,
     }  # fmt: skip
     trainer = L.Trainer(default_root_dir=root, callbacks=list(callbacks), **{**settings, **flags})

@@ -1,4 +1,4 @@
-"""Arguments of fit: YAML types a value once, errors are one line with a hint, help fits a screen."""
+"""Arguments of fit: YAML types a value once, errors are one line with a hint, help is short."""
 
 import pytest
 import yaml
@@ -106,10 +106,20 @@ def test_the_command_line_is_typed_once(fit, arguments, section, key, value):
     ("arguments", "said"),
     [
         (["conf/r50.yaml"], "unknown argument conf/r50.yaml; did you mean --config conf/r50.yaml?"),
-        (["--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs"),
+        (
+            ["--trainer.max_epoch", "3"],
+            "unknown option --trainer.max_epoch; did you mean --trainer.max_epochs",
+        ),
         (["--modl.name", "x"], "unknown option --modl.name; did you mean --model.name"),
-        (["--model.widths+", "3"], "unknown option --model.widths+; lists can't be appended to, pass the whole list as --model.widths"),
-        (["--trainer.precision", "bf16-mixd"], "trainer.precision: got 'bf16-mixd', pass an integer or 'transformer-engine'"),
+        (
+            ["--model.widths+", "3"],
+            "unknown option --model.widths+; lists can't be appended to, "
+            "pass the whole list as --model.widths",
+        ),
+        (
+            ["--trainer.precision", "bf16-mixd"],
+            "trainer.precision: got 'bf16-mixd', pass an integer or 'transformer-engine'",
+        ),
         (["--wandb=5"], "--wandb: got '5', pass true or false"),
         (["--model.model_args={a: 1, a: 2}"], "duplicate key a"),
         (["--model.model_args", "{a: [}"], "not valid YAML"),
@@ -124,7 +134,10 @@ def test_wrong_arguments_are_one_line(fit, arguments, said):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("model:\n  quantiser: floor\n", "unknown key model.quantiser in the configuration; did you mean model.quantizer"),
+        (
+            "model:\n  quantiser: floor\n",
+            "unknown key model.quantiser in the configuration; did you mean model.quantizer",
+        ),
         ("modell: {quantizer: floor}\n", "did you mean model.quantizer"),
         ("model: {widths+: 3}\n", "lists can't be appended to"),
         ("model:\n  lr: 1\n  lr: 2\n", "c.yaml, line 3: duplicate key lr (first on line 2)"),

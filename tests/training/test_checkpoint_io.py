@@ -26,7 +26,9 @@ class Slow:
     def __exit__(self, *error): return self.file.__exit__(*error)
     def write(self, part):
         self.file.write(bytes(part)[:4000]); self.file.flush(); time.sleep(60)
-Path.open = lambda self, mode="r", **how: Slow(real(self, mode, **how)) if "w" in mode else real(self, mode, **how)
+def slow_open(self, mode="r", **how):
+    return Slow(real(self, mode, **how)) if "w" in mode else real(self, mode, **how)
+Path.open = slow_open
 AtomicCheckpointIO().save_checkpoint({"w": torch.zeros(5000)}, path)
 """
 

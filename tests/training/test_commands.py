@@ -26,7 +26,7 @@ def small(root, *more):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(root, run folder, start weights that are gone): a run of one epoch with checkpoints inside."""
+    """(root, run folder, deleted start weights): a run of one epoch with step checkpoints."""
     root = tmp_path_factory.mktemp("root")
     weights = root.parent / "start.pth"
     from tq_lightning.models import create_model

@@ -1,4 +1,4 @@
-"""Two processes at half the batch take the steps of one, with one reduction a step; only the first writes."""
+"""Two processes at half the batch take the steps of one; only the first writes."""
 
 import functools
 import json
@@ -15,7 +15,8 @@ from torch import nn
 pytestmark = pytest.mark.slow
 
 VIT = "{img_size: 8, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}"
-# a sandwich over norms of their own per width: in every step some parameters get no gradient, and must not move
+# a sandwich over norms of their own per width: in every step some parameters get no gradient, and
+# must not move
 ARGUMENTS = [
     *(
         "--model.name",
@@ -139,7 +140,7 @@ class Count(L.Callback):
 
 
 def in_fresh_process(test):
-    """Runs a test in a pytest of its own: a process whose autograd has run cannot fork workers that train."""
+    """Run a test in a pytest of its own: after autograd, a process cannot fork training workers."""
 
     @functools.wraps(test)
     def wrapped(train, resnet, tmp_path):

@@ -1,4 +1,4 @@
-"""The Trainer's own flags over the joint step: clipping, accumulation, bf16, the moving average, optimisers and schedules."""
+"""Trainer flags with the joint step: clipping, accumulation, bf16, EMA, optimizers, schedules."""
 
 import math
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ def test_gradient_clip_val(train, tmp_path):
 
 
 def test_accumulation_is_the_larger_batch(train, tmp_path):
-    """Two batches of 8 make the step of the one batch of 16 that they are cut from; a batch alone does not."""
+    """Two accumulated batches of 8 make the step of the batch of 16; one batch alone does not."""
     _, whole = train(tmp_path, data={"batch_size": 16}, limit_train_batches=2)
     trainer, halves = train(
         tmp_path, data={"batch_size": 8}, limit_train_batches=4, accumulate_grad_batches=2
@@ -67,7 +67,7 @@ def test_accumulation_is_the_larger_batch(train, tmp_path):
 
 
 def test_gradients_are_let_go_after_the_step(train, tmp_path):
-    """The joint step sums gradients outside of .grad: those of the step before would lie beside them."""
+    """The joint step sums gradients outside of .grad; those of the last step must not be added."""
 
     class Free(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -110,7 +110,7 @@ def test_bf16_keeps_codes_and_gradients_in_float32(
 
 
 def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
-    """The checkpoint holds the average, norm sets of untrained widths estimated with it, and the weights in training."""
+    """The checkpoint holds the average, its estimated norms, and the weights in training."""
     weights, decay = Weights(), 0.6
     trainer, _ = train(
         tmp_path,
@@ -151,7 +151,7 @@ def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
 
 
 def test_average_of_weights_goes_through_validation_unharmed(train, tmp_path):
-    """Validation swaps the average in and out: the weights in training go the same way with it and without."""
+    """Validation swaps the average in and out without an effect on the weights in training."""
     with_average, without = Weights(), Weights()
     train(tmp_path, {"ema_decay": 0.5}, callbacks=[with_average], max_epochs=2)
     train(tmp_path, callbacks=[without], max_epochs=2)
@@ -159,7 +159,8 @@ def test_average_of_weights_goes_through_validation_unharmed(train, tmp_path):
         assert all(torch.equal(one[k], two[k]) for k in two if not k.endswith("calibrated"))
 
 
-# -- optimisers and schedules --------------------------------------------------------------------------------------------
+# -- optimisers and schedules
+# --------------------------------------------------------------------------------------------
 def settings(**changes):
     plain = {
         "opt": "sgd",

@@ -1,4 +1,4 @@
-"""The joint step is an ordinary step over the summed losses: same gradients as a plain loop, at the memory of one width."""
+"""The joint step: gradients of a plain loop over the summed losses, at the memory of one width."""
 
 import copy
 import re
@@ -36,7 +36,7 @@ def vit():
 
 
 class Tied(nn.Module):
-    """Two layers share one weight; `gain` and `shift` enter as one sum, so autograd gives both the very same tensor."""
+    """Two layers share one weight; `gain` and `shift` get the very same gradient tensor."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ def test_two_parameters_never_share_one_gradient():
 
 
 def test_one_width_is_not_all_of_them():
-    """The counter-example: the sum over widths is not the gradient of any one of them, nor their mean."""
+    """Counter-example: the sum over widths is not the gradient of one of them, nor their mean."""
     ours, theirs = prepared(conv_net), prepared(conv_net)
     images, target = batch()
     joint_loss(ours, images, WIDTHS, recursive(target))[0].backward()
@@ -169,7 +169,7 @@ def test_one_width_is_not_all_of_them():
 
 
 def test_memory_does_not_grow_with_the_widths():
-    """Bytes that autograd holds for backward, at their peak: each width's are gone before the next one's come."""
+    """Measure the peak bytes that autograd holds for backward: one width's at a time."""
 
     def peak(widths, step):
         held = {"now": 0, "peak": 0}
@@ -216,7 +216,7 @@ def test_scale_of_the_incoming_gradient_and_accumulation():
 
 
 def test_loss_scale_is_undone():
-    """A gradient scaler's factor rides along inside, where float16 gradients would vanish, and is gone after."""
+    """A gradient scaler's factor is applied inside, where float16 gradients would underflow."""
     plain, scaled = prepared(vit), prepared(vit)
     images, target = batch()
     joint_loss(plain, images, WIDTHS, recursive(target))[0].backward()
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_names_its_width():
 @pytest.mark.parametrize("activations", ["clamp_round", "clamp_floor_truncate", "pact_floor"])
 @pytest.mark.parametrize("place", ["conv1.weight", "layer1.0.bn1.sets.8.bias"])
 def test_a_nan_that_integers_would_hide_is_found(activations, place):
-    """The codes of a quantized activation know no NaN: the loss alone would stay finite. The stem is in float."""
+    """Codes of a quantized activation hide a NaN: the loss alone would stay finite."""
     model = prepared(conv_net, activations=activations)
     images, target = batch()
     with torch.no_grad():

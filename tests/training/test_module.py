@@ -1,4 +1,4 @@
-"""Who teaches whom, with what weight, at which widths of which step; and what is refused in one sentence."""
+"""Teachers, loss weights and widths of a step; and refusals in one sentence."""
 
 import math
 from types import SimpleNamespace
@@ -270,7 +270,8 @@ def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
 def test_a_teacher_with_weights_for_other_classes_is_refused_before_a_download(train, tmp_path):
     with pytest.raises(
         UserError,
-        match=r"resnet18 are for 1000 classes, the data has 10; pass model\.teacher_checkpoint_path",
+        match=r"resnet18 are for 1000 classes, the data has 10; "
+        r"pass model\.teacher_checkpoint_path",
     ):
         train(tmp_path, {"teacher": "external", "teacher_name": "resnet18"})
 

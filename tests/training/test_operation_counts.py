@@ -1,4 +1,4 @@
-"""Operations that a joint step and an evaluation dispatch, and values that they read from the device.
+"""Operations that a joint step and an evaluation dispatch, and values read from the device.
 
 Counts are exact and the same on every machine. On a GPU small networks are bound by them.
 """

@@ -1,4 +1,4 @@
-"""A killed run that goes on ends as the one that was never killed, bit for bit; a checkpoint runs no code."""
+"""A resumed run ends like an uninterrupted one, bit for bit; a checkpoint runs no code."""
 
 import csv
 import json
@@ -101,7 +101,7 @@ def finish(root: Path, *more: str) -> Path:
 
 
 def kill_inside_the_second_epoch(root: Path) -> int:
-    """Starts the command and kills it as soon as a checkpoint from inside the second epoch is there; returns its step."""
+    """Start the command, kill it after the first checkpoint in epoch 2, and return its step."""
     process = subprocess.Popen(
         command(root),
         env=environment(),
@@ -201,7 +201,7 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path):
 
 
 class Stop(L.Callback):
-    """Breaks off in the validation of an epoch, or in its training after the batch of that number."""
+    """Stop in the validation of an epoch, or after a batch of its training."""
 
     def __init__(self, epoch, batch=None):
         self.epoch, self.batch = epoch, batch
@@ -216,7 +216,7 @@ class Stop(L.Callback):
 
 
 def fit(train, root, model, checkpoint, stop=None, resume=None, data=None):
-    """2 epochs of 4 steps, a checkpoint every 2 steps and at the end of each epoch, as the command line sets them up."""
+    """2 epochs of 4 steps, a checkpoint every 2 steps and at the end of each epoch."""
     end = ModelCheckpoint(
         root,
         filename="last",
@@ -233,7 +233,7 @@ def fit(train, root, model, checkpoint, stop=None, resume=None, data=None):
 
 
 def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
-    """With everything that draws at random: augmentation, dropout, stochastic depth, the sandwich; and with momentum."""
+    """With every source of randomness: augmentation, dropout, drop path, sandwich; and momentum."""
     model = {
         "ema_decay": 0.5,
         "drop_rate": 0.3,
@@ -272,7 +272,7 @@ def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
 
 
 def test_stopped_in_the_last_validation(train, resnet, tmp_path):
-    """The checkpoint to go on from lies before the end of the epoch, so the validation is not lost."""
+    """The checkpoint comes before the end of the epoch, so the validation is not lost."""
     model = {**resnet, "ema_decay": 0.5}
     _, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2))
     fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), stop=Stop(1))
@@ -301,7 +301,7 @@ class Kill(L.Callback):
 
 
 def killed(train, root, model, accumulate, *batches):
-    """Train 2 epochs of 10 batches, a checkpoint every 2 steps; killed and resumed after each number of batches."""
+    """Train 2 epochs of 10 batches, killed and resumed after each number of batches."""
     end = {"enable_version_counter": False, "every_n_epochs": 1, "save_on_train_epoch_end": True}
     flags = {"max_epochs": 2, "limit_train_batches": 10, "accumulate_grad_batches": accumulate}
     for count in (*batches, None):
@@ -358,7 +358,7 @@ def test_going_on_with_more_epochs_or_another_rate_follows_the_new_schedule(trai
 
 
 def test_a_checkpoint_right_before_validation_would_lose_it(train, resnet, tmp_path):
-    """The counter-example: Lightning's own callback writes at the last batch too, and goes on without the validation."""
+    """Counter-example: Lightning's callback saves at the last batch and skips the validation."""
     plain = {"filename": "last", "enable_version_counter": False, "every_n_train_steps": 2}
     fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), stop=Stop(1))
     trainer, _ = fit(

@@ -1,4 +1,4 @@
-"""However a run ends, its record has a result; a command that trains nothing leaves it as it was."""
+"""However a run ends, its record has a result; a command without training leaves it unchanged."""
 
 import csv
 import json

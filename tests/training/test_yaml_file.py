@@ -1,4 +1,4 @@
-"""User-written YAML: wrong encodings, duplicate keys, syntax errors and alias bombs are one line."""
+"""User-written YAML: wrong encodings, duplicate keys, syntax errors, alias bombs: one line each."""
 
 import os
 import time
