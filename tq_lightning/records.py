@@ -1,9 +1,9 @@
 """record.json: its fields, its checks, and the only code that reads or writes it.
 
 A run writes a `Record`, `inspect --out` an `InspectRecord`. The dataclasses below are the schema: a
-file is checked against their annotations when it is read. A field without a default is required; one
-with a default may be missing or null. Maps with integer keys are keyed by the width in bits. Fields
-are added to schema 1, never renamed or removed.
+file is checked against their annotations when it is read. A field without a default is required;
+one with a default may be missing or null. Maps with integer keys are keyed by the width in bits.
+Fields are added to schema 1, never renamed or removed.
 """
 
 import json

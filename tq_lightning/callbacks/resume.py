@@ -1,7 +1,8 @@
 """Resuming a run: random states by step, checkpoints inside an epoch, and folders that were moved.
 
-`StepSeeds` makes each step independent of the process it runs in. `StepCheckpoint` writes checkpoints
-from which a run resumes inside an epoch. `MovedRun` adapts a checkpoint to the folder it is in now.
+`StepSeeds` makes each step independent of the process it runs in. `StepCheckpoint` writes
+checkpoints from which a run resumes inside an epoch. `MovedRun` adapts a checkpoint to the folder
+it is in now.
 """
 
 import os

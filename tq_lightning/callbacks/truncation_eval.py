@@ -115,8 +115,8 @@ class TruncationEval(L.Callback):
     Norm statistics of untrained widths are estimated from `calibration_batches` fixed training
     batches at the start of each validation epoch, into norms of their own, which the checkpoint
     keeps; a test uses those of its checkpoint. Once training continues, these norms are marked as
-    not calibrated: they belong to the weights they were estimated with. Everything else (parameters,
-    buffers, modes, width, random states) stays as it was.
+    not calibrated: they belong to the weights they were estimated with. Everything else
+    (parameters, buffers, modes, width, random states) stays as it was.
 
     The end of a run is always scored, whatever `trainer.check_val_every_n_epoch` says and whatever
     ended it: epochs, steps, `max_time`, or a callback that stops the Trainer.

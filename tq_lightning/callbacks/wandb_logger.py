@@ -67,8 +67,8 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
     """Start a W&B run with the resolved configuration; its files go below `run_dir`.
 
     A W&B agent passes the id and the project of the run through the environment, so inside a W&B
-    sweep neither is set here, and the keys that the sweep has set are left alone. Only rank 0 starts
-    a run.
+    sweep neither is set here, and the keys that the sweep has set are left alone. Only rank 0
+    starts a run.
 
     Raises:
         UserError: W&B refuses to start, e.g. for lack of an API key.

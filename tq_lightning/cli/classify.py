@@ -1,4 +1,4 @@
-"""The verb `classify`: images -> classes and probabilities as CSV, by a packed file at one width."""
+"""The verb `classify`: classes and probabilities of images as CSV, by a packed file."""
 
 import argparse
 import csv

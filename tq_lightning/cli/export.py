@@ -146,7 +146,8 @@ def _packed(a: argparse.Namespace) -> dict[str, int]:
     if a.add is not None:
         if a.max_bits is not None or a.fold_norms or a.compress or not is_packed(a.source):
             raise UserError(
-                "--add joins two packed files as they are; pass it with a packed file and --out alone"
+                "--add joins two packed files as they are; "
+                "pass it with a packed file and --out alone"
             )
         return repack.join(a.source, a.add, a.out)
     if not is_packed(a.source):
@@ -180,7 +181,8 @@ def _onnx(a: argparse.Namespace, path: Path) -> None:
         from tq_lightning.export.onnx import dynamic, qonnx, static
     except ImportError as error:
         raise UserError(
-            f"--format {a.format} needs the onnx package ({error}); pip install 'tq_lightning[onnx]'"
+            f"--format {a.format} needs the onnx package ({error}); "
+            "pip install 'tq_lightning[onnx]'"
         ) from error
     if a.format == "onnx":
         static.export_static(path, a.out, a.bits, a.opset)

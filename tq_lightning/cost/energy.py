@@ -7,9 +7,9 @@ the same however the width is switched.
 
 from tq_lightning.records import Energy
 
-# Fig. 1.1.9, "rough energy costs for various operations in 45 nm, 0.9 V". Its memory accesses are of
-# 64 bits: cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. The 640 pJ for 32 bits
-# of DRAM and 5 pJ for 32 bits of SRAM in deep-learning papers come from Han et al., arXiv
+# Fig. 1.1.9, "rough energy costs for various operations in 45 nm, 0.9 V". Its memory accesses are
+# of 64 bits: cache of 8 KB 10 pJ, 32 KB 20 pJ, 1 MB 100 pJ, DRAM 1.3 to 2.6 nJ. The 640 pJ for 32
+# bits of DRAM and 5 pJ for 32 bits of SRAM in deep-learning papers come from Han et al., arXiv
 # 1506.02626, fig. 1, and agree with the 1.3 nJ and the cache of 8 KB.
 SOURCE = (
     "M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014, fig. "

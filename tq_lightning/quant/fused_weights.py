@@ -2,8 +2,9 @@
 
 A joint step over K widths, or an evaluation of many, needs every weight at every width. Layer by
 layer that is a dozen small operations per layer and width. Here the weights lie in flat buffers.
-They are normalized once, and the functions of `codes.py` and `ste.py` run once per width on the whole
-buffer. The layers read views of it, so the network itself runs the operations of the float network.
+They are normalized once, and the functions of `codes.py` and `ste.py` run once per width on the
+whole buffer. The layers read views of it, so the network itself runs the operations of the float
+network.
 
 The values are those of `WeightQuantizer`, bit for bit.
 """
@@ -49,7 +50,7 @@ class FusedWeights:
         self._has_grad = [False] * len(self.trained)
 
     def _flat(self) -> tuple[Tensor, list[Tensor]]:
-        """Allocate a flat float32 buffer and one view per weight, with the strides of the weight."""
+        """Allocate a flat float32 buffer and one view per weight, with its strides."""
         size = sum(-(-w.numel() // ALIGNMENT) * ALIGNMENT for w in self.originals)
         flat = torch.zeros(size, dtype=torch.float32, device=self.device)
         views, start = [], 0

@@ -1,0 +1,1 @@
+"""The Lightning module, its losses and schedules, and the Lightning command line."""

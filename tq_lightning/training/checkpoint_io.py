@@ -11,8 +11,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
-# A checkpoint is a zip archive. Its comment, the last bytes of the file, holds the CRC-32 of all bytes
-# before the digits: torch.load does not verify the archive's own checksums, which cover less.
+# A checkpoint is a zip archive. Its comment, the last bytes of the file, holds the CRC-32 of all
+# bytes before the digits: torch.load does not verify the archive's own checksums, which cover less.
 _MARK = b"tq-crc32:"
 _DIGITS = 8
 _END = 22 + len(_MARK) + _DIGITS  # the archive's last record with its comment

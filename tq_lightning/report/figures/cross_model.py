@@ -163,8 +163,8 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     arms = [arm for group in groups for _, arm in group.arms]
     split = split_of([run for arm in arms for run in arm.runs])
     if nested := [(value, arm) for g in groups for value, arm in g.arms if arm.nested]:
-        shares = [_share(arm, w) for _, arm in nested for w in arm.runs[0].widths]
-        rest = "" if any(e and e.mean for e in shares) else "; 0 at every width in each"
+        of_nested = [_share(arm, w) for _, arm in nested for w in arm.runs[0].widths]
+        rest = "" if any(e and e.mean for e in of_nested) else "; 0 at every width in each"
         many = "1 arm" if len(nested) == 1 else f"{len(nested)} arms, the first drawn"
         series[f"{nested[0][0]} ({many}{rest})"] = nested[0][1]
     found = {
