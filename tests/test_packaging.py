@@ -35,7 +35,7 @@ def test_the_type_checker_sees_public_names(tmp_path):
         "tq_lightning.no_such_name\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--no-incremental", "--follow-imports=silent", str(code)],
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", str(code)],
         cwd=ROOT,
         capture_output=True,
         text=True,
