@@ -178,10 +178,10 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     claims = [n for n, arm in series.items() if not arm.nested and not has_collapsed(arm)]
     title = "Weight codes that disagree, and the accuracy that they cost"
     if pairs := [found[name][2] for name in claims if 2 in found[name]]:
-        shares: list[float] = [share.mean for share, _ in pairs if share]
+        wrong: list[float] = [share.mean for share, _ in pairs if share]
         costs: list[float] = [cost.mean for _, cost in pairs if cost]
         title = (
-            f"At 2 bits, {min(shares):.0f} to {max(shares):.0f} % of the shifted codes are wrong, "
+            f"At 2 bits, {min(wrong):.0f} to {max(wrong):.0f} % of the shifted codes are wrong, "
             f"which costs {min(costs):.1f} to {max(costs):.1f} points"
         )
     canvas, body = style.new((7.0, 2.6 + 0.17 * len(series)), title, flags=flags_of(groups))
