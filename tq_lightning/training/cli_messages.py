@@ -1,7 +1,9 @@
 """Errors of the command-line parser and of Lightning, as one line that says what to pass."""
 
 import inspect
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +100,26 @@ def _no_accelerator(text: str) -> str | None:
     if "No supported gpu backend found" in text:
         return "trainer.accelerator: got 'gpu', but PyTorch finds no GPU here; pass cpu or auto"
     return None
+
+
+def quiet() -> None:
+    """Silence messages and warnings of Lightning that a user can't act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*args parameter is intended to run from within Python.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*LeafSpec.*",
+        ".*sync_dist=True.*",
+        ".*nn.functional.all_gather is deprecated.*",
+        ".*overrides the configure_model callback.*",
+        ".*The number of training batches.*",
+        ".*when using `ckpt_path`, callbacks used to create the checkpoint.*",
+        ".*The dirpath has changed from.*",
+        ".*`weights_only` was not set.*",
+        ".*`isinstance\\(treespec.*",
+        ".*Couldn't infer the batch indices.*",
+        ".*The `srun` command is available.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)

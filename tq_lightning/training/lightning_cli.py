@@ -2,13 +2,11 @@
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
 import sys
 import time
 import uuid
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +14,21 @@ from typing import Any
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tq_lightning.callbacks.csv_logger import RunLogger
 from tq_lightning.callbacks.peers import WatchPeers
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.progress import FitProgressBar, ProgressLines
-from tq_lightning.callbacks.quantization_summary import QuantizationSummary
-from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
 from tq_lightning.callbacks.run_record import RunRecord
-from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
+from tq_lightning.callbacks.stop_on_signal import SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import Interrupted, TrainingError, UserError, first_line
-from tq_lightning.files import atomic_write, expand_path, remove_temporaries
-from tq_lightning.records import MONITOR, NAME, read_record, write_record
+from tq_lightning.files import expand_path, remove_temporaries
+from tq_lightning.records import NAME, read_record, write_record
 from tq_lightning.training.arguments import (
     as_plain_strings,
     drop_append_options,
@@ -47,10 +42,11 @@ from tq_lightning.training.checkpoint import (
     run_folder,
 )
 from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
-from tq_lightning.training.cli_messages import one_line
+from tq_lightning.training.cli_messages import one_line, quiet
 from tq_lightning.training.cluster import check_tasks, cluster_environment
 from tq_lightning.training.help_pages import page, wanted_page
 from tq_lightning.training.module import TQModule
+from tq_lightning.training.run_callbacks import SaveConfig, fit_callbacks, make_loggers
 from tq_lightning.training.run_folder import (
     LAST,
     auto_folder,
@@ -81,30 +77,6 @@ def _check_root(root: Path) -> None:
         raise UserError(
             f"trainer.default_root_dir={root}: cannot write in {there}; pass a folder for the runs"
         )
-
-
-class SaveConfig(SaveConfigCallback):
-    """Write RUN/config.yaml once training starts, without `ckpt_path`: it starts a new run.
-
-    A fit that trains nothing leaves the file of an earlier one.
-    """
-
-    def __init__(self, *args: Any, run_dir: Path, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.run_dir = run_dir
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Do nothing: training may not start."""
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write the file."""
-        if trainer.is_global_zero:
-            config = self.config.clone()
-            config.pop("ckpt_path", None)
-            text = self.parser.dump(config, skip_none=False)
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.run_dir / "config.yaml") as temporary:
-                temporary.write_text(text, encoding="utf-8")
 
 
 class TQCLI(LightningCLI):
@@ -360,9 +332,11 @@ class TQCLI(LightningCLI):
             if self._lock is not None:
                 remove_temporaries(self.run_dir)
                 remove_temporaries(self.run_dir / "checkpoints")
-            plain += self._fit_callbacks(config)
+            plain += fit_callbacks(self.run_dir, config, self.config_dump, self.stop_flag)
             if trainer["logger"] in (None, True):
-                kwargs["logger"] = self._loggers(config)
+                kwargs["logger"] = make_loggers(
+                    self.run_dir, config, self.config_dump, self.resume_step
+                )
         else:
             plain.append(StopOnSignal(self.stop_flag))
             self.save_config_callback = None
@@ -386,85 +360,6 @@ class TQCLI(LightningCLI):
         check_tasks(made.num_devices, made.num_nodes, self.subcommand == "fit")
         return made
 
-    def _fit_callbacks(self, config: Any) -> list[Callback]:
-        callbacks: list[Callback] = [
-            RunRecord(self.run_dir, self.config_dump),
-            QuantizationSummary(self.run_dir),
-        ]
-        if config["wandb"]:
-            from tq_lightning.callbacks.wandb_logger import WandbRecord
-
-            callbacks.append(WandbRecord(self.run_dir / NAME))
-        if config["trainer"]["enable_checkpointing"] is False or config["trainer"]["fast_dev_run"]:
-            return [*callbacks, StopOnSignal(self.stop_flag)]
-        folder = self.run_dir / "checkpoints"
-        # Lightning takes an interval of 1 batch for 1.0, a whole epoch
-        every_batch = isinstance(config["trainer"]["val_check_interval"], int)
-        best = ModelCheckpoint(
-            folder,
-            filename="best-{epoch}",
-            monitor=MONITOR,
-            mode="max",
-            save_top_k=1,
-            save_on_train_epoch_end=False if every_batch else None,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,  # an epoch repeated after a kill overwrites its file
-        )
-        every = config["checkpoint_every_n_steps"]
-        last = ModelCheckpoint(
-            folder,
-            filename="last",
-            enable_version_counter=False,
-            every_n_epochs=1,
-            save_on_train_epoch_end=True,
-        )
-        callbacks += [MovedRun(), best, last]
-        if every > 0:
-            callbacks.append(StepCheckpoint(folder, every))
-        callbacks.append(CheckpointOnSignal(self.stop_flag, folder))
-        return callbacks
-
-    def _loggers(self, config: Any) -> list[Any]:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        loggers: list[Any] = [
-            RunLogger(str(self.run_dir.parent), self.run_dir.name, self.resume_step)
-        ]
-        if config["tensorboard"]:
-            loggers.append(
-                TensorBoardLogger(
-                    self.run_dir, name="", version="tensorboard", default_hp_metric=False
-                )
-            )
-        if config["wandb"]:
-            from tq_lightning.callbacks.wandb_logger import make_wandb_logger
-
-            loggers.append(make_wandb_logger(self.run_dir, self.config_dump))
-        return loggers
-
-
-def _quiet() -> None:
-    """Silence messages and warnings of Lightning that a user can't act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*args parameter is intended to run from within Python.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*LeafSpec.*",
-        ".*sync_dist=True.*",
-        ".*nn.functional.all_gather is deprecated.*",
-        ".*overrides the configure_model callback.*",
-        ".*The number of training batches.*",
-        ".*when using `ckpt_path`, callbacks used to create the checkpoint.*",
-        ".*The dirpath has changed from.*",
-        ".*`weights_only` was not set.*",
-        ".*`isinstance\\(treespec.*",
-        ".*Couldn't infer the batch indices.*",
-        ".*The `srun` command is available.*",
-    ):
-        warnings.filterwarnings("ignore", message=pattern)
-
 
 def run(argv: list[str]) -> dict[str, Any]:
     """Run `argv` ("fit", "--config", ...) in this process.
@@ -475,7 +370,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     Raises:
         UserError, TrainingError, KeyboardInterrupt: as `cli.run_fit`.
     """
-    _quiet()
+    quiet()
     try:
         cli = TQCLI(
             TQModule,
@@ -493,7 +388,8 @@ def run(argv: list[str]) -> dict[str, Any]:
     except (ArgumentError, MisconfigurationException) as error:
         raise UserError(one_line(error)) from None
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        full = (errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", None))  # none on Windows
+        if error.filename is None and error.errno not in full:
             raise
         where = f" {error.filename}" if error.filename else ""
         raise UserError(f"cannot read or write{where}: {error.strerror}") from error

@@ -1,0 +1,113 @@
+"""Callbacks and loggers of a fit from the command line, and its saved configuration."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+
+from tq_lightning.callbacks.csv_logger import RunLogger
+from tq_lightning.callbacks.quantization_summary import QuantizationSummary
+from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
+from tq_lightning.callbacks.run_record import RunRecord
+from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
+from tq_lightning.files import atomic_write
+from tq_lightning.records import MONITOR, NAME
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write RUN/config.yaml once training starts, without `ckpt_path`: it starts a new run.
+
+    A fit that trains nothing leaves the file of an earlier one.
+    """
+
+    def __init__(self, *args: Any, run_dir: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run_dir = run_dir
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Do nothing: training may not start."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write the file."""
+        if trainer.is_global_zero:
+            config = self.config.clone()
+            config.pop("ckpt_path", None)
+            text = self.parser.dump(config, skip_none=False)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.run_dir / "config.yaml") as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+
+def fit_callbacks(
+    run_dir: Path, config: Any, config_dump: dict[str, Any], stop_flag: SignalFlag
+) -> list[Callback]:
+    """Create the callbacks of a fit, in the order in which Lightning shall call them.
+
+    Args:
+        run_dir: the run's folder.
+        config: the parsed options of `fit`.
+        config_dump: the resolved configuration, plain types.
+        stop_flag: the signals of this process.
+    """
+    callbacks: list[Callback] = [
+        RunRecord(run_dir, config_dump),
+        QuantizationSummary(run_dir),
+    ]
+    if config["wandb"]:
+        from tq_lightning.callbacks.wandb_logger import WandbRecord
+
+        callbacks.append(WandbRecord(run_dir / NAME))
+    if config["trainer"]["enable_checkpointing"] is False or config["trainer"]["fast_dev_run"]:
+        return [*callbacks, StopOnSignal(stop_flag)]
+    folder = run_dir / "checkpoints"
+    # Lightning takes an interval of 1 batch for 1.0, a whole epoch
+    every_batch = isinstance(config["trainer"]["val_check_interval"], int)
+    best = ModelCheckpoint(
+        folder,
+        filename="best-{epoch}",
+        monitor=MONITOR,
+        mode="max",
+        save_top_k=1,
+        save_on_train_epoch_end=False if every_batch else None,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,  # an epoch repeated after a kill overwrites its file
+    )
+    every = config["checkpoint_every_n_steps"]
+    last = ModelCheckpoint(
+        folder,
+        filename="last",
+        enable_version_counter=False,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+    )
+    callbacks += [MovedRun(), best, last]
+    if every > 0:
+        callbacks.append(StepCheckpoint(folder, every))
+    callbacks.append(CheckpointOnSignal(stop_flag, folder))
+    return callbacks
+
+
+def make_loggers(
+    run_dir: Path, config: Any, config_dump: dict[str, Any], resume_step: int | None
+) -> list[Any]:
+    """Create the loggers of a fit: metrics.csv, and TensorBoard or W&B if the user asked for them.
+
+    Args:
+        run_dir: the run's folder.
+        config: the parsed options of `fit`.
+        config_dump: the resolved configuration, plain types.
+        resume_step: optimizer step that the fit resumes from; its later rows are dropped.
+    """
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    loggers: list[Any] = [RunLogger(str(run_dir.parent), run_dir.name, resume_step)]
+    if config["tensorboard"]:
+        loggers.append(
+            TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)
+        )
+    if config["wandb"]:
+        from tq_lightning.callbacks.wandb_logger import make_wandb_logger
+
+        loggers.append(make_wandb_logger(run_dir, config_dump))
+    return loggers
