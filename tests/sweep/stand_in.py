@@ -12,7 +12,13 @@ METRIC = "val/acc1_truncate_mean"
 CHECKPOINT = {  # but for global_step
     "state_dict": {},
     "hyper_parameters": {},
-    "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 0}}}},
+    "loops": {
+        "fit_loop": {
+            "epoch_progress": {"current": {"processed": 0}},
+            "epoch_loop.batch_progress": {"is_last_batch": True, "current": {"ready": 1}},
+            "state_dict": {},
+        }
+    },
 }
 
 

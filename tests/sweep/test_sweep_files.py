@@ -71,7 +71,7 @@ def test_both_arms_have_the_same_search_for_a_learning_rate():
         (
             {"model.quantiser": {"values": ["floor"]}},
             None,
-            "--model.quantiser=floor; did you mean --model.quantizer",
+            "unknown option --model.quantiser; did you mean --model.quantizer",
         ),
         ({"model.lr": {"values": [0.1, "fast"]}}, None, "--model.lr=fast: "),
         ({"model.ste": {"values": ["identity", "identty"]}}, None, "identty"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tq_lightning.errors import UserError
-from tq_lightning.quant import fake_quantize
+from tq_lightning.quant import fused_weights
 from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
 from tq_lightning.training.optim import build_optimizer, build_scheduler
@@ -82,13 +82,14 @@ def test_bf16_keeps_codes_and_gradients_in_float32(
 ):
     model = resnet if convolutions else {}
     kinds = set()
-    plain = fake_quantize.width_codes
+    plain = fused_weights.dequantize
 
-    def spy(u, *rest):
-        kinds.add(u.dtype)
-        return plain(u, *rest)
+    def spy(codes, bits, scale, level, out):
+        kinds.update((scale.dtype, out.dtype))
+        assert codes.dtype == torch.uint8
+        return plain(codes, bits, scale, level, out)
 
-    monkeypatch.setattr(fake_quantize, "width_codes", spy)
+    monkeypatch.setattr(fused_weights, "dequantize", spy)
 
     class Grads(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):

@@ -402,6 +402,7 @@ def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
     trainer.save_checkpoint(tmp_path / "good.ckpt")
     state = torch.load(tmp_path / "good.ckpt", weights_only=True)
     torch.save({**state, "extra": Harm()}, tmp_path / "bad.ckpt")
-    assert main(["fit", "--data.name", "digits", "--ckpt_path", str(tmp_path / "bad.ckpt")]) == 2
+    bad = ["--ckpt_path", str(tmp_path / "bad.ckpt"), "--trainer.max_epochs", "1"]
+    assert main(["fit", "--data.name", "digits", *bad]) == 2
     assert "is not a training checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "harm").exists()

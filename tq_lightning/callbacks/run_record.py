@@ -255,7 +255,7 @@ def _at(record: Record, epoch: int, step: int) -> Record:
     def earlier(block: Evaluation | None) -> bool:
         if block is None or block.epoch is None:
             return False
-        if block.step is None:  # written by version 0.1.0
+        if block.step is None:  # written before steps were recorded
             return block.epoch < epoch or (block.epoch == epoch and record.steps == step)
         return block.step <= step
 
