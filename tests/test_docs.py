@@ -192,7 +192,9 @@ def runnable() -> list:
     rows = []
     for page in PAGES:
         chosen = [b for b in blocks(page) if b.language in ("bash", "python") and b.reason is None]
-        slow = any(TRAINS.search(b.code) for b in chosen if b.language == "bash")
+        slow = page.stem == "library" or any(
+            TRAINS.search(b.code) for b in chosen if b.language == "bash"
+        )
         marks = [pytest.mark.slow, pytest.mark.timeout(900)] if slow else []
         if chosen:
             rows.append(pytest.param(chosen, id=name(page), marks=marks))

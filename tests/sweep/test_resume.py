@@ -263,6 +263,7 @@ def test_a_storage_outage_between_claim_and_fit_is_waited_for(
     assert sorted(t.value for t in study_of(folder).trials) == [51, 52, 53]
 
 
+@pytest.mark.slow
 def test_an_outage_that_does_not_end_is_one_line(
     write_sweep, tmp_path, replace_fit, no_results, monkeypatch, capsys
 ):

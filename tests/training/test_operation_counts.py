@@ -18,7 +18,6 @@ from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)
-BATCHES = 10
 HOST_READ = "aten._local_scalar_dense.default"
 
 
@@ -58,7 +57,7 @@ def joint_step(model, images, target):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "limit"), [("resnet20_cifar", 32, 1.25), ("resnet50", 64, 1.15)]
+    ("name", "size", "limit"), [("resnet20_cifar", 16, 1.25), ("resnet50", 32, 1.15)]
 )
 def test_joint_step(name, size, limit):
     images, target = torch.randn(2, 3, size, size), torch.randint(0, 10, (2,))
@@ -78,13 +77,13 @@ def test_host_reads_of_other_choices(how):
     assert count(lambda: joint_step(model, images, target))[HOST_READ] == 1
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet20_cifar", 32), ("resnet50", 64)])
-def test_evaluation(name, size):
+@pytest.mark.parametrize(("name", "batches"), [("resnet20_cifar", 8), ("resnet50", 3)])
+def test_evaluation(name, batches):
     """Batches at 8 widths, against as many passes of the float network.
 
     The weights are normalized once an evaluation, which a real one spreads over dozens of batches.
     """
-    images = torch.randn(2, 3, size, size)
+    images = torch.randn(1, 3, 32, 32)
     plain, model = build(name, False).eval(), build(name, True).eval()
     for norm in per_width_norms(model):
         norm.calibrated.fill_(True)
@@ -92,12 +91,12 @@ def test_evaluation(name, size):
 
     def floats():
         with torch.no_grad():
-            for _ in range(BATCHES * len(passes)):
+            for _ in range(batches * len(passes)):
                 plain(images)
 
     def widths():
         with fused_weights(model):
-            for _ in range(BATCHES):
+            for _ in range(batches):
                 evaluate_batch(model, images, passes)
 
     one, fused = count(floats), count(widths)
