@@ -312,3 +312,10 @@ def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
         match=r"step 1: .*blocks.0.mlp.fc1.weight holds NaN.*learning rate 0.1",
     ):
         train(tmp_path, callbacks=[Break()])
+
+
+def test_checking_the_keys_draws_no_random_number():
+    """The weights of a run are drawn after the checks: a draw in them would change every run."""
+    before = torch.get_rng_state()
+    TQModule(opt="sgd", num_classes=10)
+    assert torch.equal(torch.get_rng_state(), before)

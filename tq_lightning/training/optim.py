@@ -24,7 +24,8 @@ def check_optimizer(h: Any) -> None:
     if h["opt"].split("_", 1)[-1].lower() not in known and h["opt"].lower() not in known:
         hint = did_you_mean(h["opt"], known) or "; timm.optim.list_optimizers() lists the names"
         raise UserError(f"model.opt: got {h['opt']!r}{hint}")
-    _create(nn.Linear(1, 1), h)
+    with torch.random.fork_rng(devices=[]):  # the weights of a run are drawn after this check
+        _create(nn.Linear(1, 1), h)
 
 
 def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
