@@ -108,7 +108,9 @@ def test_two_processes_under_both_launchers_take_the_steps_of_one(tmp_path):
     for record in records:
         assert record["status"] == "finished" and record["steps"] == 6
         for key, value in records[0]["last"]["metrics"].items():
-            near = 1.0 if "acc1" in key or "gap" in key else 1e-3
+            if key == "train/images_per_second":  # a measurement
+                continue
+            near = 1.0 if "acc" in key or "gap" in key else 1e-3
             assert record["last"]["metrics"][key] == pytest.approx(value, abs=near), key
         assert (
             record["last"]["metrics"]["val/images"] == records[0]["last"]["metrics"]["val/images"]
