@@ -6,17 +6,14 @@ import json
 import pytest
 import torch
 
-from tq_lightning import prepare
 from tq_lightning.callbacks.csv_logger import RunLogger
 from tq_lightning.callbacks.metric_log import MetricLog
 from tq_lightning.callbacks.resume import StepSeeds
-from tq_lightning.callbacks.run_record import RunRecord, code_disagreement
+from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.width_table import print_widths
 from tq_lightning.cli import run_fit
 from tq_lightning.errors import TrainingError, UserError
-from tq_lightning.models import create_model
 from tq_lightning.quant.config import QuantConfig
-from tq_lightning.quant.weight import weight_quantizers
 
 RUN = [
     *(
@@ -414,26 +411,6 @@ def test_another_test_is_added_beside(tmp_path, capsys, trainer, data, why):
     assert got["tests"][0].get("batches") == (2 if why == "a part of the split" else None)
     assert f"not a test of the run's own data ({why})" in capsys.readouterr().out
     assert len(test_block(tmp_path, trainer, **data)["tests"]) == 2
-
-
-def test_disagreement_of_codes():
-    """Floor never; round at 2..7, by hand for one layer; 1 and 8 bits agree except for ties."""
-    for quantizer in ("floor", "round"):
-        torch.manual_seed(0)
-        model = create_model("resnet8_cifar", num_classes=10)
-        prepare(model, quantizer=quantizer, verbose=False)
-        got = code_disagreement(model)
-        if quantizer == "floor":
-            assert set(got) == set(range(1, 9)) and not any(got.values())
-    assert got[8] == 0 and got[1] < 1e-3 and all(got[b] > 0.005 for b in range(2, 8))
-    differ = total = 0
-    for item in weight_quantizers(model):
-        u = item.quantizer.normalize(item.original).u
-        differ += int(
-            (torch.round(3 * u) != torch.div(torch.round(255 * u), 64, rounding_mode="floor")).sum()
-        )
-        total += u.numel()
-    assert got[2] == pytest.approx(differ / total)
 
 
 # -- metrics.csv -----------------------------------------------------------------------------------

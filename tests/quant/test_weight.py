@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tq_lightning.models import create_model
 from tq_lightning.quant.bit_width import Width, bit_width
 from tq_lightning.quant.codes import LEVELS, NORMALIZERS, QUANTIZERS, codes_to_levels
 from tq_lightning.quant.config import QuantConfig
@@ -13,6 +14,7 @@ from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import (
     WeightQuantizer,
+    code_disagreement,
     original,
     weight_quantizers,
 )
@@ -259,3 +261,23 @@ def test_weight_quantizers_lists_full_names(net):
 def test_unknown_choice_says_what_there_is(key):
     with pytest.raises(ValueError, match=f"unknown {key} 'nearest'; pass"):
         _rule(**{key: "nearest"})
+
+
+def test_disagreement_of_codes():
+    """Floor never; round at 2..7, by hand for one layer; 1 and 8 bits agree except for ties."""
+    for quantizer in ("floor", "round"):
+        torch.manual_seed(0)
+        model = create_model("resnet8_cifar", num_classes=10)
+        prepare(model, quantizer=quantizer, verbose=False)
+        got = code_disagreement(model)
+        if quantizer == "floor":
+            assert set(got) == set(range(1, 9)) and not any(got.values())
+    assert got[8] == 0 and got[1] < 1e-3 and all(got[b] > 0.005 for b in range(2, 8))
+    differ = total = 0
+    for item in weight_quantizers(model):
+        u = item.quantizer.normalize(item.original).u
+        differ += int(
+            (torch.round(3 * u) != torch.div(torch.round(255 * u), 64, rounding_mode="floor")).sum()
+        )
+        total += u.numel()
+    assert got[2] == pytest.approx(differ / total)

@@ -17,10 +17,8 @@ from tq_lightning.callbacks.metric_log import MetricLog
 from tq_lightning.cost.size import record_bytes
 from tq_lightning.errors import Interrupted, UserError, first_line
 from tq_lightning.provenance import git_state, package_versions
-from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.config import QuantConfig
-from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.quant.weight import code_disagreement
 from tq_lightning.records import (
     MONITOR,
     NAME,
@@ -28,30 +26,15 @@ from tq_lightning.records import (
     Points,
     Record,
     TestResult,
-    WidthResult,
     read_record,
+    record_at,
+    width_results,
     write_record,
 )
 
 Curves = dict[str, dict[int, float]]  # {metric: {epoch: value}}
 # what makes a test one of the run's own data: which images, and how the model sees them
 DATA_KEYS = ("name", "root", "image_size", "mean", "std", "interpolation", "crop_pct")
-
-
-@torch.no_grad()
-def code_disagreement(model: torch.nn.Module) -> dict[int, float]:
-    """Return {width: share of the weight codes that differ between quantize and truncate}."""
-    differ = dict.fromkeys(range(1, width_of(model).max_bits + 1), 0)
-    total = 0
-    for weight in weight_quantizers(model):
-        q = weight.quantizer
-        u, quantizer = q.normalize(weight.original).u, QUANTIZERS[q.quantizer]
-        stored = quantizer.codes(u, q.width.max_bits)
-        total += stored.numel()
-        for bits in differ:
-            shifted = truncate_codes(stored, q.width.max_bits, bits)
-            differ[bits] += int((quantizer.codes(u, bits) != shifted).sum())
-    return {bits: count / total for bits, count in differ.items()}
 
 
 class RunRecord(L.Callback):
@@ -98,7 +81,7 @@ class RunRecord(L.Callback):
             started = datetime.now(UTC).isoformat(timespec="seconds")
             record = Record(uuid.uuid4().hex, "running", config, started=started)
         else:
-            record = _at(earlier, trainer.current_epoch, trainer.global_step)
+            record = record_at(earlier, trainer.current_epoch, trainer.global_step)
             # the model section of a checkpoint has been completed from the data set
             config = config | {"model": earlier.config.get("model", config.get("model"))}
         self._curves = {key: dict(points) for key, points in (record.curves or {}).items()}
@@ -144,7 +127,7 @@ class RunRecord(L.Callback):
         if best is None or metrics[MONITOR] > best.metrics[MONITOR]:
             best = now
         last = replace(now, monitor=None)
-        self._record = replace(self._record, best=best, last=last, widths=_widths(best))
+        self._record = replace(self._record, best=best, last=last, widths=width_results(best))
         self._take_training_metrics(trainer)
         self._save(trainer)
 
@@ -247,55 +230,6 @@ class RunRecord(L.Callback):
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_record(self.path, self._record)
-
-
-def _at(record: Record, epoch: int, step: int) -> Record:
-    """Return the record as of an epoch and a step; later results will be measured again."""
-
-    def earlier(block: Evaluation | None) -> bool:
-        if block is None or block.epoch is None:
-            return False
-        if block.step is None:  # written before steps were recorded
-            return block.epoch < epoch or (block.epoch == epoch and record.steps == step)
-        return block.step <= step
-
-    kept = [block for block in (record.best, record.last) if block and earlier(block)]
-    curves: Curves = {
-        key: {int(e): value for e, value in points if e < epoch}
-        for key, points in (record.curves or {}).items()
-    }
-    for block in kept:
-        if block.epoch == epoch:  # validated already, and not again
-            for key in (key for key in block.metrics if key.startswith("val/")):
-                curves.setdefault(key, {})[epoch] = block.metrics[key]
-    best, scores = record.best if earlier(record.best) else None, curves.get(MONITOR, {})
-    if best is None and scores:
-        first = max(sorted(scores), key=lambda e: scores[e])
-        best = Evaluation({k: p[first] for k, p in curves.items() if first in p}, first, MONITOR)
-    last = record.last if earlier(record.last) else None
-    if last is None and scores:
-        final = max(scores)
-        last = Evaluation({k: p[final] for k, p in curves.items() if final in p}, final)
-    points = {key: Points([[e, v] for e, v in sorted(p.items())]) for key, p in curves.items() if p}
-    widths = None if best is None else _widths(best)
-    return replace(
-        record, curves=points, best=best, last=last, widths=widths, bytes=None, test=None
-    )
-
-
-def _widths(best: Evaluation) -> dict[int, WidthResult]:
-    """Return the results by width of the best epoch."""
-    metrics, prefix = best.metrics, "val/acc1_truncate_w"
-    return {
-        bits: WidthResult(
-            metrics[f"val/acc1_quantize_w{bits}"],
-            metrics[f"val/acc1_truncate_w{bits}"],
-            metrics[f"val/qt_gap_w{bits}"],
-        )
-        for bits in sorted(
-            int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix)
-        )
-    }
 
 
 def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import NORMALIZERS, QUANTIZERS, dequantize
+from tq_lightning.quant.bit_width import Width, width_of
+from tq_lightning.quant.codes import NORMALIZERS, QUANTIZERS, dequantize, truncate_codes
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
 
@@ -190,3 +190,19 @@ def weight_quantizers(model: nn.Module) -> list[QuantizedTensor]:
 def original(module: nn.Module, tensor: str) -> Tensor:
     """Return the float parameter behind a quantized tensor of a layer."""
     return module.parametrizations[tensor].original  # type: ignore[index,union-attr]
+
+
+@torch.no_grad()
+def code_disagreement(model: nn.Module) -> dict[int, float]:
+    """Return {width: share of the weight codes that differ between quantize and truncate}."""
+    differ = dict.fromkeys(range(1, width_of(model).max_bits + 1), 0)
+    total = 0
+    for weight in weight_quantizers(model):
+        q = weight.quantizer
+        u, quantizer = q.normalize(weight.original).u, QUANTIZERS[q.quantizer]
+        stored = quantizer.codes(u, q.width.max_bits)
+        total += stored.numel()
+        for bits in differ:
+            shifted = truncate_codes(stored, q.width.max_bits, bits)
+            differ[bits] += int((quantizer.codes(u, bits) != shifted).sum())
+    return {bits: count / total for bits, count in differ.items()}

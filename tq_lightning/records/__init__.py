@@ -1,0 +1,64 @@
+"""record.json: its fields, its checks, and the only code that reads or writes it.
+
+A run writes a `Record`, `inspect --out` an `InspectRecord`. Their dataclasses are the schema: a
+file is checked against the annotations when it is read.
+"""
+
+from tq_lightning.records.inspect import (
+    STORAGE_LABELS,
+    Energy,
+    InspectRecord,
+    Layer,
+    Mechanism,
+    StorageBytes,
+)
+from tq_lightning.records.json_tree import SCHEMA, Number, Points, RecordError
+from tq_lightning.records.read_write import (
+    NAME,
+    mark_superseded,
+    parse,
+    read_any,
+    read_record,
+    write_record,
+)
+from tq_lightning.records.run import (
+    MONITOR,
+    STORAGE_BYTES,
+    Evaluation,
+    ModelBytes,
+    Record,
+    TestResult,
+    WidthResult,
+    record_at,
+    value_of,
+    width_results,
+)
+
+__all__ = [
+    "MONITOR",
+    "NAME",
+    "SCHEMA",
+    "STORAGE_BYTES",
+    "STORAGE_LABELS",
+    "Energy",
+    "Evaluation",
+    "InspectRecord",
+    "Layer",
+    "Mechanism",
+    "ModelBytes",
+    "Number",
+    "Points",
+    "Record",
+    "RecordError",
+    "StorageBytes",
+    "TestResult",
+    "WidthResult",
+    "mark_superseded",
+    "parse",
+    "read_any",
+    "read_record",
+    "record_at",
+    "value_of",
+    "width_results",
+    "write_record",
+]

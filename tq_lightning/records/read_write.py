@@ -1,0 +1,107 @@
+"""Read and write record.json of either kind."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from tq_lightning.errors import UserError
+from tq_lightning.files import atomic_write
+from tq_lightning.records.inspect import InspectRecord
+from tq_lightning.records.json_tree import (
+    SCHEMA,
+    Number,
+    RecordError,
+    check,
+    from_tree,
+    shortened,
+)
+from tq_lightning.records.run import Record
+
+NAME = "record.json"
+
+
+def read_any(path: str | Path) -> Record | InspectRecord:
+    """Read a record of either kind.
+
+    Raises:
+        RecordError: the file is missing, unreadable or damaged, or breaks the schema.
+    """
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError("no such file") from None
+    except OSError as error:
+        raise RecordError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError(
+            f"broken JSON, maybe half-written: {str(error).splitlines()[0]}"
+        ) from None
+    return parse(tree)
+
+
+def parse(tree: Any) -> Record | InspectRecord:
+    """Build a record from JSON types. Raises RecordError as `read_any` does."""
+    if not isinstance(tree, dict) or "schema" not in tree:
+        raise RecordError("not a record of tq_lightning: the key 'schema' is missing")
+    if tree["schema"] != SCHEMA:
+        raise RecordError(
+            f"schema {tree['schema']!r}; this version reads schema {SCHEMA}: "
+            "use the version that wrote it"
+        )
+    kind = tree.get("kind", "run")
+    if kind == "inspect":
+        inspected: InspectRecord = from_tree(InspectRecord, tree, "")
+        if inspected.ways and "float_master" not in inspected.ways:
+            raise RecordError("broken: ways.float_master is missing")
+        return inspected
+    if kind != "run":
+        raise RecordError(f"kind {kind!r}; supported kinds are run and inspect")
+    record: Record = from_tree(Record, tree, "")
+    for key in ("model", "data", "trainer"):
+        check(dict, record.config.get(key, {}), f"config.{key}")
+    widths = (record.config.get("model") or {}).get("widths")
+    if widths is not None and not _is_widths(widths):
+        raise RecordError(
+            f"broken: config.model.widths is {shortened(widths)}, not a list of widths"
+        )
+    if record.best is not None:
+        check(
+            Number | None, record.best.metrics.get("val/acc1_float"), "best.metrics.val/acc1_float"
+        )
+    known = {f.name for f in fields(Record)} | {"schema", "kind"}
+    return replace(record, more={key: value for key, value in tree.items() if key not in known})
+
+
+def read_record(path: str | Path) -> Record:
+    """Read the record of a run.
+
+    Raises:
+        UserError: `path` is not the record of a run; one line that names the file.
+    """
+    try:
+        record = read_any(path)
+    except RecordError as error:
+        raise UserError(f"{path}: {error}; restore the file or start a new run") from None
+    if not isinstance(record, Record):
+        raise UserError(f"{path} is an inspect record; pass the record.json of a run")
+    return record
+
+
+def write_record(path: str | Path, record: Record | InspectRecord) -> None:
+    """Write a record atomically."""
+    indent = 1 if isinstance(record, Record) else None
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(record.tree(), indent=indent), encoding="utf-8")
+
+
+def mark_superseded(path: str | Path) -> None:
+    """Mark the record of a trial that was given to another worker: it must not count twice."""
+    reason = "its trial was given to another worker"
+    write_record(path, replace(read_record(path), status="interrupted", reason=reason))
+
+
+def _is_widths(value: Any) -> bool:
+    """Return True for a list of bits, or the text of one as the command line takes it."""
+    parts = value.strip("[]").split(",") if isinstance(value, str) else value
+    return isinstance(parts, list) and all(str(part).strip().isdigit() for part in parts)

@@ -1,0 +1,182 @@
+"""Record: what a run writes, its configuration, its environment, its status and its results."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tq_lightning.records.json_tree import SCHEMA, Number, Points, to_tree
+
+MONITOR = "val/acc1_truncate_mean"  # the metric that chooses a run's best epoch
+STORAGE_BYTES = "storage/bytes"  # a sweep objective: the size of the packed file
+
+# quantizers of the first records, which lack the fields `ste` and `nested` -> (paired STE, nested)
+_PAIRED = {"floor": ("scaled", True), "round": ("identity", False)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one validation epoch, by key; accuracies in %."""
+
+    metrics: dict[str, Any]
+    epoch: int | None = None
+    monitor: str | None = None
+    step: int | None = None  # optimizer steps at that time
+
+
+@dataclass(frozen=True)
+class WidthResult:
+    """Top-1 in % of both sources at one width, at the best epoch.
+
+    `qt_gap` is in percentage points. `disagree` is the share of weight codes that differ between
+    the sources.
+    """
+
+    quantize: Number
+    truncate: Number
+    qt_gap: Number | None = None
+    disagree: Number | None = None
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """Metrics of one `test`: of which checkpoint and epoch, on how many images of which data."""
+
+    metrics: dict[str, Number]
+    checkpoint: str | None = None
+    epoch: int | None = None
+    images: int | None = None
+    data: dict[str, Any] | None = None  # name and root
+    split: str | None = None
+    batches: int | None = None  # if not the whole split was tested
+    __test__ = False  # not a test case of pytest's
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes of the float parameters, of the packed file, and read to run at each width."""
+
+    float: int | None = None
+    packed: int | None = None
+    planes: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run: its configuration, its environment, its status and its results."""
+
+    id: str
+    status: str  # running, finished, failed or interrupted
+    config: dict[str, Any]
+    reason: str | None = None
+    command: str | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    dirty: bool | None = None
+    device: str | None = None
+    processes: int | None = None
+    started: str | None = None
+    seconds: Number = 0.0
+    parameters_quantized: Number | None = None  # share of the parameters
+    ste: str | None = None  # STE of the weights, with "auto" resolved
+    nested: bool | None = None  # codes of the weights nest: both sources agree by construction
+    steps: int | None = None
+    epochs: int | None = None
+    curves: dict[str, Points] | None = None
+    last: Evaluation | None = None
+    best: Evaluation | None = None
+    widths: dict[int, WidthResult] | None = None
+    bytes: ModelBytes | None = None
+    test: TestResult | None = None  # of the run's own data, all of the split
+    tests: list[TestResult] | None = None  # of other data or of a part; no table takes them
+    more: dict[str, Any] = field(default_factory=dict)  # top-level fields this version doesn't know
+
+    @property
+    def _quantizer(self) -> tuple[str | None, bool]:
+        """(paired STE, nested) of the quantizer by name."""
+        model = self.config.get("model") or {}
+        return _PAIRED.get(str(model.get("quantizer")), (None, False))
+
+    @property
+    def ste_used(self) -> str | None:
+        """The STE of the weights, with "auto" resolved also in records without the field `ste`."""
+        chosen = (self.config.get("model") or {}).get("ste") or "auto"
+        return self.ste or (self._quantizer[0] if chosen == "auto" else chosen)
+
+    @property
+    def ste_is_paired(self) -> bool:
+        """True if the STE is the one that the paper pairs with the quantizer."""
+        chosen = (self.config.get("model") or {}).get("ste") or "auto"
+        return chosen in ("auto", self._quantizer[0])
+
+    @property
+    def codes_nest(self) -> bool:
+        """`nested`, also in records without the field."""
+        return self._quantizer[1] if self.nested is None else self.nested
+
+    def tree(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The record as JSON types, except the fields named in `without`."""
+        tree = {"schema": SCHEMA, **to_tree(self)}
+        tree |= tree.pop("more")
+        return {key: value for key, value in tree.items() if key not in without}
+
+
+def value_of(record: Record, metric: str) -> Number | None:
+    """A sweep objective: a metric of the last epoch, or STORAGE_BYTES; None if it was not logged.
+
+    The last epoch counts, not the best: a W&B sweep reads the last logged value too, the pruner saw
+    it, and no configuration gains from having had more epochs to choose from.
+    """
+    if metric == STORAGE_BYTES:
+        size = record.bytes.packed if record.bytes is not None else None
+        return None if size is None else float(size)
+    value = record.last.metrics.get(metric) if record.last is not None else None
+    return None if value is None else float(value)
+
+
+def record_at(record: Record, epoch: int, step: int) -> Record:
+    """Return the record as of an epoch and a step; later results will be measured again."""
+
+    def earlier(block: Evaluation | None) -> bool:
+        if block is None or block.epoch is None:
+            return False
+        if block.step is None:  # written before steps were recorded
+            return block.epoch < epoch or (block.epoch == epoch and record.steps == step)
+        return block.step <= step
+
+    kept = [block for block in (record.best, record.last) if block and earlier(block)]
+    curves: dict[str, dict[int, float]] = {
+        key: {int(e): value for e, value in points if e < epoch}
+        for key, points in (record.curves or {}).items()
+    }
+    for block in kept:
+        if block.epoch == epoch:  # validated already, and not again
+            for key in (key for key in block.metrics if key.startswith("val/")):
+                curves.setdefault(key, {})[epoch] = block.metrics[key]
+    best, scores = record.best if earlier(record.best) else None, curves.get(MONITOR, {})
+    if best is None and scores:
+        first = max(sorted(scores), key=lambda e: scores[e])
+        best = Evaluation({k: p[first] for k, p in curves.items() if first in p}, first, MONITOR)
+    last = record.last if earlier(record.last) else None
+    if last is None and scores:
+        final = max(scores)
+        last = Evaluation({k: p[final] for k, p in curves.items() if final in p}, final)
+    points = {key: Points([[e, v] for e, v in sorted(p.items())]) for key, p in curves.items() if p}
+    widths = None if best is None else width_results(best)
+    return replace(
+        record, curves=points, best=best, last=last, widths=widths, bytes=None, test=None
+    )
+
+
+def width_results(best: Evaluation) -> dict[int, WidthResult]:
+    """Return the results by width of the best epoch."""
+    metrics, prefix = best.metrics, "val/acc1_truncate_w"
+    return {
+        bits: WidthResult(
+            metrics[f"val/acc1_quantize_w{bits}"],
+            metrics[f"val/acc1_truncate_w{bits}"],
+            metrics[f"val/qt_gap_w{bits}"],
+        )
+        for bits in sorted(
+            int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix)
+        )
+    }
