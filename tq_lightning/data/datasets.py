@@ -1,67 +1,17 @@
 """Data sets by name. To add one, write a reader and add a row to `DATASETS`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from tq_lightning.data import image_folder
+from tq_lightning.data.cifar import read_cifar10, read_cifar100
 from tq_lightning.data.sampling import generator, stratified
+from tq_lightning.data.split import Source, Split
 from tq_lightning.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass
-class Split:
-    """One split of a data set, in memory (`pixels`) or as image files (`read`).
-
-    Attributes:
-        classes: class names by number.
-        labels: (N,) int64.
-        pixels: (N, 3, H, W) uint8, or None.
-        read: sample number -> (PIL image, class number), or None.
-    """
-
-    classes: list[str]
-    labels: Tensor
-    pixels: Tensor | None = None
-    read: Callable[[int], tuple[Any, int]] | None = None
-
-    def picture(self, n: int) -> tuple[Any, int]:
-        """Make (PIL image, class number) from pixels, for timm's transforms of single images."""
-        from PIL import Image
-
-        assert self.pixels is not None
-        return Image.fromarray(self.pixels[n].permute(1, 2, 0).numpy()), int(self.labels[n])
-
-
-@dataclass
-class Source:
-    """Configuration of a reader.
-
-    Attributes:
-        root: folder of the data set.
-        download: whether a missing data set may be downloaded.
-        num_classes: number of classes of synthetic data; None is 10.
-        image_size: height and width in pixels.
-        samples: number of synthetic training samples; None is 2048.
-        index: class numbers by name, once the first split of image files was read.
-        files: splits of image files that were read.
-    """
-
-    root: Path
-    download: bool
-    num_classes: int | None
-    image_size: int
-    samples: int | None
-    index: dict[str, int] | None = None
-    files: dict[str, Split | None] = field(default_factory=dict)
 
 
 def read_digits(source: Source, split: str) -> Split | None:
@@ -106,57 +56,6 @@ def read_synthetic(source: Source, split: str) -> Split:
     noisy = moved * gain + 0.15 * torch.randn(moved.shape, generator=draw)
     pixels = (noisy.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
     return Split([f"class{c}" for c in range(classes)], labels, pixels)
-
-
-def read_cifar10(source: Source, split: str) -> Split | None:
-    """Read CIFAR-10, see `read_cifar`."""
-    return read_cifar(source, split, 10)
-
-
-def read_cifar100(source: Source, split: str) -> Split | None:
-    """Read CIFAR-100, see `read_cifar`."""
-    return read_cifar(source, split, 100)
-
-
-def read_cifar(source: Source, split: str, classes: int) -> Split | None:
-    """Read <split>.tar or <split>/ of images under root, else torchvision's files, else download.
-
-    Raises:
-        UserError: the number of classes is wrong, the classes of two splits differ, or a split is
-            missing.
-    """
-    root = source.root
-    if (path := image_folder.find_split(root, split)) is not None:
-        names, labels, pixels = image_folder.decode_all(path, 32)
-        if len(names) != classes:
-            raise UserError(
-                f"{path} has images of {len(names)} classes ({', '.join(names[:3])}, ...), "
-                f"cifar{classes} has {classes}; unpack it again, or pass data.name=imagefolder"
-            )
-        _check_same_classes(path, names, root)
-        return Split(names, labels, pixels)
-    if split == "val":
-        return None
-    other = image_folder.find_split(root, "test" if split == "train" else "train")
-    if other is not None:  # half of a set given as images must not come from elsewhere
-        raise UserError(f"found {other}, but {image_folder.missing(root, split)}")
-    return Split(*image_folder.torchvision_cifar(root, classes, split == "train", source.download))
-
-
-def _check_same_classes(path: Path, names: list[str], root: Path) -> None:
-    """Compare class names with those of the training split, since numbers follow their order."""
-    train = image_folder.find_split(root, "train")
-    if train is None or train == path:
-        return
-    expected = image_folder.class_names(train)
-    if names != expected:
-        differing = next(
-            (a, b) for a, b in zip_longest(names, expected, fillvalue="none") if a != b
-        )
-        raise UserError(
-            f"{path} and {train} have different classes ({differing[0]} and {differing[1]}); "
-            "name their class folders alike"
-        )
 
 
 def read_imagefolder(source: Source, split: str) -> Split | None:

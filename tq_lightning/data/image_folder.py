@@ -1,4 +1,4 @@
-"""Data sets of image files: class folders, tars of class folders, and torchvision's CIFAR files."""
+"""Images in class folders, or in a tar of class folders."""
 
 import io
 import re
@@ -219,77 +219,3 @@ def _in_class_folders(
         else:
             left_out.add("not in a class folder", str(p))
     return kept
-
-
-def decode_all(path: Path, size: int) -> tuple[list[str], Tensor, Tensor]:
-    """Decode every image of a folder or tar into memory.
-
-    Args:
-        path: folder or .tar, see `open_images`.
-        size: expected width and height of the images.
-
-    Returns:
-        Class names by number, labels (N,) int64, and pixels (N, 3, size, size) uint8.
-
-    Raises:
-        UserError: see `open_images`; an image is damaged or has another size.
-    """
-    import numpy as np
-
-    classes, labels, files = open_images(path)
-    pixels = np.empty((len(files), size, size, 3), np.uint8)
-    for n in range(len(files)):
-        try:
-            image, _ = files[n]
-        except UnreadableImage as error:
-            raise UserError(f"{path}: {error}; copy or unpack the data set again") from error
-        if image.size != (size, size):
-            raise _error(
-                f"{path}: {files.names[n]} is {image.width}x{image.height}, expected "
-                f"{size}x{size}; use data.name=imagefolder"
-            )
-        pixels[n] = np.asarray(image)
-    return classes, labels, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def torchvision_cifar(
-    root: Path, classes: int, train: bool, download: bool
-) -> tuple[list[str], Tensor, Tensor]:
-    """Read CIFAR-10 or CIFAR-100 from torchvision's files, downloading them if allowed.
-
-    Args:
-        root: folder that holds, or gets, torchvision's folder.
-        classes: 10 or 100.
-        train: the training split, else the test split.
-        download: fetch the files if they are not found.
-
-    Returns:
-        See `decode_all`.
-
-    Raises:
-        UserError: the files are not found, or the download failed.
-    """
-    import torchvision
-
-    factory = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}[classes]
-    name, at = f"cifar{classes}", root.absolute()
-    looked = (
-        f"looked in {at} for train.tar and test.tar, train/ and test/, and torchvision's "
-        f"{factory.base_folder}/"
-    )
-    try:
-        data = factory(str(root), train=train, download=False)
-    except RuntimeError as absent:
-        if not download:
-            raise UserError(
-                f"no {name}: {looked}; pass data.root, or data.download=true to fetch it"
-            ) from absent
-        print(f"no {name} yet ({looked}): downloading {factory.url}", flush=True)
-        try:
-            data = factory(str(root), train=train, download=True)
-        except Exception as error:  # urllib, ssl, socket, tar or disk errors
-            raise UserError(
-                f"no {name}, and the download failed ({error}): {looked}; pass data.root"
-            ) from error
-    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return list(data.classes), torch.tensor(data.targets), pixels
