@@ -1,4 +1,6 @@
-"""Fused weights against the weights that the layers make on their own: values bit for bit."""
+"""Fused weights against the weights that the layers make on their own, bit for bit."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -28,14 +30,29 @@ def layers(**how):
     return model
 
 
+def learn_ranges(model):
+    """Give every weight a range of its own, which some of its elements exceed."""
+    for w in weight_quantizers(model):
+        learned = 0.5 * w.quantizer.reduce(w.original.detach().abs(), "max")
+        w.quantizer.range = nn.Parameter(learned.clone())
+
+
+def parameters(quantized):
+    """The parameters behind the quantized weights that are trained."""
+    found = []
+    for w in quantized:
+        found += [p for p in (w.original, w.quantizer.range) if p is not None and p.requires_grad]
+    return found
+
+
 def compare(model, bits, source="quantize"):
-    """Values and float-weight gradients of each layer, alone and fused; the same upstream."""
+    """Values and parameter gradients of each layer, alone and fused; the same upstream."""
     quantized = weight_quantizers(model)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(w.original.shape, generator=generator) for w in quantized]
     with bit_width(model, bits, source):
         alone = [getattr(w.module, w.tensor) for w in quantized]
-    trained = [w.original for w in quantized if w.original.requires_grad]
+    trained = parameters(quantized)
     total = sum((a * g).sum() for a, g in zip(alone, upstream, strict=True))
     alone_grads = torch.autograd.grad(total, trained)
     with fused_weights(model) as fused:
@@ -45,17 +62,13 @@ def compare(model, bits, source="quantize"):
             made = [getattr(w.module, w.tensor) for w in quantized]
         total = sum((a * g).sum() for a, g in zip(made, upstream, strict=True))
         group.add_grads(torch.autograd.grad(total, group.leaves))
-        fused_grads = group.weight_grads()
-        assert len(group.trained) == len(trained)
-        assert all(a is b for a, b in zip(group.trained, trained, strict=True))
+        owners, fused_grads = zip(*group.gradients(), strict=True)
+        assert all(a is b for a, b in zip(owners, trained, strict=True))
     return alone, made, alone_grads, fused_grads
 
 
-def close(alone, fused):
-    """Autograd keeps t = tanh(w), the fused backward recovers it from u: equal up to rounding."""
-    return all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(alone, fused, strict=True)
-    )
+def same(alone, fused):
+    return all(torch.equal(a, b) for a, b in zip(alone, fused, strict=True))
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
@@ -65,15 +78,66 @@ def test_values_and_gradients_are_those_of_the_layers(quantizer, normalizer):
         model = layers(quantizer=quantizer, normalizer=normalizer, level=level)
         for bits, source in ((8, "quantize"), (3, "quantize"), (3, "truncate"), (1, "quantize")):
             alone, made, alone_grads, fused_grads = compare(model, bits, source)
-            assert all(torch.equal(a, b) for a, b in zip(alone, made, strict=True))
+            assert same(alone, made)
             assert all(a.stride() == b.stride() for a, b in zip(alone[:3], made[:3], strict=True))
-            assert close(alone_grads, fused_grads)
+            assert same(alone_grads, fused_grads)
 
 
 @pytest.mark.parametrize("ste", STES)
 def test_every_ste(ste):
     *_, alone_grads, fused_grads = compare(layers(ste=ste), 2)
-    assert close(alone_grads, fused_grads)
+    assert same(alone_grads, fused_grads)
+
+
+@pytest.mark.parametrize("ste", STES)
+@pytest.mark.parametrize("normalizer", ["absmax", "tanh_channel"])
+def test_a_learned_range_gets_a_gradient(ste, normalizer):
+    model = layers(ste=ste, normalizer=normalizer, level="centre")
+    learn_ranges(model)
+    for bits, source in ((4, "quantize"), (1, "truncate")):
+        alone, made, alone_grads, fused_grads = compare(model, bits, source)
+        assert same(alone, made) and same(alone_grads, fused_grads)
+        assert all(g.abs().sum() > 0 for g in fused_grads)
+    for w in weight_quantizers(model):
+        w.quantizer.range.requires_grad_(False)
+    assert len(compare(model, 4)[3]) == 4  # the weights alone, but for the frozen one
+
+
+def test_a_frozen_weight_keeps_a_learned_range_in_training():
+    model = layers(normalizer="absmax")
+    learn_ranges(model)
+    quantized = weight_quantizers(model)
+    with fused_weights(model) as fused, bit_width(model, 2):
+        fused.groups[0].require_grad()
+        fused.groups[0].add_grads([torch.ones_like(v) for v in fused.groups[0].leaves])
+        owners = {id(p) for p, _ in fused.groups[0].gradients()}
+    assert owners == {id(p) for p in parameters(quantized)}
+    assert id(quantized[-1].quantizer.range) in owners
+    assert id(quantized[-1].original) not in owners
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0])
+def test_a_range_below_zero_comes_back(value):
+    model = nn.Sequential(nn.Linear(3, 4))
+    prepare(model, skip=(), normalizer="absmax", verbose=False)
+    rule = weight_quantizers(model)[0].quantizer
+    rule.range = nn.Parameter(torch.tensor(value))
+    alone, made, alone_grads, fused_grads = compare(model, 2)
+    assert same(alone, made) and same(alone_grads, fused_grads)
+    assert rule.range_value(rule.range).item() == pytest.approx(1e-6) and alone_grads[1] != 0
+
+
+def test_a_range_that_is_not_finite_is_named():
+    model = nn.Sequential(nn.Linear(3, 4))
+    prepare(model, skip=(), normalizer="absmax", verbose=False)
+    weight_quantizers(model)[0].quantizer.range = nn.Parameter(torch.tensor(float("nan")))
+    for scope in (nullcontext, fused_weights):
+        with (
+            pytest.raises(ValueError, match=r"0\.weight contains NaN or infinity"),
+            scope(model),
+            bit_width(model, 4),
+        ):
+            model(torch.ones(1, 3))
 
 
 def test_gradients_of_widths_add_up_and_differ_from_those_of_one():
@@ -88,7 +152,7 @@ def test_gradients_of_widths_add_up_and_differ_from_those_of_one():
                 torch.randn(w.original.shape, generator=generator) for w in weight_quantizers(model)
             ]
             fused.groups[0].add_grads(upstream[: len(fused.groups[0].leaves)])
-        total = fused.groups[0].weight_grads()
+        total = [grad for _, grad in fused.groups[0].gradients()]
     for one, other, both in zip(two, four, total, strict=True):
         assert torch.allclose(one + other, both, rtol=1e-5, atol=1e-7)
         assert not torch.allclose(one, both, rtol=1e-3)
@@ -100,8 +164,8 @@ def test_a_weight_that_took_no_part_gets_no_gradient():
         (group,) = fused.groups
         group.require_grad()
         group.add_grads([torch.ones_like(group.leaves[0]), None, None, None])
-        grads = group.weight_grads()
-    assert grads[0] is not None and grads[1:] == [None, None, None]
+        ((owner, grad),) = group.gradients()
+    assert owner is original(model[0], "weight") and grad.abs().sum() > 0
 
 
 def test_weights_are_normalized_once_and_released(monkeypatch):
@@ -150,8 +214,7 @@ def test_hard_weights(case):
         with torch.no_grad():
             original(model[0], "weight").fill_(HUGE[case])
         alone, made, alone_grads, fused_grads = compare(model, 2)
-        assert all(torch.equal(a, b) for a, b in zip(alone, made, strict=True))
-        assert close(alone_grads, fused_grads)
+        assert same(alone, made) and same(alone_grads, fused_grads)
         assert all(m.isfinite().all() for m in made)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tq_lightning.quant.codes import LEVELS, QUANTIZERS, codes_to_levels
 from tq_lightning.quant.fake_quantize import FakeQuantize
-from tq_lightning.quant.ste import STES, resolve_ste
+from tq_lightning.quant.ste import STES, range_gradient, resolve_ste
 
 EDGES = torch.tensor([0.0, 1e-45, 0.25, 0.5, 0.75, 1 - 2**-24, 1.0])
 
@@ -163,3 +163,37 @@ def test_auto_is_the_papers_pairing():
         ValueError, match="unknown ste 'straight'; pass auto or one of identity, scaled"
     ):
         resolve_ste("straight", "floor")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_gradient_of_a_range_is_the_chain_rule(quantizer, bits):
+    """Autograd through w^ = c (2 level - 1), where a level moves with u as the identity rule."""
+    w = torch.randn(300, generator=torch.Generator().manual_seed(3))
+    c = torch.tensor(0.8, requires_grad=True)
+    grad = torch.randn(300, generator=torch.Generator().manual_seed(4))
+    u = (w / (2 * c) + 0.5).clamp(0.0, 1.0)
+    level = codes_to_levels(QUANTIZERS[quantizer].codes(u.detach(), bits), bits, "centre")
+    (c * (2 * (u + (level - u).detach()) - 1)).backward(grad)
+
+    scale = torch.tensor(0.8, requires_grad=True)
+    args = (True, bits, quantizer, "identity", "centre", 8, "quantize")
+    FakeQuantize.apply(u.detach().requires_grad_(), scale, *args).backward(grad)
+    assert scale.grad.item() == pytest.approx(c.grad.item(), rel=1e-4, abs=1e-4)
+    inside = (w.abs() < 0.8).float()
+    w_hat = 0.8 * (2 * level - 1)
+    lsq = (grad * (w_hat - inside * w) / 0.8).sum()
+    assert scale.grad.item() == pytest.approx(lsq.item(), rel=1e-4, abs=1e-4)
+
+
+def test_gradient_of_a_range_has_exact_values():
+    u, level, one = torch.tensor([0.4, 1.0]), torch.tensor([0.375, 0.875]), torch.ones(2)
+    grad = range_gradient(one, 2.0 * one, u, level, torch.tensor(1.0), 2, "floor")
+    assert grad.tolist() == pytest.approx([-0.05, 0.75])
+
+
+def test_a_fixed_scale_gets_no_gradient():
+    u, scale = torch.rand(4).requires_grad_(), torch.tensor(2.0)
+    out = FakeQuantize.apply(u, scale, True, 2, "floor", "identity", "endpoint", 8, "quantize")
+    out.sum().backward()
+    assert scale.grad is None and u.grad is not None

@@ -33,16 +33,17 @@ class FakeQuantize(torch.autograd.Function):
     not read.
 
     forward(u, scale, signed, bits, quantizer, ste, level, max_bits, source): `u` is float32 in
-    [0, 1], any shape; `scale` is float32, broadcastable to it, and gets no gradient. Returns
-    float32 of the shape of `u`: scale * (2 level - 1) if `signed` (weights; the same `dequantize`
-    reads packed files), else scale * level (activations).
+    [0, 1], any shape; `scale` is float32, broadcastable to it. Returns float32 of the shape of `u`:
+    scale * (2 level - 1) if `signed` (weights; the same `dequantize` reads packed files), else
+    scale * level (activations). The scale of weights gets a gradient if it requires one (the
+    `scale_rule` of the STE); that of activations never does.
     """
 
     @staticmethod
     def forward(ctx, u, scale, signed, bits, quantizer, ste, level, max_bits, source):  # type: ignore[no-untyped-def]
         """Return the fake-quantized values of `u`."""
         codes = width_codes(u, bits, quantizer, max_bits, source)
-        kept = (u, codes) if STES[ste].elementwise else (None, None)
+        kept = (u, codes) if STES[ste].elementwise or scale.requires_grad else (None, None)
         ctx.save_for_backward(scale, *kept)
         ctx.rule = (signed, bits, quantizer, ste, level)
         if signed:
@@ -51,10 +52,14 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        """Return the straight-through gradient of `u`."""
+        """Return the straight-through gradients of `u` and of a learned scale."""
         scale, u, codes = ctx.saved_tensors
         signed, bits, quantizer, ste, level = ctx.rule
         levels = None if codes is None else codes_to_levels(codes, bits, level)
         grad_level = grad * (2.0 * scale if signed else scale)
         grad_u = STES[ste].rule(grad_level, u, levels, bits, quantizer)
-        return grad_u, None, None, None, None, None, None, None, None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            each = STES[ste].scale_rule(grad, grad_u, u, levels, scale, bits, quantizer)
+            grad_scale = each.sum_to_size(scale.shape)
+        return grad_u, grad_scale, None, None, None, None, None, None, None

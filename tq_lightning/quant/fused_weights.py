@@ -43,11 +43,16 @@ class FusedWeights:
         self.device = self.originals[0].device
         self.bits: int | None = None  # width of the weights in `_made`
         self.finite: Tensor | None = None  # scalar bool on the device, set by `normalize`
-        self._trained = [i for i, w in enumerate(self.originals) if w.requires_grad]
-        self.trained = [self.originals[i] for i in self._trained]
-        self.leaves: list[Tensor] = []  # the weights in use, aligned with `trained`
+        self.ranges = [w.quantizer.range for w in weights if w.quantizer.range is not None]
+        self._trained = [
+            i
+            for i, w in enumerate(self.originals)
+            if w.requires_grad or (self.ranges and self.ranges[i].requires_grad)
+        ]
+        self.leaves: list[Tensor] = []  # the weights in use that get a gradient
         self._grad_sum: Tensor | None = None
-        self._has_grad = [False] * len(self.trained)
+        self._range_sums: list[Tensor] = []
+        self._has_grad = [False] * len(self._trained)
 
     def _flat(self) -> tuple[Tensor, list[Tensor]]:
         """Allocate a flat float32 buffer and one view per weight, with its strides."""
@@ -74,28 +79,48 @@ class FusedWeights:
         self._made, self._views = self._flat()
         self._scale, scale_views = self._flat()
         torch._foreach_copy_(self._u_views, self.originals)
+        if self.ranges:
+            scales = self._learned_ranges()
+        else:
+            scales = self._means()
+        torch._foreach_copy_(scale_views, scales)
+        t = row.squash(self._u)
+        if t is not self._u:
+            self._u.copy_(t)
+        if self.ranges:
+            self._top = scales
+        else:
+            torch.abs(self._u, out=self._made)
+            self._top = self._reduce(self._views, "max")
+            torch._foreach_clamp_min_(self._top, TINY)
+        self._u.mul_(0.5)
+        torch._foreach_div_(self._u_views, self._top)
+        self._u.add_(0.5)
+        if self.ranges:
+            self._u.clamp_(0.0, 1.0)
+        self._stored: Tensor | None = None
+
+    def _learned_ranges(self) -> list[Tensor]:
+        values = [
+            w.quantizer.range_value(r) for w, r in zip(self.weights, self.ranges, strict=True)
+        ]
+        every = torch.cat([v.flatten() for v in values])
+        self.finite = self._u.isfinite().all() & every.isfinite().all()
+        return values
+
+    def _means(self) -> list[Tensor]:
         torch.abs(self._u, out=self._made)
         means = self._reduce(self._views, "mean")
         self._made.mul_(2.0**-64)  # see WeightQuantizer.huge_mean
         huge = self._reduce(self._views, "mean")
-        if row.per_channel:
+        if NORMALIZERS[self.rule.normalizer].per_channel:
             scales = [_finite_mean(m, h) for m, h in zip(means, huge, strict=True)]
             self.finite = torch.stack([s.isfinite().all() for s in scales]).all()
         else:
             scale = _finite_mean(torch.stack(means), torch.stack(huge))
             self.finite = scale.isfinite().all()
             scales = list(scale.unbind())
-        torch._foreach_copy_(scale_views, scales)
-        t = row.squash(self._u)
-        if t is not self._u:
-            self._u.copy_(t)
-        torch.abs(self._u, out=self._made)
-        self._top = self._reduce(self._views, "max")
-        torch._foreach_clamp_min_(self._top, TINY)
-        self._u.mul_(0.5)
-        torch._foreach_div_(self._u_views, self._top)
-        self._u.add_(0.5)
-        self._stored: Tensor | None = None
+        return scales
 
     def check(self) -> None:
         """Raise ValueError if a weight contains NaN or infinity; the message names it."""
@@ -120,7 +145,7 @@ class FusedWeights:
             self.normalize()
         codes = self._codes(bits, source)
         dequantize(codes, bits, self._scale, self.rule.level, out=self._made)
-        self._kept = codes if STES[self.rule.ste].elementwise else None
+        self._kept = codes if STES[self.rule.ste].elementwise or self.ranges else None
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it knows tensors by identity, and theirs does not change
         for w, view in zip(self.weights, self._views, strict=True):
@@ -141,7 +166,7 @@ class FusedWeights:
             w.quantizer.made = None
 
     def require_grad(self) -> None:
-        """Turn the views of trained weights into `leaves`, which autograd can differentiate by."""
+        """Turn the views of weights in training into `leaves` of autograd."""
         if not self.leaves:
             self.leaves = [self._views[i].requires_grad_() for i in self._trained]
 
@@ -169,25 +194,41 @@ class FusedWeights:
         if self._kept is not None:
             level = codes_to_levels(self._kept, self.bits, self.rule.level)
         grad_level = self._grad * (2.0 * self._scale)
-        grad_u = STES[self.rule.ste].rule(
+        ste = STES[self.rule.ste]
+        grad_u = ste.rule(
             grad_level,
             self._u,
             level,  # type: ignore[arg-type]  # only elementwise rules read it
             self.bits,
             self.rule.quantizer,
         )
+        if self.ranges:
+            assert level is not None
+            args = (self._u, level, self._scale, self.bits, self.rule.quantizer)
+            self._add_range_grads(ste.scale_rule(self._grad, grad_u, *args))
         self._grad_sum = grad_u if self._grad_sum is None else self._grad_sum.add_(grad_u)
 
-    @torch.no_grad()
-    def weight_grads(self) -> list[Tensor | None]:
-        """dL/dw of each of `trained`, summed over the widths, in its dtype; ends the use of `u`.
+    def _add_range_grads(self, each: Tensor) -> None:
+        views = [each.as_strided(v.shape, v.stride(), v.storage_offset()) for v in self._views]
+        sums = [v.sum_to_size(r.shape) for v, r in zip(views, self.ranges, strict=True)]
+        if self._range_sums:
+            torch._foreach_add_(self._range_sums, sums)
+        else:
+            self._range_sums = sums
 
-        du/dw is (dt/dw) / (2 max|t|); the maximum carries no gradient.
+    @torch.no_grad()
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """Pairs (parameter, its gradient), summed over the widths; ends the use of `u`.
+
+        The parameters are weights, and learned ranges, that took part. du/dw is (dt/dw) / (2 range
+        of t); see `Normalize`, which has the same operations in the same order.
         """
         if self._grad_sum is None:
-            return [None] * len(self.trained)
+            return []
         slope = NORMALIZERS[self.rule.normalizer].slope
         self._grad.copy_(self._grad_sum)
+        if self.ranges:
+            self._grad.mul_((self._u > 0) & (self._u < 1))
         if slope is not None:
             self._u.sub_(0.5).mul_(2.0)
             torch._foreach_mul_(self._u_views, self._top)
@@ -195,10 +236,13 @@ class FusedWeights:
         self._grad.mul_(0.5)
         torch._foreach_div_(self._grad_views, self._top)
         self.finite = None  # `u` is overwritten
-        return [
-            self._grad_views[i].to(w.dtype) if present else None
-            for i, w, present in zip(self._trained, self.trained, self._has_grad, strict=True)
-        ]
+        present = [i for i, has in zip(self._trained, self._has_grad, strict=True) if has]
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for i in present:
+            pairs.append((self.originals[i], self._grad_views[i]))
+            if self.ranges:
+                pairs.append((self.ranges[i], self._range_sums[i]))
+        return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
 def _finite_mean(mean: Tensor, huge: Tensor) -> Tensor:
@@ -230,7 +274,8 @@ class FusedModel:
         groups: dict[tuple, list[QuantizedTensor]] = {}
         for w in weight_quantizers(model):
             q = w.quantizer
-            key = (w.original.device, q.quantizer, q.ste, q.level, q.normalizer)
+            learned = q.range is not None
+            key = (w.original.device, q.quantizer, q.ste, q.level, q.normalizer, learned)
             groups.setdefault(key, []).append(w)
         self.groups = [FusedWeights(group) for group in groups.values()]
         self.check = check

@@ -4,6 +4,14 @@ Each rule maps dL/dlevel to dL/du, where u in [0, 1] is the input of the quantiz
 [0, 1] its output. A rule is a pure function `(grad, u, level, bits, quantizer) -> grad`. All
 tensors have the shape of `u`; `quantizer` is a key of `codes.QUANTIZERS`.
 
+Where the scale of the weights is a parameter (`WeightQuantizer.range`), a second rule
+`(grad, grad_u, u, level, scale, bits, quantizer) -> grad` gives dL/dscale of each element. `grad`
+is dL/dw^ of the quantized weight w^ = scale (2 level - 1), and `grad_u` what the first rule
+returned. The caller sums the result over the elements that share a scale. `u` carries no gradient
+to the scale, so the rule accounts for both ways in which the scale acts: as the factor of w^, and
+as the range of u. `range_gradient` is the chain rule over both and serves every row; a row may name
+another one. `FakeQuantize` and `FusedWeights` call the same rules and give the same bits.
+
 To add a rule, write its function and one row of `STES`.
 """
 
@@ -92,6 +100,30 @@ def dsq(grad: Tensor, u: Tensor, level: Tensor, bits: int, quantizer: str) -> Te
     return grad * (height * (1 - torch.tanh(k * (u - edge)) ** 2))
 
 
+def range_gradient(
+    grad: Tensor,
+    grad_u: Tensor,
+    u: Tensor,
+    level: Tensor,
+    scale: Tensor,
+    bits: int,
+    quantizer: str,
+) -> Tensor:
+    """dL/dscale = dL/dw^ (2 level - 1) - dL/du (2u - 1) / (2 scale); first term alone if clamped.
+
+    The chain rule for w^ = scale (2 level - 1) and u = clamp(w / (2 scale) + 1/2, 0, 1). With the
+    identity rule an element inside the range contributes dL/dw^ times (w^ - w) / scale.
+
+    Source: LSQ, arXiv 1902.08153, eq. 3, for a range in place of a step size.
+
+    Example: floor at 2 bits, center levels, scale 1, identity. w = -0.2 is u = 0.4, level 0.375,
+    w^ = -0.25: a gradient of 1 becomes -0.25 + 0.2 = -0.05. w = 3 is u = 1, level 0.875: 0.75.
+    """
+    through_u = (u * 2.0).sub_(1.0).mul_(grad_u).div_(2.0 * scale)
+    through_u.mul_((u > 0) & (u < 1))
+    return (level * 2.0).sub_(1.0).mul_(grad).sub_(through_u)
+
+
 @dataclass(frozen=True)
 class STE:
     """A row of `STES`.
@@ -100,10 +132,15 @@ class STE:
         rule: (grad, u, level, bits, quantizer) -> grad.
         elementwise: The rule reads `u` or `level`. The others get None for both, so that the
             forward pass need not keep them.
+        scale_rule: (grad, grad_u, u, level, scale, bits, quantizer) -> dL/dscale of each element.
+            Called only if the scale is a parameter; `u` and `level` are then kept for every rule.
     """
 
     rule: Callable[[Tensor, Tensor, Tensor, int, str], Tensor]
     elementwise: bool = False
+    scale_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, str], Tensor] = (
+        range_gradient
+    )
 
 
 STES: dict[str, STE] = {

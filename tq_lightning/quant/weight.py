@@ -14,8 +14,10 @@ from tq_lightning.quant.bit_width import Width, width_of
 from tq_lightning.quant.codes import NORMALIZERS, QUANTIZERS, dequantize, truncate_codes
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
+from tq_lightning.quant.normalize import Normalize
 
 TINY = torch.finfo(torch.float32).tiny
+LEAST_RANGE = 1e-6  # a learned range at or below zero would never come back
 
 
 def _channel_view(w: Tensor, channel_dim: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -35,8 +37,8 @@ class Normalized(NamedTuple):
 
     Attributes:
         u: float32 in [0, 1], shape of the weight.
-        scale: E = mean|w|, float32, broadcastable to `u`, without gradient.
-        top: max|t|, float32, broadcastable to `u`, without gradient.
+        scale: E = mean|w|, without gradient, or the learned range; float32, broadcastable to `u`.
+        top: max|t| or the learned range; float32, broadcastable to `u`, without gradient.
     """
 
     u: Tensor
@@ -53,7 +55,14 @@ class WeightQuantizer(nn.Module):
         config: How the model is quantized.
         channel_dim: Dimension of the output channels: 0, or 1 for a transposed convolution.
         groups: Groups of a transposed convolution.
+
+    Attributes:
+        range: Learned range of t, broadcastable to the weight; None (the default) takes max|t|.
+            It then also is the scale, u is clamped to [0, 1], and its gradient is the `scale_rule`
+            of the STE.
     """
+
+    range: nn.Parameter | None
 
     def __init__(
         self,
@@ -69,6 +78,7 @@ class WeightQuantizer(nn.Module):
         self.quantizer, self.ste = config.quantizer, config.resolved_ste
         self.level, self.normalizer = config.level, config.normalizer
         self.channel_dim, self.groups = channel_dim, groups
+        self.register_parameter("range", None)
         # the weight in use while `fused_weights` makes those of the whole model, else None
         self.made: Tensor | None = None
 
@@ -96,11 +106,17 @@ class WeightQuantizer(nn.Module):
 
     def check_finite(self, w: Tensor) -> None:
         """Raise ValueError if `w` contains NaN or infinity; the message names the tensor."""
-        if not torch.isfinite(w).all():
+        learned = self.range
+        if not torch.isfinite(w).all() or (learned is not None and not learned.isfinite().all()):
             raise ValueError(
                 f"weight {self.name} contains NaN or infinity; "
                 "lower the learning rate or repair the checkpoint"
             )
+
+    def range_value(self, learned: Tensor) -> Tensor:
+        """Return a learned range, at least `LEAST_RANGE`, in float32; its gradient passes on."""
+        learned = learned.float()
+        return torch.where(learned > LEAST_RANGE, learned, learned - learned.detach() + LEAST_RANGE)
 
     def huge_mean(self, magnitude: Tensor) -> Tensor:
         """Average a finite weight whose float32 sum overflows; scaling by a power of 2 is exact."""
@@ -108,6 +124,8 @@ class WeightQuantizer(nn.Module):
 
     def normalize(self, w: Tensor) -> Normalized:
         """Normalize a weight: u = t / (2 max|t|) + 1/2 with t = tanh(w) or w, and E = mean|w|.
+
+        A learned range takes the place of the maximum and of E.
 
         Args:
             w: Float weight, any shape and dtype; computed in float32.
@@ -119,11 +137,17 @@ class WeightQuantizer(nn.Module):
             ValueError: `w` contains NaN or infinity; the message names the tensor.
         """
         w = w.float()
-        scale = self._scale(w)
-        t = NORMALIZERS[self.normalizer].squash(w)
-        # halved first, since twice a maximum near 3e38 overflows; clamped for an all-zero weight
-        top = self.reduce(t.detach().abs(), "max").clamp_min(TINY)
-        return Normalized((t * 0.5 / top).add(0.5), scale, top)
+        t = NORMALIZERS[self.normalizer].squash(w.detach())
+        if self.range is not None:
+            if not torch.compiler.is_compiling():
+                self.check_finite(w)
+            scale = self.range_value(self.range)
+            top = scale.detach()
+        else:
+            scale = self._scale(w)
+            top = self.reduce(t.abs(), "max").clamp_min(TINY)  # clamped for an all-zero weight
+        u = Normalize.apply(w, t, top, self.normalizer, self.range is not None)
+        return Normalized(u, scale, top)
 
     def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `w` at the stored width: (uint8 codes, shape of `w`; scale, broadcastable)."""
@@ -139,7 +163,7 @@ class WeightQuantizer(nn.Module):
         if self.made is not None:
             return self.made.to(w.dtype)
         u, scale, _ = self.normalize(w)
-        if torch.is_grad_enabled() and u.requires_grad:
+        if torch.is_grad_enabled() and (u.requires_grad or scale.requires_grad):
             max_bits = self.width.max_bits
             out = FakeQuantize.apply(
                 u, scale, True, bits, self.quantizer, self.ste, self.level, max_bits, source

@@ -93,11 +93,10 @@ def joint_loss(
             del grads, leaf_grads
         finite = [group.finite for group in fused.groups if group.finite is not None]
         for group in fused.groups:
-            for weight, grad in zip(group.trained, group.weight_grads(), strict=True):
-                if grad is not None:
-                    i = position[id(weight)]
-                    before = sums[i]
-                    sums[i] = grad if before is None else before.add_(grad)
+            for parameter, grad in group.gradients():
+                i = position[id(parameter)]
+                before = sums[i]
+                sums[i] = grad if before is None else before.add_(grad)
     if loss_scale != 1.0:
         torch._foreach_div_([g for g in sums if g is not None], loss_scale)
     # the only value that a step reads from the device
