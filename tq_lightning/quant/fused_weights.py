@@ -79,10 +79,7 @@ class FusedWeights:
         self._made, self._views = self._flat()
         self._scale, scale_views = self._flat()
         torch._foreach_copy_(self._u_views, self.originals)
-        if self.ranges:
-            scales = self._learned_ranges()
-        else:
-            scales = self._means()
+        scales = self._learned_ranges() if self.ranges else self._means()
         torch._foreach_copy_(scale_views, scales)
         t = row.squash(self._u)
         if t is not self._u:
