@@ -18,7 +18,8 @@ from tq_lightning.provenance import __version__
 if TYPE_CHECKING:
     from tq_lightning.export.packed import load_packed, save_packed
     from tq_lightning.quant.bit_width import bit_width
-    from tq_lightning.quant.codes import codes_to_levels, floor_codes, round_codes, truncate_codes
+    from tq_lightning.quant.codes import floor_codes, round_codes, truncate_codes
+    from tq_lightning.quant.levels import codes_to_levels
     from tq_lightning.quant.prepare import prepare
     from tq_lightning.quant.switchable_norm import calibrate_norms
 
@@ -42,7 +43,7 @@ _HOMES = {
     "floor_codes": "quant.codes",
     "round_codes": "quant.codes",
     "truncate_codes": "quant.codes",
-    "codes_to_levels": "quant.codes",
+    "codes_to_levels": "quant.levels",
     "save_packed": "export.packed",
     "load_packed": "export.packed",
 }

@@ -1,4 +1,4 @@
-"""Codes and levels: exact results at named edges, and the identity that round codes break."""
+"""Codes: exact results at named edges, and the identity that round codes break."""
 
 import math
 from fractions import Fraction
@@ -7,15 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tq_lightning.quant.codes import (
-    LEVELS,
-    QUANTIZERS,
-    codes_to_levels,
-    dequantize,
-    floor_codes,
-    round_codes,
-    truncate_codes,
-)
+from tq_lightning.quant.codes import QUANTIZERS, floor_codes, round_codes, truncate_codes
 
 WIDTHS = range(1, 9)
 
@@ -150,14 +142,6 @@ def test_the_onnx_form_gives_the_same_codes(name, bits):
     assert torch.equal(quantizer.onnx(U, top), quantizer.codes(U, bits).float())
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("level", LEVELS)
-def test_levels_take_the_largest_code_as_a_tensor(level, bits):
-    codes = torch.arange(2**bits).to(torch.uint8)
-    levels = LEVELS[level](codes.float(), torch.tensor([2.0**bits - 1]))
-    assert torch.equal(levels, codes_to_levels(codes, bits, level))
-
-
 TRUNCATE_CASES = {  # name -> (code, from, to, code after)
     "top code": (255, 8, 1, 1),
     "zero": (0, 8, 1, 0),
@@ -187,58 +171,6 @@ def test_truncating_twice_is_truncating_once(middle):
         )
 
 
-LEVEL_CASES = {  # name -> (level, bits, levels of all codes)
-    "endpoint, 1 bit": ("endpoint", 1, [0.0, 1.0]),
-    "endpoint, 2 bits": ("endpoint", 2, [0.0, 1 / 3, 2 / 3, 1.0]),
-    "left, 1 bit": ("left", 1, [0.0, 0.5]),
-    "left, 2 bits": ("left", 2, [0.0, 0.25, 0.5, 0.75]),
-    "centre, 1 bit": ("centre", 1, [0.25, 0.75]),
-    "centre, 2 bits": ("centre", 2, [0.125, 0.375, 0.625, 0.875]),
-}
-
-
-@pytest.mark.parametrize("case", LEVEL_CASES)
-def test_levels_exact(case):
-    level, bits, expected = LEVEL_CASES[case]
-    codes = torch.arange(2**bits).to(torch.uint8)
-    assert torch.equal(codes_to_levels(codes, bits, level), torch.tensor(expected))
-
-
-@pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_level_placement(level, bits):
-    codes = torch.arange(2**bits).to(torch.uint8)
-    levels = codes_to_levels(codes, bits, level)
-    assert levels.dtype == torch.float32 and levels.min() >= 0 and levels.max() <= 1
-    assert torch.allclose(
-        levels.diff(), torch.tensor(1 / (2**bits - 1) if level == "endpoint" else 2.0**-bits)
-    )
-    assert codes.tolist() == list(range(2**bits))  # the codes are left alone
-    scale = torch.tensor([[0.5], [3.0]])
-    weights = dequantize(codes.expand(2, -1), bits, scale, level)
-    assert torch.equal(weights, scale * (2 * levels - 1))
-    held = torch.full_like(weights, torch.nan)
-    assert dequantize(codes.expand(2, -1), bits, scale, level, out=held) is held
-    assert torch.equal(held.view(torch.int32), weights.view(torch.int32))  # to the bit
-
-
-def test_levels_refuse_an_out_of_another_dtype_or_shape():
-    codes = torch.arange(4).to(torch.uint8)
-    for out in (torch.empty(4, dtype=torch.float16), torch.empty(5), torch.empty(1, 4)):
-        with pytest.raises(ValueError, match="out must be float32 of shape"):
-            codes_to_levels(codes, 2, out=out)
-
-
-def test_endpoint_and_centre_differ_by_one_gain_per_width():
-    for bits in WIDTHS:
-        codes = torch.arange(2**bits).to(torch.uint8)
-        one = torch.tensor(1.0)
-        endpoint, centre = dequantize(codes, bits, one), dequantize(codes, bits, one, "centre")
-        assert torch.allclose(centre, endpoint * ((2**bits - 1) / 2**bits), atol=1e-6)
-        bias = (dequantize(codes, bits, one, "left") - centre).mean().item()
-        assert bias == pytest.approx(-1 / 2**bits)
-
-
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", None, True])
 def test_bad_widths_say_what_was_got(bits):
     codes = torch.zeros(2, dtype=torch.uint8)
@@ -247,7 +179,6 @@ def test_bad_widths_say_what_was_got(bits):
         lambda: round_codes(torch.zeros(2), bits),
         lambda: truncate_codes(codes, 8, bits),
         lambda: truncate_codes(codes, bits, 1),
-        lambda: codes_to_levels(codes, bits),
     ):
         with pytest.raises(ValueError, match=f"from 1 to 8, got {bits!r}"):
             call()
@@ -259,7 +190,3 @@ def test_other_bad_input():
         truncate_codes(codes, 4, 8)
     with pytest.raises(TypeError, match=r"uint8, got torch\.int64"):
         truncate_codes(codes.long(), 8, 4)
-    with pytest.raises(
-        ValueError, match="unknown level 'middle'; pass one of endpoint, left, centre"
-    ):
-        codes_to_levels(codes, 4, "middle")

@@ -8,8 +8,10 @@ from torch import nn
 
 from tq_lightning import bit_width, prepare
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.codes import LEVELS, NORMALIZERS, QUANTIZERS
+from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fused_weights import FusedWeights, fused_weights
+from tq_lightning.quant.levels import LEVELS
+from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import original, weight_quantizers
 

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_width import Width, bit_width
-from tq_lightning.quant.codes import LEVELS, NORMALIZERS, QUANTIZERS, codes_to_levels
+from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.config import QuantConfig
+from tq_lightning.quant.levels import LEVELS, codes_to_levels
+from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import (

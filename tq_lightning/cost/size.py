@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_planes import aligned, plane_bytes
-from tq_lightning.quant.codes import NORMALIZERS
+from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.weight import WeightQuantizer

@@ -1,4 +1,4 @@
-"""Integer arithmetic of quantization: codes, their truncation, and the levels they stand for.
+"""Integer arithmetic of quantization: codes and their truncation.
 
 Training, evaluation and export all call these functions, so every formula exists once. `u` is the
 normalized weight or the clipped activation, float32 in [0, 1]. `top` is M_n = 2^n - 1, the largest
@@ -10,8 +10,7 @@ A product with 2^n is exact in float32. Hence, for every u in [0, 1] and every n
 
 (TruncQuant, arXiv 2506.11431). `round_codes` has no such identity for 1 < n < N.
 
-To add a quantizer, a level map or a normalizer, write its functions and one row of `QUANTIZERS`,
-`LEVELS` or `NORMALIZERS`.
+To add a quantizer, write its functions and one row of `QUANTIZERS`.
 """
 
 from collections.abc import Callable
@@ -35,7 +34,6 @@ def check_bits(bits: int, name: str = "bits") -> None:
         raise ValueError(f"{name} must be an integer from 1 to {STORED_BITS}, got {bits!r}")
 
 
-# -- quantizers ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Quantizer:
     """A row of `QUANTIZERS`: a map from [0, 1] to codes, and everything that depends on it.
@@ -166,113 +164,3 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
         )
     shift = from_bits - to_bits
     return codes if shift == 0 else codes >> shift
-
-
-# -- level maps: (codes as float32, which may be overwritten; top) -> levels in [0, 1] -------------
-def _endpoint(k: Tensor, top: Top) -> Tensor:
-    return k.div_(top)
-
-
-def _left(k: Tensor, top: Top) -> Tensor:
-    return k.div_(top + 1.0)
-
-
-def _centre(k: Tensor, top: Top) -> Tensor:
-    return k.add_(0.5).div_(top + 1.0)
-
-
-LEVELS: dict[str, Callable[[Tensor, Top], Tensor]] = {
-    "endpoint": _endpoint,
-    "left": _left,
-    "centre": _centre,
-}
-
-
-def codes_to_levels(
-    codes: Tensor, bits: int, level: str = "endpoint", out: Tensor | None = None
-) -> Tensor:
-    """Map codes to levels in [0, 1]: endpoint k/M_n, left k/2^n, centre (k + 1/2)/2^n.
-
-    Args:
-        codes: uint8 codes of width `bits`, any shape.
-        bits: Width n, 1..8.
-        level: A key of `LEVELS`. AdaBits (arXiv 1912.09666) calls floor codes with left levels
-            "modified" and floor codes with centre levels "centered".
-        out: float32 tensor to write to, shape of `codes`; None allocates one.
-
-    Returns:
-        float32 levels, shape of `codes`; `out` if it was given.
-
-    Raises:
-        ValueError: `bits` is out of range, `level` is unknown, or `out` has another dtype or shape.
-    """
-    check_bits(bits)
-    if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; pass one of {', '.join(LEVELS)}")
-    if out is None:
-        return LEVELS[level](codes.to(torch.float32), 2.0**bits - 1)
-    if out.dtype != torch.float32 or out.shape != codes.shape:
-        raise ValueError(
-            f"out must be float32 of shape {tuple(codes.shape)}, "
-            f"got {out.dtype} of shape {tuple(out.shape)}"
-        )
-    return LEVELS[level](out.copy_(codes), 2.0**bits - 1)
-
-
-def dequantize(
-    codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint", out: Tensor | None = None
-) -> Tensor:
-    """Map codes to weights: scale * (2 level - 1).
-
-    Args:
-        codes: uint8 codes of width `bits`, any shape.
-        bits: Width n, 1..8.
-        scale: float32, broadcastable to the shape of `codes`.
-        level: A key of `LEVELS`.
-        out: float32 tensor to write to, shape of `codes`; None allocates one.
-
-    Returns:
-        float32 weights, shape of `codes`; `out` if it was given.
-
-    Raises:
-        ValueError: As in `codes_to_levels`.
-    """
-    return levels_to_weights(codes_to_levels(codes, bits, level, out), scale)
-
-
-def levels_to_weights(levels: Tensor, scale: Tensor) -> Tensor:
-    """Map levels in [0, 1] to weights, in place: scale * (2 level - 1)."""
-    return levels.mul_(2.0).sub_(1.0).mul_(scale)
-
-
-# -- normalizers -----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Normalizer:
-    """A row of `NORMALIZERS`: u = t / (2 max|t|) + 1/2 with t = `squash(w)`.
-
-    Attributes:
-        squash: w -> t, odd and increasing.
-        slope: t -> dt/dw, may overwrite its argument; None if t is w.
-        per_channel: Take the maximum, and the mean of the scale, over each output channel,
-            not over the whole tensor.
-    """
-
-    squash: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor] | None
-    per_channel: bool
-
-
-def _unchanged(w: Tensor) -> Tensor:
-    return w
-
-
-def _tanh_slope(t: Tensor) -> Tensor:
-    return t.square_().neg_().add_(1.0)
-
-
-NORMALIZERS: dict[str, Normalizer] = {
-    "tanh": Normalizer(torch.tanh, _tanh_slope, per_channel=False),
-    "tanh_channel": Normalizer(torch.tanh, _tanh_slope, per_channel=True),
-    "absmax": Normalizer(_unchanged, None, per_channel=False),
-    "absmax_channel": Normalizer(_unchanged, None, per_channel=True),
-}

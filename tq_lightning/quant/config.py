@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tq_lightning.quant.activation import ACTIVATIONS
-from tq_lightning.quant.codes import LEVELS, NORMALIZERS, QUANTIZERS, check_bits
+from tq_lightning.quant.codes import QUANTIZERS, check_bits
+from tq_lightning.quant.levels import LEVELS
+from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.ste import resolve_ste
 
 NORMS = ("per_width", "per_width_all", "shared")
@@ -18,8 +20,8 @@ class QuantConfig:
     Attributes:
         quantizer: Forward rule, a key of `codes.QUANTIZERS`.
         ste: Backward rule, a key of `ste.STES`; "auto" is the one paired with the quantizer.
-        level: Placement of codes in [0, 1], a key of `codes.LEVELS`.
-        normalizer: A key of `codes.NORMALIZERS`.
+        level: Placement of codes in [0, 1], a key of `levels.LEVELS`.
+        normalizer: A key of `normalizers.NORMALIZERS`.
         widths: Widths that are trained; stored as a tuple, widest first.
         max_bits: Stored width, 1..8.
         activations: None, or a key of `activation.ACTIVATIONS`.

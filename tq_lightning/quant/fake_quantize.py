@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from tq_lightning.quant.codes import QUANTIZERS, codes_to_levels, dequantize, truncate_codes
+from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
+from tq_lightning.quant.levels import codes_to_levels, dequantize
 from tq_lightning.quant.ste import STES
 
 

@@ -16,13 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.codes import (
-    NORMALIZERS,
-    QUANTIZERS,
-    codes_to_levels,
-    dequantize,
-    truncate_codes,
-)
+from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
+from tq_lightning.quant.levels import codes_to_levels, dequantize
+from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import TINY, QuantizedTensor, WeightQuantizer, weight_quantizers
 

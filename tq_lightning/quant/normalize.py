@@ -2,7 +2,7 @@
 
 import torch
 
-from tq_lightning.quant.codes import NORMALIZERS
+from tq_lightning.quant.normalizers import NORMALIZERS
 
 
 class Normalize(torch.autograd.Function):

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tq_lightning.quant.bit_width import Width, width_of
-from tq_lightning.quant.codes import NORMALIZERS, QUANTIZERS, dequantize, truncate_codes
+from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
+from tq_lightning.quant.levels import dequantize
 from tq_lightning.quant.normalize import Normalize
+from tq_lightning.quant.normalizers import NORMALIZERS
 
 TINY = torch.finfo(torch.float32).tiny
 LEAST_RANGE = 1e-6  # a learned range at or below zero would never come back

@@ -23,7 +23,7 @@ from tq_lightning.export.onnx.width_modules import WidthTables, replace_activati
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.codes import codes_to_levels
+from tq_lightning.quant.levels import codes_to_levels
 
 # the first opset whose DequantizeLinear takes 4-bit integers, and the first where it takes 2-bit
 OPSETS = (21, 25)

@@ -1,7 +1,8 @@
 """Modules of a packed model whose width is a tensor, so that a graph can take it as an input.
 
 They mirror `PackedWeight`, `PerWidthNorm` and `ActivationQuantizer`, with the formulas of
-quant/codes.py. The numbers that depend on the width are looked up once, at the start of the graph.
+quant/codes.py and quant/levels.py. The numbers that depend on the width are looked up once, at the
+start of the graph.
 """
 
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
-from tq_lightning.quant.codes import LEVELS, QUANTIZERS, levels_to_weights
+from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.layers import replace_modules
+from tq_lightning.quant.levels import LEVELS, levels_to_weights
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 
 OUT_OF_RANGE = 1 << 20  # an index beyond every table: an error of the runtime
@@ -78,7 +80,7 @@ class TensorWeight(nn.Module):
     Args:
         tables: tables of the model.
         scale: float32, broadcastable to the weight.
-        level: a key of `codes.LEVELS`.
+        level: a key of `levels.LEVELS`.
     """
 
     def __init__(self, tables: WidthTables, scale: Tensor, level: str) -> None:
