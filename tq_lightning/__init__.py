@@ -17,6 +17,7 @@ from tq_lightning.provenance import __version__
 
 if TYPE_CHECKING:
     from tq_lightning.export.packed import load_packed, save_packed
+    from tq_lightning.quant.activation_ranges import calibrate_activations
     from tq_lightning.quant.bit_width import bit_width
     from tq_lightning.quant.codes import floor_codes, round_codes, truncate_codes
     from tq_lightning.quant.levels import codes_to_levels
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "bit_width",
+    "calibrate_activations",
     "calibrate_norms",
     "codes_to_levels",
     "floor_codes",
@@ -40,6 +42,7 @@ _HOMES = {
     "prepare": "quant.prepare",
     "bit_width": "quant.bit_width",
     "calibrate_norms": "quant.switchable_norm",
+    "calibrate_activations": "quant.activation_ranges",
     "floor_codes": "quant.codes",
     "round_codes": "quant.codes",
     "truncate_codes": "quant.codes",

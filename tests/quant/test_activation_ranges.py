@@ -1,0 +1,113 @@
+"""Activation ranges: observers on known histograms, calibration, and what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tq_lightning import bit_width, calibrate_activations, calibrate_norms, prepare
+from tq_lightning.quant.activation_ranges import (
+    OBSERVERS,
+    ActivationRange,
+    activation_ranges,
+    quantized_layers,
+)
+
+
+@pytest.fixture
+def model(net, images):
+    prepare(net, verbose=False, skip=("first",))
+    calibrate_norms(net, [images])
+    return net.eval()
+
+
+STEPS = {  # name -> (range, top, (step, zero point))
+    "unsigned": (ActivationRange(0.0, 2.55), 255, (0.01, 0)),
+    "unsigned, 7 bits": (ActivationRange(0.0, 1.27), 127, (0.01, 0)),
+    "signed": (ActivationRange(-1.0, 1.55), 255, (0.01, 100)),
+    "negative": (ActivationRange(-2.55, 0.0), 255, (0.01, 255)),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_step_and_zero_point(case):
+    span, top, (step, zero) = STEPS[case]
+    got = span.step(top)
+    assert got == (pytest.approx(step), zero)
+    assert got[0] * (0 - zero) == pytest.approx(span.low, abs=step / 2)
+    assert got[0] * (top - zero) == pytest.approx(span.high, abs=step / 2)
+
+
+def test_a_range_of_zero_has_a_positive_step():
+    step, zero = ActivationRange(0.0, 0.0).step(255)
+    assert step > 0 and zero == 0
+
+
+def test_percentile_clips_an_outlier_and_mse_has_the_smallest_error():
+    torch.manual_seed(0)
+    values = torch.randn(200_000).relu()
+    values[0] = 20.0
+    counts = torch.histc(values, 4096, 0.0, 20.0).double()
+    percentile, mse = (OBSERVERS[name](counts, 0.0, 20.0) for name in ("percentile", "mse"))
+    assert percentile.low == mse.low == 0 and 3.5 < percentile.high < 4.2 < mse.high < 20
+    errors = {}
+    for high in (2.0, percentile.high, mse.high, 20.0):
+        step, _ = ActivationRange(0.0, high).step(255)
+        errors[high] = ((values / step).round().clamp(0, 255) * step - values).square().mean()
+    assert min(errors, key=errors.get) == mse.high
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_signed_inputs_keep_both_sides(observer):
+    counts = torch.histc(torch.linspace(-1.0, 3.0, 10_000), 4096, -1.0, 3.0).double()
+    low, high = OBSERVERS[observer](counts, -1.0, 3.0)
+    assert low == pytest.approx(-1.0, abs=0.06) and high == pytest.approx(3.0, abs=0.1)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_calibration_sees_the_inputs_of_quantized_layers(model, images, observer):
+    ranges = calibrate_activations(model, [images[:2], images[2:]], observer)
+    assert list(ranges) == ["conv", "fc"] == list(quantized_layers(model))
+    assert activation_ranges(model) == ranges
+    for bits in model.tq["widths"]:
+        with torch.no_grad(), bit_width(model, bits, "truncate"):
+            inside = model[:3](images)
+            assert ranges["conv"].low == 0
+            assert (inside <= ranges["conv"].high).float().mean() > 0.97
+    assert copy.deepcopy(model).tq_ranges == ranges
+
+
+def test_it_leaves_the_model_as_it_was(model, images):
+    model.train()
+    model.conv.eval()
+    before = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    calibrate_activations(model, [images])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training and not model.conv.training and not model.conv._forward_pre_hooks
+
+
+def test_trained_clips_are_ranges(net, images):
+    prepare(net, verbose=False, activations="pact_round", skip=("first",))
+    net.act1.clip.data.fill_(2.5)
+    net.act2.clip.data.fill_(-1.0)
+    assert activation_ranges(net) == {
+        "act1": ActivationRange(0.0, 2.5),
+        "act2": ActivationRange(0.0, pytest.approx(1e-3)),
+    }
+    ranges = calibrate_activations(net, [images])
+    assert set(activation_ranges(net)) == {"act1", "act2", *ranges}
+
+
+def test_bad_input(model, images):
+    with pytest.raises(ValueError, match="unknown observer 'max'; pass one of percentile, mse"):
+        calibrate_activations(model, [images], "max")
+    with pytest.raises(ValueError, match="no batches to observe"):
+        calibrate_activations(model, [])
+    with pytest.raises(ValueError, match="call prepare"):
+        calibrate_activations(nn.Linear(2, 2), [images])
+    with pytest.raises(ValueError, match="input of conv contains NaN or infinity"):
+        calibrate_activations(model, [images * torch.nan])
+    assert not hasattr(model, "tq_ranges")

@@ -1,0 +1,138 @@
+"""Integer weights: all codes, widths and levels against exact rationals; signs and saturation."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from tq_lightning.quant.codes import truncate_codes
+from tq_lightning.quant.integer_codes import (
+    INT16_MAX,
+    activation_top,
+    integer_weight,
+    largest_integer,
+    signed_codes,
+    signed_level,
+)
+from tq_lightning.quant.levels import LEVELS, dequantize
+
+WIDTHS = range(1, 9)
+SCALES = torch.tensor([1.0, -1.0, 0.37, -2.5e-3, 0.0, -0.0], dtype=torch.float64)
+
+
+def _codes(bits):
+    return torch.arange(2**bits).to(torch.uint8)
+
+
+def _weight(k, bits, level):
+    """2 level - 1 as an exact rational."""
+    top = 2**bits - 1
+    value = {"endpoint": Fraction(k, top), "left": Fraction(k, top + 1)}
+    value["centre"] = Fraction(2 * k + 1, 2 * (top + 1))
+    return 2 * value[level] - 1
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_signed_codes_truncate_by_an_arithmetic_shift(bits):
+    stored = _codes(8)
+    narrow = signed_codes(truncate_codes(stored, 8, bits), bits)
+    assert narrow.dtype == torch.int8
+    assert torch.equal(narrow, signed_codes(stored, 8) >> (8 - bits))
+    logical = (signed_codes(stored, 8).view(torch.uint8) >> (8 - bits)).view(torch.int8)
+    assert bits == 8 or not torch.equal(narrow, logical)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_step_and_offset_of_a_level(bits, level):
+    step, offset = signed_level(bits, level)
+    for k in range(2**bits):
+        exact = _weight(k, bits, level)
+        assert abs(Fraction(step) * (k - 2 ** (bits - 1) + Fraction(offset)) - exact) < 1e-15
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_all_codes_of_all_signs(bits, level, exact):
+    """gain * (codes + offset) is the weight; where it is not, the result says so."""
+    codes = _codes(bits).expand(len(SCALES), -1)
+    scale = SCALES[:, None]
+    got = integer_weight(codes, bits, scale, level, exact)
+    assert got.codes.dtype == torch.int8 and (got.gain > 0).all()
+    ideal = torch.tensor(
+        [[float(s) * float(_weight(k, bits, level)) for k in range(2**bits)] for s in SCALES],
+        dtype=torch.float64,
+    )
+    rebuilt = got.gain * (got.codes.double() + got.offset)
+    error = (rebuilt - ideal).abs()
+    clamped = level == "left" and bits == 8 and not exact
+    assert got.exact == (exact or bits < 8)
+    if got.exact:
+        assert (error <= 1e-14).all()
+    elif clamped:  # the one code that int8 cannot negate
+        assert (error > 1e-14).nonzero().tolist() == [[1, 0], [3, 0]]
+    else:  # half a step of 1/127
+        assert error.max() > 1e-3
+        assert (error <= scale.abs() * (0.5 / 127 + 1e-12)).all()
+    assert (got.offset == 0).all() or (exact and bits == 8)
+    zero = SCALES == 0
+    assert (rebuilt[zero] == 0).all() and (got.gain.expand(len(SCALES), 1)[zero] == 1).all()
+    as_trained = dequantize(codes, bits, scale.float(), level).double()
+    assert torch.allclose(as_trained, ideal, atol=1e-6)
+    assert got.codes.abs().int().max() <= largest_integer(bits, level)
+
+
+def test_left_of_positive_scale_is_exact_at_eight_bits():
+    assert integer_weight(_codes(8), 8, torch.tensor(2.0), "left").exact
+
+
+def test_documented_example():
+    got = integer_weight(_codes(2), 2, torch.tensor(3.0))
+    assert got.codes.tolist() == [-3, -1, 1, 3] and got.gain.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("level", ["endpoint", "centre"])
+def test_the_half_depends_on_the_input(level):
+    """Dropped, or replaced by a constant, it changes products: no bias stands for it."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (50,), generator=generator).to(torch.uint8)
+    a = torch.randint(0, 256, (20, 50), generator=generator).double()
+    got = integer_weight(codes, 8, torch.tensor(1.0), level, exact=True)
+    products, sums = a @ got.codes.double(), a.sum(1)
+    exact = a @ torch.tensor([float(_weight(int(k), 8, level)) for k in codes], dtype=a.dtype)
+    assert torch.allclose(got.gain * (products + got.offset * sums), exact, rtol=1e-12)
+    left_out = exact - got.gain * products
+    assert left_out.std() > 100 * got.gain and left_out.min() > 0  # in steps of the product
+
+
+def test_a_scale_too_small_for_float32_counts_as_zero():
+    got = integer_weight(_codes(4), 4, torch.tensor(1e-300, dtype=torch.float64))
+    assert (got.codes == 0).all() and got.gain == 1 and got.offset == 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_two_products_fit_sixteen_bits(bits, level):
+    """What a processor without VNNI adds in 16 bits never saturates there."""
+    largest = integer_weight(_codes(bits), bits, torch.tensor([[1.0], [-1.0]]), level).codes
+    assert largest.int().abs().max() == largest_integer(bits, level)
+    top = activation_top(bits, level, exact_sums=False)
+    assert 2 * top * largest_integer(bits, level) <= INT16_MAX
+    assert top == (127 if bits == 8 or (bits == 7 and level != "left") else 255)
+    assert top == 255 or 2 * 255 * largest_integer(bits, level) > INT16_MAX
+    assert activation_top(bits, level) == 255
+
+
+def test_bad_input(monkeypatch):
+    codes, one = _codes(4), torch.tensor(1.0)
+    with pytest.raises(ValueError, match="from 1 to 8, got 9"):
+        integer_weight(codes, 9, one)
+    with pytest.raises(ValueError, match="unknown level 'middle'"):
+        integer_weight(codes, 4, one, "middle")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        integer_weight(codes, 4, torch.tensor(torch.nan))
+    row = LEVELS["endpoint"]
+    monkeypatch.setitem(LEVELS, "square", lambda k, top: row(k, top).square())
+    with pytest.raises(ValueError, match="'square' is not evenly spaced"):
+        integer_weight(codes, 4, one, "square")

@@ -1,0 +1,210 @@
+"""Activation ranges: what integer inference needs to know about the inputs of quantized layers.
+
+A network trained with `activations=` has ranges of its own, [0, clip]. For others
+`calibrate_activations` observes the inputs of the quantized layers on a few batches. Ranges are
+kept on the model and in packed files. Steps are made from them where they are used, since the
+largest activation code depends on the processor.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
+from tq_lightning.quant.bit_width import Width, bit_width, width_of
+
+BINS = 4096
+PERCENTILE = 99.99
+CLIPS = 80  # clipped ranges that the observer "mse" tries
+
+
+class ActivationRange(NamedTuple):
+    """Range of an activation tensor; low <= 0 <= high, so that 0 has a code of its own."""
+
+    low: float
+    high: float
+
+    def step(self, top: int) -> tuple[float, int]:
+        """Step and zero point of uint8 codes in [0, top]: x = step * (code - zero_point).
+
+        Args:
+            top: Largest code, 1..255.
+
+        Returns:
+            (step, zero point). The step is positive. The zero point is 0 if `low` is.
+        """
+        tiny = torch.finfo(torch.float32).tiny
+        step = max((self.high - self.low) / top, tiny)
+        return step, min(top, round(-self.low / step))
+
+
+# -- observers: (histogram, its lowest value, its highest value) -> range --------------------------
+def _percentile(counts: Tensor, low: float, high: float) -> ActivationRange:
+    """Range that leaves (100 - PERCENTILE) % of the values out, on each side that has any."""
+    share = counts.cumsum(0) / counts.sum()
+    width = (high - low) / len(counts)
+    out = 1.0 - PERCENTILE / 100.0
+    last = int((share >= 1.0 - out).nonzero()[0])
+    first = int((share <= out).sum())
+    return _with_zero(low + first * width if first else low, low + (last + 1) * width)
+
+
+def _mse(counts: Tensor, low: float, high: float) -> ActivationRange:
+    """Range with the smallest mean squared error of 8-bit codes, among evenly clipped ones."""
+    centers = low + (torch.arange(len(counts), dtype=torch.float64) + 0.5) * (
+        (high - low) / len(counts)
+    )
+    best = (float("inf"), _with_zero(low, high))
+    for i in range(CLIPS):
+        share = 1.0 - i / CLIPS
+        tried = _with_zero(share * low, share * high)
+        step, zero = tried.step(255)
+        rebuilt = step * ((centers / step).round().add(zero).clamp(0, 255) - zero)
+        error = ((rebuilt - centers).square() * counts).sum().item()
+        best = min(best, (error, tried))
+    return best[1]
+
+
+Observer = Callable[[Tensor, float, float], ActivationRange]
+OBSERVERS: dict[str, Observer] = {"percentile": _percentile, "mse": _mse}
+
+
+def _with_zero(low: float, high: float) -> ActivationRange:
+    return ActivationRange(min(low, 0.0), max(high, 0.0))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """List the layers of a prepared or packed model that have quantized weights, by name."""
+    return {
+        name or "(root)": module
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        and any(
+            isinstance(getattr(quantizer, "width", None), Width)
+            for chain in module.parametrizations.values()  # type: ignore[union-attr,operator]
+            for quantizer in chain
+        )
+    }
+
+
+def activation_ranges(model: nn.Module) -> dict[str, ActivationRange]:
+    """Ranges that a model has: those calibrated, and those of its activation quantizers.
+
+    Args:
+        model: A prepared or packed model.
+
+    Returns:
+        {name: range}. The name of a quantized layer gives the range of its input, that of an
+        activation quantizer (`prepare(activations=...)`) the range of its output, [0, clip].
+    """
+    found = {name: ActivationRange(*pair) for name, pair in getattr(model, "tq_ranges", {}).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            clip = float(module.clip.detach())
+            found[name] = ActivationRange(0.0, max(clip, PACT_LEAST) if module.learned else clip)
+    return found
+
+
+@torch.no_grad()
+def calibrate_activations(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    observer: str = "percentile",
+    widths: list[int] | None = None,
+) -> dict[str, ActivationRange]:
+    """Observe the inputs of the quantized layers, for integer inference.
+
+    One range per layer serves all widths. The model runs in evaluation mode with truncated
+    weights, at each of `widths`; modes, the width in use and all random states stay as they were.
+
+    Args:
+        model: A prepared or packed model. Norms of untrained widths are calibrated before, with
+            `calibrate_norms`.
+        batches: Images (batch, channels, height, width) on the model's device; read twice.
+        observer: "percentile" leaves the outermost 0.01 % of the values out. "mse" takes the
+            clipped range with the smallest mean squared error of 8-bit codes.
+        widths: Widths to observe at; None = the trained widths, as far as the model has them.
+
+    Returns:
+        {name of a quantized layer: range of its input}; a layer that did not run as a module has
+        none. The result is also kept as `model.tq_ranges`, which `save_packed` writes.
+
+    Raises:
+        ValueError: The model is not prepared, an unknown observer or width, no batches, or an
+            input that contains NaN or infinity.
+    """
+    if observer not in OBSERVERS:
+        raise ValueError(f"unknown observer {observer!r}; pass one of {', '.join(OBSERVERS)}")
+    width = width_of(model)
+    batches = list(batches)
+    if not batches:
+        raise ValueError("no batches to observe activations on; pass a list of image batches")
+    widths = _observed_widths(model, width) if widths is None else widths
+    layers = quantized_layers(model)
+    histograms: dict[str, Tensor] = {}
+    extremes: dict[str, ActivationRange] = {}
+
+    def find_extremes(name: str, x: Tensor) -> None:
+        low, high = (v.item() for v in x.aminmax())
+        if not abs(low) < float("inf") or not abs(high) < float("inf"):
+            raise ValueError(
+                f"the input of {name} contains NaN or infinity; check the images and the weights"
+            )
+        before = extremes.get(name, ActivationRange(low, high))
+        extremes[name] = ActivationRange(min(before.low, low), max(before.high, high))
+
+    def count(name: str, x: Tensor) -> None:
+        low, high = extremes[name]
+        counts = torch.histc(x, BINS, low, high) if low < high else x.new_tensor([x.numel()])
+        counts = counts.double().cpu()
+        histograms[name] = histograms[name] + counts if name in histograms else counts
+
+    for observe in (find_extremes, count):
+        _run(model, layers, batches, widths, observe)
+    ranges = {
+        name: OBSERVERS[observer](histograms[name], *extremes[name])
+        for name in layers
+        if name in histograms
+    }
+    model.tq_ranges = ranges  # type: ignore[assignment]
+    return ranges
+
+
+def _observed_widths(model: nn.Module, width: Width) -> list[int]:
+    """Trained widths that the model can run at; a packed model may have fewer or others."""
+    loaded: set[int] = set(range(1, width.max_bits + 1))
+    for module in model.modules():
+        if width.packed and isinstance(getattr(module, "widths", None), tuple):
+            loaded &= set(module.widths)  # type: ignore[arg-type]
+    return [bits for bits in width.widths if bits in loaded] or sorted(loaded, reverse=True)
+
+
+def _run(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: list[Tensor],
+    widths: list[int],
+    observe: Callable[[str, Tensor], None],
+) -> None:
+    """Call `observe` with the name and the input of every quantized layer, at every width."""
+    modes = [(m, m.training) for m in model.modules()]
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: observe(name, args[0].float()) if args else None
+        )
+        for name, module in layers.items()
+    ]
+    model.eval()
+    try:
+        for bits in widths:
+            with bit_width(model, bits, "truncate"):
+                for batch in batches:
+                    model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode

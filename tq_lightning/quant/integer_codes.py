@@ -1,0 +1,182 @@
+"""Integer arithmetic of inference: n-bit codes as int8 weights, and what their products may reach.
+
+With k' = k - 2^(n-1) the signed code and M = 2^n - 1, a weight of scale s is
+
+    left      s k' / 2^(n-1)
+    endpoint  s (2k' + 1) / M
+    centre    s (2k' + 1) / 2^n
+
+The signed n-bit code is the stored signed code shifted right as an integer, k'_n = k'_N >> (N - n).
+So an int8 kernel runs every width. `left` is exact at 8 bits with k', `endpoint` and `centre` are
+exact up to 7 bits with the odd code 2k' + 1. At 8 bits the odd code needs 9 bits. Either the
+nearest int8 stands for it, which is not exact, or k' does, and half the sum of the activation codes
+is added to every product:
+
+    sum (k' + 1/2) a = sum k' a + 1/2 sum a
+
+That half depends on the input, so a bias cannot replace it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tq_lightning.quant.codes import check_bits
+from tq_lightning.quant.levels import LEVELS
+
+INT16_MAX = 2**15 - 1
+_TINY = torch.finfo(torch.float32).tiny  # a smaller gain is denormal or 0 in float32
+
+
+class IntegerWeight(NamedTuple):
+    """A weight as integers: weight = gain * (codes + offset).
+
+    Attributes:
+        codes: int8 with zero point 0, shape of the weight.
+        gain: float64, positive, broadcastable to the weight.
+        offset: float64, broadcastable to the weight: 0, 1/2 or 1. Not 0 only with `exact=True`; a
+            kernel then adds offset times the sum of the activation codes to the integer product.
+        exact: Whether gain * (codes + offset) is the dequantized weight.
+    """
+
+    codes: Tensor
+    gain: Tensor
+    offset: Tensor
+    exact: bool
+
+
+def signed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Signed form of codes: k' = k - 2^(n-1).
+
+    Args:
+        codes: uint8 codes of width `bits`, any shape.
+        bits: Width n, 1..8.
+
+    Returns:
+        int8 in [-2^(n-1), 2^(n-1) - 1], shape of `codes`. An arithmetic shift to the right
+        truncates them as `truncate_codes` truncates `codes`.
+
+    Raises:
+        ValueError: `bits` is not an integer from 1 to 8.
+
+    Example:
+        At 2 bits the codes 0, 1, 2, 3 are -2, -1, 0, 1.
+    """
+    check_bits(bits)
+    return codes.to(torch.int16).sub_(2 ** (bits - 1)).to(torch.int8)
+
+
+def signed_level(bits: int, level: str) -> tuple[float, float]:
+    """Step and offset of a uniform level map: 2 level - 1 = step * (k' + offset).
+
+    Args:
+        bits: Width n, 1..8.
+        level: A key of `levels.LEVELS`.
+
+    Returns:
+        (step, offset); the offset is 0 (`left`) or 1/2 (`endpoint`, `centre`).
+
+    Raises:
+        ValueError: `bits` is out of range, `level` is unknown, or its levels are not evenly spaced
+            with such an offset, so that no integer kernel can use them.
+    """
+    check_bits(bits)
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; pass one of {', '.join(LEVELS)}")
+    count = 2**bits
+    k = torch.arange(count, dtype=torch.float64)
+    values = 2.0 * LEVELS[level](k.clone(), count - 1.0) - 1.0
+    step = ((values[-1] - values[0]) / (count - 1)).item()
+    offset = round(2.0 * (values[0].item() / step + count / 2)) / 2.0
+    if offset not in (0.0, 0.5) or not torch.allclose(values, step * (k - count / 2 + offset)):
+        raise ValueError(
+            f"level {level!r} is not evenly spaced; integer kernels support endpoint, left, centre"
+        )
+    return step, offset
+
+
+def integer_weight(
+    codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint", exact: bool = False
+) -> IntegerWeight:
+    """Turn codes and their scale into int8 weights with zero point 0 and a positive gain.
+
+    A folded batch norm multiplies the scale with gamma / sqrt(var + eps). If that is negative, the
+    codes change their sign instead of the gain: 2k' + 1 becomes -(2k' + 1), and where k' stands for
+    it, ~k' = -k' - 1, whose offset is 1 minus that of k'. Where the scale is 0 (or too small for a
+    float32 gain), codes and offset are 0 and the gain is 1: the product is 0, the gain positive.
+
+    Args:
+        codes: uint8 codes of width `bits`, any shape.
+        bits: Width n, 1..8.
+        scale: Scale of the weight times the factor of a folded norm, any sign, broadcastable to
+            `codes`.
+        level: A key of `levels.LEVELS`.
+        exact: Return exact integers at every width, with an offset where they need one. False
+            returns offset 0 everywhere: the nearest int8, 127/255 (2k' + 1), for 8-bit `endpoint`
+            and `centre`; 127 for 128, the negative of the smallest 8-bit code of `left`.
+
+    Returns:
+        The integers.
+
+    Raises:
+        ValueError: As in `signed_level`, or `scale` is not finite.
+
+    Example:
+        `integer_weight(codes, 2, scale=3.0)` has the int8 codes -3, -1, 1, 3 and the gain 1: the
+        2-bit endpoint levels of a scale of 3.
+    """
+    step, half = signed_level(bits, level)
+    scale = torch.as_tensor(scale).to(torch.float64)
+    if not torch.isfinite(scale).all():
+        raise ValueError("the scale of a weight times its folded norm contains NaN or infinity")
+    signed = signed_codes(codes, bits).to(torch.int16)
+    gain, negative = scale.abs() * step, scale < 0
+    offset = torch.zeros_like(gain)
+    is_exact = True
+    if exact and bits == 8:
+        integers = torch.where(negative, ~signed, signed)
+        offset = torch.where(negative, 1.0 - half, half).to(torch.float64)
+    else:
+        integers = 2 * signed + 1 if half else signed
+        gain = gain / 2 if half else gain
+        if bits == 8 and half:
+            integers = torch.round(integers.to(torch.float64) * 127 / 255).to(torch.int16)
+            gain, is_exact = gain * 255 / 127, False
+        integers = torch.where(negative, -integers, integers)
+        is_exact = is_exact and int(integers.max() if integers.numel() else 0) <= 127
+        integers = integers.clamp_max(127)
+    silent = gain < _TINY
+    integers = torch.where(silent, 0, integers).to(torch.int8)
+    gain, offset = torch.where(silent, 1.0, gain), torch.where(silent, 0.0, offset)
+    return IntegerWeight(integers, gain, offset, is_exact)
+
+
+def largest_integer(bits: int, level: str = "endpoint") -> int:
+    """Largest magnitude among the int8 codes that `integer_weight` makes at a width.
+
+    Raises:
+        ValueError: As in `signed_level`.
+    """
+    _, half = signed_level(bits, level)
+    return min(2**bits - 1, 127) if half else 2 ** (bits - 1)
+
+
+def activation_top(bits: int, level: str = "endpoint", exact_sums: bool = True) -> int:
+    """Largest uint8 activation code whose products with the weights of a width are summed exactly.
+
+    x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits and saturate there
+    without a sign of it.
+
+    Args:
+        bits: Width of the weights, 1..8.
+        level: A key of `levels.LEVELS`.
+        exact_sums: Whether the processor adds products in 32 bits (VNNI, ARM).
+
+    Returns:
+        255, or 127 if two products with 255 could exceed 16 bits.
+
+    Raises:
+        ValueError: As in `signed_level`.
+    """
+    return 255 if exact_sums or 2 * 255 * largest_integer(bits, level) <= INT16_MAX else 127
