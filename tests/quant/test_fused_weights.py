@@ -9,7 +9,8 @@ from torch import nn
 from tq_lightning import bit_width, prepare
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS
-from tq_lightning.quant.fused_weights import FusedWeights, fused_weights
+from tq_lightning.quant.flat_weights import FlatWeights
+from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.levels import LEVELS
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.ste import STES
@@ -174,8 +175,8 @@ def test_weights_are_normalized_once_and_released(monkeypatch):
     model = nn.Sequential(nn.Linear(6, 4))
     prepare(model, skip=(), verbose=False)
     calls = []
-    plain = FusedWeights.normalize
-    monkeypatch.setattr(FusedWeights, "normalize", lambda self: (calls.append(self), plain(self)))
+    plain = FlatWeights.normalize
+    monkeypatch.setattr(FlatWeights, "normalize", lambda self: (calls.append(self), plain(self)))
     rule = weight_quantizers(model)[0].quantizer
     with pytest.raises(RuntimeError, match="inside"), fused_weights(model):
         for bits in (8, 4, 2):

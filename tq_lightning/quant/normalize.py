@@ -8,7 +8,7 @@ from tq_lightning.quant.normalizers import NORMALIZERS
 class Normalize(torch.autograd.Function):
     """u = t / (2 range) + 1/2, with the gradient of `w`; the range carries none here.
 
-    Only `u` is kept for the backward pass, which recovers t from it. `FusedWeights` does the same
+    Only `u` is kept for the backward pass, which recovers t from it. `FlatWeights` does the same
     for all weights of a model at once, in the same order of operations, so both give the same bits.
 
     forward(w, t, top, normalizer, clamped): float32 weight and t = squash(w), any shape; `top` is

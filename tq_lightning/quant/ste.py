@@ -10,7 +10,7 @@ is dL/dw^ of the quantized weight w^ = scale (2 level - 1), and `grad_u` what th
 returned. The caller sums the result over the elements that share a scale. `u` carries no gradient
 to the scale, so the rule accounts for both ways in which the scale acts: as the factor of w^, and
 as the range of u. `range_gradient` is the chain rule over both and serves every row; a row may name
-another one. `FakeQuantize` and `FusedWeights` call the same rules and give the same bits.
+another one. `FakeQuantize` and `FlatWeights` call the same rules and give the same bits.
 
 To add a rule, write its function and one row of `STES`.
 """
