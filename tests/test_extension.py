@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tq_lightning import bit_width, load_packed
-from tq_lightning.callbacks.truncation_eval import evaluation_passes
+from tq_lightning.callbacks.width_metrics import evaluation_passes
 from tq_lightning.cli import main, run_fit
 from tq_lightning.export.onnx.width_modules import TensorActivation, WidthTables
 from tq_lightning.quant import activation

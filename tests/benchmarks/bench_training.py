@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from measuring import Table, Took, alternately, fresh_memory, keep_memory
 
-from tq_lightning.callbacks.truncation_eval import evaluate_batch
+from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.models import create_model
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.prepare import prepare

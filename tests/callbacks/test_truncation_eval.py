@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from tq_lightning import bit_width, prepare
-from tq_lightning.callbacks import truncation_eval as file
-from tq_lightning.callbacks.truncation_eval import (
+from tq_lightning.callbacks.truncation_eval import TruncationEval
+from tq_lightning.callbacks.width_metrics import (
     evaluate_batch,
     evaluation_passes,
     sources_agree,
@@ -433,7 +433,7 @@ def test_without_norms_there_is_nothing_to_estimate(tmp_path, monkeypatch):
 
 def test_bad_number_of_batches():
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        file.TruncationEval(0)
+        TruncationEval(0)
 
 
 def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, monkeypatch):

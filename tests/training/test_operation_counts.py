@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tq_lightning import prepare
-from tq_lightning.callbacks.truncation_eval import evaluate_batch
+from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.models import create_model
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.switchable_norm import per_width_norms

@@ -101,7 +101,7 @@ def logged_metrics(config: Any) -> list[str]:
     import timm
     import torch
 
-    from tq_lightning.callbacks.truncation_eval import width_metrics
+    from tq_lightning.callbacks.width_metrics import width_metrics
     from tq_lightning.data.datamodule import TQDataModule
     from tq_lightning.models import create_model
     from tq_lightning.quant.prepare import prepare

@@ -1,0 +1,97 @@
+"""(width, source) pairs to evaluate, their logits, and the metrics made of their accuracies."""
+
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.weight import weight_quantizers
+
+Pass = tuple[int | None, str]
+TOP = 5  # classes; with fewer, top-5 is left out
+
+
+def sources_agree(model: nn.Module, bits: int) -> bool:
+    """Tell whether quantize and truncate give the same network at `bits` by construction.
+
+    They do if nothing is shifted, or if the codes of everything that is shifted nest.
+    """
+    if bits == width_of(model).max_bits:
+        return True
+    shifted = {w.quantizer.quantizer for w in weight_quantizers(model)}
+    shifted |= {
+        m.quantizer for m in model.modules() if isinstance(m, ActivationQuantizer) and m.truncated
+    }
+    return all(QUANTIZERS[name].nested for name in shifted)
+
+
+def evaluation_passes(model: nn.Module) -> list[Pass]:
+    """Return the (width, source) pairs to evaluate, widest first, float last.
+
+    Pairs that agree by construction run once, truncated.
+    """
+    passes: list[Pass] = []
+    for bits in range(width_of(model).max_bits, 0, -1):
+        passes.append((bits, "truncate"))
+        if not sources_agree(model, bits):
+            passes.append((bits, "quantize"))
+    return [*passes, (None, "quantize")]
+
+
+@torch.no_grad()
+def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict[Pass, Tensor]:
+    """Return the logits (batch, classes) of one batch for every pass.
+
+    The weights are normalized once for all passes, and inside `fused_weights(model)` once
+    for all batches.
+    """
+    logits = {}
+    with fused_weights(model):
+        for bits, source in passes:
+            with bit_width(model, bits, source):
+                logits[bits, source] = model(images)
+    return logits
+
+
+def width_metrics(
+    stage: str, accuracy: dict[Pass, float], max_bits: int, trained: tuple[int, ...]
+) -> dict[str, float]:
+    """Return top-1 in % of both sources for every width, and the QT gaps in percentage points.
+
+    The keys are `stage`/acc1_quantize_w4 and so on.
+    """
+    metrics = {}
+    for bits in range(max_bits, 0, -1):
+        truncate = accuracy[bits, "truncate"]
+        quantize = accuracy.get((bits, "quantize"), truncate)
+        metrics[f"{stage}/acc1_quantize_w{bits}"] = quantize
+        metrics[f"{stage}/acc1_truncate_w{bits}"] = truncate
+        metrics[f"{stage}/qt_gap_w{bits}"] = quantize - truncate
+    metrics[f"{stage}/acc1_truncate_mean"] = sum(accuracy[b, "truncate"] for b in trained) / len(
+        trained
+    )
+    metrics[f"{stage}/acc1_float"] = accuracy[None, "quantize"]
+    return metrics
+
+
+def top5_metrics(
+    stage: str, accuracy: dict[Pass, float], trained: tuple[int, ...]
+) -> dict[str, float]:
+    """Return top-5 in % of the truncated weights at every width, their mean, and float.
+
+    The mean is over the trained widths.
+    """
+    truncated = {bits: value for (bits, source), value in accuracy.items() if source == "truncate"}
+    metrics = {f"{stage}/acc5_truncate_w{bits}": value for bits, value in truncated.items()}
+    metrics[f"{stage}/acc5_truncate_mean"] = sum(truncated[b] for b in trained) / len(trained)
+    metrics[f"{stage}/acc5_float"] = accuracy[None, "quantize"]
+    return metrics
+
+
+def hits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Tell for each image whether top-1 and top-5 are right: two bool tensors (batch,)."""
+    first = logits.argmax(1) == target
+    likeliest = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+    return first, (likeliest == target[:, None]).any(1)
