@@ -219,7 +219,7 @@ def test_a_finished_run_whose_result_was_never_stored_is_not_run_again(
     queue.refresh()
     dying = Worker(queue, sweep, [METRIC], tmp_path, fit, name="dying")
     claimed = queue.claim("dying")
-    result = dying._run(claimed)  # and no _store
+    result = dying.objective.run(claimed)  # and not stored
     assert result.state == "complete" and len(ran(tmp_path)) == 1
     trial = optuna.trial.Trial(study, claimed._trial_id)
     trial.report(51.0, 1)
@@ -237,7 +237,7 @@ def test_a_finished_run_whose_result_was_never_stored_is_not_run_again(
     finished = [p for p in tmp_path.rglob("record.json") if '"finished"' in p.read_text()]
     assert [str(path) for path in finished] == [last.user_attrs["record"]]
     # the first worker was only suspended and stores its result after all: it counts nowhere
-    dying._store(claimed, result)
+    dying.objective.store(claimed, result)
     assert [p for p in tmp_path.rglob("record.json") if '"finished"' in p.read_text()] == finished
     assert queue.study.trials[0].state == TrialState.FAIL
 

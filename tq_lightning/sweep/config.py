@@ -16,14 +16,11 @@ from typing import Any
 from tq_lightning.errors import UserError
 from tq_lightning.sweep.parameters import (
     Parameter,
-    as_number,
     axis_size,
     axis_value,
-    check_keys,
-    check_plain,
-    one_of,
     read_parameters,
 )
+from tq_lightning.sweep.value_checks import as_number, check_keys, check_plain, one_of
 from tq_lightning.training.yaml_file import read_yaml
 
 KEYS = (

@@ -4,28 +4,25 @@ The launcher starts it as `python -m tq_lightning.sweep.worker JSON`. `sweep --w
 in the command's own process.
 """
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tq_lightning.errors import TrainingError, UserError
-from tq_lightning.records import mark_superseded
 from tq_lightning.sweep.config import Sweep, read_sweep, with_extra
 from tq_lightning.sweep.heartbeat import heartbeat
+from tq_lightning.sweep.objective import Objective
 from tq_lightning.sweep.progress import describe
-from tq_lightning.sweep.resume import EarlierRun, attempt_folder, copy_earlier_run
-from tq_lightning.sweep.search_space import arguments, pruner, sampler, suggest
 from tq_lightning.sweep.storage import StorageOutage, retry_during_outage
 from tq_lightning.sweep.study import Options, make_trial_queue, open_study
-from tq_lightning.sweep.trial import Fit, TrialResult, read_result, run_trial
-from tq_lightning.sweep.trial_queue import RETRIED_CAUSES, TrialQueue
+from tq_lightning.sweep.trial import Fit, TrialResult
+from tq_lightning.sweep.trial_queue import TrialQueue
 
 if TYPE_CHECKING:
     import optuna
@@ -65,14 +62,14 @@ class Worker:
         deadline: float | None = None,
         parent: int | None = None,
     ) -> None:
-        self.queue, self.sweep, self.metrics = queue, sweep, metrics
-        self.folder, self.fit, self.name = folder, fit, name
-        self.deadline, self.parent = deadline, parent
+        self.queue, self.environment = queue, sweep.environment
+        self.objective = Objective(queue, sweep, metrics, folder / "trials", fit)
+        self.name, self.deadline, self.parent = name, deadline, parent
         self.stopped_by: int | None = None  # number of the signal that stops this worker
 
     def run(self) -> int:
         """Run trials until the queue is finished. Returns DONE, REPLACE or 128 plus a signal."""
-        os.environ.update(self.sweep.environment)
+        os.environ.update(self.environment)
         before = {number: signal.signal(number, self._interrupt) for number in STOPPED}
         outage = StorageOutage()
         try:
@@ -119,7 +116,7 @@ class Worker:
 
         try:
             with heartbeat(self.queue, claimed, self.parent):
-                result = self._run(claimed)
+                result = self.objective.run(claimed)
         except KeyboardInterrupt:  # outside of fit
             result = TrialResult("interrupted", reason="stopped by the user")
         except UpdateFinishedTrialError:
@@ -134,80 +131,13 @@ class Worker:
             result = TrialResult(
                 "lost", reason="fit was stopped from outside", record=result.record
             )
-        retry_during_outage(lambda: self._store(claimed, result))
+        retry_during_outage(lambda: self.objective.store(claimed, result))
         return result
 
     def _interrupt(self, number: int, _: Any) -> None:
         if not self.queue.trial_taken:  # else the heartbeat interrupts one trial, not the worker
             self.stopped_by = self.stopped_by or number
         raise KeyboardInterrupt
-
-    def _run(self, claimed: "optuna.trial.FrozenTrial") -> TrialResult:
-        """Run a claimed trial, or take the result of an earlier attempt that was never stored."""
-        folder = attempt_folder(self.folder / "trials", claimed)
-        trial, argv = retry_during_outage(lambda: self._prepare(claimed, folder))
-        earlier = retry_during_outage(lambda: copy_earlier_run(self.queue.study, claimed, folder))
-        if earlier is not None and earlier.record is not None:
-            values = earlier.trial.intermediate_values
-            for step, value in values.items():
-                retry_during_outage(lambda s=step, v=value: trial.report(v, s))  # type: ignore[misc]
-            pruned = earlier.trial.user_attrs.get("pruned") == max(values, default=0) > 0
-            return read_result(earlier.record, self.metrics, pruned)
-        if earlier is not None:
-            retry_during_outage(lambda: self._note_resume(trial, earlier))
-        prunes = self.sweep.early_terminate is not None and len(self.metrics) == 1
-        return run_trial(
-            self.fit,
-            argv,
-            folder,
-            self.metrics,
-            _reporter(trial) if prunes else None,
-            earlier.checkpoint if earlier is not None else None,
-        )
-
-    def _prepare(
-        self, claimed: "optuna.trial.FrozenTrial", folder: Path
-    ) -> tuple["optuna.trial.Trial", list[str]]:
-        """Draw the parameters. Returns the trial and the arguments of `fit`."""
-        import optuna
-
-        study, point = self.queue.study, claimed.user_attrs["point"]
-        study.sampler = sampler(self.sweep, point)
-        study.pruner = pruner(self.sweep, len(self.metrics))
-        trial = optuna.trial.Trial(study, claimed._trial_id)
-        argv = arguments(self.sweep, suggest(self.sweep, trial))
-        trial.set_user_attr("run_dir", str(folder))
-        trial.set_user_attr("arguments", argv)
-        return trial, argv
-
-    def _note_resume(self, trial: "optuna.trial.Trial", earlier: EarlierRun) -> None:
-        trial.set_user_attr("resumed_step", earlier.step)
-        last = self.queue.study.trials[trial.user_attrs["retry_of"]]
-        if earlier.step > last.user_attrs.get("resumed_step", 0):
-            trial.set_user_attr("lost", 0)  # the trial makes progress: it doesn't kill each worker
-
-    def _store(self, claimed: "optuna.trial.FrozenTrial", result: TrialResult) -> None:
-        """Write the result of a trial into the study."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        queue = self.queue
-        try:
-            if result.record is not None:
-                queue.storage.set_trial_user_attr(claimed._trial_id, "record", result.record)
-            if result.state == "complete":
-                queue.study.tell(claimed.number, list(result.values), skip_if_finished=True)
-            elif result.state == "pruned":
-                queue.study.tell(claimed.number, state=TrialState.PRUNED, skip_if_finished=True)
-            else:
-                cause = "error" if result.state == "failed" else result.state
-                queue.fail(claimed, cause, result.reason)
-        except UpdateFinishedTrialError:
-            trial = queue.storage.get_trial(claimed._trial_id)
-            given_away = trial.user_attrs.get("cause") in RETRIED_CAUSES
-            if result.record is not None and trial.state == TrialState.FAIL and given_away:
-                with contextlib.suppress(UserError):  # an unreadable record counts nowhere
-                    mark_superseded(result.record)  # the result of the other worker counts
 
 
 def load_fit(name: str) -> Fit:
@@ -261,26 +191,6 @@ def _make_worker(sweep: Sweep, options: Options, **given: Any) -> Worker:
     queue = make_trial_queue(sweep, open_study(sweep, options), options)
     metrics, fit = list(options.objectives), load_fit(options.fit)
     return Worker(queue, sweep, metrics, options.folder, fit, **given)
-
-
-def _reporter(trial: "optuna.trial.Trial") -> Callable[[int, float], bool]:
-    """Return a function (step, value) -> whether the pruner stops the trial."""
-    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-
-    def report(step: int, value: float) -> bool:
-        # An outage costs one report, not hours of training.
-        with contextlib.suppress(StorageInternalError):
-            try:
-                trial.report(value, step)
-                prune = trial.should_prune()
-                if prune:  # the record says finished; a retry that finds it needs to know
-                    trial.set_user_attr("pruned", step)
-                return prune
-            except UpdateFinishedTrialError:
-                return True  # the trial was given to another worker
-        return False
-
-    return report
 
 
 if __name__ == "__main__":

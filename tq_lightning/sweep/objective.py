@@ -1,0 +1,125 @@
+"""The objective of a sweep's study: one trial, from its parameters to its stored result."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tq_lightning.errors import UserError
+from tq_lightning.records import mark_superseded
+from tq_lightning.sweep.config import Sweep
+from tq_lightning.sweep.resume import EarlierRun, attempt_folder, copy_earlier_run
+from tq_lightning.sweep.search_space import arguments, pruner, sampler, suggest
+from tq_lightning.sweep.storage import retry_during_outage
+from tq_lightning.sweep.trial import Fit, TrialResult, read_result, run_trial
+from tq_lightning.sweep.trial_queue import RETRIED_CAUSES, TrialQueue
+
+if TYPE_CHECKING:
+    import optuna
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Runs the claimed trials of a study as `fit` and stores their results.
+
+    Args:
+        queue: the trial queue of the study.
+        sweep: the sweep file.
+        metrics: names of the objectives.
+        trials: folder below which each trial gets its own.
+        fit: runs one trial.
+    """
+
+    queue: TrialQueue
+    sweep: Sweep
+    metrics: list[str]
+    trials: Path
+    fit: Fit
+
+    def run(self, claimed: "optuna.trial.FrozenTrial") -> TrialResult:
+        """Run a claimed trial, or take the result of an earlier attempt that was never stored."""
+        folder = attempt_folder(self.trials, claimed)
+        trial, argv = retry_during_outage(lambda: self._prepare(claimed, folder))
+        earlier = retry_during_outage(lambda: copy_earlier_run(self.queue.study, claimed, folder))
+        if earlier is not None and earlier.record is not None:
+            values = earlier.trial.intermediate_values
+            for step, value in values.items():
+                retry_during_outage(lambda s=step, v=value: trial.report(v, s))  # type: ignore[misc]
+            pruned = earlier.trial.user_attrs.get("pruned") == max(values, default=0) > 0
+            return read_result(earlier.record, self.metrics, pruned)
+        if earlier is not None:
+            retry_during_outage(lambda: self._note_resume(trial, earlier))
+        prunes = self.sweep.early_terminate is not None and len(self.metrics) == 1
+        return run_trial(
+            self.fit,
+            argv,
+            folder,
+            self.metrics,
+            _reporter(trial) if prunes else None,
+            earlier.checkpoint if earlier is not None else None,
+        )
+
+    def store(self, claimed: "optuna.trial.FrozenTrial", result: TrialResult) -> None:
+        """Write the result of a trial into the study."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        queue = self.queue
+        try:
+            if result.record is not None:
+                queue.storage.set_trial_user_attr(claimed._trial_id, "record", result.record)
+            if result.state == "complete":
+                queue.study.tell(claimed.number, list(result.values), skip_if_finished=True)
+            elif result.state == "pruned":
+                queue.study.tell(claimed.number, state=TrialState.PRUNED, skip_if_finished=True)
+            else:
+                cause = "error" if result.state == "failed" else result.state
+                queue.fail(claimed, cause, result.reason)
+        except UpdateFinishedTrialError:
+            trial = queue.storage.get_trial(claimed._trial_id)
+            given_away = trial.user_attrs.get("cause") in RETRIED_CAUSES
+            if result.record is not None and trial.state == TrialState.FAIL and given_away:
+                with contextlib.suppress(UserError):  # an unreadable record counts nowhere
+                    mark_superseded(result.record)  # the result of the other worker counts
+
+    def _prepare(
+        self, claimed: "optuna.trial.FrozenTrial", folder: Path
+    ) -> tuple["optuna.trial.Trial", list[str]]:
+        """Draw the parameters. Returns the trial and the arguments of `fit`."""
+        import optuna
+
+        study, point = self.queue.study, claimed.user_attrs["point"]
+        study.sampler = sampler(self.sweep, point)
+        study.pruner = pruner(self.sweep, len(self.metrics))
+        trial = optuna.trial.Trial(study, claimed._trial_id)
+        argv = arguments(self.sweep, suggest(self.sweep, trial))
+        trial.set_user_attr("run_dir", str(folder))
+        trial.set_user_attr("arguments", argv)
+        return trial, argv
+
+    def _note_resume(self, trial: "optuna.trial.Trial", earlier: EarlierRun) -> None:
+        trial.set_user_attr("resumed_step", earlier.step)
+        last = self.queue.study.trials[trial.user_attrs["retry_of"]]
+        if earlier.step > last.user_attrs.get("resumed_step", 0):
+            trial.set_user_attr("lost", 0)  # the trial makes progress: it doesn't kill each worker
+
+
+def _reporter(trial: "optuna.trial.Trial") -> Callable[[int, float], bool]:
+    """Return a function (step, value) -> whether the pruner stops the trial."""
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+
+    def report(step: int, value: float) -> bool:
+        # An outage costs one report, not hours of training.
+        with contextlib.suppress(StorageInternalError):
+            try:
+                trial.report(value, step)
+                prune = trial.should_prune()
+                if prune:  # the record says finished; a retry that finds it needs to know
+                    trial.set_user_attr("pruned", step)
+                return prune
+            except UpdateFinishedTrialError:
+                return True  # the trial was given to another worker
+        return False
+
+    return report

@@ -1,0 +1,54 @@
+"""Checks of the keys and values of a sweep file. `where` is the file and key, named in errors."""
+
+import difflib
+import math
+from typing import Any
+
+from tq_lightning.errors import UserError
+
+
+def check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Raise UserError for the first unknown key, with the closest known one."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Raise UserError for a value that JSON can't hold: a date, NaN, a key that isn't text."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if not isinstance(key, str):
+                raise UserError(f"{where}: expected text as a key, got {key!r}; put it in quotes")
+            check_plain(below, f"{where}: {key}")
+    elif isinstance(value, list):
+        for below in value:
+            check_plain(below, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: expected a finite number, got {value!r}")
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        kind = type(value).__name__
+        raise UserError(f"{where}: expected text or a number, got {kind} {value}; put it in quotes")
+
+
+def one_of(given: Any, known: tuple[str, ...], where: str) -> str:
+    """Return `given` if it is one of `known`; else raise UserError with the list."""
+    if given not in known:
+        listed = f"{', '.join(known[:-1])} or {known[-1]}" if known[1:] else known[0]
+        raise UserError(f"{where}: expected {listed}, got {given!r}")
+    return str(given)
+
+
+def as_number(given: Any, where: str) -> float:
+    """Convert to float. Accepts text, since YAML 1.1 reads 1e-3 as text."""
+    try:
+        if isinstance(given, bool):
+            raise ValueError
+        number = float(given)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{where}: expected a number, got {given!r}") from None
+    if not math.isfinite(number):
+        raise UserError(f"{where}: expected a finite number, got {given!r}")
+    return number
