@@ -19,7 +19,7 @@ from tq_lightning.callbacks.width_metrics import (
 )
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.models import create_model
-from tq_lightning.quant import fake_quantize, fused_weights, weight
+from tq_lightning.quant import fake_quantize, flat_weights, weight
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
@@ -109,7 +109,7 @@ def test_truncated_passes_shift_uint8_codes(monkeypatch):
         return out
 
     monkeypatch.setattr(fake_quantize, "truncate_codes", spy)
-    monkeypatch.setattr(fused_weights, "truncate_codes", spy)
+    monkeypatch.setattr(flat_weights, "truncate_codes", spy)
     evaluate_batch(model, images, [(2, "truncate")])
     assert seen == [(8, 2)]  # all weights in one call
     seen.clear()
@@ -438,9 +438,9 @@ def test_bad_number_of_batches():
 
 def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, monkeypatch):
     calls = []
-    plain = fused_weights.FusedWeights.normalize
+    plain = flat_weights.FlatWeights.normalize
     monkeypatch.setattr(
-        fused_weights.FusedWeights,
+        flat_weights.FlatWeights,
         "normalize",
         lambda self: (calls.append(self), plain(self))[1],
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
+from tq_lightning.quant.fake_quantize import FakeQuantize, FakeQuantizeTensors, width_codes
 from tq_lightning.quant.levels import codes_to_levels
 from tq_lightning.quant.ste import resolve_ste
 
@@ -38,6 +38,41 @@ ACTIVATIONS: dict[str, Activation] = {
     "pact_round_truncate": Activation(True, "round", True),
     "pact_floor_truncate": Activation(True, "floor", True),
 }
+
+
+class WidthTensors(NamedTuple):
+    """A width as tensors without dimensions: inputs of a compiled graph that serves every width.
+
+    Attributes:
+        bits: float32; max_bits at float width.
+        top: float32, M_n = 2^bits - 1.
+        stored_top: float32, M_n of the width that codes of `*_truncate` are made at.
+        step: float32, what such codes are divided by: 2^(max_bits - bits), or 1.
+        is_float: bool, no quantization.
+    """
+
+    bits: Tensor
+    top: Tensor
+    stored_top: Tensor
+    step: Tensor
+    is_float: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "WidthTensors":
+        """Allocate the tensors of one width."""
+        values = [torch.ones((), device=device) for _ in range(4)]
+        return cls(*values, torch.zeros((), dtype=torch.bool, device=device))
+
+    @torch.no_grad()
+    def fill(self, bits: int | None, source: str, max_bits: int) -> None:
+        """Write a width, in place."""
+        n = max_bits if bits is None else bits
+        stored = max_bits if source == "truncate" else n
+        self.bits.fill_(n)
+        self.top.fill_(2.0**n - 1)
+        self.stored_top.fill_(2.0**stored - 1)
+        self.step.fill_(2.0 ** (stored - n))
+        self.is_float.fill_(bits is None)
 
 
 class ActivationQuantizer(nn.Module):
@@ -83,23 +118,38 @@ class ActivationQuantizer(nn.Module):
             u = (inside / scale).clamp_min(0.0).masked_fill(over, 1.0)
         else:
             u = inside.clamp(0.0, 1.0)
-        bits, max_bits = self.width.bits, self.width.max_bits
-        source = self.width.source if self.truncated else "quantize"
-        if bits is None:
-            out = inside.clamp_min(0.0).masked_fill(over, scale) if self.learned else u
-        elif torch.is_grad_enabled() and u.requires_grad:
-            # Codes cannot hold NaN. Without this term a network that diverges before this layer
-            # would keep training with a finite loss.
-            scale = scale + 0.0 * u.detach().sum()
-            out = FakeQuantize.apply(
-                u, scale, False, bits, self.quantizer, self.ste, "endpoint", max_bits, source
-            )
+        clipped = inside.clamp_min(0.0).masked_fill(over, scale) if self.learned else u
+        if torch.compiler.is_compiling() and self.width.tensors is not None:
+            out = self._at_any_width(u, scale, clipped)
         else:
-            codes = width_codes(u, bits, self.quantizer, max_bits, source)
-            out = codes_to_levels(codes, bits).mul_(scale)
+            out = self._at_width_in_use(u, scale, clipped)
         if self.learned and torch.is_grad_enabled():
             out = out + over * (self.clip - self.clip.detach())  # adds 0, and the clip's gradient
         return out.to(x.dtype)
+
+    def _at_width_in_use(self, u: Tensor, scale: Tensor, clipped: Tensor) -> Tensor:
+        bits, max_bits = self.width.bits, self.width.max_bits
+        source = self.width.source if self.truncated else "quantize"
+        if bits is None:
+            return clipped
+        if torch.is_grad_enabled() and u.requires_grad:
+            # Codes cannot hold NaN. Without this term a network that diverges before this layer
+            # would keep training with a finite loss.
+            scale = scale + 0.0 * u.detach().sum()
+            return FakeQuantize.apply(
+                u, scale, False, bits, self.quantizer, self.ste, "endpoint", max_bits, source
+            )
+        codes = width_codes(u, bits, self.quantizer, max_bits, source)
+        return codes_to_levels(codes, bits).mul_(scale)
+
+    def _at_any_width(self, u: Tensor, scale: Tensor, clipped: Tensor) -> Tensor:
+        # nothing here may read `bits` or `source`: the graph would be compiled once for each
+        width: WidthTensors = self.width.tensors
+        stored = (width.stored_top, width.step) if self.truncated else (None, None)
+        quantized = FakeQuantizeTensors.apply(
+            u, scale, width.bits, width.top, *stored, self.quantizer, self.ste
+        )
+        return torch.where(width.is_float, clipped, quantized)
 
     def extra_repr(self) -> str:
         """Describe the quantizer in the printed model."""

@@ -24,6 +24,7 @@ class Width:
         packed: True if there are no float weights (a loaded packed model).
         default_source: The source of `bit_width` if none is passed.
         fused: The `FusedModel` that makes the weights inside `fused_weights`, else None.
+        tensors: The width in use as tensors, where `fused` has set it, else None.
     """
 
     max_bits: int
@@ -33,6 +34,7 @@ class Width:
     packed: bool = False
     default_source: str = "quantize"
     fused: Any = None
+    tensors: Any = None
 
     def __post_init__(self) -> None:
         if self.bits is None and self.packed:

@@ -72,7 +72,7 @@ def _floor_steps(u: Tensor, top: Top) -> Tensor:
 
 def _floor_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
     width = 2.0**-bits
-    return (u / width).round().clamp(1, 2**bits - 1) * width, width
+    return (u / width).round().clamp_min(1).clamp_max(2**bits - 1) * width, width
 
 
 def _round_steps(u: Tensor, top: Top) -> Tensor:
@@ -81,7 +81,7 @@ def _round_steps(u: Tensor, top: Top) -> Tensor:
 
 def _round_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
     top = 2**bits - 1
-    return ((u * top - 0.5).round().clamp(0, top - 1) + 0.5) / top, 1.0 / top
+    return ((u * top - 0.5).round().clamp_min(0).clamp_max(top - 1) + 0.5) / top, 1.0 / top
 
 
 QUANTIZERS: dict[str, Quantizer] = {

@@ -64,3 +64,33 @@ class FakeQuantize(torch.autograd.Function):
             each = STES[ste].scale_rule(grad, grad_u, u, levels, scale, bits, quantizer)
             grad_scale = each.sum_to_size(scale.shape)
         return grad_u, grad_scale, None, None, None, None, None, None, None
+
+
+class FakeQuantizeTensors(torch.autograd.Function):
+    """`FakeQuantize` of activations with the width as tensors, for a graph that serves every width.
+
+    forward(u, scale, bits, top, stored_top, step, quantizer, ste): `u` is float32 in [0, 1], any
+    shape; `scale` is float32 without gradient. The widths are those of `WidthTensors`;
+    `stored_top` and `step` are None for codes that are never truncated. Returns scale * code / top.
+    Codes are whole numbers in float32, which hold NaN.
+    """
+
+    @staticmethod
+    def forward(ctx, u, scale, bits, top, stored_top, step, quantizer, ste):  # type: ignore[no-untyped-def]
+        """Return the fake-quantized values of `u`."""
+        codes = QUANTIZERS[quantizer].onnx(u, top if stored_top is None else stored_top)
+        if step is not None:
+            codes = torch.floor(codes / step)
+        level = codes / top
+        kept = (u, level) if STES[ste].elementwise else (None, None)
+        ctx.save_for_backward(scale, bits, *kept)
+        ctx.rule = (quantizer, ste)
+        return level * scale
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        """Return the straight-through gradient of `u`."""
+        scale, bits, u, level = ctx.saved_tensors
+        quantizer, ste = ctx.rule
+        grad_u = STES[ste].rule(grad * scale, u, level, bits, quantizer)
+        return grad_u, None, None, None, None, None, None, None

@@ -40,9 +40,18 @@ class FlatWeights:
             if w.requires_grad or (self.ranges and self.ranges[i].requires_grad)
         ]
         self.leaves: list[Tensor] = []  # the weights in use that get a gradient
+        self._float_grads: dict[int, Tensor] = {}
         self._grad_sum: Tensor | None = None
         self._range_sums: list[Tensor] = []
         self._has_grad = [False] * len(self._trained)
+        self._made, views = self._flat()
+        # not views for autograd and `torch.compile`, but tensors with the memory of the views
+        self.tensors = [
+            torch.empty(0, dtype=torch.float32, device=self.device).set_(
+                self._made.untyped_storage(), v.storage_offset(), v.shape, v.stride()
+            )
+            for v in views
+        ]
 
     def _flat(self) -> tuple[Tensor, list[Tensor]]:
         """Allocate a flat float32 buffer and one view per weight, with its strides."""
@@ -66,7 +75,6 @@ class FlatWeights:
         """
         row = NORMALIZERS[self.rule.normalizer]
         self._u, self._u_views = self._flat()
-        self._made, self._views = self._flat()
         self._scale, scale_views = self._flat()
         torch._foreach_copy_(self._u_views, self.originals)
         scales = self._learned_ranges() if self.ranges else self._means()
@@ -78,7 +86,7 @@ class FlatWeights:
             self._top = scales
         else:
             torch.abs(self._u, out=self._made)
-            self._top = self._reduce(self._views, "max")
+            self._top = self._reduce(self.tensors, "max")
             torch._foreach_clamp_min_(self._top, TINY)
         self._u.mul_(0.5)
         torch._foreach_div_(self._u_views, self._top)
@@ -97,9 +105,9 @@ class FlatWeights:
 
     def _means(self) -> list[Tensor]:
         torch.abs(self._u, out=self._made)
-        means = self._reduce(self._views, "mean")
+        means = self._reduce(self.tensors, "mean")
         self._made.mul_(2.0**-64)  # see WeightQuantizer.huge_mean
-        huge = self._reduce(self._views, "mean")
+        huge = self._reduce(self.tensors, "mean")
         if NORMALIZERS[self.rule.normalizer].per_channel:
             scales = [_finite_mean(m, h) for m, h in zip(means, huge, strict=True)]
             self.finite = torch.stack([s.isfinite().all() for s in scales]).all()
@@ -118,25 +126,25 @@ class FlatWeights:
 
     @torch.no_grad()
     def make(self, bits: int | None, source: str) -> bool:
-        """Write the weights of a width to the views that the layers read; None = float weights.
+        """Write the weights of a width to `tensors`, which the layers read; None = float weights.
 
         Returns:
             Whether the weights had to be normalized first.
         """
         self.bits = bits
+        fresh = bits is not None and self.finite is None
         if bits is None:
-            self.release()
-            return False
-        fresh = self.finite is None
-        if fresh:
-            self.normalize()
-        codes = self._codes(bits, source)
-        dequantize(codes, bits, self._scale, self.rule.level, out=self._made)
-        self._kept = codes if STES[self.rule.ste].elementwise or self.ranges else None
+            torch._foreach_copy_(self.tensors, self.originals)
+        else:
+            if fresh:
+                self.normalize()
+            codes = self._codes(bits, source)
+            dequantize(codes, bits, self._scale, self.rule.level, out=self._made)
+            self._kept = codes if STES[self.rule.ste].elementwise or self.ranges else None
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it knows tensors by identity, and theirs does not change
-        for w, view in zip(self.weights, self._views, strict=True):
-            w.quantizer.made = view
+        for w, made in zip(self.weights, self.tensors, strict=True):
+            w.quantizer.made = made
         return fresh
 
     def _codes(self, bits: int, source: str) -> Tensor:
@@ -153,9 +161,9 @@ class FlatWeights:
             w.quantizer.made = None
 
     def require_grad(self) -> None:
-        """Turn the views of weights in training into `leaves` of autograd."""
+        """Turn the weights in training into `leaves` of autograd."""
         if not self.leaves:
-            self.leaves = [self._views[i].requires_grad_() for i in self._trained]
+            self.leaves = [self.tensors[i].requires_grad_() for i in self._trained]
 
     @torch.no_grad()
     def add_grads(self, grads: Sequence[Tensor | None]) -> None:
@@ -163,8 +171,11 @@ class FlatWeights:
 
         The straight-through rule of the width is applied here, once for all weights.
         """
-        assert self.bits is not None
         if all(g is None for g in grads):
+            return
+        if self.bits is None:
+            pairs = zip(self._trained, grads, strict=True)
+            self._float_grads = {i: g for i, g in pairs if g is not None}
             return
         if self._grad_sum is None:
             self._grad, self._grad_views = self._flat()
@@ -196,7 +207,7 @@ class FlatWeights:
         self._grad_sum = grad_u if self._grad_sum is None else self._grad_sum.add_(grad_u)
 
     def _add_range_grads(self, each: Tensor) -> None:
-        views = [each.as_strided(v.shape, v.stride(), v.storage_offset()) for v in self._views]
+        views = [each.as_strided(v.shape, v.stride(), v.storage_offset()) for v in self.tensors]
         sums = [v.sum_to_size(r.shape) for v, r in zip(views, self.ranges, strict=True)]
         if self._range_sums:
             torch._foreach_add_(self._range_sums, sums)
@@ -210,8 +221,21 @@ class FlatWeights:
         The parameters are weights, and learned ranges, that took part. du/dw is (dt/dw) / (2 range
         of t); see `Normalize`, which has the same operations in the same order.
         """
-        if self._grad_sum is None:
-            return []
+        if self._grad_sum is not None:
+            self._normalizer_backward()
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for i, has in zip(self._trained, self._has_grad, strict=True):
+            if i in self._float_grads:
+                grad = self._float_grads[i]
+                pairs.append((self.originals[i], grad.add_(self._grad_views[i]) if has else grad))
+            elif has:
+                pairs.append((self.originals[i], self._grad_views[i]))
+            if has and self.ranges:
+                pairs.append((self.ranges[i], self._range_sums[i]))
+        return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
+
+    def _normalizer_backward(self) -> None:
+        assert self._grad_sum is not None
         slope = NORMALIZERS[self.rule.normalizer].slope
         self._grad.copy_(self._grad_sum)
         if self.ranges:
@@ -223,13 +247,6 @@ class FlatWeights:
         self._grad.mul_(0.5)
         torch._foreach_div_(self._grad_views, self._top)
         self.finite = None  # `u` is overwritten
-        present = [i for i, has in zip(self._trained, self._has_grad, strict=True) if has]
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for i in present:
-            pairs.append((self.originals[i], self._grad_views[i]))
-            if self.ranges:
-                pairs.append((self.ranges[i], self._range_sums[i]))
-        return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
 def _finite_mean(mean: Tensor, huge: Tensor) -> Tensor:

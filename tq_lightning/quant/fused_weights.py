@@ -1,9 +1,10 @@
-"""Fused weights: all quantized weights of a model at one width, made together in a few calls.
+"""Fused weights: a width of a model as a set of tensors, made together in a few calls.
 
 A joint step over K widths, or an evaluation of many, needs every weight at every width. Layer by
-layer that is a dozen small operations per layer and width. Here the weights lie in flat buffers
-(`FlatWeights`). The layers read tensors that share their memory, so the network itself runs the
-operations of the float network.
+layer that is a dozen small operations per layer and width. Here the weights of a width are made in
+flat buffers (`FlatWeights`), the per-width norms are told which copy to use, and the activation
+quantizers get the width as tensors. The network runs the operations of the float network on these
+tensors, whatever the width and the source, so `torch.compile` builds one graph for all of them.
 """
 
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from tq_lightning.quant.activation import ActivationQuantizer, WidthTensors
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.flat_weights import FlatWeights
+from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.quant.weight import QuantizedTensor, weight_quantizers
 
 
@@ -34,9 +37,13 @@ class FusedModel:
             groups.setdefault(key, []).append(w)
         self.groups = [FlatWeights(group) for group in groups.values()]
         self.check = check
+        self.width = width_of(model)
+        self.norms = per_width_norms(model)
+        clips = [m.clip for m in model.modules() if isinstance(m, ActivationQuantizer)]
+        self.tensors = WidthTensors.empty(clips[0].device) if clips else None
 
     def make(self, bits: int | None, source: str) -> None:
-        """Make the weights of a width; see `FlatWeights.make`.
+        """Make the weights of a width, and select its norms; see `FlatWeights.make`.
 
         Raises:
             ValueError: `check` is True and a weight contains NaN or infinity.
@@ -45,11 +52,19 @@ class FusedModel:
             fresh = group.make(bits, source)
             if fresh and self.check:
                 group.check()
+        for norm in self.norms:
+            norm.select(bits)
+        if self.tensors is not None:
+            self.tensors.fill(bits, source, self.width.max_bits)
+            self.width.tensors = self.tensors
 
     def release(self) -> None:
-        """Let the layers make their weights on their own again."""
+        """Let the layers make their weights, and follow the width, on their own again."""
         for group in self.groups:
             group.release()
+        for norm in self.norms:
+            norm.unselect()
+        self.width.tensors = None
 
 
 @contextmanager

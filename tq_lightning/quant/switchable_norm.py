@@ -51,10 +51,36 @@ class PerWidthNorm(nn.Module):
                 norm.requires_grad_(False)
         self.register_buffer("calibrated", torch.zeros(width.max_bits + 1, dtype=torch.bool))
         self.calibrating = False
+        self.selected: nn.Module | None = None
+        self._flagged: list[nn.Parameter] = []
         self._read: tuple[Tensor, int | None, list[bool]] | None = None
+
+    def select(self, bits: int | None) -> None:
+        """Use the norm of a width whatever the width in use, until `unselect`.
+
+        `torch.compile` then sees one norm with other tensors, not one norm per width.
+        """
+        self.unselect()
+        norm = self.sets[_key(bits)]
+        # not through __setattr__, which would register the norm a second time
+        self.__dict__["selected"] = norm
+        if not torch.is_grad_enabled():
+            # a graph depends on this flag even in evaluation, and untrained norms do not have it
+            self._flagged = [p for p in norm.parameters() if not p.requires_grad]
+            for p in self._flagged:
+                p.requires_grad_(True)
+
+    def unselect(self) -> None:
+        """Follow the width in use again."""
+        self.__dict__["selected"] = None
+        for p in self._flagged:
+            p.requires_grad_(False)
+        self._flagged = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the norm of the width in use."""
+        if self.selected is not None:
+            return self.selected(*args, **kwargs)
         return self.sets[_key(self.width.bits)](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -159,11 +159,11 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """Return `w` at the width in use, in its dtype; `w` itself at float width."""
+        if self.made is not None:  # first: a compiled graph then does not depend on the width
+            return self.made.to(w.dtype)
         bits, source = self.width.bits, self.width.source
         if bits is None:
             return w
-        if self.made is not None:
-            return self.made.to(w.dtype)
         u, scale, _ = self.normalize(w)
         if torch.is_grad_enabled() and (u.requires_grad or scale.requires_grad):
             max_bits = self.width.max_bits

@@ -72,23 +72,22 @@ def joint_loss(
     with fused_weights(model, check=False) as fused:
         sums: list[Tensor | None] = [None] * len(params)
         for i, bits in enumerate(widths):
-            groups = fused.groups if bits is not None else []
             with bit_width(model, bits):
-                for group in groups:
+                for group in fused.groups:
                     group.require_grad()
                 out = model(images)
                 loss = width_loss(bits, out, logits)
             logits[bits], losses[bits] = out.detach(), loss.detach()
             factor = loss_scale if weights is None else loss_scale * weights[i]
-            # the quantized weights of a width are leaves; their gradients go through the
-            # straight-through rule here, and once per step through the normalizer
-            leaves = [leaf for group in groups for leaf in group.leaves]
+            # the weights of a width are leaves; their gradients go through the straight-through
+            # rule here, and once per step through the normalizer
+            leaves = [leaf for group in fused.groups for leaf in group.leaves]
             with torch.autocast(images.device.type, enabled=False):
                 grads = torch.autograd.grad(loss * factor, [*params, *leaves], allow_unused=True)
             del out, loss
             _accumulate(sums, _writable(grads[: len(params)]))
             leaf_grads = iter(grads[len(params) :])
-            for group in groups:
+            for group in fused.groups:
                 group.add_grads([next(leaf_grads) for _ in group.leaves])
             del grads, leaf_grads
         finite = [group.finite for group in fused.groups if group.finite is not None]
