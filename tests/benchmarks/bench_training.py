@@ -25,9 +25,9 @@ from measuring import Table, Took, alternately, fresh_memory, keep_memory
 
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.models import create_model
+from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.prepare import prepare
-from tq_lightning.quant.switchable_norm import calibrate_norms
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)

@@ -65,6 +65,7 @@ def test_a_finished_run(tmp_path):
         "quantizer"
     ] == "round"
     assert record["ste"] == "identity" and record["nested"] is False
+    assert record["calibration"] == "augmented"
     assert {"tq_lightning", "torch", "lightning", "timm", "python"} <= record["versions"].keys()
     assert (
         record["device"] == "cpu"
@@ -179,6 +180,9 @@ class Ends:
 class Report:
     report = type("Report", (), {"share": 0.9})()
     model = type("Model", (), {"tq": QuantConfig().to_dict()})()
+
+    def modules(self):
+        return ()
 
 
 def running(path, trainer=None, **config):
@@ -307,6 +311,21 @@ def test_resuming_from_the_best_checkpoint_keeps_its_validation(tmp_path):
     got = read(tmp_path)
     assert got["best"]["epoch"] == got["last"]["epoch"] == 1
     assert got["curves"]["val/acc1_truncate_mean"] == [[0, 50.0], [1, 90.0]]
+
+
+def test_a_resumed_run_names_both_calibrations(tmp_path, monkeypatch):
+    from tq_lightning.callbacks import run_record
+
+    monkeypatch.setattr(run_record, "untrained_widths", lambda model: [7])
+    assert running(tmp_path)._record.calibration == "augmented"
+    tree = read(tmp_path)
+    tree["curves"] = {"train/loss": [[0, 1.0]]}
+    (tmp_path / "record.json").write_text(json.dumps(tree))
+    assert running(tmp_path)._record.calibration == "augmented"
+    del tree["calibration"]
+    (tmp_path / "record.json").write_text(json.dumps(tree))
+    for _ in range(2):  # resumed once, and once more
+        assert running(tmp_path)._record.calibration == "not augmented, then augmented"
 
 
 def test_a_sanity_check_is_not_recorded(tmp_path):

@@ -118,7 +118,7 @@ def test_loaders_touch_no_random_state():
 def test_calibration_batches_are_always_the_same():
     module, other = (
         TQDataModule("digits", seed=0, batch_size=32),
-        TQDataModule("digits", seed=9, batch_size=32, mixup=0.5),
+        TQDataModule("digits", seed=9, batch_size=32, eval_batch_size=7),
     )
     first = list(module.calibration_batches(3))
     batches(module, module.train_dataloader())
@@ -129,6 +129,21 @@ def test_calibration_batches_are_always_the_same():
     _, held = module._part("val")
     assert len(list(module.calibration_batches(10**6, batch_size=1000))) == 2
     assert len(held) == 144
+
+
+def test_calibration_batches_are_augmented_as_in_training():
+    def images(**keys):
+        data = TQDataModule("digits", batch_size=31, workers=0, **{"pad": 0, **keys})
+        return torch.cat([x for x, _ in data.calibration_batches(2)])
+
+    plain = images()
+    assert plain.shape[0] == 62
+    for key in ({"pad": 1}, {"hflip": 0.5}, {"reprob": 0.5}, {"auto_augment": "rand-m9"}):
+        changed = (images(**key) != plain).flatten(1).any(1)
+        assert 10 < changed.sum() <= 62, key
+    mixed = list(TQDataModule("digits", batch_size=32, pad=0, mixup=0.5).calibration_batches(10**6))
+    assert mixed[0][1].shape == (32, 10)  # soft labels: images are mixed
+    assert sum(len(x) for x, _ in mixed) == 1292  # of 1293: an odd one has no partner
 
 
 def test_auto_augment_of_small_images_keeps_labels_and_order():

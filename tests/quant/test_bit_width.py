@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.quant import codes, fake_quantize, flat_weights
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
+from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
-from tq_lightning.quant.switchable_norm import calibrate_norms
 
 
 @pytest.fixture

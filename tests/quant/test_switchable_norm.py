@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import (
     FLOAT,
     PerWidthNorm,
-    calibrate_norms,
     per_width_norms,
     train_float_norms,
     untrained_widths,
+    width_name,
 )
 
 KEYS = [*map(str, range(1, 9)), FLOAT]
@@ -29,10 +30,6 @@ def model(net):
             norm.sets[key].weight.data.add_(0.1 * i)
             norm.sets[key].running_mean.add_(0.05 * i)
     return net.eval()
-
-
-def _key(bits):
-    return FLOAT if bits is None else str(bits)
 
 
 def test_sets_exist_for_every_width_and_start_as_the_layer(net):
@@ -61,9 +58,9 @@ def test_training_moves_the_set_of_the_width_and_no_other(model, images, bits):
         for name, value in model.state_dict().items()
         if not torch.equal(value, before[name])
     }
-    assert moved == {_key(bits)}
+    assert moved == {width_name(bits)}
     for key, layer in model.bn1.sets.items():
-        assert (layer.weight.grad is not None) == (key == _key(bits) and bits is not None)
+        assert (layer.weight.grad is not None) == (key == width_name(bits) and bits is not None)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, None])
@@ -72,9 +69,9 @@ def test_evaluation_uses_the_set_of_the_width(model, bits):
     with bit_width(model, bits):
         got = model.bn1(x)
         assert (
-            model.bn1.weight is model.bn1.sets[_key(bits)].weight
+            model.bn1.weight is model.bn1.sets[width_name(bits)].weight
         )  # attributes are those of the set in use
-    own = model.bn1.sets[_key(bits)]
+    own = model.bn1.sets[width_name(bits)]
     assert torch.equal(got, own(x))
     assert all(
         not torch.equal(got, other(x)) for other in model.bn1.sets.values() if other is not own
@@ -128,7 +125,7 @@ def test_estimating_leaves_everything_else_as_it_was(net, images):
     assert [m.training for m in net.modules()] == modes
     assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
     assert all(p.grad is None for p in net.parameters())
-    untrained = {f"sets.{_key(bits)}" for bits in untrained_widths(net)}
+    untrained = {f"sets.{width_name(bits)}" for bits in untrained_widths(net)}
     assert untrained == {"sets.7", "sets.6", "sets.5", "sets.3", "sets.1", f"sets.{FLOAT}"}
     for name, value in net.state_dict().items():
         estimated = "running" in name or "num_batches" in name
@@ -139,60 +136,12 @@ def test_estimating_leaves_everything_else_as_it_was(net, images):
     assert net.bn1.calibrated.tolist() == [bits in (7, 6, 5, 3, 1) for bits in range(9)]
 
 
-def test_statistics_are_the_plain_mean_over_the_batches_at_that_width(model, images):
-    batches = [images, images * 3 + 1, images - 2]
-    calibrate_norms(model, batches)
-    for bits in (7, 3, None):
-        with bit_width(model.eval(), None if bits is None else bits):
-            seen = [model.stem(batch) for batch in batches]
-        own = model.bn1.sets[_key(bits)]
-        mean = torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0)
-        variance = torch.stack([s.transpose(0, 1).flatten(1).var(1) for s in seen]).mean(0)
-        assert torch.allclose(own.running_mean, mean, atol=1e-5) and torch.allclose(
-            own.running_var, variance, rtol=1e-4
-        )
-        assert own.num_batches_tracked == 3
-    again = copy.deepcopy(model.state_dict())
-    calibrate_norms(model, iter(batches))
-    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
-
-
-def test_a_short_batch_weighs_by_its_images(model, images):
-    batches = [images, images[:2] * 3 + 1]
-    calibrate_norms(model, batches, widths=[3])
-    with bit_width(model.eval(), 3):
-        seen = [model.stem(batch) for batch in batches]
-    own = model.bn1.sets["3"]
-    mean = (4 * seen[0].mean((0, 2, 3)) + 2 * seen[1].mean((0, 2, 3))) / 6
-    assert torch.allclose(own.running_mean, mean, atol=1e-5)
-    plain = (seen[0].mean((0, 2, 3)) + seen[1].mean((0, 2, 3))) / 2
-    assert not torch.allclose(own.running_mean, plain, atol=1e-2)
-
-
-def test_a_batch_of_one_image_is_left_out_unless_there_are_no_others():
-    """At a layer of one pixel PyTorch refuses a batch of one image in training mode."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    prepare(model, skip=(), widths=(4,), verbose=False)
-    rows = torch.randn(5, 3)
-    calibrate_norms(model, [rows[:4]], widths=[2])
-    expected = model[1].sets["2"].running_mean.clone()
-    calibrate_norms(model, [rows[:4], rows[4:]], widths=[2])
-    assert torch.equal(model[1].sets["2"].running_mean, expected)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        calibrate_norms(model, [rows[4:]], widths=[2])
-
-    images = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    prepare(images, skip=(), widths=(4,), verbose=False)
-    calibrate_norms(images, [torch.randn(1, 3, 5, 5)], widths=[2])
-    assert images[1].sets["2"].running_mean.abs().sum() > 0
-
-
 def test_affine_parameters_come_from_the_next_wider_trained_width(model, images):
     calibrate_norms(model, [images])
     for bits, donor in {7: 8, 6: 8, 5: 8, 3: 4, 1: 2, None: 8}.items():
         for norm in per_width_norms(model):
-            assert torch.equal(norm.sets[_key(bits)].weight, norm.sets[str(donor)].weight)
-            assert torch.equal(norm.sets[_key(bits)].bias, norm.sets[str(donor)].bias)
+            assert torch.equal(norm.sets[width_name(bits)].weight, norm.sets[str(donor)].weight)
+            assert torch.equal(norm.sets[width_name(bits)].bias, norm.sets[str(donor)].bias)
 
 
 def test_widths_above_all_trained_ones_copy_the_widest(net, images):
@@ -200,36 +149,6 @@ def test_widths_above_all_trained_ones_copy_the_widest(net, images):
     net.bn1.sets["4"].weight.data.fill_(0.7)
     calibrate_norms(net, [images])
     assert (net.bn1.sets["8"].weight == 0.7).all() and (net.bn1.sets[FLOAT].weight == 0.7).all()
-
-
-def test_refusals_and_nothing_to_do(model, images):
-    with pytest.raises(ValueError, match="width 4 was trained"):
-        calibrate_norms(model, [images], widths=[4])
-    with pytest.raises(ValueError, match="no batches"):
-        calibrate_norms(model, [])
-    calibrate_norms(model, [], widths=[])
-    plain = nn.Sequential(nn.Linear(3, 3))
-    prepare(plain, skip=(), verbose=False)
-    assert untrained_widths(plain) == []
-    calibrate_norms(plain, [])
-    with pytest.raises(ValueError, match="width 3 has no norm"):
-        calibrate_norms(plain, [images], widths=[3])
-    with pytest.raises(ValueError, match="width 9 has no norm"):
-        calibrate_norms(model, [images], widths=[9])
-
-
-def test_an_error_while_estimating_restores_and_leaves_no_partial_estimate(model, images):
-    calibrate_norms(model, [images])
-    model.train()
-    with pytest.raises(RuntimeError):
-        calibrate_norms(model, [images, images[:, :2]], widths=[3])
-    assert all(m.training for m in model.modules())
-    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    assert width_of(model).bits == 8 and not model.bn1.calibrating
-    with pytest.raises(ValueError, match="width 3 was not trained"), bit_width(model.eval(), 3):
-        pass
-    with bit_width(model, 1):
-        pass
 
 
 def test_float_set_can_be_trained(model, images):

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from tq_lightning.errors import UserError
 from tq_lightning.quant import fused_weights
-from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms
+from tq_lightning.quant.calibration import calibrate_norms, reestimate_norms
+from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
 from tq_lightning.training.optim import build_optimizer, build_scheduler
 
@@ -110,6 +112,7 @@ def test_bf16_keeps_codes_and_gradients_in_float32(
     )
 
 
+@mock.patch("tq_lightning.quant.calibration.SETTLED", 0)
 def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
     """The checkpoint holds the average, its estimated norms, and the weights in training."""
     weights, decay = Weights(), 0.6
@@ -149,6 +152,23 @@ def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
         torch.testing.assert_close(
             value, before[key], rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+def test_a_short_run_is_scored_with_statistics_of_its_weights(train, resnet, tmp_path):
+    """Running averages of two steps are mostly the start: 0 and 1."""
+
+    def stem(module):
+        return per_width_norms(module)[0].sets["4"]
+
+    trainer, module = train(tmp_path, resnet)
+    scored = stem(module).running_var.clone()
+    assert stem(module).num_batches_tracked == 2  # the updates of training
+    batches = [images for images, _ in trainer.datamodule.calibration_batches(1)]
+    reestimate_norms(module, batches, [4])
+    assert torch.allclose(scored, stem(module).running_var)
+    with mock.patch("tq_lightning.quant.calibration.SETTLED", 2):
+        _, raw = train(tmp_path, resnet)
+    assert (stem(raw).running_var - scored).abs().min() > 0.5
 
 
 def test_average_of_weights_goes_through_validation_unharmed(train, tmp_path):

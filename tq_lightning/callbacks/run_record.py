@@ -14,10 +14,12 @@ import lightning as L
 import torch
 
 from tq_lightning.callbacks.metric_log import MetricLog
+from tq_lightning.callbacks.truncation_eval import CALIBRATION
 from tq_lightning.cost.size import record_bytes
 from tq_lightning.errors import Interrupted, UserError, first_line
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.config import QuantConfig
+from tq_lightning.quant.switchable_norm import untrained_widths
 from tq_lightning.quant.weight import code_disagreement
 from tq_lightning.records import (
     MONITOR,
@@ -98,6 +100,7 @@ class RunRecord(L.Callback):
             seed=config.get("seed_everything"),
             ste=quant.resolved_ste,
             nested=quant.nested,
+            calibration=_calibration(earlier, pl_module),
             versions=package_versions(),
             commit=commit,
             dirty=dirty,
@@ -230,6 +233,16 @@ class RunRecord(L.Callback):
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_record(self.path, self._record)
+
+
+def _calibration(earlier: Record | None, model: torch.nn.Module) -> str | None:
+    """Name the calibration of a run, and both if it resumes a run that had another one."""
+    now = CALIBRATION if untrained_widths(model) else None
+    if earlier is None or earlier.calibration == now or not earlier.curves:
+        return now
+    if earlier.calibration is not None and earlier.calibration.endswith(f", then {now}"):
+        return earlier.calibration
+    return f"{earlier.calibration or 'not augmented'}, then {now}"
 
 
 def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -19,8 +19,11 @@ from tq_lightning.callbacks.width_metrics import (
     top5_metrics,
     width_metrics,
 )
+from tq_lightning.quant.calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.switchable_norm import calibrate_norms, per_width_norms, untrained_widths
+from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths
+
+CALIBRATION = "augmented"  # how a record names the batches that norm statistics come from
 
 
 class TruncationEval(L.Callback):
@@ -31,10 +34,10 @@ class TruncationEval(L.Callback):
     their mean. Loggers get them from `MetricLog`.
 
     Norm statistics of untrained widths are estimated from `calibration_batches` fixed training
-    batches at the start of each validation epoch, into norms of their own, which the checkpoint
-    keeps; a test uses those of its checkpoint. Once training continues, these norms are marked as
-    not calibrated: they belong to the weights they were estimated with. Everything else
-    (parameters, buffers, modes, width, random states) stays as it was.
+    batches, augmented as in training, at the start of each validation epoch, into norms of their
+    own, which the checkpoint keeps; a test uses those of its checkpoint. Once training continues,
+    these norms are marked as not calibrated: they belong to the weights they were estimated with.
+    Everything else (parameters, buffers, modes, width, random states) stays as it was.
 
     The end of a run is always scored, whatever `trainer.check_val_every_n_epoch` says and whatever
     ended it: epochs, steps, `max_time`, or a callback that stops the Trainer.
@@ -60,12 +63,15 @@ class TruncationEval(L.Callback):
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
         self._weights.close()
         self._weights.enter_context(fused_weights(module))
-        if calibrate and untrained_widths(module):
+        lagging = lagging_widths(module) if calibrate else []
+        if calibrate and (lagging or untrained_widths(module)):
             if not self._batches:
                 batches = trainer.datamodule.calibration_batches(self.calibration_batches)  # type: ignore[attr-defined]
                 self._batches = list(batches)
+            images = [images.to(module.device) for images, _ in self._batches]
             with trainer.precision_plugin.forward_context():
-                calibrate_norms(module, [images.to(module.device) for images, _ in self._batches])
+                calibrate_norms(module, images)
+                reestimate_norms(module, images, lagging)
             self._fresh = True
         self._passes = evaluation_passes(module)
         zeros = torch.zeros(3, dtype=torch.int64, device=module.device)

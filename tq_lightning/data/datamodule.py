@@ -20,6 +20,8 @@ from tq_lightning.data.sampling import TrainOrder, generator, stratified
 from tq_lightning.data.validation import check
 from tq_lightning.errors import UserError
 
+CALIBRATION_SEED = 8  # of the order and the augmentation of calibration batches, in every run
+
 
 class TQDataModule(lightning.LightningDataModule):
     """Training, validation and test batches of one data set.
@@ -163,7 +165,7 @@ class TQDataModule(lightning.LightningDataModule):
     def calibration_batches(
         self, n: int, batch_size: int | None = None, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches, preprocessed as in evaluation, to re-estimate norm statistics.
+        """Training batches as training sees them, augmented, to estimate norm statistics.
 
         They are always the same, regardless of seed, epoch, process and random state, and change
         none of these.
@@ -178,11 +180,19 @@ class TQDataModule(lightning.LightningDataModule):
         """
         size = batch_size or self.batch_size
         split, samples = self._part("train")
-        samples = samples[torch.randperm(samples.numel(), generator=generator(8))[: n * size]]
+        samples = samples[
+            torch.randperm(samples.numel(), generator=generator(CALIBRATION_SEED))[: n * size]
+        ]
+        augmentation = self._new_augment(CALIBRATION_SEED)
+        if augmentation.mixup is not None:  # it pairs the images of a batch
+            samples = samples[: samples.numel() // 2 * 2]
         # a reader of its own: this may be called while validation reads the same split
-        reader = self._new_reader(split, training=False)
-        for pixels, labels in reader(lambda: iter(samples.split(size))):
-            yield self.normalize(pixels.to(device)), labels.to(device)
+        reader = self._new_reader(split, training=True)
+        batches = reader(lambda: iter(samples.split(size)), CALIBRATION_SEED)
+        for number, (pixels, labels) in enumerate(batches):
+            draw = augmentation.draw(0, number, len(labels), torch.arange(len(labels)))
+            draw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in draw.items()}
+            yield self._augmented(augmentation, pixels.to(device), labels.to(device), draw)
 
     def _split(self, name: str) -> Split | None:
         """The split train, val or test, read once; None if the set does not have it."""
@@ -281,20 +291,23 @@ class TQDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Make the loader of the training samples."""
         name, samples = self._part("train")
-        reader, mixup = self._reader(name, "train"), self.mixup
-        if mixup is not None and self.batch_size % 2:
+        reader = self._reader(name, "train")
+        if self.mixup is not None and self.batch_size % 2:
             raise UserError(
                 f"data.batch_size={self.batch_size} is odd; mixup, cutmix and smoothing need an "
                 "even one"
             )
         order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
         order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
-        files = self._row["size"] is None  # cropped and mirrored one by one
-        pad, hflip = (0, 0.0) if files else (self.pad, self.hflip)
-        self._augment = augment.BatchAugment(self.seed, pad, hflip, self.reprob, self.remode, mixup)
+        self._augment = self._new_augment(self.seed)
         loader = TrainLoader(reader, order, self._augment, str(self.name))
         loader.progress = lambda: self._progress(loader)
         return loader
+
+    def _new_augment(self, seed: int) -> augment.BatchAugment:
+        files = self._row["size"] is None  # cropped and mirrored one by one
+        pad, hflip = (0, 0.0) if files else (self.pad, self.hflip)
+        return augment.BatchAugment(seed, pad, hflip, self.reprob, self.remode, self.mixup)
 
     def val_dataloader(self) -> EvalLoader:
         """Make the loader of the validation samples."""
@@ -341,8 +354,13 @@ class TQDataModule(lightning.LightningDataModule):
         pixels, labels, *draw = batch
         if not draw or self._augment is None:
             return self.normalize(pixels), labels
-        pixels = self._augment.geometry(pixels, draw[0])
-        return self._augment.finish(self.normalize(pixels), labels, draw[0])
+        return self._augmented(self._augment, pixels, labels, draw[0])
+
+    def _augmented(
+        self, augmentation: augment.BatchAugment, pixels: Tensor, labels: Tensor, draw: Any
+    ) -> tuple[Tensor, Tensor]:
+        pixels = augmentation.geometry(pixels, draw)
+        return augmentation.finish(self.normalize(pixels), labels, draw)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Compute (pixels / 255 - mean) / std and scale to the image size.

@@ -8,19 +8,20 @@ that is an error.
 """
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tq_lightning.quant.bit_width import Width, bit_width, width_of
+from tq_lightning.quant.bit_width import Width, width_of
 
 FLOAT = "none"  # key of bits=None; "float" is a method of every module, so a ModuleDict refuses it
 
 
-def _key(bits: int | None) -> str:
+def width_name(bits: int | None) -> str:
+    """Return the key of a width in `PerWidthNorm.sets`."""
     return FLOAT if bits is None else str(bits)
 
 
@@ -42,13 +43,16 @@ class PerWidthNorm(nn.Module):
         super().__init__()
         self.width = width
         every: list[int | None] = [*range(1, width.max_bits + 1), None]
-        keys = [_key(bits) for bits in every if only is None or bits in only]
+        keys = [width_name(bits) for bits in every if only is None or bits in only]
         # the memo keeps the width shared if the layer holds an activation quantizer
         self.sets = nn.ModuleDict({key: copy.deepcopy(layer, {id(width): width}) for key in keys})
         self.trained = {str(bits) for bits in width.widths}
         for key, norm in self.sets.items():
             if key not in self.trained:
                 norm.requires_grad_(False)
+            for m in norm.modules():  # updates are counted anew: `calibration` asks how many
+                if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None:
+                    m.num_batches_tracked.zero_()
         self.register_buffer("calibrated", torch.zeros(width.max_bits + 1, dtype=torch.bool))
         self.calibrating = False
         self.selected: nn.Module | None = None
@@ -61,7 +65,7 @@ class PerWidthNorm(nn.Module):
         `torch.compile` then sees one norm with other tensors, not one norm per width.
         """
         self.unselect()
-        norm = self.sets[_key(bits)]
+        norm = self.sets[width_name(bits)]
         # not through __setattr__, which would register the norm a second time
         self.__dict__["selected"] = norm
         if not torch.is_grad_enabled():
@@ -81,7 +85,7 @@ class PerWidthNorm(nn.Module):
         """Apply the norm of the width in use."""
         if self.selected is not None:
             return self.selected(*args, **kwargs)
-        return self.sets[_key(self.width.bits)](*args, **kwargs)
+        return self.sets[width_name(self.width.bits)](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -90,7 +94,7 @@ class PerWidthNorm(nn.Module):
             # during deepcopy and unpickling `sets` and `width` do not exist yet
             if name in ("sets", "width") or name.startswith("__"):
                 raise
-            key = _key(self.width.bits)
+            key = width_name(self.width.bits)
             if key not in self.sets:  # a width outside of `only`
                 raise
             return getattr(self.sets[key], name)
@@ -101,7 +105,7 @@ class PerWidthNorm(nn.Module):
         Raises:
             ValueError: It is neither trained nor calibrated.
         """
-        key = _key(bits)
+        key = width_name(bits)
         if key in self.trained or self.calibrating or bits is None:
             return
         if self.training:
@@ -131,7 +135,7 @@ class PerWidthNorm(nn.Module):
         """
         trained = sorted(int(key) for key in self.trained if key != FLOAT)
         wider = next((b for b in trained if bits is not None and b >= bits), trained[-1])
-        self.sets[_key(bits)].load_state_dict(self.sets[str(wider)].state_dict())
+        self.sets[width_name(bits)].load_state_dict(self.sets[str(wider)].state_dict())
 
 
 def per_width_norms(model: nn.Module) -> list[PerWidthNorm]:
@@ -155,95 +159,4 @@ def untrained_widths(model: nn.Module) -> list[int | None]:
     if not norms:
         return []
     widths: list[int | None] = [*range(width_of(model).max_bits, 0, -1), None]
-    return [bits for bits in widths if _key(bits) not in norms[0].trained]
-
-
-@torch.no_grad()
-def calibrate_norms(
-    model: nn.Module, batches: Iterable[Tensor], widths: list[int | None] | None = None
-) -> None:
-    """Estimate the norm statistics of untrained widths from a few batches.
-
-    Affine parameters are copied from the next wider trained width. Statistics are the mean over the
-    batches, weighted by their images, of what the layers see at that width, quantized as in
-    training. A batch of one image is left out if there are larger ones: it has no variance at a
-    layer of one pixel, and PyTorch refuses it there. Only the batch norms of the width being
-    estimated are in training mode, so trained norms, modes, the width in use and all random states
-    stay as they were.
-
-    Args:
-        model: A prepared model.
-        batches: Images (batch, channels, height, width) on the model's device.
-        widths: Widths to estimate; None = every untrained width and float.
-
-    Raises:
-        ValueError: A width in `widths` is trained or has no norm, there are no batches, or the
-            model is packed or not prepared.
-    """
-    if width_of(model).packed:
-        raise ValueError(
-            "a packed model has the statistics of its file; "
-            "calibrate the prepared model before save_packed"
-        )
-    norms = per_width_norms(model)
-    untrained = untrained_widths(model)
-    widths = untrained if widths is None else widths
-    for bits in widths:
-        if bits not in untrained:
-            trained = any(_key(bits) in norm.trained for norm in norms)
-            why = "was trained" if trained else "has no norm"
-            raise ValueError(
-                f"width {_key(bits)} {why}; pass untrained widths, or None for all of them"
-            )
-    if not norms or not widths:
-        return
-    batches = list(batches)
-    batches = [batch for batch in batches if len(batch) > 1] or batches
-    if not batches:
-        raise ValueError(
-            "no batches to estimate norm statistics from; pass a list of image batches"
-        )
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        for bits in widths:
-            _calibrate(model, norms, batches, bits)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _calibrate(
-    model: nn.Module, norms: list[PerWidthNorm], batches: list[Tensor], bits: int | None
-) -> None:
-    layers = [
-        m
-        for norm in norms
-        for m in norm.sets[_key(bits)].modules()
-        if isinstance(m, _BatchNorm) and m.track_running_stats
-    ]
-    momenta = [layer.momentum for layer in layers]
-    try:
-        for norm in norms:
-            norm.copy_affine_from_wider(bits)
-            norm.calibrating = True
-            if bits is not None:
-                norm.calibrated[bits] = False  # until all batches have passed
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.training = True
-        images = 0
-        with bit_width(model, bits, "quantize"):
-            for batch in batches:
-                images += len(batch)
-                for layer in layers:
-                    layer.momentum = len(batch) / images  # the running mean over all images so far
-                model(batch)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum, layer.training = momentum, False
-        for norm in norms:
-            norm.calibrating = False
-    if bits is not None:
-        for norm in norms:
-            norm.calibrated[bits] = True
+    return [bits for bits in widths if width_name(bits) not in norms[0].trained]

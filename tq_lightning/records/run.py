@@ -78,6 +78,9 @@ class Record:
     seconds: Number = 0.0
     parameters_quantized: Number | None = None  # share of the parameters
     ste: str | None = None  # STE of the weights, with "auto" resolved
+    # images that the norm statistics of untrained widths were estimated from; None if there are no
+    # such statistics, and in the first records, which used images as evaluation sees them
+    calibration: str | None = None
     nested: bool | None = None  # codes of the weights nest: both sources agree by construction
     steps: int | None = None
     epochs: int | None = None

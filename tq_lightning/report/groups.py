@@ -94,7 +94,7 @@ def arm_config(run: Run) -> dict[str, Any]:
         for k, v in run.config.items()
         if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)
     }
-    found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.more.get(CALIBRATION)}
+    found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
     # The coding of activations and their source are separate choices, so that each can be compared
     # alone. Float activations are never truncated: they are the reference of quantized ones.

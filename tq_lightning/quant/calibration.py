@@ -1,0 +1,181 @@
+"""Norm statistics of a width, estimated from a few batches.
+
+`calibrate_norms` gives untrained widths theirs. `reestimate_norms` replaces the running averages of
+trained widths, which lag behind the weights at the start of a training: they remember about
+1 / momentum = 10 updates, in which the weights then change much.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.switchable_norm import (
+    PerWidthNorm,
+    per_width_norms,
+    untrained_widths,
+    width_name,
+)
+
+SETTLED = 200  # updates; measured on the digits, where the two agree from about here on
+
+
+@torch.no_grad()
+def calibrate_norms(
+    model: nn.Module, batches: Iterable[Tensor], widths: list[int | None] | None = None
+) -> None:
+    """Estimate the norm statistics of untrained widths from a few batches.
+
+    Affine parameters are copied from the next wider trained width. Statistics are the mean over the
+    batches, weighted by their images, of what the layers see at that width, quantized as in
+    training. Pass batches as training sees them, augmented: the trained widths have statistics of
+    such images. A last batch that is smaller than the others is left out, unless it is the only
+    one. So is a batch of one image if there are larger ones: it has no variance at a layer of one
+    pixel, and PyTorch refuses it there. Only the batch norms of the width being estimated are in
+    training mode, so trained norms, modes, the width in use and all random states stay as they
+    were.
+
+    Args:
+        model: A prepared model.
+        batches: Images (batch, channels, height, width) on the model's device.
+        widths: Widths to estimate; None = every untrained width and float.
+
+    Raises:
+        ValueError: A width in `widths` is trained or has no norm, there are no batches, or the
+            model is packed or not prepared.
+    """
+    if width_of(model).packed:
+        raise ValueError(
+            "a packed model has the statistics of its file; "
+            "calibrate the prepared model before save_packed"
+        )
+    norms = per_width_norms(model)
+    untrained = untrained_widths(model)
+    widths = untrained if widths is None else widths
+    for bits in widths:
+        if bits not in untrained:
+            trained = any(width_name(bits) in norm.trained for norm in norms)
+            why = "was trained" if trained else "has no norm"
+            raise ValueError(
+                f"width {width_name(bits)} {why}; pass untrained widths, or None for all of them"
+            )
+    if not norms or not widths:
+        return
+    batches = _usable(batches)
+    with _in_eval_mode(model):
+        for bits in widths:
+            for norm in norms:
+                norm.copy_affine_from_wider(bits)
+                if bits is not None:
+                    norm.calibrated[bits] = False  # until all batches have passed
+            _estimate(model, norms, batches, bits)
+            if bits is not None:
+                for norm in norms:
+                    norm.calibrated[bits] = True
+
+
+def lagging_widths(model: nn.Module) -> list[int | None]:
+    """List the trained widths whose running averages lag: fewer than `SETTLED` updates.
+
+    Updates are counted from `prepare` on. The widest width comes first, None (float) last. The list
+    is empty for a model without per-width batch norms.
+    """
+    norms = per_width_norms(model)
+    untrained = untrained_widths(model)
+    widths = [
+        bits
+        for bits in (*range(width_of(model).max_bits, 0, -1), None)
+        if bits not in untrained and norms and _batch_norms(norms, bits)
+    ]
+    if not widths:
+        return []
+    # all batch norms of a width are updated together; one read from the device for all widths
+    counts = torch.stack([_batch_norms(norms, bits)[0].num_batches_tracked for bits in widths])  # type: ignore[misc]
+    return [bits for bits, count in zip(widths, counts.tolist(), strict=True) if count < SETTLED]
+
+
+@torch.no_grad()
+def reestimate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[int | None]) -> None:
+    """Replace the running averages of trained widths by statistics of the weights as they are.
+
+    Everything is as in `calibrate_norms`, but affine parameters and the count of updates stay.
+
+    Args:
+        model: A prepared model.
+        batches: Images (batch, channels, height, width) on the model's device.
+        widths: Trained widths, e.g. `lagging_widths(model)`.
+
+    Raises:
+        ValueError: There are no batches.
+    """
+    norms = per_width_norms(model)
+    if not norms or not widths:
+        return
+    batches = _usable(batches)
+    with _in_eval_mode(model):
+        for bits in widths:
+            layers = _batch_norms(norms, bits)
+            counts = [layer.num_batches_tracked.clone() for layer in layers]  # type: ignore[union-attr]
+            _estimate(model, norms, batches, bits)
+            for layer, count in zip(layers, counts, strict=True):
+                layer.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+
+
+def _usable(batches: Iterable[Tensor]) -> list[Tensor]:
+    batches = list(batches)
+    if not batches:
+        raise ValueError(
+            "no batches to estimate norm statistics from; pass a list of image batches"
+        )
+    if len(batches) > 1 and len(batches[-1]) < max(map(len, batches)):
+        del batches[-1]
+    return [batch for batch in batches if len(batch) > 1] or batches
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _batch_norms(norms: list[PerWidthNorm], bits: int | None) -> list[_BatchNorm]:
+    """List the batch norms of a width that keep statistics."""
+    return [
+        m
+        for norm in norms
+        for m in norm.sets[width_name(bits)].modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
+
+
+def _estimate(
+    model: nn.Module, norms: list[PerWidthNorm], batches: list[Tensor], bits: int | None
+) -> None:
+    layers = _batch_norms(norms, bits)
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for norm in norms:
+            norm.calibrating = True
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.training = True
+        images = 0
+        with bit_width(model, bits, "quantize"):
+            for batch in batches:
+                images += len(batch)
+                for layer in layers:
+                    layer.momentum = len(batch) / images  # the running mean over all images so far
+                model(batch)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum, layer.training = momentum, False
+        for norm in norms:
+            norm.calibrating = False
