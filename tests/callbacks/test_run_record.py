@@ -317,15 +317,20 @@ def test_a_resumed_run_names_both_calibrations(tmp_path, monkeypatch):
     from tq_lightning.callbacks import run_record
 
     monkeypatch.setattr(run_record, "untrained_widths", lambda model: [7])
-    assert running(tmp_path, model={})._record.calibration == "augmented"
+    trainer = Ends()
+    trainer.current_epoch = 1
+    assert running(tmp_path, trainer, model={})._record.calibration == "augmented"
     tree = read(tmp_path)
     tree["curves"] = {"train/loss": [[0, 1.0]]}
     (tmp_path / "record.json").write_text(json.dumps(tree))
-    assert running(tmp_path, model={})._record.calibration == "augmented"
+    assert running(tmp_path, trainer, model={})._record.calibration == "augmented"
     del tree["calibration"]
     (tmp_path / "record.json").write_text(json.dumps(tree))
     for _ in range(2):  # resumed once, and once more
-        assert running(tmp_path, model={})._record.calibration == "not augmented, then augmented"
+        assert (
+            running(tmp_path, trainer, model={})._record.calibration
+            == "not augmented, then augmented"
+        )
 
 
 def test_a_sanity_check_is_not_recorded(tmp_path):

@@ -100,7 +100,7 @@ class RunRecord(L.Callback):
             seed=config.get("seed_everything"),
             ste=quant.resolved_ste,
             nested=quant.nested,
-            calibration=_calibration(earlier, pl_module),
+            calibration=_calibration(record, pl_module),
             versions=package_versions(),
             commit=commit,
             dirty=dirty,
@@ -235,10 +235,10 @@ class RunRecord(L.Callback):
         write_record(self.path, self._record)
 
 
-def _calibration(earlier: Record | None, model: torch.nn.Module) -> str | None:
-    """Name the calibration of a run, and both if it resumes a run that had another one."""
+def _calibration(earlier: Record, model: torch.nn.Module) -> str | None:
+    """Name the calibration of a run, and both if it has epochs that had another one."""
     now = CALIBRATION if untrained_widths(model) else None
-    if earlier is None or earlier.calibration == now or not earlier.curves:
+    if earlier.calibration == now or not earlier.curves:
         return now
     if earlier.calibration is not None and earlier.calibration.endswith(f", then {now}"):
         return earlier.calibration
