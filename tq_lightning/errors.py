@@ -4,6 +4,7 @@ A message is one line, without passwords, that says what was got and what to pas
 """
 
 import difflib
+import errno
 import re
 import signal
 import sys
@@ -47,6 +48,18 @@ class Interrupted(BaseException):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum, self.requeue = signum, requeue
         self.status = 128 + signum
+
+
+def file_error(error: OSError) -> UserError | None:
+    """Return the `UserError` for a file that can't be read or written; None for other errors.
+
+    A full or read-only disk counts, though its error may not name the file.
+    """
+    disk = (errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", None))  # none on Windows
+    if error.filename is None and error.errno not in disk:
+        return None
+    where = f" {error.filename}" if error.filename else ""
+    return UserError(f"cannot read or write{where}: {error.strerror or error}")
 
 
 def first_line(error: BaseException) -> str:

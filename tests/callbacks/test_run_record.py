@@ -368,12 +368,6 @@ def test_a_damaged_record_is_one_line_before_anything_is_written(tmp_path, text)
     assert (tmp_path / "record.json").read_text() == text
 
 
-def test_a_run_without_validation_is_refused(tmp_path):
-    none = type("None_", (Ends,), {"limit_val_batches": 0})()
-    with pytest.raises(UserError, match=r"limit_val_batches=0 leaves the run without a result"):
-        RunRecord(tmp_path, {}).setup(none, Report(), "fit")
-
-
 # -- the test block
 # --------------------------------------------------------------------------------------------------
 class Tested(Ends):

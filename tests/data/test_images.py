@@ -297,6 +297,34 @@ def test_unreadable_images_are_skipped_and_counted(folder, workers, monkeypatch,
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_left_out_of_an_evaluation(folder, workers, capsys):
+    """Another image in their place would be scored twice."""
+    data = module(folder, workers=workers, eval_batch_size=4)
+    whole = [labels for _, labels in data.val_dataloader()]
+    data.teardown("fit")
+    broken = [path for path in sorted((folder / "val").rglob("*.png")) if path.stem == "0"]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    data = module(folder, workers=workers, eval_batch_size=4)
+    loader = data.val_dataloader()
+    batches = list(loader)
+    assert sum(map(len, whole)) == 6 and sum(len(labels) for _, labels in batches) == 3
+    assert all(len(images) == len(labels) for images, labels in batches)
+    assert loader.scored() == [1, 3, 5]
+    said = capsys.readouterr().err
+    assert "left 3 images that can't be read out of the evaluation; the first is ant/0.png" in said
+    data.teardown("fit")
+
+
+def test_an_evaluation_without_a_readable_image_is_one_line(folder):
+    for path in (folder / "val").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    data = module(folder, eval_batch_size=4)
+    with pytest.raises(UserError, match=r"none of 6 images can be read, the first is ant/0"):
+        list(data.val_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_set_of_broken_images_is_one_line(folder, workers):
     for path in (folder / "train").rglob("*.png"):
         path.write_bytes(b"no picture")

@@ -69,6 +69,18 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(
     assert len(ran(folder)) == 4
 
 
+def test_the_resume_command_hides_a_password_and_says_what_to_fill_in():
+    from tq_lightning.cli.sweep import resume_command
+
+    shown = resume_command(["s.yaml", "--storage", "postgresql+psycopg://me:se cr@t@host/db"])
+    assert "cr@t" not in shown and "'postgresql+psycopg://me:***@host/db'" in shown
+    assert "(*** stands for the password of --storage)" in shown
+    plain = ["my sweep.yaml", "--storage", "postgresql+psycopg://me@host/db"]
+    assert resume_command(plain).endswith(
+        "tq_lightning sweep 'my sweep.yaml' --storage postgresql+psycopg://me@host/db"
+    )
+
+
 def test_failures_have_reasons_and_the_sweep_continues(write_sweep, tmp_path, with_results):
     ends = ["raise", "exit", "nan", "unlogged", "well"]
     path, folder = write_sweep(parameters={"end": {"values": ends}}), tmp_path / "out"

@@ -1,6 +1,8 @@
 """The processes of launchers against the Trainer's devices and nodes."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
@@ -120,3 +122,23 @@ def test_jobs_and_array_tasks_have_names_that_a_requeue_keeps(launched):
 
 def test_tasks_per_node():
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_torchrun_that_does_not_match_is_one_line(tmp_path):
+    """Two processes without --trainer.devices 2: neither two runs nor a wait."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    fit = ["-m", "tq_lightning", "fit", "--data.name", "digits", "--trainer.max_epochs", "1"]
+    root = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "runs")]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *fit, *root],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "torchrun started 2 processes" in lines[0], done.stderr
+    assert "pass --trainer.devices 2" in lines[0] and done.returncode != 0
+    assert not (tmp_path / "runs").exists()

@@ -158,6 +158,22 @@ def test_the_start_weights_are_needed_once(copied, capsys):
         (["--trainer.max_epochs", "0"], "trainer.max_epochs: got 0, pass 1 or more"),
         (["--seed_everything", "-5"], "seed_everything: got -5, pass an integer from 0"),
         (["--checkpoint_every_n_steps", "-3"], "checkpoint_every_n_steps: got -3, pass 1 or more"),
+        (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches=0 leaves nothing to"),
+        (["--trainer.limit_train_batches", "0.001"], "limit_train_batches=0.001 of 80 batches is"),
+        (["--trainer.limit_val_batches", "0"], "limit_val_batches=0 leaves the run without a res"),
+        (["--model.name", "resnet8_cifra"], "model.name: unknown model 'resnet8_cifra'; did you"),
+        (["--model.teacher_name", "resnet8"], "model.teacher_name: unknown model 'resnet8'"),
+        (
+            ["--model.teacher_name", "resnet8_cifar", "--model.teacher_checkpoint_path", "no.pth"],
+            "model.teacher_checkpoint_path: no.pth does not exist",
+        ),
+        (["--model.checkpoint_path", "no.pth"], "no checkpoint at no.pth"),
+        (["--data.mixup", "0.2", "--data.batch_size", "15"], "data.batch_size=15 is odd"),
+        (
+            ["--data.smoothing", "0.1", "--model.num_classes", "20"],
+            "make targets of the data's 10 classes",
+        ),
+        (["--data.num_classes", "4"], "data.num_classes=4, but digits at"),
         (["--data.batch_size", "5000"], "data.batch_size=5000 is too large: 1293 training samples"),
         (["--model.num_classes", "4"], "model.num_classes: got 4, but the data has 10 classes"),
         (["--model.model_args", "{in_chans: 1}"], "got in_chans=1, but the images have 3 channels"),
@@ -170,7 +186,10 @@ def test_the_start_weights_are_needed_once(copied, capsys):
         (["--model.teacher", "wides"], "model.teacher: got 'wides', pass one of none, widest"),
     ],
 )
-def test_nonsense_is_refused_before_training(tmp_path, capsys, arguments, said):
+def test_nonsense_is_refused_before_a_model_is_built(
+    tmp_path, capsys, monkeypatch, arguments, said
+):
+    monkeypatch.setattr("timm.create_model", None)
     if torch.cuda.is_available() and "gpu" in arguments:
         pytest.skip("this machine has a GPU")
     end = (

@@ -1,7 +1,5 @@
 """A resumed run ends like an uninterrupted one, bit for bit; a checkpoint runs no code."""
 
-import csv
-import json
 import math
 import os
 import signal
@@ -13,78 +11,30 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from fixtures.runs import TRAINED, assert_same, last, record, rows
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tq_lightning.callbacks.metric_log import SPEED
 from tq_lightning.callbacks.resume import StepCheckpoint
 
-STEPS, EPOCHS, EVERY = (
-    12,
-    3,
-    5,
-)  # steps an epoch; checkpoints after steps 5, 10, 12 (end of the epoch), 15, 20, 24, ...
+# steps an epoch; checkpoints after steps 5, 10, 12 (end of the epoch), 15, 20, 24, ...
+STEPS, EPOCHS, EVERY = 12, 3, 5
 ARGUMENTS = [
-    *(
-        "--checkpoint_every_n_steps",
-        str(EVERY),
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.max_epochs",
-        str(EPOCHS),
-    ),
-    *(
-        "--trainer.limit_train_batches",
-        str(STEPS),
-        "--trainer.limit_val_batches",
-        "1",
-        "--trainer.gradient_clip_val",
-        "1",
-    ),
-    *(
-        "--model.name",
-        "test_resnet",
-        "--model.drop_rate",
-        "0.3",
-        "--model.drop_path_rate",
-        "0.2",
-        "--model.ema_decay",
-        "0.9",
-    ),
-    *(
-        "--model.width_schedule",
-        "sandwich",
-        "--model.calibration_batches",
-        "1",
-        "--model.opt",
-        "adamw",
-        "--model.lr",
-        "1e-3",
-    ),
-    *(
-        "--data.name",
-        "digits",
-        "--data.image_size",
-        "32",
-        "--data.batch_size",
-        "16",
-        "--data.eval_batch_size",
-        "64",
-    ),
-    *("--data.hflip", "0.5", "--data.reprob", "0.5", "--data.mixup", "0.2", "--data.cutmix", "1.0"),
-]
+    *("--checkpoint_every_n_steps", str(EVERY), "--trainer.accelerator", "cpu"),
+    *("--trainer.max_epochs", str(EPOCHS), "--trainer.limit_train_batches", str(STEPS)),
+    *("--trainer.limit_val_batches", "1", "--trainer.gradient_clip_val", "1"),
+    *("--model.name", "test_resnet", "--model.drop_rate", "0.3", "--model.drop_path_rate", "0.2"),
+    *("--model.ema_decay", "0.9", "--model.width_schedule", "sandwich"),
+    *("--model.calibration_batches", "1", "--model.opt", "adamw", "--model.lr", "1e-3"),
+    *("--data.name", "digits", "--data.image_size", "32", "--data.batch_size", "16"),
+    *("--data.eval_batch_size", "64", "--data.hflip", "0.5", "--data.reprob", "0.5"),
+    *("--data.mixup", "0.2", "--data.cutmix", "1.0"),
+]  # fmt: skip
 
 
 def command(root: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "tq_lightning",
-        "fit",
-        *ARGUMENTS,
-        "--trainer.default_root_dir",
-        str(root),
-        *more,
-    ]
+    fit = [sys.executable, "-m", "tq_lightning", "fit", *ARGUMENTS]
+    return [*fit, "--trainer.default_root_dir", str(root), *more]
 
 
 def environment() -> dict[str, str]:
@@ -125,27 +75,6 @@ def kill_inside_the_second_epoch(root: Path) -> int:
         process.wait()
 
 
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_same(one, two, where="checkpoint"):
-    """Equal in every tensor and value, to the bit."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            assert_same(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert one == two, where
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_in_the_middle_of_an_epoch(tmp_path):
@@ -153,20 +82,12 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path):
     step = kill_inside_the_second_epoch(tmp_path / "killed")
     assert step == 15
     (run,) = (tmp_path / "killed").iterdir()
-    before = json.loads((run / "record.json").read_text())
+    before = record(run)
     assert before["status"] == "running"
     assert finish(tmp_path / "killed", "--ckpt_path", "last") == run, "goes on in its own directory"
 
-    ours, theirs = (
-        torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (run, whole)
-    )
-    for key in (
-        "state_dict",
-        "current_model_state",
-        "averaging_state",
-        "optimizer_states",
-        "lr_schedulers",
-    ):
+    ours, theirs = last(run), last(whole)
+    for key in (*TRAINED, "lr_schedulers"):
         assert_same(ours[key], theirs[key], key)
     assert ours["global_step"] == STEPS * EPOCHS
     assert not torch.equal(
@@ -181,22 +102,16 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path):
         p.name for p in (whole / "checkpoints").iterdir()
     )
 
-    places = [(row["epoch"], row["step"], row["val/acc1_float"] != "") for row in rows(run)]
-    assert places == [
-        (row["epoch"], row["step"], row["val/acc1_float"] != "") for row in rows(whole)
-    ]
-    assert [epoch for epoch, _, _ in places if epoch] == ["0", "1", "2"]
-    for one, two in zip(rows(run), rows(whole), strict=True):
-        for key, value in one.items():
-            assert value == two[key] or key == SPEED, (key, one["epoch"])
-    record, other = (json.loads((r / "record.json").read_text()) for r in (run, whole))
-    assert record["status"] == "finished" and record["id"] == before["id"] != other["id"]
-    assert record["started"] == before["started"] and record["seconds"] > before["seconds"]
-    for key in ("best", "widths", "steps", "epochs", "bytes"):
-        assert record[key] == other[key] or key == "best"
-    assert record["best"]["epoch"] == other["best"]["epoch"]
-    assert record["curves"].keys() == other["curves"].keys()
-    for key, curve in record["curves"].items():
+    assert rows(run) == rows(whole)
+    assert [row["epoch"] for row in rows(run) if row["epoch"]] == ["0", "1", "2"]
+    now, other = record(run), record(whole)
+    assert now["status"] == "finished" and now["id"] == before["id"] != other["id"]
+    assert now["started"] == before["started"] and now["seconds"] > before["seconds"]
+    for key in ("widths", "steps", "epochs", "bytes"):
+        assert now[key] == other[key], key
+    assert now["best"]["epoch"] == other["best"]["epoch"]
+    assert now["curves"].keys() == other["curves"].keys()
+    for key, curve in now["curves"].items():
         assert curve == other["curves"][key] or key == SPEED, key
 
 
@@ -258,13 +173,7 @@ def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
         assert torch.equal(trainer.callback_metrics[key], means[key]), key
     assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
     ours, theirs = (torch.load(tmp_path / r / "last.ckpt", weights_only=True) for r in "ba")
-    for key in (
-        "state_dict",
-        "current_model_state",
-        "averaging_state",
-        "optimizer_states",
-        "lr_schedulers",
-    ):
+    for key in (*TRAINED, "lr_schedulers"):
         assert_same(ours[key], theirs[key], key)
     assert not torch.equal(
         *(ours[k]["model.head.weight"] for k in ("state_dict", "current_model_state"))
@@ -406,3 +315,28 @@ def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
     assert main(["fit", "--data.name", "digits", *bad]) == 2
     assert "is not a training checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_best_checkpoint_inside_an_accumulation_is_not_resumed(tmp_path, capsys):
+    """It lacks the gradient of the batch before; last is resumed."""
+    from tq_lightning.cli import main
+
+    def fit(root, interval, *more):
+        arguments = [
+            *("--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "4"),
+            *("--trainer.limit_val_batches", "1", "--trainer.val_check_interval", str(interval)),
+            *("--trainer.accumulate_grad_batches", "2", "--model.calibration_batches", "1"),
+            *("--model.widths", "8,2", "--data.name", "digits", "--data.batch_size", "16"),
+            *("--model.lr", "0", "--trainer.default_root_dir", str(root)),
+        ]  # fmt: skip  # at a rate of 0 the first validation stays the best one
+        return main(["fit", *arguments, *more])
+
+    assert fit(tmp_path / "inside", 3, "--trainer.max_epochs", "1") == 0
+    (run,) = (tmp_path / "inside").iterdir()
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert fit(tmp_path / "inside", 3, "--trainer.max_epochs", "2", "--ckpt_path", "best") == 2
+    err = capsys.readouterr().err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "best-0.ckpt was written inside an accumulation of gradients" in line
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert fit(tmp_path / "inside", 3, "--trainer.max_epochs", "2", "--ckpt_path", "last") == 0

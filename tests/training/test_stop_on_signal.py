@@ -1,14 +1,17 @@
 """A signal ends a fit after its optimizer step, and the same command resumes it to the bit."""
 
-import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
+from fixtures.runs import assert_same_run, last, record, rows
 
 from tq_lightning.cli import main
 
+TESTS = Path(__file__).parents[1]
 FIT = [
     *("fit", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"),
     *("--trainer.limit_train_batches", "6", "--trainer.limit_val_batches", "1"),
@@ -29,38 +32,7 @@ def send(name: str, epoch: int, batch: int | None) -> list[str]:
 
 
 def status(run: Path) -> str:
-    return json.loads((run / "record.json").read_text())["status"]
-
-
-def last(run: Path) -> dict:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def assert_same(one, two, where="checkpoint"):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            assert_same(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    else:
-        assert one == two, where
-
-
-TRAINED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
-
-
-def assert_same_run(run: Path, whole: Path) -> None:
-    for key in (*TRAINED, "global_step", "epoch"):
-        assert_same(last(run)[key], last(whole)[key], key)
-    ours, theirs = ((r / "metrics.csv").read_text().splitlines() for r in (run, whole))
-    assert len(ours) == len(theirs)
-    left = {path.name for path in run.rglob("*") if path.is_file()}
-    assert left == {path.name for path in whole.rglob("*") if path.is_file()}
+    return record(run)["status"]
 
 
 @pytest.mark.parametrize(
@@ -75,19 +47,19 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path, capsys, accumulat
     more = ["--trainer.accumulate_grad_batches", str(accumulate)]
     assert fit(tmp_path / "whole", *more) == 0
     run = tmp_path / "stopped"
-    before = signal.getsignal(signal.SIGUSR1)
+    handler = signal.getsignal(signal.SIGUSR1)
     assert fit(run, *more, *send("SIGTERM", 1, 1)) == 143
     assert "interrupted: stopped by SIGTERM" in capsys.readouterr().err
     assert status(run) == "interrupted" and last(run)["global_step"] == step
-    assert signal.getsignal(signal.SIGUSR1) == before
+    assert signal.getsignal(signal.SIGUSR1) == handler
     assert fit(run, *more) == 0
     assert status(run) == "finished"
     assert_same_run(run, tmp_path / "whole")
     # the same command again has nothing to do
-    record = (run / "record.json").read_bytes()
+    before = (run / "record.json").read_bytes()
     assert fit(run, *more) == 0
     assert "is finished" in capsys.readouterr().err
-    assert (run / "record.json").read_bytes() == record
+    assert (run / "record.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -124,10 +96,10 @@ def test_a_signal_ends_an_evaluation_at_once(tmp_path, capsys):
     run = tmp_path / "run"
     assert fit(run) == 0
     verb = ["test", *FIT[1:], "--run_dir", str(run), "--ckpt_path", "last"]
-    record = (run / "record.json").read_bytes()
+    before = (run / "record.json").read_bytes()
     at = ["--trainer.callbacks+=fixtures.signals.SendSignal", "--trainer.callbacks.name=SIGTERM"]
     assert main([*verb, *at, "--trainer.callbacks.epoch=-1"]) == 143
-    assert (run / "record.json").read_bytes() == record
+    assert (run / "record.json").read_bytes() == before
     assert not (run / ".lock").exists()
 
 
@@ -148,3 +120,29 @@ def test_a_resumed_fit_continues_its_wandb_run(tmp_path, monkeypatch):
     assert len({name.rsplit("-", 1)[1] for name in attempts}) == 1
     logged = (run / "wandb" / "logged.txt").read_text().splitlines()
     assert len(logged) == len(set(logged)) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_resume_inside_an_epoch_as_the_uninterrupted_run(tmp_path):
+    """The signal reaches one rank; the resumed epoch logs the train losses of both."""
+
+    def fit_on_two(run: Path, *more: str) -> int:
+        ranks = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+        auto = ["--run_dir", str(run), "--ckpt_path", "auto"]
+        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+        return subprocess.run(
+            [sys.executable, "-m", "tq_lightning", *FIT, *ranks, *auto, *more],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            timeout=400,
+        ).returncode
+
+    assert fit_on_two(tmp_path / "whole") == 0
+    run = tmp_path / "stopped"
+    assert fit_on_two(run, *send("SIGTERM", 1, 2), "--trainer.callbacks.rank=1") == 143
+    assert status(run) == "interrupted" and last(run)["global_step"] == 9
+    assert fit_on_two(run) == 0
+    assert_same_run(run, tmp_path / "whole")
+    losses = [float(row["train/loss_w8"]) for row in rows(run) if row["epoch"]]
+    assert len(set(losses)) == 2

@@ -113,8 +113,8 @@ class RunLogger(CSVLogger):
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
         """Write a row."""
-        super().log_metrics(dict(metrics), step)
         try:
+            super().log_metrics(dict(metrics), step)
             self.save()
         except OSError as error:
             raise UserError(

@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from tq_lightning.callbacks.steps import OptimizerSteps
+
 LOSS, RATE, SPEED = "train/loss", "train/lr", "train/images_per_second"
 
 
@@ -26,12 +28,13 @@ class MetricLog(L.Callback):
         self.train_metrics: dict[str, float] = {}
         """Training part of the last row."""
         self._pending: dict[str, float] = {}  # of a validation that has no row yet
-        self._step = self._images = 0
+        self._steps = OptimizerSteps()
+        self._images = 0
         self._rate = 0.0  # of the last step: the schedule moves on before the batch ends
         self._seconds = self._since = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._step = trainer.global_step
+        self._steps.start(trainer)
         self.on_train_epoch_start(trainer, pl_module)  # not called if the run resumes in an epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -44,9 +47,9 @@ class MetricLog(L.Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._images += len(batch[0])
-        stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        stepped = self._steps.advanced(trainer)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
-        if stepped and self._step % every == 0:
+        if stepped and self._steps.count % every == 0:
             # Lightning has divided the loss by the number of accumulated batches
             loss = outputs["loss"] * trainer.accumulate_grad_batches
             self._write(trainer, {LOSS: float(loss), RATE: self._rate})

@@ -1,6 +1,7 @@
 """PredictionWriter: the predictions of `predict` as a CSV file in the run's folder."""
 
 import csv
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from tq_lightning.files import atomic_write
 class PredictionWriter(BasePredictionWriter):
     """Writes predictions.csv: sample number, class number, class name and probability.
 
-    With several processes, each writes the rows of its own samples to predictions-RANK.csv.
+    A sample keeps its number in the split if images before it can't be read and have no row. With
+    several processes, each writes the rows of its own samples to predictions-RANK.csv.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,6 +39,8 @@ class PredictionWriter(BasePredictionWriter):
             else f"predictions-{trainer.global_rank}.csv"
         )
         self.folder.mkdir(parents=True, exist_ok=True)
+        loader = getattr(trainer, "predict_dataloaders", None)
+        samples = loader.scored() if hasattr(loader, "scored") else itertools.count()  # type: ignore[union-attr]
         number = 0
         with (
             atomic_write(target) as temporary,
@@ -44,9 +48,10 @@ class PredictionWriter(BasePredictionWriter):
         ):
             writer = csv.writer(file)
             writer.writerow(["sample", "class", "name", "probability"])
+            numbers = iter(samples)
             for batch in predictions:
                 probability, index = batch.max(1)
                 for p, c in zip(probability.tolist(), index.tolist(), strict=True):
-                    writer.writerow([number, c, names[c], f"{p:.6f}"])
+                    writer.writerow([next(numbers), c, names[c], f"{p:.6f}"])
                     number += 1
         print(f"{number} predictions: {target}")

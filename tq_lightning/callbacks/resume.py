@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from tq_lightning.callbacks.steps import OptimizerSteps, validation_follows
+
 
 class StepSeeds(L.Callback):
     """Reseeds Python, NumPy and torch before each training step, from seed, step and rank.
@@ -65,20 +67,6 @@ def _moved(value: Any, before: str, now: str) -> Any:
     return value
 
 
-def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Tell whether a validation, or the end of the epoch, comes right after this training batch.
-
-    Lightning takes a checkpoint between the two for one after the validation: a run killed in that
-    validation would resume without it, and a last epoch would not be evaluated.
-    """
-    every = trainer.val_check_batch
-    if trainer.is_last_batch or every is None or every == float("inf"):
-        return trainer.is_last_batch
-    loop = trainer.fit_loop.epoch_loop
-    batch = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
-    return trainer.enable_validation and (batch + 1) % every == 0
-
-
 class StepCheckpoint(ModelCheckpoint):
     """Writes `folder`/last.ckpt every `steps` optimizer steps.
 
@@ -95,11 +83,11 @@ class StepCheckpoint(ModelCheckpoint):
         super().__init__(
             folder, filename="last", enable_version_counter=False, every_n_train_steps=steps
         )
-        self._step = 0
+        self._steps = OptimizerSteps()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._step = trainer.global_step
+        self._steps.start(trainer)
 
     def on_train_batch_end(
         self,
@@ -109,6 +97,5 @@ class StepCheckpoint(ModelCheckpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        if stepped and not validation_follows(trainer, batch_idx):
+        if self._steps.advanced(trainer) and not validation_follows(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

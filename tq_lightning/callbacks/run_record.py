@@ -68,14 +68,10 @@ class RunRecord(L.Callback):
         """Read the record of a run that resumes or is tested, before anything is written.
 
         Raises:
-            UserError: the record is damaged, or the run would end without a result.
+            UserError: the record is damaged.
         """
         if self.path.is_file():
             self._earlier = read_record(self.path)
-        if stage == "fit" and trainer.limit_val_batches == 0:
-            raise UserError(
-                "trainer.limit_val_batches=0 leaves the run without a result; pass at least 1 batch"
-            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         earlier, config = self._earlier, self.config

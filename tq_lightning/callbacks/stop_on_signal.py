@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from tq_lightning.callbacks.resume import validation_follows
+from tq_lightning.callbacks.steps import OptimizerSteps, validation_follows
 from tq_lightning.errors import Interrupted
 
 STOP, REQUEUE = 1, 2  # what ranks tell each other; the larger one wins
@@ -85,11 +85,11 @@ class StopOnSignal(L.Callback):
     def __init__(self, flag: SignalFlag) -> None:
         self.flag = flag
         self._agreed = 0
-        self._steps = 0
+        self._steps = OptimizerSteps()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over, and the place of Lightning's own flag."""
-        self._steps = trainer.global_step
+        self._steps.start(trainer)
         self.flag.defer()
         if trainer.world_size > 1:
             loop = trainer.fit_loop.epoch_loop
@@ -124,7 +124,7 @@ class StopOnSignal(L.Callback):
         batch_idx: int,
     ) -> None:
         """Save and stop, if this batch completed an optimizer step."""
-        stepped, self._steps = trainer.global_step > self._steps, trainer.global_step
+        stepped = self._steps.advanced(trainer)
         if trainer.world_size == 1:
             self._agreed = self.flag.wish
         if (

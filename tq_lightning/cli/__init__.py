@@ -19,6 +19,7 @@ from tq_lightning.errors import (
     TrainingError,
     UserError,
     did_you_mean,
+    file_error,
     program_name,
 )
 
@@ -96,11 +97,25 @@ def main(argv: list[str] | None = None) -> int:
             status = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        # the reader of a pipe is gone, e.g. head; a last flush must not fail once more
+    except BrokenPipeError:  # the reader of a pipe is gone, e.g. head
+        _close_stdout()
+        return 141
+    except OSError as error:
+        known = file_error(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        _close_stdout()
+        return 2
+
+
+def _close_stdout() -> None:
+    """Send the rest of standard output nowhere, so that the interpreter's last flush can't fail."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _run(argv: list[str]) -> int:

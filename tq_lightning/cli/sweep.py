@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tq_lightning.cli.parser import Parser
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, hide_password, program_name
 from tq_lightning.sweep.config import GOALS, Sweep, read_sweep, with_extra
 from tq_lightning.sweep.study import FIT, Options, make_trial_queue, open_study, point_count
 from tq_lightning.sweep.trial_queue import STALE_SECONDS
@@ -39,13 +39,13 @@ def main(argv: list[str], fit: str = FIT) -> int:
 
         check_arms(sweep, list(options.objectives))
     try:
-        return run(sweep, options, shlex.join(argv))
+        return run(sweep, options, argv)
     except OSError as error:
         where = error.filename or options.folder
         raise UserError(f"cannot write {where}: {error.strerror}; pass another --dir") from error
 
 
-def run(sweep: Sweep, options: Options, command: str) -> int:
+def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
     """Run the sweep and write its tables and plots. Returns the exit status as `main` does."""
     from tq_lightning.sweep.launcher import run_sweep
     from tq_lightning.sweep.results import write_results
@@ -59,13 +59,20 @@ def run(sweep: Sweep, options: Options, command: str) -> int:
     write_results(sweep, queue, options.folder)
     if status or not (queue.finished() or queue.limit is None):
         why = "interrupted" if status else "out of time"
-        print(f"{why}. Progress is saved. Resume with: python -m tq_lightning sweep {command}")
+        print(f"{why}. Progress is saved. Resume with: {resume_command(argv)}")
     if not status and not any(t.values for t in queue.trials()):
         reasons = [t.user_attrs["reason"] for t in queue.trials() if "reason" in t.user_attrs]
         first = (reasons or ["none has started"])[0]
         print(f"error: no trial has a result: {first}", file=sys.stderr)
         return 1
     return status
+
+
+def resume_command(argv: list[str]) -> str:
+    """Return the command that resumes a sweep, without passwords; it says what to fill in."""
+    shown = [hide_password(argument) for argument in argv]
+    hint = "" if shown == argv else "  (*** stands for the password of --storage)"
+    return f"{program_name()} sweep {shlex.join(shown)}{hint}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -270,7 +270,7 @@ class TQDataModule(lightning.LightningDataModule):
             read, transform = split.picture, augment.ColorTransform(self.image_size, **color)
         items = None
         if read is not None and transform is not None:
-            items = ImageDataset(read, split.labels.numel(), transform)
+            items = ImageDataset(read, split.labels.numel(), transform, replace=training)
         return BatchReader(split.labels, split.pixels, items, self.workers)
 
     def prepare_data(self) -> None:
@@ -292,11 +292,6 @@ class TQDataModule(lightning.LightningDataModule):
         """Make the loader of the training samples."""
         name, samples = self._part("train")
         reader = self._reader(name, "train")
-        if self.mixup is not None and self.batch_size % 2:
-            raise UserError(
-                f"data.batch_size={self.batch_size} is odd; mixup, cutmix and smoothing need an "
-                "even one"
-            )
         order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
         order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
         self._augment = self._new_augment(self.seed)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +18,30 @@ _START_METHOD = "fork" if sys.platform == "linux" else None
 _MAX_UNREADABLE = 50  # consecutive images
 
 
-class ImageDataset:
-    """Map-style data set for worker processes.
+class Item(NamedTuple):
+    """One sample as a worker process returns it."""
 
-    A key is (sample number, seed of its transform). An item is (uint8 image (C, H, W), label,
-    error). An image that can't be read is replaced by the next one that can. The error then says
-    why, else it is empty. If none of the next images can be read, the image is None.
+    image: Tensor | None
+    """uint8 (C, H, W); None if it can't be read."""
+    label: int
+    error: str
+    """Why the image can't be read, or why another one took its place; else empty."""
+    number: int
+    """Sample number that was asked for."""
+
+
+class ImageDataset:
+    """Map-style data set of `Item`s for worker processes. A key is (sample number, seed).
+
+    An image that can't be read has no `image`, so that an evaluation can leave it out. In training,
+    where a batch must keep its size, the next image that can be read takes its place.
 
     Args:
         read: sample number -> (PIL image, class number). May raise `UnreadableImage`.
         count: number of samples.
         transform: PIL image -> uint8 tensor. It may draw from the global generators, which are
             seeded for every sample.
+        replace: whether other images take the place of those that can't be read.
     """
 
     def __init__(
@@ -37,30 +49,34 @@ class ImageDataset:
         read: Callable[[int], tuple[Any, int]],
         count: int,
         transform: Callable[[Any], Tensor],
+        replace: bool,
     ) -> None:
-        self.read, self.count, self.transform = read, count, transform
+        self.read, self.count, self.transform, self.replace = read, count, transform, replace
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | None, int, str]:
-        index, seed = key
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        number, seed = key
         reason = ""
-        for step in range(min(self.count, _MAX_UNREADABLE)):
+        for step in range(min(self.count, _MAX_UNREADABLE) if self.replace else 1):
             try:
-                image, label = self.read((index + step) % self.count)
+                image, label = self.read((number + step) % self.count)
             except UnreadableImage as error:
                 reason = reason or str(error)
                 continue
             with seeded(seed):
-                return torch.as_tensor(self.transform(image)), int(label), reason
-        return None, 0, reason
+                return Item(torch.as_tensor(self.transform(image)), int(label), reason, number)
+        return Item(None, 0, reason, number)
 
 
-def _collate(items: list[tuple[Tensor | None, int, str]]) -> tuple[Any, Any, list[str]]:
-    """(images, labels, errors) of a batch; images and labels are None if one is missing."""
-    errors = [error for *_, error in items if error]
-    if any(image is None for image, *_ in items):
-        return None, None, errors
-    images, labels = default_collate([(image, label) for image, label, _ in items])
-    return images, labels, errors
+def _collate(items: list[Item]) -> tuple[Any, Any, list[str], list[int]]:
+    """(images, labels, errors, sample numbers without an image) of a batch.
+
+    Images and labels are None if no image can be read.
+    """
+    errors = [item.error for item in items if item.error]
+    missing = [item.number for item in items if item.image is None]
+    readable = [(item.image, item.label) for item in items if item.image is not None]
+    images, labels = default_collate(readable) if readable else (None, None)
+    return images, labels, errors, missing
 
 
 class _Keys:
@@ -97,6 +113,8 @@ class BatchReader:
         self._sampler = _Keys()
         self._loader: DataLoader | None = None
         self._unreadable: dict[str, None] = {}  # in order of appearance
+        self.missing: set[int] = set()
+        """Sample numbers that were left out of an evaluation, since they can't be read."""
 
     def __call__(
         self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
@@ -109,10 +127,11 @@ class BatchReader:
             epoch: number of the epoch, for the transforms.
 
         Yields:
-            (images uint8 (B, C, H, W), labels int64 (B,)).
+            (images uint8 (B, C, H, W), labels int64 (B,)). Without the images that can't be read,
+            a batch of an evaluation is smaller; one that would be empty is left out.
 
         Raises:
-            UserError: many images in a row can't be read.
+            UserError: in training, many images in a row can't be read; in an evaluation, none can.
         """
         if self.pixels is not None and self.items is None:
             for i in batches():
@@ -133,24 +152,37 @@ class BatchReader:
                 generator=torch.Generator(),
                 multiprocessing_context=_START_METHOD if self.workers else None,
             )
-        known = len(self._unreadable)
+        known, found = len(self._unreadable), False
         try:
-            for images, labels, errors in self._loader:
+            for images, labels, errors, missing in self._loader:
                 self._unreadable.update(dict.fromkeys(errors))
-                if images is None:
+                if missing and self.items.replace:  # type: ignore[union-attr]
                     raise UserError(
                         f"{min(len(self.labels), _MAX_UNREADABLE)} images in a row can't be read, "
                         f"the first is {errors[0]}; copy or unpack the data set again"
                     )
-                yield images, labels
+                self.missing.update(missing)
+                if images is not None:
+                    found = True
+                    yield images, labels
+            if self._unreadable and not found:
+                raise UserError(
+                    f"none of {len(self._unreadable)} images can be read, the first is "
+                    f"{next(iter(self._unreadable))}; copy or unpack the data set again"
+                )
         finally:
             if len(self._unreadable) > known:
-                print(
-                    f"skipped {len(self._unreadable)} of {len(self.labels)} images, others took "
-                    f"their place; the first is {next(iter(self._unreadable))}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self._report()
+
+    def _report(self) -> None:
+        """Print one line that counts the images that can't be read, in this process."""
+        how = (
+            f"skipped {len(self._unreadable)} of {len(self.labels)} images, others took their place"
+            if self.items is not None and self.items.replace
+            else f"left {len(self._unreadable)} images that can't be read out of the evaluation"
+        )
+        first = next(iter(self._unreadable))
+        print(f"{how}; the first is {first}", file=sys.stderr, flush=True)
 
 
 class TrainLoader:
@@ -223,6 +255,8 @@ class TrainLoader:
 class EvalLoader:
     """Evaluation batches (images uint8, labels) of one process, in order, each sample once.
 
+    An image that can't be read is left out. Another one in its place would be scored twice.
+
     Args:
         fetch: reader of the split.
         samples: (N,) sample numbers.
@@ -235,6 +269,14 @@ class EvalLoader:
         self, fetch: BatchReader, samples: Tensor, batch_size: int, rank: int = 0, world: int = 1
     ) -> None:
         self.fetch, self.batches = fetch, eval_batches(samples, batch_size, rank, world)
+
+    def scored(self) -> list[int]:
+        """Return the sample numbers of the last iteration, in order, without the unreadable ones.
+
+        If the iteration was cut short, the last ones were not read.
+        """
+        numbers = torch.cat(self.batches).tolist()
+        return [number for number in numbers if number not in self.fetch.missing]
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -40,7 +40,8 @@ def check(given: dict[str, Any]) -> None:
         given: value by key, of all arguments of the data module.
 
     Raises:
-        UserError: a value is out of range or unknown. The message names the key.
+        UserError: a value is out of range or unknown, or two do not go together. The message
+            names the key.
     """
     for key, allowed in _CHOICES.items():
         if given[key] not in allowed:
@@ -48,6 +49,12 @@ def check(given: dict[str, Any]) -> None:
     for key, (low, high) in _RANGES.items():
         if given[key] is not None and not low <= given[key] <= high:
             raise UserError(f"data.{key}={given[key]} is out of range; pass {low} to {high}")
+    mixed = any(given[key] for key in ("mixup", "cutmix", "smoothing"))
+    if mixed and given["batch_size"] % 2:
+        raise UserError(
+            f"data.batch_size={given['batch_size']} is odd; mixup, cutmix and smoothing need an "
+            "even one"
+        )
     for key in ("mean", "std"):
         if given[key] is not None and len(given[key]) != 3:
             raise UserError(f"data.{key}={given[key]} must have 3 numbers, one per channel")

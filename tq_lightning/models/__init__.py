@@ -18,7 +18,7 @@ from torch import nn
 
 import tq_lightning.models.cifar_resnet  # noqa: F401  registers its models with timm
 from tq_lightning.errors import UserError
-from tq_lightning.models.weights import load_weights
+from tq_lightning.models.weights import check_file, load_weights
 
 
 def create_model(
@@ -48,12 +48,9 @@ def create_model(
         UserError: An unknown name, argument or tag, or weights that cannot be downloaded, read or
             loaded into the model.
     """
-    if not is_remote(name) and not timm.is_model(name):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
-        hint = (
-            f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
-        )
-        raise UserError(f"unknown model {name!r}; {hint}")
+    check_name(name)
+    if checkpoint_path is not None:
+        check_file(checkpoint_path)
     try:
         with _offline_without_network() if pretrained or is_remote(name) else nullcontext():
             model = timm.create_model(
@@ -79,6 +76,15 @@ def create_model(
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path, name)
     return model
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for the name of a model that timm does not know, with similar names."""
+    if is_remote(name) or timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
+    raise UserError(f"unknown model {name!r}; {hint}")
 
 
 def is_remote(name: str) -> bool:

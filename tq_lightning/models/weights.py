@@ -92,16 +92,21 @@ def check_fit(
         )
 
 
+def check_file(path: str | Path) -> None:
+    """Raise UserError if there is no checkpoint file at `path`."""
+    if not Path(path).is_file():
+        raise UserError(
+            f"no checkpoint at {path}; pass the path of a .safetensors, .pth, .th or .ckpt file"
+        )
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint file by name, on the CPU, out of the dict that wraps them.
 
     Raises:
         UserError: There is no such file, or it holds more than tensors and plain values.
     """
-    if not Path(path).is_file():
-        raise UserError(
-            f"no checkpoint at {path}; pass the path of a .safetensors, .pth, .th or .ckpt file"
-        )
+    check_file(path)
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file

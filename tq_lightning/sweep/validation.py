@@ -63,6 +63,7 @@ def fit_parser() -> Callable[[list[str]], Any]:
     from tq_lightning.training.cli_messages import one_line
     from tq_lightning.training.lightning_cli import TQCLI
     from tq_lightning.training.module import TQModule
+    from tq_lightning.training.validation import check_run
 
     class ParserOnly(TQCLI):
         """The command line up to the point where it would parse its arguments."""
@@ -82,12 +83,14 @@ def fit_parser() -> Callable[[list[str]], Any]:
 
     def parse(argv: list[str]) -> Any:
         try:
-            return parser.parse_args(["fit", *argv])["fit"]
+            config = parser.parse_args(["fit", *argv])["fit"]
         except ArgumentError as error:
             hint = ""
             if "does not exist" in str(error):
                 hint = "; paths are relative to the folder where the sweep is started"
             raise UserError(one_line(error) + hint) from None
+        check_run("fit", config)
+        return config
 
     return parse
 
@@ -98,20 +101,16 @@ def logged_metrics(config: Any) -> list[str]:
     Raises:
         ValueError: a value that `fit` would refuse after parsing.
     """
-    import timm
     import torch
 
     from tq_lightning.callbacks.width_metrics import width_metrics
     from tq_lightning.data.datamodule import TQDataModule
-    from tq_lightning.models import create_model
     from tq_lightning.quant.prepare import prepare
     from tq_lightning.training.module import TQModule, width_key
 
     module = TQModule(**config["model"])
     TQDataModule(**config["data"])
     given: Any = module.hparams
-    if ":" not in given.name and not timm.is_model(given.name):
-        create_model(given.name)  # raises the error that suggests similar names
     toy = torch.nn.Sequential(
         *(layer for _ in range(3) for layer in (torch.nn.Linear(2, 2), torch.nn.ReLU()))
     )

@@ -13,7 +13,7 @@ from tq_lightning.records import NAME
 from tq_lightning.training.checkpoint_io import verify_checkpoint
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
-from tq_lightning.training.resume_guard import saved_batches
+from tq_lightning.training.resume_guard import inside_accumulation, saved_batches
 from tq_lightning.training.validation import Progress
 
 
@@ -107,7 +107,12 @@ def read_progress(path: Path) -> Progress:
         if not all(isinstance(checkpoint[key], dict) for key in ("state_dict", "hyper_parameters")):
             raise TypeError("no state dict or no hyperparameters")
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        return Progress(int(checkpoint["global_step"]), int(epochs), saved_batches(checkpoint))
+        return Progress(
+            int(checkpoint["global_step"]),
+            int(epochs),
+            saved_batches(checkpoint),
+            inside_accumulation(checkpoint),
+        )
     except Exception as error:
         raise UserError(
             f"ckpt_path: {path} is not a training checkpoint ({why_not_loaded(error)}); "

@@ -1,5 +1,6 @@
 """Build what a run trains from its hyperparameters: the model, its quantizers and its teacher."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,22 +41,35 @@ def build_model(h: Any, start_weights: bool = True) -> nn.Module:
     return model
 
 
-def build_teacher(h: Any) -> nn.Module | None:
-    """Create the external teacher `h.teacher_name`, frozen; return None if there is no name.
+def check_teacher(h: Any) -> None:
+    """Check the external teacher before any model is built.
 
     Raises:
-        UserError: timm's weights have another number of classes (a new classifier would be
-            random), or as `create_model`.
+        UserError: its file of weights does not exist, or timm's weights have another number of
+            classes (a new classifier would be random).
     """
     if h.teacher_name is None:
-        return None
+        return
     path = h.teacher_checkpoint_path
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"model.teacher_checkpoint_path: {path} does not exist; pass a file")
     known = get_pretrained_cfg(h.teacher_name)
     if path is None and known is not None and known.num_classes != h.num_classes:
         raise UserError(
             f"model.teacher_name: the weights of {h.teacher_name} are for {known.num_classes} "
             f"classes, the data has {h.num_classes}; pass model.teacher_checkpoint_path"
         )
+
+
+def build_teacher(h: Any) -> nn.Module | None:
+    """Create the external teacher `h.teacher_name`, frozen; return None if there is no name.
+
+    Raises:
+        UserError: as `create_model`.
+    """
+    if h.teacher_name is None:
+        return None
+    path = h.teacher_checkpoint_path
     try:
         teacher = create_model(h.teacher_name, h.num_classes, path is None, path)
     except UserError as error:

@@ -1,7 +1,6 @@
 """fit, validate, test and predict: LightningCLI over TQModule and TQDataModule."""
 
 import contextlib
-import errno
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
-from tq_lightning.errors import Interrupted, TrainingError, UserError, first_line
+from tq_lightning.errors import Interrupted, TrainingError, UserError, file_error, first_line
 from tq_lightning.files import expand_path, remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
 from tq_lightning.training.arguments import (
@@ -46,6 +45,7 @@ from tq_lightning.training.cli_messages import one_line, quiet
 from tq_lightning.training.cluster import check_tasks, cluster_environment
 from tq_lightning.training.help_pages import page, wanted_page
 from tq_lightning.training.module import TQModule
+from tq_lightning.training.resume_guard import check_accumulation
 from tq_lightning.training.run_callbacks import SaveConfig, fit_callbacks, make_loggers
 from tq_lightning.training.run_folder import (
     LAST,
@@ -210,6 +210,7 @@ class TQCLI(LightningCLI):
                     self.run_of_checkpoint
                 )
                 check_unfinished(path, progress, finished, config.trainer)
+                check_accumulation(progress.inside_accumulation, f"ckpt_path: {path}")
             self.given_checkpoint = str(given)
             config.ckpt_path = str(path)
             self.resumed = path
@@ -341,12 +342,6 @@ class TQCLI(LightningCLI):
             plain.append(StopOnSignal(self.stop_flag))
             self.save_config_callback = None
             kwargs["logger"] = False
-            if (
-                self.resumed is None and self.subcommand != "validate"
-            ):  # that may score float weights as they are
-                raise UserError(
-                    f"{self.subcommand} needs a checkpoint: pass --ckpt_path best, last, or a file"
-                )
             if self.subcommand == "predict":
                 plain.append(PredictionWriter(self.run_dir))
             if self.subcommand == "test":
@@ -388,11 +383,10 @@ def run(argv: list[str]) -> dict[str, Any]:
     except (ArgumentError, MisconfigurationException) as error:
         raise UserError(one_line(error)) from None
     except OSError as error:
-        full = (errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", None))  # none on Windows
-        if error.filename is None and error.errno not in full:
+        known = file_error(error)
+        if known is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        raise UserError(f"cannot read or write{where}: {error.strerror}") from error
+        raise known from error
     except SystemExit as stop:
         if stop.code in (0, None):  # --help, --print_config
             return {}

@@ -16,7 +16,12 @@ from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
 from tq_lightning.training.optim import check_restored_state
-from tq_lightning.training.resume_guard import check_batches, saved_batches
+from tq_lightning.training.resume_guard import (
+    check_accumulation,
+    check_batches,
+    inside_accumulation,
+    saved_batches,
+)
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.validation import (
     check,
@@ -198,7 +203,7 @@ class TQModule(L.LightningModule):
         """Build and prepare the model once; a null num_classes is taken from the data."""
         if self.model is not None:
             return
-        from tq_lightning.training.factory import build_model, build_teacher
+        from tq_lightning.training.factory import build_model, build_teacher, check_teacher
 
         h = self.hparams
         data = getattr(self._trainer, "datamodule", None)
@@ -209,8 +214,11 @@ class TQModule(L.LightningModule):
                     "pass model.num_classes"
                 )
             h.num_classes = data.num_classes
+        fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        if fits:
+            check_teacher(h)
         self.attach(build_model(h, start_weights=not self.restored_from_checkpoint))
-        if self._trainer is not None and self._trainer.state.fn == "fit":
+        if fits:
             teacher = build_teacher(h)
             self._teacher = [] if teacher is None else [teacher]
 
@@ -330,6 +338,7 @@ class TQModule(L.LightningModule):
             raise UserError("the checkpoint has no state of an optimizer; pass an intact one")
         self.loaded_epoch = checkpoint.get("epoch")
         if fitting:
+            check_accumulation(inside_accumulation(checkpoint), "the checkpoint")
             check_batches(saved_batches(checkpoint), getattr(self.trainer, "datamodule", None))
         place = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
         self._epoch_losses.load_state_dict(checkpoint.get("epoch_losses", {}), *place)

@@ -1,6 +1,7 @@
-"""Refuse to resume inside an epoch with other batches than those the epoch began with.
+"""Checkpoints written inside an epoch, and which of them a fit may not resume.
 
-Lightning restores the state of a loader after the loader was built, when nothing reads it.
+Lightning restores the state of a loader after the loader was built, when nothing reads it, and it
+saves no gradients.
 """
 
 from typing import Any
@@ -16,6 +17,29 @@ def saved_batches(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     if not states or progress["is_last_batch"] or not progress["current"]["ready"]:
         return None
     return states[0] if isinstance(states[0], dict) else None
+
+
+def inside_accumulation(checkpoint: dict[str, Any]) -> bool:
+    """Tell whether a checkpoint was written between the batches of one optimizer step.
+
+    The gradients of the earlier ones are not in it. Only a validation inside an epoch, whose
+    interval is not a multiple of `accumulate_grad_batches`, leads to one.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+    optimizer = progress["optimizer"]
+    # gradients are cleared once at the start of each accumulation
+    cleared, stepped = (optimizer[key]["current"]["completed"] for key in ("zero_grad", "step"))
+    return bool(cleared > stepped)
+
+
+def check_accumulation(inside: bool, what: str) -> None:
+    """Raise UserError if the checkpoint `what` lacks the gradients of an accumulation."""
+    if inside:
+        raise UserError(
+            f"{what} was written inside an accumulation of gradients, which it does not hold; "
+            "resume from last. A val_check_interval that is a multiple of "
+            "accumulate_grad_batches avoids such checkpoints"
+        )
 
 
 def check_batches(saved: dict[str, Any] | None, data: Any) -> None:

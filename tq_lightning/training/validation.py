@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tq_lightning.errors import UserError, did_you_mean
+from tq_lightning.models import check_name
 from tq_lightning.quant.config import QuantConfig, check_widths
 from tq_lightning.training.lists import as_floats, as_ints, as_list
 from tq_lightning.training.losses import LOSSES, TEACHERS
@@ -22,6 +23,8 @@ class Progress(NamedTuple):
     """Completed epochs."""
     batches: dict[str, Any] | None
     """Loader state, if the checkpoint was written inside an epoch."""
+    inside_accumulation: bool = False
+    """See `resume_guard.inside_accumulation`."""
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -76,6 +79,12 @@ def check(h: Any) -> None:
     for key, (fits, accepted) in _RANGES.items():
         if not fits(h[key]):
             raise UserError(f"model.{key}: got {h[key]}, pass {accepted}")
+    for key in ("name", "teacher_name"):
+        if h[key] is not None:
+            try:
+                check_name(h[key])
+            except UserError as error:
+                raise UserError(f"model.{key}: {error}") from None
     if h["teacher"] == "external" and h["teacher_name"] is None:
         raise UserError("model.teacher=external needs a teacher model: pass model.teacher_name")
     if min(as_floats(h["decay_epochs"], "model.decay_epochs"), default=0.0) <= 0.0:
@@ -185,6 +194,14 @@ def check_run(verb: str, config: Any) -> None:
         if value is not None and (value < -1 or value == 0):
             raise UserError(f"trainer.{key}: got {value}, pass 1 or more, or -1 for no limit")
     without_end = trainer.max_epochs in (None, -1) and trainer.max_steps == -1
+    if verb in ("test", "predict") and config.ckpt_path is None:
+        raise UserError(f"{verb} needs a checkpoint: pass --ckpt_path best, last, or a file")
+    for key, left in (
+        ("limit_train_batches", "nothing to train"),
+        ("limit_val_batches", "the run without a result"),
+    ):
+        if verb == "fit" and trainer[key] == 0:
+            raise UserError(f"trainer.{key}=0 leaves {left}; pass at least 1 batch")
     if verb == "fit" and without_end and not trainer.max_time and not trainer.fast_dev_run:
         raise UserError(
             "the training needs an end: pass --trainer.max_epochs, --trainer.max_steps or "
@@ -224,13 +241,18 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
         trainer: the Trainer, in its setup.
 
     Raises:
-        UserError: fewer classes than labels, other channels than the images have, or a warm-up
-            that is longer than the training.
+        UserError: fewer classes than labels, other channels than the images have, a warm-up that
+            is longer than the training, or no batch to train on.
     """
     if h.num_classes is not None and h.num_classes < data.num_classes:
         raise UserError(
             f"model.num_classes: got {h.num_classes}, but the data has {data.num_classes} classes; "
             "pass that number, or null"
+        )
+    if data.mixup is not None and h.num_classes not in (None, data.num_classes):
+        raise UserError(
+            f"model.num_classes: got {h.num_classes}, but mixup, cutmix and smoothing make targets "
+            f"of the data's {data.num_classes} classes; pass that number, or null"
         )
     channels = (h.model_args or {}).get("in_chans", 3)
     if channels != data.input_shape[0]:
@@ -238,8 +260,17 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
             f"model.model_args: got in_chans={channels}, but the images have "
             f"{data.input_shape[0]} channels; leave in_chans out"
         )
+    if trainer.state.fn != "fit":
+        return
+    batches = len(data.train_dataloader())  # its errors too come before a model is built
+    limit = trainer.limit_train_batches
+    if isinstance(limit, float) and int(limit * batches) == 0:
+        raise UserError(
+            f"trainer.limit_train_batches={limit:g} of {batches} batches is less than one; pass a "
+            "larger share, or a number of batches"
+        )
     epochs = trainer.max_epochs or 0
-    if trainer.state.fn == "fit" and h.sched != "none" and 0 < epochs < h.warmup_epochs:
+    if h.sched != "none" and 0 < epochs < h.warmup_epochs:
         raise UserError(
             f"model.warmup_epochs: got {h.warmup_epochs:g}, but trainer.max_epochs is {epochs}; "
             "pass a shorter warm-up"

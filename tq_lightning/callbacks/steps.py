@@ -1,0 +1,34 @@
+"""Optimizer steps as callbacks see them: under accumulation, only some batches take one."""
+
+import lightning as L
+
+
+class OptimizerSteps:
+    """Tells at the end of each training batch whether it took an optimizer step."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Steps that were taken, by all attempts at the run."""
+
+    def start(self, trainer: L.Trainer) -> None:
+        """Take the count of a run that starts or resumes. Called in `on_train_start`."""
+        self.count = trainer.global_step
+
+    def advanced(self, trainer: L.Trainer) -> bool:
+        """Return True if a step was taken since the last call. Called in `on_train_batch_end`."""
+        before, self.count = self.count, trainer.global_step
+        return self.count > before
+
+
+def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Tell whether a validation, or the end of the epoch, comes right after this training batch.
+
+    Lightning takes a checkpoint between the two for one after the validation: a run killed in that
+    validation would resume without it, and a last epoch would not be evaluated.
+    """
+    every = trainer.val_check_batch
+    if trainer.is_last_batch or every is None or every == float("inf"):
+        return trainer.is_last_batch
+    loop = trainer.fit_loop.epoch_loop
+    batch = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+    return trainer.enable_validation and (batch + 1) % every == 0
