@@ -65,6 +65,9 @@ def test_both_arms_have_the_same_search_for_a_learning_rate():
     assert floor == other
 
 
+END = "--trainer.max_epochs=1"
+
+
 @pytest.mark.parametrize(
     ("parameters", "metric", "said"),
     [
@@ -74,6 +77,8 @@ def test_both_arms_have_the_same_search_for_a_learning_rate():
             "unknown option --model.quantiser; did you mean --model.quantizer",
         ),
         ({"model.lr": {"values": [0.1, "fast"]}}, None, "--model.lr=fast: "),
+        ({"seed_everything": {"values": [0, -5]}}, None, "seed_everything: got -5, pass an"),
+        ({"trainer.max_epochs": {"values": [2, 0]}}, None, "trainer.max_epochs: got 0, pass 1"),
         ({"model.ste": {"values": ["identity", "identty"]}}, None, "identty"),
         ({"model.name": {"values": ["resnet9_cifar"]}}, None, "did you mean"),
         ({"model.widths": {"values": [[8, 9]]}}, None, "--model.widths=[8, 9]: "),
@@ -92,15 +97,20 @@ def test_both_arms_have_the_same_search_for_a_learning_rate():
 def test_values_that_fit_would_refuse_are_errors_before_training(
     write_sweep, parameters, metric, said
 ):
-    sweep = read_sweep(write_sweep(parameters=parameters))
+    sweep = read_sweep(write_sweep(parameters=parameters, arguments=[END]))
     with pytest.raises(UserError) as caught:
         check_arms(sweep, [metric or sweep.metric])
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_fit_without_an_end_is_refused_before_any_trial(write_sweep):
+    with pytest.raises(UserError, match="the training needs an end: pass --trainer.max_epochs"):
+        check_arms(read_sweep(write_sweep()), ["val/acc1_float"])
+
+
 def test_metrics_that_are_logged_pass(write_sweep):
     check_arms(
-        read_sweep(write_sweep()),
+        read_sweep(write_sweep(arguments=[END])),
         ["val/acc1_truncate_w3", "val/acc1_float", "train/loss_w2", "storage/bytes"],
     )
 

@@ -25,11 +25,15 @@ def check_arms(sweep: Sweep, metrics: list[str]) -> None:
     Raises:
         UserError: the first error, with the arguments of its arm.
     """
+    from tq_lightning.training.validation import check_run
+
     parse = fit_parser()
     for values in itertools.islice(every_value(sweep), MAX_CHECKED):
         arm = " ".join(argument(key, value) for key, value in values.items())
         try:
-            logged = logged_metrics(parse(arguments(sweep, values)))
+            config = parse(arguments(sweep, values))
+            check_run("fit", config)
+            logged = logged_metrics(config)
         except (ValueError, TypeError) as error:
             raise UserError(f"{sweep.path}: {arm}: {' '.join(str(error).split())}") from None
         for name in metrics:
@@ -63,7 +67,6 @@ def fit_parser() -> Callable[[list[str]], Any]:
     from tq_lightning.training.cli_messages import one_line
     from tq_lightning.training.lightning_cli import TQCLI
     from tq_lightning.training.module import TQModule
-    from tq_lightning.training.validation import check_run
 
     class ParserOnly(TQCLI):
         """The command line up to the point where it would parse its arguments."""
@@ -83,14 +86,12 @@ def fit_parser() -> Callable[[list[str]], Any]:
 
     def parse(argv: list[str]) -> Any:
         try:
-            config = parser.parse_args(["fit", *argv])["fit"]
+            return parser.parse_args(["fit", *argv])["fit"]
         except ArgumentError as error:
             hint = ""
             if "does not exist" in str(error):
                 hint = "; paths are relative to the folder where the sweep is started"
             raise UserError(one_line(error) + hint) from None
-        check_run("fit", config)
-        return config
 
     return parse
 
