@@ -104,7 +104,7 @@ def test_values_that_fit_would_refuse_are_errors_before_training(
 
 
 def test_a_fit_without_an_end_is_refused_before_any_trial(write_sweep):
-    with pytest.raises(UserError, match="the training needs an end: pass --trainer.max_epochs"):
+    with pytest.raises(UserError, match=r"the training needs an end: pass --trainer\.max_epochs"):
         check_arms(read_sweep(write_sweep()), ["val/acc1_float"])
 
 
