@@ -17,6 +17,7 @@ from tq_lightning.callbacks.metric_log import MetricLog
 from tq_lightning.callbacks.truncation_eval import CALIBRATION
 from tq_lightning.cost.size import record_bytes
 from tq_lightning.errors import Interrupted, UserError, first_line
+from tq_lightning.files import expand_path
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.switchable_norm import untrained_widths
@@ -248,5 +249,5 @@ def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
 def _same(one: Any, two: Any) -> bool:
     """Return True for equal values and for two spellings of one path."""
     if isinstance(one, str) and isinstance(two, str):
-        return one == two or Path(one).expanduser().resolve() == Path(two).expanduser().resolve()
+        return one == two or expand_path(one).resolve() == expand_path(two).resolve()
     return one == two

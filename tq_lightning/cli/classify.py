@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         # names that are not UTF-8 are written as the bytes that they are
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="surrogateescape")
-        return _run(model, files, args, sys.stdout)
+        return _report(len(files), _run(model, files, args, sys.stdout))
     if args.out.is_dir() or not args.out.parent.is_dir():
         reason = "it is a folder" if args.out.is_dir() else f"no folder {args.out.parent}"
         raise UserError(f"cannot write {args.out} ({reason})")
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
         atomic_write(args.out) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        return _run(model, files, args, file)
+        skipped = _run(model, files, args, file)
+    return _report(len(files), skipped)
 
 
 def find_images(path: Path) -> list[Path]:
@@ -100,6 +101,7 @@ def find_images(path: Path) -> list[Path]:
 
 
 def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) -> int:
+    """Write the rows of all images that can be read. Returns the number of the others."""
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -139,8 +141,14 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
         raise UserError(
             printable(f"none of {len(files)} images could be read, the first is {bad[0]}")
         )
-    print(f"{len(files) - len(bad)} images classified, {len(bad)} skipped", file=sys.stderr)
-    return int(bool(bad))
+    return len(bad)
+
+
+def _report(count: int, skipped: int) -> int:
+    """Print the count of images, once they are written. Returns the exit status."""
+    images = "image" if count - skipped == 1 else "images"
+    print(f"{count - skipped} {images} classified, {skipped} skipped", file=sys.stderr)
+    return int(skipped > 0)
 
 
 def _class_names(model: Any) -> Callable[[int], str]:

@@ -1,6 +1,7 @@
 """`python -m tq_lightning sweep FILE`: run a W&B sweep file with Optuna."""
 
 import argparse
+import contextlib
 import math
 import shlex
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError, hide_password, program_name
+from tq_lightning.files import expand_path
 from tq_lightning.sweep.config import GOALS, Sweep, read_sweep, with_extra
 from tq_lightning.sweep.study import FIT, Options, make_trial_queue, open_study, point_count
 from tq_lightning.sweep.trial_queue import STALE_SECONDS
@@ -52,9 +54,16 @@ def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
     from tq_lightning.sweep.storage import sqlite_url
     from tq_lightning.sweep.worker import run_inline
 
+    new = not options.folder.exists()
     if options.storage == sqlite_url(options.folder / "study.db"):
         options.folder.mkdir(parents=True, exist_ok=True)
-    status = run_inline(sweep, options) if options.workers == 0 else run_sweep(sweep, options)
+    try:
+        status = run_inline(sweep, options) if options.workers == 0 else run_sweep(sweep, options)
+    except UserError:
+        if new:
+            with contextlib.suppress(OSError):  # something is in it, or it was not made
+                options.folder.rmdir()
+        raise
     queue = make_trial_queue(sweep, open_study(sweep, options), options)
     write_results(sweep, queue, options.folder)
     if status or not (queue.finished() or queue.limit is None):
@@ -130,7 +139,7 @@ def read_options(
     from tq_lightning.sweep.storage import sqlite_url
 
     study_name = given.study_name or sweep.name
-    folder = Path(given.dir).expanduser() if given.dir else default_folder(study_name, sweep)
+    folder = expand_path(given.dir) if given.dir else default_folder(study_name, sweep)
     return Options(
         folder=folder,
         storage=given.storage or sqlite_url(folder / "study.db"),

@@ -5,7 +5,6 @@ Its signature is the `data:` section of a configuration.
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -19,6 +18,7 @@ from tq_lightning.data.loaders import BatchReader, EvalLoader, ImageDataset, Tra
 from tq_lightning.data.sampling import TrainOrder, generator, stratified
 from tq_lightning.data.validation import check
 from tq_lightning.errors import UserError
+from tq_lightning.files import expand_path
 
 CALIBRATION_SEED = 8  # of the order and the augmentation of calibration batches, in every run
 
@@ -131,9 +131,7 @@ class TQDataModule(lightning.LightningDataModule):
         self.mix = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": smoothing}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self._expected = num_classes
-        self._source = Source(
-            Path(root).expanduser(), download, num_classes, self.image_size, samples
-        )
+        self._source = Source(expand_path(root), download, num_classes, self.image_size, samples)
         self._splits: dict[str, Split | None] = {}
         self._readers: dict[tuple[str, str], BatchReader] = {}
         self._augment: augment.BatchAugment | None = None

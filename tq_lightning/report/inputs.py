@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tq_lightning.errors import UserError, first_line, hide_password
+from tq_lightning.files import expand_path
 from tq_lightning.records import NAME
 
 MAX_SNIFF = 64 * 2**20  # bytes; an inspect record is far smaller, so larger files are not opened
@@ -46,7 +47,7 @@ def find(inputs: list[str]) -> list[Candidate]:
 def _expand(given: str) -> list[Candidate]:
     if URL.match(given):
         return _from_study(given, None)
-    given = given.removeprefix("journal:")  # as `sweep --storage` writes it
+    given = str(expand_path(given.removeprefix("journal:")))  # as `sweep --storage` writes it
     if Path(given).exists():
         return _from_path(Path(given))
     kinds = "run folders, record.json files, a glob or an Optuna study"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tq_lightning.errors import UserError
+from tq_lightning.files import expand_path
 from tq_lightning.sweep.parameters import (
     Parameter,
     axis_size,
@@ -82,7 +83,7 @@ def read_sweep(path: str | Path) -> Sweep:
     Raises:
         UserError: the file can't be read, or neither W&B nor Optuna could run it.
     """
-    path = Path(path).expanduser()
+    path = expand_path(path)
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from tq_lightning.errors import TrainingError, UserError, hide_password
+from tq_lightning.files import expand_path
 
 if TYPE_CHECKING:
     import optuna
@@ -57,13 +58,15 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
         if url.startswith("journal:"):
             from optuna.storages.journal import JournalFileBackend
 
-            return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
+            path = str(expand_path(url.removeprefix("journal:")))
+            return optuna.storages.JournalStorage(JournalFileBackend(path))
         # What create_study wraps it in: one cache for all that this process reads.
         return optuna.storages._CachedStorage(_open_database(url))
     except Exception as error:  # each driver has its own kinds
+        hint = "" if url.startswith(("sqlite", "journal:")) else "start it, or "
         raise UserError(
             f"cannot open the storage {hide_password(url)}: {reason_of(error)}; "
-            "start it, or pass another --storage"
+            f"{hint}pass another --storage"
         ) from error
 
 
@@ -124,6 +127,7 @@ def retry_during_outage(action: Callable[[], T], seconds: float = OUTAGE_SECONDS
 
 def _open_database(url: str) -> "optuna.storages.RDBStorage":
     """Open RDBStorage with timeouts for many workers, and with atomic transactions on SQLite."""
+    import sqlalchemy
     from optuna.storages import RDBStorage
     from sqlalchemy import event
 
@@ -133,11 +137,15 @@ def _open_database(url: str) -> "optuna.storages.RDBStorage":
         connect = {"connect_timeout": CONNECT_SECONDS}
     # pool_pre_ping: a server may have dropped the connection during a long trial
     options = {"connect_args": connect, "pool_pre_ping": not sqlite}
+    file = Path(sqlalchemy.make_url(url).database or "") if sqlite else Path()
+    new = not file.exists()
     for attempt in range(5):
         try:
             storage = RDBStorage(url, engine_kwargs=options)
             break
         except Exception as error:
+            if new and file.is_file() and file.stat().st_size == 0:  # the disk is full
+                file.unlink()
             # Two commands that start at once may both create the tables. The slower one finds
             # them at its next attempt.
             race = re.search(r"already exists|unique|locked", str(error), re.IGNORECASE)

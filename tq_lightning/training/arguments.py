@@ -17,6 +17,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 from tq_lightning.errors import UserError, program_name
+from tq_lightning.files import expand_path
 from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
 PARSER_MODE = "tq"
@@ -105,7 +106,7 @@ class ConfigFile(ActionConfigFile):
         """Check the file, then let jsonargparse read it."""
         text = str(values)
         if not text.lstrip().startswith("{"):
-            path = Path(text).expanduser()
+            path = expand_path(text)
             values = read_yaml(path, Loader)
             if not isinstance(values, dict):
                 raise UserError(f"--config {path}: expected sections such as model: and data:")

@@ -129,7 +129,12 @@ class TQCLI(LightningCLI):
             return
         self._lock.release()
         kept = "*" if error is None else "checkpoints/*" if isinstance(error, UserError) else NAME
-        if self._made is None or any(self.run_dir.glob(kept)):
+        if not any(self.run_dir.glob(kept)):
+            self._remove_made()
+
+    def _remove_made(self) -> None:
+        """Remove the run folder, and those above it, as far as this process made them."""
+        if self._made is None:
             return
         shutil.rmtree(self.run_dir, ignore_errors=True)
         with contextlib.suppress(OSError):  # other runs are in it by now
@@ -258,7 +263,11 @@ class TQCLI(LightningCLI):
         if self.subcommand != "validate" and getattr(rank_zero_only, "rank", 0) == 0:
             missing = [f for f in (self.run_dir, *self.run_dir.parents) if not f.exists()]
             self._made = missing[-1] if missing else None
-            self._lock = RunLock(self.run_dir)
+            try:
+                self._lock = RunLock(self.run_dir)
+            except UserError:
+                self._remove_made()
+                raise
 
     def instantiate_classes(self) -> None:
         """Make the data module, the module and the Trainer; their errors are one line."""

@@ -82,7 +82,11 @@ class RunLock:
                     os.close(handle)
                     handle = self._replace()
                 if self._is_current(handle):
-                    self._write(handle)
+                    try:
+                        self._write(handle)
+                    except OSError:  # a full disk
+                        self.path.unlink(missing_ok=True)
+                        raise
                     return handle
                 os.close(handle)  # its holder removed it in between
             except BaseException:
