@@ -62,3 +62,10 @@ def test_stripes_are_told_apart_by_every_verb(tmp_path, capsys):
     assert first == {
         f"{kind}{depth}": kind for kind in ("rows", "columns") for depth in ("8", "16")
     }
+    # class numbers follow the names: other folders are other classes, and a line says so
+    capsys.readouterr()
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "rows").rename(tmp_path / "data" / split / "along")
+    assert main(["validate", *common, "--ckpt_path", last]) == 0
+    said = capsys.readouterr().err
+    assert "trained on other classes: class 0 is 'columns' there and 'along' in the data" in said

@@ -20,6 +20,7 @@ from tq_lightning.training.resume_guard import (
     check_accumulation,
     check_batches,
     inside_accumulation,
+    report_other_classes,
     saved_batches,
 )
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
@@ -337,9 +338,11 @@ class TQModule(L.LightningModule):
         if fitting and not checkpoint.get("optimizer_states"):
             raise UserError("the checkpoint has no state of an optimizer; pass an intact one")
         self.loaded_epoch = checkpoint.get("epoch")
+        data = getattr(self.trainer, "datamodule", None) if self._trainer else None
+        report_other_classes(checkpoint, data)
         if fitting:
             check_accumulation(inside_accumulation(checkpoint), "the checkpoint")
-            check_batches(saved_batches(checkpoint), getattr(self.trainer, "datamodule", None))
+            check_batches(saved_batches(checkpoint), data)
         place = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
         self._epoch_losses.load_state_dict(checkpoint.get("epoch_losses", {}), *place)
         # A schedule follows from the configuration and the step. The saved state would end the
