@@ -59,7 +59,7 @@ def test_report_is_whole_and_needs_no_torch(tmp_path, make):
         "resnet20_cifar\tcifar10\tfloor\tscaled\t0,1" in done.stdout
     )  # plain lines: this is not a terminal
     assert "left out: runs/" in done.stdout
-    assert "4 runs in 2 arms, 1 inspect records, 1 left out" in done.stdout
+    assert "4 runs in 2 arms, 1 inspect record, 1 left out" in done.stdout
 
 
 def test_no_two_arms_look_the_same_in_the_terminal(tmp_path, make, quick, capsys):

@@ -75,6 +75,10 @@ def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
     for path, reason in comparisons.left_out:
         print(f"left out: {path}: {reason}")
     runs, left_out = sum(len(arm.runs) for arm in comparisons.arms), len(comparisons.left_out)
-    counts = f"{runs} runs in {len(comparisons.arms)} arms"
-    print(f"{counts}, {len(comparisons.inspects)} inspect records, {left_out} left out")
+    counts = f"{_count(runs, 'run')} in {_count(len(comparisons.arms), 'arm')}"
+    print(f"{counts}, {_count(len(comparisons.inspects), 'inspect record')}, {left_out} left out")
     print(f"{len(files)} files in {out}: open {out / 'index.html'}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
