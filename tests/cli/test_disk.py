@@ -119,6 +119,8 @@ def test_a_disk_that_fills_up_during_a_fit(tmp_path, capsys):
         left = [path.name for path in run.rglob("*") if path.name.startswith(".")]
         assert left == []
         (disk / "ballast").unlink()
+        larger = ["mount", "-o", "remount,size=16m", str(disk)]
+        subprocess.run(larger, check=True)
         assert main(resume) == 0
         assert record(run)["status"] == "finished" and last(run)["global_step"] == 4
     finally:
