@@ -1,28 +1,15 @@
 """The page: its text, and its behavior in headless Chromium over the DevTools pipe."""
 
 import json
-import os
 import re
-import select
-import shutil
-import subprocess
-import time
 from html.parser import HTMLParser
 
 import pytest
 from fixtures import records as made
+from fixtures.browser import CHROMIUM, Browser
 
 from tq_lightning.cli import report as command
 from tq_lightning.report import figures
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-QUIET = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-    "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
-]  # fmt: skip
 
 
 class Outline(HTMLParser):
@@ -101,114 +88,6 @@ def test_the_accuracies_come_first_with_units_and_the_words_are_defined(
     assert not [head for head in heads if re.fullmatch(r"\d+|seconds|bytes|pJ|total", head)]
     words = re.sub(r"<[^>]+>", " ", body[: body.index('id="records"')])
     assert not re.findall(r"\b[A-Z]{3,} [A-Z]{3,}\b", words)
-
-
-class Browser:
-    """Chromium behind two pipes (descriptors 3 and 4) with the DevTools protocol."""
-
-    def __init__(self, profile):
-        theirs_in, ours_out = os.pipe()
-        ours_in, theirs_out = os.pipe()
-        script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        arguments = [
-            CHROMIUM,
-            *QUIET,
-            f"--user-data-dir={profile}",
-            "--window-size=1200,900",
-            "about:blank",
-        ]
-        self.process = subprocess.Popen(
-            ["bash", "-c", script, *arguments],
-            pass_fds=(theirs_in, theirs_out),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self.reader, self.writer, self.rest, self.number = ours_in, ours_out, b"", 0
-        self.events, self.session = [], None
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")
-
-    def send(self, method, **params):
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        os.write(self.writer, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self.receive()
-            if answer.get("id") == self.number:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-
-    def receive(self, seconds=120):
-        until = time.monotonic() + seconds
-        while b"\0" not in self.rest:
-            ready, _, _ = select.select([self.reader], [], [], max(0.0, until - time.monotonic()))
-            assert ready, "Chromium did not answer"
-            piece = os.read(self.reader, 2**20)
-            assert piece, "Chromium ended"
-            self.rest += piece
-        message, _, self.rest = self.rest.partition(b"\0")
-        return json.loads(message)
-
-    def open(self, url):
-        self.send("Page.navigate", url=url)
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.receive())
-
-    def run(self, expression):
-        """Value of a JavaScript expression."""
-        got = self.send(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
-        assert "exceptionDetails" not in got, got
-        return got["result"].get("value")
-
-    def key(self, name, code, text=""):
-        base = {
-            "key": name,
-            "code": name,
-            "windowsVirtualKeyCode": code,
-            "nativeVirtualKeyCode": code,
-        }
-        self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **base)
-        self.send("Input.dispatchKeyEvent", type="keyUp", **base)
-
-    def complaints(self):
-        """Console errors and warnings, uncaught exceptions, and requests for other URLs."""
-        out = []
-        for event in self.events:
-            method, params = event["method"], event["params"]
-            if method == "Runtime.exceptionThrown" or (
-                method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning")
-            ):
-                out.append(params)
-            if method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-                out.append(params)
-            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
-                ("file:", "data:", "about:")
-            ):
-                out.append(params["request"]["url"])
-        return out
-
-    def close(self):
-        self.session = None
-        try:
-            self.send("Browser.close")
-        except (AssertionError, OSError):
-            self.process.terminate()
-        try:
-            self.process.wait(30)
-        finally:
-            os.close(self.reader)
-            os.close(self.writer)
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,10 @@ VERBS = {
         "tq_lightning.cli.classify",
         "classify images with a packed file: MODEL IMAGES --bits 2",
     ),
+    "demo-page": (
+        "tq_lightning.cli.demo_page",
+        "a page that runs a packed file in a browser: MODEL --out DIR",
+    ),
 }
 
 
@@ -66,7 +70,7 @@ def usage() -> str:
             "TruncQuant on PyTorch Lightning: train one network that runs at 8, 4, 2 or 1 bits by",
             "a right shift of its stored weights.",
             "",
-            *(f"  {verb:<10}{words}" for verb, words in rows),
+            *(f"  {verb:<11}{words}" for verb, words in rows),
             "",
             f"{program} VERB --help lists the options of a verb; --version prints the version.",
         ]

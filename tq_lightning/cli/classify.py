@@ -3,7 +3,7 @@
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -107,8 +107,9 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
     from rich.progress import track
 
     from tq_lightning.data.images import printable
+    from tq_lightning.export.class_names import class_names
 
-    class_name = _class_names(model)
+    names = class_names(model.tq_file)
     rows, bad = csv.writer(out), []
     rows.writerow(COLUMNS)
     batches = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]
@@ -136,7 +137,8 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
         values, classes = probabilities.topk(min(args.top, probabilities.shape[1]))
         for path, row, indices in zip(good, values.tolist(), classes.tolist(), strict=True):
             for rank, (value, index) in enumerate(zip(row, indices, strict=True), 1):
-                rows.writerow([path, rank, index, class_name(index), f"{value:.6f}"])
+                name = names[index] if index < len(names) else str(index)
+                rows.writerow([path, rank, index, name, f"{value:.6f}"])
     if len(bad) == len(files):
         raise UserError(
             printable(f"none of {len(files)} images could be read, the first is {bad[0]}")
@@ -149,18 +151,6 @@ def _report(count: int, skipped: int) -> int:
     images = "image" if count - skipped == 1 else "images"
     print(f"{count - skipped} {images} classified, {skipped} skipped", file=sys.stderr)
     return int(skipped > 0)
-
-
-def _class_names(model: Any) -> Callable[[int], str]:
-    """Class number -> name: that of the file, of ImageNet for 1000 classes, or the number."""
-    names = model.tq_file["class_names"]
-    if names:
-        return lambda index: names[index] if index < len(names) else str(index)
-    if model.tq_file["model"]["num_classes"] == 1000:
-        from timm.data import ImageNetInfo
-
-        return ImageNetInfo().index_to_description
-    return str
 
 
 def _read(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any]]:

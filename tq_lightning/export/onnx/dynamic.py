@@ -4,14 +4,21 @@ Every packed weight is its uint8 codes followed by BitShift; levels are computed
 sets of all widths are tables that Gather reads. A width that the file does not hold is an index out
 of range, which every runtime reports as an error, so no wrong shift is ever computed. The weights
 are computed at every run.
+
+With `codes_as_inputs`, the codes are inputs instead of initializers, so that a caller can run a
+narrow width while further planes are still on their way: n planes give stored codes whose lower
+bits are zero, and the shift to n bits drops exactly these.
 """
 
 from pathlib import Path
 
+import onnx
 import torch
+from onnx import helper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.graph import image_size, trace, write_graph
 from tq_lightning.export.onnx.width_modules import (
     TensorNorm,
@@ -19,13 +26,13 @@ from tq_lightning.export.onnx.width_modules import (
     WidthTables,
     replace_activations,
 )
-from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.module import PackedTensor, packed_weights
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
 
 
-def export_dynamic(path: str | Path, out: str | Path) -> None:
+def export_dynamic(path: str | Path, out: str | Path, codes_as_inputs: bool = False) -> None:
     """Write the graph of all widths of a packed file.
 
     The inputs are "images" (batch, channels, height, width) and "bits" (int64 scalar), the output
@@ -34,17 +41,46 @@ def export_dynamic(path: str | Path, out: str | Path) -> None:
     Args:
         path: packed file.
         out: target file, written atomically.
+        codes_as_inputs: take the stored codes of each quantized tensor as an input of its name and
+            shape, uint8, instead of storing them in the graph. Tied tensors share the input of the
+            first one.
 
     Raises:
         UserError: see `export_static`.
     """
     packed = load_packed(path)
-    widths = packed_weights(packed)[0].packed.widths
+    weights = packed_weights(packed)
+    widths = weights[0].packed.widths
     model = DynamicModel(packed)
     images = torch.zeros(2, *image_size(packed))
     shapes = {"images": {0: torch.export.Dim("batch")}, "bits": None}
     graph = trace(model, (images, torch.tensor(4)), ["images", "bits"], shapes)
+    if codes_as_inputs:
+        _take_codes_as_inputs(graph, weights)
     write_graph(graph, packed, widths, out)
+
+
+def _take_codes_as_inputs(graph: onnx.ModelProto, weights: list[PackedTensor]) -> None:
+    """Turn the initializers that hold codes into inputs, named by the tensor of the network."""
+    body = graph.graph
+    stored = {initializer.name: initializer for initializer in body.initializer}
+    new: dict[str, str] = {}
+    for weight in weights:
+        owner = weight.name.removesuffix(weight.tensor)
+        old = f"model.{owner}parametrizations.{weight.tensor}.original"
+        if old in stored:
+            new[old] = weight.name
+            body.initializer.remove(stored[old])
+            body.input.append(
+                helper.make_tensor_value_info(weight.name, stored[old].data_type, stored[old].dims)
+            )
+    if not new:
+        raise UserError(
+            "the exported graph has no codes; ONNX export does not support this network"
+        )
+    for node in body.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = new.get(name, name)
 
 
 class DynamicModel(nn.Module):

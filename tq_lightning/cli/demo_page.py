@@ -1,0 +1,91 @@
+"""The verb `demo-page`: a page of static files that runs a model in a browser, at any width."""
+
+import tempfile
+from pathlib import Path
+
+from tq_lightning.cli.export import is_packed, save_checkpoint
+from tq_lightning.cli.parser import Parser
+from tq_lightning.errors import UserError
+
+MOST_EXAMPLES = 12
+
+
+def parser() -> Parser:
+    """Build the parser of the verb."""
+    p = Parser("demo-page", description="A page that runs a packed file in a browser.")
+    p.add_argument(
+        "model", metavar="MODEL", type=Path, help="packed file, or training checkpoint (.ckpt)"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the page; an existing page is replaced",
+    )
+    p.add_argument(
+        "--images",
+        type=Path,
+        help=f"image or folder of images that the page offers, at most {MOST_EXAMPLES}",
+    )
+    p.add_argument("--title", help="title of the page (default: the name of the model)")
+    p.add_argument(
+        "--onnxruntime-web",
+        type=Path,
+        metavar="FOLDER",
+        help="folder dist/ of the npm package onnxruntime-web (default: fetch it with npm)",
+    )
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Write a page.
+
+    Args:
+        argv: arguments after the verb.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        UserError: wrong arguments, a file that is not a model, a network that ONNX can't express,
+            or a runtime that can't be fetched.
+    """
+    a = parser().parse_args(argv)
+    if not a.model.is_file():
+        raise UserError(f"no file {a.model}; pass a packed file or a training checkpoint")
+    try:
+        from tq_lightning.export.demo_page.write import check_out, write_demo_page
+    except ImportError as error:
+        raise UserError(
+            f"demo-page needs the onnx package ({error}); pip install 'tq_lightning[onnx]'"
+        ) from error
+    check_out(a.out)
+    with tempfile.TemporaryDirectory() as folder:
+        path = a.model
+        if not is_packed(path):
+            path = Path(folder) / "model.safetensors"
+            save_checkpoint(a.model, path)
+        sizes = write_demo_page(
+            path,
+            a.out,
+            title=a.title,
+            examples=_examples(a.images),
+            runtime=a.onnxruntime_web,
+        )
+    print(f"wrote {a.out} ({len(sizes)} files, {sum(sizes.values()):,} bytes)")
+    print(f"serve it, for example: python -m http.server --directory {a.out}")
+    return 0
+
+
+def _examples(path: Path | None) -> list[Path]:
+    """Return the first images below a folder that a browser shows as well, or the image itself."""
+    from tq_lightning.cli.classify import find_images
+
+    shown = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+    if path is None:
+        return []
+    found = [image for image in find_images(path) if image.suffix.lower() in shown]
+    if not found:
+        raise UserError(f"--images {path}: browsers show {', '.join(shown)}; pass such images")
+    return found[:MOST_EXAMPLES]

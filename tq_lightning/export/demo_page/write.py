@@ -1,0 +1,139 @@
+"""Write the page: static files, the graph, the packed file and ONNX Runtime Web in one folder.
+
+The graph holds everything but the codes. The page reads these from the packed file itself, plane by
+plane, so a browser downloads what its width needs and no more.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tq_lightning.errors import UserError
+from tq_lightning.export.class_names import class_names
+from tq_lightning.export.demo_page.runtime import copy_runtime
+from tq_lightning.export.onnx.dynamic import export_dynamic
+from tq_lightning.export.packed.container import Container
+from tq_lightning.export.packed.edit import repack
+from tq_lightning.export.packed.schema import read_header
+from tq_lightning.files import atomic_write
+
+HERE = Path(__file__).parent
+MARKER = "demo.json"  # what the page reads; also marks a folder that a new page may replace
+KIND = "tq_lightning demo page"
+MODEL, GRAPH = "model.safetensors", "graph.onnx"
+
+
+def check_out(out: Path) -> None:
+    """Refuse a target that is a file, or a folder that is not a demo page.
+
+    Raises:
+        UserError: the target can't be replaced by a page.
+    """
+    if not out.is_dir() and (out.exists() or out.is_symlink()):
+        raise UserError(f"--out {out} is a file; pass a new folder or one that holds a demo page")
+    try:
+        kind = json.loads((out / MARKER).read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind != KIND and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out}: the folder exists and is not a demo page; pass a new folder")
+
+
+def write_demo_page(
+    path: Path,
+    out: Path,
+    *,
+    title: str | None = None,
+    examples: Sequence[Path] = (),
+    runtime: Path | None = None,
+) -> dict[str, int]:
+    """Write a page that runs a packed file in a browser.
+
+    Args:
+        path: packed file.
+        out: folder of the page, replaced atomically.
+        title: title of the page. None takes the name of the model.
+        examples: images that the page offers.
+        runtime: folder with the files of ONNX Runtime Web. None fetches its npm package.
+
+    Returns:
+        Bytes of each file.
+
+    Raises:
+        UserError: see `export_dynamic` and `copy_runtime`; the images have neither 1 nor 3
+            channels; the target can't be replaced.
+    """
+    check_out(out)
+    with Container(path) as file:
+        header = read_header(file)
+    size = (header["preprocessing"] or {}).get("input_size") or [0]
+    if size[0] not in (0, 1, 3):
+        raise UserError(f"{path} takes images of {size[0]} channels; a browser reads 1 or 3")
+    with atomic_write(out) as folder:
+        folder.mkdir()
+        (folder / "onnxruntime").mkdir()
+        copy_runtime(folder / "onnxruntime", runtime)
+        repack(path, folder / MODEL)  # decompressed: browsers have no zstd
+        export_dynamic(path, folder / GRAPH, codes_as_inputs=True)
+        names = _copy_examples(examples, folder)
+        facts = _facts(folder) | {"title": title or header["model"]["name"] or "A network"}
+        text = json.dumps(facts | {"examples": names}, ensure_ascii=False, allow_nan=False)
+        (folder / MARKER).write_text(text, encoding="utf-8")
+        for source in (HERE / "static").iterdir():
+            shutil.copyfile(source, folder / source.name)
+        loader = FileSystemLoader(HERE / "templates", encoding="utf-8")
+        environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+        page = environment.get_template("index.html.j2").render(facts=facts)
+        (folder / "index.html").write_text(page, encoding="utf-8")
+        return {
+            p.relative_to(folder).as_posix(): p.stat().st_size
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        }
+
+
+def _copy_examples(examples: Sequence[Path], folder: Path) -> list[dict[str, str]]:
+    (folder / "examples").mkdir()
+    names = []
+    for i, source in enumerate(examples):
+        target = f"examples/{i}{source.suffix.lower()}"  # the name may not be a URL
+        shutil.copyfile(source, folder / target)
+        names.append({"url": target, "name": source.name})
+    return names
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Everything that the page needs to know, from the file that it will read."""
+    with Container(folder / MODEL) as file:
+        header = read_header(file)
+        begin = file.data_start + file.entries["plane0"].begin
+        stored, plane_bytes = header["stored_bits"], header["codes"] // 8
+        checksums = [file.checksums[f"plane{p}"] for p in range(stored)]
+        total = file.size
+    layers = [
+        {"name": layer["name"], "offset": layer["offset"], "shape": layer["shape"]}
+        for layer in header["layers"]
+    ]
+    return {
+        "kind": KIND,
+        "schema": 1,
+        "model": header["model"]["name"],
+        "quantizer": header["prepare"]["quantizer"],
+        "classes": class_names(header),
+        "preprocessing": header["preprocessing"],
+        "widths": sorted(header["norm_widths"]) or list(range(1, stored + 1)),
+        "stored_bits": stored,
+        "codes": header["codes"],
+        "weights": sum(math.prod(layer["shape"]) for layer in layers),
+        "layers": layers,
+        "file": MODEL,
+        "file_bytes": total,
+        "planes": {"begin": begin, "bytes": plane_bytes, "sha256": checksums},
+        "graph": GRAPH,
+        "graph_bytes": (folder / GRAPH).stat().st_size,
+    }
