@@ -375,7 +375,8 @@ class TestChromium:
         filters = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
         cases = [
             *product(filters, ("center",), (0.875,), ((3, 16, 16),)),
-            *product(("bicubic",), ("center", "squash", "border"), (0.9, 1.0), ((3, 16, 16), (3, 10, 14))),
+            *product(("bicubic",), ("center", "squash", "border"), (0.9, 1.0),
+                     ((3, 16, 16), (3, 10, 14))),
             ("bilinear", "center", 1.0, (1, 12, 12)),
         ]  # fmt: skip
         for (interpolation, mode, part, size), file in product(cases, files):
@@ -408,9 +409,9 @@ class TestChromium:
             pytest.skip(f"no CIFAR-10 under {CIFAR}")
         path, images = trained_cifar(tmp_path)
         page = tmp_path / "page"
-        demo(path, page, "--onnxruntime-web", web, "--images", images[0])
+        demo(path, page, "--onnxruntime-web", web)
         serve(page)
-        wait(browser, f"{READY} === 'ready'")
+        wait(browser, "document.getElementById('status').textContent.startsWith('Ready.')")
         model = load_packed(path)
         seen = []
         for image in images:

@@ -93,7 +93,7 @@ const className = (i) => facts.classes[i] ?? `class ${i}`;
 function showPrediction({ ranked }) {
   $("prediction").replaceChildren(...ranked.slice(0, TOP).map(([i, p]) => {
     const row = element("li"), bar = element("i");
-    bar.style.width = percent(p);
+    bar.style.width = `${100 * p}%`;
     row.append(bar, element("span", className(i)), element("span", percent(p), "n"));
     return row;
   }));
