@@ -88,18 +88,22 @@ class ActivationQuantizer(nn.Module):
         kind: A key of `ACTIVATIONS`.
         width: The model's shared `Width`.
         ste: As in `prepare`; "auto" pairs with the quantizer of the activations.
+        float_relu: Be a plain ReLU at float width. A learned clip clips at every width.
 
     Raises:
         ValueError: An unknown `kind` or `ste`.
     """
 
-    def __init__(self, kind: str, width: Width, ste: str = "auto") -> None:
+    def __init__(
+        self, kind: str, width: Width, ste: str = "auto", float_relu: bool = False
+    ) -> None:
         super().__init__()
         if kind not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activations {kind!r}; pass null or one of {', '.join(ACTIVATIONS)}"
             )
         self.learned, self.quantizer, self.truncated = ACTIVATIONS[kind]
+        self.float_relu = float_relu and not self.learned
         self.kind, self.width, self.ste = kind, width, resolve_ste(ste, self.quantizer)
         self.clip: nn.Parameter | Tensor
         if self.learned:
@@ -119,6 +123,8 @@ class ActivationQuantizer(nn.Module):
         else:
             u = inside.clamp(0.0, 1.0)
         clipped = inside.clamp_min(0.0).masked_fill(over, scale) if self.learned else u
+        if self.float_relu:
+            clipped = inside.relu()
         if torch.compiler.is_compiling() and self.width.tensors is not None:
             out = self._at_any_width(u, scale, clipped)
         else:

@@ -11,6 +11,8 @@ from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.ste import resolve_ste
 
 NORMS = ("per_width", "per_width_all", "shared")
+FLOAT_PASSES = ("plain", "normalized")
+_FIXED_RANGE = ("tanh", "tanh_channel", "absmax", "absmax_channel")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class QuantConfig:
         activations: None, or a key of `activation.ACTIVATIONS`.
         skip: Layers that stay in float, see `layers.select_layers`.
         norm: One of `NORMS`: batch norms per width, layer, group and RMS norms too, or none.
+        float_pass: One of `FLOAT_PASSES`, the network at bits=None. "plain" has the float weights,
+            and activations clipped as at the other widths. "normalized" is the limit of many bits,
+            w^ = E (2u - 1), with activations that are not clipped above (Any-Precision DNNs).
+        shared_norms: fnmatch patterns of norms that stay one for all widths.
 
     Raises:
         ValueError: A value that is unknown or out of range.
@@ -41,6 +47,8 @@ class QuantConfig:
     activations: str | None = None
     skip: tuple[str, ...] = ("first", "last")
     norm: str = "per_width"
+    float_pass: str = "plain"
+    shared_norms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key, known in (
@@ -48,6 +56,7 @@ class QuantConfig:
             ("level", LEVELS),
             ("normalizer", NORMALIZERS),
             ("norm", NORMS),
+            ("float_pass", FLOAT_PASSES),
         ):
             value = getattr(self, key)
             if value not in known:
@@ -57,11 +66,18 @@ class QuantConfig:
                 f"unknown activations {self.activations!r}; "
                 f"pass null or one of {', '.join(ACTIVATIONS)}"
             )
-        if isinstance(self.skip, str):
-            raise ValueError(f"skip must be a list, got {self.skip!r}; pass [{self.skip!r}]")
+        for key in ("skip", "shared_norms"):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                raise ValueError(f"{key} must be a list, got {value!r}; pass [{value!r}]")
+            object.__setattr__(self, key, tuple(value))
+        if self.float_pass == "normalized" and self.normalizer not in _FIXED_RANGE:
+            raise ValueError(
+                f"float_pass 'normalized' does not go with normalizer {self.normalizer!r}; "
+                f"pass normalizer {', '.join(_FIXED_RANGE)}"
+            )
         resolve_ste(self.ste, self.quantizer)
         object.__setattr__(self, "widths", check_widths(self.widths, self.max_bits))
-        object.__setattr__(self, "skip", tuple(self.skip))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantConfig":
@@ -74,7 +90,10 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the choices as plain JSON types: the form that files and checkpoints hold."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        # choices that files of earlier versions do not have, at their defaults
+        added = {"float_pass": "plain", "shared_norms": []}
+        return {k: v for k, v in plain.items() if k not in added or v != added[k]}
 
     @property
     def resolved_ste(self) -> str:

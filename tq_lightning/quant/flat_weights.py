@@ -132,12 +132,15 @@ class FlatWeights:
             Whether the weights had to be normalized first.
         """
         self.bits = bits
-        fresh = bits is not None and self.finite is None
-        if bits is None:
+        normalized = bits is not None or self.rule.float_pass == "normalized"
+        fresh = normalized and self.finite is None
+        if fresh:
+            self.normalize()
+        if not normalized:
             torch._foreach_copy_(self.tensors, self.originals)
+        elif bits is None:
+            torch.sub(self._u, 0.5, out=self._made).mul_(2.0 * self._scale)
         else:
-            if fresh:
-                self.normalize()
             codes = self._codes(bits, source)
             dequantize(codes, bits, self._scale, self.rule.level, out=self._made)
             self._kept = codes if STES[self.rule.ste].elementwise or self.ranges else None
@@ -173,7 +176,7 @@ class FlatWeights:
         """
         if all(g is None for g in grads):
             return
-        if self.bits is None:
+        if self.bits is None and self.rule.float_pass == "plain":
             pairs = zip(self._trained, grads, strict=True)
             self._float_grads = {i: g for i, g in pairs if g is not None}
             return
@@ -188,6 +191,9 @@ class FlatWeights:
         )
         for i in present:
             self._has_grad[i] = True
+        if self.bits is None:
+            self._add(self._grad * (2.0 * self._scale))
+            return
         level = None
         if self._kept is not None:
             level = codes_to_levels(self._kept, self.bits, self.rule.level)
@@ -204,6 +210,9 @@ class FlatWeights:
             assert level is not None
             args = (self._u, level, self._scale, self.bits, self.rule.quantizer)
             self._add_range_grads(ste.scale_rule(self._grad, grad_u, *args))
+        self._add(grad_u)
+
+    def _add(self, grad_u: Tensor) -> None:
         self._grad_sum = grad_u if self._grad_sum is None else self._grad_sum.add_(grad_u)
 
     def _add_range_grads(self, each: Tensor) -> None:

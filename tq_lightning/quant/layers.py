@@ -1,6 +1,6 @@
 """The layers of a model: which ones to quantize, why others are not, and replacing them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -141,9 +141,12 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
 
 
 def replace_modules(
-    model: nn.Module, kinds: type | tuple[type, ...], make: Callable[[Any], nn.Module]
+    model: nn.Module,
+    kinds: type | tuple[type, ...],
+    make: Callable[[Any], nn.Module],
+    keep: Collection[nn.Module] = (),
 ) -> list[str]:
-    """Replace every submodule of some types by make(submodule).
+    """Replace every submodule of some types by make(submodule), but those in `keep`.
 
     A module that is used in several places is replaced by one new module.
 
@@ -154,7 +157,7 @@ def replace_modules(
     names = []
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent._modules.items()):
-            if child is None or not isinstance(child, kinds):
+            if child is None or not isinstance(child, kinds) or child in keep:
                 continue
             if id(child) not in made:
                 made[id(child)] = make(child)

@@ -1,6 +1,7 @@
 """prepare(): attaches quantizers and per-width norms to any nn.Module, by layer name."""
 
 from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -51,6 +52,8 @@ def prepare(
     skip: Sequence[str] = ("first", "last"),
     norm: str = "per_width",
     verbose: bool = True,
+    float_pass: str = "plain",
+    shared_norms: Sequence[str] = (),
 ) -> PrepareReport:
     """Prepare `model` for training at several widths, in place. Load its weights before.
 
@@ -74,6 +77,9 @@ def prepare(
         norm: "per_width" (one batch norm per width), "per_width_all" (layer, group and RMS norms
             too) or "shared".
         verbose: Print the report.
+        float_pass: The network at bits=None: "plain" has the float weights, "normalized" those of
+            the quantizer before rounding, E (2u - 1), and plain ReLUs.
+        shared_norms: fnmatch patterns of norms that stay one for all widths.
 
     Returns:
         {layer name: what was attached}, with the share of quantized parameters. The arguments are
@@ -93,6 +99,8 @@ def prepare(
         activations,
         skip,  # type: ignore[arg-type]
         norm,
+        float_pass,
+        shared_norms,  # type: ignore[arg-type]
     )
     report = apply_config(model, config)
     if verbose:
@@ -117,6 +125,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
             f"nothing left to quantize in {type(model).__name__} with skip={list(config.skip)!r}; "
             "skip fewer layers"
         )
+    _norms(model, config.norm, config.shared_norms)  # refuses a pattern before anything is attached
     width = Width(config.max_bits, config.widths, bits=config.widths[0])
     report = PrepareReport()
     report.share, report.weight_share = _quantized_shares(model, layers)
@@ -131,16 +140,22 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
             rule = f"float (skip {layer.skipped!r})"
         report[layer.name] = f"weight {shapes}: {rule}"
     if config.activations is not None:
-        kind, ste = config.activations, config.ste
-        replaced = replace_modules(model, _RELUS, lambda m: ActivationQuantizer(kind, width, ste))
+        kind, ste, float_relu = config.activations, config.ste, config.float_pass == "normalized"
+        replaced = replace_modules(
+            model, _RELUS, lambda m: ActivationQuantizer(kind, width, ste, float_relu)
+        )
         report.update(dict.fromkeys(replaced, f"activation: {kind}"))
-    report.update(attach_norms(model, config.norm, width))
+    report.update(attach_norms(model, config.norm, width, shared=config.shared_norms))
     model.tq = config.to_dict()  # type: ignore[assignment]
     return report
 
 
 def attach_norms(
-    model: nn.Module, norm: str, width: Width, only: Collection[int] | None = None
+    model: nn.Module,
+    norm: str,
+    width: Width,
+    only: Collection[int] | None = None,
+    shared: Sequence[str] = (),
 ) -> dict[str, str]:
     """Replace norms by `PerWidthNorm`, after everything else is attached.
 
@@ -149,21 +164,44 @@ def attach_norms(
         norm: As in `prepare`.
         width: The model's shared `Width`.
         only: As in `PerWidthNorm`.
+        shared: Patterns of norms to leave as they are.
 
     Returns:
         {layer name: what was attached}.
 
     Raises:
-        ValueError: An unknown `norm`.
+        ValueError: An unknown `norm`, or a pattern that matches no norm.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}; pass one of {', '.join(NORMS)}")
     if norm == "shared":
         return {}
-    kinds = (_BatchNorm, *LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
-    replaced = replace_modules(model, kinds, lambda m: PerWidthNorm(m, width, only))
+    kinds = _norm_kinds(norm)
+    kept = _norms(model, norm, shared)
+    replaced = replace_modules(
+        model, kinds, lambda m: PerWidthNorm(m, width, only), list(kept.values())
+    )
     trained = ", ".join(map(str, width.widths))
-    return dict.fromkeys(replaced, f"norm per width: trained {trained}; the others estimated")
+    return {
+        **dict.fromkeys(replaced, f"norm per width: trained {trained}; the others estimated"),
+        **dict.fromkeys(kept, "norm shared by all widths"),
+    }
+
+
+def _norm_kinds(norm: str) -> tuple[type, ...]:
+    return (_BatchNorm, *LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
+
+
+def _norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Find the norms that match a pattern, by name."""
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, _norm_kinds(norm))}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in norms):
+            examples = ", ".join(map(repr, list(norms)[:3])) or "none"
+            raise ValueError(
+                f"shared_norms pattern {pattern!r} matches no norm; the model has {examples}"
+            )
+    return {n: m for n, m in norms.items() if any(fnmatchcase(n, p) for p in patterns)}
 
 
 def _quantized_shares(model: nn.Module, layers: list[Layer]) -> tuple[float, float]:

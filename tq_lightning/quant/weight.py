@@ -79,6 +79,7 @@ class WeightQuantizer(nn.Module):
         self.name, self.width = name, width
         self.quantizer, self.ste = config.quantizer, config.resolved_ste
         self.level, self.normalizer = config.level, config.normalizer
+        self.float_pass = config.float_pass
         self.channel_dim, self.groups = channel_dim, groups
         self.register_parameter("range", None)
         # the weight in use while `fused_weights` makes those of the whole model, else None
@@ -158,13 +159,18 @@ class WeightQuantizer(nn.Module):
             return QUANTIZERS[self.quantizer].codes(u, self.width.max_bits), scale
 
     def forward(self, w: Tensor) -> Tensor:
-        """Return `w` at the width in use, in its dtype; `w` itself at float width."""
+        """Return `w` at the width in use, in its dtype.
+
+        At float width that is `w` itself, or E (2u - 1) with `float_pass` "normalized".
+        """
         if self.made is not None:  # first: a compiled graph then does not depend on the width
             return self.made.to(w.dtype)
         bits, source = self.width.bits, self.width.source
-        if bits is None:
+        if bits is None and self.float_pass == "plain":
             return w
         u, scale, _ = self.normalize(w)
+        if bits is None:
+            return ((u - 0.5) * (2.0 * scale)).to(w.dtype)
         if torch.is_grad_enabled() and (u.requires_grad or scale.requires_grad):
             max_bits = self.width.max_bits
             out = FakeQuantize.apply(

@@ -28,7 +28,7 @@ NOT_AN_ARM = re.compile(
     r"(\.|$)"
 )
 START = "model.checkpoint_path"
-LISTS = ("model.widths", "model.skip")
+LISTS = ("model.widths", "model.skip", "model.shared_norms")
 BUDGET = re.compile(
     r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$"
 )

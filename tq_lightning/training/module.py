@@ -63,6 +63,7 @@ class TQModule(L.LightningModule):
             _truncate.
         skip: layers left in float: first, last, and name patterns.
         norm: per_width, per_width_all (layer norms too) or shared.
+        shared_norms: patterns of norms that stay one for all widths, e.g. ["*skip_bn"].
         loss: label loss, cross_entropy or bce.
         teacher: teacher of the narrower widths: recursive (the next wider width), widest, external,
             or none (labels only; null is none).
@@ -71,7 +72,8 @@ class TQModule(L.LightningModule):
         teacher_checkpoint_path: its weights; null for timm's pretrained weights.
         distill_weight: weight of the distillation loss; the label loss has the rest.
         temperature: temperature of the distillation.
-        float_pass: train a float pass (bits=None) too, before the widths.
+        float_pass: train a float pass (bits=None) too, before the widths: true with the float
+            weights, normalized with those of the quantizer before rounding and plain ReLUs.
         width_schedule: all, or sandwich (widest, narrowest and `sandwich_random` others per step).
         sandwich_random: random widths per step of the sandwich.
         width_weights: weight of each width's loss, in the order of `widths` (the float pass first);
@@ -119,13 +121,14 @@ class TQModule(L.LightningModule):
         activations: str | None = None,
         skip: list[str] | str = ["first", "last"],  # noqa: B006
         norm: str = "per_width",
+        shared_norms: list[str] | str = [],  # noqa: B006
         loss: str = "cross_entropy",
         teacher: str | None = "recursive",
         teacher_name: str | None = None,
         teacher_checkpoint_path: str | None = None,
         distill_weight: float = 1.0,
         temperature: float = 1.0,
-        float_pass: bool = False,
+        float_pass: bool | str = False,
         width_schedule: str = "all",
         sandwich_random: int = 1,
         width_weights: list[float] | float | str | None = None,

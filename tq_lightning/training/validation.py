@@ -102,12 +102,20 @@ def quant_config(h: Any) -> QuantConfig:
     """
     widths = as_ints(h["widths"], "model.widths")
     skip = as_list(h["skip"], "model.skip")
+    shared = as_list(h["shared_norms"], "model.shared_norms")
+    if h["float_pass"] not in (True, False, "normalized"):
+        raise UserError(
+            f"model.float_pass: got {h['float_pass']!r}, pass true, false or normalized"
+        )
+    float_pass = "normalized" if h["float_pass"] == "normalized" else "plain"
     try:
         check_widths(widths, h["max_bits"])
     except ValueError as error:
         raise UserError(f"model.widths: {error}") from None
     try:
-        return QuantConfig.from_mapping({**h, "widths": widths, "skip": skip})
+        return QuantConfig.from_mapping(
+            {**h, "widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
+        )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
 

@@ -97,8 +97,8 @@ def prepare_skeleton(
         if len(config.skip) > _MAX_SKIP:
             raise ValueError(f"{len(config.skip)} skip patterns, at most {_MAX_SKIP} are allowed")
         # norms separately: copying sets that are not needed would take most of the loading time
-        apply_config(model, replace(config, norm="shared"))
-        attach_norms(model, config.norm, width_of(model), norm_sets)
+        apply_config(model, replace(config, norm="shared", shared_norms=()))
+        attach_norms(model, config.norm, width_of(model), norm_sets, config.shared_norms)
         model.tq = config.to_dict()  # type: ignore[assignment]
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"its network can't be prepared as the header says ({error})") from error
