@@ -117,8 +117,9 @@ def calibrate_activations(
 ) -> dict[str, ActivationRange]:
     """Observe the inputs of the quantized layers, for integer inference.
 
-    One range per layer serves all widths. The model runs in evaluation mode with truncated
-    weights, at each of `widths`; modes, the width in use and all random states stay as they were.
+    One range per layer serves all widths: the union of those that the observer finds at each. The
+    model runs in evaluation mode with truncated weights; modes, the width in use and all random
+    states stay as they were.
 
     Args:
         model: A prepared or packed model. Norms of untrained widths are calibrated before, with
@@ -126,7 +127,7 @@ def calibrate_activations(
         batches: Images (batch, channels, height, width) on the model's device; read twice.
         observer: "percentile" leaves the outermost 0.01 % of the values out. "mse" takes the
             clipped range with the smallest mean squared error of 8-bit codes.
-        widths: Widths to observe at; None = the trained widths, as far as the model has them.
+        widths: Widths to observe at; None = all that the model can run at.
 
     Returns:
         {name of a quantized layer: range of its input}; a layer that did not run as a module has
@@ -142,44 +143,54 @@ def calibrate_activations(
     batches = list(batches)
     if not batches:
         raise ValueError("no batches to observe activations on; pass a list of image batches")
-    widths = _observed_widths(model, width) if widths is None else widths
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
     layers = quantized_layers(model)
-    histograms: dict[str, Tensor] = {}
-    extremes: dict[str, ActivationRange] = {}
+    extremes: dict[tuple[str, int], ActivationRange] = {}
+    histograms: dict[tuple[str, int], Tensor] = {}
 
-    def find_extremes(name: str, x: Tensor) -> None:
+    def find_extremes(name: str, bits: int, x: Tensor) -> None:
         low, high = (v.item() for v in x.aminmax())
         if not abs(low) < float("inf") or not abs(high) < float("inf"):
             raise ValueError(
                 f"the input of {name} contains NaN or infinity; check the images and the weights"
             )
-        before = extremes.get(name, ActivationRange(low, high))
-        extremes[name] = ActivationRange(min(before.low, low), max(before.high, high))
+        before = extremes.get((name, bits), ActivationRange(low, high))
+        extremes[name, bits] = ActivationRange(min(before.low, low), max(before.high, high))
 
-    def count(name: str, x: Tensor) -> None:
-        low, high = extremes[name]
+    def count(name: str, bits: int, x: Tensor) -> None:
+        low, high = extremes[name, bits]
         counts = torch.histc(x, BINS, low, high) if low < high else x.new_tensor([x.numel()])
         counts = counts.double().cpu()
-        histograms[name] = histograms[name] + counts if name in histograms else counts
+        key = name, bits
+        histograms[key] = histograms[key] + counts if key in histograms else counts
 
-    for observe in (find_extremes, count):
-        _run(model, layers, batches, widths, observe)
-    ranges = {
-        name: OBSERVERS[observer](histograms[name], *extremes[name])
-        for name in layers
-        if name in histograms
-    }
-    model.tq_ranges = ranges  # type: ignore[assignment]
-    return ranges
+    try:
+        widths = _usable_widths(model, width) if widths is None else widths
+        for observe in (find_extremes, count):
+            _run(model, layers, batches, widths, observe)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    ranges: dict[str, ActivationRange] = {}
+    for (name, bits), counts in histograms.items():
+        found = OBSERVERS[observer](counts, *extremes[name, bits])
+        before = ranges.get(name, found)
+        ranges[name] = ActivationRange(min(before.low, found.low), max(before.high, found.high))
+    model.tq_ranges = {name: ranges[name] for name in layers if name in ranges}  # type: ignore[assignment]
+    return dict(model.tq_ranges)  # type: ignore[arg-type]
 
 
-def _observed_widths(model: nn.Module, width: Width) -> list[int]:
-    """Trained widths that the model can run at; a packed model may have fewer or others."""
-    loaded: set[int] = set(range(1, width.max_bits + 1))
-    for module in model.modules():
-        if width.packed and isinstance(getattr(module, "widths", None), tuple):
-            loaded &= set(module.widths)  # type: ignore[arg-type]
-    return [bits for bits in width.widths if bits in loaded] or sorted(loaded, reverse=True)
+def _usable_widths(model: nn.Module, width: Width) -> list[int]:
+    """Widths that the model can run at now, widest first: loaded, and with norm statistics."""
+    usable = []
+    for bits in range(width.max_bits, 0, -1):
+        try:
+            with bit_width(model, bits, "truncate"):
+                usable.append(bits)
+        except ValueError:
+            continue
+    return usable
 
 
 def _run(
@@ -187,17 +198,16 @@ def _run(
     layers: dict[str, nn.Module],
     batches: list[Tensor],
     widths: list[int],
-    observe: Callable[[str, Tensor], None],
+    observe: Callable[[str, int, Tensor], None],
 ) -> None:
-    """Call `observe` with the name and the input of every quantized layer, at every width."""
-    modes = [(m, m.training) for m in model.modules()]
+    """Call `observe` with name, width and input of every quantized layer, at every width."""
+    width = width_of(model)
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, args, name=name: observe(name, args[0].float()) if args else None
+            lambda _, args, name=name: observe(name, width.bits, args[0].float()) if args else None
         )
         for name, module in layers.items()
     ]
-    model.eval()
     try:
         for bits in widths:
             with bit_width(model, bits, "truncate"):
@@ -206,5 +216,3 @@ def _run(
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode

@@ -78,12 +78,12 @@ def signed_level(bits: int, level: str) -> tuple[float, float]:
         (step, offset); the offset is 0 (`left`) or 1/2 (`endpoint`, `centre`).
 
     Raises:
-        ValueError: `bits` is out of range, `level` is unknown, or its levels are not evenly spaced
-            with such an offset, so that no integer kernel can use them.
+        ValueError: `bits` is out of range, `level` is unknown or a table, or its levels are not
+            evenly spaced with such an offset, so that no integer kernel can use them.
     """
     check_bits(bits)
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; pass one of {', '.join(LEVELS)}")
+        raise ValueError(f"level {level!r} has no integer form; integers need {', '.join(LEVELS)}")
     count = 2**bits
     k = torch.arange(count, dtype=torch.float64)
     values = 2.0 * LEVELS[level](k.clone(), count - 1.0) - 1.0

@@ -1,0 +1,135 @@
+"""uint8 codes of activations: their step at each width, and the modules that make and read them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
+from tq_lightning.quant.activation_ranges import ActivationRange
+from tq_lightning.quant.bit_width import Width
+from tq_lightning.quant.fake_quantize import width_codes
+from tq_lightning.quant.integer_codes import activation_top
+
+
+class Codes(NamedTuple):
+    """Codes at one width: x = step * (code - zero), code in [0, top].
+
+    A kernel makes them as round(x / make_step + zero + make_offset), clamps them to
+    [0, make_top] and shifts them right by `shift`. These differ from what reads the codes only for
+    trained quantizers: `floor` codes have bins of clip / 2^n and lie half a bin lower, and
+    truncated codes are made at the stored width.
+    """
+
+    step: float
+    zero: int
+    top: int
+    make_step: float
+    make_offset: float
+    make_top: int
+    shift: int
+
+
+class CalibratedCodes:
+    """Codes of a calibrated range: 8 bits at every width, 7 where 8 could saturate.
+
+    Args:
+        span: The range.
+        level: Level of the weights that are multiplied.
+        exact_sums: See `activation_top`.
+    """
+
+    def __init__(self, span: ActivationRange, level: str, exact_sums: bool) -> None:
+        self.span, self.level, self.exact_sums = span, level, exact_sums
+        self.signed = span.low < 0
+
+    def at(self, width: Width) -> Codes:
+        """Codes at the width in use."""
+        assert width.bits is not None
+        top = activation_top(width.bits, self.level, self.exact_sums)
+        step, zero = self.span.step(top)
+        return Codes(step, zero, top, step, 0.0, top, 0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CalibratedCodes) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class TrainedCodes:
+    """Codes of an `ActivationQuantizer`: n bits at width n, clipped before they are quantized."""
+
+    signed = False
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def at(self, width: Width) -> Codes:
+        """Codes at the width in use."""
+        rule, bits = self.quantizer, width.bits
+        assert bits is not None
+        clip = float(rule.clip.detach())
+        clip = max(clip, PACT_LEAST) if rule.learned else clip
+        shifted = rule.truncated and width.source == "truncate"
+        made = width.max_bits if shifted else bits
+        make_top = 2**made - 1
+        floor = rule.quantizer == "floor"
+        make_step = clip / (make_top + 1) if floor else clip / make_top
+        top = 2**bits - 1
+        return Codes(clip / top, 0, top, make_step, -0.5 if floor else 0.0, make_top, made - bits)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainedCodes) and self.quantizer is other.quantizer
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ActivationCodes = CalibratedCodes | TrainedCodes
+
+
+class Quantize(nn.Module):
+    """Make codes of a float tensor of any shape.
+
+    Args:
+        codes: Which codes.
+        width: The model's shared `Width`.
+    """
+
+    def __init__(self, codes: ActivationCodes, width: Width) -> None:
+        super().__init__()
+        self.codes, self.width = codes, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return uint8 codes, shape of `x`."""
+        if isinstance(self.codes, TrainedCodes):  # the formula of ActivationQuantizer, to the bit
+            rule, width = self.codes.quantizer, self.width
+            clip = rule.clip.detach().float()
+            clip = clip.clamp_min(PACT_LEAST) if rule.learned else clip
+            assert width.bits is not None
+            source = width.source if rule.truncated else "quantize"
+            u = (x.float() / clip).clamp_(0.0, 1.0)
+            return width_codes(u, width.bits, rule.quantizer, width.max_bits, source)
+        at = self.codes.at(self.width)
+        scaled = x.float().mul(1.0 / at.step)
+        if at.zero:
+            scaled.add_(at.zero)
+        return scaled.round_().clamp_(0, at.top).to(torch.uint8)
+
+
+class Dequantize(nn.Module):
+    """Read codes as float32: step * (code - zero).
+
+    Args:
+        codes: Which codes.
+        width: The model's shared `Width`.
+    """
+
+    def __init__(self, codes: ActivationCodes, width: Width) -> None:
+        super().__init__()
+        self.codes, self.width = codes, width
+
+    def forward(self, a: Tensor) -> Tensor:
+        """Return float32 values, shape of `a`."""
+        at = self.codes.at(self.width)
+        x = a.float()
+        return x.sub_(at.zero).mul_(at.step) if at.zero else x.mul_(at.step)
