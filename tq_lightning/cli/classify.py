@@ -11,6 +11,7 @@ from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
+MODES = ("resident", "lean", "integer")
 COLUMNS = ("image", "rank", "class", "name", "probability")
 
 
@@ -31,10 +32,12 @@ def parser() -> Parser:
     p.add_argument("--out", type=Path, help="CSV file to write (default: standard output)")
     p.add_argument("--batch-size", type=int, default=16, help="images per batch (default: 16)")
     p.add_argument(
-        "--lean",
-        action="store_true",
-        help="compute weights layer by layer: less memory, more time",
+        "--mode",
+        choices=MODES,
+        help="resident (default); lean: compute weights layer by layer, less memory, more time; "
+        "integer: multiply integers, the file needs activation ranges",
     )
+    p.add_argument("--lean", action="store_true", help="the same as --mode lean")
     return p
 
 
@@ -55,11 +58,22 @@ def main(argv: list[str]) -> int:
         if getattr(args, key) < 1:
             flag = key.replace("_", "-")
             raise UserError(f"--{flag} must be at least 1, got {getattr(args, key)}")
+    if args.lean and args.mode not in (None, "lean"):
+        raise UserError(f"--lean is --mode lean, got --mode {args.mode} too; pass one")
     files = find_images(args.images)
 
     from tq_lightning.export.packed.reader import load_packed
 
-    model = load_packed(args.model, bits=args.bits, mode="lean" if args.lean else "resident")
+    mode = "lean" if args.lean else args.mode or "resident"
+    if mode == "integer":
+        from tq_lightning.quant.integer_kernels import missing_kernels
+
+        if (reason := missing_kernels()) is not None:
+            print(f"no integer mode here ({reason}); running --mode resident", file=sys.stderr)
+            mode = "resident"
+    model = load_packed(args.model, bits=args.bits, mode=mode)
+    if mode == "integer":
+        print(model.summary(), file=sys.stderr)
     if args.out is None:
         # names that are not UTF-8 are written as the bytes that they are
         if hasattr(sys.stdout, "reconfigure"):

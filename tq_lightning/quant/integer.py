@@ -26,12 +26,19 @@ from tq_lightning.quant.integer_activations import (
     Quantize,
     TrainedCodes,
 )
-from tq_lightning.quant.integer_kernels import missing_kernels, sums_are_exact
-from tq_lightning.quant.integer_kernels import GELU, NO_ACT, RELU, kernel_act
+from tq_lightning.quant.integer_kernels import (
+    GELU,
+    NO_ACT,
+    RELU,
+    kernel_act,
+    missing_kernels,
+    sums_are_exact,
+)
 from tq_lightning.quant.integer_layer import IntegerLayer, refusal, stored_weight
 from tq_lightning.quant.layers import LAYER_NORMS
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 
+NOT_QUANTIZED = "not quantized"
 _ADDS = (operator.add, operator.iadd, torch.add)
 _RELU_CALLS = (torch.relu, F.relu, "relu", "relu_")
 _DROPPED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -110,7 +117,10 @@ def integer_model(model: nn.Module, exact_sums: bool | None = None) -> IntegerMo
     except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError, NotImplementedError):
         network = plan.replace()
     if all(why != "integer" for why in plan.layers.values()):
-        name, why = next(iter(plan.layers.items()))
+        name, why = next(
+            (item for item in plan.layers.items() if item[1] != NOT_QUANTIZED),
+            ("none", "there are no quantized layers"),
+        )
         raise UserError(f"no layer can run on integers; the first is {name}: {why}")
     return IntegerModel(network, plan.layers, model).eval().requires_grad_(False)
 
@@ -196,7 +206,7 @@ class _Plan:
             if name in self.quantized or (name == "" and "(root)" in self.quantized):
                 self.layers[name] = refusal(module) or "integer"
             elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-                self.layers[name] = "not quantized"
+                self.layers[name] = NOT_QUANTIZED
 
     # -- layer by layer ----------------------------------------------------------------------------
     def replace(self) -> nn.Module:

@@ -18,7 +18,7 @@ from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import truncate_codes
 from tq_lightning.quant.levels import dequantize
 
-MODES = ("resident", "lean")
+MODES = ("resident", "lean", "integer")
 # codes processed at a time: few enough for a core's caches, enough to hide the call overhead
 CHUNK = 1 << 18
 

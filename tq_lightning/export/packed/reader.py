@@ -6,6 +6,7 @@ that does not fit raises an error and never becomes a model.
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ from tq_lightning.export.packed.sections import (
     split_norms,
 )
 from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
+from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_planes import unpack_planes
 from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.integer import integer_model
+from tq_lightning.quant.integer_kernels import missing_kernels
 from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.quant.weight import weight_quantizers
 
@@ -56,7 +60,10 @@ def load_packed(
         model: float network (or one prepared in the same way) to fill in place. None builds the
             timm model that the header names.
         mode: "resident" keeps the weights of the width in use in memory. "lean" computes them
-            layer by layer at every use.
+            layer by layer at every use. "integer" multiplies integers, on CPU: the file needs
+            activation ranges, or a network trained with `activations=`; the result is an
+            `IntegerModel`. Where PyTorch has no integer kernels, a warning says so and the mode is
+            "resident".
 
     Returns:
         The model. `model.tq_file` holds the header fields "model", "preprocessing",
@@ -64,10 +71,13 @@ def load_packed(
 
     Raises:
         UserError: unknown width or mode; the file is damaged, foreign, newer, or does not fit
-            its network.
+            its network; mode "integer" without activation ranges.
     """
     if mode not in MODES:
         raise UserError(f"unknown mode {mode!r}; pass one of {', '.join(MODES)}")
+    if mode == "integer" and (reason := missing_kernels()) is not None:
+        warnings.warn(f"no integer mode here ({reason}); mode='resident' is used", stacklevel=2)
+        mode = "resident"
     with Container(path) as file:
         header = read_header(file)
         stored = header["stored_bits"]
@@ -91,6 +101,9 @@ def load_packed(
         _fill_unquantized(model, header, split_norms(header, arrays), widths)
         codes = unpack_planes(read_planes(file, header, planes), header["codes"])
         _attach_codes(model, header, arrays["scale"], torch.from_numpy(codes), planes, widths, mode)
+        ranges = header.get("activation_ranges") or {}
+        if ranges:
+            model.tq_ranges = {n: ActivationRange(*pair) for n, pair in ranges.items()}  # type: ignore[assignment]
         model.tq_file = {  # type: ignore[assignment]
             **{key: header[key] for key in _KEPT_FIELDS},
             "path": str(path),
@@ -102,7 +115,8 @@ def load_packed(
         raise UserError(
             f"{path} holds no values for {', '.join(empty[:3])}; pass the network itself as model="
         )
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    return integer_model(model) if mode == "integer" else model
 
 
 def _matching_skeleton(

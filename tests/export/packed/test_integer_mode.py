@@ -1,0 +1,100 @@
+"""load_packed(mode="integer") and `classify --mode integer`."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tq_lightning import bit_width, load_packed, save_packed
+from tq_lightning.cli.classify import main as classify
+from tq_lightning.errors import UserError
+from tq_lightning.export.packed import reader
+from tq_lightning.quant import integer_kernels
+from tq_lightning.quant.integer import IntegerModel, integer_layers
+from tq_lightning.quant.integer_kernels import missing_kernels
+from tq_lightning.quant.integer_oracle import compare
+
+pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
+
+
+@pytest.fixture(scope="module")
+def trained(make, tmp_path_factory):
+    """A packed network with trained activation codes, and images."""
+    model, images = make(activations="pact_round", size=16)
+    path = tmp_path_factory.mktemp("integer") / "m.safetensors"
+    save_packed(model, path, preprocessing={"input_size": [3, 16, 16]})
+    return path, images
+
+
+def _logits(model, images, bits):
+    with torch.inference_mode(), bit_width(model, bits):
+        return model(images)
+
+
+def test_all_widths_of_a_file(trained):
+    path, images = trained
+    resident, model = load_packed(path), load_packed(path, mode="integer")
+    assert isinstance(model, IntegerModel) and len(integer_layers(model)) == 6
+    assert model.tq_file == resident.tq_file and model.tq == resident.tq
+    for bits in range(1, 9):
+        expected, got = _logits(resident, images, bits), _logits(model, images, bits)
+        assert (got - expected).norm() < 0.05 * expected.norm()
+        with bit_width(model, bits):
+            assert all(a.wrong == 0 for a in compare(model, images).values())
+
+
+def test_one_width_of_a_file(trained):
+    path, images = trained
+    model = load_packed(path, bits=2, mode="integer")
+    assert torch.equal(
+        _logits(model, images, 2), _logits(load_packed(path, mode="integer"), images, 2)
+    )
+    with pytest.raises(UserError, match="loaded for widths 2, not 4"), bit_width(model, 4):
+        pass
+    with pytest.raises(ValueError, match="has no float weights"), bit_width(model, None):
+        pass
+
+
+def test_a_file_without_ranges_is_refused(packed):
+    with pytest.raises(UserError, match=r"no activation ranges.*calibrate_act.*--calibrate"):
+        load_packed(packed, mode="integer")
+
+
+def test_without_kernels_the_mode_is_resident(trained, monkeypatch):
+    path, images = trained
+    monkeypatch.setattr(reader, "missing_kernels", lambda: "PyTorch 2.8 was built without oneDNN")
+    with pytest.warns(UserWarning, match="without oneDNN.*'resident' is used"):
+        model = load_packed(path, mode="integer")
+    assert torch.equal(_logits(model, images, 4), _logits(load_packed(path), images, 4))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+def _classify(capsys, *argv):
+    assert classify([str(a) for a in argv]) == 0
+    out = capsys.readouterr()
+    return list(csv.DictReader(io.StringIO(out.out))), out.err
+
+
+def test_classify(trained, picture, capsys, monkeypatch):
+    path, _ = trained
+    args = (path, picture, "--bits", "2", "--top", "3")
+    expected, _ = _classify(capsys, *args)
+    got, note = _classify(capsys, *args, "--mode", "integer")
+    assert [row["class"] for row in got] == [row["class"] for row in expected]
+    assert "6 of 8 layers run on integers; in float: conv1 (not quantized), fc" in note
+    lean, _ = _classify(capsys, *args, "--mode", "lean")
+    assert lean == expected
+    with pytest.raises(UserError, match="--lean is --mode lean, got --mode integer too"):
+        classify([str(a) for a in args] + ["--lean", "--mode", "integer"])
+    monkeypatch.setattr(integer_kernels, "missing_kernels", lambda: "no oneDNN")
+    rows, note = _classify(capsys, *args, "--mode", "integer")
+    assert rows == expected and "no integer mode here (no oneDNN); running --mode resident" in note

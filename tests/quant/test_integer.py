@@ -1,0 +1,305 @@
+"""Integer models: every layer against exact integers, trained codes, norms, shortcuts, refusals."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tq_lightning import bit_width, calibrate_activations, calibrate_norms, prepare
+from tq_lightning.errors import UserError
+from tq_lightning.models import create_model
+from tq_lightning.quant import integer, integer_layer
+from tq_lightning.quant.activation import ACTIVATIONS
+from tq_lightning.quant.integer import integer_layers, integer_model
+from tq_lightning.quant.integer_kernels import Conv2d, missing_kernels
+from tq_lightning.quant.integer_oracle import compare, simulated
+from tq_lightning.quant.levels import LEVELS
+
+pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
+WIDTHS = (8, 7, 4, 2, 1)
+
+
+class Mixed(nn.Module):
+    """Signed inputs, groups, stride, padding, three activations, and a shortcut that is read later.
+
+    Shapes: (b, 3, 8, 8) -> (b, 5).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)  # reads signed values
+        self.bn = nn.BatchNorm2d(8)
+        self.swish = nn.Hardswish()
+        self.wide = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.down = nn.Conv2d(8, 8, 3, stride=2, bias=False)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.drop = nn.Dropout(0.5)
+        self.fc1, self.gelu, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.swish(self.bn(self.grouped(x)))
+        z = self.relu(self.bn2(self.wide(y)) + y)
+        z = self.down(z) + y[:, :, 1:7:2, 1:7:2]  # y is read after the first sum
+        return self.fc2(self.drop(self.gelu(self.fc1(self.pool(z).flatten(1)))))
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.c(self.b(x) if x.sum() > -1e9 else x)
+
+
+def _ready(model, images, **how):
+    """Prepare a model and give it norm statistics at every width."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, -1.0, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+            with torch.no_grad():
+                module.weight[0] = 0.0  # its channel is the bias
+    prepare(model, verbose=False, **how)
+    model.train()
+    with torch.no_grad():
+        for bits in model.tq["widths"]:
+            with bit_width(model, bits):
+                model(images)
+    calibrate_norms(model.eval(), [images])
+    return model
+
+
+def _images(size=8):
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def _logits(model, images, bits):
+    with torch.inference_mode(), bit_width(model, bits, "truncate"):
+        return model(images)
+
+
+CASES = {  # name -> (make, image size, arguments of prepare)
+    "residual": (lambda: create_model("resnet8_cifar"), 16, {}),
+    "mixed": (Mixed, 8, {"level": "centre"}),
+    "mixed, left": (Mixed, 8, {"level": "left", "normalizer": "absmax_channel"}),
+    "transformer": (
+        lambda: create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24),
+        32,
+        {},
+    ),
+    "depthwise": (lambda: create_model("mobilenetv3_small_050"), 32, {}),
+    "trained": (lambda: create_model("resnet8_cifar"), 16, {"activations": "pact_floor"}),
+    "trained, pre-activation": (
+        lambda: create_model("preresnet20_cifar"),
+        16,
+        {"activations": "clamp_round_truncate", "skip": ("first", "last", "*skip_conv")},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c == "depthwise" else ()) for c in CASES]
+)
+def test_every_layer_equals_exact_integers(case):
+    """Codes differ by 1 at most, where the exact value lies within 1e-3 of a half; counted."""
+    make, size, how = CASES[case]
+    torch.manual_seed(0)
+    images = _images(size)
+    model = _ready(make(), images, **how)
+    if "activations" not in how:
+        calibrate_activations(model, [images])
+    quantized = len(integer.quantized_layers(model))
+    run = integer_model(copy.deepcopy(model))
+    assert len(integer_layers(run)) == quantized
+    assert f"{quantized} of {len(run.layers)} layers run on integers; in float" in run.summary()
+    for bits in WIDTHS:
+        with torch.inference_mode(), bit_width(run, bits, "truncate"):
+            found = compare(run, images)
+        assert len(found) == quantized
+        outputs, off, wrong = (sum(part) for part in zip(*found.values(), strict=True))
+        assert wrong == 0, {name: a for name, a in found.items() if a.wrong}
+        assert off <= 1e-3 * outputs
+        assert _logits(run, images, bits).isfinite().all()
+
+
+def test_the_oracle_sees_a_wrong_weight():
+    images = _images()
+    model = _ready(Mixed(), images)
+    calibrate_activations(model, [images])
+    run = integer_model(model)
+    _logits(run, images, 4)
+    with bit_width(run, 4, "truncate"):
+        layer = next(m for m in integer_layers(run) if m.name == "wide")
+        layer._built.integers[0, 0, 0, 0] += 2
+        found = compare(run, images)
+    assert [name for name, agreement in found.items() if agreement.wrong] == ["wide"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_trained_codes_equal_their_own_simulation(kind, level):
+    images = _images(16)
+    torch.manual_seed(0)
+    model = _ready(create_model("resnet8_cifar"), images, activations=kind, level=level)
+    run = integer_model(copy.deepcopy(model))
+    for bits in (4, 3, 2, 1):  # 8 bits: the nearest int8 stands for endpoint and centre
+        expected, got = _logits(model, images, bits), _logits(run, images, bits)
+        # a sum on a bin edge may round to either side in float32: few logits move, and little
+        near = (got - expected).abs() < 1e-4 * expected.abs().max()
+        assert near.float().mean() >= 0.5
+        assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+def test_calibrated_logits_are_close_and_coarser_ranges_are_not():
+    images = _images(16)
+    torch.manual_seed(0)
+    model = _ready(create_model("resnet8_cifar"), images)
+    ranges = calibrate_activations(model, [images])
+    run = integer_model(copy.deepcopy(model))
+    model.tq_ranges = {name: (0.0, 40 * high) for name, (_, high) in ranges.items()}
+    coarse = integer_model(copy.deepcopy(model))
+    for bits in WIDTHS:
+        expected = _logits(model, images, bits)
+        error = (_logits(run, images, bits) - expected).norm() / expected.norm()
+        assert error < 0.05 < (_logits(coarse, images, bits) - expected).norm() / expected.norm()
+
+
+def test_switching_widths_gives_what_each_width_gives_alone():
+    images = _images()
+    model = _ready(Mixed(), images)
+    calibrate_activations(model, [images])
+    run = integer_model(copy.deepcopy(model))
+    first = {bits: _logits(run, images, bits) for bits in WIDTHS}
+    for bits in reversed(WIDTHS):
+        alone = copy.deepcopy(run)
+        assert torch.equal(_logits(alone, images, bits), first[bits])
+        assert torch.equal(_logits(run, images, bits), first[bits])
+    assert not torch.equal(first[8], first[4])
+    with pytest.raises(ValueError, match="unknown width 9"), bit_width(run, 9, "truncate"):
+        pass
+
+
+def test_batches_of_other_sizes_give_the_same_rows():
+    images = _images()
+    model = _ready(Mixed(), images)
+    calibrate_activations(model, [images])
+    run = integer_model(model)
+    whole = _logits(run, images, 4)
+    rows = torch.cat([_logits(run, images[i : i + 1], 4) for i in range(len(images))])
+    assert torch.allclose(whole, rows, atol=1e-6)
+    with torch.inference_mode(), bit_width(run, 4, "truncate"), simulated(run):
+        assert torch.allclose(run(images), whole, atol=1e-4)
+
+
+def test_codes_that_could_saturate_are_split(monkeypatch):
+    """Trained 8-bit codes on a processor that adds in 16 bits: two kernels, the same integers."""
+    images = _images(16)
+    torch.manual_seed(0)
+    model = _ready(create_model("resnet8_cifar"), images, activations="pact_round")
+    safe = integer_model(copy.deepcopy(model), exact_sums=False)
+    for bits, split in ((8, True), (7, False), (2, False)):
+        with torch.inference_mode(), bit_width(safe, bits, "truncate"):
+            found = compare(safe, images)
+            assert all(a.wrong == 0 for a in found.values())
+            assert [m._built.halves is not None for m in integer_layers(safe)] == [split] * 6
+
+
+def test_calibrated_codes_stop_at_127_where_two_products_could_saturate():
+    images = _images(16)
+    torch.manual_seed(0)
+    model = _ready(create_model("resnet8_cifar"), images)
+    calibrate_activations(model, [images])
+    tops = {}
+    for exact in (True, False):
+        run = integer_model(copy.deepcopy(model), exact_sums=exact)
+        for bits in WIDTHS:
+            _logits(run, images, bits)
+            tops[exact, bits] = {m._built.into.top for m in integer_layers(run)}
+    assert all(tops[True, bits] == {255} for bits in WIDTHS)
+    assert [tops[False, bits] for bits in WIDTHS] == [{127}, {127}, {255}, {255}, {255}]
+
+
+def test_a_model_that_cannot_be_traced_runs_layer_by_layer():
+    torch.manual_seed(0)
+    model, x = Untraceable(), torch.randn(6, 8)
+    prepare(model, verbose=False, skip=())
+    calibrate_activations(model.eval(), [x])
+    run = integer_model(copy.deepcopy(model))
+    assert len(integer_layers(run)) == 3 and "3 of 3" in run.summary()
+    for bits in WIDTHS:
+        expected = _logits(model, x, bits)
+        assert (_logits(run, x, bits) - expected).norm() < 0.03 * expected.norm()
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight)
+
+
+def test_layers_that_cannot_be_integer_are_named_and_stay_in_float():
+    layers = OrderedDict(
+        stem=nn.Conv2d(3, 4, 3),
+        own=OwnForward(4, 4, 2),
+        up=nn.ConvTranspose2d(4, 4, 2),
+        reflect=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        fine=nn.Conv2d(4, 4, 3),
+    )
+    model, images = nn.Sequential(layers), _images()
+    prepare(model, verbose=False, skip=("first",))
+    calibrate_activations(model.eval(), [images])
+    run = integer_model(copy.deepcopy(model))
+    assert [m.name for m in integer_layers(run)] == ["fine"]
+    assert run.layers["own"] == "OwnForward computes its output in its own way"
+    assert run.layers["up"] == "ConvTranspose2d has no integer kernel"
+    assert run.layers["reflect"].startswith("its padding is reflect")
+    assert run.summary().startswith("1 of 5 layers run on integers; in float: stem (not quantized)")
+    expected = _logits(model, images, 4)
+    assert (_logits(run, images, 4) - expected).norm() < 0.03 * expected.norm()
+
+
+def test_bad_input(monkeypatch):
+    images = _images()
+    model = _ready(Mixed(), images)
+    with pytest.raises(UserError, match=r"no activation ranges.*--calibrate"):
+        integer_model(model)
+    calibrate_activations(model, [images])
+    del model.tq_ranges["wide"]
+    assert integer_model(copy.deepcopy(model)).layers["wide"] == "no activation range"
+    monkeypatch.setattr(
+        integer_layer,
+        "signed_level",
+        lambda *_: (_ for _ in ()).throw(ValueError("level 'x' has no integer form")),
+    )
+    with pytest.raises(UserError, match=r"no layer can run on integers.*level 'x'"):
+        integer_model(copy.deepcopy(model))
+    monkeypatch.setattr(integer, "missing_kernels", lambda: "it was built without oneDNN")
+    with pytest.raises(UserError, match="not available: it was built without oneDNN"):
+        integer_model(model)
+
+
+def test_the_kernel_cache_is_not_copied():
+    weight = torch.ones(2, 2, 1, 1, dtype=torch.int8)
+    one = torch.ones(2)
+    kernel = Conv2d(weight, one, 0 * one, (1, 2, 3, 3), (1, 1), (0, 0), (1, 1), 1, 0.5)
+    a = torch.full((1, 2, 3, 3), 3, dtype=torch.uint8)
+    assert (kernel(a, None) == 3.0).all()
+    images = _images()
+    model = _ready(Mixed(), images)
+    calibrate_activations(model, [images])
+    run = integer_model(model)
+    before = _logits(run, images, 2)
+    assert all(m._built is not None for m in integer_layers(run))
+    copied = copy.deepcopy(run)
+    assert all(m._built is None for m in integer_layers(copied))
+    assert torch.equal(_logits(copied, images, 2), before)
