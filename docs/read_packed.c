@@ -1,11 +1,13 @@
 /* Read a packed file of tq_lightning: docs/format.md in C99, one file, no dependency.
  *
  *     cc -std=c99 -O2 -o read_packed read_packed.c
- *     ./read_packed FILE BITS         list the tensors: name, codes, smallest, largest, dot product
+ *     ./read_packed FILE BITS         list the tensors: name, codes, smallest, largest, dot product;
+ *                                     and the level of each code, if the file has a table of them
  *     ./read_packed FILE BITS NAME    write the codes of a tensor to standard output, a byte each
  *
  * To use it as a library, define READ_PACKED_NO_MAIN, fill a buffer with the file (fread, mmap, or a
- * flash address), and call packed_open, packed_codes and packed_dot. Names are as in the JSON of the
+ * flash address), and call packed_open, packed_codes,
+ * packed_levels and packed_dot. Names are as in the JSON of the
  * header, with its escapes. Compressed files are refused: write an uncompressed one with
  * `export FILE --out FILE2`.
  */
@@ -33,16 +35,14 @@ static uint32_t rotate(uint32_t x, int n) { return (x >> n) | (x << (32 - n)); }
 
 static void sha256_block(sha256 *s, const uint8_t *block) {
     static const uint32_t k[64] = {
-        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4,
-        0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe,
-        0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f,
-        0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7,
-        0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
-        0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
-        0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116,
-        0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
-        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7,
-        0xc67178f2};
+        0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+        0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+        0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+        0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+        0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+        0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+        0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+        0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
     uint32_t w[64], v[8];
     for (int i = 0; i < 16; i++)
         w[i] = (uint32_t)block[4 * i] << 24 | (uint32_t)block[4 * i + 1] << 16 |
@@ -296,11 +296,9 @@ static int packed_parse_entry(packed *p, json *j, text name) {
         }
     }
     if (more < 0 || count != 3 || seen != 7) return 0;
-    item = equals(e.dtype, "I64") || equals(e.dtype, "F64") ? 8
-           : equals(e.dtype, "F32")                         ? 4
-           : equals(e.dtype, "U8")                          ? 1
-                                                            : 0;
-    if (item == 0 || e.end < e.begin || e.end - e.begin != product * item) return 0;
+    item = equals(e.dtype, "I64") || equals(e.dtype, "F64") ? 8 : equals(e.dtype, "F32") ? 4 : 1;
+    if (item == 1 && !equals(e.dtype, "U8")) return 0;
+    if (e.end < e.begin || e.end - e.begin != product * item) return 0;
     packed_entry *grown = packed_grow(p->entries, p->entry_count, sizeof e);
     if (grown == NULL) return 0;
     p->entries = grown;
@@ -315,11 +313,8 @@ static int packed_parse_tensor(packed *p, json *j) {
     text key;
     if (!json_take(j, '{')) return 0;
     while ((more = json_next(j, &count, '}', &key)) > 0) {
-        int bit = equals(key, "name")     ? 1
-                  : equals(key, "shape")  ? 2
-                  : equals(key, "offset") ? 4
-                  : equals(key, "scale")  ? 8
-                                          : 0;
+        int bit = equals(key, "name") | equals(key, "shape") << 1 | equals(key, "offset") << 2 |
+                  equals(key, "scale") << 3;
         seen |= bit;
         if (!(bit == 1   ? json_string(j, &t.name)
               : bit == 2 ? json_shape(j, &t.size)
@@ -358,7 +353,10 @@ static int packed_check_tiles(packed *p) {
     return good && end == p->codes;
 }
 
-static const packed_entry *packed_find(const packed *p, const char *name) {
+/* The tensor "plane3" or "levels4", or NULL. */
+static const packed_entry *packed_find(const packed *p, const char *kind, int number) {
+    char name[24];
+    snprintf(name, sizeof name, "%s%d", kind, number);
     for (size_t i = 0; i < p->entry_count; i++)
         if (equals(p->entries[i].name, name)) return &p->entries[i];
     return NULL;
@@ -409,9 +407,7 @@ static int packed_parse_header(packed *p, size_t size) {
     if (p->codes >= SIZE_MAX / 2) return packed_fail(p, "the codes do not fit into memory");
     if (!packed_check_tiles(p)) return packed_fail(p, "the layer map does not tile the codes");
     for (int i = 0; i < p->stored_bits; i++) {
-        char name[16];
-        snprintf(name, sizeof name, "plane%d", i);
-        const packed_entry *e = packed_find(p, name);
+        const packed_entry *e = packed_find(p, "plane", i);
         if (e == NULL || !equals(e->dtype, "U8") || e->end - e->begin != p->codes / 8)
             return packed_fail(p, "a plane is missing or has another size");
     }
@@ -450,8 +446,8 @@ int packed_open(packed *p, const uint8_t *data, size_t size) {
         if (more < 0) break;
     }
     if (more < 0 || json_peek(&j) != 0) return packed_fail(p, "the file's header is not valid JSON");
-    if (!equals(format, "tq_packed") || !equals(version, "1"))
-        return packed_fail(p, "not a packed file of version 1");
+    if (!equals(format, "tq_packed") || (!equals(version, "1") && !equals(version, "2")))
+        return packed_fail(p, "not a packed file of version 1 or 2");
     if (digest.size != 64) return packed_fail(p, "the header has no checksum");
     sha256_start(&sum);
     sha256_add(&sum, raw, (size_t)(digest.at - raw));
@@ -502,13 +498,24 @@ int packed_codes(packed *p, int bits, uint8_t *codes) {
     if (bits < 1 || bits > p->stored_bits) return packed_fail(p, "the file has fewer planes");
     memset(codes, 0, (size_t)p->codes);
     for (int plane = 0; plane < bits; plane++) {
-        char name[16];
-        snprintf(name, sizeof name, "plane%d", plane);
-        const packed_entry *e = packed_find(p, name);
+        const packed_entry *e = packed_find(p, "plane", plane);
         if (e == NULL || !packed_check(p, e)) return packed_fail(p, "a plane is damaged");
         const uint8_t *from = p->body + e->begin;
         for (uint64_t i = 0; i < p->codes; i++)
             codes[i] = (uint8_t)(codes[i] << 1 | (from[i / 8] >> (7 - i % 8) & 1));
+    }
+    return 1;
+}
+
+/* The level of each code of a width, 2^bits floats. 1, or 0 if the file has no table of them. */
+int packed_levels(packed *p, int bits, float *levels) {
+    const packed_entry *e = bits < 1 || bits > 8 ? NULL : packed_find(p, "levels", bits);
+    if (e == NULL) return packed_fail(p, "the levels are a formula");
+    if (!equals(e->dtype, "F32") || e->end - e->begin != (uint64_t)4 << bits || !packed_check(p, e))
+        return packed_fail(p, "a table of levels is damaged");
+    for (const uint8_t *b = p->body + e->begin; b < p->body + e->end; b += 4) {
+        uint32_t word = (uint32_t)b[3] << 24 | (uint32_t)b[2] << 16 | (uint32_t)b[1] << 8 | b[0];
+        memcpy(levels++, &word, 4);
     }
     return 1;
 }
@@ -546,19 +553,15 @@ static uint8_t *read_file(const char *path, size_t *size) {
 }
 
 int main(int argc, char **argv) {
-    if ((argc != 3 && argc != 4) || strlen(argv[2]) != 1) {
-        fprintf(stderr, "usage: read_packed FILE BITS [NAME]\n");
-        return 2;
-    }
+    if ((argc != 3 && argc != 4) || strlen(argv[2]) != 1)
+        return fprintf(stderr, "usage: read_packed FILE BITS [NAME]\n"), 2;
     packed p;
     size_t size;
     int bits = argv[2][0] - '0', found = argc == 3;
     uint8_t *data = read_file(argv[1], &size), *codes = NULL;
     int8_t *ramp = NULL;
-    if (data == NULL) {
-        fprintf(stderr, "read_packed: can't read %s\n", argv[1]);
-        return 2;
-    }
+    float levels[256];
+    if (data == NULL) return fprintf(stderr, "read_packed: can't read %s\n", argv[1]), 2;
     if (!packed_open(&p, data, size) || (codes = malloc((size_t)p.codes + 1)) == NULL ||
         (ramp = malloc((size_t)p.codes + 1)) == NULL || !packed_codes(&p, bits, codes)) {
         fprintf(stderr, "read_packed: %s: %s\n", argv[1], p.error ? p.error : "out of memory");
@@ -581,6 +584,10 @@ int main(int argc, char **argv) {
             printf("%.*s %zu %u %u %lld\n", (int)name.size, name.at, count, least, most,
                    (long long)packed_dot(own, ramp, count, bits));
         }
+    }
+    if (argc == 3 && packed_levels(&p, bits, levels)) {
+        for (int k = 0; k < 1 << bits; k++) printf(k > 0 ? " %.9g" : "levels %.9g", levels[k]);
+        printf("\n");
     }
     if (!found) fprintf(stderr, "read_packed: no tensor %s in %s\n", argv[3], argv[1]);
     packed_close(&p);

@@ -2,8 +2,8 @@
 
 `python read_packed.py FILE BITS` lists its weights as n-bit integers. This reader implements
 docs/format.md and depends only on NumPy, and on `zstandard` for compressed files. `read` returns
-codes and scales, `weights` float32 arrays, `norms` the norm set of a width. Only the planes that
-BITS needs are read.
+codes and scales, `weights` float32 arrays, `norms` the norm set of a width, `activation_ranges` the
+ranges for integer inference. Only the planes that BITS needs are read.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ def read_header(file):
     index = json.loads(raw)
     metadata = index.pop("__metadata__", {})
     kind, version = metadata.get("format"), metadata.get("format_version")
-    if (kind, version) != ("tq_packed", "1"):
-        raise ValueError(f"not a packed file of version 1 (format {kind}, version {version})")
+    if kind != "tq_packed" or version not in ("1", "2"):
+        raise ValueError(f"not a packed file of version 1 or 2 (format {kind}, version {version})")
     blank = raw.replace(metadata["header_sha256"].encode(), b"0" * 64, 1)
     if hashlib.sha256(blank).hexdigest() != metadata["header_sha256"]:
         raise ValueError("the header is damaged")
@@ -99,16 +99,30 @@ def norms(path, bits):
 def weights(path, bits):
     """Return {tensor name: float32 weight}: scale * (2 level - 1), rounded at every step."""
     with open(path, "rb") as file:
-        level = read_header(file)[0]["prepare"]["level"]
+        header, index, start = read_header(file)
+        level, table = header["prepare"].get("level", "endpoint"), None
+        if f"levels{bits}" in index:
+            table = read_tensor(file, header, index, start, f"levels{bits}")
     result = {}
     for name, (codes, scale) in read(path, bits).items():
         k = codes.astype(np.float32)
-        if level == "endpoint":
+        if table is not None:
+            k = table[codes]
+        elif level == "endpoint":
             k /= np.float32(2**bits - 1)
-        else:
+        elif level in ("left", "centre"):
             k = (k + np.float32(0.5) if level == "centre" else k) * np.float32(2.0**-bits)
+        else:
+            raise ValueError(f"level {level} is not known and has no table")
         result[name] = (k * np.float32(2) - np.float32(1)) * scale
     return result
+
+
+def activation_ranges(path):
+    """Return {layer name: (low, high)}, the ranges of the inputs of integer layers."""
+    with open(path, "rb") as file:
+        header, _, _ = read_header(file)
+    return {name: tuple(pair) for name, pair in header.get("activation_ranges", {}).items()}
 
 
 def main(args):

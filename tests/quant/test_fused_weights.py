@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from fixtures.pairings import pairings
 from torch import nn
 
 from tq_lightning import bit_width, prepare
@@ -11,7 +12,6 @@ from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.flat_weights import FlatWeights
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.levels import LEVELS
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import original, weight_quantizers
@@ -77,8 +77,8 @@ def same(alone, fused):
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_values_and_gradients_are_those_of_the_layers(quantizer, normalizer):
-    for level in LEVELS:
-        model = layers(quantizer=quantizer, normalizer=normalizer, level=level)
+    for choices in pairings(normalizer, quantizer):
+        model = layers(**choices)
         for bits, source in ((8, "quantize"), (3, "quantize"), (3, "truncate"), (1, "quantize")):
             alone, made, alone_grads, fused_grads = compare(model, bits, source)
             assert same(alone, made)
@@ -213,7 +213,7 @@ HUGE = {"a sum above float32": 3e37, "one of 1e30": 1e30, "zero": 0.0, "smallest
 def test_hard_weights(case):
     for normalizer in NORMALIZERS:
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(2, 2))
-        prepare(model, skip=(), normalizer=normalizer, verbose=False)
+        prepare(model, skip=(), **pairings(normalizer)[0], verbose=False)
         with torch.no_grad():
             original(model[0], "weight").fill_(HUGE[case])
         alone, made, alone_grads, fused_grads = compare(model, 2)

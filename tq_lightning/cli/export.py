@@ -169,7 +169,7 @@ def _packed(a: argparse.Namespace) -> dict[str, int]:
 def _widest(path: Path) -> int:
     """Return the widest width that a packed file runs at."""
     from tq_lightning.export.packed.container import Container
-    from tq_lightning.export.packed.schema import read_header
+    from tq_lightning.export.packed.header import read_header
 
     with Container(path) as file:
         header = read_header(file)

@@ -1,18 +1,29 @@
-"""QuantConfig: the nine choices of `prepare`, typed and checked once."""
+"""QuantConfig: the choices of `prepare`, typed and checked once."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any
 
+import torch
+
 from tq_lightning.quant.activation import ACTIVATIONS
-from tq_lightning.quant.codes import QUANTIZERS, check_bits
+from tq_lightning.quant.codes import (
+    QUANTIZERS,
+    STORED_BITS,
+    Quantizer,
+    check_bits,
+    truncate_codes,
+)
+from tq_lightning.quant.level_tables import LEVEL_TABLES
 from tq_lightning.quant.levels import LEVELS
-from tq_lightning.quant.normalizers import NORMALIZERS
-from tq_lightning.quant.ste import resolve_ste
+from tq_lightning.quant.normalizers import NORMALIZERS, SCALES
+from tq_lightning.quant.ste import STES, resolve_ste
 
 NORMS = ("per_width", "per_width_all", "shared")
 FLOAT_PASSES = ("plain", "normalized")
-_FIXED_RANGE = ("tanh", "tanh_channel", "absmax", "absmax_channel")
+# choices that earlier versions do not have: files leave them out at these defaults
+ADDED_CHOICES: dict[str, Any] = {"float_pass": "plain", "shared_norms": [], "scale": "mean"}
 
 
 @dataclass(frozen=True)
@@ -21,8 +32,10 @@ class QuantConfig:
 
     Attributes:
         quantizer: Forward rule, a key of `codes.QUANTIZERS`.
-        ste: Backward rule, a key of `ste.STES`; "auto" is the one paired with the quantizer.
-        level: Placement of codes in [0, 1], a key of `levels.LEVELS`.
+        ste: Backward rule, a key of `ste.STES`; "auto" is the one paired with the quantizer,
+            or with the normalizer if its row names one.
+        level: Placement of codes in [0, 1], a key of `levels.LEVELS` or
+            `level_tables.LEVEL_TABLES`.
         normalizer: A key of `normalizers.NORMALIZERS`.
         widths: Widths that are trained; stored as a tuple, widest first.
         max_bits: Stored width, 1..8.
@@ -33,9 +46,11 @@ class QuantConfig:
             and activations clipped as at the other widths. "normalized" is the limit of many bits,
             w^ = E (2u - 1), with activations that are not clipped above (Any-Precision DNNs).
         shared_norms: fnmatch patterns of norms that stay one for all widths.
+        scale: Weight at level 1, one of `normalizers.SCALES`: "mean" is mean|w| (the paper),
+            "span" the weight that the normalizer maps to u = 1, which preserves values.
 
     Raises:
-        ValueError: A value that is unknown or out of range.
+        ValueError: A value that is unknown or out of range, or values that do not go together.
     """
 
     quantizer: str = "floor"
@@ -49,14 +64,16 @@ class QuantConfig:
     norm: str = "per_width"
     float_pass: str = "plain"
     shared_norms: tuple[str, ...] = ()
+    scale: str = "mean"
 
     def __post_init__(self) -> None:
         for key, known in (
             ("quantizer", QUANTIZERS),
-            ("level", LEVELS),
+            ("level", {**LEVELS, **LEVEL_TABLES}),
             ("normalizer", NORMALIZERS),
             ("norm", NORMS),
             ("float_pass", FLOAT_PASSES),
+            ("scale", SCALES),
         ):
             value = getattr(self, key)
             if value not in known:
@@ -71,17 +88,20 @@ class QuantConfig:
             if isinstance(value, str):
                 raise ValueError(f"{key} must be a list, got {value!r}; pass [{value!r}]")
             object.__setattr__(self, key, tuple(value))
-        if self.float_pass == "normalized" and self.normalizer not in _FIXED_RANGE:
+        fixed = [name for name, row in NORMALIZERS.items() if row.reference == "max"]
+        if self.float_pass == "normalized" and self.normalizer not in fixed:
             raise ValueError(
                 f"float_pass 'normalized' does not go with normalizer {self.normalizer!r}; "
-                f"pass normalizer {', '.join(_FIXED_RANGE)}"
+                f"pass normalizer {', '.join(fixed)}"
             )
         resolve_ste(self.ste, self.quantizer)
+        check_nested(self.quantizer)
+        self._check_pairing()
         object.__setattr__(self, "widths", check_widths(self.widths, self.max_bits))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantConfig":
-        """Pick the nine choices out of a mapping; other keys are ignored, missing ones default.
+        """Pick the choices out of a mapping; other keys are ignored, missing ones default.
 
         Raises:
             ValueError: As in the constructor.
@@ -91,19 +111,82 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the choices as plain JSON types: the form that files and checkpoints hold."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        # choices that files of earlier versions do not have, at their defaults
-        added = {"float_pass": "plain", "shared_norms": []}
-        return {k: v for k, v in plain.items() if k not in added or v != added[k]}
+        return {k: v for k, v in plain.items() if k not in ADDED_CHOICES or v != ADDED_CHOICES[k]}
 
     @property
     def resolved_ste(self) -> str:
         """The straight-through estimator of the weights: `ste` with "auto" resolved."""
+        paired = NORMALIZERS[self.normalizer].ste
+        if self.ste == "auto" and paired is not None:
+            return paired
         return resolve_ste(self.ste, self.quantizer)
+
+    def _check_pairing(self) -> None:
+        """Check that normalizer, level, scale, quantizer and STE go together.
+
+        Raises:
+            ValueError: They do not; the message names both and what goes with them.
+        """
+        row, ste = NORMALIZERS[self.normalizer], self.resolved_ste
+        for key, value, known in (
+            ("level", self.level, LEVELS if row.levels is None else row.levels),
+            ("scale", self.scale, row.scales),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"{key} {value!r} does not go with normalizer {self.normalizer!r}; "
+                    f"pass {key} {' or '.join(known)}"
+                )
+        if self.level in LEVEL_TABLES and not self.nested:
+            nested = [name for name, other in QUANTIZERS.items() if other.nested]
+            raise ValueError(
+                f"level {self.level!r} does not go with quantizer {self.quantizer!r}, whose bins "
+                f"are others; pass quantizer {' or '.join(nested)}"
+            )
+        if row.reference == "rms" and STES[ste].uniform:
+            raise ValueError(
+                f"ste {ste!r} does not go with normalizer {self.normalizer!r}, which is not "
+                "uniform; pass ste auto"
+            )
 
     @property
     def nested(self) -> bool:
         """Whether the codes of the weights nest, see `codes.Quantizer`."""
         return QUANTIZERS[self.quantizer].nested
+
+
+@cache
+def _counter_example(row: Quantizer) -> tuple[float, int, int, int] | None:
+    """Find u, a width, its code, and the other code that a shift gives; None if codes nest."""
+    edges = torch.arange(513) / 512
+    random = torch.rand(4096, generator=torch.Generator().manual_seed(0))
+    u = torch.cat([edges, edges.nextafter(edges - 1), edges.nextafter(edges + 1), random])
+    u = u.clamp(0.0, 1.0)
+    stored = row.codes(u, STORED_BITS)
+    for bits in range(1, STORED_BITS):
+        codes, shifted = row.codes(u, bits), truncate_codes(stored, STORED_BITS, bits)
+        wrong = (codes != shifted).nonzero()
+        if len(wrong):
+            i = int(wrong[0])
+            return float(u[i]), bits, int(codes[i]), int(shifted[i])
+    return None
+
+
+def check_nested(quantizer: str) -> None:
+    """Check that a row of `QUANTIZERS` that declares nested codes has them.
+
+    Raises:
+        ValueError: It declares them and has none; the message gives a counter-example.
+    """
+    row = QUANTIZERS[quantizer]
+    found = _counter_example(row) if row.nested else None
+    if found is not None:
+        u, bits, code, shifted = found
+        raise ValueError(
+            f"quantizer {quantizer!r} declares nested codes, but at u = {u:.6g} its {bits}-bit "
+            f"code is {code} and its {STORED_BITS}-bit code shifted right is {shifted}; "
+            "pass nested=False in its row"
+        )
 
 
 def check_widths(widths: Iterable[int], max_bits: int) -> tuple[int, ...]:

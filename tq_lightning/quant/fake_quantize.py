@@ -33,37 +33,42 @@ class FakeQuantize(torch.autograd.Function):
     It is a single node, so that the forward pass keeps no intermediate tensor that the rule does
     not read.
 
-    forward(u, scale, signed, bits, quantizer, ste, level, max_bits, source): `u` is float32 in
-    [0, 1], any shape; `scale` is float32, broadcastable to it. Returns float32 of the shape of `u`:
-    scale * (2 level - 1) if `signed` (weights; the same `dequantize` reads packed files), else
-    scale * level (activations). The scale of weights gets a gradient if it requires one (the
-    `scale_rule` of the STE); that of activations never does.
+    forward(u, scale, signed, bits, quantizer, ste, level, max_bits, source, table=None): `u` is
+    float32 in [0, 1], any shape; `scale` is float32, broadcastable to it; `table` holds the levels,
+    see `codes_to_levels`. Returns float32 of the shape of `u`: scale * (2 level - 1) if `signed`
+    (weights; the same `dequantize` reads packed files), else scale * level (activations). The scale
+    of weights gets a gradient if it requires one (the `scale_rule` of the STE); that of activations
+    never does.
     """
 
     @staticmethod
-    def forward(ctx, u, scale, signed, bits, quantizer, ste, level, max_bits, source):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, u, scale, signed, bits, quantizer, ste, level, max_bits, source, table=None
+    ):
         """Return the fake-quantized values of `u`."""
         codes = width_codes(u, bits, quantizer, max_bits, source)
         kept = (u, codes) if STES[ste].elementwise or scale.requires_grad else (None, None)
-        ctx.save_for_backward(scale, *kept)
+        ctx.save_for_backward(scale, *kept, table)
         ctx.rule = (signed, bits, quantizer, ste, level)
         if signed:
-            return dequantize(codes, bits, scale, level)
+            return dequantize(codes, bits, scale, level, table=table)
         return codes_to_levels(codes, bits, level).mul_(scale)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         """Return the straight-through gradients of `u` and of a learned scale."""
-        scale, u, codes = ctx.saved_tensors
+        scale, u, codes, table = ctx.saved_tensors
         signed, bits, quantizer, ste, level = ctx.rule
-        levels = None if codes is None else codes_to_levels(codes, bits, level)
+        levels = None
+        if codes is not None:
+            levels = codes_to_levels(codes, bits, level, table=table)
         grad_level = grad * (2.0 * scale if signed else scale)
         grad_u = STES[ste].rule(grad_level, u, levels, bits, quantizer)
         grad_scale = None
         if ctx.needs_input_grad[1]:
             each = STES[ste].scale_rule(grad, grad_u, u, levels, scale, bits, quantizer)
             grad_scale = each.sum_to_size(scale.shape)
-        return grad_u, grad_scale, None, None, None, None, None, None, None
+        return grad_u, grad_scale, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 class FakeQuantizeTensors(torch.autograd.Function):

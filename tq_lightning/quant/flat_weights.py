@@ -14,7 +14,7 @@ from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.levels import codes_to_levels, dequantize
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.weight import TINY, QuantizedTensor, WeightQuantizer
+from tq_lightning.quant.weight import TINY, QuantizedTensor, WeightQuantizer, span_of
 
 ALIGNMENT = 16  # elements between the starts of two weights divide by it: 64 bytes of float32
 
@@ -77,23 +77,51 @@ class FlatWeights:
         self._u, self._u_views = self._flat()
         self._scale, scale_views = self._flat()
         torch._foreach_copy_(self._u_views, self.originals)
-        scales = self._learned_ranges() if self.ranges else self._means()
-        torch._foreach_copy_(scale_views, scales)
-        t = row.squash(self._u)
-        if t is not self._u:
-            self._u.copy_(t)
+        self._top: list[Tensor] | None = None
         if self.ranges:
-            self._top = scales
+            scales = self._over = self._top = self._learned_ranges()
+            self._squash()
+        elif row.reference == "rms":
+            self._over = self._rms()
+            scales = [span_of(rms, row) for rms in self._over]
+            torch._foreach_div_(self._u_views, self._over)
+            self._squash()
         else:
+            scales = self._means() if self.rule.scale == "mean" else self._maxima()
+            self._squash()
             torch.abs(self._u, out=self._made)
-            self._top = self._reduce(self.tensors, "max")
+            self._over = self._top = self._reduce(self.tensors, "max")
             torch._foreach_clamp_min_(self._top, TINY)
+        if STES[self.rule.ste].value:
+            self._over = [scale.detach().clamp_min(TINY) for scale in scales]
+        torch._foreach_copy_(scale_views, scales)
         self._u.mul_(0.5)
-        torch._foreach_div_(self._u_views, self._top)
+        if self._top is not None:
+            torch._foreach_div_(self._u_views, self._top)
         self._u.add_(0.5)
-        if self.ranges:
+        self._clamped = bool(self.ranges) or row.reference == "rms"
+        if self._clamped:
             self._u.clamp_(0.0, 1.0)
         self._stored: Tensor | None = None
+
+    def _squash(self) -> None:
+        t = NORMALIZERS[self.rule.normalizer].squash(self._u)
+        if t is not self._u:
+            self._u.copy_(t)
+
+    def _maxima(self) -> list[Tensor]:
+        torch.abs(self._u, out=self._made)
+        tops = self._reduce(self.tensors, "max")
+        self.finite = torch.stack([top.isfinite().all() for top in tops]).all()
+        return tops
+
+    def _rms(self) -> list[Tensor]:
+        tops = self._maxima()
+        torch._foreach_clamp_min_(tops, TINY)
+        torch._foreach_div_(self.tensors, tops)
+        self._made.mul_(self._made)
+        means = self._reduce(self.tensors, "mean")
+        return [m.sqrt().mul(t).clamp_min(TINY) for m, t in zip(means, tops, strict=True)]
 
     def _learned_ranges(self) -> list[Tensor]:
         values = [
@@ -142,7 +170,8 @@ class FlatWeights:
             torch.sub(self._u, 0.5, out=self._made).mul_(2.0 * self._scale)
         else:
             codes = self._codes(bits, source)
-            dequantize(codes, bits, self._scale, self.rule.level, out=self._made)
+            self._table = self.rule.table(bits, self.device)
+            dequantize(codes, bits, self._scale, self.rule.level, out=self._made, table=self._table)
             self._kept = codes if STES[self.rule.ste].elementwise or self.ranges else None
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it knows tensors by identity, and theirs does not change
@@ -196,7 +225,7 @@ class FlatWeights:
             return
         level = None
         if self._kept is not None:
-            level = codes_to_levels(self._kept, self.bits, self.rule.level)
+            level = codes_to_levels(self._kept, self.bits, self.rule.level, table=self._table)
         grad_level = self._grad * (2.0 * self._scale)
         ste = STES[self.rule.ste]
         grad_u = ste.rule(
@@ -217,7 +246,10 @@ class FlatWeights:
 
     def _add_range_grads(self, each: Tensor) -> None:
         views = [each.as_strided(v.shape, v.stride(), v.storage_offset()) for v in self.tensors]
-        sums = [v.sum_to_size(r.shape) for v, r in zip(views, self.ranges, strict=True)]
+        sums = [
+            w.quantizer.range_grad(v, r)
+            for w, v, r in zip(self.weights, views, self.ranges, strict=True)
+        ]
         if self._range_sums:
             torch._foreach_add_(self._range_sums, sums)
         else:
@@ -228,7 +260,8 @@ class FlatWeights:
         """Pairs (parameter, its gradient), summed over the widths; ends the use of `u`.
 
         The parameters are weights, and learned ranges, that took part. du/dw is (dt/dw) / (2 range
-        of t); see `Normalize`, which has the same operations in the same order.
+        of t), or 1 / (2 scale) for the rule "value"; see `Normalize`, which has the same operations
+        in the same order.
         """
         if self._grad_sum is not None:
             self._normalizer_backward()
@@ -247,14 +280,15 @@ class FlatWeights:
         assert self._grad_sum is not None
         slope = NORMALIZERS[self.rule.normalizer].slope
         self._grad.copy_(self._grad_sum)
-        if self.ranges:
+        if self._clamped:
             self._grad.mul_((self._u > 0) & (self._u < 1))
-        if slope is not None:
+        if slope is not None and not STES[self.rule.ste].value:
             self._u.sub_(0.5).mul_(2.0)
-            torch._foreach_mul_(self._u_views, self._top)
+            if self._top is not None:
+                torch._foreach_mul_(self._u_views, self._top)
             self._grad.mul_(slope(self._u))
         self._grad.mul_(0.5)
-        torch._foreach_div_(self._grad_views, self._top)
+        torch._foreach_div_(self._grad_views, self._over)
         self.finite = None  # `u` is overwritten
 
 

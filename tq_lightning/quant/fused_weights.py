@@ -33,7 +33,7 @@ class FusedModel:
         for w in weight_quantizers(model):
             q = w.quantizer
             learned = q.range is not None
-            key = (w.original.device, q.quantizer, q.ste, q.level, q.normalizer, learned)
+            key = (w.original.device, q.quantizer, q.ste, q.level, q.normalizer, q.scale, learned)
             groups.setdefault(key, []).append(w)
         self.groups = [FlatWeights(group) for group in groups.values()]
         self.check = check

@@ -11,30 +11,34 @@ class Normalize(torch.autograd.Function):
     Only `u` is kept for the backward pass, which recovers t from it. `FlatWeights` does the same
     for all weights of a model at once, in the same order of operations, so both give the same bits.
 
-    forward(w, t, top, normalizer, clamped): float32 weight and t = squash(w), any shape; `top` is
-    the range of t, broadcastable; `clamped` tells that t may lie outside of it (a learned range).
-    Returns float32 u in [0, 1], shape of `w`.
+    forward(w, t, top, over, normalizer, slope, clamped): float32 weight, and t = squash(w) of any
+    shape; `top` is the range of t, broadcastable, or None for 1; `over` divides the gradient: dw is
+    2 du over / (dt/dw); `slope` tells whether dt/dw is part of it; `clamped` tells that u may reach
+    the ends of [0, 1], where the gradient is 0. Returns float32 u in [0, 1], shape of `w`.
     """
 
     @staticmethod
-    def forward(ctx, w, t, top, normalizer, clamped):  # type: ignore[no-untyped-def]
+    def forward(ctx, w, t, top, over, normalizer, slope, clamped):  # type: ignore[no-untyped-def]
         """Return u."""
         # halved first, since twice a maximum near 3e38 overflows
-        u = (t * 0.5).div_(top).add_(0.5)
+        u = t * 0.5
+        if top is not None:
+            u.div_(top)
+        u.add_(0.5)
         if clamped:
             u.clamp_(0.0, 1.0)
-        ctx.save_for_backward(u, top)
-        ctx.rule = (normalizer, clamped)
+        ctx.save_for_backward(u, top, over)
+        ctx.rule = (NORMALIZERS[normalizer].slope if slope else None, clamped)
         return u
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        """Return dL/dw = dL/du (dt/dw) / (2 range), 0 where `u` was clamped."""
-        u, top = ctx.saved_tensors
-        normalizer, clamped = ctx.rule
-        slope = NORMALIZERS[normalizer].slope
+        """Return dL/dw = dL/du (dt/dw) / (2 over), 0 where `u` was clamped."""
+        u, top, over = ctx.saved_tensors
+        slope, clamped = ctx.rule
         if clamped:
             grad = grad * ((u > 0) & (u < 1))
         if slope is not None:
-            grad = grad * slope((u - 0.5).mul_(2.0).mul_(top))
-        return grad * 0.5 / top, None, None, None, None
+            t = (u - 0.5).mul_(2.0)
+            grad = grad * slope(t if top is None else t.mul_(top))
+        return grad * 0.5 / over, None, None, None, None, None, None

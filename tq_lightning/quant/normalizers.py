@@ -1,29 +1,54 @@
-"""Normalizers: maps from float weights to u in [0, 1], which quantizers turn into codes.
+"""Normalizers: monotone maps G from float weights to u in [0, 1], which quantizers turn into codes.
+
+Codes are always `floor(2^n u)`. They nest for every monotone G, so a non-uniform code is a
+normalizer, not a quantizer: its bins are those that G makes of equal parts of [0, 1].
 
 To add a normalizer, write its functions and one row of `NORMALIZERS`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+MU = 8.0  # places the 2-bit threshold at one rms; the least-squares code has it at 0.98
+OCTAVES = 8.0  # of `log`: 3 bits after the sign are the exponent of a power of two
+
 
 @dataclass(frozen=True)
 class Normalizer:
-    """A row of `NORMALIZERS`: u = t / (2 max|t|) + 1/2 with t = `squash(w)`.
+    """A row of `NORMALIZERS`: u = (t / r + 1) / 2, with t = `squash(w)`, and what goes with it.
 
     Attributes:
-        squash: w -> t, odd and increasing.
+        squash: w -> t, odd and increasing; with `reference="rms"` w / rms -> t in [-1, 1].
         slope: t -> dt/dw, may overwrite its argument; None if t is w.
-        per_channel: Take the maximum, and the mean of the scale, over each output channel,
-            not over the whole tensor.
+        per_channel: Take the maximum, the root mean square, the learned range and the scale over
+            each output channel, not over the whole tensor.
+        reference: "max" has r = max|t|. "rms" divides w by its root mean square before `squash`,
+            and r is 1. "learned" has r = c, a parameter, and clamps u.
+        span: Weight at u = 1 in multiples of the rms; the range c of "learned" starts there. None
+            for "max", where it is the largest weight.
+        inverse: u (float64) -> w / rms, for tables of levels; None if no level is a table.
+        levels: Levels that it goes with, keys of `levels.LEVELS` or `level_tables.LEVEL_TABLES`;
+            None = every key of `LEVELS`.
+        scales: Scales that it goes with, of `SCALES`.
+        ste: Straight-through estimator of `ste="auto"`; None = that of the quantizer.
     """
 
     squash: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor] | None
     per_channel: bool
+    reference: str = "max"
+    span: float | None = None
+    inverse: Callable[[Tensor], Tensor] | None = None
+    levels: tuple[str, ...] | None = None
+    scales: tuple[str, ...] = ("mean", "span")
+    ste: str | None = None
+
+
+SCALES = ("mean", "span")
 
 
 def _unchanged(w: Tensor) -> Tensor:
@@ -34,9 +59,147 @@ def _tanh_slope(t: Tensor) -> Tensor:
     return t.square_().neg_().add_(1.0)
 
 
+def _learned_inverse(u: Tensor) -> Tensor:
+    return (u * 2.0 - 1.0) * 2.5
+
+
+# -- G = Phi(z / sqrt 3), z = w / rms: bins as dense as the cube root of a normal weight's density -
+def _gaussian(z: Tensor) -> Tensor:
+    return torch.erf(z * (1.0 / math.sqrt(6.0)))
+
+
+def _gaussian_slope(t: Tensor) -> Tensor:
+    return torch.erfinv(t).square_().neg_().exp_().mul_(2.0 / math.sqrt(6.0 * math.pi))
+
+
+def _gaussian_inverse(u: Tensor) -> Tensor:
+    return torch.special.ndtri(u) * math.sqrt(3.0)
+
+
+# -- sign, 2 exponent bits, mantissa; a magnitude of 8 is 4 rms ------------------------------------
+def _float_e2(z: Tensor) -> Tensor:
+    # the exponents 0 and 1, 2, and 3 are the pieces of a concave function of x = 2 |z| < 8
+    x = z.abs() * 2.0
+    magnitude = torch.minimum(x * 0.25, (x * 0.125).add_(0.25))
+    magnitude = torch.minimum(magnitude, x.mul_(0.0625).add_(0.5)).clamp_max_(1.0)
+    return magnitude.copysign_(z)
+
+
+def _float_e2_slope(t: Tensor) -> Tensor:
+    t = t.abs_()
+    return 0.5 - 0.25 * (t >= 0.5).to(t.dtype) - 0.125 * (t >= 0.75).to(t.dtype)
+
+
+def _float_e2_inverse(u: Tensor) -> Tensor:
+    t = u * 2.0 - 1.0
+    m = t.abs()
+    x = torch.where(m < 0.5, 4.0 * m, torch.where(m < 0.75, 8.0 * m - 2.0, 16.0 * m - 8.0))
+    return (x * 0.5).copysign(t)
+
+
+# -- mu-law companding over 4 rms ------------------------------------------------------------------
+def _mu_law(z: Tensor) -> Tensor:
+    x = z.abs().mul_(MU / 4.0).log1p_().mul_(1.0 / math.log1p(MU))
+    return x.clamp_max_(1.0).copysign_(z)
+
+
+def _mu_law_slope(t: Tensor) -> Tensor:
+    log = math.log1p(MU)
+    return t.abs_().mul_(-log).exp_().mul_(MU / 4.0 / log)
+
+
+def _mu_law_inverse(u: Tensor) -> Tensor:
+    t = u * 2.0 - 1.0
+    return (t.abs() * math.log1p(MU)).expm1().mul(4.0 / MU).copysign(t)
+
+
+# -- sign and binary logarithm of the magnitude, over 8 octaves below 4 rms ------------------------
+def _log(z: Tensor) -> Tensor:
+    x = z.abs().mul_(0.25).log2_().mul_(1.0 / OCTAVES).add_(1.0)
+    return x.clamp_(0.0, 1.0).copysign_(z)
+
+
+def _log_slope(t: Tensor) -> Tensor:
+    t = t.abs_()
+    inverse = t.sub(1.0).mul_(-OCTAVES).exp2_().mul_(0.25 / (OCTAVES * math.log(2.0)))
+    return inverse.mul_(t > 0)  # magnitudes below the lowest octave are all code 0
+
+
+def _log_inverse(u: Tensor) -> Tensor:
+    t = u * 2.0 - 1.0
+    magnitude = 4.0 * torch.exp2((t.abs() - 1.0) * OCTAVES)
+    return torch.where(t == 0, torch.zeros_like(t), magnitude.copysign(t))
+
+
 NORMALIZERS: dict[str, Normalizer] = {
     "tanh": Normalizer(torch.tanh, _tanh_slope, per_channel=False),
     "tanh_channel": Normalizer(torch.tanh, _tanh_slope, per_channel=True),
     "absmax": Normalizer(_unchanged, None, per_channel=False),
     "absmax_channel": Normalizer(_unchanged, None, per_channel=True),
+    "learned": Normalizer(
+        _unchanged,
+        None,
+        per_channel=False,
+        reference="learned",
+        span=2.5,
+        inverse=_learned_inverse,
+        levels=("centre", "centroid"),
+        scales=("span",),
+        ste="identity",
+    ),
+    "learned_channel": Normalizer(
+        _unchanged,
+        None,
+        per_channel=True,
+        reference="learned",
+        span=2.5,
+        inverse=_learned_inverse,
+        levels=("centre", "centroid"),
+        scales=("span",),
+        ste="identity",
+    ),
+    "gaussian": Normalizer(
+        _gaussian,
+        _gaussian_slope,
+        per_channel=False,
+        reference="rms",
+        span=4.0,
+        inverse=_gaussian_inverse,
+        levels=("centroid",),
+        scales=("span",),
+        ste="value",
+    ),
+    "float_e2": Normalizer(
+        _float_e2,
+        _float_e2_slope,
+        per_channel=False,
+        reference="rms",
+        span=4.0,
+        inverse=_float_e2_inverse,
+        levels=("centroid", "native"),
+        scales=("span",),
+        ste="value",
+    ),
+    "mu_law": Normalizer(
+        _mu_law,
+        _mu_law_slope,
+        per_channel=False,
+        reference="rms",
+        span=4.0,
+        inverse=_mu_law_inverse,
+        levels=("centroid",),
+        scales=("span",),
+        ste="value",
+    ),
+    "log": Normalizer(
+        _log,
+        _log_slope,
+        per_channel=False,
+        reference="rms",
+        span=4.0,
+        inverse=_log_inverse,
+        levels=("centroid", "native"),
+        scales=("span",),
+        ste="value",
+    ),
 }

@@ -13,6 +13,7 @@ from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.config import NORMS, QuantConfig
 from tq_lightning.quant.layers import LAYER_NORMS, Layer, replace_modules, select_layers
+from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 from tq_lightning.quant.weight import WeightQuantizer, weight_quantizers
 
@@ -54,6 +55,7 @@ def prepare(
     verbose: bool = True,
     float_pass: str = "plain",
     shared_norms: Sequence[str] = (),
+    scale: str = "mean",
 ) -> PrepareReport:
     """Prepare `model` for training at several widths, in place. Load its weights before.
 
@@ -66,9 +68,12 @@ def prepare(
             `codes.QUANTIZERS`.
         ste: Backward rule, a key of `ste.STES`. "auto" is the paper's pairing: scaled for floor,
             identity for round.
-        level: Placement of codes in [0, 1]: "endpoint", "left" or "centre".
-        normalizer: "tanh" (DoReFa) or "absmax" over the tensor; "tanh_channel" or "absmax_channel"
-            per output channel.
+        level: Placement of codes in [0, 1]: "endpoint", "left" or "centre"; for non-uniform codes
+            "centroid" or "native".
+        normalizer: "tanh" (DoReFa), "absmax" or "learned" (a trained range) over the tensor;
+            "tanh_channel", "absmax_channel" or "learned_channel" per output channel. "gaussian",
+            "float_e2", "mu_law" and "log" make non-uniform codes. `normalizers.NORMALIZERS` says
+            which levels and scales go with each.
         widths: Widths that will be trained, in bits.
         max_bits: Stored width, 1..8.
         activations: None, or a key of `activation.ACTIVATIONS`. Replaces every ReLU, ReLU6 and
@@ -80,6 +85,8 @@ def prepare(
         float_pass: The network at bits=None: "plain" has the float weights, "normalized" those of
             the quantizer before rounding, E (2u - 1), and plain ReLUs.
         shared_norms: fnmatch patterns of norms that stay one for all widths.
+        scale: Weight at level 1: "mean" is mean|w| (the paper), "span" the largest weight that the
+            normalizer represents, so that weights keep their values.
 
     Returns:
         {layer name: what was attached}, with the share of quantized parameters. The arguments are
@@ -101,6 +108,7 @@ def prepare(
         norm,
         float_pass,
         shared_norms,  # type: ignore[arg-type]
+        scale,
     )
     report = apply_config(model, config)
     if verbose:
@@ -136,6 +144,8 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
         if layer.skipped is None:
             _attach_weight(layer, width, config)
             rule = f"{config.quantizer}, {config.normalizer}, {config.level}"
+            if config.scale != "mean":
+                rule += f", {config.scale}"
         else:
             rule = f"float (skip {layer.skipped!r})"
         report[layer.name] = f"weight {shapes}: {rule}"
@@ -223,6 +233,8 @@ def _attach_weight(layer: Layer, width: Width, config: QuantConfig) -> None:
             channel_dim=1 if transposed else 0,
             groups=layer.module.groups if transposed else 1,  # type: ignore[arg-type]
         )
+        if NORMALIZERS[config.normalizer].reference == "learned":
+            quantizer.start_range(getattr(layer.module, tensor))
         # unsafe skips a check that would run the quantizer once
         parametrize.register_parametrization(layer.module, tensor, quantizer, unsafe=True)
     if isinstance(layer.module, nn.RNNBase):

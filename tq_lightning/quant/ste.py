@@ -124,6 +124,20 @@ def range_gradient(
     return (level * 2.0).sub_(1.0).mul_(grad).sub_(through_u)
 
 
+def value(grad: Tensor, u: Tensor, level: Tensor, bits: int, quantizer: str) -> Tensor:
+    """dL/du = dL/dlevel; and dL/dw = dL/dw^ inside the range, whatever the slope of the normalizer.
+
+    Levels that preserve values rise by as much as the weights do: over a bin of u the staircase has
+    the mean slope 1 / G', which the slope G' of a non-uniform normalizer cancels. The other rules
+    leave G' in the gradient, so that weights in dense bins would learn faster.
+
+    Source: this project; Bengio et al., arXiv 1308.3432, applied to the weight instead of `u`.
+
+    Example: at 2 bits u = 0.4 gives level 1/3; a gradient of 1 stays 1, and reaches w as it is.
+    """
+    return grad
+
+
 @dataclass(frozen=True)
 class STE:
     """A row of `STES`.
@@ -134,6 +148,8 @@ class STE:
             forward pass need not keep them.
         scale_rule: (grad, grad_u, u, level, scale, bits, quantizer) -> dL/dscale of each element.
             Called only if the scale is a parameter; `u` and `level` are then kept for every rule.
+        value: Leave the slope of the normalizer out of dL/dw, which is dL/du / (2 scale).
+        uniform: The rule takes levels for approximations of `u`, which needs a uniform normalizer.
     """
 
     rule: Callable[[Tensor, Tensor, Tensor, int, str], Tensor]
@@ -141,6 +157,8 @@ class STE:
     scale_rule: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, str], Tensor] = (
         range_gradient
     )
+    value: bool = False
+    uniform: bool = False
 
 
 STES: dict[str, STE] = {
@@ -148,8 +166,9 @@ STES: dict[str, STE] = {
     "scaled": STE(scaled),
     "slope": STE(slope),
     "clipped": STE(clipped, elementwise=True),
-    "ewgs": STE(ewgs, elementwise=True),
+    "ewgs": STE(ewgs, elementwise=True, uniform=True),
     "dsq": STE(dsq, elementwise=True),
+    "value": STE(value, value=True),
 }
 
 

@@ -14,9 +14,11 @@ from tq_lightning.quant.bit_width import Width, width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
+from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.levels import dequantize
 from tq_lightning.quant.normalize import Normalize
-from tq_lightning.quant.normalizers import NORMALIZERS
+from tq_lightning.quant.normalizers import NORMALIZERS, Normalizer
+from tq_lightning.quant.ste import STES
 
 TINY = torch.finfo(torch.float32).tiny
 LEAST_RANGE = 1e-6  # a learned range at or below zero would never come back
@@ -39,13 +41,33 @@ class Normalized(NamedTuple):
 
     Attributes:
         u: float32 in [0, 1], shape of the weight.
-        scale: E = mean|w|, without gradient, or the learned range; float32, broadcastable to `u`.
-        top: max|t| or the learned range; float32, broadcastable to `u`, without gradient.
+        scale: mean|w| or the weight at u = 1, without gradient, or the learned range; float32,
+            broadcastable to `u`.
     """
 
     u: Tensor
     scale: Tensor
-    top: Tensor
+
+
+def span_of(rms: Tensor, row: Normalizer) -> Tensor:
+    """Weight at u = 1 of a normalizer of multiples of the rms."""
+    assert row.span is not None
+    return rms.mul(row.span).clamp_max(torch.finfo(torch.float32).max)
+
+
+class _Gain(torch.autograd.Function):
+    """The identity, with a gradient that is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx, x, gain):  # type: ignore[no-untyped-def]
+        """Return `x`."""
+        ctx.gain = gain
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        """Return the gradient times the number."""
+        return grad * ctx.gain, None
 
 
 class WeightQuantizer(nn.Module):
@@ -59,9 +81,9 @@ class WeightQuantizer(nn.Module):
         groups: Groups of a transposed convolution.
 
     Attributes:
-        range: Learned range of t, broadcastable to the weight; None (the default) takes max|t|.
+        range: Learned range of t, see `start_range`; None (the default) takes that of the weight.
             It then also is the scale, u is clamped to [0, 1], and its gradient is the `scale_rule`
-            of the STE.
+            of the STE, times `range_gain`.
     """
 
     range: nn.Parameter | None
@@ -78,10 +100,14 @@ class WeightQuantizer(nn.Module):
         config = config or QuantConfig()
         self.name, self.width = name, width
         self.quantizer, self.ste = config.quantizer, config.resolved_ste
-        self.level, self.normalizer = config.level, config.normalizer
+        self.level, self.normalizer, self.scale = config.level, config.normalizer, config.scale
+        every = range(1, width.max_bits + 1)
+        self.tables = {bits: level_table(self.level, self.normalizer, bits) for bits in every}
         self.float_pass = config.float_pass
         self.channel_dim, self.groups = channel_dim, groups
         self.register_parameter("range", None)
+        self.range_gain = 1.0
+        self._rows: int | None = None  # of a transposed convolution that share a channel's range
         # the weight in use while `fused_weights` makes those of the whole model, else None
         self.made: Tensor | None = None
 
@@ -95,9 +121,8 @@ class WeightQuantizer(nn.Module):
             return out
         return out.expand(-1, view.shape[1], *(-1,) * (out.dim() - 2)).flatten(0, 1)
 
-    def _scale(self, w: Tensor) -> Tensor:
-        """Compute E = mean|w| and check the tensor: NaN and infinity show in the mean."""
-        magnitude = w.detach().abs()
+    def _mean(self, magnitude: Tensor) -> Tensor:
+        """Compute mean|w| and check the tensor: NaN and infinity show in the mean."""
         scale = self.reduce(magnitude, "mean")
         if torch.compiler.is_compiling():
             # a graph cannot branch on values; NaN passes through and shows in the loss
@@ -106,6 +131,36 @@ class WeightQuantizer(nn.Module):
             self.check_finite(magnitude)
             scale = self.huge_mean(magnitude)
         return scale
+
+    def _max(self, magnitude: Tensor) -> Tensor:
+        """Compute max|w| and check the tensor: NaN and infinity show in the maximum."""
+        top = self.reduce(magnitude, "max")
+        if not (torch.compiler.is_compiling() or top.is_meta) and not top.isfinite().all():
+            self.check_finite(magnitude)
+        return top
+
+    def _rms(self, magnitude: Tensor) -> Tensor:
+        """Compute the root mean square, over multiples of the maximum so that none overflows."""
+        top = self._max(magnitude).clamp_min(TINY)
+        ratio = magnitude / top
+        return self.reduce(ratio * ratio, "mean").sqrt().mul(top).clamp_min(TINY)
+
+    def start_range(self, w: Tensor) -> None:
+        """Make `range` a parameter that starts at `Normalizer.span` times the rms of `w`.
+
+        It is a scalar, or has one element per output channel, broadcastable to the weight. Its
+        gradient is a sum over the N weights of the range and is divided by sqrt(N). LSQ
+        (arXiv 1902.08153) divides by sqrt(N Q) for the step of a code of Q steps: the range is Q
+        steps, and does not shrink as the width grows.
+        """
+        row, w = NORMALIZERS[self.normalizer], w.detach().float()
+        start = self._rms(w.abs()) * row.span
+        start = torch.where(start > LEAST_RANGE, start, torch.ones_like(start))
+        if row.per_channel and self.channel_dim == 1:
+            self._rows = w.shape[0] // self.groups
+            start = start.unflatten(0, (self.groups, self._rows))[:, :1]
+        self.range = nn.Parameter(start.clone())
+        self.range_gain = (start.numel() / max(1, w.numel())) ** 0.5
 
     def check_finite(self, w: Tensor) -> None:
         """Raise ValueError if `w` contains NaN or infinity; the message names the tensor."""
@@ -119,43 +174,68 @@ class WeightQuantizer(nn.Module):
     def range_value(self, learned: Tensor) -> Tensor:
         """Return a learned range, at least `LEAST_RANGE`, in float32; its gradient passes on."""
         learned = learned.float()
-        return torch.where(learned > LEAST_RANGE, learned, learned - learned.detach() + LEAST_RANGE)
+        floor = learned - learned.detach() + LEAST_RANGE
+        value = _Gain.apply(torch.where(learned > LEAST_RANGE, learned, floor), self.range_gain)
+        if self._rows is None:
+            return value
+        return value.expand(-1, self._rows, *(-1,) * (value.dim() - 2)).flatten(0, 1)
+
+    def range_grad(self, each: Tensor, learned: Tensor) -> Tensor:
+        """Sum dL/drange of each element of the weight to the shape of `range`."""
+        if self._rows is not None:
+            each = each.sum_to_size(*each.shape[:2], *learned.shape[3:])
+            each = each.unflatten(0, (self.groups, self._rows))
+        return each.sum_to_size(learned.shape) * self.range_gain
 
     def huge_mean(self, magnitude: Tensor) -> Tensor:
         """Average a finite weight whose float32 sum overflows; scaling by a power of 2 is exact."""
         return self.reduce(magnitude * 2.0**-64, "mean") * 2.0**64
 
     def normalize(self, w: Tensor) -> Normalized:
-        """Normalize a weight: u = t / (2 max|t|) + 1/2 with t = tanh(w) or w, and E = mean|w|.
-
-        A learned range takes the place of the maximum and of E.
+        """Normalize a weight as its row of `NORMALIZERS` says, and compute its scale.
 
         Args:
             w: Float weight, any shape and dtype; computed in float32.
 
         Returns:
-            The normalized weight. The gradient of `u` reaches `w` through t, not the maximum.
+            The normalized weight. The gradient of `u` reaches `w` through t, not the range.
 
         Raises:
             ValueError: `w` contains NaN or infinity; the message names the tensor.
         """
-        w = w.float()
-        t = NORMALIZERS[self.normalizer].squash(w.detach())
-        if self.range is not None:
+        w, row = w.float(), NORMALIZERS[self.normalizer]
+        raw, learned, value = w.detach(), self.range, STES[self.ste].value
+        magnitude = raw.abs()
+        top: Tensor | None = None
+        if learned is not None:
             if not torch.compiler.is_compiling():
                 self.check_finite(w)
-            scale = self.range_value(self.range)
-            top = scale.detach()
+            scale = self.range_value(learned)
+            over = top = scale.detach()
+            t = row.squash(raw)
+        elif row.reference == "rms":
+            over = self._rms(magnitude)
+            scale = span_of(over, row)
+            t = row.squash(raw / over)
         else:
-            scale = self._scale(w)
-            top = self.reduce(t.abs(), "max").clamp_min(TINY)  # clamped for an all-zero weight
-        u = Normalize.apply(w, t, top, self.normalizer, self.range is not None)
-        return Normalized(u, scale, top)
+            scale = self._mean(magnitude) if self.scale == "mean" else self._max(magnitude)
+            t = row.squash(raw)
+            over = top = self.reduce(t.abs(), "max").clamp_min(TINY)  # for an all-zero weight
+        if value:
+            over = scale.detach().clamp_min(TINY)
+        clamped = learned is not None or row.reference == "rms"
+        u = Normalize.apply(w, t, top, over, self.normalizer, not value, clamped)
+        return Normalized(u, scale)
+
+    def table(self, bits: int, device: torch.device) -> Tensor | None:
+        """Return the level of each code of a width, float32 (2^bits,); None if it is a formula."""
+        table = self.tables[bits]
+        return None if table is None else table.to(device)
 
     def codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize `w` at the stored width: (uint8 codes, shape of `w`; scale, broadcastable)."""
         with torch.no_grad():
-            u, scale, _ = self.normalize(w)
+            u, scale = self.normalize(w)
             return QUANTIZERS[self.quantizer].codes(u, self.width.max_bits), scale
 
     def forward(self, w: Tensor) -> Tensor:
@@ -168,22 +248,23 @@ class WeightQuantizer(nn.Module):
         bits, source = self.width.bits, self.width.source
         if bits is None and self.float_pass == "plain":
             return w
-        u, scale, _ = self.normalize(w)
+        u, scale = self.normalize(w)
         if bits is None:
             return ((u - 0.5) * (2.0 * scale)).to(w.dtype)
+        table, max_bits = self.table(bits, w.device), self.width.max_bits
         if torch.is_grad_enabled() and (u.requires_grad or scale.requires_grad):
-            max_bits = self.width.max_bits
             out = FakeQuantize.apply(
-                u, scale, True, bits, self.quantizer, self.ste, self.level, max_bits, source
+                u, scale, True, bits, self.quantizer, self.ste, self.level, max_bits, source, table
             )
         else:
-            codes = width_codes(u, bits, self.quantizer, self.width.max_bits, source)
-            out = dequantize(codes, bits, scale, self.level)
+            codes = width_codes(u, bits, self.quantizer, max_bits, source)
+            out = dequantize(codes, bits, scale, self.level, table=table)
         return out.to(w.dtype)
 
     def extra_repr(self) -> str:
         """Describe the quantizer in the printed model."""
-        return f"{self.quantizer}, ste={self.ste}, level={self.level}, normalizer={self.normalizer}"
+        text = f"{self.quantizer}, ste={self.ste}, level={self.level}, normalizer={self.normalizer}"
+        return text if self.scale == "mean" else f"{text}, scale={self.scale}"
 
 
 class QuantizedTensor(NamedTuple):

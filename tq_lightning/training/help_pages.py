@@ -11,8 +11,9 @@ from tq_lightning.errors import UserError, did_you_mean, program_name
 from tq_lightning.quant.activation import ACTIVATIONS
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.config import NORMS
+from tq_lightning.quant.level_tables import LEVEL_TABLES
 from tq_lightning.quant.levels import LEVELS
-from tq_lightning.quant.normalizers import NORMALIZERS
+from tq_lightning.quant.normalizers import NORMALIZERS, SCALES
 from tq_lightning.quant.ste import STES
 from tq_lightning.training.validation import CHOICES
 
@@ -36,8 +37,9 @@ _MODEL: list[_Row] = [
     ("model.quantizer", list(QUANTIZERS), ""),
     ("model.widths", "LIST", "trained bit widths, e.g. 8,4,2,1"),
     ("model.ste", ["auto", *STES], ""),
-    ("model.level", list(LEVELS), ""),
+    ("model.level", [*LEVELS, *LEVEL_TABLES], ""),
     ("model.normalizer", list(NORMALIZERS), ""),
+    ("model.scale", SCALES, ""),
     ("model.activations", ["null", *ACTIVATIONS], ""),
     ("model.norm", NORMS, ""),
     ("model.teacher", CHOICES["teacher"], ""),

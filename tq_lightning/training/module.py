@@ -53,10 +53,13 @@ class TQModule(L.LightningModule):
         drop_rate: dropout before the classifier; null for the model's default.
         drop_path_rate: stochastic depth; null for the model's default.
         quantizer: floor (TruncQuant) or round (baseline).
-        ste: auto, identity, scaled, slope, clipped, ewgs or dsq; auto is scaled for floor and
-            identity for round.
-        level: endpoint, left or centre.
-        normalizer: tanh, tanh_channel, absmax or absmax_channel.
+        ste: auto, identity, scaled, slope, clipped, ewgs, dsq or value; auto is scaled for floor,
+            identity for round and for a learned range, value for non-uniform codes.
+        level: endpoint, left or centre; for non-uniform codes centroid or native.
+        normalizer: tanh, tanh_channel, absmax, absmax_channel, learned or learned_channel; for
+            non-uniform codes gaussian, float_e2, mu_law or log.
+        scale: weight at level 1, mean (the mean magnitude) or span (the largest weight that the
+            normalizer represents, which preserves values).
         widths: trained bit widths, e.g. 8,4,2,1.
         max_bits: stored bit width.
         activations: null, or clamp_round, clamp_floor, pact_round, pact_floor, each also with
@@ -116,6 +119,7 @@ class TQModule(L.LightningModule):
         ste: str = "auto",
         level: str = "endpoint",
         normalizer: str = "tanh",
+        scale: str = "mean",
         widths: list[int] | int | str = [8, 4, 2, 1],  # noqa: B006
         max_bits: int = 8,
         activations: str | None = None,

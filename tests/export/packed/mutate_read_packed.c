@@ -88,6 +88,8 @@ int main(int argc, char **argv) {
             int good = codes != NULL && x != NULL && packed_codes(&p, p.stored_bits, codes);
             for (size_t t = 0; good && t < p.tensor_count; t++)
                 packed_dot(codes + p.tensors[t].offset, x, (size_t)p.tensors[t].size, p.stored_bits);
+            float levels[256];
+            for (int bits = 0; good && bits <= 9; bits++) packed_levels(&p, bits, levels);
             good ? opened++ : refused++;
             free(x);
             free(codes);

@@ -54,7 +54,7 @@ def norms_of_none(metadata, index, content):
 
 
 HOSTILE = {
-    "newer": (set_in("metadata", "format_version", "2"), "format version '2'"),
+    "newer": (set_in("metadata", "format_version", "3"), "format version '3'"),
     "foreign": (set_in("metadata", "format", "pt"), "has format 'pt'"),
     "absurd shape": (stretch, "its header describes"),
     "overlap": (overlap, "overlap"),

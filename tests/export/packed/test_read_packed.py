@@ -30,12 +30,19 @@ def test_it_is_short_and_knows_nothing_of_the_library():
     )
 
 
-@pytest.mark.parametrize("level", ["endpoint", "left", "centre"])
+CHOICES = [
+    {"level": level, "normalizer": "tanh_channel"} for level in ("endpoint", "left", "centre")
+] + [{"level": "centroid", "normalizer": "gaussian", "scale": "span"}]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=lambda choices: choices["level"])
 @pytest.mark.parametrize("compress", [False, True])
-def test_codes_weights_and_norms(make, reader, level, compress, tmp_path):
-    model, _ = make(level=level, normalizer="tanh_channel")
+def test_codes_weights_and_norms(make, reader, choices, compress, tmp_path):
+    model, _ = make(**choices)
     path = tmp_path / "m.safetensors"
-    save_packed(model, path, compress=compress)
+    ranges = {"layer1.0.conv1": (-0.5, 2.0)} if "scale" in choices else {}
+    save_packed(model, path, compress=compress, activation_ranges=ranges)
+    assert reader.activation_ranges(path) == ranges
     served = load_packed(path)
     for bits in (1, 3, 8):
         codes, weights, norms = (

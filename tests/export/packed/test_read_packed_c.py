@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tq_lightning import save_packed
-from tq_lightning.export.packed.edit import read_all, repack, write_rest
+from tq_lightning.export.packed.edit import read_all, write_rest
 
 READER = Path(__file__).parents[3] / "docs" / "read_packed.c"
 MUTATE = Path(__file__).with_name("mutate_read_packed.c")
@@ -65,6 +65,18 @@ def test_codes_and_dot_products_at_every_width(reader, packed):
         np.testing.assert_array_equal(np.frombuffer(raw, np.uint8), codes)
 
 
+def test_levels_that_are_tables(reader, make, tmp_path):
+    model, _ = make(normalizer="log", level="native", scale="span")
+    save_packed(model, tmp_path / "m")
+    tensors = read_all(tmp_path / "m")[1]
+    for bits in (1, 4, 8):
+        *_, last = run(*reader, tmp_path / "m", bits).stdout.decode().splitlines()
+        name, *values = last.split()
+        assert name == "levels"
+        np.testing.assert_array_equal(np.array(values, np.float32), tensors[f"levels{bits}"])
+    run(*reader, tmp_path / "m", 2, "layer1.0.conv1.weight")
+
+
 def test_files_and_arguments_that_are_refused(reader, net, packed, tmp_path):
     save_packed(net[0], tmp_path / "z", compress=True)
     save_packed(net[0], tmp_path / "four", max_bits=4)
@@ -89,7 +101,8 @@ def test_files_and_arguments_that_are_refused(reader, net, packed, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_mutated_files_never_crash_it(packed, tmp_path, count):
+@pytest.mark.parametrize("choices", [{}, {"normalizer": "log", "level": "native", "scale": "span"}])
+def test_mutated_files_never_crash_it(make, tmp_path, count, choices):
     """Most mutants have a correct checksum, so that the parser behind it is reached."""
     program = tmp_path / "mutate"
     sanitize = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -97,7 +110,8 @@ def test_mutated_files_never_crash_it(packed, tmp_path, count):
     if b"asan" in made.stderr or b"ubsan" in made.stderr:
         pytest.skip("needs the sanitizers of the compiler")
     assert made.returncode == 0, made.stderr.decode()
-    repack(packed, tmp_path / "m", max_bits=2)
+    ranges = {"layer1.0.conv1": (-1.0, 2.5)} if choices else None
+    save_packed(make(**choices)[0], tmp_path / "m", max_bits=2, activation_ranges=ranges)
     done = run(program, tmp_path / "m", count, 1, check=False)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     opened, refused = map(int, re.findall(r"\d+", done.stdout.decode()))

@@ -9,12 +9,10 @@ docs/format.md is the specification.
 
 import hashlib
 import json
-import math
 import mmap
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,44 +20,20 @@ from typing import Any
 import numpy as np
 
 from tq_lightning.errors import UserError
+from tq_lightning.export.packed.entries import DTYPES, parse_entry, section_of
 from tq_lightning.files import atomic_write
 
 FORMAT = "tq_packed"
-VERSION = 1
-# types of a packed file in the order of safetensors, with their NumPy names
-DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "U8": "|u1"}
+VERSIONS = (1, 2)  # that can be read; see `header.format_version` for the one written
 MAX_HEADER = 64 << 20  # bytes; real headers are kilobytes
-MAX_DIMS = 16  # dimensions of a tensor
-MAX_EXTENT = 1 << 48  # of a dimension, an offset or a count
 _NO_DIGEST = "0" * 64
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Type, shape and byte range [begin, end) of one tensor, relative to the start of the data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def section_of(name: str) -> str:
-    """Section of a tensor: "float" for "float/conv1.weight", "plane0" for "plane0"."""
-    return name.split("/", 1)[0]
-
-
-def is_shape(value: Any) -> bool:
-    """Check that a JSON value is a list of at most `MAX_DIMS` dimensions."""
-    return (
-        isinstance(value, list)
-        and len(value) <= MAX_DIMS
-        and all(type(n) is int and 0 <= n < MAX_EXTENT for n in value)
-    )
-
-
 def write_container(
-    path: str | Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, Any]
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    header: Mapping[str, Any],
+    version: int = 1,
 ) -> int:
     """Write a container atomically.
 
@@ -67,6 +41,7 @@ def write_container(
         path: target file. Its folder must exist.
         tensors: arrays of int64, float64, float32 or uint8 by name.
         header: JSON values for the reader. Version and checksums are added here.
+        version: format version, one of `VERSIONS`.
 
     Returns:
         Number of bytes written.
@@ -92,7 +67,7 @@ def write_container(
     checksums = {section: digest.hexdigest() for section, digest in digests.items()}
     metadata = {
         "format": FORMAT,
-        "format_version": str(VERSION),
+        "format_version": str(version),
         "header": json.dumps({**header, "checksums": checksums}, sort_keys=True, allow_nan=False),
         "header_sha256": _NO_DIGEST,
     }
@@ -121,6 +96,7 @@ class Container:
         path: file to open.
 
     Attributes:
+        version: format version, one of `VERSIONS`.
         header: the header given to `write_container`, with "checksums".
         entries: `Entry` of each tensor by name, in file order.
         sections: byte range (begin, end) of each section, in file order.
@@ -187,11 +163,12 @@ class Container:
                 f"{self.path} has format {str(kind)[:40]!r}, expected {FORMAT!r}; "
                 "write it with `export`"
             )
-        if version != str(VERSION):
+        if version not in map(str, VERSIONS):
             raise UserError(
                 f"{self.path} has format version {str(version)[:20]!r}, this reader supports "
-                f"{VERSION}; update tq_lightning, or export the model again"
+                f"{' and '.join(map(str, VERSIONS))}; update tq_lightning or export it again"
             )
+        self.version = int(version)
         digest = metadata.get("header_sha256")
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise self.damaged("its header has no checksum")
@@ -202,7 +179,7 @@ class Container:
         self.bytes_read = self.data_start
         try:
             self.header: dict[str, Any] = json.loads(metadata["header"], object_pairs_hook=_unique)
-            self.entries = {name: _entry(name, value) for name, value in index.items()}
+            self.entries = {name: parse_entry(name, value) for name, value in index.items()}
             self.checksums: dict[str, str] = dict(self.header["checksums"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:80]
@@ -282,14 +259,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("duplicate key")
     return result
-
-
-def _entry(name: str, value: dict[str, Any]) -> Entry:
-    dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-    if set(value) != {"dtype", "shape", "data_offsets"} or dtype not in DTYPES:
-        raise ValueError(f"tensor {name[:60]!r} has an invalid entry")
-    if not is_shape(shape) or not is_shape([begin, end]):
-        raise ValueError(f"tensor {name[:60]!r} has an invalid shape or offset")
-    if end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize:
-        raise ValueError(f"tensor {name[:60]!r} has offsets that do not match its shape")
-    return Entry(dtype, tuple(shape), begin, end)

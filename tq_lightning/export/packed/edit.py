@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.container import Container, section_of, write_container
+from tq_lightning.export.packed.container import Container, write_container
+from tq_lightning.export.packed.entries import section_of
+from tq_lightning.export.packed.header import format_version, read_header
 from tq_lightning.export.packed.reader import read_planes
-from tq_lightning.export.packed.schema import read_header
 from tq_lightning.export.packed.sections import (
     compress_planes,
     keep_planes,
@@ -25,6 +26,7 @@ from tq_lightning.export.packed.sections import (
 
 # sections and header keys that a narrow file and its full file have in common
 _SHARED_SECTIONS = ("int", "float64", "float", "scale", "plane0")
+_ADDED_KEYS = ("activation_ranges",)
 _SHARED_KEYS = ("model", "prepare", "layers", "dtypes", "norms", "folded", "codes")
 
 
@@ -69,7 +71,7 @@ def repack(
     header, tensors = keep_planes({**header, "compression": None}, tensors, stored)
     if compress:
         header, tensors = compress_planes(header, tensors)
-    return section_sizes(tensors, write_container(out, tensors, header))
+    return _write(out, tensors, header)
 
 
 def write_rest(path: str | Path, out: str | Path, bits: int) -> dict[str, int]:
@@ -89,7 +91,7 @@ def write_rest(path: str | Path, out: str | Path, bits: int) -> dict[str, int]:
     sections = sections_above(bits)
     rest = {name: array for name, array in tensors.items() if section_of(name) in sections}
     header = {**header, "compression": None, "rest_of": _identity(header, tensors)}
-    return section_sizes(rest, write_container(out, rest, header))
+    return _write(out, rest, header)
 
 
 def join(path: str | Path, rest: str | Path, out: str | Path) -> dict[str, int]:
@@ -122,12 +124,21 @@ def join(path: str | Path, rest: str | Path, out: str | Path) -> dict[str, int]:
     full = {key: v for key, v in rest_header.items() if key not in ("checksums", "rest_of")}
     if header["compression"] is not None:
         full, tensors = compress_planes(full, tensors)
-    return section_sizes(tensors, write_container(out, tensors, full))
+    return _write(out, tensors, full)
+
+
+def _write(
+    out: str | Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, Any]
+) -> dict[str, int]:
+    version = format_version(header, tensors)
+    return section_sizes(tensors, write_container(out, tensors, header, version))
 
 
 def _identity(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Digests of everything that a narrow file and its full file have in common."""
-    shared = json.dumps([header[key] for key in _SHARED_KEYS], sort_keys=True)
+    values = [header[key] for key in _SHARED_KEYS]
+    values += [header[key] for key in _ADDED_KEYS if key in header]  # not in files of version 1
+    shared = json.dumps(values, sort_keys=True)
     digests: dict[str, Any] = {"header": hashlib.sha256(shared.encode())}
     for name in sorted(tensors):
         section = section_of(name)

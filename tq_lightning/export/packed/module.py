@@ -6,7 +6,7 @@ float tensor, computed from uint8 codes and a scale. It is made by the same `tru
 for bit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ class PackedWeight(nn.Module):
         dtype: type of the weight.
         mode: "resident" keeps the weight of the last used width and overwrites it in place when
             the width changes. "lean" computes the weight at every use and keeps nothing.
+        tables: the level of each code, float32 (2^n,), of each loaded width n; empty if `level` is
+            a formula.
     """
 
     scale: Tensor
@@ -50,11 +52,14 @@ class PackedWeight(nn.Module):
         scale: Tensor,
         dtype: torch.dtype = torch.float32,
         mode: str = "resident",
+        tables: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.width, self.stored, self.level = name, width, stored, level
         self.widths, self.dtype, self.resident = tuple(widths), dtype, mode == "resident"
         self.register_buffer("scale", scale)
+        for bits, table in (tables or {}).items():
+            self.register_buffer(f"levels{bits}", table)
         self._weight: Tensor | None = None
         self._bits: int | None = None  # width of `_weight`
 
@@ -81,13 +86,14 @@ class PackedWeight(nn.Module):
         """Follow the model to another device or dtype.
 
         The kept weight is dropped, to be computed again. The weight takes the new dtype, but the
-        scale stays in float32, so that the weight is rounded once.
+        scale and the levels stay in float32, so that the weight is rounded once.
         """
         self._weight = self._bits = None
-        scale = self.scale
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.zeros(1, dtype=self.dtype, device=scale.device)).dtype
-        self.scale = scale.to(self.scale.device)
+        self.dtype = fn(torch.zeros(1, dtype=self.dtype, device=before["scale"].device)).dtype
+        for name, value in before.items():
+            self._buffers[name] = value.to(self._buffers[name].device)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -97,7 +103,12 @@ class PackedWeight(nn.Module):
 
     def _make(self, codes: Tensor, bits: int) -> Tensor:
         narrow = truncate_codes(codes, self.stored, bits)
-        return dequantize(narrow, bits, self.scale.float(), self.level).to(self.dtype)
+        scale, table = self.scale.float(), self.table(bits)
+        return dequantize(narrow, bits, scale, self.level, table=table).to(self.dtype)
+
+    def table(self, bits: int) -> Tensor | None:
+        """Return the level of each code of a width, float32 (2^bits,); None if it is a formula."""
+        return self._buffers.get(f"levels{bits}")
 
     @torch.no_grad()
     def _fill(self, codes: Tensor, bits: int) -> None:
@@ -107,7 +118,7 @@ class PackedWeight(nn.Module):
             with torch.inference_mode(False):
                 self._weight = torch.empty_like(codes, dtype=self.dtype)
         self._bits = None  # nothing stale is served if this is interrupted
-        scale = self.scale.float()
+        scale, table = self.scale.float(), self.table(bits)
         rows = max(1, CHUNK * codes.shape[0] // max(1, codes.numel()))
         for start in range(0, codes.shape[0], rows):
             part = slice(start, start + rows)
@@ -115,9 +126,9 @@ class PackedWeight(nn.Module):
             factor = scale[part] if scale.dim() == codes.dim() and scale.shape[0] > 1 else scale
             target = self._weight[part]
             if self.dtype == torch.float32:
-                dequantize(narrow, bits, factor, self.level, out=target)
+                dequantize(narrow, bits, factor, self.level, out=target, table=table)
             else:
-                target.copy_(dequantize(narrow, bits, factor, self.level))
+                target.copy_(dequantize(narrow, bits, factor, self.level, table=table))
         self._bits = bits
 
     def check_width(self, bits: int | None) -> None:

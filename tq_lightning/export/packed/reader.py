@@ -19,13 +19,13 @@ from tq_lightning.errors import UserError
 from tq_lightning.export.packed.bounds import Bounds
 from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container
+from tq_lightning.export.packed.header import read_header
 from tq_lightning.export.packed.module import MODES, PackedWeight, attach_packed_weight
 from tq_lightning.export.packed.schema import (
     cast_to_header_dtype,
     check_layers,
     check_names,
     check_parameters,
-    read_header,
 )
 from tq_lightning.export.packed.sections import (
     file_names,
@@ -66,8 +66,9 @@ def load_packed(
             "resident".
 
     Returns:
-        The model. `model.tq_file` holds the header fields "model", "preprocessing",
-        "class_names", "prepare" and "stored_bits", and "path", "file_bytes" and "bytes_read".
+        The model. `model.tq_ranges` holds the activation ranges of the file. `model.tq_file` holds
+        the header fields "model", "preprocessing", "class_names", "prepare" and "stored_bits", and
+        "path", "file_bytes" and "bytes_read".
 
     Raises:
         UserError: unknown width or mode; the file is damaged, foreign, newer, or does not fit
@@ -92,18 +93,22 @@ def load_packed(
             widths = _usable_widths(header, model, bits)
         except ValueError as error:
             raise UserError(f"{path} can't be loaded: {error}") from error
-        sections = [s for s in file.sections if not s.startswith(("plane", "norm"))]
-        sections += [f"norm{n}" for n in widths if f"norm{n}" in file.sections]
+        sections = [s for s in file.sections if not s.startswith(("plane", "norm", "levels"))]
+        per_width = [f"{kind}{n}" for kind in ("levels", "norm") for n in widths]
+        sections += [s for s in per_width if s in file.sections]
         arrays = {name: array for s in sections for name, array in file.read(s).items()}
         width = width_of(model)
         width.packed, width.default_source = True, "truncate"
         width.bits, width.source = max(widths), "truncate"
         _fill_unquantized(model, header, split_norms(header, arrays), widths)
         codes = unpack_planes(read_planes(file, header, planes), header["codes"])
-        _attach_codes(model, header, arrays["scale"], torch.from_numpy(codes), planes, widths, mode)
-        ranges = header.get("activation_ranges") or {}
-        if ranges:
-            model.tq_ranges = {n: ActivationRange(*pair) for n, pair in ranges.items()}  # type: ignore[assignment]
+        tables = {n: arrays[f"levels{n}"] for n in widths if f"levels{n}" in arrays}
+        checked = {n: check_table(file, n, table) for n, table in tables.items()}
+        _attach_codes(
+            model, header, arrays["scale"], torch.from_numpy(codes), planes, widths, mode, checked
+        )
+        ranges = header.get("activation_ranges", {})
+        model.tq_ranges = {name: ActivationRange(*pair) for name, pair in ranges.items()}  # type: ignore[assignment]
         model.tq_file = {  # type: ignore[assignment]
             **{key: header[key] for key in _KEPT_FIELDS},
             "path": str(path),
@@ -158,6 +163,17 @@ def read_planes(file: Container, header: Mapping[str, Any], bits: int) -> list[n
             raise file.damaged(f"plane{p} does not have {size} bytes")
         planes.append(plane)
     return planes
+
+
+def check_table(file: Container, bits: int, table: np.ndarray) -> Tensor:
+    """Check the levels of a width: finite, sorted, near [0, 1]; return them, float32 (2^bits,).
+
+    Raises:
+        UserError: they are not.
+    """
+    if not np.isfinite(table).all() or np.any(np.diff(table) < 0) or np.abs(table).max() > 4:
+        raise file.damaged(f"its table of {bits}-bit levels is not sorted or out of range")
+    return torch.tensor(table)
 
 
 def _usable_widths(header: Mapping[str, Any], model: nn.Module, bits: int | None) -> list[int]:
@@ -225,6 +241,7 @@ def _attach_codes(
     planes: int,
     widths: list[int],
     mode: str,
+    tables: Mapping[int, Tensor],
 ) -> None:
     """Replace every quantized float parameter by its codes and scale."""
     width, start = width_of(model), 0
@@ -237,5 +254,5 @@ def _attach_codes(
         start += count
         dtype = cast_to_header_dtype(header, full, torch.empty(0), torch.float32).dtype
         level = weight.quantizer.level
-        packed = PackedWeight(full, width, planes, widths, level, scale, dtype, mode)
+        packed = PackedWeight(full, width, planes, widths, level, scale, dtype, mode, tables)
         attach_packed_weight(weight.module, weight.tensor, own, packed)

@@ -1,4 +1,4 @@
-"""Checks of a packed file's header: by itself, and against the network it describes.
+"""Checks of a packed file's header against the network it describes.
 
 All of them run before a plane is unpacked, so a file that does not fit raises an error and never
 becomes a model.
@@ -13,155 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.compression import CODING
-from tq_lightning.export.packed.container import MAX_EXTENT, Container, is_shape, section_of
 from tq_lightning.export.packed.sections import file_names, named_tensors
 from tq_lightning.quant.bit_planes import aligned
 from tq_lightning.quant.codes import STORED_BITS
+from tq_lightning.quant.level_tables import LEVEL_TABLES
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 from tq_lightning.quant.weight import weight_quantizers
 
-# type of each header field
-_FIELDS: dict[str, Any] = {
-    "model": dict,
-    "preprocessing": dict | None,
-    "class_names": list | None,
-    "prepare": dict,
-    "stored_bits": int,
-    "codes": int,
-    "layers": list,
-    "dtypes": dict,
-    "norm_widths": list,
-    "norms": list,
-    "folded": bool,
-    "compression": str | None,
-}
-_LAYER_KEYS, _NORM_KEYS = {"name", "shape", "offset", "scale"}, {"name", "shape"}
-# tensor type of each section
-_TYPES = {
-    "int": "I64",
-    "float64": "F64",
-    "float": "F32",
-    "scale": "F32",
-    "norm": "F32",
-    "plane": "U8",
-}
 _SET_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # keys of norm sets
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
-_CROPS = ("center", "squash", "border")
-# Planes larger than this many times their compressed file are a decompression bomb.
-_MAX_RATIO, _FREE_BYTES = 256, 16 << 20
-
-
-def check_preprocessing(options: Mapping[str, Any] | None) -> None:
-    """Check the preprocessing options of a header. Unknown keys may hold anything.
-
-    Raises:
-        UserError: images can't be prepared with these options.
-    """
-    options = options or {}
-    size = options.get("input_size", [1, 1, 1])
-    if (
-        not isinstance(size, list | tuple)
-        or len(size) != 3
-        or any(type(n) is not int or not 0 < n <= 1 << 14 for n in size)
-    ):
-        raise UserError(
-            f"preprocessing has input_size {str(size)[:40]}; expected [channels, height, width]"
-        )
-    numbers = [options.get("crop_pct", 1.0)]
-    for key in ("mean", "std"):
-        values = options.get(key, [])
-        numbers += values if isinstance(values, list | tuple) else [None]
-    if any(
-        isinstance(n, bool) or not isinstance(n, int | float) or not abs(n) < 1e6 for n in numbers
-    ):
-        raise UserError("preprocessing has a mean, std or crop_pct that is not made of numbers")
-    if (
-        options.get("interpolation", "bicubic") not in _INTERPOLATIONS
-        or options.get("crop_mode", "center") not in _CROPS
-    ):
-        raise UserError(
-            "preprocessing has an unknown interpolation or crop_mode; expected one of "
-            f"{', '.join(_INTERPOLATIONS)} and one of {', '.join(_CROPS)}"
-        )
-
-
-def read_header(file: Container, rest: bool = False) -> dict[str, Any]:
-    """Check the type and range of every header field.
-
-    Args:
-        file: open container.
-        rest: whether a rest file (missing planes only) is expected.
-
-    Returns:
-        The header.
-
-    Raises:
-        UserError: an invalid field, an unknown compression, or the wrong kind of file.
-    """
-    header = file.header
-    if rest and header.get("rest_of") is None:
-        raise UserError(
-            f"{file.path} is not a rest file; write one with "
-            "`export FULL --max-bits n --out NARROW --rest FILE`"
-        )
-    if not rest and header.get("rest_of") is not None:
-        raise UserError(
-            f"{file.path} is a rest file (missing planes only); join it with "
-            "`export NARROW --add REST --out FILE`"
-        )
-    for key, kind in _FIELDS.items():
-        value = header.get(key)
-        if (
-            key not in header
-            or not isinstance(value, kind)
-            or (kind is int and isinstance(value, bool))
-        ):
-            raise file.damaged(f"its header has no valid {key!r}")
-    if header["compression"] not in (None, CODING):
-        raise UserError(
-            f"{file.path} has unknown compression {header['compression'][:20]!r}; "
-            "update tq_lightning"
-        )
-    stored, codes = header["stored_bits"], header["codes"]
-    if not 1 <= stored <= STORED_BITS:
-        raise file.damaged(f"its number of planes is not in 1..{STORED_BITS}")
-    if not 0 <= codes < MAX_EXTENT:
-        raise file.damaged("its number of codes is out of range")
-    if stored * codes // 8 > _MAX_RATIO * file.size + _FREE_BYTES:
-        raise file.damaged("its row of codes is many times larger than the file")
-    _check_layout(file, header)
-    widths = header["norm_widths"]
-    if any(type(n) is not int or not 1 <= n <= stored for n in widths):
-        raise file.damaged("it has norm sets for widths that it does not store")
-    if len(set(widths)) != len(widths):
-        raise file.damaged("its norm widths are not unique")
-    if any(not isinstance(name, str) for name in header["class_names"] or []):
-        raise file.damaged("its class names are not strings")
-    for name, entry in file.entries.items():
-        section = section_of(name)
-        kind = section if section in _TYPES else section.rstrip("0123456789")
-        if entry.dtype != _TYPES.get(kind):
-            raise file.damaged(f"tensor {name[:60]!r} has the wrong type {entry.dtype}")
-    try:
-        check_preprocessing(header["preprocessing"])
-    except UserError as error:
-        raise file.damaged(str(error)) from error
-    return header
-
-
-def _check_layout(file: Container, header: Mapping[str, Any]) -> None:
-    """Check the form of the layer map and of the norm layout."""
-    for keys, items in ((_LAYER_KEYS, header["layers"]), (_NORM_KEYS, header["norms"])):
-        for item in items:
-            if not isinstance(item, dict) or set(item) != keys or not isinstance(item["name"], str):
-                raise file.damaged("its layer map is invalid")
-            shapes = (item["shape"], item.get("scale", []), [item.get("offset", 0)])
-            if not all(is_shape(shape) for shape in shapes):
-                raise file.damaged("its layer map has an invalid shape or offset")
-        if len({item["name"] for item in items}) != len(items):
-            raise file.damaged("its layer map has duplicate names")
 
 
 def cast_to_header_dtype(
@@ -238,6 +97,8 @@ def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) ->
     expected = {name for _, _, name in in_model if not name.startswith("norm")} | {"scale"}
     expected |= {f"norm{n}" for n in header["norm_widths"] if header["norms"]}
     expected |= {f"plane{p}" for p in range(header["stored_bits"])}
+    if header["prepare"].get("level") in LEVEL_TABLES:
+        expected |= {f"levels{n}" for n in range(1, header["stored_bits"] + 1)}
     missing = expected - names
     extra = {name for name in names - expected if not _of_unbuilt_set(name, model)}
     if header["norm_widths"]:

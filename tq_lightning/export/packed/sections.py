@@ -1,9 +1,10 @@
 """Sections of a packed file: which tensor is stored where, and which sections a width needs.
 
-In file order: "int", "float64" and "float" (tensors that are not quantized), "norm1".."norm8" (one
-set of norms per width), "scale", and "plane0".."plane7" (most significant plane first, the codes
-of all layers in one row). Running at n bits takes "norm<n>", the first n planes, and everything
-that is neither a norm set nor a plane.
+In file order: "int", "float64" and "float" (tensors that are not quantized), "levels1".."levels8"
+(one table of levels per width, if levels are tables), "norm1".."norm8" (one set of norms per
+width), "scale", and "plane0".."plane7" (most significant plane first, the codes of all layers in
+one row). Running at n bits takes "levels<n>", "norm<n>", the first n planes, and everything that is
+none of these.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.compression import CODING, compress_plane
-from tq_lightning.export.packed.container import section_of
+from tq_lightning.export.packed.entries import section_of
 from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
 from tq_lightning.quant.weight import weight_quantizers
@@ -41,8 +42,9 @@ def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
     norms = {name for name, module in model.named_modules() if isinstance(module, PerWidthNorm)}
     # by name, not identity: an embedding tied to a quantized classifier is itself used in float
     quantized = {
-        f"{weight.name.removesuffix(weight.tensor)}parametrizations.{weight.tensor}.original"
+        f"{weight.name.removesuffix(weight.tensor)}parametrizations.{weight.tensor}.{leaf}"
         for weight in weight_quantizers(model)
+        for leaf in ("original", "0.range")  # "scale" holds a learned range
     }
     found = []
     for full, value in named_tensors(model):
@@ -116,7 +118,8 @@ def split_norms(
 def sections_above(bits: int) -> set[str]:
     """Sections that a file with the first `bits` planes does not have."""
     planes = {f"plane{n}" for n in range(bits, STORED_BITS)}
-    return planes | {f"norm{n}" for n in range(bits + 1, STORED_BITS + 1)}
+    wider = range(bits + 1, STORED_BITS + 1)
+    return planes | {f"{kind}{n}" for kind in ("norm", "levels") for n in wider}
 
 
 def keep_planes(

@@ -83,17 +83,17 @@ def prepare_skeleton(
     Raises:
         UserError: the network can't be prepared with these options.
     """
-    if weight_quantizers(model):
-        if getattr(model, "tq", None) != options:
-            raise UserError(
-                "the given model was prepared with other options than the file; "
-                "pass it as it was before prepare()"
-            )
-        return model
     from tq_lightning.quant.prepare import apply_config, attach_norms
 
     try:
         config = QuantConfig(**options)
+        if weight_quantizers(model):
+            if QuantConfig(**getattr(model, "tq", {})) != config:
+                raise UserError(
+                    "the given model was prepared with other options than the file; "
+                    "pass it as it was before prepare()"
+                )
+            return model
         if len(config.skip) > _MAX_SKIP:
             raise ValueError(f"{len(config.skip)} skip patterns, at most {_MAX_SKIP} are allowed")
         # norms separately: copying sets that are not needed would take most of the loading time

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 import tq_lightning
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import write_container
-from tq_lightning.export.packed.schema import check_names, check_preprocessing
+from tq_lightning.export.packed.header import (
+    check_preprocessing,
+    check_ranges,
+    format_version,
+)
+from tq_lightning.export.packed.schema import check_names
 from tq_lightning.export.packed.sections import (
     compress_planes,
     file_names,
@@ -43,6 +48,7 @@ def save_packed(
     compress: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
+    activation_ranges: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, int]:
     """Write a prepared model as integers. The file does not contain the float weights.
 
@@ -60,6 +66,8 @@ def save_packed(
         preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode. None takes
             timm's for this model.
         class_names: one name per class.
+        activation_ranges: {layer name: (low, high)}, range of the input of a quantized layer for
+            integer inference. None takes those that `calibrate_activations` kept on the model.
 
     Returns:
         Bytes per section of the file, with "header" and "total".
@@ -68,6 +76,11 @@ def save_packed(
         UserError: the model is not prepared, or can't be rebuilt from the file.
     """
     header, tensors = _describe(model, name, model_args, preprocessing, class_names)
+    if activation_ranges is None:
+        activation_ranges = getattr(model, "tq_ranges", {})
+    if activation_ranges:
+        names = [layer["name"] for layer in header["layers"]]
+        header["activation_ranges"] = check_ranges(activation_ranges, names)
     stored = header["stored_bits"] if max_bits is None else max_bits
     if not isinstance(stored, int) or not 1 <= stored <= header["stored_bits"]:
         raise UserError(
@@ -84,7 +97,8 @@ def save_packed(
     header, tensors = keep_planes(header, tensors, stored)
     if compress:
         header, tensors = compress_planes(header, tensors)
-    return section_sizes(tensors, write_container(path, tensors, header))
+    version = format_version(header, tensors)
+    return section_sizes(tensors, write_container(path, tensors, header, version))
 
 
 def _describe(
@@ -120,6 +134,9 @@ def _describe(
     stored = width_of(model).max_bits
     for p, plane in enumerate(pack_planes(codes, stored)):
         tensors[f"plane{p}"] = plane
+    for bits, table in weight_quantizers(model)[0].quantizer.tables.items():
+        if table is not None:
+            tensors[f"levels{bits}"] = table.numpy()
     header = {
         "library": f"tq_lightning {tq_lightning.__version__}",
         "model": {"name": name, "args": args, "num_classes": classes},
