@@ -1,12 +1,18 @@
 """Cost of training and evaluation at several widths, as ratios to the float network.
 
     python tests/benchmarks/bench_training.py [--out training.csv] [--repeats 7] [--threads 2]
+        [--models resnet20_cifar] [--parts joint,evaluation,memory,compiled,start]
 
-Joint step at 8/4/2/1 bits against four float steps; evaluation of 8 truncated widths against 8
-float evaluations; peak memory of the joint step against the float step, each in a process of its
-own; time of the imports and of --help. The two sides of a ratio are timed in turn, and medians are
-compared, so that other work on the machine falls on both; the allocator keeps its memory
-(`measuring.py`), but where memory is measured. Seconds of processor time serve as a second opinion.
+- joint: a joint step at 8/4/2/1 bits against four float steps
+- evaluation: 8 truncated widths against 8 float evaluations
+- memory: peak memory of the joint step against the float step, in processes of their own, without
+  the weights of one width
+- compiled: eager joint steps against compiled ones (torch.compile), after compilation
+- start: time of the imports and of --help
+
+A ratio is the median over pairs that are timed in turn, so that other work on the machine falls on
+both sides. The allocator keeps its memory (`measuring.py`), but where memory is measured. Seconds
+of processor time serve as a second opinion.
 """
 
 import argparse
@@ -21,19 +27,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measuring import Table, Took, alternately, fresh_memory, keep_memory
+from measuring import Table, fresh_memory, keep_memory, paired
 
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.models import create_model
 from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)
 BATCHES = 2  # of an evaluation
 # model, input size, batch of a training step, batch of an evaluation
 CASES = [("resnet20_cifar", 32, 128, 256), ("resnet50", 224, 8, 32)]
+PARTS = ("joint", "evaluation", "memory", "compiled", "start")
+Columns = tuple[float, str, str, str]  # of a row after the case: ratio, unit, aim, note
 
 
 def build(
@@ -68,12 +77,12 @@ def train_step(
     return step
 
 
-def ratio(one: Took, other: Took, aim: str) -> tuple[float, str, str, str]:
-    """Return the columns of a row after the case: ratio, unit, aim, ratio by processor time."""
-    return one.clock / other.clock, "x", aim, f"by processor time {one.busy / other.busy:.3f}"
+def ratio(repeats: int, base: Callable[[], None], other: Callable[[], None], aim: str) -> Columns:
+    took = paired(repeats, base, other)
+    return took.clock, "x", aim, f"by processor time {took.busy:.3f}"
 
 
-def joint_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[float, str, str, str]:
+def joint_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
     """A joint step over K float steps."""
     plain = train_step(*build(name, size, batch, False), False)
     joint = train_step(*build(name, size, batch, True), True)
@@ -82,11 +91,19 @@ def joint_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[float, 
         for _ in WIDTHS:
             plain()
 
-    took = alternately(repeats, float=float_steps, joint=joint)
-    return ratio(took["joint"], took["float"], "<= 1.1")
+    return ratio(repeats, float_steps, joint, "<= 1.03")
 
 
-def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[float, str, str, str]:
+def compiled_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
+    """An eager joint step over a compiled one."""
+    eager = train_step(*build(name, size, batch, True), True)
+    model, images, target = build(name, size, batch, True)
+    compiled = train_step(torch.compile(model), images, target, True)  # type: ignore[arg-type]
+    compiled()
+    return ratio(repeats, compiled, eager, ">= 1.2")
+
+
+def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
     """Evaluation of 8 truncated widths over 8 float evaluations."""
     reference, images, _ = build(name, size, batch, False)
     model, _, _ = build(name, size, batch, True)
@@ -101,14 +118,11 @@ def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> tuple[fl
                 reference(images)
 
     def evaluate_widths() -> None:
-        with fused_weights(
-            model
-        ):  # as the callback does: weights are coded once an evaluation, not once a batch
+        with fused_weights(model):  # as the callback does, for all batches
             for _ in range(BATCHES):
                 evaluate_batch(model, images, passes)
 
-    took = alternately(repeats, float=evaluate_float, widths=evaluate_widths)
-    return ratio(took["widths"], took["float"], "<= 1.05")
+    return ratio(repeats, evaluate_float, evaluate_widths, "<= 1.02")
 
 
 def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> int:
@@ -117,6 +131,14 @@ def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> i
     argv = [sys.executable, __file__, "--memory", ask]
     done = subprocess.run(argv, env=fresh_memory(), capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
+
+
+def memory_ratio(name: str, size: int, batch: int, threads: int) -> Columns:
+    """Peak of the joint step, without the quantized weights of one width, over the float step."""
+    one, joint = (peak_bytes(name, size, batch, prepared, threads) for prepared in (False, True))
+    weights = sum(4 * w.original.numel() for w in weight_quantizers(build(name, size, 1, True)[0]))
+    note = f"float {one / 2**20:.0f} MiB, joint {joint / 2**20:.0f}, weights {weights / 2**20:.0f}"
+    return (joint - weights) / one, "x", "<= 1.05", note
 
 
 def memory(ask: str) -> None:
@@ -138,6 +160,15 @@ def seconds_of(command: list[str], repeats: int) -> float:
     return statistics.median(times)
 
 
+def add_start_times(table: Table) -> None:
+    python = [sys.executable, "-c"]
+    table.add("import tq_lightning", seconds_of([*python, "import tq_lightning"], 3), "s")
+    command = [sys.executable, "-m", "tq_lightning", "--help"]
+    table.add("python -m tq_lightning --help", seconds_of(command, 3), "s", "<= 2")
+    command = [*python, "from tq_lightning import prepare"]
+    table.add("import prepare (torch)", seconds_of(command, 3), "s")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", default=",".join(case[0] for case in CASES))
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.memory:
@@ -153,36 +185,26 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     keep_memory()
     torch.set_num_threads(args.threads)
-    table = Table()
+    table, parts, few = Table(), args.parts.split(","), max(3, args.repeats // 2)
     for name, size, batch, eval_batch in CASES:
         if name not in args.models.split(","):
             continue
-        what = f"{name} batch {batch}: joint step / {len(WIDTHS)} float steps"
-        table.add(what, *joint_ratio(name, size, batch, args.repeats))
-        what = (
-            f"{name}, {BATCHES} batches of {eval_batch}: 8 truncated widths / 8 float evaluations"
-        )
-        table.add(what, *evaluation_ratio(name, size, eval_batch, max(3, args.repeats // 2)))
-        one, all_widths = (
-            peak_bytes(name, size, batch, joint, args.threads) for joint in (False, True)
-        )
-        table.add(
-            f"{name} batch {batch}: peak memory, joint / float step",
-            all_widths / one,
-            "x",
-            "<= 1.15",
-        )
-    python = [sys.executable, "-c"]
-    table.add("import tq_lightning", seconds_of([*python, "import tq_lightning"], 3), "s")
-    table.add(
-        "python -m tq_lightning --help",
-        seconds_of([sys.executable, "-m", "tq_lightning", "--help"], 3),
-        "s",
-        "<= 2",
-    )
-    table.add(
-        "import prepare (torch)", seconds_of([*python, "from tq_lightning import prepare"], 3), "s"
-    )
+        step = f"{name} batch {batch}"
+        if "joint" in parts:
+            row = joint_ratio(name, size, batch, args.repeats)
+            table.add(f"{step}: joint step / {len(WIDTHS)} float steps", *row)
+        if "evaluation" in parts:
+            row = evaluation_ratio(name, size, eval_batch, few)
+            what = f"{BATCHES} batches of {eval_batch}: 8 truncated widths / 8 float evaluations"
+            table.add(f"{name}, {what}", *row)
+        if "memory" in parts:
+            row = memory_ratio(name, size, batch, args.threads)
+            table.add(f"{step}: peak memory, joint without one width's weights / float step", *row)
+        if "compiled" in parts:
+            row = compiled_ratio(name, size, batch, args.repeats)
+            table.add(f"{step}: joint step, eager / compiled", *row)
+    if "start" in parts:
+        add_start_times(table)
     table.write(args.out)
     return 0
 

@@ -46,6 +46,24 @@ def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Took]:
     }
 
 
+def paired(repeats: int, base: Callable[[], object], other: Callable[[], object]) -> Took:
+    """Median ratio of `other` to `base` over pairs that run one after the other.
+
+    The order within a pair alternates. One uncounted pair comes first.
+    """
+    ratios: list[tuple[float, float]] = []
+    for turn in range(repeats + 1):
+        took = {}
+        for call in (base, other) if turn % 2 else (other, base):
+            clock, busy = time.perf_counter(), time.process_time()
+            call()
+            took[call] = (time.perf_counter() - clock, time.process_time() - busy)
+        if turn:
+            pairs = zip(took[other], took[base], strict=True)
+            ratios.append(tuple(a / b for a, b in pairs))  # type: ignore[arg-type]
+    return Took(*map(statistics.median, zip(*ratios, strict=True)))
+
+
 class Table:
     """Rows of (case, value, unit, aim, note), printed as they come and written at the end."""
 
