@@ -5,8 +5,9 @@ trained widths, which lag behind the weights at the start of a training: they re
 1 / momentum = 10 updates, in which the weights then change much.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -137,10 +138,14 @@ def _usable(batches: Iterable[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no compiled graph: it would be built for every batch's momentum."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
+    # without torch._dynamo nothing is compiled, and its import takes a second
+    loaded = "torch._dynamo" in sys.modules
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.bit_width import bit_width
+from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.prepare import PrepareReport
+from tq_lightning.training.compiling import check_compiler, compiled
 from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
@@ -99,7 +101,7 @@ class TQModule(L.LightningModule):
         calibration_batches: training batches that norm statistics of untrained widths are
             estimated from.
         channels_last: use the channels_last memory format, which is faster on most devices.
-        compile: run the model through torch.compile.
+        compile: run the model through torch.compile, with one graph for all widths.
         seed: seed of the width schedule and of the random state of each step; null for the seed of
             the run.
     """
@@ -199,6 +201,8 @@ class TQModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the Trainer and the data before a model is built."""
         check_trainer(self.trainer)
+        if self.hparams.compile:
+            check_compiler(self.trainer.strategy.root_device)
         use_timm_sync_batchnorm(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
@@ -237,7 +241,7 @@ class TQModule(L.LightningModule):
         self.report = prepare_model(model, self.quant, self.hparams)
         self.model = model
         if self.hparams.compile:
-            self._compiled = [torch.compile(model)]
+            self._compiled = [compiled(model)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (batch, classes) of images (batch, channels, height, width).
@@ -310,7 +314,7 @@ class TQModule(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return class probabilities (batch, classes) at the widest trained width, truncated."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        with bit_width(self, self.widths[0], "truncate"):
+        with fused_weights(self), bit_width(self, self.widths[0], "truncate"):
             return self(images).float().softmax(1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

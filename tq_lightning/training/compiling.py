@@ -1,0 +1,35 @@
+"""torch.compile of the network that a run trains: `model.compile`.
+
+One graph serves all widths and sources (`quant.fused_weights`). Estimating the norm statistics of
+untrained widths runs without the graph (`quant.switchable_norm.calibrate_norms`).
+"""
+
+import os
+import shutil
+import sys
+
+import torch
+from torch import nn
+
+from tq_lightning.errors import UserError
+
+
+def check_compiler(device: torch.device) -> None:
+    """Check that torch.compile can generate code for `device`.
+
+    Raises:
+        UserError: `device` is a CPU, and there is no C++ compiler.
+    """
+    if device.type != "cpu":
+        return
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as PyTorch
+    if shutil.which(name) is None:
+        raise UserError(
+            f"model.compile: torch.compile needs a C++ compiler on a CPU, and {name} was not "
+            "found; install it, set CXX to another one, or pass --model.compile false"
+        )
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """Return `model` compiled; it shares the parameters, and compiles at its first call."""
+    return torch.compile(model)  # type: ignore[return-value]
