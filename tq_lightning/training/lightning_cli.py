@@ -1,8 +1,5 @@
 """fit, validate, test and predict: LightningCLI over TQModule and TQDataModule."""
 
-import contextlib
-import os
-import shutil
 import sys
 import time
 import uuid
@@ -12,15 +9,12 @@ from typing import Any
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError
-from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tq_lightning.callbacks.peers import WatchPeers
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
-from tq_lightning.callbacks.progress import FitProgressBar, ProgressLines
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
@@ -34,28 +28,23 @@ from tq_lightning.training.arguments import (
     make_parser,
     normalize,
 )
-from tq_lightning.training.checkpoint import (
-    newest_checkpoint,
-    overridden_arguments,
-    read_progress,
-    run_folder,
-)
-from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
+from tq_lightning.training.checkpoint import overridden_arguments
+from tq_lightning.training.ckpt_path import GivenCheckpoint, find_auto, find_checkpoint
 from tq_lightning.training.cli_messages import one_line, quiet
-from tq_lightning.training.cluster import check_tasks, cluster_environment
+from tq_lightning.training.cluster import check_tasks
 from tq_lightning.training.help_pages import page, wanted_page
 from tq_lightning.training.module import TQModule
+from tq_lightning.training.open_run import OpenRun, check_writable
 from tq_lightning.training.resume_guard import check_accumulation
-from tq_lightning.training.run_callbacks import SaveConfig, fit_callbacks, make_loggers
-from tq_lightning.training.run_folder import (
-    LAST,
-    auto_folder,
-    check_same_run,
-    check_unused,
-    has_finished,
-    is_finished,
+from tq_lightning.training.run_callbacks import (
+    SaveConfig,
+    fit_callbacks,
+    listed,
+    make_loggers,
+    make_plugins,
+    progress_callbacks,
 )
-from tq_lightning.training.run_lock import RunLock
+from tq_lightning.training.run_folder import auto_folder, check_unused, has_finished
 from tq_lightning.training.run_messages import end_lines, start_line
 from tq_lightning.training.validation import check_run, check_unfinished
 
@@ -70,15 +59,6 @@ def _root(config: Any) -> Path:
     return Path(config.trainer.default_root_dir or ROOT)
 
 
-def _check_root(root: Path) -> None:
-    """Raise UserError if no run can be written below `root`, without creating anything."""
-    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(
-            f"trainer.default_root_dir={root}: cannot write in {there}; pass a folder for the runs"
-        )
-
-
 class TQCLI(LightningCLI):
     """LightningCLI over TQModule and TQDataModule.
 
@@ -87,15 +67,11 @@ class TQCLI(LightningCLI):
     """
 
     run_dir: Path
-    resumed: Path | None = None
+    checkpoint: GivenCheckpoint | None = None
     resume_step: int | None = None
-    given_checkpoint: str | None = None
-    run_of_checkpoint: Path | None = None
-    resumed_batches: dict[str, Any] | None = None
     stop_flag: SignalFlag
     _peers: WatchPeers | None = None
-    _lock: RunLock | None = None
-    _made: Path | None = None  # the topmost folder that this process created
+    _open_run: OpenRun | None = None  # on rank 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with SignalFlag() as self.stop_flag:
@@ -104,16 +80,18 @@ class TQCLI(LightningCLI):
             except BaseException as error:
                 if isinstance(error, Interrupted) and not self.stop_flag.deferred:
                     self._stop_children()
-                self._leave(error)
+                if self._open_run is not None:
+                    self._open_run.close(error)
                 if isinstance(error, RuntimeError) and self._peers and self._peers.message:
                     lost = self._peers.message if self._peers.speaks() else ""
                     raise TrainingError(lost) from None
                 raise
-            self._leave(None)
+            if self._open_run is not None:
+                self._open_run.close(None)
 
     def _fail_record(self, reason: str) -> None:
         path = self.run_dir / NAME
-        if self.subcommand == "fit" and self._lock is not None and path.is_file():
+        if self.subcommand == "fit" and self._open_run is not None and path.is_file():
             write_record(path, replace(read_record(path), status="failed", reason=reason))
 
     def _stop_children(self) -> None:
@@ -122,25 +100,6 @@ class TQCLI(LightningCLI):
         launcher = trainer.strategy.launcher if trainer is not None else None
         for process in getattr(launcher, "procs", ()):
             process.terminate()
-
-    def _leave(self, error: BaseException | None) -> None:
-        """Release the run folder, and remove it if it was made for a run that never began."""
-        if self._lock is None:
-            return
-        self._lock.release()
-        kept = "*" if error is None else "checkpoints/*" if isinstance(error, UserError) else NAME
-        if not any(self.run_dir.glob(kept)):
-            self._remove_made()
-
-    def _remove_made(self) -> None:
-        """Remove the run folder, and those above it, as far as this process made them."""
-        if self._made is None:
-            return
-        shutil.rmtree(self.run_dir, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other runs are in it by now
-            for folder in self.run_dir.parents:
-                if folder.is_relative_to(self._made):
-                    folder.rmdir()
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Create a parser with our reader of YAML; LightningCLI calls this for each verb."""
@@ -190,35 +149,31 @@ class TQCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         config = self.config[self.config.subcommand]
-        given, root = config.get("ckpt_path"), _root(config)
-        if config.run_dir is not None:
-            self.run_dir = Path(config.run_dir)
+        fits, root, given = self.config.subcommand == "fit", _root(config), config.get("ckpt_path")
+        run_dir = None if config.run_dir is None else Path(config.run_dir)
         if given == "auto":
-            given = self._parse_auto(config, root)
-        elif given is None and config.run_dir is not None and self.config.subcommand == "fit":
-            check_unused(self.run_dir)
-        if given is not None:
-            path = Path(given)
-            if given in ("last", "best"):
-                path = newest_checkpoint(root, given, config.run_dir and self.run_dir)
-            if not path.is_file():
+            if not fits:
                 raise UserError(
-                    f"ckpt_path: {path} does not exist; pass a file, or last or best for the "
-                    f"newest run under {root}"
+                    "ckpt_path=auto is for fit; pass best, last or a file, and --run_dir"
                 )
-            progress = read_progress(path)
-            self.resume_step = progress.step
-            self.resumed_batches = progress.batches
-            self.run_of_checkpoint = run_folder(path)
-            if self.config.subcommand == "fit":
-                finished = self.run_of_checkpoint is not None and has_finished(
-                    self.run_of_checkpoint
-                )
-                check_unfinished(path, progress, finished, config.trainer)
-                check_accumulation(progress.inside_accumulation, f"ckpt_path: {path}")
-            self.given_checkpoint = str(given)
-            config.ckpt_path = str(path)
-            self.resumed = path
+            run_dir = auto_folder(config.run_dir, root)
+            dumped = self.parser.dump(self.config, skip_none=False, format="yaml")
+            given = find_auto(run_dir, yaml.safe_load(dumped)["fit"])
+            config.ckpt_path = None
+            self.resume_step = 0  # what an attempt without a checkpoint has logged comes again
+        elif given is None and run_dir is not None and fits:
+            check_unused(run_dir)
+        if run_dir is not None:
+            self.run_dir = run_dir
+        if given is not None:
+            self.checkpoint = checkpoint = find_checkpoint(str(given), root, run_dir)
+            if fits:
+                finished = checkpoint.run is not None and has_finished(checkpoint.run)
+                check_unfinished(checkpoint.path, checkpoint.progress, finished, config.trainer)
+                what = f"ckpt_path: {checkpoint.path}"
+                check_accumulation(checkpoint.progress.inside_accumulation, what)
+            self.resume_step = checkpoint.progress.step
+            config.ckpt_path = str(checkpoint.path)
         asked = config.model.as_dict()
         super()._parse_ckpt_path()  # the checkpoint's model arguments replace those given
         kept = overridden_arguments(asked, self.config[self.config.subcommand].model.as_dict())
@@ -229,45 +184,21 @@ class TQCLI(LightningCLI):
                 flush=True,
             )
 
-    def _parse_auto(self, config: Any, root: Path) -> str | None:
-        """Set `run_dir` to the folder of `--ckpt_path auto`; return its checkpoint or None."""
-        if self.config.subcommand != "fit":
-            raise UserError("ckpt_path=auto is for fit; pass best, last or a file, and --run_dir")
-        self.run_dir = auto_folder(config.run_dir, root)
-        dumped = self.parser.dump(self.config, skip_none=False, format="yaml")
-        plain = yaml.safe_load(dumped)["fit"]
-        check_same_run(self.run_dir, plain)
-        if is_finished(self.run_dir, plain):
-            print(f"{self.run_dir} is finished; nothing to do", file=sys.stderr, flush=True)
-            raise SystemExit(0)
-        config.ckpt_path = None
-        checkpoint = self.run_dir / LAST
-        if checkpoint.is_file():
-            return str(checkpoint)
-        self.resume_step = 0  # what an attempt without a checkpoint has logged comes again
-        return None
-
     def before_instantiate_classes(self) -> None:
         """Choose the run folder and lock it."""
         config = self.config[self.subcommand]
         root = _root(config)
         if hasattr(self, "run_dir"):
             config.run_dir = None  # a run's configuration starts other runs as well
-        elif self.run_of_checkpoint is not None:
-            self.run_dir = self.run_of_checkpoint
+        elif self.checkpoint is not None and self.checkpoint.run is not None:
+            self.run_dir = self.checkpoint.run
         else:  # also for a checkpoint that is not in a run's folder
             self.run_dir = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        if self.run_of_checkpoint is None:
-            _check_root(self.run_dir.parent)
+        if self.checkpoint is None or self.checkpoint.run is None:
+            check_writable(self.run_dir.parent)
         self._dump_config()
         if self.subcommand != "validate" and getattr(rank_zero_only, "rank", 0) == 0:
-            missing = [f for f in (self.run_dir, *self.run_dir.parents) if not f.exists()]
-            self._made = missing[-1] if missing else None
-            try:
-                self._lock = RunLock(self.run_dir)
-            except UserError:
-                self._remove_made()
-                raise
+            self._open_run = OpenRun(self.run_dir)
 
     def instantiate_classes(self) -> None:
         """Make the data module, the module and the Trainer; their errors are one line."""
@@ -288,80 +219,67 @@ class TQCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         first = getattr(rank_zero_only, "rank", 0) == 0
         if first:
-            print(start_line(subcommand, self.run_dir, self.resumed, self.resume_step), flush=True)
+            path = None if self.checkpoint is None else self.checkpoint.path
+            print(start_line(subcommand, self.run_dir, path, self.resume_step), flush=True)
         try:
             super()._run_subcommand(subcommand)
         except UserError as error:
-            if str(error).startswith("the checkpoint"):
-                raise UserError(f"ckpt_path: {self.resumed}: {error}") from None
+            if str(error).startswith("the checkpoint") and self.checkpoint is not None:
+                raise UserError(f"ckpt_path: {self.checkpoint.path}: {error}") from None
             raise
         except (TrainingError, MisconfigurationException, OSError):
             raise
         except Exception as error:
-            if self.resumed is None or self.model.began or (self._peers and self._peers.message):
+            lost = self._peers and self._peers.message
+            if self.checkpoint is None or self.model.began or lost:
                 raise
             raise UserError(
-                f"ckpt_path: {self.resumed} can't be loaded into this run ({first_line(error)}); "
-                "pass a checkpoint of the same model"
+                f"ckpt_path: {self.checkpoint.path} can't be loaded into this run "
+                f"({first_line(error)}); pass a checkpoint of the same model"
             ) from error
         if first:
             for line in end_lines(subcommand, self.run_dir):
                 print(line, flush=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Create the Trainer with the callbacks and loggers of the verb."""
+        """Create the Trainer with the callbacks, loggers and plugins of the verb."""
         self.config = self._typed_config  # for SaveConfig: text stays text when it is read again
-        config = self.config_init[self.subcommand]
-        trainer = config["trainer"]
-        self.model.restored_from_checkpoint = self.resumed is not None
-        self.model.resumed_batches = self.resumed_batches
+        config, fits = self.config_init[self.subcommand], self.subcommand == "fit"
+        trainer, given = config["trainer"], self.checkpoint
+        self.model.restored_from_checkpoint = given is not None
+        self.model.resumed_batches = None if given is None else given.progress.batches
         # Lightning looks for its own checkpoints in its root: in a root that runs share it would
         # find those of another run
         kwargs["default_root_dir"] = str(self.run_dir)
-        environment = cluster_environment()
-        plugins = trainer["plugins"]
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins] if plugins else [])]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(AtomicCheckpointIO())
-        kwargs["plugins"] = [*plugins, *([environment] if environment is not None else [])]
-        self._peers = WatchPeers(self._fail_record)
-        # the peers come first: they name the cause of an error before the record is written
-        plain: list[Callback] = [self._peers, WidthTable()]
+        kwargs["plugins"] = make_plugins(trainer["plugins"])
         for key in ("enable_progress_bar", "enable_model_summary"):
             if trainer[key] is None:
                 kwargs[key] = sys.stdout.isatty()
-        if (
-            kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
-            and sys.stdout.isatty()
-        ):
-            plain.append(FitProgressBar())
-        elif self.subcommand == "fit":
-            plain.append(ProgressLines())
-        if self.subcommand == "fit":
+        bar = kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
+        self._peers = WatchPeers(self._fail_record)
+        # the peers come first: they name the cause of an error before the record is written
+        callbacks = [self._peers, WidthTable(), *progress_callbacks(bar, fits)]
+        if fits:
             self.save_config_kwargs = {"run_dir": self.run_dir}
-            if self._lock is not None:
+            if self._open_run is not None:
                 remove_temporaries(self.run_dir)
                 remove_temporaries(self.run_dir / "checkpoints")
-            plain += fit_callbacks(self.run_dir, config, self.config_dump, self.stop_flag)
+            callbacks += fit_callbacks(self.run_dir, config, self.config_dump, self.stop_flag)
             if trainer["logger"] in (None, True):
                 kwargs["logger"] = make_loggers(
                     self.run_dir, config, self.config_dump, self.resume_step
                 )
         else:
-            plain.append(StopOnSignal(self.stop_flag))
             self.save_config_callback = None
             kwargs["logger"] = False
+            callbacks.append(StopOnSignal(self.stop_flag))
             if self.subcommand == "predict":
-                plain.append(PredictionWriter(self.run_dir))
-            if self.subcommand == "test":
-                plain.append(RunRecord(self.run_dir, self.config_dump, self.given_checkpoint))
-        given = trainer["callbacks"]
-        kwargs["callbacks"] = [
-            *(given if isinstance(given, list) else [given] if given else []),
-            *plain,
-        ]
+                callbacks.append(PredictionWriter(self.run_dir))
+            if self.subcommand == "test" and given is not None:
+                callbacks.append(RunRecord(self.run_dir, self.config_dump, given.given))
+        kwargs["callbacks"] = [*listed(trainer["callbacks"]), *callbacks]
         made = super().instantiate_trainer(**kwargs)
-        check_tasks(made.num_devices, made.num_nodes, self.subcommand == "fit")
+        check_tasks(made.num_devices, made.num_nodes, fits)
         return made
 
 

@@ -1,18 +1,23 @@
-"""Callbacks and loggers of a fit from the command line, and its saved configuration."""
+"""Callbacks, loggers and plugins of a verb of the command line; the saved configuration."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from tq_lightning.callbacks.csv_logger import RunLogger
+from tq_lightning.callbacks.progress import FitProgressBar, ProgressLines
 from tq_lightning.callbacks.quantization_summary import QuantizationSummary
 from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.files import atomic_write
 from tq_lightning.records import MONITOR, NAME
+from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
+from tq_lightning.training.cluster import cluster_environment
 
 
 class SaveConfig(SaveConfigCallback):
@@ -111,3 +116,23 @@ def make_loggers(
 
         loggers.append(make_wandb_logger(run_dir, config_dump))
     return loggers
+
+
+def progress_callbacks(bar: bool, fits: bool) -> list[Callback]:
+    """Return the progress of a verb: a bar in a terminal, else one line per epoch of a fit."""
+    if bar and sys.stdout.isatty():
+        return [FitProgressBar()]
+    return [ProgressLines()] if fits else []
+
+
+def make_plugins(given: Any) -> list[Any]:
+    """Return the plugins of the Trainer: those given, atomic checkpoints, the cluster's."""
+    plugins, environment = listed(given), cluster_environment()
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    return plugins if environment is None else [*plugins, environment]
+
+
+def listed(given: Any) -> list[Any]:
+    """Return an option of the Trainer that takes one object, a list or nothing, as a list."""
+    return list(given) if isinstance(given, list) else [given] if given else []

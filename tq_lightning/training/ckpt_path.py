@@ -1,0 +1,65 @@
+"""Resolve --ckpt_path: the checkpoint that is meant, its progress and the run it belongs to."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tq_lightning.errors import UserError
+from tq_lightning.training.checkpoint import newest_checkpoint, read_progress, run_folder
+from tq_lightning.training.run_folder import LAST, check_same_run, is_finished
+from tq_lightning.training.validation import Progress
+
+
+class GivenCheckpoint(NamedTuple):
+    """The checkpoint that a verb loads.
+
+    Attributes:
+        path: the file.
+        given: the argument: best, last or a path.
+        progress: the step and the epochs that it was written after.
+        run: folder of its run; None if it lies elsewhere.
+    """
+
+    path: Path
+    given: str
+    progress: Progress
+    run: Path | None
+
+
+def find_checkpoint(given: str, root: Path, run_dir: Path | None) -> GivenCheckpoint:
+    """Find and check the checkpoint of `--ckpt_path GIVEN`.
+
+    Args:
+        given: a path; last or best for the newest run below `root`, or for `run_dir`.
+        root: trainer.default_root_dir.
+        run_dir: --run_dir, None if it was not given.
+
+    Raises:
+        UserError: there is no such file, or it is not a training checkpoint.
+    """
+    path = newest_checkpoint(root, given, run_dir) if given in ("last", "best") else Path(given)
+    if not path.is_file():
+        raise UserError(
+            f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run "
+            f"under {root}"
+        )
+    return GivenCheckpoint(path, given, read_progress(path), run_folder(path))
+
+
+def find_auto(run_dir: Path, config: dict[str, Any]) -> Path | None:
+    """Return the checkpoint that `--ckpt_path auto` resumes in `run_dir`, None to start.
+
+    Args:
+        run_dir: the run folder.
+        config: the configuration of this fit, plain types.
+
+    Raises:
+        UserError: another run is in `run_dir`.
+        SystemExit: the run is finished.
+    """
+    check_same_run(run_dir, config)
+    if is_finished(run_dir, config):
+        print(f"{run_dir} is finished; nothing to do", file=sys.stderr, flush=True)
+        raise SystemExit(0)
+    checkpoint = run_dir / LAST
+    return checkpoint if checkpoint.is_file() else None
