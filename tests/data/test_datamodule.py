@@ -38,11 +38,11 @@ def test_digits():
 def test_no_sample_is_in_two_parts():
     """Held-out digits are not trained on, for any seed, and a fit does not read the test split."""
     module, other = TQDataModule("digits", seed=0), TQDataModule("digits", seed=1)
-    (_, train), (_, val) = module._part("train"), module._part("val")
+    (_, train), (_, val) = module.splits.for_stage("train"), module.splits.for_stage("val")
     assert not set(train.tolist()) & set(val.tolist())
-    assert torch.equal(val, other._part("val")[1])
+    assert torch.equal(val, other.splits.for_stage("val")[1])
     assert "test" not in module._splits
-    few = TQDataModule("digits", samples=50)._part("train")[1]
+    few = TQDataModule("digits", samples=50).splits.for_stage("train")[1]
     assert few.numel() == 50
     assert not set(few.tolist()) & set(val.tolist())
 
@@ -126,7 +126,7 @@ def test_calibration_batches_are_always_the_same():
         for (x, y), (a, b) in zip(first, again.calibration_batches(3), strict=True):
             assert torch.equal(x, a)
             assert torch.equal(y, b)
-    _, held = module._part("val")
+    _, held = module.splits.for_stage("val")
     assert len(list(module.calibration_batches(10**6, batch_size=1000))) == 2
     assert len(held) == 144
 

@@ -76,7 +76,7 @@ def test_cifar_as_images(cifar, packed):
     data = module(cifar, "cifar10")
     data.setup("fit")
     assert data.class_names == CIFAR
-    split = data._split("train")
+    split = data.splits["train"]
     assert split.pixels.shape == (60, 3, 32, 32)
     assert torch.equal(split.pixels[0], torch.tensor(np.asarray(picture(5))).permute(2, 0, 1))
     assert split.labels.tolist() == sorted(6 * list(range(10)))
@@ -108,8 +108,8 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR}))
     data = module(tmp_path, "cifar10")
     data.setup("fit")
-    assert data._split("train").pixels.shape == (20, 3, 32, 32)
-    assert data._split("test").pixels.unique().tolist() == [5]
+    assert data.splits["train"].pixels.shape == (20, 3, 32, 32)
+    assert data.splits["test"].pixels.unique().tolist() == [5]
 
 
 def test_cifar_that_is_not_there(tmp_path, monkeypatch):
@@ -209,7 +209,7 @@ def test_classes_without_splits(tmp_path, packed):
         pack(tmp_path, "flat")
     data = module(tmp_path / ("flat.tar" if packed else "flat"), image_size=8)
     data.setup("fit")
-    assert [len(data._part(stage)[1]) for stage in ("train", "val")] == [18, 2]
+    assert [len(data.splits.for_stage(stage)[1]) for stage in ("train", "val")] == [18, 2]
     with pytest.raises(UserError, match="no test split"):
         data.setup("test")
 

@@ -167,7 +167,7 @@ def test_leftovers_are_neither_classes_nor_samples_and_are_counted(folder, packe
     data = module(folder)
     data.setup("fit")
     assert data.class_names == list(CLASSES)
-    assert Counter(data._split("train").labels.tolist()) == {0: 6, 1: 6, 2: 6}
+    assert Counter(data.splits["train"].labels.tolist()) == {0: 6, 1: 6, 2: 6}
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert f"18 images of 3 classes; left out {count}: " in lines[0]
@@ -183,7 +183,7 @@ def test_every_suffix_is_read_in_training_and_in_classify(folder):
         Image.merge("RGB", [Image.fromarray(GRAY)] * 3).save(path, kind)
     data = module(folder)
     data.setup("fit")
-    assert int((data._split("train").labels == 0).sum()) == 6 + len(SUFFIXES)
+    assert int((data.splits["train"].labels == 0).sum()) == 6 + len(SUFFIXES)
     found, left_out = list_images(folder / "train" / "ant")
     assert len(found) == 6 + len(SUFFIXES) and not left_out.counts
 
@@ -228,7 +228,7 @@ def test_files_that_must_not_be_opened(folder, kind, capsys):
         path.with_suffix("").symlink_to(folder / "train")
     data = module(folder)
     data.setup("fit")
-    assert data._split("train").labels.numel() == 18
+    assert data.splits["train"].labels.numel() == 18
     if kind != "link to itself":
         assert "left out 1: " in capsys.readouterr().err
     list(data.train_dataloader())
@@ -259,7 +259,7 @@ def test_a_tar_that_lies_about_a_size(folder, size, which):
     except UserError as error:
         assert "train.tar can't be read to its end" in str(error)
     else:  # a size in the same block: all members are found, and one is a damaged image
-        assert size == 1 and data._split("train").labels.numel() == 18
+        assert size == 1 and data.splits["train"].labels.numel() == 18
 
 
 def test_a_tar_with_a_black_image_behind_a_short_size(folder):
@@ -387,7 +387,7 @@ def test_a_tar_of_one_tar_per_class(folder):
     shutil.rmtree(folder / "train")
     data = module(folder)
     data.setup("fit")
-    split = data._split("train")
+    split = data.splits["train"]
     assert data.class_names == list(CLASSES) and split.labels.numel() == 18
     for label, number in enumerate((3, 9, 15)):
         image, got = split.read(number)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tq_lightning.data.image_folder import class_names, find_split, missing, open_images
 from tq_lightning.data.images import UnreadableImage, printable
-from tq_lightning.data.split import Source, Split
+from tq_lightning.data.splits import Source, Split
 from tq_lightning.errors import UserError
 
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from tq_lightning.data import augment
-from tq_lightning.data.datasets import DATASETS, Source, Split
-from tq_lightning.data.image_folder import missing
+from tq_lightning.data.datasets import DATASETS
 from tq_lightning.data.loaders import BatchReader, EvalLoader, ImageDataset, TrainLoader
-from tq_lightning.data.sampling import TrainOrder, generator, stratified
+from tq_lightning.data.sampling import TrainOrder, generator
+from tq_lightning.data.splits import Source, Splits
 from tq_lightning.data.validation import check
-from tq_lightning.errors import UserError
 from tq_lightning.files import expand_path
 
 CALIBRATION_SEED = 8  # of the order and the augmentation of calibration batches, in every run
@@ -115,7 +114,6 @@ class TQDataModule(lightning.LightningDataModule):
         check(locals())
         row = self._row = DATASETS[name]
         self.name, self.batch_size = name, batch_size
-        self.val_fraction, self.samples = val_fraction, samples
         self.image_size = image_size or row["size"] or 224
         self.input_shape = (3, self.image_size, self.image_size)
         self.eval_batch_size = eval_batch_size or max(2 * batch_size, 256 if row["size"] else 1)
@@ -131,8 +129,8 @@ class TQDataModule(lightning.LightningDataModule):
         self.mix = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": smoothing}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self._expected = num_classes
-        self._source = Source(expand_path(root), download, num_classes, self.image_size, samples)
-        self._splits: dict[str, Split | None] = {}
+        source = Source(expand_path(root), download, num_classes, self.image_size, samples)
+        self.splits = Splits(name, row["read"], source, val_fraction, samples)
         self._readers: dict[tuple[str, str], BatchReader] = {}
         self._augment: augment.BatchAugment | None = None
 
@@ -145,10 +143,7 @@ class TQDataModule(lightning.LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Class names by number, from the first split that the set has."""
-        for name in ("train", "val", "test"):
-            if (split := self._split(name)) is not None:
-                return split.classes
-        raise UserError(missing(self._source.root, "train", "val", "test"))
+        return self.splits.class_names()
 
     @property
     def mixup(self) -> Any:
@@ -177,7 +172,7 @@ class TQDataModule(lightning.LightningDataModule):
             (images, labels).
         """
         size = batch_size or self.batch_size
-        split, samples = self._part("train")
+        split, samples = self.splits.for_stage("train")
         samples = samples[
             torch.randperm(samples.numel(), generator=generator(CALIBRATION_SEED))[: n * size]
         ]
@@ -192,57 +187,9 @@ class TQDataModule(lightning.LightningDataModule):
             draw = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in draw.items()}
             yield self._augmented(augmentation, pixels.to(device), labels.to(device), draw)
 
-    def _split(self, name: str) -> Split | None:
-        """The split train, val or test, read once; None if the set does not have it."""
-        if name not in self._splits:
-            split = self._row["read"](self._source, name)
-            if split is not None and self._expected not in (None, len(split.classes)):
-                raise UserError(
-                    f"data.num_classes={self._expected}, but {self.name} at "
-                    f"{self._source.root.absolute()} has {len(split.classes)} classes; pass that "
-                    "number, or null"
-                )
-            self._splits[name] = split
-        return self._splits[name]
-
-    def _first_split(self, *names: str) -> str:
-        """The first of these splits that the set has."""
-        for name in names:
-            if self._split(name) is not None:
-                return name
-        raise UserError(f"{self.name}: {missing(self._source.root, *names)}")
-
-    def _part(self, stage: str) -> tuple[str, Tensor]:
-        """(split to read, sample numbers) of the stage train, val or test."""
-        own = self._split("val") is not None
-        if stage == "test":
-            name = self._first_split("test", "val")
-        elif stage == "val" and own:
-            name = "val"
-        else:
-            name = self._first_split("train")
-        labels = self._need(name).labels
-        everything = torch.arange(labels.numel())
-        if name != "train":
-            return name, everything
-        held = torch.zeros(labels.numel(), dtype=torch.bool)
-        if not own:
-            held[stratified(labels, max(1, round(self.val_fraction * labels.numel())))] = True
-            if stage == "val":
-                return name, everything[held]
-        rest = everything[~held]
-        if self.samples is not None and self.samples < rest.numel():
-            rest = rest[stratified(labels[rest], self.samples)]
-        return name, rest
-
-    def _need(self, name: str) -> Split:
-        split = self._split(name)
-        assert split is not None
-        return split
-
     def split_of(self, stage: str) -> str:
         """Name of the split that stage train, val or test reads."""
-        return self._part(stage)[0]
+        return self.splits.for_stage(stage)[0]
 
     def _reader(self, name: str, stage: str) -> BatchReader:
         """Reader of a split for a stage, kept so that its worker processes persist."""
@@ -251,7 +198,7 @@ class TQDataModule(lightning.LightningDataModule):
         return self._readers[name, stage]
 
     def _new_reader(self, name: str, training: bool) -> BatchReader:
-        split = self._need(name)
+        split = self.splits[name]
         read, transform = split.read, None
         color = {
             "color_jitter": self.color_jitter or None,
@@ -284,11 +231,11 @@ class TQDataModule(lightning.LightningDataModule):
             stage: fit, validate, test or predict.
         """
         for part in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
-            self._part(part)
+            self.splits.for_stage(part)
 
     def train_dataloader(self) -> TrainLoader:
         """Make the loader of the training samples."""
-        name, samples = self._part("train")
+        name, samples = self.splits.for_stage("train")
         reader = self._reader(name, "train")
         order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
         order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
@@ -315,7 +262,7 @@ class TQDataModule(lightning.LightningDataModule):
         return self._eval_loader("test")
 
     def _eval_loader(self, stage: str) -> EvalLoader:
-        name, samples = self._part(stage)
+        name, samples = self.splits.for_stage(stage)
         return EvalLoader(self._reader(name, stage), samples, self.eval_batch_size, *self._place())
 
     def teardown(self, stage: str) -> None:

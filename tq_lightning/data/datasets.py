@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tq_lightning.data import image_folder
 from tq_lightning.data.cifar import read_cifar10, read_cifar100
 from tq_lightning.data.sampling import generator, stratified
-from tq_lightning.data.split import Source, Split
+from tq_lightning.data.splits import Source, Split
 from tq_lightning.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,0 +1,142 @@
+"""The splits of a data set, and the samples that training, validation and test take from them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tq_lightning.data.image_folder import missing
+from tq_lightning.data.sampling import stratified
+from tq_lightning.errors import UserError
+
+
+@dataclass
+class Split:
+    """One split of a data set, in memory (`pixels`) or as image files (`read`).
+
+    Attributes:
+        classes: class names by number.
+        labels: (N,) int64.
+        pixels: (N, 3, H, W) uint8, or None.
+        read: sample number -> (PIL image, class number), or None.
+    """
+
+    classes: list[str]
+    labels: Tensor
+    pixels: Tensor | None = None
+    read: Callable[[int], tuple[Any, int]] | None = None
+
+    def picture(self, n: int) -> tuple[Any, int]:
+        """Make (PIL image, class number) from pixels, for timm's transforms of single images."""
+        from PIL import Image
+
+        assert self.pixels is not None
+        return Image.fromarray(self.pixels[n].permute(1, 2, 0).numpy()), int(self.labels[n])
+
+
+@dataclass
+class Source:
+    """Configuration of a reader.
+
+    Attributes:
+        root: folder of the data set.
+        download: whether a missing data set may be downloaded.
+        num_classes: number of classes of synthetic data; None is 10.
+        image_size: height and width in pixels.
+        samples: number of synthetic training samples; None is 2048.
+        index: class numbers by name, once the first split of image files was read.
+        files: splits of image files that were read.
+    """
+
+    root: Path
+    download: bool
+    num_classes: int | None
+    image_size: int
+    samples: int | None
+    index: dict[str, int] | None = None
+    files: dict[str, Split | None] = field(default_factory=dict)
+
+
+class Splits:
+    """The splits of one data set, each read once.
+
+    Args:
+        name: the data set, named in errors.
+        read: (source, split) -> Split, or None if the set has no such split.
+        source: where the set is.
+        val_fraction: share of the training split held out for validation if the set has no
+            validation split.
+        samples: number of training samples to use; None uses all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        read: Callable[[Source, str], Split | None],
+        source: Source,
+        val_fraction: float,
+        samples: int | None,
+    ) -> None:
+        self.name, self.source = name, source
+        self.val_fraction, self.samples = val_fraction, samples
+        self._read_split = read
+        self._read: dict[str, Split | None] = {}
+
+    def find(self, name: str) -> Split | None:
+        """Return the split train, val or test; None if the set does not have it."""
+        if name not in self._read:
+            split, expected = self._read_split(self.source, name), self.source.num_classes
+            if split is not None and expected not in (None, len(split.classes)):
+                raise UserError(
+                    f"data.num_classes={expected}, but {self.name} at "
+                    f"{self.source.root.absolute()} has {len(split.classes)} classes; pass that "
+                    "number, or null"
+                )
+            self._read[name] = split
+        return self._read[name]
+
+    def __getitem__(self, name: str) -> Split:
+        split = self.find(name)
+        if split is None:
+            raise KeyError(name)
+        return split
+
+    def class_names(self) -> list[str]:
+        """Return the class names by number, from the first split that the set has."""
+        for name in ("train", "val", "test"):
+            if (split := self.find(name)) is not None:
+                return split.classes
+        raise UserError(missing(self.source.root, "train", "val", "test"))
+
+    def for_stage(self, stage: str) -> tuple[str, Tensor]:
+        """Return (split to read, sample numbers) of the stage train, val or test."""
+        own = self.find("val") is not None
+        if stage == "test":
+            name = self._first("test", "val")
+        elif stage == "val" and own:
+            name = "val"
+        else:
+            name = self._first("train")
+        labels = self[name].labels
+        everything = torch.arange(labels.numel())
+        if name != "train":
+            return name, everything
+        held = torch.zeros(labels.numel(), dtype=torch.bool)
+        if not own:
+            held[stratified(labels, max(1, round(self.val_fraction * labels.numel())))] = True
+            if stage == "val":
+                return name, everything[held]
+        rest = everything[~held]
+        if self.samples is not None and self.samples < rest.numel():
+            rest = rest[stratified(labels[rest], self.samples)]
+        return name, rest
+
+    def _first(self, *names: str) -> str:
+        """Return the first of these splits that the set has."""
+        for name in names:
+            if self.find(name) is not None:
+                return name
+        raise UserError(f"{self.name}: {missing(self.source.root, *names)}")
