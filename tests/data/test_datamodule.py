@@ -41,7 +41,7 @@ def test_no_sample_is_in_two_parts():
     (_, train), (_, val) = module.splits.for_stage("train"), module.splits.for_stage("val")
     assert not set(train.tolist()) & set(val.tolist())
     assert torch.equal(val, other.splits.for_stage("val")[1])
-    assert "test" not in module._splits
+    assert "test" not in module.splits.loaded
     few = TQDataModule("digits", samples=50).splits.for_stage("train")[1]
     assert few.numel() == 50
     assert not set(few.tolist()) & set(val.tolist())

@@ -80,7 +80,7 @@ def test_cifar_as_images(cifar, packed):
     assert split.pixels.shape == (60, 3, 32, 32)
     assert torch.equal(split.pixels[0], torch.tensor(np.asarray(picture(5))).permute(2, 0, 1))
     assert split.labels.tolist() == sorted(6 * list(range(10)))
-    assert "test" not in data._splits
+    assert "test" not in data.splits.loaded
     data.setup("test")
     assert sum(len(y) for _, y in data.test_dataloader()) == 20
 

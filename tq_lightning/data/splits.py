@@ -83,11 +83,11 @@ class Splits:
         self.name, self.source = name, source
         self.val_fraction, self.samples = val_fraction, samples
         self._read_split = read
-        self._read: dict[str, Split | None] = {}
+        self.loaded: dict[str, Split | None] = {}  # read so far
 
     def find(self, name: str) -> Split | None:
         """Return the split train, val or test; None if the set does not have it."""
-        if name not in self._read:
+        if name not in self.loaded:
             split, expected = self._read_split(self.source, name), self.source.num_classes
             if split is not None and expected not in (None, len(split.classes)):
                 raise UserError(
@@ -95,8 +95,8 @@ class Splits:
                     f"{self.source.root.absolute()} has {len(split.classes)} classes; pass that "
                     "number, or null"
                 )
-            self._read[name] = split
-        return self._read[name]
+            self.loaded[name] = split
+        return self.loaded[name]
 
     def __getitem__(self, name: str) -> Split:
         split = self.find(name)

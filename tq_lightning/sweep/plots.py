@@ -8,6 +8,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def draw(study: "optuna.Study", folder: Path, importances: Sequence[Any] = ()) -
 
 def figures(study: "optuna.Study", importances: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (file name without suffix, figure) for each plot."""
-    from optuna.importance import FanovaImportanceEvaluator
+    from optuna.importance import FanovaImportanceEvaluator as Fanova
     from optuna.visualization import matplotlib as plots
 
     if not any(t.state.name == "COMPLETE" for t in study.get_trials(deepcopy=False)):
@@ -62,54 +63,43 @@ def figures(study: "optuna.Study", importances: Sequence[Any]) -> Iterator[tuple
         if len(names) > 1:
             suffix, given = f"_{i + 1}", given | {"target": lambda t, i=i: t.values[i]}
         ax = plots.plot_optimization_history(study, **given)
-        yield f"optimization_history{suffix}", _lay_out([ax])
+        yield f"optimization_history{suffix}", _lay_out(ax)
         if any(importances[i : i + 1]):
-            evaluator = FanovaImportanceEvaluator(seed=0)
-            ax = plots.plot_param_importances(study, evaluator=evaluator, **given)
+            ax = plots.plot_param_importances(study, evaluator=Fanova(seed=0), **given)
             ax.set_xlabel("share of the variance (fANOVA)")
-            yield f"param_importances{suffix}", _lay_out([ax])
+            yield f"param_importances{suffix}", _lay_out(ax)
         ax = plots.plot_parallel_coordinate(study, **given)
-        yield f"parallel_coordinate{suffix}", _widen(_lay_out([ax], slanted=20))
-        axes = plots.plot_slice(study, **given)
-        yield f"slice{suffix}", _lay_out(list(getattr(axes, "flat", [axes])), slanted=30)
+        yield f"parallel_coordinate{suffix}", _widen(_lay_out(ax, slanted=20))
+        yield f"slice{suffix}", _lay_out(plots.plot_slice(study, **given), slanted=30)
     for a, b in itertools.combinations(range(len(names)), 2):
-        ax = plots.plot_pareto_front(
-            study,
-            target_names=[names[a], names[b]],
-            targets=lambda t, a=a, b=b: (t.values[a], t.values[b]),  # type: ignore[misc]
-        )
+        two = itemgetter(a, b)
+        targets: dict[str, Any] = {"targets": lambda t, two=two: two(t.values)}
+        ax = plots.plot_pareto_front(study, target_names=list(two(names)), **targets)
         for t in study.best_trials:
-            at = (t.values[a], t.values[b])
-            ax.annotate(str(t.number), at, xytext=(4, 4), textcoords="offset points")
-        pair = f"_{a + 1}_{b + 1}" if len(names) > 2 else ""
-        yield f"pareto_front{pair}", _lay_out([ax])
+            ax.annotate(str(t.number), two(t.values), xytext=(4, 4), textcoords="offset points")
+        yield f"pareto_front{f'_{a + 1}_{b + 1}' if len(names) > 2 else ''}", _lay_out(ax)
 
 
 def with_unit(name: str) -> str:
     """Add the unit to the name of a metric."""
-    unit = next((unit for part, unit in UNITS.items() if part in name), None)
-    return name if unit is None else f"{name} ({unit})"
+    return next((f"{name} ({unit})" for part, unit in UNITS.items() if part in name), name)
 
 
-def _lay_out(axes: list[Any], slanted: int = 0) -> Any:
+def _lay_out(drawn: Any, slanted: int = 0) -> Any:
     """Legend below the axes, trial numbers as integers, x labels slanted. Returns the figure."""
-    figure = axes[0].figure
-    figure.set_layout_engine("constrained")
-    for ax in axes:
+    from matplotlib import pyplot
+
+    for ax in getattr(drawn, "flat", [drawn]):  # plot_slice returns one or an array
+        figure = ax.figure
+        figure.set_layout_engine("constrained")  # some of Optuna's plots set a tight one
         if ax.get_legend() is not None:
-            handles, labels = ax.get_legend_handles_labels()
             ax.get_legend().remove()
-            figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+            figure.legend(loc="outside lower center", ncols=2, frameon=False)
         if slanted:
-            texts = [label.get_text() for label in ax.get_xticklabels()]
-            if any(text.startswith("'") for text in texts):  # a choice, as repr() gives it
-                ax.set_xticks(ax.get_xticks(), [text.strip("'") for text in texts])
-            for label in ax.get_xticklabels():
-                label.set(rotation=slanted, ha="right", rotation_mode="anchor")
-    for ax in figure.axes:
-        for axis in (ax.xaxis, ax.yaxis):
-            if axis.get_label_text() == "Trial":
-                axis.get_major_locator().set_params(integer=True)
+            pyplot.setp(ax.get_xticklabels(), rotation=slanted, ha="right", rotation_mode="anchor")
+    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+        if axis.get_label_text() == "Trial":
+            axis.get_major_locator().set_params(integer=True)
     return figure
 
 
