@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from fixtures.fits import TWO_STEPS
 
 from tq_lightning import bit_width, load_packed
 from tq_lightning.callbacks.width_metrics import evaluation_passes
@@ -18,29 +19,7 @@ from tq_lightning.quant.codes import QUANTIZERS, Quantizer
 from tq_lightning.records import read_record, write_record
 from tq_lightning.training.checkpoint import load_checkpoint_model
 
-FIT = [
-    "--model.name",
-    "resnet8_cifar",
-    "--model.quantizer",
-    "ceil",
-    "--model.calibration_batches",
-    "1",
-    "--data.name",
-    "digits",
-    "--data.batch_size",
-    "16",
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.max_epochs",
-    "1",
-    "--trainer.limit_train_batches",
-    "2",
-    "--trainer.limit_val_batches",
-    "1",
-    "--trainer.enable_model_summary",
-    "false",
-    "--trainer.default_root_dir",
-]
+FIT = [*TWO_STEPS, "--model.quantizer", "ceil", "--trainer.default_root_dir"]
 
 
 def _ceil_steps(u, top):

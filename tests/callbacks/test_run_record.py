@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from fixtures.fits import TWO_STEPS
 
 from tq_lightning.callbacks.csv_logger import RunLogger
 from tq_lightning.callbacks.metric_log import MetricLog
@@ -15,27 +16,7 @@ from tq_lightning.cli import run_fit
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.quant.config import QuantConfig
 
-RUN = [
-    *(
-        "--model.name",
-        "resnet8_cifar",
-        "--model.calibration_batches",
-        "1",
-        "--data.name",
-        "digits",
-        "--data.batch_size",
-        "16",
-    ),
-    *(
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.limit_train_batches",
-        "2",
-        "--trainer.limit_val_batches",
-        "1",
-    ),
-    *("--trainer.max_epochs", "2", "--trainer.enable_model_summary", "false"),
-]
+RUN = [*TWO_STEPS, "--trainer.max_epochs", "2"]
 
 
 def record_of(root):

@@ -166,30 +166,34 @@ def test_widths_inside_a_parametrization_cache(model, images):
         assert model.conv.weight is model.conv.weight
 
 
+def logits_by_width(net, images):
+    """{bits: logits of (quantized, truncated) weights}."""
+    found = {}
+    for bits in range(1, 9):
+        logits = []
+        for source in ("quantize", "truncate"):
+            with bit_width(net, bits, source):
+                logits.append(net(images))
+        found[bits] = tuple(logits)
+    return found
+
+
 @pytest.mark.parametrize("activations", [None, "clamp_floor", "pact_floor_truncate"])
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
 def test_master_floor_quantized_is_floor_truncated(net, images, activations, normalizer):
     prepare(net, skip=(), activations=activations, normalizer=normalizer, verbose=False)
     calibrate_norms(net, [images])
     net.eval()
-    for bits in range(1, 9):
-        logits = []
-        for source in ("quantize", "truncate"):
-            with bit_width(net, bits, source):
-                logits.append(net(images))
-        assert torch.equal(*logits) and logits[0].isfinite().all()
+    for quantized, truncated in logits_by_width(net, images).values():
+        assert torch.equal(quantized, truncated) and quantized.isfinite().all()
 
 
 def test_counter_example_round_quantized_is_not_round_truncated(net, images):
     prepare(net, quantizer="round", skip=(), verbose=False)
     calibrate_norms(net, [images])
     net.eval()
-    for bits in range(1, 9):
-        logits = []
-        for source in ("quantize", "truncate"):
-            with bit_width(net, bits, source):
-                logits.append(net(images))
-        assert torch.equal(*logits) == (bits in (1, 8))
+    for bits, (quantized, truncated) in logits_by_width(net, images).items():
+        assert torch.equal(quantized, truncated) == (bits in (1, 8))
 
 
 @pytest.mark.parametrize("quantizer", ["floor", "round"])

@@ -16,15 +16,13 @@ def print_widths(metrics: dict[str, float], stage: str, title: str, console: Any
         console: the rich console of a progress bar, which prints above the bar; None for a new one.
     """
     rows = []
-    bits = 8
-    while bits:
+    for bits in range(8, 0, -1):
         values = [
             metrics.get(f"{stage}/{key}_w{bits}")
             for key in ("acc1_quantize", "acc1_truncate", "qt_gap")
         ]
         if None not in values:
             rows.append((bits, *(float(v) for v in values)))  # type: ignore[arg-type]
-        bits -= 1
     if not rows:
         return
     if stage == "val" and not sys.stdout.isatty():
