@@ -25,10 +25,10 @@ from tq_lightning.errors import (
 
 REQUEUE_SECONDS = 60.0  # how long an attempt waits for SLURM to end it
 LIGHTNING_VERBS = {
-    "fit": "train: --config conf/X.yaml [--model.quantizer round] [--ckpt_path last]",
-    "validate": "evaluate on the validation split: --config conf/X.yaml --ckpt_path best",
-    "test": "evaluate on the test split: --config conf/X.yaml --ckpt_path best",
-    "predict": "class probabilities of the test split: --config conf/X.yaml --ckpt_path best",
+    "fit": "train: --config conf/X.yaml [--ckpt_path last]",
+    "validate": "evaluate on the validation split: --config X.yaml --ckpt_path best",
+    "test": "evaluate on the test split: --config X.yaml --ckpt_path best",
+    "predict": "probabilities of the test split: --config X.yaml --ckpt_path best",
 }
 # verb -> (module with main(argv) -> exit status, description)
 VERBS = {
@@ -42,11 +42,11 @@ VERBS = {
     ),
     "inspect": (
         "tq_lightning.cli.inspect",
-        "storage and energy of a model, without training: --model.name resnet50",
+        "storage and energy, without training: --model.name resnet50",
     ),
     "export": (
         "tq_lightning.cli.export",
-        "a packed file or ONNX from a checkpoint: CKPT --out model.safetensors",
+        "packed file or ONNX from a checkpoint: CKPT --out model.safetensors",
     ),
     "classify": (
         "tq_lightning.cli.classify",
@@ -67,12 +67,13 @@ def usage() -> str:
         [
             f"usage: {program} VERB [options]",
             "",
-            "TruncQuant on PyTorch Lightning: train one network that runs at 8, 4, 2 or 1 bits by",
-            "a right shift of its stored weights.",
+            "TruncQuant on PyTorch Lightning: train one network that runs at 8, 4, 2 or 1",
+            "bits by a right shift of its stored weights.",
             "",
             *(f"  {verb:<11}{words}" for verb, words in rows),
             "",
-            f"{program} VERB --help lists the options of a verb; --version prints the version.",
+            f"{program} VERB --help lists the options of a verb.",
+            f"{program} --version prints the version.",
         ]
     )
 
