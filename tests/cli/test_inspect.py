@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tq_lightning.cli import inspect
 from tq_lightning.cli import main as cli
 from tq_lightning.cli.inspect import main
 from tq_lightning.cost.record import inspect_record, mechanism
@@ -23,6 +24,19 @@ def test_resnet50_prints_both_ratios_and_their_accounting(capsys):
     ):
         assert words in out
     assert "\x1b" not in out and "━" not in out  # plain where the output is no terminal
+
+
+def test_nothing_is_folded_in_a_narrow_terminal(capsys, monkeypatch):
+    """Columns are left out and named; text wraps; the next wider terminal shows more."""
+    shown = {}
+    for width in (80, 120):
+        monkeypatch.setattr(inspect, "_width", lambda width=width: width)
+        assert main(["--model.name", "preresnet20_cifar"]) == 0
+        shown[width] = capsys.readouterr().out
+        assert max(map(len, shown[width].splitlines())) <= width
+    assert "not shown in 80 columns: paper, master8" in shown[80]
+    assert "not shown" not in shown[120]
+    assert "layer3.2.conv2" in shown[80] and "float_master" in shown[80]
 
 
 def test_record_adds_up(tmp_path, capsys):

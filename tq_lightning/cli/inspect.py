@@ -1,7 +1,9 @@
 """The verb `inspect`: storage and energy of a model under a policy, without training or weights."""
 
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from tq_lightning.records import STORAGE_LABELS, InspectRecord, write_record
 from tq_lightning.training.lists import as_ints, as_list
 from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
+LEFT = ("layer", "kind", "shape", "way", "what")  # columns aligned to the left
 # model.* key -> (default, description); the same keys as in a training configuration
 KEYS: dict[str, tuple[Any, str]] = {
     "name": (None, "a model of timm, or resnet20_cifar and the like"),
@@ -80,37 +83,50 @@ def _model_section(path: Path | None) -> dict[str, Any]:
     return section
 
 
+def _width() -> int | None:
+    """Return the columns of the terminal; None if the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _print(line: str, indent: str = "") -> None:
+    """Print a line, wrapped in a terminal."""
+    width = _width()
+    print(line if width is None else textwrap.fill(line, width, subsequent_indent=indent))
+
+
 def _show(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right_from: int
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    optional: Sequence[str] = (),
 ) -> None:
-    """Print a table: rich in a terminal, plain aligned columns elsewhere.
+    """Print a table in aligned columns.
 
     Args:
         title: title of the table.
         columns: column headers.
         rows: cells.
-        right_from: index of the first column that is aligned to the right.
+        optional: columns to leave out, in this order, until the table fits into the terminal.
     """
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left")
-        for i, column in enumerate(columns):
-            table.add_column(
-                column, justify="right" if i >= right_from else "left", overflow="fold"
-            )
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    wide = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    print(title)
-    for row in (columns, *rows):
-        cells = (
-            c.rjust(w) if i >= right_from else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, wide, strict=True))
-        )
+    width, hidden = _width(), list[str]()
+    while True:
+        shown = [cells for cells in zip(columns, *rows, strict=True) if cells[0] not in hidden]
+        sizes = [max(map(len, cells)) for cells in shown]
+        if (
+            width is None
+            or sum(sizes) + 2 * len(sizes) - 2 <= width
+            or len(hidden) == len(optional)
+        ):
+            break
+        hidden.append(optional[len(hidden)])
+    if hidden:
+        title += f" (not shown in {width} columns: {', '.join(hidden)})"
+    _print(title)
+    for line in zip(*shown, strict=True):
+        cells = [
+            text.ljust(size) if column[0] in LEFT else text.rjust(size)
+            for text, size, column in zip(line, sizes, shown, strict=True)
+        ]
         print("  ".join(cells).rstrip())
     print()
 
@@ -129,7 +145,8 @@ def show(record: InspectRecord) -> None:
         for layer in record.layers
     ]
     columns = ["layer", "kind", "shape", "bits", "parameters", *record.ways]
-    _show(f"{record.model}: bytes by layer", columns, layers, 3)
+    optional = ["paper", "master8", "file_per_width", "kind", "shape"]
+    _show(f"{record.model}: bytes by layer", columns, layers, optional)
     floats = 4 * record.parameters
     totals = [
         [
@@ -140,22 +157,17 @@ def show(record: InspectRecord) -> None:
         ]
         for way, s in record.ways.items()
     ]
-    columns = ["way", "what", "weights", "scales", "float", "norms", "total"]
+    columns = ["way", "what", "weights", "scales", "float", "norms", "total", "smaller"]
     _show(
-        "in total, to serve all widths",
-        [*columns, "float parameters over it"],
+        "bytes in total, to serve all widths, and how many times smaller than the float parameters",
+        columns,
         totals,
-        right_from=2,
+        optional=["what", "scales"],
     )
     reads = [
         [str(bits), f"{size:,}", f"{floats / size:.2f}x"] for bits, size in record.read_at.items()
     ]
-    _show(
-        "read from the packed file to run at a width",
-        ["bits", "bytes", "float parameters over it"],
-        reads,
-        0,
-    )
+    _show("bytes read from the packed file to run at a width", ["bits", "bytes", "smaller"], reads)
     energy = record.energy
     assert energy is not None
     names = [name.removesuffix("_pj").replace("_", " ") for name in energy.by_width[1]]
@@ -167,12 +179,15 @@ def show(record: InspectRecord) -> None:
         "energy in microjoules (modeled, not measured): a switch to the width, and the weight "
         "traffic of one inference"
     )
-    _show(title, ["bits", *names], joules, 0)
-    for line in (*record.accounting, *(f"energy: {line}" for line in energy.assumptions)):
-        print(f"- {line}")
+    _show(title, ["bits", *names], joules)
     constants = "; ".join(f"{name} {pj:g}" for name, pj in energy.constants_pj.items())
-    print(f"- energy, pJ: {constants}")
-    print(f"- energy, source: {energy.source}")
+    for line in (
+        *record.accounting,
+        *(f"energy: {line}" for line in energy.assumptions),
+        f"energy, pJ: {constants}",
+        f"energy, source: {energy.source}",
+    ):
+        _print(f"- {line}", indent="  ")
 
 
 def main(argv: list[str]) -> int:
