@@ -22,6 +22,8 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"tq_lightning {release}"
 html_permalinks_icon = "#"
+html_static_path = ["_static"]
+html_css_files = ["wrap.css"]  # commands longer than the page
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

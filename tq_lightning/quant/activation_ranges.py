@@ -130,8 +130,9 @@ def calibrate_activations(
         widths: Widths to observe at; None = all that the model can run at.
 
     Returns:
-        {name of a quantized layer: range of its input}; a layer that did not run as a module has
-        none. The result is also kept as `model.tq_ranges`, which `save_packed` writes.
+        A dict from the name of a quantized layer to the range of its input. A layer that did not
+        run as a module has none. The result is also kept as `model.tq_ranges`, which `save_packed`
+        writes.
 
     Raises:
         ValueError: The model is not prepared, an unknown observer or width, no batches, or an

@@ -89,8 +89,8 @@ def prepare(
             normalizer represents, so that weights keep their values.
 
     Returns:
-        {layer name: what was attached}, with the share of quantized parameters. The arguments are
-        kept as `model.tq`.
+        A dict from layer name to what was attached, with the share of quantized parameters. The
+        arguments are kept as `model.tq`.
 
     Raises:
         ValueError: An unknown choice, a model that was prepared before, a layer that cannot be
@@ -177,7 +177,7 @@ def attach_norms(
         shared: Patterns of norms to leave as they are.
 
     Returns:
-        {layer name: what was attached}.
+        A dict from layer name to what was attached.
 
     Raises:
         ValueError: An unknown `norm`, or a pattern that matches no norm.

@@ -171,10 +171,10 @@ QUESTIONS = {
     ),
     "model.level": Question(
         "Does the level within the bin matter?",
-        "It is above the reference",
-        "It is below the reference",
+        "Accuracy is above the reference",
+        "Accuracy is below the reference",
         "No difference is shown",
-        lambda c: f"{c.value} against {c.group.reference[0]} and {_weights(c)}",
+        lambda c: f"{c.value} levels (reference: {c.group.reference[0]}) and {_weights(c)}",
     ),
 }
 
