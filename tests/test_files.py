@@ -1,6 +1,7 @@
 """Atomic writes: two writers, a failing writer, folders, a full disk, and no leftovers."""
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ import time
 import pytest
 
 from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write, remove_temporaries
+from tq_lightning.files import atomic_write, expand_path, remove_temporaries
 
 
 def test_a_file_is_replaced(tmp_path):
@@ -116,3 +117,29 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden.tmp", "last.ckpt"]
     assert path.read_text() == "before"
     remove_temporaries(tmp_path / "absent")
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    """As root, a rename over /dev/null would succeed."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a regular file"), atomic_write(tmp_path / "pipe"):
+        raise AssertionError("nothing is to be written")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    for nothing in (".", "/", ""):
+        with pytest.raises(UserError, match="is not a regular file"), atomic_write(nothing):
+            raise AssertionError("nothing is to be written")
+
+
+def test_the_target_of_a_link_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    with atomic_write(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "link", "real"]
+
+
+def test_an_empty_path_is_refused():
+    with pytest.raises(UserError, match="empty path"):
+        expand_path("")

@@ -14,7 +14,13 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 
 
 def expand_path(path: str | Path) -> Path:
-    """Return a path with `~` and `~user` expanded, as a shell does; the only place that does so."""
+    """Return a path with `~` and `~user` expanded, as a shell does; the only place that does so.
+
+    Raises:
+        UserError: the path is empty, as an unset variable of a shell is.
+    """
+    if not os.fspath(path):
+        raise UserError("got an empty path; pass a file or a folder")
     return Path(os.path.expanduser(path))
 
 
@@ -29,12 +35,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     `remove_temporaries` deletes.
 
     Args:
-        path: target file or folder. Its parent folder must exist.
+        path: target file or folder. Its parent folder must exist. The target of a symbolic link is
+            replaced, and not the link.
 
     Raises:
-        UserError: the parent folder does not exist, the disk is full, or `path` is not writable.
+        UserError: the parent folder does not exist, the disk is full, or `path` is not writable, or
+            neither a file nor a folder: root could replace /dev/null.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if not path.name or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise UserError(f"cannot write {path} (it is not a regular file); pass another name")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         if not path.parent.is_dir():

@@ -108,6 +108,28 @@ def test_classify(net, packed, folder, tmp_path):
     assert float(rows[0]["probability"]) == pytest.approx(best.values.item(), abs=1e-5)
 
 
+def test_no_verb_replaces_a_file_that_it_reads(packed, folder, tmp_path, capsys):
+    model, image = tmp_path / "m.safetensors", folder / "deep" / "0.png"
+    model.write_bytes(packed.read_bytes())
+    (tmp_path / "link").symlink_to(model)
+    record = tmp_path / "record.json"
+    record.write_text('{"run": 1}')
+    for argv in (
+        ("export", model, "--out", model),
+        ("export", model, "--out", tmp_path / "link", "--max-bits", 2),
+        ("export", model, "--out", tmp_path / "new", "--max-bits", 2, "--rest", model),
+        ("classify", model, image, "--out", model),
+        ("classify", model, folder, "--out", image),
+        ("inspect", "--model.name", "resnet8_cifar", "--out", record),
+        ("export", model, "--out", ""),
+        ("classify", model, image, "--out", ""),
+    ):
+        assert main([str(word) for word in argv]) == 2, argv
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert model.read_bytes() == packed.read_bytes() and record.read_text() == '{"run": 1}'
+    assert Image.open(image).size == (40, 50) and not (tmp_path / "new").exists()
+
+
 def test_bad_images_are_named_and_passed_over(packed, folder, capsys):
     (folder / "bad.jpg").write_bytes(b"no picture")
     assert classify.main([str(packed), str(folder), "--bits", "1", "--top", "1"]) == 1

@@ -168,6 +168,11 @@ def test_the_start_weights_are_needed_once(copied, capsys):
             "model.teacher_checkpoint_path: no.pth does not exist",
         ),
         (["--model.checkpoint_path", "no.pth"], "no checkpoint at no.pth"),
+        (["--data.auto_augment", "nonsense"], "data.auto_augment='nonsense' is not a policy"),
+        (["--data.std", "[0, 0, 0]"], "data.std=[0.0, 0.0, 0.0] must be above 0"),
+        (["--run_dir", ""], "run_dir: got an empty path"),
+        (["--trainer.default_root_dir", ""], "trainer.default_root_dir: got an empty path"),
+        (["--model", "null"], "model: the section is empty"),
         (["--data.mixup", "0.2", "--data.batch_size", "15"], "data.batch_size=15 is odd"),
         (
             ["--data.smoothing", "0.1", "--model.num_classes", "20"],

@@ -82,6 +82,8 @@ def main(argv: list[str]) -> int:
     if args.out.is_dir() or not args.out.parent.is_dir():
         reason = "it is a folder" if args.out.is_dir() else f"no folder {args.out.parent}"
         raise UserError(f"cannot write {args.out} ({reason})")
+    if args.out.resolve() in {args.model.resolve(), *(path.resolve() for path in files)}:
+        raise UserError(f"--out {args.out} would replace a file that is read; pass another name")
     with (
         atomic_write(args.out) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -125,7 +127,7 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
 
     names = class_names(model.tq_file)
     rows, bad = csv.writer(out), []
-    rows.writerow(COLUMNS)
+    started = False
     batches = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]
     errors = Console(stderr=True)
     for batch in track(
@@ -146,6 +148,9 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
                 pixels.append(value)
         if not good:
             continue
+        if not started:  # no header if no image can be read
+            rows.writerow(COLUMNS)
+            started = True
         with torch.inference_mode():
             probabilities = model(torch.stack(pixels)).float().softmax(1)
         values, classes = probabilities.topk(min(args.top, probabilities.shape[1]))

@@ -88,6 +88,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--opset is for --format onnx, got {a.format}")
     if a.rest is not None and a.rest.resolve() == a.out.resolve():
         raise UserError("--rest and --out are the same file; pass two")
+    for flag, target in (("--out", a.out), ("--rest", a.rest)):
+        if target is not None and target.resolve() in {a.source.resolve(), *_resolved(a.add)}:
+            raise UserError(f"{flag} {target} would replace a file that is read; pass another name")
     if a.format != "packed" and (a.compress or a.rest or a.add or a.max_bits is not None):
         raise UserError(
             "--compress, --rest, --add and --max-bits are for packed files, got "
@@ -110,6 +113,10 @@ def main(argv: list[str]) -> int:
         _onnx(a, path)
     print(f"wrote {a.out} ({a.out.stat().st_size:,} bytes){hint}")
     return 0
+
+
+def _resolved(path: Path | None) -> list[Path]:
+    return [] if path is None else [path.resolve()]
 
 
 def is_packed(path: Path) -> bool:

@@ -11,7 +11,13 @@ from typing import Any
 from tq_lightning.cli.parser import Parser
 from tq_lightning.cost.record import inspect_record
 from tq_lightning.errors import UserError, program_name
-from tq_lightning.records import STORAGE_LABELS, InspectRecord, write_record
+from tq_lightning.records import (
+    STORAGE_LABELS,
+    InspectRecord,
+    RecordError,
+    read_any,
+    write_record,
+)
 from tq_lightning.training.lists import as_ints, as_list
 from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
@@ -66,7 +72,19 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
         raise UserError("inspect: no model; pass --model.name NAME")
     if out is not None and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
         raise UserError(f"--out {out}: pass a file that ends in .json, in a folder that exists")
+    if out is not None and out.exists():
+        _check_replaceable(out)
     return values, out
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace a file that is not the record of an earlier `inspect`."""
+    try:
+        earlier = isinstance(read_any(out), InspectRecord)
+    except RecordError:
+        earlier = False
+    if not earlier:
+        raise UserError(f"--out {out} is not a record of inspect; pass a new file")
 
 
 def _value(key: str, text: str) -> Any:

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, verb: str, **kwargs: Any) -> None:
         super().__init__(prog=f"{program_name()} {verb}", allow_abbrev=False, **kwargs)
         self.verb = verb
-        self.register("type", Path, expand_path)  # type=Path expands ~
+        self.register("type", Path, _path)  # type=Path expands ~
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`; the command line prints it and exits with status 2."""
@@ -30,3 +30,10 @@ class Parser(argparse.ArgumentParser):
         if unknown.startswith("--") and message.startswith("unrecognized"):
             message += did_you_mean(unknown, self._option_string_actions)
         raise UserError(f"{self.verb}: {message}; {self.prog} --help lists the options")
+
+
+def _path(text: str) -> Path:
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,5 +1,6 @@
 """Ranges and choices of the `data:` keys."""
 
+import math
 from typing import Any
 
 from tq_lightning.data.datasets import DATASETS
@@ -58,3 +59,20 @@ def check(given: dict[str, Any]) -> None:
     for key in ("mean", "std"):
         if given[key] is not None and len(given[key]) != 3:
             raise UserError(f"data.{key}={given[key]} must have 3 numbers, one per channel")
+    if given["std"] is not None and not all(0 < value < math.inf for value in given["std"]):
+        raise UserError(f"data.std={given['std']} must be above 0")
+    if given["auto_augment"]:
+        _check_policy(given["auto_augment"])
+
+
+def _check_policy(policy: str) -> None:
+    """Raise UserError for an auto-augment policy that timm does not know."""
+    from timm.data.auto_augment import auto_augment_transform
+
+    try:
+        auto_augment_transform(policy, {})
+    except Exception as error:  # timm asserts, or fails on a part of the text
+        raise UserError(
+            f"data.auto_augment={policy!r} is not a policy of timm ({error or 'unknown'}); "
+            "pass e.g. rand-m9-mstd0.5-inc1, original, augmix-m3-w3, or null"
+        ) from None

@@ -159,7 +159,7 @@ def why_not_loaded(error: Exception) -> str:
         code = "GLOBAL " in text or "Unsupported" in text
         return "it holds objects that could run code" if code else "it is damaged"
     marks = ("mmap", "zip", "PytorchStreamReader", "weights_only")
-    if isinstance(error, EOFError) or any(mark in text for mark in marks):
+    if isinstance(error, EOFError | UnicodeDecodeError) or any(mark in text for mark in marks):
         return "not a file that torch.save wrote, or an incomplete one"
     if isinstance(error, KeyError):
         return f"it has no {text}"

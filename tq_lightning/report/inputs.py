@@ -126,7 +126,7 @@ def _from_study(storage: str, path: Path | None) -> list[Candidate]:
     try:
         trials = _trials(storage)
     except Exception as error:  # Optuna and its drivers raise many kinds
-        reason = first_line(error).strip()
+        reason = first_line(error.__cause__ or error).strip()  # Optuna's own text names no reason
         raise UserError(f"{name}: not readable as an Optuna study: {reason}") from error
     out = [_from_trial(f"{name}, study {s}, trial {t.number}", t, path) for s, t in trials]
     if not any(candidate.path.name for candidate in out):

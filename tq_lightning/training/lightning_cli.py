@@ -119,7 +119,12 @@ class TQCLI(LightningCLI):
             raise SystemExit(0)
         super().parse_arguments(parser, normalize(args))
         config = self.config[self.config.subcommand]
+        for section in ("model", "data", "trainer"):
+            if config[section] is None:
+                raise UserError(f"{section}: the section is empty; give it keys, or remove it")
         for key in PATHS:
+            if config[key] == "":
+                raise UserError(f"{key}: got an empty path; pass a file or a folder")
             if config[key] is not None:
                 config[key] = str(expand_path(config[key]))
         check_run(self.config.subcommand, config)

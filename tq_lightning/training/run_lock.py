@@ -50,6 +50,8 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; pass another --run_dir")
         self.path = folder / NAME
         self._token = secrets.token_hex(8)
         self._ended = threading.Event()

@@ -43,7 +43,8 @@ def next_command(verb: str, run_dir: Path) -> str | None:
     if verb == "predict":
         return None
     if verb == "test":
-        return f"{program} report {shlex.quote(str(run_dir))} --out results/{run_dir.name}"
+        out = shlex.quote(f"results/{run_dir.name}")
+        return f"{program} report {shlex.quote(str(run_dir))} --out {out}"
     config = shlex.quote(str(run_dir / "config.yaml"))
     best = sorted((run_dir / "checkpoints").glob("best*.ckpt")) or [
         run_dir / "checkpoints" / "last.ckpt"
