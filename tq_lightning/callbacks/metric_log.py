@@ -49,7 +49,7 @@ class MetricLog(L.Callback):
         self._images += len(batch[0])
         stepped = self._steps.advanced(trainer)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
-        if stepped and self._steps.count % every == 0:
+        if stepped and every and self._steps.count % every == 0:
             # Lightning has divided the loss by the number of accumulated batches
             loss = outputs["loss"] * trainer.accumulate_grad_batches
             self._write(trainer, {LOSS: float(loss), RATE: self._rate})

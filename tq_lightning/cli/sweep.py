@@ -159,9 +159,9 @@ def default_folder(study_name: str, sweep: Sweep) -> Path:
     """Return runs/sweeps/STUDY_NAME. Raises UserError for a name that is not one path part."""
     printable = study_name.isprintable() and not set(study_name) & set("/\\")
     if not printable or study_name in (".", "..") or len(study_name.encode()) > 200:
+        where = f"{sweep.path}: name" if study_name == sweep.name else "--study-name"
         raise UserError(
-            f"{sweep.path}: name: {study_name[:80]!r} cannot name a folder; "
-            "pass --dir, or use another name"
+            f"{where}: {study_name[:80]!r} cannot name a folder; pass --dir, or use another name"
         )
     return Path("runs") / "sweeps" / study_name
 

@@ -39,7 +39,16 @@ def one_line(error: BaseException) -> str:
     """Return the message of an error as one line, with a hint for a key that is not known."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines) or type(error).__name__
-    for rewrite in (_unknown_argument, _unknown_key, _wrong_type, _wrong_flag, _no_accelerator):
+    rewrites = (
+        _unknown_argument,
+        _unknown_key,
+        _wrong_list,
+        _not_a_class,
+        _wrong_type,
+        _wrong_flag,
+        _no_accelerator,
+    )
+    for rewrite in rewrites:
         message = rewrite(text)
         if message is not None:
             return message
@@ -84,6 +93,33 @@ def _wrong_type(text: str) -> str | None:
     return f"{key[1]}: got {given[1]!r}, pass {' or '.join(dict.fromkeys(accepted))}"
 
 
+def _wrong_list(text: str) -> str | None:
+    """Rewrite jsonargparse's message on a list with items of the wrong type."""
+    match = re.match(r'Parser key "(data\.(?:mean|std))": ', text)
+    return f"{match[1]}: pass 3 numbers, e.g. [0.5, 0.5, 0.5], or null" if match else None
+
+
+# trainer key -> example of a class that it takes
+_CLASSES = {
+    "callbacks": "lightning.pytorch.callbacks.EarlyStopping",
+    "logger": "lightning.pytorch.loggers.TensorBoardLogger",
+    "plugins": "lightning.pytorch.plugins.MixedPrecision",
+}
+
+
+def _not_a_class(text: str) -> str | None:
+    """Rewrite jsonargparse's message on a value that should name a class."""
+    match = re.match(
+        r'Parser key "trainer\.(\w+)": .*Expected a path but (.*?) either not accessible', text
+    )
+    if match is None or match[1] not in _CLASSES:
+        return None
+    return (
+        f"trainer.{match[1]}: got {match[2]!r}, pass the import path of a class, "
+        f"e.g. {_CLASSES[match[1]]}"
+    )
+
+
 def _wrong_flag(text: str) -> str | None:
     """Rewrite argparse's message on a flag that is neither true nor false."""
     match = re.search(r"argument (--\w+)\S*: invalid _boolean_type value: (.*)", text)
@@ -121,5 +157,6 @@ def quiet() -> None:
         ".*`isinstance\\(treespec.*",
         ".*Couldn't infer the batch indices.*",
         ".*The `srun` command is available.*",
+        ".*You requested to overfit but enabled train dataloader shuffling.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

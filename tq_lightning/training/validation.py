@@ -162,6 +162,11 @@ def check_trainer(trainer: Any) -> None:
             "over the whole weight; pass ddp"
         )
     precision = type(getattr(trainer, "precision_plugin", None)).__name__
+    if precision in ("HalfPrecision", "DoublePrecision"):
+        raise UserError(
+            f"trainer.precision: {trainer.precision} converts the weights, and codes need float32; "
+            "pass bf16-mixed, 16-mixed or 32-true"
+        )
     if precision in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
         raise UserError(
             f"trainer.precision: {precision} replaces the quantized layers by its own; "
@@ -176,6 +181,21 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, "
             "pass 1 or more"
         )
+
+
+# trainer key -> (test of a value that is not null, description of the accepted values); Lightning
+# accepts the others, and divides by zero or ignores them
+_TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_epochs": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
+    "max_steps": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
+    "max_time": (lambda v: any(c in "123456789" for c in str(v)), "more, e.g. 00:01:00:00"),
+    "check_val_every_n_epoch": (lambda v: v >= 1, "1 or more"),
+    "val_check_interval": (lambda v: v != 0, "a share of an epoch or a number of batches"),
+    "log_every_n_steps": (lambda v: v >= 0, "1 or more, or 0 for never"),
+    "gradient_clip_val": (lambda v: v >= 0, "a number from 0"),
+    "num_sanity_val_steps": (lambda v: v >= -1, "0 or more, or -1 for all"),
+    "barebones": (lambda v: not v, "false: a fit needs its record"),
+}
 
 
 def check_run(verb: str, config: Any) -> None:
@@ -197,10 +217,14 @@ def check_run(verb: str, config: Any) -> None:
             "or 0 for a checkpoint at every epoch only"
         )
     trainer = config.trainer
-    for key in ("max_epochs", "max_steps"):
-        value = trainer[key]
-        if value is not None and (value < -1 or value == 0):
-            raise UserError(f"trainer.{key}: got {value}, pass 1 or more, or -1 for no limit")
+    for key, (fits, accepted) in _TRAINER_RANGES.items():
+        if trainer[key] is not None and not fits(trainer[key]):
+            raise UserError(f"trainer.{key}: got {trainer[key]}, pass {accepted}")
+    for least, most in (("min_epochs", "max_epochs"), ("min_steps", "max_steps")):
+        if trainer[least] is not None and -1 != (trainer[most] or -1) < trainer[least]:
+            raise UserError(
+                f"trainer.{least}: got {trainer[least]}, but trainer.{most} is {trainer[most]}"
+            )
     without_end = trainer.max_epochs in (None, -1) and trainer.max_steps == -1
     if verb in ("test", "predict") and config.ckpt_path is None:
         raise UserError(f"{verb} needs a checkpoint: pass --ckpt_path best, last, or a file")
@@ -276,6 +300,18 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
         raise UserError(
             f"trainer.limit_train_batches={limit:g} of {batches} batches is less than one; pass a "
             "larger share, or a number of batches"
+        )
+    batches = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
+    every, by_epoch = trainer.val_check_interval, trainer.check_val_every_n_epoch is not None
+    if isinstance(every, int) and by_epoch and every > batches:
+        raise UserError(
+            f"trainer.val_check_interval: got {every}, but an epoch has {batches} batches; pass at "
+            "most that number, or trainer.check_val_every_n_epoch=null to count over epochs"
+        )
+    if isinstance(every, float) and int(every * batches) == 0:
+        raise UserError(
+            f"trainer.val_check_interval: got {every:g}, which is less than one of {batches} "
+            "batches; pass a larger share"
         )
     epochs = trainer.max_epochs or 0
     if h.sched != "none" and 0 < epochs < h.warmup_epochs:
