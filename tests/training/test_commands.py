@@ -173,6 +173,7 @@ def test_the_start_weights_are_needed_once(copied, capsys):
         (["--run_dir", ""], "run_dir: got an empty path"),
         (["--trainer.default_root_dir", ""], "trainer.default_root_dir: got an empty path"),
         (["--model", "null"], "model: the section is empty"),
+        (["--model.max_bits", "9"], "model.max_bits: max_bits must be an integer from 1 to 8"),
         (["--data.mean", "[a, b, c]"], "data.mean: pass 3 numbers, e.g. [0.5, 0.5, 0.5], or null"),
         (["--trainer.callbacks", "nonsense"], "trainer.callbacks: got 'nonsense', pass the import"),
         (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true converts the weights"),

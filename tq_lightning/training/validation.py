@@ -111,7 +111,8 @@ def quant_config(h: Any) -> QuantConfig:
     try:
         check_widths(widths, h["max_bits"])
     except ValueError as error:
-        raise UserError(f"model.widths: {error}") from None
+        key = "max_bits" if str(error).startswith("max_bits") else "widths"
+        raise UserError(f"model.{key}: {error}") from None
     try:
         return QuantConfig.from_mapping(
             {**h, "widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
