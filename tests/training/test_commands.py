@@ -172,7 +172,7 @@ def test_the_start_weights_are_needed_once(copied, capsys):
         (["--data.std", "[0, 0, 0]"], "data.std=[0.0, 0.0, 0.0] must be above 0"),
         (["--run_dir", ""], "run_dir: got an empty path"),
         (["--trainer.default_root_dir", ""], "trainer.default_root_dir: got an empty path"),
-        (["--model", "null"], "model: the section is empty"),
+        (["--model", "null"], "model: got 'null', pass {key: value}, or a YAML file with keys"),
         (["--model.max_bits", "9"], "model.max_bits: max_bits must be an integer from 1 to 8"),
         (["--data.mean", "[a, b, c]"], "data.mean: pass 3 numbers, e.g. [0.5, 0.5, 0.5], or null"),
         (["--trainer.callbacks", "nonsense"], "trainer.callbacks: got 'nonsense', pass the import"),
@@ -221,6 +221,13 @@ def test_nonsense_is_refused_before_a_model_is_built(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_section_is_one_line(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("trainer: {max_epochs: 1}\nmodel:\n#  name: resnet18\n")
+    assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: model: the section is empty; give it keys, or remove it"
 
 
 def test_a_warm_up_may_last_as_long_as_the_training(tmp_path):

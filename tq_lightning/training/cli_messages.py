@@ -42,6 +42,7 @@ def one_line(error: BaseException) -> str:
     rewrites = (
         _unknown_argument,
         _unknown_key,
+        _wrong_section,
         _wrong_list,
         _not_a_class,
         _wrong_type,
@@ -91,6 +92,16 @@ def _wrong_type(text: str) -> str | None:
         return None
     accepted = [_TYPES.get(name, name) or values for name, values in types]
     return f"{key[1]}: got {given[1]!r}, pass {' or '.join(dict.fromkeys(accepted))}"
+
+
+def _wrong_section(text: str) -> str | None:
+    """Rewrite jsonargparse's message on a value for a whole section that is not a mapping."""
+    match = re.match(r'Parser key "(\w+)": Unable to load config (\S+)', text)
+    return (
+        f"{match[1]}: got {match[2]}, pass {{key: value}}, or a YAML file with keys"
+        if match
+        else None
+    )
 
 
 def _wrong_list(text: str) -> str | None:
