@@ -39,9 +39,9 @@ def find_checkpoint(given: str, root: Path, run_dir: Path | None) -> GivenCheckp
     """
     path = newest_checkpoint(root, given, run_dir) if given in ("last", "best") else Path(given)
     if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
         raise UserError(
-            f"ckpt_path: {path} does not exist; pass a file, or last or best for the newest run "
-            f"under {root}"
+            f"ckpt_path: {path} {what}; pass a file, or last or best for the newest run under {root}"
         )
     return GivenCheckpoint(path, given, read_progress(path), run_folder(path))
 

@@ -58,5 +58,6 @@ def check_writable(root: Path) -> None:
     there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
-            f"trainer.default_root_dir={root}: cannot write in {there}; pass a folder for the runs"
+            f"cannot write below {root} ({there} is not a folder, or read-only); pass another "
+            "trainer.default_root_dir, or --run_dir"
         )
