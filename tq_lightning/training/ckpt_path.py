@@ -41,7 +41,8 @@ def find_checkpoint(given: str, root: Path, run_dir: Path | None) -> GivenCheckp
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         raise UserError(
-            f"ckpt_path: {path} {what}; pass a file, or last or best for the newest run under {root}"
+            f"ckpt_path: {path} {what}; pass a file, or last or best for the newest run under "
+            f"{root}"
         )
     return GivenCheckpoint(path, given, read_progress(path), run_folder(path))
 
