@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-lowest | test-wheel | lint | docs | bench
+# make demo | test | test-slow | test-lowest | test-wheel | lint | docs | bench | gpu
 # The environment is built once, in $(VENV). PYTHON=python3.12 make test uses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv-$(notdir $(PYTHON))
@@ -9,7 +9,7 @@ DEMO := OMP_NUM_THREADS=1 $(RUN)
 # threads of two test processes at once otherwise wait for each other
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
-.PHONY: env demo test test-slow test-slow-again test-lowest test-wheel lint docs bench clean
+.PHONY: env demo test test-slow test-slow-again test-lowest test-wheel lint docs bench gpu clean
 
 env: $(READY)
 
@@ -76,6 +76,11 @@ $(VENV)/.peers: $(READY)
 
 bench: $(VENV)/.peers
 	$(RUN) tests/benchmarks/run.py --out results/benchmarks
+
+# the tests that need a CUDA device, and the benchmark on it; under 10 minutes
+gpu: $(READY)
+	WANDB_MODE=offline $(RUN) -m pytest -m gpu tests/training/test_gpu.py
+	$(RUN) tests/benchmarks/gpu.py --out results/benchmarks/gpu.csv
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build demo .pytest_cache .mypy_cache .ruff_cache

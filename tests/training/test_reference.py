@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures.reference_step import reference_step, use_reference
+from fixtures.reference_step import compare_ddp, reference_step, use_reference
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -266,3 +266,8 @@ def test_one_width_has_the_bits_of_a_plain_loop(bits):
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         assert p.grad is None or torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.slow
+def test_ddp_has_the_bits_of_the_mean_of_two_references(tmp_path):
+    torch.multiprocessing.spawn(compare_ddp, (str(tmp_path / "store"), 3), nprocs=2)

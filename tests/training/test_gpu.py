@@ -1,0 +1,233 @@
+"""Training, evaluation and packed models on a GPU (`make gpu`).
+
+The bodies also run on a CPU, with gloo for NCCL and bfloat16 for float16: what they compare is then
+seen to hold, and what only a GPU shows is not.
+"""
+
+import copy
+import csv
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_packed
+from tq_lightning.callbacks.width_metrics import evaluate_batch
+from tq_lightning.errors import UserError
+from tq_lightning.models import create_model
+from tq_lightning.quant.integer import integer_layers
+from tq_lightning.quant.integer_kernels import missing_kernels
+from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.training.joint import joint_loss
+
+WIDTHS = (8, 4, 2, 1)
+PASSES = [(b, s) for b in (8, 4, 1) for s in ("quantize", "truncate")] + [(None, "quantize")]
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+FITS = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
+
+
+def prepared(device, **how):
+    torch.manual_seed(0)
+    model = create_model("resnet8_cifar", num_classes=10)
+    prepare(model, verbose=False, **how)
+    return model.to(device).train()
+
+
+def batch(device):
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randn(8, 3, 16, 16, generator=draw)
+    return images.to(device), torch.randint(0, 10, (8,), generator=draw).to(device)
+
+
+def joint_step(model, network, images, target):
+    loss, losses = joint_loss(
+        network, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target)
+    )
+    loss.backward()
+    return {bits: value.item() for bits, value in losses.items()}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that are read from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("how", [{}, {"normalizer": "tanh_channel", "activations": "pact_round"}])
+def test_weights_and_codes_are_those_of_the_cpu(device, how):
+    """Fused and layer by layer the weights have the same bits; codes are those of the CPU."""
+    model, reference = prepared(device, **how), prepared("cpu", **how)
+    for ours, theirs in zip(weight_quantizers(model), weight_quantizers(reference), strict=True):
+        one, other = (w.quantizer.codes(w.original)[0].cpu() for w in (ours, theirs))
+        # a tanh of another library may fall on the other side of a bin edge
+        assert (one != other).float().mean() < 1e-3
+    images = batch(device)[0]
+    calibrate_norms(model, [images])
+    for (bits, source), logits in evaluate_batch(model.eval(), images, PASSES).items():
+        with torch.no_grad(), bit_width(model, bits, source):
+            assert torch.allclose(model(images), logits, atol=1e-5), (bits, source)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_joint_step_is_that_of_the_cpu_and_reads_one_value(device):
+    model, reference = prepared(device), prepared("cpu")
+    reads = HostReads()
+    images, target = batch(device)
+    with reads:
+        loss, losses = joint_loss(
+            model, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target)
+        )
+        loss.backward()
+    assert reads.counts["aten._local_scalar_dense.default"] == 1
+    expected = joint_step(reference, reference, *batch("cpu"))
+    for bits in WIDTHS:
+        assert losses[bits].item() == pytest.approx(expected[bits], rel=1e-3)
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if q.grad is not None:
+            assert F.cosine_similarity(p.grad.cpu().flatten(), q.grad.flatten(), dim=0) > 0.99, name
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_training_and_evaluation(device, mode):
+    """`reduce-overhead` records a CUDA graph for each set of tensors."""
+    torch._dynamo.reset()
+    model = prepared(device, activations="pact_floor_truncate")
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, mode=mode)
+    for _ in range(4):
+        losses = joint_step(model, compiled, *batch(device))
+        assert losses == pytest.approx(joint_step(eager, eager, *batch(device)), rel=1e-2)
+    images = batch(device)[0]
+    eager.load_state_dict(model.state_dict())
+    for each in (model, eager):
+        calibrate_norms(each, [images])
+    logits = evaluate_batch(compiled.eval(), images, PASSES)
+    expected = evaluate_batch(eager.eval(), images, PASSES)
+    assert all(torch.allclose(logits[p], expected[p], atol=1e-2) for p in PASSES)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    torch._dynamo.reset()
+
+
+FIT_PRECISIONS = [
+    pytest.param("cpu", "bf16-mixed", marks=pytest.mark.slow),
+    *(pytest.param("cuda", p, marks=GPU) for p in ("32-true", "bf16-mixed", "16-mixed")),
+]
+
+
+@pytest.mark.parametrize(("device", "precision"), FIT_PRECISIONS)
+def test_a_fit_with_a_moving_average(train, resnet, tmp_path, device, precision):
+    trainer, module = train(
+        tmp_path,
+        {**resnet, "ema_decay": 0.5, "float_pass": True},
+        accelerator=device,
+        precision=precision,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        limit_train_batches=4,
+    )
+    assert trainer.global_step == 2 and trainer.strategy.root_device.type == device
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in module.parameters())
+    metrics = trainer.callback_metrics
+    assert all(f"val/acc1_truncate_w{bits}" in metrics for bits in range(1, 9))
+
+
+@pytest.mark.parametrize("device", FITS)
+@pytest.mark.parametrize("sync", [False, True])
+def test_ddp_on_one_device(train, resnet, tmp_path, device, sync):
+    """One process, with the reducer and the synchronized norms of many."""
+    if sync and device == "cpu":
+        pytest.skip("PyTorch synchronizes batch norms on GPUs only")
+    strategy = DDPStrategy(
+        process_group_backend="nccl" if device == "cuda" else "gloo", find_unused_parameters=True
+    )
+    how = {**resnet, "width_schedule": "sandwich"}
+    flags = {"accelerator": device, "sync_batchnorm": sync}
+    _, ddp = train(tmp_path, how, strategy=strategy, **flags)
+    _, plain = train(tmp_path, how, **flags)
+    for (name, p), q in zip(ddp.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p.cpu(), q.cpu(), rtol=1e-3, atol=1e-4), name
+
+
+RESUMES = [
+    pytest.param("cpu", "cpu", marks=pytest.mark.slow),
+    pytest.param("cuda", "cpu", marks=GPU),
+    pytest.param("cpu", "cuda", marks=GPU),
+]
+
+
+@pytest.mark.parametrize(("device", "other"), RESUMES)
+def test_a_run_resumes_on_the_other_device(train, resnet, tmp_path, device, other):
+    flags = {"limit_train_batches": 2, "limit_val_batches": 1}
+    trainer, module = train(tmp_path, resnet, accelerator=device, **flags)
+    path = tmp_path / "first.ckpt"
+    trainer.save_checkpoint(path)
+    before = {k: v.cpu().clone() for k, v in module.state_dict().items()}
+    resumed, after = train(
+        tmp_path, resnet, accelerator=other, ckpt_path=path, **{**flags, "max_epochs": 2}
+    )
+    assert resumed.global_step == 4 and resumed.strategy.root_device.type == other
+    moved = [k for k, v in after.state_dict().items() if not torch.equal(v.cpu(), before[k])]
+    assert any("parametrizations" in k for k in moved)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["resident", "lean"])
+def test_packed_models(device, mode, tmp_path):
+    model = prepared("cpu")
+    calibrate_norms(model, [batch("cpu")[0]])
+    save_packed(model.eval(), tmp_path / "net.safetensors")
+    packed = load_packed(tmp_path / "net.safetensors", mode=mode).to(device)
+    images = batch(device)[0]
+    with torch.no_grad():
+        for bits in (8, 4, 1):
+            with bit_width(packed, bits), bit_width(model.to(device), bits, "truncate"):
+                assert torch.allclose(packed(images), model(images), atol=1e-4)
+
+
+@pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=GPU)])
+def test_integer_mode_is_refused_in_one_line(device, tmp_path):
+    model = prepared("cpu", activations="clamp_floor")
+    calibrate_norms(model, [batch("cpu")[0]])
+    save_packed(model.eval(), tmp_path / "net.safetensors")
+    packed = load_packed(tmp_path / "net.safetensors", mode="integer")
+    with pytest.raises(UserError, match="integer mode runs on CPU") as error, torch.no_grad():
+        if device == "cuda":
+            packed.to(device)(batch(device)[0])
+        else:  # the first layer alone: others would mix the devices before
+            integer_layers(packed)[0].built(torch.empty(1, device=device))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    """On a CPU with a tiny case; without a GPU and a word about it, one line."""
+    script = [sys.executable, "tests/benchmarks/gpu.py", "--out", str(tmp_path / "gpu.csv")]
+    tiny = ["--device", "cpu", "--cases", "resnet8_cifar:8:2", "--modes", "eager", "--repeats", "1"]
+    root = Path(__file__).parents[2]
+    subprocess.run([*script, *tiny], check=True, cwd=root)
+    with (tmp_path / "gpu.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["value"]) > 0 and row["note"].startswith("cpu; ")
+    if not torch.cuda.is_available():
+        done = subprocess.run(script, capture_output=True, text=True, cwd=root)
+        assert done.returncode == 2
+        assert done.stderr == "error: no CUDA device found; this benchmark needs one\n"
