@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
             mode = "resident"
     model = load_packed(args.model, bits=args.bits, mode=mode)
     if mode == "integer":
-        print(model.summary(), file=sys.stderr)
+        print(model.summary(), file=sys.stderr)  # type: ignore[operator]
     if args.out is None:
         # names that are not UTF-8 are written as the bytes that they are
         if hasattr(sys.stdout, "reconfigure"):

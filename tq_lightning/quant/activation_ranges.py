@@ -205,7 +205,7 @@ def _run(
     width = width_of(model)
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, args, name=name: observe(name, width.bits, args[0].float()) if args else None
+            lambda _, args, name=name: observe(name, width.bits or 0, args[0].float())
         )
         for name, module in layers.items()
     ]

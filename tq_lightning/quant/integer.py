@@ -346,7 +346,7 @@ class _Plan:
             node.op == "call_method" and node.target in ("add", "add_")
         )
         tensors = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
-        return known and tensors and node.args[0] is not node.args[1] and not node.kwargs
+        return bool(known and tensors and node.args[0] is not node.args[1] and not node.kwargs)
 
     # -- codes -------------------------------------------------------------------------------------
     def codes_of(self, node: fx.Node) -> ActivationCodes | None:

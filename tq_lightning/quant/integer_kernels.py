@@ -1,9 +1,9 @@
 """oneDNN kernels of PyTorch that multiply uint8 activations with int8 weights, on CPU."""
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def sums_are_exact() -> bool:
     """
     if missing_kernels() is not None:
         return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     vnni = any(known.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     older = getattr(torch.cpu, "_is_vnni_supported", bool)()  # PyTorch without get_capabilities
     arm = platform.machine().lower() in ("aarch64", "arm64")

@@ -210,7 +210,8 @@ class IntegerLayer(nn.Module):
         """Pad the input of a convolution with its zero point; code 0 is left to the kernel."""
         if not zero or not isinstance(self.layer, nn.Conv2d) or not any(self.layer.padding):
             return a
-        vertical, horizontal = self.layer.padding
+        padding: Any = self.layer.padding
+        vertical, horizontal = padding
         return F.pad(a, (horizontal, horizontal, vertical, vertical), value=zero)
 
     def built(self, a: Tensor) -> Built:
@@ -304,7 +305,7 @@ def exact_value(layer: IntegerLayer, a: Tensor, residual: Tensor | None) -> Tens
     if isinstance(inner, nn.Conv2d):
         padding = (0, 0) if built.into.zero else inner.padding
         sums = F.conv2d(inputs, weight, None, inner.stride, padding, inner.dilation, inner.groups)
-        shape = (-1, 1, 1)
+        shape: tuple[int, ...] = (-1, 1, 1)
     else:
         sums, shape = F.linear(inputs, weight), (-1,)
     y = sums * (built.gain * built.into.step).view(shape) + built.bias.view(shape)
