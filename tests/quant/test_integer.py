@@ -288,6 +288,17 @@ def test_bad_input(monkeypatch):
         integer_model(model)
 
 
+def test_codes_pass_through_max_pooling():
+    """PyTorch pools uint8 tensors only up to 255 values per image."""
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Flatten()
+    model, images = nn.Sequential(*layers, nn.Linear(1352, 3)), _images(32)
+    prepare(model, verbose=False, skip=("first",), activations="clamp_round")
+    run = integer_model(copy.deepcopy(model.eval()))
+    assert any(isinstance(m, integer.CodePool) for m in run.modules())
+    for bits in (4, 1):
+        assert torch.allclose(_logits(run, images, bits), _logits(model, images, bits), atol=1e-5)
+
+
 def test_the_kernel_cache_is_not_copied():
     weight = torch.ones(2, 2, 1, 1, dtype=torch.int8)
     one = torch.ones(2)

@@ -44,7 +44,6 @@ _RELU_CALLS = (torch.relu, F.relu, "relu", "relu_")
 _DROPPED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # operations that move codes and compute nothing; padding with 0 is code 0 only for unsigned codes
 _MOVES = (nn.MaxPool2d, nn.Flatten)
-_MOVE_FUNCTIONS = (operator.getitem, torch.flatten, F.max_pool2d, torch.nn.functional.max_pool2d)
 _MOVE_METHODS = ("flatten", "view", "reshape", "contiguous")
 
 
@@ -288,9 +287,7 @@ class _Plan:
         if node.target is operator.getitem:
             at = node.args[1]
             return all(isinstance(i, slice) for i in (at if isinstance(at, tuple) else (at,)))
-        return node.op == "call_function" and (
-            node.target in _MOVE_FUNCTIONS or "max_pool2d" in getattr(node.target, "__name__", "")
-        )
+        return node.target is torch.flatten
 
     def find_chains(self) -> list[_Chain]:
         """Extend every integer layer by what its kernel can take over, in order."""
@@ -346,7 +343,8 @@ class _Plan:
             node.op == "call_method" and node.target in ("add", "add_")
         )
         tensors = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
-        return bool(known and tensors and node.args[0] is not node.args[1] and not node.kwargs)
+        distinct = tensors and node.args[0] is not node.args[1]
+        return bool(known) and bool(distinct) and not node.kwargs
 
     # -- codes -------------------------------------------------------------------------------------
     def codes_of(self, node: fx.Node) -> ActivationCodes | None:
@@ -399,6 +397,11 @@ class _Plan:
                 read = self.read_float(node.args[0])
                 self.set_codes(node, self.call("quantize", Quantize(codes, self.width), read))
             elif codes is not None and self.moves(node, codes.signed) and self.has_codes(node):
+                pool = self.module(node)
+                if isinstance(pool, nn.MaxPool2d):
+                    codes_in = self.read_moved(node.args[0])  # type: ignore[arg-type]
+                    self.set_codes(node, self.call("pool", CodePool(pool), codes_in))
+                    continue
                 copied = self.new.node_copy(node, self.read_moved)
                 self.keep_module(node)
                 self.set_codes(node, copied)
@@ -511,6 +514,22 @@ class _Plan:
             or (self.order[end] < self.order[chain.end] and not self.moves(user, signed=False))
             for user, end in emitted.items()
         )
+
+
+class CodePool(nn.Module):
+    """Max pooling of uint8 codes, by way of float: PyTorch's own refuses images of some size.
+
+    Args:
+        pool: The pooling layer.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, a: Tensor) -> Tensor:
+        """Return the largest code of each window."""
+        return self.pool(a.float()).to(torch.uint8)
 
 
 class OwnedCopy(nn.Module):

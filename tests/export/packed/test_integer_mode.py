@@ -1,5 +1,6 @@
 """load_packed(mode="integer") and `classify --mode integer`."""
 
+import copy
 import csv
 import io
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tq_lightning import bit_width, load_packed, save_packed
+from tq_lightning import bit_width, calibrate_activations, load_packed, save_packed
 from tq_lightning.cli.classify import main as classify
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed import reader
+from tq_lightning.export.packed.edit import add_ranges
 from tq_lightning.quant import integer_kernels
 from tq_lightning.quant.integer import IntegerModel, integer_layers
 from tq_lightning.quant.integer_kernels import missing_kernels
@@ -69,6 +71,26 @@ def test_without_kernels_the_mode_is_resident(trained, monkeypatch):
     with pytest.warns(UserWarning, match="without oneDNN.*'resident' is used"):
         model = load_packed(path, mode="integer")
     assert torch.equal(_logits(model, images, 4), _logits(load_packed(path), images, 4))
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_ranges_go_into_a_file_and_back(net, tmp_path, compress):
+    """By `save_packed` or later, the file is the same, and runs on integers."""
+    model, images = copy.deepcopy(net[0]), net[1]
+    plain, later, once = (tmp_path / f"{name}.safetensors" for name in ("plain", "later", "once"))
+    save_packed(model, plain, compress=compress)
+    ranges = calibrate_activations(model, [images])
+    save_packed(model, once, compress=compress)
+    add_ranges(plain, later, ranges)
+    assert later.read_bytes() == once.read_bytes() != plain.read_bytes()
+    assert load_packed(later).tq_ranges == ranges and load_packed(plain).tq_ranges == {}
+    resident, run = load_packed(later), load_packed(later, mode="integer")
+    for bits in (8, 1):
+        expected = _logits(resident, images, bits)
+        assert (_logits(run, images, bits) - expected).norm() < 0.1 * expected.norm()
+    with pytest.raises(UserError, match="not a quantized layer"):
+        add_ranges(plain, plain, {"fc": (0.0, 1.0)})
+    assert load_packed(plain).tq_ranges == {}
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ n planes, it gives the full file again, byte for byte.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import Container, write_container
 from tq_lightning.export.packed.entries import section_of
-from tq_lightning.export.packed.header import format_version, read_header
+from tq_lightning.export.packed.header import check_ranges, format_version, read_header
 from tq_lightning.export.packed.reader import read_planes
 from tq_lightning.export.packed.sections import (
     compress_planes,
@@ -70,6 +70,31 @@ def repack(
         )
     header, tensors = keep_planes({**header, "compression": None}, tensors, stored)
     if compress:
+        header, tensors = compress_planes(header, tensors)
+    return _write(out, tensors, header)
+
+
+def add_ranges(
+    path: str | Path, out: str | Path, ranges: Mapping[str, Sequence[float]]
+) -> dict[str, int]:
+    """Write a packed file again with activation ranges, in place of those that it had.
+
+    Args:
+        path: packed file to read.
+        out: target file, written atomically. It may be `path`.
+        ranges: {layer name: (low, high)}, see `calibrate_activations`.
+
+    Returns:
+        Bytes per section, with "header" and "total".
+
+    Raises:
+        UserError: see `read_all` and `header.check_ranges`.
+    """
+    header, tensors = read_all(path)
+    names = [layer["name"] for layer in header["layers"]]
+    compressed = header["compression"] is not None
+    header = {**header, "compression": None, "activation_ranges": check_ranges(ranges, names)}
+    if compressed:
         header, tensors = compress_planes(header, tensors)
     return _write(out, tensors, header)
 
