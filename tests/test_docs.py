@@ -42,6 +42,7 @@ MARKED = {
     "CONTRIBUTING.md": 1,
     "docs/cluster.md": 7,
     "docs/getting_started.md": 1,
+    "docs/method.md": 1,
     "docs/sweeps.md": 3,
     "docs/training.md": 1,
     "results/README.md": 5,

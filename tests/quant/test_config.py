@@ -1,7 +1,7 @@
 """QuantConfig: one home of the nine choices, checked on construction."""
 
 import inspect
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
@@ -42,3 +42,75 @@ def test_resolved_ste_and_nested_come_from_the_row(quantizer):
     config = QuantConfig(quantizer)
     assert config.resolved_ste == row.ste and config.nested == row.nested
     assert QuantConfig(quantizer, ste="dsq").resolved_ste == "dsq"
+
+
+@pytest.mark.parametrize("key", ["quantizer", "level", "normalizer", "scale"])
+def test_an_unknown_choice_is_one_line(key):
+    with pytest.raises(ValueError, match=f"unknown {key} 'x'; pass one of ") as error:
+        QuantConfig(**{key: "x"})
+    assert "\n" not in str(error.value)
+
+
+PAIRINGS = {  # what goes together; the rest is refused
+    ("tanh", "endpoint"): ("mean", "span"),
+    ("absmax_channel", "left"): ("mean", "span"),
+    ("learned", "centre"): ("span",),
+    ("learned_channel", "centroid"): ("span",),
+    ("gaussian", "centroid"): ("span",),
+    ("mu_law", "centroid"): ("span",),
+    ("float_e2", "centroid"): ("span",),
+    ("float_e2", "native"): ("span",),
+    ("log", "native"): ("span",),
+}
+
+
+@pytest.mark.parametrize(("normalizer", "level"), PAIRINGS)
+def test_pairings_inside_the_table(normalizer, level):
+    for scale in PAIRINGS[normalizer, level]:
+        assert QuantConfig(normalizer=normalizer, level=level, scale=scale).nested
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"normalizer": "gaussian"}, "level 'endpoint' does not go with normalizer 'gaussian'"),
+        (
+            {"normalizer": "gaussian", "level": "centroid"},
+            "scale 'mean' does not go with normalizer 'gaussian'; pass scale span",
+        ),
+        ({"level": "centroid"}, "level 'centroid' does not go with normalizer 'tanh'"),
+        (
+            {"normalizer": "mu_law", "level": "native", "scale": "span"},
+            "level 'native' does not go with normalizer 'mu_law'; pass level centroid",
+        ),
+        ({"normalizer": "learned", "scale": "span"}, "pass level centre or centroid"),
+        (
+            {"normalizer": "log", "level": "native", "scale": "span", "quantizer": "round"},
+            "level 'native' does not go with quantizer 'round'",
+        ),
+        (
+            {"normalizer": "log", "level": "native", "scale": "span", "ste": "ewgs"},
+            "ste 'ewgs' does not go with normalizer 'log'",
+        ),
+    ],
+)
+def test_pairings_outside_the_table_are_refused_by_name(choices, said):
+    with pytest.raises(ValueError, match=said) as error:
+        QuantConfig(**choices)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_that_declares_nested_codes_and_has_none_is_refused(monkeypatch):
+    row = replace(QUANTIZERS["round"], nested=True)
+    monkeypatch.setitem(QUANTIZERS, "false_claim", row)
+    with pytest.raises(ValueError, match="quantizer 'false_claim' declares nested codes, but at u"):
+        QuantConfig("false_claim")
+    monkeypatch.setitem(QUANTIZERS, "honest", QUANTIZERS["round"])
+    assert not QuantConfig("honest").nested
+
+
+def test_auto_is_the_ste_of_the_normalizer_if_it_names_one():
+    span = {"scale": "span"}
+    assert QuantConfig(**span).resolved_ste == "scaled"
+    assert QuantConfig(normalizer="learned", level="centre", **span).resolved_ste == "identity"
+    assert QuantConfig(normalizer="log", level="native", **span).resolved_ste == "value"

@@ -23,6 +23,11 @@ POINTS = {
     "activations": 27,
     "activations_truncated": 24,
     "widths_and_distillation": 45,
+    "learned_range": 12,
+    "scale": 12,
+    "ste_learned": 18,
+    "non_uniform": 15,
+    "non_uniform_native": 12,
 }
 
 

@@ -33,8 +33,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "norm": ("per_width", "per_width, per_width_all or shared"),
     "normalizer": (
         "tanh",
-        "tanh or absmax, each also with _channel (one scale per output channel)",
+        "tanh, absmax or learned, also with _channel (a scale per output channel); or others",
     ),
+    "level": ("endpoint", "placement of codes, which must go with the normalizer"),
+    "scale": ("mean", "mean or span"),
     "activations": (None, "activation quantizer; its learned clip is stored"),
 }
 

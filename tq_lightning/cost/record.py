@@ -16,8 +16,9 @@ def inspect_record(values: dict[str, Any], command: str = "") -> InspectRecord:
     """Compute the inspect record of a model under a quantization policy.
 
     Args:
-        values: name, num_classes, model_args, skip, widths, max_bits, norm, normalizer and
-            activations, as in the `model:` section of a configuration.
+        values: name, num_classes, model_args, skip, widths, max_bits, norm, normalizer,
+            activations and, optionally, level and scale, as in the `model:` section of a
+            configuration.
         command: the command line, for the record.
 
     Raises:
@@ -39,6 +40,7 @@ def inspect_record(values: dict[str, Any], command: str = "") -> InspectRecord:
         key: values[key]
         for key in ("skip", "widths", "max_bits", "norm", "normalizer", "activations")
     }
+    policy |= {key: values[key] for key in ("level", "scale") if key in values}
     make = (values["name"], values["num_classes"])
     model = meta_model(*make, **(values["model_args"] or {}))
     try:

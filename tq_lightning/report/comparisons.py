@@ -27,6 +27,7 @@ FACTORS: dict[str, str | None] = {
     "model.activations": "none",
     ACTIVATIONS_SOURCE: "quantize",
     "model.normalizer": "tanh",
+    "model.scale": "mean",
     "model.norm": "per_width",
     "model.widths": None,
     "model.teacher": "recursive",

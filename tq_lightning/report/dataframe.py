@@ -10,7 +10,7 @@ from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 from tq_lightning.report.runs import SOURCES, Run
 
 FACTS: tuple[str, ...] = ("model.name", "data.name", *MAIN_KEYS[2:], ACTIVATIONS_SOURCE)
-FACTS += ("model.normalizer", "model.norm")
+FACTS += ("model.normalizer", "model.norm", "model.scale")
 
 
 def rows(arms: list[Arm]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ NOT_AN_ARM = re.compile(
 )
 START = "model.checkpoint_path"
 LISTS = ("model.widths", "model.skip", "model.shared_norms")
+ADDED: dict[str, Any] = {"model.scale": "mean"}
 BUDGET = re.compile(
     r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$"
 )
@@ -96,6 +97,8 @@ def arm_config(run: Run) -> dict[str, Any]:
     }
     found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
+    if "model.normalizer" in config:  # a run of an earlier version has the default of later choices
+        config = {**ADDED, **config}
     # The coding of activations and their source are separate choices, so that each can be compared
     # alone. Float activations are never truncated: they are the reference of quantized ones.
     if "model.activations" in config:

@@ -12,6 +12,7 @@ USUAL: dict[str, Any] = {
     "model.activations": None,
     ACTIVATIONS_SOURCE: "quantize",
     "model.normalizer": "tanh",
+    "model.scale": "mean",
     "model.norm": "per_width",
     "model.widths": [8, 4, 2, 1],
 }

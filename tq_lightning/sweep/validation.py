@@ -115,7 +115,7 @@ def logged_metrics(config: Any) -> list[str]:
     toy = torch.nn.Sequential(
         *(layer for _ in range(3) for layer in (torch.nn.Linear(2, 2), torch.nn.ReLU()))
     )
-    keys = ("quantizer", "ste", "level", "normalizer", "max_bits", "activations", "norm")
+    keys = ("quantizer", "ste", "level", "normalizer", "scale", "max_bits", "activations", "norm")
     prepare(toy, widths=module.widths, verbose=False, **{key: given[key] for key in keys})
     widths = range(1, given.max_bits + 1)
     scores = {(bits, "truncate"): 0.0 for bits in (*widths, None)} | {(None, "quantize"): 0.0}

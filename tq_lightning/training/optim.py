@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError, did_you_mean, first_line
+from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.training.lists import as_floats
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
@@ -31,14 +32,26 @@ def check_optimizer(h: Any) -> None:
 def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
     """Create timm's optimizer `h.opt` over the trainable parameters of `model`.
 
-    Biases, norms and the parameters that the model itself excludes (position embeddings, for
-    example) have no weight decay. As in timm, "sgd" uses Nesterov momentum; with a momentum of 0
-    it is plain SGD.
+    Biases, norms, learned ranges and the parameters that the model itself excludes (position
+    embeddings, for example) have no weight decay. As in timm, "sgd" uses Nesterov momentum; with a
+    momentum of 0 it is plain SGD.
 
     Raises:
         UserError: a name or an argument that timm does not accept.
     """
-    return _create(model, vars(h) if not isinstance(h, dict) else h)
+    optimizer = _create(model, vars(h) if not isinstance(h, dict) else h)
+    _exempt_ranges(optimizer, model)
+    return optimizer
+
+
+def _exempt_ranges(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Move learned ranges of channels, which have the dimensions of a weight, out of the decay."""
+    ranges = {id(w.quantizer.range) for w in weight_quantizers(model)} - {id(None)}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in ranges]
+        if own and group.get("weight_decay"):
+            group["params"] = [p for p in group["params"] if id(p) not in ranges]
+            optimizer.add_param_group({**group, "params": own, "weight_decay": 0.0})
 
 
 def check_restored_state(optimizer: torch.optim.Optimizer) -> None:

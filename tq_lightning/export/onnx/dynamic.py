@@ -26,7 +26,7 @@ from tq_lightning.export.onnx.width_modules import (
     WidthTables,
     replace_activations,
 )
-from tq_lightning.export.packed.module import PackedTensor, packed_weights
+from tq_lightning.export.packed.module import PackedTensor, PackedWeight, packed_weights
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
@@ -83,6 +83,18 @@ def _take_codes_as_inputs(graph: onnx.ModelProto, weights: list[PackedTensor]) -
             node.input[i] = new.get(name, name)
 
 
+def joined_table(packed: PackedWeight) -> Tensor | None:
+    """Levels of all widths of a packed weight in one table: those of n bits begin at 2^n - 2.
+
+    Widths that are not loaded have zeros, which no code reads. None if levels are a formula.
+    """
+    tables = {bits: packed.table(bits) for bits in packed.widths}
+    if tables[packed.widths[0]] is None:
+        return None
+    every = range(1, packed.stored + 1)
+    return torch.cat([t if (t := tables.get(n)) is not None else torch.zeros(2**n) for n in every])
+
+
 class DynamicModel(nn.Module):
     """Packed model with the width as a second input.
 
@@ -102,7 +114,7 @@ class DynamicModel(nn.Module):
             parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
             delattr(module, tensor)
             module.register_buffer(tensor, codes)
-            computed = TensorWeight(self.tables, packed.scale, packed.level)
+            computed = TensorWeight(self.tables, packed.scale, packed.level, joined_table(packed))
             parametrize.register_parametrization(module, tensor, computed, unsafe=True)
         for norm in per_width_norms(model):
             for layer in norm.sets.values():

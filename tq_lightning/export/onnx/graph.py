@@ -23,7 +23,7 @@ from tq_lightning.export.onnx.width_modules import WidthTables, replace_activati
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.levels import codes_to_levels
+from tq_lightning.quant.levels import codes_to_levels, levels_to_weights
 
 # the first opset whose DequantizeLinear takes 4-bit integers, and the first where it takes 2-bit
 OPSETS = (21, 25)
@@ -162,6 +162,36 @@ def affine_nodes(
         )
         source = result
     return nodes
+
+
+def table_nodes(
+    graph: onnx.ModelProto, name: str, source: str, table: Tensor, scale: Tensor
+) -> list[onnx.NodeProto]:
+    """Make the nodes of weight = (2 table[codes] - 1) scale, a Gather of 2^n values.
+
+    Args:
+        graph: graph that gets the constants.
+        name: full tensor name of the weight, which names the output.
+        source: name of the codes, of any number type.
+        table: the level of each code, float32 (2^n,).
+        scale: float32, broadcastable to the weight.
+
+    Returns:
+        The nodes in order, not yet in the graph.
+    """
+    constants = {"table": levels_to_weights(table.clone(), torch.tensor(1.0)), "scale": scale}
+    for key, value in constants.items():
+        array = value.float().numpy()
+        graph.graph.initializer.append(numpy_helper.from_array(array, f"{name}/{key}"))
+    steps = [
+        ("Cast", [source], f"{name}/index", {"to": onnx.TensorProto.INT32}),
+        ("Gather", [f"{name}/table", f"{name}/index"], f"{name}/signed", {}),
+        ("Mul", [f"{name}/signed", f"{name}/scale"], name, {}),
+    ]
+    return [
+        helper.make_node(op, inputs, [output], name=f"{name}/{op.lower()}_node", **options)
+        for op, inputs, output, options in steps
+    ]
 
 
 def put_nodes(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:

@@ -17,6 +17,7 @@ from tq_lightning.export.onnx.graph import (
     float_graph,
     levels_affine,
     put_nodes,
+    table_nodes,
     write_graph,
 )
 from tq_lightning.export.packed.module import packed_weights
@@ -67,6 +68,10 @@ def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
                 rounding_mode="FLOOR",
             )
         )
+        table = packed.table(bits)
+        if table is not None:
+            nodes += table_nodes(graph, name, f"{name}/short", table, packed.scale)
+            continue
         a, b = levels_affine(bits, packed.level)
         nodes += affine_nodes(graph, name, f"{name}/short", a, b, packed.scale)
     put_nodes(graph, nodes)

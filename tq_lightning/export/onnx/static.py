@@ -25,6 +25,7 @@ from tq_lightning.export.onnx.graph import (
     float_graph,
     levels_affine,
     put_nodes,
+    table_nodes,
     write_graph,
 )
 from tq_lightning.export.packed.module import packed_weights
@@ -63,6 +64,11 @@ def export_static(path: str | Path, out: str | Path, bits: int, opset: int | Non
         stored = helper.make_tensor(
             f"{name}/codes", kind, codes[name].shape, dense(codes[name], per_byte), raw=True
         )
+        table = packed.table(bits)
+        if table is not None:
+            graph.graph.initializer.append(stored)
+            nodes += table_nodes(graph, name, stored.name, table, packed.scale)
+            continue
         a, b = levels_affine(bits, packed.level)
         step = numpy_helper.from_array(np.asarray(a, np.float32), f"{name}/step")
         graph.graph.initializer.extend([stored, step])

@@ -80,20 +80,29 @@ class TensorWeight(nn.Module):
     Args:
         tables: tables of the model.
         scale: float32, broadcastable to the weight.
-        level: a key of `levels.LEVELS`.
+        level: a key of `levels.LEVELS`, or the name of a table.
+        table: levels of all widths, those of n bits from 2^n - 2; None if `level` is a formula.
     """
 
-    def __init__(self, tables: WidthTables, scale: Tensor, level: str) -> None:
+    def __init__(
+        self, tables: WidthTables, scale: Tensor, level: str, table: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.tables = [tables]  # in a list: the tables are a submodule of the model alone
         self.level = level
         self.register_buffer("scale", scale)
+        self.register_buffer("table", table)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Compute the weight from stored uint8 codes."""
         now = self.tables[0]
         k = _shift_right(codes, now.shifts_now).float()  # type: ignore[arg-type]
-        return levels_to_weights(LEVELS[self.level](k, now.tops_now), self.scale)  # type: ignore[arg-type]
+        scale, top, table = self.scale, now.tops_now, self.table
+        if table is None:
+            return levels_to_weights(LEVELS[self.level](k, top), scale)  # type: ignore[arg-type]
+        index = (k + (top - 1.0)).to(torch.int64).flatten()  # type: ignore[operator]
+        levels = torch.index_select(table, 0, index).view(codes.shape)  # type: ignore[arg-type]
+        return levels_to_weights(levels, scale)  # type: ignore[arg-type]
 
 
 class TensorNorm(nn.Module):

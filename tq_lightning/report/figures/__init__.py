@@ -25,6 +25,7 @@ FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "activations": partial(factor, key="model.activations", section="Activations"),
     "activations_source": partial(factor, key=ACTIVATIONS_SOURCE, section="Truncated activations"),
     "normalizer": partial(factor, key="model.normalizer", section="Normalizers"),
+    "scale": partial(factor, key="model.scale", section="Scales"),
     "widths": partial(factor, key="model.widths", section="Sets of widths"),
     "teacher": partial(factor, key="model.teacher", section="Teachers"),
     "curves": accuracy.curves,
