@@ -1,4 +1,4 @@
-# make demo | test | test-slow | test-lowest | test-wheel | lint | docs | bench | gpu
+# make demo | test | test-slow | test-lowest | test-wheel | test-executorch | lint | docs | bench | gpu
 # The environment is built once, in $(VENV). PYTHON=python3.12 make test uses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv-$(notdir $(PYTHON))
@@ -9,7 +9,7 @@ DEMO := OMP_NUM_THREADS=1 $(RUN)
 # threads of two test processes at once otherwise wait for each other
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
-.PHONY: env demo test test-slow test-slow-again test-lowest test-wheel lint docs bench gpu clean
+.PHONY: env demo test test-slow test-slow-again test-lowest test-wheel test-executorch lint docs bench gpu clean
 
 env: $(READY)
 
@@ -55,6 +55,15 @@ test-wheel: $(READY)
 	cd build/wheel/venv && bin/tq-lightning report $(CURDIR)/results/runs/levels_digits --out report
 	rm -rf build/wheel
 
+# ExecuTorch and its compiler packages, in an environment on top of that of the tests
+EXECUTORCH := .venv-executorch
+test-executorch: $(READY)
+	$(PYTHON) -m venv --clear $(EXECUTORCH)
+	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(EXECUTORCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth
+	$(EXECUTORCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt executorch
+	$(TEST_ENV) PYTHONPATH=$(CURDIR) $(EXECUTORCH)/bin/python -m pytest tests/export/test_executorch.py -m slow
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -83,4 +92,4 @@ gpu: $(READY)
 	$(RUN) tests/benchmarks/gpu.py --out results/benchmarks/gpu.csv
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(EXECUTORCH) build demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The verb `export`: convert a checkpoint or a packed file to a packed file or an ONNX graph."""
+"""The verb `export`: convert a checkpoint or a packed file to a file for a runtime."""
 
 import argparse
 import tempfile
@@ -8,7 +8,8 @@ from typing import Any
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
 
-FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx")
+FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx", "executorch")
+ONE_WIDTH = ("onnx", "qonnx", "executorch")
 
 
 def parser() -> Parser:
@@ -23,10 +24,12 @@ def parser() -> Parser:
     p.add_argument(
         "--format",
         choices=FORMATS,
-        help="default: packed; onnx and qonnx are graphs of one width",
+        help="default: packed; onnx, qonnx and executorch hold one width",
     )
     p.add_argument(
-        "--bits", type=int, help="width of an onnx or qonnx graph (default: the widest of the file)"
+        "--bits",
+        type=int,
+        help="width of an onnx, qonnx or executorch file (default: the widest of the packed file)",
     )
     p.add_argument(
         "--opset",
@@ -67,6 +70,8 @@ def main(argv: list[str]) -> int:
             does not have.
     """
     a = parser().parse_args(argv)
+    if a.format is None and a.out.suffix == ".pte":
+        a.format = "executorch"
     if a.format is None and a.out.suffix == ".onnx":
         raise UserError(
             f"--out {a.out} looks like an ONNX file; pass --format onnx, onnx-dynamic or qonnx, "
@@ -79,9 +84,9 @@ def main(argv: list[str]) -> int:
         )
     if a.rest is not None and a.max_bits is None:
         raise UserError("--rest holds the planes that --max-bits leaves out; pass both")
-    if a.format not in ("onnx", "qonnx") and a.bits is not None:
+    if a.format not in ONE_WIDTH and a.bits is not None:
         raise UserError(
-            "--bits is the width of an onnx or qonnx graph; for fewer planes pass "
+            f"--bits is the width of {', '.join(ONE_WIDTH)} files; for fewer planes pass "
             f"--max-bits {a.bits}"
         )
     if a.opset is not None and a.format != "onnx":
@@ -107,10 +112,13 @@ def main(argv: list[str]) -> int:
             path = Path(folder) / "model.safetensors"
             save_checkpoint(a.source, path, fold_norms=a.fold_norms)
         hint = ""
-        if a.format in ("onnx", "qonnx") and a.bits is None:
+        if a.format in ONE_WIDTH and a.bits is None:
             a.bits = _widest(path)
             hint = f": {a.bits} bits, pass --bits for another width"
-        _onnx(a, path)
+        if a.format == "executorch":
+            _executorch(a, path)
+        else:
+            _onnx(a, path)
     print(f"wrote {a.out} ({a.out.stat().st_size:,} bytes){hint}")
     return 0
 
@@ -197,3 +205,12 @@ def _onnx(a: argparse.Namespace, path: Path) -> None:
         dynamic.export_dynamic(path, a.out)
     else:
         qonnx.export_qonnx(path, a.out, a.bits)
+
+
+def _executorch(a: argparse.Namespace, path: Path) -> None:
+    from tq_lightning.export.executorch import export_executorch
+
+    program = export_executorch(path, a.out, a.bits)
+    print(f"{len(program.integer)} layers run as integers")
+    for name, reason in program.left_in_float.items():
+        print(f"left in float: {name}: {reason}")

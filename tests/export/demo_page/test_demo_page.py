@@ -424,7 +424,7 @@ class TestChromium:
         assert np.mean([row[7] == label for row, label in zip(seen, labels, strict=True)]) > 0.6
 
 
-def trained_cifar(folder, steps=12, count=24):
+def trained_cifar(folder, steps=16, count=20):
     """Packed ResNet-20 after some joint steps, and PNG files of test images (label_number)."""
     from timm.data.readers import create_reader
 
@@ -453,7 +453,7 @@ def trained_cifar(folder, steps=12, count=24):
     train = [(transform(i), label) for i, label in read("train", range(0, 50000, 65))]
     pixels = torch.stack([image for image, _ in train])
     labels = torch.tensor([label for _, label in train])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
     model.train()
     for _ in range(steps):
         batch = torch.randint(len(labels), (64,))
@@ -467,7 +467,7 @@ def trained_cifar(folder, steps=12, count=24):
     path = folder / "cifar.safetensors"
     save_packed(model, path, preprocessing=options)
     images = []
-    for i, (image, label) in enumerate(read("test", range(0, 10000, 10000 // count))):
+    for i, (image, label) in enumerate(read("test", range(7, 10000, 10000 // count))):
         images.append(folder / f"{label}_{i}.png")
         image.save(images[-1])
     return path, images

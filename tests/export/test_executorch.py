@@ -1,0 +1,167 @@
+"""ExecuTorch programs in ExecuTorch's own Python runtime (make test-executorch)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tq_lightning import bit_width, load_packed, save_packed
+from tq_lightning.cli import main
+from tq_lightning.errors import UserError
+from tq_lightning.export.executorch import _to_integers, export_executorch
+from tq_lightning.quant.integer_codes import integer_weight
+
+DIGITS = Path(__file__).parents[2] / "results" / "digits_example" / "model.safetensors"
+
+try:
+    from executorch.runtime import Runtime
+except ImportError:
+    Runtime = None
+needs = pytest.mark.skipif(Runtime is None, reason="ExecuTorch is not installed")
+
+
+def load(path):
+    return Runtime.get().load_program(str(path)).load_method("forward")
+
+
+def images_of_digits(count=100):
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = torch.tensor(data.images[-count:] / 16.0).float()[:, None].expand(-1, 3, -1, -1)
+    return (pixels - 0.305) / 0.376, data.target[-count:]
+
+
+@pytest.mark.skipif(Runtime is not None, reason="ExecuTorch is installed")
+def test_without_executorch_one_line_says_what_to_install(tmp_path, capsys):
+    out = tmp_path / "m.pte"
+    assert main(["export", str(DIGITS), "--out", str(out), "--format", "executorch"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "needs ExecuTorch for PyTorch" in lines[0]
+    assert "pip install 'tq_lightning[executorch]'" in lines[0] and not out.exists()
+
+
+@pytest.mark.parametrize("level", ["endpoint", "left", "centre"])
+@pytest.mark.parametrize("bits", [8, 7, 3, 1])
+def test_integer_layers_have_the_weights_of_the_packed_model(level, bits, make, tmp_path):
+    """Without quantized inputs: the same logits; with another width's integers: others."""
+    model, images = make(level=level)
+    save_packed(model, tmp_path / "m.safetensors")
+    packed = load_packed(tmp_path / "m.safetensors", bits=bits)
+    with torch.no_grad():
+        expected = packed(images)
+        program = _to_integers(packed)
+        layers = [m for m in packed.modules() if type(m).__name__ == "_IntegerLayer"]
+        assert len(layers) == len(program.integer) == 6 and not program.left_in_float
+        for layer in layers:
+            layer.forward = lambda x, layer=layer: run_on_floats(layer, x)
+        torch.testing.assert_close(packed(images), expected, rtol=1e-4, atol=1e-4)
+        layers[0].codes += 1
+        assert not torch.allclose(packed(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def run_on_floats(layer, x):
+    weight = layer.codes.float() * layer.gain.view(-1, *[1] * (layer.codes.dim() - 1))
+    y = torch.nn.functional.conv2d(x, weight, layer.bias, *layer.options)
+    return y[:, :-1] + layer.offset.view(-1, 1, 1) * y[:, -1:] if layer.sum_channel else y
+
+
+def test_layers_that_stay_in_float_are_named(make, tmp_path):
+    model, _ = make("mobilenetv3_small_050", norm="shared", size=32)
+    save_packed(model, tmp_path / "m.safetensors")
+    packed = load_packed(tmp_path / "m.safetensors", bits=4)
+    program = _to_integers(packed)
+    depthwise = [name for name in program.left_in_float if ".conv_dw." in name]
+    assert depthwise and all("depthwise" in program.left_in_float[n] for n in depthwise)
+    assert any(name.endswith(".conv_pw.weight") for name in program.integer)
+
+
+@needs
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+def test_predictions_are_those_of_pytorch(bits, tmp_path, capsys):
+    out = tmp_path / "m.pte"
+    assert main(["export", str(DIGITS), "--out", str(out), "--bits", str(bits)]) == 0
+    assert "6 layers run as integers" in capsys.readouterr().out
+    images, labels = images_of_digits()
+    method = load(out)
+    logits = torch.cat([method.execute([image[None].contiguous()])[0] for image in images])
+    model = load_packed(DIGITS)
+    with torch.no_grad(), bit_width(model, bits):
+        expected = model(images)
+        narrow = torch.full((), 0.0)
+        if bits > 1:
+            with bit_width(model, bits - 1):
+                narrow = model(images)
+    # inputs of 8 bits move logits by a small part of their size
+    error = (logits - expected).abs().max() / expected.abs().max()
+    assert error < 0.05
+    assert (narrow - expected).abs().max() / expected.abs().max() > error
+    right = [(x.argmax(1).numpy() == labels).mean() for x in (logits, expected)]
+    assert abs(right[0] - right[1]) <= 0.01
+
+
+@needs
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_transformer_stores_int4_linears(make, tmp_path):
+    model, images = make(
+        "vit_tiny_patch16_224",
+        size=32,
+        norm="shared",
+        level="left",
+        normalizer="absmax_channel",
+        model_args={"img_size": 32, "depth": 2},
+    )
+    options = {"input_size": [3, 32, 32]}
+    args = {"img_size": 32, "depth": 2}
+    save_packed(model, tmp_path / "m.safetensors", preprocessing=options, model_args=args)
+    sizes = {}
+    for bits in (8, 4):
+        out = tmp_path / f"m{bits}.pte"
+        program = export_executorch(tmp_path / "m.safetensors", out, bits)
+        sizes[bits] = out.stat().st_size
+        logits = load(out).execute([images[:1]])[0]
+        packed = load_packed(tmp_path / "m.safetensors", bits=bits)
+        with torch.no_grad():
+            expected = packed(images[:1])
+        assert (logits - expected).abs().max() / expected.abs().max() < 0.1
+        assert len(program.integer) >= 8
+    assert sizes[4] < 0.65 * sizes[8]
+
+
+@needs
+@pytest.mark.slow
+def test_sums_do_not_saturate(tmp_path):
+    """The largest integers and inputs, whose pairs of products exceed 16 bits."""
+    from torch import nn
+
+    from tq_lightning.export.executorch import _backend, _IntegerLayer
+
+    for bits in (7, 8):
+        codes = torch.full((8, 64), 2**bits - 1, dtype=torch.uint8)
+        codes[::2] = 0
+        weight = integer_weight(codes, bits, torch.tensor(1.0), "endpoint", exact=True)
+        layer = _IntegerLayer(nn.Linear(64, 8, bias=False), weight)
+        x = torch.ones(1, 64)
+        x[0, 0] = 0.0
+        exported = torch.export.export(layer.eval(), (x,), strict=False)
+        (tmp_path / "m.pte").write_bytes(_backend()(exported))
+        got = load(tmp_path / "m.pte").execute([x])[0]
+        np.testing.assert_allclose(got[0], np.tile([-63.0, 63.0], 4), rtol=1e-2)
+
+
+@needs
+def test_errors(make, tmp_path):
+    model, _ = make(activations="clamp_floor")
+    path = tmp_path / "m.safetensors"
+    save_packed(model, path, preprocessing={"input_size": [3, 32, 32]})
+    with pytest.raises(UserError, match="trained with quantized activations"):
+        export_executorch(path, tmp_path / "m.pte", 4)
+    model, _ = make()
+    save_packed(model, path, preprocessing={})
+    with pytest.raises(UserError, match="does not give the size of its images"):
+        export_executorch(path, tmp_path / "m.pte", 4)
+    assert not (tmp_path / "m.pte").exists()

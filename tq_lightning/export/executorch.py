@@ -1,0 +1,210 @@
+"""ExecuTorch program: a packed file at one width, with its own integers as int8 and int4 weights.
+
+Quantized convolutions and linears run on XNNPACK's integer kernels. Their weights are the codes of
+the file, not quantized again. Their inputs are quantized at each run, with the range that they have
+there (dynamic quantization), so no calibration is needed. All other operations run in float.
+
+XNNPACK stores the weights of convolutions as int8 at every width, and those of linears as int4 if
+their integers are in [-8, 7]: up to 3 bits with the odd integers of the levels `endpoint` and
+`centre`, and up to 4 bits with `left`. At 8 bits, the integers of `endpoint` and `centre` are the
+nearest int8 (see `integer_weight`); all others are exact.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from tq_lightning.errors import UserError
+from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.reader import load_packed
+from tq_lightning.files import atomic_write
+from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.integer_codes import IntegerWeight, integer_weight
+
+INSTALL = "pip install 'tq_lightning[executorch]' in an environment of its own"
+
+
+class Program(NamedTuple):
+    """What `export_executorch` wrote.
+
+    Attributes:
+        integer: Names of the weights that run as integers.
+        left_in_float: Name and reason of each quantized weight that does not.
+    """
+
+    integer: list[str]
+    left_in_float: dict[str, str]
+
+
+def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
+    """Write the program of a packed file at one width, for images in batches of 1.
+
+    Args:
+        path: Packed file.
+        out: Target file (.pte), written atomically.
+        bits: Width, one of those that the file runs at.
+
+    Returns:
+        The layers that run as integers, and those that do not.
+
+    Raises:
+        UserError: See `load_packed`; ExecuTorch is not installed or does not fit PyTorch; the
+            network quantizes its activations; PyTorch or ExecuTorch can't express the network.
+    """
+    backend = _backend()
+    model = load_packed(path, bits=bits)
+    size = (model.tq_file["preprocessing"] or {}).get("input_size")  # type: ignore[index]
+    if size is None:
+        raise UserError(
+            f"{path} does not give the size of its images; export it with "
+            "preprocessing={'input_size': ...}"
+        )
+    if any(isinstance(module, ActivationQuantizer) for module in model.modules()):
+        raise UserError(
+            f"{path} was trained with quantized activations; --format executorch quantizes "
+            "activations by itself, so pass --format onnx instead"
+        )
+    program = _to_integers(model)
+    if not program.integer:
+        name, reason = next(iter(program.left_in_float.items()))
+        raise UserError(f"no layer of {path} can run as integers; the first is {name}: {reason}")
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(model.eval(), (torch.zeros(1, *size),), strict=False)
+            buffer = backend(exported)
+    except Exception as error:  # torch.export and the lowering raise many types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"ExecuTorch can't express this network ({type(error).__name__}: {reason})"
+        ) from error
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(buffer)
+    return program
+
+
+def _backend() -> Any:
+    """Return a function from an exported program to the bytes of an ExecuTorch program."""
+    try:
+        from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except Exception as error:  # an ExecuTorch built for another PyTorch fails in many ways
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"--format executorch needs ExecuTorch for PyTorch {torch.__version__} ({reason}); "
+            f"{INSTALL}"
+        ) from error
+
+    def lower(exported: Any) -> bytes:
+        partitioners = [
+            XnnpackPartitioner(
+                config_precisions=ConfigPrecisionType.DYNAMIC_QUANT, per_op_mode=True
+            ),
+            XnnpackPartitioner(),
+        ]
+        edge = to_edge_transform_and_lower(exported, partitioner=partitioners)
+        return edge.to_executorch().buffer
+
+    return lower
+
+
+def _to_integers(model: nn.Module) -> Program:
+    """Replace quantized layers by integer ones, in place, and make the other weights float."""
+    bits = width_of(model).bits
+    assert bits is not None
+    program = Program([], {})
+    for name, module, tensor, packed in packed_weights(model):
+        codes = module.parametrizations[tensor].original  # type: ignore[index,union-attr]
+        weight = getattr(module, tensor).detach().clone()
+        parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+        delattr(module, tensor)
+        module.register_parameter(tensor, nn.Parameter(weight, requires_grad=False))
+        reason = _why_float(module, tensor)
+        if reason is not None:
+            program.left_in_float[name] = reason
+            continue
+        layer = _IntegerLayer(
+            module, integer_weight(codes, bits, packed.scale, packed.level, exact=True)
+        )
+        parent, _, leaf = name.rpartition(".")[0].rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        program.integer.append(name)
+    return program
+
+
+def _why_float(module: nn.Module, tensor: str) -> str | None:
+    """Why a layer can't run on XNNPACK's dynamically quantized kernels; None if it can."""
+    kind = type(module)
+    if tensor != "weight" or kind not in (nn.Conv2d, nn.Linear):
+        return f"{kind.__name__}.{tensor} is not the weight of a plain Conv2d or Linear"
+    if isinstance(module, nn.Conv2d):
+        if module.groups > 1:
+            return "XNNPACK has no dynamically quantized grouped or depthwise convolution"
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return f"padding {module.padding!r} of mode {module.padding_mode!r}"
+    return None
+
+
+class _IntegerLayer(nn.Module):
+    """Convolution or linear with int8 weights, whose input is quantized at each run.
+
+    Args:
+        layer: Layer that it replaces; gives bias, stride, padding and dilation.
+        weight: Its weight as integers.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Module, weight: IntegerWeight) -> None:
+        super().__init__()
+        codes, gain, bias = weight.codes, _by_channel(weight.gain, weight.codes), layer.bias
+        offset = gain * _by_channel(weight.offset, codes)
+        self.sum_channel = bool(offset.any())
+        if self.sum_channel:
+            codes, gain = (
+                torch.cat([codes, torch.ones_like(codes[:1])]),
+                F.pad(gain, (0, 1), value=1.0),
+            )
+            bias = None if bias is None else F.pad(bias.detach(), (0, 1))
+        self.register_buffer("codes", codes)
+        self.register_buffer("gain", gain.float())
+        self.register_buffer("zero", torch.zeros(len(codes), dtype=torch.int64))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("offset", offset.float())
+        # integers of linears that fit 4 bits are stored as int4, in pairs along the input
+        small = codes.dim() == 2 and codes.shape[1] % 2 == 0
+        small = small and int(codes.min()) >= -8 and int(codes.max()) <= 7
+        self.bounds = (-8, 7) if small else (-128, 127)
+        self.options = (
+            (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input, and compute the layer on integers."""
+        ops = torch.ops.quantized_decomposed
+        low, high = self.bounds
+        weight = ops.dequantize_per_channel(
+            self.codes, self.gain, self.zero, 0, low, high, torch.int8
+        )
+        if self.options is not None:
+            step, zero = ops.choose_qparams.tensor(x, -128, 127, 1e-12, torch.int8)
+            q = ops.quantize_per_tensor.tensor(x, step, zero, -128, 127, torch.int8)
+            x = ops.dequantize_per_tensor.tensor(q, step, zero, -128, 127, torch.int8)
+            y = F.conv2d(x, weight, self.bias, *self.options)
+            offset = self.offset.view(-1, 1, 1)
+            return y[:, :-1] + offset * y[:, -1:] if self.sum_channel else y
+        step, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+        q = ops.quantize_per_token(x, step, zero, -128, 127, torch.int8)
+        x = ops.dequantize_per_token(q, step, zero, -128, 127, torch.int8, torch.float32)
+        y = F.linear(x, weight, self.bias)
+        return y[..., :-1] + self.offset * y[..., -1:] if self.sum_channel else y
+
+
+def _by_channel(values: Tensor, codes: Tensor) -> Tensor:
+    """Return one value for each output channel, (out,), of a tensor that broadcasts to `codes`."""
+    return values.expand(codes.shape).flatten(1)[:, 0]
