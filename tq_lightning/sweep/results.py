@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -41,9 +42,7 @@ def write_results(
     seconds = {point: _seconds(attempts) for point, attempts in queue.attempts().items()}
     rows = [trial_row(sweep, t, names, seconds[t.user_attrs["point"]]) for t in trials]
     _write_csv(folder / "trials.csv", rows)
-    hidden = ["run_dir", "record", "attempt"]
-    if not any(row["reason"] for row in rows):
-        hidden.append("reason")
+    hidden = ("run_dir", "record", "attempt")
     shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
     _print(console, f"{study.study_name}: trials", shown)
     if SEED in sweep.parameters and len(names) == 1:
@@ -190,20 +189,38 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table that fits the terminal, and the reasons of failed trials below it.
+
+    Columns that do not fit are left out and named: seconds and states first, then searched keys,
+    the last one first. Cells are never folded.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "reason"))
+    optional = [key for key in ("seconds", "state") if key in columns]
+    optional += [key for key in reversed(columns[2:]) if key not in optional]
+    cells = {key: [_short(key), *(_cell(row.get(key)) for row in rows)] for key in columns}
+    hidden: list[str] = []
+    while sum(max(map(len, cells[key])) + 3 for key in columns) > console.width and optional:
+        hidden.append(optional.pop(0))
+        columns.remove(hidden[-1])
     if not rows:
         return
-    table = Table(title=title, title_justify="left")
-    for column in dict.fromkeys(key for row in rows for key in row):
-        table.add_column(_short(column), overflow="fold")
-    for row in rows[:MAX_ROWS]:
-        cells = (
-            f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-            for value in row.values()
-        )
-        table.add_row(*cells)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for key in columns:
+        table.add_column(_short(key), no_wrap=True)
+    for i in range(1, min(len(rows), MAX_ROWS) + 1):
+        table.add_row(*(cells[key][i] for key in columns))
     console.print(table)
     if len(rows) > MAX_ROWS:
         console.print(f"... and {len(rows) - MAX_ROWS} more in the CSV")
+    if hidden:
+        console.print(f"not shown, but in the CSV: {', '.join(map(_short, hidden))}")
+    for row in rows[:MAX_ROWS]:
+        if row.get("reason"):
+            console.print(f"trial {row['trial']}: {row['reason']}", markup=False)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _short(column: str) -> str:
