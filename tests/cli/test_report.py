@@ -1,4 +1,4 @@
-"""The command: whole or not at all, clear lines for bad input, no torch."""
+"""The command: atomic writes, clear lines for bad input, no torch."""
 
 import json
 import os

@@ -144,7 +144,7 @@ def test_a_late_result_of_a_trial_given_away_is_superseded(write_sweep, tmp_path
     record = tmp_path / "trials" / "record.json"
 
     def fit(argv):
-        queue.fail(trial, "lost", "no sign of life")  # by another one, while this one was cut off
+        queue.fail(trial, "lost", "heartbeat timed out")  # by another worker
         attempt_dir = Path(
             next(word for word in argv if "default_root_dir" in word).partition("=")[2]
         )
@@ -187,7 +187,7 @@ def test_a_suspended_worker_drops_its_trial_when_it_wakes(write_sweep, tmp_path,
     assert len(late) <= 3, (
         late,
         time.monotonic() - woken,
-    )  # it noticed within its next sign of life
+    )  # it noticed within its next heartbeat
     assert {row[1] for row in mine} != {0.1}  # and went on with other trials
     trials = study_of(folder).trials
     assert sorted(t.value for t in trials if t.state == TrialState.COMPLETE) == [51, 52, 53, 54]

@@ -130,7 +130,7 @@ def test_a_late_result_of_a_failed_trial_does_not_count(url):
     queue = queue_of(url, limit=1)
     queue.refresh()
     slow = queue.claim("slow")
-    queue.fail(slow, "lost", "no sign of life")
+    queue.fail(slow, "lost", "heartbeat timed out")
     queue.study.tell(slow.number, 3.0, skip_if_finished=True)
     assert queue.study.trials[slow.number].state == TrialState.FAIL
     queue.fail(slow, "error", "too late")  # nor does a failure
@@ -170,7 +170,7 @@ def test_a_worker_learns_that_its_trial_was_taken(url, interruptible):
     queue.refresh()
     trial = queue.claim("cut off")
     with pytest.raises(KeyboardInterrupt), heartbeat(queue, trial, None):
-        queue_of(url, limit=1).fail(trial, "lost", "no sign of life")
+        queue_of(url, limit=1).fail(trial, "lost", "heartbeat timed out")
         threading.Event().wait(20)
     assert queue.trial_taken
 

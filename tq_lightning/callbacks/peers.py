@@ -118,7 +118,7 @@ class WatchPeers(L.Callback):
         os._exit(1)
 
     def speaks(self, lost: int | None = None) -> bool:
-        """Whether this is the rank that tells the user: the first one that is left."""
+        """Return True on the rank that tells the user: the first one that is left."""
         if lost is None:
             lost = 0 if self.message is not None and self.message.startswith("rank 0 ") else -1
         return self._rank == (1 if lost == 0 else 0)

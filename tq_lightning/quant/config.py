@@ -28,7 +28,7 @@ ADDED_CHOICES: dict[str, Any] = {"float_pass": "plain", "shared_norms": [], "sca
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How a model is quantized. Construction checks every value.
+    """Quantization choices of a model. Construction checks every value.
 
     Attributes:
         quantizer: Forward rule, a key of `codes.QUANTIZERS`.
@@ -151,7 +151,7 @@ class QuantConfig:
 
     @property
     def nested(self) -> bool:
-        """Whether the codes of the weights nest, see `codes.Quantizer`."""
+        """True if the codes of the weights nest, see `codes.Quantizer`."""
         return QUANTIZERS[self.quantizer].nested
 
 

@@ -15,7 +15,7 @@ from tq_lightning.errors import UserError
 
 
 def under_srun() -> bool:
-    """Whether `srun` started this process. Other commands of a batch script have no step id."""
+    """True if `srun` started this process. Other commands of a batch script have no step id."""
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
 
 

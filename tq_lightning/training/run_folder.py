@@ -82,7 +82,7 @@ def has_finished(folder: Path) -> bool:
 
 
 def is_finished(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the run in `folder` has come to the end that `config` asks for."""
+    """Return True if the run in `folder` has reached the end that `config` asks for."""
     if not has_finished(folder):
         return False
     path = folder / CONFIG

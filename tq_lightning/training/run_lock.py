@@ -105,7 +105,7 @@ class RunLock:
         return handle
 
     def _is_current(self, handle: int) -> bool:
-        """Whether RUN/.lock is still the file behind `handle`."""
+        """Return True if RUN/.lock is still the file behind `handle`."""
         try:
             return os.path.samestat(os.fstat(handle), self.path.stat())
         except FileNotFoundError:
@@ -185,13 +185,13 @@ def _read(handle: int) -> dict[str, Any] | None:
 
 
 def _earlier_attempt(holder: dict[str, Any]) -> bool:
-    """Whether a lock is of an earlier attempt of this very SLURM job, which has ended."""
+    """Return True for the lock of an earlier attempt of this SLURM job, which has ended."""
     job, restarts = slurm_job()
     return job is not None and holder.get("job") == job and holder.get("restarts", 0) < restarts
 
 
 def _alive(path: Path, holder: dict[str, Any]) -> bool:
-    """Whether a holder is alive: by its process on this host, by its heartbeat on another."""
+    """Return True if a holder lives: by its process on this host, by its heartbeat elsewhere."""
     if holder.get("host") == socket.gethostname():
         try:
             os.kill(int(holder["pid"]), 0)

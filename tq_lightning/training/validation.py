@@ -15,7 +15,7 @@ from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 
 class Progress(NamedTuple):
-    """How far a training had come when it wrote a checkpoint."""
+    """Progress of a training when it wrote a checkpoint."""
 
     step: int
     """Optimizer steps."""

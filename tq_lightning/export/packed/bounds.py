@@ -37,7 +37,7 @@ _FILLS = {
 
 
 class Bounds:
-    """What may still be made while a network is built.
+    """Budget of parts that may still be made while a network is built.
 
     Args:
         tensors: number of tensors in the file.
