@@ -195,7 +195,7 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     the last one first. Cells are never folded.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "reason"))
-    optional = [key for key in ("seconds", "state") if key in columns]
+    optional: list[str] = [key for key in ("seconds", "state") if key in columns]
     optional += [key for key in reversed(columns[2:]) if key not in optional]
     cells = {key: [_short(key), *(_cell(row.get(key)) for row in rows)] for key in columns}
     hidden: list[str] = []
