@@ -16,6 +16,8 @@ from tq_lightning.errors import first_line, hide_password
         ("postgresql://u:@h/db", "postgresql://u:***@h/db"),
         ("postgresql://:secret@h/db", "postgresql://:***@h/db"),
         ("postgresql://u:sec ret@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://u:se cr@et@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://u:se cret@h/db from me@x.org", "postgresql://u:***@h/db from me@x.org"),
         ("postgresql+psycopg://u:secret@[::1]:5432/db", "postgresql+psycopg://u:***@[::1]:5432/db"),
         ("postgresql://h/db?user=u&password=secret", "postgresql://h/db?user=u&password=***"),
         ("postgresql://h/db?password=se%26cret&a=b", "postgresql://h/db?password=***&a=b"),

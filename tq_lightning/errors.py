@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # scheme://user:PASSWORD@host. A password may hold "/", "@" and "%": it ends at the last "@" before
-# white space, and if it holds white space itself, at the next "@" of the line.
-_IN_AUTHORITY = re.compile(r"(\w[\w+.-]*://[^\s:/@]*):(\S*@|[^@\n]*@)")
+# white space, and if it holds white space itself, at the next "@" of the line before a host.
+_IN_AUTHORITY = re.compile(r"(\w[\w+.-]*://[^\s:/@]*):(\S*@|[^\n]*?@(?=[^\s@/?]*(?:[/?\s]|$)))")
 # ?password=PASSWORD and &sslpassword=PASSWORD of a URL, password=PASSWORD of a connection string
 _IN_QUERY = re.compile(
     r"((?:^|[?&;\s'\"(])\w*(?:password|passwd|pwd)=)('[^']*'|[^\s&;'\")]*)", re.I

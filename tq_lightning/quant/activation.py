@@ -61,7 +61,7 @@ class WidthTensors(NamedTuple):
     def empty(cls, device: torch.device) -> "WidthTensors":
         """Allocate the tensors of one width."""
         values = [torch.ones((), device=device) for _ in range(4)]
-        return cls(*values, torch.zeros((), dtype=torch.bool, device=device))
+        return cls(*values, is_float=torch.zeros((), dtype=torch.bool, device=device))
 
     @torch.no_grad()
     def fill(self, bits: int | None, source: str, max_bits: int) -> None:
