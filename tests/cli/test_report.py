@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -23,6 +24,18 @@ def quick(monkeypatch):
 
 def files_in(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_narrow_terminal_cuts_nothing(tmp_path, make, quick, capsys, monkeypatch):
+    make.write(tmp_path / "runs", *make.pair(seeds=(0, 1)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line[:1] in "┏┃┡│└"]
+    assert len(table) > 5 and max(map(len, table)) <= 80
+    assert "…" not in out and "floor" in out and "round" in out
+    assert re.search(r"^model \S+, data ", out, re.MULTILINE)
 
 
 def test_report_is_whole_and_needs_no_torch(tmp_path, make):

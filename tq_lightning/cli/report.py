@@ -66,10 +66,18 @@ def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        shown = Table(*heads, title="top-1 truncated, mean ± 95 % t interval over seeds")
-        for row in rows:
+        # what all arms share is one line, so that a narrow terminal holds the rest
+        same = [head for head in heads if head not in WIDTHS and frame[head].nunique() == 1]
+        columns = [head for head in heads if head not in same]
+        shown = Table(title="top-1 truncated, mean ± 95 % t interval over seeds")
+        for column in columns:
+            shown.add_column(column, overflow="fold")
+        for row in frame[columns].to_numpy().tolist():
             shown.add_row(*row)
-        Console().print(shown)
+        console = Console(highlight=False)
+        console.print(shown)
+        if same:
+            console.print(", ".join(f"{head} {frame[head].iloc[0]}" for head in same))
     elif rows:
         print("\n".join("\t".join(row) for row in [heads, *rows]))
     for path, reason in comparisons.left_out:

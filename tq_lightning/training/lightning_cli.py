@@ -257,9 +257,10 @@ class TQCLI(LightningCLI):
         # find those of another run
         kwargs["default_root_dir"] = str(self.run_dir)
         kwargs["plugins"] = make_plugins(trainer["plugins"])
-        for key in ("enable_progress_bar", "enable_model_summary"):
-            if trainer[key] is None:
-                kwargs[key] = sys.stdout.isatty()
+        if trainer["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+        if trainer["enable_model_summary"] is None:  # `QuantizationSummary` says more
+            kwargs["enable_model_summary"] = False
         bar = kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
         self._peers = WatchPeers(self._fail_record)
         # the peers come first: they name the cause of an error before the record is written
