@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tq_lightning import bit_width, calibrate_norms, prepare
 from tq_lightning.errors import UserError
 from tq_lightning.training.sync_batchnorm import TimmSyncBatchNorm, use_timm_sync_batchnorm
-from tq_lightning.training.validation import check_trainer
+from tq_lightning.training.trainer_validation import check_trainer
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

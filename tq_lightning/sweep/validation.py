@@ -25,7 +25,7 @@ def check_arms(sweep: Sweep, metrics: list[str]) -> None:
     Raises:
         UserError: the first error, with the arguments of its arm.
     """
-    from tq_lightning.training.validation import check_run
+    from tq_lightning.training.trainer_validation import check_run
 
     parse = fit_parser()
     for values in itertools.islice(every_value(sweep), MAX_CHECKED):

@@ -14,7 +14,7 @@ from tq_lightning.training.checkpoint_io import verify_checkpoint
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
 from tq_lightning.training.resume_guard import inside_accumulation, saved_batches
-from tq_lightning.training.validation import Progress
+from tq_lightning.training.trainer_validation import Progress
 
 
 def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tq_lightning.errors import UserError
 from tq_lightning.training.checkpoint import newest_checkpoint, read_progress, run_folder
 from tq_lightning.training.run_folder import LAST, check_same_run, is_finished
-from tq_lightning.training.validation import Progress
+from tq_lightning.training.trainer_validation import Progress
 
 
 class GivenCheckpoint(NamedTuple):

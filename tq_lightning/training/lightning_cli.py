@@ -46,7 +46,7 @@ from tq_lightning.training.run_callbacks import (
 )
 from tq_lightning.training.run_folder import auto_folder, check_unused, has_finished
 from tq_lightning.training.run_messages import end_lines, start_line
-from tq_lightning.training.validation import check_run, check_unfinished
+from tq_lightning.training.trainer_validation import check_run, check_unfinished
 
 ROOT = "runs"  # the default of trainer.default_root_dir
 # the keys that are paths; ~ is expanded in them

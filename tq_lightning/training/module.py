@@ -14,6 +14,7 @@ from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training.compiling import check_compiler, compiled
+from tq_lightning.training.data_validation import check_against_data
 from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
@@ -26,13 +27,8 @@ from tq_lightning.training.resume_guard import (
     saved_batches,
 )
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
-from tq_lightning.training.validation import (
-    check,
-    check_against_data,
-    check_trainer,
-    pass_weights,
-    quant_config,
-)
+from tq_lightning.training.trainer_validation import check_trainer
+from tq_lightning.training.validation import check, pass_weights, quant_config
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 

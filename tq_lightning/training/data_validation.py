@@ -1,0 +1,69 @@
+"""Validation of the model's keys and of the Trainer's intervals against the data set."""
+
+from typing import Any
+
+from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.errors import UserError
+
+
+def check_against_data(h: Any, data: Any, trainer: Any) -> None:
+    """Check the model's keys against the data set and the length of the fit.
+
+    Args:
+        h: hyperparameters of the TQModule.
+        data: the TQDataModule, after its setup.
+        trainer: the Trainer, in its setup.
+
+    Raises:
+        UserError: fewer classes than labels, other channels than the images have, a warm-up that
+            is longer than the training, or an interval that holds no batch.
+    """
+    if h.num_classes is not None and h.num_classes < data.num_classes:
+        raise UserError(
+            f"model.num_classes: got {h.num_classes}, but the data has {data.num_classes} classes; "
+            "pass that number, or null"
+        )
+    channels = (h.model_args or {}).get("in_chans", 3)
+    if channels != data.input_shape[0]:
+        raise UserError(
+            f"model.model_args: got in_chans={channels}, but the images have "
+            f"{data.input_shape[0]} channels; leave in_chans out"
+        )
+    if trainer.state.fn != "fit":
+        return
+    if getattr(data, "mixup", None) is not None and h.num_classes not in (None, data.num_classes):
+        raise UserError(
+            f"model.num_classes: got {h.num_classes}, but mixup, cutmix and smoothing make targets "
+            f"of the data's {data.num_classes} classes; pass that number, or null"
+        )
+    epochs = trainer.max_epochs or 0
+    if h.sched != "none" and 0 < epochs < h.warmup_epochs:
+        raise UserError(
+            f"model.warmup_epochs: got {h.warmup_epochs:g}, but trainer.max_epochs is {epochs}; "
+            "pass a shorter warm-up"
+        )
+    if isinstance(data, TQDataModule):  # another one may not know its length
+        # the loader is made now, so that its errors too come before a model is built
+        _check_intervals(trainer, len(data.train_dataloader()))
+
+
+def _check_intervals(trainer: Any, batches: int) -> None:
+    """Check `limit_train_batches` and `val_check_interval` against the batches of an epoch."""
+    limit = trainer.limit_train_batches
+    if isinstance(limit, float) and int(limit * batches) == 0:
+        raise UserError(
+            f"trainer.limit_train_batches={limit:g} of {batches} batches is less than one; pass a "
+            "larger share, or a number of batches"
+        )
+    batches = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
+    every, by_epoch = trainer.val_check_interval, trainer.check_val_every_n_epoch is not None
+    if isinstance(every, int) and by_epoch and every > batches:
+        raise UserError(
+            f"trainer.val_check_interval: got {every}, but an epoch has {batches} batches; pass at "
+            "most that number, or trainer.check_val_every_n_epoch=null to count over epochs"
+        )
+    if isinstance(every, float) and int(every * batches) == 0:
+        raise UserError(
+            f"trainer.val_check_interval: got {every:g}, which is less than one of {batches} "
+            "batches; pass a larger share"
+        )

@@ -1,0 +1,143 @@
+"""Validation of the `trainer:` keys and of the options of a verb, before anything is built."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tq_lightning.errors import UserError
+
+
+class Progress(NamedTuple):
+    """Progress of a training when it wrote a checkpoint."""
+
+    step: int
+    """Optimizer steps."""
+    epochs: int
+    """Completed epochs."""
+    batches: dict[str, Any] | None
+    """Loader state, if the checkpoint was written inside an epoch."""
+    inside_accumulation: bool = False
+    """See `resume_guard.inside_accumulation`."""
+
+
+# callbacks of Lightning that rebuild parts of the model -> why they are refused
+_REFUSED_CALLBACKS = {
+    "StochasticWeightAveraging": "resets the norm statistics of all widths; use model.ema_decay",
+    "ModelPruning": "replaces the weights that are quantized; pass a model that is pruned already",
+}
+
+
+def check_trainer(trainer: Any) -> None:
+    """Check the Trainer's strategy, precision, callbacks and accumulation.
+
+    Raises:
+        UserError: a strategy that shards weights, a precision or a callback that replaces layers or
+            norm statistics, or an accumulation of less than one batch.
+    """
+    name = type(trainer.strategy).__name__
+    if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+        raise UserError(
+            f"trainer.strategy: {name} shards the weights, but the normalizer needs the maximum "
+            "over the whole weight; pass ddp"
+        )
+    precision = type(getattr(trainer, "precision_plugin", None)).__name__
+    if precision in ("HalfPrecision", "DoublePrecision"):
+        raise UserError(
+            f"trainer.precision: {trainer.precision} converts the weights, and codes need float32; "
+            "pass bf16-mixed, 16-mixed or 32-true"
+        )
+    if precision in ("TransformerEnginePrecision", "BitsandbytesPrecision"):
+        raise UserError(
+            f"trainer.precision: {precision} replaces the quantized layers by its own; "
+            "pass bf16-mixed, 16-mixed or 32-true"
+        )
+    for callback in getattr(trainer, "callbacks", []):
+        hint = _REFUSED_CALLBACKS.get(type(callback).__name__)
+        if hint is not None:
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} {hint}")
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, "
+            "pass 1 or more"
+        )
+
+
+# trainer key -> (test of a value that is not null, description of the accepted values); Lightning
+# accepts the others, and divides by zero or ignores them
+_TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_epochs": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
+    "max_steps": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
+    "max_time": (lambda v: any(c in "123456789" for c in str(v)), "more, e.g. 00:01:00:00"),
+    "check_val_every_n_epoch": (lambda v: v >= 1, "1 or more"),
+    "val_check_interval": (lambda v: v != 0, "a share of an epoch or a number of batches"),
+    "log_every_n_steps": (lambda v: v >= 0, "1 or more, or 0 for never"),
+    "gradient_clip_val": (lambda v: v >= 0, "a number from 0"),
+    "num_sanity_val_steps": (lambda v: v >= -1, "0 or more, or -1 for all"),
+    "barebones": (lambda v: not v, "false: a fit needs its record"),
+}
+
+
+def check_run(verb: str, config: Any) -> None:
+    """Check the keys of a parsed configuration that no class of ours receives.
+
+    Args:
+        verb: fit, validate, test or predict.
+        config: the configuration of the verb.
+
+    Raises:
+        UserError: a value out of range, or a fit without an end.
+    """
+    seed = config.seed_everything
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything: got {seed}, pass an integer from 0 to {2**32 - 1}")
+    if config.checkpoint_every_n_steps < 0:
+        raise UserError(
+            f"checkpoint_every_n_steps: got {config.checkpoint_every_n_steps}, pass 1 or more, "
+            "or 0 for a checkpoint at every epoch only"
+        )
+    trainer = config.trainer
+    for key, (fits, accepted) in _TRAINER_RANGES.items():
+        if trainer[key] is not None and not fits(trainer[key]):
+            raise UserError(f"trainer.{key}: got {trainer[key]}, pass {accepted}")
+    for least, most in (("min_epochs", "max_epochs"), ("min_steps", "max_steps")):
+        if trainer[least] is not None and -1 != (trainer[most] or -1) < trainer[least]:
+            raise UserError(
+                f"trainer.{least}: got {trainer[least]}, but trainer.{most} is {trainer[most]}"
+            )
+    without_end = trainer.max_epochs in (None, -1) and trainer.max_steps == -1
+    if verb in ("test", "predict") and config.ckpt_path is None:
+        raise UserError(f"{verb} needs a checkpoint: pass --ckpt_path best, last, or a file")
+    for key, left in (
+        ("limit_train_batches", "nothing to train"),
+        ("limit_val_batches", "the run without a result"),
+    ):
+        if verb == "fit" and trainer[key] == 0:
+            raise UserError(f"trainer.{key}=0 leaves {left}; pass at least 1 batch")
+    if verb == "fit" and without_end and not trainer.max_time and not trainer.fast_dev_run:
+        raise UserError(
+            "the training needs an end: pass --trainer.max_epochs, --trainer.max_steps or "
+            "--trainer.max_time"
+        )
+
+
+def check_unfinished(path: Path, progress: Progress, finished: bool, trainer: Any) -> None:
+    """Check that a checkpoint leaves something to train.
+
+    Args:
+        path: the checkpoint.
+        progress: its steps and epochs.
+        finished: the record of its run says "finished".
+        trainer: the `trainer:` section of the configuration.
+
+    Raises:
+        UserError: the training has reached, or passed, the end that `trainer` asks for.
+    """
+    for key, done in (("max_epochs", progress.epochs), ("max_steps", progress.step)):
+        limit = trainer[key]
+        # at the limit an interrupted run still has its result to record
+        if limit not in (None, -1) and (done > limit or (done == limit and finished)):
+            raise UserError(
+                f"ckpt_path: {path} has trained {done} {key.removeprefix('max_')}, and "
+                f"trainer.{key} is {limit}: nothing is left to train; pass a larger "
+                f"--trainer.{key} to continue, or test it with the verb test"
+            )
