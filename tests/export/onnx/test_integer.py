@@ -1,0 +1,241 @@
+"""Integer graphs: what ONNX Runtime fuses, exact sums, trained activation codes, folded norms."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+import torch
+from fixtures.exact_onnx import exact_outputs
+from torch import nn
+
+from tq_lightning import bit_width, calibrate_activations, load_packed, prepare, save_packed
+from tq_lightning.errors import UserError
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from tq_lightning.export.onnx import integer  # noqa: E402
+from tq_lightning.export.onnx.integer import export_integer  # noqa: E402
+
+HOW = {"input_size": [3, 12, 12], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.25]}
+
+
+class Residual(nn.Module):
+    """A residual block behind a pooling, a depthwise convolution and a quantized linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn0, self.act0 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.act1 = nn.ReLU()
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.act2 = nn.ReLU()
+        self.depth, self.bn3 = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)
+        self.act3 = nn.ReLU()
+        self.fc, self.act4, self.head = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.pool(self.act0(self.bn0(self.stem(x))))
+        x = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))) + x)
+        x = self.act3(self.bn3(self.depth(x)))
+        return self.head(self.act4(self.fc(x.mean((2, 3)))))
+
+
+class Linears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Linear(3 * 144, 16), nn.LayerNorm(16)
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.norm(self.patches(x.flatten(1)).unsqueeze(1))
+        return self.head((x + self.down(nn.functional.gelu(self.up(x)))).mean(1))
+
+
+def make(path, network=Residual, **how):
+    """A packed file; its norms have statistics, gains of both signs and one gain of 0."""
+    torch.manual_seed(0)
+    model = network()
+    prepare(model, **{"verbose": False, **how})
+    images = torch.randn(16, 3, 12, 12)
+    for module in model.modules():
+        for key, norm in getattr(module, "sets", {}).items():
+            if isinstance(norm, nn.BatchNorm2d):
+                torch.manual_seed(ord(key[0]))
+                norm.weight.data.uniform_(-1.5, 1.5)[0] = 0.0
+                norm.bias.data.normal_()
+        if hasattr(module, "calibrated"):
+            module.calibrated.fill_(True)
+    model.train()
+    with torch.no_grad():
+        for bits in model.tq["widths"]:
+            with bit_width(model, bits):
+                for _ in range(30):
+                    model(images)
+    model.eval()
+    save_packed(model, path, preprocessing=HOW, class_names=list("abcd"))
+    return images.numpy()
+
+
+@pytest.fixture(autouse=True)
+def own_network(monkeypatch):
+    def load(path, bits=None):
+        return load_packed(path, bits=bits, model=NETWORKS[path.stem]())
+
+    monkeypatch.setattr(integer, "load_packed", load)
+
+
+NETWORKS = {"residual": Residual, "linears": Linears}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(packed file, images, ranges) of the residual network."""
+    path = tmp_path_factory.mktemp("integer") / "residual.safetensors"
+    images = make(path)
+    ranges = calibrate_activations(load_packed(path, model=Residual()), [torch.from_numpy(images)])
+    return path, images, ranges
+
+
+def run(path, images):
+    """(logits, {operator: nodes} of the graph as ONNX Runtime optimizes it)."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    return session.run(None, {"images": images})[0], collections.Counter(n.op_type for n in nodes)
+
+
+def simulated(path, images, bits, network=Residual):
+    """Logits with float activations, or with the model's own activation codes."""
+    model = load_packed(path, model=network())
+    with torch.no_grad(), bit_width(model, bits):
+        return model(torch.from_numpy(images)).numpy()
+
+
+def test_every_quantized_layer_is_fused_and_exact(served, tmp_path):
+    path, images, ranges = served
+    out = tmp_path / "m.onnx"
+    wrote = export_integer(path, out, 4, ranges=ranges)
+    assert wrote.layers == ("conv1", "conv2", "depth", "fc") and wrote.in_float == {}
+    assert wrote.top == 255 and wrote.safe and not wrote.dynamic
+    logits, nodes = run(out, images)
+    assert nodes["QLinearConv"] == 3 and nodes["QGemm"] == 1 and nodes["QLinearAdd"] == 1
+    assert nodes["Conv"] + nodes["FusedConv"] == 1  # the stem, which is not quantized
+    assert nodes["MaxPool"] + nodes["NhwcMaxPool"] == 1
+    np.testing.assert_allclose(logits, exact_outputs(out, images)[0], rtol=0, atol=1e-5)
+    expected = simulated(path, images, 4)
+    assert 1e-6 < np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+    assert np.abs(logits - simulated(path, images, 2)).max() > 0.2 * np.abs(expected).max()
+    weights = [t for t in onnx.load(out).graph.initializer if t.name.endswith(".weight/codes")]
+    assert {t.data_type for t in weights} == {onnx.TensorProto.INT8} and len(weights) == 4
+    stored = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"]).get_modelmeta()
+    described = stored.custom_metadata_map
+    assert json.loads(described["widths"]) == [4] and described["quantizer"] == "floor"
+    assert json.loads(described["class_names"]) == list("abcd")
+    assert json.loads(described["mean"]) == HOW["mean"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "level"),
+    [(8, "endpoint"), *(pytest.param(n, "left", marks=pytest.mark.slow) for n in (8, 7, 1))],
+)
+def test_codes_to_127_where_products_could_saturate(bits, level, served, tmp_path):
+    path, images, ranges = served
+    if level != "endpoint":
+        path = tmp_path / "residual.safetensors"
+        make(path, level=level)
+    out = tmp_path / "m.onnx"
+    wrote = export_integer(path, out, bits, ranges=ranges)
+    assert wrote.top == (127 if bits == 8 else 255) and wrote.safe
+    logits, nodes = run(out, images)
+    assert nodes["QLinearConv"] == 3
+    codes = [n.output[0] for n in onnx.load(out).graph.node if n.op_type == "QuantizeLinear"]
+    weights = {
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer
+    }
+    top = max(np.abs(w.astype(int)).max() for n, w in weights.items() if n.endswith("t/codes"))
+    assert top * wrote.top * 2 <= 32767 and codes
+    np.testing.assert_allclose(logits, exact_outputs(out, images)[0], rtol=0, atol=1e-5)
+    assert not export_integer(path, out, 8, ranges=ranges, top=255).safe
+
+
+@pytest.mark.slow
+def test_a_float_residual_is_closer(served, tmp_path):
+    path, images, ranges = served
+    expected, errors = simulated(path, images, 4), {}
+    for residual in ("int8", "float"):
+        out = tmp_path / f"{residual}.onnx"
+        export_integer(path, out, 4, ranges=ranges, residual=residual)
+        logits, nodes = run(out, images)
+        errors[residual] = np.abs(logits - expected).mean()
+        assert nodes["ConvInteger"] == (2 if residual == "float" else 0)
+        np.testing.assert_allclose(logits, exact_outputs(out, images)[0], rtol=0, atol=1e-5)
+    assert errors["float"] < errors["int8"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [
+        ("clamp_floor", 2),
+        *(
+            pytest.param(kind, bits, marks=pytest.mark.slow)
+            for kind, bits in (
+                ("clamp_round", 4),
+                ("pact_round", 2),
+                ("pact_floor_truncate", 4),
+                ("clamp_round_truncate", 2),
+                ("clamp_floor", 1),
+            )
+        ),
+    ],
+)
+def test_trained_activation_codes_equal_their_simulation(kind, bits, tmp_path):
+    path, out = tmp_path / "residual.safetensors", tmp_path / "m.onnx"
+    images = make(path, activations=kind)
+    wrote = export_integer(path, out, bits)  # needs no ranges
+    assert wrote.layers == ("conv1", "conv2", "depth") and wrote.safe
+    assert wrote.in_float == {"fc": "it has no activation range"}
+    logits, nodes = run(out, images)
+    assert nodes["QLinearConv"] + nodes["ConvInteger"] == 3 and nodes["ConvInteger"] >= 1
+    expected = simulated(path, images, bits)
+    different = np.abs(logits - expected).max(1) > 1e-4
+    # a value at a boundary between two codes may fall on either side of it
+    assert different.mean() <= 1 / 16
+    assert np.abs(logits - simulated(path, images, 8)).max() > 1e-2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linear_networks_need_no_ranges(bits, tmp_path):
+    path, out = tmp_path / "linears.safetensors", tmp_path / "m.onnx"
+    images = make(path, Linears)
+    wrote = export_integer(path, out, bits)
+    assert wrote.dynamic and wrote.safe and wrote.layers == ("up", "down")
+    assert wrote.top == (127 if bits == 8 else 255)
+    logits, nodes = run(out, images)
+    assert sum(count for op, count in nodes.items() if "MatMulInteger" in op or "Dynamic" in op) >= 2
+    assert nodes["MatMul"] == 0 and nodes["Gemm"] == 2  # the first and the last layer
+    exact = exact_outputs(out, images)[0]
+    np.testing.assert_allclose(logits, exact, rtol=0, atol=2e-3 * np.abs(exact).max())
+    expected = simulated(path, images, bits, Linears)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=0.05 * np.abs(expected).max())
+
+
+def test_bad_input(served, tmp_path):
+    path, _, ranges = served
+    out = tmp_path / "m.onnx"
+    for arguments, said in (
+        ({}, "no activation ranges; pass --calibrate"),
+        ({"runtime": "tflite"}, "pass one of onnxruntime, openvino"),
+        ({"residual": "int4"}, "pass one of int8, float"),
+        ({"top": 100}, "127 or 255"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export_integer(path, out, 4, **arguments)
+    assert not out.exists()
+    wrote = export_integer(path, out, 4, ranges={"conv1": ranges["conv1"]})
+    assert wrote.layers == ("conv1",) and set(wrote.in_float) == {"conv2", "depth", "fc"}

@@ -1,0 +1,135 @@
+"""Integer graph: a packed file at one width, its quantized layers computed in integers.
+
+Static: activations are uint8 codes of calibrated or trained ranges, written as QuantizeLinear and
+DequantizeLinear (see `qdq`). Dynamic: networks whose quantized layers are all linear, such as
+vision transformers, find the ranges at run time (see `dynamic_quantization`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from tq_lightning.errors import UserError
+from tq_lightning.export.onnx.dynamic_quantization import put_dynamic_layers
+from tq_lightning.export.onnx.edit import GraphEditor
+from tq_lightning.export.onnx.graph import float_graph, write_graph
+from tq_lightning.export.onnx.integer_layers import take_layers
+from tq_lightning.export.onnx.qdq import (
+    RESIDUALS,
+    RUNTIMES,
+    codes_of,
+    put_layers,
+    replace_activation_quantizers,
+)
+from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.reader import load_packed
+from tq_lightning.quant.activation_ranges import ActivationRange, activation_ranges
+from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.integer_codes import activation_top, signed_level
+
+
+class IntegerGraph(NamedTuple):
+    """What `export_integer` wrote.
+
+    Attributes:
+        layers: names of the layers in integers.
+        in_float: quantized layers that stay in float, with the reason.
+        dynamic: whether activation ranges are found at run time.
+        top: largest activation code.
+        safe: whether the sums are exact on every processor.
+    """
+
+    layers: tuple[str, ...]
+    in_float: dict[str, str]
+    dynamic: bool
+    top: int
+    safe: bool
+
+
+def export_integer(
+    path: str | Path,
+    out: str | Path,
+    bits: int,
+    runtime: str = "onnxruntime",
+    residual: str | None = None,
+    top: int | None = None,
+    ranges: Mapping[str, ActivationRange] | None = None,
+) -> IntegerGraph:
+    """Write the integer graph of a packed file at one width.
+
+    The input is "images" (batch, channels, height, width), the output "logits", both float32.
+
+    Args:
+        path: packed file.
+        out: target file, written atomically.
+        bits: width, 1 to the stored one.
+        runtime: "onnxruntime" or "openvino": where the quantizers stand, so that it fuses them.
+        residual: "int8" quantizes the output of a convolution that is not a code by itself, such
+            as the input of a residual add; "float" keeps it. None is "int8" for ONNX Runtime, and
+            "float" for OpenVINO and for networks trained with activation codes.
+        top: largest activation code, 255 or 127. None is 127 if products with 255 could exceed the
+            16 bits in which x86 processors without VNNI add them, else 255. Trained activations
+            keep their codes.
+        ranges: ranges of the inputs of layers, as `calibrate_activations` returns them. None takes
+            those of the file.
+
+    Returns:
+        Which layers are in integers.
+
+    Raises:
+        UserError: see `load_packed`; no activation ranges; levels that are not evenly spaced; no
+            layer that can be computed in integers; PyTorch can't export the network.
+    """
+    if runtime not in RUNTIMES:
+        raise UserError(f"unknown runtime {runtime!r}; pass one of {', '.join(RUNTIMES)}")
+    if residual not in (None, *RESIDUALS):
+        raise UserError(f"unknown residual {residual!r}; pass one of {', '.join(RESIDUALS)}")
+    if top not in (None, 127, 255):
+        raise UserError(f"the largest activation code is 127 or 255, got {top!r}")
+    model = load_packed(path, bits=bits)
+    weights = packed_weights(model)
+    levels = sorted({weight.packed.level for weight in weights})
+    try:
+        for level in levels:
+            signed_level(bits, level)
+    except ValueError as error:
+        raise UserError(f"{path} has no integer weights: {error}") from error
+    known = dict(activation_ranges(model) if ranges is None else ranges)
+    trained = replace_activation_quantizers(model, width_of(model), runtime)
+    dynamic = not trained and _all_linear(model, [weight.module for weight in weights])
+    if not dynamic and not trained and not known:
+        raise UserError(
+            f"{path} has no activation ranges; pass --calibrate with a folder of images"
+        )
+    safe_top = min(activation_top(bits, level, exact_sums=False) for level in levels)
+    used_top = safe_top if top is None else top
+    codes = {weight.name: weight.codes for weight in weights}
+    editor = GraphEditor(float_graph(model))
+    editor.drop_zero_biases()
+
+    def refuse(name: str, x: str) -> str | None:
+        if dynamic or name in known or codes_of(editor, x) is not None:
+            return None
+        return "it has no activation range"
+
+    layers, in_float = take_layers(editor, weights, codes, bits, refuse)
+    if not layers:
+        name, reason = next(iter(in_float.items()))
+        raise UserError(f"no layer of {path} can be computed in integers; {name}: {reason}")
+    if dynamic:
+        put_dynamic_layers(editor, layers, used_top)
+    else:
+        residual = residual or ("float" if trained or runtime == "openvino" else "int8")
+        put_layers(editor, layers, known, used_top, runtime, residual)
+    write_graph(editor.finish(), model, [bits], out)
+    # trained codes reach 255 at 8 bits, whatever the top of the others
+    highest = max(used_top, 255 if trained and bits == 8 else 0)
+    return IntegerGraph(
+        tuple(layer.name for layer in layers), in_float, dynamic, used_top, highest <= safe_top
+    )
+
+
+def _all_linear(model: nn.Module, modules: list[nn.Module]) -> bool:
+    return all(isinstance(module, nn.Linear) for module in modules)

@@ -1,0 +1,202 @@
+"""Integer layers of a graph: the nodes that multiply with packed weights, their norms folded.
+
+A convolution or linear layer of a quantized weight, with the batch norm behind it, is
+
+    y = sum_i x_i gain_o codes_oi + bias_o
+
+with int8 codes of zero point 0 and one positive gain for each output channel o.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+
+from tq_lightning.export.onnx.edit import GraphEditor
+from tq_lightning.export.packed.module import PackedTensor
+from tq_lightning.quant.integer_codes import integer_weight
+
+# a bias of more steps than this leaves no room for the products in 32 bits
+MOST_BIAS_STEPS = 2**30
+
+
+class IntegerLayer(NamedTuple):
+    """A layer of a graph in integers.
+
+    Attributes:
+        name: layer in the model.
+        op: "Conv" or "MatMul".
+        node: node that multiplies; its attributes hold for "Conv".
+        x: tensor that it reads.
+        y: tensor that it makes, after the folded norm.
+        codes: int8; (out, in / groups, kh, kw) for "Conv", (in, out) for "MatMul".
+        gain: float32 (out,), positive.
+        bias: float64 (out,).
+        spread: (low, high) of y by the statistics of its norm, None without a norm.
+    """
+
+    name: str
+    op: str
+    node: onnx.NodeProto
+    x: str
+    y: str
+    codes: np.ndarray
+    gain: np.ndarray
+    bias: np.ndarray
+    spread: tuple[float, float] | None
+
+
+# y of a batch norm lies within beta +- SPREAD |gamma| but for one value in 16,000 if it is normal
+SPREAD = 4.0
+
+
+def take_layers(
+    editor: GraphEditor,
+    weights: Sequence[PackedTensor],
+    codes_by_name: Mapping[str, Tensor],
+    bits: int,
+    refuse: Callable[[str, str], str | None],
+) -> tuple[list[IntegerLayer], dict[str, str]]:
+    """Take the layers of packed weights out of a float graph.
+
+    Args:
+        editor: graph with every weight as a float initializer of its full name. The nodes of the
+            layers that are returned are removed: nothing makes their y.
+        weights: packed weights of the model.
+        codes_by_name: their codes at the width of the graph, by tensor name.
+        bits: that width.
+        refuse: (name of a layer, name of its input) -> why it has to stay in float, or None.
+
+    Returns:
+        (layers in order of the model, {name of a layer that stays in float: reason}).
+    """
+    layers, in_float = [], {}
+    for weight in weights:
+        name = weight.name.removesuffix(f".{weight.tensor}")
+        found = _find(editor, weight.name)
+        if isinstance(found, str):
+            in_float[name] = found
+            continue
+        node, x, y, used, bias = found
+        if (reason := refuse(name, x)) is not None:
+            in_float[name] = reason
+            continue
+        stored = codes_by_name[weight.name]
+        outputs = stored.shape[0]
+        factor, spread = np.ones(outputs), None
+        norm = editor.only_consumer(y, "BatchNormalization")
+        if norm is not None:
+            gamma, beta, mean, var = (
+                editor.constant(n).astype(np.float64)  # type: ignore[union-attr]
+                for n in norm.input[1:5]
+            )
+            factor = gamma / np.sqrt(var + _attribute(norm, "epsilon", 1e-5))
+            bias = beta + (bias - mean) * factor
+            spread = _spread(beta, gamma)
+            y, used = norm.output[0], [*used, norm]
+        packed = weight.packed
+        scale = packed.scale.double() * torch.from_numpy(factor).reshape(
+            -1, *[1] * (stored.dim() - 1)
+        )
+        integers = integer_weight(stored, bits, scale, packed.level)
+        codes = integers.codes.numpy()
+        gain = integers.gain.expand(outputs, *[1] * (codes.ndim - 1)).reshape(-1).numpy()
+        for old in used:
+            editor.remove(old)
+        op = "Conv" if node.op_type == "Conv" else "MatMul"
+        layers.append(
+            IntegerLayer(
+                name,
+                op,
+                node,
+                x,
+                y,
+                codes if op == "Conv" else np.ascontiguousarray(codes.T),
+                gain.astype(np.float32),
+                np.broadcast_to(bias, outputs).astype(np.float64),
+                spread,
+            )
+        )
+    return layers, in_float
+
+
+def bias_codes(layer: IntegerLayer, step: float) -> tuple[IntegerLayer, np.ndarray]:
+    """int32 bias of a layer in steps of (activation step) x (gain).
+
+    A channel whose bias does not fit, or whose codes are all 0 (a norm with gamma = 0), is its
+    bias alone: its codes become 0 and its gain what resolves the bias to 2^-20.
+
+    Args:
+        layer: the layer.
+        step: step of its input.
+
+    Returns:
+        (the layer with the gains and codes to use, bias int32 (out,)).
+    """
+    out_axis = 0 if layer.op == "Conv" else 1
+    others = tuple(i for i in range(layer.codes.ndim) if i != out_axis)
+    steps = layer.bias / (np.float64(layer.gain) * step)
+    alone = (np.abs(steps) > MOST_BIAS_STEPS) | ~layer.codes.any(axis=others)
+    if alone.any():
+        codes, gain = layer.codes.copy(), layer.gain.copy()
+        np.moveaxis(codes, out_axis, 0)[alone] = 0
+        size = np.abs(layer.bias[alone]) / step
+        gain[alone] = np.where(size > 0, np.maximum(size * 2.0**-20, _TINY), 1.0)
+        layer = layer._replace(codes=codes, gain=gain)
+        steps = layer.bias / (np.float64(gain) * step)
+    return layer, np.round(steps).astype(np.int32)
+
+
+_TINY = 1e-30
+
+
+def _find(
+    editor: GraphEditor, weight: str
+) -> tuple[onnx.NodeProto, str, str, list[onnx.NodeProto], np.ndarray] | str:
+    """(node, its input, its output, nodes to remove, bias) of a weight; or why there is none."""
+    readers = editor.consumers(weight)
+    if len(readers) != 1:
+        return f"its weight is read by {len(readers)} nodes"
+    node = readers[0]
+    if node.op_type == "Conv" and node.input[1] == weight:
+        bias = np.zeros(1)
+        if len(node.input) > 2 and node.input[2]:
+            value = editor.constant(node.input[2])
+            if value is None:
+                return "its bias is computed"
+            bias = value.astype(np.float64)
+        return node, node.input[0], node.output[0], [node], bias
+    if node.op_type == "Gemm" and node.input[1] == weight and _attribute(node, "transB", 0) == 1:
+        value = editor.constant(node.input[2]) if len(node.input) > 2 else np.zeros(1)
+        plain = all(_attribute(node, key, 1.0) == 1.0 for key in ("alpha", "beta"))
+        if value is not None and plain and not _attribute(node, "transA", 0):
+            return node, node.input[0], node.output[0], [node], value.astype(np.float64)
+    if node.op_type == "Transpose":
+        product = editor.only_consumer(node.output[0], "MatMul")
+        if product is not None and product.input[1] == node.output[0]:
+            y, used, bias = product.output[0], [node, product], np.zeros(1)
+            added = editor.only_consumer(y, "Add")
+            if added is not None:
+                other = next(name for name in added.input if name != y)
+                value = editor.constant(other)
+                if value is not None and value.ndim <= 1:
+                    bias, y, used = value.astype(np.float64), added.output[0], [*used, added]
+            return product, product.input[0], y, used, bias
+    return f"its weight is an input of {node.op_type}"
+
+
+def _spread(beta: np.ndarray, gamma: np.ndarray) -> tuple[float, float]:
+    low = (beta - SPREAD * np.abs(gamma)).min()
+    high = (beta + SPREAD * np.abs(gamma)).max()
+    return min(float(low), 0.0), max(float(high), 0.0)
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            return helper.get_attribute_value(attribute)
+    return default

@@ -1,0 +1,274 @@
+"""Quantize and dequantize nodes around the integer layers of a graph.
+
+Runtimes recognize a layer between DequantizeLinear and QuantizeLinear and compute it in integers.
+Activations are uint8, weights int8 with zero point 0, biases int32.
+
+ONNX Runtime makes an integer convolution (QLinearConv) only if its output is quantized too. A
+convolution whose output goes elsewhere, such as to a residual add, therefore gets a quantizer by
+the statistics of its batch norm, or becomes ConvInteger, which is exact and slow. OpenVINO needs
+neither.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.export.onnx.edit import GraphEditor
+from tq_lightning.export.onnx.integer_layers import IntegerLayer, bias_codes
+from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
+from tq_lightning.quant.activation_ranges import ActivationRange
+from tq_lightning.quant.bit_width import Width
+from tq_lightning.quant.layers import replace_modules
+
+RUNTIMES = ("onnxruntime", "openvino")
+RESIDUALS = ("int8", "float")
+
+# operators that only move codes: what comes out of them has the codes of what goes in
+_MOVES = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+
+
+class Codes(NamedTuple):
+    """An activation tensor as codes.
+
+    Attributes:
+        float_name: tensor of the dequantized codes.
+        step: step of the codes.
+        zero: zero point.
+    """
+
+    float_name: str
+    step: float
+    zero: int
+
+
+def codes_of(editor: GraphEditor, name: str) -> Codes | None:
+    """Codes behind a tensor that DequantizeLinear makes, moved or not; None if it has none."""
+    at = name
+    while (node := editor.producer(at)) is not None:
+        if node.op_type == "DequantizeLinear":
+            step, zero = (editor.constant(n) for n in node.input[1:3])
+            assert step is not None and zero is not None
+            return Codes(name, float(step), int(zero))
+        if node.op_type not in _MOVES:
+            return None
+        at = node.input[0]
+    return None
+
+
+def add_codes(
+    editor: GraphEditor, name: str, chosen: ActivationRange, top: int, runtime: str
+) -> Codes:
+    """Quantize a tensor to uint8 codes in [0, top]; all its readers read the codes, dequantized.
+
+    Args:
+        editor: the graph.
+        name: the tensor.
+        chosen: its range.
+        top: largest code.
+        runtime: ONNX Runtime keeps a convolution in integers if its quantizer comes first, so codes
+            above `top` are clipped after it; OpenVINO if quantizer and dequantizer are neighbors,
+            so values are clipped before. So they are behind a pooling: ONNX Runtime would move the
+            quantizer before it, and its pooling of codes takes ten times as long as of floats.
+    """
+    step, zero = chosen.step(top)
+    step = float(np.float32(step))
+    readers = {id(node) for node in editor.nodes if name in node.input}
+    source = editor.producer(name)
+    pooled = source is not None and source.op_type == "MaxPool"
+    before = pooled or (top < 255 and runtime == "openvino")
+    at = name
+    if before:
+        # a quarter of a step beyond the last code: every code is kept, and the runtime cannot
+        # take the limit for that of uint8
+        limits = [
+            editor.set(f"{name}/{key}", np.asarray(value * step, np.float32))
+            for key, value in (("low", -zero), ("high", top - zero - 0.25))
+        ]
+        at = editor.add("Clip", [at, *limits], f"{name}/clipped")
+    scale = editor.set(f"{name}/step", np.asarray(step, np.float32))
+    point = editor.set(f"{name}/zero", np.asarray(zero, np.uint8))
+    at = editor.add("QuantizeLinear", [at, scale, point], f"{name}/codes")
+    if top < 255 and not before:
+        limits = [
+            editor.set(f"codes/{value}", np.asarray(value, np.uint8)) for value in (0, top)
+        ]
+        at = editor.add("Clip", [at, *limits], f"{name}/top_codes")
+    editor.add("DequantizeLinear", [at, scale, point], f"{name}/dequantized")
+    new = tuple(node for node in editor.nodes if id(node) not in readers)
+    editor.redirect(name, f"{name}/dequantized", keep=new)
+    return Codes(f"{name}/dequantized", step, zero)
+
+
+def put_layers(
+    editor: GraphEditor,
+    layers: list[IntegerLayer],
+    ranges: dict[str, ActivationRange],
+    top: int,
+    runtime: str,
+    residual: str,
+) -> None:
+    """Put integer layers back into the graph that `take_layers` took them from.
+
+    Args:
+        editor: the graph.
+        layers: layers, each with a range or with codes as its input.
+        ranges: ranges of the inputs of layers.
+        top: largest activation code, 255 or 127.
+        runtime: one of `RUNTIMES`.
+        residual: one of `RESIDUALS`: how a convolution is computed whose output is no code.
+    """
+    pending = []
+    for layer in layers:
+        pending.append(_placeholder(editor, layer))
+    inputs = {}
+    for layer in layers:
+        x = editor.producer(layer.y).input[0]  # type: ignore[union-attr]
+        inputs[layer.name] = codes_of(editor, x) or add_codes(
+            editor, x, ranges[layer.name], top, runtime
+        )
+    for layer, node in zip(layers, pending, strict=True):
+        editor.remove(node)
+        codes = inputs[layer.name]._replace(float_name=node.input[0])
+        if layer.op == "MatMul":
+            _put_linear(editor, layer, codes)
+        elif runtime == "onnxruntime" and not _is_quantized(editor, layer.y):
+            if residual == "int8" and layer.spread is not None:
+                _put_conv(editor, layer, codes)
+                end = _activated(editor, layer.y)
+                low = 0.0 if end != layer.y else layer.spread[0]
+                add_codes(editor, end, ActivationRange(low, layer.spread[1]), 255, runtime)
+            else:
+                _put_conv_integer(editor, layer, codes)
+        else:
+            _put_conv(editor, layer, codes)
+
+
+def _placeholder(editor: GraphEditor, layer: IntegerLayer) -> onnx.NodeProto:
+    editor.add("IntegerLayer", [layer.x], layer.y)
+    return editor.nodes[-1]
+
+
+def _activated(editor: GraphEditor, y: str) -> str:
+    """The tensor behind the ReLU that follows y, or y."""
+    relu = editor.only_consumer(y, "Relu")
+    return y if relu is None else relu.output[0]
+
+
+def _is_quantized(editor: GraphEditor, y: str) -> bool:
+    """Return True if all readers of y, or of the ReLU behind it, are quantizers."""
+    end = _activated(editor, y)
+    readers = editor.consumers(end)
+    return end not in editor.outputs and all(n.op_type == "QuantizeLinear" for n in readers)
+
+
+def _dequantized(
+    editor: GraphEditor, name: str, codes: np.ndarray, scale: np.ndarray, axis: int
+) -> str:
+    """DequantizeLinear of constant codes with a scale for each output channel."""
+    # ONNX Runtime makes no integer Gemm without explicit zero points, nor without alpha and beta
+    zero = np.zeros(len(scale), codes.dtype)
+    inputs = [
+        editor.set(f"{name}/{key}", value)
+        for key, value in (("codes", codes), ("scale", scale), ("zero", zero))
+    ]
+    return editor.add("DequantizeLinear", inputs, f"{name}/dequantized", axis=axis)
+
+
+def _put_conv(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+    layer, bias = bias_codes(layer, x.step)
+    weight = _dequantized(editor, f"{layer.name}.weight", layer.codes, layer.gain, 0)
+    step = np.float32(x.step) * layer.gain
+    shift = _dequantized(editor, f"{layer.name}.bias", bias, step, 0)
+    node = editor.add("Conv", [x.float_name, weight, shift], layer.y)
+    editor.producer(node).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
+
+
+def _put_conv_integer(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+    layer, _ = bias_codes(layer, x.step)
+    name = layer.name
+    scale = editor.set(f"{name}.in/step", np.asarray(x.step, np.float32))
+    point = editor.set(f"{name}.in/zero", np.asarray(x.zero, np.uint8))
+    codes = editor.add("QuantizeLinear", [x.float_name, scale, point], f"{name}.in/codes")
+    weight = editor.set(f"{name}.weight/codes", layer.codes)
+    total = editor.add("ConvInteger", [codes, weight, point], f"{name}/sum")
+    editor.producer(total).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
+    shape = (-1, *[1] * (layer.codes.ndim - 2))
+    by = editor.set(f"{name}/step", (np.float32(x.step) * layer.gain).reshape(shape))
+    shift = editor.set(f"{name}.bias", layer.bias.astype(np.float32).reshape(shape))
+    total = editor.add("Cast", [total], f"{name}/float_sum", to=1)
+    scaled = editor.add("Mul", [total, by], f"{name}/scaled")
+    editor.add("Add", [scaled, shift], layer.y)
+
+
+def _put_linear(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+    layer, bias = bias_codes(layer, x.step)
+    weight = _dequantized(editor, f"{layer.name}.weight", layer.codes, layer.gain, 1)
+    if layer.node.op_type == "Gemm":
+        step = np.float32(x.step) * layer.gain
+        shift = _dequantized(editor, f"{layer.name}.bias", bias, step, 0)
+        editor.add("Gemm", [x.float_name, weight, shift], layer.y, alpha=1.0, beta=1.0)
+        return
+    product = editor.add("MatMul", [x.float_name, weight], f"{layer.name}/product")
+    shift = editor.set(f"{layer.name}.bias", layer.bias.astype(np.float32))
+    editor.add("Add", [product, shift], layer.y)
+
+
+# -- activations that were trained with codes ------------------------------------------------------
+class CodeActivation(nn.Module):
+    """`ActivationQuantizer` at one width as QuantizeLinear and DequantizeLinear.
+
+    Its codes stay in [0, M_n], as in training. `floor` is rounding of half a step less. Truncated
+    codes are made at the stored width and shifted.
+
+    Args:
+        layer: the quantizer to replace.
+        width: width of the model.
+        runtime: one of `RUNTIMES`; where codes are clipped, as in `add_codes`.
+    """
+
+    def __init__(self, layer: ActivationQuantizer, width: Width, runtime: str) -> None:
+        super().__init__()
+        assert width.bits is not None
+        clip = float(layer.clip.detach())
+        clip = max(clip, PACT_LEAST) if layer.learned else clip
+        made = width.max_bits if layer.truncated else width.bits
+        self.shift, self.runtime = made - width.bits, runtime
+        self.top = 2**made - 1
+        step = clip / (2**made if layer.quantizer == "floor" else self.top)
+        self.less = step / 2 if layer.quantizer == "floor" else 0.0
+        self.limit = self.top * step
+        for name, value in (("step", step), ("out_step", clip / (2**width.bits - 1))):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+        for name, value in (("zero", 0), ("by", self.shift), ("top_code", self.top)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize activations of any shape to codes, and dequantize them."""
+        if self.less:
+            x = x - self.less
+        if self.top < 255 and self.runtime == "openvino":
+            x = x.clamp(0.0, self.limit)
+        codes = _node("QuantizeLinear", x, torch.uint8, self.step, self.zero)
+        if self.top < 255 and self.runtime != "openvino":
+            codes = _node("Clip", codes, torch.uint8, self.zero, self.top_code)
+        if self.shift:
+            codes = _node("BitShift", codes, torch.uint8, self.by, direction="RIGHT")
+        return _node("DequantizeLinear", codes, torch.float32, self.out_step, self.zero)
+
+
+def _node(op: str, x: Tensor, dtype: torch.dtype, *constants: Any, **attributes: Any) -> Tensor:
+    made = torch.onnx.ops.symbolic(
+        op, (x, *constants), attributes, dtype=dtype, shape=x.shape, version=21
+    )
+    assert isinstance(made, Tensor)
+    return made
+
+
+def replace_activation_quantizers(model: nn.Module, width: Width, runtime: str) -> list[str]:
+    """Replace every `ActivationQuantizer` by a `CodeActivation`; returns their names."""
+    return replace_modules(
+        model, ActivationQuantizer, lambda layer: CodeActivation(layer, width, runtime)
+    )
