@@ -242,7 +242,7 @@ def latency(table, name, size, path, float_model, onnx):
     floats, feed = session(folder / "float.onnx"), {"images": image.numpy().astype(np.float32)}
     dynamic = session(folder / "dynamic.onnx")
     for bits in (8, 4, 2):
-        export_static(path, folder / f"{bits}.onnx", bits)
+        export_static(path, folder / f"{bits}.onnx", bits, lean=True)
         folded, fixed = (
             session(folder / f"{bits}.onnx", fold=True),
             session(folder / f"{bits}.onnx"),

@@ -137,7 +137,7 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
         disable=not errors.is_terminal and len(batches) < 2,
     ):
         good, pixels = [], []
-        for path, value in _read(model, batch):
+        for path, value in read_preprocessed(model, batch):
             if isinstance(value, str):
                 if files == [args.images]:
                     raise UserError(printable(f"{path} {value}"))
@@ -172,7 +172,7 @@ def _report(count: int, skipped: int) -> int:
     return int(skipped > 0)
 
 
-def _read(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
+def read_preprocessed(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
     """Yield each path with its normalized (channels, height, width) tensor, or with an error."""
     from timm.data import create_transform
 

@@ -36,6 +36,41 @@ def parser() -> Parser:
         type=int,
         help="ONNX opset, 21 or 25 (default: the lowest with the smallest integer type)",
     )
+    p.add_argument(
+        "--lean",
+        action="store_true",
+        help="with --format onnx: ONNX Runtime keeps the codes in memory and computes the weights "
+        "at each run, not once at load",
+    )
+    p.add_argument(
+        "--integer",
+        action="store_true",
+        help="with --format onnx: uint8 activations and int8 weights, computed in integers",
+    )
+    p.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        help="with --integer: observe the activations on a folder of images or a data set, such as "
+        "digits",
+    )
+    p.add_argument(
+        "--runtime",
+        choices=("onnxruntime", "openvino"),
+        help="with --format onnx: runtime to write the graph for (default: onnxruntime)",
+    )
+    p.add_argument(
+        "--residual",
+        choices=("int8", "float"),
+        help="with --integer: what a residual add reads (default: int8 for ONNX Runtime, float for "
+        "OpenVINO and for networks trained with activation codes)",
+    )
+    p.add_argument(
+        "--activation-codes",
+        type=int,
+        choices=(127, 255),
+        help="with --integer: largest activation code (default: 127 where x86 processors without "
+        "VNNI could saturate with 255, else 255)",
+    )
     p.add_argument("--max-bits", type=int, help="write only the first planes")
     p.add_argument(
         "--fold-norms",
@@ -91,6 +126,21 @@ def main(argv: list[str]) -> int:
         )
     if a.opset is not None and a.format != "onnx":
         raise UserError(f"--opset is for --format onnx, got {a.format}")
+    if a.integer and a.format != "onnx":
+        raise UserError(f"--integer is for --format onnx, got {a.format}")
+    if a.integer and a.opset not in (None, 21):
+        raise UserError(f"--integer writes opset 21, got --opset {a.opset}")
+    if a.lean and (a.format != "onnx" or a.integer):
+        raise UserError("--lean is for --format onnx without --integer")
+    for name in ("calibrate", "residual", "activation_codes"):
+        if getattr(a, name) is not None and not a.integer:
+            raise UserError(f"--{name.replace('_', '-')} is for --integer; pass both")
+    if a.runtime is not None and a.format != "onnx":
+        raise UserError(f"--runtime is for --format onnx, got {a.format}")
+    if a.runtime == "openvino" and a.opset is None:
+        a.opset = 21  # it has no 2-bit integers
+    if a.runtime == "openvino" and a.opset == 25:
+        raise UserError("OpenVINO does not read opset 25; pass --opset 21, or leave it out")
     if a.rest is not None and a.rest.resolve() == a.out.resolve():
         raise UserError("--rest and --out are the same file; pass two")
     for flag, target in (("--out", a.out), ("--rest", a.rest)):
@@ -193,14 +243,21 @@ def _widest(path: Path) -> int:
 
 def _onnx(a: argparse.Namespace, path: Path) -> None:
     try:
-        from tq_lightning.export.onnx import dynamic, qonnx, static
+        from tq_lightning.export.onnx import dynamic, integer, qonnx, static
     except ImportError as error:
         raise UserError(
             f"--format {a.format} needs the onnx package ({error}); "
             "pip install 'tq_lightning[onnx]'"
         ) from error
-    if a.format == "onnx":
-        static.export_static(path, a.out, a.bits, a.opset)
+    if a.integer:
+        ranges = None
+        if a.calibrate is not None:
+            ranges = _observe(path, a.calibrate)
+        options = {"residual": a.residual, "top": a.activation_codes, "ranges": ranges}
+        runtime = a.runtime or "onnxruntime"
+        print("\n".join(integer.export_integer(path, a.out, a.bits, runtime, **options).lines()))
+    elif a.format == "onnx":
+        static.export_static(path, a.out, a.bits, a.opset, a.lean)
     elif a.format == "onnx-dynamic":
         dynamic.export_dynamic(path, a.out)
     else:
@@ -214,3 +271,12 @@ def _executorch(a: argparse.Namespace, path: Path) -> None:
     print(f"{len(program.integer)} layers run as integers")
     for name, reason in program.left_in_float.items():
         print(f"left in float: {name}: {reason}")
+
+
+def _observe(path: Path, data: str) -> Any:
+    from tq_lightning.cli.calibration import calibration_batches
+    from tq_lightning.export.packed.reader import load_packed
+    from tq_lightning.quant.activation_ranges import calibrate_activations
+
+    model = load_packed(path)
+    return calibrate_activations(model, calibration_batches(model, data))

@@ -141,26 +141,25 @@ def test_dense_is_the_layout_of_onnx(per_byte, count):
 
 
 @pytest.mark.parametrize(
-    ("bits", "opset", "kind"),
+    ("bits", "opset", "kind", "lean"),
     [
-        (2, None, "UINT2"),
-        (3, None, "UINT4"),
-        pytest.param(1, None, "UINT2", marks=pytest.mark.slow),
-        pytest.param(2, 21, "UINT4", marks=pytest.mark.slow),
-        pytest.param(8, None, "UINT8", marks=pytest.mark.slow),
+        (2, None, "UINT2", False),
+        (3, None, "UINT4", True),
+        pytest.param(1, None, "UINT2", True, marks=pytest.mark.slow),
+        pytest.param(2, 21, "UINT4", False, marks=pytest.mark.slow),
+        pytest.param(8, None, "UINT8", False, marks=pytest.mark.slow),
     ],
 )
-def test_static(served, bits, opset, kind, tmp_path):
+def test_static(served, bits, opset, kind, lean, tmp_path):
     from tq_lightning.export.onnx.static import export_static
 
     path, model = served
-    export_static(path, tmp_path / "m.onnx", bits, opset)
+    export_static(path, tmp_path / "m.onnx", bits, opset, lean)
     graph = onnx.load(tmp_path / "m.onnx").graph
     kinds = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in graph.initializer}
     assert kinds["conv.weight/codes"] == kinds["fc.weight/codes"] == kind
-    assert (
-        "conv.weight" not in kinds and sum(n.op_type == "DequantizeLinear" for n in graph.node) == 2
-    )
+    form = "DequantizeLinear" if lean else "Cast"
+    assert "conv.weight" not in kinds and sum(n.op_type == form for n in graph.node) == 2
     assert metadata(tmp_path / "m.onnx") == {**DESCRIPTION, "widths": [bits]}
     images = torch.randn(5, 3, 8, 8)
     for options in ({}, {"disable_quant_qdq": "1"}):

@@ -47,6 +47,21 @@ class IntegerGraph(NamedTuple):
     top: int
     safe: bool
 
+    def lines(self) -> list[str]:
+        """Describe the graph: layers in integers, each layer in float, and where it is not safe."""
+        how = "found at run time" if self.dynamic else "fixed"
+        lines = [
+            f"{len(self.layers)} quantized layers in integers, {len(self.in_float)} in float; "
+            f"activation ranges are {how}, codes 0..{self.top}"
+        ]
+        lines += [f"  {name} stays in float: {reason}" for name, reason in self.in_float.items()]
+        if not self.safe:
+            lines.append(
+                "  not exact on x86 processors without VNNI: sums of products with activation "
+                "codes above 127 may saturate there"
+            )
+        return lines
+
 
 def export_integer(
     path: str | Path,

@@ -5,11 +5,15 @@ that ONNX Runtime takes as input of DequantizeLinear: uint2 for 1 and 2 bits (op
 3 and 4, uint8 for 5 to 8 (opset 21). For runtimes without opset 25, opset 21 stores 1 and 2 bits
 as uint4.
 
-ONNX Runtime keeps DequantizeLinear of a constant in the graph, so it computes the weights at every
-run, like mode "lean" in PyTorch. With the session option `session.disable_quant_qdq` = "1" it folds
-them at load into float weights of that width, like mode "resident". A run then costs as much as
-that of the float graph. The Add of the level separates DequantizeLinear from MatMul, since ONNX
-Runtime would fuse the two into MatMulNBits, which by default quantizes the activations to 8 bits.
+By default a weight is (Cast(codes) - zero) * scale. ONNX Runtime folds that at load into float
+weights of the width, like mode "resident" in PyTorch, and a run costs as much as that of the float
+graph. OpenVINO keeps the codes of linear layers as they are stored. OpenVINO has no uint2: pass
+opset 21 for it.
+
+The lean form is DequantizeLinear. ONNX Runtime keeps it for a constant, so it computes the weights
+at every run, like mode "lean" in PyTorch (the session option `session.disable_quant_qdq` = "1"
+folds it too). The Add of the level separates DequantizeLinear from MatMul, since ONNX Runtime would
+fuse the two into MatMulNBits, which by default quantizes the activations to 8 bits.
 """
 
 from pathlib import Path
@@ -17,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.graph import (
@@ -39,7 +44,9 @@ TYPES = (
 )
 
 
-def export_static(path: str | Path, out: str | Path, bits: int, opset: int | None = None) -> None:
+def export_static(
+    path: str | Path, out: str | Path, bits: int, opset: int | None = None, lean: bool = False
+) -> None:
     """Write the graph of a packed file at one width.
 
     The input is "images" (batch, channels, height, width), the output "logits".
@@ -49,6 +56,7 @@ def export_static(path: str | Path, out: str | Path, bits: int, opset: int | Non
         out: target file, written atomically.
         bits: width, 1 to the stored one.
         opset: 21 or 25. None takes the lowest that has the smallest type for the width.
+        lean: write DequantizeLinear nodes, which ONNX Runtime computes at every run.
 
     Raises:
         UserError: see `load_packed`; an unsupported opset; PyTorch can't export the network, or
@@ -70,6 +78,10 @@ def export_static(path: str | Path, out: str | Path, bits: int, opset: int | Non
             nodes += table_nodes(graph, name, stored.name, table, packed.scale)
             continue
         a, b = levels_affine(bits, packed.level)
+        if not lean:
+            graph.graph.initializer.append(stored)
+            nodes += _cast_nodes(graph, name, -b / a, a * packed.scale.double())
+            continue
         step = numpy_helper.from_array(np.asarray(a, np.float32), f"{name}/step")
         graph.graph.initializer.extend([stored, step])
         nodes.append(
@@ -83,6 +95,21 @@ def export_static(path: str | Path, out: str | Path, bits: int, opset: int | Non
         nodes += affine_nodes(graph, name, f"{name}/levels", None, b, packed.scale)
     put_nodes(graph, nodes)
     write_graph(graph, model, [bits], out)
+
+
+def _cast_nodes(
+    graph: onnx.ModelProto, name: str, zero: float, scale: Tensor
+) -> list[onnx.NodeProto]:
+    """Nodes of weight = (Cast(codes) - zero) scale; their constants are added to the graph."""
+    constants = {"zero": np.asarray(zero, np.float32), "scale": scale.float().numpy()}
+    for key, value in constants.items():
+        graph.graph.initializer.append(numpy_helper.from_array(value, f"{name}/{key}"))
+    cast, signed = f"{name}/cast", f"{name}/signed"
+    return [
+        helper.make_node("Cast", [f"{name}/codes"], [cast], f"{cast}_node", to=TensorProto.FLOAT),
+        helper.make_node("Sub", [cast, f"{name}/zero"], [signed], f"{signed}_node"),
+        helper.make_node("Mul", [signed, f"{name}/scale"], [name], f"{name}/weight_node"),
+    ]
 
 
 def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:
