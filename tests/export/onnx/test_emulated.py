@@ -47,9 +47,7 @@ def graphs(tmp_path_factory):
     for bits in WIDTHS:
         wrote = export_integer(PACKED, folder / f"w{bits}.onnx", bits, ranges=ranges)
         assert wrote.safe and not wrote.in_float
-    exact = {
-        bits: exact_outputs(folder / f"w{bits}.onnx", test.numpy())[0] for bits in WIDTHS
-    }
+    exact = {bits: exact_outputs(folder / f"w{bits}.onnx", test.numpy())[0] for bits in WIDTHS}
     return folder, exact
 
 

@@ -27,7 +27,11 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.bn0, self.act0 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        self.stem, self.bn0, self.act0 = (
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+        )
         self.pool = nn.MaxPool2d(2)
         self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.act1 = nn.ReLU()
@@ -155,9 +159,7 @@ def test_codes_to_127_where_products_could_saturate(bits, level, served, tmp_pat
     logits, nodes = run(out, images)
     assert nodes["QLinearConv"] == 3
     codes = [n.output[0] for n in onnx.load(out).graph.node if n.op_type == "QuantizeLinear"]
-    weights = {
-        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer
-    }
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
     top = max(np.abs(w.astype(int)).max() for n, w in weights.items() if n.endswith("t/codes"))
     assert top * wrote.top * 2 <= 32767 and codes
     np.testing.assert_allclose(logits, exact_outputs(out, images)[0], rtol=0, atol=1e-5)
@@ -217,7 +219,9 @@ def test_linear_networks_need_no_ranges(bits, tmp_path):
     assert wrote.dynamic and wrote.safe and wrote.layers == ("up", "down")
     assert wrote.top == (127 if bits == 8 else 255)
     logits, nodes = run(out, images)
-    assert sum(count for op, count in nodes.items() if "MatMulInteger" in op or "Dynamic" in op) >= 2
+    assert (
+        sum(count for op, count in nodes.items() if "MatMulInteger" in op or "Dynamic" in op) >= 2
+    )
     assert nodes["MatMul"] == 0 and nodes["Gemm"] == 2  # the first and the last layer
     exact = exact_outputs(out, images)[0]
     np.testing.assert_allclose(logits, exact, rtol=0, atol=2e-3 * np.abs(exact).max())

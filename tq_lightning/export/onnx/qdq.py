@@ -92,9 +92,7 @@ def add_codes(
     point = editor.set(f"{name}/zero", np.asarray(zero, np.uint8))
     at = editor.add("QuantizeLinear", [at, scale, point], f"{name}/codes")
     if top < 255 and not before:
-        limits = [
-            editor.set(f"codes/{value}", np.asarray(value, np.uint8)) for value in (0, top)
-        ]
+        limits = [editor.set(f"codes/{value}", np.asarray(value, np.uint8)) for value in (0, top)]
         at = editor.add("Clip", [at, *limits], f"{name}/top_codes")
     editor.add("DequantizeLinear", [at, scale, point], f"{name}/dequantized")
     new = tuple(node for node in editor.nodes if id(node) not in readers)
