@@ -130,7 +130,10 @@ def put_layers(
     for layer, node in zip(layers, pending, strict=True):
         editor.remove(node)
         codes = inputs[layer.name]._replace(float_name=node.input[0])
-        if layer.op == "MatMul":
+        if layer.op == "MatMul" and runtime == "onnxruntime":
+            # between DequantizeLinear nodes, a Gemm would first be merged with its ReLU, in float
+            _put_integer_product(editor, layer, codes)
+        elif layer.op == "MatMul":
             _put_linear(editor, layer, codes)
         elif runtime == "onnxruntime" and not _is_quantized(editor, layer.y):
             if residual == "int8" and layer.spread is not None:
@@ -139,7 +142,7 @@ def put_layers(
                 low = 0.0 if end != layer.y else layer.spread[0]
                 add_codes(editor, end, ActivationRange(low, layer.spread[1]), 255, runtime)
             else:
-                _put_conv_integer(editor, layer, codes)
+                _put_integer_product(editor, layer, codes)
         else:
             _put_conv(editor, layer, codes)
 
@@ -166,12 +169,7 @@ def _dequantized(
     editor: GraphEditor, name: str, codes: np.ndarray, scale: np.ndarray, axis: int
 ) -> str:
     """DequantizeLinear of constant codes with a scale for each output channel."""
-    # ONNX Runtime makes no integer Gemm without explicit zero points, nor without alpha and beta
-    zero = np.zeros(len(scale), codes.dtype)
-    inputs = [
-        editor.set(f"{name}/{key}", value)
-        for key, value in (("codes", codes), ("scale", scale), ("zero", zero))
-    ]
+    inputs = [editor.set(f"{name}/codes", codes), editor.set(f"{name}/scale", scale)]
     return editor.add("DequantizeLinear", inputs, f"{name}/dequantized", axis=axis)
 
 
@@ -184,16 +182,19 @@ def _put_conv(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
     editor.producer(node).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
 
 
-def _put_conv_integer(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+def _put_integer_product(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+    """ConvInteger or MatMulInteger, then the scale and the bias in float."""
     layer, _ = bias_codes(layer, x.step)
     name = layer.name
     scale = editor.set(f"{name}.in/step", np.asarray(x.step, np.float32))
     point = editor.set(f"{name}.in/zero", np.asarray(x.zero, np.uint8))
     codes = editor.add("QuantizeLinear", [x.float_name, scale, point], f"{name}.in/codes")
     weight = editor.set(f"{name}.weight/codes", layer.codes)
-    total = editor.add("ConvInteger", [codes, weight, point], f"{name}/sum")
-    editor.producer(total).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
-    shape = (-1, *[1] * (layer.codes.ndim - 2))
+    total = editor.add(f"{layer.op}Integer", [codes, weight, point], f"{name}/sum")
+    shape: tuple[int, ...] = (-1,)
+    if layer.op == "Conv":
+        editor.producer(total).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
+        shape = (-1, *[1] * (layer.codes.ndim - 2))
     by = editor.set(f"{name}/step", (np.float32(x.step) * layer.gain).reshape(shape))
     shift = editor.set(f"{name}.bias", layer.bias.astype(np.float32).reshape(shape))
     total = editor.add("Cast", [total], f"{name}/float_sum", to=1)
@@ -202,13 +203,8 @@ def _put_conv_integer(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> Non
 
 
 def _put_linear(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
-    layer, bias = bias_codes(layer, x.step)
+    layer, _ = bias_codes(layer, x.step)
     weight = _dequantized(editor, f"{layer.name}.weight", layer.codes, layer.gain, 1)
-    if layer.node.op_type == "Gemm":
-        step = np.float32(x.step) * layer.gain
-        shift = _dequantized(editor, f"{layer.name}.bias", bias, step, 0)
-        editor.add("Gemm", [x.float_name, weight, shift], layer.y, alpha=1.0, beta=1.0)
-        return
     product = editor.add("MatMul", [x.float_name, weight], f"{layer.name}/product")
     shift = editor.set(f"{layer.name}.bias", layer.bias.astype(np.float32))
     editor.add("Add", [product, shift], layer.y)
