@@ -101,7 +101,7 @@ def test_classify(net, packed, folder, tmp_path):
     )
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == 12 and {r["rank"] for r in rows} == {"1", "2", "3"}
-    pixels = next(classify._read(load_packed(packed), [folder / "deep" / "0.png"]))[1]
+    pixels = next(classify.read_preprocessed(load_packed(packed), [folder / "deep" / "0.png"]))[1]
     with torch.no_grad(), bit_width(net[0], 2, "truncate"):
         best = net[0](pixels[None]).softmax(1).max(1)
     assert rows[0]["class"] == str(best.indices.item())
