@@ -134,8 +134,8 @@ def test_every_quantized_layer_is_fused_and_exact(served, tmp_path):
     assert nodes["MaxPool"] + nodes["NhwcMaxPool"] == 1
     np.testing.assert_allclose(logits, exact_outputs(out, images)[0], rtol=0, atol=1e-5)
     expected = simulated(path, images, 4)
-    assert 1e-6 < np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
-    assert np.abs(logits - simulated(path, images, 2)).max() > 0.2 * np.abs(expected).max()
+    away = np.abs(logits - simulated(path, images, 2)).max()
+    assert 1e-6 < np.abs(logits - expected).max() < 0.2 * away
     weights = [t for t in onnx.load(out).graph.initializer if t.name.endswith(".weight/codes")]
     assert {t.data_type for t in weights} == {onnx.TensorProto.INT8} and len(weights) == 4
     stored = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"]).get_modelmeta()
