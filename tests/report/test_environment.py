@@ -22,8 +22,10 @@ def test_a_notebooks_backend_and_usetex_change_nothing(tmp_path, make):
     svgs = []
     for name, more in {
         "plain": {},
-        "notebook": {"MPLBACKEND": "module://nothing_like_it.backend_inline"},
-        "usetex": {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")},
+        "notebook": {
+            "MPLBACKEND": "module://nothing_like_it.backend_inline",
+            "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+        },
     }.items():
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("MPLB", "MATPL"))}
         done = subprocess.run(
@@ -37,7 +39,7 @@ def test_a_notebooks_backend_and_usetex_change_nothing(tmp_path, make):
         assert (done.returncode, done.stderr) == (0, ""), (name, done.stderr)
         svg = (tmp_path / name / "figures/qt_gap_resnet20_cifar_cifar10.svg").read_text()
         svgs.append(re.sub(r"\bp[0-9a-f]{10}\b", "clip", svg))  # matplotlib 3.8: memory addresses
-    assert svgs[0] == svgs[1] == svgs[2]
+    assert svgs[0] == svgs[1]
 
 
 def test_drawing_leaves_the_callers_settings(make):
@@ -48,7 +50,7 @@ def test_drawing_leaves_the_callers_settings(make):
         assert dict.__getitem__(matplotlib.rcParams, "backend") == backend
 
 
-@pytest.mark.parametrize("name", ["a$b$c$", "$", "lone \udce9 surrogate", "\x1b[31m", "雪 é & <b>"])
+@pytest.mark.parametrize("name", ["a$b$c$ \x1b[31m", "$ lone \udce9 surrogate 雪 é & <b>"])
 def test_names_of_any_characters(tmp_path, make, name):
     make.write(tmp_path / "runs", *make.pair((0, 1), data_name=name), make.inspect(model=name))
     out = tmp_path / "report"
