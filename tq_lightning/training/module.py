@@ -64,7 +64,7 @@ class TQModule(L.LightningModule):
             _truncate.
         skip: layers left in float: first, last, and name patterns.
         norm: per_width, per_width_all (layer norms too) or shared.
-        shared_norms: patterns of norms that stay one for all widths, e.g. ["*skip_bn"].
+        shared_norms: patterns of norms that stay one for all widths, e.g. `["*skip_bn"]`.
         loss: label loss, cross_entropy or bce.
         teacher: teacher of the narrower widths: recursive (the next wider width), widest, external,
             or none (labels only; null is none).
