@@ -19,7 +19,7 @@ from tq_lightning.export.demo_page.runtime import copy_runtime
 from tq_lightning.export.onnx.dynamic import export_dynamic
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.edit import repack
-from tq_lightning.export.packed.schema import read_header
+from tq_lightning.export.packed.header import read_header
 from tq_lightning.files import atomic_write
 
 HERE = Path(__file__).parent
