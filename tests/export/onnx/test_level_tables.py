@@ -10,6 +10,9 @@ ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 
 from tq_lightning import bit_width, load_packed, prepare, save_packed  # noqa: E402
+from tq_lightning.errors import UserError  # noqa: E402
+from tq_lightning.quant.activation_ranges import ActivationRange  # noqa: E402
+from tq_lightning.quant.integer import integer_model  # noqa: E402
 
 LEVELS = {"native": "float_e2", "centroid": "learned_channel"}
 
@@ -97,7 +100,21 @@ def test_qonnx_gathers_from_truncated_codes(served, tmp_path):
     assert [n.op_type for n in graph.node][:4] == ["Trunc", "Cast", "Gather", "Mul"]
 
 
-def test_integer_inference_refuses_them_by_name(served):
+def test_integer_mode_refuses_them_by_name(served):
+    path, _ = served
+    ranges = {name: ActivationRange(0.0, 1.0) for name in ("conv", "fc")}
+    with pytest.raises(UserError, match="level '(native|centroid)' has no integer form") as error:
+        integer_model(load_with(path, ranges), exact_sums=True)
+    assert "\n" not in str(error.value)
+
+
+def load_with(path, ranges):
+    loaded = load_packed(path, model=Small())
+    loaded.tq_ranges = ranges
+    return loaded
+
+
+def test_integer_weights_refuse_them_by_name(served):
     from tq_lightning.quant.integer_codes import integer_weight
 
     weight = next(m for m in served[1].modules() if hasattr(m, "stored"))
