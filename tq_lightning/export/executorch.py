@@ -125,6 +125,8 @@ def _to_integers(model: nn.Module) -> Program:
         delattr(module, tensor)
         module.register_parameter(tensor, nn.Parameter(weight, requires_grad=False))
         reason = _why_float(module, tensor)
+        if packed.table(bits) is not None:
+            reason = f"level {packed.level!r} is a table and has no integer form"
         if reason is not None:
             program.left_in_float[name] = reason
             continue

@@ -103,7 +103,7 @@ def test_qonnx_gathers_from_truncated_codes(served, tmp_path):
 def test_integer_mode_refuses_them_by_name(served):
     path, _ = served
     ranges = {name: ActivationRange(0.0, 1.0) for name in ("conv", "fc")}
-    with pytest.raises(UserError, match="level '(native|centroid)' has no integer form") as error:
+    with pytest.raises(UserError, match=r"level '(native|centroid)' has no integer form") as error:
         integer_model(load_with(path, ranges), exact_sums=True)
     assert "\n" not in str(error.value)
 
