@@ -154,7 +154,7 @@ class WeightQuantizer(nn.Module):
         steps, and does not shrink as the width grows.
         """
         row, w = NORMALIZERS[self.normalizer], w.detach().float()
-        start = self._rms(w.abs()) * row.span
+        start = span_of(self._rms(w.abs()), row)
         start = torch.where(start > LEAST_RANGE, start, torch.ones_like(start))
         if row.per_channel and self.channel_dim == 1:
             self._rows = w.shape[0] // self.groups

@@ -183,14 +183,11 @@ def table_nodes(
     for key, value in constants.items():
         array = value.float().numpy()
         graph.graph.initializer.append(numpy_helper.from_array(array, f"{name}/{key}"))
-    steps = [
-        ("Cast", [source], f"{name}/index", {"to": onnx.TensorProto.INT32}),
-        ("Gather", [f"{name}/table", f"{name}/index"], f"{name}/signed", {}),
-        ("Mul", [f"{name}/signed", f"{name}/scale"], name, {}),
-    ]
+    index, signed, number = f"{name}/index", f"{name}/signed", onnx.TensorProto.INT32
     return [
-        helper.make_node(op, inputs, [output], name=f"{name}/{op.lower()}_node", **options)
-        for op, inputs, output, options in steps
+        helper.make_node("Cast", [source], [index], name=f"{index}_node", to=number),
+        helper.make_node("Gather", [f"{name}/table", index], [signed], name=f"{signed}_node"),
+        helper.make_node("Mul", [signed, f"{name}/scale"], [name], name=f"{name}/weight_node"),
     ]
 
 

@@ -89,11 +89,12 @@ class PackedWeight(nn.Module):
         scale and the levels stay in float32, so that the weight is rounded once.
         """
         self._weight = self._bits = None
-        before = dict(self._buffers)
+        before = {name: value for name, value in self._buffers.items() if value is not None}
         super()._apply(fn, recurse)
         self.dtype = fn(torch.zeros(1, dtype=self.dtype, device=before["scale"].device)).dtype
         for name, value in before.items():
-            self._buffers[name] = value.to(self._buffers[name].device)
+            moved: Tensor = self._buffers[name]  # type: ignore[assignment]
+            self._buffers[name] = value.to(moved.device)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
