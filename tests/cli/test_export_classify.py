@@ -29,6 +29,21 @@ def test_export_of_a_packed_file(packed, tmp_path, capsys):
     assert whole.read_bytes() == packed.read_bytes()
 
 
+@pytest.mark.parametrize("observer", [None, "mse"])
+def test_export_with_activation_ranges(packed, tmp_path, observer):
+    out, folder = tmp_path / "calibrated.safetensors", tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    how = [] if observer is None else ["--observer", observer]
+    argv = [str(packed), "--out", str(out), "--calibrate", str(folder), *how]
+    assert command.main(argv) == 0
+    model = load_packed(out)
+    assert len(model.tq_ranges) == 6 and all(high > 0 for _, high in model.tq_ranges.values())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -52,6 +67,10 @@ def test_export_of_a_packed_file(packed, tmp_path, capsys):
         (["{packed}", "--out", "nowhere/x"], "no folder"),
         (["{packed}", "--out", "x", "--max-bits", "9"], "from 1 to 8"),
         (["{packed}", "--out", "x", "--format", "tflite"], "invalid choice"),
+        (["{packed}", "--out", "x", "--observer", "mse"], "--observer is for --calibrate"),
+        (["{packed}", "--out", "x", "--calibrate", "nodata"], "neither a folder of images nor"),
+        (["{packed}", "--out", "x", "--calibrate", "run"], "not in the folder of a run"),
+        (["{packed}", "--out", "x", "--calibrate", "digits", "--add", "r"], "before or after"),
     ],
 )
 def test_export_errors_are_one_line(argv, said, packed, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tq_lightning.cli.calibrate_packed import calibrate_packed
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
 
@@ -50,8 +51,13 @@ def parser() -> Parser:
     p.add_argument(
         "--calibrate",
         metavar="DATA",
-        help="with --integer: observe the activations on a folder of images or a data set, such as "
-        "digits",
+        help="store activation ranges, for integer inference, observed on DATA: a folder of "
+        "images, a data set such as digits, or `run`, the data of the checkpoint's run",
+    )
+    p.add_argument(
+        "--observer",
+        choices=("percentile", "mse"),
+        help="with --calibrate: leave outliers out (default), or least squared error",
     )
     p.add_argument(
         "--runtime",
@@ -117,6 +123,10 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"no file {a.source} to export; pass a training checkpoint or a packed file"
         )
+    if a.observer is not None and a.calibrate is None:
+        raise UserError("--observer is for --calibrate DATA; pass both")
+    if a.calibrate is not None and (a.rest is not None or a.add is not None):
+        raise UserError("--calibrate changes the file; pass it before or after --rest and --add")
     if a.rest is not None and a.max_bits is None:
         raise UserError("--rest holds the planes that --max-bits leaves out; pass both")
     if a.format not in ONE_WIDTH and a.bits is not None:
@@ -132,7 +142,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--integer writes opset 21, got --opset {a.opset}")
     if a.lean and (a.format != "onnx" or a.integer):
         raise UserError("--lean is for --format onnx without --integer")
-    for name in ("calibrate", "residual", "activation_codes"):
+    if a.calibrate is not None and "onnx" in a.format and not a.integer:
+        raise UserError(
+            "--calibrate is for packed files and --integer; these graphs have no ranges"
+        )
+    for name in ("residual", "activation_codes"):
         if getattr(a, name) is not None and not a.integer:
             raise UserError(f"--{name.replace('_', '-')} is for --integer; pass both")
     if a.runtime is not None and a.format != "onnx":
@@ -152,7 +166,7 @@ def main(argv: list[str]) -> int:
             f"--format {a.format}"
         )
     if a.format == "packed":
-        sizes = _packed(a)
+        sizes = _packed(a) if a.calibrate is None else _calibrated(a)
         print("\n".join(f"{name:<10}{size:>14,} bytes" for name, size in sizes.items()))
         print(f"wrote {a.out}")
         return 0
@@ -161,6 +175,9 @@ def main(argv: list[str]) -> int:
         if not is_packed(path):
             path = Path(folder) / "model.safetensors"
             save_checkpoint(a.source, path, fold_norms=a.fold_norms)
+        if a.calibrate is not None:
+            before, path = path, Path(folder) / "calibrated.safetensors"
+            calibrate_packed(before, path, a.source, a.calibrate, a.observer or "percentile")
         hint = ""
         if a.format in ONE_WIDTH and a.bits is None:
             a.bits = _widest(path)
@@ -203,6 +220,15 @@ def save_checkpoint(checkpoint: Path, out: Path, **options: Any) -> dict[str, in
         class_names=classes,
         **options,
     )
+
+
+def _calibrated(a: argparse.Namespace) -> dict[str, int]:
+    """Write a packed file with activation ranges; nothing is written if they can't be observed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, a.out = a.out, Path(folder) / "packed.safetensors"
+        _packed(a)
+        path, a.out = a.out, out
+        return calibrate_packed(path, out, a.source, a.calibrate, a.observer or "percentile")
 
 
 def _packed(a: argparse.Namespace) -> dict[str, int]:
@@ -250,10 +276,7 @@ def _onnx(a: argparse.Namespace, path: Path) -> None:
             "pip install 'tq_lightning[onnx]'"
         ) from error
     if a.integer:
-        ranges = None
-        if a.calibrate is not None:
-            ranges = _observe(path, a.calibrate)
-        options = {"residual": a.residual, "top": a.activation_codes, "ranges": ranges}
+        options = {"residual": a.residual, "top": a.activation_codes}
         runtime = a.runtime or "onnxruntime"
         print("\n".join(integer.export_integer(path, a.out, a.bits, runtime, **options).lines()))
     elif a.format == "onnx":
@@ -271,12 +294,3 @@ def _executorch(a: argparse.Namespace, path: Path) -> None:
     print(f"{len(program.integer)} layers run as integers")
     for name, reason in program.left_in_float.items():
         print(f"left in float: {name}: {reason}")
-
-
-def _observe(path: Path, data: str) -> Any:
-    from tq_lightning.cli.calibration import calibration_batches
-    from tq_lightning.export.packed.reader import load_packed
-    from tq_lightning.quant.activation_ranges import calibrate_activations
-
-    model = load_packed(path)
-    return calibrate_activations(model, calibration_batches(model, data))
