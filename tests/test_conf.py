@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from tq_lightning.cli import run_fit
+from tq_lightning.data import timeseries
+from tq_lightning.data.timeseries import Series
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPECTED = {
@@ -26,6 +29,8 @@ NATIVE = {"digits": (8, 10), "cifar10": (32, 10), "imagenet": (224, 1000)}
 def files() -> list:
     rows = []
     for path in sorted(CONF.glob("*.yaml")):
+        if ":" in yaml.safe_load(path.read_text())["data"]["name"]:
+            continue  # a data set of its own kind, see below
         heavy = yaml.safe_load(path.read_text())["data"][
             "name"
         ] == "imagenet" or path.stem.startswith("r56")
@@ -105,3 +110,25 @@ def test_arms_differ_by_the_quantizer_alone(path: Path) -> None:
     assert model["quantizer"] == "floor"
     assert model.get("ste", "auto") == "auto", "a fixed STE would give both arms that of one"
     assert "--model.quantizer round" in path.read_text(), "the comment on top names the other arm"
+
+
+def test_timeseries_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own files are optional: random series of the same form stand for them."""
+    draw = np.random.default_rng(0)
+
+    def series(count: int) -> Series:
+        arrays = [draw.normal(size=(12, 7 + n % 9)).astype(np.float32) for n in range(count)]
+        labels = [n % 9 for n in range(count)]
+        names = [str(n) for n in range(9)]
+        return Series(arrays, labels, names, 15, np.zeros(12), np.ones(12))
+
+    monkeypatch.setattr(timeseries, "aeon_series", lambda: (series(99), series(18)))
+    metrics = run_fit(
+        [
+            *("--config", str(CONF / "timeseries.yaml"), "--trainer.accelerator", "cpu"),
+            *("--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "1"),
+            *("--trainer.limit_train_batches", "2", "--trainer.enable_model_summary", "false"),
+            *("--trainer.check_val_every_n_epoch", "1", "--model.warmup_epochs", "0"),
+        ]
+    )
+    assert 0 <= metrics["val/acc1_truncate_w1"] <= 100

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 
 from tq_lightning.callbacks.steps import OptimizerSteps
+from tq_lightning.quant.inputs import samples_of, split_batch
 
 LOSS, RATE, SPEED = "train/loss", "train/lr", "train/images_per_second"
 
@@ -46,7 +47,7 @@ class MetricLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._images += len(batch[0])
+        self._images += samples_of(split_batch(batch)[0])
         stepped = self._steps.advanced(trainer)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
         if stepped and every and self._steps.count % every == 0:

@@ -32,7 +32,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Write the file."""
-        names = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        names = getattr(trainer.datamodule, "class_names", [])  # type: ignore[attr-defined]
         target = self.folder / (
             "predictions.csv"
             if trainer.world_size == 1
@@ -52,6 +52,8 @@ class PredictionWriter(BasePredictionWriter):
             for batch in predictions:
                 probability, index = batch.max(1)
                 for p, c in zip(probability.tolist(), index.tolist(), strict=True):
-                    writer.writerow([next(numbers), c, names[c], f"{p:.6f}"])
+                    writer.writerow(
+                        [next(numbers), c, names[c] if c < len(names) else c, f"{p:.6f}"]
+                    )
                     number += 1
         print(f"{number} predictions: {target}")

@@ -183,7 +183,7 @@ class RunRecord(L.Callback):
             pl_module.loaded_epoch,
             images=int(metrics.pop("test/images")),
             data={key: asked.get(key) for key in ("name", "root")},
-            split=data.split_of("test"),
+            split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
         )
         if result.batches is None and not other:

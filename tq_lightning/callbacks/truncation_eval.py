@@ -1,6 +1,7 @@
 """TruncationEval: evaluate every width, truncated and, wherever that differs, quantized."""
 
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from tq_lightning.callbacks.width_metrics import (
@@ -21,6 +23,7 @@ from tq_lightning.callbacks.width_metrics import (
 )
 from tq_lightning.quant.calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.inputs import split_batch, to_device
 from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths
 
 CALIBRATION = "augmented"  # how a record names the batches that norm statistics come from
@@ -53,7 +56,7 @@ class TruncationEval(L.Callback):
         self._passes: list[Pass] = []
         self._hits: dict[Pass, Tensor] = {}  # (images, top-1, top-5)
         self._losses: dict[int, Tensor] = {}  # sums
-        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._batches: list[Any] = []  # inputs of calibration batches, on the CPU
         self._fresh = True
         self._scored_step: int | None = None
         self._trained = False  # since this process started
@@ -66,22 +69,31 @@ class TruncationEval(L.Callback):
         lagging = lagging_widths(module) if calibrate else []
         if calibrate and (lagging or untrained_widths(module)):
             if not self._batches:
-                batches = trainer.datamodule.calibration_batches(self.calibration_batches)  # type: ignore[attr-defined]
-                self._batches = list(batches)
-            images = [images.to(module.device) for images, _ in self._batches]
+                self._batches = self._calibration_inputs(trainer)
+            batches = [to_device(inputs, module.device) for inputs in self._batches]
             with trainer.precision_plugin.forward_context():
-                calibrate_norms(module, images)
-                reestimate_norms(module, images, lagging)
+                calibrate_norms(module, batches)
+                reestimate_norms(module, batches, lagging)
             self._fresh = True
         self._passes = evaluation_passes(module)
         zeros = torch.zeros(3, dtype=torch.int64, device=module.device)
         self._hits = {p: zeros.clone() for p in self._passes}
         self._losses = {bits: torch.zeros((), device=module.device) for bits in module.widths}
 
-    def _score(self, trainer: L.Trainer, module: Any, batch: tuple[Tensor, Tensor]) -> None:
-        images, target = batch
+    def _calibration_inputs(self, trainer: L.Trainer) -> list[Any]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "calibration_batches"):
+            batches = data.calibration_batches(self.calibration_batches)
+        else:  # a data module of the user's own
+            loader = islice(data.train_dataloader(), self.calibration_batches)
+            with isolate_rng():
+                batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
+        return [split_batch(batch)[0] for batch in batches]
+
+    def _score(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
+        inputs, target = split_batch(batch)
         with trainer.precision_plugin.forward_context():
-            logits = evaluate_batch(module, images, self._passes)
+            logits = evaluate_batch(module, inputs, self._passes)
         for p, out in logits.items():
             self._hits[p] += torch.stack(
                 [target.new_tensor(len(target)), *(h.sum() for h in hits(out, target))]
@@ -103,7 +115,7 @@ class TruncationEval(L.Callback):
             for hits in (top1, top5)
         )
         values = width_metrics(stage, accuracy, module.hparams.max_bits, module.widths)
-        if module.hparams.num_classes >= TOP:
+        if (module.hparams.num_classes or TOP) >= TOP:
             values |= top5_metrics(stage, second, module.widths)
         losses = {b: float(s) / int(images[0]) for b, s in zip(self._losses, sums, strict=True)}
         values |= {f"{stage}/loss_w{bits}": loss for bits, loss in losses.items()}

@@ -1,5 +1,7 @@
 """(width, source) pairs to evaluate, their logits, and the metrics made of their accuracies."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import bit_width, width_of
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.inputs import call
 from tq_lightning.quant.weight import weight_quantizers
 
 Pass = tuple[int | None, str]
@@ -41,7 +44,7 @@ def evaluation_passes(model: nn.Module) -> list[Pass]:
 
 
 @torch.no_grad()
-def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict[Pass, Tensor]:
+def evaluate_batch(model: nn.Module, inputs: Any, passes: list[Pass]) -> dict[Pass, Tensor]:
     """Return the logits (batch, classes) of one batch for every pass.
 
     The weights are normalized once for all passes, and inside `fused_weights(model)` once
@@ -51,7 +54,7 @@ def evaluate_batch(model: nn.Module, images: Tensor, passes: list[Pass]) -> dict
     with fused_weights(model):
         for bits, source in passes:
             with bit_width(model, bits, source):
-                logits[bits, source] = model(images)
+                logits[bits, source] = call(model, inputs)
     return logits
 
 

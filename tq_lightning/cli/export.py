@@ -8,6 +8,7 @@ from typing import Any
 from tq_lightning.cli.calibrate_packed import calibrate_packed
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
+from tq_lightning.factories import is_factory
 
 FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx", "executorch")
 ONE_WIDTH = ("onnx", "qonnx", "executorch")
@@ -94,6 +95,12 @@ def parser() -> Parser:
     p.add_argument(
         "--add", type=Path, help="file written by --rest: add its planes to the packed file CKPT"
     )
+    p.add_argument(
+        "--model.name",
+        dest="factory",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="factory that CKPT names; it is imported only if you pass it",
+    )
     return p
 
 
@@ -174,7 +181,7 @@ def main(argv: list[str]) -> int:
         path = a.source
         if not is_packed(path):
             path = Path(folder) / "model.safetensors"
-            save_checkpoint(a.source, path, fold_norms=a.fold_norms)
+            save_checkpoint(a.source, path, a.factory, fold_norms=a.fold_norms)
         if a.calibrate is not None:
             before, path = path, Path(folder) / "calibrated.safetensors"
             calibrate_packed(before, path, a.source, a.calibrate, a.observer or "percentile")
@@ -201,21 +208,26 @@ def is_packed(path: Path) -> bool:
     return path.suffix == ".safetensors" or (head[8:9] == b"{" and head[4:8] == b"\0" * 4)
 
 
-def save_checkpoint(checkpoint: Path, out: Path, **options: Any) -> dict[str, int]:
+def save_checkpoint(
+    checkpoint: Path, out: Path, factory: str | None = None, **options: Any
+) -> dict[str, int]:
     """Pack a training checkpoint with its preprocessing and class names; see `save_packed`."""
     from tq_lightning.export.packed.writer import save_packed
     from tq_lightning.training.checkpoint import load_checkpoint_model
 
-    model, hparams, seen = load_checkpoint_model(checkpoint)
+    model, hparams, seen = load_checkpoint_model(checkpoint, factory)
     preprocessing = {key: value for key, value in seen.items() if key != "classes"} or None
     classes = seen.get("classes")
     if classes is not None and len(classes) != hparams["num_classes"]:
         classes = None
+    args = dict(hparams["model_args"] or {})
+    if is_factory(hparams["name"]) and hparams["num_classes"] is not None:
+        args.setdefault("num_classes", hparams["num_classes"])  # the network may not tell it
     return save_packed(
         model,
         out,
         name=hparams["name"],
-        model_args=hparams["model_args"] or {},
+        model_args=args,
         preprocessing=preprocessing,
         class_names=classes,
         **options,
@@ -244,10 +256,10 @@ def _packed(a: argparse.Namespace) -> dict[str, int]:
     if not is_packed(a.source):
         options = {"max_bits": a.max_bits, "fold_norms": a.fold_norms, "compress": a.compress}
         if a.rest is None:
-            return save_checkpoint(a.source, a.out, **options)
+            return save_checkpoint(a.source, a.out, a.factory, **options)
         with tempfile.TemporaryDirectory() as folder:
             whole = Path(folder) / "whole.safetensors"
-            save_checkpoint(a.source, whole, fold_norms=a.fold_norms)
+            save_checkpoint(a.source, whole, a.factory, fold_norms=a.fold_norms)
             repack.write_rest(whole, a.rest, a.max_bits)
             return repack.repack(whole, a.out, a.max_bits, a.compress)
     if a.fold_norms:

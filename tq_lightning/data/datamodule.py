@@ -3,6 +3,7 @@
 Its signature is the `data:` section of a configuration.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,16 +14,51 @@ from torch import Tensor
 
 from tq_lightning.data import augment
 from tq_lightning.data.datasets import DATASETS
-from tq_lightning.data.loaders import BatchReader, EvalLoader, ImageDataset, TrainLoader
+from tq_lightning.data.loaders import (
+    BatchReader,
+    EvalLoader,
+    ImageDataset,
+    TrainLoader,
+    fit_progress,
+)
+from tq_lightning.data.own import open_own
 from tq_lightning.data.sampling import TrainOrder, generator
 from tq_lightning.data.splits import Source, Splits
 from tq_lightning.data.validation import check
+from tq_lightning.factories import is_factory
 from tq_lightning.files import expand_path
 
 CALIBRATION_SEED = 8  # of the order and the augmentation of calibration batches, in every run
 
 
-class TQDataModule(lightning.LightningDataModule):
+class _FactoryMeta(type):
+    """Makes `TQDataModule(name=...)` the data module of a factory, if `name` is one.
+
+    Neither `__new__` nor a function would do: the signature of `__init__` is the `data:` section.
+    """
+
+    def __call__(cls, *args: Any, **keys: Any) -> Any:
+        given = inspect.signature(cls.__init__).bind(None, *args, **keys)
+        given.apply_defaults()
+        values = given.arguments
+        if not is_factory(values["name"]):
+            return super().__call__(*args, **keys)
+        check(values)
+        workers, seed = values["workers"], values["seed"]
+        return open_own(
+            values["name"],
+            values["data_args"],
+            batch_size=values["batch_size"],
+            eval_batch_size=values["eval_batch_size"],
+            workers=min(8, _available_cpus()) if workers is None else workers,
+            val_fraction=values["val_fraction"],
+            samples=values["samples"],
+            seed=_run_seed() if seed is None else seed,
+            calibration_seed=CALIBRATION_SEED,
+        )
+
+
+class TQDataModule(lightning.LightningDataModule, metaclass=_FactoryMeta):
     """Training, validation and test batches of one data set.
 
     A batch is (images, labels): images float32 (B, 3, image_size, image_size), normalized, on the
@@ -42,7 +78,9 @@ class TQDataModule(lightning.LightningDataModule):
         crop_pct: crop of evaluation.
 
     Args:
-        name: digits, cifar10, cifar100, imagenet, imagefolder or synthetic.
+        name: digits, cifar10, cifar100, imagenet, imagefolder, wds, synthetic or hfds/PATH; or
+            package.module:factory, a function of yours that returns a LightningDataModule or
+            data sets (train, test) or (train, val, test).
         root: folder with <split>/<class>/<image>, or <split>.tar with the same inside; split is
             train, val or test. cifar10 and cifar100 also take torchvision's files, imagefolder also
             a folder or tar of classes without splits.
@@ -79,6 +117,7 @@ class TQDataModule(lightning.LightningDataModule):
         cutmix: timm's cutmix alpha, 0 for none.
         smoothing: label smoothing.
         seed: seed of the order and the augmentation; null takes seed_everything.
+        data_args: arguments of a data set of your own, data.name=package.module:factory.
     """
 
     def __init__(
@@ -109,10 +148,12 @@ class TQDataModule(lightning.LightningDataModule):
         cutmix: float = 0.0,
         smoothing: float = 0.0,
         seed: int | None = None,
+        data_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check(locals())
-        row = self._row = DATASETS[name]
+        kind, _, path = name.partition("/")
+        row = self._row = DATASETS[kind]
         self.name, self.batch_size = name, batch_size
         self.image_size = image_size or row["size"] or 224
         self.input_shape = (3, self.image_size, self.image_size)
@@ -127,9 +168,9 @@ class TQDataModule(lightning.LightningDataModule):
         self.color_jitter = row["jitter"] if color_jitter is None else color_jitter
         self.reprob, self.remode = reprob, remode
         self.mix = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": smoothing}
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = _run_seed() if seed is None else seed
         self._expected = num_classes
-        source = Source(expand_path(root), download, num_classes, self.image_size, samples)
+        source = Source(expand_path(root), download, num_classes, self.image_size, samples, path)
         self.splits = Splits(name, row["read"], source, val_fraction, samples)
         self._readers: dict[tuple[str, str], BatchReader] = {}
         self._augment: augment.BatchAugment | None = None
@@ -241,7 +282,7 @@ class TQDataModule(lightning.LightningDataModule):
         order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
         self._augment = self._new_augment(self.seed)
         loader = TrainLoader(reader, order, self._augment, str(self.name))
-        loader.progress = lambda: self._progress(loader)
+        loader.progress = lambda: fit_progress(self.trainer, loader)
         return loader
 
     def _new_augment(self, seed: int) -> augment.BatchAugment:
@@ -272,14 +313,6 @@ class TQDataModule(lightning.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         """(rank, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _progress(self, loader: TrainLoader) -> tuple[int, int] | None:
-        """(epoch, next batch) by Lightning's counters if a running fit trains on `loader`."""
-        trainer = self.trainer
-        if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
-            return None
-        fit = trainer.fit_loop
-        return fit.epoch_progress.current.processed, fit.epoch_loop.batch_progress.current.ready  # type: ignore[attr-defined]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
         """Augment and normalize a batch of a loader.
@@ -320,6 +353,11 @@ class TQDataModule(lightning.LightningDataModule):
         return torch.nn.functional.interpolate(
             out, self.input_shape[1:], mode=self.interpolation, antialias=True
         )
+
+
+def _run_seed() -> int:
+    """The seed of `seed_everything`, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def _available_cpus() -> int:

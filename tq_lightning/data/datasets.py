@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 from tq_lightning.data import image_folder
 from tq_lightning.data.cifar import read_cifar10, read_cifar100
+from tq_lightning.data.hfds import read_hfds
 from tq_lightning.data.sampling import generator, stratified
 from tq_lightning.data.splits import Source, Split
+from tq_lightning.data.webdataset import read_wds
 from tq_lightning.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -142,6 +144,8 @@ DATASETS: dict[str, dict[str, Any]] = {
     },
     "imagenet": {"read": read_imagenet, "classes": 1000, **_FILES},
     "imagefolder": {"read": read_imagefolder, "classes": None, **_FILES},
+    "hfds": {"read": read_hfds, "classes": None, **_FILES},
+    "wds": {"read": read_wds, "classes": None, **_FILES},
     "synthetic": {
         "read": read_synthetic,
         "classes": None,

@@ -14,7 +14,7 @@ from tq_lightning.data.sampling import TrainOrder, derive_seed, eval_batches, sh
 from tq_lightning.errors import UserError
 
 # Forking is safe on Linux alone; elsewhere, and from Python 3.14 on, other methods are the default.
-_START_METHOD = "fork" if sys.platform == "linux" else None
+START_METHOD = "fork" if sys.platform == "linux" else None
 _MAX_UNREADABLE = 50  # consecutive images
 
 
@@ -150,7 +150,7 @@ class BatchReader:
                 persistent_workers=self.workers > 0,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),
-                multiprocessing_context=_START_METHOD if self.workers else None,
+                multiprocessing_context=START_METHOD if self.workers else None,
             )
         known, found = len(self._unreadable), False
         try:
@@ -196,12 +196,12 @@ class TrainLoader:
     Args:
         fetch: reader of the split.
         order: batches of every epoch.
-        augment: augmentation that draws the numbers.
+        augment: augmentation that draws the numbers; None yields batches as they are read.
         data: name of the data set, kept in checkpoints.
     """
 
     def __init__(
-        self, fetch: BatchReader, order: TrainOrder, augment: BatchAugment, data: str = ""
+        self, fetch: BatchReader, order: TrainOrder, augment: BatchAugment | None, data: str = ""
     ) -> None:
         self.fetch, self.order, self.augment, self.data = fetch, order, augment, data
         self.epoch = 0
@@ -238,6 +238,9 @@ class TrainLoader:
         batches = self.fetch(
             lambda: (samples[mine] for _, samples in order.batches(epoch, start)), order.seed, epoch
         )
+        if self.augment is None:
+            yield from batches  # type: ignore[misc]
+            return
         for number, (images, labels) in enumerate(batches, start):
             yield images, labels, self.augment.draw(epoch, number, order.size, mine)
 
@@ -250,6 +253,14 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep a state for the next iteration, which refuses to resume inside another order."""
         self._saved = state
+
+
+def fit_progress(trainer: Any, loader: TrainLoader) -> tuple[int, int] | None:
+    """Return (epoch, next batch) by Lightning's counters if a running fit trains on `loader`."""
+    if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
+        return None
+    fit = trainer.fit_loop
+    return fit.epoch_progress.current.processed, fit.epoch_loop.batch_progress.current.ready
 
 
 class EvalLoader:

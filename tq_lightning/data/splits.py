@@ -46,6 +46,7 @@ class Source:
         download: whether a missing data set may be downloaded.
         num_classes: number of classes of synthetic data; None is 10.
         image_size: height and width in pixels.
+        path: what follows the / in data.name, e.g. hfds/PATH.
         samples: number of synthetic training samples; None is 2048.
         index: class numbers by name, once the first split of image files was read.
         files: splits of image files that were read.
@@ -56,6 +57,7 @@ class Source:
     num_classes: int | None
     image_size: int
     samples: int | None
+    path: str = ""
     index: dict[str, int] | None = None
     files: dict[str, Split | None] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from tq_lightning.data.datasets import DATASETS
 from tq_lightning.errors import UserError
+from tq_lightning.factories import is_factory
 
 _COUNT, _SHARE, _STRENGTH = (1, 10**9), (0.0, 1.0), (0.0, 1000.0)
 _RANGES: dict[str, tuple[float, float]] = {
@@ -27,11 +28,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
 }
 _CHOICES = {
-    "name": tuple(DATASETS),
+    "name": (*(name for name in DATASETS if name != "hfds"), "hfds/PATH"),
     "interpolation": ("bilinear", "bicubic"),
     "train_interpolation": ("random", "bilinear", "bicubic"),
     "remode": ("const", "rand", "pixel"),
 }
+
+
+def _is_other(name: str) -> bool:
+    """Tell whether a name is that of a factory, or hfds/PATH."""
+    return is_factory(name) or (name.startswith("hfds/") and len(name) > 5)
 
 
 def check(given: dict[str, Any]) -> None:
@@ -45,8 +51,9 @@ def check(given: dict[str, Any]) -> None:
             names the key.
     """
     for key, allowed in _CHOICES.items():
-        if given[key] not in allowed:
-            raise UserError(f"data.{key}={given[key]!r} is not one of {', '.join(allowed)}")
+        if given[key] not in allowed and not (key == "name" and _is_other(given[key])):
+            own = " or package.module:factory" if key == "name" else ""
+            raise UserError(f"data.{key}={given[key]!r} is not one of {', '.join(allowed)}{own}")
     for key, (low, high) in _RANGES.items():
         if given[key] is not None and not low <= given[key] <= high:
             raise UserError(f"data.{key}={given[key]} is out of range; pass {low} to {high}")

@@ -18,6 +18,7 @@ from torch import nn
 
 import tq_lightning.models.cifar_resnet  # noqa: F401  registers its models with timm
 from tq_lightning.errors import UserError
+from tq_lightning.factories import call_factory, is_factory
 from tq_lightning.models.weights import check_file, load_weights
 
 
@@ -32,7 +33,7 @@ def create_model(
 
     Args:
         name: A name from `timm.list_models()`, with a tag if needed, or `hf-hub:...` or
-            `local-dir:...`.
+            `local-dir:...`; or `package.module:factory`, a function that returns the network.
         num_classes: Outputs of the classifier; None for the model's own number.
         pretrained: Load timm's weights for the model (from its cache, else over the network).
         checkpoint_path: Weights to load: a `.safetensors` file or one written by `torch.save` (read
@@ -51,6 +52,11 @@ def create_model(
     check_name(name)
     if checkpoint_path is not None:
         check_file(checkpoint_path)
+    if is_factory(name):
+        model = _own_model(name, num_classes, pretrained, kwargs)
+        if checkpoint_path is not None:
+            load_weights(model, checkpoint_path, name)
+        return model
     try:
         with _offline_without_network() if pretrained or is_remote(name) else nullcontext():
             model = timm.create_model(
@@ -80,16 +86,33 @@ def create_model(
 
 def check_name(name: str) -> None:
     """Raise UserError for the name of a model that timm does not know, with similar names."""
-    if is_remote(name) or timm.is_model(name):
+    if is_remote(name) or is_factory(name) or timm.is_model(name):
         return
     close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all names"
     raise UserError(f"unknown model {name!r}; {hint}")
 
 
+def _own_model(
+    name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]
+) -> nn.Module:
+    if pretrained:
+        raise UserError(
+            f"model.pretrained is for models of timm, and {name} is a factory; pass "
+            "checkpoint_path=FILE, or load the weights in the factory"
+        )
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    model = call_factory(name, "model.name", **classes, **kwargs)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model.name={name}: it returns a {type(model).__name__}; return an nn.Module"
+        )
+    return model
+
+
 def is_remote(name: str) -> bool:
     """Tell whether a model name refers to a hub or a folder, such as `hf-hub:...`, not to timm."""
-    return ":" in name
+    return ":" in name and not is_factory(name)
 
 
 def check_local(name: str, path: str | Path) -> None:

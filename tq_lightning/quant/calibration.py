@@ -8,12 +8,14 @@ trained widths, which lag behind the weights at the start of a training: they re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.inputs import call, samples_of
 from tq_lightning.quant.switchable_norm import (
     PerWidthNorm,
     per_width_norms,
@@ -26,7 +28,7 @@ SETTLED = 200  # updates; measured on the digits, where the two agree from about
 
 @torch.no_grad()
 def calibrate_norms(
-    model: nn.Module, batches: Iterable[Tensor], widths: list[int | None] | None = None
+    model: nn.Module, batches: Iterable[Any], widths: list[int | None] | None = None
 ) -> None:
     """Estimate the norm statistics of untrained widths from a few batches.
 
@@ -41,7 +43,7 @@ def calibrate_norms(
 
     Args:
         model: A prepared model.
-        batches: Images (batch, channels, height, width) on the model's device.
+        batches: Inputs on the model's device: tensors, tuples of arguments or mappings.
         widths: Widths to estimate; None = every untrained width and float.
 
     Raises:
@@ -99,14 +101,14 @@ def lagging_widths(model: nn.Module) -> list[int | None]:
 
 
 @torch.no_grad()
-def reestimate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[int | None]) -> None:
+def reestimate_norms(model: nn.Module, batches: Iterable[Any], widths: list[int | None]) -> None:
     """Replace the running averages of trained widths by statistics of the weights as they are.
 
     Everything is as in `calibrate_norms`, but affine parameters and the count of updates stay.
 
     Args:
         model: A prepared model.
-        batches: Images (batch, channels, height, width) on the model's device.
+        batches: Inputs on the model's device: tensors, tuples of arguments or mappings.
         widths: Trained widths, e.g. `lagging_widths(model)`.
 
     Raises:
@@ -125,15 +127,15 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor], widths: list[i
                 layer.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
-def _usable(batches: Iterable[Tensor]) -> list[Tensor]:
+def _usable(batches: Iterable[Any]) -> list[Any]:
     batches = list(batches)
     if not batches:
         raise ValueError(
             "no batches to estimate norm statistics from; pass a list of image batches"
         )
-    if len(batches) > 1 and len(batches[-1]) < max(map(len, batches)):
+    if len(batches) > 1 and samples_of(batches[-1]) < max(map(samples_of, batches)):
         del batches[-1]
-    return [batch for batch in batches if len(batch) > 1] or batches
+    return [batch for batch in batches if samples_of(batch) > 1] or batches
 
 
 @contextmanager
@@ -162,7 +164,7 @@ def _batch_norms(norms: list[PerWidthNorm], bits: int | None) -> list[_BatchNorm
 
 
 def _estimate(
-    model: nn.Module, norms: list[PerWidthNorm], batches: list[Tensor], bits: int | None
+    model: nn.Module, norms: list[PerWidthNorm], batches: list[Any], bits: int | None
 ) -> None:
     layers = _batch_norms(norms, bits)
     momenta = [layer.momentum for layer in layers]
@@ -175,10 +177,11 @@ def _estimate(
         images = 0
         with bit_width(model, bits, "quantize"):
             for batch in batches:
-                images += len(batch)
+                size = samples_of(batch)
+                images += size
                 for layer in layers:
-                    layer.momentum = len(batch) / images  # the running mean over all images so far
-                model(batch)
+                    layer.momentum = size / images  # the running mean over all images so far
+                call(model, batch)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum, layer.training = momentum, False

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tq_lightning.errors import UserError
+from tq_lightning.factories import only_allow
 from tq_lightning.models import check_local, create_model
 from tq_lightning.models.weights import check_fit, load_torch_file, why_not_loaded
 from tq_lightning.records import NAME
@@ -17,12 +18,16 @@ from tq_lightning.training.resume_guard import inside_accumulation, saved_batche
 from tq_lightning.training.trainer_validation import Progress
 
 
-def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+def load_checkpoint_model(
+    path: str | Path, model: nn.Module | str | None = None
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Rebuild the prepared model of a training checkpoint, to serve or score it without a Trainer.
 
     Args:
         path: a .ckpt file written by `fit`. It is loaded with `weights_only=True`, so it can't run
             code.
+        model: for a network of your own: the float network, or the name of the factory that the
+            checkpoint names. Nothing is imported because a file says so.
 
     Returns:
         (model, hparams, preprocessing). The model is on the CPU, in evaluation mode, with the
@@ -55,7 +60,9 @@ def load_checkpoint_model(path: str | Path) -> tuple[nn.Module, dict[str, Any], 
             f"{path} is not a training checkpoint ({why_not_loaded(error)}); "
             "pass a .ckpt file written by fit"
         ) from None
-    model = create_model(name, classes, **(args or {}))
+    if not isinstance(model, nn.Module):
+        with only_allow(model, path):
+            model = create_model(name, classes, **(args or {}))
     module.attach(model)
     check_fit(state, model, path, "its own configuration")
     model.load_state_dict(state)

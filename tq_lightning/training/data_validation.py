@@ -18,13 +18,14 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
         UserError: fewer classes than labels, other channels than the images have, a warm-up that
             is longer than the training, or an interval that holds no batch.
     """
-    if h.num_classes is not None and h.num_classes < data.num_classes:
+    classes = getattr(data, "num_classes", None)
+    if h.num_classes is not None and classes is not None and h.num_classes < classes:
         raise UserError(
-            f"model.num_classes: got {h.num_classes}, but the data has {data.num_classes} classes; "
+            f"model.num_classes: got {h.num_classes}, but the data has {classes} classes; "
             "pass that number, or null"
         )
     channels = (h.model_args or {}).get("in_chans", 3)
-    if channels != data.input_shape[0]:
+    if hasattr(data, "input_shape") and channels != data.input_shape[0]:
         raise UserError(
             f"model.model_args: got in_chans={channels}, but the images have "
             f"{data.input_shape[0]} channels; leave in_chans out"

@@ -8,6 +8,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tq_lightning.errors import UserError
+from tq_lightning.factories import is_factory
 from tq_lightning.models import check_local, create_model, is_remote
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.prepare import PrepareReport, apply_config
@@ -27,7 +28,7 @@ def build_model(h: Any, start_weights: bool = True) -> nn.Module:
     Raises:
         UserError: as `create_model`; without `start_weights`, as `check_local`.
     """
-    if not start_weights:
+    if not start_weights and not is_factory(h.name):  # the command line has compared factories
         check_local(h.name, "the checkpoint")
     rates = {key: h[key] for key in ("drop_rate", "drop_path_rate") if h[key] is not None}
     h.model_args = {**(h.model_args or {}), **rates}

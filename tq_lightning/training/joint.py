@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tq_lightning.errors import TrainingError
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.inputs import call
 from tq_lightning.training.losses import WidthLoss
 
 
@@ -40,7 +41,7 @@ class _PrecomputedGradients(torch.autograd.Function):
 
 def joint_loss(
     model: nn.Module,
-    images: Tensor,
+    inputs: Any,
     widths: Sequence[int | None],
     width_loss: WidthLoss,
     weights: Sequence[float] | None = None,
@@ -50,7 +51,8 @@ def joint_loss(
 
     Args:
         model: a prepared model in training mode.
-        images: (batch, channels, height, width).
+        inputs: what the model takes: a tensor, a tuple of arguments, or a mapping of keyword
+            arguments.
         widths: widths of this step, widest first; None is float.
         width_loss: loss of one width, given the detached logits of the wider widths.
         weights: weight of each loss, in the order of `widths`; None is 1 for each.
@@ -75,14 +77,14 @@ def joint_loss(
             with bit_width(model, bits):
                 for group in fused.groups:
                     group.require_grad()
-                out = model(images)
+                out = call(model, inputs)
                 loss = width_loss(bits, out, logits)
             logits[bits], losses[bits] = out.detach(), loss.detach()
             factor = loss_scale if weights is None else loss_scale * weights[i]
             # the weights of a width are leaves; their gradients go through the straight-through
             # rule here, and once per step through the normalizer
             leaves = [leaf for group in fused.groups for leaf in group.leaves]
-            with torch.autocast(images.device.type, enabled=False):
+            with torch.autocast(params[0].device.type, enabled=False):
                 grads = torch.autograd.grad(loss * factor, [*params, *leaves], allow_unused=True)
             del out, loss
             _accumulate(sums, _writable(grads[: len(params)]))

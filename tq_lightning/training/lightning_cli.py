@@ -20,6 +20,7 @@ from tq_lightning.callbacks.stop_on_signal import SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import Interrupted, TrainingError, UserError, file_error, first_line
+from tq_lightning.factories import is_factory
 from tq_lightning.files import expand_path, remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
 from tq_lightning.training.arguments import (
@@ -181,7 +182,14 @@ class TQCLI(LightningCLI):
             config.ckpt_path = str(checkpoint.path)
         asked = config.model.as_dict()
         super()._parse_ckpt_path()  # the checkpoint's model arguments replace those given
-        kept = overridden_arguments(asked, self.config[self.config.subcommand].model.as_dict())
+        kept_model = self.config[self.config.subcommand].model.as_dict()
+        for key in ("name", "teacher_name"):  # nothing is imported because a file says so
+            if is_factory(kept_model[key]) and kept_model[key] != asked[key]:
+                raise UserError(
+                    f"ckpt_path: {self.resumed} names the factory {kept_model[key]}; it is "
+                    f"imported only if you pass --model.{key} {kept_model[key]}"
+                )
+        kept = overridden_arguments(asked, kept_model)
         if kept:
             print(
                 f"the model keeps the settings of its checkpoint: {'; '.join(kept)}",

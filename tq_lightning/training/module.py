@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError, UserError
+from tq_lightning.factories import is_factory, only_allow
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.inputs import call, samples_of, split_batch
 from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training.compiling import check_compiler, compiled
 from tq_lightning.training.data_validation import check_against_data
@@ -43,7 +45,8 @@ class TQModule(L.LightningModule):
     The signature is the `model:` section of a configuration.
 
     Args:
-        name: a model of timm, or resnet8_cifar, resnet20_cifar, resnet56_cifar, preresnet20_cifar.
+        name: a model of timm, or resnet8_cifar, resnet20_cifar, resnet56_cifar, preresnet20_cifar;
+            or package.module:factory, a function of yours that returns the network.
         pretrained: start from timm's pretrained weights (downloads them).
         checkpoint_path: file of float weights to start from.
         num_classes: outputs of the classifier; null for the classes of the data set.
@@ -221,7 +224,12 @@ class TQModule(L.LightningModule):
                     "model.num_classes is null and there is no data set to take it from; "
                     "pass model.num_classes"
                 )
-            h.num_classes = data.num_classes
+            h.num_classes = getattr(data, "num_classes", None)
+            if h.num_classes is None and not is_factory(h.name):
+                raise UserError(
+                    "model.num_classes is null and the data set does not tell it; "
+                    "pass model.num_classes"
+                )
         fits = self._trainer is not None and self._trainer.state.fn == "fit"
         if fits:
             check_teacher(h)
@@ -239,15 +247,15 @@ class TQModule(L.LightningModule):
         if self.hparams.compile:
             self._compiled = [compiled(model)]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return logits (batch, classes) of images (batch, channels, height, width).
 
-        The model runs at the bit width in use.
+        A network of another kind takes its own arguments. It runs at the bit width in use.
         """
         assert self.model is not None
-        if self.hparams.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return (self._compiled[0] if self._compiled else self.model)(images)
+        if self.hparams.channels_last and len(inputs) == 1 and inputs[0].dim() == 4:
+            inputs = (inputs[0].contiguous(memory_format=torch.channels_last),)
+        return (self._compiled[0] if self._compiled else self.model)(*inputs, **named)
 
     # -- joint step ------------------------------------------------------------------------------
     def step_widths(self, step: int) -> tuple[int | None, ...]:
@@ -265,15 +273,15 @@ class TQModule(L.LightningModule):
             return self.hparams.seed
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the joint loss of a batch (images, labels)."""
-        images, target = batch
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the joint loss of a batch: (inputs, labels), or see `quant.inputs.split_batch`."""
+        inputs, target = split_batch(batch)
         h = self.hparams
         passes = self.step_widths(self.trainer.fit_loop.epoch_loop.total_batch_idx)
         external = None
         if self._teacher:
             with torch.no_grad():
-                external = self._teacher[0].to(images.device)(images)
+                external = call(self._teacher[0].to(self.device), inputs)
         width_loss = make_width_loss(
             LOSSES[h.loss], target, h.teacher, external, h.distill_weight, h.temperature
         )
@@ -281,7 +289,7 @@ class TQModule(L.LightningModule):
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         weights = [self.width_weights[b] for b in passes]
         try:
-            loss, losses = joint_loss(self, images, passes, width_loss, weights, scale)
+            loss, losses = joint_loss(self, inputs, passes, width_loss, weights, scale)
         except (TrainingError, ValueError) as error:
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise TrainingError(
@@ -291,7 +299,7 @@ class TQModule(L.LightningModule):
         values = {f"train/loss_{width_key(b)}": value for b, value in losses.items()}
         if batch_idx == 0:
             self._epoch_losses.reset()
-        self._epoch_losses.add(values, len(images))
+        self._epoch_losses.add(values, samples_of(inputs))
         self.log(
             "train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False, logger=False
         )
@@ -302,16 +310,16 @@ class TQModule(L.LightningModule):
         strategy = self.trainer.strategy
         return self._epoch_losses.means(lambda sums: strategy.reduce(sums, reduce_op="sum"))
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing: the TruncationEval callback evaluates every width on the batch."""
 
     test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return class probabilities (batch, classes) at the widest trained width, truncated."""
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        inputs = batch if isinstance(batch, Tensor) else split_batch(batch)[0]
         with fused_weights(self), bit_width(self, self.widths[0], "truncate"):
-            return self(images).float().softmax(1)
+            return call(self, inputs).float().softmax(1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's losses and the preprocessing, which a served model needs."""
@@ -320,7 +328,7 @@ class TQModule(L.LightningModule):
             lambda sums: gather(sums).view(-1, *sums.shape)
         )
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None:
+        if data is not None and hasattr(data, "mean"):  # images
             checkpoint["preprocessing"] = {
                 "input_size": list(data.input_shape),
                 "mean": list(data.mean),
@@ -329,6 +337,12 @@ class TQModule(L.LightningModule):
                 "crop_pct": data.crop_pct,
                 "classes": list(data.class_names),
             }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as Lightning does. A factory that the file names is imported if `name` is it too."""
+        with only_allow(kwargs.get("name"), checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load a state dict. Build the model first, e.g. for load_from_checkpoint."""

@@ -33,6 +33,7 @@ from tq_lightning.export.packed.sections import (
     split_norms,
 )
 from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
+from tq_lightning.factories import only_allow
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_planes import unpack_planes
 from tq_lightning.quant.bit_width import width_of
@@ -47,7 +48,7 @@ _KEPT_FIELDS = ("model", "preprocessing", "class_names", "prepare", "stored_bits
 def load_packed(
     path: str | Path,
     bits: int | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     mode: str = "resident",
 ) -> nn.Module:
     """Load a packed file as a model in evaluation mode, reading only what its widths need.
@@ -58,7 +59,8 @@ def load_packed(
             planes and sets; `bit_width(model, n)` then switches without reading the file again.
             The model starts at the widest width loaded.
         model: float network (or one prepared in the same way) to fill in place. None builds the
-            timm model that the header names.
+            timm model that the header names. A factory, package.module:function, that the header
+            names is called only if it is passed here too.
         mode: "resident" keeps the weights of the width in use in memory. "lean" computes them
             layer by layer at every use. "integer" multiplies integers, on CPU: the file needs
             activation ranges, or a network trained with `activations=`; the result is an
@@ -89,6 +91,8 @@ def load_packed(
             )
         planes = stored if bits is None else bits
         try:
+            if isinstance(model, str):
+                model = _own_network(header["model"], model, path)
             model = _matching_skeleton(file, header, model, bits)
             widths = _usable_widths(header, model, bits)
         except ValueError as error:
@@ -122,6 +126,16 @@ def load_packed(
         )
     model = model.eval().requires_grad_(False)
     return integer_model(model) if mode == "integer" else model
+
+
+def _own_network(spec: Mapping[str, Any], name: str, path: str | Path) -> nn.Module:
+    """Call the factory that the caller and the header name."""
+    from tq_lightning.models import create_model
+
+    if spec["name"] != name:
+        raise UserError(f"its network is {spec['name']!r}, not {name!r}; pass that, or a network")
+    with only_allow(name, path):
+        return create_model(name, **spec["args"])
 
 
 def _matching_skeleton(

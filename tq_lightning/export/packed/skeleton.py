@@ -10,6 +10,7 @@ from torch import nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.bounds import TOO_LARGE, BoundedValues, Bounds, SkipInit
+from tq_lightning.factories import is_factory
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.weight import weight_quantizers
@@ -36,6 +37,11 @@ def create_skeleton(spec: Mapping[str, Any], bounds: Bounds | None = None) -> nn
     name, args = spec.get("name"), spec.get("args")
     if name is None:
         raise UserError("the file does not name a model; pass the network itself as model=")
+    if is_factory(name):
+        raise UserError(
+            f"the file names the factory {name}, which is imported only if you name it: pass "
+            f"model={name!r}, or the network itself as model="
+        )
     if not isinstance(name, str) or ":" in name or not isinstance(args, dict):
         raise UserError(f"the file does not name a timm model: {str(name)[:60]!r}")
     if len(args) > _MAX_ITEMS:

@@ -28,6 +28,7 @@ from tq_lightning.export.packed.sections import (
     section_sizes,
 )
 from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
+from tq_lightning.factories import is_factory
 from tq_lightning.quant.bit_planes import aligned, pack_planes
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.switchable_norm import per_width_norms
@@ -91,7 +92,7 @@ def save_packed(
         header["folded"] = True
         _fold(model, tensors)
     header["norms"], tensors = merge_norms(tensors)
-    if header["model"]["name"] is not None:
+    if header["model"]["name"] is not None and not is_factory(header["model"]["name"]):
         skeleton = prepare_skeleton(create_skeleton(header["model"]), header["prepare"])
         check_names(header, set(tensors), skeleton)
     header, tensors = keep_planes(header, tensors, stored)

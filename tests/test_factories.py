@@ -1,0 +1,167 @@
+"""Networks and data sets of the user's own: by name, and never because a file names them."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from tq_lightning import bit_width, load_packed, prepare, save_packed
+from tq_lightning.cli import main
+from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.errors import UserError
+from tq_lightning.factories import is_factory
+from tq_lightning.models import create_model
+from tq_lightning.training.checkpoint import load_checkpoint_model
+from tq_lightning.training.module import TQModule
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "own_network.py"
+OWN = """
+from pathlib import Path
+import torch
+Path("imported").touch()
+number = 3
+def network(num_classes=3): return torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+def text(): return "no network"
+def fails(): raise KeyError("a cause\\nand more")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Current directory with the example and a module that leaves a file when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    shutil.copy(EXAMPLE, tmp_path)
+    yield tmp_path
+    for name in ("own", "own_network"):
+        sys.modules.pop(name, None)
+
+
+def test_names():
+    assert is_factory("package.module:factory") and is_factory("own:network")
+    for other in ("resnet18", "hf-hub:timm/resnet18", "hf_hub:x", "own:", "own: x", "a/b:c", None):
+        assert not is_factory(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere:network", "can't import it .ModuleNotFoundError: No module named 'nowhere'"),
+        ("own:missing", "can't import it .AttributeError"),
+        ("own:number", "it is a int, not a function"),
+        ("own:text", "it returns a str; return an nn.Module"),
+        ("own:fails", "called with no arguments, it raises KeyError"),
+    ],
+)
+def test_what_is_wrong_with_a_factory(folder, name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        create_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_packed_file_imports_nothing(folder):
+    model = create_model("own:network", 3)
+    prepare(model, verbose=False)
+    save_packed(model.eval(), "own.safetensors", name="own:network")
+    x = torch.ones(1, 4)
+    with bit_width(model, 4, "truncate"):
+        expected = model(x)
+    del sys.modules["own"]
+    Path("imported").unlink()
+    with pytest.raises(UserError, match="names the factory own:network, which is imported only"):
+        load_packed("own.safetensors")
+    with pytest.raises(UserError, match="its network is 'own:network', not 'own_network:network'"):
+        load_packed("own.safetensors", model="own_network:network")
+    assert not Path("imported").exists()
+    for passed in ("own:network", nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])):
+        assert torch.equal(load_packed("own.safetensors", bits=4, model=passed)(x), expected)
+    assert Path("imported").exists()
+
+
+def _fit(*more):
+    return main(
+        [
+            "fit",
+            *("--model.name", "own_network:network", "--data.name", "own_network:data_sets"),
+            *("--data.data_args", "{count: 90}", "--data.batch_size", "16", "--data.workers", "0"),
+            *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
+            *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+            *more,
+        ]
+    )
+
+
+def test_a_checkpoint_imports_nothing(folder, capsys):
+    """The example trains; its checkpoint loads for the same name only, in Python and in verbs."""
+    assert _fit() == 0
+    (run,) = Path("runs").iterdir()
+    last = run / "checkpoints" / "last.ckpt"
+    assert _fit("--ckpt_path", str(last), "--trainer.max_epochs", "3") == 0
+    hostile = torch.load(last, weights_only=True)
+    hostile["hyper_parameters"]["name"] = "own:network"
+    bad = folder / "bad.ckpt"
+    torch.save(hostile, bad)
+    with pytest.raises(UserError, match="names the factory 'own:network'"):
+        load_checkpoint_model(bad)
+    with pytest.raises(UserError, match="names the factory 'own:network'"):
+        load_checkpoint_model(bad, model="own_network:network")
+    with pytest.raises(UserError, match="names the factory 'own:network'"):
+        TQModule.load_from_checkpoint(bad, weights_only=True)
+    capsys.readouterr()
+    assert _fit("--ckpt_path", str(bad), "--trainer.max_epochs", "4") == 2
+    assert "--model.name own:network" in capsys.readouterr().err
+    assert main(["export", str(bad), "--out", "bad.safetensors"]) == 2
+    assert not Path("imported").exists()
+
+    model, _, _ = load_checkpoint_model(last, model="own_network:network")
+    loaded = TQModule.load_from_checkpoint(last, name="own_network:network", weights_only=True)
+    points = torch.randn(5, 2)
+    assert torch.equal(model(points=points), loaded.eval().model(points))
+    name = ["--model.name", "own_network:network"]
+    assert main(["export", str(last), "--out", "own.safetensors", *name]) == 0
+    packed = load_packed("own.safetensors", model=name[1])
+    torch.testing.assert_close(packed(points), model(points))
+
+
+def test_data_sets_have_order_resume_and_a_held_out_part(folder):
+    def batches(loader):
+        return [batch["points"] for batch in loader]
+
+    data = {
+        workers: TQDataModule("own_network:data_sets", batch_size=16, workers=workers, seed=3)
+        for workers in (0, 2)
+    }
+    one, two = (batches(d.train_dataloader()) for d in data.values())
+    assert len(one) == 33 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    loader = data[0].train_dataloader()
+    loader.progress = lambda: (0, 30)  # as Lightning's counters after a resume
+    assert all(torch.equal(a, b) for a, b in zip(batches(loader), one[30:], strict=True))
+    loader.progress = lambda: (1, 0)
+    assert not torch.equal(batches(loader)[0], one[0])
+    _, train = data[0]._part("train")
+    _, held = data[0]._part("val")
+    assert not set(train.tolist()) & set(held.tolist()) and len(train) + len(held) == 600
+    assert data[0].num_classes == 3 and data[0].class_names == ["inner", "middle", "outer"]
+    assert len(list(data[0].calibration_batches(2))) == 2
+
+
+def test_what_a_data_factory_returns(folder):
+    (folder / "own.py").write_text(
+        "import lightning\n"
+        "def module(): return lightning.LightningDataModule()\n"
+        "def text(): return 'no data'\n"
+        "def pair(): return [1, 2, 3], [4]\n"
+    )
+    assert isinstance(TQDataModule("own:module"), L.LightningDataModule)
+    with pytest.raises(UserError, match=r"own:text: it returns a str; return a Lightning"):
+        TQDataModule("own:text")
+    assert TQDataModule("own:pair").num_classes is None
+    with pytest.raises(UserError, match=r"data.batch_size=0 is out of range"):
+        TQDataModule("own:pair", batch_size=0)
+    with pytest.raises(UserError, match=r"is not one of digits, .* or package.module:factory"):
+        TQDataModule("own:")

@@ -1,0 +1,229 @@
+"""Data sets of the user's own: `data.name: package.module:factory`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from tq_lightning.data.augment import seeded
+from tq_lightning.data.loaders import START_METHOD, EvalLoader, TrainLoader, fit_progress
+from tq_lightning.data.sampling import TrainOrder, derive_seed, generator, stratified
+from tq_lightning.errors import UserError
+from tq_lightning.factories import call_factory
+
+STAGES = ("train", "val", "test")
+
+
+def open_own(
+    name: str, arguments: Mapping[str, Any] | None, **options: Any
+) -> lightning.LightningDataModule:
+    """Call a factory of data sets.
+
+    Args:
+        name: `package.module:function`.
+        arguments: Its arguments.
+        **options: The other arguments of `DatasetModule`.
+
+    Returns:
+        The LightningDataModule that it returns, as it is, or a `DatasetModule` of its data sets.
+
+    Raises:
+        UserError: As `call_factory`, or it returns something else.
+    """
+    made = call_factory(name, "data.name", **(arguments or {}))
+    if isinstance(made, lightning.LightningDataModule):
+        return made
+    parts = list(made) if isinstance(made, tuple | list) and 2 <= len(made) <= 3 else []
+    if not parts or not all(p is None or hasattr(p, "__getitem__") for p in parts):
+        raise UserError(
+            f"data.name={name}: it returns a {type(made).__name__}; return a LightningDataModule, "
+            "or (train, test) or (train, val, test) data sets with __len__ and __getitem__"
+        )
+    named = dict(zip(("train", "test") if len(parts) == 2 else STAGES, parts, strict=True))
+    return DatasetModule(name, {k: v for k, v in named.items() if v is not None}, **options)
+
+
+class _Seeded:
+    """Map-style data set whose random draws depend on the key alone: (sample number, seed)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        number, seed = key
+        with seeded(seed):
+            return self.dataset[number]
+
+
+class _Keys:
+    """Batch sampler of the workers. It asks for its keys when an epoch starts."""
+
+    keys: Callable[[], Iterator[list[tuple[int, int]]]]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.keys()
+
+
+class DatasetReader:
+    """Batches of a map-style data set by sample number, as `BatchReader` reads images.
+
+    Args:
+        dataset: number -> (input, label) or a mapping; what `default_collate` can stack.
+        collate: `collate_fn` of the data set.
+        workers: processes that read. They persist over the epochs.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list], Any], workers: int) -> None:
+        self.missing: set[int] = set()  # every sample is read
+        self._sampler = _Keys()
+        self._loader = DataLoader(
+            _Seeded(dataset),  # type: ignore[arg-type]
+            batch_sampler=self._sampler,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # a DataLoader else draws a seed from the global one
+            multiprocessing_context=START_METHOD if workers else None,
+        )
+
+    def __call__(
+        self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
+    ) -> Iterator[Any]:
+        """Yield the collated batches of an epoch."""
+        self._sampler.keys = lambda: (
+            [(n, derive_seed(seed, epoch, n, 5)) for n in numbers.tolist()] for numbers in batches()
+        )
+        yield from self._loader
+
+
+class DatasetModule(lightning.LightningDataModule):
+    """Training, validation and test batches of the user's data sets.
+
+    Order, resume, processes and the held-out validation part are as for the built-in sets: the
+    order of epoch e depends on (seed, e) alone, and random draws of sample n on (seed, e, n).
+
+    Args:
+        name: name of the factory.
+        parts: data sets by stage: train, test and, if there is one, val.
+        batch_size: training samples per process and step.
+        eval_batch_size: samples per process and step in evaluation.
+        workers: processes that read.
+        val_fraction: share of the training set held out if there is no "val".
+        samples: number of training samples to use; None is all.
+        seed: seed of the order.
+        calibration_seed: seed of the order of calibration batches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: dict[str, Any],
+        batch_size: int,
+        eval_batch_size: int | None,
+        workers: int,
+        val_fraction: float,
+        samples: int | None,
+        seed: int,
+        calibration_seed: int,
+    ) -> None:
+        super().__init__()
+        self.name, self.parts, self.batch_size = name, parts, batch_size
+        self.eval_batch_size = eval_batch_size or 2 * batch_size
+        self.workers, self.val_fraction = workers, val_fraction
+        self.samples, self.seed, self.calibration_seed = samples, seed, calibration_seed
+        self.labels = _labels(parts["train"])
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, from `num_classes`, `classes` or the labels; None if unknown."""
+        train = self.parts["train"]
+        own = getattr(train, "num_classes", None)
+        if own is not None or getattr(train, "classes", None) is None:
+            return own or (None if self.labels is None else int(self.labels.max()) + 1)
+        return len(train.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in `classes` of the training set, else numbers."""
+        names: Sequence[Any] = getattr(self.parts["train"], "classes", None) or range(
+            self.num_classes or 0
+        )
+        return [str(name) for name in names]
+
+    def split_of(self, stage: str) -> str:
+        """Name of the data set that a stage reads."""
+        return stage if stage in self.parts else "val" if stage == "test" else "train"
+
+    def _part(self, stage: str) -> tuple[Any, Tensor]:
+        """(data set, sample numbers) of the stage train, val or test."""
+        split = self.split_of(stage)
+        if split not in self.parts:
+            raise UserError(f"data.name={self.name}: it returns no {stage} data set")
+        dataset = self.parts[split]
+        numbers = torch.arange(len(dataset))
+        if split != "train":
+            return dataset, numbers
+        held = torch.zeros(len(numbers), dtype=torch.bool)
+        labels = torch.zeros(len(numbers)).long() if self.labels is None else self.labels
+        if "val" not in self.parts:
+            held[stratified(labels, max(1, round(self.val_fraction * len(numbers))))] = True
+            if stage == "val":
+                return dataset, numbers[held]
+        rest = numbers[~held]
+        if self.samples is not None and self.samples < rest.numel():
+            rest = rest[stratified(labels[rest], self.samples)]
+        return dataset, rest
+
+    def _reader(self, dataset: Any) -> DatasetReader:
+        return DatasetReader(dataset, getattr(dataset, "collate_fn", default_collate), self.workers)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Make the loader of the training samples."""
+        dataset, samples = self._part("train")
+        order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
+        order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
+        reader: Any = self._reader(dataset)
+        loader = TrainLoader(reader, order, None, self.name)
+        loader.progress = lambda: fit_progress(self.trainer, loader)
+        return loader
+
+    def _eval_loader(self, stage: str) -> EvalLoader:
+        dataset, samples = self._part(stage)
+        reader: Any = self._reader(dataset)
+        return EvalLoader(reader, samples, self.eval_batch_size, *self._place())
+
+    def val_dataloader(self) -> EvalLoader:
+        """Make the loader of the validation samples."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> EvalLoader:
+        """Make the loader of the test samples."""
+        return self._eval_loader("test")
+
+    predict_dataloader = test_dataloader
+
+    def calibration_batches(self, n: int) -> Iterator[Any]:
+        """Training batches to estimate norm statistics from, always the same."""
+        dataset, samples = self._part("train")
+        order = torch.randperm(samples.numel(), generator=generator(self.calibration_seed))
+        chosen = samples[order[: n * self.batch_size]]
+        yield from self._reader(dataset)(
+            lambda: iter(chosen.split(self.batch_size)), self.calibration_seed
+        )
+
+
+def _labels(dataset: Any) -> Tensor | None:
+    """The labels of a data set without reading its samples, from `labels` or `targets`."""
+    for key in ("labels", "targets"):
+        values = getattr(dataset, key, None)
+        if values is not None and len(values) == len(dataset):
+            labels = torch.as_tensor(values)
+            return labels.long() if labels.dim() == 1 else None
+    return None

@@ -1,0 +1,115 @@
+"""Labeled time series that the aeon package carries.
+
+A factory: `data.name: tq_lightning.data.timeseries:aeon_series`.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tq_lightning.errors import UserError
+
+
+class Series:
+    """Series with labels, padded with zeros at the end.
+
+    Item: ((x (channels, steps) float32, length), label). The collated batch is
+    ([x, lengths], labels).
+
+    Args:
+        series: one array (channels, own steps) per sample.
+        labels: class numbers.
+        classes: class names by number.
+        steps: length to pad to.
+        mean: per channel, subtracted.
+        std: per channel, divided by.
+    """
+
+    def __init__(
+        self,
+        series: list[np.ndarray],
+        labels: list[int],
+        classes: list[str],
+        steps: int,
+        mean: np.ndarray,
+        std: np.ndarray,
+    ) -> None:
+        self.labels, self.classes = labels, classes
+        self.lengths = [s.shape[1] for s in series]
+        self.x = torch.zeros(len(series), series[0].shape[0], steps)
+        for n, s in enumerate(series):
+            self.x[n, :, : s.shape[1]] = torch.from_numpy((s - mean[:, None]) / std[:, None])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[tuple[Tensor, int], int]:
+        return (self.x[number], self.lengths[number]), self.labels[number]
+
+
+def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
+    """Read a .ts file of classified series: channels between colons, the class at the end.
+
+    Returns:
+        One float32 array (channels, steps) per series, and the class of each.
+
+    Raises:
+        UserError: the file is not of this form.
+    """
+    series, labels, data = [], [], False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        line = line.strip()
+        if not data:
+            data = line.lower() == "@data"
+            continue
+        if not line or line.startswith("#"):
+            continue
+        *channels, label = line.split(":")
+        try:
+            series.append(np.array([c.split(",") for c in channels], np.float32))
+        except ValueError as error:
+            raise UserError(f"{path}: series {len(series) + 1} can't be read ({error})") from error
+        labels.append(label)
+    if not series or not series[0].size:
+        raise UserError(f"{path} holds no classified series; pass another problem")
+    return series, labels
+
+
+def aeon_series(name: str = "JapaneseVowels") -> tuple[Series, Series]:
+    """Read a classification problem from aeon's own files: (train, test).
+
+    Channels are normalized with the mean and the standard deviation of the training series.
+
+    Args:
+        name: a problem that lies in the package, e.g. JapaneseVowels, BasicMotions, ArrowHead.
+
+    Raises:
+        UserError: aeon is not installed, or does not carry the problem as a classification.
+    """
+    spec = find_spec("aeon")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "data.name needs the files of the package aeon; pip install --no-deps aeon (it asks "
+            "for an older NumPy, but only its data is read)"
+        )
+    root = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    files = [root / name / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
+    if not all(file.is_file() for file in files):
+        carried = sorted(p.parent.name for p in root.glob("*/*_TRAIN.ts"))
+        raise UserError(
+            f"data.data_args: aeon carries no problem {name!r}; pass one of {', '.join(carried)}"
+        )
+    loaded = [read_ts(file) for file in files]
+    splits = [x for x, _ in loaded]
+    classes = sorted({label for _, y in loaded for label in y})
+    joined = np.concatenate(splits[0], axis=1)
+    mean, std = joined.mean(1), joined.std(1).clip(1e-6)
+    steps = max(s.shape[1] for x in splits for s in x)
+    train, test = (
+        Series(x, [classes.index(label) for label in y], classes, steps, mean, std)
+        for x, (_, y) in zip(splits, loaded, strict=True)
+    )
+    return train, test

@@ -1,0 +1,228 @@
+"""WebDataset shards on disk: `data.name: wds`, tars of KEY.jpg with KEY.cls or KEY.json.
+
+The shards are indexed once, and images are then read by number, as from a folder. Seed, order,
+exact resume, process counts and the held-out part are therefore as for every other data set.
+"""
+
+import hashlib
+import io
+import json
+import re
+import sys
+import tarfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from tq_lightning.data.image_folder import SPLITS
+from tq_lightning.data.images import SUFFIXES, LeftOut, UnreadableImage, printable, read_image
+from tq_lightning.data.splits import Source, Split
+from tq_lightning.errors import UserError
+from tq_lightning.files import atomic_write
+
+VERSION = 1  # of the cached index
+JSON_LABELS = ("label", "cls")  # keys of the class number in KEY.json
+
+
+class ShardIndex(NamedTuple):
+    """Place and label of every image.
+
+    Attributes:
+        shards: (images,) int64, number of its shard.
+        offsets: (images,) int64, first byte in the shard.
+        sizes: (images,) int64, bytes.
+        labels: (images,) int64, class numbers.
+        keys: (images,) str, KEY.ext.
+    """
+
+    shards: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    keys: np.ndarray
+
+
+def read_wds(source: Source, split: str) -> Split | None:
+    """Open the shards of a split: ROOT/SPLIT/*.tar, or tars of ROOT with the split in their name.
+
+    Tars of ROOT without the name of any split are the training split. Class names are in
+    ROOT/classes.txt, one a line, else they are numbers.
+
+    Raises:
+        UserError: there are no shards, a shard is damaged, or no image has a label.
+    """
+    if not source.root.is_dir():
+        raise UserError(f"no data at {source.root.absolute()}: data.root must hold .tar shards")
+    shards = find_shards(source.root, split)
+    if not shards:
+        if split == "train":
+            raise UserError(f"no .tar shards in {source.root.absolute()}; pass another data.root")
+        return None
+    if source.index is None and split != "train":
+        read_wds(source, "train")  # which defines the classes
+    index = cached_index(shards)
+    return Split(
+        _classes(source, index, split), torch.from_numpy(index.labels), read=Shards(shards, index)
+    )
+
+
+def find_shards(root: Path, split: str) -> list[Path]:
+    """List the shards of a split, sorted by name."""
+    for name in SPLITS[split]:
+        if shards := sorted((root / name).glob("*.tar")):
+            return shards
+    tars = sorted(root.glob("*.tar"))
+    names = {split: set(names) for split, names in SPLITS.items()}
+    words = {tar: set(re.split(r"[^a-z]+", tar.stem.lower())) for tar in tars}
+    named = [tar for tar in tars if words[tar] & names[split]]
+    if not named and split == "train":
+        every = set().union(*names.values())
+        return [tar for tar in tars if not words[tar] & every]
+    return named
+
+
+def _classes(source: Source, index: ShardIndex, split: str) -> list[str]:
+    file = source.root / "classes.txt"
+    known = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+    known = [name for name in known if name]
+    if source.index is None:
+        count = max(int(index.labels.max()) + 1, source.num_classes or 0, len(known))
+        source.index = {(known[n] if n < len(known) else str(n)): n for n in range(count)}
+    if int(index.labels.max()) >= len(source.index):
+        raise UserError(
+            f"the {split} shards in {source.root} have the class number {index.labels.max()}, "
+            f"and there are {len(source.index)} classes; pass data.num_classes"
+        )
+    return sorted(source.index, key=source.index.__getitem__)
+
+
+class Shards:
+    """Images of shards by number."""
+
+    def __init__(self, shards: list[Path], index: ShardIndex) -> None:
+        self.shards, self.index = shards, index
+
+    def __call__(self, number: int) -> tuple[Any, int]:
+        """Read (PIL image in RGB, class number).
+
+        Raises:
+            UnreadableImage: the image can't be decoded. The message names it and its shard.
+        """
+        index = self.index
+        shard = self.shards[index.shards[number]]
+        try:
+            # opened for each image: worker processes would move each other's position
+            with open(shard, "rb") as file:
+                file.seek(int(index.offsets[number]))
+                content = io.BytesIO(file.read(int(index.sizes[number])))
+            return read_image(content), int(index.labels[number])
+        except (UnreadableImage, OSError) as error:
+            raise UnreadableImage(
+                printable(f"{index.keys[number]} in {shard.name} {error}")
+            ) from error
+
+
+def cached_index(shards: list[Path]) -> ShardIndex:
+    """Read the index of shards, or make it and keep it beside them.
+
+    It is made again if a shard has another size or time. A folder that can't be written is
+    indexed anew by every run.
+    """
+    stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
+    identity = json.dumps([VERSION, stats])
+    digest = hashlib.sha256("\n".join(s.name for s in shards).encode()).hexdigest()[:12]
+    path = shards[0].parent / f".tq_lightning-{digest}.npz"
+    with suppress(OSError, ValueError, KeyError), np.load(path, allow_pickle=False) as file:
+        if str(file["identity"]) == identity:
+            return ShardIndex(*(file[name] for name in ShardIndex._fields))
+    index = index_shards(shards)
+    with (
+        suppress(OSError, UserError),
+        atomic_write(path) as temporary,
+        open(temporary, "wb") as out,
+    ):
+        np.savez(out, identity=np.array(identity), **index._asdict())  # type: ignore[arg-type]
+    return index
+
+
+def index_shards(shards: list[Path]) -> ShardIndex:
+    """List the images of shards with their labels. One line counts what is left out.
+
+    Raises:
+        UserError: a shard is damaged, or no image has a label.
+    """
+    left_out = LeftOut()
+    rows: list[tuple[int, int, int, int, str]] = []
+    for number, shard in enumerate(shards):
+        rows += [(number, *row) for row in _index_shard(shard, left_out)]
+    if not rows:
+        raise UserError(
+            f"no image in {shards[0].parent} has a label ({left_out}); shards hold KEY.jpg and "
+            f"KEY.cls, or KEY.json with one of the keys {', '.join(JSON_LABELS)}"
+        )
+    if left_out.counts:
+        _print(f"{shards[0].parent}: {len(rows)} images in {len(shards)} shards; {left_out}")
+    *numbers, keys = zip(*rows, strict=True)
+    return ShardIndex(*(np.array(n, np.int64) for n in numbers), np.array(keys))
+
+
+@rank_zero_only
+def _print(line: str) -> None:
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, str]]:
+    """(offset, size, label, name) of the labeled images of a shard, in its order."""
+    images: dict[str, tuple[int, int, str]] = {}
+    labels: dict[str, int] = {}
+    broken: set[str] = set()
+    total = shard.stat().st_size
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                folder, _, base = info.name.rpartition("/")
+                key, _, extension = base.partition(".")
+                key, extension = f"{folder}/{key}", extension.lower()
+                if info.offset_data + info.size > total:
+                    raise tarfile.ReadError(f"{info.name[:60]!r} extends beyond its end")
+                if not info.isreg():
+                    continue
+                if f".{extension}" in SUFFIXES:
+                    images[key] = (info.offset_data, info.size, info.name)
+                elif extension in ("cls", "json"):
+                    label = _label(tar.extractfile(info).read(1 << 20), extension)  # type: ignore[union-attr]
+                    if label is None:
+                        broken.add(key)
+                    elif key not in labels or extension == "cls":
+                        labels[key] = label
+    except (OSError, EOFError, tarfile.TarError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            printable(f"shard {shard} can't be read to its end ({reason}); copy it again")
+        ) from error
+    rows = []
+    for key, (offset, size, name) in images.items():
+        if key in labels:
+            rows.append((offset, size, labels[key], name))
+        else:
+            why = "with a label that can't be read" if key in broken else "without a label"
+            left_out.add(why, f"{shard.name}/{name}")
+    for key in labels.keys() - images.keys():
+        left_out.add("labels without an image", f"{shard.name}/{key.lstrip('/')}")
+    return rows
+
+
+def _label(content: bytes, extension: str) -> int | None:
+    try:
+        value: Any = json.loads(content)
+        if isinstance(value, dict):
+            value = next(value[key] for key in JSON_LABELS if key in value)
+        elif extension == "json":
+            return None
+        return int(value) if int(value) >= 0 and float(value) == int(value) else None
+    except (ValueError, TypeError, StopIteration, RecursionError):
+        return None
