@@ -13,6 +13,7 @@ MAY_IMPORT_BY_NAME = {
     "__init__.py",
     "cli/__init__.py",
     "sweep/worker.py",
+    "factories.py",  # modules of the user
 }  # public names and verbs, loaded on first use
 
 
