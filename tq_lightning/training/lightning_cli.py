@@ -186,7 +186,7 @@ class TQCLI(LightningCLI):
         for key in ("name", "teacher_name"):  # nothing is imported because a file says so
             if is_factory(kept_model[key]) and kept_model[key] != asked[key]:
                 raise UserError(
-                    f"ckpt_path: {self.resumed} names the factory {kept_model[key]}; it is "
+                    f"ckpt_path: {config.ckpt_path} names the factory {kept_model[key]}; it is "
                     f"imported only if you pass --model.{key} {kept_model[key]}"
                 )
         kept = overridden_arguments(asked, kept_model)
