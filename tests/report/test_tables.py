@@ -196,3 +196,16 @@ def test_lines_of_a_finding_name_what_they_compare(make):
         line.endswith("(validation split, best epoch; 15 epochs / 4500 steps).") for line in lines
     )
     assert all(("left" in line) != ("centre" in line) and "endpoint" in line for line in lines)
+
+
+def test_energy_of_an_inference_by_accelerator_and_width(make):
+    kinds = {"compute_pj": 1e6, "weights_pj": 8e6, "activations_pj": 3e6}
+    energy = {"assumptions": ["one image"], "constants_pj": {}, "by_width": {"8": kinds}}
+    record = {**make.inspect(), "inference": {"TPU-like": energy}}
+    every = build.tables(compare(record))
+    (table,) = [table for table in every if table.name == "inference"]
+    (row,) = table.rows
+    assert row["accelerator"] == "TPU-like" and row["width [bits]"] == 8
+    assert row["total [µJ]"] == ("12", 12e6) and row["traffic of weights [µJ]"] == ("8", 8e6)
+    assert "not measured" in table.caption and table.notes == ("one image",)
+    assert not [t for t in build.tables(compare(make.inspect())) if t.name == "inference"]

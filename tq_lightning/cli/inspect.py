@@ -13,6 +13,7 @@ from tq_lightning.cost.record import inspect_record
 from tq_lightning.errors import UserError, program_name
 from tq_lightning.records import (
     STORAGE_LABELS,
+    Energy,
     InspectRecord,
     RecordError,
     read_any,
@@ -52,15 +53,20 @@ def parser() -> Parser:
             f"--model.{key}", dest=key, metavar="V", help=f"{description} (default {default})"
         )
     p.add_argument(
+        "--energy",
+        action="store_true",
+        help="also model the energy of an inference on two accelerators with ZigZag (minutes)",
+    )
+    p.add_argument(
         "--out", type=Path, metavar="FILE.json", help="write the record that `report` reads"
     )
     return p
 
 
-def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
-    """Return the policy and the file of the record."""
+def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, bool]:
+    """Return the policy, the file of the record, and whether --energy is given."""
     given = vars(parser().parse_args(list(argv)))
-    out, config = given.pop("out"), given.pop("config")
+    out, config, energy = (given.pop(key) for key in ("out", "config", "energy"))
     values = {key: default for key, (default, _) in KEYS.items()}
     values |= {key: value for key, value in _model_section(config).items() if key in KEYS}
     values |= {key: _value(key, text) for key, text in given.items() if text is not None}
@@ -76,7 +82,7 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
         raise UserError(f"--out {out}: pass a file that ends in .json, in a folder that exists")
     if out is not None and out.exists():
         _check_replaceable(out)
-    return values, out
+    return values, out, energy
 
 
 def _check_replaceable(out: Path) -> None:
@@ -190,24 +196,42 @@ def show(record: InspectRecord) -> None:
     _show("bytes read from the packed file to run at a width", ["bits", "bytes", "smaller"], reads)
     energy = record.energy
     assert energy is not None
-    names = [name.removesuffix("_pj").replace("_", " ") for name in energy.by_width[1]]
-    joules = [
-        [str(bits), *(f"{pj * 1e-6:,.2f}" for pj in row.values())]
-        for bits, row in energy.by_width.items()
-    ]
-    title = (
+    _show_energy(
         "energy in microjoules (modeled, not measured): a switch to the width, and the weight "
-        "traffic of one inference"
+        "traffic of one inference",
+        energy,
     )
-    _show(title, ["bits", *names], joules)
+    for name, inference in record.inference.items():
+        title = f"energy of an inference on {name} in microjoules (modeled, not measured)"
+        _show_energy(title, inference)
     constants = "; ".join(f"{name} {pj:g}" for name, pj in energy.constants_pj.items())
     for line in (
         *record.accounting,
         *(f"energy: {line}" for line in energy.assumptions),
         f"energy, pJ: {constants}",
         f"energy, source: {energy.source}",
+        *_inference_notes(record),
     ):
         _print(f"- {line}", indent="  ")
+
+
+def _show_energy(title: str, energy: Energy) -> None:
+    """Print a table of microjoules by width and kind."""
+    kinds = next(iter(energy.by_width.values()))
+    names = [name.removesuffix("_pj").replace("_", " ") for name in kinds]
+    rows = [
+        [str(bits), *(f"{pj * 1e-6:,.2f}" for pj in row.values())]
+        for bits, row in energy.by_width.items()
+    ]
+    _show(title, ["bits", *names], rows)
+
+
+def _inference_notes(record: InspectRecord) -> list[str]:
+    """Assumptions and source of the energy of an inference; all accelerators share them."""
+    for energy in record.inference.values():
+        notes = [f"inference: {line}" for line in energy.assumptions]
+        return [*notes, f"inference, source: {energy.source}"]
+    return []
 
 
 def main(argv: list[str]) -> int:
@@ -223,8 +247,9 @@ def main(argv: list[str]) -> int:
         UserError: wrong arguments, an unknown model, an impossible policy, or a file that can't be
             written.
     """
-    values, out = _parse(argv)
-    record = inspect_record(values, f"{program_name()} inspect {shlex.join(argv)}")
+    values, out, energy = _parse(argv)
+    command = f"{program_name()} inspect {shlex.join(argv)}"
+    record = inspect_record(values, command, inference=energy)
     show(record)
     if out is not None:
         write_record(out, record)

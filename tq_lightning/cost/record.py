@@ -12,7 +12,9 @@ MECHANISM_BITS = (1, 2, 3, 4)
 GRID = 1024  # values of u in (0, 1): centers of cells, none of which is on the edge of a bin
 
 
-def inspect_record(values: dict[str, Any], command: str = "") -> InspectRecord:
+def inspect_record(
+    values: dict[str, Any], command: str = "", inference: bool = False
+) -> InspectRecord:
     """Compute the inspect record of a model under a quantization policy.
 
     Args:
@@ -20,6 +22,7 @@ def inspect_record(values: dict[str, Any], command: str = "") -> InspectRecord:
             activations and, optionally, level and scale, as in the `model:` section of a
             configuration.
         command: the command line, for the record.
+        inference: also simulate the energy of an inference, which takes minutes.
 
     Raises:
         UserError: the model is unknown, or prepare() refuses the policy.
@@ -82,6 +85,13 @@ def inspect_record(values: dict[str, Any], command: str = "") -> InspectRecord:
         energy=energy_model(sum(row.codes for row in own), max_bits),
         mechanism=mechanism(),
     )
+    if inference:
+        from tq_lightning.cost.energy_inference import inference_energy
+
+        float_model = meta_model(*make, **(values["model_args"] or {}))
+        size = (getattr(float_model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+        names = {row.name for row in own if row.codes}
+        record = replace(record, inference=inference_energy(float_model, names, tuple(size)))
     return replace(record, accounting=_accounting(record))
 
 

@@ -130,9 +130,8 @@ def _to_integers(model: nn.Module) -> Program:
         if reason is not None:
             program.left_in_float[name] = reason
             continue
-        layer = _IntegerLayer(
-            module, integer_weight(codes, bits, packed.scale, packed.level, exact=True)
-        )
+        integers = integer_weight(codes, bits, packed.scale, packed.level, exact=True)
+        layer = _IntegerLayer(module, integers)
         parent, _, leaf = name.rpartition(".")[0].rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
         program.integer.append(name)

@@ -81,6 +81,7 @@ class InspectRecord:
     paper_ratio: Number | None = None
     policy_ratio: Number | None = None
     energy: Energy | None = None
+    inference: dict[str, Energy] = field(default_factory=dict)  # accelerator -> of one image
     mechanism: Mechanism | None = None
     accounting: list[str] = field(default_factory=list)
 

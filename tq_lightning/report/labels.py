@@ -23,6 +23,9 @@ ENERGIES = {
     "shift_pj": "switch: shift in place",
     "traffic_float_pj": "inference: read float weights",
     "traffic_pj": "inference: read n-bit weights",
+    "compute_pj": "multiplications",
+    "weights_pj": "traffic of weights",
+    "activations_pj": "traffic of activations",
 }
 PARTS = {"weights": "quantized weights", "float": "left in float", "norms": "norm layers"}
 PARTS |= {"scales": "scales"}

@@ -16,7 +16,17 @@ Row = dict[str, Cell]
 
 def tables(comparisons: Comparisons) -> list[Table]:
     """Return every table that has rows, in the order of the page."""
-    functions = (qt_gap, arms, differences, storage, read_at, energy, constants, left_out)
+    functions = (
+        qt_gap,
+        arms,
+        differences,
+        storage,
+        read_at,
+        energy,
+        inference,
+        constants,
+        left_out,
+    )
     return [table for function in functions if (table := function(comparisons)).rows]
 
 
@@ -205,6 +215,26 @@ def energy(comparisons: Comparisons) -> Table:
         rows.append({"model": name, "width [bits]": width, **cells})
     notes = tuple(dict.fromkeys(line for m in models.values() for line in m.assumptions))
     return Table("energy", "Energy", "Modeled, not measured.", rows, ("model",), notes)
+
+
+def inference(comparisons: Comparisons) -> Table:
+    """Modeled energy of an inference by model, accelerator and width."""
+    rows: list[Row] = []
+    notes: dict[str, None] = {}
+    for name, record in smallest_first(comparisons.inspects, "inference").items():
+        for accelerator, model in record.inference.items():
+            notes |= dict.fromkeys(model.assumptions)
+            for width, pj in sorted(model.by_width.items(), reverse=True):
+                cells = {
+                    f"{labels.energy_name(kind)} [µJ]": _scaled(value, 1e-6, ".4g")
+                    for kind, value in pj.items()
+                }
+                total = _scaled(sum(pj.values()), 1e-6, ".4g")
+                row: Row = {"model": name, "accelerator": accelerator, "width [bits]": width}
+                rows.append({**row, **cells, "total [µJ]": total})
+    caption = "Energy of one inference, modeled by ZigZag, not measured."
+    keys = ("model", "accelerator")
+    return Table("inference", "Energy of an inference", caption, rows, keys, tuple(notes))
 
 
 def constants(comparisons: Comparisons) -> Table:
