@@ -9,8 +9,8 @@ import torch
 from tq_lightning import bit_width, load_packed, save_packed
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
+from tq_lightning.export import executorch
 from tq_lightning.export.executorch import _to_integers, export_executorch
-from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.quant.integer_codes import integer_weight
 
 DIGITS = Path(__file__).parents[2] / "results" / "digits_example" / "model.safetensors"
@@ -78,10 +78,13 @@ def test_layers_that_stay_in_float_are_named(make, tmp_path):
     assert any(name.endswith(".conv_pw.weight") for name in program.integer)
 
 
-def test_levels_that_are_not_evenly_spaced_stay_in_float(packed):
+def test_levels_that_are_not_evenly_spaced_stay_in_float(packed, monkeypatch):
     model = load_packed(packed, bits=4)
-    for weight in packed_weights(model):
-        weight.packed.level = "table"
+
+    def refuse(codes, bits, scale, level, exact):
+        return integer_weight(codes, bits, scale, "table", exact)
+
+    monkeypatch.setattr(executorch, "integer_weight", refuse)
     program = _to_integers(model)
     assert not program.integer and len(program.left_in_float) == 6
     assert all("level 'table'" in reason for reason in program.left_in_float.values())

@@ -97,16 +97,10 @@ def layer_shapes(model: nn.Module, names: set[str], size: tuple[int, ...]) -> li
 
     def note(module: nn.Module, _: Any, out: torch.Tensor) -> None:
         if isinstance(module, nn.Conv2d):
-            found.append(
-                LayerShape(
-                    module.groups,
-                    module.out_channels // module.groups,
-                    module.in_channels // module.groups,
-                    *out.shape[-2:],
-                    module.kernel_size,  # type: ignore[arg-type]
-                    module.stride,  # type: ignore[arg-type]
-                )
-            )
+            (rows, columns), groups = out.shape[-2:], module.groups
+            channels = (module.out_channels // groups, module.in_channels // groups)
+            kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+            found.append(LayerShape(groups, *channels, rows, columns, kernel, stride))
         elif isinstance(module, nn.Linear):
             tokens = out.numel() // module.out_features
             found.append(
@@ -131,6 +125,10 @@ def layer_shapes(model: nn.Module, names: set[str], size: tuple[int, ...]) -> li
     return found
 
 
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
 def _simulator() -> Any:
     """Return a function from a shape, an accelerator and a width to picojoules by kind."""
     try:
@@ -144,7 +142,7 @@ def _simulator() -> Any:
 
     def simulate(shape: LayerShape, accelerator: str, bits: int) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder, _quiet():
-            found = get_hardware_performance_zigzag(
+            found: Any = get_hardware_performance_zigzag(
                 [_layer(shape, bits)],
                 str(inputs / "hardware" / f"{accelerator}.yaml"),
                 str(inputs / "mapping" / f"{accelerator}.yaml"),

@@ -58,7 +58,8 @@ def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
     """
     backend = _backend()
     model = load_packed(path, bits=bits)
-    size = (model.tq_file["preprocessing"] or {}).get("input_size")  # type: ignore[index]
+    header: Any = model.tq_file
+    size = (header["preprocessing"] or {}).get("input_size")
     if size is None:
         raise UserError(
             f"{path} does not give the size of its images; export it with "
@@ -160,17 +161,17 @@ class _IntegerLayer(nn.Module):
     """
 
     bias: Tensor | None
+    offset: Tensor
 
     def __init__(self, layer: nn.Module, weight: IntegerWeight) -> None:
         super().__init__()
-        codes, gain, bias = weight.codes, _by_channel(weight.gain, weight.codes), layer.bias
+        codes, gain = weight.codes, _by_channel(weight.gain, weight.codes)
+        bias: Any = layer.bias
         offset = gain * _by_channel(weight.offset, codes)
         self.sum_channel = bool(offset.any())
         if self.sum_channel:
-            codes, gain = (
-                torch.cat([codes, torch.ones_like(codes[:1])]),
-                F.pad(gain, (0, 1), value=1.0),
-            )
+            codes = torch.cat([codes, torch.ones_like(codes[:1])])
+            gain = F.pad(gain, (0, 1), value=1.0)
             bias = None if bias is None else F.pad(bias.detach(), (0, 1))
         self.register_buffer("codes", codes)
         self.register_buffer("gain", gain.float())
@@ -181,7 +182,7 @@ class _IntegerLayer(nn.Module):
         small = codes.dim() == 2 and codes.shape[1] % 2 == 0
         small = small and int(codes.min()) >= -8 and int(codes.max()) <= 7
         self.bounds = (-8, 7) if small else (-128, 127)
-        self.options = (
+        self.options: Any = (
             (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
         )
 
