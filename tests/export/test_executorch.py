@@ -9,7 +9,6 @@ import torch
 from tq_lightning import bit_width, load_packed, save_packed
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
-from tq_lightning.export import executorch
 from tq_lightning.export.executorch import _to_integers, export_executorch
 from tq_lightning.quant.integer_codes import integer_weight
 
@@ -76,18 +75,6 @@ def test_layers_that_stay_in_float_are_named(make, tmp_path):
     depthwise = [name for name in program.left_in_float if ".conv_dw." in name]
     assert depthwise and all("depthwise" in program.left_in_float[n] for n in depthwise)
     assert any(name.endswith(".conv_pw.weight") for name in program.integer)
-
-
-def test_levels_that_are_not_evenly_spaced_stay_in_float(packed, monkeypatch):
-    model = load_packed(packed, bits=4)
-
-    def refuse(codes, bits, scale, level, exact):
-        return integer_weight(codes, bits, scale, "table", exact)
-
-    monkeypatch.setattr(executorch, "integer_weight", refuse)
-    program = _to_integers(model)
-    assert not program.integer and len(program.left_in_float) == 6
-    assert all("level 'table'" in reason for reason in program.left_in_float.values())
 
 
 @needs
