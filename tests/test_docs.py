@@ -43,11 +43,12 @@ MARKED = {
     "README.md": 2,
     "CONTRIBUTING.md": 1,
     "docs/cluster.md": 7,
+    "docs/export.md": 1,
     "docs/getting_started.md": 1,
     "docs/method.md": 1,
     "docs/ship.md": 2,
     "docs/sweeps.md": 3,
-    "docs/training.md": 1,
+    "docs/training.md": 2,
     "results/README.md": 5,
     "results/digits_example/README.md": 1,
 }
