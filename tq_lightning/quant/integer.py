@@ -283,7 +283,7 @@ class _Plan:
         if node.target is F.pad:
             mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
             value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-            return mode == "constant" and not value and not signed
+            return bool(mode == "constant" and not value and not signed)
         if node.target is operator.getitem:
             at = node.args[1]
             return all(isinstance(i, slice) for i in (at if isinstance(at, tuple) else (at,)))
