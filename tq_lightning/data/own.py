@@ -79,7 +79,7 @@ class DatasetReader:
     def __init__(self, dataset: Any, collate: Callable[[list], Any], workers: int) -> None:
         self.missing: set[int] = set()  # every sample is read
         self._sampler = _Keys()
-        self._loader = DataLoader(
+        self._loader: DataLoader = DataLoader(
             _Seeded(dataset),  # type: ignore[arg-type]
             batch_sampler=self._sampler,  # type: ignore[arg-type]
             num_workers=workers,
@@ -190,7 +190,7 @@ class DatasetModule(lightning.LightningDataModule):
         order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
         order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
         reader: Any = self._reader(dataset)
-        loader = TrainLoader(reader, order, None, self.name)
+        loader = TrainLoader(reader, order, None, str(self.name))
         loader.progress = lambda: fit_progress(self.trainer, loader)
         return loader
 

@@ -75,7 +75,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         seen = mask[:, None].bool()  # (batch, 1, 1, steps)
-        attended = F.scaled_dot_product_attention(*qkv, attn_mask=seen)
+        q, k, v = qkv
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.down(self.act(self.up(self.norm2(x))))
 

@@ -204,7 +204,8 @@ def _norm_kinds(norm: str) -> tuple[type, ...]:
 
 def _norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """Find the norms that match a pattern, by name."""
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, _norm_kinds(norm))}
+    kinds = _norm_kinds(norm)
+    norms: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in norms):
             examples = ", ".join(map(repr, list(norms)[:3])) or "none"
