@@ -13,9 +13,11 @@ from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
 from tq_lightning.quant import integer, integer_layer
 from tq_lightning.quant.activation import ACTIVATIONS
+from tq_lightning.quant.activation_ranges import quantized_layers
 from tq_lightning.quant.integer import integer_layers, integer_model
 from tq_lightning.quant.integer_kernels import Conv2d, missing_kernels
 from tq_lightning.quant.integer_oracle import compare, simulated
+from tq_lightning.quant.integer_rewrite import CodePool
 from tq_lightning.quant.levels import LEVELS
 
 pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
@@ -119,7 +121,7 @@ def test_every_layer_equals_exact_integers(case):
     model = _ready(make(), images, **how)
     if "activations" not in how:
         calibrate_activations(model, [images])
-    quantized = len(integer.quantized_layers(model))
+    quantized = len(quantized_layers(model))
     run = integer_model(copy.deepcopy(model))
     assert len(integer_layers(run)) == quantized
     assert f"{quantized} of {len(run.layers)} layers run on integers; in float" in run.summary()
@@ -294,7 +296,7 @@ def test_codes_pass_through_max_pooling():
     model, images = nn.Sequential(*layers, nn.Linear(1352, 3)), _images(32)
     prepare(model, verbose=False, skip=("first",), activations="clamp_round")
     run = integer_model(copy.deepcopy(model.eval()))
-    assert any(isinstance(m, integer.CodePool) for m in run.modules())
+    assert any(isinstance(m, CodePool) for m in run.modules())
     for bits in (4, 1):
         assert torch.allclose(_logits(run, images, bits), _logits(model, images, bits), atol=1e-5)
 

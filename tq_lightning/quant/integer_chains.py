@@ -1,0 +1,130 @@
+"""Chains: an integer layer and the operations after it that its kernel takes over."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.integer_activations import ActivationCodes, TrainedCodes
+from tq_lightning.quant.integer_kernels import GELU, NO_ACT, RELU, kernel_act
+from tq_lightning.quant.integer_trace import NO_OPS, TracedNetwork, adds, only_user
+from tq_lightning.quant.switchable_norm import PerWidthNorm
+
+_RELU_CALLS = (torch.relu, F.relu, "relu", "relu_")
+
+
+class Chain:
+    """An integer layer and the nodes after it that its kernel takes over.
+
+    Attributes:
+        layer: Node of the layer.
+        end: Last node of the chain.
+        norm: Module of the batch norm, or None.
+        add: Node of the sum with a shortcut, or None.
+        residual: Node of the shortcut.
+        act: Kernel activation.
+        out: Codes of an activation quantizer at the end, or None.
+        inside: All nodes of the chain, in order.
+    """
+
+    def __init__(self, layer: fx.Node) -> None:
+        self.layer = self.end = layer
+        self.norm: nn.Module | None = None
+        self.add: fx.Node | None = None
+        self.residual: fx.Node | None = None
+        self.act = NO_ACT
+        self.out: ActivationCodes | None = None
+        self.inside = [layer]
+
+    def take(self, node: fx.Node) -> None:
+        """Append a node."""
+        self.end = node
+        self.inside.append(node)
+
+    def take_act(self, act: nn.Module | None, network: TracedNetwork) -> bool:
+        """Let the kernel apply an activation, if it can."""
+        if isinstance(act, ActivationQuantizer):
+            self.out = TrainedCodes(act)
+            return True
+        known = kernel_act(act)
+        linear = isinstance(network.module(self.layer), nn.Linear)
+        if known is None or (self.add is not None and known != RELU):
+            return False
+        if known.name == "gelu" and not linear:
+            return False
+        self.act = known
+        return True
+
+
+def find_chains(network: TracedNetwork, layers: Iterable[fx.Node]) -> list[Chain]:
+    """Extend every integer layer by what its kernel can take over.
+
+    Args:
+        network: The traced network.
+        layers: Nodes of the integer layers, in order.
+
+    Returns:
+        One chain for each layer, in order. No two chains share a node.
+    """
+    chains = [Chain(node) for node in layers]
+    for chain in chains:
+        node = only_user(chain.end)
+        norm = None if node is None else network.module(node)
+        if node is not None and folds(norm):
+            chain.norm = norm
+            chain.take(node)
+            chain.take_act(act_of(norm), network)
+    _take_shortcuts(network, chains)
+    for chain in chains:
+        node = only_user(chain.end)
+        if node is None or chain.act != NO_ACT or chain.out is not None:
+            continue
+        act = nn.ReLU() if node.target in _RELU_CALLS else network.module(node)
+        if chain.take_act(act, network):
+            chain.take(node)
+    return chains
+
+
+def _take_shortcuts(network: TracedNetwork, chains: Iterable[Chain]) -> None:
+    """Give each sum to the later of the convolutions that it adds."""
+    ends = {c.end: c for c in chains if c.act == NO_ACT and c.out is None}
+    for node in network.graph.nodes:
+        if not adds(node):
+            continue
+        hosts = [arg for arg in node.args[:2] if arg in ends and only_user(arg) is node]
+        hosts = [h for h in hosts if isinstance(network.module(ends[h].layer), nn.Conv2d)]
+        if hosts:
+            host = max(hosts, key=lambda n: network.order[n])
+            chain = ends[host]
+            chain.add = node
+            chain.residual = node.args[1] if node.args[0] is host else node.args[0]
+            chain.take(node)
+
+
+def folds(norm: nn.Module | None) -> bool:
+    """Whether a norm can be folded: a batch norm with running statistics, of PyTorch or timm.
+
+    timm's `BatchNormAct2d` holds the activation that follows; a kernel has to apply it too.
+    """
+    if isinstance(norm, PerWidthNorm):
+        return all(folds(one) for one in norm.sets.values())
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        return False
+    if type(norm).forward is _BatchNorm.forward:
+        return True
+    act, drop = getattr(norm, "act", None), getattr(norm, "drop", None)
+    return (
+        type(norm).__name__ == "BatchNormAct2d"
+        and isinstance(drop, NO_OPS)
+        and (isinstance(act, NO_OPS) or (kernel_act(act) or GELU).name != "gelu")
+    )
+
+
+def act_of(norm: nn.Module | None) -> nn.Module | None:
+    """Return the activation inside a norm that `folds`, or None."""
+    if isinstance(norm, PerWidthNorm):
+        norm = next(iter(norm.sets.values()))
+    return getattr(norm, "act", None)

@@ -1,0 +1,195 @@
+"""rewrite(): the graph of a model -> the graph of its integer layers and the codes between them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.integer_activations import ActivationCodes, Dequantize, Quantize
+from tq_lightning.quant.integer_chains import Chain, find_chains
+from tq_lightning.quant.integer_code_flow import CodeFlow, input_codes
+from tq_lightning.quant.integer_layer import IntegerLayer
+from tq_lightning.quant.integer_plan import IntegerPlan
+from tq_lightning.quant.integer_trace import TracedNetwork
+
+
+def rewrite(plan: IntegerPlan) -> fx.GraphModule:
+    """Trace a model and rewrite it for integer layers.
+
+    Args:
+        plan: The layers; those without an activation range are noted in it.
+
+    Raises:
+        Exception: See `TracedNetwork`.
+    """
+    network = TracedNetwork(plan.model, plan.modules)
+    into = input_codes(network, plan)
+    flow = CodeFlow(network, into, find_chains(network, into))
+    return _NewGraph(plan, network, flow).build()
+
+
+class _NewGraph:
+    """The new graph, built node by node.
+
+    Attributes:
+        made: {name: module or tensor} of the new graph.
+        as_codes: {old node: new node of the codes that stand for it}.
+        requantized: [(old node, codes, new node)], for layers that read codes of another range.
+        as_float: {old node: new node of its float value}.
+    """
+
+    def __init__(self, plan: IntegerPlan, network: TracedNetwork, flow: CodeFlow) -> None:
+        self.plan, self.network, self.flow = plan, network, flow
+        self.new = fx.Graph()
+        self.made: dict[str, Any] = {}
+        self.as_codes: dict[fx.Node, fx.Node] = {}
+        self.requantized: list[tuple[fx.Node, ActivationCodes, fx.Node]] = []
+        self.as_float: dict[fx.Node, fx.Node] = {}
+
+    def build(self) -> fx.GraphModule:
+        for node in self.network.graph.nodes:
+            chain = self.flow.chain_of.get(node)
+            if chain is None:
+                self.add_node(node)
+            elif node is chain.end:
+                self.add_chain(chain)
+        return fx.GraphModule(self.made, self.new, "IntegerNetwork")
+
+    # -- nodes -------------------------------------------------------------------------------------
+    def add_node(self, node: fx.Node) -> None:
+        codes = None if node.op == "output" else self.flow.codes_of(node)
+        module = self.network.module(node)
+        if isinstance(module, ActivationQuantizer) and codes is not None:
+            value = self.read_float(node.args[0])
+            self.as_codes[node] = self.call("quantize", Quantize(codes, self.plan.width), value)
+        elif codes is not None and self.flow.is_moved(node):
+            if isinstance(module, nn.MaxPool2d):
+                moved = self.read_codes(node.args[0])  # type: ignore[arg-type]
+                self.as_codes[node] = self.call("pool", CodePool(module), moved)
+            else:
+                self.as_codes[node] = self.new.node_copy(node, self.read_codes)
+                self.keep_module(node)
+        else:
+            self.as_float[node] = self.new.node_copy(node, self.read_float)
+            self.keep_module(node)
+
+    def add_chain(self, chain: Chain) -> None:
+        into = self.flow.into[chain.layer]
+        a = self.read_codes(chain.layer.args[0], into)  # type: ignore[arg-type]
+        out = chain.out or self.flow.codes_of(chain.end)
+        residual = chain.residual
+        shortcut: ActivationCodes | None = None
+        after: ActivationCodes | None = None
+        if residual is not None and out is not None:
+            shortcut = self.flow.codes_of(residual)
+            if shortcut is None or shortcut.signed or residual not in self.as_codes:
+                shortcut, after, out = None, out, None
+        name = str(chain.layer.target)
+        layer = IntegerLayer(
+            name,
+            self.plan.modules[name],
+            self.plan.width,
+            into,
+            chain.norm,
+            chain.act,
+            out,
+            shortcut,
+            self.plan.exact_sums,
+        )
+        args = [a]
+        if residual is not None:
+            codes = shortcut is not None
+            read = self.as_codes[residual] if codes else self.read_float(residual)
+            free = self.flow.is_free(residual, chain)
+            args.append(self.call("shortcut", OwnedCopy(free), read))
+        value = self.call(name, layer, *args)
+        if after is not None:
+            value = self.call("quantize", Quantize(after, self.plan.width), value)
+        if (out or after) is None:
+            self.as_float[chain.end] = value
+        else:
+            self.as_codes[chain.end] = value
+
+    def keep_module(self, node: fx.Node) -> None:
+        if node.op == "call_module":
+            self.made[str(node.target)] = self.plan.modules[str(node.target)]
+        elif node.op == "get_attr":
+            value: Any = self.plan.model
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            self.made[str(node.target)] = value
+
+    def call(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
+        """Add a module, and a call of it."""
+        base, i = name, 1
+        while name in self.made:
+            name, i = f"{base}_{i}", i + 1
+        self.made[name] = module
+        return self.new.call_module(name, args)
+
+    # -- values of the old graph -------------------------------------------------------------------
+    def read_codes(self, node: fx.Node, codes: ActivationCodes | None = None) -> fx.Node:
+        """Codes of a tensor, made from its float value if it has no such codes yet.
+
+        Args:
+            node: Node of the old graph.
+            codes: Which codes; None for those that stand for the tensor.
+        """
+        own = self.flow.codes_of(node)
+        codes = codes or own
+        assert codes is not None
+        if node in self.as_codes and own == codes:
+            return self.as_codes[node]
+        for other, known, value in self.requantized:
+            if other is node and known == codes:
+                return value
+        made = self.call("quantize", Quantize(codes, self.plan.width), self.read_float(node))
+        if own == codes:
+            self.as_codes[node] = made
+        else:
+            self.requantized.append((node, codes, made))
+        return made
+
+    def read_float(self, node: Any) -> Any:
+        """Float value of a tensor, read from its codes if it has no other."""
+        if node not in self.as_float:
+            codes = self.flow.codes_of(node)
+            assert codes is not None
+            module = Dequantize(codes, self.plan.width)
+            self.as_float[node] = self.call("dequantize", module, self.as_codes[node])
+        return self.as_float[node]
+
+
+class CodePool(nn.Module):
+    """Max pooling of uint8 codes, by way of float: PyTorch's own refuses images of some size.
+
+    Args:
+        pool: The pooling layer.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, a: Tensor) -> Tensor:
+        """Return the largest code of each window."""
+        return self.pool(a.float()).to(torch.uint8)
+
+
+class OwnedCopy(nn.Module):
+    """Pass on a tensor that a kernel may overwrite: itself if nothing else reads it, else a copy.
+
+    Args:
+        free: Nothing else reads it.
+    """
+
+    def __init__(self, free: bool) -> None:
+        super().__init__()
+        self.free = free
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` or a copy, in the memory format of the kernels."""
+        if self.free and x.is_contiguous(memory_format=torch.channels_last):
+            return x
+        return x.clone(memory_format=torch.channels_last)

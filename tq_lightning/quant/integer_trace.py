@@ -1,0 +1,86 @@
+"""A network traced for integer mode, and what its operations do with codes."""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.layers import LAYER_NORMS
+from tq_lightning.quant.switchable_norm import PerWidthNorm
+
+# modules that do nothing in evaluation mode
+NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_ADDS = (operator.add, operator.iadd, torch.add)
+# operations that move codes and compute nothing; padding with 0 is code 0 only for unsigned codes
+_MOVES = (nn.MaxPool2d, nn.Flatten)
+_MOVE_METHODS = ("flatten", "view", "reshape", "contiguous")
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return (
+            parametrize.is_parametrized(m)
+            or isinstance(m, (PerWidthNorm, ActivationQuantizer, _BatchNorm, *LAYER_NORMS))
+            or super().is_leaf_module(m, qualified_name)
+        )
+
+
+class TracedNetwork:
+    """Graph of a model, without what does nothing in evaluation mode.
+
+    Args:
+        model: The model, in evaluation mode.
+        modules: {name: module}, of the whole model.
+
+    Attributes:
+        graph: The graph. Quantized layers, norms and activation quantizers are single nodes.
+        order: {node: position in the graph}.
+
+    Raises:
+        Exception: The model cannot be traced; torch.fx and the model itself choose the class.
+    """
+
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        self.model, self.modules = model, modules
+        self.graph = fx.GraphModule(model, _Tracer().trace(model)).graph
+        for node in list(self.graph.nodes):
+            if isinstance(self.module(node), NO_OPS):
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that a node calls, if it calls one."""
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def moves(self, node: fx.Node, signed: bool) -> bool:
+        """Whether a node only moves the codes of its first argument."""
+        if node.op == "call_module":
+            return isinstance(self.module(node), _MOVES)
+        if node.op == "call_method":
+            return node.target in _MOVE_METHODS
+        if node.target is F.pad:
+            mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+            value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+            return bool(mode == "constant" and not value and not signed)
+        if node.target is operator.getitem:
+            at = node.args[1]
+            return all(isinstance(i, slice) for i in (at if isinstance(at, tuple) else (at,)))
+        return node.target is torch.flatten
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """Return the node that reads a tensor, if it is the only one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def adds(node: fx.Node) -> bool:
+    """Whether a node is the sum of two tensors."""
+    known = node.target in _ADDS or (node.op == "call_method" and node.target in ("add", "add_"))
+    tensors = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+    distinct = tensors and node.args[0] is not node.args[1]
+    return bool(known) and bool(distinct) and not node.kwargs
