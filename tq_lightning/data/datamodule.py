@@ -38,7 +38,7 @@ class _FactoryMeta(type):
     """
 
     def __call__(cls, *args: Any, **keys: Any) -> Any:
-        given = inspect.signature(cls.__init__).bind(None, *args, **keys)
+        given = inspect.signature(cls.__init__).bind(None, *args, **keys)  # type: ignore[misc]
         given.apply_defaults()
         values = given.arguments
         if not is_factory(values["name"]):

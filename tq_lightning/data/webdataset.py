@@ -167,8 +167,8 @@ def index_shards(shards: list[Path]) -> ShardIndex:
     if left_out.counts:
         _print(f"{shards[0].parent}: {len(rows)} images in {len(shards)} shards; {left_out}")
     *numbers, keys = zip(*rows, strict=True)
-    shard, offset, size, label = (np.array(n, np.int64) for n in numbers)
-    return ShardIndex(shard, offset, size, label, np.array(keys))
+    number_of, offset, size, label = (np.array(n, np.int64) for n in numbers)
+    return ShardIndex(number_of, offset, size, label, np.array(keys))
 
 
 @rank_zero_only

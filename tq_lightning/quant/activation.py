@@ -60,8 +60,9 @@ class WidthTensors(NamedTuple):
     @classmethod
     def empty(cls, device: torch.device) -> "WidthTensors":
         """Allocate the tensors of one width."""
-        values = [torch.ones((), device=device) for _ in range(4)]
-        return cls(*values, is_float=torch.zeros((), dtype=torch.bool, device=device))
+        bits, top, stored_top, step = (torch.ones((), device=device) for _ in range(4))
+        is_float = torch.zeros((), dtype=torch.bool, device=device)
+        return cls(bits, top, stored_top, step, is_float)
 
     @torch.no_grad()
     def fill(self, bits: int | None, source: str, max_bits: int) -> None:

@@ -30,6 +30,8 @@ class NormalizedWeights:
         self.finite: Tensor | None = None  # scalar bool on the device, set by `normalize`
         self.ranges = [w.quantizer.range for w in weights if w.quantizer.range is not None]
         self._grad_sum: Tensor | None = None  # dL/du, summed over the widths
+        self._grad: Tensor  # flat, and its views: made by the first gradient of a step
+        self._grad_views: list[Tensor]
         self._made, views = self._flat()
         # not views for autograd and `torch.compile`, but tensors with the memory of the views
         self.tensors = [

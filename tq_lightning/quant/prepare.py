@@ -198,7 +198,7 @@ def attach_norms(
     }
 
 
-def _norm_kinds(norm: str) -> tuple[type, ...]:
+def _norm_kinds(norm: str) -> tuple[type[nn.Module], ...]:
     return (_BatchNorm, *LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
 
 
