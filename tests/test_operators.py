@@ -128,7 +128,7 @@ def _grids(model: nn.Module, bits: int) -> list[tuple[Tensor, Tensor]]:
     grids = []
     for weight in weight_quantizers(model):
         quantizer = weight.quantizer
-        u, scale, _ = quantizer.normalize(weight.original.detach())
+        u, scale = quantizer.normalize(weight.original.detach())
         codes = truncate_codes(floor_codes(u, 8), 8, bits)
         grids.append((codes_to_levels(codes, bits), dequantize(codes, bits, scale)))
     return grids

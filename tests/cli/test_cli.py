@@ -244,7 +244,8 @@ def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 def test_a_root_that_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said = error_of(capsys, *DIGITS, "--trainer.default_root_dir", str(tmp_path / "file" / "runs"))
-    assert f"cannot write in {tmp_path / 'file'}; pass a folder" in said
+    assert f"cannot write below {tmp_path / 'file' / 'runs'}" in said
+    assert f"{tmp_path / 'file'} is not a folder" in said
 
 
 def test_two_runs_then_test_then_going_on(

@@ -50,6 +50,10 @@ def _run_batches(checkpoint: Path) -> list[Any]:
             f"--calibrate run: {checkpoint} is not in the folder of a run with a config.yaml; "
             "pass a folder of images or a data set"
         )
-    section = read_yaml(config).get("data") or {}
+    match read_yaml(config):
+        case {"data": dict(section)}:
+            pass
+        case _:
+            section = {}
     data = TQDataModule(**{**section.get("init_args", section), "workers": 0})
     return [x for x, _ in data.calibration_batches(IMAGES // BATCH_SIZE, BATCH_SIZE)]

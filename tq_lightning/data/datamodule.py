@@ -37,6 +37,12 @@ class _FactoryMeta(type):
     Neither `__new__` nor a function would do: the signature of `__init__` is the `data:` section.
     """
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Signature of the class, which `__call__` would hide: that of `__init__`, without self."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
     def __call__(cls, *args: Any, **keys: Any) -> Any:
         given = inspect.signature(cls.__init__).bind(None, *args, **keys)  # type: ignore[misc]
         given.apply_defaults()

@@ -87,7 +87,10 @@ class InspectRecord:
 
     def tree(self) -> dict[str, Any]:
         """The record as JSON types."""
-        return {"schema": SCHEMA, "kind": "inspect", **to_tree(self)}
+        tree = {"schema": SCHEMA, "kind": "inspect", **to_tree(self)}
+        if not self.inference:  # records of models that no simulator ran are as they ever were
+            del tree["inference"]
+        return tree
 
     @property
     def skipped(self) -> str:

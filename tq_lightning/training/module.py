@@ -339,10 +339,13 @@ class TQModule(L.LightningModule):
             }
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_from_checkpoint(
+        cls, checkpoint_path: Any, *args: Any, name: str | None = None, **kwargs: Any
+    ) -> Any:
         """Load as Lightning does. A factory that the file names is imported if `name` is it too."""
-        with only_allow(kwargs.get("name"), checkpoint_path):
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        given = kwargs if name is None else {**kwargs, "name": name}
+        with only_allow(name, checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load a state dict. Build the model first, e.g. for load_from_checkpoint."""

@@ -29,7 +29,10 @@ def inside_accumulation(checkpoint: dict[str, Any]) -> bool:
     The gradients of the earlier ones are not in it. Only a validation inside an epoch, whose
     interval is not a multiple of `accumulate_grad_batches`, leads to one.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+    loop = checkpoint["loops"]["fit_loop"]
+    progress = loop.get("epoch_loop.automatic_optimization.optim_progress")
+    if progress is None:  # written by a loop of another kind, e.g. manual optimization
+        return False
     optimizer = progress["optimizer"]
     # gradients are cleared once at the start of each accumulation
     cleared, stepped = (optimizer[key]["current"]["completed"] for key in ("zero_grad", "step"))
