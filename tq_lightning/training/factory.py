@@ -15,6 +15,29 @@ from tq_lightning.quant.prepare import PrepareReport, apply_config
 from tq_lightning.quant.switchable_norm import train_float_norms
 
 
+def classes_of_data(name: str, data: Any) -> int | None:
+    """Return the number of classes of the data, for a model whose `num_classes` is null.
+
+    Args:
+        name: model of timm or of ours, or a factory. A factory may do without the number.
+        data: the data module, or None.
+
+    Raises:
+        UserError: there is no data set, or a model needs a number that the data set does not tell.
+    """
+    if data is None:
+        raise UserError(
+            "model.num_classes is null and there is no data set to take it from; "
+            "pass model.num_classes"
+        )
+    classes: int | None = getattr(data, "num_classes", None)
+    if classes is None and not is_factory(name):
+        raise UserError(
+            "model.num_classes is null and the data set does not tell it; pass model.num_classes"
+        )
+    return classes
+
+
 def build_model(h: Any, start_weights: bool = True) -> nn.Module:
     """Create the float model `h.name` and load the weights that it starts from.
 

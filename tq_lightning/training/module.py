@@ -8,8 +8,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from tq_lightning.errors import TrainingError, UserError
-from tq_lightning.factories import is_factory, only_allow
+from tq_lightning.errors import TrainingError
+from tq_lightning.factories import only_allow
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
@@ -21,13 +21,8 @@ from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
 from tq_lightning.training.optim import check_restored_state
-from tq_lightning.training.resume_guard import (
-    check_accumulation,
-    check_batches,
-    inside_accumulation,
-    report_other_classes,
-    saved_batches,
-)
+from tq_lightning.training.preprocessing import preprocessing_of, report_other_classes
+from tq_lightning.training.resume_guard import check_batches, check_resume
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.trainer_validation import check_trainer
 from tq_lightning.training.validation import check, pass_weights, quant_config
@@ -203,39 +198,35 @@ class TQModule(L.LightningModule):
         if self.hparams.compile:
             check_compiler(self.trainer.strategy.root_device)
         use_timm_sync_batchnorm(self.trainer)
-        data = getattr(self.trainer, "datamodule", None)
+        data = self._datamodule
         if data is not None:
             check_against_data(self.hparams, data, self.trainer)
             if stage == "fit":
                 check_batches(self.resumed_batches, data)
+
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+    @property
+    def _fits(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == "fit"
 
     # -- model -----------------------------------------------------------------------------------
     def configure_model(self) -> None:
         """Build and prepare the model once; a null num_classes is taken from the data."""
         if self.model is not None:
             return
-        from tq_lightning.training.factory import build_model, build_teacher, check_teacher
+        from tq_lightning.training import factory
 
         h = self.hparams
-        data = getattr(self._trainer, "datamodule", None)
         if h.num_classes is None:
-            if data is None:
-                raise UserError(
-                    "model.num_classes is null and there is no data set to take it from; "
-                    "pass model.num_classes"
-                )
-            h.num_classes = getattr(data, "num_classes", None)
-            if h.num_classes is None and not is_factory(h.name):
-                raise UserError(
-                    "model.num_classes is null and the data set does not tell it; "
-                    "pass model.num_classes"
-                )
-        fits = self._trainer is not None and self._trainer.state.fn == "fit"
-        if fits:
-            check_teacher(h)
-        self.attach(build_model(h, start_weights=not self.restored_from_checkpoint))
-        if fits:
-            teacher = build_teacher(h)
+            h.num_classes = factory.classes_of_data(h.name, self._datamodule)
+        if self._fits:
+            factory.check_teacher(h)
+        self.attach(factory.build_model(h, start_weights=not self.restored_from_checkpoint))
+        if self._fits:
+            teacher = factory.build_teacher(h)
             self._teacher = [] if teacher is None else [teacher]
 
     def attach(self, model: nn.Module) -> None:
@@ -321,22 +312,16 @@ class TQModule(L.LightningModule):
         with fused_weights(self), bit_width(self, self.widths[0], "truncate"):
             return call(self, inputs).float().softmax(1)
 
+    # -- checkpoints -----------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch's losses and the preprocessing, which a served model needs."""
         gather = self.trainer.strategy.all_gather
         checkpoint["epoch_losses"] = self._epoch_losses.state_dict(
             lambda sums: gather(sums).view(-1, *sums.shape)
         )
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None and hasattr(data, "mean"):  # images
-            checkpoint["preprocessing"] = {
-                "input_size": list(data.input_shape),
-                "mean": list(data.mean),
-                "std": list(data.std),
-                "interpolation": data.interpolation,
-                "crop_pct": data.crop_pct,
-                "classes": list(data.class_names),
-            }
+        preprocessing = preprocessing_of(self._datamodule)
+        if preprocessing is not None:
+            checkpoint["preprocessing"] = preprocessing
 
     @classmethod
     def load_from_checkpoint(
@@ -358,21 +343,17 @@ class TQModule(L.LightningModule):
         for key in ("state_dict", "current_model_state"):  # the latter is that of a moving average
             if self.model is not None and key in checkpoint:
                 check_fit(checkpoint[key], self, "the checkpoint", "its own configuration")
-        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
-        if fitting and not checkpoint.get("optimizer_states"):
-            raise UserError("the checkpoint has no state of an optimizer; pass an intact one")
+        if self._fits:
+            check_resume(checkpoint, self._datamodule)
+        report_other_classes(checkpoint, self._datamodule)
         self.loaded_epoch = checkpoint.get("epoch")
-        data = getattr(self.trainer, "datamodule", None) if self._trainer else None
-        report_other_classes(checkpoint, data)
-        if fitting:
-            check_accumulation(inside_accumulation(checkpoint), "the checkpoint")
-            check_batches(saved_batches(checkpoint), data)
         place = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
         self._epoch_losses.load_state_dict(checkpoint.get("epoch_losses", {}), *place)
         # A schedule follows from the configuration and the step. The saved state would end the
         # schedule where the earlier run ended, even if this one has more epochs.
         checkpoint["lr_schedulers"] = []
 
+    # -- start of a loop -------------------------------------------------------------------------
     def on_train_start(self) -> None:
         """Set the learning rate of this step: the optimizer's state has that of the earlier run."""
         for optimizer in self.trainer.optimizers:

@@ -4,13 +4,26 @@ Lightning restores the state of a loader after the loader was built, when nothin
 saves no gradients.
 """
 
-import sys
-from itertools import zip_longest
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
 from tq_lightning.errors import UserError
+
+
+def check_resume(checkpoint: dict[str, Any], data: Any) -> None:
+    """Check that a fit can resume a checkpoint.
+
+    Args:
+        checkpoint: a loaded checkpoint.
+        data: the TQDataModule, after its setup, or None.
+
+    Raises:
+        UserError: it holds no state of an optimizer, was written inside an accumulation of
+            gradients, or inside an epoch of other batches.
+    """
+    if not checkpoint.get("optimizer_states"):
+        raise UserError("the checkpoint has no state of an optimizer; pass an intact one")
+    check_accumulation(inside_accumulation(checkpoint), "the checkpoint")
+    check_batches(saved_batches(checkpoint), data)
 
 
 def saved_batches(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -69,29 +82,3 @@ def check_batches(saved: dict[str, Any] | None, data: Any) -> None:
             f"differ ({', '.join(different)}); pass the same data, seed and global batch size, or "
             "the checkpoint of an epoch's end"
         )
-
-
-@rank_zero_only
-def report_other_classes(checkpoint: dict[str, Any], data: Any) -> None:
-    """Print one line if the class folders of the data are not those of the checkpoint.
-
-    Class numbers follow the order of the names, so an accuracy would compare other classes.
-
-    Args:
-        checkpoint: a checkpoint of a fit, which holds its class names.
-        data: the TQDataModule, or None. Data sets with fixed classes are not compared.
-    """
-    names = (checkpoint.get("preprocessing") or {}).get("classes")
-    if not names or getattr(data, "name", None) != "imagefolder" or names == data.class_names:
-        return
-    number, (ours, theirs) = next(
-        (n, pair)
-        for n, pair in enumerate(zip_longest(names, data.class_names, fillvalue="none"))
-        if pair[0] != pair[1]
-    )
-    print(
-        f"the checkpoint was trained on other classes: class {number} is {ours!a} there and "
-        f"{theirs!a} in the data",
-        file=sys.stderr,
-        flush=True,
-    )

@@ -1,0 +1,22 @@
+"""Number of classes of a model, where the configuration leaves it to the data."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tq_lightning.errors import UserError
+from tq_lightning.training.factory import classes_of_data
+
+
+def test_classes_of_data():
+    assert classes_of_data("resnet8_cifar", SimpleNamespace(num_classes=7)) == 7
+    with pytest.raises(UserError, match="there is no data set to take it from"):
+        classes_of_data("resnet8_cifar", None)
+
+
+def test_only_a_factory_does_without_a_number():
+    unknown = SimpleNamespace(num_classes=None)
+    assert classes_of_data("package.module:make_model", unknown) is None
+    for data in (unknown, SimpleNamespace()):
+        with pytest.raises(UserError, match="the data set does not tell it"):
+            classes_of_data("resnet8_cifar", data)

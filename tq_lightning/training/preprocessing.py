@@ -1,0 +1,51 @@
+"""Preprocessing and class names of the data, which a checkpoint keeps for the served model."""
+
+import sys
+from itertools import zip_longest
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+def preprocessing_of(data: Any) -> dict[str, Any] | None:
+    """Return the preprocessing of images in evaluation, in plain types; None for other data.
+
+    Args:
+        data: the TQDataModule, another data module, or None.
+    """
+    if not hasattr(data, "mean"):
+        return None
+    return {
+        "input_size": list(data.input_shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "interpolation": data.interpolation,
+        "crop_pct": data.crop_pct,
+        "classes": list(data.class_names),
+    }
+
+
+@rank_zero_only
+def report_other_classes(checkpoint: dict[str, Any], data: Any) -> None:
+    """Print one line if the class folders of the data are not those of the checkpoint.
+
+    Class numbers follow the order of the names, so an accuracy would compare other classes.
+
+    Args:
+        checkpoint: a checkpoint of a fit, which holds its class names.
+        data: the TQDataModule, or None. Data sets with fixed classes are not compared.
+    """
+    names = (checkpoint.get("preprocessing") or {}).get("classes")
+    if not names or getattr(data, "name", None) != "imagefolder" or names == data.class_names:
+        return
+    number, (ours, theirs) = next(
+        (n, pair)
+        for n, pair in enumerate(zip_longest(names, data.class_names, fillvalue="none"))
+        if pair[0] != pair[1]
+    )
+    print(
+        f"the checkpoint was trained on other classes: class {number} is {ours!a} there and "
+        f"{theirs!a} in the data",
+        file=sys.stderr,
+        flush=True,
+    )
