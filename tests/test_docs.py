@@ -58,6 +58,14 @@ MARKED = {
 }
 PLACEHOLDER = {"RUN/config.yaml": "conf/digits.yaml"}
 TRAINS = re.compile(r"\b(fit|sweep) ")
+# pages that take more than a few seconds without a training among their commands
+LONG = {
+    "docs/extending.md",
+    "docs/library.md",
+    "docs/method.md",
+    "docs/results.md",
+    "results/digits_example/README.md",
+}
 
 
 class Block(NamedTuple):
@@ -201,7 +209,7 @@ def runnable() -> list:
     rows = []
     for page in PAGES:
         chosen = [b for b in blocks(page) if b.language in ("bash", "python") and b.reason is None]
-        slow = page.stem == "library" or any(
+        slow = name(page) in LONG or any(
             TRAINS.search(b.code) for b in chosen if b.language == "bash"
         )
         marks = [pytest.mark.slow, pytest.mark.timeout(900)] if slow else []

@@ -128,6 +128,7 @@ def test_a_checkpoint_imports_nothing(folder, capsys):
     torch.testing.assert_close(packed(points), model(points))
 
 
+@pytest.mark.slow
 def test_data_sets_have_order_resume_and_a_held_out_part(folder):
     def batches(loader):
         return [batch["points"] for batch in loader]

@@ -23,6 +23,7 @@ def test_public_names_are_listed_with_their_docstrings():
         assert len(first) > 20 and first in shown, name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_type_checker_sees_public_names(tmp_path):
     code = tmp_path / "user.py"

@@ -463,6 +463,7 @@ def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, mon
     assert all(q.made is None for q in quantizers) and width_of(module).fused is None
 
 
+@pytest.mark.slow
 def test_a_last_batch_of_one_image_does_not_break_the_calibration(tmp_path):
     """33 samples in batches of 16: the last layers of a ResNet-18 see one pixel of one image."""
     from tq_lightning.cli import run_fit

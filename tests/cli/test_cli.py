@@ -36,12 +36,14 @@ def run_verb(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_a_notebooks_matplotlib_backend_does_not_matter() -> None:
     backend = "module://matplotlib_inline_that_is_not_installed.backend"
     done = run_verb("fit", "--help", MPLBACKEND=backend)
     assert (done.returncode, done.stderr) == (0, "") and "--model.quantizer" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_ends_quietly() -> None:
     command = f"{sys.executable} -m tq_lightning inspect --model.name resnet8_cifar"
     script = f"set -o pipefail; {command} | head -n 1; exit $?"

@@ -97,6 +97,7 @@ def test_a_run_and_a_sweep_that_cannot_begin(disk, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_a_fit(tmp_path, capsys):
     """Resuming, testing and predicting too; the old checkpoint stays and resumes later."""
     disk = tmp_path / "disk"

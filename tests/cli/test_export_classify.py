@@ -173,6 +173,7 @@ def test_16_bit_images_are_classified_as_8_bit_ones(packed, tmp_path, capsys):
         assert (one["class"], one["probability"]) == (other["class"], other["probability"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", [False, True])
 def test_names_that_are_not_utf8_keep_their_bytes(packed, folder, tmp_path, out):
     (folder / "deep" / "0.png").rename(folder / "deep" / os.fsdecode(b"caf\xe9.png"))

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 from fixtures.runs import record
 from PIL import Image
 
@@ -30,6 +31,7 @@ def eight_bits(pixels: np.ndarray) -> np.ndarray:
     return np.rint(pixels / 257).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_stripes_are_told_apart_by_every_verb(tmp_path, capsys):
     """Trained on 16 bits, scored on 8, classified in both: each picture has its class."""
     for kind in ("rows", "columns"):

@@ -80,6 +80,7 @@ def test_checkpoint_exports_to_the_weights_it_holds(folder):
     assert model.tq_file["prepare"]["widths"] == [8, 2]
 
 
+@pytest.mark.slow
 def test_finished_sweep_is_read_and_not_run_again(folder):
     before = {p: p.read_bytes() for p in Path("sweep/trials").rglob("record.json")}
     trials = Path("sweep/trials.csv").read_text()

@@ -167,7 +167,7 @@ def test_tar_of_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_image_folder(folder, packed, workers):
     if packed:
         pack(folder, "train")

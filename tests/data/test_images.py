@@ -279,7 +279,7 @@ def test_a_tar_with_a_black_image_behind_a_short_size(folder):
     assert "data after the end of the archive" in error_of(folder)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_unreadable_images_are_skipped_and_counted(folder, workers, monkeypatch, capsys):
     """A truncated file and a decompression bomb among good images."""
     whole = (folder / "train" / "ant" / "1.png").read_bytes()
@@ -296,7 +296,7 @@ def test_unreadable_images_are_skipped_and_counted(folder, workers, monkeypatch,
     data.teardown("fit")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_unreadable_images_are_left_out_of_an_evaluation(folder, workers, capsys):
     """Another image in their place would be scored twice."""
     data = module(folder, workers=workers, eval_batch_size=4)

@@ -92,6 +92,7 @@ def test_small_images(tmp_path, every, stop, step):
     assert_same(rest.seen, whole.seen[step:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_image_files(folder, tmp_path, workers):
     data = {

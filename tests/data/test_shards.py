@@ -114,6 +114,7 @@ def test_what_is_missing_is_one_line(tmp_path):
         TQDataModule("hfds/")
 
 
+@pytest.mark.slow
 def test_hugging_face_data_sets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="an optional extra")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

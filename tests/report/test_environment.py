@@ -15,6 +15,7 @@ from tq_lightning.report import figures
 from tq_lightning.report.figures import style
 
 
+@pytest.mark.slow
 def test_a_notebooks_backend_and_usetex_change_nothing(tmp_path, make):
     """The command in an environment that a notebook made, whose backend cannot be imported here."""
     make.write(tmp_path / "runs", *make.pair((0, 1)))
@@ -50,6 +51,7 @@ def test_drawing_leaves_the_callers_settings(make):
         assert dict.__getitem__(matplotlib.rcParams, "backend") == backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a$b$c$ \x1b[31m", "$ lone \udce9 surrogate 雪 é & <b>"])
 def test_names_of_any_characters(tmp_path, make, name):
     make.write(tmp_path / "runs", *make.pair((0, 1), data_name=name), make.inspect(model=name))

@@ -81,6 +81,7 @@ def test_the_resume_command_hides_a_password_and_says_what_to_fill_in():
     )
 
 
+@pytest.mark.slow
 def test_failures_have_reasons_and_the_sweep_continues(write_sweep, tmp_path, with_results):
     ends = ["raise", "exit", "nan", "unlogged", "well"]
     path, folder = write_sweep(parameters={"end": {"values": ends}}), tmp_path / "out"
@@ -266,6 +267,7 @@ def test_a_killed_command_is_taken_over_by_another(write_sweep, tmp_path, sweep_
     assert len(ran(folder)) == 4
 
 
+@pytest.mark.slow
 def test_a_worker_in_which_cuda_broke_is_replaced(write_sweep, tmp_path, sweep_process):
     path = write_sweep(parameters={"end": {"values": ["cuda", "well"]}})
     process = sweep_process(path, "--dir", tmp_path / "out", "--workers", "1")
@@ -294,6 +296,7 @@ def test_a_broken_cuda_in_this_process_ends_the_command(write_sweep, tmp_path, s
     assert main(command) == 0 and len(ran(tmp_path / "out")) == 3
 
 
+@pytest.mark.slow
 def test_workers_that_can_not_begin_end_the_command(write_sweep, tmp_path, sweep_process):
     process = sweep_process(write_sweep(), "--dir", tmp_path / "out", fit="stand_in:missing")
     out, _ = process.communicate(timeout=240)

@@ -75,6 +75,7 @@ def test_a_missing_checkpoint_is_one_line(tmp_path):
         verify_checkpoint(tmp_path / "absent.ckpt")
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_the_old_checkpoint(tmp_path):
     """Also where the folder for temporary files is another file system: it is not used at all."""
     path, elsewhere = save(tmp_path / "run" / "last.ckpt"), Path("/dev/shm")

@@ -57,7 +57,8 @@ def joint_step(model, images, target):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "limit"), [("resnet20_cifar", 16, 1.25), ("resnet50", 32, 1.15)]
+    ("name", "size", "limit"),
+    [("resnet20_cifar", 16, 1.25), pytest.param("resnet50", 32, 1.15, marks=pytest.mark.slow)],
 )
 def test_joint_step(name, size, limit):
     images, target = torch.randn(2, 3, size, size), torch.randint(0, 10, (2,))
@@ -77,7 +78,10 @@ def test_host_reads_of_other_choices(how):
     assert count(lambda: joint_step(model, images, target))[HOST_READ] == 1
 
 
-@pytest.mark.parametrize(("name", "batches"), [("resnet20_cifar", 8), ("resnet50", 3)])
+@pytest.mark.parametrize(
+    ("name", "batches"),
+    [("resnet20_cifar", 8), pytest.param("resnet50", 3, marks=pytest.mark.slow)],
+)
 def test_evaluation(name, batches):
     """Batches at 8 widths, against as many passes of the float network.
 

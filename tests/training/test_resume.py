@@ -226,6 +226,7 @@ def killed(train, root, model, accumulate, *batches):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_two_kills_in_a_row_under_accumulation(train, resnet, tmp_path, accumulate):
     """Each kill is inside an accumulation; 10 batches end an epoch inside one, too."""
@@ -317,6 +318,7 @@ def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_inside_an_accumulation_is_not_resumed(tmp_path, capsys):
     """It lacks the gradient of the batch before; last is resumed."""
     from tq_lightning.cli import main

@@ -75,6 +75,7 @@ def test_a_time_limit(tmp_path):
     assert list((run / "checkpoints").glob("best-*.ckpt"))
 
 
+@pytest.mark.slow
 def test_several_validations_in_an_epoch(tmp_path):
     """The record's best is the best checkpoint's, wherever in the epoch it was."""
     import torch
@@ -109,6 +110,7 @@ def test_without_loggers(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_fit_on_a_finished_run_leaves_it_as_it_was(tmp_path, capsys, checkpoint):
     run_fit(arguments(tmp_path, trainer__max_epochs=3))
@@ -125,6 +127,7 @@ def test_fit_on_a_finished_run_leaves_it_as_it_was(tmp_path, capsys, checkpoint)
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_saved_configuration_starts_a_new_run(tmp_path):
     run_fit(arguments(tmp_path / "a", trainer__max_epochs=1))
     run, _ = the_run(tmp_path / "a")
@@ -152,6 +155,7 @@ def test_a_damaged_metrics_file_is_one_line(tmp_path, capsys):
         assert before == ((run / "record.json").read_bytes(), (run / "config.yaml").read_bytes())
 
 
+@pytest.mark.slow
 def test_tests_of_a_part_or_of_other_data_are_kept_apart(tmp_path, capsys):
     run_fit(arguments(tmp_path, trainer__max_epochs=1))
     _, record = the_run(tmp_path)

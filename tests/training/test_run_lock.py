@@ -59,6 +59,7 @@ def lockless(monkeypatch):
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
 
 
+@pytest.mark.slow
 def test_a_living_holder_is_named_and_a_dead_one_is_not_in_the_way(tmp_path, no_job, holder):
     run = tmp_path / "run"
     process = holder()
@@ -73,6 +74,7 @@ def test_a_living_holder_is_named_and_a_dead_one_is_not_in_the_way(tmp_path, no_
     assert list(run.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_requeued_job_takes_over_and_the_earlier_attempt_ends(tmp_path, monkeypatch, holder):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     process = holder("fast")
@@ -89,6 +91,7 @@ def test_a_requeued_job_takes_over_and_the_earlier_attempt_ends(tmp_path, monkey
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_tasks_of_an_array_are_different_jobs(tmp_path, monkeypatch, holder):
     job = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     holder(**job)
@@ -120,6 +123,7 @@ def test_another_hosts_holder_lives_while_its_heartbeat_does(tmp_path, no_job, l
         process.wait()
 
 
+@pytest.mark.slow
 def test_without_locks_a_holder_on_this_host_is_looked_up(tmp_path, no_job, lockless, holder):
     process = holder()
     with pytest.raises(UserError, match="in use"):

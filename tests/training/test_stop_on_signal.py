@@ -80,6 +80,7 @@ def test_validation_and_epochs_are_finished_first(tmp_path, where, more):
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_validation_leaves_a_finished_run(tmp_path):
     assert fit(tmp_path / "run", *send("SIGUSR1", 1, None)) == 0
     assert status(tmp_path / "run") == "finished"
@@ -92,6 +93,7 @@ def test_without_checkpoints_the_run_ends_too(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_an_evaluation_at_once(tmp_path, capsys):
     run = tmp_path / "run"
     assert fit(run) == 0

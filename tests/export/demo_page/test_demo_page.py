@@ -45,6 +45,7 @@ def demo(model, out, *more):
     return main(["demo-page", str(model), "--out", str(out), *map(str, more)])
 
 
+@pytest.mark.slow
 def test_the_page_has_all_it_needs_and_replaces_itself(no_runtime, tmp_path, capsys):
     out = tmp_path / "page"
     more = ["--images", DIGITS / "images", "--onnxruntime-web", no_runtime, "--title", "<i>Digits"]

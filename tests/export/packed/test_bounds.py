@@ -79,6 +79,7 @@ def test_huge_headers_end_soon(change, match, packed, tmp_path):
     assert not nn.modules.module._global_module_registration_hooks
 
 
+@pytest.mark.slow
 def test_values_are_refused_before_they_are_allocated():
     """A constructor that computes with values could ask for terabytes."""
     with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
