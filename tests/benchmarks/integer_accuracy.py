@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tq_lightning import calibrate_activations, load_packed
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.export.onnx.integer import export_integer
 from tq_lightning.export.packed.edit import add_ranges
 from tq_lightning.quant.activation_ranges import OBSERVERS, activation_ranges
 from tq_lightning.quant.integer_oracle import simulated
@@ -50,11 +51,33 @@ def exact_integers(path: Path, bits: int) -> Predict:
     return run
 
 
+def onnxruntime_integer(path: Path, bits: int) -> Predict:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "graph.onnx"
+        export_integer(path, graph, bits)
+        session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def openvino_integer(path: Path, bits: int) -> Predict:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "graph.onnx"
+        export_integer(path, graph, bits, runtime="openvino")
+        compiled = openvino.Core().compile_model(str(graph), "CPU")
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
 # (packed file with activation ranges, bits) -> (images -> logits); `float` comes first
 RUNTIMES: dict[str, Callable[[Path, int], Predict]] = {
     "float": float_activations,
     "pytorch": pytorch_integer,
     "exact integers": exact_integers,
+    "onnxruntime": onnxruntime_integer,
+    "openvino": openvino_integer,
 }
 
 
