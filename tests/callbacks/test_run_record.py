@@ -88,6 +88,7 @@ def test_a_finished_run(tmp_path):
     assert planes == sorted(planes) and record["bytes"]["float"] > record["bytes"]["packed"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_the_model_it_was_asked_for_and_takes_the_new_epochs(tmp_path):
     root = ("--trainer.default_root_dir", str(tmp_path))
     run_fit([*RUN, *root])
@@ -105,6 +106,7 @@ def test_a_run_that_goes_on_keeps_the_model_it_was_asked_for_and_takes_the_new_e
     assert before["id"] == after["id"] and after["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_the_losses_of_an_epoch_are_on_disk_before_its_checkpoint(tmp_path, monkeypatch):
     """A run killed right after the checkpoint of an epoch has that epoch's row exactly once."""
     from lightning.pytorch.callbacks import ModelCheckpoint

@@ -38,6 +38,7 @@ def test_a_narrow_terminal_cuts_nothing(tmp_path, make, quick, capsys, monkeypat
     assert re.search(r"^model \S+, data ", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_report_is_whole_and_needs_no_torch(tmp_path, make):
     failed = make.run(seed=5, status="failed", reason="out of memory")
     make.write(tmp_path / "runs", *make.pair(seeds=(0, 1)), make.inspect(), failed)

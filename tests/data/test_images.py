@@ -118,6 +118,7 @@ def validation(root, **keys):
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_16_bit_images_are_trained_and_evaluated_as_8_bit_ones(folder, packed):
     expected, labels = validation(folder)
@@ -370,6 +371,7 @@ def test_a_system_without_cpu_affinity(monkeypatch):
     assert TQDataModule("digits").workers == 3
 
 
+@pytest.mark.slow
 def test_a_tar_of_one_tar_per_class(folder):
     """The layout of ImageNet's own training archive."""
     pack(folder, "val")

@@ -44,6 +44,7 @@ def test_padding_does_not_change_the_logits(name):
     assert not torch.allclose(net(x, lengths), net(x, torch.tensor([6, 3])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", "lstm", "transformer"])
 def test_networks_train_jointly_and_nest(name):
     net = create_model(f"tq_lightning.models.sequence:{name}", 3, channels=2, width=8)

@@ -113,6 +113,7 @@ def test_objectives_without_importances_have_no_such_plot(tmp_path):
     assert draw(study(0), tmp_path / "none", [{}]) == [] and not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_the_callers_matplotlib_settings_do_not_matter(tmp_path):
     import os
     import subprocess

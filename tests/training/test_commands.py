@@ -103,6 +103,7 @@ def test_a_checkpoint_elsewhere_starts_a_run_of_its_own(copied, tmp_path, capsys
     assert sorted(root.iterdir()) == runs and len(list((tmp_path / "a").rglob("*"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -139,6 +140,7 @@ def test_a_saved_configuration_starts_a_new_run(copied):
     ] == 5  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_start_weights_are_needed_once(copied, capsys):
     root, run = copied
     config = ["--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(root)]

@@ -35,6 +35,7 @@ def status(run: Path) -> str:
     return record(run)["status"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulate", "step"),
     [
@@ -62,6 +63,7 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path, capsys, accumulat
     assert (run / "record.json").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "more"),
     [

@@ -72,6 +72,7 @@ def test_the_page_has_all_it_needs_and_replaces_itself(no_runtime, tmp_path, cap
         assert raw[begin : begin + size] == file.read("plane0")["plane0"].tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["digits", "compressed, 4 planes"])
 def test_the_graph_runs_on_the_planes_that_have_arrived(source, no_runtime, tmp_path):
     ort = pytest.importorskip("onnxruntime")

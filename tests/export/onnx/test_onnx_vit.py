@@ -33,6 +33,7 @@ def check(got, model, images, bits):
     np.testing.assert_array_equal(got.argmax(1), expected.argmax(1))
 
 
+@pytest.mark.slow
 def test_dynamic_at_every_width(served, tmp_path):
     from tq_lightning.export.onnx.dynamic import export_dynamic
 

@@ -63,6 +63,7 @@ HUGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "match"), HUGE.values(), ids=HUGE.keys())
 def test_huge_headers_end_soon(change, match, packed, tmp_path):
     path = tmp_path / "m.safetensors"
