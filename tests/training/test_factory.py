@@ -10,7 +10,7 @@ from tq_lightning.training.factory import classes_of_data
 
 def test_classes_of_data():
     assert classes_of_data("resnet8_cifar", SimpleNamespace(num_classes=7)) == 7
-    with pytest.raises(UserError, match="there is no data set to take it from"):
+    with pytest.raises(UserError, match="no data set was given to derive it from"):
         classes_of_data("resnet8_cifar", None)
 
 

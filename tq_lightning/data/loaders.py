@@ -68,9 +68,9 @@ class ImageDataset:
 
 
 def _collate(items: list[Item]) -> tuple[Any, Any, list[str], list[int]]:
-    """(images, labels, errors, sample numbers without an image) of a batch.
+    """Collate a batch into (images, labels, errors, numbers of the unreadable samples).
 
-    Images and labels are None if no image can be read.
+    Images are (batch, ...), labels (batch,). Both are None if every image is unreadable.
     """
     errors = [item.error for item in items if item.error]
     missing = [item.number for item in items if item.image is None]

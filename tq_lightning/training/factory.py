@@ -27,7 +27,7 @@ def classes_of_data(name: str, data: Any) -> int | None:
     """
     if data is None:
         raise UserError(
-            "model.num_classes is null and there is no data set to take it from; "
+            "model.num_classes is null, and no data set was given to derive it from; "
             "pass model.num_classes"
         )
     classes: int | None = getattr(data, "num_classes", None)

@@ -34,8 +34,8 @@ class OpenRun:
         """Unlock the folder, and remove it if it was made for a run that never began.
 
         Args:
-            error: what ended the verb. After an error of the user, a record alone is no reason to
-                keep the folder.
+            error: what ended the verb. After a UserError, a folder that holds only a record is
+                removed.
         """
         self._lock.release()
         kept = "*" if error is None else "checkpoints/*" if isinstance(error, UserError) else NAME

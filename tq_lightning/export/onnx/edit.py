@@ -60,7 +60,7 @@ class GraphEditor:
         ]
 
     def only_consumer(self, name: str, op: str) -> onnx.NodeProto | None:
-        """The only reader of a tensor if it is an `op` and the tensor is no output, else None."""
+        """Return the only reader of an inner tensor if it is an `op`, else None."""
         readers = self.consumers(name)
         if len(readers) == 1 and readers[0].op_type == op and name not in self.outputs:
             return readers[0]

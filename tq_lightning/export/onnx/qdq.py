@@ -116,7 +116,7 @@ def put_layers(
         ranges: ranges of the inputs of layers.
         top: largest activation code, 255 or 127.
         runtime: one of `RUNTIMES`.
-        residual: one of `RESIDUALS`: how a convolution is computed whose output is no code.
+        residual: one of `RESIDUALS`: how to compute a convolution whose output is not a code.
     """
     pending = []
     for layer in layers:
