@@ -1,13 +1,20 @@
 """Codes: exact results at named edges, and the identity that round codes break."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
-from tq_lightning.quant.codes import QUANTIZERS, floor_codes, round_codes, truncate_codes
+from tq_lightning.quant.codes import (
+    QUANTIZERS,
+    floor_codes,
+    round_codes,
+    rounding_of,
+    truncate_codes,
+)
 
 WIDTHS = range(1, 9)
 
@@ -190,3 +197,22 @@ def test_other_bad_input():
         truncate_codes(codes, 4, 8)
     with pytest.raises(TypeError, match=r"uint8, got torch\.int64"):
         truncate_codes(codes.long(), 8, 4)
+
+
+@pytest.mark.parametrize("quantizer", ["floor", "round"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rounding_of(quantizer, bits):
+    """The form of integer kernels gives the codes, away from the bin edges."""
+    u = (torch.arange(5000, dtype=torch.float64) + 0.37) / 5000
+    steps, offset = rounding_of(quantizer, bits)
+    made = (u * steps + offset).round().clamp(0, 2**bits - 1)
+    other = (u * steps).round().clamp(0, 2**bits - 1)
+    assert torch.equal(made, QUANTIZERS[quantizer].codes(u.float(), bits).double())
+    assert torch.equal(made, other) == (quantizer == "round")
+
+
+def test_rounding_of_a_quantizer_without_such_a_form(monkeypatch):
+    row = replace(QUANTIZERS["floor"], rounding=None)
+    monkeypatch.setitem(QUANTIZERS, "uneven", row)
+    with pytest.raises(ValueError, match="'uneven' is not a rounding of even steps"):
+        rounding_of("uneven", 4)

@@ -8,14 +8,13 @@ import copy
 import csv
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures.dispatch import HOST_READ, Operations
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_packed
 from tq_lightning.callbacks.width_metrics import evaluate_batch
@@ -57,18 +56,6 @@ def joint_step(model, network, images, target):
     return {bits: value.item() for bits, value in losses.items()}
 
 
-class HostReads(TorchDispatchMode):
-    """Counts the values that are read from the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("how", [{}, {"normalizer": "tanh_channel", "activations": "pact_round"}])
 def test_weights_and_codes_are_those_of_the_cpu(device, how):
@@ -88,14 +75,14 @@ def test_weights_and_codes_are_those_of_the_cpu(device, how):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_joint_step_is_that_of_the_cpu_and_reads_one_value(device):
     model, reference = prepared(device), prepared("cpu")
-    reads = HostReads()
+    reads = Operations()
     images, target = batch(device)
     with reads:
         loss, losses = joint_loss(
             model, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target)
         )
         loss.backward()
-    assert reads.counts["aten._local_scalar_dense.default"] == 1
+    assert reads.counts[HOST_READ] == 1
     expected = joint_step(reference, reference, *batch("cpu"))
     for bits in WIDTHS:
         assert losses[bits].item() == pytest.approx(expected[bits], rel=1e-3)

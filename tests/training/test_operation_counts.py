@@ -3,12 +3,10 @@
 Counts are exact and the same on every machine. On a GPU small networks are bound by them.
 """
 
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from fixtures.dispatch import HOST_READ, Operations
 
 from tq_lightning import prepare
 from tq_lightning.callbacks.width_metrics import evaluate_batch
@@ -18,19 +16,6 @@ from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)
-HOST_READ = "aten._local_scalar_dense.default"
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def build(name, prepared, **how):

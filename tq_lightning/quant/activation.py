@@ -112,11 +112,16 @@ class ActivationQuantizer(nn.Module):
         else:
             self.register_buffer("clip", torch.tensor(1.0), persistent=False)
 
+    @property
+    def effective_clip(self) -> Tensor:
+        """The clip in use: a float32 scalar without gradient, at least `PACT_LEAST` if learned."""
+        clip = self.clip.detach().float()
+        return clip.clamp_min(PACT_LEAST) if self.learned else clip
+
     def forward(self, x: Tensor) -> Tensor:
         """Clip and quantize `x` (any shape and float dtype); at float width, clip only."""
-        inside, scale = x.float(), self.clip.detach().float()
+        inside, scale = x.float(), self.effective_clip
         if self.learned:
-            scale = scale.clamp_min(PACT_LEAST)
             over = inside >= scale
             # no gradient to x beyond the clip, and none to the clip through the quantizer
             inside = inside.masked_fill(over, 0.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
+from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
 
 BINS = 4096
@@ -103,8 +103,7 @@ def activation_ranges(model: nn.Module) -> dict[str, ActivationRange]:
     found = {name: ActivationRange(*pair) for name, pair in getattr(model, "tq_ranges", {}).items()}
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
-            clip = float(module.clip.detach())
-            found[name] = ActivationRange(0.0, max(clip, PACT_LEAST) if module.learned else clip)
+            found[name] = ActivationRange(0.0, float(module.effective_clip))
     return found
 
 

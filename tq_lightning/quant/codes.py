@@ -44,12 +44,15 @@ class Quantizer:
         ste: The straight-through estimator that `ste="auto"` selects, a key of `ste.STES`.
         nested: Whether the n-bit code always equals the N-bit code shifted right by N - n. If so,
             the sources "quantize" and "truncate" agree by construction.
+        rounding: (extra, offset) with code = round(u (M_n + extra) + offset), ties apart: the form
+            of integer kernels. None if there is no such form.
     """
 
     steps: Callable[[Tensor, Top], Tensor]
     edges: Callable[[Tensor, int], tuple[Tensor, float]]
     ste: str
     nested: bool
+    rounding: tuple[int, float] | None = None
 
     def codes(self, u: Tensor, bits: int) -> Tensor:
         """Quantize `u` (float32 in [0, 1], any shape) to uint8 codes of width `bits`."""
@@ -85,9 +88,35 @@ def _round_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
 
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "floor": Quantizer(_floor_steps, _floor_edges, ste="scaled", nested=True),
-    "round": Quantizer(_round_steps, _round_edges, ste="identity", nested=False),
+    "floor": Quantizer(_floor_steps, _floor_edges, ste="scaled", nested=True, rounding=(1, -0.5)),
+    "round": Quantizer(_round_steps, _round_edges, ste="identity", nested=False, rounding=(0, 0.0)),
 }
+
+
+def rounding_of(quantizer: str, bits: int) -> tuple[int, float]:
+    """Steps and offset of a quantizer as integer kernels compute it.
+
+    Args:
+        quantizer: A key of `QUANTIZERS`.
+        bits: Width n, 1..8.
+
+    Returns:
+        (steps, offset): code = round(steps * u + offset), clamped to [0, 2^n - 1], ties apart.
+
+    Raises:
+        ValueError: The quantizer has no such form.
+
+    Example:
+        At 2 bits `floor` is round(4 u - 1/2) and `round` is round(3 u).
+    """
+    form = QUANTIZERS[quantizer].rounding
+    if form is None:
+        raise ValueError(
+            f"quantizer {quantizer!r} is not a rounding of even steps; "
+            "integer kernels support activations quantized by floor and round"
+        )
+    extra, offset = form
+    return 2**bits - 1 + extra, offset
 
 
 def floor_codes(u: Tensor, bits: int) -> Tensor:

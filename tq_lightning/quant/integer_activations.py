@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
+from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_width import Width
+from tq_lightning.quant.codes import rounding_of
 from tq_lightning.quant.fake_quantize import width_codes
 from tq_lightning.quant.integer_codes import activation_top
 
@@ -68,15 +69,12 @@ class TrainedCodes:
         """Codes at the width in use."""
         rule, bits = self.quantizer, width.bits
         assert bits is not None
-        clip = float(rule.clip.detach())
-        clip = max(clip, PACT_LEAST) if rule.learned else clip
+        clip = float(rule.effective_clip)
         shifted = rule.truncated and width.source == "truncate"
         made = width.max_bits if shifted else bits
-        make_top = 2**made - 1
-        floor = rule.quantizer == "floor"
-        make_step = clip / (make_top + 1) if floor else clip / make_top
+        steps, offset = rounding_of(rule.quantizer, made)
         top = 2**bits - 1
-        return Codes(clip / top, 0, top, make_step, -0.5 if floor else 0.0, make_top, made - bits)
+        return Codes(clip / top, 0, top, clip / steps, offset, 2**made - 1, made - bits)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrainedCodes) and self.quantizer is other.quantizer
@@ -103,11 +101,9 @@ class Quantize(nn.Module):
         """Return uint8 codes, shape of `x`."""
         if isinstance(self.codes, TrainedCodes):  # the formula of ActivationQuantizer, to the bit
             rule, width = self.codes.quantizer, self.width
-            clip = rule.clip.detach().float()
-            clip = clip.clamp_min(PACT_LEAST) if rule.learned else clip
             assert width.bits is not None
             source = width.source if rule.truncated else "quantize"
-            u = (x.float() / clip).clamp_(0.0, 1.0)
+            u = (x.float() / rule.effective_clip).clamp_(0.0, 1.0)
             return width_codes(u, width.bits, rule.quantizer, width.max_bits, source)
         at = self.codes.at(self.width)
         scaled = x.float().mul(1.0 / at.step)

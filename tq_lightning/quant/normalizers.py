@@ -8,7 +8,8 @@ To add a normalizer, write its functions and one row of `NORMALIZERS`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -131,75 +132,34 @@ def _log_inverse(u: Tensor) -> Tensor:
     return torch.where(t == 0, torch.zeros_like(t), magnitude.copysign(t))
 
 
+_LEARNED = Normalizer(
+    _unchanged,
+    None,
+    per_channel=False,
+    reference="learned",
+    span=2.5,
+    inverse=_learned_inverse,
+    levels=("centre", "centroid"),
+    scales=("span",),
+    ste="identity",
+)
+# what the non-uniform codes of multiples of the rms share
+_of_rms = partial(
+    Normalizer, per_channel=False, reference="rms", span=4.0, scales=("span",), ste="value"
+)
 NORMALIZERS: dict[str, Normalizer] = {
     "tanh": Normalizer(torch.tanh, _tanh_slope, per_channel=False),
     "tanh_channel": Normalizer(torch.tanh, _tanh_slope, per_channel=True),
     "absmax": Normalizer(_unchanged, None, per_channel=False),
     "absmax_channel": Normalizer(_unchanged, None, per_channel=True),
-    "learned": Normalizer(
-        _unchanged,
-        None,
-        per_channel=False,
-        reference="learned",
-        span=2.5,
-        inverse=_learned_inverse,
-        levels=("centre", "centroid"),
-        scales=("span",),
-        ste="identity",
+    "learned": _LEARNED,
+    "learned_channel": replace(_LEARNED, per_channel=True),
+    "gaussian": _of_rms(
+        _gaussian, _gaussian_slope, inverse=_gaussian_inverse, levels=("centroid",)
     ),
-    "learned_channel": Normalizer(
-        _unchanged,
-        None,
-        per_channel=True,
-        reference="learned",
-        span=2.5,
-        inverse=_learned_inverse,
-        levels=("centre", "centroid"),
-        scales=("span",),
-        ste="identity",
+    "float_e2": _of_rms(
+        _float_e2, _float_e2_slope, inverse=_float_e2_inverse, levels=("centroid", "native")
     ),
-    "gaussian": Normalizer(
-        _gaussian,
-        _gaussian_slope,
-        per_channel=False,
-        reference="rms",
-        span=4.0,
-        inverse=_gaussian_inverse,
-        levels=("centroid",),
-        scales=("span",),
-        ste="value",
-    ),
-    "float_e2": Normalizer(
-        _float_e2,
-        _float_e2_slope,
-        per_channel=False,
-        reference="rms",
-        span=4.0,
-        inverse=_float_e2_inverse,
-        levels=("centroid", "native"),
-        scales=("span",),
-        ste="value",
-    ),
-    "mu_law": Normalizer(
-        _mu_law,
-        _mu_law_slope,
-        per_channel=False,
-        reference="rms",
-        span=4.0,
-        inverse=_mu_law_inverse,
-        levels=("centroid",),
-        scales=("span",),
-        ste="value",
-    ),
-    "log": Normalizer(
-        _log,
-        _log_slope,
-        per_channel=False,
-        reference="rms",
-        span=4.0,
-        inverse=_log_inverse,
-        levels=("centroid", "native"),
-        scales=("span",),
-        ste="value",
-    ),
+    "mu_law": _of_rms(_mu_law, _mu_law_slope, inverse=_mu_law_inverse, levels=("centroid",)),
+    "log": _of_rms(_log, _log_slope, inverse=_log_inverse, levels=("centroid", "native")),
 }

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.onnx.integer_layers import IntegerLayer, bias_codes
-from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
+from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_width import Width
+from tq_lightning.quant.codes import rounding_of
 from tq_lightning.quant.layers import replace_modules
 
 RUNTIMES = ("onnxruntime", "openvino")
@@ -226,13 +227,13 @@ class CodeActivation(nn.Module):
     def __init__(self, layer: ActivationQuantizer, width: Width, runtime: str) -> None:
         super().__init__()
         assert width.bits is not None
-        clip = float(layer.clip.detach())
-        clip = max(clip, PACT_LEAST) if layer.learned else clip
+        clip = float(layer.effective_clip)
         made = width.max_bits if layer.truncated else width.bits
         self.shift, self.runtime = made - width.bits, runtime
         self.top = 2**made - 1
-        step = clip / (2**made if layer.quantizer == "floor" else self.top)
-        self.less = step / 2 if layer.quantizer == "floor" else 0.0
+        steps, offset = rounding_of(layer.quantizer, made)
+        step = clip / steps
+        self.less = -offset * step
         self.limit = self.top * step
         for name, value in (("step", step), ("out_step", clip / (2**width.bits - 1))):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tq_lightning.quant.activation import PACT_LEAST, ActivationQuantizer
+from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.levels import LEVELS, levels_to_weights
@@ -144,7 +144,7 @@ class TensorActivation(nn.Module):
     def __init__(self, tables: WidthTables, layer: ActivationQuantizer) -> None:
         super().__init__()
         self.tables, self.quantizer, self.truncated = [tables], layer.quantizer, layer.truncated
-        self.register_buffer("clip", layer.clip.detach().clone().float().clamp_min(PACT_LEAST))
+        self.register_buffer("clip", layer.effective_clip.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Clip and quantize activations of any shape."""
