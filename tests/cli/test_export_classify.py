@@ -69,6 +69,10 @@ def test_export_with_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--format", "tflite"], "invalid choice"),
         (["{packed}", "--out", "x", "--observer", "mse"], "--observer is for --calibrate"),
         (["{packed}", "--out", "x", "--calibrate", "nodata"], "neither a folder of images nor"),
+        (
+            ["{packed}", "--out", "x.pte", "--calibrate", "digits"],
+            "got --format executorch, which has no activation ranges",
+        ),
         (["{packed}", "--out", "x", "--calibrate", "run"], "not in the folder of a run"),
         (["{packed}", "--out", "x", "--calibrate", "digits", "--add", "r"], "before or after"),
     ],

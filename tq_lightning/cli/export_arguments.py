@@ -1,0 +1,169 @@
+"""Arguments of the verb `export`, and which of them go together."""
+
+import argparse
+from pathlib import Path
+
+from tq_lightning.cli.parser import Parser
+from tq_lightning.errors import UserError
+
+FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx", "executorch")
+ONE_WIDTH = ("onnx", "qonnx", "executorch")
+
+
+def parser() -> Parser:
+    """Build the parser of the verb."""
+    p = Parser(
+        "export", description="Convert a checkpoint or a packed file to a packed file or ONNX."
+    )
+    p.add_argument(
+        "source", metavar="CKPT", type=Path, help="training checkpoint (.ckpt), or packed file"
+    )
+    p.add_argument("--out", type=Path, required=True, help="file to write")
+    p.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="default: packed; onnx, qonnx and executorch hold one width",
+    )
+    p.add_argument(
+        "--bits",
+        type=int,
+        help="width of an onnx, qonnx or executorch file (default: the widest of the packed file)",
+    )
+    p.add_argument(
+        "--opset",
+        type=int,
+        help="ONNX opset, 21 or 25 (default: the lowest with the smallest integer type)",
+    )
+    p.add_argument(
+        "--lean",
+        action="store_true",
+        help="with --format onnx: ONNX Runtime keeps the codes in memory and computes the weights "
+        "at each run, not once at load",
+    )
+    p.add_argument(
+        "--integer",
+        action="store_true",
+        help="with --format onnx: uint8 activations and int8 weights, computed in integers",
+    )
+    p.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        help="store activation ranges, for integer inference, observed on DATA: a folder of "
+        "images, a data set such as digits, or `run`, the data of the checkpoint's run",
+    )
+    p.add_argument(
+        "--observer",
+        choices=("percentile", "mse"),
+        help="with --calibrate: leave outliers out (default), or least squared error",
+    )
+    p.add_argument(
+        "--runtime",
+        choices=("onnxruntime", "openvino"),
+        help="with --format onnx: runtime to write the graph for (default: onnxruntime)",
+    )
+    p.add_argument(
+        "--residual",
+        choices=("int8", "float"),
+        help="with --integer: what a residual add reads (default: int8 for ONNX Runtime, float for "
+        "OpenVINO and for networks trained with activation codes)",
+    )
+    p.add_argument(
+        "--activation-codes",
+        type=int,
+        choices=(127, 255),
+        help="with --integer: largest activation code (default: 127 where x86 processors without "
+        "VNNI could saturate with 255, else 255)",
+    )
+    p.add_argument("--max-bits", type=int, help="write only the first planes")
+    p.add_argument(
+        "--fold-norms",
+        action="store_true",
+        help="store batch norms as scale and shift; logits change by about 1e-5",
+    )
+    p.add_argument(
+        "--compress", action="store_true", help="compress each plane with zstd (lossless)"
+    )
+    p.add_argument(
+        "--rest",
+        type=Path,
+        help="with --max-bits: also write the other planes, to add them later",
+    )
+    p.add_argument(
+        "--add", type=Path, help="file written by --rest: add its planes to the packed file CKPT"
+    )
+    p.add_argument(
+        "--model.name",
+        dest="factory",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="factory that CKPT names; it is imported only if you pass it",
+    )
+    return p
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments after the verb, and fill in the format and the opset.
+
+    Raises:
+        UserError: wrong arguments, or some that do not go together.
+    """
+    a = parser().parse_args(argv)
+    if a.format is None and a.out.suffix == ".pte":
+        a.format = "executorch"
+    if a.format is None and a.out.suffix == ".onnx":
+        raise UserError(
+            f"--out {a.out} looks like an ONNX file; pass --format onnx, onnx-dynamic or qonnx, "
+            "or another name for a packed file"
+        )
+    a.format = a.format or "packed"
+    if not a.source.is_file():
+        raise UserError(
+            f"no file {a.source} to export; pass a training checkpoint or a packed file"
+        )
+    if a.observer is not None and a.calibrate is None:
+        raise UserError("--observer is for --calibrate DATA; pass both")
+    if a.calibrate is not None and (a.rest is not None or a.add is not None):
+        raise UserError("--calibrate changes the file; pass it before or after --rest and --add")
+    if a.rest is not None and a.max_bits is None:
+        raise UserError("--rest holds the planes that --max-bits leaves out; pass both")
+    if a.format not in ONE_WIDTH and a.bits is not None:
+        raise UserError(
+            f"--bits is the width of {', '.join(ONE_WIDTH)} files; for fewer planes pass "
+            f"--max-bits {a.bits}"
+        )
+    if a.opset is not None and a.format != "onnx":
+        raise UserError(f"--opset is for --format onnx, got {a.format}")
+    if a.integer and a.format != "onnx":
+        raise UserError(f"--integer is for --format onnx, got {a.format}")
+    if a.integer and a.opset not in (None, 21):
+        raise UserError(f"--integer writes opset 21, got --opset {a.opset}")
+    if a.lean and (a.format != "onnx" or a.integer):
+        raise UserError("--lean is for --format onnx without --integer")
+    if a.calibrate is not None and a.format != "packed" and not a.integer:
+        raise UserError(
+            "--calibrate is for packed files and --integer, got "
+            f"--format {a.format}, which has no activation ranges"
+        )
+    for name in ("residual", "activation_codes"):
+        if getattr(a, name) is not None and not a.integer:
+            raise UserError(f"--{name.replace('_', '-')} is for --integer; pass both")
+    if a.runtime is not None and a.format != "onnx":
+        raise UserError(f"--runtime is for --format onnx, got {a.format}")
+    if a.runtime == "openvino" and a.opset is None:
+        a.opset = 21  # it has no 2-bit integers
+    if a.runtime == "openvino" and a.opset == 25:
+        raise UserError("OpenVINO does not read opset 25; pass --opset 21, or leave it out")
+    if a.rest is not None and a.rest.resolve() == a.out.resolve():
+        raise UserError("--rest and --out are the same file; pass two")
+    for flag, target in (("--out", a.out), ("--rest", a.rest)):
+        if target is not None and target.resolve() in {a.source.resolve(), *_resolved(a.add)}:
+            raise UserError(f"{flag} {target} would replace a file that is read; pass another name")
+    if a.format != "packed" and (a.compress or a.rest or a.add or a.max_bits is not None):
+        raise UserError(
+            "--compress, --rest, --add and --max-bits are for packed files, got "
+            f"--format {a.format}"
+        )
+    return a
+
+
+def _resolved(path: Path | None) -> list[Path]:
+    return [] if path is None else [path.resolve()]
