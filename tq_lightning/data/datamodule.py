@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from tq_lightning.data import augment
+from tq_lightning.data.batch_reader import BatchReader, ImageDataset
 from tq_lightning.data.datasets import DATASETS
-from tq_lightning.data.loaders import (
-    BatchReader,
-    EvalLoader,
-    ImageDataset,
-    TrainLoader,
-    fit_progress,
-)
+from tq_lightning.data.loaders import EvalLoader, TrainLoader, fit_progress
 from tq_lightning.data.own import open_own
 from tq_lightning.data.sampling import TrainOrder, generator
 from tq_lightning.data.splits import Source, Splits

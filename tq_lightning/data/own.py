@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from tq_lightning.data.augment import seeded
-from tq_lightning.data.loaders import START_METHOD, EvalLoader, TrainLoader, fit_progress
+from tq_lightning.data.batch_reader import START_METHOD
+from tq_lightning.data.loaders import EvalLoader, TrainLoader, fit_progress
 from tq_lightning.data.sampling import TrainOrder, derive_seed, generator, stratified
 from tq_lightning.errors import UserError
 from tq_lightning.factories import call_factory

@@ -1,0 +1,185 @@
+"""Reading of batches: what worker processes read, and unreadable images among them."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from tq_lightning.data.augment import seeded
+from tq_lightning.data.images import UnreadableImage
+from tq_lightning.data.sampling import derive_seed
+from tq_lightning.errors import UserError
+
+# Forking is safe on Linux alone; elsewhere, and from Python 3.14 on, other methods are the default.
+START_METHOD = "fork" if sys.platform == "linux" else None
+_MAX_UNREADABLE = 50  # consecutive images
+
+
+class Item(NamedTuple):
+    """One sample as a worker process returns it."""
+
+    image: Tensor | None
+    """uint8 (C, H, W); None if it can't be read."""
+    label: int
+    error: str
+    """Why the image can't be read, or why another one took its place; else empty."""
+    number: int
+    """Sample number that was asked for."""
+
+
+class ImageDataset:
+    """Map-style data set of `Item`s for worker processes. A key is (sample number, seed).
+
+    An image that can't be read has no `image`, so that an evaluation can leave it out. In training,
+    where a batch must keep its size, the next image that can be read takes its place.
+
+    Args:
+        read: sample number -> (PIL image, class number). May raise `UnreadableImage`.
+        count: number of samples.
+        transform: PIL image -> uint8 tensor. It may draw from the global generators, which are
+            seeded for every sample.
+        replace: whether other images take the place of those that can't be read.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], tuple[Any, int]],
+        count: int,
+        transform: Callable[[Any], Tensor],
+        replace: bool,
+    ) -> None:
+        self.read, self.count, self.transform, self.replace = read, count, transform, replace
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        number, seed = key
+        reason = ""
+        for step in range(min(self.count, _MAX_UNREADABLE) if self.replace else 1):
+            try:
+                image, label = self.read((number + step) % self.count)
+            except UnreadableImage as error:
+                reason = reason or str(error)
+                continue
+            with seeded(seed):
+                return Item(torch.as_tensor(self.transform(image)), int(label), reason, number)
+        return Item(None, 0, reason, number)
+
+
+def _collate(items: list[Item]) -> tuple[Any, Any, list[str], list[int]]:
+    """Collate a batch into (images, labels, errors, numbers of the unreadable samples).
+
+    Images are (batch, ...), labels (batch,). Both are None if every image is unreadable.
+    """
+    errors = [item.error for item in items if item.error]
+    missing = [item.number for item in items if item.image is None]
+    readable = [(item.image, item.label) for item in items if item.image is not None]
+    images, labels = default_collate(readable) if readable else (None, None)
+    return images, labels, errors, missing
+
+
+class _Keys:
+    """Batch sampler of the workers. It asks for its keys when an epoch starts."""
+
+    def __init__(self) -> None:
+        self.keys: Callable[[], Iterator[list[tuple[int, int]]]] = lambda: iter(())
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.keys()
+
+
+class BatchReader:
+    """Batches of one split by sample number.
+
+    Images in memory are indexed as a tensor, others are read by worker processes. Only one
+    iteration runs at a time: the workers persist, so a new iteration ends the previous one.
+
+    Args:
+        labels: (N,) int64.
+        pixels: (N, C, H, W) uint8, or None.
+        items: data set to read instead of `pixels`.
+        workers: number of processes that read `items`. They persist over the epochs.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        pixels: Tensor | None,
+        items: ImageDataset | None = None,
+        workers: int = 0,
+    ) -> None:
+        self.labels, self.pixels, self.items, self.workers = labels, pixels, items, workers
+        self._sampler = _Keys()
+        self._loader: DataLoader | None = None
+        self._unreadable: dict[str, None] = {}  # in order of appearance
+        self.missing: set[int] = set()
+        """Sample numbers that were left out of an evaluation, since they can't be read."""
+
+    def __call__(
+        self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read the batches of an epoch.
+
+        Args:
+            batches: makes an iterator over the sample numbers of each batch.
+            seed: run seed, for the transforms.
+            epoch: number of the epoch, for the transforms.
+
+        Yields:
+            (images uint8 (B, C, H, W), labels int64 (B,)). Without the images that can't be read,
+            a batch of an evaluation is smaller; one that would be empty is left out.
+
+        Raises:
+            UserError: in training, many images in a row can't be read; in an evaluation, none can.
+        """
+        if self.pixels is not None and self.items is None:
+            for i in batches():
+                yield self.pixels.index_select(0, i), self.labels.index_select(0, i)
+            return
+        self._sampler.keys = lambda: (
+            [(n, derive_seed(seed, epoch, n, 5)) for n in i.tolist()] for i in batches()
+        )
+        if self._loader is None:
+            # a generator of its own: a DataLoader otherwise draws a seed from the global one
+            self._loader = DataLoader(
+                self.items,  # type: ignore[arg-type]
+                batch_sampler=self._sampler,  # type: ignore[arg-type]
+                num_workers=self.workers,
+                collate_fn=_collate,
+                persistent_workers=self.workers > 0,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),
+                multiprocessing_context=START_METHOD if self.workers else None,
+            )
+        known, found = len(self._unreadable), False
+        try:
+            for images, labels, errors, missing in self._loader:
+                self._unreadable.update(dict.fromkeys(errors))
+                if missing and self.items.replace:  # type: ignore[union-attr]
+                    raise UserError(
+                        f"{min(len(self.labels), _MAX_UNREADABLE)} images in a row can't be read, "
+                        f"the first is {errors[0]}; copy or unpack the data set again"
+                    )
+                self.missing.update(missing)
+                if images is not None:
+                    found = True
+                    yield images, labels
+            if self._unreadable and not found:
+                raise UserError(
+                    f"none of {len(self._unreadable)} images can be read, the first is "
+                    f"{next(iter(self._unreadable))}; copy or unpack the data set again"
+                )
+        finally:
+            if len(self._unreadable) > known:
+                self._report()
+
+    def _report(self) -> None:
+        """Print one line that counts the images that can't be read, in this process."""
+        how = (
+            f"skipped {len(self._unreadable)} of {len(self.labels)} images, others took their place"
+            if self.items is not None and self.items.replace
+            else f"left {len(self._unreadable)} images that can't be read out of the evaluation"
+        )
+        first = next(iter(self._unreadable))
+        print(f"{how}; the first is {first}", file=sys.stderr, flush=True)

@@ -1,0 +1,89 @@
+"""Put the tensors and the codes of a packed file into a network without memory."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.errors import UserError
+from tq_lightning.export.packed.module import PackedWeight, attach_packed_weight
+from tq_lightning.export.packed.schema import (
+    cast_to_header_dtype,
+)
+from tq_lightning.export.packed.sections import (
+    file_names,
+    named_tensors,
+)
+from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.switchable_norm import per_width_norms
+from tq_lightning.quant.weight import weight_quantizers
+
+
+def fill_unquantized(
+    model: nn.Module, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], widths: list[int]
+) -> None:
+    """Set every unquantized tensor from the file, and delete the norm sets of other widths."""
+    for full, value, name in file_names(model):
+        module, leaf = _owner(model, full)
+        if name.startswith("norm") and int(name[4]) not in widths:
+            continue
+        if name in arrays:
+            array = arrays[name]
+            if array.shape != tuple(value.shape):
+                raise UserError(
+                    f"{full} has shape {tuple(array.shape)} in the file, "
+                    f"{tuple(value.shape)} in its network"
+                )
+            filled = torch.tensor(array)
+        else:  # statistics of a folded batch norm
+            constant = 0.0 if leaf == "running_mean" else 1.0 - float(module.eps)  # type: ignore[arg-type]
+            filled = torch.full(value.shape, constant)
+        _set_tensor(module, leaf, cast_to_header_dtype(header, full, filled, value.dtype))
+    for full, value in list(named_tensors(model)):
+        if full.endswith("num_batches_tracked"):
+            module, leaf = _owner(model, full)
+            _set_tensor(module, leaf, torch.zeros(value.shape, dtype=torch.long))
+    for norm in per_width_norms(model):
+        for key in set(norm.sets) - {str(n) for n in widths}:
+            del norm.sets[key]
+        norm.calibrated = torch.tensor([n in widths for n in range(norm.width.max_bits + 1)])
+
+
+def _owner(model: nn.Module, full: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = full.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+def _set_tensor(module: nn.Module, leaf: str, value: Tensor) -> None:
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+
+
+def attach_codes(
+    model: nn.Module,
+    header: Mapping[str, Any],
+    scales: np.ndarray,
+    codes: Tensor,
+    planes: int,
+    widths: list[int],
+    mode: str,
+    tables: Mapping[int, Tensor],
+) -> None:
+    """Replace every quantized float parameter by its codes and scale."""
+    width, start = width_of(model), 0
+    weights = {weight.name: weight for weight in weight_quantizers(model)}
+    for layer in header["layers"]:
+        full, offset, count = layer["name"], layer["offset"], math.prod(layer["scale"])
+        weight = weights[full]
+        own = codes[offset : offset + math.prod(layer["shape"])].view(layer["shape"])
+        scale = torch.tensor(scales[start : start + count]).view(layer["scale"])
+        start += count
+        dtype = cast_to_header_dtype(header, full, torch.empty(0), torch.float32).dtype
+        level = weight.quantizer.level
+        packed = PackedWeight(full, width, planes, widths, level, scale, dtype, mode, tables)
+        attach_packed_weight(weight.module, weight.tensor, own, packed)
