@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 
@@ -238,3 +239,17 @@ def test_class_names_of_the_file(net, tmp_path, folder, capsys):
     assert "kind " in capsys.readouterr().out
     with pytest.raises(UserError, match="3 class names"):
         save_packed(net[0], tmp_path / "m.safetensors", class_names=["a", "b", "c"])
+
+
+def test_an_error_about_a_temporary_file_names_the_checkpoint(packed, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "last.ckpt"
+    checkpoint.write_bytes(b"PK")
+    monkeypatch.setattr(command, "save_checkpoint", lambda source, out, *_: out.touch())
+    with pytest.raises(UserError) as raised, command.packed_file(checkpoint) as (path, folder):
+        assert path.parent == folder != tmp_path
+        raise UserError(f"{path} has no activation ranges")
+    assert str(raised.value) == f"{checkpoint} has no activation ranges"
+    said = re.escape(f"{packed} is used as it is")
+    with pytest.raises(UserError, match=said), command.packed_file(packed) as (path, _):
+        raise UserError(f"{path} is used as it is")
+    assert not folder.exists()

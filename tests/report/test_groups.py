@@ -6,7 +6,7 @@ from fixtures.records import compare, runs
 from tq_lightning.report.caveats import flags_of, mixed
 from tq_lightning.report.comparisons import make_groups
 from tq_lightning.report.groups import arm_config, group
-from tq_lightning.report.labels import wrapped
+from tq_lightning.report.labels import spread, wrapped
 
 
 def test_seed_paths_and_loggers_make_no_arm_but_the_learning_rate_does(make):
@@ -207,3 +207,9 @@ def test_labels_are_unique_even_for_many_settings(make):
     ]
     found = make_groups(compare(*records).arms, "model.quantizer", ["model.ste"])
     assert len({s.label for s in found}) == len({s.slug for s in found}) == 4
+
+
+def test_a_spread_of_values_that_read_the_same_is_one_number():
+    assert spread([41.91, 41.94]) == "41.9"
+    assert spread([41.9, 42.0]) == "41.9 to 42.0"
+    assert spread([2.2, 1.8], 0) == "2"

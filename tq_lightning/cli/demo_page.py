@@ -1,9 +1,8 @@
 """The verb `demo-page`: a page of static files that runs a model in a browser, at any width."""
 
-import tempfile
 from pathlib import Path
 
-from tq_lightning.cli.export import is_packed, save_checkpoint
+from tq_lightning.cli.export import packed_file
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
 
@@ -61,11 +60,7 @@ def main(argv: list[str]) -> int:
             f"demo-page needs the onnx package ({error}); pip install 'tq_lightning[onnx]'"
         ) from error
     check_out(a.out)
-    with tempfile.TemporaryDirectory() as folder:
-        path = a.model
-        if not is_packed(path):
-            path = Path(folder) / "model.safetensors"
-            save_checkpoint(a.model, path)
+    with packed_file(a.model) as (path, _):
         sizes = write_demo_page(
             path,
             a.out,

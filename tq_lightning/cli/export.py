@@ -1,7 +1,10 @@
 """The verb `export`: convert a checkpoint or a packed file to a file for a runtime."""
 
 import argparse
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,9 @@ def main(argv: list[str]) -> int:
         print("\n".join(f"{name:<10}{size:>14,} bytes" for name, size in sizes.items()))
         print(f"wrote {a.out}")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        path = a.source
-        if not is_packed(path):
-            path = Path(folder) / "model.safetensors"
-            save_checkpoint(a.source, path, a.factory, fold_norms=a.fold_norms)
+    with packed_file(a.source, a.factory, fold_norms=a.fold_norms) as (path, folder):
         if a.calibrate is not None:
-            before, path = path, Path(folder) / "calibrated.safetensors"
+            before, path = path, folder / "calibrated.safetensors"
             calibrate(before, path, a.source, a.calibrate, a.observer or "percentile")
         hint = ""
         if a.format in ONE_WIDTH and a.bits is None:
@@ -55,6 +54,37 @@ def is_packed(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(9)
     return path.suffix == ".safetensors" or (head[8:9] == b"{" and head[4:8] == b"\0" * 4)
+
+
+@contextmanager
+def packed_file(
+    source: Path, factory: str | None = None, **options: Any
+) -> Iterator[tuple[Path, Path]]:
+    """Give a packed file as it is, and a checkpoint as a packed file in a temporary folder.
+
+    Args:
+        source: packed file or training checkpoint.
+        factory: see `save_checkpoint`.
+        options: see `save_checkpoint`.
+
+    Yields:
+        (packed file, temporary folder).
+
+    Raises:
+        UserError: as the body raises it; a temporary file is called by the name of `source`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, path = Path(name), source
+        try:
+            if not is_packed(path):
+                path = folder / "model.safetensors"
+                save_checkpoint(source, path, factory, **options)
+            yield path, folder
+        except UserError as error:
+            if name not in str(error):
+                raise
+            text = re.sub(rf"{re.escape(name)}/[\w.]+", lambda _: str(source), str(error))
+            raise UserError(text) from error
 
 
 def save_checkpoint(

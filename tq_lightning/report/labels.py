@@ -1,6 +1,7 @@
 """Words that a report uses in more than one place: labels, units, sources and definitions."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 ACTIVATIONS_SOURCE = "model.activations_source"  # made by the report; not a configuration key
@@ -90,6 +91,12 @@ def energy_name(kind: str) -> str:
 def counted(number: int, noun: str) -> str:
     """Return `1 seed`, `8 bits`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Smallest to largest value, or the value if both read the same."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def text(value: Any) -> str:

@@ -10,6 +10,7 @@ from tq_lightning.report.figures import style
 from tq_lightning.report.figures.accuracy import Drawing, capped
 from tq_lightning.report.figures.style import Figure
 from tq_lightning.report.groups import START, Arm
+from tq_lightning.report.labels import spread
 from tq_lightning.report.stats import Estimate, acc1, gap, mean_interval, split_of
 
 LOW_BITS = (1, 2)
@@ -31,7 +32,7 @@ def robustness(comparisons: Comparisons) -> Drawing:
     for arm in sorted(arms, key=lambda arm: arm.nested):
         if not has_collapsed(arm) and (e := acc1(arm, "truncate", 2, split)) is not None:
             kept.setdefault(str(arm["model.quantizer"]), []).append(e.mean)
-    spans = [f"{name} keeps {min(of):.1f} to {max(of):.1f} %" for name, of in kept.items()]
+    spans = [f"{name} keeps {spread(of)} %" for name, of in kept.items()]
     title = f"Truncated to 2 bits, {' and '.join(spans)}" if spans else "Accuracy at low widths"
     canvas, body = style.new((7.0, 1.1 + 0.55 * len(groups)), title, flags=flags_of(groups))
     grid = body.subplots(1, len(LOW_BITS), sharey=True, sharex=True)
@@ -181,8 +182,8 @@ def disagreement(comparisons: Comparisons) -> Drawing:
         wrong: list[float] = [share.mean for share, _ in pairs if share]
         costs: list[float] = [cost.mean for _, cost in pairs if cost]
         title = (
-            f"At 2 bits, {min(wrong):.0f} to {max(wrong):.0f} % of the shifted codes are wrong, "
-            f"which costs {min(costs):.1f} to {max(costs):.1f} points"
+            f"At 2 bits, {spread(wrong, 0)} % of the shifted codes are wrong, "
+            f"which costs {spread(costs)} points"
         )
     canvas, body = style.new((7.0, 2.6 + 0.17 * len(series)), title, flags=flags_of(groups))
     grid = body.subplots(1, 2)

@@ -10,7 +10,7 @@ from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.accuracy import Drawing
 from tq_lightning.report.figures.style import Figure
-from tq_lightning.report.labels import PARTS, counted, energy_name
+from tq_lightning.report.labels import PARTS, counted, energy_name, spread
 from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
 
 PART_LOOKS = {  # slate tones, which no other figure uses
@@ -127,7 +127,7 @@ def energy(comparisons: Comparisons) -> Drawing:
     if {"refetch_float_pj", "shift_pj"} <= set(kinds):
         times = [pj["refetch_float_pj"] / pj["shift_pj"] for pj in every]
         title = (
-            f"Modeled, not measured: a shift in place takes {min(times):.0f} to {max(times):.0f} "
+            f"Modeled, not measured: a shift in place takes {spread(times, 0)} "
             "times less energy than refetching the float weights"
         )
     assumptions = list(dict.fromkeys(line for m in models.values() for line in m.assumptions))
