@@ -22,7 +22,7 @@ from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.layers import select_layers
 from tq_lightning.quant.prepare import prepare
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 
 PINNED = dict(
     line.strip().split("==")

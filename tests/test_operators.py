@@ -14,7 +14,7 @@ from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.codes import floor_codes, truncate_codes
 from tq_lightning.quant.levels import codes_to_levels, dequantize
 from tq_lightning.quant.prepare import prepare
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 
 _WEIGHT_SECOND = {
     F.linear,

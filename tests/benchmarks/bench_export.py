@@ -89,7 +89,7 @@ def switching(table, prepared, path):
 
     from tq_lightning import bit_width, load_packed
     from tq_lightning.export.packed.module import packed_weights
-    from tq_lightning.quant.weight import weight_quantizers
+    from tq_lightning.quant.quantized_tensors import weight_quantizers
 
     served = load_packed(path)
     weights, tensors = (

@@ -34,7 +34,7 @@ from tq_lightning.models import create_model
 from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.prepare import prepare
-from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)

@@ -25,7 +25,7 @@ from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.export.onnx.integer import export_integer
 from tq_lightning.export.packed.edit import add_ranges
 from tq_lightning.quant.activation_ranges import OBSERVERS, activation_ranges
-from tq_lightning.quant.integer_oracle import simulated
+from tq_lightning.quant.integer.oracle import simulated
 
 BATCHES, BATCH_SIZE = 4, 128  # of the calibration
 COLUMNS = ("model", "runtime", "bits", "images", "top1", "lost", "differ")

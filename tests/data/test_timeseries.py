@@ -8,7 +8,7 @@ from tq_lightning import bit_width, prepare
 from tq_lightning.data.timeseries import Series, aeon_series, read_ts
 from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
-from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.training.joint import joint_loss
 
 TS = "# comment\n@problemName x\n@data\n1,2,3:4,5,6:a\n7,8:9,10:b\n"

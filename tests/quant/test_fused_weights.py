@@ -13,8 +13,8 @@ from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.flat_weights import FlatWeights
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.normalizers import NORMALIZERS
+from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.weight import original, weight_quantizers
 
 
 def layers(**how):

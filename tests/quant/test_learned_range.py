@@ -8,7 +8,8 @@ from tq_lightning.quant.bit_width import Width, bit_width
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.prepare import prepare
-from tq_lightning.quant.weight import WeightQuantizer, weight_quantizers
+from tq_lightning.quant.quantized_tensors import weight_quantizers
+from tq_lightning.quant.weight import WeightQuantizer
 from tq_lightning.training.optim import build_optimizer
 
 LEARNED = {"level": "centre", "scale": "span"}

@@ -13,8 +13,8 @@ from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.config import check_widths
 from tq_lightning.quant.layers import select_layers
 from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
-from tq_lightning.quant.weight import original, weight_quantizers
 
 
 def _quantized(model: nn.Module) -> list[str]:

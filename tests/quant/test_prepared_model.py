@@ -11,7 +11,7 @@ from torch import nn
 from tq_lightning.quant.bit_width import bit_width, width_of
 from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
-from tq_lightning.quant.weight import original, weight_quantizers
+from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 
 PASSES = [(bits, source) for bits in range(8, 0, -1) for source in ("quantize", "truncate")] + [
     (None, "quantize")

@@ -15,13 +15,9 @@ from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.levels import codes_to_levels
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.quantized_tensors import code_disagreement, original, weight_quantizers
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.weight import (
-    WeightQuantizer,
-    code_disagreement,
-    original,
-    weight_quantizers,
-)
+from tq_lightning.quant.weight import WeightQuantizer
 
 SHAPES = {  # name -> (shape, channel_dim, groups)
     "linear": ((5, 7), 0, 1),

@@ -21,8 +21,8 @@ from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
 from tq_lightning.quant.integer import integer_layers
-from tq_lightning.quant.integer_kernels import missing_kernels
-from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.quant.integer.kernels import missing_kernels
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)

@@ -12,8 +12,8 @@ from tq_lightning import bit_width, prepare
 from tq_lightning.errors import TrainingError
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import train_float_norms
-from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)

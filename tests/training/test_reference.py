@@ -22,9 +22,9 @@ from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.level_tables import LEVEL_TABLES
 from tq_lightning.quant.levels import LEVELS
 from tq_lightning.quant.normalizers import NORMALIZERS, SCALES
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import train_float_norms
-from tq_lightning.quant.weight import weight_quantizers
 from tq_lightning.training.joint import joint_loss
 from tq_lightning.training.losses import LOSSES, make_width_loss
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES

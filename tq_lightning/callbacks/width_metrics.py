@@ -10,7 +10,7 @@ from tq_lightning.quant.bit_width import bit_width, width_of
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import call
-from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 
 Pass = tuple[int | None, str]
 TOP = 5  # classes; with fewer, top-5 is left out

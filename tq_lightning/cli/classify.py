@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 
     mode = "lean" if args.lean else args.mode or "resident"
     if mode == "integer":
-        from tq_lightning.quant.integer_kernels import missing_kernels
+        from tq_lightning.quant.integer.kernels import missing_kernels
 
         if (reason := missing_kernels()) is not None:
             print(f"no integer mode here ({reason}); running --mode resident", file=sys.stderr)

@@ -24,7 +24,7 @@ from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.integer_codes import IntegerWeight, integer_weight
+from tq_lightning.quant.integer.arithmetic import IntegerWeight, integer_weight
 
 INSTALL = "pip install 'tq_lightning[executorch]' in an environment of its own"
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tq_lightning.quant.normalizers import NORMALIZERS
+from tq_lightning.quant.quantized_tensors import QuantizedTensor
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.weight import TINY, QuantizedTensor, WeightQuantizer, span_of
+from tq_lightning.quant.weight import TINY, WeightQuantizer, span_of
 
 ALIGNMENT = 16  # elements between the starts of two weights divide by it: 64 bytes of float32
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.flat_normalizer import NormalizedWeights
 from tq_lightning.quant.levels import codes_to_levels, dequantize
+from tq_lightning.quant.quantized_tensors import QuantizedTensor
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.weight import QuantizedTensor
 
 
 class FlatWeights(NormalizedWeights):

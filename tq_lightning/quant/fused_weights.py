@@ -15,8 +15,8 @@ from torch import nn
 from tq_lightning.quant.activation import ActivationQuantizer, WidthTensors
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.flat_weights import FlatWeights
+from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers
 from tq_lightning.quant.switchable_norm import per_width_norms
-from tq_lightning.quant.weight import QuantizedTensor, weight_quantizers
 
 
 class FusedModel:

@@ -14,8 +14,9 @@ from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.config import NORMS, QuantConfig
 from tq_lightning.quant.layers import LAYER_NORMS, Layer, replace_modules, select_layers
 from tq_lightning.quant.normalizers import NORMALIZERS
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm
-from tq_lightning.quant.weight import WeightQuantizer, weight_quantizers
+from tq_lightning.quant.weight import WeightQuantizer
 
 _RELUS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 

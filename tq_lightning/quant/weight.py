@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from tq_lightning.quant.bit_width import Width, width_of
-from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
+from tq_lightning.quant.bit_width import Width
+from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
 from tq_lightning.quant.level_tables import level_table
@@ -265,57 +264,3 @@ class WeightQuantizer(nn.Module):
         """Describe the quantizer in the printed model."""
         text = f"{self.quantizer}, ste={self.ste}, level={self.level}, normalizer={self.normalizer}"
         return text if self.scale == "mean" else f"{text}, scale={self.scale}"
-
-
-class QuantizedTensor(NamedTuple):
-    """A weight with its quantizer.
-
-    Attributes:
-        name: Full name of the tensor in the model.
-        module: The layer that owns it.
-        tensor: Its name in `module`.
-        quantizer: The parametrization.
-    """
-
-    name: str
-    module: nn.Module
-    tensor: str
-    quantizer: WeightQuantizer
-
-    @property
-    def original(self) -> Tensor:
-        """The float parameter behind the tensor."""
-        return original(self.module, self.tensor)
-
-
-def weight_quantizers(model: nn.Module) -> list[QuantizedTensor]:
-    """List all weights with a quantizer, in model order."""
-    return [
-        QuantizedTensor(f"{name}.{tensor}" if name else tensor, module, tensor, quantizer)
-        for name, module in model.named_modules()
-        if parametrize.is_parametrized(module)
-        for tensor, chain in module.parametrizations.items()  # type: ignore[union-attr]
-        for quantizer in chain
-        if isinstance(quantizer, WeightQuantizer)
-    ]
-
-
-def original(module: nn.Module, tensor: str) -> Tensor:
-    """Return the float parameter behind a quantized tensor of a layer."""
-    return module.parametrizations[tensor].original  # type: ignore[index,union-attr]
-
-
-@torch.no_grad()
-def code_disagreement(model: nn.Module) -> dict[int, float]:
-    """Return {width: share of the weight codes that differ between quantize and truncate}."""
-    differ = dict.fromkeys(range(1, width_of(model).max_bits + 1), 0)
-    total = 0
-    for weight in weight_quantizers(model):
-        q = weight.quantizer
-        u, quantizer = q.normalize(weight.original).u, QUANTIZERS[q.quantizer]
-        stored = quantizer.codes(u, q.width.max_bits)
-        total += stored.numel()
-        for bits in differ:
-            shifted = truncate_codes(stored, q.width.max_bits, bits)
-            differ[bits] += int((quantizer.codes(u, bits) != shifted).sum())
-    return {bits: count / total for bits, count in differ.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError, did_you_mean, first_line
-from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.training.lists import as_floats
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")

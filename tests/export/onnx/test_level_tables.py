@@ -115,7 +115,7 @@ def load_with(path, ranges):
 
 
 def test_integer_weights_refuse_them_by_name(served):
-    from tq_lightning.quant.integer_codes import integer_weight
+    from tq_lightning.quant.integer.arithmetic import integer_weight
 
     weight = next(m for m in served[1].modules() if hasattr(m, "stored"))
     codes = torch.zeros(2, 2, dtype=torch.uint8)

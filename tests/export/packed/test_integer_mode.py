@@ -14,10 +14,9 @@ from tq_lightning.cli.classify import main as classify
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed import reader
 from tq_lightning.export.packed.edit import add_ranges
-from tq_lightning.quant import integer_kernels
-from tq_lightning.quant.integer import IntegerModel, integer_layers
-from tq_lightning.quant.integer_kernels import missing_kernels
-from tq_lightning.quant.integer_oracle import compare
+from tq_lightning.quant.integer import IntegerModel, integer_layers, kernels
+from tq_lightning.quant.integer.kernels import missing_kernels
+from tq_lightning.quant.integer.oracle import compare
 
 pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
 
@@ -117,6 +116,6 @@ def test_classify(trained, picture, capsys, monkeypatch):
     assert lean == expected
     with pytest.raises(UserError, match="--lean is --mode lean, got --mode integer too"):
         classify([str(a) for a in args] + ["--lean", "--mode", "integer"])
-    monkeypatch.setattr(integer_kernels, "missing_kernels", lambda: "no oneDNN")
+    monkeypatch.setattr(kernels, "missing_kernels", lambda: "no oneDNN")
     rows, note = _classify(capsys, *args, "--mode", "integer")
     assert rows == expected and "no integer mode here (no oneDNN); running --mode resident" in note

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.packed.module import PackedTensor
-from tq_lightning.quant.integer_codes import integer_weight
+from tq_lightning.quant.integer.arithmetic import integer_weight
 
 # a bias of more steps than this leaves no room for the products in 32 bits
 MOST_BIAS_STEPS = 2**30

@@ -18,8 +18,8 @@ from tq_lightning.export.packed.sections import (
     named_tensors,
 )
 from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import per_width_norms
-from tq_lightning.quant.weight import weight_quantizers
 
 
 def fill_unquantized(

@@ -37,7 +37,7 @@ from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_planes import unpack_planes
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.integer import integer_model
-from tq_lightning.quant.integer_kernels import missing_kernels
+from tq_lightning.quant.integer.kernels import missing_kernels
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 _KEPT_FIELDS = ("model", "preprocessing", "class_names", "prepare", "stored_bits")

@@ -17,8 +17,8 @@ from tq_lightning.export.packed.sections import file_names, named_tensors
 from tq_lightning.quant.bit_planes import aligned
 from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.level_tables import LEVEL_TABLES
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm
-from tq_lightning.quant.weight import weight_quantizers
 
 _SET_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # keys of norm sets
 

@@ -19,8 +19,8 @@ from tq_lightning.errors import UserError
 from tq_lightning.export.packed.compression import CODING, compress_plane
 from tq_lightning.export.packed.entries import section_of
 from tq_lightning.quant.codes import STORED_BITS
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
-from tq_lightning.quant.weight import weight_quantizers
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from tq_lightning.export.packed.bounds import TOO_LARGE, BoundedValues, Bounds, 
 from tq_lightning.factories import is_factory
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.config import QuantConfig
-from tq_lightning.quant.weight import weight_quantizers
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 
 # Substrings of model arguments that name files to open or weights to fetch.
 _FORBIDDEN = ("name", "pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")

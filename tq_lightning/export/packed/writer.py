@@ -31,8 +31,8 @@ from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleto
 from tq_lightning.factories import is_factory
 from tq_lightning.quant.bit_planes import aligned, pack_planes
 from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import per_width_norms
-from tq_lightning.quant.weight import weight_quantizers
 
 _STORED_AS_IS = (torch.float32, torch.float64, torch.int64)  # other types are widened
 _PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")

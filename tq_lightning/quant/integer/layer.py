@@ -10,87 +10,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError
 from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import truncate_codes
-from tq_lightning.quant.integer_activations import ActivationCodes, Codes
-from tq_lightning.quant.integer_codes import activation_top, integer_weight, signed_level
-from tq_lightning.quant.integer_kernels import NO_ACT, Act, Conv2d, Linear, Requantization
-from tq_lightning.quant.switchable_norm import PerWidthNorm
-from tq_lightning.quant.weight import WeightQuantizer
-
-
-class StoredWeight(NamedTuple):
-    """Stored codes of a weight.
-
-    Attributes:
-        codes: uint8, shape of the weight.
-        stored: Their width.
-        scale: float32, broadcastable to the weight.
-        level: A key of `levels.LEVELS`.
-    """
-
-    codes: Tensor
-    stored: int
-    scale: Tensor
-    level: str
-
-
-def stored_weight(layer: nn.Module) -> StoredWeight:
-    """Read the codes of a quantized layer of a prepared or packed model."""
-    chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
-    rule = chain[0]
-    if isinstance(rule, WeightQuantizer):
-        codes, scale = rule.codes(chain.original)
-        return StoredWeight(codes, rule.width.max_bits, scale, rule.level)
-    return StoredWeight(chain.original, rule.stored, rule.scale.float(), rule.level)
-
-
-def refusal(layer: nn.Module) -> str | None:
-    """Reason why a quantized layer cannot run on integers; None if it can."""
-    kind = type(layer).__name__.removeprefix("Parametrized")
-    forward = type(layer).forward
-    if not (isinstance(layer, (nn.Conv2d, nn.Linear))):
-        return f"{kind} has no integer kernel"
-    if forward not in (nn.Conv2d.forward, nn.Linear.forward):
-        return f"{kind} computes its output in its own way"
-    if isinstance(layer, nn.Conv2d) and (
-        layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-    ):
-        return f"its padding is {layer.padding_mode}, {layer.padding}"
-    if not parametrize.is_parametrized(layer, "weight"):
-        return "its weight is not quantized"
-    weight = stored_weight(layer)
-    try:
-        signed_level(weight.stored, weight.level)
-    except ValueError as error:
-        return str(error)
-    shape = weight.codes.shape
-    if weight.scale.numel() != 1 and weight.scale.shape != (shape[0], *(1,) * (len(shape) - 1)):
-        return f"its scale has shape {tuple(weight.scale.shape)}, not one per output channel"
-    return None
-
-
-def folded_norm(norm: nn.Module | None, channels: int) -> tuple[Tensor, Tensor]:
-    """Factor and shift, float64 (channels,), that a batch norm applies in evaluation mode."""
-    if isinstance(norm, PerWidthNorm):
-        width = norm.width
-        norm = norm.sets[str(width.bits)]
-    if norm is None:
-        one = torch.ones(channels, dtype=torch.float64)
-        return one, torch.zeros_like(one)
-    assert isinstance(norm, _BatchNorm) and norm.running_var is not None
-    assert norm.running_mean is not None
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return factor, shift
+from tq_lightning.quant.integer.activations import ActivationCodes, Codes
+from tq_lightning.quant.integer.arithmetic import activation_top, integer_weight
+from tq_lightning.quant.integer.exact import exact_codes, exact_value, finish
+from tq_lightning.quant.integer.kernels import NO_ACT, Act, Conv2d, Linear, Requantization
+from tq_lightning.quant.integer.norms import folded_norm
+from tq_lightning.quant.integer.stored_weight import stored_weight
 
 
 class Built(NamedTuple):
@@ -126,14 +55,14 @@ class IntegerLayer(nn.Module):
 
     Args:
         name: Name of the layer in the model.
-        layer: `nn.Conv2d` or `nn.Linear` with quantized weights, not refused by `refusal`.
+        layer: `nn.Conv2d` or `nn.Linear` with quantized weights, not refused by `plan.refusal`.
         width: The model's shared `Width`.
         into: Codes of the input.
         norm: Batch norm after the layer, per width or not.
         act: Activation that the kernel applies; only `RELU` after a shortcut.
         out: Codes of the output; None returns float32.
         residual: Codes of a shortcut that is added after the norm; None if it is float32.
-        exact_sums: See `integer_codes.activation_top`.
+        exact_sums: See `arithmetic.activation_top`.
     """
 
     def __init__(
@@ -153,7 +82,7 @@ class IntegerLayer(nn.Module):
         self.layer, self.norm = layer, norm
         self.into, self.out, self.residual, self.act = into, out, residual, act
         self.exact_sums = exact_sums
-        self.simulated = False  # see integer_oracle
+        self.simulated = False  # see `oracle.simulated`
         self._built: Built | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -287,41 +216,3 @@ class IntegerLayer(nn.Module):
         parts = [self.act.name] if self.act != NO_ACT else []
         parts += ["sum"] if self.residual is not None else []
         return ", ".join([self.name, *parts, "float out" if self.out is None else "codes out"])
-
-
-def exact_value(layer: IntegerLayer, a: Tensor, residual: Tensor | None) -> Tensor:
-    """Value of a layer before rounding, in float64 from exact integer sums.
-
-    Args:
-        layer: An integer layer.
-        a: Its input codes.
-        residual: Its shortcut, not overwritten.
-
-    Returns:
-        float64: real-valued codes of the output (before clamp and shift), or values.
-    """
-    built, inner = layer.built(a), layer.layer
-    inputs, weight = layer.pad(a, built.into.zero).double(), built.integers.double()
-    if isinstance(inner, nn.Conv2d):
-        padding = (0, 0) if built.into.zero else inner.padding
-        sums = F.conv2d(inputs, weight, None, inner.stride, padding, inner.dilation, inner.groups)
-        shape: tuple[int, ...] = (-1, 1, 1)
-    else:
-        sums, shape = F.linear(inputs, weight), (-1,)
-    y = sums * (built.gain * built.into.step).view(shape) + built.bias.view(shape)
-    if residual is not None:
-        y = y + residual.double() * built.residual_step
-    return exact_codes(layer.act.exact(y), built.out)
-
-
-def exact_codes(value: Tensor, out: Codes | None) -> Tensor:
-    """Express values in real-valued codes; None leaves them."""
-    return value if out is None else value / out.make_step + out.zero
-
-
-def finish(value: Tensor, out: Codes | None) -> Tensor:
-    """Round exact values to what the layer returns."""
-    if out is None:
-        return value.float()
-    codes = value.round().clamp(0, out.make_top).to(torch.uint8)
-    return codes >> out.shift if out.shift else codes

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from tq_lightning.errors import UserError
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.activation_ranges import activation_ranges
-from tq_lightning.quant.integer_activations import Quantize
-from tq_lightning.quant.integer_kernels import missing_kernels, sums_are_exact
-from tq_lightning.quant.integer_layer import IntegerLayer
-from tq_lightning.quant.integer_plan import NO_RANGE, NOT_QUANTIZED, IntegerPlan
-from tq_lightning.quant.integer_rewrite import rewrite
+from tq_lightning.quant.integer.activations import Quantize
+from tq_lightning.quant.integer.kernels import missing_kernels, sums_are_exact
+from tq_lightning.quant.integer.layer import IntegerLayer
+from tq_lightning.quant.integer.plan import NO_RANGE, NOT_QUANTIZED, IntegerPlan
+from tq_lightning.quant.integer.rewrite import rewrite
 
 
 class IntegerModel(nn.Module):
@@ -60,7 +60,7 @@ def integer_model(model: nn.Module, exact_sums: bool | None = None) -> IntegerMo
         model: A prepared or packed model with activation ranges: trained with `activations=`, or
             calibrated with `calibrate_activations`. Its modules become part of the result.
         exact_sums: Use 8-bit activation codes at all widths of the weights. None asks the
-            processor, see `integer_kernels.sums_are_exact`; without VNNI some widths then use
+            processor, see `kernels.sums_are_exact`; without VNNI some widths then use
             7-bit codes.
 
     Returns:

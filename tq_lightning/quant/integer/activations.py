@@ -10,7 +10,7 @@ from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import rounding_of
 from tq_lightning.quant.fake_quantize import width_codes
-from tq_lightning.quant.integer_codes import activation_top
+from tq_lightning.quant.integer.arithmetic import activation_top
 
 
 class Codes(NamedTuple):
@@ -37,7 +37,7 @@ class CalibratedCodes:
     Args:
         span: The range.
         level: Level of the weights that are multiplied.
-        exact_sums: See `activation_top`.
+        exact_sums: See `arithmetic.activation_top`.
     """
 
     def __init__(self, span: ActivationRange, level: str, exact_sums: bool) -> None:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from tq_lightning.quant.activation import ActivationQuantizer
-from tq_lightning.quant.integer_activations import ActivationCodes, Dequantize, Quantize
-from tq_lightning.quant.integer_chains import Chain, find_chains
-from tq_lightning.quant.integer_code_flow import CodeFlow, input_codes
-from tq_lightning.quant.integer_layer import IntegerLayer
-from tq_lightning.quant.integer_plan import IntegerPlan
-from tq_lightning.quant.integer_trace import TracedNetwork
+from tq_lightning.quant.integer.activations import ActivationCodes, Dequantize, Quantize
+from tq_lightning.quant.integer.chains import Chain, find_chains
+from tq_lightning.quant.integer.code_flow import CodeFlow, input_codes
+from tq_lightning.quant.integer.layer import IntegerLayer
+from tq_lightning.quant.integer.plan import IntegerPlan
+from tq_lightning.quant.integer.trace import TracedNetwork
 
 
 def rewrite(plan: IntegerPlan) -> fx.GraphModule:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tq_lightning.quant.integer_codes import activation_top
-from tq_lightning.quant.integer_kernels import missing_kernels
+from tq_lightning.quant.integer.arithmetic import activation_top
+from tq_lightning.quant.integer.kernels import missing_kernels
 from tq_lightning.quant.levels import LEVELS
 
 pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
-SCRIPT = Path(__file__).with_name("integer_on_this_processor.py")
+SCRIPT = Path(__file__).with_name("on_this_processor.py")
 KEYS = [f"{level} {bits}" for level in LEVELS for bits in range(1, 9)]
 SATURATING = {key for key in KEYS if activation_top(int(key[-1]), key.split()[0], False) == 127}
 QEMU = shutil.which("qemu-x86_64")

@@ -12,8 +12,8 @@ from tq_lightning import bit_width, calibrate_activations, prepare
 from tq_lightning.models import create_model
 from tq_lightning.quant.activation_ranges import OBSERVERS, ActivationRange
 from tq_lightning.quant.integer import integer_model
-from tq_lightning.quant.integer_kernels import missing_kernels
-from tq_lightning.quant.integer_oracle import simulated
+from tq_lightning.quant.integer.kernels import missing_kernels
+from tq_lightning.quant.integer.oracle import simulated
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,13 +11,13 @@ from torch import nn
 from tq_lightning import bit_width, calibrate_activations, calibrate_norms, prepare
 from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
-from tq_lightning.quant import integer, integer_layer
 from tq_lightning.quant.activation import ACTIVATIONS
 from tq_lightning.quant.activation_ranges import quantized_layers
-from tq_lightning.quant.integer import integer_layers, integer_model
-from tq_lightning.quant.integer_kernels import Conv2d, missing_kernels
-from tq_lightning.quant.integer_oracle import compare, simulated
-from tq_lightning.quant.integer_rewrite import CodePool
+from tq_lightning.quant.integer import integer_layers, integer_model, plan
+from tq_lightning.quant.integer import model as integer
+from tq_lightning.quant.integer.kernels import Conv2d, missing_kernels
+from tq_lightning.quant.integer.oracle import compare, simulated
+from tq_lightning.quant.integer.rewrite import CodePool
 from tq_lightning.quant.levels import LEVELS
 
 pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
@@ -279,7 +279,7 @@ def test_bad_input(monkeypatch):
     del model.tq_ranges["wide"]
     assert integer_model(copy.deepcopy(model)).layers["wide"] == "no activation range"
     monkeypatch.setattr(
-        integer_layer,
+        plan,
         "signed_level",
         lambda *_: (_ for _ in ()).throw(ValueError("level 'x' has no integer form")),
     )

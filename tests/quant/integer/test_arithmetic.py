@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tq_lightning.quant.codes import truncate_codes
-from tq_lightning.quant.integer_codes import (
+from tq_lightning.quant.integer.arithmetic import (
     INT16_MAX,
     activation_top,
     integer_weight,

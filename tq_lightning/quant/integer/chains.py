@@ -5,13 +5,12 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tq_lightning.quant.activation import ActivationQuantizer
-from tq_lightning.quant.integer_activations import ActivationCodes, TrainedCodes
-from tq_lightning.quant.integer_kernels import GELU, NO_ACT, RELU, kernel_act
-from tq_lightning.quant.integer_trace import NO_OPS, TracedNetwork, adds, only_user
-from tq_lightning.quant.switchable_norm import PerWidthNorm
+from tq_lightning.quant.integer.activations import ActivationCodes, TrainedCodes
+from tq_lightning.quant.integer.kernels import NO_ACT, RELU, kernel_act
+from tq_lightning.quant.integer.norms import act_of, folds
+from tq_lightning.quant.integer.trace import TracedNetwork, adds, only_user
 
 _RELU_CALLS = (torch.relu, F.relu, "relu", "relu_")
 
@@ -102,29 +101,3 @@ def _take_shortcuts(network: TracedNetwork, chains: Iterable[Chain]) -> None:
             chain.add = node
             chain.residual = node.args[1] if node.args[0] is host else node.args[0]
             chain.take(node)
-
-
-def folds(norm: nn.Module | None) -> bool:
-    """Whether a norm can be folded: a batch norm with running statistics, of PyTorch or timm.
-
-    timm's `BatchNormAct2d` holds the activation that follows; a kernel has to apply it too.
-    """
-    if isinstance(norm, PerWidthNorm):
-        return all(folds(one) for one in norm.sets.values())
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
-        return False
-    if type(norm).forward is _BatchNorm.forward:
-        return True
-    act, drop = getattr(norm, "act", None), getattr(norm, "drop", None)
-    return (
-        type(norm).__name__ == "BatchNormAct2d"
-        and isinstance(drop, NO_OPS)
-        and (isinstance(act, NO_OPS) or (kernel_act(act) or GELU).name != "gelu")
-    )
-
-
-def act_of(norm: nn.Module | None) -> nn.Module | None:
-    """Return the activation inside a norm that `folds`, or None."""
-    if isinstance(norm, PerWidthNorm):
-        norm = next(iter(norm.sets.values()))
-    return getattr(norm, "act", None)

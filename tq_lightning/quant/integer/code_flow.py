@@ -6,10 +6,10 @@ from typing import Any
 from torch import fx
 
 from tq_lightning.quant.activation import ActivationQuantizer
-from tq_lightning.quant.integer_activations import ActivationCodes, TrainedCodes
-from tq_lightning.quant.integer_chains import Chain
-from tq_lightning.quant.integer_plan import NO_RANGE, IntegerPlan
-from tq_lightning.quant.integer_trace import TracedNetwork
+from tq_lightning.quant.integer.activations import ActivationCodes, TrainedCodes
+from tq_lightning.quant.integer.chains import Chain
+from tq_lightning.quant.integer.plan import NO_RANGE, IntegerPlan
+from tq_lightning.quant.integer.trace import TracedNetwork
 
 
 def trained_source(network: TracedNetwork, node: Any) -> TrainedCodes | None:
@@ -48,7 +48,7 @@ class CodeFlow:
     Args:
         network: The traced network.
         into: What `input_codes` returned.
-        chains: What `integer_chains.find_chains` returned.
+        chains: What `chains.find_chains` returned.
 
     Attributes:
         chain_of: {node: the chain that it is in}.

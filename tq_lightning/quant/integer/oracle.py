@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tq_lightning.quant.integer import integer_layers
-from tq_lightning.quant.integer_layer import IntegerLayer, exact_value, finish
+from tq_lightning.quant.integer.exact import exact_value, finish
+from tq_lightning.quant.integer.layer import IntegerLayer
+from tq_lightning.quant.integer.model import integer_layers
 
 NEAR_HALF = 1e-3
 

@@ -1,11 +1,13 @@
 """Layers of a model that run on integers, the codes that they read, and why others do not."""
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation_ranges import activation_ranges, quantized_layers
 from tq_lightning.quant.bit_width import Width, width_of
-from tq_lightning.quant.integer_activations import CalibratedCodes
-from tq_lightning.quant.integer_layer import refusal, stored_weight
+from tq_lightning.quant.integer.activations import CalibratedCodes
+from tq_lightning.quant.integer.arithmetic import signed_level
+from tq_lightning.quant.integer.stored_weight import stored_weight
 
 NOT_QUANTIZED = "not quantized"
 NO_RANGE = "no activation range"
@@ -16,7 +18,7 @@ class IntegerPlan:
 
     Args:
         model: A prepared or packed model.
-        exact_sums: See `integer_codes.activation_top`.
+        exact_sums: See `arithmetic.activation_top`.
 
     Attributes:
         width: The model's shared `Width`.
@@ -43,3 +45,28 @@ class IntegerPlan:
             return None
         level = stored_weight(self.modules[name]).level
         return CalibratedCodes(self.ranges[name], level, self.exact_sums)
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Reason why a quantized layer cannot run on integers; None if it can."""
+    kind = type(layer).__name__.removeprefix("Parametrized")
+    forward = type(layer).forward
+    if not (isinstance(layer, (nn.Conv2d, nn.Linear))):
+        return f"{kind} has no integer kernel"
+    if forward not in (nn.Conv2d.forward, nn.Linear.forward):
+        return f"{kind} computes its output in its own way"
+    if isinstance(layer, nn.Conv2d) and (
+        layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
+        return f"its padding is {layer.padding_mode}, {layer.padding}"
+    if not parametrize.is_parametrized(layer, "weight"):
+        return "its weight is not quantized"
+    weight = stored_weight(layer)
+    try:
+        signed_level(weight.stored, weight.level)
+    except ValueError as error:
+        return str(error)
+    shape = weight.codes.shape
+    if weight.scale.numel() != 1 and weight.scale.shape != (shape[0], *(1,) * (len(shape) - 1)):
+        return f"its scale has shape {tuple(weight.scale.shape)}, not one per output channel"
+    return None

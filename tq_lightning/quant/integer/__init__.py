@@ -1,0 +1,5 @@
+"""Integer mode: a prepared or packed model whose quantized layers run on uint8 x int8 kernels."""
+
+from tq_lightning.quant.integer.model import IntegerModel, integer_layers, integer_model
+
+__all__ = ["IntegerModel", "integer_layers", "integer_model"]

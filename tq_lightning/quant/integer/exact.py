@@ -1,0 +1,50 @@
+"""Exact arithmetic of an integer layer: integer sums in float64, and their rounding to codes."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tq_lightning.quant.integer.activations import Codes
+
+if TYPE_CHECKING:
+    from tq_lightning.quant.integer.layer import IntegerLayer
+
+
+def exact_value(layer: "IntegerLayer", a: Tensor, residual: Tensor | None) -> Tensor:
+    """Value of a layer before rounding, in float64 from exact integer sums.
+
+    Args:
+        layer: An integer layer.
+        a: Its input codes.
+        residual: Its shortcut, not overwritten.
+
+    Returns:
+        float64: real-valued codes of the output (before clamp and shift), or values.
+    """
+    built, inner = layer.built(a), layer.layer
+    inputs, weight = layer.pad(a, built.into.zero).double(), built.integers.double()
+    if isinstance(inner, nn.Conv2d):
+        padding = (0, 0) if built.into.zero else inner.padding
+        sums = F.conv2d(inputs, weight, None, inner.stride, padding, inner.dilation, inner.groups)
+        shape: tuple[int, ...] = (-1, 1, 1)
+    else:
+        sums, shape = F.linear(inputs, weight), (-1,)
+    y = sums * (built.gain * built.into.step).view(shape) + built.bias.view(shape)
+    if residual is not None:
+        y = y + residual.double() * built.residual_step
+    return exact_codes(layer.act.exact(y), built.out)
+
+
+def exact_codes(value: Tensor, out: Codes | None) -> Tensor:
+    """Express values in real-valued codes; None leaves them."""
+    return value if out is None else value / out.make_step + out.zero
+
+
+def finish(value: Tensor, out: Codes | None) -> Tensor:
+    """Round exact values to what the layer returns."""
+    if out is None:
+        return value.float()
+    codes = value.round().clamp(0, out.make_top).to(torch.uint8)
+    return codes >> out.shift if out.shift else codes

@@ -1,0 +1,54 @@
+"""Batch norms that integer layers take over: which ones, and what they fold to."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tq_lightning.quant.integer.kernels import GELU, kernel_act
+from tq_lightning.quant.integer.trace import NO_OPS
+from tq_lightning.quant.switchable_norm import PerWidthNorm
+
+
+def folds(norm: nn.Module | None) -> bool:
+    """Whether a norm can be folded: a batch norm with running statistics, of PyTorch or timm.
+
+    timm's `BatchNormAct2d` holds the activation that follows; a kernel has to apply it too.
+    """
+    if isinstance(norm, PerWidthNorm):
+        return all(folds(one) for one in norm.sets.values())
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        return False
+    if type(norm).forward is _BatchNorm.forward:
+        return True
+    act, drop = getattr(norm, "act", None), getattr(norm, "drop", None)
+    return (
+        type(norm).__name__ == "BatchNormAct2d"
+        and isinstance(drop, NO_OPS)
+        and (isinstance(act, NO_OPS) or (kernel_act(act) or GELU).name != "gelu")
+    )
+
+
+def act_of(norm: nn.Module | None) -> nn.Module | None:
+    """Return the activation inside a norm that `folds`, or None."""
+    if isinstance(norm, PerWidthNorm):
+        norm = next(iter(norm.sets.values()))
+    return getattr(norm, "act", None)
+
+
+def folded_norm(norm: nn.Module | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Factor and shift, float64 (channels,), that a batch norm applies in evaluation mode."""
+    if isinstance(norm, PerWidthNorm):
+        width = norm.width
+        norm = norm.sets[str(width.bits)]
+    if norm is None:
+        one = torch.ones(channels, dtype=torch.float64)
+        return one, torch.zeros_like(one)
+    assert isinstance(norm, _BatchNorm) and norm.running_var is not None
+    assert norm.running_mean is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return factor, shift
