@@ -214,5 +214,5 @@ def test_rounding_of(quantizer, bits):
 def test_rounding_of_a_quantizer_without_such_a_form(monkeypatch):
     row = replace(QUANTIZERS["floor"], rounding=None)
     monkeypatch.setitem(QUANTIZERS, "uneven", row)
-    with pytest.raises(ValueError, match="'uneven' is not a rounding of even steps"):
+    with pytest.raises(ValueError, match="'uneven' has no rounding form"):
         rounding_of("uneven", 4)

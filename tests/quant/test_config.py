@@ -73,24 +73,24 @@ def test_pairings_inside_the_table(normalizer, level):
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"normalizer": "gaussian"}, "level 'endpoint' does not go with normalizer 'gaussian'"),
+        ({"normalizer": "gaussian"}, "level 'endpoint' is not supported with normalizer 'gaussian'"),
         (
             {"normalizer": "gaussian", "level": "centroid"},
-            "scale 'mean' does not go with normalizer 'gaussian'; pass scale span",
+            "scale 'mean' is not supported with normalizer 'gaussian'; pass scale span",
         ),
-        ({"level": "centroid"}, "level 'centroid' does not go with normalizer 'tanh'"),
+        ({"level": "centroid"}, "level 'centroid' is not supported with normalizer 'tanh'"),
         (
             {"normalizer": "mu_law", "level": "native", "scale": "span"},
-            "level 'native' does not go with normalizer 'mu_law'; pass level centroid",
+            "level 'native' is not supported with normalizer 'mu_law'; pass level centroid",
         ),
         ({"normalizer": "learned", "scale": "span"}, "pass level centre or centroid"),
         (
             {"normalizer": "log", "level": "native", "scale": "span", "quantizer": "round"},
-            "level 'native' does not go with quantizer 'round'",
+            "level 'native' is not supported with quantizer 'round'",
         ),
         (
             {"normalizer": "log", "level": "native", "scale": "span", "ste": "ewgs"},
-            "ste 'ewgs' does not go with normalizer 'log'",
+            "ste 'ewgs' is not supported with normalizer 'log'",
         ),
     ],
 )

@@ -27,8 +27,12 @@ Top = float | Tensor
 def check_bits(bits: int, name: str = "bits") -> None:
     """Check that a width is an integer from 1 to `STORED_BITS`.
 
+    Args:
+        bits: Width to check.
+        name: Name of the width in the message.
+
     Raises:
-        ValueError: It is not. The message calls the width `name`.
+        ValueError: The width is out of range or not an integer.
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= STORED_BITS:
         raise ValueError(f"{name} must be an integer from 1 to {STORED_BITS}, got {bits!r}")
@@ -40,12 +44,12 @@ class Quantizer:
 
     Attributes:
         steps: (u, top) -> codes as float32, not yet clamped to [0, top].
-        edges: (u, bits) -> (the inner bin edge nearest to each `u`, the bin width).
+        edges: (u, bits) -> (inner bin edge nearest to each `u`, bin width).
         ste: The straight-through estimator that `ste="auto"` selects, a key of `ste.STES`.
         nested: Whether the n-bit code always equals the N-bit code shifted right by N - n. If so,
             the sources "quantize" and "truncate" agree by construction.
-        rounding: (extra, offset) with code = round(u (M_n + extra) + offset), ties apart: the form
-            of integer kernels. None if there is no such form.
+        rounding: (extra, offset) with code = round(u (M_n + extra) + offset) except at ties, the
+            form that integer kernels compute. None if the quantizer has no such form.
     """
 
     steps: Callable[[Tensor, Top], Tensor]
@@ -94,14 +98,14 @@ QUANTIZERS: dict[str, Quantizer] = {
 
 
 def rounding_of(quantizer: str, bits: int) -> tuple[int, float]:
-    """Steps and offset of a quantizer as integer kernels compute it.
+    """Return the steps and the offset of a quantizer in the form that integer kernels compute.
 
     Args:
         quantizer: A key of `QUANTIZERS`.
         bits: Width n, 1..8.
 
     Returns:
-        (steps, offset): code = round(steps * u + offset), clamped to [0, 2^n - 1], ties apart.
+        (steps, offset): code = round(steps * u + offset), clamped to [0, 2^n - 1]. Ties may differ.
 
     Raises:
         ValueError: The quantizer has no such form.
@@ -112,8 +116,8 @@ def rounding_of(quantizer: str, bits: int) -> tuple[int, float]:
     form = QUANTIZERS[quantizer].rounding
     if form is None:
         raise ValueError(
-            f"quantizer {quantizer!r} is not a rounding of even steps; "
-            "integer kernels support activations quantized by floor and round"
+            f"quantizer {quantizer!r} has no rounding form for integer kernels; "
+            "pass activations quantized by floor or round"
         )
     extra, offset = form
     return 2**bits - 1 + extra, offset
@@ -167,7 +171,7 @@ def round_codes(u: Tensor, bits: int) -> Tensor:
 
 
 def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
-    """Narrow stored codes the way a device does: codes >> (from_bits - to_bits).
+    """Truncate stored codes to fewer bits, as a device does: codes >> (from_bits - to_bits).
 
     Args:
         codes: uint8 codes of width `from_bits`, any shape.

@@ -22,7 +22,7 @@ from tq_lightning.quant.ste import STES, resolve_ste
 
 NORMS = ("per_width", "per_width_all", "shared")
 FLOAT_PASSES = ("plain", "normalized")
-# choices that earlier versions do not have: files leave them out at these defaults
+# choices that earlier versions do not have: files omit them at these defaults
 ADDED_CHOICES: dict[str, Any] = {"float_pass": "plain", "shared_norms": [], "scale": "mean"}
 
 
@@ -41,7 +41,8 @@ class QuantConfig:
         max_bits: Stored width, 1..8.
         activations: None, or a key of `activation.ACTIVATIONS`.
         skip: Layers that stay in float, see `layers.select_layers`.
-        norm: One of `NORMS`: batch norms per width, layer, group and RMS norms too, or none.
+        norm: One of `NORMS`: "per_width" (batch norms), "per_width_all" (layer, group and RMS
+            norms too) or "shared".
         float_pass: One of `FLOAT_PASSES`, the network at bits=None. "plain" has the float weights,
             and activations clipped as at the other widths. "normalized" is the limit of many bits,
             w^ = E (2u - 1), with activations that are not clipped above (Any-Precision DNNs).
@@ -50,7 +51,7 @@ class QuantConfig:
             "span" the weight that the normalizer maps to u = 1, which preserves values.
 
     Raises:
-        ValueError: A value that is unknown or out of range, or values that do not go together.
+        ValueError: A value is unknown or out of range, or a combination is not supported.
     """
 
     quantizer: str = "floor"
@@ -91,7 +92,7 @@ class QuantConfig:
         fixed = [name for name, row in NORMALIZERS.items() if row.reference == "max"]
         if self.float_pass == "normalized" and self.normalizer not in fixed:
             raise ValueError(
-                f"float_pass 'normalized' does not go with normalizer {self.normalizer!r}; "
+                f"float_pass 'normalized' is not supported with normalizer {self.normalizer!r}; "
                 f"pass normalizer {', '.join(fixed)}"
             )
         resolve_ste(self.ste, self.quantizer)
@@ -122,10 +123,10 @@ class QuantConfig:
         return resolve_ste(self.ste, self.quantizer)
 
     def _check_pairing(self) -> None:
-        """Check that normalizer, level, scale, quantizer and STE go together.
+        """Check that the combination of normalizer, level, scale, quantizer and STE is supported.
 
         Raises:
-            ValueError: They do not; the message names both and what goes with them.
+            ValueError: A combination is not supported; the message names the supported values.
         """
         row, ste = NORMALIZERS[self.normalizer], self.resolved_ste
         for key, value, known in (
@@ -134,18 +135,18 @@ class QuantConfig:
         ):
             if value not in known:
                 raise ValueError(
-                    f"{key} {value!r} does not go with normalizer {self.normalizer!r}; "
+                    f"{key} {value!r} is not supported with normalizer {self.normalizer!r}; "
                     f"pass {key} {' or '.join(known)}"
                 )
         if self.level in LEVEL_TABLES and not self.nested:
             nested = [name for name, other in QUANTIZERS.items() if other.nested]
             raise ValueError(
-                f"level {self.level!r} does not go with quantizer {self.quantizer!r}, whose bins "
-                f"are others; pass quantizer {' or '.join(nested)}"
+                f"level {self.level!r} is not supported with quantizer {self.quantizer!r}, "
+                f"which has other bins; pass quantizer {' or '.join(nested)}"
             )
         if row.reference == "rms" and STES[ste].uniform:
             raise ValueError(
-                f"ste {ste!r} does not go with normalizer {self.normalizer!r}, which is not "
+                f"ste {ste!r} is not supported with normalizer {self.normalizer!r}, which is not "
                 "uniform; pass ste auto"
             )
 
@@ -176,7 +177,7 @@ def check_nested(quantizer: str) -> None:
     """Check that a row of `QUANTIZERS` that declares nested codes has them.
 
     Raises:
-        ValueError: It declares them and has none; the message gives a counter-example.
+        ValueError: The codes do not nest; the message gives a counter-example.
     """
     row = QUANTIZERS[quantizer]
     found = _counter_example(row) if row.nested else None

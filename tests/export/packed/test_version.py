@@ -177,7 +177,7 @@ def drop_scale(metadata, index, content):
 HOSTILE = {
     "a table of another width": (rename_table, "not a table of levels"),
     "a table of another shape": (shrink_table, "not a table of levels"),
-    "no scale": (drop_scale, "does not go with normalizer 'float_e2'"),
+    "no scale": (drop_scale, "is not supported with normalizer 'float_e2'"),
     "says version 1": (set_in("metadata", "format_version", "1"), "fields of version 2"),
     "unknown level": (set_in("content", "prepare", NESTED | {"level": "x"}), "unknown level 'x'"),
     "a level without tables": (
