@@ -73,7 +73,10 @@ def test_pairings_inside_the_table(normalizer, level):
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"normalizer": "gaussian"}, "level 'endpoint' is not supported with normalizer 'gaussian'"),
+        (
+            {"normalizer": "gaussian"},
+            "level 'endpoint' is not supported with normalizer 'gaussian'; pass level centroid",
+        ),
         (
             {"normalizer": "gaussian", "level": "centroid"},
             "scale 'mean' is not supported with normalizer 'gaussian'; pass scale span",
