@@ -185,6 +185,7 @@ class RunRecord(L.Callback):
             data={key: asked.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
+            calibration=_calibration_now(pl_module),
         )
         if result.batches is None and not other:
             record = replace(record, test=result)
@@ -234,12 +235,17 @@ class RunRecord(L.Callback):
 
 def _calibration(earlier: Record, model: torch.nn.Module) -> str | None:
     """Name the calibration of a run, and both if it has epochs that had another one."""
-    now = CALIBRATION if untrained_widths(model) else None
+    now = _calibration_now(model)
     if earlier.calibration == now or not earlier.curves:
         return now
     if earlier.calibration is not None and earlier.calibration.endswith(f", then {now}"):
         return earlier.calibration
     return f"{earlier.calibration or 'not augmented'}, then {now}"
+
+
+def _calibration_now(model: torch.nn.Module) -> str | None:
+    """Name the calibration of this version; None for a model whose widths are all trained."""
+    return CALIBRATION if untrained_widths(model) else None
 
 
 def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
