@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import latency_table
 from measuring import missed
 
 HERE = Path(__file__).parent
@@ -23,6 +24,10 @@ def markdown(rows: list[dict[str, str]]) -> list[str]:
         "| " + " | ".join(row) + " |"
         for row in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
     ]
+
+
+# tables that are too long to print row by row
+PICTURES = {"latency": latency_table.markdown}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in sorted(args.out.glob("*.csv")):
         with path.open(newline="") as file:
             tables[path.stem] = list(csv.DictReader(file))
-    aimed = [row for rows in tables.values() for row in rows if row["aim"]]
+    aimed = [row for rows in tables.values() for row in rows if row["aim"] and row["value"]]
     short = [row for row in aimed if missed(float(row["value"]), row["aim"])]
     lines = [
         "# Benchmarks",
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         *([""] if short else []),
     ]
     for name, rows in tables.items():
-        lines += [f"## {name}", "", *markdown(rows), ""]
+        lines += [f"## {name}", "", *PICTURES.get(name, markdown)(rows), ""]
     (args.out / "README.md").write_text("\n".join(lines))
     print(
         f"tables: {args.out / 'README.md'}" + (f"; failed: {', '.join(failed)}" if failed else "")
