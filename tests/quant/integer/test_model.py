@@ -1,6 +1,7 @@
 """Integer models: every layer against exact integers, trained codes, norms, shortcuts, refusals."""
 
 import copy
+import operator
 from collections import OrderedDict
 
 import pytest
@@ -299,6 +300,15 @@ def test_codes_pass_through_max_pooling():
     assert any(isinstance(m, CodePool) for m in run.modules())
     for bits in (4, 1):
         assert torch.allclose(_logits(run, images, bits), _logits(model, images, bits), atol=1e-5)
+
+
+def test_slices_of_whole_tensors_are_dropped_and_others_are_not():
+    images = _images(32)
+    model = _ready(create_model("resnet8_cifar", num_classes=3), images)
+    calibrate_activations(model, [images])
+    run = integer_model(model)
+    slices = [n.args[1][2:] for n in run.network.graph.nodes if n.target is operator.getitem]
+    assert slices == [(slice(None, None, 2), slice(None, None, 2))] * 2  # of the two strided blocks
 
 
 def test_the_kernel_cache_is_not_copied():

@@ -17,6 +17,8 @@ is added to every product:
 That half depends on the input, so a bias cannot replace it.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -84,16 +86,24 @@ def signed_level(bits: int, level: str) -> tuple[float, float]:
     check_bits(bits)
     if level not in LEVELS:
         raise ValueError(f"level {level!r} has no integer form; integers need {', '.join(LEVELS)}")
-    count = 2**bits
-    k = torch.arange(count, dtype=torch.float64)
-    values = 2.0 * LEVELS[level](k.clone(), count - 1.0) - 1.0
-    step = ((values[-1] - values[0]) / (count - 1)).item()
-    offset = round(2.0 * (values[0].item() / step + count / 2)) / 2.0
-    if offset not in (0.0, 0.5) or not torch.allclose(values, step * (k - count / 2 + offset)):
+    fitted = _fitted(bits, LEVELS[level])
+    if fitted is None:
         raise ValueError(
             f"level {level!r} is not evenly spaced; integer kernels support endpoint, left, centre"
         )
-    return step, offset
+    return fitted
+
+
+@cache  # asked for at every call of a layer
+def _fitted(bits: int, level: Callable[[Tensor, float], Tensor]) -> tuple[float, float] | None:
+    """(step, offset) of a level map at a width; None if its levels are not evenly spaced so."""
+    count = 2**bits
+    k = torch.arange(count, dtype=torch.float64)
+    values = 2.0 * level(k.clone(), count - 1.0) - 1.0
+    step = ((values[-1] - values[0]) / (count - 1)).item()
+    offset = round(2.0 * (values[0].item() / step + count / 2)) / 2.0
+    even = torch.allclose(values, step * (k - count / 2 + offset))
+    return (step, offset) if even and offset in (0.0, 0.5) else None
 
 
 def integer_weight(

@@ -48,7 +48,7 @@ class TracedNetwork:
         self.model, self.modules = model, modules
         self.graph = fx.GraphModule(model, _Tracer().trace(model)).graph
         for node in list(self.graph.nodes):
-            if isinstance(self.module(node), NO_OPS):
+            if isinstance(self.module(node), NO_OPS) or _takes_all(node):
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -71,6 +71,16 @@ class TracedNetwork:
             at = node.args[1]
             return all(isinstance(i, slice) for i in (at if isinstance(at, tuple) else (at,)))
         return node.target is torch.flatten
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """Whether a node is a slice of a whole tensor, such as x[:, :, ::1, ::1]."""
+    if node.target is not operator.getitem:
+        return False
+    at = node.args[1]
+    parts = at if isinstance(at, tuple) else (at,)
+    whole = (slice(None), slice(None, None, 1))
+    return all(isinstance(part, slice) and part in whole for part in parts)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
