@@ -25,8 +25,8 @@ from tq_lightning import load_packed
 from tq_lightning.export.onnx import integer
 from tq_lightning.export.onnx.graph import float_graph
 from tq_lightning.models import create_model
-from tq_lightning.quant.integer.model import integer_model
 from tq_lightning.quant.integer.kernels import sums_are_exact
+from tq_lightning.quant.integer.model import integer_model
 
 WIDTHS = (8, 4, 2, 1)
 HERE = Path(__file__).parent
