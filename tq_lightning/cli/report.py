@@ -11,6 +11,7 @@ from tq_lightning.provenance import __version__
 from tq_lightning.report.comparisons import Comparisons, gather
 from tq_lightning.report.findings import title
 from tq_lightning.report.inputs import printable
+from tq_lightning.report.labels import counted
 from tq_lightning.report.runs import load, shorten
 from tq_lightning.report.tables.build import arms
 from tq_lightning.report.write import check_out, make
@@ -83,10 +84,6 @@ def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
     for path, reason in comparisons.left_out:
         print(f"left out: {path}: {reason}")
     runs, left_out = sum(len(arm.runs) for arm in comparisons.arms), len(comparisons.left_out)
-    counts = f"{_count(runs, 'run')} in {_count(len(comparisons.arms), 'arm')}"
-    print(f"{counts}, {_count(len(comparisons.inspects), 'inspect record')}, {left_out} left out")
+    counts = f"{counted(runs, 'run')} in {counted(len(comparisons.arms), 'arm')}"
+    print(f"{counts}, {counted(len(comparisons.inspects), 'inspect record')}, {left_out} left out")
     print(f"{len(files)} files in {out}: open {out / 'index.html'}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -197,3 +197,22 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
         )
     shift = from_bits - to_bits
     return codes if shift == 0 else codes >> shift
+
+
+def width_codes(u: Tensor, bits: int, quantizer: str, max_bits: int, source: str) -> Tensor:
+    """Quantize `u` at a width, or quantize it at the stored width and truncate.
+
+    Args:
+        u: float32 in [0, 1], any shape.
+        bits: Width of the result.
+        quantizer: A key of `QUANTIZERS`.
+        max_bits: Stored width.
+        source: "quantize" makes codes at `bits` directly and never touches codes of another width;
+            "truncate" shifts codes made at `max_bits`.
+
+    Returns:
+        uint8 codes of width `bits`, shape of `u`.
+    """
+    if source == "truncate":
+        return truncate_codes(QUANTIZERS[quantizer].codes(u, max_bits), max_bits, bits)
+    return QUANTIZERS[quantizer].codes(u, bits)

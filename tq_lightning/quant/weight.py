@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.codes import QUANTIZERS, width_codes
 from tq_lightning.quant.config import QuantConfig
-from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
+from tq_lightning.quant.fake_quantize import FakeQuantize
 from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.levels import dequantize
 from tq_lightning.quant.normalize import Normalize

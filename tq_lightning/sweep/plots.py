@@ -33,48 +33,52 @@ def draw(study: "optuna.Study", folder: Path, importances: Sequence[Any] = ()) -
         The files written.
     """
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's backend may not exist in this environment
-    import matplotlib
+    from matplotlib import pyplot
 
-    matplotlib.use("Agg")  # matplotlib may have been imported with another one
+    pyplot.switch_backend("Agg")  # matplotlib may have been imported with another one
+    style: list[Any] = ["default", {"figure.constrained_layout.use": True}]
     drawn = []
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams["figure.constrained_layout.use"] = True
+    with pyplot.style.context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna marks these plots as experimental
         for name, figure in figures(study, importances):
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / f"{name}.png") as temporary:
                 figure.savefig(temporary, dpi=120, format="png")
             drawn.append(folder / f"{name}.png")
-            matplotlib.pyplot.close(figure)
+            pyplot.close(figure)
     return drawn
 
 
 def figures(study: "optuna.Study", importances: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (file name without suffix, figure) for each plot."""
     from optuna.importance import FanovaImportanceEvaluator as Fanova
-    from optuna.visualization import matplotlib as plots
+    from optuna.trial import TrialState
+    from optuna.visualization.matplotlib import (
+        plot_optimization_history,
+        plot_parallel_coordinate,
+        plot_param_importances,
+        plot_pareto_front,
+        plot_slice,
+    )
 
-    if not any(t.state.name == "COMPLETE" for t in study.get_trials(deepcopy=False)):
-        return
-    names = [with_unit(name) for name in study.metric_names or ["value"]]
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    names = [with_unit(name) for name in study.metric_names or ["value"]] if complete else []
     for i, name in enumerate(names):
         suffix, given = "", dict[str, Any](target_name=name)
         if len(names) > 1:
             suffix, given = f"_{i + 1}", given | {"target": lambda t, i=i: t.values[i]}
-        ax = plots.plot_optimization_history(study, **given)
-        yield f"optimization_history{suffix}", _lay_out(ax)
+        yield f"optimization_history{suffix}", _lay_out(plot_optimization_history(study, **given))
         if any(importances[i : i + 1]):
-            ax = plots.plot_param_importances(study, evaluator=Fanova(seed=0), **given)
+            ax = plot_param_importances(study, evaluator=Fanova(seed=0), **given)
             ax.set_xlabel("share of the variance (fANOVA)")
             yield f"param_importances{suffix}", _lay_out(ax)
-        ax = plots.plot_parallel_coordinate(study, **given)
+        ax = plot_parallel_coordinate(study, **given)
         yield f"parallel_coordinate{suffix}", _widen(_lay_out(ax, slanted=20))
-        yield f"slice{suffix}", _lay_out(plots.plot_slice(study, **given), slanted=30)
+        yield f"slice{suffix}", _lay_out(plot_slice(study, **given), slanted=30)
     for a, b in itertools.combinations(range(len(names)), 2):
         two = itemgetter(a, b)
         targets: dict[str, Any] = {"targets": lambda t, two=two: two(t.values)}
-        ax = plots.plot_pareto_front(study, target_names=list(two(names)), **targets)
+        ax = plot_pareto_front(study, target_names=list(two(names)), **targets)
         for t in study.best_trials:
             ax.annotate(str(t.number), two(t.values), xytext=(4, 4), textcoords="offset points")
         yield f"pareto_front{f'_{a + 1}_{b + 1}' if len(names) > 2 else ''}", _lay_out(ax)
@@ -89,27 +93,28 @@ def _lay_out(drawn: Any, slanted: int = 0) -> Any:
     """Legend below the axes, trial numbers as integers, x labels slanted. Returns the figure."""
     from matplotlib import pyplot
 
-    for ax in getattr(drawn, "flat", [drawn]):  # plot_slice returns one or an array
-        figure = ax.figure
-        figure.set_layout_engine("constrained")  # some of Optuna's plots set a tight one
+    figure = getattr(drawn, "flat", [drawn])[0].figure  # plot_slice returns one or an array
+    figure.set_layout_engine("constrained")  # some of Optuna's plots set a tight one
+    for ax in figure.axes:
         if ax.get_legend() is not None:
             ax.get_legend().remove()
             figure.legend(loc="outside lower center", ncols=2, frameon=False)
         if slanted:
             pyplot.setp(ax.get_xticklabels(), rotation=slanted, ha="right", rotation_mode="anchor")
-    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
-        if axis.get_label_text() == "Trial":
-            axis.get_major_locator().set_params(integer=True)
+        for axis in (ax.xaxis, ax.yaxis):
+            if axis.get_label_text() == "Trial":
+                axis.get_major_locator().set_params(integer=True)
     return figure
 
 
 def _widen(figure: Any) -> Any:
     """Parallel coordinates: room for the longest label, a light box under each, darker lines."""
+    from matplotlib import pyplot
+
     first, *others = figure.axes
     labels = [label for ax in others for label in ax.get_yticklabels()]
     longest = max(len(label.get_text()) for label in labels)
     figure.set_size_inches(3 + len(first.get_xticks()) * max(1.2, 0.085 * longest), 5)
     first.collections[0].set_cmap("viridis")
-    for label in labels:
-        label.set_bbox({"pad": 1, "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
+    pyplot.setp(labels, bbox={"pad": 1, "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
     return figure

@@ -4,6 +4,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from tq_lightning.errors import UserError
@@ -106,7 +107,7 @@ def logged_metrics(config: Any) -> list[str]:
 
     from tq_lightning.callbacks.width_metrics import width_metrics
     from tq_lightning.data.datamodule import TQDataModule
-    from tq_lightning.quant.prepare import prepare
+    from tq_lightning.quant.prepare import apply_config
     from tq_lightning.training.module import TQModule, width_key
 
     module = TQModule(**config["model"])
@@ -115,8 +116,8 @@ def logged_metrics(config: Any) -> list[str]:
     toy = torch.nn.Sequential(
         *(layer for _ in range(3) for layer in (torch.nn.Linear(2, 2), torch.nn.ReLU()))
     )
-    keys = ("quantizer", "ste", "level", "normalizer", "scale", "max_bits", "activations", "norm")
-    prepare(toy, widths=module.widths, verbose=False, **{key: given[key] for key in keys})
+    # name patterns are those of the real network
+    apply_config(toy, replace(module.quant, skip=("first", "last"), shared_norms=()))
     widths = range(1, given.max_bits + 1)
     scores = {(bits, "truncate"): 0.0 for bits in (*widths, None)} | {(None, "quantize"): 0.0}
     return [

@@ -1,4 +1,4 @@
-"""Build what a run trains from its hyperparameters: the model, its quantizers and its teacher."""
+"""Build what a run trains from its hyperparameters: quantizers, model and teacher."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,37 @@ from torch import nn
 from tq_lightning.errors import UserError
 from tq_lightning.factories import is_factory
 from tq_lightning.models import check_local, create_model, is_remote
-from tq_lightning.quant.config import QuantConfig
+from tq_lightning.quant.config import QuantConfig, check_widths
 from tq_lightning.quant.prepare import PrepareReport, apply_config
 from tq_lightning.quant.switchable_norm import train_float_norms
+from tq_lightning.training.lists import as_ints, as_list
+
+
+def quant_config(h: Any) -> QuantConfig:
+    """Return the QuantConfig of the hyperparameters `h`, whose lists may be in any spelling.
+
+    Raises:
+        UserError: a value that is unknown or out of range.
+    """
+    widths = as_ints(h["widths"], "model.widths")
+    skip = as_list(h["skip"], "model.skip")
+    shared = as_list(h["shared_norms"], "model.shared_norms")
+    if h["float_pass"] not in (True, False, "normalized"):
+        raise UserError(
+            f"model.float_pass: got {h['float_pass']!r}, pass true, false or normalized"
+        )
+    float_pass = "normalized" if h["float_pass"] == "normalized" else "plain"
+    try:
+        check_widths(widths, h["max_bits"])
+    except ValueError as error:
+        key = "max_bits" if str(error).startswith("max_bits") else "widths"
+        raise UserError(f"model.{key}: {error}") from None
+    try:
+        return QuantConfig.from_mapping(
+            {**h, "widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
+        )
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
 
 
 def classes_of_data(name: str, data: Any) -> int | None:

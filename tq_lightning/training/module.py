@@ -15,17 +15,18 @@ from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import call, samples_of, split_batch
 from tq_lightning.quant.prepare import PrepareReport
+from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
 from tq_lightning.training.data_validation import check_against_data
 from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
-from tq_lightning.training.optim import check_restored_state
+from tq_lightning.training.optim import build_optimizer, build_scheduler, check_restored_state
 from tq_lightning.training.preprocessing import preprocessing_of, report_other_classes
 from tq_lightning.training.resume_guard import check_batches, check_resume
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.trainer_validation import check_trainer
-from tq_lightning.training.validation import check, pass_weights, quant_config
+from tq_lightning.training.validation import check, pass_weights
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 
@@ -153,7 +154,7 @@ class TQModule(L.LightningModule):
         self.save_hyperparameters()
         self.hparams.teacher = self.hparams.teacher or "none"
         check(self.hparams)
-        self.quant = quant_config(self.hparams)
+        self.quant = factory.quant_config(self.hparams)
         self.widths = self.quant.widths
         float_first: tuple[None, ...] = (None,) if float_pass else ()
         self.passes: tuple[int | None, ...] = float_first + self.widths
@@ -217,8 +218,6 @@ class TQModule(L.LightningModule):
         """Build and prepare the model once; a null num_classes is taken from the data."""
         if self.model is not None:
             return
-        from tq_lightning.training import factory
-
         h = self.hparams
         if h.num_classes is None:
             h.num_classes = factory.classes_of_data(h.name, self._datamodule)
@@ -231,9 +230,7 @@ class TQModule(L.LightningModule):
 
     def attach(self, model: nn.Module) -> None:
         """Prepare `model` as the hyperparameters say and make it the model of this module."""
-        from tq_lightning.training.factory import prepare_model
-
-        self.report = prepare_model(model, self.quant, self.hparams)
+        self.report = factory.prepare_model(model, self.quant, self.hparams)
         self.model = model
         if self.hparams.compile:
             self._compiled = [compiled(model)]
@@ -371,8 +368,6 @@ class TQModule(L.LightningModule):
     # -- optimization ----------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
         """Create timm's optimizer and schedule."""
-        from tq_lightning.training.optim import build_optimizer, build_scheduler
-
         assert self.model is not None
         optimizer = build_optimizer(self.model, self.hparams)
         scheduler = build_scheduler(optimizer, self.hparams, self.trainer)

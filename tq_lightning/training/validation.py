@@ -6,8 +6,7 @@ from typing import Any
 
 from tq_lightning.errors import UserError, did_you_mean
 from tq_lightning.models import check_name
-from tq_lightning.quant.config import QuantConfig, check_widths
-from tq_lightning.training.lists import as_floats, as_ints, as_list
+from tq_lightning.training.lists import as_floats
 from tq_lightning.training.losses import LOSSES, TEACHERS
 from tq_lightning.training.optim import SCHEDULES, check_optimizer
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
@@ -77,33 +76,6 @@ def check(h: Any) -> None:
             f"model.decay_epochs: got {h['decay_epochs']!r}, pass epochs above 0, e.g. 100,150,180"
         )
     check_optimizer(h)
-
-
-def quant_config(h: Any) -> QuantConfig:
-    """Return the QuantConfig of the hyperparameters `h`, whose lists may be in any spelling.
-
-    Raises:
-        UserError: a value that is unknown or out of range.
-    """
-    widths = as_ints(h["widths"], "model.widths")
-    skip = as_list(h["skip"], "model.skip")
-    shared = as_list(h["shared_norms"], "model.shared_norms")
-    if h["float_pass"] not in (True, False, "normalized"):
-        raise UserError(
-            f"model.float_pass: got {h['float_pass']!r}, pass true, false or normalized"
-        )
-    float_pass = "normalized" if h["float_pass"] == "normalized" else "plain"
-    try:
-        check_widths(widths, h["max_bits"])
-    except ValueError as error:
-        key = "max_bits" if str(error).startswith("max_bits") else "widths"
-        raise UserError(f"model.{key}: {error}") from None
-    try:
-        return QuantConfig.from_mapping(
-            {**h, "widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
-        )
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
 
 
 def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int | None, float]:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import rounding_of
-from tq_lightning.quant.fake_quantize import width_codes
+from tq_lightning.quant.codes import rounding_of, width_codes
 from tq_lightning.quant.integer.arithmetic import activation_top
 
 
