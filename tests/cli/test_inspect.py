@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tq_lightning.cli import inspect
+from tq_lightning.cli import inspect_tables
 from tq_lightning.cli import main as cli
 from tq_lightning.cli.inspect import main
 from tq_lightning.cost.record import inspect_record, mechanism
@@ -30,7 +30,7 @@ def test_nothing_is_folded_in_a_narrow_terminal(capsys, monkeypatch):
     """Columns are left out and named; text wraps; the next wider terminal shows more."""
     shown = {}
     for width in (80, 120):
-        monkeypatch.setattr(inspect, "_width", lambda width=width: width)
+        monkeypatch.setattr(inspect_tables, "_width", lambda width=width: width)
         assert main(["--model.name", "preresnet20_cifar"]) == 0
         shown[width] = capsys.readouterr().out
         assert max(map(len, shown[width].splitlines())) <= width

@@ -3,8 +3,8 @@
 import pandas as pd
 from fixtures.records import compare
 
-from tq_lightning.report import dataframe, findings
-from tq_lightning.report.tables import build
+from tq_lightning.report import dataframe, findings, tables
+from tq_lightning.report.tables import accuracy
 from tq_lightning.report.tables.render import Table, latex, markdown
 
 
@@ -51,7 +51,7 @@ def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
     found = compare(
         *make.pair(model="preresnet20_cifar", model_activations="clamp_round", test=True)
     )
-    table = build.qt_gap(found)
+    table = accuracy.qt_gap(found)
     rows = {row["row"]: row for row in cells(table)}
     assert rows["round, truncated (paper)"]["2 bits"] == 57.5
     assert rows["QT gap of floor"]["2 bits"] == ("0.0 ± 0.0", 0.0)
@@ -62,7 +62,7 @@ def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
 
 def test_differences_hold_the_three_rows_and_each_factor(make):
     found = compare(*make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1, 2)))
-    table = build.differences(found)
+    table = accuracy.differences(found)
     (against,) = cells(
         table, factor="quantizer", a="floor, truncated", b="round, truncated", **{"width [bits]": 2}
     )
@@ -128,7 +128,7 @@ def test_a_collapsed_seed_is_named_and_supports_no_claim(make):
     assert all("a seed collapsed" in line for line in found.lines)
     (group,) = compare(*learned[:-1], failed).by_factor["model.ste"]
     assert group.flags == ("Collapsed: scaled seed 2 stayed near guessing (11.0 % on average).",)
-    (table,) = [t for t in build.tables(compare(*learned[:-1], failed)) if t.name == "differences"]
+    (table,) = [t for t in tables.build(compare(*learned[:-1], failed)) if t.name == "differences"]
     assert all("Collapsed: scaled seed 2" in row["flags"] for row in table.rows)
     (whole,) = compare(*learned).by_factor["model.ste"]
     assert whole.flags == ()
@@ -202,10 +202,10 @@ def test_energy_of_an_inference_by_accelerator_and_width(make):
     kinds = {"compute_pj": 1e6, "weights_pj": 8e6, "activations_pj": 3e6}
     energy = {"assumptions": ["one image"], "constants_pj": {}, "by_width": {"8": kinds}}
     record = {**make.inspect(), "inference": {"TPU-like": energy}}
-    every = build.tables(compare(record))
+    every = tables.build(compare(record))
     (table,) = [table for table in every if table.name == "inference"]
     (row,) = table.rows
     assert row["accelerator"] == "TPU-like" and row["width [bits]"] == 8
     assert row["total [µJ]"] == ("12", 12e6) and row["traffic of weights [µJ]"] == ("8", 8e6)
     assert "not measured" in table.caption and table.notes == ("one image",)
-    assert not [t for t in build.tables(compare(make.inspect())) if t.name == "inference"]
+    assert not [t for t in tables.build(compare(make.inspect())) if t.name == "inference"]

@@ -1,28 +1,18 @@
 """The verb `inspect`: storage and energy of a model under a policy, without training or weights."""
 
 import shlex
-import shutil
-import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tq_lightning.cli.inspect_tables import show
 from tq_lightning.cli.parser import Parser
 from tq_lightning.cost.record import inspect_record
 from tq_lightning.errors import UserError, program_name
-from tq_lightning.records import (
-    STORAGE_LABELS,
-    Energy,
-    InspectRecord,
-    RecordError,
-    read_any,
-    write_record,
-)
+from tq_lightning.records import InspectRecord, RecordError, read_any, write_record
 from tq_lightning.training.lists import as_ints, as_list
 from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
-LEFT = ("layer", "kind", "shape", "way", "what")  # columns aligned to the left
 # model.* key -> (default, description); the same keys as in a training configuration
 KEYS: dict[str, tuple[Any, str]] = {
     "name": (None, "a model of timm, or resnet20_cifar and the like"),
@@ -107,131 +97,6 @@ def _model_section(path: Path | None) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise UserError(f"--config {path}: no model: section")
     return section
-
-
-def _width() -> int | None:
-    """Return the columns of the terminal; None if the output goes elsewhere."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _print(line: str, indent: str = "") -> None:
-    """Print a line, wrapped in a terminal."""
-    width = _width()
-    print(line if width is None else textwrap.fill(line, width, subsequent_indent=indent))
-
-
-def _show(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    optional: Sequence[str] = (),
-) -> None:
-    """Print a table in aligned columns.
-
-    Args:
-        title: title of the table.
-        columns: column headers.
-        rows: cells.
-        optional: columns to leave out, in this order, until the table fits into the terminal.
-    """
-    width, hidden = _width(), list[str]()
-    while True:
-        shown = [cells for cells in zip(columns, *rows, strict=True) if cells[0] not in hidden]
-        sizes = [max(map(len, cells)) for cells in shown]
-        if (
-            width is None
-            or sum(sizes) + 2 * len(sizes) - 2 <= width
-            or len(hidden) == len(optional)
-        ):
-            break
-        hidden.append(optional[len(hidden)])
-    if hidden:
-        title += f" (not shown in {width} columns: {', '.join(hidden)})"
-    _print(title)
-    for line in zip(*shown, strict=True):
-        cells = [
-            text.ljust(size) if column[0] in LEFT else text.rjust(size)
-            for text, size, column in zip(line, sizes, shown, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
-    print()
-
-
-def show(record: InspectRecord) -> None:
-    """Print bytes by layer, in total and by width, then the energy model and its sources."""
-    layers = [
-        [
-            layer.name,
-            layer.kind,
-            "x".join(map(str, layer.shape)),
-            "float" if layer.bits is None else str(layer.bits),
-            f"{layer.parameters:,}",
-            *(f"{layer.bytes[way]:,}" for way in record.ways),
-        ]
-        for layer in record.layers
-    ]
-    columns = ["layer", "kind", "shape", "bits", "parameters", *record.ways]
-    optional = ["paper", "master8", "file_per_width", "kind", "shape"]
-    _show(f"{record.model}: bytes by layer", columns, layers, optional)
-    floats = 4 * record.parameters
-    totals = [
-        [
-            way,
-            STORAGE_LABELS[way],
-            *(f"{part:,}" for part in (s.weights, s.scales, s.float, s.norms, s.total)),
-            f"{floats / s.total:.3f}x",
-        ]
-        for way, s in record.ways.items()
-    ]
-    columns = ["way", "what", "weights", "scales", "float", "norms", "total", "smaller"]
-    _show(
-        "bytes in total, to serve all widths, and how many times smaller than the float parameters",
-        columns,
-        totals,
-        optional=["what", "scales"],
-    )
-    reads = [
-        [str(bits), f"{size:,}", f"{floats / size:.2f}x"] for bits, size in record.read_at.items()
-    ]
-    _show("bytes read from the packed file to run at a width", ["bits", "bytes", "smaller"], reads)
-    energy = record.energy
-    assert energy is not None
-    _show_energy(
-        "energy in microjoules (modeled, not measured): a switch to the width, and the weight "
-        "traffic of one inference",
-        energy,
-    )
-    for name, inference in record.inference.items():
-        title = f"energy of an inference on {name} in microjoules (modeled, not measured)"
-        _show_energy(title, inference)
-    constants = "; ".join(f"{name} {pj:g}" for name, pj in energy.constants_pj.items())
-    for line in (
-        *record.accounting,
-        *(f"energy: {line}" for line in energy.assumptions),
-        f"energy, pJ: {constants}",
-        f"energy, source: {energy.source}",
-        *_inference_notes(record),
-    ):
-        _print(f"- {line}", indent="  ")
-
-
-def _show_energy(title: str, energy: Energy) -> None:
-    """Print a table of microjoules by width and kind."""
-    kinds = next(iter(energy.by_width.values()))
-    names = [name.removesuffix("_pj").replace("_", " ") for name in kinds]
-    rows = [
-        [str(bits), *(f"{pj * 1e-6:,.2f}" for pj in row.values())]
-        for bits, row in energy.by_width.items()
-    ]
-    _show(title, ["bits", *names], rows)
-
-
-def _inference_notes(record: InspectRecord) -> list[str]:
-    """Assumptions and source of the energy of an inference; all accelerators share them."""
-    for energy in record.inference.values():
-        notes = [f"inference: {line}" for line in energy.assumptions]
-        return [*notes, f"inference, source: {energy.source}"]
-    return []
 
 
 def main(argv: list[str]) -> int:

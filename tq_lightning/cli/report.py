@@ -13,7 +13,7 @@ from tq_lightning.report.findings import title
 from tq_lightning.report.inputs import printable
 from tq_lightning.report.labels import counted
 from tq_lightning.report.runs import load, shorten
-from tq_lightning.report.tables.build import arms
+from tq_lightning.report.tables.accuracy import arms
 from tq_lightning.report.write import check_out, make
 
 ALWAYS = ("model", "data", "quantizer", "ste", "seeds", "split")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
-from tq_lightning.report import dataframe, figures, html
+from tq_lightning.report import dataframe, figures, html, tables
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.findings import Finding, findings
 from tq_lightning.report.labels import METHOD
-from tq_lightning.report.tables import build, render
+from tq_lightning.report.tables import accuracy, render
 
 MARKER = "report.json"  # marks a folder as a report, which a new one may replace
 KIND = "tq_lightning report"
@@ -48,10 +48,10 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
     drawn, notes = figures.draw(comparisons)
     for figure in drawn:
         style.write(figure, folder / "figures")
-    headline, tables = build.headline(comparisons), build.tables(comparisons)
-    texts = {f"tables/{table.name}.md": render.markdown(table) for table in tables}
-    texts |= {f"tables/{table.name}.tex": render.latex(table) for table in tables}
-    tables += [build.runs(comparisons)] if comparisons.arms else []
+    headline, built = accuracy.headline(comparisons), tables.build(comparisons)
+    texts = {f"tables/{table.name}.md": render.markdown(table) for table in built}
+    texts |= {f"tables/{table.name}.tex": render.latex(table) for table in built}
+    built += [accuracy.runs(comparisons)] if comparisons.arms else []
     said = findings(comparisons)
     texts["summary.md"] = f"# {title}\n\n    {command}\n\n{summary(headline, said, notes)}"
     data = dataframe.write(comparisons.arms, folder) if comparisons.arms else []
@@ -64,7 +64,7 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
         headline=headline,
         findings=said,
         notes=notes,
-        tables=sorted(tables, key=lambda table: table.name == "left_out"),
+        tables=sorted(built, key=lambda table: table.name == "left_out"),
         command=command,
         version=version,
         files=[*data, "summary.md"],

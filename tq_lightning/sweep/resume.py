@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 from tq_lightning.records import NAME, mark_superseded, read_record
+from tq_lightning.training.run_folder import LAST
 
 if TYPE_CHECKING:
     import optuna
-
-LAST = "checkpoints/last.ckpt"
 
 
 class EarlierRun(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, Namespace, set_dumper, set_loader
+from jsonargparse import ActionConfigFile, ActionYesNo, Namespace, set_dumper, set_loader
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -21,6 +21,8 @@ from tq_lightning.files import expand_path
 from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
 PARSER_MODE = "tq"
+PATHS = ("trainer.default_root_dir", "data.root", "ckpt_path", "run_dir")
+PATHS += ("model.checkpoint_path", "model.teacher_checkpoint_path")
 _SECTIONS = ("--model", "--data", "--trainer")
 _FLOAT = re.compile(
     r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
@@ -144,6 +146,43 @@ def make_parser(**kwargs: Any) -> LightningArgumentParser:
         "-c", "--config", action=ConfigFile, help="YAML file; a later file wins over an earlier one"
     )
     return parser
+
+
+def add_run_options(parser: LightningArgumentParser) -> None:
+    """Add the options of a run that belong to no section."""
+    parser.add_argument(
+        "--checkpoint_every_n_steps",
+        type=int,
+        default=0,
+        help="write checkpoints/last.ckpt every N optimizer steps too (0: every epoch only)",
+    )
+    parser.add_argument(
+        "--run_dir",
+        type=str | None,
+        default=None,
+        help="folder of this run (default: a new one under trainer.default_root_dir); with "
+        "--ckpt_path auto the first start creates it and later ones resume from it",
+    )
+    for flag, what in (
+        ("wandb", "Weights & Biases (WANDB_MODE=offline works)"),
+        ("tensorboard", "TensorBoard"),
+    ):
+        parser.add_argument(
+            f"--{flag}", action=ActionYesNo, nargs="?", default=False, help=f"log to {what} too"
+        )
+
+
+def expand_paths(config: Namespace) -> None:
+    """Expand `~` in the keys that are paths, in place.
+
+    Raises:
+        UserError: a path is empty, as an unset variable of a shell is.
+    """
+    for key in PATHS:
+        if config[key] == "":
+            raise UserError(f"{key}: got an empty path; pass a file or a folder")
+        if config[key] is not None:
+            config[key] = str(expand_path(config[key]))
 
 
 def drop_append_options(parser: LightningArgumentParser) -> None:

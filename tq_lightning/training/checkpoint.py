@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.factories import only_allow
+from tq_lightning.factories import is_factory, only_allow
 from tq_lightning.models import check_local, create_model
 from tq_lightning.models.weights import check_fit, load_torch_file, why_not_loaded
 from tq_lightning.records import NAME
@@ -15,6 +15,7 @@ from tq_lightning.training.checkpoint_io import verify_checkpoint
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
 from tq_lightning.training.resume_guard import inside_accumulation, saved_batches
+from tq_lightning.training.run_folder import CONFIG, LAST
 from tq_lightning.training.trainer_validation import Progress
 
 
@@ -75,7 +76,7 @@ def newest_checkpoint(root: Path, which: str, run_dir: Path | None = None) -> Pa
     Raises:
         UserError: there is no such file.
     """
-    pattern = "checkpoints/last.ckpt" if which == "last" else "checkpoints/best*.ckpt"
+    pattern = LAST if which == "last" else "checkpoints/best*.ckpt"
     if run_dir is None:
         pattern = f"*/{pattern}"
     else:
@@ -98,7 +99,7 @@ def run_folder(path: Path) -> Path | None:
     run = path.parent.parent
     if folder.name != "checkpoints":
         return None
-    return run if (run / NAME).is_file() or (run / "config.yaml").is_file() else None
+    return run if (run / NAME).is_file() or (run / CONFIG).is_file() else None
 
 
 def read_progress(path: Path) -> Progress:
@@ -145,6 +146,25 @@ def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[st
         for key, value in given.items()
         if key in kept and not _same(value, defaults.get(key)) and not _same(value, kept[key])
     ]
+
+
+def check_factories(asked: dict[str, Any], kept: dict[str, Any], path: Any) -> None:
+    """Check that a checkpoint names no factory but the user's: a file must not import code.
+
+    Args:
+        asked: the `model:` section as the user gave it.
+        kept: the same section with the checkpoint's values.
+        path: the checkpoint.
+
+    Raises:
+        UserError: it names another one.
+    """
+    for key in ("name", "teacher_name"):
+        if is_factory(kept[key]) and kept[key] != asked[key]:
+            raise UserError(
+                f"ckpt_path: {path} names the factory {kept[key]}; it is imported only if you pass "
+                f"--model.{key} {kept[key]}"
+            )
 
 
 def _same(one: Any, two: Any) -> bool:

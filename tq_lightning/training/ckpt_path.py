@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from tq_lightning.errors import UserError
 from tq_lightning.training.checkpoint import newest_checkpoint, read_progress, run_folder
-from tq_lightning.training.run_folder import LAST, check_same_run, is_finished
-from tq_lightning.training.trainer_validation import Progress
+from tq_lightning.training.resume_guard import check_accumulation
+from tq_lightning.training.run_folder import LAST, check_same_run, has_finished, is_finished
+from tq_lightning.training.trainer_validation import Progress, check_unfinished
 
 
 class GivenCheckpoint(NamedTuple):
@@ -45,6 +46,22 @@ def find_checkpoint(given: str, root: Path, run_dir: Path | None) -> GivenCheckp
             f"{root}"
         )
     return GivenCheckpoint(path, given, read_progress(path), run_folder(path))
+
+
+def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
+    """Check that a fit can resume a checkpoint.
+
+    Args:
+        checkpoint: what `find_checkpoint` returned.
+        trainer: the `trainer:` section of the configuration.
+
+    Raises:
+        UserError: nothing is left to train, or it was written inside an accumulation of gradients.
+    """
+    finished = checkpoint.run is not None and has_finished(checkpoint.run)
+    check_unfinished(checkpoint.path, checkpoint.progress, finished, trainer)
+    what = f"ckpt_path: {checkpoint.path}"
+    check_accumulation(checkpoint.progress.inside_accumulation, what)
 
 
 def find_auto(run_dir: Path, config: dict[str, Any]) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionYesNo, ArgumentError
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -20,23 +20,28 @@ from tq_lightning.callbacks.stop_on_signal import SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import Interrupted, TrainingError, UserError, file_error, first_line
-from tq_lightning.factories import is_factory
-from tq_lightning.files import expand_path, remove_temporaries
+from tq_lightning.files import remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
 from tq_lightning.training.arguments import (
+    add_run_options,
     as_plain_strings,
     drop_append_options,
+    expand_paths,
     make_parser,
     normalize,
 )
-from tq_lightning.training.checkpoint import overridden_arguments
-from tq_lightning.training.ckpt_path import GivenCheckpoint, find_auto, find_checkpoint
+from tq_lightning.training.checkpoint import check_factories, overridden_arguments
+from tq_lightning.training.ckpt_path import (
+    GivenCheckpoint,
+    check_resumable,
+    find_auto,
+    find_checkpoint,
+)
 from tq_lightning.training.cli_messages import one_line, quiet
 from tq_lightning.training.cluster import check_tasks
 from tq_lightning.training.help_pages import page, wanted_page
 from tq_lightning.training.module import TQModule
 from tq_lightning.training.open_run import OpenRun, check_writable
-from tq_lightning.training.resume_guard import check_accumulation
 from tq_lightning.training.run_callbacks import (
     SaveConfig,
     fit_callbacks,
@@ -45,14 +50,11 @@ from tq_lightning.training.run_callbacks import (
     make_plugins,
     progress_callbacks,
 )
-from tq_lightning.training.run_folder import auto_folder, check_unused, has_finished
+from tq_lightning.training.run_folder import auto_folder, check_unused
 from tq_lightning.training.run_messages import end_lines, start_line
-from tq_lightning.training.trainer_validation import check_run, check_unfinished
+from tq_lightning.training.trainer_validation import check_run
 
 ROOT = "runs"  # the default of trainer.default_root_dir
-# the keys that are paths; ~ is expanded in them
-PATHS = ["trainer.default_root_dir", "data.root", "ckpt_path", "run_dir"]
-PATHS += ["model.checkpoint_path", "model.teacher_checkpoint_path"]
 
 
 def _root(config: Any) -> Path:
@@ -123,35 +125,12 @@ class TQCLI(LightningCLI):
         for section in ("model", "data", "trainer"):
             if config[section] is None:
                 raise UserError(f"{section}: the section is empty; give it keys, or remove it")
-        for key in PATHS:
-            if config[key] == "":
-                raise UserError(f"{key}: got an empty path; pass a file or a folder")
-            if config[key] is not None:
-                config[key] = str(expand_path(config[key]))
+        expand_paths(config)
         check_run(self.config.subcommand, config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that belong to no section."""
-        parser.add_argument(
-            "--checkpoint_every_n_steps",
-            type=int,
-            default=0,
-            help="write checkpoints/last.ckpt every N optimizer steps too (0: every epoch only)",
-        )
-        parser.add_argument(
-            "--run_dir",
-            type=str | None,
-            default=None,
-            help="folder of this run (default: a new one under trainer.default_root_dir); with "
-            "--ckpt_path auto the first start creates it and later ones resume from it",
-        )
-        for flag, what in (
-            ("wandb", "Weights & Biases (WANDB_MODE=offline works)"),
-            ("tensorboard", "TensorBoard"),
-        ):
-            parser.add_argument(
-                f"--{flag}", action=ActionYesNo, nargs="?", default=False, help=f"log to {what} too"
-            )
+        add_run_options(parser)
 
     def _parse_ckpt_path(self) -> None:
         config = self.config[self.config.subcommand]
@@ -174,21 +153,13 @@ class TQCLI(LightningCLI):
         if given is not None:
             self.checkpoint = checkpoint = find_checkpoint(str(given), root, run_dir)
             if fits:
-                finished = checkpoint.run is not None and has_finished(checkpoint.run)
-                check_unfinished(checkpoint.path, checkpoint.progress, finished, config.trainer)
-                what = f"ckpt_path: {checkpoint.path}"
-                check_accumulation(checkpoint.progress.inside_accumulation, what)
+                check_resumable(checkpoint, config.trainer)
             self.resume_step = checkpoint.progress.step
             config.ckpt_path = str(checkpoint.path)
         asked = config.model.as_dict()
         super()._parse_ckpt_path()  # the checkpoint's model arguments replace those given
         kept_model = self.config[self.config.subcommand].model.as_dict()
-        for key in ("name", "teacher_name"):  # nothing is imported because a file says so
-            if is_factory(kept_model[key]) and kept_model[key] != asked[key]:
-                raise UserError(
-                    f"ckpt_path: {config.ckpt_path} names the factory {kept_model[key]}; it is "
-                    f"imported only if you pass --model.{key} {kept_model[key]}"
-                )
+        check_factories(asked, kept_model, config.ckpt_path)
         kept = overridden_arguments(asked, kept_model)
         if kept:
             print(

@@ -18,6 +18,7 @@ from tq_lightning.files import atomic_write
 from tq_lightning.records import MONITOR, NAME
 from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
 from tq_lightning.training.cluster import cluster_environment
+from tq_lightning.training.run_folder import CONFIG
 
 
 class SaveConfig(SaveConfigCallback):
@@ -40,7 +41,7 @@ class SaveConfig(SaveConfigCallback):
             config.pop("ckpt_path", None)
             text = self.parser.dump(config, skip_none=False)
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.run_dir / "config.yaml") as temporary:
+            with atomic_write(self.run_dir / CONFIG) as temporary:
                 temporary.write_text(text, encoding="utf-8")
 
 

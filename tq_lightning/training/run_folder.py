@@ -7,7 +7,6 @@ import yaml
 
 from tq_lightning.errors import UserError
 from tq_lightning.records import NAME, read_record
-from tq_lightning.training.cluster import slurm_job
 
 LAST = "checkpoints/last.ckpt"
 CONFIG = "config.yaml"
@@ -23,6 +22,8 @@ def auto_folder(run_dir: str | None, root: Path) -> Path:
     """
     if run_dir is not None:
         return Path(run_dir)
+    from tq_lightning.training.cluster import slurm_job  # imports Lightning
+
     job, _ = slurm_job()
     if job is None:
         raise UserError(

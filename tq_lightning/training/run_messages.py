@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tq_lightning.errors import program_name
 from tq_lightning.records import MONITOR, NAME, read_record
+from tq_lightning.training.run_folder import CONFIG, LAST
 
 
 def start_line(verb: str, run_dir: Path, checkpoint: Path | None, step: int | None) -> str:
@@ -45,10 +46,8 @@ def next_command(verb: str, run_dir: Path) -> str | None:
     if verb == "test":
         out = shlex.quote(f"results/{run_dir.name}")
         return f"{program} report {shlex.quote(str(run_dir))} --out {out}"
-    config = shlex.quote(str(run_dir / "config.yaml"))
-    best = sorted((run_dir / "checkpoints").glob("best*.ckpt")) or [
-        run_dir / "checkpoints" / "last.ckpt"
-    ]
+    config = shlex.quote(str(run_dir / CONFIG))
+    best = sorted((run_dir / "checkpoints").glob("best*.ckpt")) or [run_dir / LAST]
     if not best[-1].is_file():
         return None
     return f"{program} test --config {config} --ckpt_path {shlex.quote(str(best[-1]))}"

@@ -1,40 +1,23 @@
-"""The tables of a report."""
+"""Tables of accuracy: the first table of the page, the QT gap, arms, runs and differences."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tq_lightning.records import STORAGE_LABELS
 from tq_lightning.report import labels
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
 from tq_lightning.report.groups import MAIN_KEYS, Arm, shown_extras
-from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
 from tq_lightning.report.stats import Estimate, acc1, acc1_float, compare, gap, number, split_of
 from tq_lightning.report.tables.render import Cell, Link, Table
 
 Row = dict[str, Cell]
 
 
-def tables(comparisons: Comparisons) -> list[Table]:
-    """Return every table that has rows, in the order of the page."""
-    functions = (
-        qt_gap,
-        arms,
-        differences,
-        storage,
-        read_at,
-        energy,
-        inference,
-        constants,
-        left_out,
-    )
-    return [table for function in functions if (table := function(comparisons)).rows]
-
-
 def _widths(arms: Iterable[Arm]) -> list[int]:
     return sorted({w for arm in arms for run in arm.runs for w in run.widths}, reverse=True)
 
 
-def _by_width(widths: list[int], cell: Callable[[int], Any], unit: str = " [%]") -> Row:
+def by_width(widths: list[int], cell: Callable[[int], Any], unit: str = " [%]") -> Row:
+    """Return one cell for each width; a unit in the column header."""
     return {f"{labels.counted(width, 'bit')}{unit}": _estimate(cell(width)) for width in widths}
 
 
@@ -49,7 +32,7 @@ def headline(comparisons: Comparisons) -> Table:
     trained = sorted({w for g in groups for _, arm in g.arms for w in arm.trained}, reverse=True)
     for group in groups:
         for name, arm, source in group.rows:
-            values = _by_width(trained, lambda w: acc1(arm, source, w, group.split))  # noqa: B023
+            values = by_width(trained, lambda w: acc1(arm, source, w, group.split))  # noqa: B023
             split = labels.SPLIT_WORDS[group.split].partition(",")[0]
             row = {"setting": group.label, "weights": name, **values}
             rows.append({**row, "seeds": len(arm.runs), "split": split})
@@ -82,7 +65,7 @@ def qt_gap(comparisons: Comparisons) -> Table:
         for name, unit, count, cell, in_float, of, told in named:
             head = {"setting": group.label, "row": name, "unit": unit, "seeds": count}
             tail = {"float": _estimate(in_float), "split": of, "flags": told}
-            rows.append({**head, **_by_width(widths, cell, ""), **tail})
+            rows.append({**head, **by_width(widths, cell, ""), **tail})
     what = "Top-1 and QT gap by width, mean ± half of the 95 % t interval over seeds."
     return Table("qt_gap", "QT gap", f"{what} {labels.METHOD}", rows, ("setting", "row"))
 
@@ -95,7 +78,7 @@ def arms(comparisons: Comparisons) -> Table:
         split, seconds = split_of(arm.runs), sum(run.record.seconds for run in arm.runs)
         seeds = (",".join(map(str, arm.seeds)), len(arm.seeds))
         row = {**_facts(arm), "also": extra, "seeds": seeds, "budget": arm.budget}
-        row |= _by_width(widths, lambda w: acc1(arm, "truncate", w, split))  # noqa: B023
+        row |= by_width(widths, lambda w: acc1(arm, "truncate", w, split))  # noqa: B023
         rows.append({**row, "split": split, "time [s]": (f"{seconds:.0f}", seconds)})
     caption = f"Top-1 of the truncated weights by width (val: at the best epoch). {labels.METHOD}"
     return Table("arms", "Arms", caption, rows, ("model", "data", "quantizer", "ste"))
@@ -118,7 +101,7 @@ def runs(comparisons: Comparisons) -> Table:
             gaps = [q - t for q, t in pairs if q is not None and t is not None]
             row = {"run": Link(run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
             row |= {"seed": run.seed}
-            row |= _by_width(widths, lambda w: run.acc1("truncate", w, split))  # noqa: B023
+            row |= by_width(widths, lambda w: run.acc1("truncate", w, split))  # noqa: B023
             row |= {"largest QT gap [points]": max(gaps, default=None), "split": split}
             row |= {"epochs": run.record.epochs, "time [s]": run.record.seconds}
             rows.append({**row, "commit": str(run.record.commit)[:8]})
@@ -169,86 +152,3 @@ def _differences(
         for width in a[1].runs[0].widths
         if (found := compare(a[1], b[1], a[2], b[2], width, group.split)) is not None
     ]
-
-
-def _scaled(value: float | None, factor: float, form: str) -> Cell:
-    return None if value is None else (f"{value * factor:{form}}", value)
-
-
-def storage(comparisons: Comparisons) -> Table:
-    """Bytes by model and storage scheme, and the ratio of the float parameters to them."""
-    records = smallest_first(comparisons.inspects, "ways")
-    parts = {"total": "total", **labels.PARTS}
-    rows: list[Row] = []
-    for name, record in records.items():
-        for key in (key for key in STORAGE_LABELS if key in record.ways):
-            way, times = record.ways[key], ratio(record, key)
-            row = {"model": name, "storage": STORAGE_LABELS[key], "size [bytes]": int(way.total)}
-            sizes = {f"{words} [MiB]": getattr(way, part) for part, words in parts.items()}
-            row |= {header: _scaled(size, 1 / MIB, ".2f") for header, size in sizes.items()}
-            rows.append({**row, "float parameters / total": (f"{times:.3f}×", times)})
-    notes = tuple(f"{name}: {line}" for name, r in records.items() for line in r.accounting)
-    caption = "Bytes to serve every width from 1 to 8 bits; the notes give the accounting."
-    return Table("storage", "Storage", caption, rows, ("model", "storage"), notes)
-
-
-def read_at(comparisons: Comparisons) -> Table:
-    """Bytes read to run at each width."""
-    records = smallest_first(comparisons.inspects, "read_at")
-    widths = sorted({w for record in records.values() for w in record.read_at})
-    rows: list[Row] = []
-    for name, r in records.items():
-        sizes = {w: _scaled(r.read_at.get(w), 1 / MIB, ".2f") for w in widths}
-        rows.append({"model": name, **_by_width(widths, sizes.get, " [MiB]")})
-    caption = "Bytes read from the packed file, by width."
-    return Table("read_at", "Bytes read", caption, rows)
-
-
-def energy(comparisons: Comparisons) -> Table:
-    """The energy model by model and width."""
-    models = energies(comparisons.inspects)
-    every = [(name, w, pj) for name, m in models.items() for w, pj in sorted(m.by_width.items())]
-    kinds = dict.fromkeys(kind for _, _, pj in every for kind in pj if kind.endswith("_pj"))
-    rows: list[Row] = []
-    for name, width, pj in every:
-        cells = {f"{labels.energy_name(k)} [µJ]": _scaled(pj.get(k), 1e-6, ".4g") for k in kinds}
-        rows.append({"model": name, "width [bits]": width, **cells})
-    notes = tuple(dict.fromkeys(line for m in models.values() for line in m.assumptions))
-    return Table("energy", "Energy", "Modeled, not measured.", rows, ("model",), notes)
-
-
-def inference(comparisons: Comparisons) -> Table:
-    """Modeled energy of an inference by model, accelerator and width."""
-    rows: list[Row] = []
-    notes: dict[str, None] = {}
-    for name, record in smallest_first(comparisons.inspects, "inference").items():
-        for accelerator, model in record.inference.items():
-            notes |= dict.fromkeys(model.assumptions)
-            for width, pj in sorted(model.by_width.items(), reverse=True):
-                cells = {
-                    f"{labels.energy_name(kind)} [µJ]": _scaled(value, 1e-6, ".4g")
-                    for kind, value in pj.items()
-                }
-                total = _scaled(sum(pj.values()), 1e-6, ".4g")
-                row: Row = {"model": name, "accelerator": accelerator, "width [bits]": width}
-                rows.append({**row, **cells, "total [µJ]": total})
-    caption = "Energy of one inference, modeled by ZigZag, not measured."
-    keys = ("model", "accelerator")
-    return Table("inference", "Energy of an inference", caption, rows, keys, tuple(notes))
-
-
-def constants(comparisons: Comparisons) -> Table:
-    """The constants of the energy model, as the inspect records carry them."""
-    rows: dict[tuple[str, Any], Row] = {}
-    for model in (record.energy for record in comparisons.inspects if record.energy):
-        for name, pj in model.constants_pj.items():
-            row = {"operation": name, "energy [pJ]": pj, "source": model.source or "not recorded"}
-            rows.setdefault((name, pj), row)
-    caption = "Constants of the energy model, as the inspect records carry them."
-    return Table("constants", "Energy constants", caption, list(rows.values()))
-
-
-def left_out(comparisons: Comparisons) -> Table:
-    """Files that were found and not used, with the reason."""
-    rows: list[Row] = [{"record": path, "reason": reason} for path, reason in comparisons.left_out]
-    return Table("left_out", "Left out", "Found, but in no number of this report.", rows)

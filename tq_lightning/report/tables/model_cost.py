@@ -1,0 +1,87 @@
+"""Tables of a model's cost: storage, bytes read, and modeled energy."""
+
+from typing import Any
+
+from tq_lightning.records import STORAGE_LABELS
+from tq_lightning.report import labels
+from tq_lightning.report.comparisons import Comparisons
+from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
+from tq_lightning.report.tables.accuracy import Row, by_width
+from tq_lightning.report.tables.render import Cell, Table
+
+
+def _scaled(value: float | None, factor: float, form: str) -> Cell:
+    return None if value is None else (f"{value * factor:{form}}", value)
+
+
+def storage(comparisons: Comparisons) -> Table:
+    """Bytes by model and storage scheme, and the ratio of the float parameters to them."""
+    records = smallest_first(comparisons.inspects, "ways")
+    parts = {"total": "total", **labels.PARTS}
+    rows: list[Row] = []
+    for name, record in records.items():
+        for key in (key for key in STORAGE_LABELS if key in record.ways):
+            way, times = record.ways[key], ratio(record, key)
+            row = {"model": name, "storage": STORAGE_LABELS[key], "size [bytes]": int(way.total)}
+            sizes = {f"{words} [MiB]": getattr(way, part) for part, words in parts.items()}
+            row |= {header: _scaled(size, 1 / MIB, ".2f") for header, size in sizes.items()}
+            rows.append({**row, "float parameters / total": (f"{times:.3f}×", times)})
+    notes = tuple(f"{name}: {line}" for name, r in records.items() for line in r.accounting)
+    caption = "Bytes to serve every width from 1 to 8 bits; the notes give the accounting."
+    return Table("storage", "Storage", caption, rows, ("model", "storage"), notes)
+
+
+def read_at(comparisons: Comparisons) -> Table:
+    """Bytes read to run at each width."""
+    records = smallest_first(comparisons.inspects, "read_at")
+    widths = sorted({w for record in records.values() for w in record.read_at})
+    rows: list[Row] = []
+    for name, r in records.items():
+        sizes = {w: _scaled(r.read_at.get(w), 1 / MIB, ".2f") for w in widths}
+        rows.append({"model": name, **by_width(widths, sizes.get, " [MiB]")})
+    caption = "Bytes read from the packed file, by width."
+    return Table("read_at", "Bytes read", caption, rows)
+
+
+def energy(comparisons: Comparisons) -> Table:
+    """The energy model by model and width."""
+    models = energies(comparisons.inspects)
+    every = [(name, w, pj) for name, m in models.items() for w, pj in sorted(m.by_width.items())]
+    kinds = dict.fromkeys(kind for _, _, pj in every for kind in pj if kind.endswith("_pj"))
+    rows: list[Row] = []
+    for name, width, pj in every:
+        cells = {f"{labels.energy_name(k)} [µJ]": _scaled(pj.get(k), 1e-6, ".4g") for k in kinds}
+        rows.append({"model": name, "width [bits]": width, **cells})
+    notes = tuple(dict.fromkeys(line for m in models.values() for line in m.assumptions))
+    return Table("energy", "Energy", "Modeled, not measured.", rows, ("model",), notes)
+
+
+def inference(comparisons: Comparisons) -> Table:
+    """Modeled energy of an inference by model, accelerator and width."""
+    rows: list[Row] = []
+    notes: dict[str, None] = {}
+    for name, record in smallest_first(comparisons.inspects, "inference").items():
+        for accelerator, model in record.inference.items():
+            notes |= dict.fromkeys(model.assumptions)
+            for width, pj in sorted(model.by_width.items(), reverse=True):
+                cells = {
+                    f"{labels.energy_name(kind)} [µJ]": _scaled(value, 1e-6, ".4g")
+                    for kind, value in pj.items()
+                }
+                total = _scaled(sum(pj.values()), 1e-6, ".4g")
+                row: Row = {"model": name, "accelerator": accelerator, "width [bits]": width}
+                rows.append({**row, **cells, "total [µJ]": total})
+    caption = "Energy of one inference, modeled by ZigZag, not measured."
+    keys = ("model", "accelerator")
+    return Table("inference", "Energy of an inference", caption, rows, keys, tuple(notes))
+
+
+def constants(comparisons: Comparisons) -> Table:
+    """The constants of the energy model, as the inspect records carry them."""
+    rows: dict[tuple[str, Any], Row] = {}
+    for model in (record.energy for record in comparisons.inspects if record.energy):
+        for name, pj in model.constants_pj.items():
+            row = {"operation": name, "energy [pJ]": pj, "source": model.source or "not recorded"}
+            rows.setdefault((name, pj), row)
+    caption = "Constants of the energy model, as the inspect records carry them."
+    return Table("constants", "Energy constants", caption, list(rows.values()))
