@@ -1,5 +1,6 @@
 """Reading of batches: what worker processes read, and unreadable images among them."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,13 @@ from tq_lightning.errors import UserError
 # Forking is safe on Linux alone; elsewhere, and from Python 3.14 on, other methods are the default.
 START_METHOD = "fork" if sys.platform == "linux" else None
 _MAX_UNREADABLE = 50  # consecutive images
+
+
+def default_workers() -> int:
+    """Return the number of processes that read samples: one per core of this process, up to 8."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)  # macOS and Windows can't tell which cores
 
 
 class Item(NamedTuple):

@@ -3,8 +3,6 @@
 Its signature is the `data:` section of a configuration.
 """
 
-import inspect
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,53 +11,17 @@ import torch
 from torch import Tensor
 
 from tq_lightning.data import augment
-from tq_lightning.data.batch_reader import BatchReader, ImageDataset
+from tq_lightning.data.batch_reader import BatchReader, ImageDataset, default_workers
+from tq_lightning.data.custom import FactoryMeta
 from tq_lightning.data.datasets import DATASETS
 from tq_lightning.data.loaders import EvalLoader, TrainLoader, fit_progress
-from tq_lightning.data.own import open_own
-from tq_lightning.data.sampling import TrainOrder, generator
+from tq_lightning.data.sampling import CALIBRATION_SEED, TrainOrder, generator, run_seed
 from tq_lightning.data.splits import Source, Splits
 from tq_lightning.data.validation import check
-from tq_lightning.factories import is_factory
 from tq_lightning.files import expand_path
 
-CALIBRATION_SEED = 8  # of the order and the augmentation of calibration batches, in every run
 
-
-class _FactoryMeta(type):
-    """Makes `TQDataModule(name=...)` the data module of a factory, if `name` is one.
-
-    Neither `__new__` nor a function would do: the signature of `__init__` is the `data:` section.
-    """
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        """Signature of the class, which `__call__` would hide: that of `__init__`, without self."""
-        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-    def __call__(cls, *args: Any, **keys: Any) -> Any:
-        given = inspect.signature(cls.__init__).bind(None, *args, **keys)  # type: ignore[misc]
-        given.apply_defaults()
-        values = given.arguments
-        if not is_factory(values["name"]):
-            return super().__call__(*args, **keys)
-        check(values)
-        workers, seed = values["workers"], values["seed"]
-        return open_own(
-            values["name"],
-            values["data_args"],
-            batch_size=values["batch_size"],
-            eval_batch_size=values["eval_batch_size"],
-            workers=min(8, _available_cpus()) if workers is None else workers,
-            val_fraction=values["val_fraction"],
-            samples=values["samples"],
-            seed=_run_seed() if seed is None else seed,
-            calibration_seed=CALIBRATION_SEED,
-        )
-
-
-class TQDataModule(lightning.LightningDataModule, metaclass=_FactoryMeta):
+class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
     """Training, validation and test batches of one data set.
 
     A batch is (images, labels): images float32 (B, 3, image_size, image_size), normalized, on the
@@ -159,7 +121,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=_FactoryMeta):
         self.image_size = image_size or row["size"] or 224
         self.input_shape = (3, self.image_size, self.image_size)
         self.eval_batch_size = eval_batch_size or max(2 * batch_size, 256 if row["size"] else 1)
-        self.workers = min(8, _available_cpus()) if workers is None else workers
+        self.workers = default_workers() if workers is None else workers
         self.mean, self.std = tuple(mean or row["mean"]), tuple(std or row["std"])
         self.interpolation, self.train_interpolation = interpolation, train_interpolation
         self.crop_pct = 1.0 if row["size"] else crop_pct
@@ -169,7 +131,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=_FactoryMeta):
         self.color_jitter = row["jitter"] if color_jitter is None else color_jitter
         self.reprob, self.remode = reprob, remode
         self.mix = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": smoothing}
-        self.seed = _run_seed() if seed is None else seed
+        self.seed = run_seed() if seed is None else seed
         self._expected = num_classes
         source = Source(expand_path(root), download, num_classes, self.image_size, samples, path)
         self.splits = Splits(name, row["read"], source, val_fraction, samples)
@@ -354,15 +316,3 @@ class TQDataModule(lightning.LightningDataModule, metaclass=_FactoryMeta):
         return torch.nn.functional.interpolate(
             out, self.input_shape[1:], mode=self.interpolation, antialias=True
         )
-
-
-def _run_seed() -> int:
-    """The seed of `seed_everything`, else 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-
-def _available_cpus() -> int:
-    """CPUs that this process may use; macOS and Windows can't tell, so all of them there."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -5,6 +5,7 @@ batches.
 """
 
 import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,13 @@ from tq_lightning.errors import UserError
 
 # independent of the run's seed: runs are compared on the same held-out images
 SPLIT_SEED = 0
+# of the order and the augmentation of calibration batches, in every run
+CALIBRATION_SEED = 8
+
+
+def run_seed() -> int:
+    """Return the seed of `seed_everything`, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def derive_seed(*numbers: int) -> int:

@@ -1,19 +1,17 @@
 """Checks of the keys and values of a sweep file. `where` is the file and key, named in errors."""
 
-import difflib
 import math
 from typing import Any
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, did_you_mean
 
 
 def check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
     """Raise UserError for the first unknown key, with the closest known one."""
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+            hint = did_you_mean(key, known, 1) or f"; expected one of {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
 
 
 def check_plain(value: Any, where: str) -> None:

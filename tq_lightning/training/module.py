@@ -1,6 +1,5 @@
 """TQModule: the LightningModule that trains a timm model jointly at several bit widths."""
 
-import os
 import random
 from typing import Any
 
@@ -8,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from tq_lightning.data.sampling import run_seed
 from tq_lightning.errors import TrainingError
 from tq_lightning.factories import only_allow
 from tq_lightning.models.weights import check_fit
@@ -259,7 +259,7 @@ class TQModule(L.LightningModule):
         """Seed of the random state of each step: `seed`, else `seed_everything`, else 0."""
         if self.hparams.seed is not None:
             return self.hparams.seed
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return run_seed()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the joint loss of a batch: (inputs, labels), or see `quant.inputs.split_batch`."""

@@ -1,24 +1,32 @@
 """Data sets of the user's own: `data.name: package.module:factory`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
-from tq_lightning.data.augment import seeded
-from tq_lightning.data.batch_reader import START_METHOD
+from tq_lightning.data.batch_reader import default_workers
+from tq_lightning.data.dataset_reader import DatasetReader
 from tq_lightning.data.loaders import EvalLoader, TrainLoader, fit_progress
-from tq_lightning.data.sampling import TrainOrder, derive_seed, generator, stratified
+from tq_lightning.data.sampling import (
+    CALIBRATION_SEED,
+    TrainOrder,
+    generator,
+    run_seed,
+    stratified,
+)
+from tq_lightning.data.validation import check
 from tq_lightning.errors import UserError
-from tq_lightning.factories import call_factory
+from tq_lightning.factories import call_factory, is_factory
 
 STAGES = ("train", "val", "test")
 
 
-def open_own(
+def open_custom(
     name: str, arguments: Mapping[str, Any] | None, **options: Any
 ) -> lightning.LightningDataModule:
     """Call a factory of data sets.
@@ -47,58 +55,37 @@ def open_own(
     return DatasetModule(name, {k: v for k, v in named.items() if v is not None}, **options)
 
 
-class _Seeded:
-    """Map-style data set whose random draws depend on the key alone: (sample number, seed)."""
+class FactoryMeta(type):
+    """Makes `TQDataModule(name=...)` the data module of a factory, if `name` is one.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        number, seed = key
-        with seeded(seed):
-            return self.dataset[number]
-
-
-class _Keys:
-    """Batch sampler of the workers. It asks for its keys when an epoch starts."""
-
-    keys: Callable[[], Iterator[list[tuple[int, int]]]]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.keys()
-
-
-class DatasetReader:
-    """Batches of a map-style data set by sample number, as `BatchReader` reads images.
-
-    Args:
-        dataset: number -> (input, label) or a mapping; what `default_collate` can stack.
-        collate: `collate_fn` of the data set.
-        workers: processes that read. They persist over the epochs.
+    Neither `__new__` nor a function would do: the signature of `__init__` is the `data:` section.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list], Any], workers: int) -> None:
-        self.missing: set[int] = set()  # every sample is read
-        self._sampler = _Keys()
-        self._loader: DataLoader = DataLoader(
-            _Seeded(dataset),  # type: ignore[arg-type]
-            batch_sampler=self._sampler,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=collate,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # a DataLoader else draws a seed from the global one
-            multiprocessing_context=START_METHOD if workers else None,
-        )
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Signature of the class, which `__call__` would hide: that of `__init__`, without self."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
-    def __call__(
-        self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
-    ) -> Iterator[Any]:
-        """Yield the collated batches of an epoch."""
-        self._sampler.keys = lambda: (
-            [(n, derive_seed(seed, epoch, n, 5)) for n in numbers.tolist()] for numbers in batches()
+    def __call__(cls, *args: Any, **keys: Any) -> Any:
+        """Construct the data module, or call the factory."""
+        given = inspect.signature(cls.__init__).bind(None, *args, **keys)  # type: ignore[misc]
+        given.apply_defaults()
+        values = given.arguments
+        if not is_factory(values["name"]):
+            return super().__call__(*args, **keys)
+        check(values)
+        workers, seed = values["workers"], values["seed"]
+        return open_custom(
+            values["name"],
+            values["data_args"],
+            batch_size=values["batch_size"],
+            eval_batch_size=values["eval_batch_size"],
+            workers=default_workers() if workers is None else workers,
+            val_fraction=values["val_fraction"],
+            samples=values["samples"],
+            seed=run_seed() if seed is None else seed,
         )
-        yield from self._loader
 
 
 class DatasetModule(lightning.LightningDataModule):
@@ -116,7 +103,6 @@ class DatasetModule(lightning.LightningDataModule):
         val_fraction: share of the training set held out if there is no "val".
         samples: number of training samples to use; None is all.
         seed: seed of the order.
-        calibration_seed: seed of the order of calibration batches.
     """
 
     def __init__(
@@ -129,13 +115,12 @@ class DatasetModule(lightning.LightningDataModule):
         val_fraction: float,
         samples: int | None,
         seed: int,
-        calibration_seed: int,
     ) -> None:
         super().__init__()
         self.name, self.parts, self.batch_size = name, parts, batch_size
         self.eval_batch_size = eval_batch_size or 2 * batch_size
         self.workers, self.val_fraction = workers, val_fraction
-        self.samples, self.seed, self.calibration_seed = samples, seed, calibration_seed
+        self.samples, self.seed = samples, seed
         self.labels = _labels(parts["train"])
 
     @property
@@ -213,10 +198,10 @@ class DatasetModule(lightning.LightningDataModule):
     def calibration_batches(self, n: int) -> Iterator[Any]:
         """Training batches to estimate norm statistics from, always the same."""
         dataset, samples = self._part("train")
-        order = torch.randperm(samples.numel(), generator=generator(self.calibration_seed))
+        order = torch.randperm(samples.numel(), generator=generator(CALIBRATION_SEED))
         chosen = samples[order[: n * self.batch_size]]
         yield from self._reader(dataset)(
-            lambda: iter(chosen.split(self.batch_size)), self.calibration_seed
+            lambda: iter(chosen.split(self.batch_size)), CALIBRATION_SEED
         )
 
 

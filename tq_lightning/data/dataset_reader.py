@@ -1,0 +1,66 @@
+"""Reading of a map-style data set of the user's, with random draws that depend on the sample."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tq_lightning.data.augment import seeded
+from tq_lightning.data.batch_reader import START_METHOD
+from tq_lightning.data.sampling import derive_seed
+
+
+class _Seeded:
+    """Map-style data set whose random draws depend on the key alone: (sample number, seed)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        number, seed = key
+        with seeded(seed):
+            return self.dataset[number]
+
+
+class _Keys:
+    """Batch sampler of the workers. It asks for its keys when an epoch starts."""
+
+    keys: Callable[[], Iterator[list[tuple[int, int]]]]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.keys()
+
+
+class DatasetReader:
+    """Batches of a map-style data set by sample number, as `BatchReader` reads images.
+
+    Args:
+        dataset: number -> (input, label) or a mapping; what `default_collate` can stack.
+        collate: `collate_fn` of the data set.
+        workers: processes that read. They persist over the epochs.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list], Any], workers: int) -> None:
+        self.missing: set[int] = set()  # every sample is read
+        self._sampler = _Keys()
+        self._loader: DataLoader = DataLoader(
+            _Seeded(dataset),  # type: ignore[arg-type]
+            batch_sampler=self._sampler,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # a DataLoader else draws a seed from the global one
+            multiprocessing_context=START_METHOD if workers else None,
+        )
+
+    def __call__(
+        self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
+    ) -> Iterator[Any]:
+        """Yield the collated batches of an epoch."""
+        self._sampler.keys = lambda: (
+            [(n, derive_seed(seed, epoch, n, 5)) for n in numbers.tolist()] for numbers in batches()
+        )
+        yield from self._loader
