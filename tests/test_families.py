@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_width import bit_width
-from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.layers import select_layers
+from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from tq_lightning.export.packed import load_packed, save_packed
     from tq_lightning.quant.activation_ranges import calibrate_activations
     from tq_lightning.quant.bit_width import bit_width
-    from tq_lightning.quant.calibration import calibrate_norms
     from tq_lightning.quant.codes import floor_codes, round_codes, truncate_codes
     from tq_lightning.quant.levels import codes_to_levels
+    from tq_lightning.quant.norm_calibration import calibrate_norms
     from tq_lightning.quant.prepare import prepare
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 _HOMES = {
     "prepare": "quant.prepare",
     "bit_width": "quant.bit_width",
-    "calibrate_norms": "quant.calibration",
+    "calibrate_norms": "quant.norm_calibration",
     "calibrate_activations": "quant.activation_ranges",
     "floor_codes": "quant.codes",
     "round_codes": "quant.codes",

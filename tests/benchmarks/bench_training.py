@@ -31,8 +31,8 @@ from measuring import Table, fresh_memory, keep_memory, paired
 
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.models import create_model
-from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.training.joint import joint_loss

@@ -22,7 +22,7 @@ from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.models import create_model
 from tq_lightning.quant import fake_quantize, flat_weights, weight
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.calibration import calibrate_norms
+from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
 from tq_lightning.training.module import TQModule
@@ -182,7 +182,7 @@ class Watch(L.Callback):
         self.compared += 1
 
 
-@mock.patch("tq_lightning.quant.calibration.SETTLED", 0)
+@mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
 def test_validation_leaves_everything_as_it_was(tmp_path):
     watch = Watch()
     trainer, _, _ = fit(tmp_path, callbacks=[watch], max_epochs=2, limit_val_batches=2)

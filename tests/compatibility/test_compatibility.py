@@ -44,7 +44,7 @@ def test_packed_file():
 
 # Version 0.1.0 scored running averages as they were, and gave untrained widths the statistics of
 # images as evaluation sees them: the former can be compared, the latter are close.
-running_averages = mock.patch("tq_lightning.quant.calibration.SETTLED", 0)
+running_averages = mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
 
 
 @running_averages

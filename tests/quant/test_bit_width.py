@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.quant import codes, fake_quantize, flat_weights
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
-from tq_lightning.quant.calibration import calibrate_norms
+from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
 
 

@@ -9,9 +9,9 @@ from torch.nn.utils import parametrizations
 
 from tq_lightning.quant.activation import ACTIVATIONS, ActivationQuantizer
 from tq_lightning.quant.bit_width import bit_width, width_of
-from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.config import check_widths
 from tq_lightning.quant.layers import select_layers
+from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tq_lightning.quant.bit_width import bit_width, width_of
-from tq_lightning.quant.calibration import calibrate_norms
+from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import (
     FLOAT,

@@ -17,7 +17,7 @@ from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.errors import UserError
 from tq_lightning.quant.activation import ActivationQuantizer, WidthTensors
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.calibration import calibrate_norms
+from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import per_width_norms, train_float_norms
 from tq_lightning.training.compiling import check_compiler

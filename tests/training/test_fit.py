@@ -10,7 +10,7 @@ import torch
 
 from tq_lightning.errors import UserError
 from tq_lightning.quant import flat_weights
-from tq_lightning.quant.calibration import calibrate_norms, reestimate_norms
+from tq_lightning.quant.norm_calibration import calibrate_norms, reestimate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
 from tq_lightning.training.optim import build_optimizer, build_scheduler
@@ -112,7 +112,7 @@ def test_bf16_keeps_codes_and_gradients_in_float32(
     )
 
 
-@mock.patch("tq_lightning.quant.calibration.SETTLED", 0)
+@mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
 def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
     """The checkpoint holds the average, its estimated norms, and the weights in training."""
     weights, decay = Weights(), 0.6
@@ -166,7 +166,7 @@ def test_a_short_run_is_scored_with_statistics_of_its_weights(train, resnet, tmp
     batches = [images for images, _ in trainer.datamodule.calibration_batches(1)]
     reestimate_norms(module, batches, [4])
     assert torch.allclose(scored, stem(module).running_var)
-    with mock.patch("tq_lightning.quant.calibration.SETTLED", 2):
+    with mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 2):
         _, raw = train(tmp_path, resnet)
     assert (stem(raw).running_var - scored).abs().min() > 0.5
 

@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tq_lightning import bit_width, prepare
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.quant.activation import ACTIVATIONS
-from tq_lightning.quant.calibration import calibrate_norms
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.level_tables import LEVEL_TABLES
 from tq_lightning.quant.levels import LEVELS
+from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.normalizers import NORMALIZERS, SCALES
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.ste import STES

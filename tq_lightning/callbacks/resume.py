@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tq_lightning.callbacks.steps import OptimizerSteps, validation_follows
+from tq_lightning.callbacks.optimizer_steps import OptimizerSteps, validation_follows
 
 
 class StepSeeds(L.Callback):

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from tq_lightning.callbacks.steps import OptimizerSteps, validation_follows
+from tq_lightning.callbacks.optimizer_steps import OptimizerSteps, validation_follows
 from tq_lightning.errors import Interrupted
 
 STOP, REQUEUE = 1, 2  # what ranks tell each other; the larger one wins

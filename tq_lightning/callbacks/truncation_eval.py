@@ -21,9 +21,9 @@ from tq_lightning.callbacks.width_metrics import (
     top5_metrics,
     width_metrics,
 )
-from tq_lightning.quant.calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import split_batch, to_device
+from tq_lightning.quant.norm_calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths
 
 CALIBRATION = "augmented"  # how a record names the batches that norm statistics come from

@@ -1,7 +1,7 @@
 """torch.compile of the network that a run trains: `model.compile`.
 
 One graph serves all widths and sources (`quant.fused_weights`). Estimating the norm statistics of
-untrained widths runs without the graph (`quant.switchable_norm.calibrate_norms`).
+untrained widths runs without the graph (`quant.norm_calibration.calibrate_norms`).
 """
 
 import os

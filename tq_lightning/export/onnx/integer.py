@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from tq_lightning.errors import UserError
+from tq_lightning.export.onnx.code_activation import replace_activation_quantizers
 from tq_lightning.export.onnx.dynamic_quantization import put_dynamic_layers
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.onnx.graph import float_graph, write_graph
@@ -21,7 +22,6 @@ from tq_lightning.export.onnx.qdq import (
     RUNTIMES,
     codes_of,
     put_layers,
-    replace_activation_quantizers,
 )
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.module import PackedWeight, attach_packed_weight
-from tq_lightning.export.packed.schema import (
+from tq_lightning.export.packed.network_match import (
     cast_to_header_dtype,
 )
 from tq_lightning.export.packed.sections import (

@@ -22,7 +22,7 @@ from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.filling import attach_codes, fill_unquantized
 from tq_lightning.export.packed.header import read_header
 from tq_lightning.export.packed.module import MODES
-from tq_lightning.export.packed.schema import (
+from tq_lightning.export.packed.network_match import (
     check_layers,
     check_names,
     check_parameters,

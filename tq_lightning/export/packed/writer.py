@@ -19,7 +19,7 @@ from tq_lightning.export.packed.header import (
     check_ranges,
     format_version,
 )
-from tq_lightning.export.packed.schema import check_names
+from tq_lightning.export.packed.network_match import check_names
 from tq_lightning.export.packed.sections import (
     compress_planes,
     file_names,

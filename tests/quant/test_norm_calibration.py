@@ -8,7 +8,7 @@ from torch import nn
 
 from tq_lightning import bit_width, prepare
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.calibration import (
+from tq_lightning.quant.norm_calibration import (
     SETTLED,
     calibrate_norms,
     lagging_widths,

@@ -1,0 +1,68 @@
+"""Activations that were trained with codes, as quantize and dequantize nodes of a graph."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.bit_width import Width
+from tq_lightning.quant.codes import rounding_of
+from tq_lightning.quant.layers import replace_modules
+
+
+class CodeActivation(nn.Module):
+    """`ActivationQuantizer` at one width as QuantizeLinear and DequantizeLinear.
+
+    Its codes stay in [0, M_n], as in training. `floor` is rounding of half a step less. Truncated
+    codes are made at the stored width and shifted.
+
+    Args:
+        layer: the quantizer to replace.
+        width: width of the model.
+        runtime: one of `qdq.RUNTIMES`; where codes are clipped, as in `qdq.add_codes`.
+    """
+
+    def __init__(self, layer: ActivationQuantizer, width: Width, runtime: str) -> None:
+        super().__init__()
+        assert width.bits is not None
+        clip = float(layer.effective_clip)
+        made = width.max_bits if layer.truncated else width.bits
+        self.shift, self.runtime = made - width.bits, runtime
+        self.top = 2**made - 1
+        steps, offset = rounding_of(layer.quantizer, made)
+        step = clip / steps
+        self.less = -offset * step
+        self.limit = self.top * step
+        for name, value in (("step", step), ("out_step", clip / (2**width.bits - 1))):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+        for name, value in (("zero", 0), ("by", self.shift), ("top_code", self.top)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize activations of any shape to codes, and dequantize them."""
+        if self.less:
+            x = x - self.less
+        if self.top < 255 and self.runtime == "openvino":
+            x = x.clamp(0.0, self.limit)
+        codes = _node("QuantizeLinear", x, torch.uint8, self.step, self.zero)
+        if self.top < 255 and self.runtime != "openvino":
+            codes = _node("Clip", codes, torch.uint8, self.zero, self.top_code)
+        if self.shift:
+            codes = _node("BitShift", codes, torch.uint8, self.by, direction="RIGHT")
+        return _node("DequantizeLinear", codes, torch.float32, self.out_step, self.zero)
+
+
+def _node(op: str, x: Tensor, dtype: torch.dtype, *constants: Any, **attributes: Any) -> Tensor:
+    made = torch.onnx.ops.symbolic(
+        op, (x, *constants), attributes, dtype=dtype, shape=x.shape, version=21
+    )
+    assert isinstance(made, Tensor)
+    return made
+
+
+def replace_activation_quantizers(model: nn.Module, width: Width, runtime: str) -> list[str]:
+    """Replace every `ActivationQuantizer` by a `CodeActivation`; returns their names."""
+    return replace_modules(
+        model, ActivationQuantizer, lambda layer: CodeActivation(layer, width, runtime)
+    )
