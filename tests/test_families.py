@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from fixtures.dispatch import CONVOLUTIONS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -135,14 +136,6 @@ FAMILIES: dict[str, tuple[str, int, dict[str, int]]] = {
 WIDTHS = (8, 4, 2, 1)
 # Lookup tables, which their model multiplies with a one-hot instead of indexing them.
 TABLES = {"gemma4_vit": "position_embedding_table"}
-CONVOLUTIONS = {
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-}
 PRODUCTS = {
     F.linear,
     torch.matmul,

@@ -6,6 +6,7 @@ The weight of a layer that standardizes it lies there up to one affine map per o
 import pytest
 import timm.layers as tl
 import torch
+from fixtures.dispatch import CONVOLUTIONS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -16,16 +17,7 @@ from tq_lightning.quant.levels import codes_to_levels, dequantize
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 
-_WEIGHT_SECOND = {
-    F.linear,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-}
-_WEIGHT_SECOND |= {torch.conv1d, torch.conv2d, torch.conv3d}
+_WEIGHT_SECOND = CONVOLUTIONS | {F.linear, torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 class _Caught(TorchFunctionMode):

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tq_lightning.quant.prepare import prepare
+from tq_lightning.quant.switchable_norm import per_width_norms
+
 
 def _net() -> nn.Sequential:
     """Build stem, bn1, act1, conv, bn2, act2, pool, flatten, fc with norms off their defaults."""
@@ -37,3 +40,14 @@ def net() -> nn.Sequential:
 def images() -> torch.Tensor:
     """(4, 3, 6, 6), always the same."""
     return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def model(net: nn.Sequential) -> nn.Sequential:
+    """Prepared for 8, 4 and 2 bits, every set with statistics and affine parameters of its own."""
+    prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
+    for norm in per_width_norms(net):
+        for i, key in enumerate(norm.sets):
+            norm.sets[key].weight.data.add_(0.1 * i)
+            norm.sets[key].running_mean.add_(0.05 * i)
+    return net.eval()

@@ -17,17 +17,6 @@ from tq_lightning.quant.norm_calibration import (
 from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths, width_name
 
 
-@pytest.fixture
-def model(net):
-    """Prepared for 8, 4 and 2 bits, every set with statistics and affine parameters of its own."""
-    prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
-    for norm in per_width_norms(net):
-        for i, key in enumerate(norm.sets):
-            norm.sets[key].weight.data.add_(0.1 * i)
-            norm.sets[key].running_mean.add_(0.05 * i)
-    return net.eval()
-
-
 def test_statistics_are_the_plain_mean_over_the_batches_at_that_width(model, images):
     batches = [images, images * 3 + 1, images - 2]
     calibrate_norms(model, batches)

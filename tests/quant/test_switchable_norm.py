@@ -21,17 +21,6 @@ from tq_lightning.quant.switchable_norm import (
 KEYS = [*map(str, range(1, 9)), FLOAT]
 
 
-@pytest.fixture
-def model(net):
-    """Prepared for 8, 4 and 2 bits, every set with statistics and affine parameters of its own."""
-    prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
-    for norm in per_width_norms(net):
-        for i, key in enumerate(KEYS):
-            norm.sets[key].weight.data.add_(0.1 * i)
-            norm.sets[key].running_mean.add_(0.05 * i)
-    return net.eval()
-
-
 def test_sets_exist_for_every_width_and_start_as_the_layer(net):
     before = copy.deepcopy(net.bn1)
     prepare(net, verbose=False)

@@ -111,7 +111,7 @@ def _row(name: str, module: nn.Module, seen: set[int]) -> Row:
         shape=next((tuple(t.shape) for t in [*weights, *kept]), ()),
         parameters=sum(p.numel() for p in parameters),
         codes=sum(w.numel() for w in weights),
-        bits=quantizers[0][1].width.max_bits if quantizers else None,
+        bits=next((q.width.max_bits for _, q in quantizers), None),
         plane=sum(plane_bytes(aligned(w.numel())) for w in weights),
         scales=sum(FLOAT_BYTES * _scale_count(w, q) for w, q in quantizers),
         floats=0 if kind == "norm" else kept_bytes,

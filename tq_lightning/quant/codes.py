@@ -115,9 +115,10 @@ def rounding_of(quantizer: str, bits: int) -> tuple[int, float]:
     """
     form = QUANTIZERS[quantizer].rounding
     if form is None:
+        known = [name for name, row in QUANTIZERS.items() if row.rounding is not None]
         raise ValueError(
             f"quantizer {quantizer!r} has no rounding form for integer kernels; "
-            "pass activations quantized by floor or round"
+            f"pass activations quantized by {' or '.join(known)}"
         )
     extra, offset = form
     return 2**bits - 1 + extra, offset

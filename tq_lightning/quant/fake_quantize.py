@@ -3,7 +3,7 @@
 import torch
 
 from tq_lightning.quant.codes import QUANTIZERS, width_codes
-from tq_lightning.quant.levels import codes_to_levels, dequantize
+from tq_lightning.quant.levels import LEVELS, codes_to_levels, dequantize
 from tq_lightning.quant.ste import STES
 
 
@@ -66,7 +66,7 @@ class FakeQuantizeTensors(torch.autograd.Function):
         codes = QUANTIZERS[quantizer].onnx(u, top if stored_top is None else stored_top)
         if step is not None:
             codes = torch.floor(codes / step)
-        level = codes / top
+        level = LEVELS["endpoint"](codes, top)
         kept = (u, level) if STES[ste].elementwise else (None, None)
         ctx.save_for_backward(scale, bits, *kept)
         ctx.rule = (quantizer, ste)

@@ -53,6 +53,11 @@ class ComparisonGroup:
     flags: tuple[str, ...]
 
     @property
+    def first(self) -> Arm:
+        """The first arm: it has every setting that the others share."""
+        return self.arms[0][1]
+
+    @property
     def runs(self) -> list[Run]:
         """All runs of the group."""
         return [run for _, arm in self.arms for run in arm.runs]
@@ -87,7 +92,7 @@ class ComparisonGroup:
     @property
     def is_papers(self) -> bool:
         """True if the arms are those of the paper's table, so that its numbers may stand beside."""
-        arm = self.arms[0][1]
+        arm = self.first
         expansions = {str(v or 1) for k, v in arm.config.items() if k.endswith("expansion")}
         fixed = (arm["model.name"], arm["data.name"], arm[ACTIVATIONS_SOURCE])
         return (

@@ -151,7 +151,7 @@ class Question(NamedTuple):
 
 
 def _weights(c: Compared) -> str:
-    return f"{c.group.arms[0][1]['model.quantizer']} weights"
+    return f"{c.group.first['model.quantizer']} weights"
 
 
 QUESTIONS = {
@@ -167,7 +167,7 @@ QUESTIONS = {
         "They gain accuracy",
         "They lose accuracy",
         "No loss is shown",
-        lambda c: f"{c.group.arms[0][1]['model.activations']} activations and {_weights(c)}",
+        lambda c: f"{c.group.first['model.activations']} activations and {_weights(c)}",
     ),
     "model.level": Question(
         "Does the level within the bin matter?",

@@ -48,7 +48,7 @@ def qt_gap(comparisons: Comparisons) -> Drawing:
 
 
 def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
-    split, first, papers = group.split, group.arms[0][1], group.is_papers
+    split, first, papers = group.split, group.first, group.is_papers
     title = (message(group) or (0, "Accuracy by width"))[1]
     canvas, body = style.new((6.4, 3.4), title, group.label, group.flags)
     axes = body.add_subplot()
