@@ -111,6 +111,17 @@ def test_factor_settings_compare_one_key_alone(make):
     assert not compare(records[0], make.run("floor", 0, model_ste="scaled", model_lr=0.5)).by_factor
 
 
+def test_the_reference_is_the_first_usual_value_that_a_group_has(make):
+    def reference(*values):
+        records = [make.run("floor", 0, model_normalizer=value) for value in values]
+        (group,) = compare(*records).by_factor["model.normalizer"]
+        return group.reference[0]
+
+    assert reference("gaussian", "learned", "tanh") == "tanh"
+    assert reference("gaussian", "learned") == "learned"
+    assert reference("gaussian", "float_e2") == "gaussian"  # neither: the first
+
+
 def test_kind_and_source_of_activations_are_two_factors(make):
     records = [
         make.run(model_activations=kind)

@@ -114,6 +114,23 @@ def test_ste_finding_follows_the_intervals(make):
     assert finding("ste", *make.pair()) is None
 
 
+def test_non_uniform_codes_are_compared_with_a_learned_range(make):
+    def arms(offset):
+        offsets = {"learned": 0.0, "gaussian": offset}
+        return [
+            make.run("floor", seed, model_normalizer=name, noise=0.01, offset=offsets[name])
+            for name in offsets
+            for seed in (0, 1, 2)
+        ]
+
+    found = finding("normalizer", *arms(2.0))
+    assert "open question 3" in found.question
+    assert found.answer.startswith("Accuracy is above the reference in 4 of 4 comparisons")
+    assert "the gaussian normalizer (reference: learned)" in found.answer
+    below = finding("normalizer", *arms(-2.0)).answer
+    assert below.startswith("Accuracy is below the reference in 4 of 4")
+
+
 def test_a_collapsed_seed_is_named_and_supports_no_claim(make):
     """Its mean stays in the tables; findings, titles and the list of answers leave it out."""
     learned = [make.run("floor", s, model_ste=e) for e in ("identity", "scaled") for s in (0, 1, 2)]

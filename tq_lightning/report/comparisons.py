@@ -19,20 +19,21 @@ from tq_lightning.report.labels import (
 from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
 
-# Compared keys -> the value that others are compared with (None: the first in order). Quantizers
-# are compared apart, in the rows of the paper.
-FACTORS: dict[str, str | None] = {
-    "model.ste": "identity",
-    "model.level": "endpoint",
-    "model.activations": "none",
-    ACTIVATIONS_SOURCE: "quantize",
-    "model.normalizer": "tanh",
-    "model.scale": "mean",
-    "model.norm": "per_width",
-    "model.widths": None,
-    "model.teacher": "recursive",
-    "model.loss": None,
-    "model.width_schedule": "all",
+# Compared keys -> the values that others are compared with: the first of these that a group has,
+# or else the first in order. Quantizers are compared apart, in the rows of the paper.
+FACTORS: dict[str, tuple[str, ...]] = {
+    "model.ste": ("identity",),
+    "model.level": ("endpoint", "centre", "centroid"),
+    "model.activations": ("none",),
+    ACTIVATIONS_SOURCE: ("quantize",),
+    "model.normalizer": ("tanh", "learned"),
+    "model.scale": ("mean",),
+    "model.norm": ("per_width",),
+    "model.widths": (),
+    "model.width_weights": ("none",),
+    "model.teacher": ("recursive",),
+    "model.loss": (),
+    "model.width_schedule": ("all",),
 }
 # Top-1 in % by width, from table 1 of arXiv 2506.11431 (ResNet-20, expansion 1, CIFAR-10).
 PAPER: dict[str, dict[str, float]] = {
@@ -74,9 +75,10 @@ class ComparisonGroup:
 
     @property
     def reference(self) -> tuple[str, Arm]:
-        """The value that others are compared with, and its arm: the usual one, else the first."""
-        usual = FACTORS.get(self.factor)
-        return next((pair for pair in self.arms if pair[0] == usual), self.arms[0])
+        """The value that others are compared with, and its arm: see `FACTORS`."""
+        arms = {value: (value, arm) for value, arm in reversed(self.arms)}
+        usual = (value for value in FACTORS.get(self.factor, ()) if value in arms)
+        return arms.get(next(usual, ""), self.arms[0])
 
     @property
     def rows(self) -> list[tuple[str, Arm, str]]:

@@ -176,6 +176,28 @@ QUESTIONS = {
         "No difference is shown",
         lambda c: f"{c.value} levels (reference: {c.group.reference[0]}) and {_weights(c)}",
     ),
+    "model.normalizer": Question(
+        "Does another normalizer help, such as one with non-uniform codes (open question 3 of the "
+        "paper)?",
+        "Accuracy is above the reference",
+        "Accuracy is below the reference",
+        "No difference is shown",
+        lambda c: f"the {c.value} normalizer (reference: {c.group.reference[0]})",
+    ),
+    "model.scale": Question(
+        "Does a scale that preserves the values of weights help?",
+        "Accuracy is above the reference",
+        "Accuracy is below the reference",
+        "No difference is shown",
+        lambda c: f"the scale {c.value} (reference: {c.group.reference[0]})",
+    ),
+    "model.width_weights": Question(
+        "Do weights on the loss of each width help?",
+        "Accuracy is above the reference",
+        "Accuracy is below the reference",
+        "No difference is shown",
+        lambda c: f"the weights {c.value} (reference: {c.group.reference[0]})",
+    ),
 }
 
 

@@ -26,6 +26,7 @@ FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "activations_source": partial(factor, key=ACTIVATIONS_SOURCE, section="Truncated activations"),
     "normalizer": partial(factor, key="model.normalizer", section="Normalizers"),
     "scale": partial(factor, key="model.scale", section="Scales"),
+    "width_weights": partial(factor, key="model.width_weights", section="Weights of widths"),
     "widths": partial(factor, key="model.widths", section="Sets of widths"),
     "teacher": partial(factor, key="model.teacher", section="Teachers"),
     "curves": accuracy.curves,
