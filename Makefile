@@ -62,7 +62,7 @@ test-executorch: $(READY)
 	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(EXECUTORCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth
 	$(EXECUTORCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt executorch
-	$(TEST_ENV) PYTHONPATH=$(CURDIR) $(EXECUTORCH)/bin/python -m pytest tests/export/test_executorch.py -m slow -n 2
+	$(TEST_ENV) PYTHONPATH=$(CURDIR) $(EXECUTORCH)/bin/python -m pytest tests/export/test_executorch.py -n 2
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -10,6 +10,7 @@ from tq_lightning import bit_width, load_packed, save_packed
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
 from tq_lightning.export.executorch import _to_integers, export_executorch
+from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.quant.integer.arithmetic import integer_weight
 
 DIGITS = Path(__file__).parents[2] / "results" / "digits_example" / "model.safetensors"
@@ -106,30 +107,36 @@ def test_predictions_are_those_of_pytorch(bits, tmp_path, capsys):
 @needs
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_transformer_stores_int4_linears(make, tmp_path):
+@pytest.mark.parametrize("level", ["left", "endpoint"])
+def test_linears_shrink_with_the_width(level, make, tmp_path):
+    """The file is its float weights and n-bit integers, at 8 and 4 bits, and little else."""
+    args = {"img_size": 32, "depth": 1}
     model, images = make(
         "vit_tiny_patch16_224",
         size=32,
         norm="shared",
-        level="left",
+        level=level,
         normalizer="absmax_channel",
-        model_args={"img_size": 32, "depth": 2},
+        model_args=args,
     )
-    options = {"input_size": [3, 32, 32]}
-    args = {"img_size": 32, "depth": 2}
-    save_packed(model, tmp_path / "m.safetensors", preprocessing=options, model_args=args)
+    path = tmp_path / "m.safetensors"
+    save_packed(model, path, preprocessing={"input_size": [3, 32, 32]}, model_args=args)
     sizes = {}
     for bits in (8, 4):
         out = tmp_path / f"m{bits}.pte"
-        program = export_executorch(tmp_path / "m.safetensors", out, bits)
+        program = export_executorch(path, out, bits)
         sizes[bits] = out.stat().st_size
         logits = load(out).execute([images[:1]])[0]
-        packed = load_packed(tmp_path / "m.safetensors", bits=bits)
+        packed = load_packed(path, bits=bits)
         with torch.no_grad():
             expected = packed(images[:1])
         assert (logits - expected).abs().max() / expected.abs().max() < 0.1
-        assert len(program.integer) >= 8
-    assert sizes[4] < 0.65 * sizes[8]
+        assert len(program.integer) == len(packed_weights(packed)) == 4
+    integers = sum(weight.codes.numel() for weight in packed_weights(packed))
+    floats = sum(p.numel() for p in model.parameters()) - integers
+    for bits, size in sizes.items():
+        assert size < 1.15 * (4 * floats + integers * bits / 8)
+    assert sizes[8] - sizes[4] > 0.49 * integers
 
 
 @needs

@@ -4,10 +4,10 @@ Quantized convolutions and linears run on XNNPACK's integer kernels. Their weigh
 the file, not quantized again. Their inputs are quantized at each run, with the range that they have
 there (dynamic quantization), so no calibration is needed. All other operations run in float.
 
-XNNPACK stores the weights of convolutions as int8 at every width, and those of linears as int4 if
-their integers are in [-8, 7]: up to 3 bits with the odd integers of the levels `endpoint` and
-`centre`, and up to 4 bits with `left`. At 8 bits, the integers of `endpoint` and `centre` are the
-nearest int8 (see `integer_weight`); all others are exact.
+XNNPACK stores the weights of linears as int4 from 4 bits down, and those of convolutions as int8 at
+every width; it has no smaller types. All integers are exact. Where the odd integers of the levels
+`endpoint` and `centre` do not fit the type (8 bits in int8, 4 bits in int4), k' stands for them,
+and one more output channel sums the inputs (see `integer_weight`).
 """
 
 from pathlib import Path
@@ -131,7 +131,10 @@ def _to_integers(model: nn.Module) -> Program:
         if reason is not None:
             program.left_in_float[name] = reason
             continue
-        integers = integer_weight(codes, bits, packed.scale, packed.level, exact=True)
+        largest = 7 if bits <= 4 and _takes_int4(codes) else 127
+        integers = integer_weight(
+            codes, bits, packed.scale, packed.level, exact=True, largest=largest
+        )
         layer = _IntegerLayer(module, integers)
         parent, _, leaf = name.rpartition(".")[0].rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
@@ -178,9 +181,7 @@ class _IntegerLayer(nn.Module):
         self.register_buffer("zero", torch.zeros(len(codes), dtype=torch.int64))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.register_buffer("offset", offset.float())
-        # integers of linears that fit 4 bits are stored as int4, in pairs along the input
-        small = codes.dim() == 2 and codes.shape[1] % 2 == 0
-        small = small and int(codes.min()) >= -8 and int(codes.max()) <= 7
+        small = _takes_int4(codes) and int(codes.min()) >= -8 and int(codes.max()) <= 7
         self.bounds = (-8, 7) if small else (-128, 127)
         self.options: Any = (
             (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
@@ -205,6 +206,11 @@ class _IntegerLayer(nn.Module):
         x = ops.dequantize_per_token(q, step, zero, -128, 127, torch.int8, torch.float32)
         y = F.linear(x, weight, self.bias)
         return y[..., :-1] + self.offset * y[..., -1:] if self.sum_channel else y
+
+
+def _takes_int4(codes: Tensor) -> bool:
+    """Whether XNNPACK can store a weight as int4: a linear's, in pairs along the input."""
+    return codes.dim() == 2 and codes.shape[1] % 2 == 0
 
 
 def _by_channel(values: Tensor, codes: Tensor) -> Tensor:

@@ -87,6 +87,19 @@ def test_left_of_positive_scale_is_exact_at_eight_bits():
     assert integer_weight(_codes(8), 8, torch.tensor(2.0), "left").exact
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_weights_of_four_bits_fit_int4(bits, level):
+    """With the default largest integer, odd codes of 4 bits do not."""
+    codes = _codes(bits).expand(len(SCALES), -1)
+    odd = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
+    got = integer_weight(codes, bits, SCALES[:, None], level, exact=True, largest=7)
+    assert got.exact and -8 <= int(got.codes.min()) and int(got.codes.max()) <= 7
+    rebuilt, same = (w.gain * (w.codes.double() + w.offset) for w in (got, odd))
+    assert torch.allclose(rebuilt, same, rtol=0, atol=1e-14)
+    assert (int(odd.codes.max()) > 7) == (bits == 4)
+
+
 def test_documented_example():
     got = integer_weight(_codes(2), 2, torch.tensor(3.0))
     assert got.codes.tolist() == [-3, -1, 1, 3] and got.gain.item() == pytest.approx(1.0)

@@ -107,7 +107,12 @@ def _fitted(bits: int, level: Callable[[Tensor, float], Tensor]) -> tuple[float,
 
 
 def integer_weight(
-    codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint", exact: bool = False
+    codes: Tensor,
+    bits: int,
+    scale: Tensor,
+    level: str = "endpoint",
+    exact: bool = False,
+    largest: int = 127,
 ) -> IntegerWeight:
     """Turn codes and their scale into int8 weights with zero point 0 and a positive gain.
 
@@ -125,6 +130,8 @@ def integer_weight(
         exact: Return exact integers at every width, with an offset where they need one. False
             returns offset 0 everywhere: the nearest int8, 127/255 (2k' + 1), for 8-bit `endpoint`
             and `centre`; 127 for 128, the negative of the smallest 8-bit code of `left`.
+        largest: Largest integer that the kernel takes, 127 or, for int4, 7. With `exact=True`, k'
+            and an offset stand for odd codes beyond it.
 
     Returns:
         The integers.
@@ -144,7 +151,7 @@ def integer_weight(
     gain, negative = scale.abs() * step, scale < 0
     offset = torch.zeros_like(gain)
     is_exact = True
-    if exact and bits == 8:
+    if exact and 2**bits - 1 > largest:
         integers = torch.where(negative, ~signed, signed)
         offset = torch.where(negative, 1.0 - half, half).to(torch.float64)
     else:
