@@ -94,7 +94,7 @@ def test_weights_of_four_bits_fit_int4(bits, level):
     codes = _codes(bits).expand(len(SCALES), -1)
     odd = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
     got = integer_weight(codes, bits, SCALES[:, None], level, exact=True, largest=7)
-    assert got.exact and -8 <= int(got.codes.min()) and int(got.codes.max()) <= 7
+    assert got.exact and int(got.codes.min()) >= -8 and int(got.codes.max()) <= 7
     rebuilt, same = (w.gain * (w.codes.double() + w.offset) for w in (got, odd))
     assert torch.allclose(rebuilt, same, rtol=0, atol=1e-14)
     assert (int(odd.codes.max()) > 7) == (bits == 4)
