@@ -8,11 +8,13 @@ import torch
 from tq_lightning.quant.codes import truncate_codes
 from tq_lightning.quant.integer.arithmetic import (
     INT16_MAX,
+    SPLIT,
     activation_top,
     integer_weight,
     largest_integer,
     signed_codes,
     signed_level,
+    split_weight,
 )
 from tq_lightning.quant.levels import LEVELS, dequantize
 
@@ -98,6 +100,23 @@ def test_weights_of_four_bits_fit_int4(bits, level):
     rebuilt, same = (w.gain * (w.codes.double() + w.offset) for w in (got, odd))
     assert torch.allclose(rebuilt, same, rtol=0, atol=1e-14)
     assert (int(odd.codes.max()) > 7) == (bits == 4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_split_weights_are_exact_and_safe(bits, level):
+    """All codes of all signs; products with 255 fit 16 bits, which those of k' do not."""
+    codes = _codes(bits).expand(len(SCALES), -1)
+    got = split_weight(codes, bits, SCALES[:, None], level)
+    whole = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
+    assert all(part.dtype == torch.int8 for part in got.parts) and (got.gain > 0).all()
+    high, low = (part.int() for part in got.parts)
+    assert torch.equal(SPLIT * high + low, got.codes.int())
+    expected = whole.gain * (whole.codes.double() + whole.offset)
+    assert torch.allclose(got.gain * got.codes.double(), expected, rtol=0, atol=1e-14)
+    for part in (high, low):
+        assert 2 * 255 * int(part.abs().max()) <= INT16_MAX
+    assert bits < 8 or 2 * 255 * int(whole.codes.abs().int().max()) > INT16_MAX
 
 
 def test_documented_example():

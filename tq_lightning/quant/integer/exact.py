@@ -25,6 +25,7 @@ def exact_value(layer: "IntegerLayer", a: Tensor, residual: Tensor | None) -> Te
     """
     built, inner = layer.built(a), layer.layer
     inputs, weight = layer.pad(a, built.into.zero).double(), built.integers.double()
+    weight = weight + built.offset.view(-1, *[1] * (weight.dim() - 1))
     if isinstance(inner, nn.Conv2d):
         padding = (0, 0) if built.into.zero else inner.padding
         sums = F.conv2d(inputs, weight, None, inner.stride, padding, inner.dilation, inner.groups)

@@ -15,7 +15,13 @@ from tq_lightning.errors import UserError
 from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import truncate_codes
 from tq_lightning.quant.integer.activations import ActivationCodes, Codes
-from tq_lightning.quant.integer.arithmetic import activation_top, integer_weight
+from tq_lightning.quant.integer.arithmetic import (
+    SPLIT,
+    IntegerWeight,
+    activation_top,
+    integer_weight,
+    split_weight,
+)
 from tq_lightning.quant.integer.exact import exact_codes, exact_value, finish
 from tq_lightning.quant.integer.kernels import NO_ACT, Act, Conv2d, Linear, Requantization
 from tq_lightning.quant.integer.norms import folded_norm
@@ -27,27 +33,41 @@ class Built(NamedTuple):
 
     Attributes:
         key: Width and source.
-        kernel: Prepacked kernel; of the upper seven bits of the codes if there are `halves`.
-        halves: Kernel of the lowest bit of the codes, without bias; see `IntegerLayer.in_halves`.
+        kernel: Prepacked kernel.
+        rest: Second kernel, without bias, whose result is added; see `IntegerLayer.in_parts`.
         into: Codes of the input.
         out: Codes of the output.
         requantize: What the kernel makes them with.
         residual_step: Step of the shortcut.
-        integers: int8 weights.
+        integers: int8 weights; with a second kernel, their exact sum in int16.
         gain: float64, value of an integer weight of each output channel.
+        offset: float64, what is added to the integers of each output channel.
         bias: float64, per output channel.
     """
 
     key: tuple[Any, ...]
     kernel: Conv2d | Linear
-    halves: Conv2d | Linear | None
+    rest: "Rest | None"
     into: Codes
     out: Codes | None
     requantize: Requantization | None
     residual_step: float
     integers: Tensor
     gain: Tensor
+    offset: Tensor
     bias: Tensor
+
+
+class Rest(NamedTuple):
+    """A second product that is added to the first.
+
+    Attributes:
+        kernel: Prepacked kernel.
+        factor: float32, broadcastable to the output: what multiplies the product.
+    """
+
+    kernel: Conv2d | Linear
+    factor: Tensor
 
 
 class IntegerLayer(nn.Module):
@@ -63,6 +83,8 @@ class IntegerLayer(nn.Module):
         out: Codes of the output; None returns float32.
         residual: Codes of a shortcut that is added after the norm; None if it is float32.
         exact_sums: See `arithmetic.activation_top`.
+        exact: Use exact weights at every width; see `arithmetic.integer_weight`. At 8 bits this may
+            take a second kernel.
     """
 
     def __init__(
@@ -76,12 +98,13 @@ class IntegerLayer(nn.Module):
         out: ActivationCodes | None = None,
         residual: ActivationCodes | None = None,
         exact_sums: bool = True,
+        exact: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.width = name, width
         self.layer, self.norm = layer, norm
         self.into, self.out, self.residual, self.act = into, out, residual, act
-        self.exact_sums = exact_sums
+        self.exact_sums, self.exact = exact_sums, exact
         self.simulated = False  # see `oracle.simulated`
         self._built: Built | None = None
 
@@ -109,8 +132,8 @@ class IntegerLayer(nn.Module):
         built = self.built(a)
         if self.simulated:
             return finish(exact_value(self, a, residual), built.out)
-        if built.halves is not None:
-            return self.in_halves(built, a, residual)
+        if built.rest is not None:
+            return self.in_parts(built, a, residual)
         inputs = self.pad(a, built.into.zero)
         if residual is None:
             y = built.kernel(inputs, built.requantize, self.act)
@@ -124,13 +147,15 @@ class IntegerLayer(nn.Module):
                 y >>= built.out.shift
         return y
 
-    def in_halves(self, built: Built, a: Tensor, residual: Tensor | None) -> Tensor:
-        """Run the layer on a >> 1 and a & 1, whose products cannot saturate, and add the results.
+    def in_parts(self, built: Built, a: Tensor, residual: Tensor | None) -> Tensor:
+        """Add the products of two kernels, whose integers together are the weight.
 
-        Trained 8-bit codes stay as they are on processors that add products in 16 bits.
+        They are k' and ones, which sum the input for the half; or, where products are added in 16
+        bits, the upper bits of the weight and its two lowest, neither of which can saturate.
         """
-        assert built.halves is not None
-        y = built.kernel(a >> 1, None).add_(built.halves(a & 1, None))
+        assert built.rest is not None
+        inputs = self.pad(a, built.into.zero)
+        y = built.kernel(inputs, None).addcmul_(built.rest.kernel(inputs, None), built.rest.factor)
         if residual is not None:
             y.add_(residual, alpha=built.residual_step)
         return finish(exact_codes(self.act.exact(y), built.out), built.out)
@@ -165,35 +190,54 @@ class IntegerLayer(nn.Module):
         channels = narrow.shape[0]
         factor, shift = folded_norm(self.norm, channels)
         per_channel = (channels, *(1,) * (narrow.dim() - 1))
-        integers = integer_weight(
-            narrow, bits, weight.scale.double() * factor.view(per_channel), weight.level
-        )
         into = self.into.at(self.width)
         out = None if self.out is None else self.out.at(self.width)
-        gain = integers.gain.reshape(channels)
+        scale = weight.scale.double() * factor.view(per_channel)
+        safe = self.exact_sums or into.top <= activation_top(bits, weight.level, False)
+        split = None if safe else split_weight(narrow, bits, scale, weight.level)
+        integers = split or integer_weight(narrow, bits, scale, weight.level, self.exact)
+        gain, offset = integers.gain.reshape(channels), integers.offset.reshape(channels)
         bias = shift.clone()
         if layer.bias is not None:
             bias += layer.bias.detach().double() * factor  # type: ignore[operator,union-attr]
         sums = integers.codes.flatten(1).sum(1, dtype=torch.int64)
+        sums = sums + offset * narrow[0].numel()
         bias -= gain * into.step * into.zero * sums
         if out is not None:
             bias += out.make_offset * out.make_step
-        safe = self.exact_sums or into.top <= activation_top(bits, weight.level, False)
-        halves = None if safe else self._kernel(integers.codes, gain, 0 * bias, a, into.step)
-        step = into.step if safe else 2 * into.step
-        kernel = self._kernel(integers.codes, gain, bias, self.pad(a, into.zero), step, into.zero)
+        padded = self.pad(a, into.zero)
+        how = (padded, into.step, into.zero)
+        rest = None
+        if split is not None:
+            high, low = split.parts
+            kernel = self._kernel(high, SPLIT * gain, bias, *how)
+            rest = Rest(self._kernel(low, gain, 0 * bias, *how), torch.ones(()))
+        else:
+            kernel = self._kernel(integers.codes, gain, bias, *how)
+            if offset.any():
+                rest = self._sum_of_inputs(integers, how)
         return Built(
             key,
             kernel,
-            halves,
+            rest,
             into,
             out,
             None if out is None else Requantization(out.make_step, out.zero),
             1.0 if self.residual is None else self.residual.at(self.width).step,
             integers.codes,
             gain,
+            offset,
             bias,
         )
+
+    def _sum_of_inputs(self, integers: IntegerWeight, how: tuple[Tensor, float, int]) -> Rest:
+        """Sum the inputs of each output: one more channel, or one for each output of a group."""
+        grouped = isinstance(self.layer, nn.Conv2d) and self.layer.groups > 1
+        ones = torch.ones_like(integers.codes if grouped else integers.codes[:1])
+        one = torch.ones(len(ones), dtype=torch.float64)
+        factor = (integers.gain * integers.offset).float().flatten()
+        shape = (-1, 1, 1) if isinstance(self.layer, nn.Conv2d) else (-1,)
+        return Rest(self._kernel(ones, one, 0 * one, *how), factor.view(shape))
 
     def _kernel(
         self,
@@ -202,7 +246,7 @@ class IntegerLayer(nn.Module):
         bias: Tensor,
         a: Tensor,
         step: float,
-        zero: int = 0,
+        zero: int,
     ) -> Conv2d | Linear:
         layer = self.layer
         if not isinstance(layer, nn.Conv2d):

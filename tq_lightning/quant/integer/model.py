@@ -53,7 +53,9 @@ def integer_layers(model: nn.Module) -> list[IntegerLayer]:
     return [m for m in model.modules() if isinstance(m, IntegerLayer)]
 
 
-def integer_model(model: nn.Module, exact_sums: bool | None = None) -> IntegerModel:
+def integer_model(
+    model: nn.Module, exact_sums: bool | None = None, exact: bool | None = None
+) -> IntegerModel:
     """Make a model that runs its quantized layers on integers, on CPU.
 
     Args:
@@ -62,6 +64,9 @@ def integer_model(model: nn.Module, exact_sums: bool | None = None) -> IntegerMo
         exact_sums: Use 8-bit activation codes at all widths of the weights. None asks the
             processor, see `kernels.sums_are_exact`; without VNNI some widths then use
             7-bit codes.
+        exact: Use the exact weights at 8 bits too, which takes a second product with `endpoint` and
+            `centre` levels. False uses the nearest int8. None is exact where a layer reads trained
+            activation codes, so that such a model equals its own simulation.
 
     Returns:
         The model in evaluation mode. `bit_width` switches its width.
@@ -80,7 +85,7 @@ def integer_model(model: nn.Module, exact_sums: bool | None = None) -> IntegerMo
             "the model has no activation ranges, which integer mode needs; call "
             "calibrate_activations(model, batches), or export it with --calibrate"
         )
-    plan = IntegerPlan(model, exact_sums)
+    plan = IntegerPlan(model, exact_sums, exact)
     try:
         network: nn.Module = rewrite(plan)
     except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError, NotImplementedError):
@@ -111,7 +116,14 @@ def _replace_layers(plan: IntegerPlan) -> nn.Module:
         layer = plan.modules[name]
         made = nn.Sequential(
             Quantize(codes, plan.width),
-            IntegerLayer(name, layer, plan.width, codes, exact_sums=plan.exact_sums),
+            IntegerLayer(
+                name,
+                layer,
+                plan.width,
+                codes,
+                exact_sums=plan.exact_sums,
+                exact=plan.exact_weights(codes),
+            ),
         )
         for holder in plan.modules.values():  # a shared layer hangs in several places
             for child, module in list(holder._modules.items()):

@@ -5,7 +5,11 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation_ranges import activation_ranges, quantized_layers
 from tq_lightning.quant.bit_width import Width, width_of
-from tq_lightning.quant.integer.activations import CalibratedCodes
+from tq_lightning.quant.integer.activations import (
+    ActivationCodes,
+    CalibratedCodes,
+    TrainedCodes,
+)
 from tq_lightning.quant.integer.arithmetic import signed_level
 from tq_lightning.quant.integer.stored_weight import stored_weight
 
@@ -19,6 +23,7 @@ class IntegerPlan:
     Args:
         model: A prepared or packed model.
         exact_sums: See `arithmetic.activation_top`.
+        exact: Use exact weights at 8 bits; None = where activation codes are trained.
 
     Attributes:
         width: The model's shared `Width`.
@@ -26,8 +31,8 @@ class IntegerPlan:
         layers: {name: "integer", or why the layer stays in float}, for all layers with weights.
     """
 
-    def __init__(self, model: nn.Module, exact_sums: bool) -> None:
-        self.model, self.exact_sums = model, exact_sums
+    def __init__(self, model: nn.Module, exact_sums: bool, exact: bool | None = None) -> None:
+        self.model, self.exact_sums, self.exact = model, exact_sums, exact
         self.width: Width = width_of(model)
         self.modules = dict(model.named_modules())
         self.ranges = activation_ranges(model)
@@ -45,6 +50,10 @@ class IntegerPlan:
             return None
         level = stored_weight(self.modules[name]).level
         return CalibratedCodes(self.ranges[name], level, self.exact_sums)
+
+    def exact_weights(self, codes: ActivationCodes) -> bool:
+        """Whether a layer that reads these codes uses exact weights at 8 bits."""
+        return isinstance(codes, TrainedCodes) if self.exact is None else self.exact
 
 
 def refusal(layer: nn.Module) -> str | None:

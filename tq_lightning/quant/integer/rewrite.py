@@ -96,6 +96,7 @@ class _NewGraph:
             out,
             shortcut,
             self.plan.exact_sums,
+            self.plan.exact_weights(into),
         )
         args = [a]
         if residual is not None:
