@@ -9,9 +9,11 @@ from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.integer.activations import ActivationCodes, Dequantize, Quantize
 from tq_lightning.quant.integer.chains import Chain, find_chains
 from tq_lightning.quant.integer.code_flow import CodeFlow, input_codes
+from tq_lightning.quant.integer.float_conv import FloatConv
 from tq_lightning.quant.integer.layer import IntegerLayer
+from tq_lightning.quant.integer.norms import folds
 from tq_lightning.quant.integer.plan import IntegerPlan
-from tq_lightning.quant.integer.trace import TracedNetwork
+from tq_lightning.quant.integer.trace import TracedNetwork, only_user
 
 
 def rewrite(plan: IntegerPlan) -> fx.GraphModule:
@@ -48,13 +50,25 @@ class _NewGraph:
         self.as_float: dict[fx.Node, fx.Node] = {}
 
     def build(self) -> fx.GraphModule:
+        folded = {node.args[0]: node for node in self.network.graph.nodes if self.takes_conv(node)}
         for node in self.network.graph.nodes:
             chain = self.flow.chain_of.get(node)
-            if chain is None:
+            if node in folded:
+                self.add_float_conv(node, folded[node])
+            elif chain is None and node not in folded.values():
                 self.add_node(node)
-            elif node is chain.end:
+            elif chain is not None and node is chain.end:
                 self.add_chain(chain)
         return fx.GraphModule(self.made, self.new, "IntegerNetwork")
+
+    def takes_conv(self, norm: fx.Node) -> bool:
+        """Whether a node is a batch norm that can be folded into a convolution in float."""
+        conv = norm.args[0] if norm.args else None
+        if not isinstance(conv, fx.Node) or only_user(conv) is not norm:
+            return False
+        module = self.network.module(conv)
+        plain = isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+        return plain and conv not in self.flow.chain_of and folds(self.network.module(norm))
 
     # -- nodes -------------------------------------------------------------------------------------
     def add_node(self, node: fx.Node) -> None:
@@ -73,6 +87,11 @@ class _NewGraph:
         else:
             self.as_float[node] = self.new.node_copy(node, self.read_float)
             self.keep_module(node)
+
+    def add_float_conv(self, conv: fx.Node, norm: fx.Node) -> None:
+        name, modules = str(conv.target), self.plan.modules
+        made = FloatConv(modules[name], modules[str(norm.target)], self.plan.width)  # type: ignore[arg-type]
+        self.as_float[norm] = self.call(name, made, self.read_float(conv.args[0]))
 
     def add_chain(self, chain: Chain) -> None:
         into = self.flow.into[chain.layer]
