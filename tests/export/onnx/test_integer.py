@@ -244,3 +244,16 @@ def test_bad_input(served, tmp_path):
     assert not out.exists()
     wrote = export_integer(path, out, 4, ranges={"conv1": ranges["conv1"]})
     assert wrote.layers == ("conv1",) and set(wrote.in_float) == {"conv2", "depth", "fc"}
+
+
+def test_linear_networks_with_ranges_are_static_for_openvino_alone(tmp_path):
+    path, out = tmp_path / "linears.safetensors", tmp_path / "m.onnx"
+    images = make(path, Linears)
+    ranges = calibrate_activations(load_packed(path, model=Linears()), [torch.from_numpy(images)])
+    assert export_integer(path, out, 4, ranges=ranges).dynamic
+    assert export_integer(path, out, 4, "openvino").dynamic
+    wrote = export_integer(path, out, 4, "openvino", ranges=ranges)
+    assert not wrote.dynamic and wrote.layers == ("up", "down") and not wrote.in_float
+    logits, _ = run(out, images)
+    assert np.abs(logits - simulated(path, images, 4, Linears)).max() < 0.05 * np.abs(logits).max()
+    assert np.abs(logits - simulated(path, images, 1, Linears)).max() > 0.05 * np.abs(logits).max()

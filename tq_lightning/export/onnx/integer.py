@@ -2,7 +2,8 @@
 
 Static: activations are uint8 codes of calibrated or trained ranges, written as QuantizeLinear and
 DequantizeLinear (see `qdq`). Dynamic: networks whose quantized layers are all linear, such as
-vision transformers, find the ranges at run time (see `dynamic_quantization`).
+vision transformers, find the ranges at run time (see `dynamic_quantization`); for OpenVINO only if
+they have no calibrated ranges.
 """
 
 from collections.abc import Mapping
@@ -113,7 +114,9 @@ def export_integer(
         raise UserError(f"{path} has no integer weights: {error}") from error
     known = dict(activation_ranges(model) if ranges is None else ranges)
     trained = replace_activation_quantizers(model, width_of(model), runtime)
-    dynamic = not trained and _all_linear(model, [weight.module for weight in weights])
+    # OpenVINO computes MatMulInteger in float, slower than a float graph
+    static = bool(trained) or (runtime == "openvino" and bool(known))
+    dynamic = not static and _all_linear(model, [weight.module for weight in weights])
     if not dynamic and not trained and not known:
         raise UserError(
             f"{path} has no activation ranges; pass --calibrate with a folder of images"
