@@ -10,7 +10,8 @@ counts no time of other programs, are compared with float in the same runtime; w
 table as well. Weights are random: latency does not depend on them.
 
 Rows are written as they are measured. The same command goes on where it was interrupted: rows of
-this processor and these versions are kept. Graphs and programs are kept in --work.
+this processor and these versions are kept. Graphs and programs are kept in --work. In the end a
+chart of latency, accuracy and bytes is drawn beside the table (see latency_chart.py).
 """
 
 import argparse
@@ -19,6 +20,8 @@ import statistics
 import time
 from pathlib import Path
 
+import latency_ceiling
+import latency_chart
 import latency_runtimes
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ from tq_lightning.quant.activation_ranges import activation_ranges
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 ROOT = Path(__file__).parents[2]
+ACCURACY = ROOT / "results" / "integer" / "accuracy.csv"  # of the network of the chart
 NETWORKS = {
     "resnet18": "resnet18",
     "resnet50": "resnet50",
@@ -55,6 +59,8 @@ MOST_ROUNDS, LEAST_ROUNDS = 60, 5
 
 def make_network(name: str, folder: Path) -> Network:
     """A network with random weights, packed, with activation ranges of noise."""
+    if name == latency_ceiling.NAME:
+        return Network(name, "", folder, torch.zeros(8), {}, folder)
     torch.manual_seed(0)
     prepared = create_model(NETWORKS[name])
     config = getattr(prepared, "pretrained_cfg", None) or {}
@@ -123,8 +129,9 @@ def time_network(
         except Exception as error:
             print(f"{network.name}, {name}: left out ({reason_of(error)})", flush=True)
             continue
-        if not table.has(version=version, **where):
-            found = runs_of(network, name)
+        makers = latency_ceiling.RUNTIMES if network.name == latency_ceiling.NAME else RUNTIMES
+        if name in makers and not table.has(version=version, **where):
+            found = runs_of(network, name, makers[name])
             runs += found
             versions.update({run.runtime: version for run in found})
     sessions = start_all(network, runs, threads, batch)
@@ -153,7 +160,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=20.0, help="per network and setting")
-    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--networks", default=",".join([latency_ceiling.NAME, *NETWORKS]))
     parser.add_argument("--runtimes", default=",".join(RUNTIMES))
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--threads", default="1,2")
@@ -173,6 +180,8 @@ def main() -> None:
             for name in a.networks.split(","):
                 network = make_network(name, a.work)
                 time_network(table, network, a.runtimes.split(","), threads, batch, a.seconds)
+    if a.out is not None and ACCURACY.exists():
+        latency_chart.main(["--latency", str(a.out), "--out", str(a.out.parent)])
 
 
 if __name__ == "__main__":

@@ -173,7 +173,12 @@ def _ort_session(path: Path, threads: int, batch: int) -> Session:
 
 
 def _quantize_static(network: Network, path: Path) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
@@ -191,6 +196,8 @@ def _quantize_static(network: Network, path: Path) -> None:
         str(path),
         Reader(),
         quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,  # what its documentation advises on x86
+        weight_type=QuantType.QInt8,
         per_channel=True,
         reduce_range=not sums_are_exact(),
     )
@@ -366,12 +373,12 @@ VERSIONS = {
 }
 
 
-def runs_of(network: Network, name: str) -> list[Run]:
+def runs_of(network: Network, name: str, make: Callable[[Network], Iterator[Run]]) -> list[Run]:
     """Every run of a network in a runtime; none, and a line, if the runtime is missing or fails."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return list(RUNTIMES[name](network))
+            return list(make(network))
         except Exception as error:
             print(f"{network.name}, {name}: left out ({reason_of(error)})", flush=True)
             return []
