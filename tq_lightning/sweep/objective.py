@@ -42,23 +42,15 @@ class Objective:
         folder = attempt_folder(self.trials, claimed)
         trial, argv = retry_during_outage(lambda: self._prepare(claimed, folder))
         earlier = retry_during_outage(lambda: copy_earlier_run(self.queue.study, claimed, folder))
-        if earlier is not None and earlier.record is not None:
-            values = earlier.trial.intermediate_values
-            for step, value in values.items():
-                retry_during_outage(lambda s=step, v=value: trial.report(v, s))  # type: ignore[misc]
-            pruned = earlier.trial.user_attrs.get("pruned") == max(values, default=0) > 0
-            return read_result(earlier.record, self.metrics, pruned)
+        checkpoint = None
         if earlier is not None:
+            if earlier.record is not None:
+                return self._take_over(trial, earlier.trial, earlier.record)
             retry_during_outage(lambda: self._note_resume(trial, earlier))
+            checkpoint = earlier.checkpoint
         prunes = self.sweep.early_terminate is not None and len(self.metrics) == 1
-        return run_trial(
-            self.fit,
-            argv,
-            folder,
-            self.metrics,
-            _reporter(trial) if prunes else None,
-            earlier.checkpoint if earlier is not None else None,
-        )
+        report = _reporter(trial) if prunes else None
+        return run_trial(self.fit, argv, folder, self.metrics, report, checkpoint)
 
     def store(self, claimed: "optuna.trial.FrozenTrial", result: TrialResult) -> None:
         """Write the result of a trial into the study."""
@@ -97,6 +89,16 @@ class Objective:
         trial.set_user_attr("run_dir", str(folder))
         trial.set_user_attr("arguments", argv)
         return trial, argv
+
+    def _take_over(
+        self, trial: "optuna.trial.Trial", earlier: "optuna.trial.FrozenTrial", record: Path
+    ) -> TrialResult:
+        """Report what an attempt that finished has reported, and read its result."""
+        values = earlier.intermediate_values
+        for step, value in values.items():
+            retry_during_outage(lambda s=step, v=value: trial.report(v, s))  # type: ignore[misc]
+        pruned = earlier.user_attrs.get("pruned") == max(values, default=0) > 0
+        return read_result(record, self.metrics, pruned)
 
     def _note_resume(self, trial: "optuna.trial.Trial", earlier: EarlierRun) -> None:
         trial.set_user_attr("resumed_step", earlier.step)

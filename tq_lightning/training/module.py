@@ -18,9 +18,10 @@ from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
 from tq_lightning.training.data_validation import check_against_data
+from tq_lightning.training.epoch_losses import EpochLosses
 from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
-from tq_lightning.training.losses import LOSSES, EpochLosses, make_width_loss
+from tq_lightning.training.losses import LOSSES, make_width_loss
 from tq_lightning.training.optim import build_optimizer, build_scheduler, check_restored_state
 from tq_lightning.training.preprocessing import preprocessing_of, report_other_classes
 from tq_lightning.training.resume_guard import check_batches, check_resume

@@ -1,6 +1,5 @@
-"""Put the tensors and the codes of a packed file into a network without memory."""
+"""Put the unquantized tensors of a packed file into a network without memory."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.module import PackedWeight, attach_packed_weight
 from tq_lightning.export.packed.network_match import (
     cast_to_header_dtype,
 )
@@ -17,8 +15,6 @@ from tq_lightning.export.packed.sections import (
     file_names,
     named_tensors,
 )
-from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 
@@ -62,28 +58,3 @@ def _set_tensor(module: nn.Module, leaf: str, value: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
         module._buffers[leaf] = value
-
-
-def attach_codes(
-    model: nn.Module,
-    header: Mapping[str, Any],
-    scales: np.ndarray,
-    codes: Tensor,
-    planes: int,
-    widths: list[int],
-    mode: str,
-    tables: Mapping[int, Tensor],
-) -> None:
-    """Replace every quantized float parameter by its codes and scale."""
-    width, start = width_of(model), 0
-    weights = {weight.name: weight for weight in weight_quantizers(model)}
-    for layer in header["layers"]:
-        full, offset, count = layer["name"], layer["offset"], math.prod(layer["scale"])
-        weight = weights[full]
-        own = codes[offset : offset + math.prod(layer["shape"])].view(layer["shape"])
-        scale = torch.tensor(scales[start : start + count]).view(layer["scale"])
-        start += count
-        dtype = cast_to_header_dtype(header, full, torch.empty(0), torch.float32).dtype
-        level = weight.quantizer.level
-        packed = PackedWeight(full, width, planes, widths, level, scale, dtype, mode, tables)
-        attach_packed_weight(weight.module, weight.tensor, own, packed)

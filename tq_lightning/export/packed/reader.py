@@ -19,10 +19,11 @@ from tq_lightning.errors import UserError
 from tq_lightning.export.packed.bounds import Bounds
 from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container
-from tq_lightning.export.packed.filling import attach_codes, fill_unquantized
+from tq_lightning.export.packed.filling import fill_unquantized
 from tq_lightning.export.packed.header import read_header
-from tq_lightning.export.packed.module import MODES
+from tq_lightning.export.packed.module import MODES, PackedWeight, attach_packed_weight
 from tq_lightning.export.packed.network_match import (
+    cast_to_header_dtype,
     check_layers,
     check_names,
     check_parameters,
@@ -38,6 +39,7 @@ from tq_lightning.quant.bit_planes import unpack_planes
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.integer import integer_model
 from tq_lightning.quant.integer.kernels import missing_kernels
+from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 _KEPT_FIELDS = ("model", "preprocessing", "class_names", "prepare", "stored_bits")
@@ -106,7 +108,7 @@ def load_packed(
         codes = unpack_planes(read_planes(file, header, planes), header["codes"])
         tables = {n: arrays[f"levels{n}"] for n in widths if f"levels{n}" in arrays}
         checked = {n: check_table(file, n, table) for n, table in tables.items()}
-        attach_codes(
+        _attach_codes(
             model, header, arrays["scale"], torch.from_numpy(codes), planes, widths, mode, checked
         )
         ranges = header.get("activation_ranges", {})
@@ -175,6 +177,31 @@ def read_planes(file: Container, header: Mapping[str, Any], bits: int) -> list[n
             raise file.damaged(f"plane{p} does not have {size} bytes")
         planes.append(plane)
     return planes
+
+
+def _attach_codes(
+    model: nn.Module,
+    header: Mapping[str, Any],
+    scales: np.ndarray,
+    codes: Tensor,
+    planes: int,
+    widths: list[int],
+    mode: str,
+    tables: Mapping[int, Tensor],
+) -> None:
+    """Replace every quantized float parameter by its codes and scale."""
+    width, start = width_of(model), 0
+    weights = {weight.name: weight for weight in weight_quantizers(model)}
+    for layer in header["layers"]:
+        full, offset, count = layer["name"], layer["offset"], math.prod(layer["scale"])
+        weight = weights[full]
+        own = codes[offset : offset + math.prod(layer["shape"])].view(layer["shape"])
+        scale = torch.tensor(scales[start : start + count]).view(layer["scale"])
+        start += count
+        dtype = cast_to_header_dtype(header, full, torch.empty(0), torch.float32).dtype
+        level = weight.quantizer.level
+        packed = PackedWeight(full, width, planes, widths, level, scale, dtype, mode, tables)
+        attach_packed_weight(weight.module, weight.tensor, own, packed)
 
 
 def check_table(file: Container, bits: int, table: np.ndarray) -> Tensor:
