@@ -1,7 +1,7 @@
 """The inspect record: bytes and energy of a model under a policy, computed without running it."""
 
 import uuid
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from tq_lightning.errors import UserError
@@ -37,17 +37,15 @@ def inspect_record(
         read_at,
         total,
     )
-    from tq_lightning.quant.prepare import prepare
+    from tq_lightning.quant.config import QuantConfig
+    from tq_lightning.quant.prepare import apply_config
 
-    policy = {
-        key: values[key]
-        for key in ("skip", "widths", "max_bits", "norm", "normalizer", "activations")
-    }
-    policy |= {key: values[key] for key in ("level", "scale") if key in values}
+    choices = {field.name for field in fields(QuantConfig)}
+    policy = {key: value for key, value in values.items() if key in choices}
     make = (values["name"], values["num_classes"])
     model = meta_model(*make, **(values["model_args"] or {}))
     try:
-        prepare(model, verbose=False, **policy)
+        apply_config(model, QuantConfig.from_mapping(policy))
         rows = {way: layer_rows(model) for way in WAYS}
         rows["paper"] = paper_rows(meta_model(*make, **(values["model_args"] or {})))
     except UserError:
