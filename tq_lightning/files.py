@@ -1,5 +1,6 @@
 """Atomic file writes, safe with concurrent writers."""
 
+import json
 import os
 import re
 import secrets
@@ -63,6 +64,28 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path} ({reason}); nothing was changed") from error
     finally:
         _remove(temporary)
+
+
+def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:
+    """Check that a folder can be written to `out`: it is new, empty, or holds an earlier one.
+
+    Args:
+        out: target folder, as given with --out.
+        marker: JSON file whose "kind" tells what a folder holds.
+        kind: the kind that may be replaced.
+        what: its name in messages, e.g. "a report".
+
+    Raises:
+        UserError: it is a file, or a folder that holds something else.
+    """
+    if not out.is_dir() and (out.exists() or out.is_symlink()):
+        raise UserError(f"--out {out} is a file; pass a new folder or one that holds {what}")
+    try:
+        found = json.loads((out / marker).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, LookupError, TypeError):
+        found = None
+    if found != kind and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out}: the folder exists and is not {what}; pass a new folder")
 
 
 def remove_temporaries(folder: Path) -> None:

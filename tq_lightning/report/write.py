@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write
+from tq_lightning.files import atomic_write, check_replaceable
 from tq_lightning.report import dataframe, figures, html, tables
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
@@ -17,16 +17,8 @@ KIND = "tq_lightning report"
 
 
 def check_out(out: Path) -> None:
-    """Refuse a target that is a file, or a folder that is not a report, before any work."""
-    if not out.is_dir() and (out.exists() or out.is_symlink()):
-        raise UserError(f"--out {out} is a file; pass a new folder or one that holds a report")
-    try:
-        marker = json.loads((out / MARKER).read_text(encoding="utf-8"))
-        kind = marker.get("kind")
-    except (OSError, ValueError, AttributeError):
-        kind = None
-    if kind != KIND and out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out}: the folder exists and is not a report; pass a new folder")
+    """Raise UserError if `out` is a file, or a folder that is not a report."""
+    check_replaceable(out, MARKER, KIND, "a report")
 
 
 def make(comparisons: Comparisons, out: Path, title: str, command: str, version: str) -> list[str]:

@@ -20,7 +20,7 @@ from tq_lightning.export.onnx.dynamic import export_dynamic
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.edit import repack
 from tq_lightning.export.packed.header import read_header
-from tq_lightning.files import atomic_write
+from tq_lightning.files import atomic_write, check_replaceable
 
 HERE = Path(__file__).parent
 MARKER = "demo.json"  # what the page reads; also marks a folder that a new page may replace
@@ -29,19 +29,8 @@ MODEL, GRAPH = "model.safetensors", "graph.onnx"
 
 
 def check_out(out: Path) -> None:
-    """Refuse a target that is a file, or a folder that is not a demo page.
-
-    Raises:
-        UserError: the target can't be replaced by a page.
-    """
-    if not out.is_dir() and (out.exists() or out.is_symlink()):
-        raise UserError(f"--out {out} is a file; pass a new folder or one that holds a demo page")
-    try:
-        kind = json.loads((out / MARKER).read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):
-        kind = None
-    if kind != KIND and out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out}: the folder exists and is not a demo page; pass a new folder")
+    """Raise UserError if `out` is a file, or a folder that is not a demo page."""
+    check_replaceable(out, MARKER, KIND, "a demo page")
 
 
 def write_demo_page(
