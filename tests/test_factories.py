@@ -53,9 +53,9 @@ def test_names():
     [
         ("nowhere:network", "can't import it .ModuleNotFoundError: No module named 'nowhere'"),
         ("own:missing", "can't import it .AttributeError"),
-        ("own:number", "it is a int, not a function"),
-        ("own:text", "it returns a str; return an nn.Module"),
-        ("own:fails", "called with no arguments, it raises KeyError"),
+        ("own:number", "got a int, pass a function"),
+        ("own:text", "the factory returned a str; return an nn.Module"),
+        ("own:fails", "the call with no arguments raised KeyError"),
     ],
 )
 def test_what_is_wrong_with_a_factory(folder, name, message):
@@ -73,9 +73,10 @@ def test_a_packed_file_imports_nothing(folder):
         expected = model(x)
     del sys.modules["own"]
     Path("imported").unlink()
-    with pytest.raises(UserError, match="names the factory own:network, which is imported only"):
+    with pytest.raises(UserError, match="names the factory own:network, which is not imported"):
         load_packed("own.safetensors")
-    with pytest.raises(UserError, match="its network is 'own:network', not 'own_network:network'"):
+    message = "its network is 'own:network', got model='own_network:network'"
+    with pytest.raises(UserError, match=message):
         load_packed("own.safetensors", model="own_network:network")
     assert not Path("imported").exists()
     for passed in ("own:network", nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])):
@@ -164,5 +165,5 @@ def test_what_a_data_factory_returns(folder):
     assert TQDataModule("own:pair").num_classes is None
     with pytest.raises(UserError, match=r"data.batch_size=0 is out of range"):
         TQDataModule("own:pair", batch_size=0)
-    with pytest.raises(UserError, match=r"is not one of digits, .* or package.module:factory"):
+    with pytest.raises(UserError, match=r"pass one of digits, .* or package.module:factory"):
         TQDataModule("own:")

@@ -1,6 +1,6 @@
 """Exceptions that users see, and parts of their messages.
 
-A message is one line, without passwords, that says what was got and what to pass instead.
+A message is one line without passwords: what was got, and what to pass instead.
 """
 
 import difflib
@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-# scheme://user:PASSWORD@host. A password may hold "/", "@" and "%": it ends at the last "@" before
-# white space, and if it holds white space itself, at the next "@" of the line before a host.
+# scheme://user:PASSWORD@host. A password may contain "/", "@" and "%". It ends at the last "@"
+# before white space, or, if it contains white space, at the next "@" of the line before a host.
 _IN_AUTHORITY = re.compile(r"(\w[\w+.-]*://[^\s:/@]*):(\S*@|[^\n]*?@(?=[^\s@/?]*(?:[/?\s]|$)))")
 # ?password=PASSWORD and &sslpassword=PASSWORD of a URL, password=PASSWORD of a connection string
 _IN_QUERY = re.compile(
@@ -29,19 +29,19 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot continue (a non-finite loss, a weight that turned NaN).
+    """A training that cannot continue, e.g. because of a non-finite loss or weight.
 
-    The command line prints the message as one line and exits with status 1. The run's record keeps
-    it as the reason.
+    The command line prints the message as one line and exits with status 1. The record of the run
+    stores it as the reason.
     """
 
 
 class Interrupted(BaseException):
-    """A signal ended the command. Not an `Exception`: nothing that handles errors handles this.
+    """A signal ended the command. Not an `Exception`, so that error handlers do not catch it.
 
     Args:
         signum: the signal; the exit status is 128 + signum.
-        requeue: whether a fit saved its state and is to be queued again.
+        requeue: True if a fit saved its state and the job should be requeued.
     """
 
     def __init__(self, signum: int, requeue: bool = False) -> None:
@@ -53,7 +53,7 @@ class Interrupted(BaseException):
 def file_error(error: OSError) -> UserError | None:
     """Return the `UserError` for a file that can't be read or written; None for other errors.
 
-    A full or read-only disk counts, though its error may not name the file.
+    This includes a full or read-only disk, whose error may not name the file.
     """
     disk = (errno.ENOSPC, errno.EROFS, getattr(errno, "EDQUOT", None))  # none on Windows
     if error.filename is None and error.errno not in disk:
@@ -71,7 +71,7 @@ def hide_password(text: str) -> str:
     """Replace the passwords of all URLs in a text by `***`.
 
     Args:
-        text: a storage URL, or a text that contains some, such as the message of a database driver
+        text: a storage URL, or a text that contains URLs, such as the message of a database driver
             or a command line.
 
     Example:
@@ -88,7 +88,7 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def program_name() -> str:
-    """Return the name of the command line as the user started it, for usage lines and hints."""
+    """Return the name of the program as the user started it, for usage lines and hints."""
     if Path(sys.argv[0]).stem == "tq-lightning":
         return "tq-lightning"
     return "python -m tq_lightning"

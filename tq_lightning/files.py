@@ -15,10 +15,10 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 
 
 def expand_path(path: str | Path) -> Path:
-    """Return a path with `~` and `~user` expanded, as a shell does; the only place that does so.
+    """Return a path with `~` and `~user` expanded, as in a shell.
 
     Raises:
-        UserError: the path is empty, as an unset variable of a shell is.
+        UserError: the path is empty, e.g. because of an unset shell variable.
     """
     if not os.fspath(path):
         raise UserError("got an empty path; pass a file or a folder")
@@ -27,21 +27,21 @@ def expand_path(path: str | Path) -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success, what was written there replaces `path`.
+    """Yield a temporary path beside `path`, whose content replaces `path` on success.
 
-    The caller creates a file or a folder at the yielded path. It is flushed to disk before it is
-    renamed, so a reader (or the next start after a crash) sees either the old content or the new
-    one. If the block raises, `path` is unchanged and the temporary path is removed. Each writer has
-    a temporary name of its own. A killed writer leaves its temporary file, which
-    `remove_temporaries` deletes.
+    The caller creates a file or a folder at the yielded path. It is flushed to disk and then
+    renamed, so a reader (or the next start after a crash) sees either the old or the new content.
+    If the block raises, `path` does not change and the temporary path is removed. Each writer has
+    its own temporary name. The temporary file of a killed writer remains until
+    `remove_temporaries` deletes it.
 
     Args:
-        path: target file or folder. Its parent folder must exist. The target of a symbolic link is
-            replaced, and not the link.
+        path: target file or folder. Its parent folder must exist. For a symbolic link, its target
+            is replaced.
 
     Raises:
-        UserError: the parent folder does not exist, the disk is full, or `path` is not writable, or
-            neither a file nor a folder: root could replace /dev/null.
+        UserError: the parent folder does not exist, the disk is full, or `path` is not writable or
+            is a special file, such as /dev/null.
     """
     path = Path(path)
     if path.is_symlink():
@@ -118,7 +118,7 @@ def _sync(path: Path, deep: bool = True) -> None:
 
 
 def _swap_folder(new: Path, target: Path) -> None:
-    """Rename a folder over another one, which is moved aside and restored if that fails."""
+    """Replace a folder by another one; the old one is restored if the rename fails."""
     if not target.exists() or not any(target.iterdir()):
         os.replace(new, target)
         return

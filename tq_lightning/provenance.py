@@ -1,4 +1,4 @@
-"""Provenance of a result: versions of the packages it depends on, and the git commit."""
+"""Provenance of a result: package versions and the git commit."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "optuna", "wan
 
 
 def package_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Return {name: version} of tq_lightning, Python and the installed ones of `packages`."""
+    """Return {name: version} of tq_lightning, Python and those of `packages` that are installed."""
     found = {"tq_lightning": __version__, "python": platform.python_version()}
     for package in packages:
         try:
@@ -27,11 +27,11 @@ def git_state() -> tuple[str | None, bool]:
     if not (root / ".git").exists():  # a package may be installed inside another checkout
         return None, False
     try:
-        ask = {"cwd": root, "capture_output": True, "text": True, "timeout": 20}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask)  # type: ignore[call-overload]
+        options = {"cwd": root, "capture_output": True, "text": True, "timeout": 20}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options)  # type: ignore[call-overload]
         if commit.returncode != 0:
             return None, False
-        status = subprocess.run(["git", "status", "--porcelain"], **ask)  # type: ignore[call-overload]
+        status = subprocess.run(["git", "status", "--porcelain"], **options)  # type: ignore[call-overload]
         return commit.stdout.strip(), bool(status.stdout.strip())
     except (OSError, subprocess.TimeoutExpired):
         return None, False

@@ -147,7 +147,7 @@ def test_later_config_files_win(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         ([*DIGITS, "--model.widths", "9"], "from 1 to max_bits=8, got [9]"),
         ([*DIGITS, "--model.widths", "a,b"], "got 'a,b', expected integers"),
         ([*DIGITS, "--model.teacher", "wide"], "pass one of none, widest"),
-        ([*DIGITS, "--data.name", "digit"], "is not one of digits"),
+        ([*DIGITS, "--data.name", "digit"], "got 'digit', pass one of digits"),
         ([*DIGITS, "--trainer.devices", "two"], "devices"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml does not exist; pass a YAML file"),
         (["test", *DIGITS[1:]], "test needs a checkpoint: pass --ckpt_path"),

@@ -68,7 +68,7 @@ def test_export_with_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "nowhere/x"], "no folder"),
         (["{packed}", "--out", "x", "--max-bits", "9"], "from 1 to 8"),
         (["{packed}", "--out", "x", "--format", "tflite"], "invalid choice"),
-        (["{packed}", "--out", "x", "--observer", "mse"], "--observer is for --calibrate"),
+        (["{packed}", "--out", "x", "--observer", "mse"], "--observer needs --calibrate"),
         (["{packed}", "--out", "x", "--calibrate", "nodata"], "neither a folder of images nor"),
         (
             ["{packed}", "--out", "x.pte", "--calibrate", "digits"],
@@ -202,7 +202,7 @@ def test_leftovers_are_not_classified_and_are_counted(packed, folder, capsys):
     assert classify.main([str(packed), str(folder), "--bits", "1", "--top", "1"]) == 0
     said = capsys.readouterr()
     assert len(said.out.strip().splitlines()) == 5
-    assert "left out 4: " in said.err and "not regular files (fifo.png)" in said.err
+    assert "skipped 4: " in said.err and "not regular files (fifo.png)" in said.err
 
 
 def test_classify_errors(packed, folder, tmp_path):

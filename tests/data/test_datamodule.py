@@ -175,7 +175,7 @@ def test_two_processes_share_the_batches_of_one(rank, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"name": "mnist"}, "'mnist' is not one of digits, cifar10"),
+        ({"name": "mnist"}, "got 'mnist', pass one of digits, cifar10"),
         ({"batch_size": 0}, "data.batch_size=0"),
         ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
         ({"mean": [0.5]}, "data.mean"),

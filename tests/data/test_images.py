@@ -171,7 +171,7 @@ def test_leftovers_are_neither_classes_nor_samples_and_are_counted(folder, packe
     assert Counter(data.splits["train"].labels.tolist()) == {0: 6, 1: 6, 2: 6}
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert f"18 images of 3 classes; left out {count}: " in lines[0]
+    assert f"18 images of 3 classes; skipped {count}: " in lines[0]
     for reason in ("18 macOS companion files", "not in a class folder", "not images"):
         assert reason in lines[0]
 
@@ -231,7 +231,7 @@ def test_files_that_must_not_be_opened(folder, kind, capsys):
     data.setup("fit")
     assert data.splits["train"].labels.numel() == 18
     if kind != "link to itself":
-        assert "left out 1: " in capsys.readouterr().err
+        assert "skipped 1: " in capsys.readouterr().err
     list(data.train_dataloader())
 
 
@@ -291,8 +291,8 @@ def test_unreadable_images_are_skipped_and_counted(folder, workers, monkeypatch,
     for _ in range(2):
         batches = list(data.train_dataloader())
         assert sum(len(labels) for _, labels, _ in batches) == 16
-    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert "skipped 2 of 18 images, others took their place; the first is " in lines[-1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
+    assert "replaced 2 unreadable images of 18 by others; the first is " in lines[-1]
     assert any(name in lines[-1] for name in ("ant/1.png", "bee/1.png"))
     data.teardown("fit")
 
@@ -313,7 +313,7 @@ def test_unreadable_images_are_left_out_of_an_evaluation(folder, workers, capsys
     assert all(len(images) == len(labels) for images, labels in batches)
     assert loader.scored() == [1, 3, 5]
     said = capsys.readouterr().err
-    assert "left 3 images that can't be read out of the evaluation; the first is ant/0.png" in said
+    assert "skipped 3 unreadable images in the evaluation; the first is ant/0.png" in said
     data.teardown("fit")
 
 

@@ -110,7 +110,7 @@ def test_what_is_missing_is_one_line(tmp_path):
     _shard(tmp_path / "a.tar", {"x.png": _png(1)})
     with pytest.raises(UserError, match=r"no image in .* has a label .*KEY.cls"):
         _data(tmp_path).splits.find("train")
-    with pytest.raises(UserError, match=r"is not one of .*hfds/PATH"):
+    with pytest.raises(UserError, match=r"pass one of .*hfds/PATH"):
         TQDataModule("hfds/")
 
 

@@ -28,7 +28,7 @@ def test_a_file_is_read_and_padded(tmp_path):
     with pytest.raises(UserError, match="series 1 can't be read"):
         read_ts(path)
     path.write_text("@data\n")
-    with pytest.raises(UserError, match="holds no classified series"):
+    with pytest.raises(UserError, match="has no labeled series"):
         read_ts(path)
 
 
@@ -66,7 +66,7 @@ def test_networks_train_jointly_and_nest(name):
 
 def test_unknown_problems_are_one_line():
     pytest.importorskip("aeon", reason="the files of aeon are optional")
-    with pytest.raises(UserError, match=r"carries no problem 'x'; pass one of .*JapaneseVowels"):
+    with pytest.raises(UserError, match=r"aeon has no data set 'x'; pass one of .*JapaneseVowels"):
         aeon_series("x")
     train, test = aeon_series()
     assert (len(train), len(test), len(train.classes)) == (270, 370, 9)

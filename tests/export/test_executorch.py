@@ -169,6 +169,6 @@ def test_errors(make, tmp_path):
         export_executorch(path, tmp_path / "m.pte", 4)
     model, _ = make()
     save_packed(model, path, preprocessing={})
-    with pytest.raises(UserError, match="does not give the size of its images"):
+    with pytest.raises(UserError, match="has no input size"):
         export_executorch(path, tmp_path / "m.pte", 4)
     assert not (tmp_path / "m.pte").exists()

@@ -213,8 +213,8 @@ def test_no_file_runs_code(tmp_path, capsys):
     torch.save({"state_dict": _Runs()}, tmp_path / "bad.ckpt")
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
     for name, why in {
-        "bad.pth": "holds objects that could run code",
-        "bad.ckpt": "holds objects that could run code",
+        "bad.pth": "contains objects that could run code",
+        "bad.ckpt": "contains objects that could run code",
         "script.pt": "is a TorchScript archive",
     }.items():
         with warnings.catch_warnings(), pytest.raises(UserError, match=why) as caught:

@@ -175,7 +175,7 @@ UNTREATABLE = {  # name -> (layer, why)
     ),
     "a module of one's own": (
         _Kernel,
-        r"_Kernel has a weight of shape \(4, 4\), but is not a known kind of layer",
+        r"_Kernel has a weight of shape \(4, 4\), but is not a supported kind of layer",
     ),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex64"),
     "sparse": (lambda: _sparse(), "not a dense float tensor"),
@@ -262,7 +262,7 @@ def test_no_relu_to_replace_leaves_the_model_alone():
 def test_prepared_twice(net):
     prepare(net, verbose=False)
     keys = list(net.state_dict())
-    with pytest.raises(ValueError, match="already prepared; pass a new one"):
+    with pytest.raises(ValueError, match="already prepared; pass a new model"):
         prepare(net, verbose=False)
     assert list(net.state_dict()) == keys
 

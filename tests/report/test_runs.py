@@ -143,7 +143,7 @@ def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
         ("half/record.json", "no usable record among 1: half/record.json: broken JSON"),
         ("sqlite:///absent.db", "no such SQLite file"),
         ("notes.db", "notes.db: not readable as an Optuna study"),
-        ("no*", "none of the 1 matches holds a record.json; the last: notes.db"),
+        ("no*", "none of the 1 matches has a record.json; the last: notes.db"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, given, words):

@@ -113,8 +113,8 @@ def test_the_command_line_is_typed_once(fit, arguments, section, key, value):
         (["--modl.name", "x"], "unknown option --modl.name; did you mean --model.name"),
         (
             ["--model.widths+", "3"],
-            "unknown option --model.widths+; lists can't be appended to, "
-            "pass the whole list as --model.widths",
+            "unknown option --model.widths+; appending to lists is not supported, "
+            "pass the full list as --model.widths",
         ),
         (
             ["--trainer.precision", "bf16-mixd"],
@@ -139,7 +139,7 @@ def test_wrong_arguments_are_one_line(fit, arguments, said):
             "unknown key model.quantiser in the configuration; did you mean model.quantizer",
         ),
         ("modell: {quantizer: floor}\n", "did you mean model.quantizer"),
-        ("model: {widths+: 3}\n", "lists can't be appended to"),
+        ("model: {widths+: 3}\n", "appending to lists is not supported"),
         ("model:\n  lr: 1\n  lr: 2\n", "c.yaml, line 3: duplicate key lr (first on line 2)"),
         ("model: [1,\n  a: }", "c.yaml, line 2: not valid YAML"),
         ("just text", "expected sections such as model: and data:"),

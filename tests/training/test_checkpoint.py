@@ -23,8 +23,8 @@ OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
         ({**OURS, "loss": "mse"}, "model.loss: got 'mse'"),
         (OURS, "does not fit its own configuration"),
         ({**OURS, "name": 5}, "names the model 5"),
-        ({**OURS, "name": "hf-hub:someone/model"}, "would be fetched from elsewhere"),
-        ({**OURS, "name": "local-dir:/somewhere"}, "would be fetched from elsewhere"),
+        ({**OURS, "name": "hf-hub:someone/model"}, "would have to be downloaded"),
+        ({**OURS, "name": "local-dir:/somewhere"}, "would have to be downloaded"),
     ],
 )
 def test_a_foreign_checkpoint_is_one_sentence(tmp_path, hparams, said):

@@ -171,7 +171,7 @@ def test_the_start_weights_are_needed_once(copied, capsys):
         ),
         (["--model.checkpoint_path", "no.pth"], "no checkpoint at no.pth"),
         (["--data.auto_augment", "nonsense"], "data.auto_augment='nonsense' is not a policy"),
-        (["--data.std", "[0, 0, 0]"], "data.std=[0.0, 0.0, 0.0] must be above 0"),
+        (["--data.std", "[0, 0, 0]"], "data.std: got [0.0, 0.0, 0.0], pass numbers above 0"),
         (["--run_dir", ""], "run_dir: got an empty path"),
         (["--trainer.default_root_dir", ""], "trainer.default_root_dir: got an empty path"),
         (["--model", "null"], "model: got 'null', pass {key: value}, or a YAML file with keys"),
@@ -229,7 +229,7 @@ def test_an_empty_section_is_one_line(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("trainer: {max_epochs: 1}\nmodel:\n#  name: resnet18\n")
     assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "error: model: the section is empty; give it keys, or remove it"
+    assert line == "error: model: the section is empty; add keys to it, or remove it"
 
 
 def test_a_warm_up_may_last_as_long_as_the_training(tmp_path):
@@ -281,5 +281,5 @@ def test_a_checkpoint_with_code_is_refused_without_torchs_advice(tmp_path, capsy
     more = ["--trainer.max_epochs", "2", "--ckpt_path", str(tmp_path / "code.ckpt")]
     assert main(["fit", *small(tmp_path, *more)]) == 2
     err = capsys.readouterr().err
-    assert "it holds objects that could run code" in err
+    assert "it contains objects that could run code" in err
     assert "weights_only" not in err and "trust" not in err

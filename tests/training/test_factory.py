@@ -10,7 +10,7 @@ from tq_lightning.training.factory import classes_of_data
 
 def test_classes_of_data():
     assert classes_of_data("resnet8_cifar", SimpleNamespace(num_classes=7)) == 7
-    with pytest.raises(UserError, match="no data set was given to derive it from"):
+    with pytest.raises(UserError, match="no data set was given"):
         classes_of_data("resnet8_cifar", None)
 
 
@@ -18,5 +18,5 @@ def test_only_a_factory_does_without_a_number():
     unknown = SimpleNamespace(num_classes=None)
     assert classes_of_data("package.module:make_model", unknown) is None
     for data in (unknown, SimpleNamespace()):
-        with pytest.raises(UserError, match="the data set does not tell it"):
+        with pytest.raises(UserError, match="the data set has no number of classes"):
             classes_of_data("resnet8_cifar", data)

@@ -287,7 +287,7 @@ def test_a_nan_that_integers_would_hide_is_found(activations, place):
     with torch.no_grad():
         model.get_parameter(place).view(-1)[0] = float("nan")
     with pytest.raises(
-        TrainingError, match=rf"not finite at width 8; {re.escape(place)} holds NaN"
+        TrainingError, match=rf"not finite at width 8; {re.escape(place)} contains NaN"
     ):
         joint_loss(model, images, WIDTHS, recursive(target))
 

@@ -309,7 +309,7 @@ def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
 
     with pytest.raises(
         TrainingError,
-        match=r"step 1: .*blocks.0.mlp.fc1.weight holds NaN.*learning rate 0.1",
+        match=r"step 1: .*blocks.0.mlp.fc1.weight contains NaN.*learning rate 0.1",
     ):
         train(tmp_path, callbacks=[Break()])
 

@@ -57,8 +57,10 @@ def test_the_other_rank_ends_with_one_line(tmp_path, dies):
         time.sleep(0.1)
     assert not Path(f"/proc/{other}").exists()
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert lines == [f"error: rank {dies} of 2 ended before the others; its own output says why. "
-                     "Resume with --ckpt_path last"]  # fmt: skip
+    assert lines == [
+        f"error: rank {dies} of 2 ended before the others; see its own output for the "
+        "reason. Resume with --ckpt_path last"
+    ]
     assert "Traceback" not in said
     if dies == 1:
         assert process.returncode == 1

@@ -1,4 +1,4 @@
-"""RunLogger: Lightning's CSV logger, which continues the metrics.csv of a resumed run."""
+"""RunLogger: a CSV logger that continues the metrics.csv of a resumed run."""
 
 import csv
 import os
@@ -17,7 +17,7 @@ from tq_lightning.files import atomic_write
 def read_rows(path: str | Path) -> list[dict[str, str]]:
     """Read the rows of a metrics.csv.
 
-    A killed run may have left half a row: one without a step, or with more fields than the header.
+    A killed run may leave an incomplete row, without a step or with more fields than the header.
     Such rows are dropped.
 
     Raises:
@@ -39,7 +39,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 
 
 class _ResumedWriter(ExperimentWriter):
-    """Keeps the rows of an existing metrics.csv from before the resumed step.
+    """Writer that keeps the rows before the resumed step of an existing metrics.csv.
 
     Later rows are logged again.
     """
@@ -53,7 +53,7 @@ class _ResumedWriter(ExperimentWriter):
         """Do nothing: Lightning creates the writer before the fit is known to start."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Add a row; before the first one, drop the rows that are logged again."""
+        """Add a row; before the first one, drop the rows that will be logged again."""
         if not self._trimmed:
             self._trimmed = True
             self._trim()
@@ -80,11 +80,11 @@ class _ResumedWriter(ExperimentWriter):
 
 
 class RunLogger(CSVLogger):
-    """Writes `root`/`run`/metrics.csv. A row is on disk once it is logged: a killed run keeps it.
+    """Logger of `root`/`run`/metrics.csv that writes each row to disk at once.
 
     Args:
         root: folder of the runs.
-        run: name of the run's folder in it.
+        run: name of the run's folder in `root`.
         resume_step: step of the checkpoint that the run resumes from; rows from that step on are
             dropped. None keeps all.
 
@@ -97,7 +97,7 @@ class RunLogger(CSVLogger):
         self.resume_step = resume_step
         existing = Path(root) / run / "metrics.csv"
         if resume_step is not None and existing.is_file():
-            read_rows(existing)  # now, and not when the first row is logged
+            read_rows(existing)  # raises before the training starts
 
     @property
     @rank_zero_experiment
@@ -109,7 +109,7 @@ class RunLogger(CSVLogger):
         return self._experiment  # type: ignore[return-value]
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Do nothing: config.yaml has them, and metrics.csv changes once training starts."""
+        """Do nothing: config.yaml has the hyperparameters."""
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
         """Write a row."""

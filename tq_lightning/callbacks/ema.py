@@ -1,4 +1,4 @@
-"""MovingAverage: an exponential moving average of the weights, which is evaluated and saved."""
+"""MovingAverage: an exponential moving average of the weights for evaluation and checkpoints."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +9,12 @@ from torch import Tensor
 
 
 class MovingAverage(WeightAveraging):
-    """average = decay * average + (1 - decay) * weights, after every optimizer step.
+    """Update average = decay * average + (1 - decay) * weights after every optimizer step.
 
-    It starts with the weights of the first step. Validation runs on the average, and the
+    The average starts with the weights of the first step. Validation runs on the average, and the
     `state_dict` of a checkpoint is the average; the weights in training are under
-    `current_model_state`. Parameters and norm statistics are averaged, in one fused call per step.
-    Counters and flags are copied, so a norm that training has marked as not calibrated is not
-    calibrated in the average either.
+    `current_model_state`. Parameters and norm statistics are averaged with one fused call per step.
+    Counters and flags are copied, so that norms are marked as calibrated in both or in neither.
 
     Args:
         decay: from 0 (the last weights) to below 1.

@@ -1,4 +1,4 @@
-"""MetricLog: one row of metrics per epoch, and the training loss by step, to every logger."""
+"""MetricLog: log one row of metrics per epoch, and the training loss by step, to every logger."""
 
 import time
 from typing import Any
@@ -13,25 +13,25 @@ LOSS, RATE, SPEED = "train/loss", "train/lr", "train/images_per_second"
 
 
 class MetricLog(L.Callback):
-    """Logs to every logger of the Trainer.
+    """Log to every logger of the Trainer.
 
-    Every epoch has one row that holds its training losses, the learning rate, the images per second
+    Every epoch has one row with its training losses, the learning rate, the images per second
     (of all processes, without the time of validations) and its validation metrics. The row is
-    written before the checkpoint of the epoch: a run that is killed in between logs it again when
-    it resumes, and a run that resumes from the checkpoint has it. A validation inside an epoch has
-    a row of its own. Rows by step hold the training loss and the learning rate, every
-    `trainer.log_every_n_steps` optimizer steps; they have no `epoch`.
+    written before the checkpoint of the epoch. A run that is killed between the two therefore logs
+    the row again when it resumes, and a run that resumes from the checkpoint already has it. A
+    validation within an epoch has its own row. Every `trainer.log_every_n_steps` optimizer steps, a
+    row without `epoch` has the training loss and the learning rate.
     """
 
     def __init__(self) -> None:
         self.epoch: int | None = None
         """Epoch of `train_metrics`."""
         self.train_metrics: dict[str, float] = {}
-        """Training part of the last row."""
-        self._pending: dict[str, float] = {}  # of a validation that has no row yet
+        """Training metrics of the last row."""
+        self._pending: dict[str, float] = {}  # metrics of a validation that has no row yet
         self._steps = OptimizerSteps()
         self._images = 0
-        self._rate = 0.0  # of the last step: the schedule moves on before the batch ends
+        self._rate = 0.0  # of the last step; the schedule advances before the batch ends
         self._seconds = self._since = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -51,13 +51,13 @@ class MetricLog(L.Callback):
         stepped = self._steps.advanced(trainer)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
         if stepped and every and self._steps.count % every == 0:
-            # Lightning has divided the loss by the number of accumulated batches
+            # Lightning divides the loss by the number of accumulated batches
             loss = outputs["loss"] * trainer.accumulate_grad_batches
             self._write(trainer, {LOSS: float(loss), RATE: self._rate})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()  # once an epoch: the queued steps belong to the training
+            torch.cuda.synchronize()  # once per epoch: queued steps count as training time
         self._seconds += time.monotonic() - self._since
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -80,7 +80,7 @@ class MetricLog(L.Callback):
         self._write_epoch(trainer, self.train_metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._pending and self.epoch is not None:  # the end was validated after its epoch's row
+        if self._pending and self.epoch is not None:  # a validation after the row of the epoch
             self._write_epoch(trainer, {}, self.epoch)
 
     def _write_epoch(

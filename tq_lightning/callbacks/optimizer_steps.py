@@ -1,21 +1,21 @@
-"""Optimizer steps as callbacks see them: under accumulation, only some batches take one."""
+"""Count optimizer steps in callbacks: under accumulation, only some batches take a step."""
 
 import lightning as L
 
 
 class OptimizerSteps:
-    """Tells at the end of each training batch whether it took an optimizer step."""
+    """Detect at the end of each training batch if it took an optimizer step."""
 
     def __init__(self) -> None:
         self.count = 0
-        """Steps that were taken, by all attempts at the run."""
+        """Optimizer steps so far, including those of earlier attempts at the run."""
 
     def start(self, trainer: L.Trainer) -> None:
-        """Take the count of a run that starts or resumes. Called in `on_train_start`."""
+        """Initialize the count of a new or resumed run. Call it in `on_train_start`."""
         self.count = trainer.global_step
 
     def advanced(self, trainer: L.Trainer) -> bool:
-        """Return True if a step was taken since the last call. Called in `on_train_batch_end`."""
+        """Return True if a step was taken since the last call. Call it in `on_train_batch_end`."""
         before, self.count = self.count, trainer.global_step
         return self.count > before
 

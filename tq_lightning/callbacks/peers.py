@@ -1,4 +1,4 @@
-"""WatchPeers: end all ranks of a run within seconds of the death of one."""
+"""WatchPeers: end all ranks of a run within seconds if one of them dies."""
 
 import contextlib
 import os
@@ -14,21 +14,21 @@ import lightning as L
 
 from tq_lightning.errors import Interrupted
 
-GRACE_SECONDS = 2.0  # what a rank gets to end by itself, ahead of Lightning's own watch (5 s)
+GRACE_SECONDS = 2.0  # time for a rank to end by itself; Lightning's own monitor waits 5 s
 CONNECT_SECONDS = 30.0
 _BYE = b"bye"
 
 
 class WatchPeers(L.Callback):
-    """Hold a TCP connection from every rank to the first one; the kernel closes it on a death.
+    """Keep a TCP connection from every rank to the first one, which the kernel closes on a death.
 
-    A rank whose peer is gone fails in its next reduction under gloo. Under NCCL it waits for the
-    time limit of the process group (30 minutes), and nothing in the process can stop that. So the
-    process is ended `GRACE_SECONDS` after the loss. Without heartbeats, a rank that is busy for a
-    long time is never taken for dead.
+    After the loss of a peer, the next reduction fails under gloo. Under NCCL it blocks until the
+    time limit of the process group (30 minutes), which nothing in the process can interrupt.
+    Therefore the process is ended `GRACE_SECONDS` after the loss. There are no heartbeats, so a
+    rank that is busy for a long time is not considered dead.
 
     Args:
-        on_lost: called with the message before the process is ended; it marks the run's record.
+        on_lost: called with the message before the process is ended; it marks the record as failed.
     """
 
     def __init__(self, on_lost: Callable[[str], None] = lambda message: None) -> None:
@@ -40,7 +40,7 @@ class WatchPeers(L.Callback):
         self._rank, self._size = 0, 1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Connect the ranks; the process group exists by now."""
+        """Connect the ranks, after Lightning has created the process group."""
         self._rank, self._size = trainer.global_rank, trainer.world_size
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if self._size == 1 or environment is None or self._sockets:
@@ -52,7 +52,7 @@ class WatchPeers(L.Callback):
         agreed = trainer.strategy.broadcast(place)
         assert agreed is not None  # the first rank has made it
         port, token = agreed
-        with contextlib.suppress(OSError):  # no way between the hosts: the run is not watched
+        with contextlib.suppress(OSError):  # hosts that cannot connect are not monitored
             if server is not None:
                 self._accept(server, token)
             else:
@@ -80,7 +80,7 @@ class WatchPeers(L.Callback):
         peer.settimeout(None)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):  # a host that lost its power closes nothing
+            if hasattr(socket, name):  # a host without power does not close its connections
                 peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._sockets[peer] = rank
 
@@ -90,61 +90,61 @@ class WatchPeers(L.Callback):
                 selector.register(peer, selectors.EVENT_READ)
             while selector.get_map() and not self._ended.is_set():
                 for key, _ in selector.select(timeout=1.0):
-                    said = b""
+                    received = b""
                     with contextlib.suppress(OSError):
-                        said = key.fileobj.recv(16)  # type: ignore[union-attr]
+                        received = key.fileobj.recv(16)  # type: ignore[union-attr]
                     if self._ended.is_set():
                         return
-                    if said.startswith(_BYE):
+                    if received.startswith(_BYE):
                         selector.unregister(key.fileobj)
                         continue
                     lost = self._sockets[key.fileobj]  # type: ignore[index]
-                    self._end(int(said) if said.isdigit() else lost)
+                    self._end(int(received) if received.isdigit() else lost)
                     return
 
     def _end(self, rank: int) -> None:
-        """Tell the others, give the main thread a moment to fail by itself, end the process."""
+        """Notify the other ranks, wait for the main thread to fail by itself, end the process."""
         self.message = (
-            f"rank {rank} of {self._size} ended before the others; its own output says why. "
-            "Resume with --ckpt_path last"
+            f"rank {rank} of {self._size} ended before the others; see its own output for the "
+            "reason. Resume with --ckpt_path last"
         )
         self._lost.set()
-        self._say(str(rank).encode())
+        self._send(str(rank).encode())
         if self._ended.wait(GRACE_SECONDS):
             return
         self.on_lost(self.message)
-        if self.speaks(rank):
+        if self.reports(rank):
             print(f"error: {self.message}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def speaks(self, lost: int | None = None) -> bool:
-        """Return True on the rank that tells the user: the first one that is left."""
+    def reports(self, lost: int | None = None) -> bool:
+        """Return True on the rank that prints the message: the first remaining one."""
         if lost is None:
             lost = 0 if self.message is not None and self.message.startswith("rank 0 ") else -1
         return self._rank == (1 if lost == 0 else 0)
 
-    def _say(self, word: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         for peer in self._sockets:
             with contextlib.suppress(OSError):
-                peer.sendall(word)
+                peer.sendall(message)
 
     def _leave(self) -> None:
         self._ended.set()
-        self._say(_BYE)
+        self._send(_BYE)
         for peer in self._sockets:
             peer.close()
         self._sockets.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say goodbye: the end of this rank is not a loss."""
+        """Announce the end of this rank, so that it does not count as a loss."""
         self._leave()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Name the lost peer in the error that its loss caused here.
+        """Name the lost peer in the error that its loss caused on this rank.
 
-        `Interrupted` is raised by all ranks, so it is a goodbye.
+        All ranks raise `Interrupted`, so it counts as a normal end.
         """
         if self._size == 1:
             return

@@ -1,4 +1,4 @@
-"""PredictionWriter: the predictions of `predict` as a CSV file in the run's folder."""
+"""PredictionWriter: write the predictions of `predict` to a CSV file in the run folder."""
 
 import csv
 import itertools
@@ -14,10 +14,10 @@ from tq_lightning.files import atomic_write
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predictions.csv: sample number, class number, class name and probability.
+    """Write predictions.csv: sample index, class index, class name and probability.
 
-    A sample keeps its number in the split if images before it can't be read and have no row. With
-    several processes, each writes the rows of its own samples to predictions-RANK.csv.
+    Unreadable images have no row; the other samples keep their index in the split. With several
+    processes, each writes the rows of its own samples to predictions-RANK.csv.
     """
 
     def __init__(self, folder: Path) -> None:

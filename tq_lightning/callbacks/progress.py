@@ -1,4 +1,4 @@
-"""Progress of a fit with the time left: a bar in a terminal, elsewhere a line every few steps."""
+"""Progress of a fit with the time left: a bar in a terminal, otherwise a line every few steps."""
 
 import time
 from datetime import timedelta
@@ -11,9 +11,9 @@ from rich.text import Text
 
 
 class FitClock:
-    """Estimate the time left of a fit from the batches of this process and their time.
+    """Estimate the time left of a fit from the batches of this process so far.
 
-    The time of validations counts too, so the estimate includes them.
+    The estimate includes validations.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ def _batches(trainer: L.Trainer) -> int:
 
 
 class FitProgressBar(RichProgressBar):
-    """Lightning's rich bar with the time left of the whole fit instead of that of the epoch."""
+    """Lightning's rich progress bar with the time left of the fit instead of the epoch."""
 
     def __init__(self) -> None:
         super().__init__()

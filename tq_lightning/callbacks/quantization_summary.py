@@ -1,4 +1,4 @@
-"""QuantizationSummary: one line on what is quantized, and the list of layers in the run folder."""
+"""QuantizationSummary: print a summary of the quantized layers and write the list of layers."""
 
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,15 @@ LAYERS = "layers.txt"
 
 
 def summary(report: Any, widths: tuple[int, ...], path: Path) -> str:
-    """Return one line on what is quantized.
+    """Return a one-line summary of the quantized layers.
 
     Args:
         report: the PrepareReport of the model.
         widths: trained widths.
         path: file with the list of layers.
     """
-    weights = {name: what for name, what in report.items() if what.startswith("weight ")}
-    in_float = [name for name, what in weights.items() if ": float" in what]
+    weights = {name: rule for name, rule in report.items() if rule.startswith("weight ")}
+    in_float = [name for name, rule in weights.items() if ": float" in rule]
     names = ", ".join(in_float[:3]) + (", ..." if len(in_float) > 3 else "")
     return (
         f"quantized: {len(weights) - len(in_float)} of {len(weights)} layers "

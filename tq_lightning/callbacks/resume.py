@@ -1,8 +1,8 @@
-"""Resuming a run: random states by step, checkpoints inside an epoch, and folders that were moved.
+"""Resuming a run: random states by step, checkpoints within an epoch, and moved run folders.
 
-`StepSeeds` makes each step independent of the process it runs in. `StepCheckpoint` writes
-checkpoints from which a run resumes inside an epoch. `MovedRun` adapts a checkpoint to the folder
-it is in now.
+`StepSeeds` makes the random state of a step independent of earlier steps. `StepCheckpoint` writes
+checkpoints from which a run resumes within an epoch. `MovedRun` updates the paths in a checkpoint
+of a moved run.
 """
 
 import os
@@ -18,10 +18,10 @@ from tq_lightning.callbacks.optimizer_steps import OptimizerSteps, validation_fo
 
 
 class StepSeeds(L.Callback):
-    """Reseeds Python, NumPy and torch before each training step, from seed, step and rank.
+    """Reseed Python, NumPy and torch before each training step, from seed, step and rank.
 
     A resumed run draws the same dropout masks as an uninterrupted one, without random states in the
-    checkpoint and whatever an evaluation drew in between.
+    checkpoint and independent of evaluations in between.
     """
 
     def on_train_batch_start(
@@ -36,10 +36,10 @@ class StepSeeds(L.Callback):
 
 
 class MovedRun(L.Callback):
-    """Replaces the checkpoint folder that a checkpoint has saved by the one it is in now.
+    """Replace the checkpoint folder stored in a checkpoint by its current folder.
 
-    Lightning drops the best score if the folder has changed: the next epoch would count as the best
-    one and be saved beside the true one.
+    Lightning drops the best score if the folder has changed. The next epoch would then be saved as
+    the best one, beside the true one.
     """
 
     def on_load_checkpoint(
@@ -68,10 +68,10 @@ def _moved(value: Any, before: str, now: str) -> Any:
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Writes `folder`/last.ckpt every `steps` optimizer steps.
+    """Write `folder`/last.ckpt every `steps` optimizer steps.
 
-    Only batches that took an optimizer step are saved: the gradients of the others are not in a
-    checkpoint. Batches that a validation or the end of the epoch follows are left out: see
+    Checkpoints are written only after an optimizer step, because they do not store accumulated
+    gradients, and not directly before a validation or the end of the epoch, see
     `validation_follows`.
 
     Args:

@@ -1,4 +1,4 @@
-"""RunRecord: writes record.json, the file that tables and figures are made from."""
+"""RunRecord: write record.json, the source of tables and figures."""
 
 import sys
 import time
@@ -36,22 +36,22 @@ from tq_lightning.records import (
 )
 
 Curves = dict[str, dict[int, float]]  # {metric: {epoch: value}}
-# what makes a test one of the run's own data: which images, and how the model sees them
+# keys that must match for a test to count as one of the run's own data
 DATA_KEYS = ("name", "root", "image_size", "mean", "std", "interpolation", "crop_pct")
 
 
 class RunRecord(L.Callback):
-    """Keeps the record.json of a run.
+    """Write the record.json of a run.
 
-    The record changes only by what was trained or tested. It is "running" once training starts,
-    then "finished", "failed" or "interrupted" with a reason. Its numbers come from `MetricLog` and
+    Only training and tests change the record. Its status is "running" once training starts, then
+    "finished", "failed" or "interrupted" with a reason. Its metrics come from `MetricLog` and
     from the validations. It is written before each checkpoint, so it is never older than one. A
     test adds its block.
 
     Args:
         run_dir: the run's folder.
         config: the resolved configuration, plain types.
-        checkpoint: what a test evaluates ("best", "last" or a path), for its block.
+        checkpoint: checkpoint that a test evaluates ("best", "last" or a path), for its block.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RunRecord(L.Callback):
             record = Record(uuid.uuid4().hex, "running", config, started=started)
         else:
             record = record_at(earlier, trainer.current_epoch, trainer.global_step)
-            # the model section of a checkpoint has been completed from the data set
+            # the model section of the earlier record has values that came from the data set
             config = config | {"model": earlier.config.get("model", config.get("model"))}
         self._curves = {key: dict(points) for key, points in (record.curves or {}).items()}
         self._start = time.monotonic() - record.seconds
@@ -123,7 +123,7 @@ class RunRecord(L.Callback):
         self._add(trainer.current_epoch, metrics)
         now = Evaluation(metrics, trainer.current_epoch, MONITOR, trainer.global_step)
         best = self._record.best
-        # the rule of the best checkpoint: the first of equals
+        # the same rule as for the best checkpoint: the first one of equal scores
         if best is None or metrics[MONITOR] > best.metrics[MONITOR]:
             best = now
         last = replace(now, monitor=None)
@@ -173,16 +173,16 @@ class RunRecord(L.Callback):
             return
         metrics = _rounded(trainer.callback_metrics, "test/")
         data = trainer.datamodule  # type: ignore[attr-defined]
-        ours, asked = record.config.get("data") or {}, self.config.get("data") or {}
+        trained, tested = record.config.get("data") or {}, self.config.get("data") or {}
         loaders = trainer.test_dataloaders
         sizes = [len(x) for x in (loaders if isinstance(loaders, list) else [loaders])]  # type: ignore[arg-type]
-        other = [key for key in DATA_KEYS if not _same(ours.get(key), asked.get(key))]
+        other = [key for key in DATA_KEYS if not _same(trained.get(key), tested.get(key))]
         result = TestResult(
             metrics,
             self.checkpoint,
             pl_module.loaded_epoch,
             images=int(metrics.pop("test/images")),
-            data={key: asked.get(key) for key in ("name", "root")},
+            data={key: tested.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
             calibration=_calibration_now(pl_module),
@@ -197,7 +197,7 @@ class RunRecord(L.Callback):
         write_record(self.path, record)
 
     def _take_training_metrics(self, trainer: L.Trainer) -> bool:
-        """Add the training metrics of the last epoch; False if the record has them."""
+        """Add the training metrics of the last epoch; return False if the record has them."""
         log = next((c for c in trainer.callbacks if isinstance(c, MetricLog)), None)  # type: ignore[attr-defined]
         if self._record is None or log is None or log.epoch in (None, self._trained):
             return False
@@ -234,7 +234,7 @@ class RunRecord(L.Callback):
 
 
 def _calibration(earlier: Record, model: torch.nn.Module) -> str | None:
-    """Name the calibration of a run, and both if it has epochs that had another one."""
+    """Return the calibration of a run, or both if earlier epochs used another one."""
     now = _calibration_now(model)
     if earlier.calibration == now or not earlier.curves:
         return now
@@ -253,7 +253,7 @@ def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def _same(one: Any, two: Any) -> bool:
-    """Return True for equal values and for two spellings of one path."""
+    """Return True for equal values and for two forms of the same path."""
     if isinstance(one, str) and isinstance(two, str):
         return one == two or expand_path(one).resolve() == expand_path(two).resolve()
     return one == two

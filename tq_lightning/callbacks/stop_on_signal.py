@@ -1,4 +1,4 @@
-"""Stop a fit on SIGTERM or SIGUSR1: after the same optimizer step on all ranks, with last.ckpt."""
+"""Stop a fit on SIGTERM or SIGUSR1, after the same optimizer step on all ranks, with last.ckpt."""
 
 import signal
 import threading
@@ -13,15 +13,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from tq_lightning.callbacks.optimizer_steps import OptimizerSteps, validation_follows
 from tq_lightning.errors import Interrupted
 
-STOP, REQUEUE = 1, 2  # what ranks tell each other; the larger one wins
+STOP, REQUEUE = 1, 2  # requests that ranks exchange; the larger one wins
 
 
 class SignalFlag:
-    """Signals as a flag that a fit reads between two steps. A context manager around the fit.
+    """Context manager that turns signals into a flag, which a fit reads between two steps.
 
-    SIGTERM asks for an end. SIGUSR1 is the warning of a scheduler (`sbatch --signal=USR1@120`) and
-    asks for another run as well. Until `defer` is called there is nothing to save: SIGTERM raises
-    `Interrupted` at once, and SIGUSR1 waits for the first step.
+    SIGTERM requests a stop. SIGUSR1, the warning of a scheduler (`sbatch --signal=USR1@120`),
+    requests a stop and a requeue. Before `defer` is called, there is nothing to save: SIGTERM
+    raises `Interrupted` at once, and SIGUSR1 takes effect after the first step.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class SignalFlag:
 
     def __enter__(self) -> "SignalFlag":
         if threading.current_thread() is not threading.main_thread():
-            return self  # handlers belong to the main thread
+            return self  # only the main thread can set signal handlers
         for signum in (signal.SIGTERM, getattr(signal, "SIGUSR1", None)):
             if signum is not None:  # Windows has no SIGUSR1
                 self._before[signum] = signal.signal(signum, self._receive)
@@ -43,40 +43,39 @@ class SignalFlag:
         self._before.clear()
 
     def defer(self, deferred: bool = True) -> None:
-        """Let SIGTERM wait for the end of a step, or raise at once.
+        """Set if SIGTERM takes effect after the current step, or raises at once.
 
-        Called after Lightning has installed its own handlers, which this replaces.
+        Replaces the handlers that Lightning has installed.
         """
         self.deferred = deferred
         for signum in self._before:
             signal.signal(signum, self._receive)
 
     @property
-    def wish(self) -> int:
-        """0, STOP or REQUEUE."""
+    def request(self) -> int:
+        """Requested action: 0, STOP or REQUEUE."""
         if self.signum is None:
             return 0
         return STOP if self.signum == signal.SIGTERM else REQUEUE
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = self.signum or signum  # SLURM follows its warning up with a SIGTERM
+        self.signum = self.signum or signum  # SLURM sends SIGTERM after its warning
         if signum == signal.SIGTERM and not self.deferred:
             raise Interrupted(signum)
 
 
 class StopOnSignal(L.Callback):
-    """Ends a fit with `Interrupted` after the optimizer step in which a signal arrived at any rank.
+    """End a fit with `Interrupted` after the optimizer step in which any rank received a signal.
 
     Under accumulation the step is completed first. After the last batch of an epoch, or a batch
     that a validation follows, the fit ends after that validation: a run that resumes from a
     checkpoint between the two would skip it.
 
-    Ranks agree by the maximum of their flags at the start of each batch. This reduction takes the
-    place of the SIGTERM flag that Lightning broadcasts and reads at the same point, so a step has
-    neither a reduction nor a host read more than before. A single process reads its own flag. A
-    flag that travels with the gradients would need a host read of its own.
+    At the start of each batch, ranks agree on the maximum of their flags. This reduction replaces
+    Lightning's broadcast of a SIGTERM flag at the same point, so a step has no additional reduction
+    or synchronization. A single process reads only its own flag.
 
-    In validate, test and predict SIGTERM raises `Interrupted` at once.
+    In validate, test and predict, SIGTERM raises `Interrupted` at once.
 
     Args:
         flag: the entered flag of this process.
@@ -88,15 +87,15 @@ class StopOnSignal(L.Callback):
         self._steps = OptimizerSteps()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals over, and the place of Lightning's own flag."""
+        """Install the deferred signal handlers, and disable Lightning's own flag."""
         self._steps.start(trainer)
         self.flag.defer()
         if trainer.world_size > 1:
             loop = trainer.fit_loop.epoch_loop
-            loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+            loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals over in an evaluation; the validation of a fit waits for its end."""
+        """Raise at once outside of a fit; a validation within a fit is completed."""
         if trainer.state.fn != "fit":
             self.flag.defer(False)
 
@@ -105,13 +104,13 @@ class StopOnSignal(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Agree with the other ranks; stop here if the epoch before has written last.ckpt."""
+        """Agree with the other ranks; stop before the first batch of an epoch, already saved."""
         if trainer.world_size > 1:
-            wish = torch.tensor(self.flag.wish, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
-            self._agreed = int(wish)
+            request = torch.tensor(self.flag.request, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(request, torch.distributed.ReduceOp.MAX)
+            self._agreed = int(request)
         else:
-            self._agreed = self.flag.wish
+            self._agreed = self.flag.request
         if self._agreed and batch_idx == 0:
             self._stop()
 
@@ -126,7 +125,7 @@ class StopOnSignal(L.Callback):
         """Save and stop, if this batch completed an optimizer step."""
         stepped = self._steps.advanced(trainer)
         if trainer.world_size == 1:
-            self._agreed = self.flag.wish
+            self._agreed = self.flag.request
         if (
             self._agreed
             and stepped
@@ -137,7 +136,7 @@ class StopOnSignal(L.Callback):
             self._stop()
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Nothing: this run has no checkpoints."""
+        """Do nothing: this run has no checkpoints."""
 
     def _stop(self) -> None:
         requeue = self._agreed == REQUEUE
@@ -147,10 +146,11 @@ class StopOnSignal(L.Callback):
 class CheckpointOnSignal(StopOnSignal, Checkpoint):
     """`StopOnSignal` that writes `folder`/last.ckpt first.
 
-    As a `Checkpoint` it is called after all other callbacks, such as the moving average.
+    As a `Checkpoint`, it is called after all other callbacks, such as the moving average.
 
     Args:
-        flag: as `StopOnSignal`. folder: of the run's checkpoints.
+        flag: the entered flag of this process.
+        folder: folder of the run's checkpoints.
     """
 
     def __init__(self, flag: SignalFlag, folder: str | Path) -> None:
@@ -161,5 +161,5 @@ class CheckpointOnSignal(StopOnSignal, Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass

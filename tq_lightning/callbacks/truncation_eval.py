@@ -1,4 +1,4 @@
-"""TruncationEval: evaluate every width, truncated and, wherever that differs, quantized."""
+"""TruncationEval: evaluate every width, truncated and, where the result differs, quantized."""
 
 from contextlib import ExitStack
 from itertools import islice
@@ -26,24 +26,24 @@ from tq_lightning.quant.inputs import split_batch, to_device
 from tq_lightning.quant.norm_calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths
 
-CALIBRATION = "augmented"  # how a record names the batches that norm statistics come from
+CALIBRATION = "augmented"  # value of `calibration` in records
 
 
 class TruncationEval(L.Callback):
-    """Scores every width 1..max_bits on the validation (and test) data.
+    """Evaluate every width 1..max_bits on the validation (and test) data.
 
     It logs the keys of `width_metrics`, of `top5_metrics` (for 5 classes or more), and the
     cross-entropy of the truncated weights: `val/loss_w4` for each trained width, and `val/loss`,
     their mean. Loggers get them from `MetricLog`.
 
-    Norm statistics of untrained widths are estimated from `calibration_batches` fixed training
-    batches, augmented as in training, at the start of each validation epoch, into norms of their
-    own, which the checkpoint keeps; a test uses those of its checkpoint. Once training continues,
-    these norms are marked as not calibrated: they belong to the weights they were estimated with.
-    Everything else (parameters, buffers, modes, width, random states) stays as it was.
+    At the start of each validation epoch, the norm statistics of untrained widths are estimated
+    from `calibration_batches` fixed training batches, augmented as in training. They are stored in
+    separate norms, which checkpoints include; a test uses those of its checkpoint. When training
+    continues, these norms are marked as not calibrated, because they belong to earlier weights.
+    Parameters, other buffers, modes, the width and random states do not change.
 
-    The end of a run is always scored, whatever `trainer.check_val_every_n_epoch` says and whatever
-    ended it: epochs, steps, `max_time`, or a callback that stops the Trainer.
+    The end of a run is always evaluated, regardless of `trainer.check_val_every_n_epoch` and of the
+    cause: epochs, steps, `max_time`, or a callback that stops the Trainer.
 
     Args:
         calibration_batches: training batches for the norm statistics of untrained widths.
@@ -60,7 +60,7 @@ class TruncationEval(L.Callback):
         self._fresh = True
         self._scored_step: int | None = None
         self._trained = False  # since this process started
-        # open during an evaluation, in which no weight changes: they are normalized and coded once
+        # open during an evaluation: the weights do not change and are normalized only once
         self._weights = ExitStack()
 
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
@@ -84,7 +84,7 @@ class TruncationEval(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "calibration_batches"):
             batches = data.calibration_batches(self.calibration_batches)
-        else:  # a data module of the user's own
+        else:  # a data module of the user
             loader = islice(data.train_dataloader(), self.calibration_batches)
             with isolate_rng():
                 batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
@@ -120,7 +120,7 @@ class TruncationEval(L.Callback):
         losses = {b: float(s) / int(images[0]) for b, s in zip(self._losses, sums, strict=True)}
         values |= {f"{stage}/loss_w{bits}": loss for bits, loss in losses.items()}
         values[f"{stage}/loss"] = sum(losses.values()) / len(losses)
-        # every process has the same values: sync_dist keeps Lightning from warning about each
+        # all processes have the same values; sync_dist only avoids Lightning's warnings
         values[f"{stage}/images"] = float(images[0])
         module.log_dict(values, sync_dist=True, logger=False)
 
@@ -132,10 +132,10 @@ class TruncationEval(L.Callback):
             for norm in per_width_norms(pl_module):
                 norm.calibrated.zero_()
             self._fresh = False
-        if trainer.check_val_every_n_epoch is None:  # the caller's own interval, in batches
+        if trainer.check_val_every_n_epoch is None:  # the user chose an interval in batches
             return
         steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if trainer.global_step + 1 == trainer.max_steps and steps:  # the end, maybe in an epoch
+        if trainer.global_step + 1 == trainer.max_steps and steps:  # may end within an epoch
             trainer.check_val_every_n_epoch, trainer.val_check_batch = 1, batch_idx + 1
         elif trainer.current_epoch + 1 == trainer.max_epochs:
             trainer.check_val_every_n_epoch = 1
@@ -146,11 +146,11 @@ class TruncationEval(L.Callback):
             trainer.check_val_every_n_epoch = 1
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Validate the end of a run that a callback stopped, or that has had no validation."""
+        """Validate the end of a run that a callback stopped, or that had no validation."""
         missing = trainer.should_stop or (self._scored_step is None and self._trained)
         if not missing or self._scored_step == trainer.global_step or not trainer.enable_validation:
             return
-        # the counters of the Trainer, and so those in checkpoints, as in the validation of an epoch
+        # set the counters of the Trainer, which checkpoints store, as in a regular validation
         progress: Any = trainer.fit_loop.epoch_progress.current
         progress.processed, progress.completed = progress.processed - 1, progress.completed - 1
         trainer.validating = True
@@ -159,14 +159,14 @@ class TruncationEval(L.Callback):
         finally:
             trainer.training = True
             progress.processed += 1
-        for callback in trainer.checkpoint_callbacks:  # the norms of untrained widths have changed
+        for callback in trainer.checkpoint_callbacks:  # save the new norms of untrained widths
             if isinstance(callback, ModelCheckpoint) and callback.filename == "last":
                 trainer.save_checkpoint(Path(str(callback.dirpath)) / "last.ckpt")
         progress.completed += 1
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
-            # `validate` on a checkpoint scores what the checkpoint holds, as `test` does
+            # `validate` uses the norms of its checkpoint, like `test`
             calibrate = trainer.state.fn == "fit" or not _calibrated(pl_module)
             self._start(trainer, pl_module, calibrate)
 
@@ -197,7 +197,7 @@ class TruncationEval(L.Callback):
 
 
 def _calibrated(model: nn.Module) -> bool:
-    """Tell whether every untrained width has norm statistics, as in a checkpoint of a fit."""
+    """Return True if every untrained width has norm statistics, as in a checkpoint of a fit."""
     norms = per_width_norms(model)
     widths = [bits for bits in untrained_widths(model) if bits is not None]
     return all(bool(norm.calibrated[bits]) for norm in norms[:1] for bits in widths)

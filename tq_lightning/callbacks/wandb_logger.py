@@ -1,4 +1,4 @@
-"""Weights & Biases: a logger that works inside sweeps, and a callback that uploads the record."""
+"""Weights & Biases: a logger for one fit, also inside sweeps, and an upload of the record."""
 
 import os
 import re
@@ -18,13 +18,13 @@ from tq_lightning.records import read_record
 class OwnRunLogger(WandbLogger):
     """A WandbLogger for one fit.
 
-    Its W&B run ends with the fit; left open, it would take in the next fit of the same process,
-    such as a sweep's. A resumed fit continues the W&B run of its folder and skips the values that
-    this run already has. They are the same to the bit.
+    Its W&B run ends with the fit; otherwise it would also receive the next fit of the same process,
+    e.g. in a sweep. A resumed fit continues the W&B run of its folder and skips values that are
+    already logged, which are bit-identical.
 
     Args:
         run_dir: the run's folder.
-        kwargs: as for WandbLogger.
+        kwargs: arguments of WandbLogger.
     """
 
     def __init__(self, run_dir: Path, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ class OwnRunLogger(WandbLogger):
 
 
 def earlier_id(run_dir: Path) -> str | None:
-    """Id of the W&B run that an earlier attempt at this run began, from the name of its folder."""
+    """Return the id of the W&B run of an earlier attempt, from the name of its folder."""
     for folder in sorted(run_dir.glob("wandb/*run-*")):
         if match := re.fullmatch(r"(offline-)?run-\d{8}_\d{6}-(.+)", folder.name):
             return match[2]
@@ -64,14 +64,14 @@ def earlier_id(run_dir: Path) -> str | None:
 
 
 def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
-    """Start a W&B run with the resolved configuration; its files go below `run_dir`.
+    """Start a W&B run with the resolved configuration; its files are written below `run_dir`.
 
-    A W&B agent passes the id and the project of the run through the environment, so inside a W&B
-    sweep neither is set here, and the keys that the sweep has set are left alone. Only rank 0
+    A W&B agent passes the id and the project of the run through the environment. Inside a W&B
+    sweep, neither is therefore set here, and the keys set by the sweep are not changed. Only rank 0
     starts a run.
 
     Raises:
-        UserError: W&B refuses to start, e.g. for lack of an API key.
+        UserError: W&B does not start, e.g. because there is no API key.
     """
     import wandb
 
@@ -83,9 +83,9 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
         project=project,
         id=None if in_sweep else earlier_id(run_dir),
     )
-    if getattr(rank_zero_only, "rank", 0) == 0:  # whoever launched this process, torchrun or Slurm
+    if getattr(rank_zero_only, "rank", 0) == 0:  # works under torchrun and SLURM too
         run_dir.mkdir(parents=True, exist_ok=True)
-        # a sweep locks the keys it has set, and with them whole sections
+        # a sweep locks the keys that it has set, and therefore their sections
         resolved = {"resolved": config} if in_sweep else config
         try:
             logger.experiment.config.update(resolved, allow_val_change=True)
@@ -98,7 +98,7 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
 
 
 class WandbRecord(L.Callback):
-    """Adds the table by width, its figure and record.json to the W&B run at the end of a fit.
+    """Add the table by width, its figure and record.json to the W&B run at the end of a fit.
 
     Args:
         record: path of record.json.

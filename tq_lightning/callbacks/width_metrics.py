@@ -1,4 +1,4 @@
-"""(width, source) pairs to evaluate, their logits, and the metrics made of their accuracies."""
+"""(width, source) pairs to evaluate, their logits, and the metrics of their accuracies."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from tq_lightning.quant.inputs import call
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 
 Pass = tuple[int | None, str]
-TOP = 5  # classes; with fewer, top-5 is left out
+TOP = 5  # top-5 is omitted with fewer classes
 
 
 def sources_agree(model: nn.Module, bits: int) -> bool:
-    """Tell whether quantize and truncate give the same network at `bits` by construction.
+    """Return True if quantize and truncate give the same network at `bits` by construction.
 
-    They do if nothing is shifted, or if the codes of everything that is shifted nest.
+    This is the case if nothing is shifted, or if all codes that are shifted nest.
     """
     if bits == width_of(model).max_bits:
         return True
@@ -94,7 +94,7 @@ def top5_metrics(
 
 
 def hits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Tell for each image whether top-1 and top-5 are right: two bool tensors (batch,)."""
+    """Return if the top-1 and the top-5 classes of each image are correct, as bool (batch,)."""
     first = logits.argmax(1) == target
     likeliest = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
     return first, (likeliest == target[:, None]).any(1)

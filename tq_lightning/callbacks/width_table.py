@@ -1,4 +1,4 @@
-"""WidthTable: the accuracies of an evaluation in the terminal, one row per width."""
+"""WidthTable: print the accuracies of an evaluation, one row per width."""
 
 import sys
 from typing import Any
@@ -13,7 +13,7 @@ def print_widths(metrics: dict[str, float], stage: str, title: str, console: Any
         metrics: the metric keys of an evaluation.
         stage: "val" or "test".
         title: text above the table.
-        console: the rich console of a progress bar, which prints above the bar; None for a new one.
+        console: rich console of a progress bar, to print above the bar; None for a new console.
     """
     rows = []
     for bits in range(8, 0, -1):
@@ -43,7 +43,7 @@ def print_widths(metrics: dict[str, float], stage: str, title: str, console: Any
 
 
 class WidthTable(L.Callback):
-    """Calls `print_widths` after each validation and test."""
+    """Call `print_widths` after each validation and test."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:

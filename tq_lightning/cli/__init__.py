@@ -23,7 +23,7 @@ from tq_lightning.errors import (
     program_name,
 )
 
-REQUEUE_SECONDS = 60.0  # how long an attempt waits for SLURM to end it
+REQUEUE_SECONDS = 60.0  # time that a requeued job waits for SLURM to end it
 LIGHTNING_VERBS = {
     "fit": "train: --config conf/X.yaml [--ckpt_path last]",
     "validate": "evaluate on the validation split: --config X.yaml --ckpt_path best",
@@ -38,7 +38,7 @@ VERBS = {
     ),
     "report": (
         "tq_lightning.cli.report",
-        "tables, figures and a page of runs: RUNS... --out results/NAME",
+        "tables, figures and an HTML page of runs: RUNS... --out results/NAME",
     ),
     "inspect": (
         "tq_lightning.cli.inspect",
@@ -46,7 +46,7 @@ VERBS = {
     ),
     "export": (
         "tq_lightning.cli.export",
-        "packed file or ONNX from a checkpoint: CKPT --out model.safetensors",
+        "packed file, ONNX or ExecuTorch from a checkpoint: CKPT --out model.safetensors",
     ),
     "classify": (
         "tq_lightning.cli.classify",
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, 1 (the run failed), 2 (bad input), 130 (Ctrl-C) or 128 + the number of
         another signal (141 if standard output was closed).
     """
-    # a notebook's MPLBACKEND names a module that may be missing here, and nothing is shown anyway
+    # the MPLBACKEND of a notebook may name a missing module; no command opens a window
     os.environ["MPLBACKEND"] = "agg"
     try:
         with _sigterm_raises():
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _close_stdout() -> None:
-    """Send the rest of standard output nowhere, so that the interpreter's last flush can't fail."""
+    """Discard the rest of standard output, so that the interpreter's last flush cannot fail."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -146,7 +146,7 @@ def _run(argv: list[str]) -> int:
             _requeue()
         return status
     except UserError as error:
-        if str(error):  # another rank says it
+        if str(error):  # empty if another rank prints it
             print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
@@ -168,7 +168,7 @@ def _run(argv: list[str]) -> int:
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM end a verb by an exception, so that it cleans up; Python's default does not."""
+    """Raise `Interrupted` on SIGTERM, so that a verb cleans up; Python's default does not."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -188,7 +188,7 @@ def _first_rank() -> bool:
 
 
 def _requeue() -> None:
-    """Requeue this SLURM job and wait for its end, so that no later line of a script runs."""
+    """Requeue this SLURM job and wait for its end, so that the script does not continue."""
     from tq_lightning.training.cluster import requeue, slurm_job
 
     job, _ = slurm_job()

@@ -6,7 +6,7 @@ from typing import Any
 from tq_lightning.errors import UserError
 
 IMAGES, BATCH_SIZE = 256, 64
-RUN = "run"  # stands for the data of the run that a checkpoint belongs to
+RUN = "run"  # value of --calibrate for the training data of a checkpoint's run
 
 
 def calibrate(path: Path, out: Path, source: Path, data: str, observer: str) -> dict[str, int]:
@@ -15,7 +15,7 @@ def calibrate(path: Path, out: Path, source: Path, data: str, observer: str) -> 
     Args:
         path: packed file.
         out: target file, written atomically.
-        source: what the user named; for "run", a checkpoint in the folder of its run.
+        source: file that the user passed; for "run", a checkpoint in the folder of its run.
         data: folder of images, name of a data set, or "run".
         observer: a key of `activation_ranges.OBSERVERS`.
 
@@ -23,7 +23,7 @@ def calibrate(path: Path, out: Path, source: Path, data: str, observer: str) -> 
         Bytes per section, with "header" and "total".
 
     Raises:
-        UserError: no such data, or a run without its configuration.
+        UserError: the data does not exist, or the run has no config.yaml.
     """
     from tq_lightning.export.packed.edit import add_ranges
     from tq_lightning.export.packed.reader import load_packed
@@ -36,7 +36,7 @@ def calibrate(path: Path, out: Path, source: Path, data: str, observer: str) -> 
 
 
 def _batches(model: Any, data: str) -> list[Any]:
-    """Read up to `IMAGES` images, preprocessed as the packed file says.
+    """Read up to `IMAGES` images, with the preprocessing of the packed file.
 
     Args:
         model: packed model.
@@ -46,8 +46,8 @@ def _batches(model: Any, data: str) -> list[Any]:
         Batches of images (batch, channels, height, width).
 
     Raises:
-        UserError: neither a folder nor a data set; no readable images; the packed file does not
-            say how images are preprocessed.
+        UserError: `data` is neither a folder nor a data set, or has no readable images; the packed
+            file has no preprocessing.
     """
     from tq_lightning.data.datasets import DATASETS
 
@@ -55,15 +55,15 @@ def _batches(model: Any, data: str) -> list[Any]:
         return _dataset_batches(model, data)
     if not Path(data).exists():
         raise UserError(
-            f"--calibrate {data} is neither a folder of images nor a data set "
-            f"({', '.join(DATASETS)})"
+            f"--calibrate {data}: no such folder or data set; pass a folder of images, run, or one "
+            f"of {', '.join(DATASETS)}"
         )
     import torch
 
     from tq_lightning.cli.classify import find_images, read_preprocessed
 
     files = find_images(Path(data))
-    step = max(1, len(files) // IMAGES)  # all classes, where a folder each holds them
+    step = max(1, len(files) // IMAGES)  # sample every class folder
     read = read_preprocessed(model, files[::step][:IMAGES])
     pixels = [value for _, value in read if not isinstance(value, str)]
     if not pixels:
@@ -83,7 +83,7 @@ def _dataset_batches(model: Any, name: str) -> list[Any]:
 
 
 def _run_batches(checkpoint: Path) -> list[Any]:
-    """Training batches of the run that a checkpoint belongs to, always the same ones."""
+    """Return training batches of the run that a checkpoint belongs to, deterministically."""
     from tq_lightning.data.datamodule import TQDataModule
     from tq_lightning.training.checkpoint import run_folder
     from tq_lightning.training.yaml_file import read_yaml

@@ -1,4 +1,4 @@
-"""The verb `classify`: classes and probabilities of images as CSV, by a packed file."""
+"""The verb `classify`: classify images with a packed file and write classes as CSV."""
 
 import argparse
 import csv
@@ -16,14 +16,14 @@ COLUMNS = ("image", "rank", "class", "name", "probability")
 
 
 def parser() -> Parser:
-    """Make the parser of the verb."""
+    """Build the parser of the verb."""
     p = Parser("classify", description=__doc__)
     p.add_argument("model", metavar="MODEL", type=Path, help="packed file written by `export`")
     p.add_argument(
         "images",
         metavar="IMAGES",
         type=Path,
-        help="an image, or a folder that is searched for images at any depth",
+        help="an image, or a folder to search recursively for images",
     )
     p.add_argument(
         "--bits", type=int, help="width to run at; only its planes are read (default: all)"
@@ -34,8 +34,8 @@ def parser() -> Parser:
     p.add_argument(
         "--mode",
         choices=MODES,
-        help="resident (default); lean: compute weights layer by layer, less memory, more time; "
-        "integer: multiply integers, the file needs activation ranges",
+        help="resident (default): keep float weights; lean: compute weights layer by layer, less "
+        "memory, more time; integer: integer kernels, needs activation ranges in the file",
     )
     p.add_argument("--lean", action="store_true", help="the same as --mode lean")
     return p
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
             flag = key.replace("_", "-")
             raise UserError(f"--{flag} must be at least 1, got {getattr(args, key)}")
     if args.lean and args.mode not in (None, "lean"):
-        raise UserError(f"--lean is --mode lean, got --mode {args.mode} too; pass one")
+        raise UserError(f"--lean means --mode lean, got --mode {args.mode} too; pass only one")
     files = find_images(args.images)
 
     from tq_lightning.export.packed.reader import load_packed
@@ -69,13 +69,13 @@ def main(argv: list[str]) -> int:
         from tq_lightning.quant.integer.kernels import missing_kernels
 
         if (reason := missing_kernels()) is not None:
-            print(f"no integer mode here ({reason}); running --mode resident", file=sys.stderr)
+            print(f"--mode integer is not available ({reason}); using resident", file=sys.stderr)
             mode = "resident"
     model = load_packed(args.model, bits=args.bits, mode=mode)
     if mode == "integer":
         print(model.summary(), file=sys.stderr)  # type: ignore[operator]
     if args.out is None:
-        # names that are not UTF-8 are written as the bytes that they are
+        # file names that are not valid UTF-8 are written as raw bytes
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="surrogateescape")
         return _report(len(files), _run(model, files, args, sys.stdout))
@@ -93,9 +93,9 @@ def main(argv: list[str]) -> int:
 
 
 def find_images(path: Path) -> list[Path]:
-    """Find the images below a folder, sorted; or the image itself.
+    """List the images below a folder, sorted, or the image itself.
 
-    One line on standard error counts the files that are left out.
+    One line on standard error counts the skipped files.
 
     Raises:
         UserError: the path does not exist, or is a folder without images.
@@ -117,7 +117,7 @@ def find_images(path: Path) -> list[Path]:
 
 
 def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) -> int:
-    """Write the rows of all images that can be read. Returns the number of the others."""
+    """Write the rows of all readable images. Return the number of unreadable ones."""
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -166,7 +166,7 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
 
 
 def _report(count: int, skipped: int) -> int:
-    """Print the count of images, once they are written. Returns the exit status."""
+    """Print the number of classified and skipped images. Return the exit status."""
     images = "image" if count - skipped == 1 else "images"
     print(f"{count - skipped} {images} classified, {skipped} skipped", file=sys.stderr)
     return int(skipped > 0)
@@ -181,8 +181,7 @@ def read_preprocessed(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any
     options = dict(model.tq_file["preprocessing"] or {})
     if "input_size" not in options:
         raise UserError(
-            "the packed file does not say how images are preprocessed; export it with "
-            "preprocessing="
+            "the packed file has no preprocessing; export it with preprocessing={'input_size': ...}"
         )
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{key: options[key] for key in keys if key in options})

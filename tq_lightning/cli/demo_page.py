@@ -1,4 +1,4 @@
-"""The verb `demo-page`: a page of static files that runs a model in a browser, at any width."""
+"""The verb `demo-page`: write a page of static files that runs a model in a browser."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ MOST_EXAMPLES = 12
 
 def parser() -> Parser:
     """Build the parser of the verb."""
-    p = Parser("demo-page", description="A page that runs a packed file in a browser.")
+    p = Parser("demo-page", description="Write a page that runs a packed file in a browser.")
     p.add_argument(
         "model", metavar="MODEL", type=Path, help="packed file, or training checkpoint (.ckpt)"
     )
@@ -25,7 +25,7 @@ def parser() -> Parser:
     p.add_argument(
         "--images",
         type=Path,
-        help=f"image or folder of images that the page offers, at most {MOST_EXAMPLES}",
+        help=f"image or folder of images to use as examples on the page, at most {MOST_EXAMPLES}",
     )
     p.add_argument("--title", help="title of the page (default: the name of the model)")
     p.add_argument(
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def _examples(path: Path | None) -> list[Path]:
-    """Return the first images below a folder that a browser shows as well, or the image itself."""
+    """Return the first images below a folder that browsers can display, or the image itself."""
     from tq_lightning.cli.classify import find_images
 
     shown = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -82,5 +82,7 @@ def _examples(path: Path | None) -> list[Path]:
         return []
     found = [image for image in find_images(path) if image.suffix.lower() in shown]
     if not found:
-        raise UserError(f"--images {path}: browsers show {', '.join(shown)}; pass such images")
+        raise UserError(
+            f"--images {path}: no image that browsers display; pass {', '.join(shown)} files"
+        )
     return found[:MOST_EXAMPLES]

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def is_packed(path: Path) -> bool:
-    """Return True if a file looks like safetensors: a header length, then a JSON object."""
+    """Return True if a file looks like safetensors: a header length followed by a JSON object."""
     with open(path, "rb") as file:
         head = file.read(9)
     return path.suffix == ".safetensors" or (head[8:9] == b"{" and head[4:8] == b"\0" * 4)
@@ -60,7 +60,7 @@ def is_packed(path: Path) -> bool:
 def packed_file(
     source: Path, factory: str | None = None, **options: Any
 ) -> Iterator[tuple[Path, Path]]:
-    """Give a packed file as it is, and a checkpoint as a packed file in a temporary folder.
+    """Yield a packed file for `source`: itself, or a checkpoint packed into a temporary folder.
 
     Args:
         source: packed file or training checkpoint.
@@ -71,7 +71,7 @@ def packed_file(
         (packed file, temporary folder).
 
     Raises:
-        UserError: as the body raises it; a temporary file is called by the name of `source`.
+        UserError: raised by the body; paths of temporary files are replaced by `source`.
     """
     with tempfile.TemporaryDirectory() as name:
         folder, path = Path(name), source
@@ -101,7 +101,7 @@ def save_checkpoint(
         classes = None
     args = dict(hparams["model_args"] or {})
     if is_factory(hparams["name"]) and hparams["num_classes"] is not None:
-        args.setdefault("num_classes", hparams["num_classes"])  # the network may not tell it
+        args.setdefault("num_classes", hparams["num_classes"])  # may not be an attribute
     return save_packed(
         model,
         out,
@@ -128,8 +128,8 @@ def _packed(a: argparse.Namespace) -> dict[str, int]:
     if a.add is not None:
         if a.max_bits is not None or a.fold_norms or a.compress or not is_packed(a.source):
             raise UserError(
-                "--add joins two packed files as they are; "
-                "pass it with a packed file and --out alone"
+                "--add joins two packed files without changing them; "
+                "pass only a packed file, --add and --out"
             )
         return repack.join(a.source, a.add, a.out)
     if not is_packed(a.source):
@@ -137,10 +137,10 @@ def _packed(a: argparse.Namespace) -> dict[str, int]:
         if a.rest is None:
             return save_checkpoint(a.source, a.out, a.factory, **options)
         with tempfile.TemporaryDirectory() as folder:
-            whole = Path(folder) / "whole.safetensors"
-            save_checkpoint(a.source, whole, a.factory, fold_norms=a.fold_norms)
-            repack.write_rest(whole, a.rest, a.max_bits)
-            return repack.repack(whole, a.out, a.max_bits, a.compress)
+            full = Path(folder) / "full.safetensors"
+            save_checkpoint(a.source, full, a.factory, fold_norms=a.fold_norms)
+            repack.write_rest(full, a.rest, a.max_bits)
+            return repack.repack(full, a.out, a.max_bits, a.compress)
     if a.fold_norms:
         raise UserError("--fold-norms needs the checkpoint, not a packed file; pass the .ckpt file")
     if a.rest is not None:

@@ -1,4 +1,4 @@
-"""Arguments of the verb `export`, and which of them go together."""
+"""Arguments of the verb `export`, and checks of their combinations."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,9 @@ ONE_WIDTH = ("onnx", "qonnx", "executorch")
 def parser() -> Parser:
     """Build the parser of the verb."""
     p = Parser(
-        "export", description="Convert a checkpoint or a packed file to a packed file or ONNX."
+        "export",
+        description="Convert a checkpoint or a packed file to a packed file, an ONNX graph or an "
+        "ExecuTorch program.",
     )
     p.add_argument(
         "source", metavar="CKPT", type=Path, help="training checkpoint (.ckpt), or packed file"
@@ -22,7 +24,7 @@ def parser() -> Parser:
     p.add_argument(
         "--format",
         choices=FORMATS,
-        help="default: packed; onnx, qonnx and executorch hold one width",
+        help="format of the output (default: packed); onnx, qonnx and executorch store one width",
     )
     p.add_argument(
         "--bits",
@@ -48,13 +50,13 @@ def parser() -> Parser:
     p.add_argument(
         "--calibrate",
         metavar="DATA",
-        help="store activation ranges, for integer inference, observed on DATA: a folder of "
-        "images, a data set such as digits, or `run`, the data of the checkpoint's run",
+        help="observe activation ranges for integer inference on DATA and store them: a folder of "
+        "images, a data set such as digits, or `run`, the training data of the checkpoint",
     )
     p.add_argument(
         "--observer",
         choices=("percentile", "mse"),
-        help="with --calibrate: leave outliers out (default), or least squared error",
+        help="with --calibrate: ignore outliers (default), or minimize the squared error",
     )
     p.add_argument(
         "--runtime",
@@ -64,15 +66,15 @@ def parser() -> Parser:
     p.add_argument(
         "--residual",
         choices=("int8", "float"),
-        help="with --integer: what a residual add reads (default: int8 for ONNX Runtime, float for "
-        "OpenVINO and for networks trained with activation codes)",
+        help="with --integer: type of the inputs of residual adds (default: int8 for ONNX Runtime, "
+        "float for OpenVINO and for networks trained with activation codes)",
     )
     p.add_argument(
         "--activation-codes",
         type=int,
         choices=(127, 255),
-        help="with --integer: largest activation code (default: 127 where x86 processors without "
-        "VNNI could saturate with 255, else 255)",
+        help="with --integer: largest activation code (default: 127 if sums with 255 could "
+        "saturate on x86 processors without VNNI, else 255)",
     )
     p.add_argument("--max-bits", type=int, help="write only the first planes")
     p.add_argument(
@@ -86,7 +88,7 @@ def parser() -> Parser:
     p.add_argument(
         "--rest",
         type=Path,
-        help="with --max-bits: also write the other planes, to add them later",
+        help="with --max-bits: also write the remaining planes to this file, for --add",
     )
     p.add_argument(
         "--add", type=Path, help="file written by --rest: add its planes to the packed file CKPT"
@@ -95,7 +97,7 @@ def parser() -> Parser:
         "--model.name",
         dest="factory",
         metavar="PACKAGE.MODULE:FACTORY",
-        help="factory that CKPT names; it is imported only if you pass it",
+        help="factory that CKPT names; required to import it",
     )
     return p
 
@@ -104,7 +106,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the arguments after the verb, and fill in the format and the opset.
 
     Raises:
-        UserError: wrong arguments, or some that do not go together.
+        UserError: an invalid argument or combination of arguments.
     """
     a = parser().parse_args(argv)
     if a.format is None and a.out.suffix == ".pte":
@@ -112,7 +114,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if a.format is None and a.out.suffix == ".onnx":
         raise UserError(
             f"--out {a.out} looks like an ONNX file; pass --format onnx, onnx-dynamic or qonnx, "
-            "or another name for a packed file"
+            "or a name that ends in .safetensors for a packed file"
         )
     a.format = a.format or "packed"
     if not a.source.is_file():
@@ -120,11 +122,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"no file {a.source} to export; pass a training checkpoint or a packed file"
         )
     if a.observer is not None and a.calibrate is None:
-        raise UserError("--observer is for --calibrate DATA; pass both")
+        raise UserError("--observer needs --calibrate DATA; pass both")
     if a.calibrate is not None and (a.rest is not None or a.add is not None):
-        raise UserError("--calibrate changes the file; pass it before or after --rest and --add")
+        raise UserError(
+            "--calibrate cannot be combined with --rest or --add; run export once for each"
+        )
     if a.rest is not None and a.max_bits is None:
-        raise UserError("--rest holds the planes that --max-bits leaves out; pass both")
+        raise UserError("--rest stores the planes that --max-bits omits; pass both")
     if a.format not in ONE_WIDTH and a.bits is not None:
         raise UserError(
             f"--bits is the width of {', '.join(ONE_WIDTH)} files; for fewer planes pass "
@@ -145,13 +149,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     for name in ("residual", "activation_codes"):
         if getattr(a, name) is not None and not a.integer:
-            raise UserError(f"--{name.replace('_', '-')} is for --integer; pass both")
+            raise UserError(f"--{name.replace('_', '-')} needs --integer; pass both")
     if a.runtime is not None and a.format != "onnx":
         raise UserError(f"--runtime is for --format onnx, got {a.format}")
     if a.runtime == "openvino" and a.opset is None:
-        a.opset = 21  # it has no 2-bit integers
+        a.opset = 21  # OpenVINO has no 2-bit integers
     if a.runtime == "openvino" and a.opset == 25:
-        raise UserError("OpenVINO does not read opset 25; pass --opset 21, or leave it out")
+        raise UserError("OpenVINO does not support opset 25; pass --opset 21, or omit it")
     if a.rest is not None and a.rest.resolve() == a.out.resolve():
         raise UserError("--rest and --out are the same file; pass two")
     for flag, target in (("--out", a.out), ("--rest", a.rest)):

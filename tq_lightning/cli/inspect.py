@@ -1,4 +1,7 @@
-"""The verb `inspect`: storage and energy of a model under a policy, without training or weights."""
+"""The verb `inspect`: storage and energy of a model under a policy, without training it.
+
+A policy is the choice of widths, skipped layers, norms and scales.
+"""
 
 import shlex
 from collections.abc import Sequence
@@ -15,8 +18,8 @@ from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
 # model.* key -> (default, description); the same keys as in a training configuration
 KEYS: dict[str, tuple[Any, str]] = {
-    "name": (None, "a model of timm, or resnet20_cifar and the like"),
-    "num_classes": (None, "classes; null for the model's own number"),
+    "name": (None, "timm model, or a built-in one such as resnet20_cifar"),
+    "num_classes": (None, "number of classes; null for the default of the model"),
     "model_args": ({}, "further arguments of the model, e.g. {in_chans: 1}"),
     "skip": (["first", "last"], "layers left in float: first, last, name patterns; [] for none"),
     "widths": ([8, 4, 2, 1], "trained widths"),
@@ -24,19 +27,20 @@ KEYS: dict[str, tuple[Any, str]] = {
     "norm": ("per_width", "per_width, per_width_all or shared"),
     "normalizer": (
         "tanh",
-        "tanh, absmax or learned, also with _channel (a scale per output channel); or others",
+        "tanh, absmax or learned, each also with _channel (a scale per output channel); gaussian, "
+        "float_e2, mu_law or log",
     ),
-    "level": ("endpoint", "placement of codes, which must go with the normalizer"),
+    "level": ("endpoint", "placement of codes; must be supported by the normalizer"),
     "scale": ("mean", "mean or span"),
-    "activations": (None, "activation quantizer; its learned clip is stored"),
+    "activations": (None, "activation quantizer; a learned clip counts as storage"),
 }
 
 
 def parser() -> Parser:
     """Build the parser of the verb."""
-    p = Parser("inspect", description="Storage and energy of a model, without training or weights.")
+    p = Parser("inspect", description="Storage and energy of a model, without training it.")
     p.add_argument(
-        "--config", type=Path, help="YAML file whose model: section gives the keys not given here"
+        "--config", type=Path, help="YAML file; its model: section sets the defaults of the keys"
     )
     for key, (default, description) in KEYS.items():
         p.add_argument(
@@ -47,14 +51,12 @@ def parser() -> Parser:
         action="store_true",
         help="also model the energy of an inference on two accelerators with ZigZag (minutes)",
     )
-    p.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="write the record that `report` reads"
-    )
+    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write a record for `report`")
     return p
 
 
 def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, bool]:
-    """Return the policy, the file of the record, and whether --energy is given."""
+    """Return the policy, the path of the record, and the value of --energy."""
     given = vars(parser().parse_args(list(argv)))
     out, config, energy = (given.pop(key) for key in ("out", "config", "energy"))
     values = {key: default for key, (default, _) in KEYS.items()}
@@ -67,7 +69,7 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, bool]:
             f"model.model_args: got {values['model_args']!r}, pass a mapping, e.g. {{in_chans: 1}}"
         )
     if not isinstance(values["name"], str):
-        raise UserError("inspect: no model; pass --model.name NAME")
+        raise UserError("inspect: no model given; pass --model.name NAME")
     if out is not None and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
         raise UserError(f"--out {out}: pass a file that ends in .json, in a folder that exists")
     if out is not None and out.exists():
@@ -76,7 +78,7 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, bool]:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuse to replace a file that is not the record of an earlier `inspect`."""
+    """Raise UserError if `out` is not the record of an earlier `inspect`."""
     try:
         earlier = isinstance(read_any(out), InspectRecord)
     except RecordError:
@@ -109,7 +111,7 @@ def main(argv: list[str]) -> int:
         Exit status 0.
 
     Raises:
-        UserError: wrong arguments, an unknown model, an impossible policy, or a file that can't be
+        UserError: wrong arguments, an unknown model, an invalid policy, or a file that can't be
             written.
     """
     values, out, energy = _parse(argv)

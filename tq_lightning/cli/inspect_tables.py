@@ -11,7 +11,7 @@ LEFT = ("layer", "kind", "shape", "way", "what")  # columns aligned to the left
 
 
 def _width() -> int | None:
-    """Return the columns of the terminal; None if the output goes elsewhere."""
+    """Return the number of columns of the terminal; None if the output is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -33,7 +33,7 @@ def _show(
         title: title of the table.
         columns: column headers.
         rows: cells.
-        optional: columns to leave out, in this order, until the table fits into the terminal.
+        optional: columns to omit, in this order, until the table fits into the terminal.
     """
     width, hidden = _width(), list[str]()
     while True:
@@ -128,7 +128,7 @@ def _show_energy(title: str, energy: Energy) -> None:
 
 
 def _inference_notes(record: InspectRecord) -> list[str]:
-    """Assumptions and source of the energy of an inference; all accelerators share them."""
+    """Return the assumptions and source of the inference energy, shared by all accelerators."""
     for energy in record.inference.values():
         notes = [f"inference: {line}" for line in energy.assumptions]
         return [*notes, f"inference, source: {energy.source}"]

@@ -1,6 +1,6 @@
 """The argparse parser of the verbs that LightningCLI does not parse.
 
-Every wrong argument is a `UserError` of one line, and every path is expanded here.
+A wrong argument raises a one-line `UserError`, and `~` is expanded in paths.
 """
 
 import argparse
@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         verb: the verb, for the usage line and for errors.
-        **kwargs: passed on to `argparse.ArgumentParser`.
+        **kwargs: arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, verb: str, **kwargs: Any) -> None:

@@ -18,7 +18,7 @@ from tq_lightning.report.write import check_out, make
 
 ALWAYS = ("model", "data", "quantizer", "ste", "seeds", "split")
 WIDTHS = ("8 bits [%]", "4 bits [%]", "2 bits [%]", "1 bit [%]")
-IF_DIFFERENT = ("level", "activations", "also")  # printed if arms differ in them
+IF_DIFFERENT = ("level", "activations", "also")  # printed only if arms differ in them
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     out = "folder of the report, e.g. results/NAME; an existing report is replaced"
     made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=out)
     made.add_argument("--title", help="title of the page (default: the first result)")
-    ignore = "key that may differ between compared arms, e.g. model.lr (repeatable)"
+    ignore = "compare arms although they differ in this key, e.g. model.lr (repeatable)"
     made.add_argument("--ignore", action="append", default=[], metavar="KEY", help=ignore)
     full_paths = "keep absolute paths of this machine (default: shorten them)"
     made.add_argument("--full-paths", action="store_true", help=full_paths)
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
-    """Print the arms, what was left out and the folder: a table on a terminal, else plain lines."""
+    """Print the arms, the skipped inputs and the folder, as a table or as plain lines."""
     frame = arms(comparisons).shown
     telling = [column for column in IF_DIFFERENT if column in frame and frame[column].nunique() > 1]
     heads = [column for column in frame if column in (*ALWAYS, *WIDTHS, *telling)]
@@ -67,7 +67,7 @@ def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        # what all arms share is one line, so that a narrow terminal holds the rest
+        # values that all arms share are one line, so that the table fits a narrow terminal
         same = [head for head in heads if head not in WIDTHS and frame[head].nunique() == 1]
         columns = [head for head in heads if head not in same]
         shown = Table(title="top-1 truncated, mean ± 95 % t interval over seeds")

@@ -21,12 +21,12 @@ def main(argv: list[str], fit: str = FIT) -> int:
 
     Args:
         argv: arguments as on the command line, after `sweep`.
-        fit: function that runs a trial, as MODULE:NAME. With another one than the real `fit`,
-            the arguments of the trials are not checked.
+        fit: function that runs a trial, as MODULE:NAME. The arguments of the trials are checked
+            only for the default, the real `fit`.
 
     Returns:
-        0 if the sweep or its time is over, 1 if no trial has a result, 128 plus the number of the
-        signal that interrupted it.
+        0 if the sweep is complete or its time is over, 1 if no trial has a result, 128 plus the
+        signal number if it was interrupted.
 
     Raises:
         UserError: bad input, before any training starts; a folder that can't be written.
@@ -48,7 +48,7 @@ def main(argv: list[str], fit: str = FIT) -> int:
 
 
 def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
-    """Run the sweep and write its tables and plots. Returns the exit status as `main` does."""
+    """Run the sweep and write its tables and plots. Return the exit status as `main` does."""
     from tq_lightning.sweep.launcher import run_sweep
     from tq_lightning.sweep.results import write_results
     from tq_lightning.sweep.storage import sqlite_url
@@ -61,7 +61,7 @@ def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
         status = run_inline(sweep, options) if options.workers == 0 else run_sweep(sweep, options)
     except UserError:
         if new:
-            with contextlib.suppress(OSError):  # something is in it, or it was not made
+            with contextlib.suppress(OSError):  # not empty, or never created
                 options.folder.rmdir()
         raise
     queue = make_trial_queue(sweep, open_study(sweep, options), options)
@@ -78,7 +78,7 @@ def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
 
 
 def resume_command(argv: list[str]) -> str:
-    """Return the command that resumes a sweep, without passwords; it says what to fill in."""
+    """Return the command that resumes a sweep, with passwords masked and a note about them."""
     shown = [hide_password(argument) for argument in argv]
     hint = "" if shown == argv else "  (*** stands for the password of --storage)"
     return f"{program_name()} sweep {shlex.join(shown)}{hint}"
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         description="Run a W&B sweep file with Optuna, without an account or a network. Run the "
         "same command again to resume. Run it on another machine, with the same --storage, to add "
         "workers.",
-        epilog="Arguments after -- go to the fit of every trial and override those of the file: "
+        epilog="Arguments after -- are passed to the fit of every trial and override the file: "
         "-- --trainer.max_epochs=2 --data.name=digits",
     )
     p.add_argument("file", help="sweep file in the W&B format, e.g. sweeps/digits.yaml")
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--n-trials",
         type=_integer(1),
-        help="trials of the whole study, on all machines (default: run_cap, or the whole grid)",
+        help="number of trials of the study, on all machines (default: run_cap, or the full grid)",
     )
     p.add_argument(
         "--timeout", type=_seconds, help="seconds after which this command starts no more trials"
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
         "--stale-after",
         type=_seconds,
         default=STALE_SECONDS,
-        help="seconds without a heartbeat after which a trial is given to another worker "
+        help="seconds without a heartbeat after which another worker retries a trial "
         "(default: %(default)g)",
     )
     return p
@@ -135,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
 def read_options(
     given: argparse.Namespace, sweep: Sweep, extra: list[str], fit: str = FIT
 ) -> Options:
-    """Complete the parsed arguments with the defaults that the sweep file gives."""
+    """Complete the parsed arguments with the defaults of the sweep file."""
     from tq_lightning.sweep.storage import sqlite_url
 
     study_name = given.study_name or sweep.name
@@ -156,7 +156,11 @@ def read_options(
 
 
 def default_folder(study_name: str, sweep: Sweep) -> Path:
-    """Return runs/sweeps/STUDY_NAME. Raises UserError for a name that is not one path part."""
+    """Return runs/sweeps/STUDY_NAME.
+
+    Raises:
+        UserError: the name is not a valid folder name.
+    """
     printable = study_name.isprintable() and not set(study_name) & set("/\\")
     if not printable or study_name in (".", "..") or len(study_name.encode()) > 200:
         where = f"{sweep.path}: name" if study_name == sweep.name else "--study-name"
@@ -167,7 +171,7 @@ def default_folder(study_name: str, sweep: Sweep) -> Path:
 
 
 def read_objectives(text: str | None, sweep: Sweep) -> dict[str, str]:
-    """Return {metric: minimize or maximize} of --objectives, or else of the file's metric."""
+    """Return {metric: minimize or maximize} of --objectives, or of the metric of the file."""
     if text is None:
         if sweep.metric is None:
             raise UserError(

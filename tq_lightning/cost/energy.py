@@ -1,8 +1,8 @@
-"""A model (not a measurement) of the energy that weights cost: an inference, and a switch of width.
+"""Energy model (not a measurement) of quantized weights: an inference, and a switch of the width.
 
 All numbers come from one table of published constants. The table and the assumptions are part of
-the inspect record. Only quantized weights are counted: norms, scales and layers left in float cost
-the same however the width is switched.
+the inspect record. Only quantized weights are counted, because norms, scales and layers in float
+cost the same for every way to switch the width.
 """
 
 from tq_lightning.records import Energy

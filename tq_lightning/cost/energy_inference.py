@@ -1,9 +1,9 @@
-"""A model (not a measurement) of the energy of an inference on two accelerators, by ZigZag.
+"""Energy model (not a measurement) of an inference on two accelerators, with ZigZag.
 
-ZigZag (zigzag-dse) searches how the loops of a layer run on an accelerator, and adds up the energy
-of multiplications and of every access to every memory. It is an optional package. Layers are
-simulated at 8 and at 1 bit of weights; energy between them is linear in the width, because the
-traffic of weights is.
+ZigZag (zigzag-dse), an optional package, searches for the best mapping of the loops of a layer to
+an accelerator. It sums the energy of multiplications and of all memory accesses. Layers are
+simulated with weights of 8 bits and of 1 bit. The energy in between is linear in the width, because
+the traffic of weights is.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ ACTIVATION_BITS, SUM_BITS = 8, 16
 SOURCE = (
     "ZigZag (zigzag-dse): L. Mei et al., ZigZag: enlarging joint architecture-mapping design space "
     "exploration for DNN accelerators, IEEE Transactions on Computers 2021; accelerators and their "
-    "costs per access as they come with it"
+    "costs per access as included in the package"
 )
 ASSUMPTIONS = (
-    "one image; the quantized convolutions and linears, each in its own best mapping for energy; "
-    "activations of 8 bits, partial sums of 16",
+    "one image; the quantized convolutions and linear layers, each in its own best mapping for "
+    "energy; activations of 8 bits, partial sums of 16",
     "every layer reads its input and its weights from DRAM and writes its output there",
     "a multiplication costs the same at every width; weights are packed in DRAM and SRAM, and a "
     "register is read with at least 8 bits",
@@ -42,7 +42,7 @@ ASSUMPTIONS = (
 
 
 class LayerShape(NamedTuple):
-    """Loop sizes of a convolution; a linear has a kernel of 1 x 1 and its tokens as columns."""
+    """Loop sizes of a convolution. A linear layer has a 1 x 1 kernel and its tokens as columns."""
 
     groups: int
     out: int
@@ -58,7 +58,7 @@ def inference_energy(model: nn.Module, names: set[str], size: tuple[int, ...]) -
 
     Args:
         model: Float network, on the meta device if possible.
-        names: Names of the layers that are quantized.
+        names: Names of the quantized layers.
         size: (channels, height, width) of an image.
 
     Returns:
@@ -88,7 +88,7 @@ def _between(ends: dict[int, Counter[str]], bits: int) -> dict[str, float]:
 
 
 def layer_shapes(model: nn.Module, names: set[str], size: tuple[int, ...]) -> list[LayerShape]:
-    """Shapes of the named convolutions and linears of a network, in the order of its calls.
+    """Return the shapes of the named convolutions and linear layers, in the order of their calls.
 
     Raises:
         UserError: The network does not run on an image of this size.
@@ -130,7 +130,7 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _simulator() -> Any:
-    """Return a function from a shape, an accelerator and a width to picojoules by kind."""
+    """Return a function (shape, accelerator, bits) -> picojoules by kind."""
     try:
         import zigzag
         from zigzag.api import get_hardware_performance_zigzag
@@ -190,7 +190,7 @@ def _layer(shape: LayerShape, bits: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep ZigZag from printing, and from leaving a handler on the root logger."""
+    """Silence ZigZag's output and remove the handler that it adds to the root logger."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

@@ -9,7 +9,7 @@ from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.records import InspectRecord, Layer, Mechanism
 
 MECHANISM_BITS = (1, 2, 3, 4)
-GRID = 1024  # values of u in (0, 1): centers of cells, none of which is on the edge of a bin
+GRID = 1024  # values of u in (0, 1), at cell centers so that none is on the edge of a bin
 
 
 def inspect_record(
@@ -25,7 +25,7 @@ def inspect_record(
         inference: also simulate the energy of an inference, which takes minutes.
 
     Raises:
-        UserError: the model is unknown, or prepare() refuses the policy.
+        UserError: the model is unknown, or the policy is invalid for it.
     """
     from tq_lightning.cost.energy import energy_model
     from tq_lightning.cost.size import (
@@ -94,7 +94,7 @@ def inspect_record(
 
 
 def _accounting(record: InspectRecord) -> list[str]:
-    """Spell out what the ratios are made of; sizes in bytes."""
+    """Describe the parts of each ratio in words; sizes in bytes."""
     paper, packed, one, codes, files = (
         record.ways[way] for way in ("paper", "packed", "float_master", "master8", "file_per_width")
     )

@@ -1,9 +1,9 @@
 """Bytes of a prepared model, layer by layer, to store and to read, for each storage scheme.
 
-A storage scheme is a way to serve all widths. The accounting works on a prepared model, so
-`prepare` alone decides which layers are quantized and which norms are switchable. The model may be
-on the meta device (`meta_model`), where it takes no memory. The size predicted for the packed file
-is that of export, without the header.
+A storage scheme is a way to serve all widths. The accounting uses a prepared model, so `prepare`
+decides which layers are quantized and which norms are switchable. The model may be on the meta
+device (`meta_model`), where it takes no memory. The predicted size of the packed file equals that
+of `export`, without the header.
 """
 
 import math
@@ -37,16 +37,16 @@ class Row:
         name: name of the layer.
         kind: conv, linear, norm or other.
         shape: shape of its (first) weight.
-        parameters: parameters of the layer in the float network; a tied one counts once.
+        parameters: parameters of the layer in the float network; tied parameters count once.
         codes: number of quantized weights among them.
         bits: their stored width; None without quantized weights.
         plane: bytes of one bit plane of the layer, with the padding of the file.
         scales: bytes of its scales.
         floats: bytes of biases and weights left in float.
-        tables: bytes that only a packed file has: constants and index tables that the code of the
+        tables: bytes that only a packed file has: constants and index tables, which the code of the
             network could recompute, and a tied float tensor under its second name.
-        norm_set: bytes of one set of norm parameters and statistics.
-        sets: number of such sets.
+        norm_set: bytes of one norm set: parameters and statistics.
+        sets: number of norm sets.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Row:
 
 
 def meta_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
-    """Create a model on the meta device, or on the CPU if its code needs values.
+    """Create a model on the meta device, or on the CPU if its constructor needs values.
 
     Raises:
         UserError: as `create_model`.
@@ -86,7 +86,7 @@ def layer_rows(model: nn.Module) -> list[Row]:
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the network before prepare(): parts added inside a layer belong to the layer."""
+    """Yield the modules of the network before prepare(), without parts added inside a layer."""
     yield name, module
     if isinstance(module, PerWidthNorm):
         return
@@ -122,9 +122,9 @@ def _row(name: str, module: nn.Module, seen: set[int]) -> Row:
 
 
 def _kept(module: nn.Module, seen: set[int]) -> tuple[list[Tensor], int]:
-    """Float tensors that a layer keeps (of a norm: of one set), and the bytes of its tables.
+    """Return the float tensors of a layer (for a norm, of one set), and the bytes of its tables.
 
-    The batch counter of batch norms changes no output and is in no file.
+    The counter of batch norms does not affect outputs and is not stored.
     """
     kept: list[Tensor] = []
     tables = 0
@@ -143,13 +143,13 @@ def _kept(module: nn.Module, seen: set[int]) -> tuple[list[Tensor], int]:
 
 
 def _stored_bytes(tensor: Tensor) -> int:
-    """Bytes in a packed file, which supports float32, float64 and int64."""
+    """Return the bytes in a packed file, which supports float32, float64 and int64."""
     wide = tensor.dtype == torch.float64 or not tensor.is_floating_point()
     return tensor.numel() * (8 if wide else FLOAT_BYTES)
 
 
 def _scale_count(weight: Tensor, quantizer: WeightQuantizer) -> int:
-    """One per tensor, or one per channel (and those before it, for transposed convolutions)."""
+    """Return the number of scales: one per tensor, or one per channel and leading dimension."""
     return (
         math.prod(weight.shape[: quantizer.channel_dim + 1])
         if NORMALIZERS[quantizer.normalizer].per_channel
@@ -202,7 +202,7 @@ WAYS: dict[str, Callable[[Row, int], tuple[int, int, int, int]]] = {
 
 
 def total(rows: Iterable[Row], way: str, max_bits: int) -> StorageBytes:
-    """Bytes of a storage scheme, in total and by part."""
+    """Return the bytes of a storage scheme, in total and by part."""
     columns = [
         sum(column) for column in zip(*(WAYS[way](row, max_bits) for row in rows), strict=True)
     ]
@@ -211,18 +211,18 @@ def total(rows: Iterable[Row], way: str, max_bits: int) -> StorageBytes:
 
 
 def read_at(rows: Iterable[Row], bits: int) -> int:
-    """Bytes read to run at a width: its planes, scales, float tensors and norm set; no header."""
+    """Return the bytes read to run at a width: planes, scales, float tensors and norm set."""
     return sum(
         row.plane * bits + row.scales + row.floats + row.tables + row.norm_set for row in rows
     )
 
 
 def paper_rows(model: nn.Module) -> list[Row]:
-    """Prepare a model in place under the policy of the paper's storage claim; return its rows.
+    """Prepare a model in place with the policy of the paper's storage claim; return its rows.
 
-    The accounting is `total(rows, "paper", 8)`: 8-bit weights of every layer but the stem, with the
-    classifier; stem, biases and the rest in float; 8 sets of batch norm; no scales, no header. The
-    float parameters of ResNet-50 over it are 3.533.
+    The accounting is `total(rows, "paper", 8)`: 8-bit weights of every layer except the stem, with
+    the classifier; stem, biases and the rest in float; 8 batch norm sets; no scales, no header. The
+    float parameters of ResNet-50 are 3.533 times larger.
 
     Source: TruncQuant, arXiv 2506.11431.
     """
@@ -231,7 +231,7 @@ def paper_rows(model: nn.Module) -> list[Row]:
 
 
 def float_over(rows: Iterable[Row], bytes_: float) -> float:
-    """Bytes of the float parameters (one set of norms, no statistics) over `bytes_`."""
+    """Return the bytes of the float parameters (one norm set, no statistics) over `bytes_`."""
     return FLOAT_BYTES * sum(row.parameters for row in rows) / bytes_
 
 

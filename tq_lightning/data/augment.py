@@ -1,4 +1,4 @@
-"""Augmentation: batches on the device from numbers drawn in advance; single images by timm."""
+"""Augmentation of batches on the device, with numbers drawn in advance, and of images by timm."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -17,8 +17,8 @@ from tq_lightning.data.sampling import derive_seed, generator
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and PyTorch, and restore their states on exit.
 
-    timm's transforms, random erasing and mixup draw from the global generators. Inside this context
-    their draws are a function of `seed` alone.
+    timm's transforms, random erasing and mixup draw from the global generators. Inside of this
+    context, their draws depend only on `seed`.
 
     Args:
         seed: seed of all generators.
@@ -39,7 +39,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 
 def reseed(seed: int, device: torch.device | None = None) -> None:
-    """Seed the three CPU generators, and that of `device` if it is a CUDA device.
+    """Seed the three CPU generators, and the generator of `device` if it is a CUDA device.
 
     `torch.manual_seed` would also seed the other CUDA devices, whose states were not saved.
     """
@@ -58,7 +58,7 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, pad: int)
         images: (B, C, H, W), any dtype.
         top: (B,) int64, first row of the window, 0..2*pad.
         left: (B,) int64, first column of the window, 0..2*pad.
-        flip: (B,) bool, whether to mirror left-right.
+        flip: (B,) bool, True to mirror left-right.
         pad: width of the border in pixels.
 
     Returns:
@@ -97,16 +97,16 @@ class BatchAugment:
         self.reprob, self.remode, self.mixup = reprob, remode, mixup
 
     def draw(self, epoch: int, batch: int, size: int, mine: Tensor) -> dict[str, Any]:
-        """Draw the numbers for a process's share of a batch.
+        """Draw the random numbers for this process's share of a batch.
 
         Args:
-            epoch: number of the epoch.
-            batch: number of the batch in it.
+            epoch: index of the epoch.
+            batch: index of the batch in it.
             size: size of the global batch.
             mine: positions of this process in the global batch.
 
         Returns:
-            Small tensors, and integers for seeds, which stay on the CPU.
+            Small tensors, and seeds as integers, which stay on the CPU.
         """
         source = generator(self.seed, epoch, batch, 3)
         out: dict[str, Any] = {}

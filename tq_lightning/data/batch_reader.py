@@ -1,4 +1,4 @@
-"""Reading of batches: what worker processes read, and unreadable images among them."""
+"""Read batches, from memory or by worker processes, and handle unreadable images."""
 
 import os
 import sys
@@ -14,16 +14,16 @@ from tq_lightning.data.images import UnreadableImage
 from tq_lightning.data.sampling import derive_seed
 from tq_lightning.errors import UserError
 
-# Forking is safe on Linux alone; elsewhere, and from Python 3.14 on, other methods are the default.
+# Forking is safe only on Linux. Other systems, and Python 3.14, have other defaults.
 START_METHOD = "fork" if sys.platform == "linux" else None
 _MAX_UNREADABLE = 50  # consecutive images
 
 
 def default_workers() -> int:
-    """Return the number of processes that read samples: one per core of this process, up to 8."""
+    """Return the number of worker processes: one per CPU that this process may use, at most 8."""
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count() or 1)  # macOS and Windows can't tell which cores
+    return min(8, os.cpu_count() or 1)  # macOS and Windows have no CPU affinity of a process
 
 
 class Item(NamedTuple):
@@ -33,23 +33,23 @@ class Item(NamedTuple):
     """uint8 (C, H, W); None if it can't be read."""
     label: int
     error: str
-    """Why the image can't be read, or why another one took its place; else empty."""
+    """Reason why the requested image can't be read; empty if it can."""
     number: int
-    """Sample number that was asked for."""
+    """Requested sample index."""
 
 
 class ImageDataset:
-    """Map-style data set of `Item`s for worker processes. A key is (sample number, seed).
+    """Map-style data set of `Item`s for worker processes. A key is (sample index, seed).
 
-    An image that can't be read has no `image`, so that an evaluation can leave it out. In training,
-    where a batch must keep its size, the next image that can be read takes its place.
+    The item of an unreadable image has no `image`, so that an evaluation can skip it. In training,
+    where a batch must keep its size, the next readable image replaces it.
 
     Args:
-        read: sample number -> (PIL image, class number). May raise `UnreadableImage`.
+        read: sample index -> (PIL image, class index). May raise `UnreadableImage`.
         count: number of samples.
         transform: PIL image -> uint8 tensor. It may draw from the global generators, which are
             seeded for every sample.
-        replace: whether other images take the place of those that can't be read.
+        replace: replace unreadable images by other ones.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ImageDataset:
 
 
 def _collate(items: list[Item]) -> tuple[Any, Any, list[str], list[int]]:
-    """Collate a batch into (images, labels, errors, numbers of the unreadable samples).
+    """Collate a batch into (images, labels, errors, indices of the unreadable samples).
 
     Images are (batch, ...), labels (batch,). Both are None if every image is unreadable.
     """
@@ -88,7 +88,7 @@ def _collate(items: list[Item]) -> tuple[Any, Any, list[str], list[int]]:
 
 
 class _Keys:
-    """Batch sampler of the workers. It asks for its keys when an epoch starts."""
+    """Batch sampler of the workers, whose keys are set for each epoch."""
 
     def __init__(self) -> None:
         self.keys: Callable[[], Iterator[list[tuple[int, int]]]] = lambda: iter(())
@@ -98,7 +98,7 @@ class _Keys:
 
 
 class BatchReader:
-    """Batches of one split by sample number.
+    """Batches of one split by sample index.
 
     Images in memory are indexed as a tensor, others are read by worker processes. Only one
     iteration runs at a time: the workers persist, so a new iteration ends the previous one.
@@ -122,7 +122,7 @@ class BatchReader:
         self._loader: DataLoader | None = None
         self._unreadable: dict[str, None] = {}  # in order of appearance
         self.missing: set[int] = set()
-        """Sample numbers that were left out of an evaluation, since they can't be read."""
+        """Indices of the unreadable samples that an evaluation skipped."""
 
     def __call__(
         self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
@@ -130,16 +130,17 @@ class BatchReader:
         """Read the batches of an epoch.
 
         Args:
-            batches: makes an iterator over the sample numbers of each batch.
+            batches: returns an iterator over the sample indices of each batch.
             seed: run seed, for the transforms.
-            epoch: number of the epoch, for the transforms.
+            epoch: index of the epoch, for the transforms.
 
         Yields:
-            (images uint8 (B, C, H, W), labels int64 (B,)). Without the images that can't be read,
-            a batch of an evaluation is smaller; one that would be empty is left out.
+            (images uint8 (B, C, H, W), labels int64 (B,)). In an evaluation, unreadable images make
+            a batch smaller, and empty batches are skipped.
 
         Raises:
-            UserError: in training, many images in a row can't be read; in an evaluation, none can.
+            UserError: too many consecutive images of a training are unreadable, or all images of an
+                evaluation are.
         """
         if self.pixels is not None and self.items is None:
             for i in batches():
@@ -149,7 +150,7 @@ class BatchReader:
             [(n, derive_seed(seed, epoch, n, 5)) for n in i.tolist()] for i in batches()
         )
         if self._loader is None:
-            # a generator of its own: a DataLoader otherwise draws a seed from the global one
+            # a DataLoader without its own generator draws a seed from the global generator
             self._loader = DataLoader(
                 self.items,  # type: ignore[arg-type]
                 batch_sampler=self._sampler,  # type: ignore[arg-type]
@@ -183,11 +184,11 @@ class BatchReader:
                 self._report()
 
     def _report(self) -> None:
-        """Print one line that counts the images that can't be read, in this process."""
+        """Print one line that counts the unreadable images of this process."""
         how = (
-            f"skipped {len(self._unreadable)} of {len(self.labels)} images, others took their place"
+            f"replaced {len(self._unreadable)} unreadable images of {len(self.labels)} by others"
             if self.items is not None and self.items.replace
-            else f"left {len(self._unreadable)} images that can't be read out of the evaluation"
+            else f"skipped {len(self._unreadable)} unreadable images in the evaluation"
         )
         first = next(iter(self._unreadable))
         print(f"{how}; the first is {first}", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ def read_cifar100(source: Source, split: str) -> Split | None:
 
 
 def read_cifar(source: Source, split: str, classes: int) -> Split | None:
-    """Read <split>.tar or <split>/ of images under root, else torchvision's files, else download.
+    """Read CIFAR from <split>.tar or <split>/ under root, or torchvision's files, or download it.
 
     Raises:
         UserError: the number of classes is wrong, the classes of two splits differ, or a split is
@@ -42,13 +42,13 @@ def read_cifar(source: Source, split: str, classes: int) -> Split | None:
     if split == "val":
         return None
     other = find_split(root, "test" if split == "train" else "train")
-    if other is not None:  # half of a set given as images must not come from elsewhere
+    if other is not None:  # the splits must come from the same source
         raise UserError(f"found {other}, but {missing(root, split)}")
     return Split(*torchvision_cifar(root, classes, split == "train", source.download))
 
 
 def _check_same_classes(path: Path, names: list[str], root: Path) -> None:
-    """Compare class names with those of the training split, since numbers follow their order."""
+    """Compare class names with those of the training split: class indices follow their order."""
     train = find_split(root, "train")
     if train is None or train == path:
         return
@@ -59,7 +59,7 @@ def _check_same_classes(path: Path, names: list[str], root: Path) -> None:
         )
         raise UserError(
             f"{path} and {train} have different classes ({differing[0]} and {differing[1]}); "
-            "name their class folders alike"
+            "use the same names for the class folders"
         )
 
 
@@ -71,7 +71,7 @@ def decode_all(path: Path, size: int) -> tuple[list[str], Tensor, Tensor]:
         size: expected width and height of the images.
 
     Returns:
-        Class names by number, labels (N,) int64, and pixels (N, 3, size, size) uint8.
+        Class names by index, labels (N,) int64, and pixels (N, 3, size, size) uint8.
 
     Raises:
         UserError: see `open_images`; an image is damaged or has another size.
@@ -102,10 +102,10 @@ def torchvision_cifar(
     """Read CIFAR-10 or CIFAR-100 from torchvision's files, downloading them if allowed.
 
     Args:
-        root: folder that holds, or gets, torchvision's folder.
+        root: folder that contains torchvision's folder, or receives it.
         classes: 10 or 100.
-        train: the training split, else the test split.
-        download: fetch the files if they are not found.
+        train: True for the training split, False for the test split.
+        download: download the files if they are not found.
 
     Returns:
         See `decode_all`.

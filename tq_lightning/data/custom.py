@@ -1,4 +1,4 @@
-"""Data sets of the user's own: `data.name: package.module:factory`."""
+"""Data sets from a user's factory: `data.name: package.module:factory`."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,10 +37,10 @@ def open_custom(
         **options: The other arguments of `DatasetModule`.
 
     Returns:
-        The LightningDataModule that it returns, as it is, or a `DatasetModule` of its data sets.
+        The LightningDataModule that the factory returns, or a `DatasetModule` of its data sets.
 
     Raises:
-        UserError: As `call_factory`, or it returns something else.
+        UserError: As `call_factory`, or the factory returns another type.
     """
     made = call_factory(name, "data.name", **(arguments or {}))
     if isinstance(made, lightning.LightningDataModule):
@@ -56,14 +56,14 @@ def open_custom(
 
 
 class FactoryMeta(type):
-    """Makes `TQDataModule(name=...)` the data module of a factory, if `name` is one.
+    """Make `TQDataModule(name=...)` return the data module of a factory, if `name` is one.
 
-    Neither `__new__` nor a function would do: the signature of `__init__` is the `data:` section.
+    A metaclass is needed because the signature of `__init__` is the `data:` section.
     """
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """Signature of the class, which `__call__` would hide: that of `__init__`, without self."""
+        """Signature of `__init__` without self, which `__call__` would hide."""
         signature = inspect.signature(cls.__init__)  # type: ignore[misc]
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -91,16 +91,17 @@ class FactoryMeta(type):
 class DatasetModule(lightning.LightningDataModule):
     """Training, validation and test batches of the user's data sets.
 
-    Order, resume, processes and the held-out validation part are as for the built-in sets: the
-    order of epoch e depends on (seed, e) alone, and random draws of sample n on (seed, e, n).
+    Order, resume, several processes and the held-out validation samples work as for the built-in
+    data sets: the order of epoch e depends only on (seed, e), and the random draws of sample n only
+    on (seed, e, n).
 
     Args:
         name: name of the factory.
-        parts: data sets by stage: train, test and, if there is one, val.
+        parts: data sets by stage: train, test and, optionally, val.
         batch_size: training samples per process and step.
         eval_batch_size: samples per process and step in evaluation.
-        workers: processes that read.
-        val_fraction: share of the training set held out if there is no "val".
+        workers: number of worker processes.
+        val_fraction: share of the training set held out if there is no val.
         samples: number of training samples to use; None is all.
         seed: seed of the order.
     """
@@ -134,18 +135,18 @@ class DatasetModule(lightning.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names in `classes` of the training set, else numbers."""
+        """Class names from `classes` of the training set, else class indices as text."""
         names: Sequence[Any] = getattr(self.parts["train"], "classes", None) or range(
             self.num_classes or 0
         )
         return [str(name) for name in names]
 
     def split_of(self, stage: str) -> str:
-        """Name of the data set that a stage reads."""
+        """Return the name of the data set that a stage reads."""
         return stage if stage in self.parts else "val" if stage == "test" else "train"
 
     def _part(self, stage: str) -> tuple[Any, Tensor]:
-        """(data set, sample numbers) of the stage train, val or test."""
+        """Return (data set, sample indices) of the stage train, val or test."""
         split = self.split_of(stage)
         if split not in self.parts:
             raise UserError(f"data.name={self.name}: it returns no {stage} data set")
@@ -196,7 +197,7 @@ class DatasetModule(lightning.LightningDataModule):
     predict_dataloader = test_dataloader
 
     def calibration_batches(self, n: int) -> Iterator[Any]:
-        """Training batches to estimate norm statistics from, always the same."""
+        """Yield fixed training batches to estimate norm statistics from."""
         dataset, samples = self._part("train")
         order = torch.randperm(samples.numel(), generator=generator(CALIBRATION_SEED))
         chosen = samples[order[: n * self.batch_size]]
@@ -206,7 +207,7 @@ class DatasetModule(lightning.LightningDataModule):
 
 
 def _labels(dataset: Any) -> Tensor | None:
-    """The labels of a data set without reading its samples, from `labels` or `targets`."""
+    """Return the labels of a data set from `labels` or `targets`; None if it has neither."""
     for key in ("labels", "targets"):
         values = getattr(dataset, key, None)
         if values is not None and len(values) == len(dataset):

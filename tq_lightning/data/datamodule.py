@@ -1,4 +1,4 @@
-"""TQDataModule: any row of `DATASETS` as a LightningDataModule.
+"""TQDataModule: a data set of `DATASETS` as a LightningDataModule.
 
 Its signature is the `data:` section of a configuration.
 """
@@ -26,11 +26,12 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
 
     A batch is (images, labels): images float32 (B, 3, image_size, image_size), normalized, on the
     device; labels int64 (B,), or float (B, classes) with mixup, cutmix or label smoothing. The
-    order of epoch e and the augmentation of its batches depend only on (seed, e, batch). They are
-    the same after a resume, and for two processes at batch size 64 as for one at 128.
+    order of epoch e and the augmentation of its batches depend only on (seed, e, batch). They do
+    not change after a resume, and two processes at batch size 64 see the same batches as one at
+    128.
 
-    Validation uses the set's own validation split, or samples held out of the training split. Test
-    and predict use the test split, or the validation split of a set without one (ImageNet).
+    Validation uses the validation split, or samples held out of the training split if there is
+    none. Test and predict use the test split, or the validation split if there is none (ImageNet).
     Only `test` and `predict` read the test split.
 
     Attributes:
@@ -42,37 +43,38 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
 
     Args:
         name: digits, cifar10, cifar100, imagenet, imagefolder, wds, synthetic or hfds/PATH; or
-            package.module:factory, a function of yours that returns a LightningDataModule or
+            package.module:factory, your own function that returns a LightningDataModule or
             data sets (train, test) or (train, val, test).
         root: folder with <split>/<class>/<image>, or <split>.tar with the same inside; split is
             train, val or test. cifar10 and cifar100 also take torchvision's files, imagefolder also
             a folder or tar of classes without splits.
         download: let torchvision download cifar10 or cifar100 into root if it is not found.
-        num_classes: number of classes to make for synthetic (10), or to require of other sets;
-            null takes what the set has.
+        num_classes: number of classes to generate for synthetic (10), or to require of other data
+            sets; null accepts any number.
         image_size: height and width in pixels; null is 8 for digits, 32 for cifar and synthetic,
             224 for image files.
         batch_size: training samples per process and step.
         eval_batch_size: samples per process and step in evaluation; null is twice batch_size, and
             at least 256 for small images.
-        workers: processes that read image files; null is one per core, up to 8. Images in memory
-            need none.
-        val_fraction: share of the training split held out for validation if the set has no
-            validation split, at least one sample; the same samples for every seed.
-        samples: number of training samples to use, even over the classes; null uses all. For
-            synthetic, the number to make (2048).
-        mean: per-channel mean of the images in 0..1; null is the set's own.
-        std: per-channel standard deviation of the images in 0..1; null is the set's own.
-        interpolation: how images are scaled in evaluation, bilinear or bicubic.
-        train_interpolation: how image files are scaled in training, random, bilinear or bicubic.
-        crop_pct: in evaluation, image files are scaled so that the crop takes this share of their
+        workers: processes that read image files; null is one per core, up to 8. Not used for
+            images in memory.
+        val_fraction: share of the training split held out for validation if there is no validation
+            split, at least one sample; the same samples for every seed.
+        samples: number of training samples to use, balanced over the classes; null uses all. For
+            synthetic, the number to generate (2048).
+        mean: per-channel mean of the images in 0..1; null is the default of the data set.
+        std: per-channel standard deviation of the images in 0..1; null is the default of the data
+            set.
+        interpolation: resizing in evaluation, bilinear or bicubic.
+        train_interpolation: resizing of image files in training, random, bilinear or bicubic.
+        crop_pct: in evaluation, image files are resized so that the crop covers this share of their
             shorter side.
-        pad: black border in pixels of the random crop of small images; null is the set's own, 4
-            for cifar.
-        hflip: probability of mirroring a training image; null is the set's own, 0.5 except for
-            digits.
-        scale: smallest share of an image file's area that a random crop takes.
-        color_jitter: timm's color jitter; null is the set's own, 0.4 for image files.
+        pad: black border in pixels of the random crop of small images; null is the default of the
+            data set, 4 for cifar.
+        hflip: probability of mirroring a training image; null is the default of the data set, 0.5
+            except for digits.
+        scale: smallest share of the area of an image file that a random crop covers.
+        color_jitter: timm's color jitter; null is the default of the data set, 0.4 for image files.
         auto_augment: timm's policy, e.g. rand-m9-mstd0.5-inc1; null for none.
         reprob: probability of timm's random erasing.
         remode: fill of random erasing, const, rand or pixel.
@@ -140,18 +142,18 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes: fixed by the set, configured, or read from its files."""
+        """Number of classes: fixed by the data set, configured, or read from its files."""
         known = self._row["classes"] or self._expected
         return known or (10 if self.name == "synthetic" else len(self.class_names))
 
     @property
     def class_names(self) -> list[str]:
-        """Class names by number, from the first split that the set has."""
+        """Class names by index, from the first existing split."""
         return self.splits.class_names()
 
     @property
     def mixup(self) -> Any:
-        """Mixup of timm as configured, or None. It also makes the targets of label smoothing."""
+        """Mixup of timm, which also applies label smoothing; None if neither is configured."""
         if not any(self.mix.values()):
             return None
         from timm.data.mixup import Mixup
@@ -162,14 +164,14 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
     def calibration_batches(
         self, n: int, batch_size: int | None = None, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches as training sees them, augmented, to estimate norm statistics.
+        """Yield augmented training batches to estimate norm statistics from.
 
-        They are always the same, regardless of seed, epoch, process and random state, and change
-        none of these.
+        The batches do not depend on the seed, epoch, process and random state, and do not change
+        any of them.
 
         Args:
-            n: number of batches. There are fewer if the training split is smaller.
-            batch_size: samples per batch; None is that of training.
+            n: number of batches; fewer are returned if the training split is smaller.
+            batch_size: samples per batch; None is the batch size of training.
             device: device of the batches.
 
         Yields:
@@ -183,7 +185,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         augmentation = self._new_augment(CALIBRATION_SEED)
         if augmentation.mixup is not None:  # it pairs the images of a batch
             samples = samples[: samples.numel() // 2 * 2]
-        # a reader of its own: this may be called while validation reads the same split
+        # a separate reader, because validation may be reading the same split
         reader = self._new_reader(split, training=True)
         batches = reader(lambda: iter(samples.split(size)), CALIBRATION_SEED)
         for number, (pixels, labels) in enumerate(batches):
@@ -192,11 +194,11 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
             yield self._augmented(augmentation, pixels.to(device), labels.to(device), draw)
 
     def split_of(self, stage: str) -> str:
-        """Name of the split that stage train, val or test reads."""
+        """Return the name of the split that the stage train, val or test reads."""
         return self.splits.for_stage(stage)[0]
 
     def _reader(self, name: str, stage: str) -> BatchReader:
-        """Reader of a split for a stage, kept so that its worker processes persist."""
+        """Return the reader of a split for a stage, cached so that its workers persist."""
         if (name, stage) not in self._readers:
             self._readers[name, stage] = self._new_reader(name, training=stage == "train")
         return self._readers[name, stage]
@@ -229,7 +231,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
             self.setup(str(verb.value) if verb else "fit")
 
     def setup(self, stage: str) -> None:
-        """Read the splits of a stage, so that a missing one is an error before anything starts.
+        """Read the splits of a stage, so that a missing split is an error before training.
 
         Args:
             stage: fit, validate, test or predict.
@@ -249,7 +251,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         return loader
 
     def _new_augment(self, seed: int) -> augment.BatchAugment:
-        files = self._row["size"] is None  # cropped and mirrored one by one
+        files = self._row["size"] is None  # image files are cropped and mirrored one by one
         pad, hflip = (0, 0.0) if files else (self.pad, self.hflip)
         return augment.BatchAugment(seed, pad, hflip, self.reprob, self.remode, self.mixup)
 
@@ -274,7 +276,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         self._readers.clear()
 
     def _place(self) -> tuple[int, int]:
-        """(rank, number of processes)."""
+        """Return (rank, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from tq_lightning.data.sampling import derive_seed
 
 
 class _Seeded:
-    """Map-style data set whose random draws depend on the key alone: (sample number, seed)."""
+    """Map-style data set whose random draws depend only on the key, (sample index, seed)."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -25,7 +25,7 @@ class _Seeded:
 
 
 class _Keys:
-    """Batch sampler of the workers. It asks for its keys when an epoch starts."""
+    """Batch sampler of the workers, whose keys are set for each epoch."""
 
     keys: Callable[[], Iterator[list[tuple[int, int]]]]
 
@@ -34,12 +34,12 @@ class _Keys:
 
 
 class DatasetReader:
-    """Batches of a map-style data set by sample number, as `BatchReader` reads images.
+    """Batches of a map-style data set by sample index, with the interface of `BatchReader`.
 
     Args:
-        dataset: number -> (input, label) or a mapping; what `default_collate` can stack.
+        dataset: index -> (input, label) or a mapping, in a form that `collate` can stack.
         collate: `collate_fn` of the data set.
-        workers: processes that read. They persist over the epochs.
+        workers: number of worker processes. They persist over the epochs.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list], Any], workers: int) -> None:
@@ -52,7 +52,7 @@ class DatasetReader:
             collate_fn=collate,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # a DataLoader else draws a seed from the global one
+            generator=torch.Generator(),  # otherwise a seed is drawn from the global generator
             multiprocessing_context=START_METHOD if workers else None,
         )
 

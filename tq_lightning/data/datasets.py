@@ -19,7 +19,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def read_digits(source: Source, split: str) -> Split | None:
     """Read scikit-learn's 1,797 handwritten digits, 8x8 gray, as 3 equal channels.
 
-    A fixed fifth, even over the classes, is the test split.
+    A fixed fifth, balanced over the classes, is the test split.
     """
     from sklearn.datasets import load_digits
 
@@ -36,11 +36,11 @@ def read_digits(source: Source, split: str) -> Split | None:
 
 
 def read_synthetic(source: Source, split: str) -> Split:
-    """Make images that can be learned: a smooth pattern per class, shifted, dimmed, with noise.
+    """Generate learnable images: a smooth pattern per class, shifted, dimmed, with noise.
 
-    Images are stored at 32x32 or less and scaled up on the device, so a set at 224 pixels costs no
-    more memory than one at 32. The validation and test splits have a quarter of the training
-    samples each.
+    Images are stored at 32x32 or less and scaled up on the device, so a data set at 224 pixels
+    takes no more memory than one at 32. The validation and test splits each have a quarter of the
+    number of training samples.
     """
     classes, side = source.num_classes or 10, min(32, source.image_size)
     count = source.samples or 2048
@@ -68,9 +68,9 @@ def read_imagefolder(source: Source, split: str) -> Split | None:
 
 
 def read_imagenet(source: Source, split: str) -> Split | None:
-    """Read ImageNet-1k from folders named by WordNet id, with the usual 1,000 class numbers.
+    """Read ImageNet-1k from folders named by WordNet id, with the standard 1,000 class indices.
 
-    The numbers do not change if only some of the classes are present.
+    The indices do not change if only some of the classes are present.
     """
     from timm.data.imagenet_info import ImageNetInfo
 
@@ -101,9 +101,9 @@ def _index_files(source: Source, split: str) -> Split | None:
 
 
 # One row per data set:
-#   read: (source, split) -> Split, or None if the data set has no such split
+#   read: (source, split) -> Split, or None if the data set does not have the split
 #   classes: number of classes, None if it depends on the files or the configuration
-#   size: height and width in pixels, None for image files, which are scaled to data.image_size
+#   size: height and width in pixels; None for image files, which are resized to data.image_size
 #   mean, std: per channel, of images in 0..1
 #   pad: black border of the random crop in pixels
 #   hflip: probability of mirroring

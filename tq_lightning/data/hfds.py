@@ -1,4 +1,4 @@
-"""Hugging Face data sets, local or from the hub: `data.name: hfds/PATH`, by timm's reader."""
+"""Hugging Face data sets, local or from the hub, with timm's reader: `data.name: hfds/PATH`."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -14,13 +14,14 @@ _SPLITS = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
 
 
 def read_hfds(source: Source, split: str) -> Split | None:
-    """Read a map-style data set with the columns `image` and `label`. Labels need no image.
+    """Read a map-style data set with the columns `image` and `label`.
 
-    `data.root`, if it is not the default, is the cache folder of the `datasets` package.
+    Labels are read without decoding images. `data.root`, if it is not the default, is the cache
+    folder of the `datasets` package.
 
     Raises:
-        UserError: the package is not installed, the data set can't be opened, or it has no such
-            columns.
+        UserError: the package is not installed, the data set can't be opened, or it lacks one of
+            the columns.
     """
     if find_spec("datasets") is None:
         raise UserError(
@@ -36,7 +37,7 @@ def read_hfds(source: Source, split: str) -> Split | None:
             if "split" in str(error).lower():  # the data set has no split of this name
                 continue
             raise _cannot_open(source.path, error) from error
-        except Exception as error:  # of the network, the hub, pyarrow or the file system
+        except Exception as error:  # raised by the network, the hub, pyarrow or the file system
             raise _cannot_open(source.path, error) from error
         return _split(source.path, reader)
     return None
@@ -54,7 +55,10 @@ def _split(path: str, reader: Any) -> Split:
     columns = reader.dataset.remove_columns(reader.image_key).with_format("numpy")
     labels = np.asarray(columns[reader.label_key])
     if labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise UserError(f"data.name=hfds/{path}: the column label does not hold class numbers")
+        raise UserError(
+            f"data.name=hfds/{path}: the column label has type {labels.dtype}; pass a data set "
+            "with non-negative integer labels"
+        )
     names = reader.class_to_idx or {str(n): n for n in range(int(labels.max()) + 1)}
 
     def read(number: int) -> tuple[Any, int]:

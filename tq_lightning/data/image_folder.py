@@ -28,13 +28,13 @@ _SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 
 
 class ImageFiles:
-    """Images of a folder or tar by number.
+    """Images of a folder or tar by index.
 
     Args:
         root: the folder or tar.
         names: path of each image in it.
-        labels: class number of each image.
-        members: place of each image in a tar, None for a folder.
+        labels: class index of each image.
+        members: byte range of each image in a tar; None for a folder.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ImageFiles:
         return len(self.names)
 
     def __getitem__(self, number: int) -> tuple[Any, int]:
-        """Read (PIL image in RGB, class number).
+        """Read (PIL image in RGB, class index).
 
         Raises:
             UnreadableImage: the image can't be decoded. The message names it.
@@ -60,8 +60,7 @@ class ImageFiles:
         if self.members is None:
             return self.root / self.names[number]
         offset, size = self.members[number]
-        # opened for each image: worker processes that share one open file would move each
-        # other's position in it
+        # opened for each image, because worker processes would share the position of an open file
         with open(self.root, "rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
@@ -77,7 +76,7 @@ def find_split(root: Path, split: str) -> Path | None:
 
 
 def is_flat(root: Path) -> bool:
-    """Check if `root` is a set without splits: it holds class folders, or is a tar of them."""
+    """Return True if `root` has no splits, but class folders, or is a tar of class folders."""
     if root.is_file():
         return root.suffix == ".tar"
     return (
@@ -88,12 +87,12 @@ def is_flat(root: Path) -> bool:
 
 
 def missing(root: Path, *splits: str) -> str:
-    """Error message for splits that were not found under `root`."""
+    """Return the error message for splits that were not found under `root`."""
     at = root.absolute()
     if not root.exists():
         return (
-            f"no data at {at}: data.root must hold train/ or train.tar with one folder of images "
-            "per class"
+            f"no data at {at}: data.root must contain train/ or train.tar with one folder of "
+            "images per class"
         )
     looked = ", ".join(f"{name}/, {name}.tar" for split in splits for name in SPLITS[split])
     return (
@@ -107,15 +106,15 @@ def open_images(
 ) -> tuple[list[str], Tensor, ImageFiles]:
     """Index the images of a folder or tar by class, without decoding them.
 
-    The class of an image is the name of the folder that it is in. Files that are not images of a
-    class are left out, and one line on standard error counts them.
+    The class of an image is the name of its parent folder. Other files are skipped, and one line on
+    standard error counts them.
 
     Args:
         path: folder or .tar with <class>/<image> inside, at any depth.
-        index: class number by name. None numbers the classes that are found, in natural order.
+        index: class index by name. None numbers the classes in natural order.
 
     Returns:
-        Class names by number, labels (N,) int64, and the images in natural order of their paths.
+        Class names by index, labels (N,) int64, and the images in natural order of their paths.
 
     Raises:
         UserError: no images or a single class, a damaged tar, an empty class folder, or a class
@@ -133,7 +132,7 @@ def open_images(
         if len(names) == 1:
             raise _error(
                 f"{path} has a single class ({names[0]}): put the images of each class in a "
-                "folder of their own"
+                "separate folder"
             )
         index = {name: number for number, name in enumerate(names)}
     unknown = [name for name in names if name not in index]
@@ -141,7 +140,7 @@ def open_images(
         raise _error(
             f"{path} has {len(unknown)} class folders that are not among the {len(index)} "
             f"expected classes ({', '.join(unknown[:3])}): unpack it again, or pass "
-            "data.name=imagefolder for a set with its own classes"
+            "data.name=imagefolder for other classes"
         )
     if left_out.counts:
         _report(f"{path}: {len(paths)} images of {len(names)} classes; {left_out}")
@@ -152,7 +151,7 @@ def open_images(
 
 
 def class_names(path: Path) -> list[str]:
-    """Names of the class folders in a folder or tar that have images, in natural order."""
+    """Return the names of the class folders with images in a folder or tar, in natural order."""
     return _class_names(_scan(path)[0])
 
 
@@ -163,7 +162,7 @@ def _class_names(paths: list[PurePosixPath]) -> list[str]:
 def _scan(
     path: Path,
 ) -> tuple[list[PurePosixPath], dict[PurePosixPath, Member] | None, LeftOut]:
-    """Images in class folders in natural order, their places in a tar, and what is left out."""
+    """List the images in class folders in natural order, their places in a tar, skipped files."""
     members: dict[PurePosixPath, Member] | None = None
     if path.is_file():
         members, left_out = list_tar(path)
@@ -187,7 +186,7 @@ def _report(line: str) -> None:
 
 
 def _natural_key(text: str) -> list[Any]:
-    """Sort key that compares digits as numbers: "img2" before "img10"."""
+    """Return a sort key that compares digits as numbers: "img2" before "img10"."""
     parts = re.split(r"(\d+)", text.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
@@ -204,7 +203,7 @@ def _check_empty_folders(path: Path) -> None:
 def _in_class_folders(
     root: Path, paths: list[PurePosixPath], left_out: LeftOut
 ) -> list[PurePosixPath]:
-    """The images that are in a class folder. Those beside the class folders are left out."""
+    """Return the images in class folders. Images beside the class folders are skipped."""
     depth = 0
     tops = {p.parts[0] for p in paths if len(p.parts) > 1}
     if len(tops) == 1:

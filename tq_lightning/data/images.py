@@ -1,7 +1,6 @@
-"""Images: which files are images, and how any of them becomes 8-bit RGB.
+"""Find image files, and decode them to 8-bit RGB.
 
-Training, evaluation and `classify` all use this module, so they read the same files in the same
-way.
+Training, evaluation and `classify` share this module, so that they read the same files identically.
 """
 
 import os
@@ -17,7 +16,7 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
-# Folders of file managers, NAS systems and archivers. Names that begin with "." are left out too.
+# Folders of file managers, NAS systems and archivers. Names that start with "." are skipped too.
 _SYSTEM_FOLDERS = {
     "@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "lost+found",
     "$recycle.bin", "system volume information",
@@ -31,7 +30,7 @@ class UnreadableImage(UserError):
 
 
 class LeftOut:
-    """Files of a data set that are not used, counted by reason, with an example each."""
+    """Skipped files of a data set, counted by reason, with an example of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -44,7 +43,7 @@ class LeftOut:
 
     def __str__(self) -> str:
         parts = [f"{n} {reason} ({self.examples[reason]})" for reason, n in self.counts.items()]
-        return printable(f"left out {self.counts.total()}: {', '.join(parts)}")
+        return printable(f"skipped {self.counts.total()}: {', '.join(parts)}")
 
 
 def printable(text: str) -> str:
@@ -58,7 +57,7 @@ def is_hidden(parts: tuple[str, ...]) -> bool:
 
 
 def reason_to_skip(path: PurePosixPath) -> str | None:
-    """Why a file is not an image of a data set, judged by its relative path; None if it is one."""
+    """Return the reason to skip a file, judged by its relative path; None for an image."""
     if path.name.startswith("._"):
         return "macOS companion files"
     if is_hidden(path.parts):
@@ -75,7 +74,7 @@ def list_images(root: Path) -> tuple[list[PurePosixPath], LeftOut]:
         root: folder to search.
 
     Returns:
-        Relative paths in no particular order, and the files that were left out.
+        Relative paths in no particular order, and the skipped files.
 
     Raises:
         UserError: a folder can't be read.
@@ -94,7 +93,7 @@ def list_images(root: Path) -> tuple[list[PurePosixPath], LeftOut]:
 def _walk(
     root: Path, inside: PurePosixPath, ancestors: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[PurePosixPath, str | None]]:
-    """Yield (relative path, why it can't be opened or None) of everything but folders."""
+    """Yield (relative path, reason why it can't be opened or None) of all files."""
     folder = root / inside
     try:
         info = folder.stat()
@@ -153,7 +152,7 @@ def _to_8_bits(image: Any) -> Any:
     """Bring an image to one of the 8-bit modes that convert directly to RGB and L."""
     mode, kind = image.mode, image.format
     if mode in _EIGHT_BIT:
-        # a palette may carry its transparency per entry, which only RGBA keeps apart from colors
+        # a palette may have transparency per entry, which only RGBA separates from the colors
         return image.convert("RGBA") if mode in ("P", "PA") else image
     if mode in _INDIRECT:
         return image.convert(_INDIRECT[mode])

@@ -1,4 +1,4 @@
-"""Loaders for Lightning: plain iterables, whose sampler and position Lightning leaves alone."""
+"""Loaders for Lightning: plain iterables that control their own order and position."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,16 +15,16 @@ from tq_lightning.errors import UserError
 class TrainLoader:
     """Training batches (images uint8, labels, draw) of one process.
 
-    `draw` holds the random numbers of `BatchAugment` for the batch. Inside `fit`, Lightning's
-    counters, which a checkpoint restores, say which batch of which epoch comes next. They are read
-    when the first batch is asked for, so a run resumed inside an epoch sees exactly the rest of it.
-    Elsewhere iteration starts at batch 0 of the epoch last given to `set_epoch`.
+    `draw` holds the random numbers of `BatchAugment` for the batch. Inside `fit`, the next epoch
+    and batch come from Lightning's counters, which a checkpoint restores. They are read at the
+    first batch, so a run that resumes within an epoch gets exactly the remaining batches. Outside
+    of `fit`, iteration starts at batch 0 of the epoch last passed to `set_epoch`.
 
     Args:
         fetch: reader of the split.
         order: batches of every epoch.
-        augment: augmentation that draws the numbers; None yields batches as they are read.
-        data: name of the data set, kept in checkpoints.
+        augment: augmentation that draws the numbers; None yields batches without `draw`.
+        data: name of the data set, stored in checkpoints.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TrainLoader:
         ):
             raise UserError(
                 f"the checkpoint was saved inside an epoch with {saved}, this run has "
-                f"{self.state_dict()}: pass the same data.seed, data.samples and global batch "
+                f"{self.state_dict()}; pass the same data.seed, data.samples and global batch "
                 "size, or a checkpoint from the end of an epoch"
             )
         order = self.order
@@ -72,18 +72,18 @@ class TrainLoader:
             yield images, labels, self.augment.draw(epoch, number, order.size, mine)
 
     def state_dict(self) -> dict[str, Any]:
-        """Values that determine the order of the data; Lightning's counters hold the position."""
+        """Return the values that determine the order; Lightning's counters have the position."""
         order = self.order
         state = {"seed": order.seed, "samples": order.samples.numel(), "batch": order.size}
         return {**state, "data": self.data} if self.data else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep a state for the next iteration, which refuses to resume inside another order."""
+        """Store a state, which the next iteration compares with its own order."""
         self._saved = state
 
 
 def fit_progress(trainer: Any, loader: TrainLoader) -> tuple[int, int] | None:
-    """Return (epoch, next batch) by Lightning's counters if a running fit trains on `loader`."""
+    """Return (epoch, next batch) of Lightning's counters if a fit is training on `loader`."""
     if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
         return None
     fit = trainer.fit_loop
@@ -93,13 +93,13 @@ def fit_progress(trainer: Any, loader: TrainLoader) -> tuple[int, int] | None:
 class EvalLoader:
     """Evaluation batches (images uint8, labels) of one process, in order, each sample once.
 
-    An image that can't be read is left out. Another one in its place would be scored twice.
+    Unreadable images are skipped, not replaced: another image would be counted twice.
 
     Args:
         fetch: reader of the split.
-        samples: (N,) sample numbers.
+        samples: (N,) sample indices.
         batch_size: largest number of samples per batch.
-        rank: number of this process.
+        rank: index of this process.
         world: number of processes.
     """
 
@@ -109,9 +109,9 @@ class EvalLoader:
         self.fetch, self.batches = fetch, eval_batches(samples, batch_size, rank, world)
 
     def scored(self) -> list[int]:
-        """Return the sample numbers of the last iteration, in order, without the unreadable ones.
+        """Return the sample indices of the last iteration, in order, without unreadable ones.
 
-        If the iteration was cut short, the last ones were not read.
+        They include all samples, even if the iteration ended early.
         """
         numbers = torch.cat(self.batches).tolist()
         return [number for number in numbers if number not in self.fetch.missing]

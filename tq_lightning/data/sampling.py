@@ -1,7 +1,6 @@
 """Assignment of samples to batches.
 
-Everything here is a function of integers alone, so resumed and distributed runs see the same
-batches.
+All functions depend only on integers, so resumed and distributed runs see the same batches.
 """
 
 import math
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from tq_lightning.errors import UserError
 
-# independent of the run's seed: runs are compared on the same held-out images
+# independent of the seed of the run, so that all runs are compared on the same held-out images
 SPLIT_SEED = 0
-# of the order and the augmentation of calibration batches, in every run
+# seed of the order and augmentation of the calibration batches, the same in every run
 CALIBRATION_SEED = 8
 
 
@@ -34,7 +33,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Make a CPU generator seeded by `derive_seed(*numbers)`; no global random state changes."""
+    """Create a CPU generator seeded by `derive_seed(*numbers)`, without global side effects."""
     return torch.Generator().manual_seed(derive_seed(*numbers))
 
 
@@ -42,16 +41,16 @@ def stratified(labels: Tensor, count: int, seed: int = SPLIT_SEED) -> Tensor:
     """Pick `count` samples, as evenly over the classes as possible.
 
     Each class is shuffled, and its j-th of n samples gets the key (j + U) / n with one random U per
-    class. The samples with the smallest keys are picked. A class with a single image takes part by
-    chance, so a set with one image per class can be split too.
+    class. The samples with the smallest keys are picked. A class with a single image is picked at
+    random, so a data set with one image per class can be split too.
 
     Args:
-        labels: (samples,) int64 class numbers.
+        labels: (samples,) int64 class indices.
         count: number of samples to pick, 0..samples.
-        seed: seed of the private generator.
+        seed: seed of the generator.
 
     Returns:
-        (count,) int64, sorted sample numbers.
+        (count,) int64, sorted sample indices.
     """
     draw = generator(seed, labels.numel(), 1)
     keys = torch.empty(labels.numel(), dtype=torch.float64)
@@ -63,15 +62,15 @@ def stratified(labels: Tensor, count: int, seed: int = SPLIT_SEED) -> Tensor:
 
 
 def share(size: int, rank: int, world: int) -> Tensor:
-    """Positions in a global batch that belong to one process.
+    """Return the positions in a global batch that belong to one process.
 
-    Process r takes the r-th block from the front and its mirror image from the back. Mixup pairs
+    Process r takes the r-th block from the front and the r-th block from the back. Mixup pairs
     position i with size-1-i, so both samples of a pair are in one process, and reversing the local
-    batch pairs them like reversing the global batch.
+    batch gives the same pairs as reversing the global batch.
 
     Args:
         size: size of the global batch.
-        rank: number of the process.
+        rank: index of the process.
         world: number of processes.
 
     Returns:
@@ -87,18 +86,18 @@ def share(size: int, rank: int, world: int) -> Tensor:
 class TrainOrder:
     """Batches of every training epoch.
 
-    Epoch e is a permutation drawn from (seed, e) and cut into global batches. The samples that do
-    not fill a last batch are left out of the epoch; they differ in every epoch.
+    Epoch e is a permutation drawn from (seed, e), divided into global batches. Samples that do not
+    fill the last batch are dropped; they differ in every epoch.
 
     Args:
-        samples: (N,) sample numbers of the training part.
+        samples: (N,) indices of the training samples.
         batch_size: samples per process and step. The global batch has batch_size * world.
         seed: run seed.
-        rank: number of this process.
+        rank: index of this process.
         world: number of processes.
 
     Raises:
-        UserError: the samples do not fill one global batch.
+        UserError: there are fewer samples than in one global batch.
     """
 
     def __init__(
@@ -123,10 +122,10 @@ class TrainOrder:
         return self.samples.numel() // self.size
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Yield (batch number, (size,) sample numbers of the global batch) of an epoch.
+        """Yield (batch index, (size,) sample indices of the global batch) of an epoch.
 
         Args:
-            epoch: number of the epoch.
+            epoch: index of the epoch.
             start: first batch to yield.
         """
         samples = self.samples
@@ -139,19 +138,19 @@ class TrainOrder:
 
 
 def eval_batches(samples: Tensor, batch_size: int, rank: int = 0, world: int = 1) -> list[Tensor]:
-    """Evaluation batches of one process.
+    """Return the evaluation batches of one process.
 
-    Every sample is in exactly one process. All processes get the same number of batches, since a
-    collective operation in an evaluation step would hang otherwise; batch sizes differ instead.
+    Every sample belongs to exactly one process. All processes get the same number of batches, so
+    that collective operations in an evaluation step do not hang; batch sizes differ instead.
 
     Args:
-        samples: (N,) sample numbers.
+        samples: (N,) sample indices.
         batch_size: largest number of samples per batch.
-        rank: number of this process.
+        rank: index of this process.
         world: number of processes.
 
     Returns:
-        Sample numbers of each batch.
+        Sample indices of each batch.
 
     Raises:
         UserError: there are fewer samples than processes.

@@ -1,4 +1,4 @@
-"""The splits of a data set, and the samples that training, validation and test take from them."""
+"""The splits of a data set, and the samples of training, validation and test."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ class Split:
     """One split of a data set, in memory (`pixels`) or as image files (`read`).
 
     Attributes:
-        classes: class names by number.
+        classes: class names by index.
         labels: (N,) int64.
         pixels: (N, 3, H, W) uint8, or None.
-        read: sample number -> (PIL image, class number), or None.
+        read: sample index -> (PIL image, class index), or None.
     """
 
     classes: list[str]
@@ -30,7 +30,7 @@ class Split:
     read: Callable[[int], tuple[Any, int]] | None = None
 
     def picture(self, n: int) -> tuple[Any, int]:
-        """Make (PIL image, class number) from pixels, for timm's transforms of single images."""
+        """Return (PIL image, class index) from pixels, for timm's transforms of single images."""
         from PIL import Image
 
         assert self.pixels is not None
@@ -43,13 +43,13 @@ class Source:
 
     Attributes:
         root: folder of the data set.
-        download: whether a missing data set may be downloaded.
+        download: allow the download of a missing data set.
         num_classes: number of classes of synthetic data; None is 10.
         image_size: height and width in pixels.
-        path: what follows the / in data.name, e.g. hfds/PATH.
+        path: part of data.name after the /, e.g. hfds/PATH.
         samples: number of synthetic training samples; None is 2048.
-        index: class numbers by name, once the first split of image files was read.
-        files: splits of image files that were read.
+        index: class index by name, set by the first split of image files.
+        files: splits of image files that were read so far.
     """
 
     root: Path
@@ -66,11 +66,11 @@ class Splits:
     """The splits of one data set, each read once.
 
     Args:
-        name: the data set, named in errors.
-        read: (source, split) -> Split, or None if the set has no such split.
-        source: where the set is.
-        val_fraction: share of the training split held out for validation if the set has no
-            validation split.
+        name: name of the data set, for errors.
+        read: (source, split) -> Split, or None if the split does not exist.
+        source: configuration of the reader.
+        val_fraction: share of the training split held out for validation if there is no validation
+            split.
         samples: number of training samples to use; None uses all.
     """
 
@@ -88,7 +88,7 @@ class Splits:
         self.loaded: dict[str, Split | None] = {}  # read so far
 
     def find(self, name: str) -> Split | None:
-        """Return the split train, val or test; None if the set does not have it."""
+        """Return the split train, val or test; None if it does not exist."""
         if name not in self.loaded:
             split, expected = self._read_split(self.source, name), self.source.num_classes
             if split is not None and expected not in (None, len(split.classes)):
@@ -107,14 +107,14 @@ class Splits:
         return split
 
     def class_names(self) -> list[str]:
-        """Return the class names by number, from the first split that the set has."""
+        """Return the class names by index, from the first existing split."""
         for name in ("train", "val", "test"):
             if (split := self.find(name)) is not None:
                 return split.classes
         raise UserError(missing(self.source.root, "train", "val", "test"))
 
     def for_stage(self, stage: str) -> tuple[str, Tensor]:
-        """Return (split to read, sample numbers) of the stage train, val or test."""
+        """Return (split to read, sample indices) of the stage train, val or test."""
         own = self.find("val") is not None
         if stage == "test":
             name = self._first("test", "val")
@@ -137,7 +137,7 @@ class Splits:
         return name, rest
 
     def _first(self, *names: str) -> str:
-        """Return the first of these splits that the set has."""
+        """Return the first of these splits that exists."""
         for name in names:
             if self.find(name) is not None:
                 return name

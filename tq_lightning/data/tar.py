@@ -1,4 +1,4 @@
-"""Index of the images in a tar file, by byte range."""
+"""Index the images in a tar file by byte range."""
 
 import tarfile
 from pathlib import Path, PurePosixPath
@@ -16,9 +16,9 @@ class Member(NamedTuple):
 
 
 class _BoundedFile:
-    """Binary file that is never asked for more bytes than it has.
+    """Binary file that limits the size of reads to the remaining bytes.
 
-    tarfile allocates whatever size an extended header claims.
+    tarfile otherwise allocates any size that an extended header claims.
     """
 
     def __init__(self, file: IO[bytes], size: int) -> None:
@@ -37,7 +37,7 @@ def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
         path: an uncompressed tar.
 
     Returns:
-        Place of each image by its path, and the files that were left out.
+        Byte range of each image by its path, and the skipped files.
 
     Raises:
         UserError: the tar is damaged, or its member sizes contradict its content.
@@ -85,7 +85,7 @@ def _list_members(
             else:
                 members[path] = Member(first, info.size)
         file.seek(tar.offset)
-    # tarfile takes everything that is not a header for the end of the archive
+    # tarfile interprets any data that is not a header as the end of the archive
     remaining = end - file.tell()
     while remaining > 0:
         chunk = file.read(min(remaining, 1 << 20))

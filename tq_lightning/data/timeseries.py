@@ -1,6 +1,6 @@
-"""Labeled time series that the aeon package carries.
+"""Labeled time series from the data files of the aeon package.
 
-A factory: `data.name: tq_lightning.data.timeseries:aeon_series`.
+`aeon_series` is a factory: `data.name: tq_lightning.data.timeseries:aeon_series`.
 """
 
 from importlib.util import find_spec
@@ -20,12 +20,12 @@ class Series:
     ([x, lengths], labels).
 
     Args:
-        series: one array (channels, own steps) per sample.
-        labels: class numbers.
-        classes: class names by number.
+        series: one array (channels, steps of the sample) per sample.
+        labels: class indices.
+        classes: class names by index.
         steps: length to pad to.
-        mean: per channel, subtracted.
-        std: per channel, divided by.
+        mean: (channels,), subtracted from the series.
+        std: (channels,), by which the series are divided.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Series:
 
 
 def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
-    """Read a .ts file of classified series: channels between colons, the class at the end.
+    """Read a .ts file of labeled series: channels separated by colons, with the class at the end.
 
     Returns:
         One float32 array (channels, steps) per series, and the class of each.
 
     Raises:
-        UserError: the file is not of this form.
+        UserError: the file does not have this format.
     """
     series, labels, data = [], [], False
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -74,33 +74,36 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
             raise UserError(f"{path}: series {len(series) + 1} can't be read ({error})") from error
         labels.append(label)
     if not series or not series[0].size:
-        raise UserError(f"{path} holds no classified series; pass another problem")
+        raise UserError(f"{path} has no labeled series; pass another data set")
     return series, labels
 
 
 def aeon_series(name: str = "JapaneseVowels") -> tuple[Series, Series]:
-    """Read a classification problem from aeon's own files: (train, test).
+    """Read a classification data set of the aeon package.
 
     Channels are normalized with the mean and the standard deviation of the training series.
 
     Args:
-        name: a problem that lies in the package, e.g. JapaneseVowels, BasicMotions, ArrowHead.
+        name: a data set in the package, e.g. JapaneseVowels, BasicMotions, ArrowHead.
+
+    Returns:
+        (train, test).
 
     Raises:
-        UserError: aeon is not installed, or does not carry the problem as a classification.
+        UserError: aeon is not installed, or does not include the data set.
     """
     spec = find_spec("aeon")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "data.name needs the files of the package aeon; pip install --no-deps aeon (it asks "
-            "for an older NumPy, but only its data is read)"
+            "data.name needs the data files of the package aeon; pip install --no-deps aeon (only "
+            "its data is read)"
         )
     root = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     files = [root / name / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
     if not all(file.is_file() for file in files):
-        carried = sorted(p.parent.name for p in root.glob("*/*_TRAIN.ts"))
+        known = sorted(p.parent.name for p in root.glob("*/*_TRAIN.ts"))
         raise UserError(
-            f"data.data_args: aeon carries no problem {name!r}; pass one of {', '.join(carried)}"
+            f"data.data_args: aeon has no data set {name!r}; pass one of {', '.join(known)}"
         )
     loaded = [read_ts(file) for file in files]
     splits = [x for x, _ in loaded]

@@ -1,4 +1,4 @@
-"""Ranges and choices of the `data:` keys."""
+"""Validation of the `data:` keys."""
 
 import math
 from typing import Any
@@ -36,7 +36,7 @@ _CHOICES = {
 
 
 def _is_other(name: str) -> bool:
-    """Tell whether a name is that of a factory, or hfds/PATH."""
+    """Return True for the name of a factory, or hfds/PATH."""
     return is_factory(name) or (name.startswith("hfds/") and len(name) > 5)
 
 
@@ -47,33 +47,35 @@ def check(given: dict[str, Any]) -> None:
         given: value by key, of all arguments of the data module.
 
     Raises:
-        UserError: a value is out of range or unknown, or two do not go together. The message
-            names the key.
+        UserError: a value is out of range or unknown, or a combination is not supported. The
+            message names the key.
     """
     for key, allowed in _CHOICES.items():
         if given[key] not in allowed and not (key == "name" and _is_other(given[key])):
             own = " or package.module:factory" if key == "name" else ""
-            raise UserError(f"data.{key}={given[key]!r} is not one of {', '.join(allowed)}{own}")
+            raise UserError(
+                f"data.{key}: got {given[key]!r}, pass one of {', '.join(allowed)}{own}"
+            )
     for key, (low, high) in _RANGES.items():
         if given[key] is not None and not low <= given[key] <= high:
             raise UserError(f"data.{key}={given[key]} is out of range; pass {low} to {high}")
     mixed = any(given[key] for key in ("mixup", "cutmix", "smoothing"))
     if mixed and given["batch_size"] % 2:
         raise UserError(
-            f"data.batch_size={given['batch_size']} is odd; mixup, cutmix and smoothing need an "
-            "even one"
+            f"data.batch_size={given['batch_size']} is odd; pass an even number for mixup, cutmix "
+            "and smoothing"
         )
     for key in ("mean", "std"):
         if given[key] is not None and len(given[key]) != 3:
-            raise UserError(f"data.{key}={given[key]} must have 3 numbers, one per channel")
+            raise UserError(f"data.{key}: got {given[key]}, pass 3 numbers, one per channel")
     if given["std"] is not None and not all(0 < value < math.inf for value in given["std"]):
-        raise UserError(f"data.std={given['std']} must be above 0")
+        raise UserError(f"data.std: got {given['std']}, pass numbers above 0")
     if given["auto_augment"]:
         _check_policy(given["auto_augment"])
 
 
 def _check_policy(policy: str) -> None:
-    """Raise UserError for an auto-augment policy that timm does not know."""
+    """Raise UserError for an auto-augment policy that timm does not support."""
     from timm.data import create_transform
 
     try:

@@ -1,7 +1,7 @@
 """WebDataset shards on disk: `data.name: wds`, tars of KEY.jpg with KEY.cls or KEY.json.
 
-The shards are indexed once, and images are then read by number, as from a folder. Seed, order,
-exact resume, process counts and the held-out part are therefore as for every other data set.
+The shards are indexed once, and images are then read by index, as from a folder. Shuffling, exact
+resume, several processes and held-out samples therefore work as for every other data set.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ from tq_lightning.data.splits import Source, Split
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
-VERSION = 1  # of the cached index
-JSON_LABELS = ("label", "cls")  # keys of the class number in KEY.json
+VERSION = 1  # version of the cached index
+JSON_LABELS = ("label", "cls")  # keys of the class index in KEY.json
 
 
 class ShardIndex(NamedTuple):
-    """Place and label of every image.
+    """Location and label of every image.
 
     Attributes:
-        shards: (images,) int64, number of its shard.
+        shards: (images,) int64, index of the shard.
         offsets: (images,) int64, first byte in the shard.
         sizes: (images,) int64, bytes.
-        labels: (images,) int64, class numbers.
+        labels: (images,) int64, class indices.
         keys: (images,) str, KEY.ext.
     """
 
@@ -49,21 +49,21 @@ class ShardIndex(NamedTuple):
 def read_wds(source: Source, split: str) -> Split | None:
     """Open the shards of a split: ROOT/SPLIT/*.tar, or tars of ROOT with the split in their name.
 
-    Tars of ROOT without the name of any split are the training split. Class names are in
-    ROOT/classes.txt, one a line, else they are numbers.
+    Tars of ROOT without the name of any split are the training split. Class names are read from
+    ROOT/classes.txt, one per line; without this file, they are class indices.
 
     Raises:
         UserError: there are no shards, a shard is damaged, or no image has a label.
     """
     if not source.root.is_dir():
-        raise UserError(f"no data at {source.root.absolute()}: data.root must hold .tar shards")
+        raise UserError(f"no data at {source.root.absolute()}: data.root must contain .tar shards")
     shards = find_shards(source.root, split)
     if not shards:
         if split == "train":
             raise UserError(f"no .tar shards in {source.root.absolute()}; pass another data.root")
         return None
     if source.index is None and split != "train":
-        read_wds(source, "train")  # which defines the classes
+        read_wds(source, "train")  # the training split defines the classes
     index = cached_index(shards)
     return Split(
         _classes(source, index, split), torch.from_numpy(index.labels), read=Shards(shards, index)
@@ -94,20 +94,20 @@ def _classes(source: Source, index: ShardIndex, split: str) -> list[str]:
         source.index = {(known[n] if n < len(known) else str(n)): n for n in range(count)}
     if int(index.labels.max()) >= len(source.index):
         raise UserError(
-            f"the {split} shards in {source.root} have the class number {index.labels.max()}, "
-            f"and there are {len(source.index)} classes; pass data.num_classes"
+            f"the {split} shards in {source.root} have the class index {index.labels.max()}, but "
+            f"there are {len(source.index)} classes; pass data.num_classes"
         )
     return sorted(source.index, key=source.index.__getitem__)
 
 
 class Shards:
-    """Images of shards by number."""
+    """Images of shards by index."""
 
     def __init__(self, shards: list[Path], index: ShardIndex) -> None:
         self.shards, self.index = shards, index
 
     def __call__(self, number: int) -> tuple[Any, int]:
-        """Read (PIL image in RGB, class number).
+        """Read (PIL image in RGB, class index).
 
         Raises:
             UnreadableImage: the image can't be decoded. The message names it and its shard.
@@ -115,7 +115,7 @@ class Shards:
         index = self.index
         shard = self.shards[index.shards[number]]
         try:
-            # opened for each image: worker processes would move each other's position
+            # opened for each image, because worker processes would share the position of a file
             with open(shard, "rb") as file:
                 file.seek(int(index.offsets[number]))
                 content = io.BytesIO(file.read(int(index.sizes[number])))
@@ -127,10 +127,10 @@ class Shards:
 
 
 def cached_index(shards: list[Path]) -> ShardIndex:
-    """Read the index of shards, or make it and keep it beside them.
+    """Read the cached index of shards, or create it and store it beside them.
 
-    It is made again if a shard has another size or time. A folder that can't be written is
-    indexed anew by every run.
+    The index is created again if the size or modification time of a shard changes, and by every
+    run if the folder is read-only.
     """
     stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     identity = json.dumps([VERSION, stats])
@@ -150,7 +150,7 @@ def cached_index(shards: list[Path]) -> ShardIndex:
 
 
 def index_shards(shards: list[Path]) -> ShardIndex:
-    """List the images of shards with their labels. One line counts what is left out.
+    """List the images of shards with their labels. One line counts skipped members.
 
     Raises:
         UserError: a shard is damaged, or no image has a label.
@@ -161,8 +161,8 @@ def index_shards(shards: list[Path]) -> ShardIndex:
         rows += [(number, *row) for row in _index_shard(shard, left_out)]
     if not rows:
         raise UserError(
-            f"no image in {shards[0].parent} has a label ({left_out}); shards hold KEY.jpg and "
-            f"KEY.cls, or KEY.json with one of the keys {', '.join(JSON_LABELS)}"
+            f"no image in {shards[0].parent} has a label ({left_out}); pass shards with KEY.jpg "
+            f"and KEY.cls, or KEY.json with one of the keys {', '.join(JSON_LABELS)}"
         )
     if left_out.counts:
         _print(f"{shards[0].parent}: {len(rows)} images in {len(shards)} shards; {left_out}")
@@ -177,7 +177,7 @@ def _print(line: str) -> None:
 
 
 def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, str]]:
-    """(offset, size, label, name) of the labeled images of a shard, in its order."""
+    """List (offset, size, label, name) of the labeled images of a shard, in file order."""
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
     broken: set[str] = set()

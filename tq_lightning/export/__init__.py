@@ -1,1 +1,1 @@
-"""Real integers: the packed file, and ONNX graphs made from it."""
+"""Export of integer weights: the packed file, and ONNX and ExecuTorch files made from it."""

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def class_names(header: Mapping[str, Any]) -> list[str]:
-    """Names of the classes: those of the file, or of ImageNet for 1000 classes.
+    """Return the class names of a packed file, or those of ImageNet for 1000 classes.
 
     Args:
         header: header of a packed file, or `tq_file` of a loaded model.

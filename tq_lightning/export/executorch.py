@@ -1,13 +1,13 @@
-"""ExecuTorch program: a packed file at one width, with its own integers as int8 and int4 weights.
+"""ExecuTorch program: a packed file at one width, with its codes as int8 and int4 weights.
 
-Quantized convolutions and linears run on XNNPACK's integer kernels. Their weights are the codes of
-the file, not quantized again. Their inputs are quantized at each run, with the range that they have
-there (dynamic quantization), so no calibration is needed. All other operations run in float.
+Quantized convolutions and linear layers run on XNNPACK's integer kernels. Their weights are the
+codes of the file, not quantized again. Inputs are quantized at run time, each in its own range
+(dynamic quantization), so no calibration is needed. All other operations run in float.
 
-XNNPACK stores the weights of linears as int4 from 4 bits down, and those of convolutions as int8 at
-every width; it has no smaller types. All integers are exact. Where the odd integers of the levels
-`endpoint` and `centre` do not fit the type (8 bits in int8, 4 bits in int4), k' stands for them,
-and one more output channel sums the inputs (see `integer_weight`).
+XNNPACK stores the weights of linear layers as int4 at 4 bits and below, and those of convolutions
+as int8 at every width. All integers are exact. If the odd integers of the levels `endpoint` and
+`centre` do not fit the type (8 bits in int8, 4 bits in int4), the codes k' are stored instead, and
+one more output channel sums the inputs (see `integer_weight`).
 """
 
 from pathlib import Path
@@ -30,11 +30,11 @@ INSTALL = "pip install 'tq_lightning[executorch]' in an environment of its own"
 
 
 class Program(NamedTuple):
-    """What `export_executorch` wrote.
+    """Layers of a program, as returned by `export_executorch`.
 
     Attributes:
         integer: Names of the weights that run as integers.
-        left_in_float: Name and reason of each quantized weight that does not.
+        left_in_float: {name: reason} of the quantized weights that stay in float.
     """
 
     integer: list[str]
@@ -47,14 +47,14 @@ def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
     Args:
         path: Packed file.
         out: Target file (.pte), written atomically.
-        bits: Width, one of those that the file runs at.
+        bits: Width, one of those that the file supports.
 
     Returns:
-        The layers that run as integers, and those that do not.
+        The layers that run as integers, and those that stay in float.
 
     Raises:
-        UserError: See `load_packed`; ExecuTorch is not installed or does not fit PyTorch; the
-            network quantizes its activations; PyTorch or ExecuTorch can't express the network.
+        UserError: See `load_packed`; ExecuTorch is not installed or was built for another PyTorch;
+            the network quantizes its activations; PyTorch or ExecuTorch can't express the network.
     """
     backend = _backend()
     model = load_packed(path, bits=bits)
@@ -62,18 +62,19 @@ def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
     size = (header["preprocessing"] or {}).get("input_size")
     if size is None:
         raise UserError(
-            f"{path} does not give the size of its images; export it with "
-            "preprocessing={'input_size': ...}"
+            f"{path} has no input size; export it with preprocessing={{'input_size': ...}}"
         )
     if any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         raise UserError(
-            f"{path} was trained with quantized activations; --format executorch quantizes "
-            "activations by itself, so pass --format onnx instead"
+            f"{path} was trained with quantized activations, which --format executorch replaces "
+            "by its own; pass --format onnx instead"
         )
     program = _to_integers(model)
     if not program.integer:
         name, reason = next(iter(program.left_in_float.items()))
-        raise UserError(f"no layer of {path} can run as integers; the first is {name}: {reason}")
+        raise UserError(
+            f"no layer of {path} can run on integers ({name}: {reason}); pass --format onnx instead"
+        )
     try:
         with torch.no_grad():
             exported = torch.export.export(model.eval(), (torch.zeros(1, *size),), strict=False)
@@ -89,7 +90,7 @@ def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
 
 
 def _backend() -> Any:
-    """Return a function from an exported program to the bytes of an ExecuTorch program."""
+    """Return a function that lowers an exported program to the bytes of an ExecuTorch program."""
     try:
         from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -115,7 +116,7 @@ def _backend() -> Any:
 
 
 def _to_integers(model: nn.Module) -> Program:
-    """Replace quantized layers by integer ones, in place, and make the other weights float."""
+    """Replace quantized layers by integer layers in place; other weights become float."""
     bits = width_of(model).bits
     assert bits is not None
     program = Program([], {})
@@ -143,7 +144,7 @@ def _to_integers(model: nn.Module) -> Program:
 
 
 def _why_float(module: nn.Module, tensor: str) -> str | None:
-    """Why a layer can't run on XNNPACK's dynamically quantized kernels; None if it can."""
+    """Return the reason why XNNPACK has no integer kernel for a layer, or None if it has one."""
     kind = type(module)
     if tensor != "weight" or kind not in (nn.Conv2d, nn.Linear):
         return f"{kind.__name__}.{tensor} is not the weight of a plain Conv2d or Linear"
@@ -156,11 +157,11 @@ def _why_float(module: nn.Module, tensor: str) -> str | None:
 
 
 class _IntegerLayer(nn.Module):
-    """Convolution or linear with int8 weights, whose input is quantized at each run.
+    """Convolution or linear layer with int8 weights, whose input is quantized at run time.
 
     Args:
-        layer: Layer that it replaces; gives bias, stride, padding and dilation.
-        weight: Its weight as integers.
+        layer: Layer to replace; provides bias, stride, padding and dilation.
+        weight: Its integer weight.
     """
 
     bias: Tensor | None
@@ -188,7 +189,7 @@ class _IntegerLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input, and compute the layer on integers."""
+        """Quantize the input and run the integer layer."""
         ops = torch.ops.quantized_decomposed
         low, high = self.bounds
         weight = ops.dequantize_per_channel(
@@ -209,10 +210,10 @@ class _IntegerLayer(nn.Module):
 
 
 def _takes_int4(codes: Tensor) -> bool:
-    """Whether XNNPACK can store a weight as int4: a linear's, in pairs along the input."""
+    """Return True if XNNPACK can pack a weight as int4: linear, in pairs along the input."""
     return codes.dim() == 2 and codes.shape[1] % 2 == 0
 
 
 def _by_channel(values: Tensor, codes: Tensor) -> Tensor:
-    """Return one value for each output channel, (out,), of a tensor that broadcasts to `codes`."""
+    """Reduce a tensor that broadcasts to `codes` to one value per output channel, (out,)."""
     return values.expand(codes.shape).flatten(1)[:, 0]

@@ -32,22 +32,21 @@ def create_model(
     """Create a timm model, or one of our CIFAR ResNets, by name.
 
     Args:
-        name: A name from `timm.list_models()`, with a tag if needed, or `hf-hub:...` or
+        name: A name from `timm.list_models()`, with an optional tag; `hf-hub:...` or
             `local-dir:...`; or `package.module:factory`, a function that returns the network.
-        num_classes: Outputs of the classifier; None for the model's own number.
-        pretrained: Load timm's weights for the model (from its cache, else over the network).
+        num_classes: Outputs of the classifier; None for the default of the model.
+        pretrained: Load timm's pretrained weights, from the cache or over the network.
         checkpoint_path: Weights to load: a `.safetensors` file or one written by `torch.save` (read
             with `weights_only=True`) with a plain state dict, a checkpoint of timm, or a checkpoint
             of a run. Names and shapes must match.
         **kwargs: Further arguments of the model, e.g. `in_chans=1`.
 
     Returns:
-        The model, in training mode, on the CPU (or on the device of an enclosing
-        `torch.device(...)`).
+        The model in training mode, on the CPU or the device of an enclosing `torch.device(...)`.
 
     Raises:
-        UserError: An unknown name, argument or tag, or weights that cannot be downloaded, read or
-            loaded into the model.
+        UserError: The name, an argument or the tag is unknown, or the weights cannot be downloaded,
+            read or loaded into the model.
     """
     check_name(name)
     if checkpoint_path is not None:
@@ -63,21 +62,21 @@ def create_model(
                 name, pretrained=pretrained, num_classes=num_classes, **kwargs
             )
     except Exception as error:  # the model and the network stack raise errors of any type
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         if pretrained:
-            said = (
+            reason = (
                 f"{type(error).__name__}: not in the cache, and no network"
                 if isinstance(error, OSError)
-                else said
+                else reason
             )
-            hint = "pass pretrained=false, or checkpoint_path=FILE with weights you have"
+            hint = "pass pretrained=false, or checkpoint_path=FILE with local weights"
             raise UserError(
-                f"cannot load the pretrained weights of {name} ({said}); {hint}"
+                f"cannot load the pretrained weights of {name} ({reason}); {hint}"
             ) from error
-        asked = {"num_classes": num_classes, **kwargs}
-        given = ", ".join(f"{key}={value!r}" for key, value in asked.items() if value is not None)
+        passed = {"num_classes": num_classes, **kwargs}
+        given = ", ".join(f"{key}={value!r}" for key, value in passed.items() if value is not None)
         raise UserError(
-            f"timm cannot create {name} with {given or 'no arguments'} ({said})"
+            f"timm cannot create {name} with {given or 'no arguments'} ({reason})"
         ) from error
     if checkpoint_path is not None:
         load_weights(model, checkpoint_path, name)
@@ -85,7 +84,7 @@ def create_model(
 
 
 def check_name(name: str) -> None:
-    """Raise UserError for the name of a model that timm does not know, with similar names."""
+    """Raise UserError for an unknown model name; the message suggests similar names."""
     if is_remote(name) or is_factory(name) or timm.is_model(name):
         return
     close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
@@ -98,25 +97,25 @@ def _own_model(
 ) -> nn.Module:
     if pretrained:
         raise UserError(
-            f"model.pretrained is for models of timm, and {name} is a factory; pass "
+            f"model.pretrained needs a timm model, and {name} is a factory; pass "
             "checkpoint_path=FILE, or load the weights in the factory"
         )
     classes = {} if num_classes is None else {"num_classes": num_classes}
     model = call_factory(name, "model.name", **classes, **kwargs)
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"model.name={name}: it returns a {type(model).__name__}; return an nn.Module"
+            f"model.name={name}: the factory returned a {type(model).__name__}; return an nn.Module"
         )
     return model
 
 
 def is_remote(name: str) -> bool:
-    """Tell whether a model name refers to a hub or a folder, such as `hf-hub:...`, not to timm."""
+    """Return True if a model name refers to a hub or a folder, such as `hf-hub:...`."""
     return ":" in name and not is_factory(name)
 
 
 def check_local(name: str, path: str | Path) -> None:
-    """Refuse a remote model name that was read from a file: nothing is fetched on a file's behalf.
+    """Check that a model name from a file is not remote, so that loading it downloads nothing.
 
     Args:
         name: Name of the model.
@@ -127,17 +126,18 @@ def check_local(name: str, path: str | Path) -> None:
     """
     if not isinstance(name, str) or is_remote(name):
         raise UserError(
-            f"{path} names the model {name!r}, which would be fetched from elsewhere; "
-            "pass a checkpoint that names a timm model"
+            f"{path} names the model {name!r}, which would have to be downloaded; "
+            "pass a checkpoint of a timm model"
         )
 
 
 @contextmanager
 def _offline_without_network() -> Iterator[None]:
-    """Put the hub's client into offline mode if there is no network.
+    """Put the client of the hub into offline mode if there is no network.
 
-    It would otherwise retry for most of a minute before it reads its cache. There is a network if
-    the hub's host has an address. Behind a proxy, which resolves addresses itself, nothing changes.
+    Otherwise it would retry for most of a minute before it reads its cache. The test for a network
+    is that the host of the hub has an address. It is skipped behind a proxy, which resolves
+    addresses itself.
     """
     before = hub.HF_HUB_OFFLINE
     if not getproxies():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions, each with its norm; ReLU after the first and after the sum.
+    """Two 3x3 convolutions, each with a norm; ReLU after the first and after the sum.
 
     Shapes: (b, in, h, w) -> (b, out, h / stride, w / stride).
     """
@@ -50,7 +50,7 @@ class _Block(nn.Module):
 class _PreActBlock(nn.Module):
     """Norm, ReLU and 3x3 convolution, twice.
 
-    A strided block projects its shortcut, which starts after the first ReLU.
+    The shortcut of a strided block starts after the first ReLU and has a projection.
     """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
@@ -73,7 +73,7 @@ class _PreActBlock(nn.Module):
 
 
 class _CifarNet(nn.Module):
-    """Base of both kinds: three stages, average pooling, a linear classifier, timm's methods.
+    """Base class: three stages, average pooling, a linear classifier, and timm's methods.
 
     Args:
         widths: Channels of the three stages.
@@ -171,7 +171,7 @@ _CIFAR_CFG = {
     "pool_size": (8, 8),
     "crop_pct": 1.0,
     "interpolation": "bicubic",
-    "mean": (0.485, 0.456, 0.406),  # of the public weights: ImageNet's
+    "mean": (0.485, 0.456, 0.406),  # the public weights use the ImageNet statistics
     "std": (0.229, 0.224, 0.225),
     "first_conv": "conv1",
     "classifier": "fc",

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 
 def _mask(x: Tensor, lengths: Tensor) -> Tensor:
-    """(batch, 1, steps): 1 at the steps of a series, 0 at its padding."""
+    """Return a mask (batch, 1, steps): 1 at the steps of a series, 0 at its padding."""
     steps = torch.arange(x.shape[2], device=x.device)
     return (steps < lengths[:, None])[:, None].to(x.dtype)
 
 
 def _mean(features: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the steps: (batch, channels, steps) -> (batch, channels)."""
+    """Average over the valid steps: (batch, channels, steps) -> (batch, channels)."""
     return (features * mask).sum(2) / mask.sum(2)
 
 

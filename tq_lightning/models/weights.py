@@ -1,4 +1,4 @@
-"""Loading float weights from a checkpoint file, without running code from it."""
+"""Load float weights from a checkpoint file, without running code from it."""
 
 import pickle
 import re
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from tq_lightning.errors import UserError
 from tq_lightning.quant.switchable_norm import FLOAT
 
-# Keys that a checkpoint may keep its tensors under, averaged weights first.
+# Keys under which a checkpoint may store its tensors, averaged weights first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
-# Prefixes of all names: DataParallel and AveragedModel, our LightningModule.
+# Prefixes of all tensor names: DataParallel and AveragedModel, our LightningModule.
 _PREFIXES = ("module.", "model.")
 
-# Parts of a name, anywhere in it: torch.compile, FSDP, activation checkpointing.
+# Parts anywhere in a tensor name: torch.compile, FSDP, activation checkpointing.
 _INFIXES = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-# Tensors that only a prepared model has: norms per width, which are calibrated, learned clips.
+# Tensors that only a prepared model has: per-width norms, calibration flags, learned clips.
 _ONLY_PREPARED = re.compile(r"\.sets\.\d+\.|\.calibrated$|\.clip$")
 
-# Counters that move no output: of AveragedModel, and of batch norms since PyTorch 0.4.1.
+# Counters without influence on outputs: of AveragedModel, and of batch norms since PyTorch 0.4.1.
 _COUNTERS = ("n_averaged", "num_batches_tracked")
 
 
@@ -38,7 +38,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
         name: Name of the model, for messages.
 
     Raises:
-        UserError: There is no such file, it is not a file of tensors, or its tensors do not fit the
+        UserError: The file does not exist, is not a file of tensors, or its tensors do not fit the
             model; the message names the first ones, with both shapes.
     """
     state = _rename(read_state_dict(path), model)
@@ -46,8 +46,8 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a tensor whose values cannot be copied, such as a sparse one
-        said = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} does not fit {name} ({said})") from error
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} does not fit {name} ({reason})") from error
 
 
 def check_fit(
@@ -55,16 +55,17 @@ def check_fit(
 ) -> None:
     """Check that a state dict has the names and shapes of a model.
 
-    Counters that move no output may be missing or unknown.
+    Counters without influence on outputs may be missing or unknown.
 
     Args:
         state: The state dict.
         model: The model.
-        path: Where the state dict comes from, for messages.
+        path: File of the state dict, for messages.
         name: Name of the model, for messages.
 
     Raises:
-        UserError: It does not fit; the message names the first tensors, with both shapes.
+        UserError: The state dict does not fit; the message names the first tensors, with both
+            shapes.
     """
     own = model.state_dict()
     for key in sorted(state.keys() & own.keys()):
@@ -72,10 +73,10 @@ def check_fit(
             kind = type(state[key]).__name__
             raise UserError(f"{path}: {key} is not a tensor, got {kind}; pass an intact file")
         if state[key].shape != own[key].shape:
-            got, want = tuple(state[key].shape), tuple(own[key].shape)
+            got, expected = tuple(state[key].shape), tuple(own[key].shape)
             raise UserError(
-                f"{path}: {key} has shape {got}, {name} has {want}; "
-                f"{_mismatch_hint(key, got, want, model)}"
+                f"{path}: {key} has shape {got}, {name} has {expected}; "
+                f"{_mismatch_hint(key, got, expected, model)}"
             )
     missing = sorted(key for key in own.keys() - state.keys() if not key.endswith(_COUNTERS))
     extra = sorted(key for key in state.keys() - own.keys() if not key.endswith(_COUNTERS))
@@ -93,7 +94,7 @@ def check_fit(
 
 
 def check_file(path: str | Path) -> None:
-    """Raise UserError if there is no checkpoint file at `path`."""
+    """Raise UserError if `path` is not a file."""
     if not Path(path).is_file():
         raise UserError(
             f"no checkpoint at {path}; pass the path of a .safetensors, .pth, .th or .ckpt file"
@@ -101,10 +102,10 @@ def check_file(path: str | Path) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint file by name, on the CPU, out of the dict that wraps them.
+    """Read the state dict of a checkpoint file, on the CPU.
 
     Raises:
-        UserError: There is no such file, or it holds more than tensors and plain values.
+        UserError: The file does not exist, or contains more than tensors and plain values.
     """
     check_file(path)
     try:
@@ -146,18 +147,18 @@ def load_torch_file(path: str | Path, mmap: bool = False) -> Any:
         Exception: As `torch.load`; see `why_not_loaded`.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pickles and TorchScript archives, which are refused
+        warnings.simplefilter("ignore")  # about pickles and TorchScript archives, which are errors
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def why_not_loaded(error: Exception) -> str:
-    """Say why a file was not loaded, without torch's advice to switch the check for code off."""
+    """Return the reason why a file was not loaded, without torch's advice to disable safety."""
     text = " ".join(str(error).split())
     if "TorchScript" in text:
         return "it is a TorchScript archive"
     if isinstance(error, pickle.UnpicklingError):
         code = "GLOBAL " in text or "Unsupported" in text
-        return "it holds objects that could run code" if code else "it is damaged"
+        return "it contains objects that could run code" if code else "it is damaged"
     marks = ("mmap", "zip", "PytorchStreamReader", "weights_only")
     if isinstance(error, EOFError | UnicodeDecodeError) or any(mark in text for mark in marks):
         return "not a file that torch.save wrote, or an incomplete one"
@@ -167,7 +168,7 @@ def why_not_loaded(error: Exception) -> str:
 
 
 def _rename(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename tensors as in `model`: no wrappers, no traces of prepare(), `linear` as our `fc`."""
+    """Rename tensors as in `model`: strip wrappers and prepare(), map `linear` to `fc`."""
     own = model.state_dict().keys()
     state = _unwrapped(state, set(own))
     state = {
@@ -175,7 +176,7 @@ def _rename(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         for key, value in state.items()
         if key in own or not _ONLY_PREPARED.search(key)
     }
-    if hasattr(model, "fc") and not hasattr(model, "linear"):  # the public CIFAR weights
+    if hasattr(model, "fc") and not hasattr(model, "linear"):  # name in the public CIFAR weights
         state = {
             f"fc.{key[7:]}" if key.startswith("linear.") else key: value
             for key, value in state.items()
@@ -204,10 +205,13 @@ def _unprepared(key: str) -> str:
     )
 
 
-def _mismatch_hint(key: str, got: tuple[int, ...], want: tuple[int, ...], model: nn.Module) -> str:
+def _mismatch_hint(
+    key: str, got: tuple[int, ...], expected: tuple[int, ...], model: nn.Module
+) -> str:
     cfg = getattr(model, "pretrained_cfg", {}) or {}
     if key.startswith(f"{cfg.get('classifier')}.") and got:
         return f"pass num_classes={got[0]}"
-    if key == f"{cfg.get('first_conv')}.weight" and len(got) == len(want) and got[1] != want[1]:
+    stem = f"{cfg.get('first_conv')}.weight"
+    if key == stem and len(got) == len(expected) and got[1] != expected[1]:
         return f"pass in_chans={got[1]}"
     return "pass the checkpoint of this model"

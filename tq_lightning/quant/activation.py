@@ -11,8 +11,8 @@ from tq_lightning.quant.fake_quantize import FakeQuantize, FakeQuantizeTensors
 from tq_lightning.quant.levels import codes_to_levels
 from tq_lightning.quant.ste import resolve_ste
 
-PACT_START = 6.0  # where ReLU6 clips; the clip is learned from there
-PACT_LEAST = 1e-3  # a clip at or below zero would silence the layer for good
+PACT_START = 6.0  # initial value of a learned clip, the clip of ReLU6
+PACT_LEAST = 1e-3  # a clip at or below zero would never recover
 
 
 class Activation(NamedTuple):
@@ -42,14 +42,14 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class WidthTensors(NamedTuple):
-    """A width as tensors without dimensions: inputs of a compiled graph that serves every width.
+    """A width as 0-dimensional tensors: inputs of a compiled graph that serves every width.
 
     Attributes:
         bits: float32; max_bits at float width.
         top: float32, M_n = 2^bits - 1.
-        stored_top: float32, M_n of the width that codes of `*_truncate` are made at.
-        step: float32, what such codes are divided by: 2^(max_bits - bits), or 1.
-        is_float: bool, no quantization.
+        stored_top: float32, M_n of the width at which codes of `*_truncate` are made.
+        step: float32, divisor of these codes: 2^(max_bits - bits), or 1.
+        is_float: bool, True for no quantization.
     """
 
     bits: Tensor
@@ -78,19 +78,20 @@ class WidthTensors(NamedTuple):
 
 
 class ActivationQuantizer(nn.Module):
-    """y = clip * level(code(x clipped to [0, clip] / clip)), float32 inside, dtype of `x` outside.
+    """Replace a ReLU by y = clip * level(code(u)), with u = x / clip clamped to [0, 1].
 
-    `clamp_*` fixes the clip at 1 (DoReFa, arXiv 1606.06160; Any-Precision, arXiv 1911.07346).
-    `pact_*` learns it: dy/dclip is 1 if x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), for
-    every straight-through rule, since a rule concerns dy/dx only. Codes are made at the width in
-    use. With `*_truncate` and the source "truncate" they are made at max_bits and shifted. Levels
-    are endpoint levels, so that 0 stays 0 and 1 stays 1.
+    The computation is in float32; the output has the dtype of `x`. `clamp_*` fixes the clip at 1
+    (DoReFa, arXiv 1606.06160; Any-Precision, arXiv 1911.07346). `pact_*` learns it: dy/dclip is 1
+    if x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), for every straight-through rule, because a
+    rule only affects dy/dx. Codes are made at the width in use. With `*_truncate` and the source
+    "truncate", they are made at max_bits and shifted. Levels are endpoint levels, so that 0 stays 0
+    and 1 stays 1.
 
     Args:
         kind: A key of `ACTIVATIONS`.
         width: The model's shared `Width`.
         ste: As in `prepare`; "auto" pairs with the quantizer of the activations.
-        float_relu: Be a plain ReLU at float width. A learned clip clips at every width.
+        float_relu: Apply a plain ReLU at float width. A learned clip is applied at every width.
 
     Raises:
         ValueError: An unknown `kind` or `ste`.

@@ -1,8 +1,8 @@
-"""Activation ranges: what integer inference needs to know about the inputs of quantized layers.
+"""Activation ranges: ranges of the inputs of quantized layers, for integer inference.
 
-A network trained with `activations=` has ranges of its own, [0, clip]. For others
+A network trained with `activations=` has trained ranges, [0, clip]. For other networks,
 `calibrate_activations` observes the inputs of the quantized layers on a few batches. Ranges are
-kept on the model and in packed files. Steps are made from them where they are used, since the
+stored on the model and in packed files. Step sizes are computed where they are used, because the
 largest activation code depends on the processor.
 """
 
@@ -22,19 +22,19 @@ CLIPS = 80  # clipped ranges that the observer "mse" tries
 
 
 class ActivationRange(NamedTuple):
-    """Range of an activation tensor; low <= 0 <= high, so that 0 has a code of its own."""
+    """Range of an activation tensor; low <= 0 <= high, so that a code represents 0 exactly."""
 
     low: float
     high: float
 
     def step(self, top: int) -> tuple[float, int]:
-        """Step and zero point of uint8 codes in [0, top]: x = step * (code - zero_point).
+        """Return step and zero point of uint8 codes in [0, top]: x = step * (code - zero_point).
 
         Args:
             top: Largest code, 1..255.
 
         Returns:
-            (step, zero point). The step is positive. The zero point is 0 if `low` is.
+            (step, zero point). The step is positive. The zero point is 0 if `low` is 0.
         """
         tiny = torch.finfo(torch.float32).tiny
         step = max((self.high - self.low) / top, tiny)
@@ -43,7 +43,7 @@ class ActivationRange(NamedTuple):
 
 # -- observers: (histogram, its lowest value, its highest value) -> range --------------------------
 def _percentile(counts: Tensor, low: float, high: float) -> ActivationRange:
-    """Range that leaves (100 - PERCENTILE) % of the values out, on each side that has any."""
+    """Return the range without (100 - PERCENTILE) % of the values, at each nonzero end."""
     share = counts.cumsum(0) / counts.sum()
     width = (high - low) / len(counts)
     out = 1.0 - PERCENTILE / 100.0
@@ -53,7 +53,7 @@ def _percentile(counts: Tensor, low: float, high: float) -> ActivationRange:
 
 
 def _mse(counts: Tensor, low: float, high: float) -> ActivationRange:
-    """Range with the smallest mean squared error of 8-bit codes, among evenly clipped ones."""
+    """Return the evenly clipped range with the smallest mean squared error of 8-bit codes."""
     centers = low + (torch.arange(len(counts), dtype=torch.float64) + 0.5) * (
         (high - low) / len(counts)
     )
@@ -91,7 +91,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def activation_ranges(model: nn.Module) -> dict[str, ActivationRange]:
-    """Ranges that a model has: those calibrated, and those of its activation quantizers.
+    """Return the ranges of a model: calibrated ones, and those of its activation quantizers.
 
     Args:
         model: A prepared or packed model.
@@ -182,7 +182,7 @@ def calibrate_activations(
 
 
 def _usable_widths(model: nn.Module, width: Width) -> list[int]:
-    """Widths that the model can run at now, widest first: loaded, and with norm statistics."""
+    """Return the widths that are loaded and have norm statistics, widest first."""
     usable = []
     for bits in range(width.max_bits, 0, -1):
         try:

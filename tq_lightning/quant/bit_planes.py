@@ -1,11 +1,10 @@
 """Bit planes: k-bit codes <-> k planes of one bit per code, in plain NumPy.
 
-Planes are ordered most significant first. Plane p holds bit k-1-p of every code, eight codes to a
-byte, the first code in the highest bit (the order of `numpy.packbits`). The first n planes alone
-are the codes shifted right by k-n: a narrower model is a prefix of the planes.
+Planes are ordered most significant first. Plane p holds bit k-1-p of every code, eight codes per
+byte, with the first code in the highest bit (the order of `numpy.packbits`). The first n planes
+are the codes shifted right by k-n, so a narrower model is a prefix of the planes.
 
-Work proceeds in blocks that fit a core's second-level cache, with whole-array operations that NumPy
-vectorizes.
+The functions work on blocks that fit a core's L2 cache, with vectorized NumPy operations.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from tq_lightning.quant.codes import STORED_BITS
 
 BLOCK = 1 << 18  # codes; one block of codes and its scratch are half a megabyte
-ALIGN = 64  # codes; every layer starts on a whole byte, and a whole 64-bit word, of every plane
+ALIGN = 64  # codes; every layer starts at a 64-bit word of every plane
 
 
 def aligned(count: int) -> int:
@@ -72,7 +71,7 @@ def unpack_planes(
 
     Returns:
         uint8 (count,), `out` if it was given: the stored codes shifted right by the number of
-        planes that are missing.
+        missing planes.
 
     Raises:
         ValueError: There are no planes or more than 8, or a plane has another length.

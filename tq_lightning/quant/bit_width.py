@@ -1,4 +1,4 @@
-"""The width in use: an object that all quantizers of a model share, and its only writer."""
+"""The width in use: `Width`, which all quantizers of a model share, and `bit_width`, its writer."""
 
 import sys
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ class Width:
         max_bits: Stored width.
         widths: Trained widths, widest first.
         bits: Width in use, None = float. `prepare` starts at the widest trained width.
-        source: Where the weights of that width come from, "quantize" or "truncate".
+        source: Source of the weights of that width, "quantize" or "truncate".
         packed: True if there are no float weights (a loaded packed model).
         default_source: The source of `bit_width` if none is passed.
-        fused: The `FusedModel` that makes the weights inside `fused_weights`, else None.
-        tensors: The width in use as tensors, where `fused` has set it, else None.
+        fused: The `FusedModel` that computes the weights inside `fused_weights`, else None.
+        tensors: The width in use as `WidthTensors`, set by `fused`, else None.
     """
 
     max_bits: int
@@ -44,9 +44,9 @@ class Width:
 def _holders(model: nn.Module) -> list[nn.Module]:
     """List the modules of a model that hold a `Width`, in model order.
 
-    Nothing is cached, so that a copied, replaced or added module is found. The walk does not use
-    `nn.Module.modules`, whose nested generators take ten times as long: a switch between two images
-    would show it.
+    Nothing is cached, so that copied, replaced and added modules are found. `nn.Module.modules` is
+    not used because its nested generators take ten times as long, which would slow down a switch
+    between two images.
     """
     seen: set[int] = set()
     todo: list[nn.Module | None] = [model]
@@ -72,7 +72,7 @@ def _shared(model: nn.Module, holders: list[nn.Module]) -> Width:
         )
     if len(found) > 1:
         raise ValueError(
-            f"{type(model).__name__} holds parts of {len(found)} prepared models; "
+            f"{type(model).__name__} contains parts of {len(found)} prepared models; "
             "set the width of each part separately"
         )
     return next(iter(found.values()))  # type: ignore[return-value]
@@ -82,13 +82,14 @@ def width_of(model: nn.Module) -> Width:
     """Return the `Width` that all quantizers of a prepared model (or of a part of one) share.
 
     Raises:
-        ValueError: The model is not prepared, or holds parts of several prepared models.
+        ValueError: The model is not prepared, or contains parts of several prepared models.
     """
     return _shared(model, _holders(model))
 
 
 def _allow_variants(max_bits: int) -> None:
-    # torch.compile builds one graph per width and source and silently runs eagerly past its limit
+    # torch.compile builds one graph per width and source, and silently falls back to eager mode
+    # beyond its limit
     dynamo: Any = sys.modules.get("torch._dynamo.config")
     if dynamo is not None:
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (2 * max_bits + 1))
@@ -106,8 +107,8 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
     Args:
         model: A prepared or loaded packed model, or a part of one. All parts of that model change
             together.
-        bits: Width in use, 1..max_bits. None = float, as if the model had never been prepared,
-            except that its activations stay clipped.
+        bits: Width in use, 1..max_bits. None = float: the network before `prepare`, except that
+            its activations stay clipped.
         source: "quantize" (codes made at `bits`) or "truncate" (stored codes shifted). None is
             "quantize" for a prepared model and "truncate" for a packed one.
 

@@ -208,8 +208,8 @@ def width_codes(u: Tensor, bits: int, quantizer: str, max_bits: int, source: str
         bits: Width of the result.
         quantizer: A key of `QUANTIZERS`.
         max_bits: Stored width.
-        source: "quantize" makes codes at `bits` directly and never touches codes of another width;
-            "truncate" shifts codes made at `max_bits`.
+        source: "quantize" makes codes at `bits` directly; "truncate" shifts codes made at
+            `max_bits`.
 
     Returns:
         uint8 codes of width `bits`, shape of `u`.

@@ -46,7 +46,7 @@ class QuantConfig:
         float_pass: One of `FLOAT_PASSES`, the network at bits=None. "plain" has the float weights,
             and activations clipped as at the other widths. "normalized" is the limit of many bits,
             w^ = E (2u - 1), with activations that are not clipped above (Any-Precision DNNs).
-        shared_norms: fnmatch patterns of norms that stay one for all widths.
+        shared_norms: fnmatch patterns of norms that all widths share.
         scale: Weight at level 1, one of `normalizers.SCALES`: "mean" is mean|w| (the paper),
             "span" the weight that the normalizer maps to u = 1, which preserves values.
 

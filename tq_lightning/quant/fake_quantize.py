@@ -10,8 +10,7 @@ from tq_lightning.quant.ste import STES
 class FakeQuantize(torch.autograd.Function):
     """Fake-quantize `u` with the straight-through gradient of `ste`.
 
-    It is a single node, so that the forward pass keeps no intermediate tensor that the rule does
-    not read.
+    It is a single autograd node, so that the forward pass saves only tensors that the rule reads.
 
     forward(u, scale, signed, bits, quantizer, ste, level, max_bits, source, table=None): `u` is
     float32 in [0, 1], any shape; `scale` is float32, broadcastable to it; `table` holds the levels,
@@ -52,12 +51,12 @@ class FakeQuantize(torch.autograd.Function):
 
 
 class FakeQuantizeTensors(torch.autograd.Function):
-    """`FakeQuantize` of activations with the width as tensors, for a graph that serves every width.
+    """`FakeQuantize` of activations with the width as tensors, for one graph for all widths.
 
     forward(u, scale, bits, top, stored_top, step, quantizer, ste): `u` is float32 in [0, 1], any
     shape; `scale` is float32 without gradient. The widths are those of `WidthTensors`;
     `stored_top` and `step` are None for codes that are never truncated. Returns scale * code / top.
-    Codes are whole numbers in float32, which hold NaN.
+    Codes are integers in float32, so that NaN propagates.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Normalized weights in flat buffers: u, scale and the normalizer's backward pass for all layers.
 
-The operations are those of `WeightQuantizer.normalize` and `Normalize`, in their order.
+The operations and their order are those of `WeightQuantizer.normalize` and `Normalize`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from tq_lightning.quant.quantized_tensors import QuantizedTensor
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import TINY, WeightQuantizer, span_of
 
-ALIGNMENT = 16  # elements between the starts of two weights divide by it: 64 bytes of float32
+ALIGNMENT = 16  # every weight starts at a multiple of 16 elements, i.e. 64 bytes of float32
 
 
 class NormalizedWeights:
@@ -31,10 +31,10 @@ class NormalizedWeights:
         self.finite: Tensor | None = None  # scalar bool on the device, set by `normalize`
         self.ranges = [w.quantizer.range for w in weights if w.quantizer.range is not None]
         self._grad_sum: Tensor | None = None  # dL/du, summed over the widths
-        self._grad: Tensor  # flat, and its views: made by the first gradient of a step
+        self._grad: Tensor  # flat; it and its views are created by the first gradient of a step
         self._grad_views: list[Tensor]
         self._made, views = self._flat()
-        # not views for autograd and `torch.compile`, but tensors with the memory of the views
+        # tensors that share the memory, without being views for autograd and `torch.compile`
         self.tensors = [
             torch.empty(0, dtype=torch.float32, device=self.device).set_(
                 self._made.untyped_storage(), v.storage_offset(), v.shape, v.stride()
@@ -60,7 +60,7 @@ class NormalizedWeights:
     def normalize(self) -> None:
         """Compute u, scale and max|t| of every weight; see `WeightQuantizer.normalize`.
 
-        Nothing is read back from the device: `finite` tells whether all weights are.
+        It does not synchronize with the device: `finite` is True if all weights are finite.
         """
         row = NORMALIZERS[self.rule.normalizer]
         self._u, self._u_views = self._flat()
@@ -158,12 +158,12 @@ class NormalizedWeights:
 
 
 def _finite_mean(mean: Tensor, huge: Tensor) -> Tensor:
-    """The mean, or, where its float32 sum overflowed, the one of the weight times 2^-64."""
+    """Return the mean, or, if its float32 sum overflowed, the scaled mean times 2^64."""
     return torch.where(mean.isfinite(), mean, huge * 2.0**64)
 
 
 def _dense_strides(w: Tensor) -> tuple[int, ...]:
-    """The strides of a dense weight, so that reductions keep their order; else contiguous ones."""
+    """Return the strides of a dense weight, to keep the order of reductions; else contiguous."""
     order = sorted(range(w.dim()), key=w.stride, reverse=True)
     expected = 1
     for dim in reversed(order):

@@ -1,8 +1,8 @@
-"""Flat weights: the weights of a width and their gradients, one call for all layers.
+"""Flat weights: the weights of a width and their gradients, with one call for all layers.
 
-The functions of `codes.py`, `levels.py` and `ste.py` run once per width on a whole buffer of
+The functions of `codes.py`, `levels.py` and `ste.py` run once per width on a flat buffer of
 normalized weights, and the layers read tensors that share the memory of the result. Values and
-gradients are those of `WeightQuantizer`, bit for bit.
+gradients are bit-identical to those of `WeightQuantizer`.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class FlatWeights(NormalizedWeights):
         """Write the weights of a width to `tensors`, which the layers read; None = float weights.
 
         Returns:
-            Whether the weights had to be normalized first.
+            True if the weights were normalized by this call.
         """
         self.bits = bits
         normalized = bits is not None or self.rule.float_pass == "normalized"
@@ -59,7 +59,7 @@ class FlatWeights(NormalizedWeights):
             dequantize(codes, bits, self._scale, self.rule.level, out=self._made, table=self._table)
             self._kept = codes if STES[self.rule.ste].elementwise or self.ranges else None
         if torch.is_autocast_enabled(self.device.type):
-            torch.clear_autocast_cache()  # it knows tensors by identity, and theirs does not change
+            torch.clear_autocast_cache()  # its keys are tensors, which do not change here
         for w, made in zip(self.weights, self.tensors, strict=True):
             w.quantizer.made = made
         return fresh
@@ -142,11 +142,11 @@ class FlatWeights(NormalizedWeights):
 
     @torch.no_grad()
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (parameter, its gradient), summed over the widths; ends the use of `u`.
+        """Return pairs (parameter, gradient), summed over the widths; overwrites `u`.
 
-        The parameters are weights, and learned ranges, that took part. du/dw is (dt/dw) / (2 range
-        of t), or 1 / (2 scale) for the rule "value"; see `Normalize`, which has the same operations
-        in the same order.
+        The parameters are the weights and learned ranges that were used. du/dw is (dt/dw) / (2
+        range of t), or 1 / (2 scale) for the rule "value"; see `Normalize`, which has the same
+        operations in the same order.
         """
         if self._grad_sum is not None:
             self._normalizer_backward()

@@ -1,10 +1,10 @@
-"""Fused weights: a width of a model as a set of tensors, made together in a few calls.
+"""Fused weights: compute all weights of a width together, in a few calls.
 
 A joint step over K widths, or an evaluation of many, needs every weight at every width. Layer by
-layer that is a dozen small operations per layer and width. Here the weights of a width are made in
-flat buffers (`FlatWeights`), the per-width norms are told which copy to use, and the activation
-quantizers get the width as tensors. The network runs the operations of the float network on these
-tensors, whatever the width and the source, so `torch.compile` builds one graph for all of them.
+layer, this takes a dozen small operations per layer and width. Here, the weights of a width are
+computed in flat buffers (`FlatWeights`), the per-width norms select their copy, and the activation
+quantizers get the width as tensors. The network then runs the operations of the float network on
+these tensors for every width and source, so `torch.compile` builds one graph for all of them.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ class FusedModel:
 
     Args:
         model: A prepared model.
-        check: Read back once, when the weights are normalized, whether all of them are finite. If
-            False, the caller reads `finite` when it suits.
+        check: Check once, when the weights are normalized, that all of them are finite, which
+            synchronizes with the device. If False, the caller reads `finite` later.
     """
 
     def __init__(self, model: nn.Module, check: bool = True) -> None:
@@ -43,7 +43,7 @@ class FusedModel:
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
 
     def make(self, bits: int | None, source: str) -> None:
-        """Make the weights of a width, and select its norms; see `FlatWeights.make`.
+        """Compute the weights of a width, and select its norms; see `FlatWeights.make`.
 
         Raises:
             ValueError: `check` is True and a weight contains NaN or infinity.
@@ -59,7 +59,7 @@ class FusedModel:
             self.width.tensors = self.tensors
 
     def release(self) -> None:
-        """Let the layers make their weights, and follow the width, on their own again."""
+        """Let each layer compute its own weight again."""
         for group in self.groups:
             group.release()
         for norm in self.norms:
@@ -69,9 +69,9 @@ class FusedModel:
 
 @contextmanager
 def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
-    """Make the weights of each width in a few calls; no weight may change inside the block.
+    """Compute the weights of each width in a few calls; no weight may change inside the block.
 
-    `bit_width` makes them as it is entered. A block inside another one of the same model shares its
+    Entering `bit_width` computes them. A block inside another one of the same model shares its
     normalized weights.
 
     Args:

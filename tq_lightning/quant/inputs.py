@@ -1,4 +1,4 @@
-"""Batches of any form: the inputs of a network, and their labels."""
+"""Batches as tensors, tuples or mappings: the inputs of a network, and the labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
             `LABELS`; the other keys are then arguments of the network.
 
     Raises:
-        ValueError: There are no labels.
+        ValueError: The batch has no labels.
     """
     if isinstance(batch, Mapping):
         key = next((key for key in LABELS if key in batch), None)
@@ -43,7 +43,7 @@ def first_tensor(inputs: Any) -> Tensor:
     """Return the first tensor in the inputs of a network.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The inputs contain no tensor.
     """
     if isinstance(inputs, Tensor):
         return inputs

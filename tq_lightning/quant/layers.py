@@ -1,4 +1,4 @@
-"""The layers of a model: which ones to quantize, why others are not, and replacing them."""
+"""Select the layers of a model to quantize, and replace modules."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ LAYER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that multiplies its input with weights.
+    """A layer that multiplies its input by weights.
 
     Attributes:
         name: Full name in the model, "(root)" for the model itself.
@@ -44,10 +44,10 @@ class Layer:
 
 
 def _tensor_names(module: nn.Module) -> tuple[str, ...]:
-    """Name the weights that a layer multiplies its input with; empty for all other layers."""
+    """Return the names of the weights that a layer multiplies its input by; empty for others."""
     if isinstance(module, (_ConvNd, nn.Linear)):
         return ("weight",)
-    if isinstance(module, nn.MultiheadAttention):  # its out_proj is a Linear of its own
+    if isinstance(module, nn.MultiheadAttention):  # out_proj is a separate Linear
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return tuple(name for name in names if getattr(module, name) is not None)
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -58,7 +58,7 @@ def _tensor_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _refusal(module: nn.Module, tensors: tuple[str, ...]) -> str | None:
-    """Say why the weights of a layer cannot be quantized; None if they can."""
+    """Return the reason why the weights of a layer cannot be quantized; None if they can."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its weight has no shape yet: run one batch through the model first"
     for tensor in tensors:
@@ -74,13 +74,13 @@ def _refusal(module: nn.Module, tensors: tuple[str, ...]) -> str | None:
         if weight is not None and weight.dim() >= 2:
             return (
                 f"{type(module).__name__} has a weight of shape {tuple(weight.shape)}, "
-                "but is not a known kind of layer"
+                "but is not a supported kind of layer"
             )
     return None
 
 
 def _configured(model: nn.Module, key: str, names: list[str]) -> list[str]:
-    """Return the layers that a timm model names as its `first_conv` or its `classifier`, if any."""
+    """Return the layers that a timm model lists as `first_conv` or `classifier`, if any."""
     config = getattr(model, "pretrained_cfg", None) or {}
     given = config.get(key) or ()
     given = (given,) if isinstance(given, str) else tuple(given)
@@ -146,7 +146,7 @@ def replace_modules(
     make: Callable[[Any], nn.Module],
     keep: Collection[nn.Module] = (),
 ) -> list[str]:
-    """Replace every submodule of some types by make(submodule), but those in `keep`.
+    """Replace every submodule of some types by make(submodule), except those in `keep`.
 
     A module that is used in several places is replaced by one new module.
 

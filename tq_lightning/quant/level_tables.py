@@ -1,7 +1,7 @@
-"""Levels that are tables: 2^n values for every width n, made for the bins of a normalizer.
+"""Levels as tables: 2^n values for every width n, computed for the bins of a normalizer.
 
-A level L stands for the weight scale * (2 L - 1), as in `levels.py`. The outermost levels may lie
-outside [0, 1], where the bin of a clipped range reaches beyond the range.
+A level L represents the weight scale * (2 L - 1), as in `levels.py`. The outermost levels may lie
+outside [0, 1] if the bin of a clipped range extends beyond the range.
 
 To add a level that is a table, write its function and one row of `LEVEL_TABLES`.
 """
@@ -18,7 +18,7 @@ from tq_lightning.quant.normalizers import NORMALIZERS
 
 
 def _edges(normalizer: str, bits: int) -> Tensor:
-    """Edges of the bins of positive weights, in multiples of the rms: float64 (2^(bits-1) + 1,)."""
+    """Return the bin edges of positive weights in units of the rms, float64 (2^(bits-1) + 1,)."""
     inverse = NORMALIZERS[normalizer].inverse
     assert inverse is not None, f"normalizer {normalizer} has no tables"
     u = 0.5 + torch.arange(2 ** (bits - 1) + 1, dtype=torch.float64) / 2**bits
@@ -28,9 +28,9 @@ def _edges(normalizer: str, bits: int) -> Tensor:
 
 
 def centroids(normalizer: str, bits: int) -> Tensor:
-    """Mean of a normal weight in each positive bin: the least-squares level.
+    """Compute the mean of a normal weight in each positive bin, the least-squares level.
 
-    The outermost bin has no end: it also holds what lies beyond the range.
+    The outermost bin is unbounded: it includes the weights beyond the range.
 
     Source: Lloyd and Max, see Max, Quantizing for Minimum Distortion, 1960.
     """
@@ -42,12 +42,12 @@ def centroids(normalizer: str, bits: int) -> Tensor:
 
 
 def native(normalizer: str, bits: int) -> Tensor:
-    """Magnitude that the code itself spells: the lower edge of its bin.
+    """Compute the magnitude that each code encodes, the lower edge of its bin.
 
-    A sign and an exponent come first, so a shorter code is a float with a shorter mantissa. The
-    codes of `float_e2` are E2M5, its 6-bit codes E2M3, and its 4-bit codes E2M1 (the elements of
-    MXFP4 and NVFP4), times half an rms. 1 and 2 bits have no exponent of 2 bits, and would spell
-    mostly zeros; their levels are the centroids.
+    Sign and exponent come first, so a truncated code is a float with a shorter mantissa. The codes
+    of `float_e2` are E2M5, its 6-bit codes E2M3, and its 4-bit codes E2M1 (the elements of MXFP4
+    and NVFP4), times half an rms. Codes of 1 and 2 bits have no 2-bit exponent, and most of their
+    native levels would be zero; their levels are the centroids.
 
     Source: OCP Microscaling Formats (MX) Specification 1.0, 2023, for E2M1 and E2M3.
     """
@@ -84,7 +84,7 @@ def level_table(
         return None
     span = NORMALIZERS[normalizer].span
     assert span is not None
-    with torch.inference_mode(False):  # the table is kept, and training uses it too
+    with torch.inference_mode(False):  # the table is cached, and training uses it too
         half = LEVEL_TABLES[level](normalizer, bits) / (2.0 * span)
         half = torch.round(half * 2.0**23) / 2.0**23
         return torch.cat([0.5 - half.flip(0), 0.5 + half]).float().to(device)

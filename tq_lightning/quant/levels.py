@@ -1,10 +1,10 @@
-"""Levels: where codes lie in [0, 1], and the weights they stand for.
+"""Levels: the position of each code in [0, 1], and the weight that it represents.
 
 `top` is M_n = 2^n - 1, the largest code of width n: a number, or a tensor if the width is an input
 of an exported graph.
 
-These levels are formulas of the code. Levels that are tables, because they depend on the
-normalizer, are in `level_tables.py`.
+These levels are formulas of the code. Levels that depend on the normalizer are tables, see
+`level_tables.py`.
 
 To add a level map, write its function and one row of `LEVELS`.
 """

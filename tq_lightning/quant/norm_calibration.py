@@ -1,8 +1,8 @@
 """Norm statistics of a width, estimated from a few batches.
 
-`calibrate_norms` gives untrained widths theirs. `reestimate_norms` replaces the running averages of
-trained widths, which lag behind the weights at the start of a training: they remember about
-1 / momentum = 10 updates, in which the weights then change much.
+`calibrate_norms` estimates the statistics of untrained widths. `reestimate_norms` replaces the
+running averages of trained widths. At the start of a training they lag behind the weights: they
+average over about 1 / momentum = 10 updates, during which the weights change considerably.
 """
 
 import sys
@@ -23,7 +23,7 @@ from tq_lightning.quant.switchable_norm import (
     width_name,
 )
 
-SETTLED = 200  # updates; measured on the digits, where the two agree from about here on
+SETTLED = 200  # updates; from there on, both estimates agree on the digits data set
 
 
 @torch.no_grad()
@@ -32,14 +32,15 @@ def calibrate_norms(
 ) -> None:
     """Estimate the norm statistics of untrained widths from a few batches.
 
-    Affine parameters are copied from the next wider trained width. Statistics are the mean over the
-    batches, weighted by their images, of what the layers see at that width, quantized as in
-    training. Pass batches as training sees them, augmented: the trained widths have statistics of
-    such images. A last batch that is smaller than the others is left out, unless it is the only
-    one. So is a batch of one image if there are larger ones: it has no variance at a layer of one
-    pixel, and PyTorch refuses it there. Only the batch norms of the width being estimated are in
-    training mode, so trained norms, modes, the width in use and all random states stay as they
-    were.
+    Affine parameters are copied from the next wider trained width. Statistics are averaged over the
+    batches, weighted by their number of images, with weights and activations quantized as in
+    training. Pass augmented training batches, because the statistics of the trained widths come
+    from such images.
+
+    A smaller last batch is skipped, unless it is the only batch. A batch of one image is skipped if
+    there are larger ones: it has no variance at a layer of one pixel, which is an error in PyTorch.
+    Only the batch norms of the width being estimated are in training mode, so trained norms, modes,
+    the width in use and all random states do not change.
 
     Args:
         model: A prepared model.
@@ -102,9 +103,9 @@ def lagging_widths(model: nn.Module) -> list[int | None]:
 
 @torch.no_grad()
 def reestimate_norms(model: nn.Module, batches: Iterable[Any], widths: list[int | None]) -> None:
-    """Replace the running averages of trained widths by statistics of the weights as they are.
+    """Replace the running averages of trained widths by statistics of the current weights.
 
-    Everything is as in `calibrate_norms`, but affine parameters and the count of updates stay.
+    This works like `calibrate_norms`, but keeps affine parameters and the counts of updates.
 
     Args:
         model: A prepared model.
@@ -140,7 +141,7 @@ def _usable(batches: Iterable[Any]) -> list[Any]:
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no compiled graph: it would be built for every batch's momentum."""
+    """Use evaluation mode, and eager mode: a graph would be compiled for every momentum."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     # without torch._dynamo nothing is compiled, and its import takes a second

@@ -1,4 +1,4 @@
-"""The autograd function of the normalizer: u from t and the range, and dL/dw from dL/du."""
+"""The autograd function of the normalizer: u from t and its range, and dL/dw from dL/du."""
 
 import torch
 
@@ -6,15 +6,21 @@ from tq_lightning.quant.normalizers import NORMALIZERS
 
 
 class Normalize(torch.autograd.Function):
-    """u = t / (2 range) + 1/2, with the gradient of `w`; the range carries none here.
+    """Compute u = t / (2 range) + 1/2, with a gradient for `w` but not for the range.
 
-    Only `u` is kept for the backward pass, which recovers t from it. `FlatWeights` does the same
-    for all weights of a model at once, in the same order of operations, so both give the same bits.
+    Only `u` is saved for the backward pass, which recovers t from it. `FlatWeights` computes the
+    same for all weights of a model at once, in the same order of operations, with bit-identical
+    results.
 
-    forward(w, t, top, over, normalizer, slope, clamped): float32 weight, and t = squash(w) of any
-    shape; `top` is the range of t, broadcastable, or None for 1; `over` divides the gradient: dw is
-    2 du over / (dt/dw); `slope` tells whether dt/dw is part of it; `clamped` tells that u may reach
-    the ends of [0, 1], where the gradient is 0. Returns float32 u in [0, 1], shape of `w`.
+    forward(w, t, top, over, normalizer, slope, clamped):
+
+    - `w` is the float32 weight, and `t` = squash(w), of any shape.
+    - `top` is the range of t, broadcastable, or None for 1.
+    - `over` is the divisor of the gradient: dL/dw = dL/du (dt/dw) / (2 over).
+    - `slope` includes the factor dt/dw in the gradient.
+    - `clamped` clamps u to [0, 1]; the gradient is 0 at both ends.
+
+    Returns float32 u in [0, 1], shape of `w`.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Normalizers: monotone maps G from float weights to u in [0, 1], which quantizers turn into codes.
 
-Codes are always `floor(2^n u)`. They nest for every monotone G, so a non-uniform code is a
-normalizer, not a quantizer: its bins are those that G makes of equal parts of [0, 1].
+The codes `floor(2^n u)` nest for every monotone G. A non-uniform code is therefore a normalizer,
+not a quantizer: G maps its bins to equal parts of [0, 1].
 
 To add a normalizer, write its functions and one row of `NORMALIZERS`.
 """
@@ -20,21 +20,21 @@ OCTAVES = 8.0  # of `log`: 3 bits after the sign are the exponent of a power of 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """A row of `NORMALIZERS`: u = (t / r + 1) / 2, with t = `squash(w)`, and what goes with it.
+    """A row of `NORMALIZERS`: u = (t / r + 1) / 2, with t = `squash(w)`, and its options.
 
     Attributes:
         squash: w -> t, odd and increasing; with `reference="rms"` w / rms -> t in [-1, 1].
         slope: t -> dt/dw, may overwrite its argument; None if t is w.
-        per_channel: Take the maximum, the root mean square, the learned range and the scale over
-            each output channel, not over the whole tensor.
+        per_channel: Compute the maximum, the root mean square, the learned range and the scale per
+            output channel instead of per tensor.
         reference: "max" has r = max|t|. "rms" divides w by its root mean square before `squash`,
             and r is 1. "learned" has r = c, a parameter, and clamps u.
         span: Weight at u = 1 in multiples of the rms; the range c of "learned" starts there. None
             for "max", where it is the largest weight.
         inverse: u (float64) -> w / rms, for tables of levels; None if no level is a table.
-        levels: Levels that it goes with, keys of `levels.LEVELS` or `level_tables.LEVEL_TABLES`;
-            None = every key of `LEVELS`.
-        scales: Scales that it goes with, of `SCALES`.
+        levels: Supported levels, keys of `levels.LEVELS` or `level_tables.LEVEL_TABLES`; None =
+            every key of `LEVELS`.
+        scales: Supported scales, of `SCALES`.
         ste: Straight-through estimator of `ste="auto"`; None = that of the quantizer.
     """
 
@@ -143,7 +143,7 @@ _LEARNED = Normalizer(
     scales=("span",),
     ste="identity",
 )
-# what the non-uniform codes of multiples of the rms share
+# options that all non-uniform normalizers share
 _of_rms = partial(
     Normalizer, per_channel=False, reference="rms", span=4.0, scales=("span",), ste="value"
 )

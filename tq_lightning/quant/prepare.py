@@ -58,7 +58,7 @@ def prepare(
     shared_norms: Sequence[str] = (),
     scale: str = "mean",
 ) -> PrepareReport:
-    """Prepare `model` for training at several widths, in place. Load its weights before.
+    """Prepare `model` for training at several widths, in place. Load float weights first.
 
     Convolutions, linear layers, attention projections and recurrent weights are parametrized. The
     model starts at its widest trained width; `bit_width` runs it at others, or in float.
@@ -73,9 +73,9 @@ def prepare(
             "centroid" or "native".
         normalizer: "tanh" (DoReFa), "absmax" or "learned" (a trained range) over the tensor;
             "tanh_channel", "absmax_channel" or "learned_channel" per output channel. "gaussian",
-            "float_e2", "mu_law" and "log" make non-uniform codes. `normalizers.NORMALIZERS` says
-            which levels and scales go with each.
-        widths: Widths that will be trained, in bits.
+            "float_e2", "mu_law" and "log" make non-uniform codes. `normalizers.NORMALIZERS` lists
+            the levels and scales that each supports.
+        widths: Trained widths, in bits.
         max_bits: Stored width, 1..8.
         activations: None, or a key of `activation.ACTIVATIONS`. Replaces every ReLU, ReLU6 and
             Hardtanh.
@@ -83,9 +83,9 @@ def prepare(
         norm: "per_width" (one batch norm per width), "per_width_all" (layer, group and RMS norms
             too) or "shared".
         verbose: Print the report.
-        float_pass: The network at bits=None: "plain" has the float weights, "normalized" those of
-            the quantizer before rounding, E (2u - 1), and plain ReLUs.
-        shared_norms: fnmatch patterns of norms that stay one for all widths.
+        float_pass: The network at bits=None: "plain" has the float weights, "normalized" has the
+            normalized weights E (2u - 1), which are not quantized, and plain ReLUs.
+        shared_norms: fnmatch patterns of norms that all widths share.
         scale: Weight at level 1: "mean" is mean|w| (the paper), "span" the largest weight that the
             normalizer represents, so that weights keep their values.
 
@@ -94,8 +94,8 @@ def prepare(
         arguments are kept as `model.tq`.
 
     Raises:
-        ValueError: An unknown choice, a model that was prepared before, a layer that cannot be
-            quantized, or nothing to quantize.
+        ValueError: An unknown or unsupported choice, a model that is already prepared, a layer that
+            cannot be quantized, or no layer to quantize.
     """
     config = QuantConfig(
         quantizer,
@@ -118,9 +118,9 @@ def prepare(
 
 
 def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
-    """Prepare `model` as `config` says; see `prepare`, which builds the configuration."""
+    """Prepare `model` with `config`; see `prepare`, which builds the configuration."""
     if weight_quantizers(model):
-        raise ValueError("the model is already prepared; pass a new one")
+        raise ValueError("the model is already prepared; pass a new model")
     if config.activations is not None and not any(
         isinstance(child, _RELUS) for m in model.modules() for child in m.children()
     ):
@@ -168,7 +168,7 @@ def attach_norms(
     only: Collection[int] | None = None,
     shared: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Replace norms by `PerWidthNorm`, after everything else is attached.
+    """Replace norms by `PerWidthNorm`, after all quantizers are attached.
 
     Args:
         model: A model with its quantizers attached.
@@ -217,7 +217,7 @@ def _norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn
 
 
 def _quantized_shares(model: nn.Module, layers: list[Layer]) -> tuple[float, float]:
-    """Compute the quantized part of all parameters, and of the convolution and linear weights."""
+    """Return the quantized share of all parameters, and of the convolution and linear weights."""
     sizes = {id(p): 0 if is_lazy(p) else p.numel() for p in model.parameters()}
     weights = {id(p) for layer in layers for p in layer.parameters()}
     chosen = {id(p) for layer in layers if layer.skipped is None for p in layer.parameters()}

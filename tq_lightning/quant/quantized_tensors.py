@@ -1,4 +1,4 @@
-"""The weights of a model that have a quantizer, by name, and how often their codes disagree."""
+"""List the quantized weights of a model, and measure how often their codes disagree."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Straight-through estimators: substitutes for the derivative of a staircase, which is zero.
+"""Straight-through estimators: replacements for the derivative of a staircase, which is zero.
 
 Each rule maps dL/dlevel to dL/du, where u in [0, 1] is the input of the quantizer and level in
 [0, 1] its output. A rule is a pure function `(grad, u, level, bits, quantizer) -> grad`. All
@@ -7,10 +7,10 @@ tensors have the shape of `u`; `quantizer` is a key of `codes.QUANTIZERS`.
 Where the scale of the weights is a parameter (`WeightQuantizer.range`), a second rule
 `(grad, grad_u, u, level, scale, bits, quantizer) -> grad` gives dL/dscale of each element. `grad`
 is dL/dw^ of the quantized weight w^ = scale (2 level - 1), and `grad_u` what the first rule
-returned. The caller sums the result over the elements that share a scale. `u` carries no gradient
-to the scale, so the rule accounts for both ways in which the scale acts: as the factor of w^, and
-as the range of u. `range_gradient` is the chain rule over both and serves every row; a row may name
-another one. `FakeQuantize` and `FlatWeights` call the same rules and give the same bits.
+returned. The caller sums the result over the elements that share a scale. No gradient flows from
+`u` to the scale, so the rule accounts for both roles of the scale: the factor of w^, and the range
+of u. `range_gradient` is the chain rule over both and the default; a row may name another one.
+`FakeQuantize` and `FlatWeights` call the same rules, with bit-identical results.
 
 To add a rule, write its function and one row of `STES`.
 """
@@ -125,15 +125,15 @@ def range_gradient(
 
 
 def value(grad: Tensor, u: Tensor, level: Tensor, bits: int, quantizer: str) -> Tensor:
-    """dL/du = dL/dlevel; and dL/dw = dL/dw^ inside the range, whatever the slope of the normalizer.
+    """dL/du = dL/dlevel; and dL/dw = dL/dw^ inside the range, for every slope of the normalizer.
 
-    Levels that preserve values rise by as much as the weights do: over a bin of u the staircase has
-    the mean slope 1 / G', which the slope G' of a non-uniform normalizer cancels. The other rules
-    leave G' in the gradient, so that weights in dense bins would learn faster.
+    If the levels preserve values, the staircase over u has the mean slope 1 / G', which the slope
+    G' of a non-uniform normalizer cancels. The other rules keep G' in the gradient, so that weights
+    in dense bins learn faster.
 
     Source: this project; Bengio et al., arXiv 1308.3432, applied to the weight instead of `u`.
 
-    Example: at 2 bits u = 0.4 gives level 1/3; a gradient of 1 stays 1, and reaches w as it is.
+    Example: at 2 bits u = 0.4 gives level 1/3; a gradient of 1 stays 1, and reaches w unchanged.
     """
     return grad
 
@@ -144,12 +144,12 @@ class STE:
 
     Attributes:
         rule: (grad, u, level, bits, quantizer) -> grad.
-        elementwise: The rule reads `u` or `level`. The others get None for both, so that the
-            forward pass need not keep them.
+        elementwise: The rule reads `u` or `level`. Other rules get None for both, so that the
+            forward pass does not save them.
         scale_rule: (grad, grad_u, u, level, scale, bits, quantizer) -> dL/dscale of each element.
-            Called only if the scale is a parameter; `u` and `level` are then kept for every rule.
-        value: Leave the slope of the normalizer out of dL/dw, which is dL/du / (2 scale).
-        uniform: The rule takes levels for approximations of `u`, which needs a uniform normalizer.
+            Called only if the scale is a parameter; `u` and `level` are then saved for every rule.
+        value: Omit the slope of the normalizer from dL/dw, which is then dL/du / (2 scale).
+        uniform: The rule compares levels with `u`, which needs a uniform normalizer.
     """
 
     rule: Callable[[Tensor, Tensor, Tensor, int, str], Tensor]
@@ -173,7 +173,7 @@ STES: dict[str, STE] = {
 
 
 def resolve_ste(ste: str, quantizer: str) -> str:
-    """Resolve `ste`: "auto" is the STE paired with the quantizer, any other key stands for itself.
+    """Resolve `ste`: "auto" is the STE paired with the quantizer; other keys are returned.
 
     Raises:
         ValueError: An unknown `ste`.

@@ -1,10 +1,10 @@
 """Switchable normalization: one norm layer per width, each a deep copy of the layer it replaces.
 
 Activation statistics differ so much between widths that shared batch-norm statistics fail
-(Any-Precision DNNs, arXiv 1911.07346; AdaBits, arXiv 1912.09666; the idea is that of Slimmable
-networks, arXiv 1812.08928). There is one norm for every width and one for float. Those of the
-trained widths learn in training. The others are estimated by `calibrate_norms`; using one before
-that is an error.
+(Any-Precision DNNs, arXiv 1911.07346; AdaBits, arXiv 1912.09666; the idea comes from Slimmable
+networks, arXiv 1812.08928). Every width has its own norm, and so does float. The norms of the
+trained widths are trained. The others are estimated by `calibrate_norms`; using one before that is
+an error.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tq_lightning.quant.bit_width import Width, width_of
 
-FLOAT = "none"  # key of bits=None; "float" is a method of every module, so a ModuleDict refuses it
+FLOAT = "none"  # key of bits=None; ModuleDict does not accept "float", a method of every module
 
 
 def width_name(bits: int | None) -> str:
@@ -26,17 +26,18 @@ def width_name(bits: int | None) -> str:
 
 
 class PerWidthNorm(nn.Module):
-    """Replaces `layer` and passes each call on to its copy for the width in use.
+    """Replace `layer` by one copy per width, and forward each call to that of the width in use.
 
     Args:
         layer: A normalization layer, including those of timm that apply an activation.
         width: The model's shared `Width`; its `widths` are the trained ones.
-        only: Widths to make copies for, if the model will run at no other; None = all, and float.
+        only: Widths to make copies for, if the model will run at no other width; None = all widths
+            and float.
 
     Attributes:
         sets: ModuleDict with keys "1".."max_bits" and `FLOAT`, or those of `only`. Parameters of
-            untrained widths need no gradient.
-        calibrated: bool (max_bits + 1,); entry n tells whether untrained width n has statistics.
+            untrained widths do not require a gradient.
+        calibrated: bool (max_bits + 1,); entry n is True if the untrained width n has statistics.
     """
 
     def __init__(self, layer: nn.Module, width: Width, only: Collection[int] | None = None) -> None:
@@ -50,7 +51,7 @@ class PerWidthNorm(nn.Module):
         for key, norm in self.sets.items():
             if key not in self.trained:
                 norm.requires_grad_(False)
-            for m in norm.modules():  # updates are counted anew: `calibration` asks how many
+            for m in norm.modules():  # `calibration.lagging_widths` counts updates from here on
                 if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None:
                     m.num_batches_tracked.zero_()
         self.register_buffer("calibrated", torch.zeros(width.max_bits + 1, dtype=torch.bool))
@@ -60,16 +61,16 @@ class PerWidthNorm(nn.Module):
         self._read: tuple[Tensor, int | None, list[bool]] | None = None
 
     def select(self, bits: int | None) -> None:
-        """Use the norm of a width whatever the width in use, until `unselect`.
+        """Use the norm of a width regardless of the width in use, until `unselect`.
 
-        `torch.compile` then sees one norm with other tensors, not one norm per width.
+        `torch.compile` then sees one norm with different tensors, not one norm per width.
         """
         self.unselect()
         norm = self.sets[width_name(bits)]
         # not through __setattr__, which would register the norm a second time
         self.__dict__["selected"] = norm
         if not torch.is_grad_enabled():
-            # a graph depends on this flag even in evaluation, and untrained norms do not have it
+            # graphs depend on requires_grad even in evaluation, and untrained norms do not have it
             self._flagged = [p for p in norm.parameters() if not p.requires_grad]
             for p in self._flagged:
                 p.requires_grad_(True)
@@ -103,7 +104,7 @@ class PerWidthNorm(nn.Module):
         """Check that the norm of a width can be used; `bit_width` calls this.
 
         Raises:
-            ValueError: It is neither trained nor calibrated.
+            ValueError: The norm is neither trained nor calibrated.
         """
         key = width_name(bits)
         if key in self.trained or self.calibrating or bits is None:
@@ -113,7 +114,7 @@ class PerWidthNorm(nn.Module):
                 f"width {bits} has no trainable norm; "
                 f"train one of {', '.join(sorted(self.trained))}"
             )
-        # a packed model checks its widths in PackedWeight, which knows what was loaded
+        # a packed model checks its widths in PackedWeight, which has the list of loaded widths
         if not self.width.packed and not self._calibrated_widths()[bits]:
             raise ValueError(
                 f"width {bits} was not trained and has no norm statistics yet; "
@@ -121,7 +122,7 @@ class PerWidthNorm(nn.Module):
             )
 
     def _calibrated_widths(self) -> list[bool]:
-        """`calibrated` as Python values, read from the device only after it has changed."""
+        """Return `calibrated` as a list, read from the device only after it has changed."""
         flags = self.calibrated
         version = None if flags.is_inference() else flags._version
         if self._read is None or self._read[0] is not flags or self._read[1] != version:
@@ -129,9 +130,9 @@ class PerWidthNorm(nn.Module):
         return self._read[2]
 
     def copy_affine_from_wider(self, bits: int | None) -> None:
-        """Give an untrained width the parameters of the next wider trained width.
+        """Copy the parameters of the next wider trained width to an untrained width.
 
-        Float, and widths above all trained ones, take those of the widest.
+        Float, and widths above all trained ones, get those of the widest trained width.
         """
         trained = sorted(int(key) for key in self.trained if key != FLOAT)
         wider = next((b for b in trained if bits is not None and b >= bits), trained[-1])

@@ -26,8 +26,8 @@ LEAST_RANGE = 1e-6  # a learned range at or below zero would never come back
 def _channel_view(w: Tensor, channel_dim: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
     """View `w` so that one call reduces all but the output channels: (view, dims to reduce).
 
-    A transposed convolution holds (in, out / groups, ...). Its output channel is (group, dim 1),
-    hence the view (groups, in / groups, out / groups, ...).
+    A transposed convolution has the shape (in, out / groups, ...). Its output channel is (group,
+    dim 1), hence the view (groups, in / groups, out / groups, ...).
     """
     if channel_dim == 0:
         return w, tuple(range(1, w.dim()))
@@ -49,13 +49,13 @@ class Normalized(NamedTuple):
 
 
 def span_of(rms: Tensor, row: Normalizer) -> Tensor:
-    """Weight at u = 1 of a normalizer of multiples of the rms."""
+    """Return the weight at u = 1 of a normalizer with the reference "rms" or "learned"."""
     assert row.span is not None
     return rms.mul(row.span).clamp_max(torch.finfo(torch.float32).max)
 
 
 class _Gain(torch.autograd.Function):
-    """The identity, with a gradient that is multiplied by a number."""
+    """Identity whose gradient is multiplied by a number."""
 
     @staticmethod
     def forward(ctx, x, gain):  # type: ignore[no-untyped-def]
@@ -80,9 +80,9 @@ class WeightQuantizer(nn.Module):
         groups: Groups of a transposed convolution.
 
     Attributes:
-        range: Learned range of t, see `start_range`; None (the default) takes that of the weight.
-            It then also is the scale, u is clamped to [0, 1], and its gradient is the `scale_rule`
-            of the STE, times `range_gain`.
+        range: Learned range of t, see `start_range`; None (the default) uses the range of the
+            weight. A learned range is also the scale, u is clamped to [0, 1], and its gradient is
+            the `scale_rule` of the STE, times `range_gain`.
     """
 
     range: nn.Parameter | None
@@ -106,8 +106,8 @@ class WeightQuantizer(nn.Module):
         self.channel_dim, self.groups = channel_dim, groups
         self.register_parameter("range", None)
         self.range_gain = 1.0
-        self._rows: int | None = None  # of a transposed convolution that share a channel's range
-        # the weight in use while `fused_weights` makes those of the whole model, else None
+        self._rows: int | None = None  # rows of a transposed convolution that share a range
+        # the weight in use, if `fused_weights` computes the weights of the model, else None
         self.made: Tensor | None = None
 
     def reduce(self, w: Tensor, how: str) -> Tensor:
@@ -148,9 +148,9 @@ class WeightQuantizer(nn.Module):
         """Make `range` a parameter that starts at `Normalizer.span` times the rms of `w`.
 
         It is a scalar, or has one element per output channel, broadcastable to the weight. Its
-        gradient is a sum over the N weights of the range and is divided by sqrt(N). LSQ
-        (arXiv 1902.08153) divides by sqrt(N Q) for the step of a code of Q steps: the range is Q
-        steps, and does not shrink as the width grows.
+        gradient is a sum over the N weights of the range, divided by sqrt(N). LSQ (arXiv
+        1902.08153) divides the gradient of a step size by sqrt(N Q) for Q steps. The range spans Q
+        steps and does not shrink as the width grows, so the factor Q is not needed.
         """
         row, w = NORMALIZERS[self.normalizer], w.detach().float()
         start = span_of(self._rms(w.abs()), row)
@@ -171,7 +171,7 @@ class WeightQuantizer(nn.Module):
             )
 
     def range_value(self, learned: Tensor) -> Tensor:
-        """Return a learned range, at least `LEAST_RANGE`, in float32; its gradient passes on."""
+        """Return a learned range, at least `LEAST_RANGE`, in float32, with its gradient."""
         learned = learned.float()
         floor = learned - learned.detach() + LEAST_RANGE
         value = _Gain.apply(torch.where(learned > LEAST_RANGE, learned, floor), self.range_gain)
@@ -191,13 +191,13 @@ class WeightQuantizer(nn.Module):
         return self.reduce(magnitude * 2.0**-64, "mean") * 2.0**64
 
     def normalize(self, w: Tensor) -> Normalized:
-        """Normalize a weight as its row of `NORMALIZERS` says, and compute its scale.
+        """Normalize a weight with its row of `NORMALIZERS`, and compute its scale.
 
         Args:
             w: Float weight, any shape and dtype; computed in float32.
 
         Returns:
-            The normalized weight. The gradient of `u` reaches `w` through t, not the range.
+            The normalized weight. The gradient of `u` flows to `w` through t, not the range.
 
         Raises:
             ValueError: `w` contains NaN or infinity; the message names the tensor.
@@ -240,7 +240,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         """Return `w` at the width in use, in its dtype.
 
-        At float width that is `w` itself, or E (2u - 1) with `float_pass` "normalized".
+        At float width this is `w` itself, or E (2u - 1) with `float_pass` "normalized".
         """
         if self.made is not None:  # first: a compiled graph then does not depend on the width
             return self.made.to(w.dtype)

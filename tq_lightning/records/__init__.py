@@ -1,7 +1,7 @@
-"""record.json: its fields, its checks, and the only code that reads or writes it.
+"""record.json: its fields, their validation, reading and writing.
 
-A run writes a `Record`, `inspect --out` an `InspectRecord`. Their dataclasses are the schema: a
-file is checked against the annotations when it is read.
+A run writes a `Record`, `inspect --out` an `InspectRecord`. These dataclasses are the schema: a
+file is validated against their annotations when it is read.
 """
 
 from tq_lightning.records.inspect import (

@@ -1,11 +1,11 @@
-"""InspectRecord: what `inspect --out` writes, the size and energy of a model that was not run."""
+"""InspectRecord: the output of `inspect --out`, size and energy of a model without running it."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from tq_lightning.records.json_tree import SCHEMA, Number, to_tree
 
-# ways of storing weights that serve every width -> label
+# storage schemes that serve every width -> label
 STORAGE_LABELS = {
     "float_master": "float master, one norm set",
     "file_per_width": "one file per width",
@@ -86,9 +86,9 @@ class InspectRecord:
     accounting: list[str] = field(default_factory=list)
 
     def tree(self) -> dict[str, Any]:
-        """The record as JSON types."""
+        """Return the record as JSON types."""
         tree = {"schema": SCHEMA, "kind": "inspect", **to_tree(self)}
-        if not self.inference:  # records of models that no simulator ran are as they ever were
+        if not self.inference:  # a field that was added later is omitted if it is empty
             del tree["inference"]
         return tree
 

@@ -1,4 +1,4 @@
-"""Dataclasses to JSON types and back, checked against their annotations.
+"""Convert dataclasses to JSON types and back, validated against their annotations.
 
 A field without a default is required; one with a default may be missing or null. Maps with integer
 keys are keyed by the width in bits.
@@ -12,7 +12,7 @@ from typing import Any, NewType, TypeVar, Union, cast, get_args, get_origin, get
 from tq_lightning.errors import UserError
 
 SCHEMA = 1  # fields are added to it, never renamed or removed
-Number = float  # a name of its own, since some fields are called "float"
+Number = float  # an alias, because some fields are named "float"
 Points = NewType("Points", list)  # [[epoch, value], ...]
 WRITTEN_AS_NULL = ("reason", "seed", "commit", "bits")
 
@@ -47,7 +47,7 @@ def _is_number(value: Any) -> bool:
 
 
 def shortened(value: Any) -> str:
-    """Return the start of a value as quoted text, for errors."""
+    """Return the start of a value as a quoted string, for errors."""
     return repr(str(value)[:40])
 
 
@@ -95,7 +95,7 @@ def from_tree(kind: type[T], tree: dict[str, Any], before: str) -> T:
 
 
 def to_tree(value: Any) -> Any:
-    """Convert a dataclass to JSON types; None is left out, except for WRITTEN_AS_NULL."""
+    """Convert a dataclass to JSON types; None is omitted, except for WRITTEN_AS_NULL."""
     if is_dataclass(value):
         pairs = ((f.name, getattr(value, f.name)) for f in fields(value))
         return {k: to_tree(v) for k, v in pairs if v is not None or k in WRITTEN_AS_NULL}

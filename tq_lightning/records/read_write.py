@@ -25,7 +25,7 @@ def read_any(path: str | Path) -> Record | InspectRecord:
     """Read a record of either kind.
 
     Raises:
-        RecordError: the file is missing, unreadable or damaged, or breaks the schema.
+        RecordError: the file is missing, unreadable or damaged, or does not match the schema.
     """
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def read_record(path: str | Path) -> Record:
     """Read the record of a run.
 
     Raises:
-        UserError: `path` is not the record of a run; one line that names the file.
+        UserError: `path` is not the record of a run; the message names the file.
     """
     try:
         record = read_any(path)
@@ -96,12 +96,12 @@ def write_record(path: str | Path, record: Record | InspectRecord) -> None:
 
 
 def mark_superseded(path: str | Path) -> None:
-    """Mark the record of a trial that was given to another worker: it must not count twice."""
+    """Mark the record of a trial that was given to another worker, so that it counts only once."""
     reason = "its trial was given to another worker"
     write_record(path, replace(read_record(path), status="interrupted", reason=reason))
 
 
 def _is_widths(value: Any) -> bool:
-    """Return True for a list of bits, or the text of one as the command line takes it."""
+    """Return True for a list of bits, or its text form on the command line."""
     parts = value.strip("[]").split(",") if isinstance(value, str) else value
     return isinstance(parts, list) and all(str(part).strip().isdigit() for part in parts)

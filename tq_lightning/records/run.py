@@ -1,11 +1,11 @@
-"""Record: what a run writes, its configuration, its environment, its status and its results."""
+"""Record: the configuration, environment, status and results of a run."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tq_lightning.records.json_tree import SCHEMA, Number, Points, to_tree
 
-MONITOR = "val/acc1_truncate_mean"  # the metric that chooses a run's best epoch
+MONITOR = "val/acc1_truncate_mean"  # the metric that selects the best epoch
 STORAGE_BYTES = "storage/bytes"  # a sweep objective: the size of the packed file
 
 # quantizers of the first records, which lack the fields `ste` and `nested` -> (paired STE, nested)
@@ -19,7 +19,7 @@ class Evaluation:
     metrics: dict[str, Any]
     epoch: int | None = None
     monitor: str | None = None
-    step: int | None = None  # optimizer steps at that time
+    step: int | None = None  # optimizer steps so far
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class WidthResult:
     """Top-1 in % of both sources at one width, at the best epoch.
 
     `qt_gap` is in percentage points. `disagree` is the share of weight codes that differ between
-    the sources.
+    the two sources.
     """
 
     quantize: Number
@@ -38,7 +38,7 @@ class WidthResult:
 
 @dataclass(frozen=True)
 class TestResult:
-    """Metrics of one `test`: of which checkpoint and epoch, on how many images of which data."""
+    """Metrics of one `test`, with its checkpoint, epoch, data and number of images."""
 
     metrics: dict[str, Number]
     checkpoint: str | None = None
@@ -46,9 +46,9 @@ class TestResult:
     images: int | None = None
     data: dict[str, Any] | None = None  # name and root
     split: str | None = None
-    batches: int | None = None  # if not the whole split was tested
+    batches: int | None = None  # number of batches, if only a part of the split was tested
     calibration: str | None = None  # as in the record, by the version that tested
-    __test__ = False  # not a test case of pytest's
+    __test__ = False  # not a pytest test case
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ModelBytes:
 
 @dataclass(frozen=True)
 class Record:
-    """A run: its configuration, its environment, its status and its results."""
+    """Record of a run: its configuration, environment, status and results."""
 
     id: str
     status: str  # running, finished, failed or interrupted
@@ -79,10 +79,10 @@ class Record:
     seconds: Number = 0.0
     parameters_quantized: Number | None = None  # share of the parameters
     ste: str | None = None  # STE of the weights, with "auto" resolved
-    # images that the norm statistics of untrained widths were estimated from; None if there are no
-    # such statistics, and in the first records, which used images as evaluation sees them
+    # kind of images that the norm statistics of untrained widths were estimated from; None without
+    # such statistics, and in the first records, which used images without augmentation
     calibration: str | None = None
-    nested: bool | None = None  # codes of the weights nest: both sources agree by construction
+    nested: bool | None = None  # True if the codes of the weights nest, so both sources agree
     steps: int | None = None
     epochs: int | None = None
     curves: dict[str, Points] | None = None
@@ -90,13 +90,13 @@ class Record:
     best: Evaluation | None = None
     widths: dict[int, WidthResult] | None = None
     bytes: ModelBytes | None = None
-    test: TestResult | None = None  # of the run's own data, all of the split
-    tests: list[TestResult] | None = None  # of other data or of a part; no table takes them
-    more: dict[str, Any] = field(default_factory=dict)  # top-level fields this version doesn't know
+    test: TestResult | None = None  # on the full test split of the run's own data
+    tests: list[TestResult] | None = None  # on other data or a part of the split; not in reports
+    more: dict[str, Any] = field(default_factory=dict)  # unknown top-level fields
 
     @property
     def _quantizer(self) -> tuple[str | None, bool]:
-        """(paired STE, nested) of the quantizer by name."""
+        """(paired STE, nested) of the quantizer, by its name."""
         model = self.config.get("model") or {}
         return _PAIRED.get(str(model.get("quantizer")), (None, False))
 
@@ -126,17 +126,17 @@ class Record:
         return self._quantizer[1] if self.nested is None else self.nested
 
     def tree(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The record as JSON types, except the fields named in `without`."""
+        """Return the record as JSON types, except the fields in `without`."""
         tree = {"schema": SCHEMA, **to_tree(self)}
         tree |= tree.pop("more")
         return {key: value for key, value in tree.items() if key not in without}
 
 
 def value_of(record: Record, metric: str) -> Number | None:
-    """A sweep objective: a metric of the last epoch, or STORAGE_BYTES; None if it was not logged.
+    """Return a sweep objective: a metric of the last epoch, or STORAGE_BYTES; None if not logged.
 
-    The last epoch counts, not the best: a W&B sweep reads the last logged value too, the pruner saw
-    it, and no configuration gains from having had more epochs to choose from.
+    The last epoch is used, not the best: W&B sweeps read the last logged value too, the pruner has
+    seen it, and no configuration gains from more epochs to choose from.
     """
     if metric == STORAGE_BYTES:
         size = record.bytes.packed if record.bytes is not None else None
@@ -146,7 +146,7 @@ def value_of(record: Record, metric: str) -> Number | None:
 
 
 def record_at(record: Record, epoch: int, step: int) -> Record:
-    """Return the record as of an epoch and a step; later results will be measured again."""
+    """Return the record at an epoch and a step, without later results."""
 
     def earlier(block: Evaluation | None) -> bool:
         if block is None or block.epoch is None:
@@ -161,7 +161,7 @@ def record_at(record: Record, epoch: int, step: int) -> Record:
         for key, points in (record.curves or {}).items()
     }
     for block in kept:
-        if block.epoch == epoch:  # validated already, and not again
+        if block.epoch == epoch:  # validated before the checkpoint, so not again
             for key in (key for key in block.metrics if key.startswith("val/")):
                 curves.setdefault(key, {})[epoch] = block.metrics[key]
     best, scores = record.best if earlier(record.best) else None, curves.get(MONITOR, {})

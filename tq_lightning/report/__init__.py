@@ -1,1 +1,1 @@
-"""A report from run records: a tidy table, tables, figures and a page. It never imports torch."""
+"""Write a report from run records: tables, figures and an HTML page. Never imports torch."""

@@ -1,4 +1,4 @@
-"""Caveats of a comparison: what makes its arms unequal, and seeds that failed to train."""
+"""Caveats of a comparison: unequal arms, and seeds that failed to train."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from tq_lightning.report.stats import mean_interval
 
 
 def flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
-    """Return what makes the named arms of a comparison unequal, as sentences for the figure."""
+    """Return sentences for the figure on inequalities between the named arms of a comparison."""
     out = []
     budgets = {name: arm.budget for name, arm in arms}
     seeds = {name: ",".join(map(str, arm.seeds)) for name, arm in arms}
@@ -23,8 +23,9 @@ def flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
 def collapsed(arm: Arm, name: str = "") -> list[str]:
     """Name the seeds that failed to train while the other seeds of the arm learned.
 
-    Gains are of mean quantized accuracy at the trained widths over guessing. A seed has collapsed
-    if the others gained more than 5 points in the median, and it less than a fifth of that.
+    The gain of a seed is its mean quantized accuracy at the trained widths minus that of guessing.
+    A seed has collapsed if the median gain of the others is more than 5 points, and its own gain is
+    less than a fifth of the median.
     """
     classes = arm.runs[0].config.get("model.num_classes") or CLASSES.get(str(arm["data.name"]))
     guess = 100 / classes if isinstance(classes, int) else 0.0
@@ -44,7 +45,7 @@ def collapsed(arm: Arm, name: str = "") -> list[str]:
 
 
 def flags_of(groups: list) -> list[str]:
-    """Flags of a figure that shows several groups; a flag that several groups share stands once."""
+    """Return the flags of a figure with several groups, without duplicates."""
     bearers: dict[str, list[str]] = {}
     for group in groups:
         for flag in group.flags:
@@ -56,7 +57,7 @@ def flags_of(groups: list) -> list[str]:
 
 
 def between(parts: list[list[Arm]], what: str) -> list[str]:
-    """Flags for budgets or starts that differ between parts that are each fair in themselves."""
+    """Return flags for budgets or starts that differ between parts but not within a part."""
     budgets = {frozenset(run.budget for arm in arms for run in arm.runs) for arms in parts}
     out = []
     if len(budgets) > 1:
@@ -73,7 +74,7 @@ def between(parts: list[list[Arm]], what: str) -> list[str]:
 
 
 def seeds_words(arms: Iterable[Arm]) -> str:
-    """Return `3 seeds` or `1 to 3 seeds`: the number of runs behind each point."""
+    """Return `3 seeds` or `1 to 3 seeds`: the number of runs per point."""
     counts = sorted({len(arm.runs) for arm in arms})
     span = f"{counts[0]} to " if len(counts) > 1 else ""
     return span + counted(counts[-1], "seed")

@@ -1,4 +1,4 @@
-"""Comparisons: groups of arms that are alike except for one factor."""
+"""Comparisons: groups of arms that are equal except for one factor."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from tq_lightning.report.labels import (
 from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
 
-# Compared keys -> the values that others are compared with: the first of these that a group has,
-# or else the first in order. Quantizers are compared apart, in the rows of the paper.
+# Compared keys -> reference values: the first of these that a group has, or else its first value in
+# order. Quantizers are compared separately, in the rows of the paper.
 FACTORS: dict[str, tuple[str, ...]] = {
     "model.ste": ("identity",),
     "model.level": ("endpoint", "centre", "centroid"),
@@ -45,7 +45,7 @@ PAPER: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, eq=False)
 class ComparisonGroup:
-    """Arms alike except for one factor, as (value of the factor as shown, arm)."""
+    """Arms that are equal except for one factor, as (displayed value of the factor, arm)."""
 
     factor: str
     label: str
@@ -75,14 +75,14 @@ class ComparisonGroup:
 
     @property
     def reference(self) -> tuple[str, Arm]:
-        """The value that others are compared with, and its arm: see `FACTORS`."""
+        """Reference value of the group and its arm, see `FACTORS`."""
         arms = {value: (value, arm) for value, arm in reversed(self.arms)}
         usual = (value for value in FACTORS.get(self.factor, ()) if value in arms)
         return arms.get(next(usual, ""), self.arms[0])
 
     @property
     def rows(self) -> list[tuple[str, Arm, str]]:
-        """The paper's rows, (name, arm, source): both sources, or truncated alone if nested."""
+        """The paper's rows, (name, arm, source): both sources, or only truncated if nested."""
         out = [
             (f"{value}, {source}d", arm, source)
             for source in ("quantize", "truncate")
@@ -93,7 +93,7 @@ class ComparisonGroup:
 
     @property
     def is_papers(self) -> bool:
-        """True if the arms are those of the paper's table, so that its numbers may stand beside."""
+        """True if the arms match the paper's table, so that its numbers can be shown beside."""
         arm = self.first
         expansions = {str(v or 1) for k, v in arm.config.items() if k.endswith("expansion")}
         fixed = (arm["model.name"], arm["data.name"], arm[ACTIVATIONS_SOURCE])
@@ -107,7 +107,7 @@ class ComparisonGroup:
 
 @dataclass
 class Comparisons:
-    """Arms, inspect records and left-out files; `ignore` holds keys that may differ in a group."""
+    """Arms, inspect records and skipped files; `ignore` lists keys that may differ in a group."""
 
     arms: list[Arm]
     inspects: list[InspectRecord]
@@ -126,17 +126,17 @@ class Comparisons:
 
     @cached_property
     def by_quantizer(self) -> list[ComparisonGroup]:
-        """Groups for the paper's rows: with both kinds of codes, or else with one."""
+        """Groups for the paper's rows: with nested and other codes, or else with one kind."""
         ignore = {*self.ignore, "model.ste"}
-        for wanted in ({True, False}, {False}, set()):
-            enough = partial(lambda kinds, arms: kinds <= {arm.nested for arm in arms}, wanted)
+        for required in ({True, False}, {False}, set()):
+            enough = partial(lambda kinds, arms: kinds <= {arm.nested for arm in arms}, required)
             if found := make_groups(self.paired, "model.quantizer", ignore, enough):
                 return found
         return []
 
     @cached_property
     def by_factor(self) -> dict[str, list[ComparisonGroup]]:
-        """{key of FACTORS: groups in which it takes two or more values}."""
+        """{key of FACTORS: groups in which it has two or more values}."""
         found = {}
         for key in FACTORS:
             enough = partial(lambda key, arms: len(_values(arms, key)) > 1, key)
@@ -163,16 +163,16 @@ def make_groups(
     ignore: Iterable[str] = (),
     enough: Callable[[list[Arm]], bool] = bool,
 ) -> list[ComparisonGroup]:
-    """Group arms that agree in everything but `factor`.
+    """Group arms that are equal except for `factor`.
 
-    A group is split by training budget if each of its values has an arm under some one budget.
-    Otherwise its arms stay together, and the unequal budget is flagged.
+    A group is split by training budget if at least one budget has an arm for each value. Otherwise
+    its arms stay together, and the unequal budget is flagged.
 
     Args:
         arms: the arms to group.
         factor: flat key that is compared.
         ignore: keys that may differ within a group.
-        enough: whether arms are worth a group.
+        enough: returns True if arms form a group.
     """
     out = {factor, *ignore}
     groups: dict[str, list[Arm]] = {}
@@ -207,13 +207,13 @@ def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
 
 
 def _named(part: list[Arm], factor: str, ignored: set[str]) -> tuple[tuple[str, Arm], ...]:
-    """Name each arm by the value of its factor, and by what else differs if two share a value."""
+    """Name each arm by the value of its factor, with other differing keys if values repeat."""
     names = [text(arm[factor]) for arm in part]
     known = {factor, "model.ste"} if factor == "model.quantizer" else {factor}
     differing = sorted(varying([arm.config for arm in part]) - known)
-    told = [key for key in differing if key in ignored or BUDGET.match(key)]
+    shown = [key for key in differing if key in ignored or BUDGET.match(key)]
     out = []
     for name, arm in zip(names, part, strict=True):
-        extras = [f"{short(key)}={text(arm[key])}" for key in told if names.count(name) > 1]
+        extras = [f"{short(key)}={text(arm[key])}" for key in shown if names.count(name) > 1]
         out.append((", ".join([name, *extras]), arm))
     return tuple(out)

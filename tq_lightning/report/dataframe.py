@@ -1,4 +1,4 @@
-"""The tidy table: one row per run, source and width, which holds every accuracy of a report."""
+"""The data frame of a report: one row per run, source and width, with every accuracy."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ FACTS += ("model.normalizer", "model.norm", "model.scale")
 
 
 def rows(arms: list[Arm]) -> list[dict[str, Any]]:
-    """Rows with accuracies in %, qt_gap in points, bytes_read in bytes, and disagree as a share."""
+    """Return rows: accuracies in %, qt_gap in points, bytes_read in bytes, disagree as a share."""
     return [
         _row(number, arm, run, source, width)
         for number, arm in enumerate(arms)

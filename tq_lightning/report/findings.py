@@ -11,7 +11,7 @@ from tq_lightning.report.stats import LEVEL, Difference, acc1, compare, gap, num
 
 @dataclass(frozen=True)
 class Finding:
-    """A question, its answer in a sentence or two, and the lines the answer rests on."""
+    """A question, its answer in a sentence or two, and the comparisons that support it."""
 
     question: str
     answer: str
@@ -20,7 +20,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Compared:
-    """One arm against the reference at one trained width; a collapsed seed supports no claim."""
+    """One arm compared with the reference at one trained width."""
 
     group: ComparisonGroup
     value: str
@@ -61,7 +61,7 @@ def title(comparisons: Comparisons) -> str:
 
 
 def message(group: ComparisonGroup) -> tuple[float, str] | None:
-    """(largest QT gap, a sentence with the accuracies at its width), or None for nothing to say.
+    """Return (largest QT gap, a sentence with the accuracies at its width), or None without gaps.
 
     Example: (28.2, "Truncated to 2 bits, round goes from 63.7 to 35.5 % and floor stays at 64 %").
     """
@@ -86,7 +86,7 @@ def message(group: ComparisonGroup) -> tuple[float, str] | None:
 
 
 def qt_gap(comparisons: Comparisons) -> Finding | None:
-    """The cost of truncation: the QT gap of each quantizer, and the paper's rows compared."""
+    """Report the cost of truncation: the QT gap of each quantizer, and the paper's rows."""
     lines: list[str] = []
     worst: dict[str, float] = {}
     for group in comparisons.by_quantizer:
@@ -99,7 +99,7 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
             if max(abs(e.mean) for _, e in found) < 0.005:
                 cost = "truncation costs nothing at any trained width"
             lines.append(f"{group.label}, {value}: {cost} ({SPLIT_WORDS[group.split]}).")
-            # Truncated activations lose accuracy of their own, which is not due to the weights.
+            # Truncated activations lose accuracy too, independent of the weights.
             too = " with activations truncated too" if arm[ACTIVATIONS_SOURCE] == "truncate" else ""
             name = f"{arm['model.quantizer']}{too}"
             if not has_collapsed(arm):
@@ -111,7 +111,7 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
 
 
 def _against_quantized(group: ComparisonGroup) -> list[str]:
-    """A nested quantizer truncated against another one quantized, one line per group."""
+    """Compare a truncated nested quantizer with a quantized other one, one line per group."""
     nested = [(value, arm) for value, arm in group.arms if arm.nested]
     others = [(value, arm) for value, arm in group.arms if not arm.nested]
     if not nested or not others:
@@ -141,7 +141,7 @@ def compared(comparisons: Comparisons, key: str) -> list[Compared]:
 
 
 class Question(NamedTuple):
-    """A question about one key, the words of its answers, and what is answered apart."""
+    """A question about one key, the words of its answers, and the name of each answer."""
 
     question: str
     above: str
@@ -202,7 +202,7 @@ QUESTIONS = {
 
 
 def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
-    """Answer a question for each of its names, from the comparisons that support a claim."""
+    """Answer a question for each of its names, from the usable comparisons."""
     words, found = QUESTIONS[key], compared(comparisons, key)
     names = dict.fromkeys(map(words.name, found))
     answer = " ".join(_answer(words, n, [c for c in found if words.name(c) == n]) for n in names)
@@ -220,7 +220,7 @@ def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
 
 
 def _answer(words: Question, name: str, of: list[Compared]) -> str:
-    """Return `No loss is shown in any of 4 comparisons with ...`, or what is shown and where."""
+    """Return a sentence such as `No loss is shown in any of 4 comparisons with ...`."""
     tested = [c for c in of if c.usable]
     if not tested:
         return f"No conclusion (no interval) with {name}."

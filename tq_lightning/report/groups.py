@@ -1,4 +1,4 @@
-"""Arms: runs with one configuration, apart from the seed and what does not affect the result."""
+"""Arms: runs with equal configurations, except for the seed and keys without effect on results."""
 
 import json
 import re
@@ -35,14 +35,14 @@ BUDGET = re.compile(
 )
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
 TRUNCATED = "_truncate"  # suffix of activations that are truncated like the weights
-# Keys that every table names, in the order that arms are sorted by.
+# Keys that every table shows, in the order by which arms are sorted.
 MAIN_KEYS: tuple[str, ...] = ("data.name", "model.name", "model.quantizer", "model.ste")
 MAIN_KEYS += ("model.level", "model.activations")
 
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """Runs that differ in their seed alone, one run per seed, in ascending order."""
+    """Runs that differ only in their seed, one run per seed, in ascending order."""
 
     config: dict[str, Any]
     runs: tuple[Run, ...]
@@ -85,10 +85,10 @@ class Arm:
 
 
 def arm_config(run: Run) -> dict[str, Any]:
-    """Flat configuration of a run without seed, places and loggers.
+    """Return the flat configuration of a run without seed, paths and loggers.
 
-    The STE is the resolved one, and paths are reduced to their shape. The calibration of the norm
-    statistics is part of it if the record names one, so that no mean mixes two of them.
+    The STE is resolved, and file names are normalized. The calibration of the norm statistics is
+    included if the record has it, so that no mean mixes different calibrations.
     """
     config = {
         k: v
@@ -99,8 +99,8 @@ def arm_config(run: Run) -> dict[str, Any]:
     config |= {key: value for key, value in found.items() if value is not None}
     if "model.normalizer" in config:  # a run of an earlier version has the default of later choices
         config = {**ADDED, **config}
-    # The coding of activations and their source are separate choices, so that each can be compared
-    # alone. Float activations are never truncated: they are the reference of quantized ones.
+    # Quantizer and source of activations become separate keys, so that each can be compared alone.
+    # Float activations count as not truncated, as the reference of quantized ones.
     if "model.activations" in config:
         kind = config["model.activations"]
         truncated = isinstance(kind, str) and kind.endswith(TRUNCATED)
@@ -110,21 +110,21 @@ def arm_config(run: Run) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Return one value for "8,4,2,1", "[8, 4, 2, 1]", [8, 4, 2, 1] and other orders."""
+    """Normalize "8,4,2,1", "[8, 4, 2, 1]", [8, 4, 2, 1] and other orders to one value."""
     items = re.split(r"[\s,\[\]]+", value) if isinstance(value, str) else value
     order = sorted(filter(None, map(str, items or [])))
     return sorted(order, key=lambda i: -int(i) if i.isdigit() else 0) if items else value
 
 
 def _shape(value: Any) -> Any:
-    """Reduce a path to its last parts, with # for numbers, in which seeds of an arm differ."""
+    """Reduce a path to its last parts, with # for numbers, because seeds of an arm differ there."""
     if isinstance(value, str) and PATH_VALUE.search(value):
         return re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", value)[-3:]))
     return value
 
 
 def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
-    """Group runs into arms; the latest run of a seed counts, and `left_out` gains the others."""
+    """Group runs into arms. The latest run of a seed counts; others are added to `left_out`."""
     members: dict[str, tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:
         config = arm_config(run)
@@ -143,13 +143,13 @@ def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
 
 
 def number_aware(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that compares digits as numbers: resnet8 before resnet20."""
+    """Return a sort key that compares digits as numbers: resnet8 before resnet20."""
     parts = filter(None, re.split(r"(\d+)", name))
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def key_of(config: dict[str, Any]) -> str:
-    """Return a text that is equal for equal configurations."""
+    """Return a canonical string of a configuration."""
     return json.dumps(config, sort_keys=True, default=str)
 
 

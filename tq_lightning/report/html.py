@@ -1,4 +1,4 @@
-"""The page: one HTML file with tables, figures and every run's configuration, without requests."""
+"""The page: one self-contained HTML file with tables, figures and every run's configuration."""
 
 import base64
 import json
@@ -32,7 +32,7 @@ def page(figure_folder: Path, runs: list[Run], **parts: Any) -> str:
         data = base64.b64encode((figure_folder / f"{name}.svg").read_bytes())
         return f"data:image/svg+xml;base64,{data.decode()}"
 
-    # A browser's JSON knows neither NaN nor infinity, so they become text.
+    # JSON in browsers does not support NaN and infinity, so they become strings.
     text_of_records = json.dumps({run.id: _details(run) for run in runs})
     records = json.loads(text_of_records, parse_constant=str)
     template = environment.get_template("report.html.j2")
@@ -42,7 +42,7 @@ def page(figure_folder: Path, runs: list[Run], **parts: Any) -> str:
 
 
 def _details(run: Run) -> dict[str, Any]:
-    """Return the record without its curves, and without metrics that `widths` and `test` repeat."""
+    """Return the record without curves, and without metrics that `widths` and `test` include."""
     tree = run.record.tree(without=("curves", "config", "schema", "last", "best"))
     tree["best_epoch"] = run.record.best.epoch if run.record.best else None
     return {"path": run.path, "config": run.record.config, "record": tree}

@@ -1,4 +1,4 @@
-"""Find the files of records in folders, globs, Optuna studies and W&B run folders."""
+"""Find record files in folders, globs, Optuna studies and W&B run folders."""
 
 import glob
 import json
@@ -21,7 +21,7 @@ URL = re.compile(r"^(sqlite|postgresql|mysql|mariadb|oracle|mssql)(\+\w+)?://")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file that should hold a record, its path as printed, and the reason not to use it."""
+    """A possible record file, its path as printed, and the reason not to use it."""
 
     path: Path
     shown: str
@@ -32,13 +32,13 @@ def find(inputs: list[str]) -> list[Candidate]:
     """Return every candidate under `inputs` once (symbolic links resolved), in a stable order.
 
     Raises:
-        UserError: an input does not exist or holds no record.
+        UserError: an input does not exist or has no record.
     """
     found: dict[str, Candidate] = {}
     for given in inputs:
         for candidate in _expand(given):
             key = str(candidate.path.resolve()) if candidate.path.name else candidate.shown
-            # A study knows which trials were pruned, so its refusal wins over the folder.
+            # A study lists pruned trials, so its refusal overrides the folder.
             if key not in found or (candidate.refusal and not found[key].refusal):
                 found[key] = candidate
     return list(found.values())
@@ -56,11 +56,11 @@ def _expand(given: str) -> list[Candidate]:
     matches = sorted(glob.glob(given, recursive=True))
     out: list[Candidate] = []
     last = f"the pattern matches no file or folder; pass {kinds}"
-    for match in matches:  # other files (of runs/*) are skipped unless no match holds a record
+    for match in matches:  # files without a record are skipped, unless no match has one
         try:
             out += _from_path(Path(match))
         except UserError as error:
-            last = f"none of the {len(matches)} matches holds a record.json; the last: {error}"
+            last = f"none of the {len(matches)} matches has a record.json; the last: {error}"
     if not out:
         raise UserError(f"{printable(given)}: {last}")
     return out
@@ -101,7 +101,7 @@ def _from_folder(folder: Path) -> list[Candidate]:
         for path in (Path(where) / name for name in sorted(files)):
             if path.name == NAME or (path.suffix == ".json" and _looks_like_inspect(path)):
                 out.append(Candidate(path, shown(path)))
-        # The record of a pruned trial says "finished", as does one that stopped early.
+        # The record of a pruned trial has the status "finished", like one that stopped early.
         if SWEEP_STUDY in files:
             out += _refusals(Path(where) / SWEEP_STUDY)
     if not out:
@@ -119,14 +119,14 @@ def _looks_like_inspect(path: Path) -> bool:
 
 
 def _from_study(storage: str, path: Path | None) -> list[Candidate]:
-    """List the trials of every study of a storage; their attribute "record" is a record's path."""
+    """List the trials of every study of a storage; their attribute "record" is the path."""
     if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).exists():
         raise UserError(f"{storage}: no such SQLite file; pass the storage of the sweep")
     name = shown(path) if path else hide_password(storage)
     try:
         trials = _trials(storage)
     except Exception as error:  # Optuna and its drivers raise many kinds
-        reason = first_line(error.__cause__ or error).strip()  # Optuna's own text names no reason
+        reason = first_line(error.__cause__ or error).strip()  # Optuna's message has no reason
         raise UserError(f"{name}: not readable as an Optuna study: {reason}") from error
     out = [_from_trial(f"{name}, study {s}, trial {t.number}", t, path) for s, t in trials]
     if not any(candidate.path.name for candidate in out):
@@ -136,7 +136,7 @@ def _from_study(storage: str, path: Path | None) -> list[Candidate]:
 
 
 def _refusals(study: Path) -> list[Candidate]:
-    """Return the trials that a study beside the records refuses, or none if it is unreadable."""
+    """Return the trials that a study beside the records excludes; none if it is unreadable."""
     try:
         return [c for c in _from_study(f"sqlite:///{study}", study) if c.refusal]
     except UserError:
@@ -148,10 +148,10 @@ def _trials(storage: str) -> list[tuple[str, Any]]:
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Reading must not write: by default Optuna adds its tables to any database.
+    # Optuna would create its tables in any database; reading must not write.
     open_database = partial(optuna.storages.RDBStorage, skip_table_creation=True)
     if storage.startswith("sqlite:///"):
-        path = storage.removeprefix("sqlite:///")  # opened as it is: in a URL it would end at "?"
+        path = storage.removeprefix("sqlite:///")  # a path with "?" is not valid in a URL
         engine = {"creator": lambda: sqlite3.connect(path)}
         backend: Any = open_database("sqlite://", engine_kwargs=engine)
     elif "://" in storage:
@@ -164,7 +164,7 @@ def _trials(storage: str) -> list[tuple[str, Any]]:
 
 
 def _from_trial(name: str, trial: Any, study_file: Path | None) -> Candidate:
-    """Return a trial's record; the folder of a study may have been moved with its records."""
+    """Return the record of a trial, also if the study was moved together with its records."""
     state = trial.state.name.lower()
     given = trial.user_attrs.get("record")
     if not given:
@@ -192,6 +192,6 @@ def shown(path: Path) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace what no file of a report can hold: lone surrogates and control characters."""
+    """Replace lone surrogates and control characters, which report files cannot contain."""
     kept = text.encode("utf-8", "replace").decode("utf-8")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "?", kept)

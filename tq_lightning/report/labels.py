@@ -1,4 +1,4 @@
-"""Words that a report uses in more than one place: labels, units, sources and definitions."""
+"""Text that a report uses in several places: labels, units, sources and definitions."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 ACTIVATIONS_SOURCE = "model.activations_source"  # made by the report; not a configuration key
 CALIBRATION = "calibration"  # likewise
 
-# Values that are not worth a word in a label.
+# Default values, which labels omit.
 USUAL: dict[str, Any] = {
     "model.level": "endpoint",
     "model.activations": None,
@@ -46,22 +46,22 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "svhn
 
 
 def labels(arms: list[Any], left_out: set[str]) -> list[str]:
-    """Label arms with model, data, and unusual values that tell them apart, except `left_out`."""
+    """Label arms with model, data, and unusual values that distinguish them, except `left_out`."""
     heads = [f"{text(arm['model.name'])} · {text(arm['data.name'])}" for arm in arms]
     out = []
     for head, arm in zip(heads, arms, strict=True):
         kin = [other.config for h, other in zip(heads, arms, strict=True) if h == head]
         usual = {**USUAL, "model.ste": arm["model.ste"] if arm.paired else ""}
-        told = sorted((varying(kin) - {*left_out, "model.name", "data.name"}) & set(arm.config))
+        keys = sorted((varying(kin) - {*left_out, "model.name", "data.name"}) & set(arm.config))
         extras = [
-            _extra(k, arm[k]) for k in told if k not in usual or text(arm[k]) != text(usual[k])
+            _extra(k, arm[k]) for k in keys if k not in usual or text(arm[k]) != text(usual[k])
         ]
         out.append(" · ".join([head, *extras]))
     return out
 
 
 def varying(configs: list[dict[str, Any]]) -> set[str]:
-    """Return the keys that do not have one value in all of `configs`."""
+    """Return the keys whose values differ among `configs`."""
     keys = {key for config in configs for key in config}
     return {key for key in keys if len({text(config.get(key)) for config in configs}) > 1}
 
@@ -94,7 +94,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Smallest to largest value, or the value if both read the same."""
+    """Format the smallest to the largest value, or one value if both are printed alike."""
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return low if low == high else f"{low} to {high}"
 

@@ -1,4 +1,4 @@
-"""Costs of inspected models: their order, their names, and ratios to the float parameters."""
+"""Costs of inspected models: order, names, and ratios to the float parameters."""
 
 from tq_lightning.records import Energy, InspectRecord
 
@@ -6,7 +6,7 @@ MIB = 2**20
 
 
 def smallest_first(records: list[InspectRecord], field: str) -> dict[str, InspectRecord]:
-    """{name: record} of the records that hold `field`; a name tells two of one model apart."""
+    """Return {unique name: record} of the records that have `field`, smallest model first."""
     held = [record for record in records if getattr(record, field)]
     held.sort(key=lambda record: (record.parameters, record.model))
     names = [record.model for record in held]
@@ -16,11 +16,11 @@ def smallest_first(records: list[InspectRecord], field: str) -> dict[str, Inspec
 
 
 def energies(records: list[InspectRecord]) -> dict[str, Energy]:
-    """{name: energy model} of the records that hold one, smallest model first."""
+    """Return {name: energy model} of the records that have one, smallest model first."""
     held = smallest_first(records, "energy")
     return {name: r.energy for name, r in held.items() if r.energy and r.energy.by_width}
 
 
 def ratio(record: InspectRecord, scheme: str) -> float:
-    """Bytes of the float parameters, 4 each, over those of a scheme (3.53 in the paper)."""
+    """Return the bytes of the float parameters, 4 each, over those of a scheme."""
     return 4 * record.parameters / record.ways[scheme].total

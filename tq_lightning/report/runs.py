@@ -1,4 +1,4 @@
-"""Read records: usable, finished and unique ones are used, the others are listed with a reason."""
+"""Read records: keep finished, unique ones and list the others with a reason."""
 
 import functools
 import json
@@ -127,7 +127,7 @@ def _one_of(same: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any
 
 
 def _texts(record: Record | InspectRecord) -> tuple[str, str]:
-    """(record without its tests, its test) as text, in which NaN equals NaN."""
+    """Return (record without its tests, its test) as text, in which NaN equals NaN."""
     if isinstance(record, InspectRecord):
         return json.dumps(record.tree(), sort_keys=True), ""
     tree = record.tree(without=("test", "tests"))
@@ -149,7 +149,7 @@ def _run(path: str, record: Record, full_paths: bool) -> Run:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"name": x}} -> {"model.name": x}; lists stay values."""
+    """Flatten {"model": {"name": x}} to {"model.name": x}; lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -158,12 +158,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shorten(value: Any) -> Any:
-    """Shorten absolute paths to …/last part: a published report does not name local folders."""
+    """Shorten absolute paths to …/last part, so that published reports show no local folders."""
     return _walk(value, lambda text: ABSOLUTE.sub(r"…/\1", printable(text)))
 
 
 def _walk(value: Any, change: Any) -> Any:
-    """Apply `change` to every text; lists of numbers, most of a record, are passed on."""
+    """Apply `change` to every string; lists of numbers, most of a record, are returned as is."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

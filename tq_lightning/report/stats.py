@@ -84,7 +84,7 @@ class Difference:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean and t interval of independent values, one per seed. Example: [1, 2, 3] -> 2 ± 2.48."""
+    """Compute mean and t interval of values, one per seed. Example: [1, 2, 3] -> 2 ± 2.48."""
     x = np.asarray(values, dtype=float)
     half = None
     if x.size > 1:
@@ -93,7 +93,7 @@ def mean_interval(values: Sequence[float]) -> Estimate:
 
 
 def difference(a: dict[int | None, float], b: dict[int | None, float]) -> Difference:
-    """Difference a - b of two arms, each given as {seed: value}.
+    """Compute the difference a - b of two arms, each given as {seed: value}.
 
     It is paired by seed if both have the same two or more seeds. Otherwise it is Welch's t
     (Welch 1947, unequal variances), without an interval if an arm has one seed.
@@ -118,19 +118,19 @@ def split_of(runs: Sequence[Run]) -> str:
 
 
 def by_seed(arm: Arm, source: str, width: int, split: str) -> dict[int | None, float]:
-    """{seed: top-1 in %} of an arm, without the runs that lack the width."""
+    """Return {seed: top-1 in %} of an arm, without runs that lack the width."""
     values = {run.seed: run.acc1(source, width, split) for run in arm.runs}
     return {seed: value for seed, value in values.items() if value is not None}
 
 
 def acc1(arm: Arm, source: str, width: int, split: str) -> Estimate | None:
-    """Top-1 in % over the seeds of an arm, or None if no run has that width."""
+    """Return top-1 in % over the seeds of an arm, or None if no run has that width."""
     values = by_seed(arm, source, width, split)
     return mean_interval(list(values.values())) if values else None
 
 
 def acc1_float(arm: Arm, split: str) -> Estimate | None:
-    """Top-1 in % of the float weights over the seeds, or None unless every run has it."""
+    """Return top-1 in % of the float weights over the seeds, or None unless every run has it."""
     values = [run.acc1_float(split) for run in arm.runs]
     return mean_interval([v for v in values if v is not None]) if None not in values else None
 
@@ -144,5 +144,5 @@ def compare(
 
 
 def gap(arm: Arm, width: int, split: str) -> Difference | None:
-    """QT gap of an arm at `width` bits, in percentage points."""
+    """Return the QT gap of an arm at `width` bits, in percentage points."""
     return compare(arm, arm, "quantize", "truncate", width, split)

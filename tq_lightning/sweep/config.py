@@ -52,13 +52,13 @@ class Sweep:
         method: grid, random or bayes.
         metric: name of the objective, None if the file has no metric.
         goal: minimize or maximize.
-        parameters: dotted command-line key -> what is searched, in the file's order.
-        constants: dotted command-line key -> the one value of every trial.
+        parameters: dotted command-line key -> searched parameter, in the order of the file.
+        constants: dotted command-line key -> constant value.
         arguments: arguments of `fit` in the file's `command`.
         environment: variables set in the file's `command`.
-        early_terminate: the numbers of Hyperband, None without pruning.
+        early_terminate: the settings of Hyperband; None without pruning.
         run_cap: number of trials, None if the file has no cap.
-        source: the parts of the file that a study must agree with to be joined.
+        source: the parts of the file that must match those of a study to join it.
         extra: arguments of `fit` given after `--` on the command line.
     """
 
@@ -81,7 +81,7 @@ def read_sweep(path: str | Path) -> Sweep:
     """Read and check a sweep file.
 
     Raises:
-        UserError: the file can't be read, or neither W&B nor Optuna could run it.
+        UserError: the file can't be read, or is not a valid sweep.
     """
     path = expand_path(path)
     raw = read_yaml(path)
@@ -98,8 +98,8 @@ def read_sweep(path: str | Path) -> Sweep:
     read_parameters(raw.get("parameters"), "", method, parameters, constants, f"{path}: parameters")
     if not parameters:
         raise UserError(
-            f"{path}: parameters: nothing to search; give at least one key `values`, "
-            "or `min` and `max`"
+            f"{path}: parameters: nothing to search; add `values`, or `min` and `max`, to at least "
+            "one key"
         )
     metric, goal = _read_metric(raw.get("metric"), path)
     arguments, environment = _read_command(raw.get("command"), path)
@@ -208,8 +208,8 @@ def _read_command(command: Any, path: Path) -> tuple[tuple[str, ...], dict[str, 
         raise UserError(
             f"{where}: expected {COMMAND}, got {command!r}; each trial runs `tq_lightning fit`"
         )
-    # --wandb is for W&B's agents. With Optuna the study holds the curves, and --wandb can still
-    # be given after -- on the command line.
+    # --wandb is for W&B's agents. With Optuna, the study stores the curves. --wandb can still be
+    # passed after -- on the command line.
     arguments = [word for word in words[starts[0] + 3 :] if word != "--wandb"]
     for word in arguments:
         if word.startswith("${"):

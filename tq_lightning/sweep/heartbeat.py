@@ -1,4 +1,4 @@
-"""The heartbeat of a running trial."""
+"""Heartbeat of a running trial."""
 
 import contextlib
 import os

@@ -19,9 +19,9 @@ from tq_lightning.sweep.study import Options, make_trial_queue, open_study
 from tq_lightning.sweep.trial_queue import TrialQueue
 from tq_lightning.sweep.worker import DONE, REPLACE, STOPPED, without_launcher
 
-CHECK_SECONDS = 1.0  # between two looks at the workers and the queue
-STOP_SECONDS = 120.0  # for the workers to end their trials after Ctrl-C
-MAX_FAILED_STARTS = 3  # workers that may exit without having taken a trial
+CHECK_SECONDS = 1.0  # interval of checks of the workers and the queue
+STOP_SECONDS = 120.0  # time for the workers to end their trials after Ctrl-C
+MAX_FAILED_STARTS = 3  # workers that may exit without claiming a trial
 
 
 def run_sweep(sweep: Sweep, options: Options) -> int:
@@ -32,7 +32,7 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
 
     Raises:
         UserError: bad input, before any training starts.
-        TrainingError: workers exit without having taken a trial, or the storage is unreachable.
+        TrainingError: workers exit without claiming a trial, or the storage is unreachable.
     """
     study = open_study(sweep, options)
     queue = make_trial_queue(sweep, study, options)
@@ -48,7 +48,7 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
         stopped_by.append(number)
         raise KeyboardInterrupt
 
-    # SIGINT too: a command in the background of a script inherits it as ignored.
+    # SIGINT too: a background command of a script inherits it as ignored.
     before = {number: signal.signal(number, interrupt) for number in STOPPED}
     try:
         with Progress(queue, deadline, options.workers) as progress:
@@ -75,11 +75,11 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
 class WorkerPool:
     """The worker processes of one `sweep` command.
 
-    Each worker has its own session, so that Ctrl-C reaches only this process, which then tells
+    Each worker has its own session, so that Ctrl-C reaches only this process, which then signals
     every worker once.
 
     Args:
-        options: passed on to the workers.
+        options: options of the workers.
         deadline: `time.time()` after which no trial is started.
     """
 
@@ -111,7 +111,7 @@ class WorkerPool:
         self.slots[name] = slot
 
     def replace_exited(self, queue: TrialQueue) -> None:
-        """Fail the trials of workers that died and start new workers in their place.
+        """Mark the trials of exited workers as failed, and start new workers.
 
         If the storage is unreachable (StorageInternalError), the worker stays in `running` and
         is handled by the next call.
@@ -145,7 +145,8 @@ class WorkerPool:
     def stop(self, number: int) -> None:
         """Send every worker a signal and wait until it has ended its trial.
 
-        SIGTERM lets `fit` write a checkpoint first. A second signal or STOP_SECONDS end the wait.
+        After SIGTERM, `fit` writes a checkpoint first. The wait ends with a second signal or after
+        STOP_SECONDS.
         """
         for process in self.running.values():
             with contextlib.suppress(ProcessLookupError):

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Objective:
-    """Runs the claimed trials of a study as `fit` and stores their results.
+    """Run the claimed trials of a study as `fit` and store their results.
 
     Args:
         queue: the trial queue of the study.
         sweep: the sweep file.
         metrics: names of the objectives.
-        trials: folder below which each trial gets its own.
+        trials: parent of the trial folders.
         fit: runs one trial.
     """
 
@@ -38,7 +38,7 @@ class Objective:
     fit: Fit
 
     def run(self, claimed: "optuna.trial.FrozenTrial") -> TrialResult:
-        """Run a claimed trial, or take the result of an earlier attempt that was never stored."""
+        """Run a claimed trial, or return the result of an earlier attempt that was not stored."""
         folder = attempt_folder(self.trials, claimed)
         trial, argv = retry_during_outage(lambda: self._prepare(claimed, folder))
         earlier = retry_during_outage(lambda: copy_earlier_run(self.queue.study, claimed, folder))
@@ -78,7 +78,7 @@ class Objective:
     def _prepare(
         self, claimed: "optuna.trial.FrozenTrial", folder: Path
     ) -> tuple["optuna.trial.Trial", list[str]]:
-        """Draw the parameters. Returns the trial and the arguments of `fit`."""
+        """Draw the parameters. Return the trial and the arguments of `fit`."""
         import optuna
 
         study, point = self.queue.study, claimed.user_attrs["point"]
@@ -104,20 +104,20 @@ class Objective:
         trial.set_user_attr("resumed_step", earlier.step)
         last = self.queue.study.trials[trial.user_attrs["retry_of"]]
         if earlier.step > last.user_attrs.get("resumed_step", 0):
-            trial.set_user_attr("lost", 0)  # the trial makes progress: it doesn't kill each worker
+            trial.set_user_attr("lost", 0)  # the trial makes progress, so it may be retried again
 
 
 def _reporter(trial: "optuna.trial.Trial") -> Callable[[int, float], bool]:
-    """Return a function (step, value) -> whether the pruner stops the trial."""
+    """Return a function (step, value) -> True if the pruner stops the trial."""
     from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
     def report(step: int, value: float) -> bool:
-        # An outage costs one report, not hours of training.
+        # a storage outage must not end the training
         with contextlib.suppress(StorageInternalError):
             try:
                 trial.report(value, step)
                 prune = trial.should_prune()
-                if prune:  # the record says finished; a retry that finds it needs to know
+                if prune:  # the record has the status finished; a retry reads this attribute
                     trial.set_user_attr("pruned", step)
                 return prune
             except UpdateFinishedTrialError:

@@ -36,7 +36,7 @@ UNSUPPORTED = (
     "inv_log_uniform",
     "inv_log_uniform_values",
 )
-MAX_INTEGER = 2**53  # integers beyond it are not exact as the floats that samplers draw
+MAX_INTEGER = 2**53  # larger integers are not exact as floats, which samplers draw
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Plots of a study as PNG files, drawn by `optuna.visualization.matplotlib`.
 
-They are drawn under matplotlib's default settings and the Agg backend, whatever the caller's
-MPLBACKEND or matplotlibrc say, and then laid out so that no two labels overlap.
+They are drawn with matplotlib's default settings and the Agg backend, regardless of MPLBACKEND and
+matplotlibrc, and then laid out so that labels do not overlap.
 """
 
 import itertools
@@ -25,14 +25,14 @@ def draw(study: "optuna.Study", folder: Path, importances: Sequence[Any] = ()) -
 
     Args:
         study: an Optuna study. Only its complete trials are drawn.
-        folder: created if there is anything to draw.
-        importances: one mapping for each objective; an objective with an empty one gets no
-            importance plot, since fANOVA needs two different values.
+        folder: output folder, created if there is anything to draw.
+        importances: one mapping for each objective. An empty mapping gives no importance plot,
+            because fANOVA needs two different values.
 
     Returns:
         The files written.
     """
-    os.environ["MPLBACKEND"] = "Agg"  # a notebook's backend may not exist in this environment
+    os.environ["MPLBACKEND"] = "Agg"  # the backend of a notebook may not be installed here
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")  # matplotlib may have been imported with another one
@@ -90,7 +90,7 @@ def with_unit(name: str) -> str:
 
 
 def _lay_out(drawn: Any, slanted: int = 0) -> Any:
-    """Legend below the axes, trial numbers as integers, x labels slanted. Returns the figure."""
+    """Move the legend below the axes, slant x labels, use integer ticks. Return the figure."""
     from matplotlib import pyplot
 
     figure = getattr(drawn, "flat", [drawn])[0].figure  # plot_slice returns one or an array
@@ -108,7 +108,7 @@ def _lay_out(drawn: Any, slanted: int = 0) -> Any:
 
 
 def _widen(figure: Any) -> Any:
-    """Parallel coordinates: room for the longest label, a light box under each, darker lines."""
+    """Widen a parallel-coordinate plot to fit its longest label, and make it more readable."""
     from matplotlib import pyplot
 
     first, *others = figure.axes

@@ -17,7 +17,7 @@ class Progress:
         queue: the trial queue.
         deadline: `time.time()` after which no trial is started.
         workers: worker processes of this command.
-        console: where to print; the terminal by default.
+        console: console to print to; None is the terminal.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Progress:
 def describe(queue: TrialQueue, deadline: float | None, workers: int = 1) -> str:
     """Return a line with the counts, the best trial and the estimated time left.
 
-    The time left is the mean duration of a trial times the trials left, less the time that the
-    running ones have had, divided by `workers`, or by the running trials if other commands run
-    some of them. It is at most the time until `deadline`.
+    The time left is the mean duration of a trial times the remaining trials, minus the elapsed time
+    of the running ones, divided by `workers`, or by the number of running trials if other commands
+    run some of them. It is at most the time until `deadline`.
 
     Example:
         `7 of 12 done, 2 running, 1 failed, 0 pruned; best val/acc1_float 91.3 (trial 4);
@@ -104,7 +104,7 @@ def describe(queue: TrialQueue, deadline: float | None, workers: int = 1) -> str
 
 
 def _duration(seconds: float) -> str:
-    """Format seconds in the unit a reader would use."""
+    """Format seconds in s, min or h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

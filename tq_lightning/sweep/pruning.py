@@ -6,18 +6,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-# (step, value) -> whether to stop; set by the worker while its trial runs in this process. It is
-# a module attribute because a trial's configuration is saved and logged, and an argument would put
-# the storage's URL with its password there.
+# (step, value) -> True to stop; set by the worker while its trial runs in this process. It is a
+# module attribute because the configuration of a trial is saved and logged: an argument would write
+# the URL of the storage, with its password, there.
 report: Callable[[int, float], bool] | None = None
 
 
 class ReportToStudy(pl.Callback):
     """Report `monitor` after every validation; as in W&B, the n-th value is step n.
 
-    Under DDP rank 0, which is the worker's own process, reports and decides, and the others follow.
-    A pruned trial ends like a run whose epochs are over and writes its record. A resumed fit first
-    reports the values that its checkpoint holds, so the pruner sees one whole curve.
+    Under DDP, rank 0, which is the process of the worker, reports and decides for all ranks. A
+    pruned trial ends like a completed run and writes its record. A resumed fit first reports the
+    values in its checkpoint, so that the pruner sees the full curve.
 
     Args:
         monitor: key of the metric.
@@ -36,17 +36,17 @@ class ReportToStudy(pl.Callback):
         self.values = list(state_dict["values"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the values of a resumed fit; it was not pruned at them and isn't now."""
+        """Report the values of a resumed fit, which does not prune it."""
         if trainer.is_global_zero and report is not None:
             for step, value in enumerate(self.values, 1):
                 if math.isfinite(value):
                     report(step, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the metric and stop the trial if the pruner says so.
+        """Report the metric and stop the trial if the pruner decides so.
 
         Raises:
-            RuntimeError: the metric isn't logged, or rank 0 is not the worker's process.
+            RuntimeError: the metric is not logged, or rank 0 is not the process of the worker.
         """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -59,8 +59,8 @@ class ReportToStudy(pl.Callback):
         if trainer.is_global_zero:
             if report is None:
                 raise RuntimeError(
-                    "pruning needs the worker to be rank 0: use one process or strategy ddp, "
-                    "not ddp_spawn or ddp_fork"
+                    "pruning needs the worker to be rank 0; pass trainer.strategy ddp instead of "
+                    "ddp_spawn or ddp_fork, or use one process"
                 )
             stop = math.isfinite(value) and report(len(self.values), value)
         if trainer.strategy.broadcast(stop):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import optuna
 
 SEED = "seed_everything"
-MAX_ROWS = 20  # of a table in the terminal; the CSV has all
+MAX_ROWS = 20  # rows of a table in the terminal; the CSV has all rows
 
 
 def write_results(
@@ -31,12 +31,12 @@ def write_results(
     Args:
         sweep: the sweep file.
         queue: the trial queue of its study.
-        folder: receives the files.
-        console: where to print; the terminal by default.
+        folder: folder of the files.
+        console: console to print to; None is the terminal.
     """
     console = console or Console(highlight=False)
     if not console.is_terminal:
-        console.width = 160  # a log file has no edge to fold columns at
+        console.width = 160  # for log files
     study, trials = queue.study, ranked(queue)
     names = study.metric_names or ["value"]
     seconds = {point: _seconds(attempts) for point, attempts in queue.attempts().items()}
@@ -60,17 +60,17 @@ def write_results(
         _print(console, "parameter importances (share of the variance, fANOVA)", found)
     else:
         console.print(
-            "no parameter importances: they need two different results and a parameter that varies"
+            "no parameter importances: they need two different results and a varying parameter"
         )
     drawn = plots.draw(study, folder / "plots", importances)
     console.print(f"tables and {len(drawn)} plots in {folder}", soft_wrap=True)
 
 
 def ranked(queue: TrialQueue) -> list["optuna.trial.FrozenTrial"]:
-    """Return each point's last attempt that began, best first.
+    """Return the last started attempt at each point, best first.
 
-    Complete trials come first, on several objectives those of the Pareto front; then the pruned
-    ones, then the others.
+    Complete trials come first, with several objectives those of the Pareto front; then pruned
+    trials, then all others.
     """
     from optuna.trial import TrialState
 
@@ -141,9 +141,9 @@ def arm_rows(
 
 
 def importances_of(study: "optuna.Study", objective: int) -> dict[str, float]:
-    """Return parameter -> share of an objective's variance (fANOVA).
+    """Return {parameter: share of the variance of an objective} (fANOVA).
 
-    Empty with fewer than two different values, or if no parameter varies.
+    The dict is empty with fewer than two different values, or if no parameter varies.
     """
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
     from optuna.trial import TrialState
@@ -159,13 +159,13 @@ def importances_of(study: "optuna.Study", objective: int) -> dict[str, float]:
 
 
 def _seconds(attempts: list["optuna.trial.FrozenTrial"]) -> float | None:
-    """Return the seconds that the attempts at a point took together."""
+    """Return the total seconds of the attempts at a point."""
     ended = [t.duration.total_seconds() for t in attempts if t.duration is not None]
     return sum(ended) if ended else None
 
 
 def _searched(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
-    """Return the searched keys as `fit` got them; lists and mappings as text."""
+    """Return the searched keys with the values passed to `fit`; lists and mappings as text."""
     values = {
         key: decode(parameter, trial.params[key])
         for key, parameter in sweep.parameters.items()
@@ -191,8 +191,8 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table that fits the terminal, and the reasons of failed trials below it.
 
-    Columns that do not fit are left out and named: seconds and states first, then searched keys,
-    the last one first. Cells are never folded.
+    Columns that do not fit are omitted and named: seconds and states first, then searched keys,
+    starting with the last. Cells are never folded.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "reason"))
     optional: list[str] = [key for key in ("seconds", "state") if key in columns]

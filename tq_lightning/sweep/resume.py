@@ -1,4 +1,4 @@
-"""Resume a trial: its attempts' folders, and a copy of the run that an earlier attempt left."""
+"""Resume a trial: the folders of its attempts, and a copy of the run of an earlier attempt."""
 
 import contextlib
 import secrets
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EarlierRun(NamedTuple):
-    """A copy of the run that an earlier attempt left.
+    """A copy of the run of an earlier attempt.
 
     Attributes:
         trial: the earlier attempt.
@@ -33,7 +33,7 @@ class EarlierRun(NamedTuple):
 
 
 def attempt_folder(trials: Path, trial: "optuna.trial.FrozenTrial") -> Path:
-    """Return a folder below `trials` for one attempt; no other attempt has it, on any machine."""
+    """Return a folder below `trials` for one attempt, unique over all machines."""
     attempt = trial.user_attrs["attempt"]
     middle = f"retry{attempt}-" if attempt else ""
     return trials / f"{trial.user_attrs['point']:04d}-{middle}{secrets.token_hex(3)}"
@@ -48,8 +48,8 @@ def copy_earlier_run(
     the result and the originals are marked superseded, so that the trial counts once.
 
     Returns:
-        The copy; None if there is nothing to resume: no earlier attempt reached a checkpoint, or
-        its folder is on another machine.
+        The copy; None if no earlier attempt reached a checkpoint, or if its folder is on another
+        machine.
     """
     from tq_lightning.training.checkpoint import checkpoint_step
 
@@ -59,7 +59,7 @@ def copy_earlier_run(
         step, finished = 0, _is_finished(run)
         try:
             with atomic_write(folder) as part:
-                # W&B's files stay behind: a resumed fit opens a W&B run of its own
+                # without W&B's files, because a resumed fit starts its own W&B run
                 ignored = shutil.ignore_patterns("wandb", "*.tmp", ".lock")
                 shutil.copytree(run, part / run.name, ignore=ignored)
                 if not finished:

@@ -1,4 +1,4 @@
-"""A sweep in Optuna's terms: distributions, samplers and the pruner.
+"""Translate a sweep to Optuna: distributions, samplers and the pruner.
 
 | sweep file | Optuna |
 |---|---|

@@ -1,4 +1,4 @@
-"""The storage of a study: opening an Optuna URL, and surviving its outages."""
+"""The storage of a study: open an Optuna URL, and tolerate outages."""
 
 import re
 import time
@@ -23,26 +23,26 @@ T = TypeVar("T")
 
 
 def sqlite_url(path: Path) -> str:
-    """Return the URL of a SQLite file, whatever characters its path has."""
+    """Return the URL of a SQLite file, for any characters in its path."""
     import sqlalchemy
 
     url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
     if sqlalchemy.make_url(url).database == str(path) and "{" not in url:
         return url
-    # SQLAlchemy 2.0 escapes nothing, and Optuna takes braces for a template.
+    # SQLAlchemy 2.0 does not escape, and Optuna interprets braces as a template.
     return f"sqlite:///file:{quote(str(path))}?uri=true"
 
 
 def open_storage(url: str) -> "optuna.storages.BaseStorage":
     """Open a storage that several processes can use and that survives their SIGKILL.
 
-    SQLite is the default. A process killed in mid-write leaves a transaction that the next reader
-    rolls back, and its lock dies with it. Optuna's journal has neither: half a line spoils the
-    file, and the lock of a killed process stays for 30 s.
+    SQLite is the default. If a process is killed during a write, the next reader rolls back its
+    transaction, and its lock is released. Optuna's journal has neither: an incomplete line corrupts
+    the file, and the lock of a killed process remains for 30 s.
 
     Args:
-        url: a database URL as Optuna takes it, or journal:PATH for file systems without working
-            SQLite locks.
+        url: a database URL of Optuna, or journal:PATH for file systems without working SQLite
+            locks.
 
     Raises:
         UserError: the storage can't be reached, or workers can't share it.
@@ -60,7 +60,7 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
 
             path = str(expand_path(url.removeprefix("journal:")))
             return optuna.storages.JournalStorage(JournalFileBackend(path))
-        # What create_study wraps it in: one cache for all that this process reads.
+        # create_study uses the same wrapper, which caches reads of this process
         return optuna.storages._CachedStorage(_open_database(url))
     except Exception as error:  # each driver has its own kinds
         hint = "" if url.startswith(("sqlite", "journal:")) else "start it, or "
@@ -71,16 +71,16 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
 
 
 class StorageOutage:
-    """A context that suppresses a storage's errors until they have lasted too long.
+    """Context manager that suppresses storage errors until an outage has lasted too long.
 
-    It is for actions that are repeated anyway. An action that succeeds ends the outage.
+    Use it for actions that are repeated. A successful action ends the outage.
 
     Args:
         seconds: how long an outage may last.
 
     Raises:
         TrainingError: the outage has lasted longer.
-        UserError: the database is read-only or its disk is full, which does not pass by waiting.
+        UserError: the database is read-only or its disk is full, so waiting does not help.
     """
 
     def __init__(self, seconds: float = OUTAGE_SECONDS) -> None:
@@ -117,7 +117,7 @@ class StorageOutage:
 
 
 def retry_during_outage(action: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:
-    """Repeat an idempotent action until the storage answers. Raises like `StorageOutage`."""
+    """Repeat an idempotent action until it succeeds. Raises as `StorageOutage`."""
     outage = StorageOutage(seconds)
     while True:
         with outage:
@@ -146,16 +146,16 @@ def _open_database(url: str) -> "optuna.storages.RDBStorage":
         except Exception as error:
             if new and file.is_file() and file.stat().st_size == 0:  # the disk is full
                 file.unlink()
-            # Two commands that start at once may both create the tables. The slower one finds
-            # them at its next attempt.
+            # Two commands that start at once may both create the tables. The slower one succeeds
+            # at its next attempt.
             race = re.search(r"already exists|unique|locked", str(error), re.IGNORECASE)
             if attempt == 4 or not race:
                 raise
             time.sleep(0.5)
     if sqlite:
-        # Optuna claims a waiting trial with SELECT ... FOR UPDATE, which SQLite ignores: two
-        # workers could get the same one. Taking the write lock when a transaction begins makes
-        # read-then-write atomic.
+        # Optuna claims a waiting trial with SELECT ... FOR UPDATE, which SQLite ignores, so two
+        # workers could claim the same trial. Acquiring the write lock at the start of a transaction
+        # makes read-then-write atomic.
         @event.listens_for(storage.engine, "connect")
         def set_manual_transactions(connection: Any, _: Any) -> None:
             connection.isolation_level = None

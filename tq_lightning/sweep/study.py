@@ -1,4 +1,4 @@
-"""The study of a sweep: its options, its size, creating or joining it, and its trial queue."""
+"""The study of a sweep: its options, its size, how it is created or joined, and its trial queue."""
 
 import dataclasses
 import json
@@ -25,14 +25,14 @@ class Options:
     """The options of a `sweep` command, for its process and its workers.
 
     Attributes:
-        folder: trials, logs, tables and plots go here.
+        folder: folder of trials, logs, tables and plots.
         storage: an Optuna URL, or journal:PATH.
         study_name: name of the study in the storage.
         objectives: metric -> minimize or maximize.
         file: the sweep file.
         extra: arguments of `fit` given after `--`.
         workers: worker processes of this command; 0 runs the trials in its own process.
-        n_trials: number of trials of the whole study; None for run_cap, or the whole grid.
+        n_trials: number of trials of the study; None for run_cap, or the full grid.
         timeout: seconds after which this command starts no trial.
         stale_after: heartbeat timeout in seconds.
         fit: function that runs a trial, as MODULE:NAME.
@@ -132,14 +132,14 @@ def make_trial_queue(sweep: Sweep, study: "optuna.Study", options: Options) -> T
 
 
 def _identity(sweep: Sweep, options: Options) -> dict[str, Any]:
-    """The parts of a sweep that all commands of one study must agree on."""
+    """Return the parts of a sweep that must be equal for all commands of one study."""
     return sweep.source | {"objectives": options.objectives}
 
 
 def _check_same_sweep(
     existing: Any, storage: "optuna.storages.BaseStorage", sweep: Sweep, options: Options
 ) -> None:
-    """Raise UserError if a study belongs to another sweep than the file."""
+    """Raise UserError if a study was created from another sweep."""
     where = hide_password(options.storage)
     theirs: Any = existing.user_attrs.get("sweep")
     if theirs is None:

@@ -23,7 +23,7 @@ class TrialResult:
     Attributes:
         state: complete, pruned, failed, interrupted or lost.
         values: one per objective if complete.
-        reason: why the trial has no values.
+        reason: reason why the trial has no values.
         record: path of the run's record.json.
         signum: signal with which fit ended itself after a step, None otherwise.
     """
@@ -36,7 +36,7 @@ class TrialResult:
 
     @property
     def cuda_is_broken(self) -> bool:
-        """True for an error after which every CUDA call in the process fails; not out of memory."""
+        """True for an error after which all CUDA calls of the process fail; not for OOM."""
         return self.state == "failed" and (
             "CUDA error:" in self.reason or "cuDNN error:" in self.reason
         )
@@ -50,15 +50,15 @@ def run_trial(
     report: Callable[[int, float], bool] | None,
     checkpoint: Path | None = None,
 ) -> TrialResult:
-    """Run `fit` in `folder` and read its record. Never raises: the sweep continues either way.
+    """Run `fit` in `folder` and read its record. Never raises, so that the sweep continues.
 
     Args:
         fit: runs the trial and returns its metrics and "record".
         argv: arguments of `fit`.
-        folder: becomes `trainer.default_root_dir`.
+        folder: value of `trainer.default_root_dir`.
         metrics: names of the objectives, see `records.value_of`.
-        report: (step, value) -> whether to prune, for `ReportToStudy`; None without pruning.
-        checkpoint: resumed in its own run, which lies below `folder`; None starts a new run.
+        report: (step, value) -> True to prune, for `ReportToStudy`; None without pruning.
+        checkpoint: checkpoint of a run below `folder` to resume; None starts a new run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     argv = [*argv, f"--trainer.default_root_dir={folder}"]
@@ -92,7 +92,7 @@ def run_trial(
         failure = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
     if failure:
         _free_memory()
-    if path is None:  # fit raised; it may have written a record of how far it got
+    if path is None:  # fit raised, possibly after it wrote a record
         written = [path for path, when in _records(folder).items() if before.get(path) != when]
         path = written[0] if written else None
     shown = str(path) if path is not None else None
@@ -102,15 +102,15 @@ def run_trial(
     if failure and (record is None or record.status != "interrupted"):
         return TrialResult("failed", reason=failure, record=shown)
     if path is None:
-        return TrialResult("failed", reason=f"fit left no {NAME} in {folder}")
+        return TrialResult("failed", reason=f"fit wrote no {NAME} in {folder}")
     return read_result(path, metrics, pruned)
 
 
 def read_result(path: Path, metrics: list[str], pruned: bool = False) -> TrialResult:
     """Read the result of a run that has ended from its record.
 
-    A trial fails if an objective is missing, or if any metric of the last epoch is not finite:
-    accuracies stay finite when the weights are NaN, but the losses beside them don't.
+    A trial fails if an objective is missing, or if any metric of the last epoch is not finite. If
+    the weights are NaN, accuracies remain finite, but losses do not.
     """
     record, shown = _read_record(path), str(path)
     if record is None:
@@ -146,7 +146,7 @@ def _read_record(path: Path | None) -> Record | None:
 
 
 def _records(folder: Path) -> dict[Path, int]:
-    """Return {record.json below a folder: its mtime in ns}, to tell new records from copies."""
+    """Return {record.json below a folder: mtime in ns}, to distinguish new records from copies."""
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob(NAME))}
 
 
@@ -154,8 +154,8 @@ def _records(folder: Path) -> dict[Path, int]:
 def _as_command(argv: list[str]) -> Iterator[None]:
     """Make this process look like `python -m tq_lightning fit ARGV`.
 
-    Lightning starts the further ranks of a trial under DDP with the name of the main module and
-    with sys.argv.
+    Under DDP, Lightning starts the other ranks of a trial with the name of the main module and with
+    sys.argv.
     """
     module: Any = sys.modules["__main__"]
     before = sys.argv, getattr(module, "__spec__", None)
@@ -169,7 +169,7 @@ def _as_command(argv: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reporting(decide: Callable[[int, float], bool] | None) -> Iterator[None]:
-    """Connect `ReportToStudy` with this trial; without pruning its module is not imported."""
+    """Connect `ReportToStudy` with this trial; without pruning, its module is not imported."""
     if decide is None:
         yield
         return
@@ -183,7 +183,7 @@ def _reporting(decide: Callable[[int, float], bool] | None) -> Iterator[None]:
 
 
 def _free_memory() -> None:
-    """Drop what a failed fit's traceback holds, so that the next trial has its memory."""
+    """Free the objects in the traceback of a failed fit, for the next trial."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

@@ -1,18 +1,18 @@
-"""The trials of a study as a queue that many workers share, on every storage that Optuna has.
+"""The trials of a study as a queue that many workers share, on every Optuna storage.
 
 A sweep is a sequence of points 0..n-1: the points of a grid, or slots that the sampler fills. Each
 point is a waiting trial with the user attributes `point` and `attempt`. Storages make the step from
 WAITING to RUNNING atomic, so a point has one worker.
 
-A trial whose worker died is failed with cause `lost`, one stopped by the user with cause
-`interrupted`. The points that are missing are always derived from the trials themselves, so
-any process can enqueue the next attempt, even if the one that failed the trial died right after.
-If two commands enqueue the same attempt at once, the lower trial number is kept and the other is
-failed as `duplicate`.
+A trial whose worker died is marked as failed with cause `lost`, one stopped by the user with cause
+`interrupted`. Missing points are always derived from the trials themselves, so any process can
+enqueue the next attempt, even if the process that marked the trial died right after. If two
+commands enqueue the same attempt at once, the lower trial number is kept and the other is failed as
+`duplicate`.
 
-Optuna's heartbeat covers only databases and `Study.optimize`. Workers write one of their own: the
-user attribute `heartbeat`, a counter. An observer measures with its own clock how long the counter
-has not moved; clocks of two machines are never compared.
+Optuna's heartbeat supports only databases and `Study.optimize`. Workers therefore write their own:
+the user attribute `heartbeat`, a counter. An observer measures with its own clock how long the
+counter has not changed; clocks of two machines are never compared.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import optuna
 
 STALE_SECONDS = 60.0  # default heartbeat timeout
-MAX_LOST = 3  # a point that killed this many workers (out of memory, mostly) is left as failed
-MAX_WAITING = 100  # trials waiting in the storage at once
+MAX_LOST = 3  # a point that killed this many workers, e.g. out of memory, is not retried
+MAX_WAITING = 100  # largest number of waiting trials in the storage
 RETRIED_CAUSES = ("lost", "interrupted")
 
 
@@ -35,13 +35,13 @@ class TrialQueue:
 
     Args:
         study: the Optuna study.
-        fixed_params: point -> stored values of its parameters that are fixed in advance.
+        fixed_params: point -> values of its parameters that are fixed in advance.
         limit: number of points; None for an endless sweep.
-        stale_after: seconds without a heartbeat after which a trial's worker counts as dead.
+        stale_after: heartbeat timeout in seconds.
 
     Attributes:
-        trial_taken: True once the trial that runs in this process was given to another worker;
-            see `heartbeat`.
+        trial_taken: True if the trial that runs in this process was given to another worker; see
+            `heartbeat`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class TrialQueue:
         return {point: attempts[-1] for point, attempts in self.attempts().items()}
 
     def refresh(self) -> None:
-        """Fail the trials of dead workers and enqueue each point that needs an attempt."""
+        """Mark the trials of dead workers as failed and enqueue points that need an attempt."""
         from optuna.exceptions import StorageInternalError
         from optuna.trial import TrialState
 
@@ -101,7 +101,7 @@ class TrialQueue:
         self._enqueue()
 
     def claim(self, worker: str) -> "optuna.trial.FrozenTrial | None":
-        """Take the waiting trial of the lowest point, for one worker only; None if none waits."""
+        """Claim the waiting trial of the lowest point for a worker; None if no trial waits."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -123,18 +123,18 @@ class TrialQueue:
         return None
 
     def fail(self, trial: "optuna.trial.FrozenTrial", cause: str, reason: str) -> None:
-        """Fail an unfinished trial. Does nothing if it has finished in the meantime."""
+        """Mark an unfinished trial as failed. Does nothing if it has finished in the meantime."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         with contextlib.suppress(UpdateFinishedTrialError):
-            # Attributes first: a finished trial takes none, and they are read only of failed ones.
+            # Attributes first, because a finished trial does not accept any.
             self.storage.set_trial_user_attr(trial._trial_id, "cause", cause)
             self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)
             self.storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
 
     def fail_worker(self, worker: str, cause: str, reason: str) -> int:
-        """Fail the running trials of an exited worker. Returns their number."""
+        """Mark the running trials of an exited worker as failed. Return their number."""
         from optuna.trial import TrialState
 
         running = [
@@ -147,7 +147,7 @@ class TrialQueue:
         return len(running)
 
     def will_retry(self, trial: "optuna.trial.FrozenTrial") -> bool:
-        """Return True if a trial failed for a reason outside its parameters, as far as is known."""
+        """Return True if a failed trial is retried: its parameters are probably not the cause."""
         from optuna.trial import TrialState
 
         if trial.state != TrialState.FAIL or trial.user_attrs.get("cause") not in RETRIED_CAUSES:
@@ -155,7 +155,7 @@ class TrialQueue:
         return _lost_attempts(trial) < MAX_LOST
 
     def finished(self) -> bool:
-        """Return True once every point is complete, pruned or failed for good."""
+        """Return True if every point is complete, pruned, or failed without a retry."""
         if self.limit is None:
             return False
         last = self.last_attempts()

@@ -60,7 +60,7 @@ def every_value(sweep: Sweep) -> Iterator[dict[str, Any]]:
 def fit_parser() -> Callable[[list[str]], Any]:
     """Return a function that parses arguments of `fit` into its configuration.
 
-    The function raises UserError for arguments that `fit` would refuse.
+    The function raises UserError for arguments that `fit` would reject.
     """
     from jsonargparse import ArgumentError
 
@@ -70,7 +70,7 @@ def fit_parser() -> Callable[[list[str]], Any]:
     from tq_lightning.training.module import TQModule
 
     class ParserOnly(TQCLI):
-        """The command line up to the point where it would parse its arguments."""
+        """The command line, which stops before it parses its arguments."""
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             raise _BuiltError(parser)
@@ -101,7 +101,7 @@ def logged_metrics(config: Any) -> list[str]:
     """Return the metrics that a run with this configuration logs.
 
     Raises:
-        ValueError: a value that `fit` would refuse after parsing.
+        ValueError: a value that `fit` would reject after parsing.
     """
     import torch
 
@@ -128,7 +128,7 @@ def logged_metrics(config: Any) -> list[str]:
 
 
 class _BuiltError(Exception):
-    """Carries the parser out of LightningCLI, which can't build one without parsing."""
+    """Returns the parser from LightningCLI, which cannot build one without parsing."""
 
 
 def _compact(names: list[str]) -> str:

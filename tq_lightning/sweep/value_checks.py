@@ -7,7 +7,7 @@ from tq_lightning.errors import UserError, did_you_mean
 
 
 def check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    """Raise UserError for the first unknown key, with the closest known one."""
+    """Raise UserError for the first unknown key; the message suggests the closest known key."""
     for key in given:
         if key not in known:
             hint = did_you_mean(key, known, 1) or f"; expected one of {', '.join(known)}"
@@ -15,7 +15,7 @@ def check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> Non
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raise UserError for a value that JSON can't hold: a date, NaN, a key that isn't text."""
+    """Raise UserError for a value that JSON does not support: a date, NaN, a non-string key."""
     if isinstance(value, dict):
         for key, below in value.items():
             if not isinstance(key, str):

@@ -27,27 +27,27 @@ from tq_lightning.sweep.trial_queue import TrialQueue
 if TYPE_CHECKING:
     import optuna
 
-POLL_SECONDS = 1.0  # between two looks at a queue in which nothing waits
-# signals that stop a sweep; SIGUSR1 is a scheduler's warning, and Windows does not have it
+POLL_SECONDS = 1.0  # polling interval of a queue without waiting trials
+# signals that stop a sweep; SIGUSR1 is the warning of a scheduler and does not exist on Windows
 STOPPED = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
-DONE = 0  # exit status: every point has its result, or the time is over
+DONE = 0  # exit status: all points have a result, or the time is over
 REPLACE = 75  # exit status: CUDA is broken in this process; start another one
 
 
 class Worker:
-    """Runs the trials of a queue in this process.
+    """Run the trials of a queue in this process.
 
     Args:
         queue: the trial queue of the study.
         sweep: the sweep file.
         metrics: names of the objectives.
-        folder: the sweep's folder; each trial gets a folder below `trials`.
+        folder: the sweep's folder; trial folders are created in its subfolder `trials`.
         fit: runs one trial.
         name: identifies the worker in the study.
         deadline: `time.time()` after which no trial is started.
-        parent: the launcher's process, which refreshes the queue; None if this process does.
+        parent: process id of the launcher, which refreshes the queue; None if this process does.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Worker:
         self.stopped_by: int | None = None  # number of the signal that stops this worker
 
     def run(self) -> int:
-        """Run trials until the queue is finished. Returns DONE, REPLACE or 128 plus a signal."""
+        """Run trials until the queue is finished. Return DONE, REPLACE or 128 plus a signal."""
         os.environ.update(self.environment)
         before = {number: signal.signal(number, self._interrupt) for number in STOPPED}
         outage = StorageOutage()
@@ -110,7 +110,7 @@ class Worker:
         """Run one trial that this worker claimed and store its result.
 
         Returns:
-            The result; None if the trial was given to another worker before it began.
+            The result; None if the trial was given to another worker before it started.
         """
         from optuna.exceptions import UpdateFinishedTrialError
 
@@ -124,10 +124,10 @@ class Worker:
         if result.signum is not None:  # fit handled the signal that was sent to this process
             self.stopped_by = self.stopped_by or result.signum
         if self.stopped_by is not None and result.state == "failed":
-            # a fit may end in any way when it is stopped; its parameters are not the reason
+            # a stopped fit may fail in any way; its parameters are not the reason
             result = TrialResult("interrupted", reason="stopped by the user", record=result.record)
         elif self.stopped_by is None and result.state == "interrupted":
-            # by a signal to fit alone, or by another rank that died
+            # only fit received a signal, or another rank died
             result = TrialResult(
                 "lost", reason="fit was stopped from outside", record=result.record
             )
@@ -135,7 +135,7 @@ class Worker:
         return result
 
     def _interrupt(self, number: int, _: Any) -> None:
-        if not self.queue.trial_taken:  # else the heartbeat interrupts one trial, not the worker
+        if not self.queue.trial_taken:  # otherwise only the trial is interrupted, by the heartbeat
             self.stopped_by = self.stopped_by or number
         raise KeyboardInterrupt
 
@@ -148,12 +148,12 @@ def load_fit(name: str) -> Fit:
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables without those of `srun`: a worker is a run of its own, not a rank."""
+    """Return the variables without those of `srun`, because a worker is not one of its ranks."""
     return {key: value for key, value in environment.items() if not key.startswith("SLURM_")}
 
 
 def run_inline(sweep: Sweep, options: Options) -> int:
-    """Run a sweep in this process. Returns 0, or 128 plus a signal; a broken CUDA is SIGINT."""
+    """Run a sweep in this process. Return 0, or 128 plus a signal; broken CUDA counts as SIGINT."""
     job = dict(os.environ)
     try:
         for key in job.keys() - without_launcher(job).keys():
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> int:
         return 2 if isinstance(error, UserError) else 1
     sys.stdout.flush()
     if status == REPLACE:
-        os._exit(status)  # freeing what a broken CUDA context holds may abort the process
+        os._exit(status)  # destroying a broken CUDA context may abort the process
     return status
 
 

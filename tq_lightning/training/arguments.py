@@ -1,8 +1,8 @@
-"""Arguments of fit, validate, test and predict: how text becomes typed values, and back.
+"""Arguments of fit, validate, test and predict: conversion between text and typed values.
 
-YAML types a value once. Text that YAML has typed as text stays text, so that `'8e12345'` is a name
-and `"null"` is not null; plain `1e-3` is a number, as in YAML 1.2. jsonargparse would type text a
-second time. It leaves instances of `Text` alone.
+YAML decides the type of a value once. A quoted value stays a string, so that `'8e12345'` is a name
+and `"null"` is not null. A plain `1e-3` is a number, as in YAML 1.2. jsonargparse would convert
+strings a second time, except instances of `Text`.
 """
 
 import re
@@ -31,7 +31,7 @@ _FLOAT = re.compile(
 
 
 class Text(str):
-    """Text that YAML has typed as text."""
+    """A string of a YAML file, which jsonargparse must not convert to another type."""
 
 
 def _type_floats_as_yaml_1_2(cls: Any) -> None:
@@ -54,7 +54,7 @@ class Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML dumper that quotes what `Loader` would not read as text."""
+    """Safe YAML dumper that quotes strings which `Loader` would read as another type."""
 
 
 _type_floats_as_yaml_1_2(Loader)
@@ -77,11 +77,11 @@ def dump(value: Any, flow: bool = False) -> str:
 
 
 def load(text: str, path: str = "") -> Any:
-    """Type a value of the command line, or the content of the configuration file `path`.
+    """Parse a value of the command line, or the content of the configuration file `path`.
 
     Raises:
         UserError: a configuration, a mapping or a list that is not valid YAML.
-        yaml.YAMLError: other text that is not valid YAML; jsonargparse then takes it as it is.
+        yaml.YAMLError: other text that is not valid YAML; jsonargparse then uses it as a string.
     """
     if not path and text.strip() == "None":
         return None
@@ -119,7 +119,7 @@ class ConfigFile(ActionConfigFile):
 
 
 def as_plain_strings(value: Any) -> Any:
-    """Return a copy of a configuration with `str` for `Text`, which no checkpoint should hold."""
+    """Return a copy of a configuration with `str` instead of `Text`, for checkpoints."""
     if isinstance(value, Namespace):
         copy = value.clone()
         for key, item in vars(copy).items():
@@ -133,7 +133,7 @@ def as_plain_strings(value: Any) -> Any:
 
 
 def make_parser(**kwargs: Any) -> LightningArgumentParser:
-    """Create a parser for a verb, or the parser above all verbs."""
+    """Create the parser of a verb, or the top-level parser."""
     kwargs = {
         "parser_mode": PARSER_MODE,
         "exit_on_error": False,
@@ -143,7 +143,7 @@ def make_parser(**kwargs: Any) -> LightningArgumentParser:
     }
     parser = LightningArgumentParser(**kwargs)
     parser.add_argument(
-        "-c", "--config", action=ConfigFile, help="YAML file; a later file wins over an earlier one"
+        "-c", "--config", action=ConfigFile, help="YAML file; later files override earlier ones"
     )
     return parser
 
@@ -154,26 +154,30 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         "--checkpoint_every_n_steps",
         type=int,
         default=0,
-        help="write checkpoints/last.ckpt every N optimizer steps too (0: every epoch only)",
+        help="also write checkpoints/last.ckpt every N optimizer steps (0: only every epoch)",
     )
     parser.add_argument(
         "--run_dir",
         type=str | None,
         default=None,
         help="folder of this run (default: a new one under trainer.default_root_dir); with "
-        "--ckpt_path auto the first start creates it and later ones resume from it",
+        "--ckpt_path auto, the first start creates it and later starts resume from it",
     )
     for flag, what in (
         ("wandb", "Weights & Biases (WANDB_MODE=offline works)"),
         ("tensorboard", "TensorBoard"),
     ):
         parser.add_argument(
-            f"--{flag}", action=ActionYesNo, nargs="?", default=False, help=f"log to {what} too"
+            f"--{flag}",
+            action=ActionYesNo,
+            nargs="?",
+            default=False,
+            help=f"also log to {what}",
         )
 
 
 def expand_paths(config: Namespace) -> None:
-    """Expand `~` in the keys that are paths, in place.
+    """Expand `~` in the keys whose values are paths, in place.
 
     Raises:
         UserError: a path is empty, as an unset variable of a shell is.
@@ -186,7 +190,7 @@ def expand_paths(config: Namespace) -> None:
 
 
 def drop_append_options(parser: LightningArgumentParser) -> None:
-    """Remove `--model.widths+` and the like: a list that is given as text can't be appended to."""
+    """Remove options such as `--model.widths+`: lists given as text can't be appended to."""
     for action in parser._actions:
         for option in list(action.option_strings):
             if re.fullmatch(r"--(model|data)\.\w+\+", option):
@@ -195,12 +199,12 @@ def drop_append_options(parser: LightningArgumentParser) -> None:
 
 
 def normalize(argv: Sequence[str]) -> list[str]:
-    """Return command-line arguments with quoted values as `Text`, and check files of sections.
+    """Return command-line arguments with quoted values as `Text`, and check the files of sections.
 
-    Sweep engines send `--model.lr='1e-3'`; the quotes are YAML's, the value is the text in them.
+    Sweep engines pass `--model.lr='1e-3'` with YAML quotes, which are removed.
 
     Raises:
-        UserError: a file given for a whole section is not valid YAML.
+        UserError: a file that is passed as a section is not valid YAML.
     """
     normalized: list[str] = []
     for argument in argv:
@@ -218,12 +222,12 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
 
 def _unquote(value: str) -> Text | None:
-    """Return the text of a value in quotes; None if it is not in quotes."""
+    """Return the text of a quoted value; None if it is not quoted."""
     if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0]:
         return None
     try:
         text = parse_yaml(value, "the value", Loader)
     except UserError:
         return None
-    # argparse would take text with a leading dash for an option
+    # argparse would interpret a leading dash as an option
     return text if isinstance(text, Text) and not text.startswith("-") else None

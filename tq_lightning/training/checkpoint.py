@@ -22,13 +22,13 @@ from tq_lightning.training.trainer_validation import Progress
 def load_checkpoint_model(
     path: str | Path, model: nn.Module | str | None = None
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Rebuild the prepared model of a training checkpoint, to serve or score it without a Trainer.
+    """Rebuild the prepared model of a training checkpoint, to run or evaluate it without a Trainer.
 
     Args:
         path: a .ckpt file written by `fit`. It is loaded with `weights_only=True`, so it can't run
             code.
-        model: for a network of your own: the float network, or the name of the factory that the
-            checkpoint names. Nothing is imported because a file says so.
+        model: for a network of your own: the float network, or the same factory name as in the
+            checkpoint. A factory is never imported from the checkpoint alone.
 
     Returns:
         (model, hparams, preprocessing). The model is on the CPU, in evaluation mode, with the
@@ -37,7 +37,7 @@ def load_checkpoint_model(
 
     Raises:
         UserError: the file does not exist, is not a training checkpoint, names a model on a hub,
-            or holds weights that do not fit its configuration.
+            or has weights that do not fit its configuration.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,7 +74,7 @@ def newest_checkpoint(root: Path, which: str, run_dir: Path | None = None) -> Pa
     """Return the "last" or "best" checkpoint of the newest run under `root`, or of `run_dir`.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the checkpoint does not exist.
     """
     pattern = LAST if which == "last" else "checkpoints/best*.ckpt"
     if run_dir is None:
@@ -91,9 +91,9 @@ def newest_checkpoint(root: Path, which: str, run_dir: Path | None = None) -> Pa
 
 
 def run_folder(path: Path) -> Path | None:
-    """Return the run that a checkpoint belongs to: RUN of RUN/checkpoints/FILE.
+    """Return the run folder of a checkpoint: RUN of RUN/checkpoints/FILE.
 
-    None if the file is elsewhere, or if RUN has neither a record nor a configuration.
+    Return None if the file is elsewhere, or if RUN has neither a record nor a configuration.
     """
     folder = path.absolute().parent
     run = path.parent.parent
@@ -110,7 +110,7 @@ def read_progress(path: Path) -> Progress:
     """
     verify_checkpoint(path)
     try:
-        # mmap: no weights are read. Files too old to be mapped are not checkpoints of ours.
+        # mmap avoids reading the weights; formats that do not support it were not written by fit
         checkpoint = load_torch_file(path, mmap=True)
         if not all(isinstance(checkpoint[key], dict) for key in ("state_dict", "hyper_parameters")):
             raise TypeError("no state dict or no hyperparameters")
@@ -137,8 +137,8 @@ def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[st
     """List the model arguments that a checkpoint overrides, as `key=value, not value`.
 
     Args:
-        given: the `model:` section as the user gave it. A value at its default does not count.
-        kept: the same section with the checkpoint's values.
+        given: the `model:` section of the command line and files. Default values do not count.
+        kept: the same section with the values of the checkpoint.
     """
     defaults = {key: p.default for key, p in inspect.signature(TQModule).parameters.items()}
     return [
@@ -148,26 +148,28 @@ def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[st
     ]
 
 
-def check_factories(asked: dict[str, Any], kept: dict[str, Any], path: Any) -> None:
-    """Check that a checkpoint names no factory but the user's: a file must not import code.
+def check_factories(given: dict[str, Any], kept: dict[str, Any], path: Any) -> None:
+    """Check that every factory in a checkpoint was also passed by the user.
+
+    A factory is imported code, so a file alone must not select it.
 
     Args:
-        asked: the `model:` section as the user gave it.
-        kept: the same section with the checkpoint's values.
-        path: the checkpoint.
+        given: the `model:` section of the user.
+        kept: the same section with the values of the checkpoint.
+        path: path of the checkpoint, for the message.
 
     Raises:
-        UserError: it names another one.
+        UserError: the checkpoint names a factory that the user did not pass.
     """
     for key in ("name", "teacher_name"):
-        if is_factory(kept[key]) and kept[key] != asked[key]:
+        if is_factory(kept[key]) and kept[key] != given[key]:
             raise UserError(
-                f"ckpt_path: {path} names the factory {kept[key]}; it is imported only if you pass "
-                f"--model.{key} {kept[key]}"
+                f"ckpt_path: {path} names the factory {kept[key]}, which is not imported "
+                f"automatically; pass --model.{key} {kept[key]}"
             )
 
 
 def _same(one: Any, two: Any) -> bool:
     if isinstance(one, dict) and isinstance(two, dict):
-        return one.items() <= two.items()  # a checkpoint's model_args hold the dropout rates too
+        return one.items() <= two.items()  # model_args of a checkpoint include the dropout rates
     return [str(v) for v in as_list(one)] == [str(v) for v in as_list(two)]

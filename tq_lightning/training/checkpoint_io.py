@@ -12,7 +12,7 @@ from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
 # A checkpoint is a zip archive. Its comment, the last bytes of the file, holds the CRC-32 of all
-# bytes before the digits: torch.load does not verify the archive's own checksums, which cover less.
+# preceding bytes: torch.load does not verify the checksums of the archive, which cover less.
 _MARK = b"tq-crc32:"
 _DIGITS = 8
 _END = 22 + len(_MARK) + _DIGITS  # the archive's last record with its comment
@@ -20,11 +20,11 @@ _BLOCK = 2**22  # bytes
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk and renames.
+    """Write checkpoints atomically.
 
-    A kill or a full disk leaves the old checkpoint. Lightning's own writer goes through the folder
-    for temporary files: if that is another file system, its last step is a copy, and a kill during
-    the copy leaves half a file.
+    A kill or a full disk leaves the old checkpoint. Lightning's writer goes through the folder for
+    temporary files. If that is on another file system, its last step is a copy, and a kill during
+    the copy leaves a truncated file.
     """
 
     def save_checkpoint(
@@ -76,7 +76,7 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def _with_checksum(archive: memoryview) -> tuple[bytes | memoryview, ...]:
-    """The parts of a zip archive with the checksum as its comment.
+    """Return the parts of a zip archive with the checksum as its comment.
 
     The length of the comment is in the last two bytes of the archive.
     """

@@ -1,4 +1,4 @@
-"""Resolve --ckpt_path: the checkpoint that is meant, its progress and the run it belongs to."""
+"""Resolve --ckpt_path: the checkpoint file, its progress and its run."""
 
 import sys
 from pathlib import Path
@@ -17,8 +17,8 @@ class GivenCheckpoint(NamedTuple):
     Attributes:
         path: the file.
         given: the argument: best, last or a path.
-        progress: the step and the epochs that it was written after.
-        run: folder of its run; None if it lies elsewhere.
+        progress: progress of the training when the file was written.
+        run: folder of its run; None if it is not in a run folder.
     """
 
     path: Path
@@ -36,7 +36,7 @@ def find_checkpoint(given: str, root: Path, run_dir: Path | None) -> GivenCheckp
         run_dir: --run_dir, None if it was not given.
 
     Raises:
-        UserError: there is no such file, or it is not a training checkpoint.
+        UserError: the file does not exist or is not a training checkpoint.
     """
     path = newest_checkpoint(root, given, run_dir) if given in ("last", "best") else Path(given)
     if not path.is_file():
@@ -65,14 +65,14 @@ def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
 
 
 def find_auto(run_dir: Path, config: dict[str, Any]) -> Path | None:
-    """Return the checkpoint that `--ckpt_path auto` resumes in `run_dir`, None to start.
+    """Return the checkpoint that `--ckpt_path auto` resumes in `run_dir`; None for a first start.
 
     Args:
         run_dir: the run folder.
         config: the configuration of this fit, plain types.
 
     Raises:
-        UserError: another run is in `run_dir`.
+        UserError: `run_dir` has a run with another configuration.
         SystemExit: the run is finished.
     """
     check_same_run(run_dir, config)

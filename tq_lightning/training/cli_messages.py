@@ -1,4 +1,4 @@
-"""Errors of the command-line parser and of Lightning, as one line that says what to pass."""
+"""Rewrite errors of the command-line parser and of Lightning as one line with a remedy."""
 
 import inspect
 import logging
@@ -36,7 +36,7 @@ def known_keys() -> Iterator[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error as one line, with a hint for a key that is not known."""
+    """Return the message of an error as one line, with a hint for an unknown key."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines) or type(error).__name__
     rewrites = (
@@ -71,14 +71,14 @@ def _unknown_argument(text: str) -> str | None:
 
 
 def _unknown_key(text: str) -> str | None:
-    """Rewrite jsonargparse's message on a key of a configuration file that it does not know."""
+    """Rewrite jsonargparse's message on an unknown key of a configuration file."""
     match = re.search(r"Subcommand '\w+' does not accept option '([^']*)'", text)
     return f"unknown key {match[1]} in the configuration{_hint(match[1], '')}" if match else None
 
 
 def _hint(key: str, dashes: str) -> str:
     if key.endswith("+"):
-        return f"; lists can't be appended to, pass the whole list as {dashes}{key[:-1]}"
+        return f"; appending to lists is not supported, pass the full list as {dashes}{key[:-1]}"
     close = did_you_mean(f"{dashes}{key}", [f"{dashes}{known}" for known in known_keys()])
     return close or f"; {program_name()} fit --help all lists every option"
 
@@ -95,7 +95,7 @@ def _wrong_type(text: str) -> str | None:
 
 
 def _wrong_section(text: str) -> str | None:
-    """Rewrite jsonargparse's message on a value for a whole section that is not a mapping."""
+    """Rewrite jsonargparse's message on a section that is not a mapping."""
     match = re.match(r'Parser key "(\w+)": Unable to load config (\S+)', text)
     return (
         f"{match[1]}: got {match[2]}, pass {{key: value}}, or a YAML file with keys"
@@ -110,7 +110,7 @@ def _wrong_list(text: str) -> str | None:
     return f"{match[1]}: pass 3 numbers, e.g. [0.5, 0.5, 0.5], or null" if match else None
 
 
-# trainer key -> example of a class that it takes
+# trainer key -> example of a class that it accepts
 _CLASSES = {
     "callbacks": "lightning.pytorch.callbacks.EarlyStopping",
     "logger": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -141,16 +141,16 @@ def _no_accelerator(text: str) -> str | None:
     """Rewrite Lightning's message on an accelerator that this machine does not have."""
     if "can not run on your system since the accelerator is not available" in text:
         return (
-            "trainer.accelerator: this machine has no such accelerator that PyTorch can use; "
+            "trainer.accelerator: this accelerator is not available on this machine; "
             "pass cpu or auto"
         )
     if "No supported gpu backend found" in text:
-        return "trainer.accelerator: got 'gpu', but PyTorch finds no GPU here; pass cpu or auto"
+        return "trainer.accelerator: got 'gpu', but PyTorch finds no GPU; pass cpu or auto"
     return None
 
 
 def quiet() -> None:
-    """Silence messages and warnings of Lightning that a user can't act on."""
+    """Silence messages and warnings of Lightning that do not concern the user."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for pattern in (

@@ -1,4 +1,4 @@
-"""SLURM and torchrun: check the processes of a launcher against the Trainer, and requeue a job."""
+"""SLURM and torchrun: compare the processes of a launcher with the Trainer, and requeue a job."""
 
 import os
 import shutil
@@ -15,15 +15,15 @@ from tq_lightning.errors import UserError
 
 
 def under_srun() -> bool:
-    """True if `srun` started this process. Other commands of a batch script have no step id."""
+    """Return True if `srun` started this process; only its processes have a step id."""
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
 
 
 def slurm_job() -> tuple[str | None, int]:
     """Return the id and restart count of the SLURM job; the id of an array task is ARRAY_TASK.
 
-    A requeued job keeps its id. SLURM_JOB_ID would not do for arrays: in one of the tasks it is the
-    id of the whole array, and `scontrol requeue` would requeue every task.
+    A requeued job keeps its id. SLURM_JOB_ID is not used for arrays: in one of the tasks it is the
+    id of the array, and `scontrol requeue` would requeue every task.
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
@@ -31,7 +31,7 @@ def slurm_job() -> tuple[str | None, int]:
 
 
 def requeue() -> str | None:
-    """Ask SLURM to run this job again. Returns the reason if it did not agree."""
+    """Requeue this SLURM job. Return None, or the reason if SLURM did not requeue it."""
     job, _ = slurm_job()
     if job is None:
         return "not a SLURM job"
@@ -45,10 +45,10 @@ def requeue() -> str | None:
 
 
 class SrunEnvironment(SLURMEnvironment):
-    """The tasks of an `srun` step, by the step's own variables.
+    """The tasks of an `srun` step, from the variables of the step.
 
-    Lightning's own class reads the variables of the job, which differ in a smaller step, and
-    requeues with a checkpoint that any later fit in the same root would load.
+    Lightning's class reads the variables of the job, which differ for a smaller step, and requeues
+    with a checkpoint that any later fit in the same root would load.
     """
 
     def __init__(self) -> None:
@@ -56,23 +56,23 @@ class SrunEnvironment(SLURMEnvironment):
 
     @staticmethod
     def _validate_srun_used() -> None:
-        """Nothing: this environment is chosen under srun alone."""
+        """Do nothing: this environment is used only under srun."""
 
     @staticmethod
     def _validate_srun_variables() -> None:
-        """Nothing: `check_tasks` compares the step with the Trainer."""
+        """Do nothing: `check_tasks` compares the step with the Trainer."""
 
     def world_size(self) -> int:
         """Return the number of tasks of the step."""
         return int(os.environ["SLURM_STEP_NUM_TASKS"])
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Nothing: `check_tasks` does it, for a single process too."""
+        """Do nothing: `check_tasks` validates the settings, also of a single process."""
 
 
 def cluster_environment() -> ClusterEnvironment | None:
-    """Return the plugin for this process's launcher; None lets Lightning choose (LSF, MPI)."""
-    if TorchElasticEnvironment.detect():  # ahead of SLURM, in whose jobs torchrun may run
+    """Return the plugin of this process's launcher; None lets Lightning choose (LSF, MPI)."""
+    if TorchElasticEnvironment.detect():  # before SLURM, because torchrun may run in a SLURM job
         return TorchElasticEnvironment()
     if under_srun():
         return SrunEnvironment()
@@ -84,29 +84,29 @@ def cluster_environment() -> ClusterEnvironment | None:
 def check_tasks(devices: int, nodes: int, fit: bool) -> None:
     """Compare the processes that a launcher started with those that the Trainer expects.
 
-    Too few would wait for the missing ones, and too many would train several runs.
+    Too few processes would wait for the missing ones, and too many would train several runs.
 
     Args:
-        devices: the Trainer's devices on each node.
-        nodes: the Trainer's nodes.
-        fit: whether this is a fit, which needs `srun` in a job of several tasks.
+        devices: devices of the Trainer on each node.
+        nodes: nodes of the Trainer.
+        fit: True for a fit, which needs `srun` in a job of several tasks.
 
     Raises:
-        UserError: they differ. The message is empty on all ranks but the first.
+        UserError: the numbers differ. The message is empty on all ranks except the first.
     """
     if TorchElasticEnvironment.detect():
         rank, tasks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_WORLD_SIZE", tasks))
         started = f"torchrun started {_count(tasks, local)}"
-        ask = f"torchrun --nnodes {nodes} --nproc_per_node {devices}"
+        command = f"torchrun --nnodes {nodes} --nproc_per_node {devices}"
     elif under_srun():
         rank, tasks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
         each = tasks_per_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", str(tasks)))
         if len(set(each)) > 1:
-            _refuse(rank, f"srun put {each} tasks on the nodes; pass srun --ntasks-per-node")
+            _refuse(rank, f"srun started {each} tasks on the nodes; pass srun --ntasks-per-node")
         local = each[0]
         started = f"srun started {_count(tasks, local)}"
-        ask = f"srun --nodes {nodes} --ntasks-per-node {devices}"
+        command = f"srun --nodes {nodes} --ntasks-per-node {devices}"
     else:
         tasks = int(os.environ.get("SLURM_NTASKS") or 1)
         if fit and tasks > 1 and "SLURM_JOB_ID" in os.environ and devices * nodes == 1:
@@ -125,7 +125,7 @@ def check_tasks(devices: int, nodes: int, fit: bool) -> None:
             rank,
             f"{started}, but trainer.devices={devices} and trainer.num_nodes={nodes}; "
             f"pass --trainer.devices {local} --trainer.num_nodes {max(1, tasks // local)}, "
-            f"or start it with {ask}",
+            f"or start it with {command}",
         )
 
 

@@ -1,7 +1,7 @@
 """torch.compile of the network that a run trains: `model.compile`.
 
-One graph serves all widths and sources (`quant.fused_weights`). Estimating the norm statistics of
-untrained widths runs without the graph (`quant.norm_calibration.calibrate_norms`).
+One graph serves all widths and sources (`quant.fused_weights`). The norm statistics of untrained
+widths are estimated in eager mode (`quant.norm_calibration.calibrate_norms`).
 """
 
 import os
@@ -18,7 +18,7 @@ def check_compiler(device: torch.device) -> None:
     """Check that torch.compile can generate code for `device`.
 
     Raises:
-        UserError: `device` is a CPU, and there is no C++ compiler.
+        UserError: `device` is a CPU and no C++ compiler was found.
     """
     if device.type != "cpu":
         return
@@ -31,5 +31,5 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """Return `model` compiled; it shares the parameters, and compiles at its first call."""
+    """Return the compiled `model`, which shares its parameters and compiles at the first call."""
     return torch.compile(model)  # type: ignore[return-value]

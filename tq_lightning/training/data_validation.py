@@ -1,4 +1,4 @@
-"""Validation of the model's keys and of the Trainer's intervals against the data set."""
+"""Validation of the `model:` keys and the Trainer's intervals against the data set."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from tq_lightning.errors import UserError
 
 
 def check_against_data(h: Any, data: Any, trainer: Any) -> None:
-    """Check the model's keys against the data set and the length of the fit.
+    """Check the `model:` keys against the data set and the length of the fit.
 
     Args:
         h: hyperparameters of the TQModule.
@@ -15,8 +15,8 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
         trainer: the Trainer, in its setup.
 
     Raises:
-        UserError: fewer classes than labels, other channels than the images have, a warm-up that
-            is longer than the training, or an interval that holds no batch.
+        UserError: fewer outputs than classes, another number of channels than the images, a
+            warm-up that is longer than the training, or an interval without a batch.
     """
     classes = getattr(data, "num_classes", None)
     if h.num_classes is not None and classes is not None and h.num_classes < classes:
@@ -28,7 +28,7 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
     if hasattr(data, "input_shape") and channels != data.input_shape[0]:
         raise UserError(
             f"model.model_args: got in_chans={channels}, but the images have "
-            f"{data.input_shape[0]} channels; leave in_chans out"
+            f"{data.input_shape[0]} channels; omit in_chans"
         )
     if trainer.state.fn != "fit":
         return
@@ -43,8 +43,8 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
             f"model.warmup_epochs: got {h.warmup_epochs:g}, but trainer.max_epochs is {epochs}; "
             "pass a shorter warm-up"
         )
-    if isinstance(data, TQDataModule):  # another one may not know its length
-        # the loader is made now, so that its errors too come before a model is built
+    if isinstance(data, TQDataModule):  # the loader of another data module may have no length
+        # created here so that its errors are raised before a model is built
         _check_intervals(trainer, len(data.train_dataloader()))
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class EpochLosses:
-    """Running sums of the losses of an epoch, kept in checkpoints and reduced over ranks.
+    """Running sums of the losses of an epoch, saved in checkpoints and reduced over ranks.
 
-    Lightning's epoch mean restarts when a run resumes inside an epoch. torchmetrics' MeanMetric
-    synchronizes with the device at every update. These sums do neither.
+    Lightning's epoch mean restarts when a run resumes within an epoch, and torchmetrics' MeanMetric
+    synchronizes with the device at every update. These sums avoid both.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class EpochLosses:
         """Add the mean losses (scalars, by key) of a batch of `samples` images."""
         for key, loss in losses.items():
             total, count = self._sums.get(key, (0.0, 0))
-            # a total that was read from a checkpoint may be on another device
+            # a total from a checkpoint may be on another device
             total = total.to(loss.device) if isinstance(total, Tensor) else total
             self._sums[key] = (total + loss.detach() * samples, count + samples)
 
@@ -34,7 +34,7 @@ class EpochLosses:
         """Return the mean of each loss.
 
         Args:
-            reduce_sum: adds a tensor up over all ranks.
+            reduce_sum: sums a tensor over all ranks.
 
         Returns:
             {key: scalar tensor}.
@@ -60,8 +60,9 @@ class EpochLosses:
     def load_state_dict(self, state: dict[str, object], rank: int = 0, world: int = 1) -> None:
         """Restore the sums of this rank.
 
-        A state of as many ranks gives each rank its own sums. A state of another number of ranks
-        is added up in rank 0. Older checkpoints hold (sum, count) of rank 0; every rank takes it.
+        A state from the same number of ranks restores the sums of each rank. A state from another
+        number of ranks is summed in rank 0. Older checkpoints have (sum, count) of rank 0, which
+        every rank restores.
         """
         self._sums = {}
         for key, value in state.items():
@@ -74,7 +75,7 @@ class EpochLosses:
             self._sums[key] = (value[rank, 0], int(value[rank, 1]))
 
     def _as_tensor(self) -> Tensor:
-        """Sums and counts as one (keys, 2) tensor."""
+        """Return sums and counts as one (keys, 2) tensor."""
         device = next(iter(t.device for t, _ in self._sums.values() if isinstance(t, Tensor)), None)
         rows = [
             torch.stack(

@@ -1,4 +1,4 @@
-"""Build what a run trains from its hyperparameters: quantizers, model and teacher."""
+"""Build the model, quantizers and teacher of a run from its hyperparameters."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tq_lightning.training.lists import as_ints, as_list
 
 
 def quant_config(h: Any) -> QuantConfig:
-    """Return the QuantConfig of the hyperparameters `h`, whose lists may be in any spelling.
+    """Return the QuantConfig of the hyperparameters `h`, whose lists may be text.
 
     Raises:
         UserError: a value that is unknown or out of range.
@@ -47,21 +47,21 @@ def classes_of_data(name: str, data: Any) -> int | None:
     """Return the number of classes of the data, for a model whose `num_classes` is null.
 
     Args:
-        name: model of timm or of ours, or a factory. A factory may do without the number.
+        name: name of a model, or a factory, which may not need the number.
         data: the data module, or None.
 
     Raises:
-        UserError: there is no data set, or a model needs a number that the data set does not tell.
+        UserError: no data set was given, or it has no number of classes and the model needs one.
     """
     if data is None:
         raise UserError(
-            "model.num_classes is null, and no data set was given to derive it from; "
-            "pass model.num_classes"
+            "model.num_classes is null, and no data set was given; pass model.num_classes"
         )
     classes: int | None = getattr(data, "num_classes", None)
     if classes is None and not is_factory(name):
         raise UserError(
-            "model.num_classes is null and the data set does not tell it; pass model.num_classes"
+            "model.num_classes is null, and the data set has no number of classes; "
+            "pass model.num_classes"
         )
     return classes
 
@@ -79,14 +79,14 @@ def build_model(h: Any, start_weights: bool = True) -> nn.Module:
     Raises:
         UserError: as `create_model`; without `start_weights`, as `check_local`.
     """
-    if not start_weights and not is_factory(h.name):  # the command line has compared factories
+    if not start_weights and not is_factory(h.name):  # factory names were compared by the parser
         check_local(h.name, "the checkpoint")
     rates = {key: h[key] for key in ("drop_rate", "drop_path_rate") if h[key] is not None}
     h.model_args = {**(h.model_args or {}), **rates}
     pretrained, path = (h.pretrained, h.checkpoint_path) if start_weights else (False, None)
     model = create_model(h.name, h.num_classes, pretrained, path, **h.model_args)
     if is_remote(h.name):
-        # a checkpoint must be loadable without fetching anything, so it names the architecture
+        # the checkpoint stores the architecture, so that loading it does not need the hub
         fetched = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "num_classes"}
         architecture = model.pretrained_cfg["architecture"]  # type: ignore[index]
         h.name, h.model_args = architecture, {**fetched, **h.model_args}
@@ -108,7 +108,7 @@ def check_teacher(h: Any) -> None:
     known = get_pretrained_cfg(h.teacher_name)
     if path is None and known is not None and known.num_classes != h.num_classes:
         raise UserError(
-            f"model.teacher_name: the weights of {h.teacher_name} are for {known.num_classes} "
+            f"model.teacher_name: the weights of {h.teacher_name} have {known.num_classes} "
             f"classes, the data has {h.num_classes}; pass model.teacher_checkpoint_path"
         )
 

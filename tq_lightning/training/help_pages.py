@@ -1,4 +1,4 @@
-"""Help of fit, validate, test and predict: a page of the usual options, and one per section."""
+"""Help of fit, validate, test and predict: one page of common options, and one per section."""
 
 import shutil
 import textwrap
@@ -21,17 +21,17 @@ SECTIONS = ("model", "data", "trainer", "all")
 _VERBS = {
     "fit": "Train a model jointly at several bit widths.",
     "validate": "Evaluate every bit width on the validation split.",
-    "test": "Evaluate every bit width on the test split; the run's record keeps it.",
+    "test": "Evaluate every bit width on the test split and add the result to record.json.",
     "predict": "Write the class probabilities of the test split to a CSV file.",
 }
 # (option, value, description); a value may be a list of choices
 _Row = tuple[str, str | Sequence[str], str]
 _FIT: list[_Row] = [
-    ("checkpoint_every_n_steps", "N", "write last.ckpt every N steps too"),
-    ("wandb, --tensorboard", "", "log to Weights & Biases, TensorBoard too"),
+    ("checkpoint_every_n_steps", "N", "also write last.ckpt every N steps"),
+    ("wandb, --tensorboard", "", "also log to Weights & Biases, TensorBoard"),
 ]
 _MODEL: list[_Row] = [
-    ("model.name", "NAME", "a model of timm, or resnet20_cifar, ..."),
+    ("model.name", "NAME", "timm model, or resnet20_cifar, ..."),
     ("model.checkpoint_path", "FILE", "float weights to start from"),
     ("model.pretrained", "true", "start from timm's weights"),
     ("model.quantizer", list(QUANTIZERS), ""),
@@ -43,13 +43,13 @@ _MODEL: list[_Row] = [
     ("model.activations", ["null", *ACTIVATIONS], ""),
     ("model.norm", NORMS, ""),
     ("model.teacher", CHOICES["teacher"], ""),
-    ("model.opt", "NAME", "an optimizer of timm: sgd, adamw, ..."),
+    ("model.opt", "NAME", "timm optimizer: sgd, adamw, ..."),
     ("model.lr", "RATE", "peak learning rate"),
     ("model.sched", CHOICES["sched"], ""),
 ]
 _DATA: list[_Row] = [
     ("data.name", list(DATASETS), ""),
-    ("data.root", "FOLDER", "where the data is"),
+    ("data.root", "FOLDER", "folder of the data set"),
     ("data.batch_size", "N", "images per process and step"),
 ]
 _TRAINER: list[_Row] = [
@@ -62,7 +62,7 @@ _TRAINER: list[_Row] = [
 
 
 def wanted_page(verb: str, argv: Sequence[str]) -> str | None:
-    """Return the section that `--help [SECTION]` asks for, "" for the usual options, else None.
+    """Return the SECTION of `--help [SECTION]`, "" without one, or None without `--help`.
 
     Raises:
         UserError: an unknown section.
@@ -84,7 +84,7 @@ def page(verb: str, section: str, parser: LightningArgumentParser) -> str:
 
     Args:
         verb: fit, validate, test or predict.
-        section: one of `SECTIONS`, or "" for the usual options.
+        section: one of `SECTIONS`, or "" for the common options.
         parser: the parser of the verb.
     """
     if section == "all":
@@ -96,7 +96,7 @@ def page(verb: str, section: str, parser: LightningArgumentParser) -> str:
         ("config", "FILE", "YAML with sections model, data, trainer"),
         ("ckpt_path", "CKPT", checkpoint),
         ("seed_everything", "N", "seed of the run (0)"),
-        ("print_config", "", "print the resulting configuration and exit"),
+        ("print_config", "", "print the resolved configuration and exit"),
         *(_FIT if verb == "fit" else []),
     ]
     command = f"{program_name()} {verb}"
@@ -116,7 +116,7 @@ def page(verb: str, section: str, parser: LightningArgumentParser) -> str:
 
 
 def _section(section: str, parser: LightningArgumentParser) -> str:
-    """Cut the options of a section out of the parser's whole help text."""
+    """Extract the options of a section from the full help text of the parser."""
     titles = [
         f"{group.title}:"
         for group in parser._action_groups
@@ -132,7 +132,7 @@ def _section(section: str, parser: LightningArgumentParser) -> str:
 
 
 def _rows(title: str, rows: Sequence[_Row]) -> list[str]:
-    """Format options, one a line where they fit, with their choices in braces."""
+    """Format options, one per line if they fit, with their choices in braces."""
     width = min(79, shutil.get_terminal_size().columns - 1)
     lines = [title]
     for option, value, description in rows:

@@ -1,10 +1,10 @@
 """Joint training: one optimizer step on the losses of several widths, with the memory of one.
 
 Forward and backward run for one width at a time, widest first, and the gradients are summed
-outside of `.grad`. The caller gets one loss tensor whose backward pass hands the sums to the
-parameters. To everything that follows (Lightning's automatic optimization, clipping,
-accumulation, a gradient scaler, DDP's reducer) it is one ordinary backward pass. Each parameter
-receives its gradient once per step, so DDP reduces once per step instead of once per width.
+outside of `.grad`. The caller gets one loss tensor, whose backward pass assigns the sums to the
+parameters. Lightning's automatic optimization, clipping, accumulation, a gradient scaler and DDP's
+reducer see one ordinary backward pass. Each parameter receives its gradient once per step, so DDP
+reduces once per step instead of once per width.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from tq_lightning.training.losses import WidthLoss
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """Identity on the loss; backward gives each parameter its precomputed gradient.
+    """Identity on the loss, whose backward pass returns precomputed gradients of the parameters.
 
     The gradients are multiplied by the incoming gradient of the loss.
     """
@@ -51,7 +51,7 @@ def joint_loss(
 
     Args:
         model: a prepared model in training mode.
-        inputs: what the model takes: a tensor, a tuple of arguments, or a mapping of keyword
+        inputs: inputs of the model: a tensor, a tuple of arguments, or a mapping of keyword
             arguments.
         widths: widths of this step, widest first; None is float.
         width_loss: loss of one width, given the detached logits of the wider widths.
@@ -61,7 +61,7 @@ def joint_loss(
 
     Returns:
         (loss, losses). `loss` is a scalar; its backward pass sets the `.grad` of every parameter
-        that took part. `losses` is {width: detached loss, not weighted}.
+        that was used. `losses` is {width: detached loss, not weighted}.
 
     Raises:
         TrainingError: a loss is not finite. The message names the width, and the first parameter
@@ -100,7 +100,7 @@ def joint_loss(
                 sums[i] = grad if before is None else before.add_(grad)
     if loss_scale != 1.0:
         torch._foreach_div_([g for g in sums if g is not None], loss_scale)
-    # the only value that a step reads from the device
+    # the only synchronization of a step with the device
     if not bool(torch.stack([*(loss.isfinite() for loss in losses.values()), *finite]).all()):
         raise TrainingError(_not_finite(model, losses))
     factors = [1.0] * len(widths) if weights is None else list(weights)
@@ -109,14 +109,14 @@ def joint_loss(
 
 
 def unused_parameters(model: nn.Module, loss: Tensor) -> list[nn.Parameter]:
-    """Return the parameters that get no gradient from the joint `loss`: norms of other widths."""
+    """Return the parameters without a gradient from the joint `loss`: norms of other widths."""
     params = [p for p in model.parameters() if p.requires_grad]
     grads = loss.grad_fn.grads  # type: ignore[union-attr]  # the context of _PrecomputedGradients
     return [p for p, g in zip(params, grads, strict=True) if g is None]
 
 
 def _writable(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Clone gradients that share memory: autograd may return one tensor twice, or expanded."""
+    """Clone gradients that share memory: autograd may return a tensor twice, or expanded."""
     seen: set[int] = set()
     writable: list[Tensor | None] = []
     for g in grads:
@@ -146,12 +146,12 @@ def _accumulate(sums: list[Tensor | None], grads: Sequence[Tensor | None]) -> No
 
 
 def _not_finite(model: nn.Module, losses: dict[int | None, Tensor]) -> str:
-    """Name the first width whose loss, and the first parameter that, is not finite."""
+    """Describe the first width with a non-finite loss, and the first non-finite parameter."""
     bad = [bits for bits, loss in losses.items() if not torch.isfinite(loss)]
     width = next(iter(bad or losses))
     text = f"loss is not finite at width {'float' if width is None else width}"
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             layer = name.replace(".parametrizations.", ".").removesuffix(".original")
-            return f"{text}; {layer} holds NaN or infinity"
+            return f"{text}; {layer} contains NaN or infinity"
     return text

@@ -58,7 +58,7 @@ ROOT = "runs"  # the default of trainer.default_root_dir
 
 
 def _root(config: Any) -> Path:
-    """Return the parent of the run folders; null is the default."""
+    """Return the parent of the run folders; `ROOT` if the key is null."""
     return Path(config.trainer.default_root_dir or ROOT)
 
 
@@ -86,7 +86,7 @@ class TQCLI(LightningCLI):
                 if self._open_run is not None:
                     self._open_run.close(error)
                 if isinstance(error, RuntimeError) and self._peers and self._peers.message:
-                    lost = self._peers.message if self._peers.speaks() else ""
+                    lost = self._peers.message if self._peers.reports() else ""
                     raise TrainingError(lost) from None
                 raise
             if self._open_run is not None:
@@ -98,14 +98,14 @@ class TQCLI(LightningCLI):
             write_record(path, replace(read_record(path), status="failed", reason=reason))
 
     def _stop_children(self) -> None:
-        """Pass SIGTERM on to the ranks that Lightning has started; only in a fit they agree."""
+        """Forward SIGTERM to the ranks that Lightning started; in a fit, ranks agree on signals."""
         trainer = getattr(self, "trainer", None)
         launcher = trainer.strategy.launcher if trainer is not None else None
         for process in getattr(launcher, "procs", ()):
             process.terminate()
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Create a parser with our reader of YAML; LightningCLI calls this for each verb."""
+        """Create a parser with our YAML loader; LightningCLI calls this for each verb."""
         return make_parser(**kwargs)
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
@@ -114,7 +114,7 @@ class TQCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the command line, or print the help page that it asks for."""
+        """Parse the command line, or print a help page and exit."""
         verb = args[0] if args and args[0] in self._subcommand_parsers else ""
         section = wanted_page(verb, args) if verb else None
         if section is not None:
@@ -124,12 +124,12 @@ class TQCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         for section in ("model", "data", "trainer"):
             if config[section] is None:
-                raise UserError(f"{section}: the section is empty; give it keys, or remove it")
+                raise UserError(f"{section}: the section is empty; add keys to it, or remove it")
         expand_paths(config)
         check_run(self.config.subcommand, config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options that belong to no section."""
+        """Add the options outside of the sections."""
         add_run_options(parser)
 
     def _parse_ckpt_path(self) -> None:
@@ -145,7 +145,7 @@ class TQCLI(LightningCLI):
             dumped = self.parser.dump(self.config, skip_none=False, format="yaml")
             given = find_auto(run_dir, yaml.safe_load(dumped)["fit"])
             config.ckpt_path = None
-            self.resume_step = 0  # what an attempt without a checkpoint has logged comes again
+            self.resume_step = 0  # rows of an attempt without a checkpoint will be logged again
         elif given is None and run_dir is not None and fits:
             check_unused(run_dir)
         if run_dir is not None:
@@ -156,11 +156,11 @@ class TQCLI(LightningCLI):
                 check_resumable(checkpoint, config.trainer)
             self.resume_step = checkpoint.progress.step
             config.ckpt_path = str(checkpoint.path)
-        asked = config.model.as_dict()
-        super()._parse_ckpt_path()  # the checkpoint's model arguments replace those given
+        given_model = config.model.as_dict()
+        super()._parse_ckpt_path()  # replaces the model arguments by those of the checkpoint
         kept_model = self.config[self.config.subcommand].model.as_dict()
-        check_factories(asked, kept_model, config.ckpt_path)
-        kept = overridden_arguments(asked, kept_model)
+        check_factories(given_model, kept_model, config.ckpt_path)
+        kept = overridden_arguments(given_model, kept_model)
         if kept:
             print(
                 f"the model keeps the settings of its checkpoint: {'; '.join(kept)}",
@@ -173,10 +173,10 @@ class TQCLI(LightningCLI):
         config = self.config[self.subcommand]
         root = _root(config)
         if hasattr(self, "run_dir"):
-            config.run_dir = None  # a run's configuration starts other runs as well
+            config.run_dir = None  # the saved configuration may start other runs
         elif self.checkpoint is not None and self.checkpoint.run is not None:
             self.run_dir = self.checkpoint.run
-        else:  # also for a checkpoint that is not in a run's folder
+        else:  # also for a checkpoint outside of a run folder
             self.run_dir = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         if self.checkpoint is None or self.checkpoint.run is None:
             check_writable(self.run_dir.parent)
@@ -185,7 +185,7 @@ class TQCLI(LightningCLI):
             self._open_run = OpenRun(self.run_dir)
 
     def instantiate_classes(self) -> None:
-        """Make the data module, the module and the Trainer; their errors are one line."""
+        """Create the data module, the module and the Trainer, with one-line errors."""
         self._typed_config, self.config = self.config, as_plain_strings(self.config)
         try:
             super().instantiate_classes()
@@ -227,22 +227,21 @@ class TQCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Create the Trainer with the callbacks, loggers and plugins of the verb."""
-        self.config = self._typed_config  # for SaveConfig: text stays text when it is read again
+        self.config = self._typed_config  # SaveConfig quotes `Text`, so that it stays a string
         config, fits = self.config_init[self.subcommand], self.subcommand == "fit"
         trainer, given = config["trainer"], self.checkpoint
         self.model.restored_from_checkpoint = given is not None
         self.model.resumed_batches = None if given is None else given.progress.batches
-        # Lightning looks for its own checkpoints in its root: in a root that runs share it would
-        # find those of another run
+        # Lightning looks for its own checkpoints in its root, which must not be shared by runs
         kwargs["default_root_dir"] = str(self.run_dir)
         kwargs["plugins"] = make_plugins(trainer["plugins"])
         if trainer["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
-        if trainer["enable_model_summary"] is None:  # `QuantizationSummary` says more
+        if trainer["enable_model_summary"] is None:  # replaced by `QuantizationSummary`
             kwargs["enable_model_summary"] = False
         bar = kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
         self._peers = WatchPeers(self._fail_record)
-        # the peers come first: they name the cause of an error before the record is written
+        # WatchPeers comes first: it names the cause of an error before the record is written
         callbacks = [self._peers, WidthTable(), *progress_callbacks(bar, fits)]
         if fits:
             self.save_config_kwargs = {"run_dir": self.run_dir}
@@ -308,7 +307,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 
 def run_fit(argv: list[str]) -> dict[str, Any]:
-    """Run `fit` in this process, as the command line does; for callers such as a sweep.
+    """Run `fit` in this process, like the command line; for callers such as a sweep.
 
     Args:
         argv: arguments as on the command line, after `fit`.

@@ -1,4 +1,4 @@
-"""Lists in every spelling that command lines and sweep engines send: 8,4,2 or [8, 4, 2] or 8."""
+"""Parse lists in the forms that command lines and sweep engines pass: 8,4,2, [8, 4, 2] or 8."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ def as_list(value: Any, key: str = "list") -> list:
     """Return `8,4,2,1`, `[8, 4, 2, 1]`, `(8, 4)` or `8`, as text or typed, as a list.
 
     Raises:
-        UserError: a bracket without its partner, or an empty item; the message names `key`.
+        UserError: an unbalanced bracket or an empty item; the message names `key`.
     """
     if isinstance(value, str):
         text = value.strip()

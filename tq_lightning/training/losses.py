@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy over the batch.
+    """Compute the cross-entropy, averaged over the batch.
 
     Args:
         logits: (batch, classes).
@@ -23,7 +23,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy summed over classes, mean over the batch.
+    """Compute the binary cross-entropy, summed over classes and averaged over the batch.
 
     Args:
         logits: (batch, classes).
@@ -41,7 +41,9 @@ def bce(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Distillation loss T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over the batch.
+    """Compute the distillation loss T^2 KL(softmax(teacher / T) || softmax(logits / T)).
+
+    The divergence is averaged over the batch.
 
     Args:
         logits: logits of the student (batch, classes).
@@ -81,9 +83,9 @@ def make_width_loss(
 
     Args:
         label_loss: a value of `LOSSES`.
-        target: labels, as `label_loss` takes them.
-        teacher: one of `TEACHERS`. "external" teaches every width; with the other choices an
-            external teacher, if given, teaches the widest width.
+        target: labels, in the form that `label_loss` expects.
+        teacher: one of `TEACHERS`. "external" is the teacher of every width. With the other
+            choices, an external teacher, if given, is the teacher of the widest width.
         external: logits (batch, classes) of the external teacher.
         distill_weight: weight of the distillation loss, from 0 to 1.
         temperature: temperature of the distillation loss.

@@ -42,8 +42,8 @@ class TQModule(L.LightningModule):
     The signature is the `model:` section of a configuration.
 
     Args:
-        name: a model of timm, or resnet8_cifar, resnet20_cifar, resnet56_cifar, preresnet20_cifar;
-            or package.module:factory, a function of yours that returns the network.
+        name: a timm model; resnet8_cifar, resnet20_cifar, resnet56_cifar or preresnet20_cifar; or
+            package.module:factory, your own function that returns the network.
         pretrained: start from timm's pretrained weights (downloads them).
         checkpoint_path: file of float weights to start from.
         num_classes: outputs of the classifier; null for the classes of the data set.
@@ -68,18 +68,18 @@ class TQModule(L.LightningModule):
         loss: label loss, cross_entropy or bce.
         teacher: teacher of the narrower widths: recursive (the next wider width), widest, external,
             or none (labels only; null is none).
-        teacher_name: external teacher, a model of timm. It teaches the widest width, or all widths
-            with teacher=external.
+        teacher_name: external teacher, a timm model; the teacher of the widest width, or of all
+            widths with teacher=external.
         teacher_checkpoint_path: its weights; null for timm's pretrained weights.
-        distill_weight: weight of the distillation loss; the label loss has the rest.
+        distill_weight: weight w of the distillation loss; the label loss has weight 1 - w.
         temperature: temperature of the distillation.
-        float_pass: train a float pass (bits=None) too, before the widths: true with the float
-            weights, normalized with those of the quantizer before rounding and plain ReLUs.
+        float_pass: also train a float pass (bits=None), before the widths: true (float weights), or
+            normalized (normalized weights that are not quantized, plain ReLUs).
         width_schedule: all, or sandwich (widest, narrowest and `sandwich_random` others per step).
         sandwich_random: random widths per step of the sandwich.
         width_weights: weight of each width's loss, in the order of `widths` (the float pass first);
             null is 1 for each.
-        opt: optimizer, a name of timm (sgd, adam, adamw, lamb, ...).
+        opt: name of a timm optimizer (sgd, adam, adamw, lamb, ...).
         lr: peak learning rate.
         weight_decay: weight decay.
         momentum: momentum of sgd and similar optimizers.
@@ -159,7 +159,7 @@ class TQModule(L.LightningModule):
         self.widths = self.quant.widths
         float_first: tuple[None, ...] = (None,) if float_pass else ()
         self.passes: tuple[int | None, ...] = float_first + self.widths
-        # the weights are in the order in which the widths were given
+        # width_weights follow the order of the widths as given, not sorted
         self.width_weights = pass_weights(
             width_weights, (*float_first, *as_ints(widths, "model.widths"))
         )
@@ -172,14 +172,14 @@ class TQModule(L.LightningModule):
         self._epoch_losses = EpochLosses()
         self.loaded_epoch: int | None = None
         self.restored_from_checkpoint = False
-        """Set before a checkpoint is loaded: the start weights are then not needed."""
+        """True if a checkpoint will be loaded, so that no pretrained weights are needed."""
         self.resumed_batches: dict[str, Any] | None = None
-        """Loader state of the checkpoint to resume, if it was written inside an epoch."""
+        """Loader state of the checkpoint to resume, if it was written within an epoch."""
         self.began = False
-        """True once a checkpoint, if any, has been loaded and the loop runs."""
+        """True once the loop runs, after a checkpoint, if any, has been loaded."""
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callbacks of every run. The moving average comes first, so it is evaluated."""
+        """Return the callbacks of every run; the moving average comes before the evaluation."""
         from tq_lightning.callbacks.ema import MovingAverage
         from tq_lightning.callbacks.metric_log import MetricLog
         from tq_lightning.callbacks.resume import StepSeeds
@@ -230,7 +230,7 @@ class TQModule(L.LightningModule):
             self._teacher = [] if teacher is None else [teacher]
 
     def attach(self, model: nn.Module) -> None:
-        """Prepare `model` as the hyperparameters say and make it the model of this module."""
+        """Prepare `model` with the hyperparameters and make it the model of this module."""
         self.report = factory.prepare_model(model, self.quant, self.hparams)
         self.model = model
         if self.hparams.compile:
@@ -239,7 +239,7 @@ class TQModule(L.LightningModule):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return logits (batch, classes) of images (batch, channels, height, width).
 
-        A network of another kind takes its own arguments. It runs at the bit width in use.
+        Other networks take their own arguments. The model runs at the bit width in use.
         """
         assert self.model is not None
         if self.hparams.channels_last and len(inputs) == 1 and inputs[0].dim() == 4:
@@ -250,7 +250,7 @@ class TQModule(L.LightningModule):
     def step_widths(self, step: int) -> tuple[int | None, ...]:
         """Return the passes of a step, widest first.
 
-        They depend on seed and step alone, so a resumed run takes the same ones.
+        They depend only on the seed and the step, so a resumed run repeats them.
         """
         h, rng = self.hparams, random.Random(f"{self.run_seed}-{step}")
         return WIDTH_SCHEDULES[h.width_schedule](self.passes, h.sandwich_random, rng)
@@ -263,7 +263,7 @@ class TQModule(L.LightningModule):
         return run_seed()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the joint loss of a batch: (inputs, labels), or see `quant.inputs.split_batch`."""
+        """Return the joint loss of a batch: (inputs, labels), see `quant.inputs.split_batch`."""
         inputs, target = split_batch(batch)
         h = self.hparams
         passes = self.step_widths(self.trainer.fit_loop.epoch_loop.total_batch_idx)
@@ -312,7 +312,7 @@ class TQModule(L.LightningModule):
 
     # -- checkpoints -----------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch's losses and the preprocessing, which a served model needs."""
+        """Add the losses of the epoch and the preprocessing, which `export` needs."""
         gather = self.trainer.strategy.all_gather
         checkpoint["epoch_losses"] = self._epoch_losses.state_dict(
             lambda sums: gather(sums).view(-1, *sums.shape)
@@ -325,20 +325,20 @@ class TQModule(L.LightningModule):
     def load_from_checkpoint(
         cls, checkpoint_path: Any, *args: Any, name: str | None = None, **kwargs: Any
     ) -> Any:
-        """Load as Lightning does. A factory that the file names is imported if `name` is it too."""
+        """Load a checkpoint like Lightning. If it names a factory, pass the same `name`."""
         given = kwargs if name is None else {**kwargs, "name": name}
         with only_allow(name, checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict. Build the model first, e.g. for load_from_checkpoint."""
+        """Load a state dict, after building the model if necessary."""
         if self.hparams.num_classes is not None:
             self.configure_model()
         return super().load_state_dict(*args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, and restore the epoch's losses."""
-        for key in ("state_dict", "current_model_state"):  # the latter is that of a moving average
+        for key in ("state_dict", "current_model_state"):  # the latter with a moving average
             if self.model is not None and key in checkpoint:
                 check_fit(checkpoint[key], self, "the checkpoint", "its own configuration")
         if self._fits:
@@ -347,13 +347,13 @@ class TQModule(L.LightningModule):
         self.loaded_epoch = checkpoint.get("epoch")
         place = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
         self._epoch_losses.load_state_dict(checkpoint.get("epoch_losses", {}), *place)
-        # A schedule follows from the configuration and the step. The saved state would end the
-        # schedule where the earlier run ended, even if this one has more epochs.
+        # The schedule follows from the configuration and the step. The saved state would end it
+        # where the earlier run ended, even if this run has more epochs.
         checkpoint["lr_schedulers"] = []
 
     # -- start of a loop -------------------------------------------------------------------------
     def on_train_start(self) -> None:
-        """Set the learning rate of this step: the optimizer's state has that of the earlier run."""
+        """Set the learning rate of this step, because the optimizer state has the earlier one."""
         for optimizer in self.trainer.optimizers:
             check_restored_state(optimizer)
         self.began = True
@@ -361,7 +361,7 @@ class TQModule(L.LightningModule):
             self.lr_scheduler_step(config.scheduler, None)
 
     def on_validation_start(self) -> None:
-        """Note that the loop runs."""
+        """Record that the loop runs."""
         self.began = True
 
     on_test_start = on_predict_start = on_validation_start
@@ -380,9 +380,9 @@ class TQModule(L.LightningModule):
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the zero gradients that DDP's reducer gives to the norms of unused widths.
+        """Drop the zero gradients that DDP's reducer assigns to the norms of unused widths.
 
-        Momentum and weight decay would move them; in a single process they have no gradient.
+        Momentum and weight decay would change these norms. A single process has no such gradients.
         """
         for p in self._unused:
             p.grad = None
@@ -390,7 +390,7 @@ class TQModule(L.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """Step, then free the gradients: the next joint step sums its own before backward."""
+        """Step, then free the gradients: the next joint step sums its gradients separately."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 

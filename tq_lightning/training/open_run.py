@@ -1,4 +1,4 @@
-"""OpenRun: the folder of a run while a verb works in it."""
+"""OpenRun: a run folder that is locked while a verb uses it."""
 
 import contextlib
 import os
@@ -17,13 +17,13 @@ class OpenRun:
         folder: the run folder.
 
     Raises:
-        UserError: another process writes it, or it can't be created.
+        UserError: another process holds the lock, or the folder can't be created.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        self._created = missing[-1] if missing else None  # the topmost folder made here
+        self._created = missing[-1] if missing else None  # the topmost folder created here
         try:
             self._lock = RunLock(folder)
         except UserError:
@@ -31,11 +31,11 @@ class OpenRun:
             raise
 
     def close(self, error: BaseException | None) -> None:
-        """Unlock the folder, and remove it if it was made for a run that never began.
+        """Unlock the folder, and remove it if it was created for a run that never started.
 
         Args:
-            error: what ended the verb. After a UserError, a folder that holds only a record is
-                removed.
+            error: exception that ended the verb, or None. After a UserError, a folder without
+                checkpoints is removed too.
         """
         self._lock.release()
         kept = "*" if error is None else "checkpoints/*" if isinstance(error, UserError) else NAME
@@ -43,7 +43,7 @@ class OpenRun:
             self._remove_created()
 
     def _remove_created(self) -> None:
-        """Remove the run folder, and those above it, as far as this process created them."""
+        """Remove the folders that this process created, if no other run uses them."""
         if self._created is None:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -54,7 +54,7 @@ class OpenRun:
 
 
 def check_writable(root: Path) -> None:
-    """Raise UserError if no run can be written below `root`, without creating anything."""
+    """Raise UserError if runs cannot be written below `root`. Creates nothing."""
     there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(

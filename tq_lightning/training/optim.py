@@ -25,7 +25,7 @@ def check_optimizer(h: Any) -> None:
     if h["opt"].split("_", 1)[-1].lower() not in known and h["opt"].lower() not in known:
         hint = did_you_mean(h["opt"], known) or "; timm.optim.list_optimizers() lists the names"
         raise UserError(f"model.opt: got {h['opt']!r}{hint}")
-    with torch.random.fork_rng(devices=[]):  # the weights of a run are drawn after this check
+    with torch.random.fork_rng(devices=[]):  # must not change the initial weights of the run
         _create(nn.Linear(1, 1), h)
 
 
@@ -45,7 +45,7 @@ def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
 
 
 def _exempt_ranges(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Move learned ranges of channels, which have the dimensions of a weight, out of the decay."""
+    """Exclude learned ranges from weight decay; per-channel ones have the dims of a weight."""
     ranges = {id(w.quantizer.range) for w in weight_quantizers(model)} - {id(None)}
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in ranges]
@@ -55,7 +55,7 @@ def _exempt_ranges(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 
 def check_restored_state(optimizer: torch.optim.Optimizer) -> None:
-    """Check the shapes of a restored state, which PyTorch does not check.
+    """Check the shapes of a restored optimizer state, which PyTorch does not check.
 
     Raises:
         UserError: a state has another shape than its parameter.
@@ -80,7 +80,7 @@ def _create(model: nn.Module, h: Any) -> torch.optim.Optimizer:
     further = h["opt_args"] or {}
     try:
         return create_optimizer_v2(model, **(args | further))
-    except Exception as error:  # each optimizer raises what it likes about its arguments
+    except Exception as error:  # optimizers raise many types for invalid arguments
         if not further:
             raise UserError(f"model.opt: got {h['opt']!r} ({first_line(error)})") from None
         raise UserError(
@@ -89,7 +89,7 @@ def _create(model: nn.Module, h: Any) -> torch.optim.Optimizer:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer) -> Any | None:
-    """Create timm's schedule `h.sched`, stepped every update and as long as the training.
+    """Create timm's schedule `h.sched`, stepped every update over the length of the training.
 
     Returns:
         The scheduler; None if `h.sched` is "none".

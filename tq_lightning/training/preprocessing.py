@@ -1,4 +1,4 @@
-"""Preprocessing and class names of the data, which a checkpoint keeps for the served model."""
+"""Preprocessing and class names of the data, which checkpoints store for deployment."""
 
 import sys
 from itertools import zip_longest
@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 def preprocessing_of(data: Any) -> dict[str, Any] | None:
-    """Return the preprocessing of images in evaluation, in plain types; None for other data.
+    """Return the evaluation preprocessing of images in plain types; None for other data.
 
     Args:
         data: the TQDataModule, another data module, or None.
@@ -27,12 +27,12 @@ def preprocessing_of(data: Any) -> dict[str, Any] | None:
 
 @rank_zero_only
 def report_other_classes(checkpoint: dict[str, Any], data: Any) -> None:
-    """Print one line if the class folders of the data are not those of the checkpoint.
+    """Print one line if the class folders of the data differ from those of the checkpoint.
 
-    Class numbers follow the order of the names, so an accuracy would compare other classes.
+    Class indices follow the order of the names, so the accuracy would be meaningless.
 
     Args:
-        checkpoint: a checkpoint of a fit, which holds its class names.
+        checkpoint: a checkpoint of a fit, which stores its class names.
         data: the TQDataModule, or None. Data sets with fixed classes are not compared.
     """
     names = (checkpoint.get("preprocessing") or {}).get("classes")

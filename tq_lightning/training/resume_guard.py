@@ -1,7 +1,6 @@
-"""Checkpoints written inside an epoch, and which of them a fit may not resume.
+"""Checks before a fit resumes a checkpoint that was written within an epoch.
 
-Lightning restores the state of a loader after the loader was built, when nothing reads it, and it
-saves no gradients.
+Lightning restores the state of a loader too late to influence it, and saves no gradients.
 """
 
 from typing import Any
@@ -17,17 +16,17 @@ def check_resume(checkpoint: dict[str, Any], data: Any) -> None:
         data: the TQDataModule, after its setup, or None.
 
     Raises:
-        UserError: it holds no state of an optimizer, was written inside an accumulation of
-            gradients, or inside an epoch of other batches.
+        UserError: the checkpoint has no optimizer state, was written between accumulated batches,
+            or within an epoch of other batches.
     """
     if not checkpoint.get("optimizer_states"):
-        raise UserError("the checkpoint has no state of an optimizer; pass an intact one")
+        raise UserError("the checkpoint has no optimizer state; pass an intact checkpoint")
     check_accumulation(inside_accumulation(checkpoint), "the checkpoint")
     check_batches(saved_batches(checkpoint), data)
 
 
 def saved_batches(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the loader state of a checkpoint that was written inside an epoch, else None."""
+    """Return the loader state of a checkpoint that was written within an epoch, else None."""
     loop = checkpoint["loops"]["fit_loop"]
     progress = loop["epoch_loop.batch_progress"]
     states = loop["state_dict"].get("combined_loader")
@@ -37,10 +36,10 @@ def saved_batches(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def inside_accumulation(checkpoint: dict[str, Any]) -> bool:
-    """Tell whether a checkpoint was written between the batches of one optimizer step.
+    """Return True if a checkpoint was written between the batches of one optimizer step.
 
-    The gradients of the earlier ones are not in it. Only a validation inside an epoch, whose
-    interval is not a multiple of `accumulate_grad_batches`, leads to one.
+    It lacks the gradients of the earlier batches. Such a checkpoint is written only by a validation
+    within an epoch whose interval is not a multiple of `accumulate_grad_batches`.
     """
     loop = checkpoint["loops"]["fit_loop"]
     progress = loop.get("epoch_loop.automatic_optimization.optim_progress")
@@ -56,9 +55,9 @@ def check_accumulation(inside: bool, what: str) -> None:
     """Raise UserError if the checkpoint `what` lacks the gradients of an accumulation."""
     if inside:
         raise UserError(
-            f"{what} was written inside an accumulation of gradients, which it does not hold; "
-            "resume from last. A val_check_interval that is a multiple of "
-            "accumulate_grad_batches avoids such checkpoints"
+            f"{what} was written inside an accumulation of gradients, which it does not contain; "
+            "resume from last, and pass a val_check_interval that is a multiple of "
+            "accumulate_grad_batches"
         )
 
 
@@ -66,7 +65,7 @@ def check_batches(saved: dict[str, Any] | None, data: Any) -> None:
     """Compare the batches of a checkpoint with those of this run.
 
     Args:
-        saved: what `saved_batches` returned.
+        saved: return value of `saved_batches`.
         data: the TQDataModule, after its setup.
 
     Raises:
@@ -80,5 +79,5 @@ def check_batches(saved: dict[str, Any] | None, data: Any) -> None:
         raise UserError(
             "ckpt_path: the checkpoint was written inside an epoch, and the batches of this run "
             f"differ ({', '.join(different)}); pass the same data, seed and global batch size, or "
-            "the checkpoint of an epoch's end"
+            "a checkpoint from the end of an epoch"
         )

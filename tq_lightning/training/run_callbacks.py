@@ -1,4 +1,4 @@
-"""Callbacks, loggers and plugins of a verb of the command line; the saved configuration."""
+"""Callbacks, loggers and plugins of each verb, and the saved configuration."""
 
 import sys
 from pathlib import Path
@@ -22,9 +22,9 @@ from tq_lightning.training.run_folder import CONFIG
 
 
 class SaveConfig(SaveConfigCallback):
-    """Write RUN/config.yaml once training starts, without `ckpt_path`: it starts a new run.
+    """Write RUN/config.yaml when training starts, without `ckpt_path`, so that it starts new runs.
 
-    A fit that trains nothing leaves the file of an earlier one.
+    A fit that trains nothing does not change the file.
     """
 
     def __init__(self, *args: Any, run_dir: Path, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class SaveConfig(SaveConfigCallback):
 def fit_callbacks(
     run_dir: Path, config: Any, config_dump: dict[str, Any], stop_flag: SignalFlag
 ) -> list[Callback]:
-    """Create the callbacks of a fit, in the order in which Lightning shall call them.
+    """Create the callbacks of a fit, in the order in which Lightning calls them.
 
     Args:
         run_dir: the run's folder.
@@ -67,7 +67,7 @@ def fit_callbacks(
     if config["trainer"]["enable_checkpointing"] is False or config["trainer"]["fast_dev_run"]:
         return [*callbacks, StopOnSignal(stop_flag)]
     folder = run_dir / "checkpoints"
-    # Lightning takes an interval of 1 batch for 1.0, a whole epoch
+    # Lightning confuses an interval of 1 batch with 1.0, a full epoch
     every_batch = isinstance(config["trainer"]["val_check_interval"], int)
     best = ModelCheckpoint(
         folder,
@@ -77,7 +77,7 @@ def fit_callbacks(
         save_top_k=1,
         save_on_train_epoch_end=False if every_batch else None,
         auto_insert_metric_name=False,
-        enable_version_counter=False,  # an epoch repeated after a kill overwrites its file
+        enable_version_counter=False,  # an epoch that is repeated after a kill overwrites its file
     )
     every = config["checkpoint_every_n_steps"]
     last = ModelCheckpoint(
@@ -97,7 +97,7 @@ def fit_callbacks(
 def make_loggers(
     run_dir: Path, config: Any, config_dump: dict[str, Any], resume_step: int | None
 ) -> list[Any]:
-    """Create the loggers of a fit: metrics.csv, and TensorBoard or W&B if the user asked for them.
+    """Create the loggers of a fit: metrics.csv, and TensorBoard or W&B if enabled.
 
     Args:
         run_dir: the run's folder.
@@ -120,14 +120,14 @@ def make_loggers(
 
 
 def progress_callbacks(bar: bool, fits: bool) -> list[Callback]:
-    """Return the progress of a verb: a bar in a terminal, else one line per epoch of a fit."""
+    """Return the progress callbacks: a bar in a terminal, else `ProgressLines` for a fit."""
     if bar and sys.stdout.isatty():
         return [FitProgressBar()]
     return [ProgressLines()] if fits else []
 
 
 def make_plugins(given: Any) -> list[Any]:
-    """Return the plugins of the Trainer: those given, atomic checkpoints, the cluster's."""
+    """Return the plugins of the Trainer: the given ones, atomic checkpoints, the cluster."""
     plugins, environment = listed(given), cluster_environment()
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
@@ -135,5 +135,5 @@ def make_plugins(given: Any) -> list[Any]:
 
 
 def listed(given: Any) -> list[Any]:
-    """Return an option of the Trainer that takes one object, a list or nothing, as a list."""
+    """Return a Trainer option that may be one object, a list or None, as a list."""
     return list(given) if isinstance(given, list) else [given] if given else []

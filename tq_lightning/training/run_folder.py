@@ -1,4 +1,4 @@
-"""The folder of a run: --run_dir, and --ckpt_path auto for a first start and all later ones."""
+"""The folder of a run, for --run_dir and --ckpt_path auto."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from tq_lightning.records import NAME, read_record
 
 LAST = "checkpoints/last.ckpt"
 CONFIG = "config.yaml"
-# what makes two runs different ones; where data lie and how they are read does not
+# data keys that may change when a run is resumed: location and reading of the data
 _PLACES = {"root", "download", "workers"}
 
 
@@ -18,7 +18,7 @@ def auto_folder(run_dir: str | None, root: Path) -> Path:
     """Return the folder of `--ckpt_path auto`: `run_dir`, or one named after the SLURM job.
 
     Raises:
-        UserError: no run_dir, and not in a SLURM job.
+        UserError: `run_dir` is None outside of a SLURM job.
     """
     if run_dir is not None:
         return Path(run_dir)
@@ -27,25 +27,24 @@ def auto_folder(run_dir: str | None, root: Path) -> Path:
     job, _ = slurm_job()
     if job is None:
         raise UserError(
-            "ckpt_path=auto needs the folder of the run outside of a SLURM job; "
-            "pass --run_dir FOLDER"
+            "ckpt_path=auto needs the run folder outside of a SLURM job; pass --run_dir FOLDER"
         )
     return root / f"slurm-{job}"
 
 
 def check_unused(folder: Path) -> None:
-    """Raise UserError if a run is in `folder` already."""
+    """Raise UserError if `folder` already has a run."""
     if (folder / NAME).exists() or (folder / "checkpoints").exists():
         raise UserError(
-            f"run_dir={folder} already holds a run; pass --ckpt_path auto to resume it, "
+            f"run_dir={folder} already has a run; pass --ckpt_path auto to resume it, "
             "or another folder"
         )
 
 
 def check_same_run(folder: Path, config: dict[str, Any]) -> None:
-    """Check that a configuration is that of the run in `folder`, so that it may be resumed.
+    """Check that a configuration matches the run in `folder`, so that it can be resumed.
 
-    Two fits in one SLURM job have the same folder unless they are given a --run_dir.
+    Two fits in one SLURM job use the same folder without --run_dir.
 
     Args:
         folder: the run folder; an empty one matches.
@@ -61,7 +60,7 @@ def check_same_run(folder: Path, config: dict[str, Any]) -> None:
     for section in ("seed_everything", "model", "data"):
         ours, theirs = _flat(section, config.get(section)), _flat(section, saved.get(section))
         for key in ours:
-            # a run fills in what was null, such as the number of classes
+            # null values, such as the number of classes, were filled in by the run
             if ours[key] is not None and str(ours[key]) != str(theirs.get(key, ours[key])):
                 raise UserError(
                     f"{folder} is a run with {key}={theirs[key]}, not {ours[key]}; "
@@ -77,16 +76,16 @@ def _flat(section: str, value: Any) -> dict[str, Any]:
 
 
 def has_finished(folder: Path) -> bool:
-    """Return True if the record of the run in `folder` says "finished"."""
+    """Return True if the record of the run in `folder` has the status "finished"."""
     record = folder / NAME
     return record.is_file() and read_record(record).status == "finished"
 
 
 def is_finished(folder: Path, config: dict[str, Any]) -> bool:
-    """Return True if the run in `folder` has reached the end that `config` asks for."""
+    """Return True if the run in `folder` finished with the same end as in `config`."""
     if not has_finished(folder):
         return False
     path = folder / CONFIG
     saved = yaml.safe_load(path.read_text())["trainer"] if path.is_file() else {}
-    asked = config["trainer"]
-    return all(asked.get(key) == saved.get(key) for key in ("max_epochs", "max_steps", "max_time"))
+    given = config["trainer"]
+    return all(given.get(key) == saved.get(key) for key in ("max_epochs", "max_steps", "max_time"))

@@ -1,17 +1,17 @@
 """RunLock: at most one process writes a run folder, on one machine or on several that share it.
 
-Three mechanisms, each for the cases that the one before does not cover:
+It uses three mechanisms, each for cases that the previous one does not cover:
 
-1. A POSIX record lock (`fcntl.lockf`) on RUN/.lock. The kernel, or the NFS server, frees it when
+1. A POSIX record lock (`fcntl.lockf`) on RUN/.lock. The kernel, or the NFS server, releases it when
    its holder dies. Forked data loader workers do not inherit it.
-2. The file names its holder: host, process and SLURM job. If the file system has no locks or keeps
-   them to one host (NFS mounted with `nolock` or `local_lock`, Lustre with `localflock`), a holder
-   on this host is looked up by its process id. A holder on another host touches the file every
-   `BEAT_SECONDS`, and the file is free if it stands still for `STALE_SECONDS`. The newcomer watches
-   it, so no clocks are compared.
-3. SLURM starts a requeued job after the earlier attempt has ended or its node was given up. A lock
+2. The file names its holder: host, process and SLURM job. Some file systems have no locks or keep
+   them local to a host (NFS mounted with `nolock` or `local_lock`, Lustre with `localflock`). On
+   these, a holder on this host is looked up by its process id. A holder on another host touches the
+   file every `BEAT_SECONDS`; it is considered dead if the file does not change for `STALE_SECONDS`.
+   The new process watches the file during that time, so no clocks are compared.
+3. SLURM starts a requeued job after the earlier attempt has ended or its node has failed. A lock
    of the same job with a lower restart count is taken over at once. If that node comes back, the
-   old holder notices at its next heartbeat and ends.
+   old holder notices at its next heartbeat and exits.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from tq_lightning.training.cluster import slurm_job
 
 try:
     import fcntl
-except ImportError:  # Windows: process ids and heartbeats alone
+except ImportError:  # Windows has only process ids and heartbeats
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
@@ -40,13 +40,13 @@ _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "localflock"}  #
 
 
 class RunLock:
-    """The exclusive right to write a run folder, until `release` or the end of the process.
+    """Exclusive lock on a run folder, until `release` or the end of the process.
 
     Args:
         folder: the run folder; it is created if it does not exist.
 
     Raises:
-        UserError: another process writes it, or the folder can't be created.
+        UserError: another process holds the lock, or the folder can't be created.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,7 +63,7 @@ class RunLock:
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 
     def _acquire(self) -> int:
-        """Open and lock the file; returns its handle."""
+        """Open and lock the file. Return its handle."""
         until = time.monotonic() + 2.0
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -78,9 +78,8 @@ class RunLock:
                     raise UserError(_refusal(self.path.parent, holder or {}))
                 if reach == _THIS_HOST and holder and not earlier and _alive(self.path, holder):
                     raise UserError(_refusal(self.path.parent, holder))
-                if (
-                    reach is None
-                ):  # of an attempt whose node was given up: the server still keeps it
+                if reach is None:
+                    # the lock of an attempt on a failed node, which the NFS server still keeps
                     os.close(handle)
                     handle = self._replace()
                 if self._is_current(handle):
@@ -90,14 +89,14 @@ class RunLock:
                         self.path.unlink(missing_ok=True)
                         raise
                     return handle
-                os.close(handle)  # its holder removed it in between
+                os.close(handle)  # the holder removed the file in the meantime
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.close(handle)
                 raise
 
     def _replace(self) -> int:
-        """Put a new, locked file in the place of one that is locked; returns its handle."""
+        """Replace a locked file by a new one that this process locks. Return its handle."""
         fresh = self.path.with_name(f"{NAME}.{self._token[:8]}.tmp")
         handle = os.open(fresh, os.O_RDWR | os.O_CREAT, 0o644)
         _try_lock(handle)
@@ -122,7 +121,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             try:
-                # by the open handle: closing a second one would drop the lock
+                # reads the open handle: closing a second handle would release the lock
                 ours = (_read(self._file) or {}).get("token") == self._token
                 if (not ours or not self._is_current(self._file)) and not self._ended.is_set():
                     print(
@@ -132,11 +131,11 @@ class RunLock:
                     )
                     os._exit(1)
                 os.utime(self.path)
-            except OSError:  # the file system is away for a moment
+            except OSError:  # the file system is temporarily unavailable
                 continue
 
     def release(self) -> None:
-        """Remove the lock file, if it is still ours, and let go of the lock."""
+        """Remove the lock file, if this process still holds it, and release the lock."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -150,7 +149,7 @@ _EVERYWHERE, _THIS_HOST = "everywhere", "this host"
 
 
 def _try_lock(handle: int) -> str | None:
-    """Lock `handle`. Returns how far the lock reaches, or None if another process has it."""
+    """Lock `handle`. Return the scope of the lock, or None if another process holds it."""
     if fcntl is None:
         return _THIS_HOST
     try:
@@ -163,7 +162,7 @@ def _try_lock(handle: int) -> str | None:
 
 
 def _mount_options(handle: int) -> set[str]:
-    """Return the mount options of an open file's file system; empty without Linux's /proc."""
+    """Return the mount options of the file system of `handle`; empty without Linux's /proc."""
     device = os.fstat(handle).st_dev
     number = f"{os.major(device)}:{os.minor(device)}" if hasattr(os, "major") else ""
     options: set[str] = set()
@@ -176,7 +175,7 @@ def _mount_options(handle: int) -> set[str]:
 
 
 def _read(handle: int) -> dict[str, Any] | None:
-    """The holder named in a lock file; None if it is empty or half written."""
+    """Return the holder named in a lock file; None if the file is empty or partly written."""
     try:
         holder = json.loads(os.pread(handle, 4096, 0))
     except ValueError:
@@ -185,19 +184,19 @@ def _read(handle: int) -> dict[str, Any] | None:
 
 
 def _earlier_attempt(holder: dict[str, Any]) -> bool:
-    """Return True for the lock of an earlier attempt of this SLURM job, which has ended."""
+    """Return True if the holder is an earlier, ended attempt of this SLURM job."""
     job, restarts = slurm_job()
     return job is not None and holder.get("job") == job and holder.get("restarts", 0) < restarts
 
 
 def _alive(path: Path, holder: dict[str, Any]) -> bool:
-    """Return True if a holder lives: by its process on this host, by its heartbeat elsewhere."""
+    """Return True if a holder is alive, by its process id or by its heartbeat."""
     if holder.get("host") == socket.gethostname():
         try:
             os.kill(int(holder["pid"]), 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # another user's
+        except PermissionError:  # a process of another user
             return True
         return int(holder["pid"]) != os.getpid()
     before, until = path.stat().st_mtime_ns, time.monotonic() + STALE_SECONDS

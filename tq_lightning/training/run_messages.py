@@ -9,15 +9,15 @@ from tq_lightning.training.run_folder import CONFIG, LAST
 
 
 def start_line(verb: str, run_dir: Path, checkpoint: Path | None, step: int | None) -> str:
-    """Return the line that names the run folder, and the checkpoint that is loaded."""
+    """Return the line that names the run folder and the loaded checkpoint."""
     if checkpoint is None:
-        return f"run folder: {run_dir}" if verb == "fit" else "no checkpoint: the start weights"
-    doing = "resume" if verb == "fit" else verb
-    return f"run folder: {run_dir} ({doing} {checkpoint.name}, step {step})"
+        return f"run folder: {run_dir}" if verb == "fit" else "no checkpoint: initial weights"
+    action = "resume" if verb == "fit" else verb
+    return f"run folder: {run_dir} ({action} {checkpoint.name}, step {step})"
 
 
 def end_lines(verb: str, run_dir: Path) -> list[str]:
-    """Return the best epoch with its numbers, and the next command; [] without a result."""
+    """Return the lines with the best epoch, its metrics and the next command; [] if none."""
     path = run_dir / NAME
     if not path.is_file():
         return []

@@ -1,8 +1,8 @@
 """Synchronized batch norms under `--trainer.sync_batchnorm true`.
 
 PyTorch's converter, which Lightning calls, drops the activation that timm fuses into
-`BatchNormAct2d`. timm's converter keeps it. It is applied to each norm, so also to each width of a
-`PerWidthNorm`.
+`BatchNormAct2d`. timm's converter keeps it. It is applied to each norm, including those of each
+width in a `PerWidthNorm`.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from tq_lightning.quant.layers import replace_modules
 
 
 class TimmSyncBatchNorm(LayerSync):
-    """Convert the batch norms of a model with timm's converter, and back to the same modules."""
+    """Convert the batch norms of a model with timm's converter, and revert to the same modules."""
 
     def __init__(self) -> None:
         self._plain: dict[nn.Module, nn.Module] = {}

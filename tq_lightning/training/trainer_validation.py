@@ -20,7 +20,7 @@ class Progress(NamedTuple):
     """See `resume_guard.inside_accumulation`."""
 
 
-# callbacks of Lightning that rebuild parts of the model -> why they are refused
+# Lightning callbacks that are not supported -> reason and alternative
 _REFUSED_CALLBACKS = {
     "StochasticWeightAveraging": "resets the norm statistics of all widths; use model.ema_decay",
     "ModelPruning": "replaces the weights that are quantized; pass a model that is pruned already",
@@ -38,7 +38,7 @@ def check_trainer(trainer: Any) -> None:
     if name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
         raise UserError(
             f"trainer.strategy: {name} shards the weights, but the normalizer needs the maximum "
-            "over the whole weight; pass ddp"
+            "over the full weight; pass ddp"
         )
     precision = type(getattr(trainer, "precision_plugin", None)).__name__
     if precision in ("HalfPrecision", "DoublePrecision"):
@@ -62,8 +62,8 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
-# trainer key -> (test of a value that is not null, description of the accepted values); Lightning
-# accepts the others, and divides by zero or ignores them
+# trainer key -> (test of a value that is not null, description of the accepted values). Lightning
+# accepts other values, and ignores them or divides by zero.
 _TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_epochs": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
     "max_steps": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
@@ -78,7 +78,7 @@ _TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_run(verb: str, config: Any) -> None:
-    """Check the keys of a parsed configuration that no class of ours receives.
+    """Check the keys of a parsed configuration outside of the `model:` and `data:` sections.
 
     Args:
         verb: fit, validate, test or predict.
@@ -121,23 +121,23 @@ def check_run(verb: str, config: Any) -> None:
 
 
 def check_unfinished(path: Path, progress: Progress, finished: bool, trainer: Any) -> None:
-    """Check that a checkpoint leaves something to train.
+    """Check that a resumed fit has steps left to train.
 
     Args:
         path: the checkpoint.
         progress: its steps and epochs.
-        finished: the record of its run says "finished".
+        finished: True if the record of its run has the status "finished".
         trainer: the `trainer:` section of the configuration.
 
     Raises:
-        UserError: the training has reached, or passed, the end that `trainer` asks for.
+        UserError: the checkpoint has reached `max_epochs` or `max_steps`.
     """
     for key, done in (("max_epochs", progress.epochs), ("max_steps", progress.step)):
         limit = trainer[key]
-        # at the limit an interrupted run still has its result to record
+        # an interrupted run at the limit still has to record its result
         if limit not in (None, -1) and (done > limit or (done == limit and finished)):
             raise UserError(
                 f"ckpt_path: {path} has trained {done} {key.removeprefix('max_')}, and "
                 f"trainer.{key} is {limit}: nothing is left to train; pass a larger "
-                f"--trainer.{key} to continue, or test it with the verb test"
+                f"--trainer.{key} to continue, or evaluate it with `test`"
             )

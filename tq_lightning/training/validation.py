@@ -82,7 +82,7 @@ def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int |
     """Return {pass: weight of its loss}.
 
     Args:
-        width_weights: `model.width_weights` in any spelling; None is 1 for each pass.
+        width_weights: `model.width_weights`, as a list or text; None is 1 for each pass.
         passes: passes in the order of `width_weights`.
 
     Raises:

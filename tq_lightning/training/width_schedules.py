@@ -1,4 +1,4 @@
-"""Width schedules: which of a run's passes one training step takes.
+"""Width schedules: the passes of a run that each training step takes.
 
 To add a schedule, write its function and add a row to `WIDTH_SCHEDULES`.
 """

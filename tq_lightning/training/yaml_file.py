@@ -1,8 +1,8 @@
-"""Read a YAML file that a user wrote: configurations of `fit` and sweep files.
+"""Read YAML files that users write: configurations of `fit` and sweep files.
 
-PyYAML keeps the last of two equal keys, expands aliases without limit and names no file in its
-errors. Here a duplicate key, a file that is too large and every syntax error is a `UserError` of
-one line with the file and, where there is one, the line.
+PyYAML keeps the last of two equal keys, expands aliases without limit and does not name the file in
+its errors. This module raises a one-line `UserError` with the file and the line for duplicate keys,
+files that are too large, and syntax errors.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def read_yaml(path: str | Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader)
         The document: mappings, lists and scalars; None for an empty file.
 
     Raises:
-        UserError: the file can't be read, is not valid YAML, holds a duplicate key, or exceeds
+        UserError: the file can't be read, is not valid YAML, has a duplicate key, or exceeds
             MAX_BYTES, MAX_VALUES or MAX_DEPTH.
     """
     return parse_yaml(read_text(path), str(path), loader)
@@ -42,7 +42,7 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     try:
-        if not path.is_file():  # a folder, or a pipe that nobody writes to
+        if not path.is_file():  # a folder, or a pipe, which could block forever
             what = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}; pass a YAML file")
         with path.open("rb") as file:
@@ -75,8 +75,8 @@ def parse_yaml(text: str, source: str, loader: type[yaml.SafeLoader] = yaml.Safe
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        said = " ".join(str(error.problem or error.context).split())
-        raise UserError(f"{source}{line}: not valid YAML: {said}") from None
+        problem = " ".join(str(error.problem or error.context).split())
+        raise UserError(f"{source}{line}: not valid YAML: {problem}") from None
     except yaml.reader.ReaderError as error:
         number = text[: error.position].count("\n") + 1
         raise UserError(
@@ -100,9 +100,9 @@ def _check(
 
     Args:
         node: composed, not yet constructed.
-        source: named in errors.
-        known: id of a node -> what this function returned for it; None while it is at work on
-            that node, so that an alias inside its own anchor is found.
+        source: name of the file, for errors.
+        known: id of a node -> return value for it; None while the node is being checked, which
+            detects an alias inside its own anchor.
 
     Returns:
         Number of values, with aliases expanded, and depth.
@@ -132,7 +132,7 @@ def _check(
 
 
 def _check_duplicates(node: yaml.MappingNode, source: str) -> None:
-    """Raise UserError for a key that a mapping holds twice; `<<` may be repeated."""
+    """Raise UserError for a duplicate key of a mapping; `<<` may be repeated."""
     lines: dict[tuple[str, str], int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":

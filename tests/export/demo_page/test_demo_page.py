@@ -115,11 +115,11 @@ def test_the_graph_runs_on_the_planes_that_have_arrived(source, no_runtime, tmp_
         (["{model}", "--out", "x", "--onnxruntime-web", "full"], "full has no ort.wasm.min.mjs"),
         (["{model}", "--out", "x", "--images", "nowhere"], "no image or folder nowhere"),
         (["{model}", "--out", "x", "--images", "full"], "no images found"),
-        (["{model}", "--out", "x", "--images", "tiff"], "browsers show"),
+        (["{model}", "--out", "x", "--images", "tiff"], "no image that browsers display"),
         (["{model}", "--out", "no/where/x", "--onnxruntime-web", "{ort}"], "no folder no/where"),
         (["full/notes.safetensors", "--out", "x"], "is not a packed file"),
-        (["five.safetensors", "--out", "x"], "images of 5 channels"),
-        (["sizeless.safetensors", "--out", "x"], "does not give the size of its images"),
+        (["five.safetensors", "--out", "x"], "images with 5 channels"),
+        (["sizeless.safetensors", "--out", "x"], "has no input size"),
         (["{model}", "--out", "x", "--imags", "y"], "did you mean --images"),
     ],
 )
@@ -148,7 +148,7 @@ def test_errors_are_one_line_and_leave_nothing(
         (None, "npm is not installed"),
         ("echo npm error code E404 >&2; echo npm error 404 Not Found >&2; exit 1", "404 Not Found"),
         ("exit 0", "exit 0"),
-        ("sleep 5", "did not fetch"),
+        ("sleep 5", "did not download"),
         ("tar czf x.tgz --files-from /dev/null", "has no ort.wasm.min.mjs"),
     ],
 )

@@ -202,7 +202,7 @@ def test_trained_activation_codes_equal_their_simulation(kind, bits, tmp_path):
     images = make(path, activations=kind)
     wrote = export_integer(path, out, bits)  # needs no ranges
     assert wrote.layers == ("conv1", "conv2", "depth") and wrote.safe
-    assert wrote.in_float == {"fc": "it has no activation range"}
+    assert wrote.in_float == {"fc": "its input has no activation range"}
     logits, nodes = run(out, images)
     assert nodes["QLinearConv"] + nodes["ConvInteger"] == 3 and nodes["ConvInteger"] >= 1
     expected = simulated(path, images, bits)

@@ -111,12 +111,12 @@ HOSTILE = {
     "more codes": (set_in("content", "codes", 1 << 40), "codes"),
     "a type that is none": (
         set_in("content", "dtypes", {"fc.weight": "load"}),
-        "invalid type",
+        "invalid dtype",
     ),
-    "a quantized type": (set_in("content", "dtypes", {"fc.weight": "quint8"}), "invalid type"),
+    "a quantized type": (set_in("content", "dtypes", {"fc.weight": "quint8"}), "invalid dtype"),
     "a type of another kind": (
         set_in("content", "dtypes", {"layer1.0.conv1.weight": "int8"}),
-        "invalid type",
+        "invalid dtype",
     ),
     "a name twice": (
         set_in("content", "model", {"name": "resnet8_cifar", "args": {"name": "x"}}),
@@ -134,7 +134,7 @@ HOSTILE = {
     ),
     "a mean that is none": (
         set_in("content", "preprocessing", {"input_size": [3, 8, 8], "mean": ["a"] * 3}),
-        "not made of numbers",
+        "that is not a number",
     ),
     "a crop that is none": (set_in("content", "preprocessing", {"crop_mode": "os"}), "crop_mode"),
     "no layers": (set_in("content", "layers", None), "no valid 'layers'"),

@@ -42,7 +42,7 @@ def test_compress_and_back(net, packed, tmp_path):
 def test_errors(make, packed, tmp_path):
     repack(packed, tmp_path / "narrow", max_bits=2)
     write_rest(packed, tmp_path / "rest", 4)
-    with pytest.raises(UserError, match="begins above plane 2"):
+    with pytest.raises(UserError, match="does not start at plane 2"):
         join(tmp_path / "narrow", tmp_path / "rest", tmp_path / "x")
     with pytest.raises(UserError, match="is not a rest file"):
         join(tmp_path / "narrow", packed, tmp_path / "x")

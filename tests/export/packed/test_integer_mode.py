@@ -114,8 +114,10 @@ def test_classify(trained, picture, capsys, monkeypatch):
     assert "6 of 8 layers run on integers; in float: conv1 (not quantized), fc" in note
     lean, _ = _classify(capsys, *args, "--mode", "lean")
     assert lean == expected
-    with pytest.raises(UserError, match="--lean is --mode lean, got --mode integer too"):
+    with pytest.raises(UserError, match="--lean means --mode lean, got --mode integer too"):
         classify([str(a) for a in args] + ["--lean", "--mode", "integer"])
     monkeypatch.setattr(kernels, "missing_kernels", lambda: "no oneDNN")
     rows, note = _classify(capsys, *args, "--mode", "integer")
-    assert rows == expected and "no integer mode here (no oneDNN); running --mode resident" in note
+    assert (
+        rows == expected and "--mode integer is not available (no oneDNN); using resident" in note
+    )

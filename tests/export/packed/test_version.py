@@ -131,8 +131,8 @@ def test_ranges_that_a_model_carries(net, tmp_path):
 
 BAD_RANGES = {
     "a list": ([1, 2], "must map layer names"),
-    "unknown layer": ({"layer9": (0, 1)}, "'layer9', not a quantized layer"),
-    "a layer in float": ({"conv1": (0, 1)}, "'conv1', not a quantized layer"),
+    "unknown layer": ({"layer9": (0, 1)}, "'layer9', which is not a quantized layer"),
+    "a layer in float": ({"conv1": (0, 1)}, "'conv1', which is not a quantized layer"),
     "one number": ({"layer1.0.conv1": (1,)}, "expected two finite numbers"),
     "NaN": ({"layer1.0.conv1": (0.0, float("nan"))}, "expected two finite numbers"),
     "infinity": ({"layer1.0.conv1": (0.0, float("inf"))}, "expected two finite numbers"),

@@ -308,7 +308,7 @@ def test_layers_that_cannot_be_integer_are_named_and_stay_in_float():
     calibrate_activations(model.eval(), [images])
     run = integer_model(copy.deepcopy(model))
     assert [m.name for m in integer_layers(run)] == ["fine"]
-    assert run.layers["own"] == "OwnForward computes its output in its own way"
+    assert run.layers["own"] == "OwnForward overrides forward"
     assert run.layers["up"] == "ConvTranspose2d has no integer kernel"
     assert run.layers["reflect"].startswith("its padding is reflect")
     assert run.summary().startswith("1 of 5 layers run on integers; in float: stem (not quantized)")

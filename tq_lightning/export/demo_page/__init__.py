@@ -1,1 +1,1 @@
-"""A page of static files that runs a packed file in a browser, at any width."""
+"""Demo page: static files that run a packed file in a browser at any width."""

@@ -1,4 +1,4 @@
-"""Files of ONNX Runtime Web: from a folder, or from its npm package."""
+"""Copy the files of ONNX Runtime Web from a folder or from its npm package."""
 
 import shutil
 import subprocess
@@ -14,12 +14,12 @@ SECONDS = 300  # limit of the download
 
 
 def copy_runtime(target: Path, folder: Path | None = None) -> None:
-    """Put the files of ONNX Runtime Web into an existing folder.
+    """Copy the files of ONNX Runtime Web to an existing folder.
 
     Args:
-        target: folder that gets the files.
-        folder: folder that has them, such as `node_modules/onnxruntime-web/dist`. None fetches
-            the npm package with `npm pack`.
+        target: destination folder.
+        folder: source folder, such as `node_modules/onnxruntime-web/dist`. None downloads the npm
+            package with `npm pack`.
 
     Raises:
         UserError: a file is missing, npm is not installed, or the package can't be fetched.
@@ -58,17 +58,21 @@ def _pack(folder: Path) -> Path:
     npm = shutil.which("npm")
     other = "or pass --onnxruntime-web FOLDER with the dist/ folder of onnxruntime-web"
     if npm is None:
-        raise UserError(f"npm is not installed, and fetches {PACKAGE}; install Node.js, {other}")
+        raise UserError(
+            f"npm is not installed, which downloads {PACKAGE}; install Node.js, {other}"
+        )
     call = [npm, "pack", PACKAGE, "--silent", "--pack-destination", str(folder)]
     try:
         done = subprocess.run(call, cwd=folder, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"npm did not fetch {PACKAGE} in {SECONDS} s; try again, {other}"
+            f"npm did not download {PACKAGE} within {SECONDS} s; try again, {other}"
         ) from error
     archives = list(folder.glob("*.tgz"))
     if done.returncode or not archives:
-        said = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
-        reason = said[-1].removeprefix("npm error").strip() if said else f"exit {done.returncode}"
-        raise UserError(f"npm can't fetch {PACKAGE} ({reason[:120]}); {other[3:]}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
+        reason = f"exit status {done.returncode}"
+        if errors:
+            reason = errors[-1].removeprefix("npm error").strip()
+        raise UserError(f"npm can't download {PACKAGE} ({reason[:120]}); {other[3:]}")
     return archives[0]

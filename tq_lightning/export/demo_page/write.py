@@ -1,7 +1,7 @@
-"""Write the page: static files, the graph, the packed file and ONNX Runtime Web in one folder.
+"""Write the demo page: HTML, the graph, the packed file and ONNX Runtime Web in one folder.
 
-The graph holds everything but the codes. The page reads these from the packed file itself, plane by
-plane, so a browser downloads what its width needs and no more.
+The graph holds everything except the codes. The page reads the codes from the packed file, plane by
+plane, so a browser downloads only the planes of its width.
 """
 
 import json
@@ -23,7 +23,7 @@ from tq_lightning.export.packed.header import read_header
 from tq_lightning.files import atomic_write, check_replaceable
 
 HERE = Path(__file__).parent
-MARKER = "demo.json"  # what the page reads; also marks a folder that a new page may replace
+MARKER = "demo.json"  # data of the page; also marks a folder that a new page may replace
 KIND = "tq_lightning demo page"
 MODEL, GRAPH = "model.safetensors", "graph.onnx"
 
@@ -47,8 +47,8 @@ def write_demo_page(
         path: packed file.
         out: folder of the page, replaced atomically.
         title: title of the page. None takes the name of the model.
-        examples: images that the page offers.
-        runtime: folder with the files of ONNX Runtime Web. None fetches its npm package.
+        examples: example images on the page.
+        runtime: folder with the files of ONNX Runtime Web. None downloads its npm package.
 
     Returns:
         Bytes of each file.
@@ -62,7 +62,9 @@ def write_demo_page(
         header = read_header(file)
     size = (header["preprocessing"] or {}).get("input_size") or [0]
     if size[0] not in (0, 1, 3):
-        raise UserError(f"{path} takes images of {size[0]} channels; a browser reads 1 or 3")
+        raise UserError(
+            f"{path} takes images with {size[0]} channels; pass a model with 1 or 3 channels"
+        )
     with atomic_write(out) as folder:
         folder.mkdir()
         (folder / "onnxruntime").mkdir()
@@ -90,14 +92,14 @@ def _copy_examples(examples: Sequence[Path], folder: Path) -> list[dict[str, str
     (folder / "examples").mkdir()
     names = []
     for i, source in enumerate(examples):
-        target = f"examples/{i}{source.suffix.lower()}"  # the name may not be a URL
+        target = f"examples/{i}{source.suffix.lower()}"  # not every file name is a valid URL
         shutil.copyfile(source, folder / target)
         names.append({"url": target, "name": source.name})
     return names
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """Everything that the page needs to know, from the file that it will read."""
+    """Return the data of the page: layout of the packed file, widths, classes, preprocessing."""
     with Container(folder / MODEL) as file:
         header = read_header(file)
         begin = file.data_start + file.entries["plane0"].begin

@@ -1,1 +1,1 @@
-"""ONNX graphs of a packed file: static (one width), dynamic (width as an input), and QONNX."""
+"""ONNX graphs of a packed file: static (one width), dynamic (width as input), integer, QONNX."""

@@ -14,13 +14,13 @@ from tq_lightning.quant.layers import replace_modules
 class CodeActivation(nn.Module):
     """`ActivationQuantizer` at one width as QuantizeLinear and DequantizeLinear.
 
-    Its codes stay in [0, M_n], as in training. `floor` is rounding of half a step less. Truncated
-    codes are made at the stored width and shifted.
+    Its codes stay in [0, M_n], as in training. `floor` subtracts half a step before rounding.
+    Truncated codes are made at the stored width and shifted.
 
     Args:
         layer: the quantizer to replace.
-        width: width of the model.
-        runtime: one of `qdq.RUNTIMES`; where codes are clipped, as in `qdq.add_codes`.
+        width: the shared `Width` of the model.
+        runtime: one of `qdq.RUNTIMES`; decides where to clip, as in `qdq.add_codes`.
     """
 
     def __init__(self, layer: ActivationQuantizer, width: Width, runtime: str) -> None:
@@ -62,7 +62,7 @@ def _node(op: str, x: Tensor, dtype: torch.dtype, *constants: Any, **attributes:
 
 
 def replace_activation_quantizers(model: nn.Module, width: Width, runtime: str) -> list[str]:
-    """Replace every `ActivationQuantizer` by a `CodeActivation`; returns their names."""
+    """Replace every `ActivationQuantizer` by a `CodeActivation`. Return their names."""
     return replace_modules(
         model, ActivationQuantizer, lambda layer: CodeActivation(layer, width, runtime)
     )

@@ -1,13 +1,12 @@
 """Dynamic graph: a packed file at all its widths, with the width as an input.
 
-Every packed weight is its uint8 codes followed by BitShift; levels are computed in the graph. Norm
-sets of all widths are tables that Gather reads. A width that the file does not hold is an index out
-of range, which every runtime reports as an error, so no wrong shift is ever computed. The weights
-are computed at every run.
+Every packed weight is an initializer of uint8 codes followed by BitShift; the graph computes the
+levels and the weight in every run. The norm sets of all widths are tables that Gather reads. A
+width that the file does not have is an index out of range, which every runtime reports as an error.
 
 With `codes_as_inputs`, the codes are inputs instead of initializers, so that a caller can run a
-narrow width while further planes are still on their way: n planes give stored codes whose lower
-bits are zero, and the shift to n bits drops exactly these.
+narrow width before all planes have arrived: the codes made from n planes have zeros as their lower
+bits, which the shift to n bits drops.
 """
 
 from pathlib import Path
@@ -41,9 +40,9 @@ def export_dynamic(path: str | Path, out: str | Path, codes_as_inputs: bool = Fa
     Args:
         path: packed file.
         out: target file, written atomically.
-        codes_as_inputs: take the stored codes of each quantized tensor as an input of its name and
-            shape, uint8, instead of storing them in the graph. Tied tensors share the input of the
-            first one.
+        codes_as_inputs: instead of storing the codes in the graph, add one uint8 input per
+            quantized tensor, with its name and shape. Tied tensors share the input of the first
+            one.
 
     Raises:
         UserError: see `export_static`.
@@ -61,7 +60,7 @@ def export_dynamic(path: str | Path, out: str | Path, codes_as_inputs: bool = Fa
 
 
 def _take_codes_as_inputs(graph: onnx.ModelProto, weights: list[PackedTensor]) -> None:
-    """Turn the initializers that hold codes into inputs, named by the tensor of the network."""
+    """Turn the initializers that hold codes into inputs, named after the quantized tensors."""
     body = graph.graph
     stored = {initializer.name: initializer for initializer in body.initializer}
     new: dict[str, str] = {}
@@ -84,9 +83,9 @@ def _take_codes_as_inputs(graph: onnx.ModelProto, weights: list[PackedTensor]) -
 
 
 def joined_table(packed: PackedWeight) -> Tensor | None:
-    """Levels of all widths of a packed weight in one table: those of n bits begin at 2^n - 2.
+    """Join the levels of all widths of a packed weight in one table; n bits start at 2^n - 2.
 
-    Widths that are not loaded have zeros, which no code reads. None if levels are a formula.
+    Widths that are not loaded are filled with zeros. Return None if the levels are a formula.
     """
     tables = {bits: packed.table(bits) for bits in packed.widths}
     if tables[packed.widths[0]] is None:

@@ -1,9 +1,9 @@
-"""Linear layers in integers without calibration: activation ranges found at run time.
+"""Integer linear layers without calibration: activation ranges are computed at run time.
 
 Each layer is DynamicQuantizeLinear -> MatMulInteger -> scale, with one step for the whole input
-tensor. DynamicQuantizeLinear uses codes up to 255. Where their products with the weights could
-exceed the 16 bits in which x86 processors without VNNI add them, its steps are written out with
-codes up to 127.
+tensor. DynamicQuantizeLinear uses codes up to 255. If their products with the weights could
+exceed the 16 bits in which x86 processors without VNNI add them, the same computation is written as
+separate nodes, with codes up to 127.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from tq_lightning.export.onnx.integer_layers import IntegerLayer
 
 
 def put_dynamic_layers(editor: GraphEditor, layers: list[IntegerLayer], top: int) -> None:
-    """Put linear layers back into the graph that `take_layers` took them from.
+    """Add linear layers to the graph from which `take_layers` removed them.
 
     Args:
         editor: the graph.
@@ -37,7 +37,7 @@ def put_dynamic_layers(editor: GraphEditor, layers: list[IntegerLayer], top: int
 
 
 def _quantize(editor: GraphEditor, x: str, top: int) -> tuple[str, str, str]:
-    """(codes, step, zero point) of a tensor, computed from its extremes."""
+    """Quantize a tensor by its minimum and maximum; return (codes, step, zero point)."""
     codes, step, zero = (f"{x}/{key}" for key in ("codes", "step", "zero"))
     if top == 255:
         editor.add("DynamicQuantizeLinear", [x], codes)

@@ -1,4 +1,4 @@
-"""Editing an ONNX graph: who makes a tensor, who reads it, and replacing either."""
+"""Edit an ONNX graph: find the producer and the consumers of a tensor, and replace them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,16 +9,16 @@ from onnx import helper, numpy_helper
 
 
 class GraphEditor:
-    """A graph with its nodes indexed by the tensors that they make and read.
+    """Nodes and constants of a graph, with lookups and edits.
 
-    Nodes are appended in any order; `finish` sorts them and drops what no output needs.
+    Nodes are appended in any order. `finish` sorts them and drops those that no output depends on.
 
     Args:
-        model: ONNX model, edited in place by `finish`.
+        model: ONNX model; `finish` writes the edited graph to it.
 
     Attributes:
-        initializers: {name: array}; the constants of the graph. A value that `set` changes is
-            written by `finish`.
+        nodes: nodes of the graph, in any order.
+        outputs: names of the outputs of the graph.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -31,43 +31,43 @@ class GraphEditor:
                 self._tensors[node.output[0]] = node.attribute[0].t
 
     def constant(self, name: str) -> np.ndarray | None:
-        """Value of a constant tensor; None if a node computes it or it is an input."""
+        """Return the value of a constant tensor; None if it is computed by a node or an input."""
         tensor = self._tensors.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
     def set(self, name: str, value: np.ndarray | onnx.TensorProto) -> str:
-        """Add or replace a constant; returns its name."""
+        """Add or replace a constant. Return its name."""
         if not isinstance(value, onnx.TensorProto):
             value = numpy_helper.from_array(np.asarray(value), name)
         self._tensors[name] = value
         return name
 
     def add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Append a node with one output; returns that output."""
+        """Append a node with one output. Return the name of the output."""
         self.nodes.append(
             helper.make_node(op, inputs, [output], name=f"{output}/node", **attributes)
         )
         return output
 
     def producer(self, name: str) -> onnx.NodeProto | None:
-        """Node that makes a tensor; None for constants and inputs."""
+        """Return the node that computes a tensor; None for constants and inputs."""
         return next((node for node in self.nodes if name in node.output), None)
 
     def consumers(self, name: str) -> list[onnx.NodeProto]:
-        """Nodes that read a tensor. `Shape` does not read its values and is left out."""
+        """Return the nodes that read the values of a tensor, which excludes `Shape` and `Size`."""
         return [
             node for node in self.nodes if name in node.input and node.op_type not in _SHAPE_ONLY
         ]
 
     def only_consumer(self, name: str, op: str) -> onnx.NodeProto | None:
-        """Return the only reader of an inner tensor if it is an `op`, else None."""
+        """Return the only consumer of an inner tensor if it is an `op`, else None."""
         readers = self.consumers(name)
         if len(readers) == 1 and readers[0].op_type == op and name not in self.outputs:
             return readers[0]
         return None
 
     def redirect(self, old: str, new: str, keep: tuple[onnx.NodeProto, ...] = ()) -> None:
-        """Let every reader of `old` but those in `keep` read `new`."""
+        """Replace `old` by `new` in the inputs of all nodes except those in `keep`."""
         for node in self.nodes:
             if not any(node is kept for kept in keep):
                 for i, name in enumerate(node.input):
@@ -75,13 +75,13 @@ class GraphEditor:
                         node.input[i] = new
 
     def remove(self, node: onnx.NodeProto) -> None:
-        """Remove a node. Its output may be made by another one afterwards."""
+        """Remove a node. Another node may then produce its output."""
         self.nodes = [other for other in self.nodes if other is not node]
 
     def drop_zero_biases(self) -> None:
-        """Drop the biases of zeros that PyTorch's exporter computes for convolutions without one.
+        """Drop the zero biases that PyTorch's exporter adds to convolutions without a bias.
 
-        Runtimes then merge the convolution with the batch norm behind it.
+        Runtimes can then fuse the convolution with the batch norm that follows it.
         """
         for node in self.nodes:
             if node.op_type == "Conv" and len(node.input) > 2 and self._is_zero(node.input[2]):
@@ -94,7 +94,7 @@ class GraphEditor:
         return value is not None and not value.any()
 
     def finish(self) -> onnx.ModelProto:
-        """Write the nodes that the outputs need back to the model, sorted, and their constants."""
+        """Write the nodes that the outputs depend on, sorted, and their constants to the model."""
         made = {name: node for node in self.nodes for name in node.output}
         order: list[onnx.NodeProto] = []
         done: set[int] = set()
@@ -119,7 +119,7 @@ _SHAPE_ONLY = ("Shape", "Size")
 
 
 def _depth_first(made: dict[str, onnx.NodeProto], root: str) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes behind a tensor, each after those that it reads."""
+    """Yield the nodes that compute a tensor in topological order."""
     seen: set[int] = set()
     todo: list[tuple[str, bool]] = [(root, False)]
     while todo:

@@ -1,7 +1,7 @@
-"""PyTorch -> ONNX: trace a packed model, edit the graph, write it.
+"""Trace a packed model to ONNX, edit the graph, and write it.
 
-Logits equal those of PyTorch up to the order of float32 sums, about 1e-4 of their size. Top-1
-predictions are the same except for ties.
+Logits equal those of PyTorch up to the order of float32 sums, a relative error of about 1e-4.
+Top-1 predictions are the same except for ties.
 """
 
 import io
@@ -25,22 +25,21 @@ from tq_lightning.files import atomic_write
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.levels import codes_to_levels, levels_to_weights
 
-# the first opset whose DequantizeLinear takes 4-bit integers, and the first where it takes 2-bit
+# first opset whose DequantizeLinear supports 4-bit integers, and first one with 2-bit integers
 OPSETS = (21, 25)
 
 
 def image_size(model: nn.Module) -> tuple[int, ...]:
-    """(channels, height, width) of the images of a packed model.
+    """Return (channels, height, width) of the images of a packed model.
 
     Raises:
-        UserError: the packed file does not say.
+        UserError: the packed file has no input size.
     """
     options = model.tq_file["preprocessing"] or {}  # type: ignore[index]
     size = options.get("input_size") if isinstance(options, Mapping) else None
     if not isinstance(size, list) or len(size) != 3:
         raise UserError(
-            "the packed file does not give the size of its images; "
-            "export it with preprocessing={'input_size': ...}"
+            "the packed file has no input size; export it with preprocessing={'input_size': ...}"
         )
     return tuple(size)
 
@@ -65,7 +64,7 @@ def trace(
     """
     try:
         with warnings.catch_warnings():
-            # the numbers of a width are assigned inside the graph on purpose
+            # WidthTables.select assigns attributes during the trace on purpose
             warnings.filterwarnings(
                 "ignore", "The tensor attributes? .* assigned during export", UserWarning
             )
@@ -92,7 +91,7 @@ def trace(
 
 
 def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
-    """Export a packed model at its width with float weights, named by their full tensor names.
+    """Export a packed model at its width, with float weights under their full tensor names.
 
     Args:
         model: packed model. Its packed weights are replaced by float parameters.
@@ -102,7 +101,7 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
         Graph with input "images" (batch, channels, height, width) and output "logits".
 
     Raises:
-        UserError: PyTorch can't export the model, or loses a weight on the way.
+        UserError: PyTorch can't export the model, or the exported graph lacks a weight.
     """
     width = width_of(model)
     tables = WidthTables(width.max_bits, width.max_bits, [])
@@ -128,7 +127,7 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
 
 
 def levels_affine(bits: int, level: str) -> tuple[float, float]:
-    """(a, b) with 2 level - 1 = a k + b for the codes k of a width."""
+    """Return (a, b) with 2 level - 1 = a k + b for the codes k of a width."""
     zero, one = codes_to_levels(torch.arange(2, dtype=torch.uint8), bits, level).tolist()
     return 2.0 * (one - zero), 2.0 * zero - 1.0
 
@@ -139,8 +138,8 @@ def affine_nodes(
     """Make the nodes of weight = (a source + b) scale, and add their constants to the graph.
 
     Args:
-        graph: graph that gets the constants.
-        name: full tensor name of the weight, which names the output.
+        graph: graph to add the constants to.
+        name: full tensor name of the weight; the output has the same name.
         source: name of the input.
         a: factor, None for 1.
         b: offset.
@@ -170,8 +169,8 @@ def table_nodes(
     """Make the nodes of weight = (2 table[codes] - 1) scale, a Gather of 2^n values.
 
     Args:
-        graph: graph that gets the constants.
-        name: full tensor name of the weight, which names the output.
+        graph: graph to add the constants to.
+        name: full tensor name of the weight; the output has the same name.
         source: name of the codes, of any number type.
         table: the level of each code, float32 (2^n,).
         scale: float32, broadcastable to the weight.
@@ -192,7 +191,7 @@ def table_nodes(
 
 
 def put_nodes(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-    """Put nodes first in a graph, replacing the initializers that they now compute."""
+    """Insert nodes at the start of a graph and remove the initializers that they compute."""
     computed = {name for node in nodes for name in node.output}
     kept = [i for i in graph.graph.initializer if i.name not in computed]
     info = [v for v in graph.graph.value_info if v.name not in computed]
@@ -205,20 +204,20 @@ def put_nodes(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
 def write_graph(
     graph: onnx.ModelProto, model: nn.Module, widths: Sequence[int], out: str | Path
 ) -> None:
-    """Check a graph and write it atomically, with metadata of the model instead of the exporter's.
+    """Check a graph and write it atomically, with the metadata of the model.
 
-    The metadata are strings by name, JSON except for `model` and `quantizer`: `widths` that the
-    graph runs at, `stored_bits`, `quantizer`, and, if the packed file has them, `model`,
-    `class_names`, `input_size` (channels, height, width), `mean`, `std`, `interpolation`,
-    `crop_pct` and `crop_mode`.
+    The metadata of the exporter is removed. The new metadata maps names to strings, in JSON except
+    for `model` and `quantizer`: `widths`, `stored_bits`, `quantizer`, and, if the packed file has
+    them, `model`, `class_names`, `input_size` (channels, height, width), `mean`, `std`,
+    `interpolation`, `crop_pct` and `crop_mode`.
 
     Args:
         graph: graph to write.
-        model: packed model that it was made from.
-        widths: widths that it runs at.
+        model: packed model that the graph was made from.
+        widths: widths that the graph runs at.
         out: target file.
     """
-    for node in graph.graph.node:  # stack traces with the names of Python files
+    for node in graph.graph.node:  # the exporter stores stack traces with paths of Python files
         del node.metadata_props[:]
     header: dict[str, Any] = model.tq_file  # type: ignore[assignment]
     values = {

@@ -1,9 +1,9 @@
 """Integer graph: a packed file at one width, its quantized layers computed in integers.
 
-Static: activations are uint8 codes of calibrated or trained ranges, written as QuantizeLinear and
-DequantizeLinear (see `qdq`). Dynamic: networks whose quantized layers are all linear, such as
-vision transformers, find the ranges at run time (see `dynamic_quantization`); for OpenVINO only if
-they have no calibrated ranges.
+Static: activations are uint8 codes with calibrated or trained ranges, written as QuantizeLinear and
+DequantizeLinear (see `qdq`). Dynamic: in networks whose quantized layers are all linear, such as
+vision transformers, the ranges are computed at run time (see `dynamic_quantization`); for OpenVINO
+only without calibrated ranges.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ from tq_lightning.quant.integer.arithmetic import activation_top, signed_level
 
 
 class IntegerGraph(NamedTuple):
-    """What `export_integer` wrote.
+    """Layers and ranges of a graph, as returned by `export_integer`.
 
     Attributes:
-        layers: names of the layers in integers.
-        in_float: quantized layers that stay in float, with the reason.
-        dynamic: whether activation ranges are found at run time.
+        layers: names of the integer layers.
+        in_float: {name: reason} of the quantized layers that stay in float.
+        dynamic: True if activation ranges are computed at run time.
         top: largest activation code.
-        safe: whether the sums are exact on every processor.
+        safe: True if the sums are exact on every processor.
     """
 
     layers: tuple[str, ...]
@@ -49,8 +49,8 @@ class IntegerGraph(NamedTuple):
     safe: bool
 
     def lines(self) -> list[str]:
-        """Describe the graph: layers in integers, each layer in float, and where it is not safe."""
-        how = "found at run time" if self.dynamic else "fixed"
+        """Describe the graph: number of integer layers, layers in float, and saturation."""
+        how = "computed at run time" if self.dynamic else "fixed"
         lines = [
             f"{len(self.layers)} quantized layers in integers, {len(self.in_float)} in float; "
             f"activation ranges are {how}, codes 0..{self.top}"
@@ -58,8 +58,8 @@ class IntegerGraph(NamedTuple):
         lines += [f"  {name} stays in float: {reason}" for name, reason in self.in_float.items()]
         if not self.safe:
             lines.append(
-                "  not exact on x86 processors without VNNI: sums of products with activation "
-                "codes above 127 may saturate there"
+                "  not exact on x86 processors without VNNI: sums with activation codes above 127 "
+                "may saturate"
             )
         return lines
 
@@ -81,29 +81,29 @@ def export_integer(
         path: packed file.
         out: target file, written atomically.
         bits: width, 1 to the stored one.
-        runtime: "onnxruntime" or "openvino": where the quantizers stand, so that it fuses them.
-        residual: "int8" quantizes the output of a convolution that is not a code by itself, such
-            as the input of a residual add; "float" keeps it. None is "int8" for ONNX Runtime, and
-            "float" for OpenVINO and for networks trained with activation codes.
+        runtime: "onnxruntime" or "openvino". Quantizers are placed where this runtime fuses them.
+        residual: "int8" also quantizes outputs of convolutions that no quantizer follows, such as
+            the inputs of a residual add; "float" keeps them in float. None is "int8" for ONNX
+            Runtime, and "float" for OpenVINO and for networks trained with activation codes.
         top: largest activation code, 255 or 127. None is 127 if products with 255 could exceed the
             16 bits in which x86 processors without VNNI add them, else 255. Trained activations
             keep their codes.
-        ranges: ranges of the inputs of layers, as `calibrate_activations` returns them. None takes
-            those of the file.
+        ranges: input ranges of layers, as `calibrate_activations` returns them. None takes those
+            of the file.
 
     Returns:
-        Which layers are in integers.
+        The integer layers, and those that stay in float.
 
     Raises:
-        UserError: see `load_packed`; no activation ranges; levels that are not evenly spaced; no
-            layer that can be computed in integers; PyTorch can't export the network.
+        UserError: see `load_packed`; the file has no activation ranges, its levels are not evenly
+            spaced, or no layer can be computed in integers; PyTorch can't export the network.
     """
     if runtime not in RUNTIMES:
         raise UserError(f"unknown runtime {runtime!r}; pass one of {', '.join(RUNTIMES)}")
     if residual not in (None, *RESIDUALS):
         raise UserError(f"unknown residual {residual!r}; pass one of {', '.join(RESIDUALS)}")
     if top not in (None, 127, 255):
-        raise UserError(f"the largest activation code is 127 or 255, got {top!r}")
+        raise UserError(f"unknown largest activation code {top!r}; pass 127 or 255")
     model = load_packed(path, bits=bits)
     weights = packed_weights(model)
     levels = sorted({weight.packed.level for weight in weights})
@@ -111,7 +111,7 @@ def export_integer(
         for level in levels:
             signed_level(bits, level)
     except ValueError as error:
-        raise UserError(f"{path} has no integer weights: {error}") from error
+        raise UserError(f"{path} can't run on integers: {error}") from error
     known = dict(activation_ranges(model) if ranges is None else ranges)
     trained = replace_activation_quantizers(model, width_of(model), runtime)
     # OpenVINO computes MatMulInteger in float, slower than a float graph
@@ -130,19 +130,21 @@ def export_integer(
     def refuse(name: str, x: str) -> str | None:
         if dynamic or name in known or codes_of(editor, x) is not None:
             return None
-        return "it has no activation range"
+        return "its input has no activation range"
 
     layers, in_float = take_layers(editor, weights, codes, bits, refuse)
     if not layers:
         name, reason = next(iter(in_float.items()))
-        raise UserError(f"no layer of {path} can be computed in integers; {name}: {reason}")
+        raise UserError(
+            f"no layer of {path} can be computed in integers ({name}: {reason}); omit --integer"
+        )
     if dynamic:
         put_dynamic_layers(editor, layers, used_top)
     else:
         residual = residual or ("float" if trained or runtime == "openvino" else "int8")
         put_layers(editor, layers, known, used_top, runtime, residual)
     write_graph(editor.finish(), model, [bits], out)
-    # trained codes reach 255 at 8 bits, whatever the top of the others
+    # trained 8-bit codes reach 255 even if `used_top` is 127
     highest = max(used_top, 255 if trained and bits == 8 else 0)
     return IntegerGraph(
         tuple(layer.name for layer in layers), in_float, dynamic, used_top, highest <= safe_top

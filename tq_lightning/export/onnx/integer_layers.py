@@ -1,6 +1,6 @@
-"""Integer layers of a graph: the nodes that multiply with packed weights, their norms folded.
+"""Integer layers of a graph: the nodes that multiply by packed weights, with folded norms.
 
-A convolution or linear layer of a quantized weight, with the batch norm behind it, is
+A quantized convolution or linear layer, together with the batch norm that follows it, computes
 
     y = sum_i x_i gain_o codes_oi + bias_o
 
@@ -20,23 +20,24 @@ from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.packed.module import PackedTensor
 from tq_lightning.quant.integer.arithmetic import integer_weight
 
-# a bias of more steps than this leaves no room for the products in 32 bits
+# a larger bias, in steps, would leave no room for the products in a 32-bit sum
 MOST_BIAS_STEPS = 2**30
 
 
 class IntegerLayer(NamedTuple):
-    """A layer of a graph in integers.
+    """An integer layer of a graph.
 
     Attributes:
-        name: layer in the model.
+        name: name of the layer in the model.
         op: "Conv" or "MatMul".
-        node: node that multiplies; its attributes hold for "Conv".
-        x: tensor that it reads.
-        y: tensor that it makes, after the folded norm.
+        node: node of the float graph; provides the attributes of a "Conv".
+        x: name of the input tensor.
+        y: name of the output tensor, after the folded norm.
         codes: int8; (out, in / groups, kh, kw) for "Conv", (in, out) for "MatMul".
         gain: float32 (out,), positive.
         bias: float64 (out,).
-        spread: (low, high) of y by the statistics of its norm, None without a norm.
+        spread: (low, high), range of y estimated from beta and gamma of its norm; None without a
+            norm.
     """
 
     name: str
@@ -50,7 +51,7 @@ class IntegerLayer(NamedTuple):
     spread: tuple[float, float] | None
 
 
-# y of a batch norm lies within beta +- SPREAD |gamma| but for one value in 16,000 if it is normal
+# beta +- 4 |gamma| covers all but one in 16,000 values of a normally distributed output
 SPREAD = 4.0
 
 
@@ -61,15 +62,15 @@ def take_layers(
     bits: int,
     refuse: Callable[[str, str], str | None],
 ) -> tuple[list[IntegerLayer], dict[str, str]]:
-    """Take the layers of packed weights out of a float graph.
+    """Remove the layers of packed weights from a float graph and return them as integer layers.
 
     Args:
-        editor: graph with every weight as a float initializer of its full name. The nodes of the
-            layers that are returned are removed: nothing makes their y.
+        editor: graph with every weight as a float initializer under its full name. The nodes of
+            the returned layers are removed, so their outputs have no producer.
         weights: packed weights of the model.
-        codes_by_name: their codes at the width of the graph, by tensor name.
-        bits: that width.
-        refuse: (name of a layer, name of its input) -> why it has to stay in float, or None.
+        codes_by_name: codes at the width of the graph, by tensor name.
+        bits: width of the graph.
+        refuse: (name of a layer, name of its input) -> reason to keep it in float, or None.
 
     Returns:
         (layers in order of the model, {name of a layer that stays in float: reason}).
@@ -125,17 +126,17 @@ def take_layers(
 
 
 def bias_codes(layer: IntegerLayer, step: float) -> tuple[IntegerLayer, np.ndarray]:
-    """int32 bias of a layer in steps of (activation step) x (gain).
+    """Quantize the bias of a layer to int32, in steps of (activation step) x (gain).
 
-    A channel whose bias does not fit, or whose codes are all 0 (a norm with gamma = 0), is its
-    bias alone: its codes become 0 and its gain what resolves the bias to 2^-20.
+    If the bias of a channel does not fit, or its codes are all 0 (a norm with gamma = 0), the
+    channel outputs only its bias: its codes become 0, and its gain resolves the bias to 2^-20.
 
     Args:
         layer: the layer.
         step: step of its input.
 
     Returns:
-        (the layer with the gains and codes to use, bias int32 (out,)).
+        (layer with the gains and codes to use, bias int32 (out,)).
     """
     out_axis = 0 if layer.op == "Conv" else 1
     others = tuple(i for i in range(layer.codes.ndim) if i != out_axis)
@@ -157,7 +158,12 @@ _TINY = 1e-30
 def _find(
     editor: GraphEditor, weight: str
 ) -> tuple[onnx.NodeProto, str, str, list[onnx.NodeProto], np.ndarray] | str:
-    """(node, its input, its output, nodes to remove, bias) of a weight; or why there is none."""
+    """Find the layer of a weight.
+
+    Returns:
+        (node, its input, its output, nodes to remove, bias), or the reason why the weight does not
+        belong to a supported layer.
+    """
     readers = editor.consumers(weight)
     if len(readers) != 1:
         return f"its weight is read by {len(readers)} nodes"

@@ -1,12 +1,12 @@
-"""Quantize and dequantize nodes around the integer layers of a graph.
+"""Quantize and dequantize nodes (QDQ) around the integer layers of a graph.
 
 Runtimes recognize a layer between DequantizeLinear and QuantizeLinear and compute it in integers.
 Activations are uint8, weights int8 with zero point 0, biases int32.
 
-ONNX Runtime makes an integer convolution (QLinearConv) only if its output is quantized too. A
-convolution whose output goes elsewhere, such as to a residual add, therefore gets a quantizer by
-the statistics of its batch norm, or becomes ConvInteger, which is exact and slow. OpenVINO needs
-neither.
+ONNX Runtime fuses an integer convolution (QLinearConv) only if its output is quantized too. If the
+output goes elsewhere, such as to a residual add, a quantizer is added with a range from beta and
+gamma of the batch norm, or the convolution becomes ConvInteger, which is exact but slow. OpenVINO
+needs neither.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from tq_lightning.quant.activation_ranges import ActivationRange
 RUNTIMES = ("onnxruntime", "openvino")
 RESIDUALS = ("int8", "float")
 
-# operators that only move codes: what comes out of them has the codes of what goes in
+# operators that move values without changing them, so that codes remain codes
 _MOVES = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
 
@@ -29,7 +29,7 @@ class Codes(NamedTuple):
     """An activation tensor as codes.
 
     Attributes:
-        float_name: tensor of the dequantized codes.
+        float_name: name of the dequantized tensor.
         step: step of the codes.
         zero: zero point.
     """
@@ -40,7 +40,7 @@ class Codes(NamedTuple):
 
 
 def codes_of(editor: GraphEditor, name: str) -> Codes | None:
-    """Codes behind a tensor that DequantizeLinear makes, moved or not; None if it has none."""
+    """Return the codes of a tensor that DequantizeLinear produces, through moves; else None."""
     at = name
     while (node := editor.producer(at)) is not None:
         if node.op_type == "DequantizeLinear":
@@ -56,17 +56,18 @@ def codes_of(editor: GraphEditor, name: str) -> Codes | None:
 def add_codes(
     editor: GraphEditor, name: str, chosen: ActivationRange, top: int, runtime: str
 ) -> Codes:
-    """Quantize a tensor to uint8 codes in [0, top]; all its readers read the codes, dequantized.
+    """Quantize a tensor to uint8 codes in [0, top]; all its consumers read the dequantized codes.
 
     Args:
         editor: the graph.
         name: the tensor.
         chosen: its range.
         top: largest code.
-        runtime: ONNX Runtime keeps a convolution in integers if its quantizer comes first, so codes
-            above `top` are clipped after it; OpenVINO if quantizer and dequantizer are neighbors,
-            so values are clipped before. So they are behind a pooling: ONNX Runtime would move the
-            quantizer before it, and its pooling of codes takes ten times as long as of floats.
+        runtime: where to clip to `top`. For ONNX Runtime, codes are clipped after the quantizer,
+            because it fuses a convolution only with a quantizer that directly follows. For
+            OpenVINO, which needs the dequantizer directly after the quantizer, values are clipped
+            before it. After a pooling, values are clipped first for both: ONNX Runtime would move
+            the quantizer before the pooling, and pools codes ten times slower than floats.
     """
     step, zero = chosen.step(top)
     step = float(np.float32(step))
@@ -76,8 +77,8 @@ def add_codes(
     before = pooled or (top < 255 and runtime == "openvino")
     at = name
     if before:
-        # a quarter of a step beyond the last code: every code is kept, and the runtime cannot
-        # take the limit for that of uint8
+        # a quarter of a step from the last code keeps every code, and stops the runtime from
+        # dropping the clip as redundant with the range of uint8
         limits = [
             editor.set(f"{name}/{key}", np.asarray(value * step, np.float32))
             for key, value in (("low", -zero), ("high", top - zero - 0.25))
@@ -103,15 +104,15 @@ def put_layers(
     runtime: str,
     residual: str,
 ) -> None:
-    """Put integer layers back into the graph that `take_layers` took them from.
+    """Add integer layers to the graph from which `take_layers` removed them.
 
     Args:
         editor: the graph.
-        layers: layers, each with a range or with codes as its input.
-        ranges: ranges of the inputs of layers.
+        layers: layers whose inputs have a range or are codes already.
+        ranges: input ranges of the layers.
         top: largest activation code, 255 or 127.
         runtime: one of `RUNTIMES`.
-        residual: one of `RESIDUALS`: how to compute a convolution whose output is not a code.
+        residual: one of `RESIDUALS`: the output of convolutions that no quantizer follows.
     """
     pending = []
     for layer in layers:
@@ -126,7 +127,7 @@ def put_layers(
         editor.remove(node)
         codes = inputs[layer.name]._replace(float_name=node.input[0])
         if layer.op == "MatMul" and runtime == "onnxruntime":
-            # between DequantizeLinear nodes, a Gemm would first be merged with its ReLU, in float
+            # ONNX Runtime would fuse a Gemm with its ReLU in float before it looks for QDQ nodes
             _put_integer_product(editor, layer, codes)
         elif layer.op == "MatMul":
             _put_linear(editor, layer, codes)
@@ -148,13 +149,13 @@ def _placeholder(editor: GraphEditor, layer: IntegerLayer) -> onnx.NodeProto:
 
 
 def _activated(editor: GraphEditor, y: str) -> str:
-    """The tensor behind the ReLU that follows y, or y."""
+    """Return the output of the ReLU that follows y, or y if there is none."""
     relu = editor.only_consumer(y, "Relu")
     return y if relu is None else relu.output[0]
 
 
 def _is_quantized(editor: GraphEditor, y: str) -> bool:
-    """Return True if all readers of y, or of the ReLU behind it, are quantizers."""
+    """Return True if all consumers of y, or of the ReLU that follows it, are quantizers."""
     end = _activated(editor, y)
     readers = editor.consumers(end)
     return end not in editor.outputs and all(n.op_type == "QuantizeLinear" for n in readers)
@@ -163,7 +164,7 @@ def _is_quantized(editor: GraphEditor, y: str) -> bool:
 def _dequantized(
     editor: GraphEditor, name: str, codes: np.ndarray, scale: np.ndarray, axis: int
 ) -> str:
-    """DequantizeLinear of constant codes with a scale for each output channel."""
+    """Add DequantizeLinear of constant codes with a scale for each output channel."""
     inputs = [editor.set(f"{name}/codes", codes), editor.set(f"{name}/scale", scale)]
     return editor.add("DequantizeLinear", inputs, f"{name}/dequantized", axis=axis)
 

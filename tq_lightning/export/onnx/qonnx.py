@@ -1,9 +1,9 @@
-"""QONNX graph: a packed file at one width, its stored codes followed by Trunc, for FPGA tools.
+"""QONNX graph for FPGA tools: the stored codes of a packed file, followed by Trunc to one width.
 
-Trunc of QONNX (domain `qonnx.custom_op.general`, version 1) of x with scale 1 and zero point 0 is
-floor(round(x) / 2^(input bits - output bits)), the right shift of a code. QONNX keeps all tensors
-as floats, so codes are integers stored as floats. weight = (a code + b) scale follows as Mul, Add,
-Mul.
+The QONNX operator Trunc (domain `qonnx.custom_op.general`, version 1), with scale 1 and zero point
+0, computes floor(round(x) / 2^(input bits - output bits)), which is the right shift of a code.
+QONNX keeps all tensors in float, so codes are integers stored as floats. Mul, Add and Mul then
+compute weight = (a code + b) scale.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
     Args:
         path: packed file.
         out: target file, written atomically.
-        bits: width, one of those that the file runs at.
+        bits: width, one of those that the file supports.
 
     Raises:
         UserError: see `load_packed`; the width is not available; PyTorch can't export the network.
@@ -44,8 +44,8 @@ def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
     first = weights[0].packed
     if bits not in first.widths:
         raise UserError(
-            f"{path} runs at widths {', '.join(map(str, first.widths))}, not {bits}; "
-            "pass one as --bits"
+            f"{path} supports widths {', '.join(map(str, first.widths))}, got {bits}; "
+            "pass one of them as --bits"
         )
     codes = {weight.name: weight.codes.numpy().astype(np.float32) for weight in weights}
     with bit_width(model, bits):

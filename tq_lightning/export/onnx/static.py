@@ -1,19 +1,18 @@
 """Static graph: a packed file at one width, with integer weights.
 
-Every packed weight is an initializer of the smallest unsigned integer type that holds its codes and
-that ONNX Runtime takes as input of DequantizeLinear: uint2 for 1 and 2 bits (opset 25), uint4 for
-3 and 4, uint8 for 5 to 8 (opset 21). For runtimes without opset 25, opset 21 stores 1 and 2 bits
-as uint4.
+Every packed weight is an initializer of the smallest unsigned integer type that fits its codes and
+that DequantizeLinear supports in ONNX Runtime: uint2 for 1 and 2 bits (opset 25), uint4 for
+3 and 4, uint8 for 5 to 8 (opset 21). For runtimes without opset 25, opset 21 stores 1- and 2-bit
+codes as uint4.
 
-By default a weight is (Cast(codes) - zero) * scale. ONNX Runtime folds that at load into float
-weights of the width, like mode "resident" in PyTorch, and a run costs as much as that of the float
-graph. OpenVINO keeps the codes of linear layers as they are stored. OpenVINO has no uint2: pass
-opset 21 for it.
+By default a weight is (Cast(codes) - zero) * scale. ONNX Runtime folds this into float weights at
+load, like mode "resident" in PyTorch, and runs as fast as the float graph. OpenVINO keeps the
+stored codes of linear layers. OpenVINO has no uint2: pass opset 21 for it.
 
-The lean form is DequantizeLinear. ONNX Runtime keeps it for a constant, so it computes the weights
-at every run, like mode "lean" in PyTorch (the session option `session.disable_quant_qdq` = "1"
-folds it too). The Add of the level separates DequantizeLinear from MatMul, since ONNX Runtime would
-fuse the two into MatMulNBits, which by default quantizes the activations to 8 bits.
+The lean form is DequantizeLinear. ONNX Runtime does not fold it, so it computes the weights in
+every run, like mode "lean" in PyTorch (the session option `session.disable_quant_qdq` = "1" makes
+it fold). The Add of the level separates DequantizeLinear from MatMul: ONNX Runtime would fuse the
+two into MatMulNBits, which by default quantizes the activations to 8 bits.
 """
 
 from pathlib import Path
@@ -56,7 +55,7 @@ def export_static(
         out: target file, written atomically.
         bits: width, 1 to the stored one.
         opset: 21 or 25. None takes the lowest that has the smallest type for the width.
-        lean: write DequantizeLinear nodes, which ONNX Runtime computes at every run.
+        lean: write DequantizeLinear nodes, which ONNX Runtime computes in every run.
 
     Raises:
         UserError: see `load_packed`; an unsupported opset; PyTorch can't export the network, or
@@ -100,7 +99,7 @@ def export_static(
 def _cast_nodes(
     graph: onnx.ModelProto, name: str, zero: float, scale: Tensor
 ) -> list[onnx.NodeProto]:
-    """Nodes of weight = (Cast(codes) - zero) scale; their constants are added to the graph."""
+    """Make the nodes of weight = (Cast(codes) - zero) scale, and add their constants."""
     constants = {"zero": np.asarray(zero, np.float32), "scale": scale.float().numpy()}
     for key, value in constants.items():
         graph.graph.initializer.append(numpy_helper.from_array(value, f"{name}/{key}"))
@@ -113,7 +112,7 @@ def _cast_nodes(
 
 
 def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:
-    """Smallest integer type for the codes of a width.
+    """Return the smallest integer type for the codes of a width.
 
     Args:
         bits: width, 1..8.
@@ -134,7 +133,7 @@ def smallest_type(bits: int, opset: int | None = None) -> tuple[int, int, int]:
 
 
 def dense(codes: np.ndarray, per_byte: int) -> bytes:
-    """Pack uint8 codes, 1, 2 or 4 per byte, the first in the lowest bits as ONNX lays them out."""
+    """Pack uint8 codes, 1, 2 or 4 per byte, with the first in the lowest bits, as in ONNX."""
     flat = np.pad(codes.reshape(-1), (0, -codes.size % per_byte)).reshape(-1, per_byte)
     packed = np.zeros(len(flat), np.uint8)
     for i in range(per_byte):

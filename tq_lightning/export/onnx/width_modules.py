@@ -1,7 +1,7 @@
-"""Modules of a packed model whose width is a tensor, so that a graph can take it as an input.
+"""Modules with the width as a tensor, so that it can be an input of a graph.
 
-They mirror `PackedWeight`, `PerWidthNorm` and `ActivationQuantizer`, with the formulas of
-quant/codes.py and quant/levels.py. The numbers that depend on the width are looked up once, at the
+They mirror `PackedWeight`, `PerWidthNorm` and `ActivationQuantizer`, and use the formulas of
+quant/codes.py and quant/levels.py. Values that depend on the width are looked up once, at the
 start of the graph.
 """
 
@@ -16,19 +16,19 @@ from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.levels import LEVELS, levels_to_weights
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 
-OUT_OF_RANGE = 1 << 20  # an index beyond every table: an error of the runtime
+OUT_OF_RANGE = 1 << 20  # an index beyond every table, which the runtime reports as an error
 
 
 class WidthTables(nn.Module):
-    """Numbers that depend on the width, as tensors of the graph. All layers read the current ones.
+    """Tables of values that depend on the width, and the current values, which all layers read.
 
     Args:
         stored: width of the stored codes.
-        max_bits: stored width of the prepared model, that of truncated activations.
-        widths: widths of the norm tables, in their order.
+        max_bits: stored width of the prepared model, at which truncated activations are quantized.
+        widths: width of each row of the norm tables.
 
     Attributes:
-        rows_now: int64 (1,), row of the norm tables. All of these are set by `select`.
+        rows_now: int64 (1,), row of the norm tables. `select` sets all attributes in _now.
         shifts_now: uint8 (1,), shift of the stored codes.
         down_now: uint8 (1,), shift of truncated activations.
         tops_now: float32 (1,), the largest code.
@@ -51,17 +51,14 @@ class WidthTables(nn.Module):
         self.register_buffer("max_top", torch.tensor([2.0**max_bits - 1]))
 
     def select(self, bits: Tensor) -> None:
-        """Look up the numbers of a width (int64 scalar); an unknown one is out of range."""
+        """Look up the values of a width (int64 scalar); an unknown width is out of range."""
         at = torch.where(bits < 1, OUT_OF_RANGE, bits - 1).reshape(1)
         for name in self.names:
             setattr(self, f"{name}_now", torch.index_select(getattr(self, name), 0, at))
 
 
 def _shift_right(codes: Tensor, by: Tensor) -> Tensor:
-    """Shift uint8 codes right as one BitShift node.
-
-    PyTorch translates a shift of uint8 as one of int8.
-    """
+    """Shift uint8 codes right with one BitShift node. PyTorch would export an int8 shift."""
     shifted = torch.onnx.ops.symbolic(
         "BitShift",
         (codes, by),
@@ -81,14 +78,14 @@ class TensorWeight(nn.Module):
         tables: tables of the model.
         scale: float32, broadcastable to the weight.
         level: a key of `levels.LEVELS`, or the name of a table.
-        table: levels of all widths, those of n bits from 2^n - 2; None if `level` is a formula.
+        table: levels of all widths, n bits starting at 2^n - 2; None if `level` is a formula.
     """
 
     def __init__(
         self, tables: WidthTables, scale: Tensor, level: str, table: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.tables = [tables]  # in a list: the tables are a submodule of the model alone
+        self.tables = [tables]  # a list hides the tables, which are a submodule of the model
         self.level = level
         self.register_buffer("scale", scale)
         self.register_buffer("table", table)

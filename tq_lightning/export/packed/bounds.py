@@ -1,4 +1,4 @@
-"""Limits of the network that is built for a packed file, relative to the size of the file."""
+"""Limits on the network that is built for a packed file, relative to the size of the file."""
 
 import threading
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ _FILLS = {
 
 
 class Bounds:
-    """Budget of parts that may still be made while a network is built.
+    """Remaining budget of tensors, modules and calls while a network is built.
 
     Args:
         tensors: number of tensors in the file.
@@ -55,14 +55,14 @@ class Bounds:
         }
 
     def take(self, kind: str, count: int = 1) -> None:
-        """Count something that is made.
+        """Subtract `count` from the budget of `kind`.
 
         Raises:
-            UserError: the network has many times more of it than the file.
+            UserError: the budget is exceeded.
         """
         self.left[kind] -= count
         if self.left[kind] < 0:
-            raise UserError(f"the network that its header asks for {TOO_LARGE}")
+            raise UserError(f"the network that its header describes {TOO_LARGE}")
 
     @contextmanager
     def registrations(self) -> Iterator[None]:
@@ -114,12 +114,12 @@ class SkipInit(TorchFunctionMode):
 
 
 class BoundedValues(TorchDispatchMode):
-    """Refuse operations whose results would be too large, before they allocate memory.
+    """Reject operations whose results would be too large, before they allocate memory.
 
     The size of each result is computed on the meta device first.
 
     Args:
-        bounds: counts the calls, and the values that are made.
+        bounds: counts the calls, and the values of their results.
     """
 
     def __init__(self, bounds: Bounds) -> None:

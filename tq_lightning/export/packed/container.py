@@ -1,10 +1,10 @@
 """Container of a packed file: a safetensors file, written atomically and read by byte range.
 
 A file is 8 bytes (header length, little endian), a JSON header, and the data. Tensors are stored
-in the order that safetensors itself uses: by type, wide types first, then by name. The part of a
+in the order of the safetensors library: by type, wide types first, then by name. The part of a
 tensor's name before the first "/" is its section. A section is one contiguous run of bytes with
-one SHA-256. The header holds a SHA-256 of itself, computed with zeros in the place of the digest.
-docs/format.md is the specification.
+one SHA-256. The header also has a SHA-256 of itself, computed with zeros in the place of the
+digest. docs/format.md is the specification.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from tq_lightning.export.packed.entries import DTYPES, parse_entry, section_of
 from tq_lightning.files import atomic_write
 
 FORMAT = "tq_packed"
-VERSIONS = (1, 2)  # that can be read; see `header.format_version` for the one written
+VERSIONS = (1, 2)  # readable versions; see `header.format_version` for the one that is written
 MAX_HEADER = 64 << 20  # bytes; real headers are kilobytes
 _NO_DIGEST = "0" * 64
 
@@ -40,7 +40,7 @@ def write_container(
     Args:
         path: target file. Its folder must exist.
         tensors: arrays of int64, float64, float32 or uint8 by name.
-        header: JSON values for the reader. Version and checksums are added here.
+        header: JSON values for the reader. Version and checksums are added to it.
         version: format version, one of `VERSIONS`.
 
     Returns:
@@ -213,7 +213,7 @@ class Container:
             raise self.damaged("its checksums do not match its sections")
 
     def damaged(self, reason: str) -> UserError:
-        """Error for a file that is damaged or was made by another program."""
+        """Return the error for a file that is damaged or was made by another program."""
         return UserError(
             f"{self.path} is damaged or was not made by `export`: {reason}; "
             "fetch or export it again"
@@ -246,7 +246,7 @@ class Container:
         return arrays
 
     def read_all(self) -> dict[str, np.ndarray]:
-        """Read every section, as arrays that outlive the file."""
+        """Read every section into arrays that remain valid after `close`."""
         return {
             name: array.copy()
             for section in self.sections

@@ -1,7 +1,7 @@
-"""Packed file -> packed file without the network: fewer planes, compression, rest files.
+"""Edit packed files without building the network: fewer planes, compression, rest files.
 
-A rest file holds only the planes above the n-th and their norm sets. Joined to the narrow file of
-n planes, it gives the full file again, byte for byte.
+A rest file holds only the planes after the first n, and the norm sets of those widths. Joining it
+with the narrow file of n planes restores the full file, byte for byte.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def repack(
         Bytes per section, with "header" and "total".
 
     Raises:
-        UserError: see `read_all`; more planes asked for than the file has.
+        UserError: see `read_all`; `max_bits` exceeds the number of planes of the file.
     """
     header, tensors = read_all(path)
     stored = header["stored_bits"] if max_bits is None else max_bits
@@ -77,7 +77,7 @@ def repack(
 def add_ranges(
     path: str | Path, out: str | Path, ranges: Mapping[str, Sequence[float]]
 ) -> dict[str, int]:
-    """Write a packed file again with activation ranges, in place of those that it had.
+    """Write a packed file again with other activation ranges.
 
     Args:
         path: packed file to read.
@@ -100,7 +100,7 @@ def add_ranges(
 
 
 def write_rest(path: str | Path, out: str | Path, bits: int) -> dict[str, int]:
-    """Write the planes of `path` above the first `bits`, and their norm sets, to a rest file.
+    """Write the planes of `path` after the first `bits`, and their norm sets, to a rest file.
 
     Returns:
         Bytes per section, with "header" and "total".
@@ -126,8 +126,8 @@ def join(path: str | Path, rest: str | Path, out: str | Path) -> dict[str, int]:
         Bytes per section, with "header" and "total".
 
     Raises:
-        UserError: `rest` is not a rest file, belongs to another model, or does not begin at the
-            plane where `path` ends.
+        UserError: `rest` is not a rest file, belongs to another model, or does not start at the
+            first plane that `path` lacks.
     """
     header, tensors = read_all(path)
     with Container(rest) as file:
@@ -143,7 +143,7 @@ def join(path: str | Path, rest: str | Path, out: str | Path) -> dict[str, int]:
     tensors = {**tensors, **added}
     if any(f"plane{p}" not in tensors for p in range(rest_header["stored_bits"])):
         raise UserError(
-            f"{rest} begins above plane {header['stored_bits']}, where {path} ends; "
+            f"{rest} does not start at plane {header['stored_bits']}, the first that {path} lacks; "
             "pass the rest file written with it"
         )
     full = {key: v for key, v in rest_header.items() if key not in ("checksums", "rest_of")}
@@ -160,7 +160,7 @@ def _write(
 
 
 def _identity(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Digests of everything that a narrow file and its full file have in common."""
+    """Return the digests of everything that a narrow file and its full file have in common."""
     values = [header[key] for key in _SHARED_KEYS]
     values += [header[key] for key in _ADDED_KEYS if key in header]  # not in files of version 1
     shared = json.dumps(values, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Tensors of a packed file as its index lists them: type, shape and byte range, checked."""
+"""Entries of the tensor index of a packed file: type, shape and byte range, checked."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Entry:
 
 
 def section_of(name: str) -> str:
-    """Section of a tensor: "float" for "float/conv1.weight", "plane0" for "plane0"."""
+    """Return the section of a tensor: "float" for "float/conv1.weight", "plane0" for "plane0"."""
     return name.split("/", 1)[0]
 
 
@@ -37,7 +37,7 @@ def is_shape(value: Any) -> bool:
 
 
 def parse_entry(name: str, value: dict[str, Any]) -> Entry:
-    """Check an item of the index.
+    """Parse and check an entry of the index.
 
     Raises:
         ValueError: an invalid type, shape or byte range.

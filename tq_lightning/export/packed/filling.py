@@ -1,4 +1,4 @@
-"""Put the unquantized tensors of a packed file into a network without memory."""
+"""Load the unquantized tensors of a packed file into a network on the meta device."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Header of a packed file: its fields, their types and ranges, and the version that they need."""
+"""Header of a packed file: its fields, their types and ranges, and the version they require."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -45,7 +45,7 @@ _MAX_RATIO, _FREE_BYTES = 256, 16 << 20
 
 
 def format_version(header: Mapping[str, Any], tensors: Iterable[str]) -> int:
-    """Format version that a file needs: 2 if it has anything that version 1 does not know."""
+    """Return the format version that a file requires: 2 if it uses an addition of version 2."""
     new = (
         "activation_ranges" in header
         or any(key in header["prepare"] for key in ADDED_CHOICES)
@@ -74,15 +74,17 @@ def check_ranges(ranges: Any, layers: Iterable[str]) -> dict[str, list[float]]:
     checked = {}
     for name, pair in ranges.items():
         if name not in known:
-            raise UserError(f"activation_ranges names {str(name)[:60]!r}, not a quantized layer")
+            raise UserError(
+                f"activation_ranges has the name {str(name)[:60]!r}, which is not a quantized layer"
+            )
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_bound, pair)):
             raise UserError(
-                f"activation_ranges gives {name} {str(pair)[:60]}; expected two finite numbers"
+                f"activation_ranges has {name}: {str(pair)[:60]}; expected two finite numbers"
             )
         low, high = map(float, pair)
         if not low <= 0.0 <= high:
             raise UserError(
-                f"activation_ranges gives {name} [{low:g}, {high:g}]; expected low <= 0 <= high"
+                f"activation_ranges has {name}: [{low:g}, {high:g}]; expected low <= 0 <= high"
             )
         checked[name] = [low, high]
     return checked
@@ -93,10 +95,10 @@ def _is_bound(value: Any) -> bool:
 
 
 def check_preprocessing(options: Mapping[str, Any] | None) -> None:
-    """Check the preprocessing options of a header. Unknown keys may hold anything.
+    """Check the preprocessing options of a header. Unknown keys are not checked.
 
     Raises:
-        UserError: images can't be prepared with these options.
+        UserError: an option is invalid.
     """
     options = options or {}
     size = options.get("input_size", [1, 1, 1])
@@ -115,7 +117,7 @@ def check_preprocessing(options: Mapping[str, Any] | None) -> None:
     if any(
         isinstance(n, bool) or not isinstance(n, int | float) or not abs(n) < 1e6 for n in numbers
     ):
-        raise UserError("preprocessing has a mean, std or crop_pct that is not made of numbers")
+        raise UserError("preprocessing has a mean, std or crop_pct that is not a number")
     if (
         options.get("interpolation", "bicubic") not in _INTERPOLATIONS
         or options.get("crop_mode", "center") not in _CROPS
@@ -131,7 +133,7 @@ def read_header(file: Container, rest: bool = False) -> dict[str, Any]:
 
     Args:
         file: open container.
-        rest: whether a rest file (missing planes only) is expected.
+        rest: expect a rest file (missing planes only).
 
     Returns:
         The header.
@@ -192,10 +194,10 @@ def read_header(file: Container, rest: bool = False) -> dict[str, Any]:
 
 
 def _check_additions(file: Container, header: Mapping[str, Any]) -> None:
-    """Check what version 2 adds: the version itself, activation ranges, sizes of level tables."""
+    """Check the additions of version 2: the version, activation ranges, sizes of level tables."""
     needed = format_version(header, file.entries)
     if file.version < needed:
-        raise file.damaged(f"it has fields of version {needed} and says version {file.version}")
+        raise file.damaged(f"it has fields of version {needed} but is marked {file.version}")
     names = [layer["name"] for layer in header["layers"]]
     try:
         check_ranges(header.get("activation_ranges", {}), names)
@@ -209,7 +211,7 @@ def _check_additions(file: Container, header: Mapping[str, Any]) -> None:
 
 
 def _check_layout(file: Container, header: Mapping[str, Any]) -> None:
-    """Check the form of the layer map and of the norm layout."""
+    """Check the structure of the layer map and of the norm layout."""
     for keys, items in ((_LAYER_KEYS, header["layers"]), (_NORM_KEYS, header["norms"])):
         for item in items:
             if not isinstance(item, dict) or set(item) != keys or not isinstance(item["name"], str):

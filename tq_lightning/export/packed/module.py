@@ -1,9 +1,8 @@
-"""Weights of a packed model: integers of one stored width, shifted right when a layer reads them.
+"""Weights of a packed model: codes of the stored width, shifted right when a layer reads them.
 
 `PackedWeight` replaces the float parameter and its `WeightQuantizer`. `layer.weight` is still a
-float tensor, computed from uint8 codes and a scale. It is made by the same `truncate_codes` and
-`dequantize` as in training, so it equals the trained model's weight truncated to that width, bit
-for bit.
+float tensor, computed from uint8 codes and a scale. It uses the same `truncate_codes` and
+`dequantize` as training, so it is bit-identical to the trained weight truncated to that width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +30,13 @@ class PackedWeight(nn.Module):
         width: the model's shared `Width`.
         stored: width of the codes.
         widths: loaded widths, those with planes and norm sets.
-        level: a key of `levels.LEVELS`.
+        level: a key of `levels.LEVELS`, or of `level_tables.LEVEL_TABLES` with `tables`.
         scale: float32, broadcastable to the weight.
         dtype: type of the weight.
         mode: "resident" keeps the weight of the last used width and overwrites it in place when
             the width changes. "lean" computes the weight at every use and keeps nothing.
-        tables: the level of each code, float32 (2^n,), of each loaded width n; empty if `level` is
-            a formula.
+        tables: {n: level of each n-bit code, float32 (2^n,)} for each loaded width n; empty if
+            `level` is a formula.
     """
 
     scale: Tensor
@@ -118,7 +117,7 @@ class PackedWeight(nn.Module):
             # a weight first computed under inference_mode must be usable outside of it
             with torch.inference_mode(False):
                 self._weight = torch.empty_like(codes, dtype=self.dtype)
-        self._bits = None  # nothing stale is served if this is interrupted
+        self._bits = None  # an interrupt must not leave a partly written weight in use
         scale, table = self.scale.float(), self.table(bits)
         rows = max(1, CHUNK * codes.shape[0] // max(1, codes.numel()))
         for start in range(0, codes.shape[0], rows):
@@ -146,7 +145,7 @@ class PackedWeight(nn.Module):
         raise UserError(f"this model was loaded for widths {widths}, not {bits}; {hint}")
 
     def extra_repr(self) -> str:
-        """Stored bits, level and mode."""
+        """Describe the stored bits, level and mode in the printed model."""
         mode = "resident" if self.resident else "lean"
         return f"{self.stored} bits stored, level={self.level}, {mode}"
 
@@ -166,7 +165,7 @@ def attach_packed_weight(
     delattr(module, tensor_name)
     module.register_buffer(tensor_name, codes)
     parametrize.register_parametrization(module, tensor_name, packed, unsafe=True)
-    # torch gave this module a class of its own, with a property for the tensor
+    # torch.nn.utils.parametrize gave this module its own class, with a property for the tensor
     kind: type = type(module)
     slow: property = getattr(kind, tensor_name)
     setattr(kind, tensor_name, property(_resident_or(tensor_name, slow.fget), slow.fset))  # type: ignore[arg-type]
@@ -175,7 +174,7 @@ def attach_packed_weight(
 def _resident_or(
     tensor_name: str, slow: Callable[[nn.Module], Tensor]
 ) -> Callable[[nn.Module], Tensor]:
-    """Property getter that returns the resident weight if it is current, else calls `slow`.
+    """Make a property getter that returns the resident weight if it is current, else calls `slow`.
 
     torch reads a parametrized tensor through three modules and their hooks, which takes up to 3 %
     of the forward pass of a small transformer.

@@ -1,7 +1,6 @@
-"""Checks of a packed file's header against the network it describes.
+"""Checks of the header of a packed file against the network that it describes.
 
-All of them run before a plane is unpacked, so a file that does not fit raises an error and never
-becomes a model.
+All of them run before any plane is unpacked.
 """
 
 import math
@@ -26,10 +25,10 @@ _SET_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # keys of norm se
 def cast_to_header_dtype(
     header: Mapping[str, Any], full: str, value: Tensor, default: torch.dtype
 ) -> Tensor:
-    """Cast `value` to the type that the header gives for the tensor `full`, or to `default`.
+    """Cast `value` to the dtype that the header lists for the tensor `full`, or to `default`.
 
     Raises:
-        UserError: an unknown type, or one of another kind than that of `value`.
+        UserError: an unknown dtype, or a float dtype for an integer tensor or vice versa.
     """
     name = header["dtypes"].get(full, str(default).removeprefix("torch."))
     dtype = getattr(torch, str(name), None)
@@ -38,22 +37,21 @@ def cast_to_header_dtype(
             return value.to(dtype)
     except (RuntimeError, TypeError):  # quantized and packed types can't be converted to
         pass
-    raise UserError(f"the file gives {full} an invalid type {str(name)[:40]!r}")
+    raise UserError(f"the file has an invalid dtype {str(name)[:40]!r} for {full}")
 
 
 def check_parameters(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
     """Check that a file has all tensors of its network, before the network is prepared.
 
-    Preparing takes much longer than creating a network, so a file must not ask for it with a
-    network that is not its own.
+    Preparing a network takes much longer than creating it, so mismatches are found first.
 
     Args:
         header: header of the file.
         names: names of the tensors in the file.
-        model: network that was not prepared.
+        model: float network, not yet prepared.
 
     Raises:
-        UserError: the network has other tensors.
+        UserError: the network has other tensors than the file.
     """
     quantized = {layer["name"]: tuple(layer["shape"]) for layer in header["layers"]}
     present = {re.sub(r"\.sets\.\d+", "", name.partition("/")[2]) for name in names}
@@ -90,7 +88,7 @@ def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) ->
         model: prepared network, possibly without the norm sets of some widths.
 
     Raises:
-        UserError: tensors are missing, or there are others.
+        UserError: tensors are missing or unexpected.
     """
     folded = (".running_mean", ".running_var") if header["folded"] else ()
     in_model = file_names(model)

@@ -1,8 +1,8 @@
 """load_packed(): a packed file -> a model that runs at the widths whose planes were read.
 
-The network is built on the meta device, without memory or initialization, and then gets every
-tensor from the file. The header is compared with that network before a plane is unpacked: a file
-that does not fit raises an error and never becomes a model.
+The network is built on the meta device, without memory or initialization, and then filled from the
+file. The header is compared with that network before any plane is unpacked, so a file that does not
+fit raises an error first.
 """
 
 import math
@@ -51,20 +51,20 @@ def load_packed(
     model: nn.Module | str | None = None,
     mode: str = "resident",
 ) -> nn.Module:
-    """Load a packed file as a model in evaluation mode, reading only what its widths need.
+    """Load a packed file as a model in evaluation mode. Reads only the planes that it needs.
 
     Args:
         path: file written by `save_packed`.
-        bits: the only width to load, with its planes and its norm set. None loads all stored
-            planes and sets; `bit_width(model, n)` then switches without reading the file again.
-            The model starts at the widest width loaded.
-        model: float network (or one prepared in the same way) to fill in place. None builds the
-            timm model that the header names. A factory, package.module:function, that the header
-            names is called only if it is passed here too.
+        bits: load this width only, with its planes and its norm set. None loads all stored
+            planes and norm sets; `bit_width(model, n)` then switches without reading the file
+            again. The model starts at the widest width loaded.
+        model: float network (or one prepared with the same options) to fill in place. None builds
+            the timm model that the header names. If the header names a factory,
+            package.module:function, pass the same name here; it is not imported otherwise.
         mode: "resident" keeps the weights of the width in use in memory. "lean" computes them
-            layer by layer at every use. "integer" multiplies integers, on CPU: the file needs
-            activation ranges, or a network trained with `activations=`; the result is an
-            `IntegerModel`. Where PyTorch has no integer kernels, a warning says so and the mode is
+            layer by layer at every use. "integer" runs integer kernels on CPU and returns an
+            `IntegerModel`; the file needs activation ranges, or a network trained with
+            `activations=`. If PyTorch has no integer kernels, a warning is issued and the mode is
             "resident".
 
     Returns:
@@ -73,13 +73,15 @@ def load_packed(
         "path", "file_bytes" and "bytes_read".
 
     Raises:
-        UserError: unknown width or mode; the file is damaged, foreign, newer, or does not fit
-            its network; mode "integer" without activation ranges.
+        UserError: an unknown width or mode; the file is not a packed file, is damaged or newer, or
+            does not fit its network; mode "integer" without activation ranges.
     """
     if mode not in MODES:
         raise UserError(f"unknown mode {mode!r}; pass one of {', '.join(MODES)}")
     if mode == "integer" and (reason := missing_kernels()) is not None:
-        warnings.warn(f"no integer mode here ({reason}); mode='resident' is used", stacklevel=2)
+        warnings.warn(
+            f"mode='integer' is not available ({reason}); using mode='resident'", stacklevel=2
+        )
         mode = "resident"
     with Container(path) as file:
         header = read_header(file)
@@ -122,18 +124,21 @@ def load_packed(
     empty = [name for name, value in named_tensors(model) if value.is_meta]
     if empty:
         raise UserError(
-            f"{path} holds no values for {', '.join(empty[:3])}; pass the network itself as model="
+            f"{path} has no values for {', '.join(empty[:3])}; pass the network itself as model="
         )
     model = model.eval().requires_grad_(False)
     return integer_model(model) if mode == "integer" else model
 
 
 def _own_network(spec: Mapping[str, Any], name: str, path: str | Path) -> nn.Module:
-    """Call the factory that the caller and the header name."""
+    """Call the factory `name`, which the header must name too."""
     from tq_lightning.models import create_model
 
     if spec["name"] != name:
-        raise UserError(f"its network is {spec['name']!r}, not {name!r}; pass that, or a network")
+        raise UserError(
+            f"its network is {spec['name']!r}, got model={name!r}; pass the name of its network, "
+            "or the network itself"
+        )
     with only_allow(name, path):
         return create_model(name, **spec["args"])
 
@@ -141,7 +146,7 @@ def _own_network(spec: Mapping[str, Any], name: str, path: str | Path) -> nn.Mod
 def _matching_skeleton(
     file: Container, header: Mapping[str, Any], model: nn.Module | None, bits: int | None
 ) -> nn.Module:
-    """The prepared network of a file, checked against the names and shapes of its tensors."""
+    """Build the prepared network of a file and check the names and shapes of its tensors."""
     shapes = {name: entry.shape for name, entry in file.entries.items()}
     if model is None:
         tensors = len(header["layers"]) + len(shapes) + len(header["norms"])
@@ -205,10 +210,13 @@ def _attach_codes(
 
 
 def check_table(file: Container, bits: int, table: np.ndarray) -> Tensor:
-    """Check the levels of a width: finite, sorted, near [0, 1]; return them, float32 (2^bits,).
+    """Check that the levels of a width are finite, sorted and near [0, 1].
+
+    Returns:
+        The levels, float32 (2^bits,).
 
     Raises:
-        UserError: they are not.
+        UserError: the levels are invalid.
     """
     if not np.isfinite(table).all() or np.any(np.diff(table) < 0) or np.abs(table).max() > 4:
         raise file.damaged(f"its table of {bits}-bit levels is not sorted or out of range")
@@ -216,7 +224,7 @@ def check_table(file: Container, bits: int, table: np.ndarray) -> Tensor:
 
 
 def _usable_widths(header: Mapping[str, Any], model: nn.Module, bits: int | None) -> list[int]:
-    """Widths that the loaded model can run at."""
+    """Return the widths that the loaded model can run at."""
     usable = list(range(1, header["stored_bits"] + 1))
     if per_width_norms(model):
         usable = header["norm_widths"]

@@ -1,10 +1,10 @@
-"""Sections of a packed file: which tensor is stored where, and which sections a width needs.
+"""Sections of a packed file: where each tensor is stored, and the sections that a width needs.
 
 In file order: "int", "float64" and "float" (tensors that are not quantized), "levels1".."levels8"
 (one table of levels per width, if levels are tables), "norm1".."norm8" (one set of norms per
 width), "scale", and "plane0".."plane7" (most significant plane first, the codes of all layers in
-one row). Running at n bits takes "levels<n>", "norm<n>", the first n planes, and everything that is
-none of these.
+one row). Running at n bits takes "levels<n>", "norm<n>", the first n planes, and all sections that
+do not depend on the width.
 """
 
 import math
@@ -24,17 +24,17 @@ from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers under every name they have."""
+    """Yield parameters and buffers under every name they have."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
 def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
-    """Tensors of a prepared model that a file stores unquantized.
+    """List the tensors of a prepared model that a file stores unquantized.
 
-    Quantized weights, the float set of per-width norms, and batch norm's counters (which don't
-    affect outputs) are left out. Buffers that a state dict leaves out are included, so a reader
-    needs no second source for any value.
+    Quantized weights, the float set of per-width norms, and the counters of batch norms (which do
+    not affect outputs) are omitted. Non-persistent buffers are included, so that a reader needs no
+    second source for any value.
 
     Returns:
         (name in the model, tensor, name in the file) in model order.
@@ -49,7 +49,7 @@ def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
     found = []
     for full, value in named_tensors(model):
         owner, _, leaf = full.rpartition(".")
-        # which norm sets are in the file already says which ones are calibrated
+        # the norm sets in the file are the calibrated ones, so the flag is redundant
         if leaf == "num_batches_tracked" or (leaf == "calibrated" and owner in norms):
             continue
         if full in quantized:
@@ -72,10 +72,10 @@ def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:
 def merge_norms(
     tensors: Mapping[str, np.ndarray],
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Join the tensors of each width's norm set into one row.
+    """Join the tensors of each norm set into one row.
 
-    A set of ResNet-50 has 212 tensors. With eight widths, storing their names one by one would
-    take more than a tenth of a plane.
+    A norm set of ResNet-50 has 212 tensors. For eight widths, their names alone would take more
+    than a tenth of the bytes of a plane.
 
     Args:
         tensors: arrays by file name, e.g. "norm4/bn1.weight".
@@ -116,7 +116,7 @@ def split_norms(
 
 
 def sections_above(bits: int) -> set[str]:
-    """Sections that a file with the first `bits` planes does not have."""
+    """Return the sections that a file with only the first `bits` planes does not have."""
     planes = {f"plane{n}" for n in range(bits, STORED_BITS)}
     wider = range(bits + 1, STORED_BITS + 1)
     return planes | {f"{kind}{n}" for kind in ("norm", "levels") for n in wider}
@@ -125,7 +125,7 @@ def sections_above(bits: int) -> set[str]:
 def keep_planes(
     header: Mapping[str, Any], tensors: Mapping[str, np.ndarray], bits: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and tensors cut to the first `bits` planes and the norm sets of those widths."""
+    """Return the header and tensors of the first `bits` planes, with the norm sets up to `bits`."""
     dropped = sections_above(bits)
     kept = {name: array for name, array in tensors.items() if section_of(name) not in dropped}
     widths = [n for n in header["norm_widths"] if n <= bits]
@@ -135,7 +135,7 @@ def keep_planes(
 def compress_planes(
     header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and tensors with every plane as a zstd frame."""
+    """Return the header and tensors with every plane compressed to a zstd frame."""
     first = tensors["plane0"]
     frames = {
         name: compress_plane(array, None if name == "plane0" else first)
@@ -146,7 +146,7 @@ def compress_planes(
 
 
 def section_sizes(tensors: Mapping[str, np.ndarray], total: int) -> dict[str, int]:
-    """Bytes per section, with "header" (everything that is not a tensor) and "total"."""
+    """Return the bytes per section, with "header" (all bytes outside of tensors) and "total"."""
     sizes: dict[str, int] = {}
     for name, array in tensors.items():
         section = section_of(name)

@@ -39,7 +39,7 @@ def create_skeleton(spec: Mapping[str, Any], bounds: Bounds | None = None) -> nn
         raise UserError("the file does not name a model; pass the network itself as model=")
     if is_factory(name):
         raise UserError(
-            f"the file names the factory {name}, which is imported only if you name it: pass "
+            f"the file names the factory {name}, which is not imported automatically; pass "
             f"model={name!r}, or the network itself as model="
         )
     if not isinstance(name, str) or ":" in name or not isinstance(args, dict):
@@ -76,12 +76,12 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
 def prepare_skeleton(
     model: nn.Module, options: Mapping[str, Any], norm_sets: Collection[int] | None = None
 ) -> nn.Module:
-    """Prepare a network as a header says.
+    """Prepare a network with the options of a header.
 
     Args:
-        model: float network, or one that was prepared in the same way.
+        model: float network, or one prepared with the same options.
         options: "prepare" of the header.
-        norm_sets: widths to make norm sets for. None makes all of them, and the float set.
+        norm_sets: widths to build norm sets for. None builds all of them, and the float set.
 
     Returns:
         `model`.
@@ -97,7 +97,7 @@ def prepare_skeleton(
             if QuantConfig(**getattr(model, "tq", {})) != config:
                 raise UserError(
                     "the given model was prepared with other options than the file; "
-                    "pass it as it was before prepare()"
+                    "pass the float model, without prepare()"
                 )
             return model
         if len(config.skip) > _MAX_SKIP:
@@ -107,5 +107,7 @@ def prepare_skeleton(
         attach_norms(model, config.norm, width_of(model), norm_sets, config.shared_norms)
         model.tq = config.to_dict()  # type: ignore[assignment]
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"its network can't be prepared as the header says ({error})") from error
+        raise UserError(
+            f"its network can't be prepared with the options of the header ({error})"
+        ) from error
     return model

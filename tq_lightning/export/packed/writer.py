@@ -56,19 +56,19 @@ def save_packed(
     Args:
         model: a prepared model in any mode, on any device. It is not changed.
         path: target file, written atomically.
-        name: timm name of the model. None takes the name that timm noted on it. Without a name,
+        name: timm name of the model. None reads it from `model.pretrained_cfg`. Without a name,
             `load_packed` needs `model=`.
-        model_args: further arguments of `create_model` that the model was made with, such as
-            {"in_chans": 1}.
+        model_args: further arguments that the model was created with, such as {"in_chans": 1}.
         max_bits: number of planes to store, 1..max_bits of `prepare`. None stores all.
         fold_norms: store batch norms as scale and shift, 2 vectors instead of 4. Logits then
             agree to a relative error of about 1e-5 instead of bit for bit.
         compress: compress each plane with zstd, without loss.
-        preprocessing: input_size, mean, std, interpolation, crop_pct, crop_mode. None takes
-            timm's for this model.
+        preprocessing: some of input_size, mean, std, interpolation, crop_pct and crop_mode. None
+            reads them from `model.pretrained_cfg`.
         class_names: one name per class.
         activation_ranges: {layer name: (low, high)}, range of the input of a quantized layer for
-            integer inference. None takes those that `calibrate_activations` kept on the model.
+            integer inference. None takes the ranges that `calibrate_activations` stored on the
+            model.
 
     Returns:
         Bytes per section of the file, with "header" and "total".
@@ -109,7 +109,7 @@ def _describe(
     preprocessing: Mapping[str, Any] | None,
     class_names: Sequence[str] | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and tensors of a prepared model, with all planes and nothing folded or compressed."""
+    """Return the header and tensors of a prepared model, with all planes, not compressed."""
     if not weight_quantizers(model):
         raise UserError(
             f"{type(model).__name__} is not prepared and has nothing to pack; "
@@ -185,7 +185,7 @@ def _codes(model: nn.Module) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarr
 
 
 def _unquantized(model: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Unquantized tensors by file name, and the types of all tensors that the file widens."""
+    """Return unquantized tensors by file name, and the dtypes of all tensors the file widens."""
     usable = _norm_widths(model)
     tensors, dtypes = {}, {}
     for full, value, name in file_names(model):
@@ -201,7 +201,7 @@ def _unquantized(model: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str
 
 
 def _array(value: Tensor) -> np.ndarray:
-    """The value as float32, float64 or int64, whichever represents it exactly."""
+    """Convert a value to float32, float64 or int64, whichever represents it exactly."""
     value = value.detach().cpu()
     if value.is_complex():
         raise UserError(
@@ -213,7 +213,7 @@ def _array(value: Tensor) -> np.ndarray:
 
 
 def _norm_widths(model: nn.Module) -> list[int]:
-    """Widths whose norm sets are trained or calibrated. Empty without per-width norms."""
+    """List the widths whose norm sets are trained or calibrated; empty without such norms."""
     norms = per_width_norms(model)
     if not norms:
         return []

@@ -1,4 +1,4 @@
-"""Integer mode: a prepared or packed model whose quantized layers run on uint8 x int8 kernels."""
+"""Integer mode: run the quantized layers of a prepared or packed model on uint8 x int8 kernels."""
 
 from tq_lightning.quant.integer.model import IntegerModel, integer_layers, integer_model
 

@@ -1,4 +1,4 @@
-"""uint8 codes of activations: their step at each width, and the modules that make and read them."""
+"""Activation codes (uint8): their step at each width, and modules that quantize and dequantize."""
 
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ from tq_lightning.quant.integer.arithmetic import activation_top
 class Codes(NamedTuple):
     """Codes at one width: x = step * (code - zero), code in [0, top].
 
-    A kernel makes them as round(x / make_step + zero + make_offset), clamps them to
-    [0, make_top] and shifts them right by `shift`. These differ from what reads the codes only for
-    trained quantizers: `floor` codes have bins of clip / 2^n and lie half a bin lower, and
+    A kernel computes them as round(x / make_step + zero + make_offset), clamps them to
+    [0, make_top] and shifts them right by `shift`. The steps to make and to read codes differ only
+    for trained quantizers: `floor` codes have bins of clip / 2^n and lie half a bin lower, and
     truncated codes are made at the stored width.
     """
 
@@ -31,11 +31,11 @@ class Codes(NamedTuple):
 
 
 class CalibratedCodes:
-    """Codes of a calibrated range: 8 bits at every width, 7 where 8 could saturate.
+    """Codes of a calibrated range: 8 bits at every width, or 7 bits if sums could saturate.
 
     Args:
         span: The range.
-        level: Level of the weights that are multiplied.
+        level: Level of the weights.
         exact_sums: See `arithmetic.activation_top`.
     """
 
@@ -85,10 +85,10 @@ ActivationCodes = CalibratedCodes | TrainedCodes
 
 
 class Quantize(nn.Module):
-    """Make codes of a float tensor of any shape.
+    """Quantize a float tensor of any shape to codes.
 
     Args:
-        codes: Which codes.
+        codes: Codes to make.
         width: The model's shared `Width`.
     """
 
@@ -98,7 +98,7 @@ class Quantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return uint8 codes, shape of `x`."""
-        if isinstance(self.codes, TrainedCodes):  # the formula of ActivationQuantizer, to the bit
+        if isinstance(self.codes, TrainedCodes):  # bit-identical to ActivationQuantizer
             rule, width = self.codes.quantizer, self.width
             assert width.bits is not None
             source = width.source if rule.truncated else "quantize"
@@ -112,10 +112,10 @@ class Quantize(nn.Module):
 
 
 class Dequantize(nn.Module):
-    """Read codes as float32: step * (code - zero).
+    """Dequantize codes to float32: step * (code - zero).
 
     Args:
-        codes: Which codes.
+        codes: Codes to read.
         width: The model's shared `Width`.
     """
 

@@ -1,4 +1,4 @@
-"""Integer arithmetic of inference: n-bit codes as int8 weights, and what their products may reach.
+"""Integer arithmetic of inference: n-bit codes as int8 weights, and the range of their products.
 
 With k' = k - 2^(n-1) the signed code and M = 2^n - 1, a weight of scale s is
 
@@ -6,16 +6,17 @@ With k' = k - 2^(n-1) the signed code and M = 2^n - 1, a weight of scale s is
     endpoint  s (2k' + 1) / M
     centre    s (2k' + 1) / 2^n
 
-The signed n-bit code is the stored signed code shifted right as an integer, k'_n = k'_N >> (N - n).
-So an int8 kernel runs every width. `left` is exact at 8 bits with k', `endpoint` and `centre` are
-exact up to 7 bits with the odd code 2k' + 1. At 8 bits the odd code needs 9 bits. Either the
-nearest int8 stands for it, which is not exact, or k' does, and half the sum of the activation codes
-is added to every product:
+The signed n-bit code is the stored signed code after an arithmetic right shift, k'_n = k'_N >> (N -
+n), so an int8 kernel runs every width. `left` is exact up to 8 bits with k'. `endpoint` and
+`centre` are exact up to 7 bits with the odd code 2k' + 1. At 8 bits the odd code needs 9 bits.
+Either the nearest int8 replaces it, which is not exact, or k' does, with half the sum of the
+activation codes added to every product:
 
     sum (k' + 1/2) a = sum k' a + 1/2 sum a
 
-That half depends on the input, so a bias cannot replace it. Where pairs of products are added in 16
-bits, neither is safe with activation codes above 127; `split_weight` is: 2k' + 1 = 4 high + low.
+This term depends on the input, so a bias cannot replace it. On processors that add pairs of
+products in 16 bits, both forms can overflow if activation codes exceed 127. `split_weight` cannot:
+2k' + 1 = 4 high + low.
 """
 
 from collections.abc import Callable
@@ -39,9 +40,10 @@ class IntegerWeight(NamedTuple):
     Attributes:
         codes: int8 with zero point 0, shape of the weight.
         gain: float64, positive, broadcastable to the weight.
-        offset: float64, broadcastable to the weight: 0, 1/2 or 1. Not 0 only with `exact=True`; a
-            kernel then adds offset times the sum of the activation codes to the integer product.
-        exact: Whether gain * (codes + offset) is the dequantized weight.
+        offset: float64, broadcastable to the weight: 0, 1/2 or 1. It is nonzero only with
+            `exact=True`; a kernel then adds offset times the sum of the activation codes to the
+            integer product.
+        exact: True if gain * (codes + offset) is the dequantized weight.
     """
 
     codes: Tensor
@@ -51,15 +53,15 @@ class IntegerWeight(NamedTuple):
 
 
 def signed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Signed form of codes: k' = k - 2^(n-1).
+    """Return the signed form of codes: k' = k - 2^(n-1).
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
         bits: Width n, 1..8.
 
     Returns:
-        int8 in [-2^(n-1), 2^(n-1) - 1], shape of `codes`. An arithmetic shift to the right
-        truncates them as `truncate_codes` truncates `codes`.
+        int8 in [-2^(n-1), 2^(n-1) - 1], shape of `codes`. An arithmetic right shift truncates them
+        like `truncate_codes` truncates `codes`.
 
     Raises:
         ValueError: `bits` is not an integer from 1 to 8.
@@ -72,7 +74,7 @@ def signed_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def signed_level(bits: int, level: str) -> tuple[float, float]:
-    """Step and offset of a uniform level map: 2 level - 1 = step * (k' + offset).
+    """Return step and offset of a uniform level map: 2 level - 1 = step * (k' + offset).
 
     Args:
         bits: Width n, 1..8.
@@ -87,7 +89,7 @@ def signed_level(bits: int, level: str) -> tuple[float, float]:
     """
     check_bits(bits)
     if level not in LEVELS:
-        raise ValueError(f"level {level!r} has no integer form; integers need {', '.join(LEVELS)}")
+        raise ValueError(f"level {level!r} has no integer form; pass one of {', '.join(LEVELS)}")
     fitted = _fitted(bits, LEVELS[level])
     if fitted is None:
         raise ValueError(
@@ -96,9 +98,9 @@ def signed_level(bits: int, level: str) -> tuple[float, float]:
     return fitted
 
 
-@cache  # asked for at every call of a layer
+@cache  # called in every forward pass of a layer
 def _fitted(bits: int, level: Callable[[Tensor, float], Tensor]) -> tuple[float, float] | None:
-    """(step, offset) of a level map at a width; None if its levels are not evenly spaced so."""
+    """Return (step, offset) of a level map at a width; None if it has no such form."""
     count = 2**bits
     k = torch.arange(count, dtype=torch.float64)
     values = 2.0 * level(k.clone(), count - 1.0) - 1.0
@@ -116,12 +118,12 @@ def integer_weight(
     exact: bool = False,
     largest: int = 127,
 ) -> IntegerWeight:
-    """Turn codes and their scale into int8 weights with zero point 0 and a positive gain.
+    """Convert codes and their scale to int8 weights with zero point 0 and a positive gain.
 
-    A folded batch norm multiplies the scale with gamma / sqrt(var + eps). If that is negative, the
-    codes change their sign instead of the gain: 2k' + 1 becomes -(2k' + 1), and where k' stands for
-    it, ~k' = -k' - 1, whose offset is 1 minus that of k'. Where the scale is 0 (or too small for a
-    float32 gain), codes and offset are 0 and the gain is 1: the product is 0, the gain positive.
+    A folded batch norm multiplies the scale by gamma / sqrt(var + eps). If this factor is negative,
+    the codes change their sign instead of the gain: 2k' + 1 becomes -(2k' + 1), and k' becomes
+    ~k' = -k' - 1, whose offset is 1 minus that of k'. If the scale is 0 (or too small for a float32
+    gain), codes and offset are 0 and the gain is 1, so that the product is 0 and the gain positive.
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
@@ -129,21 +131,21 @@ def integer_weight(
         scale: Scale of the weight times the factor of a folded norm, any sign, broadcastable to
             `codes`.
         level: A key of `levels.LEVELS`.
-        exact: Return exact integers at every width, with an offset where they need one. False
+        exact: Return exact integers at every width, with a nonzero offset where needed. False
             returns offset 0 everywhere: the nearest int8, 127/255 (2k' + 1), for 8-bit `endpoint`
             and `centre`; 127 for 128, the negative of the smallest 8-bit code of `left`.
         largest: Largest integer that the kernel takes, 127 or, for int4, 7. With `exact=True`, k'
             and an offset stand for odd codes beyond it.
 
     Returns:
-        The integers.
+        The integer weight.
 
     Raises:
         ValueError: As in `signed_level`, or `scale` is not finite.
 
     Example:
-        `integer_weight(codes, 2, scale=3.0)` has the int8 codes -3, -1, 1, 3 and the gain 1: the
-        2-bit endpoint levels of a scale of 3.
+        `integer_weight(codes, 2, scale=3.0)` has the int8 codes -3, -1, 1, 3 and the gain 1, which
+        are the 2-bit endpoint levels with a scale of 3.
     """
     step, half = signed_level(bits, level)
     scale = _finite(scale)
@@ -163,9 +165,9 @@ def integer_weight(
         integers = torch.where(negative, -integers, integers)
         is_exact = is_exact and int(integers.max() if integers.numel() else 0) <= 127
         integers = integers.clamp_max(127)
-    silent = gain < _TINY
-    integers = torch.where(silent, 0, integers).to(torch.int8)
-    gain, offset = torch.where(silent, 1.0, gain), torch.where(silent, 0.0, offset)
+    is_zero = gain < _TINY
+    integers = torch.where(is_zero, 0, integers).to(torch.int8)
+    gain, offset = torch.where(is_zero, 1.0, gain), torch.where(is_zero, 0.0, offset)
     return IntegerWeight(integers, gain, offset, is_exact)
 
 
@@ -188,10 +190,10 @@ class SplitWeight(NamedTuple):
 
 
 def split_weight(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint") -> SplitWeight:
-    """Turn codes and their scale into two int8 weights, exact at every width and safe anywhere.
+    """Convert codes and their scale to two int8 weights, exact at every width on every processor.
 
-    Sums of their products with uint8 activations are exact on processors that add pairs of products
-    in 16 bits, too. It takes two products where `integer_weight` takes one.
+    Sums of their products with uint8 activations are exact even on processors that add pairs of
+    products in 16 bits. The cost is two products instead of the one of `integer_weight`.
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
@@ -200,7 +202,7 @@ def split_weight(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint
         level: A key of `levels.LEVELS`.
 
     Returns:
-        The integers.
+        The two int8 parts with their gain.
 
     Raises:
         ValueError: As in `integer_weight`.
@@ -230,7 +232,7 @@ def _finite(scale: Tensor) -> Tensor:
 
 
 def largest_integer(bits: int, level: str = "endpoint") -> int:
-    """Largest magnitude among the int8 codes that `integer_weight` makes at a width.
+    """Return the largest magnitude among the int8 codes of `integer_weight` at a width.
 
     Raises:
         ValueError: As in `signed_level`.
@@ -240,15 +242,15 @@ def largest_integer(bits: int, level: str = "endpoint") -> int:
 
 
 def activation_top(bits: int, level: str = "endpoint", exact_sums: bool = True) -> int:
-    """Largest uint8 activation code whose products with the weights of a width are summed exactly.
+    """Return the largest uint8 activation code whose products with the weights have exact sums.
 
-    x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits and saturate there
-    without a sign of it.
+    x86 processors without VNNI add pairs of uint8 x int8 products in 16 bits, which saturates
+    silently.
 
     Args:
         bits: Width of the weights, 1..8.
         level: A key of `levels.LEVELS`.
-        exact_sums: Whether the processor adds products in 32 bits (VNNI, ARM).
+        exact_sums: True if the processor adds products in 32 bits (VNNI, ARM).
 
     Returns:
         255, or 127 if two products with 255 could exceed 16 bits.

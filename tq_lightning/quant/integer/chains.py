@@ -1,4 +1,4 @@
-"""Chains: an integer layer and the operations after it that its kernel takes over."""
+"""Chains: an integer layer and the following operations that its kernel includes."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ _RELU_CALLS = (torch.relu, F.relu, "relu", "relu_")
 
 
 class Chain:
-    """An integer layer and the nodes after it that its kernel takes over.
+    """An integer layer and the following nodes that its kernel includes.
 
     Attributes:
         layer: Node of the layer.
@@ -44,7 +44,7 @@ class Chain:
         self.inside.append(node)
 
     def take_act(self, act: nn.Module | None, network: TracedNetwork) -> bool:
-        """Let the kernel apply an activation, if it can."""
+        """Include an activation in the kernel. Return False if the kernel does not support it."""
         if isinstance(act, ActivationQuantizer):
             self.out = TrainedCodes(act)
             return True
@@ -59,7 +59,7 @@ class Chain:
 
 
 def find_chains(network: TracedNetwork, layers: Iterable[fx.Node]) -> list[Chain]:
-    """Extend every integer layer by what its kernel can take over.
+    """Extend every integer layer by the operations that its kernel can include.
 
     Args:
         network: The traced network.
@@ -88,7 +88,7 @@ def find_chains(network: TracedNetwork, layers: Iterable[fx.Node]) -> list[Chain
 
 
 def _take_shortcuts(network: TracedNetwork, chains: Iterable[Chain]) -> None:
-    """Give each sum to the later of the convolutions that it adds."""
+    """Assign each residual add to the later of the convolutions that it adds."""
     ends = {c.end: c for c in chains if c.act == NO_ACT and c.out is None}
     for node in network.graph.nodes:
         if not adds(node):

@@ -1,4 +1,4 @@
-"""Code flow: which tensors of a traced network are uint8 codes, and of which range."""
+"""Code flow: find the tensors of a traced network that are passed as uint8 codes."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from tq_lightning.quant.integer.trace import TracedNetwork
 
 
 def trained_source(network: TracedNetwork, node: Any) -> TrainedCodes | None:
-    """Return the codes of the activation quantizer behind a tensor, past moves of codes."""
+    """Return the codes of the activation quantizer that produced a tensor, through moves."""
     while isinstance(node, fx.Node):
         module = network.module(node)
         if isinstance(module, ActivationQuantizer):
@@ -25,9 +25,9 @@ def trained_source(network: TracedNetwork, node: Any) -> TrainedCodes | None:
 
 
 def input_codes(network: TracedNetwork, plan: IntegerPlan) -> dict[fx.Node, ActivationCodes]:
-    """Find the codes that each integer layer reads: trained, else calibrated.
+    """Find the codes that each integer layer reads: trained ones, else calibrated ones.
 
-    The plan notes the layers that have neither.
+    Layers that have neither are marked in the plan.
     """
     into: dict[fx.Node, ActivationCodes] = {}
     for node in network.graph.nodes:
@@ -43,15 +43,15 @@ def input_codes(network: TracedNetwork, plan: IntegerPlan) -> dict[fx.Node, Acti
 
 
 class CodeFlow:
-    """Tensors that are passed on as codes: those that only integer layers read.
+    """Tensors that are passed as codes: those that only integer layers read.
 
     Args:
         network: The traced network.
-        into: What `input_codes` returned.
-        chains: What `chains.find_chains` returned.
+        into: Return value of `input_codes`.
+        chains: Return value of `chains.find_chains`.
 
     Attributes:
-        chain_of: {node: the chain that it is in}.
+        chain_of: {node: its chain}.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class CodeFlow:
         self._codes: dict[fx.Node, ActivationCodes | None] = {}
 
     def codes_of(self, node: fx.Node) -> ActivationCodes | None:
-        """Return the codes that stand for a tensor wherever it is read, or None if it is float."""
+        """Return the codes that represent a tensor for all of its users, or None if it is float."""
         if node not in self._codes:
             self._codes[node] = None  # while it is being found
             self._codes[node] = self._find_codes(node)
@@ -85,7 +85,7 @@ class CodeFlow:
         return wanted[0] if all(self._can_read(u, node, wanted[0]) for u in node.users) else None
 
     def _can_read(self, user: fx.Node, node: fx.Node, codes: ActivationCodes) -> bool:
-        """Whether a user of a tensor can read codes of it."""
+        """Return True if a user of a tensor can read its codes."""
         if user in self.into:
             return True
         chain = self.chain_of.get(user)
@@ -96,7 +96,7 @@ class CodeFlow:
         )
 
     def is_moved(self, node: fx.Node) -> bool:
-        """Whether a node moves codes that stand for its first argument, to codes of its own."""
+        """Return True if a node only moves the codes of its first argument."""
         codes = self.codes_of(node)
         first = node.args[0] if node.args else None
         return (
@@ -107,7 +107,7 @@ class CodeFlow:
         )
 
     def is_free(self, node: fx.Node, chain: Chain) -> bool:
-        """Whether nothing reads a shortcut after its sum, so that it can be overwritten."""
+        """Return True if nothing reads a shortcut after its sum, so that it can be overwritten."""
         moves, order = self.network.moves, self.network.order
         if moves(node, signed=False) or node.op in ("placeholder", "get_attr"):
             return False

@@ -1,4 +1,4 @@
-"""Exact arithmetic of an integer layer: integer sums in float64, and their rounding to codes."""
+"""Exact reference of an integer layer: integer sums in float64, and their rounding to codes."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def exact_value(layer: "IntegerLayer", a: Tensor, residual: Tensor | None) -> Tensor:
-    """Value of a layer before rounding, in float64 from exact integer sums.
+    """Compute the value of a layer before rounding, in float64 from exact integer sums.
 
     Args:
         layer: An integer layer.
@@ -21,7 +21,7 @@ def exact_value(layer: "IntegerLayer", a: Tensor, residual: Tensor | None) -> Te
         residual: Its shortcut, not overwritten.
 
     Returns:
-        float64: real-valued codes of the output (before clamp and shift), or values.
+        float64: codes of the output before rounding, clamp and shift; or values without `out`.
     """
     built, inner = layer.built(a), layer.layer
     inputs, weight = layer.pad(a, built.into.zero).double(), built.integers.double()
@@ -39,12 +39,12 @@ def exact_value(layer: "IntegerLayer", a: Tensor, residual: Tensor | None) -> Te
 
 
 def exact_codes(value: Tensor, out: Codes | None) -> Tensor:
-    """Express values in real-valued codes; None leaves them."""
+    """Convert values to codes without rounding; return them unchanged if `out` is None."""
     return value if out is None else value / out.make_step + out.zero
 
 
 def finish(value: Tensor, out: Codes | None) -> Tensor:
-    """Round exact values to what the layer returns."""
+    """Round exact values to the output of the layer."""
     if out is None:
         return value.float()
     codes = value.round().clamp(0, out.make_top).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""oneDNN kernels of PyTorch that multiply uint8 activations with int8 weights, on CPU."""
+"""oneDNN kernels of PyTorch that multiply uint8 activations by int8 weights, on CPU."""
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,10 @@ _NEEDED = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_poi
 
 @cache
 def missing_kernels() -> str | None:
-    """Reason why integer layers cannot run here, None if they can.
+    """Return the reason why integer layers are not available, or None if they are.
 
-    A small product is compared with exact integers, so that a build whose kernels are registered
-    but do not run is noticed as well.
+    A small product is compared with exact integers, to detect builds whose kernels are registered
+    but do not run.
     """
     if not torch.backends.mkldnn.is_available():
         return f"PyTorch {torch.__version__} was built without oneDNN"
@@ -38,10 +38,10 @@ def missing_kernels() -> str | None:
 
 @cache
 def sums_are_exact() -> bool:
-    """Whether uint8 x int8 products are added in 32 bits here: VNNI on x86, or ARM.
+    """Return True if uint8 x int8 products are added in 32 bits: VNNI on x86, or ARM.
 
-    Other processors add pairs of products in 16 bits, which saturate. A product that would saturate
-    is computed as well, since `ONEDNN_MAX_CPU_ISA` can disable what the processor has.
+    Other processors add pairs of products in 16 bits, which saturates. A product that would
+    saturate is also computed, because `ONEDNN_MAX_CPU_ISA` can disable features of the processor.
     """
     if missing_kernels() is not None:
         return False
@@ -63,10 +63,10 @@ class Act(NamedTuple):
     """Activation that a kernel applies to its result.
 
     Attributes:
-        name: Name in the kernel.
-        args: Numbers that it takes.
-        algorithm: Variant.
-        exact: The same function, of a float tensor.
+        name: Name in oneDNN.
+        args: Its numeric arguments.
+        algorithm: Its variant.
+        exact: The same function for a float tensor.
     """
 
     name: str
@@ -77,14 +77,14 @@ class Act(NamedTuple):
 
 NO_ACT = Act("none", (), "", lambda x: x)
 RELU = Act("relu", (), "", torch.relu)
-GELU = Act("gelu", (), "none", F.gelu)  # of linear layers only
+GELU = Act("gelu", (), "none", F.gelu)  # only in linear layers
 GELU_TANH = Act("gelu", (), "tanh", lambda x: F.gelu(x, approximate="tanh"))
 HARDSWISH = Act("hardswish", (), "", F.hardswish)
 SILU = Act("swish", (), "", F.silu)
 
 
 def kernel_act(module: nn.Module | None) -> Act | None:
-    """Kernel form of an activation module, None if there is none."""
+    """Return the kernel form of an activation module, or None if kernels do not support it."""
     if isinstance(module, (nn.ReLU6, nn.Hardtanh)):  # ReLU6 is a Hardtanh
         low, high = float(module.min_val), float(module.max_val)
         return Act("hardtanh", (low, high), "", lambda x: x.clamp(low, high))
@@ -106,7 +106,7 @@ class Conv2d:
 
     Args:
         weight: int8 (out, in / groups, kh, kw).
-        gain: float32 (out,), value of an integer of each output channel.
+        gain: float32 (out,), weight per integer step of each output channel.
         bias: float32 (out,).
         shape: Shape of the first input, for the layout of the weights.
         stride: (height, width).

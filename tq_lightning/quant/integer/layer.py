@@ -1,8 +1,8 @@
 """IntegerLayer: a quantized convolution or linear layer that runs on integers.
 
-It reads uint8 activation codes. What follows the layer in the network is part of it: the batch norm
-of the width in use is folded into gain and bias, and a sum with a shortcut, a ReLU and the
-quantization of the result happen in the kernel.
+It reads uint8 activation codes and includes the operations that follow: the batch norm of the width
+in use is folded into gain and bias, and the kernel adds a shortcut, applies an activation and
+quantizes the result.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from tq_lightning.quant.integer.stored_weight import stored_weight
 
 
 class Built(NamedTuple):
-    """A layer made for one width.
+    """The kernel of a layer at one width.
 
     Attributes:
         key: Width and source.
@@ -37,12 +37,12 @@ class Built(NamedTuple):
         rest: Second kernel, without bias, whose result is added; see `IntegerLayer.in_parts`.
         into: Codes of the input.
         out: Codes of the output.
-        requantize: What the kernel makes them with.
+        requantize: Step and zero point with which the kernel makes `out`.
         residual_step: Step of the shortcut.
         integers: int8 weights; with a second kernel, their exact sum in int16.
-        gain: float64, value of an integer weight of each output channel.
-        offset: float64, what is added to the integers of each output channel.
-        bias: float64, per output channel.
+        gain: float64 (out,), weight per integer step of each output channel.
+        offset: float64 (out,), added to the integers of each output channel.
+        bias: float64 (out,).
     """
 
     key: tuple[Any, ...]
@@ -63,7 +63,7 @@ class Rest(NamedTuple):
 
     Attributes:
         kernel: Prepacked kernel.
-        factor: float32, broadcastable to the output: what multiplies the product.
+        factor: float32, multiplies the product; broadcastable to the output.
     """
 
     kernel: Conv2d | Linear
@@ -71,11 +71,11 @@ class Rest(NamedTuple):
 
 
 class IntegerLayer(nn.Module):
-    """Run a quantized layer, and what follows it, on integers. Shapes are those of the layer.
+    """Run a quantized layer and the operations that follow on integers. Shapes do not change.
 
     Args:
         name: Name of the layer in the model.
-        layer: `nn.Conv2d` or `nn.Linear` with quantized weights, not refused by `plan.refusal`.
+        layer: `nn.Conv2d` or `nn.Linear` with quantized weights that `plan.refusal` accepts.
         width: The model's shared `Width`.
         into: Codes of the input.
         norm: Batch norm after the layer, per width or not.
@@ -121,7 +121,7 @@ class IntegerLayer(nn.Module):
 
         Args:
             a: uint8 codes of `into`.
-            residual: Shortcut, uint8 codes if the output is, else float32. It is overwritten.
+            residual: Shortcut, uint8 codes if the output is uint8, else float32. Overwritten.
 
         Returns:
             uint8 codes of `out`, or float32.
@@ -161,7 +161,7 @@ class IntegerLayer(nn.Module):
         return finish(exact_codes(self.act.exact(y), built.out), built.out)
 
     def pad(self, a: Tensor, zero: int) -> Tensor:
-        """Pad the input of a convolution with its zero point; code 0 is left to the kernel."""
+        """Pad the input of a convolution with its zero point; the kernel itself pads with 0."""
         if not zero or not isinstance(self.layer, nn.Conv2d) or not any(self.layer.padding):
             return a
         padding: Any = self.layer.padding
@@ -169,7 +169,7 @@ class IntegerLayer(nn.Module):
         return F.pad(a, (horizontal, horizontal, vertical, vertical), value=zero)
 
     def built(self, a: Tensor) -> Built:
-        """Return the kernel of the width in use; make it if another width was used before."""
+        """Return the kernel of the width in use; build it if the width has changed."""
         key = (self.width.bits, self.width.source)
         if self._built is None or self._built.key != key:
             if a.device.type != "cpu":
@@ -177,7 +177,7 @@ class IntegerLayer(nn.Module):
                     f"integer mode runs on CPU, got a tensor on {a.device}; "
                     "load the model with mode='resident' for other devices"
                 )
-            self._built = None  # the memory of the other width goes first
+            self._built = None  # free the kernel of the other width first
             with torch.inference_mode(False), torch.no_grad():
                 self._built = self._build(key, a)
         return self._built
@@ -256,7 +256,7 @@ class IntegerLayer(nn.Module):
         return Conv2d(integers, gain.float(), bias.float(), a.shape, *how, step)
 
     def extra_repr(self) -> str:
-        """Describe what the kernel does besides the layer."""
+        """Describe the operations of the kernel in the printed model."""
         parts = [self.act.name] if self.act != NO_ACT else []
         parts += ["sum"] if self.residual is not None else []
         return ", ".join([self.name, *parts, "float out" if self.out is None else "codes out"])

@@ -1,8 +1,8 @@
 """integer_model(): a prepared or packed model -> a model whose quantized layers run on integers.
 
-The model is traced (torch.fx). A tensor that only integer layers read is passed on as uint8 codes,
-made in the kernel of the layer before it. A model that cannot be traced gets integer layers one by
-one, each of which takes and returns float32.
+The model is traced (torch.fx). A tensor that only integer layers read is passed as uint8 codes,
+which the kernel of the preceding layer computes. In a model that cannot be traced, each integer
+layer takes and returns float32.
 """
 
 import torch
@@ -23,7 +23,7 @@ class IntegerModel(nn.Module):
 
     Attributes:
         network: The layers, in evaluation mode.
-        layers: {name: "integer", or why the layer stays in float}, for all layers with weights.
+        layers: {name: "integer", or the reason why it stays in float}, for layers with weights.
         tq: The arguments of `prepare`.
     """
 
@@ -41,7 +41,7 @@ class IntegerModel(nn.Module):
         return self.network(images)
 
     def summary(self) -> str:
-        """One line: how many layers run on integers, and which ones do not."""
+        """Return one line with the number of integer layers and the layers in float."""
         rest = [f"{name} ({why})" for name, why in self.layers.items() if why != "integer"]
         count = len(self.layers) - len(rest)
         text = f"{count} of {len(self.layers)} layers run on integers"
@@ -56,14 +56,13 @@ def integer_layers(model: nn.Module) -> list[IntegerLayer]:
 def integer_model(
     model: nn.Module, exact_sums: bool | None = None, exact: bool | None = None
 ) -> IntegerModel:
-    """Make a model that runs its quantized layers on integers, on CPU.
+    """Create a model that runs its quantized layers on integers, on CPU.
 
     Args:
         model: A prepared or packed model with activation ranges: trained with `activations=`, or
             calibrated with `calibrate_activations`. Its modules become part of the result.
-        exact_sums: Use 8-bit activation codes at all widths of the weights. None asks the
-            processor, see `kernels.sums_are_exact`; without VNNI some widths then use
-            7-bit codes.
+        exact_sums: Use 8-bit activation codes at all widths of the weights. None decides by the
+            processor, see `kernels.sums_are_exact`; without VNNI, some widths then use 7-bit codes.
         exact: Use the exact weights at 8 bits too, which takes a second product with `endpoint` and
             `centre` levels. False uses the nearest int8. None is exact where a layer reads trained
             activation codes, so that such a model equals its own simulation.
@@ -95,7 +94,9 @@ def integer_model(
             (item for item in plan.layers.items() if item[1] != NOT_QUANTIZED),
             ("none", "there are no quantized layers"),
         )
-        raise UserError(f"no layer can run on integers; the first is {name}: {why}")
+        raise UserError(
+            f"no layer can run on integers (first layer {name}: {why}); pass mode='resident'"
+        )
     return IntegerModel(network, plan.layers, model).eval().requires_grad_(False)
 
 
@@ -125,7 +126,7 @@ def _replace_layers(plan: IntegerPlan) -> nn.Module:
                 exact=plan.exact_weights(codes),
             ),
         )
-        for holder in plan.modules.values():  # a shared layer hangs in several places
+        for holder in plan.modules.values():  # a shared layer has several parents
             for child, module in list(holder._modules.items()):
                 if module is layer and holder is not made[1]:
                     holder._modules[child] = made

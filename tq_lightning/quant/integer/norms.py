@@ -1,4 +1,4 @@
-"""Batch norms that integer layers take over: which ones, and what they fold to."""
+"""Batch norms that integer layers fold into their gain and bias."""
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from tq_lightning.quant.switchable_norm import PerWidthNorm
 
 
 def folds(norm: nn.Module | None) -> bool:
-    """Whether a norm can be folded: a batch norm with running statistics, of PyTorch or timm.
+    """Return True if a norm can be folded: a batch norm of PyTorch or timm with statistics.
 
-    timm's `BatchNormAct2d` holds the activation that follows; a kernel has to apply it too.
+    timm's `BatchNormAct2d` includes an activation, which the kernel has to apply.
     """
     if isinstance(norm, PerWidthNorm):
         return all(folds(one) for one in norm.sets.values())
@@ -36,7 +36,7 @@ def act_of(norm: nn.Module | None) -> nn.Module | None:
 
 
 def folded_norm(norm: nn.Module | None, channels: int) -> tuple[Tensor, Tensor]:
-    """Factor and shift, float64 (channels,), that a batch norm applies in evaluation mode."""
+    """Return factor and shift of a batch norm in evaluation mode, float64 (channels,)."""
     if isinstance(norm, PerWidthNorm):
         width = norm.width
         norm = norm.sets[str(width.bits)]

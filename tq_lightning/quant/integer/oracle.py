@@ -1,4 +1,4 @@
-"""The oracle of integer mode: exact sums in float64, layer by layer, on equal input codes."""
+"""Test oracle of integer mode: compare layers with exact sums in float64, on equal input codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,13 @@ NEAR_HALF = 1e-3
 
 
 class Agreement(NamedTuple):
-    """Outputs of one layer against exact integers.
+    """Outputs of one layer compared with exact integers.
 
     Attributes:
-        outputs: Compared values.
-        off_by_one: Codes that differ by 1 where the exact value lies within `NEAR_HALF` of a half.
-        wrong: All other differences; for a float output, relative errors above 1e-4.
+        outputs: Number of compared values.
+        off_by_one: Number of codes that differ by 1 where the exact value is within `NEAR_HALF` of
+            a rounding boundary.
+        wrong: Number of other differences; for a float output, of relative errors above 1e-4.
     """
 
     outputs: int
@@ -43,7 +44,7 @@ def simulated(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.inference_mode()
 def compare(model: nn.Module, images: Tensor) -> dict[str, Agreement]:
-    """Compare every integer layer with exact integers, on the input codes that it really got.
+    """Compare every integer layer with exact integers, on the input codes of the real forward pass.
 
     Args:
         model: A model in integer mode, at any width.

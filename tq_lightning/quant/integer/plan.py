@@ -1,4 +1,4 @@
-"""Layers of a model that run on integers, the codes that they read, and why others do not."""
+"""Select the layers of a model that run on integers, with reasons for the others."""
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -27,8 +27,8 @@ class IntegerPlan:
 
     Attributes:
         width: The model's shared `Width`.
-        modules: {name: module}, of the whole model.
-        layers: {name: "integer", or why the layer stays in float}, for all layers with weights.
+        modules: {name: module} of the model.
+        layers: {name: "integer", or the reason why it stays in float}, for layers with weights.
     """
 
     def __init__(self, model: nn.Module, exact_sums: bool, exact: bool | None = None) -> None:
@@ -45,7 +45,7 @@ class IntegerPlan:
                 self.layers[name] = NOT_QUANTIZED
 
     def calibrated(self, name: str) -> CalibratedCodes | None:
-        """Return the codes of the calibrated range of a layer's input, or None without a range."""
+        """Return the codes of a layer's calibrated input range, or None without a range."""
         if name not in self.ranges:
             return None
         level = stored_weight(self.modules[name]).level
@@ -57,13 +57,13 @@ class IntegerPlan:
 
 
 def refusal(layer: nn.Module) -> str | None:
-    """Reason why a quantized layer cannot run on integers; None if it can."""
+    """Return the reason why a quantized layer cannot run on integers, or None if it can."""
     kind = type(layer).__name__.removeprefix("Parametrized")
     forward = type(layer).forward
     if not (isinstance(layer, (nn.Conv2d, nn.Linear))):
         return f"{kind} has no integer kernel"
     if forward not in (nn.Conv2d.forward, nn.Linear.forward):
-        return f"{kind} computes its output in its own way"
+        return f"{kind} overrides forward"
     if isinstance(layer, nn.Conv2d) and (
         layer.padding_mode != "zeros" or isinstance(layer.padding, str)
     ):

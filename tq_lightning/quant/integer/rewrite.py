@@ -20,7 +20,7 @@ def rewrite(plan: IntegerPlan) -> fx.GraphModule:
     """Trace a model and rewrite it for integer layers.
 
     Args:
-        plan: The layers; those without an activation range are noted in it.
+        plan: The layers; those without an activation range are marked in it.
 
     Raises:
         Exception: See `TracedNetwork`.
@@ -36,7 +36,7 @@ class _NewGraph:
 
     Attributes:
         made: {name: module or tensor} of the new graph.
-        as_codes: {old node: new node of the codes that stand for it}.
+        as_codes: {old node: new node of its codes}.
         requantized: [(old node, codes, new node)], for layers that read codes of another range.
         as_float: {old node: new node of its float value}.
     """
@@ -141,7 +141,7 @@ class _NewGraph:
             self.made[str(node.target)] = value
 
     def call(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
-        """Add a module, and a call of it."""
+        """Add a module and a node that calls it."""
         base, i = name, 1
         while name in self.made:
             name, i = f"{base}_{i}", i + 1
@@ -150,11 +150,11 @@ class _NewGraph:
 
     # -- values of the old graph -------------------------------------------------------------------
     def read_codes(self, node: fx.Node, codes: ActivationCodes | None = None) -> fx.Node:
-        """Codes of a tensor, made from its float value if it has no such codes yet.
+        """Return the codes of a tensor, quantized from its float value if necessary.
 
         Args:
             node: Node of the old graph.
-            codes: Which codes; None for those that stand for the tensor.
+            codes: Codes to read; None for the codes that represent the tensor.
         """
         own = self.flow.codes_of(node)
         codes = codes or own
@@ -172,7 +172,7 @@ class _NewGraph:
         return made
 
     def read_float(self, node: Any) -> Any:
-        """Float value of a tensor, read from its codes if it has no other."""
+        """Return the float value of a tensor, dequantized from its codes if necessary."""
         if node not in self.as_float:
             codes = self.flow.codes_of(node)
             assert codes is not None
@@ -182,7 +182,7 @@ class _NewGraph:
 
 
 class CodePool(nn.Module):
-    """Max pooling of uint8 codes, by way of float: PyTorch's own refuses images of some size.
+    """Max pooling of uint8 codes in float, because PyTorch's uint8 kernel lacks some image sizes.
 
     Args:
         pool: The pooling layer.
@@ -198,10 +198,10 @@ class CodePool(nn.Module):
 
 
 class OwnedCopy(nn.Module):
-    """Pass on a tensor that a kernel may overwrite: itself if nothing else reads it, else a copy.
+    """Return a tensor that a kernel may overwrite: the input if nothing else reads it, or a copy.
 
     Args:
-        free: Nothing else reads it.
+        free: True if nothing else reads the input.
     """
 
     def __init__(self, free: bool) -> None:

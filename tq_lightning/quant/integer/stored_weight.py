@@ -1,4 +1,4 @@
-"""Stored codes of a weight, read alike from a prepared and from a packed model."""
+"""Read the stored codes of a weight from a prepared or a packed model."""
 
 from typing import Any, NamedTuple
 

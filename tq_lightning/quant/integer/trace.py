@@ -1,4 +1,4 @@
-"""A network traced for integer mode, and what its operations do with codes."""
+"""Trace a network for integer mode, and classify its operations by their effect on codes."""
 
 import operator
 
@@ -12,10 +12,10 @@ from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.layers import LAYER_NORMS
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 
-# modules that do nothing in evaluation mode
+# modules without effect in evaluation mode
 NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _ADDS = (operator.add, operator.iadd, torch.add)
-# operations that move codes and compute nothing; padding with 0 is code 0 only for unsigned codes
+# operations that move codes without computing; padding with 0 is code 0 only for unsigned codes
 _MOVES = (nn.MaxPool2d, nn.Flatten)
 _MOVE_METHODS = ("flatten", "view", "reshape", "contiguous")
 
@@ -30,11 +30,11 @@ class _Tracer(fx.Tracer):
 
 
 class TracedNetwork:
-    """Graph of a model, without what does nothing in evaluation mode.
+    """Graph of a model, without modules that have no effect in evaluation mode.
 
     Args:
         model: The model, in evaluation mode.
-        modules: {name: module}, of the whole model.
+        modules: {name: module} of the model.
 
     Attributes:
         graph: The graph. Quantized layers, norms and activation quantizers are single nodes.
@@ -54,11 +54,11 @@ class TracedNetwork:
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """Return the module that a node calls, if it calls one."""
+        """Return the module that a node calls, or None."""
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def moves(self, node: fx.Node, signed: bool) -> bool:
-        """Whether a node only moves the codes of its first argument."""
+        """Return True if a node only moves the codes of its first argument."""
         if node.op == "call_module":
             return isinstance(self.module(node), _MOVES)
         if node.op == "call_method":
@@ -84,12 +84,12 @@ def _takes_all(node: fx.Node) -> bool:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """Return the node that reads a tensor, if it is the only one."""
+    """Return the only node that reads a tensor, or None if there are several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def adds(node: fx.Node) -> bool:
-    """Whether a node is the sum of two tensors."""
+    """Return True if a node is the sum of two tensors."""
     known = node.target in _ADDS or (node.op == "call_method" and node.target in ("add", "add_"))
     tensors = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
     distinct = tensors and node.args[0] is not node.args[1]

@@ -1,7 +1,7 @@
 """The figures of a report: one function and one row of FIGURES each.
 
-A function returns its figures, and notes on what it does not draw. It returns no figure if the
-records hold nothing to compare.
+A function returns its figures, and notes on data that it does not draw. It returns no figure if
+there is nothing to compare.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from tq_lightning.report.figures.accuracy import Drawing, factor
 from tq_lightning.report.figures.style import styled
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 
-# Figures of one section stand together.
+# Figures of one section are adjacent.
 FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "qt_gap": accuracy.qt_gap,
     "mechanism": model_cost.mechanism,

@@ -20,14 +20,14 @@ from tq_lightning.report.labels import (
 from tq_lightning.report.stats import Estimate, acc1, acc1_float, compare, number, split_of
 
 Drawing = tuple[list[Figure], list[str]]
-MAX_GROUPS = 12  # figures of one kind; the tables hold everything
+MAX_GROUPS = 12  # figures of one kind; the tables have all groups
 PANELS = 3
 
 
 def capped(
     groups: list[ComparisonGroup], what: str, most: int = MAX_GROUPS
 ) -> tuple[list[ComparisonGroup], list[str]]:
-    """Return at most `most` groups, those with most runs, and a note on the rest."""
+    """Return the `most` groups with the most runs, and a note on the others."""
     if len(groups) <= most:
         return groups, []
     chosen = sorted(groups, key=lambda group: -len(group.runs))[:most]
@@ -36,12 +36,12 @@ def capped(
 
 
 def curve(arm: Arm, source: str, split: str) -> dict[int, Estimate]:
-    """{width: top-1} of an arm."""
+    """Return {width: top-1} of an arm."""
     return {w: e for w in arm.runs[0].widths if (e := acc1(arm, source, w, split)) is not None}
 
 
 def qt_gap(comparisons: Comparisons) -> Drawing:
-    """Accuracy by width for the paper's rows, one figure per group of two or more rows."""
+    """Draw accuracy by width for the paper's rows, one figure per group of two or more rows."""
     groups = [group for group in comparisons.by_quantizer if len(group.rows) > 1]
     drawn, notes = capped(groups, "QT gap")
     return [_qt_gap(group, comparisons.models) for group in drawn], notes
@@ -90,9 +90,9 @@ def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
 
 
 def factor(comparisons: Comparisons, key: str, section: str) -> Drawing:
-    """Truncated accuracy for each value of one key, and its difference to a reference.
+    """Draw the truncated accuracy for each value of one key, and its difference to a reference.
 
-    A figure holds up to three groups with one reference, a column each.
+    A figure has up to three groups with the same reference, one column each.
     """
     groups, notes = capped(comparisons.by_factor.get(key, []), section)
     by_reference: dict[str, list[ComparisonGroup]] = {}
@@ -171,7 +171,7 @@ def _ranges(found: dict[tuple[ComparisonGroup, str], dict[int, Estimate]], base:
 
 
 def curves(comparisons: Comparisons) -> Drawing:
-    """Truncated validation accuracy by epoch: a line per trained width, a panel per arm."""
+    """Draw truncated validation accuracy by epoch: a line per trained width, a panel per arm."""
     groups, notes = capped(comparisons.by_quantizer, "Training curves")
     made, few = [], []
     for group in groups:

@@ -68,7 +68,7 @@ def _grid(body: Any, rows: int, columns: int, used: int) -> list[Axes]:
 
 
 def storage(comparisons: Comparisons) -> Drawing:
-    """Bytes to serve every width 1..8: a panel per model, a bar per scheme, cut into its parts."""
+    """Draw the bytes to serve every width 1..8: a panel per model, a stacked bar per scheme."""
     records = smallest_first(comparisons.inspects, "ways")
     if not records:
         return [], []
@@ -82,7 +82,7 @@ def storage(comparisons: Comparisons) -> Drawing:
     grid = _grid(body, rows, columns, len(records))
     words: list[str] = []
     for axes, (name, record) in zip(grid, records.items(), strict=True):
-        words += [f"{name}, {said}" for said in _bars(axes, record)]
+        words += [f"{name}, {note}" for note in _bars(axes, record)]
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
         "Smaller or larger than the float parameters, 4 bytes each. The accounting of the paper "
@@ -93,7 +93,7 @@ def storage(comparisons: Comparisons) -> Drawing:
 
 
 def _bars(axes: Axes, record: InspectRecord) -> list[str]:
-    """Draw the bars of one model and return what each says."""
+    """Draw the bars of one model and return a text for each."""
     labels = {key: label for key, label in STORAGE_LABELS.items() if key in record.ways}
     words = []
     for y, (key, label) in enumerate(labels.items()):
@@ -117,7 +117,7 @@ def _bars(axes: Axes, record: InspectRecord) -> list[str]:
 
 
 def energy(comparisons: Comparisons) -> Drawing:
-    """Energy model, a row per model: each kind spans the widths 1 to 8 on a log axis."""
+    """Draw the energy model, a row per model: each kind spans the widths 1 to 8 on a log axis."""
     models = energies(comparisons.inspects)
     if not models:
         return [], []

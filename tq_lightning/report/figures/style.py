@@ -1,9 +1,9 @@
-"""The look of every figure, and the writing of its files.
+"""The style of all figures, and the writing of their files.
 
-A color means the same on every figure: green for a quantizer whose codes nest (floor), orange for
-one whose codes do not (round), pale if quantized; a ramp from light to dark for widths; red for
-caveats. Markers stand for models and are hollow at widths that were not trained. Values of other
-factors have the colors of SERIES, with line styles of their own for print in gray.
+Colors have the same meaning in every figure: green for a quantizer whose codes nest (floor), orange
+for one whose codes do not (round), pale if quantized; a ramp from light to dark for widths; red for
+caveats. Markers represent models and are hollow at widths that were not trained. Values of other
+factors have the colors of SERIES, with different line styles for print in gray.
 """
 
 import textwrap
@@ -59,7 +59,7 @@ class Figure:
 def new(
     size: tuple[float, float], title: str, subtitle: str = "", flags: Iterable[str] = (), foot=""
 ) -> tuple[Canvas, SubFigure]:
-    """Create a figure whose body of `size` inches lies between titles and caveats."""
+    """Create a figure with a body of `size` inches between titles and caveats."""
     width, height = size
     heads = textwrap.wrap(title.replace(" %", "\u00a0%"), int(width * 12))
     subs = textwrap.wrap(subtitle, int(width * 15))
@@ -100,12 +100,12 @@ def width_color(bits: int) -> Any:
 
 
 def spread(index: int, count: int, total: float = 0.36) -> float:
-    """Return a shift in bits for one of `count` series, so that markers do not hide each other."""
+    """Return a shift in bits for one of `count` series, so that markers do not overlap."""
     return total * (index / (count - 1) - 0.5) if count > 1 else 0.0
 
 
 def width_axis(axes: Axes, widths: list[int], with_float: bool = False) -> None:
-    """Label the x axis with widths in even steps, and `float` apart on the right."""
+    """Label the x axis with widths in even steps, and `float` on the right."""
     ticks: dict[float, str] = {w: str(w) for w in widths}
     if with_float:
         ticks[FLOAT_AT] = "float"
@@ -115,7 +115,7 @@ def width_axis(axes: Axes, widths: list[int], with_float: bool = False) -> None:
 
 
 def bars(axes: Axes, at: dict[float, Estimate], color: Any, percent: bool, along="y") -> None:
-    """Draw intervals, cut at 0 and 100 % if the values are accuracies, and one dot per seed."""
+    """Draw intervals, clipped to 0 and 100 % for accuracies, and one dot per seed."""
     low, high = (0.0, 100.0) if percent else (-np.inf, np.inf)
     look: dict[str, Any] = {"color": color, "zorder": 2}
     for place, e in at.items():
@@ -153,7 +153,7 @@ def clip(axes: Axes, axis: str = "y") -> None:
 
 
 def write(figure: Figure, folder: Path) -> None:
-    """Write `NAME.png` (200 dpi) and `NAME.svg` without a date: equal figures are equal files."""
+    """Write `NAME.png` (200 dpi) and `NAME.svg`, without a date, for reproducible files."""
     with styled():
         figure.canvas.set_dpi(200)
         FigureCanvasAgg(figure.canvas).print_png(folder / f"{figure.name}.png")
@@ -164,7 +164,7 @@ def write(figure: Figure, folder: Path) -> None:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw with our settings alone: a matplotlibrc of the caller changes nothing."""
+    """Draw with fixed settings, regardless of the user's matplotlibrc."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that the font lacks
         matplotlib.rcdefaults()

@@ -26,7 +26,7 @@ def _estimate(value: Any) -> Cell:
 
 
 def headline(comparisons: Comparisons) -> Table:
-    """The paper's rows at the trained widths: the first table of the page."""
+    """Return the paper's rows at the trained widths, the first table of the page."""
     rows: list[Row] = []
     groups = comparisons.by_quantizer
     trained = sorted({w for g in groups for _, arm in g.arms for w in arm.trained}, reverse=True)
@@ -43,7 +43,7 @@ def headline(comparisons: Comparisons) -> Table:
 
 
 def qt_gap(comparisons: Comparisons) -> Table:
-    """The paper's rows for every group and the QT gap of each arm, at all widths."""
+    """Return the paper's rows for every group and the QT gap of each arm, at all widths."""
     groups = comparisons.by_quantizer
     widths = _widths(arm for group in groups for _, arm in group.arms)
     rows: list[Row] = []
@@ -62,16 +62,16 @@ def qt_gap(comparisons: Comparisons) -> Table:
             gaps = {w: d.estimate for w in widths if (d := gap(arm, w, split)) is not None}
             row = (f"QT gap of {value}", "points", len(arm.runs), gaps.get, None, split, flags)
             named.append(row)
-        for name, unit, count, cell, in_float, of, told in named:
+        for name, unit, count, cell, in_float, of, notes in named:
             head = {"setting": group.label, "row": name, "unit": unit, "seeds": count}
-            tail = {"float": _estimate(in_float), "split": of, "flags": told}
+            tail = {"float": _estimate(in_float), "split": of, "flags": notes}
             rows.append({**head, **by_width(widths, cell, ""), **tail})
     what = "Top-1 and QT gap by width, mean ± half of the 95 % t interval over seeds."
     return Table("qt_gap", "QT gap", f"{what} {labels.METHOD}", rows, ("setting", "row"))
 
 
 def arms(comparisons: Comparisons) -> Table:
-    """Every arm with its truncated accuracy by width."""
+    """Return every arm with its truncated accuracy by width."""
     widths = _widths(comparisons.arms)
     rows: list[Row] = []
     for arm, extra in zip(comparisons.arms, shown_extras(comparisons.arms), strict=True):
@@ -91,7 +91,7 @@ def _facts(arm: Arm, last: int | None = None) -> Row:
 
 
 def runs(comparisons: Comparisons) -> Table:
-    """One row per run; its first cell opens the exact configuration."""
+    """Return one row per run; its first cell opens the configuration."""
     widths = _widths(comparisons.arms)
     rows: list[Row] = []
     for index, arm in enumerate(comparisons.arms):
@@ -115,7 +115,7 @@ def runs(comparisons: Comparisons) -> Table:
 
 
 def differences(comparisons: Comparisons) -> Table:
-    """Every difference between two arms of a group, with its interval and conclusion."""
+    """Return every difference between two arms of a group, with interval and conclusion."""
     rows: list[Row] = []
     for group in comparisons.by_quantizer:
         for b in (row for row in group.rows if not row[1].nested):

@@ -15,7 +15,7 @@ def _scaled(value: float | None, factor: float, form: str) -> Cell:
 
 
 def storage(comparisons: Comparisons) -> Table:
-    """Bytes by model and storage scheme, and the ratio of the float parameters to them."""
+    """Return bytes by model and storage scheme, and the ratio to the float parameters."""
     records = smallest_first(comparisons.inspects, "ways")
     parts = {"total": "total", **labels.PARTS}
     rows: list[Row] = []
@@ -32,7 +32,7 @@ def storage(comparisons: Comparisons) -> Table:
 
 
 def read_at(comparisons: Comparisons) -> Table:
-    """Bytes read to run at each width."""
+    """Return the bytes read to run at each width."""
     records = smallest_first(comparisons.inspects, "read_at")
     widths = sorted({w for record in records.values() for w in record.read_at})
     rows: list[Row] = []
@@ -44,7 +44,7 @@ def read_at(comparisons: Comparisons) -> Table:
 
 
 def energy(comparisons: Comparisons) -> Table:
-    """The energy model by model and width."""
+    """Return the energy model by model and width."""
     models = energies(comparisons.inspects)
     every = [(name, w, pj) for name, m in models.items() for w, pj in sorted(m.by_width.items())]
     kinds = dict.fromkeys(kind for _, _, pj in every for kind in pj if kind.endswith("_pj"))
@@ -57,7 +57,7 @@ def energy(comparisons: Comparisons) -> Table:
 
 
 def inference(comparisons: Comparisons) -> Table:
-    """Modeled energy of an inference by model, accelerator and width."""
+    """Return the modeled energy of an inference by model, accelerator and width."""
     rows: list[Row] = []
     notes: dict[str, None] = {}
     for name, record in smallest_first(comparisons.inspects, "inference").items():
@@ -77,7 +77,7 @@ def inference(comparisons: Comparisons) -> Table:
 
 
 def constants(comparisons: Comparisons) -> Table:
-    """The constants of the energy model, as the inspect records carry them."""
+    """Return the constants of the energy model in the inspect records."""
     rows: dict[tuple[str, Any], Row] = {}
     for model in (record.energy for record in comparisons.inspects if record.energy):
         for name, pj in model.constants_pj.items():

@@ -1,4 +1,4 @@
-"""Tables as data, and their Markdown and LaTeX forms; the page renders the same rows."""
+"""Tables as data, and their Markdown and LaTeX forms. The page renders the same rows."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Link(NamedTuple):
 
 @dataclass
 class Table:
-    """A table: rows of {column: cell} with equal columns; facets are columns worth a filter."""
+    """A table: rows of {column: cell} with equal columns; facets are columns with a filter."""
 
     name: str
     title: str
@@ -48,7 +48,7 @@ def text(cell: Cell) -> str:
 
 
 def sort_key(cell: Cell) -> Any:
-    """Return what a cell sorts by: a number if it has one."""
+    """Return the sort key of a cell: a number if it has one."""
     return cell[1] if isinstance(cell, tuple) else cell
 
 
