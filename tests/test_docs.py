@@ -135,7 +135,7 @@ def parse(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_blocks_say_what_they_are(page):
+def test_blocks_declare_a_language_or_mark(page):
     """Fences close, have a language, and a mark has a known reason; commands stand in fences."""
     text = page.read_text()
     assert text.count("```") % 2 == 0

@@ -58,7 +58,7 @@ def test_names():
         ("own:fails", "the call with no arguments raised KeyError"),
     ],
 )
-def test_what_is_wrong_with_a_factory(folder, name, message):
+def test_invalid_factories(folder, name, message):
     with pytest.raises(UserError, match=message) as caught:
         create_model(name)
     assert "\n" not in str(caught.value)
@@ -130,7 +130,7 @@ def test_a_checkpoint_imports_nothing(folder, capsys):
 
 
 @pytest.mark.slow
-def test_data_sets_have_order_resume_and_a_held_out_part(folder):
+def test_data_set_factories_have_order_resume_and_validation_split(folder):
     def batches(loader):
         return [batch["points"] for batch in loader]
 
@@ -152,7 +152,7 @@ def test_data_sets_have_order_resume_and_a_held_out_part(folder):
     assert len(list(data[0].calibration_batches(2))) == 2
 
 
-def test_what_a_data_factory_returns(folder):
+def test_return_value_of_a_data_factory(folder):
     (folder / "own.py").write_text(
         "import lightning\n"
         "def module(): return lightning.LightningDataModule()\n"

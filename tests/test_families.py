@@ -238,7 +238,7 @@ def _share(
     return done / (done + sum(p.numel() for p in left)), [tuple(p.shape) for p in left]
 
 
-def test_a_weight_left_in_float_is_seen():
+def test_extra_float_weight_lowers_the_share():
     """Counter-example: the share must fall where more than first and last stay in float."""
     model = create_model("test_vit").eval()
     prepare(model, skip=("first", "last", "blocks.0.*"), verbose=False)

@@ -98,7 +98,7 @@ def test_a_missing_folder_is_one_line(tmp_path):
         temporary.write_text("a")
 
 
-def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+def test_only_leftover_files_of_a_killed_writer_are_removed(tmp_path):
     code = (
         "import sys, time; from tq_lightning.files import atomic_write\n"
         "with atomic_write(sys.argv[1]) as t: t.write_text('half'); time.sleep(60)"

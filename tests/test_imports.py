@@ -35,7 +35,7 @@ def faults(path: str, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_import_that_the_contracts_cannot_see(path):
+def test_imports_are_visible_to_the_contracts(path):
     assert faults(path.relative_to(ROOT).as_posix(), path.read_text()) == []
 
 
@@ -52,7 +52,7 @@ def test_counter_example(source):
     assert faults("quant/codes.py", source)
 
 
-def test_every_room_has_a_contract():
+def test_every_package_has_a_contract():
     rooms = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} - {
         "__init__",
         "__main__",
@@ -62,7 +62,7 @@ def test_every_room_has_a_contract():
     assert {room for room in rooms if f'source_modules = ["tq_lightning.{room}"]' in text} == rooms
 
 
-def test_no_room_for_leftovers():
+def test_no_catch_all_modules():
     assert not [p for p in FILES if {"utils", "common", "helpers"} & {*p.parts, p.stem}]
 
 
@@ -75,7 +75,7 @@ def test_no_room_for_leftovers():
         ("import tq_lightning.report.html", {"torch", "lightning", "timm", "torchmetrics"}),
     ],
 )
-def test_heavy_packages_wait_until_they_are_needed(statement, heavy):
+def test_heavy_packages_are_imported_lazily(statement, heavy):
     code = f"import sys; {statement}; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

@@ -54,7 +54,7 @@ def test_python_versions_agree():
     assert "Python 3.11 to 3.13" in (ROOT / "README.md").read_text()
 
 
-def test_the_version_has_one_home():
+def test_version_is_defined_once():
     quoted = f'"{tq_lightning.__version__}"'
     hits = [p for p in ROOT.glob("tq_lightning/**/*.py") if quoted in p.read_text()]
     assert [p.name for p in hits] == ["provenance.py"]

@@ -68,7 +68,7 @@ def test_a_wrong_value_is_named(change, reason):
     assert str(caught.value) == reason
 
 
-def test_an_inspect_record_needs_the_scheme_that_others_are_compared_with():
+def test_inspect_record_needs_the_reference_scheme():
     tree = inspect()
     del tree["ways"]["float_master"]
     with pytest.raises(RecordError, match=r"ways\.float_master is missing"):
@@ -144,7 +144,7 @@ NOT_RECORDS = {
 }
 # These rooms may not import `records` (import-linter), and the header of a packed file shares some
 # words with a record.
-ROOMS_WITHOUT_RECORDS = ("quant/", "models/", "data/", "export/", "cli/classify.py")
+PACKAGES_WITHOUT_RECORDS = ("quant/", "models/", "data/", "export/", "cli/classify.py")
 HEADER_KEYS = {
     "name",
     "kind",
@@ -199,8 +199,8 @@ FILES = [p for p in sorted((ROOT / "tq_lightning").rglob("*.py")) if p.parent.na
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "tq_lightning")))
-def test_no_key_of_a_record_outside_records(path):
-    room = path.relative_to(ROOT / "tq_lightning").as_posix().startswith(ROOMS_WITHOUT_RECORDS)
+def test_record_keys_are_used_only_in_records(path):
+    room = path.relative_to(ROOT / "tq_lightning").as_posix().startswith(PACKAGES_WITHOUT_RECORDS)
     assert list(record_keys(path.read_text(), KEYS - HEADER_KEYS if room else KEYS)) == []
 
 

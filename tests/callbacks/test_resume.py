@@ -8,7 +8,7 @@ from torch import tensor
 from tq_lightning.callbacks.resume import MovedRun
 
 
-def test_the_best_checkpoint_of_a_moved_run_is_its_own(tmp_path):
+def test_best_checkpoint_path_follows_a_moved_run(tmp_path):
     before, now = tmp_path / "a", tmp_path / "ab"  # one name begins with the other
     old, new = (ModelCheckpoint(folder, monitor="acc", mode="max") for folder in (before, now))
     old.best_model_path = old.kth_best_model_path = f"{before}/best-3.ckpt"
@@ -27,7 +27,7 @@ def test_the_best_checkpoint_of_a_moved_run_is_its_own(tmp_path):
     assert old.state_dict()["dirpath"] == str(before)
 
 
-def test_a_checkpoint_of_other_callbacks_is_left_as_it_is(tmp_path):
+def test_checkpoint_of_other_callbacks_is_unchanged(tmp_path):
     checkpoint = {"callbacks": {"Other": {"dirpath": "x"}}}
     MovedRun().on_load_checkpoint(
         SimpleNamespace(checkpoint_callbacks=[ModelCheckpoint(tmp_path)]), None, checkpoint

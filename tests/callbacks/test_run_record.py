@@ -89,7 +89,7 @@ def test_a_finished_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_keeps_the_model_it_was_asked_for_and_takes_the_new_epochs(tmp_path):
+def test_resumed_run_keeps_model_arguments_and_takes_new_max_epochs(tmp_path):
     root = ("--trainer.default_root_dir", str(tmp_path))
     run_fit([*RUN, *root])
     before = record_of(tmp_path)
@@ -137,7 +137,7 @@ def test_the_losses_of_an_epoch_are_on_disk_before_its_checkpoint(tmp_path, monk
     assert [epoch for epoch, *_ in losses(tmp_path / "whole")] == ["0", "1"]
 
 
-def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
+def test_failed_run_records_the_reason(tmp_path, monkeypatch):
     from tq_lightning.training import losses
 
     monkeypatch.setitem(
@@ -269,7 +269,7 @@ def test_a_resumed_run_keeps_identity_time_and_earlier_results(tmp_path):
 
 
 @pytest.mark.parametrize("step", [20, None])
-def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path, step):
+def test_resumed_run_drops_results_after_its_checkpoint(tmp_path, step):
     """Killed in epoch 2, resumed from the end of epoch 0; also with a record without steps."""
     first = running(tmp_path)
     validate(first, at(0, 10, 50.0), at(1, 20, 90.0))
@@ -296,7 +296,7 @@ def test_resuming_from_the_best_checkpoint_keeps_its_validation(tmp_path):
     assert got["curves"]["val/acc1_truncate_mean"] == [[0, 50.0], [1, 90.0]]
 
 
-def test_a_resumed_run_names_both_calibrations(tmp_path, monkeypatch):
+def test_resumed_run_records_both_calibrations(tmp_path, monkeypatch):
     from tq_lightning.callbacks import run_record
 
     monkeypatch.setattr(run_record, "untrained_widths", lambda model: [7])
@@ -331,7 +331,7 @@ def test_other_processes_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fit_that_trains_nothing_changes_nothing(tmp_path):
+def test_fit_without_steps_leaves_the_record_unchanged(tmp_path):
     validate(running(tmp_path), at(0, 10, 50.0))
     before = (tmp_path / "record.json").read_bytes()
     record = RunRecord(tmp_path, {})
@@ -343,7 +343,7 @@ def test_a_fit_that_trains_nothing_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", '{"schema": 1}'])
-def test_a_damaged_record_is_one_line_before_anything_is_written(tmp_path, text):
+def test_damaged_record_is_one_line_before_any_write(tmp_path, text):
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(UserError) as caught:
         RunRecord(tmp_path, {}).setup(Ends(), Report(), "fit")
@@ -377,7 +377,7 @@ def test_block(path, trainer, checkpoint="best", **data):
 test_block.__test__ = False
 
 
-def test_a_whole_test_of_the_runs_own_data_is_the_runs(tmp_path):
+def test_full_test_on_the_runs_data_sets_the_runs_result(tmp_path):
     validate(running(tmp_path, **OWN), at(0, 10, 50.0))
     before = read(tmp_path)
     got = test_block(tmp_path, Tested(), batch_size=7)  # how images are read changes no result
@@ -404,7 +404,7 @@ def test_a_whole_test_of_the_runs_own_data_is_the_runs(tmp_path):
         (Tested(), {"image_size": 64}, "image_size"),
     ],
 )
-def test_another_test_is_added_beside(tmp_path, capsys, trainer, data, why):
+def test_other_test_is_recorded_separately(tmp_path, capsys, trainer, data, why):
     validate(running(tmp_path, **OWN), at(0, 10, 50.0))
     before = test_block(tmp_path, Tested())
     assert capsys.readouterr().out == ""
@@ -430,7 +430,7 @@ def log(root, resume_step=None, rows=()):
     return root / "run" / "metrics.csv"
 
 
-def test_going_on_drops_what_comes_again_and_takes_new_keys(tmp_path):
+def test_resume_drops_repeated_rows_and_accepts_new_keys(tmp_path):
     path = log(
         tmp_path,
         rows=[
@@ -451,7 +451,7 @@ def test_going_on_drops_what_comes_again_and_takes_new_keys(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["2", "2,3.0", "2,3.0,", "2,3.0,29,7,8", "\x00"])
-def test_half_a_row_of_a_killed_run(tmp_path, torn):
+def test_partial_row_of_a_killed_run(tmp_path, torn):
     path = log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9), ({"epoch": 1, "a": 2.0}, 19)])
     assert path.read_text().splitlines()[0] == "a,epoch,step"
     with path.open("a") as file:

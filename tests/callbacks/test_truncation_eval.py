@@ -183,7 +183,7 @@ class Watch(L.Callback):
 
 
 @mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
-def test_validation_leaves_everything_as_it_was(tmp_path):
+def test_validation_changes_no_state(tmp_path):
     watch = Watch()
     trainer, _, _ = fit(tmp_path, callbacks=[watch], max_epochs=2, limit_val_batches=2)
     assert watch.compared == 2
@@ -236,7 +236,7 @@ def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
     assert trainer.callback_metrics["val/qt_gap_w2"].item() == pytest.approx(gap, abs=1e-3)
 
 
-def test_sanity_check_scores_and_estimates_nothing(tmp_path):
+def test_sanity_check_neither_scores_nor_calibrates(tmp_path):
     class NoneYet(L.Callback):
         seen = None
 
@@ -295,7 +295,7 @@ class Validations(L.Callback):
         ),  # as asked for
     ],
 )
-def test_the_end_of_a_run_is_always_scored_and_once(tmp_path, flags, at):
+def test_end_of_a_run_is_scored_exactly_once(tmp_path, flags, at):
     seen = Validations()
     trainer, _, _ = fit(
         tmp_path,
@@ -334,7 +334,7 @@ class EpochMonitor(StopAt, EarlyStopping):
         (EpochMonitor(4), [4], ["1", "1"]),
     ],
 )
-def test_a_run_that_is_stopped_is_scored_at_its_end_and_once(tmp_path, stop, at, epochs):
+def test_stopped_run_is_scored_once_at_its_end(tmp_path, stop, at, epochs):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from tq_lightning.callbacks.csv_logger import RunLogger
@@ -386,7 +386,7 @@ def test_fewer_classes_than_five_have_no_top5(tmp_path, classes):
     assert trainer.callback_metrics.get("val/acc5_truncate_w8", 100.0) == 100.0
 
 
-def test_estimates_belong_to_the_weights_they_were_made_with(tmp_path):
+def test_estimated_norms_match_the_weights(tmp_path):
     """Saved in the middle of the next epoch, they are marked as missing; a test estimates them."""
 
     class Save(L.Callback):
@@ -409,7 +409,7 @@ def test_estimates_belong_to_the_weights_they_were_made_with(tmp_path):
         pass
 
 
-def test_a_test_reads_the_sets_of_its_checkpoint(tmp_path):
+def test_test_uses_the_norm_sets_of_its_checkpoint(tmp_path):
     trainer, module, data = fit(tmp_path, limit_val_batches=1)
     with torch.no_grad():  # a mark that an estimate would wipe out
         for norm in per_width_norms(module):
@@ -423,7 +423,7 @@ def test_a_test_reads_the_sets_of_its_checkpoint(tmp_path):
     assert fresh.loaded_epoch == trainer.current_epoch
 
 
-def test_without_norms_there_is_nothing_to_estimate(tmp_path, monkeypatch):
+def test_model_without_norms_needs_no_calibration(tmp_path, monkeypatch):
     monkeypatch.setattr(
         TQDataModule, "calibration_batches", lambda *_: pytest.fail("asked for batches")
     )
@@ -439,7 +439,7 @@ def test_bad_number_of_batches():
         TruncationEval(0)
 
 
-def test_weights_are_normalised_once_an_evaluation_however_it_ends(tmp_path, monkeypatch):
+def test_weights_are_normalized_once_per_evaluation_even_if_it_fails(tmp_path, monkeypatch):
     calls = []
     plain = flat_weights.FlatWeights.normalize
     monkeypatch.setattr(

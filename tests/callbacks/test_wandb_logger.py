@@ -16,7 +16,7 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
-def test_two_fits_of_one_process_are_two_runs(tmp_path):
+def test_two_fits_in_one_process_are_two_runs(tmp_path):
     ids = []
     for name in ("a", "b"):
         logger = make_wandb_logger(tmp_path / name, {"lr": 0.1})
@@ -27,7 +27,7 @@ def test_two_fits_of_one_process_are_two_runs(tmp_path):
     assert all(len(list((tmp_path / name).rglob("run-*.wandb"))) == 1 for name in ("a", "b"))
 
 
-def test_other_ranks_make_no_run_however_they_were_launched(tmp_path, monkeypatch):
+def test_only_rank_zero_creates_a_run_under_every_launcher(tmp_path, monkeypatch):
     monkeypatch.setattr(
         rank_zero_only, "rank", 1
     )  # as under Slurm, which sets neither RANK nor LOCAL_RANK
@@ -59,7 +59,7 @@ def test_a_resumed_fit_continues_its_run_and_logs_no_step_twice(tmp_path, monkey
     assert all("epoch" in row for row in logged)
 
 
-def test_a_refusal_of_wandb_is_one_line(tmp_path, monkeypatch):
+def test_error_of_wandb_is_one_line(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise wandb.errors.UsageError("api_key not configured (no-tty).\nCall wandb.login().")
 

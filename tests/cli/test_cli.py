@@ -44,7 +44,7 @@ def test_a_notebooks_matplotlib_backend_does_not_matter() -> None:
 
 
 @pytest.mark.slow
-def test_a_closed_stdout_ends_quietly() -> None:
+def test_closed_stdout_exits_without_traceback() -> None:
     command = f"{sys.executable} -m tq_lightning inspect --model.name resnet8_cifar"
     script = f"set -o pipefail; {command} | head -n 1; exit $?"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=280)
@@ -58,7 +58,7 @@ def test_a_closed_stdout_ends_quietly() -> None:
     assert closed.stderr == ""
 
 
-def test_the_program_has_the_name_it_was_started_by(
+def test_program_name_is_that_of_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["--help"]) == 0
@@ -97,7 +97,7 @@ def test_help_names_every_verb_and_loads_no_torch() -> None:
         ("--data.samples=None", "data", "samples", None),
     ],
 )
-def test_what_sweep_engines_send_arrives_typed(
+def test_arguments_of_sweep_engines_are_typed(
     capsys: pytest.CaptureFixture[str], argument: str, section: str | None, key: str, value: object
 ) -> None:
     config = config_of(capsys, argument)
@@ -160,7 +160,7 @@ def test_bad_input_is_one_line(
     assert said in error_of(capsys, *arguments)
 
 
-def test_an_error_that_names_a_type_unknown_here_keeps_its_own_words() -> None:
+def test_error_with_an_unknown_type_name_is_unchanged() -> None:
     from tq_lightning.training.cli_messages import one_line
 
     text = (
@@ -186,14 +186,14 @@ def test_an_error_that_names_a_type_unknown_here_keeps_its_own_words() -> None:
         ),
     ],
 )
-def test_bad_input_that_shows_late_leaves_no_run(
+def test_bad_input_found_late_leaves_no_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, argument: str, said: str
 ) -> None:
     assert said in error_of(capsys, *DIGITS, argument, "--trainer.default_root_dir", str(tmp_path))
     assert list(tmp_path.glob("*")) == []
 
 
-def test_what_has_trained_is_kept_whatever_comes_up_late(
+def test_late_error_keeps_the_trained_checkpoint(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(*_: object) -> None:
@@ -221,7 +221,7 @@ def test_broken_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert f"{tmp_path / 'broken.yaml'}, line 2: not valid YAML" in said
 
 
-def test_last_is_an_error_where_there_is_no_run(
+def test_ckpt_path_last_without_a_run_is_an_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = error_of(
@@ -243,16 +243,14 @@ def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     )
 
 
-def test_a_root_that_is_no_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_root_dir_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said = error_of(capsys, *DIGITS, "--trainer.default_root_dir", str(tmp_path / "file" / "runs"))
     assert f"cannot write below {tmp_path / 'file' / 'runs'}" in said
     assert f"{tmp_path / 'file'} is not a folder" in said
 
 
-def test_two_runs_then_test_then_going_on(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_two_runs_then_test_then_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     import json
 
     short = ["--trainer.default_root_dir", str(tmp_path), "--trainer.limit_train_batches", "2"]

@@ -87,7 +87,7 @@ def test_export_errors_are_one_line(argv, said, packed, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("kind", ["onnx", "qonnx"])
-def test_a_graph_without_bits_has_the_widest_width(kind, packed, tmp_path, monkeypatch, capsys):
+def test_export_without_bits_uses_the_widest_width(kind, packed, tmp_path, monkeypatch, capsys):
     from tq_lightning.export.onnx import qonnx, static
     from tq_lightning.export.packed.edit import repack
 
@@ -155,7 +155,7 @@ def test_no_verb_replaces_a_file_that_it_reads(packed, folder, tmp_path, capsys)
     assert Image.open(image).size == (40, 50) and not (tmp_path / "new").exists()
 
 
-def test_bad_images_are_named_and_passed_over(packed, folder, capsys):
+def test_bad_images_are_named_and_skipped(packed, folder, capsys):
     (folder / "bad.jpg").write_bytes(b"no picture")
     assert classify.main([str(packed), str(folder), "--bits", "1", "--top", "1"]) == 1
     said = capsys.readouterr()
@@ -194,7 +194,7 @@ def test_names_that_are_not_utf8_keep_their_bytes(packed, folder, tmp_path, out)
     assert b"caf\xe9.png,1," in text
 
 
-def test_leftovers_are_not_classified_and_are_counted(packed, folder, capsys):
+def test_files_that_are_not_images_are_skipped_and_counted(packed, folder, capsys):
     (folder / ".ipynb_checkpoints").mkdir()
     for name in (".ipynb_checkpoints/x.png", "deep/._0.png"):
         (folder / name).write_bytes(b"x")
@@ -224,7 +224,7 @@ def test_classify_errors(packed, folder, tmp_path):
             classify.main([str(packed), str(folder), "--out", str(where)])
 
 
-def test_a_single_image_that_is_none_is_one_line(packed, tmp_path, capsys):
+def test_single_unreadable_image_is_one_line(packed, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"x")
     assert main(["classify", str(packed), str(tmp_path / "bad.png"), "--bits", "1"]) == 2
     said = capsys.readouterr().err.strip().splitlines()

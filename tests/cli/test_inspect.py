@@ -26,7 +26,7 @@ def test_resnet50_prints_both_ratios_and_their_accounting(capsys):
     assert "\x1b" not in out and "━" not in out  # plain where the output is no terminal
 
 
-def test_nothing_is_folded_in_a_narrow_terminal(capsys, monkeypatch):
+def test_tables_drop_columns_in_a_narrow_terminal(capsys, monkeypatch):
     """Columns are left out and named; text wraps; the next wider terminal shows more."""
     shown = {}
     for width in (80, 120):
@@ -59,7 +59,7 @@ def test_record_adds_up(tmp_path, capsys):
     assert "r8.json" in record["command"]
 
 
-def test_policy_changes_the_packed_number_and_not_the_papers():
+def test_policy_changes_the_packed_size_but_not_the_paper_accounting():
     base = {
         "name": "resnet20_cifar",
         "num_classes": None,
@@ -76,7 +76,7 @@ def test_policy_changes_the_packed_number_and_not_the_papers():
     assert list(four.read_at) == [1, 2, 3, 4]
 
 
-def test_lists_and_nulls_as_sweep_engines_send_them(capsys):
+def test_lists_and_nulls_from_sweep_engines(capsys):
     for skip, widths in (
         ("[first, last]", "[8,4]"),
         ("first,last", "8,4"),
@@ -104,7 +104,7 @@ def test_the_model_block_of_a_configuration(tmp_path, capsys):
     assert "in float: last;" in capsys.readouterr().out
 
 
-def test_mechanism_floor_is_its_own_shift_and_round_is_not():
+def test_floor_equals_its_shift_and_round_does_not():
     lines = mechanism()
     assert len(lines.u) == len(lines.floor[1]) and 0 < lines.u[0] < lines.u[-1] < 1
     differ = {

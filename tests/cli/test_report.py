@@ -26,7 +26,7 @@ def files_in(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_a_narrow_terminal_cuts_nothing(tmp_path, make, quick, capsys, monkeypatch):
+def test_narrow_terminal_truncates_nothing(tmp_path, make, quick, capsys, monkeypatch):
     make.write(tmp_path / "runs", *make.pair(seeds=(0, 1)))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
@@ -39,7 +39,7 @@ def test_a_narrow_terminal_cuts_nothing(tmp_path, make, quick, capsys, monkeypat
 
 
 @pytest.mark.slow
-def test_report_is_whole_and_needs_no_torch(tmp_path, make):
+def test_report_is_complete_without_importing_torch(tmp_path, make):
     failed = make.run(seed=5, status="failed", reason="out of memory")
     make.write(tmp_path / "runs", *make.pair(seeds=(0, 1)), make.inspect(), failed)
     code = (
@@ -76,7 +76,7 @@ def test_report_is_whole_and_needs_no_torch(tmp_path, make):
     assert "4 runs in 2 arms, 1 inspect record, 1 left out" in done.stdout
 
 
-def test_no_two_arms_look_the_same_in_the_terminal(tmp_path, make, quick, capsys):
+def test_arms_are_distinguishable_in_the_terminal(tmp_path, make, quick, capsys):
     kinds = ("clamp_round", "clamp_round_truncate")
     records = [
         make.run("floor", 0, model_activations=kind, model_lr=lr)
@@ -104,7 +104,7 @@ def test_a_report_is_replaced_as_a_whole(tmp_path, make, quick):
     assert sorted(os.listdir(tmp_path)) == ["report", "runs"]
 
 
-def test_a_report_lying_among_the_runs_is_not_read(tmp_path, make, quick):
+def test_report_inside_the_runs_folder_is_not_read(tmp_path, make, quick):
     runs = make.write(tmp_path / "runs", make.run())
     command.main([str(runs), "--out", str(runs / "report")])
     (runs / "report" / "record.json").write_text("{}")
@@ -113,9 +113,7 @@ def test_a_report_lying_among_the_runs_is_not_read(tmp_path, make, quick):
 
 
 @pytest.mark.parametrize("moment", ["fill", "move"])
-def test_a_failure_leaves_the_old_report_and_nothing_else(
-    tmp_path, monkeypatch, make, quick, moment
-):
+def test_failure_keeps_the_old_report_only(tmp_path, monkeypatch, make, quick, moment):
     make.write(tmp_path / "runs", make.run())
     out = tmp_path / "report"
     command.main([str(tmp_path / "runs"), "--out", str(out)])
@@ -138,7 +136,7 @@ def test_a_failure_leaves_the_old_report_and_nothing_else(
     assert sorted(os.listdir(tmp_path)) == ["report", "runs"]
 
 
-def test_out_that_is_not_ours_is_refused_untouched(tmp_path, make, quick):
+def test_out_with_foreign_files_is_an_error_and_unchanged(tmp_path, make, quick):
     make.write(tmp_path / "runs", make.run())
     (tmp_path / "file").write_text("mine")
     (tmp_path / "photos").mkdir()
@@ -154,7 +152,7 @@ def test_out_that_is_not_ours_is_refused_untouched(tmp_path, make, quick):
         command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "file" / "below")])
 
 
-def test_an_empty_folder_may_become_a_report(tmp_path, make, quick):
+def test_out_may_be_an_empty_folder(tmp_path, make, quick):
     make.write(tmp_path / "runs", make.run())
     (tmp_path / "report").mkdir()
     assert command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0

@@ -32,7 +32,7 @@ def eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_stripes_are_told_apart_by_every_verb(tmp_path, capsys):
+def test_16_bit_and_8_bit_stripes_are_classified_by_every_verb(tmp_path, capsys):
     """Trained on 16 bits, scored on 8, classified in both: each picture has its class."""
     for kind in ("rows", "columns"):
         for n in range(32):

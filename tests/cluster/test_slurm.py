@@ -103,7 +103,7 @@ def test_two_ranks_are_requeued_by_signal_and_by_a_lost_node(slurm, tmp_path):
     assert list((work / "runs").iterdir()) == [run]
 
 
-def test_tasks_that_do_not_match_are_one_line_each(slurm, tmp_path):
+def test_mismatched_tasks_print_one_line_each(slurm, tmp_path):
     fit = FIT.replace("--ckpt_path auto", "")
     commands = [
         f"srun --ntasks-per-node=2 {fit}",
@@ -134,7 +134,7 @@ command: ["${env}", python, -m, tq_lightning, fit, "${args}"]
 """
 
 
-def test_a_sweep_under_srun_is_requeued_and_loses_nothing(slurm, tmp_path):
+def test_sweep_under_srun_survives_a_requeue(slurm, tmp_path):
     """Two tasks are two commands that share the study, and not two ranks."""
     import optuna
 

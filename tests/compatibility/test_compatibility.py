@@ -81,7 +81,7 @@ def test_checkpoint_exports_to_the_weights_it_holds(folder):
 
 
 @pytest.mark.slow
-def test_finished_sweep_is_read_and_not_run_again(folder):
+def test_finished_sweep_is_read_not_rerun(folder):
     before = {p: p.read_bytes() for p in Path("sweep/trials").rglob("record.json")}
     trials = Path("sweep/trials.csv").read_text()
     assert main(["sweep", "sweep.yaml", "--dir", "sweep"]) == 0
@@ -93,7 +93,7 @@ def test_finished_sweep_is_read_and_not_run_again(folder):
     assert [{key: row[key] for key in old[0]} for row in new] == old
 
 
-def test_report_has_the_numbers_it_had(folder):
+def test_report_numbers_are_unchanged(folder):
     assert main(["report", "sweep", "--out", "report"]) == 0
     with (HERE / "expected_runs.csv").open() as file:
         expected = list(csv.DictReader(file))

@@ -32,7 +32,7 @@ def test_scales_with_weights_and_widths():
         assert many.by_width[bits] == pytest.approx({name: 1000 * pj for name, pj in parts.items()})
 
 
-def test_a_shift_is_cheaper_because_it_stays_on_chip():
+def test_shift_costs_less_than_reading_the_float_weights():
     by_width = energy_model(1).by_width
     assert all(
         20 < parts["refetch_float_pj"] / parts["shift_pj"] < 60 for parts in by_width.values()

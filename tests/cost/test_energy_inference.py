@@ -35,7 +35,7 @@ def test_shapes_of_convolutions_and_linears():
     assert layer_shapes(net, {"1"}, (3, 32, 32)) == [shapes[1]]
 
 
-def test_layers_of_one_shape_count_each_and_widths_lie_on_a_line(monkeypatch):
+def test_repeated_shapes_count_each_and_energy_is_linear_in_width(monkeypatch):
     monkeypatch.setattr(energy_inference, "_simulator", lambda: fake)
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))

@@ -36,7 +36,7 @@ def _net():
     )
 
 
-def test_every_way_by_hand():
+def test_every_storage_scheme_by_hand():
     model = _net()
     prepare(model, verbose=False)
     rows = layer_rows(model)
@@ -63,7 +63,7 @@ def test_every_way_by_hand():
     assert read_at(rows, 8) == total(rows, "master8", 8).total
 
 
-def test_policy_moves_the_numbers():
+def test_policy_changes_sizes():
     shared, channel, narrow = _net(), _net(), _net()
     prepare(shared, norm="shared", skip=(), verbose=False)
     prepare(channel, normalizer="tanh_channel", verbose=False)
@@ -94,7 +94,7 @@ def test_resnet50_in_the_papers_accounting():
     assert round(float_over(rows, paper), 3) == 3.533
 
 
-def test_the_favourable_assumption_shows():
+def test_float_classifier_lowers_the_ratio():
     """With the classifier in float, as by default, the ratio must fall."""
     model = meta_model("resnet50")
     prepare(model, verbose=False)
@@ -103,7 +103,7 @@ def test_the_favourable_assumption_shows():
 
 
 @pytest.mark.parametrize("name", ["resnet20_cifar", "test_vit", "test_convnext"])
-def test_meta_and_real_agree_and_nothing_is_lost(name):
+def test_meta_and_real_models_agree_and_count_every_parameter(name):
     real, meta = create_model(name), meta_model(name)
     parameters = sum(p.numel() for p in real.parameters())
     assert all(p.is_meta for p in meta.parameters())
@@ -146,7 +146,7 @@ def test_record_bytes():
     assert sorted(got.planes.values()) == list(got.planes.values())
 
 
-def test_a_model_whose_code_needs_values_falls_back(monkeypatch):
+def test_model_that_needs_values_is_built_with_real_tensors(monkeypatch):
     import tq_lightning.cost.size as storage
 
     def create(name, num_classes=None, **kwargs):
@@ -182,7 +182,7 @@ def test_parts_add_up(way):
         ("test_maxvit", {}),  # index tables and constants beside its parameters
     ],
 )
-def test_prediction_is_the_file_but_for_its_header(tmp_path, name, policy):
+def test_predicted_size_is_the_file_size_without_header(tmp_path, name, policy):
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
     model, unseen = create_model(name), meta_model(name)

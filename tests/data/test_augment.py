@@ -12,7 +12,7 @@ def states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-def test_seeded_repeats_and_leaves_no_trace():
+def test_seeded_is_reproducible_and_restores_the_global_state():
     before = states()
     draws = []
     for _ in range(2):
@@ -25,7 +25,7 @@ def test_seeded_repeats_and_leaves_no_trace():
     assert states() == before
 
 
-def test_crop_flip_cuts_what_it_says():
+def test_crop_flip_returns_the_stated_crops():
     images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
     out = crop_flip(
         images, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([False, True]), pad=1
@@ -78,7 +78,7 @@ def test_a_batch_depends_on_seed_epoch_and_number_alone():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_share_the_batch_of_one(world):
+def test_processes_split_the_batch_of_one_process(world):
     images, labels = torch.rand(16, 3, 12, 12), torch.arange(16) % 10
     whole, targets = run(augment(), images, labels, 0, 0)
     for rank in range(world):
@@ -88,7 +88,7 @@ def test_processes_share_the_batch_of_one(world):
         assert torch.equal(soft, targets[mine])
 
 
-def test_nothing_asked_for_changes_nothing():
+def test_no_augmentation_leaves_images_unchanged():
     plain = augment(pad=0, hflip=0.0, reprob=0.0, mixup=None)
     images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
     out, same = run(plain, images, labels, 0, 0)

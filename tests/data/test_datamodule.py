@@ -71,7 +71,7 @@ def test_synthetic_can_be_learned():
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_normalisation_is_the_stated_one(split):
+def test_images_are_normalized_with_the_stated_mean_and_std(split):
     module = TQDataModule(
         "digits", pad=0, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0], eval_batch_size=7, batch_size=7
     )
@@ -84,7 +84,7 @@ def test_normalisation_is_the_stated_one(split):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_soft_targets_only_where_asked_for():
+def test_soft_targets_only_with_mixup_or_smoothing():
     for keys, soft in (
         ({}, False),
         ({"smoothing": 0.1}, True),
@@ -102,7 +102,7 @@ def test_soft_targets_only_where_asked_for():
         TQDataModule("digits", batch_size=15, mixup=0.2).train_dataloader()
 
 
-def test_loaders_touch_no_random_state():
+def test_loaders_do_not_use_the_global_random_state():
     module = TQDataModule(
         "digits", auto_augment="rand-m9", reprob=0.5, mixup=0.2, batch_size=500, workers=0
     )
@@ -159,7 +159,7 @@ def test_auto_augment_of_small_images_keeps_labels_and_order():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_share_the_batches_of_one(rank, monkeypatch):
+def test_two_processes_split_the_batches_of_one(rank, monkeypatch):
     keys = {"name": "digits", "hflip": 0.5, "reprob": 0.5, "mixup": 0.2, "seed": 4}
     one, two = TQDataModule(batch_size=64, **keys), TQDataModule(batch_size=32, **keys)
     whole = batches(one, one.train_dataloader())

@@ -112,7 +112,7 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     assert data.splits["test"].pixels.unique().tolist() == [5]
 
 
-def test_cifar_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_cifar(tmp_path, monkeypatch):
     import torchvision
 
     message = error_of(tmp_path, "cifar10")
@@ -128,7 +128,7 @@ def test_cifar_that_is_not_there(tmp_path, monkeypatch):
     assert "download failed (Name or service not known)" in message
 
 
-def test_half_a_cifar(cifar):
+def test_incomplete_cifar(cifar):
     shutil.rmtree(cifar / "train" / "bird")
     assert "9 classes" in error_of(cifar, "cifar10")
     assert "not among" in error_of(cifar, "imagenet")
@@ -157,7 +157,7 @@ def test_truncated_tar(cifar, share):
         assert "train.tar can't be read to its end" in error_of(cifar, name)
 
 
-def test_tar_of_nothing(tmp_path):
+def test_empty_tar(tmp_path):
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("train/readme.txt"), io.BytesIO())
     for name in ("cifar10", "imagefolder", "imagenet"):
@@ -192,7 +192,7 @@ def test_image_folder(folder, packed, workers):
         data.teardown("fit")
 
 
-def test_evaluation_is_timms_transform(folder):
+def test_evaluation_transform_equals_timm(folder):
     from timm.data import create_transform
 
     data = module(folder, image_size=16, crop_pct=0.9)
@@ -223,7 +223,7 @@ def test_imagenet_indices_of_a_part_of_it(tmp_path):
     assert "no train split" in error_of(tmp_path, "imagenet")
 
 
-def test_folders_that_are_wrong(folder, tmp_path):
+def test_invalid_folders(folder, tmp_path):
     assert "no data at" in error_of(tmp_path / "nowhere")
     assert "no train split" in error_of(tmp_path / "val" / "ant")
     assert "data.num_classes=5" in error_of(folder, num_classes=5)

@@ -161,7 +161,7 @@ def litter(root):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_leftovers_are_neither_classes_nor_samples_and_are_counted(folder, packed, capsys):
+def test_files_that_are_not_images_are_neither_classes_nor_samples(folder, packed, capsys):
     count = litter(folder)
     if packed:
         pack(folder, "train")
@@ -217,7 +217,7 @@ def test_a_webdataset_shard_is_not_one_class(folder, prefix):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link to a device", "broken link", "link to itself"])
-def test_files_that_must_not_be_opened(folder, kind, capsys):
+def test_special_files_are_not_opened(folder, kind, capsys):
     path = folder / "train" / "ant" / "special.png"
     if kind == "fifo":
         os.mkfifo(path)
@@ -235,14 +235,14 @@ def test_files_that_must_not_be_opened(folder, kind, capsys):
     list(data.train_dataloader())
 
 
-def test_a_split_that_is_a_fifo_is_one_line(folder):
+def test_split_that_is_a_fifo_is_one_line(folder):
     os.mkfifo(folder / "train.tar")
     assert "neither a folder nor a regular file" in error_of(folder)
 
 
 @pytest.mark.parametrize("size", [1, 10**6, 2**62])
 @pytest.mark.parametrize("which", [0, 5, -1])
-def test_a_tar_that_lies_about_a_size(folder, size, which):
+def test_tar_with_a_wrong_member_size(folder, size, which):
     """Whatever the header of a member claims, no image is lost silently."""
     pack(folder, "train", remove=False)
     raw = bytearray((folder / "train.tar").read_bytes())
@@ -281,7 +281,7 @@ def test_a_tar_with_a_black_image_behind_a_short_size(folder):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_unreadable_images_are_skipped_and_counted(folder, workers, monkeypatch, capsys):
+def test_unreadable_training_images_are_replaced_and_counted(folder, workers, monkeypatch, capsys):
     """A truncated file and a decompression bomb among good images."""
     whole = (folder / "train" / "ant" / "1.png").read_bytes()
     (folder / "train" / "ant" / "1.png").write_bytes(whole[: len(whole) // 2])
@@ -298,7 +298,7 @@ def test_unreadable_images_are_skipped_and_counted(folder, workers, monkeypatch,
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_unreadable_images_are_left_out_of_an_evaluation(folder, workers, capsys):
+def test_unreadable_images_are_skipped_in_evaluation(folder, workers, capsys):
     """Another image in their place would be scored twice."""
     data = module(folder, workers=workers, eval_batch_size=4)
     whole = [labels for _, labels in data.val_dataloader()]
@@ -326,7 +326,7 @@ def test_an_evaluation_without_a_readable_image_is_one_line(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_set_of_broken_images_is_one_line(folder, workers):
+def test_data_set_of_broken_images_is_one_line(folder, workers):
     for path in (folder / "train").rglob("*.png"):
         path.write_bytes(b"no picture")
     data = module(folder, workers=workers)
@@ -335,7 +335,7 @@ def test_a_set_of_broken_images_is_one_line(folder, workers):
     data.teardown("fit")
 
 
-def test_names_that_are_not_utf8(folder, capsys):
+def test_file_names_that_are_not_utf8(folder, capsys):
     odd = os.fsdecode(b"caf\xe9")
     os.rename(folder / "train" / "ant", folder / "train" / odd)
     os.rename(folder / "val" / "ant", folder / "val" / odd)

@@ -5,7 +5,7 @@ from tq_lightning.data.sampling import TrainOrder, derive_seed, eval_batches, sh
 from tq_lightning.errors import UserError
 
 
-def test_derive_seed_tells_its_numbers_apart():
+def test_derive_seed_depends_on_each_of_its_numbers():
     assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
     assert len({derive_seed(a, b) for a in range(20) for b in range(20)}) == 400
 
@@ -29,7 +29,7 @@ def test_stratified_with_one_sample_a_class():
 @pytest.mark.parametrize(
     ("size", "world"), [(8, 1), (8, 2), (8, 4), (6, 2), (6, 6), (128, 2), (9, 3)]
 )
-def test_shares_part_the_batch(size, world):
+def test_shares_partition_the_batch(size, world):
     parts = [share(size, rank, world) for rank in range(world)]
     assert torch.cat(parts).sort().values.tolist() == list(range(size))
     assert {p.numel() for p in parts} == {size // world}
@@ -69,7 +69,7 @@ def test_two_processes_see_the_steps_of_one():
         assert torch.equal(left, right)  # the global batch; `share` says who takes what
 
 
-def test_a_batch_larger_than_the_set_is_refused():
+def test_batch_larger_than_the_data_set_is_an_error():
     assert len(TrainOrder(torch.arange(32), 32, seed=0)) == 1
     with pytest.raises(UserError, match=r"data.batch_size=32 is too large: 31 training samples"):
         TrainOrder(torch.arange(31), 32, seed=0)

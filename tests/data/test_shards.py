@@ -84,7 +84,7 @@ def test_the_index_is_made_once_and_again_if_a_shard_changes(shards, monkeypatch
     assert len(_data(shards).splits.find("train").labels) == 41
 
 
-def test_broken_members_are_named_and_counted(shards, capsys):
+def test_broken_members_are_reported(shards, capsys):
     members = {"x.png": _png(1), "y.png": _png(2), "y.cls": b"cat", "z.cls": b"1"}
     _shard(shards / "set-train-3.tar", members | {"w.png": b"no image", "w.cls": b"0"})
     data = _data(shards)
@@ -102,7 +102,7 @@ def test_broken_members_are_named_and_counted(shards, capsys):
         _data(shards).splits.find("train")
 
 
-def test_what_is_missing_is_one_line(tmp_path):
+def test_missing_data_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no .tar shards in"):
         _data(tmp_path).splits.find("train")
     with pytest.raises(UserError, match="no data at"):

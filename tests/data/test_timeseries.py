@@ -46,7 +46,7 @@ def test_padding_does_not_change_the_logits(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cnn", "lstm", "transformer"])
-def test_networks_train_jointly_and_nest(name):
+def test_networks_train_jointly_and_floor_truncates_exactly(name):
     net = create_model(f"tq_lightning.models.sequence:{name}", 3, channels=2, width=8)
     prepare(net, norm="per_width_all", widths=(8, 2), verbose=False)
     assert weight_quantizers(net)

@@ -32,7 +32,7 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("name", CIFAR)
-def test_structure_and_timm_surface(name):
+def test_structure_and_timm_interface(name):
     model = create_model(name).eval()
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert (sum(p.numel() for p in model.parameters()), len(layers)) == CIFAR[name]
@@ -145,7 +145,7 @@ def test_checkpoints_of_every_kind(tmp_path, wrap):
     assert not _same(create_model("resnet8_cifar"), source)
 
 
-def test_a_model_whose_own_names_look_like_a_wrapper_keeps_them(tmp_path):
+def test_parameter_names_like_a_wrapper_prefix_are_kept(tmp_path):
     source, target = (nn.Sequential(OrderedDict(model=nn.Linear(3, 2))) for _ in range(2))
     torch.save(source.state_dict(), tmp_path / "w.pth")
     load_weights(target, tmp_path / "w.pth")
@@ -224,7 +224,7 @@ def test_no_file_runs_code(tmp_path, capsys):
     assert "ran code" not in capsys.readouterr().out
 
 
-def test_one_line_for_what_does_not_load(tmp_path):
+def test_checkpoint_that_does_not_load_is_one_line(tmp_path):
     path = tmp_path / "w.pth"
     torch.save(create_model("resnet8_cifar").state_dict(), path)
     cases = {

@@ -112,7 +112,7 @@ def test_pact_gradient(kind, ste, bits):
 
 
 @pytest.mark.parametrize("bits", [None, 2])
-def test_a_clip_that_fell_below_zero_can_come_back(bits):
+def test_negative_clip_can_recover(bits):
     layer = _layer("pact_round", bits)
     with torch.no_grad():
         layer.clip.fill_(-0.5)
@@ -122,7 +122,7 @@ def test_a_clip_that_fell_below_zero_can_come_back(bits):
     assert layer.clip.grad.item() == 2
 
 
-def test_the_clip_is_learned_to_where_it_fits():
+def test_clip_converges_to_the_best_value():
     """Fitting y = min(x, 2): gradient descent on the clip alone finds 2 from 6."""
     layer = _layer("pact_floor", 8, ste="clipped")
     x = torch.linspace(0, 8, 200)
@@ -135,7 +135,7 @@ def test_the_clip_is_learned_to_where_it_fits():
 
 @pytest.mark.parametrize("kind", ["clamp_round", "pact_floor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtype_outside_float32_inside(kind, dtype):
+def test_output_keeps_the_dtype_and_computation_is_float32(kind, dtype):
     x = (torch.randn(300) * 3).to(dtype)
     for bits in (None, 1, 8):
         layer = _layer(kind, bits)

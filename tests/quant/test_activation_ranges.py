@@ -78,7 +78,7 @@ def test_calibration_sees_the_inputs_of_quantized_layers(model, images, observer
     assert copy.deepcopy(model).tq_ranges == ranges
 
 
-def test_it_leaves_the_model_as_it_was(model, images):
+def test_calibration_leaves_the_model_unchanged(model, images):
     model.train()
     model.conv.eval()
     before = copy.deepcopy(model.state_dict())
@@ -89,7 +89,7 @@ def test_it_leaves_the_model_as_it_was(model, images):
     assert model.training and not model.conv.training and not model.conv._forward_pre_hooks
 
 
-def test_trained_clips_are_ranges(net, images):
+def test_trained_clips_are_used_as_ranges(net, images):
     prepare(net, verbose=False, activations="pact_round", skip=("first",))
     net.act1.clip.data.fill_(2.5)
     net.act2.clip.data.fill_(-1.0)

@@ -25,7 +25,7 @@ def test_named_bytes():
     assert planes[7].tolist() == [0x81, 0x80]
 
 
-def test_wrong_order_is_noticed():
+def test_wrong_order_is_detected():
     codes = np.arange(256, dtype=np.uint8)
     planes = pack_planes(codes, 8)
     assert not np.array_equal(unpack_planes(planes[::-1].copy()[:4], 256), codes >> 4)

@@ -38,7 +38,7 @@ def test_a_prepared_model_starts_at_its_widest_trained_width(net, images):
     assert net.bn1.sets["4"].weight.grad is not None and net.bn1.sets["2"].weight.grad is None
 
 
-def test_the_width_is_that_of_the_modules_as_they_are_now(model):
+def test_width_follows_later_changes_of_the_modules(model):
     """Nothing that was found at an earlier entry is believed at a later one."""
     with bit_width(model, 4):
         pass
@@ -59,7 +59,7 @@ def test_the_width_is_that_of_the_modules_as_they_are_now(model):
         assert (width_of(model).bits, width_of(twin).bits) == (4, 8)
 
 
-def test_one_walk_finds_a_module_used_twice_or_in_a_loop_once(model):
+def test_shared_and_cyclic_modules_are_visited_once(model):
     both = nn.ModuleList([model, model])
     both[0]._modules["up"] = both  # a cycle, as some wrappers make
     with bit_width(both, 4):
@@ -146,7 +146,7 @@ def test_refuses_models_that_are_not_one_prepared_model(net):
         pass
 
 
-def test_a_part_moves_the_whole(model):
+def test_width_of_a_submodule_is_that_of_the_model(model):
     with bit_width(model.conv, 2):
         assert width_of(model).bits == 2 and model.fc.weight.unique().numel() <= 4
 

@@ -106,7 +106,7 @@ def test_counter_example_round_codes_have_no_identity():
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_every_quantizer(name, bits):
+def test_every_quantizer_returns_valid_codes(name, bits):
     """Every row returns uint8, uses all codes, is monotone and leaves its input alone."""
     u = U.clone()
     quantize = QUANTIZERS[name].codes
@@ -135,7 +135,7 @@ def test_bin_edges_are_where_the_codes_change(name, bits):
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_nested_says_whether_the_codes_nest(name):
+def test_nested_is_true_only_if_codes_nest(name):
     quantizer = QUANTIZERS[name]
     stored = quantizer.codes(U, 8)
     same = [torch.equal(quantizer.codes(U, bits), stored >> (8 - bits)) for bits in WIDTHS]
@@ -179,7 +179,7 @@ def test_truncating_twice_is_truncating_once(middle):
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", None, True])
-def test_bad_widths_say_what_was_got(bits):
+def test_bad_widths_are_named_in_the_error(bits):
     codes = torch.zeros(2, dtype=torch.uint8)
     for call in (
         lambda: floor_codes(torch.zeros(2), bits),

@@ -21,7 +21,7 @@ def test_public_signatures_have_the_same_choices_and_defaults(function):
         assert (tuple(default) if isinstance(default, list) else default) == field.default
 
 
-def test_plain_form_and_back():
+def test_dict_round_trip():
     config = QuantConfig(quantizer="round", widths=[2, 8], skip=["last"], activations="pact_round")
     assert config.widths == (8, 2) and config.skip == ("last",)
     plain = config.to_dict()
@@ -37,7 +37,7 @@ def test_frozen():
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_resolved_ste_and_nested_come_from_the_row(quantizer):
+def test_ste_and_nested_are_resolved_from_the_quantizer(quantizer):
     row = QUANTIZERS[quantizer]
     config = QuantConfig(quantizer)
     assert config.resolved_ste == row.ste and config.nested == row.nested
@@ -65,7 +65,7 @@ PAIRINGS = {  # what goes together; the rest is refused
 
 
 @pytest.mark.parametrize(("normalizer", "level"), PAIRINGS)
-def test_pairings_inside_the_table(normalizer, level):
+def test_supported_pairings(normalizer, level):
     for scale in PAIRINGS[normalizer, level]:
         assert QuantConfig(normalizer=normalizer, level=level, scale=scale).nested
 
@@ -97,13 +97,13 @@ def test_pairings_inside_the_table(normalizer, level):
         ),
     ],
 )
-def test_pairings_outside_the_table_are_refused_by_name(choices, said):
+def test_unsupported_pairings_are_errors(choices, said):
     with pytest.raises(ValueError, match=said) as error:
         QuantConfig(**choices)
     assert "\n" not in str(error.value)
 
 
-def test_a_row_that_declares_nested_codes_and_has_none_is_refused(monkeypatch):
+def test_quantizer_that_wrongly_declares_nested_codes_is_an_error(monkeypatch):
     row = replace(QUANTIZERS["round"], nested=True)
     monkeypatch.setitem(QUANTIZERS, "false_claim", row)
     with pytest.raises(ValueError, match="quantizer 'false_claim' declares nested codes, but at u"):
@@ -112,7 +112,7 @@ def test_a_row_that_declares_nested_codes_and_has_none_is_refused(monkeypatch):
     assert not QuantConfig("honest").nested
 
 
-def test_auto_is_the_ste_of_the_normalizer_if_it_names_one():
+def test_auto_is_the_ste_of_the_normalizer_if_it_has_one():
     span = {"scale": "span"}
     assert QuantConfig(**span).resolved_ste == "scaled"
     assert QuantConfig(normalizer="learned", level="centre", **span).resolved_ste == "identity"

@@ -76,7 +76,7 @@ def same(alone, fused):
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_values_and_gradients_are_those_of_the_layers(quantizer, normalizer):
+def test_values_and_gradients_equal_those_of_the_layers(quantizer, normalizer):
     for choices in pairings(normalizer, quantizer):
         model = layers(**choices)
         for bits, source in ((8, "quantize"), (3, "quantize"), (3, "truncate"), (1, "quantize")):
@@ -120,7 +120,7 @@ def test_a_frozen_weight_keeps_a_learned_range_in_training():
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0])
-def test_a_range_below_zero_comes_back(value):
+def test_negative_range_recovers(value):
     model = nn.Sequential(nn.Linear(3, 4))
     prepare(model, skip=(), normalizer="absmax", verbose=False)
     rule = weight_quantizers(model)[0].quantizer
@@ -161,7 +161,7 @@ def test_gradients_of_widths_add_up_and_differ_from_those_of_one():
         assert not torch.allclose(one, both, rtol=1e-3)
 
 
-def test_a_weight_that_took_no_part_gets_no_gradient():
+def test_unused_weight_gets_no_gradient():
     model = layers()
     with fused_weights(model) as fused, bit_width(model, 2):
         (group,) = fused.groups

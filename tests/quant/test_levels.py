@@ -69,7 +69,7 @@ def test_endpoint_and_centre_differ_by_one_gain_per_width():
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", None, True])
-def test_bad_widths_say_what_was_got(bits):
+def test_bad_widths_are_named_in_the_error(bits):
     with pytest.raises(ValueError, match=f"from 1 to 8, got {bits!r}"):
         codes_to_levels(torch.zeros(2, dtype=torch.uint8), bits)
 

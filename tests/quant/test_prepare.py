@@ -21,7 +21,7 @@ def _quantized(model: nn.Module) -> list[str]:
     return [weight.name for weight in weight_quantizers(model)]
 
 
-def test_report_and_what_is_printed(net, capsys):
+def test_report_and_printed_lines(net, capsys):
     report = prepare(net)
     assert dict(report) == {
         "stem": "weight (6, 3, 3, 3): float (skip 'first')",
@@ -190,7 +190,7 @@ def _sparse() -> nn.Module:
 
 
 @pytest.mark.parametrize("case", UNTREATABLE)
-def test_what_cannot_be_treated_names_the_layer_and_the_pattern(case):
+def test_unsupported_layer_is_named_with_the_pattern_to_skip_it(case):
     make, why = UNTREATABLE[case]
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(make()), nn.Linear(4, 4))
     with pytest.raises(
@@ -241,7 +241,7 @@ BAD = {  # name -> (arguments, message)
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_refusal_leaves_the_model_alone(net, case):
+def test_error_leaves_the_model_unchanged(net, case):
     arguments, message = BAD[case]
     before = [type(m) for m in net.modules()]
     with pytest.raises(ValueError, match=message):
@@ -250,7 +250,7 @@ def test_a_refusal_leaves_the_model_alone(net, case):
     prepare(net, verbose=False)
 
 
-def test_no_relu_to_replace_leaves_the_model_alone():
+def test_model_without_relu_is_left_unchanged():
     model = nn.Sequential(nn.Linear(3, 3), nn.GELU())
     with pytest.raises(
         ValueError, match=r"no ReLU, ReLU6 or Hardtanh module .*pass activations=null"
@@ -284,7 +284,7 @@ def test_widths_come_widest_first():
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_activations_take_the_place_of_every_relu(images, kind):
+def test_activation_quantizers_replace_every_relu(images, kind):
     act = nn.ReLU()
     model = nn.Sequential(
         nn.Conv2d(3, 3, 1), act, nn.Sequential(nn.ReLU6(), nn.Conv2d(3, 3, 1)), act, nn.SiLU()

@@ -194,7 +194,7 @@ def test_compiled_training_step_is_the_eager_one(net, images, fresh_dynamo):
         assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), name
 
 
-def test_room_for_all_variants_is_made(model, fresh_dynamo):
+def test_recompile_limit_is_raised_for_all_variants(model, fresh_dynamo):
     with fresh_dynamo.config.patch(recompile_limit=8):
         with bit_width(model, 8):
             pass

@@ -54,7 +54,7 @@ def test_every_rule_keeps_the_value_and_gives_finite_gradients(ste, quantizer):
 
 
 @pytest.mark.parametrize("ste", STES)
-def test_elementwise_says_whether_a_rule_reads_u_or_level(ste):
+def test_elementwise_is_true_only_if_a_rule_reads_u_or_level(ste):
     """Other rules get None for both, which must be enough for them."""
     row, grad = STES[ste], torch.ones(3)
     if row.elementwise:
@@ -157,7 +157,7 @@ def test_source_decides_the_codes():
     assert torch.equal(FakeQuantize.apply(u, *args, "truncate"), torch.tensor([0.0, 0.0]))
 
 
-def test_auto_is_the_papers_pairing():
+def test_auto_is_the_pairing_of_the_paper():
     assert resolve_ste("auto", "floor") == "scaled" and resolve_ste("auto", "round") == "identity"
     assert all(resolve_ste(name, q) == name for name in STES for q in QUANTIZERS)
     with pytest.raises(

@@ -38,7 +38,7 @@ def test_sets_exist_for_every_width_and_start_as_the_layer(net):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, None])
-def test_training_moves_the_set_of_the_width_and_no_other(model, images, bits):
+def test_training_updates_only_the_set_of_the_width(model, images, bits):
     before = copy.deepcopy(model.state_dict())
     with bit_width(model.train(), bits):
         model(images).sum().backward()
@@ -97,7 +97,7 @@ def test_untrained_width_cannot_be_trained(model, images):
         pass
 
 
-def test_estimating_leaves_everything_else_as_it_was(net, images):
+def test_estimation_changes_nothing_else(net, images):
     net.pool = nn.Sequential(net.pool, nn.Dropout(0.5))
     prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
     net.train()
@@ -163,7 +163,7 @@ def test_norms_without_statistics_need_only_affine_parameters(images):
         assert model(images).isfinite().all()
 
 
-def test_a_norm_used_twice_stays_one(images):
+def test_shared_norm_stays_shared(images):
     shared = nn.BatchNorm2d(3)
     model = nn.Sequential(nn.Conv2d(3, 3, 1), shared, nn.Conv2d(3, 3, 1), shared)
     prepare(model, skip=(), verbose=False)

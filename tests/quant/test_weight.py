@@ -94,7 +94,7 @@ def _by_hand(w: Tensor, normalizer: str, channel_dim: int, groups: int) -> tuple
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_normaliser(normalizer, shape):
+def test_normalizer(normalizer, shape):
     size, channel_dim, groups = SHAPES[shape]
     w = _weight(*size)
     choices = pairings(normalizer)[0]
@@ -146,7 +146,7 @@ def test_value(normalizer, quantizer, source):
             assert all(values.unique().numel() <= 2**bits for values in per_scale)
 
 
-def test_float_width_hands_the_weight_through():
+def test_float_width_returns_the_weight_itself():
     w = _weight(3, 3)
     assert _rule(None)(w) is w
 
@@ -249,7 +249,7 @@ def test_nan_names_the_layer_of_a_model(net, images):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_inside_is_float32_whatever_the_dtype_of_the_weight(dtype):
+def test_computation_is_float32_for_every_weight_dtype(dtype):
     w = _weight(16, 16).to(dtype)
     for bits in (1, 2, 8):
         rule = _rule(bits)
@@ -258,7 +258,9 @@ def test_inside_is_float32_whatever_the_dtype_of_the_weight(dtype):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_inside_is_float32_under_autocast_and_in_bfloat16_models(net, images, monkeypatch, train):
+def test_computation_is_float32_under_autocast_and_in_bfloat16_models(
+    net, images, monkeypatch, train
+):
     seen = []
 
     row = QUANTIZERS["floor"]
@@ -296,7 +298,7 @@ def test_weight_quantizers_lists_full_names(net):
 
 
 @pytest.mark.parametrize("key", ["quantizer", "ste", "level", "normalizer"])
-def test_unknown_choice_says_what_there_is(key):
+def test_unknown_choice_lists_the_valid_ones(key):
     with pytest.raises(ValueError, match=f"unknown {key} 'nearest'; pass"):
         _rule(**{key: "nearest"})
 

@@ -51,7 +51,7 @@ def test_every_figure_is_made_from_the_whole_set(all_figures):
     assert len(set(names)) == len(names)
 
 
-def test_every_figure_has_words_and_units(all_figures):
+def test_every_figure_has_labels_and_units(all_figures):
     for d in all_figures:
         assert len(d.alt) > 40, d.name
         assert d.caption, d.name
@@ -134,7 +134,7 @@ def test_one_validation_makes_no_curve(make):
     assert (len(made), notes) == (1, [])
 
 
-def test_what_compares_nothing_is_not_drawn(make):
+def test_figure_without_a_comparison_is_not_drawn(make):
     assert drawn("qt_gap", make.run("floor")) == []
     assert drawn("robustness", *make.pair()) == []
     assert drawn("pareto", make.run("floor")) == []
@@ -142,7 +142,7 @@ def test_what_compares_nothing_is_not_drawn(make):
     assert len(drawn("robustness", *make.pair(), *make.pair(model="resnet8_cifar"))) == 1
 
 
-def test_titles_carry_the_message(make):
+def test_titles_state_the_finding(make):
     (figure,) = drawn("qt_gap", *make.pair(noise=0.0))
     message = "Truncated to 2 bits, round goes from 84.0 to 24.0 % and floor stays at 84.0 %"
     assert figure.title == f"{message} (resnet20_cifar · cifar10)"
@@ -182,7 +182,7 @@ def test_many_settings_are_capped_and_the_rest_is_noted(make):
     assert "14 settings, the 12 with most runs are drawn" in notes[0]
 
 
-def test_disagreement_notes_what_it_does_not_draw_and_survives_many_arms(make):
+def test_disagreement_notes_omitted_arms(make):
     runs = [make.run("round", 0, model_lr=float(k)) for k in range(9)]
     _, notes = drawing("disagreement", *runs)
     assert notes == [
@@ -224,7 +224,7 @@ def test_starts_that_differ_between_what_a_figure_compares_are_flagged_on_it(mak
     assert "Starts" not in texts(equal.canvas)
 
 
-def test_pareto_front_shows_its_spread_and_says_what_it_leaves_out(make):
+def test_pareto_front_shows_its_spread_and_lists_omitted_runs(make):
     (figure,) = drawn(
         "pareto", *make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1))
     )
@@ -235,7 +235,7 @@ def test_pareto_front_shows_its_spread_and_says_what_it_leaves_out(make):
     assert "not drawn" not in drawn("pareto", *make.pair())[0].caption
 
 
-def test_every_accuracy_says_its_split_and_its_number_of_seeds(make):
+def test_every_accuracy_has_its_split_and_number_of_seeds(make):
     records = [*make.pair((0, 1)), make.run("floor", 2, test=True)]
     others = make.pair((0, 1), model="resnet8_cifar")
     for name, more in {"qt_gap": [], "robustness": others, "pareto": []}.items():

@@ -9,7 +9,7 @@ from tq_lightning.report.groups import arm_config, group
 from tq_lightning.report.labels import spread, wrapped
 
 
-def test_seed_paths_and_loggers_make_no_arm_but_the_learning_rate_does(make):
+def test_seed_paths_and_loggers_do_not_split_arms_but_the_learning_rate_does(make):
     base = make.run(seed=0)
     alike = make.run(
         seed=1, data_root="elsewhere", trainer_logger={"save_dir": "x"}, trainer_accelerator="cuda"
@@ -30,7 +30,7 @@ def test_a_list_is_one_value_however_it_is_written(make, widths):
     assert len(group(runs(make.run(seed=0), make.run(seed=1, model_widths="8,4")), [])) == 2
 
 
-def test_checkpoints_that_differ_in_their_numbers_are_one_arm_others_are_not(make):
+def test_checkpoint_names_that_differ_in_numbers_are_one_arm(make):
     made = [
         make.run(seed=s, model_checkpoint_path=f"/a/float_s{s}/checkpoints/best-epoch={s}.ckpt")
         for s in (0, 1)
@@ -155,7 +155,7 @@ def test_the_papers_setting_and_near_misses(make):
         assert not setting.is_papers, miss
 
 
-def test_what_codes_do_counts_not_the_name_of_their_quantizer(make):
+def test_nested_codes_count_not_the_quantizer_name(make):
     """A quantizer of another name whose record says that its codes nest has one row, like floor."""
     toy = make.run("toy", ste="toy_ste", nested=True)
     (group,) = compare(make.run("round"), toy).by_quantizer
@@ -192,7 +192,7 @@ def test_a_test_of_other_data_is_not_the_runs(make):
     assert not arm.runs[0].has_test
 
 
-def test_mixed_commits_and_versions_are_told(make):
+def test_mixed_commits_and_versions_are_reported(make):
     (setting,) = compare(
         make.run("round"),
         make.run("floor", commit="ffff", versions={"tq_lightning": "0.2"}, dirty=True),
@@ -205,7 +205,7 @@ def test_mixed_commits_and_versions_are_told(make):
     assert mixed([arm for _, arm in same.arms]) == []
 
 
-def test_a_label_is_broken_between_its_parts_and_says_what_floor_is_of(make):
+def test_labels_name_floor_weights_and_wrap_between_parts(make):
     kinds = ("clamp_round", "clamp_round_truncate")
     found = compare(*(make.run(q, model_activations=k) for q in ("floor", "round") for k in kinds))
     labels = [s.label for s in found.by_factor["model.activations_source"]]
@@ -230,7 +230,7 @@ def test_labels_are_unique_even_for_many_settings(make):
     assert len({s.label for s in found}) == len({s.slug for s in found}) == 4
 
 
-def test_a_spread_of_values_that_read_the_same_is_one_number():
+def test_range_of_equally_printed_values_is_one_number():
     assert spread([41.91, 41.94]) == "41.9"
     assert spread([41.9, 42.0]) == "41.9 to 42.0"
     assert spread([2.2, 1.8], 0) == "2"

@@ -37,7 +37,7 @@ def outline(text):
     return made
 
 
-def test_page_stands_alone(tmp_path, monkeypatch, make):
+def test_page_is_self_contained(tmp_path, monkeypatch, make):
     monkeypatch.setattr(
         figures, "FIGURES", {name: figures.FIGURES[name] for name in ("qt_gap", "pareto")}
     )
@@ -70,9 +70,7 @@ def test_page_stands_alone(tmp_path, monkeypatch, make):
     assert data[record["id"]]["record"]["loss"] == "NaN"
 
 
-def test_the_accuracies_come_first_with_units_and_the_words_are_defined(
-    tmp_path, monkeypatch, make
-):
+def test_accuracies_come_first_with_units_and_defined_terms(tmp_path, monkeypatch, make):
     monkeypatch.setattr(figures, "FIGURES", {})
     make.write(tmp_path / "runs", *make.pair(noise=0.0), make.inspect())
     command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
@@ -166,7 +164,7 @@ class TestChromium:
         assert column(page, "model")[0] == "resnet8_cifar"  # before resnet20: digits as numbers
         assert page.run(f"{head('2 bits [%]')}.getAttribute('aria-sort')") == "none"
 
-    def test_every_figure_has_a_text_alternative_and_is_seen(self, page):
+    def test_every_figure_has_a_text_alternative_and_is_visible(self, page):
         images = page.run(
             "[...document.images].map(i => [i.alt.length, i.naturalWidth, "
             "!!i.closest('figure').querySelector('figcaption')])"
@@ -174,7 +172,7 @@ class TestChromium:
         assert len(images) > 4
         assert all(alt > 40 and width > 0 and captioned for alt, width, captioned in images)
 
-    def test_a_run_is_a_key_press_away(self, page):
+    def test_run_opens_with_one_key_press(self, page):
         page.run("document.querySelector('button.run').focus()")
         run = page.run("document.activeElement.dataset.run")
         page.key("Enter", 13, "\r")
@@ -256,5 +254,5 @@ class TestChromium:
             "document.getElementById('left_out').innerText"
         )
 
-    def test_zz_no_console_error_and_no_request(self, page):
+    def test_zz_no_console_errors_or_requests(self, page):
         assert page.complaints() == []

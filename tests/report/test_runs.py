@@ -104,7 +104,7 @@ def test_half_written_and_foreign_json(tmp_path, make):
 
 
 @pytest.mark.parametrize("part", ["ways", "read_at", "energy", "mechanism", "policy"])
-def test_a_broken_inspect_record_does_not_take_the_report_with_it(tmp_path, make, part):
+def test_broken_inspect_record_does_not_break_the_report(tmp_path, make, part):
     whole, broken = make.inspect(), make.inspect("resnet18", 11_689_512)
     broken[part] = "x"
     make.write(tmp_path, whole, broken)
@@ -196,9 +196,7 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_sweeps_folder_knows_its_pruned_trials_and_may_be_moved(
-    tmp_path, monkeypatch, make, moved
-):
+def test_pruned_trials_are_read_from_a_moved_sweep_folder(tmp_path, monkeypatch, make, moved):
     """A pruned trial's record says finished; the study beside it knows better."""
     optuna = pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
@@ -223,7 +221,7 @@ def test_a_sweeps_folder_knows_its_pruned_trials_and_may_be_moved(
         assert "the trial is pruned, not complete" in reason
 
 
-def test_journal_as_the_sweep_writes_it(tmp_path, monkeypatch, make):
+def test_journal_written_by_a_sweep(tmp_path, monkeypatch, make):
     optuna = pytest.importorskip("optuna")
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

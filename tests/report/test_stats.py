@@ -7,7 +7,7 @@ from scipy import stats
 from tq_lightning.report.stats import difference, mean_interval, number, split_of
 
 
-def test_mean_interval_is_students():
+def test_mean_interval_uses_students_t():
     values = [86.1, 86.9, 85.7, 86.4]
     got = mean_interval(values)
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
@@ -49,12 +49,12 @@ def test_words():
     assert difference({0: 1.0, 1: 1.0}, {0: 2.0, 1: 2.0}).verdict() == "a below b"
 
 
-def test_equal_values_differ_by_nothing():
+def test_difference_of_equal_values_is_zero():
     same = difference({0: 5.0, 1: 5.0}, {2: 5.0, 3: 5.0})
     assert same.verdict() == "no difference shown"
 
 
-def test_number_has_no_minus_before_nothing():
+def test_number_has_no_negative_zero():
     assert number(-0.04) == "0.0"
     assert number(-0.04, sign="+") == "+0.0"
     assert number(-0.06) == "-0.1"

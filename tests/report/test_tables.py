@@ -191,7 +191,7 @@ def test_qt_gap_finding(make):
     assert any("round: truncation costs most at 2 bits" in line for line in found.lines)
 
 
-def test_what_truncated_activations_cost_is_not_laid_on_the_weights(make):
+def test_cost_of_truncated_activations_is_not_attributed_to_weights(make):
     both = make.pair((0,), model_activations="clamp_round_truncate")
     both[1]["widths"]["2"]["truncate"] -= 7.0
     assert finding("qt_gap", *make.pair(), *both).answer == (
@@ -201,7 +201,7 @@ def test_what_truncated_activations_cost_is_not_laid_on_the_weights(make):
     )
 
 
-def test_lines_of_a_finding_name_what_they_compare(make):
+def test_lines_of_a_finding_name_the_compared_arms(make):
     records = [
         make.run("floor", s, model_level=level)
         for level in ("endpoint", "left", "centre")

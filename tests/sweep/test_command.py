@@ -69,7 +69,7 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(
     assert len(ran(folder)) == 4
 
 
-def test_the_resume_command_hides_a_password_and_says_what_to_fill_in():
+def test_resume_command_hides_a_password_and_marks_its_place():
     from tq_lightning.cli.sweep import resume_command
 
     shown = resume_command(["s.yaml", "--storage", "postgresql+psycopg://me:se cr@t@host/db"])
@@ -173,7 +173,7 @@ def test_bad_input_is_one_line_and_status_2(write_sweep, tmp_path, stand_in, cap
     assert not (tmp_path / "out" / "trials").exists()
 
 
-def test_a_sweep_without_end_is_refused(write_sweep, tmp_path, stand_in, capsys):
+def test_sweep_without_a_limit_is_an_error(write_sweep, tmp_path, stand_in, capsys):
     path = write_sweep(method="random")
     assert main(["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]) == 2
     assert "a random sweep never ends by itself" in capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_and_says_how_to_resume(write_sweep, tmp_path, sweep_process):
+def test_ctrl_c_ends_cleanly_and_prints_the_resume_command(write_sweep, tmp_path, sweep_process):
     path, folder = write_sweep(arguments=["--sleep=0.5"]), tmp_path / "out"
     slow = write_sweep("slow.yaml", arguments=["--sleep=600"])
     process = sweep_process(slow, "--dir", folder, "--study-name", "s", "--workers", "2")
@@ -297,7 +297,7 @@ def test_a_broken_cuda_in_this_process_ends_the_command(write_sweep, tmp_path, s
 
 
 @pytest.mark.slow
-def test_workers_that_can_not_begin_end_the_command(write_sweep, tmp_path, sweep_process):
+def test_workers_that_fail_to_start_end_the_command(write_sweep, tmp_path, sweep_process):
     process = sweep_process(write_sweep(), "--dir", tmp_path / "out", fit="stand_in:missing")
     out, _ = process.communicate(timeout=240)
     assert (
@@ -326,7 +326,7 @@ def test_the_seconds_of_all_attempts_are_summed(write_sweep, tmp_path, replace_f
 
 
 @pytest.mark.parametrize("name", ["does lr matter?", "100 %41 #1", "{braces}", "über"])
-def test_the_database_lies_in_the_folder_of_any_name(
+def test_database_is_in_the_folder_for_any_folder_name(
     write_sweep, tmp_path, stand_in, monkeypatch, name
 ):
     monkeypatch.chdir(tmp_path)
@@ -351,7 +351,7 @@ def test_the_database_lies_in_the_folder_of_any_name(
         ("x" * 300, "cannot name a folder"),
     ],
 )
-def test_names_that_lead_elsewhere_are_refused(
+def test_names_that_leave_the_folder_are_errors(
     write_sweep, tmp_path, stand_in, monkeypatch, capsys, name, said
 ):
     monkeypatch.chdir(tmp_path)
@@ -363,7 +363,7 @@ def test_names_that_lead_elsewhere_are_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
-def test_a_folder_that_can_not_be_written_is_one_line(write_sweep, tmp_path, stand_in, capsys):
+def test_unwritable_folder_is_one_line(write_sweep, tmp_path, stand_in, capsys):
     (tmp_path / "file").write_text("")
     path = str(write_sweep())
     assert main(["sweep", path, "--dir", str(tmp_path / "file" / "out"), *stand_in]) == 2

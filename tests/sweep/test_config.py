@@ -64,13 +64,13 @@ def test_types_nesting_and_order_survive(write_sweep):
 @pytest.mark.parametrize(
     "value", [None, True, False, 3, 0.1, 1e-7, [8, 4], [None, "a"], {"a": [1, None]}]
 )
-def test_an_argument_is_read_back_with_its_type(value):
+def test_argument_round_trip_keeps_its_type(value):
     key, text = argument("model.x", value).split("=", 1)
     back = yaml.safe_load(text.replace("e-", ".0e-") if "e-" in text else text)
     assert key == "--model.x" and back == value and type(back) is type(value)
 
 
-def test_a_string_is_an_argument_as_it_is():
+def test_string_is_passed_unchanged():
     assert argument("model.ste", "identity") == "--model.ste=identity"
 
 
@@ -197,7 +197,7 @@ def test_errors_are_one_line(write_sweep, keys, said):
     )
 
 
-def test_files_that_are_not_sweeps(tmp_path):
+def test_invalid_sweep_files(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_sweep(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
@@ -227,7 +227,7 @@ def test_the_command_gives_arguments_and_environment(write_sweep, monkeypatch):
     assert sweep.arguments == ("--config", "conf/a.yaml")  # --wandb is for W&B's agents
 
 
-def test_extra_arguments_can_not_override_the_search(write_sweep):
+def test_extra_arguments_cannot_override_searched_keys(write_sweep):
     sweep = read_sweep(write_sweep())
     assert with_extra(sweep, ["--trainer.max_epochs=2"]).extra == ("--trainer.max_epochs=2",)
     assert (

@@ -76,6 +76,6 @@ def test_a_worker_that_is_done_is_not_replaced(pool):
     assert not pool.running and pool.shares == [0, 1]
 
 
-def test_the_workers_of_a_job_step_are_no_ranks_of_it():
+def test_sweep_workers_are_not_slurm_ranks():
     kept = {"CUDA_VISIBLE_DEVICES": "1", "PATH": "/bin"}
     assert without_launcher(kept | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}) == kept

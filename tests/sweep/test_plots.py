@@ -66,7 +66,7 @@ def visible_texts(figure):
 
 
 @pytest.mark.parametrize("count", [1, 12])
-def test_no_label_lies_over_another_and_none_is_cut(count):
+def test_labels_neither_overlap_nor_are_cut(count):
     for name, figure in drawn(count).items():
         figure.canvas.draw()
         renderer = figure.canvas.get_renderer()

@@ -85,7 +85,7 @@ def test_a_pruned_trial_ends_early_with_its_record(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_trial_that_can_not_train_fails_with_the_message_of_fit(tmp_path):
+def test_failing_trial_has_the_error_message_of_fit(tmp_path):
     from tq_lightning.cli import run_fit
 
     result = run_trial(

@@ -30,7 +30,7 @@ def printed(width, rows=ROWS):
 
 
 @pytest.mark.parametrize("width", [50, 80, 160])
-def test_a_table_fits_and_names_what_it_leaves_out(width):
+def test_table_fits_and_names_omitted_columns(width):
     text = printed(width)
     rows = [line.split()[0] for line in text.splitlines() if line.strip()[:1].isdigit()]
     assert max(map(len, text.splitlines())) <= width and rows == ["0", "1", "2", "3", "4"]
@@ -39,5 +39,5 @@ def test_a_table_fits_and_names_what_it_leaves_out(width):
     assert left_out == (width < 160) and ("recursive" in text) == (width > 50)
 
 
-def test_no_rows_no_table():
+def test_no_table_without_rows():
     assert printed(80, []) == ""

@@ -125,7 +125,7 @@ def test_a_stopped_trial_resumes_and_runs_no_epoch_twice(
     assert len(taken) == len(set(taken)) == 2
 
 
-def test_a_trial_without_progress_is_given_up(write_sweep, tmp_path, replace_fit, no_results):
+def test_trial_without_progress_is_abandoned(write_sweep, tmp_path, replace_fit, no_results):
     replace_fit("stand_in:fit_epochs")
     path = write_sweep(
         arguments=["--epochs=3", "--stop=0"], parameters={"model.lr": {"values": [0.1]}}
@@ -135,7 +135,7 @@ def test_a_trial_without_progress_is_given_up(write_sweep, tmp_path, replace_fit
     assert len(study_of(folder).trials) == MAX_LOST
 
 
-def test_a_late_result_of_a_trial_given_away_is_superseded(write_sweep, tmp_path):
+def test_late_result_of_a_reassigned_trial_is_superseded(write_sweep, tmp_path):
     sweep = read_sweep(write_sweep(parameters={"model.lr": {"values": [0.1]}}))
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
     queue = TrialQueue(study, lambda _: {"model.lr": 0.1}, limit=1)
@@ -165,7 +165,7 @@ def test_a_late_result_of_a_trial_given_away_is_superseded(write_sweep, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_suspended_worker_drops_its_trial_when_it_wakes(write_sweep, tmp_path, sweep_process):
+def test_suspended_worker_drops_its_trial_on_wake_up(write_sweep, tmp_path, sweep_process):
     path = write_sweep(
         arguments=["--epochs=12", "--sleep=0.5"],
         parameters={"model.lr": {"values": [0.1, 0.2, 0.3, 0.4]}},

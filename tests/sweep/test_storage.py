@@ -21,7 +21,7 @@ def test_an_outage_may_last_a_while():
         raise StorageInternalError("gone")
 
 
-def test_other_errors_are_not_swallowed():
+def test_other_errors_are_raised():
     with pytest.raises(ValueError, match="mine"), StorageOutage():
         raise ValueError("mine")
 

@@ -36,7 +36,7 @@ def parse():
     return fit_parser()
 
 
-def test_all_are_here():
+def test_every_sweep_file_is_tested():
     assert {path.stem for path in FILES} == {*POINTS, "lr", "lr_round"}
 
 
@@ -121,13 +121,13 @@ def test_metrics_that_are_logged_pass(write_sweep):
 
 
 @pytest.mark.parametrize("null", ["None", "null"])
-def test_a_null_teacher_is_no_teacher(parse, null):
+def test_null_teacher_means_no_teacher(parse, null):
     """W&B sends the YAML `none` and null of a sweep file as None."""
     assert "train/loss_w8" in logged_metrics(parse([f"--model.teacher={null}"]))
 
 
 @pytest.mark.parametrize("null", ["None", "null"])
-def test_what_wandb_agents_send_arrives_typed(parse, null):
+def test_arguments_of_wandb_agents_are_typed(parse, null):
     """W&B sends str(value): None, True, lists and whole mappings, and YAML's 1e-3 as text."""
     sent = [
         "--model.widths=[8, 4]",

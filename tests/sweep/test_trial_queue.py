@@ -33,7 +33,7 @@ def points(queue, *states):
     return [t.user_attrs["point"] for t in queue.trials() if t.state in states]
 
 
-def test_every_point_waits_once_and_is_claimed_once(url):
+def test_every_point_is_queued_and_claimed_once(url):
     queue, other = queue_of(url), queue_of(url)
     queue.refresh()
     other.refresh()
@@ -45,7 +45,7 @@ def test_every_point_waits_once_and_is_claimed_once(url):
     assert claimed == [0, 1, 2, 3, 4] and not queue.finished()
 
 
-def test_claims_from_many_threads_do_not_meet(url):
+def test_concurrent_claims_never_share_a_trial(url):
     queues = [queue_of(url, limit=16) for _ in range(3)]
     queues[0].refresh()
     claimed: list[int] = []
@@ -105,7 +105,7 @@ def test_a_process_may_die_between_failing_and_requeueing_a_trial(url):
     assert other.claim("b").user_attrs["attempt"] == 1
 
 
-def test_a_point_that_kills_its_workers_is_given_up(url):
+def test_point_that_kills_its_workers_is_abandoned(url):
     queue = queue_of(url, limit=1)
     for _ in range(MAX_LOST):
         queue.refresh()
@@ -165,7 +165,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_worker_learns_that_its_trial_was_taken(url, interruptible):
+def test_worker_detects_that_its_trial_was_reassigned(url, interruptible):
     queue = queue_of(url, limit=1, stale=0.6)
     queue.refresh()
     trial = queue.claim("cut off")

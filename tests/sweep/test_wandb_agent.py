@@ -91,7 +91,7 @@ def test_the_stand_in_expands_nested_parameters_as_wandb_does():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_an_agent_runs_our_file_online(server, tmp_path):
+def test_wandb_agent_runs_a_sweep_file_online(server, tmp_path):
     """Two arms with nested parameters and lists: each has a run with curves and its record."""
     wandb(server, tmp_path, "sweep", str(tiny("widths_and_distillation", tmp_path)))
     said = wandb(server, tmp_path, "agent", "--count", "2", f"{ENTITY}/{PROJECT}/sweep0")

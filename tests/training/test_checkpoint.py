@@ -27,7 +27,7 @@ OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
         ({**OURS, "name": "local-dir:/somewhere"}, "would have to be downloaded"),
     ],
 )
-def test_a_foreign_checkpoint_is_one_sentence(tmp_path, hparams, said):
+def test_foreign_checkpoint_is_one_line(tmp_path, hparams, said):
     path = tmp_path / "foreign.ckpt"
     torch.save(
         {"state_dict": {}, **({} if hparams is None else {"hyper_parameters": hparams})}, path

@@ -50,12 +50,12 @@ def test_round_trip_also_without_this_class(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_checkpoint_of_before_is_accepted(tmp_path):
+def test_checkpoint_without_checksum_is_accepted(tmp_path):
     torch.save(CHECKPOINT, tmp_path / "old.ckpt")
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "old.ckpt", weights_only=True)
 
 
-def test_any_flipped_byte_is_told(tmp_path):
+def test_any_flipped_byte_is_detected(tmp_path):
     path = save(tmp_path / "last.ckpt")
     whole = path.read_bytes()
     places = [0, 1, 30, 100, *range(200, len(whole), 997), *range(len(whole) - 45, len(whole))]

@@ -36,9 +36,9 @@ KEPT = {
         ),
     ],
 )
-def test_only_what_was_asked_for_and_differs(asked, said):
+def test_only_given_arguments_that_differ(asked, said):
     assert overridden_arguments(asked, KEPT) == said
 
 
-def test_a_default_is_not_asked_for():
+def test_default_is_not_a_given_argument():
     assert overridden_arguments({"lr": 0.05, "opt": "sgd"}, {"lr": 0.5, "opt": "adam"}) == []

@@ -60,7 +60,7 @@ BATCH = {"SLURM_JOB_ID": 1, "SLURM_PROCID": 0}  # a batch script's own command
         (BATCH | {"SLURM_NTASKS": 2}, 2, 1),
     ],
 )
-def test_what_matches_starts(launched, variables, devices, nodes):
+def test_matching_processes_start(launched, variables, devices, nodes):
     launched(**variables)
     check_tasks(devices, nodes, fit=True)
 
@@ -79,9 +79,7 @@ def test_what_matches_starts(launched, variables, devices, nodes):
         (BATCH, 1, 2, "srun --nodes 2 --ntasks-per-node 1"),
     ],
 )
-def test_what_does_not_match_is_one_line_from_the_first_rank(
-    launched, variables, devices, nodes, says
-):
+def test_mismatch_is_one_line_from_rank_zero(launched, variables, devices, nodes, says):
     launched(**variables)
     with pytest.raises(UserError, match=says) as error:
         check_tasks(devices, nodes, fit=True)

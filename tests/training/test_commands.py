@@ -62,7 +62,7 @@ def contents(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_fit_says_where_it_is_and_what_to_do_next(tmp_path, capsys):
+def test_fit_prints_its_folder_and_the_next_commands(tmp_path, capsys):
     metrics = run_fit(small(tmp_path, "--trainer.max_epochs", "1"))
     run, lines = metrics["run_dir"], capsys.readouterr().out.splitlines()
     assert lines[0] == f"run folder: {run}"
@@ -208,7 +208,7 @@ def test_the_start_weights_are_needed_once(copied, capsys):
         (["--model.teacher", "wides"], "model.teacher: got 'wides', pass one of none, widest"),
     ],
 )
-def test_nonsense_is_refused_before_a_model_is_built(
+def test_invalid_values_are_errors_before_a_model_is_built(
     tmp_path, capsys, monkeypatch, arguments, said
 ):
     monkeypatch.setattr("timm.create_model", None)
@@ -276,7 +276,7 @@ def test_a_checkpoint_with_broken_parts_is_one_line(copied, capsys, broken):
     assert contents(root) == before
 
 
-def test_a_checkpoint_with_code_is_refused_without_torchs_advice(tmp_path, capsys):
+def test_checkpoint_with_code_is_an_error_without_advice_from_torch(tmp_path, capsys):
     torch.save({"state_dict": {}, "hyper_parameters": {"x": Path("x")}}, tmp_path / "code.ckpt")
     more = ["--trainer.max_epochs", "2", "--ckpt_path", str(tmp_path / "code.ckpt")]
     assert main(["fit", *small(tmp_path, *more)]) == 2

@@ -68,7 +68,7 @@ def test_accumulation_is_the_larger_batch(train, tmp_path):
     assert far > 1e-3
 
 
-def test_gradients_are_let_go_after_the_step(train, tmp_path):
+def test_gradients_are_released_after_the_step(train, tmp_path):
     """The joint step sums gradients outside of .grad; those of the last step must not be added."""
 
     class Free(L.Callback):
@@ -113,7 +113,7 @@ def test_bf16_keeps_codes_and_gradients_in_float32(
 
 
 @mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
-def test_moving_average_is_what_is_scored_and_kept(train, resnet, tmp_path):
+def test_moving_average_is_scored_and_saved(train, resnet, tmp_path):
     """The checkpoint holds the average, its estimated norms, and the weights in training."""
     weights, decay = Weights(), 0.6
     trainer, _ = train(
@@ -171,7 +171,7 @@ def test_a_short_run_is_scored_with_statistics_of_its_weights(train, resnet, tmp
     assert (stem(raw).running_var - scored).abs().min() > 0.5
 
 
-def test_average_of_weights_goes_through_validation_unharmed(train, tmp_path):
+def test_validation_does_not_change_the_average_of_weights(train, tmp_path):
     """Validation swaps the average in and out without an effect on the weights in training."""
     with_average, without = Weights(), Weights()
     train(tmp_path, {"ema_decay": 0.5}, callbacks=[with_average], max_epochs=2)
@@ -180,7 +180,7 @@ def test_average_of_weights_goes_through_validation_unharmed(train, tmp_path):
         assert all(torch.equal(one[k], two[k]) for k in two if not k.endswith("calibrated"))
 
 
-# -- optimisers and schedules
+# -- optimizers and schedules
 # --------------------------------------------------------------------------------------------
 def settings(**changes):
     plain = {
@@ -246,7 +246,7 @@ def test_other_schedules_fall(sched):
 
 
 @pytest.mark.parametrize("opt", ["sgd", "momentum", "adam", "adamw", "lamb", "lion", "rmsprop"])
-def test_optimisers_by_name_step_and_spare_biases_from_decay(opt):
+def test_optimizers_by_name_step_and_exclude_biases_from_decay(opt):
     model = torch.nn.Linear(2, 2)
     optimizer = build_optimizer(model, settings(opt=opt))
     decays = {
@@ -269,7 +269,7 @@ def test_sgd_without_momentum_and_further_arguments():
     assert tuple(betas) == (0.8, 0.9)
 
 
-def test_what_a_model_excepts_from_decay(train, tmp_path):
+def test_parameters_that_a_model_excludes_from_decay(train, tmp_path):
     trainer, module = train(tmp_path, {"weight_decay": 0.1}, limit_train_batches=1)
     decays = {
         id(p): g["weight_decay"] for g in trainer.optimizers[0].param_groups for p in g["params"]
@@ -278,6 +278,6 @@ def test_what_a_model_excepts_from_decay(train, tmp_path):
     assert decays[id(module.model.blocks[0].mlp.fc1.parametrizations.weight.original)] == 0.1
 
 
-def test_a_schedule_without_an_end_is_refused():
+def test_schedule_without_an_end_is_an_error():
     with pytest.raises(UserError, match=r"model\.sched: the schedule needs an end; pass trainer"):
         rates(steps=math.inf)

@@ -139,7 +139,7 @@ def test_gradients_are_those_of_a_plain_loop(name, quantizer):
 
 
 @pytest.mark.parametrize("normalizer", ["absmax", "tanh_channel", "absmax_channel"])
-def test_every_normaliser_and_a_float_pass(normalizer):
+def test_every_normalizer_and_a_float_pass(normalizer):
     ours = prepared(conv_net, normalizer=normalizer)
     train_float_norms(ours)
     theirs = copy.deepcopy(ours)
@@ -158,7 +158,7 @@ def test_two_parameters_never_share_one_gradient():
     torch.testing.assert_close(model.gain.grad, model.shift.grad)
 
 
-def test_one_width_is_not_all_of_them():
+def test_gradient_of_one_width_differs_from_the_sum():
     """Counter-example: the sum over widths is not the gradient of one of them, nor their mean."""
     ours, theirs = prepared(conv_net), prepared(conv_net)
     images, target = batch()
@@ -215,7 +215,7 @@ def test_scale_of_the_incoming_gradient_and_accumulation():
     assert_same_grads(once, twice)
 
 
-def test_loss_scale_is_undone():
+def test_loss_scale_is_removed():
     """A gradient scaler's factor is applied inside, where float16 gradients would underflow."""
     plain, scaled = prepared(vit), prepared(vit)
     images, target = batch()
@@ -252,7 +252,7 @@ def test_sandwich_leaves_the_other_norms_without_gradient():
             assert p.grad is not None, name
 
 
-def test_frozen_parameters_stay_out():
+def test_frozen_parameters_get_no_gradient():
     model = prepared(conv_net)
     frozen = [w.original.requires_grad_(False) for w in weight_quantizers(model)[:2]]
     images, target = batch()
@@ -280,7 +280,7 @@ def test_a_loss_that_is_not_finite_names_its_width():
 
 @pytest.mark.parametrize("activations", ["clamp_round", "clamp_floor_truncate", "pact_floor"])
 @pytest.mark.parametrize("place", ["conv1.weight", "layer1.0.bn1.sets.8.bias"])
-def test_a_nan_that_integers_would_hide_is_found(activations, place):
+def test_nan_hidden_by_integer_codes_is_detected(activations, place):
     """Codes of a quantized activation hide a NaN: the loss alone would stay finite."""
     model = prepared(conv_net, activations=activations)
     images, target = batch()
@@ -292,7 +292,7 @@ def test_a_nan_that_integers_would_hide_is_found(activations, place):
         joint_loss(model, images, WIDTHS, recursive(target))
 
 
-def test_a_loss_of_finite_weights_blames_none():
+def test_loss_with_finite_weights_names_no_weight():
     model = prepared(conv_net)
     images, _ = batch()
     with pytest.raises(TrainingError, match=r"not finite at width 4$"):

@@ -63,13 +63,13 @@ def close(value):
     return pytest.approx(value.item(), rel=1e-6)
 
 
-def test_labels_alone(monkeypatch):
+def test_loss_from_labels_only(monkeypatch):
     losses, passed = width_losses(monkeypatch, teacher="none")
     assert losses == {b: close(cross_entropy(LOGITS[b], TARGET)) for b in (8, 4, 2, 1)}
     assert passed["weights"] == [1.0] * 4 and passed["scale"] == 1.0
 
 
-def test_taught_by_the_widest(monkeypatch):
+def test_teacher_widest(monkeypatch):
     losses, _ = width_losses(monkeypatch, teacher="widest")
     assert losses == {
         8: close(cross_entropy(LOGITS[8], TARGET)),
@@ -77,7 +77,7 @@ def test_taught_by_the_widest(monkeypatch):
     }
 
 
-def test_taught_by_the_next_wider(monkeypatch):
+def test_teacher_next_wider(monkeypatch):
     losses, _ = width_losses(monkeypatch)
     expected = {8: cross_entropy(LOGITS[8], TARGET)}
     expected |= {
@@ -88,7 +88,7 @@ def test_taught_by_the_next_wider(monkeypatch):
     assert losses[1] != close(distillation(LOGITS[1], LOGITS[8]))  # recursive is not widest
 
 
-def test_float_pass_teaches_the_widest(monkeypatch):
+def test_float_pass_is_the_teacher_of_the_widest(monkeypatch):
     losses, passed = width_losses(monkeypatch, float_pass=True, widths="8,2")
     assert passed["widths"] == (None, 8, 2)
     assert losses[None] == close(cross_entropy(LOGITS[None], TARGET))
@@ -196,7 +196,7 @@ def test_sandwich_is_a_function_of_seed_and_step():
         ({"sched": "multistep", "decay_epochs": "[]"}, "model.decay_epochs: got '[]', pass epochs"),
     ],
 )
-def test_bad_values_are_one_sentence_that_names_the_key(arguments, said):
+def test_bad_values_are_one_line_that_names_the_key(arguments, said):
     with pytest.raises(UserError) as error:
         TQModule(**arguments)
     assert said in str(error.value)
@@ -211,7 +211,7 @@ def test_a_list_that_is_not_well_formed_is_refused(text):
         TQModule(skip=text)
 
 
-def test_null_teacher_is_none():
+def test_null_teacher_equals_none():
     module = TQModule(teacher=None)
     assert module.hparams.teacher == "none"
 
@@ -224,7 +224,7 @@ def test_lists_in_every_spelling():
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_refused_in_a_sentence(strategy):
+def test_sharded_strategies_are_one_line(strategy):
     def trainer(name):
         return SimpleNamespace(
             strategy=type(name, (), {})(),
@@ -267,7 +267,7 @@ def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
     assert again._teacher == []
 
 
-def test_a_teacher_with_weights_for_other_classes_is_refused_before_a_download(train, tmp_path):
+def test_teacher_of_other_classes_is_an_error_before_a_download(train, tmp_path):
     with pytest.raises(
         UserError,
         match=r"resnet18 are for 1000 classes, the data has 10; "
@@ -276,7 +276,7 @@ def test_a_teacher_with_weights_for_other_classes_is_refused_before_a_download(t
         train(tmp_path, {"teacher": "external", "teacher_name": "resnet18"})
 
 
-def test_what_is_wrong_with_a_teacher_is_said_of_the_teacher(train, tmp_path):
+def test_teacher_errors_name_the_teacher(train, tmp_path):
     with pytest.raises(
         UserError, match=r"^the teacher .*: cannot load the pretrained weights of resnet8_cifar"
     ):

@@ -89,7 +89,7 @@ def test_non_uniform_codes_keep_a_trained_network_too(trained, tmp_path, capsys,
     assert found["w8"] > found["float"] - 1 and found["w4"] > found["float"] - 10
 
 
-def test_a_pairing_outside_the_table_is_one_line(trained, capsys):
+def test_unsupported_pairing_is_one_line(trained, capsys):
     arguments = ["--model.normalizer=gaussian", f"--model.checkpoint_path={trained}"]
     assert main(["validate", *arguments, "--data.name=digits"]) == 2
     error = capsys.readouterr().err

@@ -250,7 +250,7 @@ class Rates(L.Callback):
         self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def test_going_on_with_more_epochs_or_another_rate_follows_the_new_schedule(train, tmp_path):
+def test_resume_with_more_epochs_or_another_rate_follows_the_new_schedule(train, tmp_path):
     """The state of the shorter schedule would stay at its end: at rate 0."""
     rates = Rates()
     trainer, _ = train(

@@ -112,7 +112,7 @@ def test_without_loggers(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
-def test_fit_on_a_finished_run_leaves_it_as_it_was(tmp_path, capsys, checkpoint):
+def test_fit_on_a_finished_run_changes_nothing(tmp_path, capsys, checkpoint):
     run_fit(arguments(tmp_path, trainer__max_epochs=3))
     run, _ = the_run(tmp_path)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -62,12 +62,12 @@ def test_the_same_run_may_move_its_data_and_train_longer(run):
         ({"data": {"name": "cifar10"}}, "data.name=digits, not cifar10"),
     ],
 )
-def test_another_run_is_not_resumed_under_this_ones_name(run, change, says):
+def test_other_run_is_not_resumed_in_this_folder(run, change, says):
     with pytest.raises(UserError, match=says):
         check_same_run(run, CONFIG | change)
 
 
-def test_finished_is_by_record_and_by_the_end_asked_for(run):
+def test_finished_depends_on_the_record_and_the_requested_end(run):
     assert not is_finished(run, CONFIG)
     for status, finished in (("running", False), ("interrupted", False), ("finished", True)):
         write_record(run / "record.json", Record("id", status, CONFIG))

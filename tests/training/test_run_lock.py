@@ -60,7 +60,7 @@ def lockless(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_living_holder_is_named_and_a_dead_one_is_not_in_the_way(tmp_path, no_job, holder):
+def test_live_lock_holder_is_named_and_dead_one_is_ignored(tmp_path, no_job, holder):
     run = tmp_path / "run"
     process = holder()
     with pytest.raises(UserError, match=f"{run} is in use by process {process.pid} on "):
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, no_job):
 @pytest.mark.parametrize(
     ("options", "reach"), [({"rw", "vers=4.2"}, "everywhere"), ({"rw", "nolock"}, "this host")]
 )
-def test_mount_options_tell_how_far_a_lock_reaches(tmp_path, monkeypatch, options, reach):
+def test_lock_scope_from_mount_options(tmp_path, monkeypatch, options, reach):
     monkeypatch.setattr(run_lock, "_mount_options", lambda handle: options)
     with (tmp_path / "file").open("w") as file:
         assert run_lock._try_lock(file.fileno()) == reach

@@ -107,7 +107,7 @@ def test_a_signal_ends_an_evaluation_at_once(tmp_path, capsys):
     assert not (run / ".lock").exists()
 
 
-def test_nothing_is_left_of_a_run_that_never_began(tmp_path):
+def test_run_that_never_started_leaves_no_files(tmp_path):
     at = ["--trainer.callbacks+=fixtures.signals.SendSignal", "--trainer.callbacks.name=SIGTERM"]
     assert fit(tmp_path / "a" / "b", *at, "--trainer.callbacks.epoch=-1") == 143
     assert not (tmp_path / "a").exists()

@@ -17,7 +17,7 @@ CHAIN = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1,
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_encodings_with_a_mark_are_read(tmp_path, encoding):
+def test_encodings_with_a_byte_order_mark_are_read(tmp_path, encoding):
     path = tmp_path / "a.yaml"
     path.write_bytes("a: {b: [1, für]}\n".encode(encoding))
     assert read_yaml(path) == {"a": {"b": [1, "für"]}}
@@ -67,7 +67,7 @@ def test_errors_are_one_line_that_names_the_file(tmp_path, content, said):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(path))
 
 
-def test_paths_that_are_not_files(tmp_path):
+def test_invalid_paths(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, said in (
         ("none", "does not exist"),

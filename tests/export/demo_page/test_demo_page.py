@@ -46,7 +46,7 @@ def demo(model, out, *more):
 
 
 @pytest.mark.slow
-def test_the_page_has_all_it_needs_and_replaces_itself(no_runtime, tmp_path, capsys):
+def test_page_is_self_contained_and_can_be_rewritten(no_runtime, tmp_path, capsys):
     out = tmp_path / "page"
     more = ["--images", DIGITS / "images", "--onnxruntime-web", no_runtime, "--title", "<i>Digits"]
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_the_graph_runs_on_the_planes_that_have_arrived(source, no_runtime, tmp_
         (["{model}", "--out", "x", "--imags", "y"], "did you mean --images"),
     ],
 )
-def test_errors_are_one_line_and_leave_nothing(
+def test_errors_are_one_line_and_write_nothing(
     argv, said, no_runtime, net, make, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -152,7 +152,7 @@ def test_errors_are_one_line_and_leave_nothing(
         ("tar czf x.tgz --files-from /dev/null", "has no ort.wasm.min.mjs"),
     ],
 )
-def test_npm_that_fails(script, said, tmp_path, monkeypatch, capsys):
+def test_failing_npm(script, said, tmp_path, monkeypatch, capsys):
     tools = tmp_path / "bin"
     tools.mkdir()
     if script is not None:
@@ -320,7 +320,7 @@ class TestChromium:
         assert asked == (first + each if ranges else first)
         assert browser.complaints() == []
 
-    def test_slider_table_and_plane_bars_follow_each_other(self, page, browser, serve):
+    def test_slider_table_and_plane_bars_stay_in_sync(self, page, browser, serve):
         serve(page)
         assert wait(browser, f"{READY} === 'ready'")
         used = "document.querySelectorAll('.plane.used').length"
@@ -336,7 +336,7 @@ class TestChromium:
         best = browser.run("document.querySelector('#prediction li').textContent")
         assert best.startswith("0")
 
-    def test_pictures_that_are_none_and_files_that_are_missing(self, page, browser, serve):
+    def test_invalid_images_and_missing_files(self, page, browser, serve):
         serve(page)
         status = "document.getElementById('status').textContent"
         wait(browser, f"{READY} === 'ready'")

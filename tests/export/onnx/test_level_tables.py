@@ -100,7 +100,7 @@ def test_qonnx_gathers_from_truncated_codes(served, tmp_path):
     assert [n.op_type for n in graph.node][:4] == ["Trunc", "Cast", "Gather", "Mul"]
 
 
-def test_integer_mode_refuses_them_by_name(served):
+def test_integer_mode_is_an_error(served):
     path, _ = served
     ranges = {name: ActivationRange(0.0, 1.0) for name in ("conv", "fc")}
     with pytest.raises(UserError, match=r"level '(native|centroid)' has no integer form") as error:
@@ -114,7 +114,7 @@ def load_with(path, ranges):
     return loaded
 
 
-def test_integer_weights_refuse_them_by_name(served):
+def test_integer_weights_are_an_error(served):
     from tq_lightning.quant.integer.arithmetic import integer_weight
 
     weight = next(m for m in served[1].modules() if hasattr(m, "stored"))

@@ -169,7 +169,7 @@ def test_static(served, bits, opset, kind, lean, tmp_path):
     assert np.abs(got - expected(model, images, 3 if bits != 3 else 2)).max() > 1e-3
 
 
-def test_the_option_that_folds_the_weights_at_load(tmp_path):
+def test_option_to_fold_weights_at_load(tmp_path):
     """ONNX Runtime keeps DequantizeLinear of a constant unless QDQ handling is disabled."""
     helper, kind = onnx.helper, onnx.TensorProto
     codes = helper.make_tensor(

@@ -149,7 +149,7 @@ def test_hostile_headers(change, match, packed, tmp_path):
         load_packed(path)
 
 
-def test_a_resigned_header_alone_is_no_error(packed, tmp_path):
+def test_header_with_a_recomputed_checksum_loads(packed, tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(resign(packed.read_bytes(), lambda *_: None))
     load_packed(path)
@@ -178,14 +178,14 @@ def test_foreign_files(content, tmp_path):
         load_packed(tmp_path)
 
 
-def test_nested_json_is_no_crash(tmp_path):
+def test_deeply_nested_json_does_not_crash(tmp_path):
     head = b"[" * 200_000
     (tmp_path / "m.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
     with pytest.raises(UserError, match="not a packed file"):
         load_packed(tmp_path / "m.safetensors")
 
 
-def test_every_bit_flipped_or_cut_off_is_noticed(tmp_path):
+def test_every_flipped_or_missing_bit_is_detected(tmp_path):
     """3,000 bit flips, cuts and appended bytes of a small file all raise a UserError."""
     draw = np.random.default_rng(0)
     tensors = {
@@ -301,7 +301,7 @@ def test_headers_with_junk_in_any_place_end_in_an_error_or_load(packed, tmp_path
     assert refused > 200
 
 
-def test_a_compressed_plane_cannot_unfold_to_more_than_a_plane(net, tmp_path):
+def test_compressed_plane_cannot_exceed_the_size_of_a_plane(net, tmp_path):
     import zstandard
 
     from tq_lightning import save_packed

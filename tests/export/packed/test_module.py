@@ -28,7 +28,7 @@ def test_resident_refills_one_buffer_and_lean_keeps_nothing(packed, net):
     assert all(w.packed._weight is None for w in packed_weights(lean))
 
 
-def test_a_resident_weight_is_read_where_it_stands_and_never_of_another_width_model_or_state(
+def test_resident_weights_are_reused_only_for_the_same_width_model_and_state(
     make, packed, net, monkeypatch
 ):
     model, images, other = load_packed(packed), net[1], make(quantizer="round")[0]

@@ -20,7 +20,7 @@ def reader():
     return module
 
 
-def test_it_is_short_and_knows_nothing_of_the_library():
+def test_it_is_short_and_does_not_import_the_library():
     text = READER.read_text()
     assert len(text.splitlines()) < 150
     assert (
@@ -61,7 +61,7 @@ def test_codes_weights_and_norms(make, reader, choices, compress, tmp_path):
         )
 
 
-def test_damage_is_noticed(reader, packed, tmp_path):
+def test_damage_is_detected(reader, packed, tmp_path):
     raw = bytearray(packed.read_bytes())
     raw[-1] ^= 1
     (tmp_path / "m").write_bytes(raw)

@@ -36,7 +36,7 @@ def second(nested, tmp_path_factory):
     return path
 
 
-def test_a_file_that_uses_nothing_new_is_version_1(net, packed, tmp_path):
+def test_file_without_new_features_is_version_1(net, packed, tmp_path):
     with Container(packed) as file:
         assert file.version == 1 and "activation_ranges" not in file.header
         assert sorted(file.header["prepare"]) == [
@@ -91,7 +91,7 @@ def test_tables_and_ranges_are_in_the_file(second):
     assert loaded.tq_ranges == RANGES and loaded.tq_ranges["layer2.0.conv1"].low == -0.75
 
 
-def test_the_tables_of_the_file_win_over_the_formula(second, tmp_path, monkeypatch):
+def test_tables_in_the_file_take_precedence_over_the_formula(second, tmp_path, monkeypatch):
     before = load_packed(second, bits=4)
     from tq_lightning.quant import level_tables
 

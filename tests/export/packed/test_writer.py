@@ -61,7 +61,7 @@ def test_logits_are_the_truncated_training_models(make, case, mode, tmp_path):
     )
 
 
-def test_round_quantized_is_not_what_a_packed_model_gives(make, tmp_path):
+def test_packed_model_differs_from_round_quantized(make, tmp_path):
     model, images = make(quantizer="round")
     save_packed(model, tmp_path / "m.safetensors")
     served = logits(load_packed(tmp_path / "m.safetensors"), images, 3)
@@ -209,7 +209,7 @@ def test_a_packed_model_is_not_calibrated_and_keeps_its_statistics(packed, net):
     assert torch.equal(logits(served, net[1], 7), logits(net[0], net[1], 7, "truncate"))
 
 
-def test_a_width_that_was_not_loaded_is_no_matter_of_calibration(make, tmp_path):
+def test_width_that_was_not_loaded_does_not_mention_calibration(make, tmp_path):
     model, _ = make("preresnet20_cifar")  # its first module with a width is a norm
     save_packed(model, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="loaded for widths 4, not 3; load it with bits=None"):
@@ -258,7 +258,7 @@ def test_an_interrupted_write_leaves_the_old_file_whole(net, packed, tmp_path, m
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-def test_only_the_norm_sets_that_are_served_are_made(packed, net, monkeypatch):
+def test_only_requested_norm_sets_are_created(packed, net, monkeypatch):
     made = []
     real = copy.deepcopy
     monkeypatch.setattr(
@@ -274,7 +274,7 @@ def test_only_the_norm_sets_that_are_served_are_made(packed, net, monkeypatch):
         assert model.tq == net[0].tq
 
 
-def test_a_header_that_asks_for_an_absurd_network_ends_at_once(make, tmp_path):
+def test_header_with_an_absurd_network_is_rejected_at_once(make, tmp_path):
     model, _ = make("vit_tiny_patch16_224", size=224)
     path = tmp_path / "vit.safetensors"
     for args in ({"depth": 65536}, {"embed_dim": 65472}):

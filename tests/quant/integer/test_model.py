@@ -154,7 +154,7 @@ def test_every_layer_equals_exact_integers(case):
         assert _logits(run, images, bits).isfinite().all()
 
 
-def test_the_oracle_sees_a_wrong_weight():
+def test_exact_reference_detects_a_wrong_weight():
     images = _images()
     model = _ready(Mixed(), images)
     calibrate_activations(model, [images])
