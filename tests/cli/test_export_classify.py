@@ -69,13 +69,13 @@ def test_export_with_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--max-bits", "9"], "from 1 to 8"),
         (["{packed}", "--out", "x", "--format", "tflite"], "invalid choice"),
         (["{packed}", "--out", "x", "--observer", "mse"], "--observer needs --calibrate"),
-        (["{packed}", "--out", "x", "--calibrate", "nodata"], "neither a folder of images nor"),
+        (["{packed}", "--out", "x", "--calibrate", "nodata"], "no such folder or data set"),
         (
             ["{packed}", "--out", "x.pte", "--calibrate", "digits"],
             "got --format executorch, which has no activation ranges",
         ),
         (["{packed}", "--out", "x", "--calibrate", "run"], "not in the folder of a run"),
-        (["{packed}", "--out", "x", "--calibrate", "digits", "--add", "r"], "before or after"),
+        (["{packed}", "--out", "x", "--calibrate", "digits", "--add", "r"], "cannot be combined"),
     ],
 )
 def test_export_errors_are_one_line(argv, said, packed, tmp_path, monkeypatch, capsys):

@@ -254,6 +254,6 @@ def test_errors(served, tmp_path):
     with pytest.raises(UserError, match="bits from 1 to 8"):
         export_static(served[0], tmp_path / "m.onnx", 9)
     save_packed(small(), tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="size of its images"):
+    with pytest.raises(UserError, match="has no input size"):
         export_static(tmp_path / "m.safetensors", tmp_path / "m.onnx", 4)
     assert not (tmp_path / "m.onnx").exists()
