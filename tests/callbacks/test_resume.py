@@ -1,11 +1,14 @@
-"""A run that was moved or copied keeps its best checkpoint."""
+"""A moved run keeps its best checkpoint, and a resumed one draws what it would have drawn."""
 
+import random
 from types import SimpleNamespace
 
+import numpy as np
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import tensor
 
-from tq_lightning.callbacks.resume import MovedRun
+from tq_lightning.callbacks.resume import MovedRun, StepSeeds
 
 
 def test_best_checkpoint_path_follows_a_moved_run(tmp_path):
@@ -33,3 +36,19 @@ def test_checkpoint_of_other_callbacks_is_unchanged(tmp_path):
         SimpleNamespace(checkpoint_callbacks=[ModelCheckpoint(tmp_path)]), None, checkpoint
     )
     assert checkpoint == {"callbacks": {"Other": {"dirpath": "x"}}}
+
+
+def draws(step, seed=0, rank=0):
+    loop = type("Loop", (), {"epoch_loop": type("Epoch", (), {"total_batch_idx": step})()})()
+    trainer = type("Trainer", (), {"fit_loop": loop, "global_rank": rank})()
+    StepSeeds().on_train_batch_start(trainer, type("Module", (), {"run_seed": seed})(), None, 0)
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_random_states_are_a_function_of_seed_step_and_rank():
+    first = draws(3)
+    torch.rand(5)  # whatever was drawn in between
+    assert draws(3) == first
+    others = [draws(4), draws(3, seed=1), draws(3, rank=1)]
+    for other in others:
+        assert all(a != b for a, b in zip(first, other, strict=True))

@@ -1,4 +1,4 @@
-"""record.json: its schema, its status after any end, its best epoch; metrics.csv after a kill."""
+"""record.json: its schema, its status after any end, its best epoch."""
 
 import csv
 import json
@@ -7,11 +7,8 @@ import pytest
 import torch
 from fixtures.fits import TWO_STEPS
 
-from tq_lightning.callbacks.csv_logger import RunLogger
 from tq_lightning.callbacks.metric_log import MetricLog
-from tq_lightning.callbacks.resume import StepSeeds
 from tq_lightning.callbacks.run_record import RunRecord
-from tq_lightning.callbacks.width_table import print_widths
 from tq_lightning.cli import run_fit
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.quant.config import QuantConfig
@@ -115,7 +112,7 @@ def test_the_losses_of_an_epoch_are_on_disk_before_its_checkpoint(tmp_path, monk
         (run,) = root.iterdir()
         return [
             (row["epoch"], row["step"], row["train/loss_w2"])
-            for row in rows_of(run / "metrics.csv")
+            for row in csv.DictReader((run / "metrics.csv").open(newline=""))
             if row["train/loss_w2"]
         ]
 
@@ -414,88 +411,3 @@ def test_other_test_is_recorded_separately(tmp_path, capsys, trainer, data, why)
     assert got["tests"][0].get("batches") == (2 if why == "a part of the split" else None)
     assert f"not a test of the run's own data ({why})" in capsys.readouterr().out
     assert len(test_block(tmp_path, trainer, **data)["tests"]) == 2
-
-
-# -- metrics.csv -----------------------------------------------------------------------------------
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def log(root, resume_step=None, rows=()):
-    logger = RunLogger(str(root), "run", resume_step)
-    for metrics, step in rows:
-        logger.log_metrics(metrics, step)
-    _ = logger.experiment
-    return root / "run" / "metrics.csv"
-
-
-def test_resume_drops_repeated_rows_and_accepts_new_keys(tmp_path):
-    path = log(
-        tmp_path,
-        rows=[
-            ({"epoch": 0, "a": 1.0}, 9),
-            ({"epoch": 1, "a": 2.0}, 19),
-            ({"epoch": 2, "a": 3.0}, 29),
-        ],
-    )
-    assert len(rows_of(path)) == 3
-    log(tmp_path, 20, [({"epoch": 2, "a": 4.0, "b": 5.0}, 29)])
-    assert [(r["step"], r["a"], r["b"]) for r in rows_of(path)] == [
-        ("9", "1.0", ""),
-        ("19", "2.0", ""),
-        ("29", "4.0", "5.0"),
-    ]
-    log(tmp_path, None)
-    assert len(rows_of(path)) == 3
-
-
-@pytest.mark.parametrize("torn", ["2", "2,3.0", "2,3.0,", "2,3.0,29,7,8", "\x00"])
-def test_partial_row_of_a_killed_run(tmp_path, torn):
-    path = log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9), ({"epoch": 1, "a": 2.0}, 19)])
-    assert path.read_text().splitlines()[0] == "a,epoch,step"
-    with path.open("a") as file:
-        file.write(torn)
-    log(tmp_path, 20, [({"epoch": 2, "a": 4.0}, 29)])
-    assert [r["step"] for r in rows_of(path)] == ["9", "19", "29"]
-
-
-def test_every_row_is_on_disk_at_once(tmp_path):
-    assert len(rows_of(log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9)]))) == 1
-
-
-# -- seeds and table -------------------------------------------------------------------------------
-def draws(step, seed=0, rank=0):
-    import random
-
-    import numpy as np
-
-    loop = type("Loop", (), {"epoch_loop": type("Epoch", (), {"total_batch_idx": step})()})()
-    trainer = type("Trainer", (), {"fit_loop": loop, "global_rank": rank})()
-    StepSeeds().on_train_batch_start(trainer, type("Module", (), {"run_seed": seed})(), None, 0)
-    return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-
-def test_random_states_are_a_function_of_seed_step_and_rank():
-    first = draws(3)
-    torch.rand(5)  # whatever was drawn in between
-    assert draws(3) == first
-    others = [draws(4), draws(3, seed=1), draws(3, rank=1)]
-    for other in others:
-        assert all(a != b for a, b in zip(first, other, strict=True))
-
-
-def test_table_of_widths(capsys):
-    metrics = {"val/acc1_float": 90.0}
-    print_widths(metrics, "val", "epoch 0")
-    assert capsys.readouterr().out == ""
-    metrics |= {
-        f"val/{key}_w{b}": v
-        for b in (8, 2)
-        for key, v in (("acc1_quantize", 80.0), ("acc1_truncate", 30.0), ("qt_gap", 50.0))
-    }
-    print_widths(metrics, "val", "epoch 0")
-    assert (
-        capsys.readouterr().out
-        == "epoch 0: top-1 % quantized/truncated  w8 80.00/30.00  w2 80.00/30.00  float 90.00\n"
-    )

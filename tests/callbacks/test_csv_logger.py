@@ -1,0 +1,54 @@
+"""metrics.csv after a resume, and after a kill in the middle of a row."""
+
+import csv
+
+import pytest
+
+from tq_lightning.callbacks.csv_logger import RunLogger
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log(root, resume_step=None, rows=()):
+    logger = RunLogger(str(root), "run", resume_step)
+    for metrics, step in rows:
+        logger.log_metrics(metrics, step)
+    _ = logger.experiment
+    return root / "run" / "metrics.csv"
+
+
+def test_resume_drops_repeated_rows_and_accepts_new_keys(tmp_path):
+    path = log(
+        tmp_path,
+        rows=[
+            ({"epoch": 0, "a": 1.0}, 9),
+            ({"epoch": 1, "a": 2.0}, 19),
+            ({"epoch": 2, "a": 3.0}, 29),
+        ],
+    )
+    assert len(rows_of(path)) == 3
+    log(tmp_path, 20, [({"epoch": 2, "a": 4.0, "b": 5.0}, 29)])
+    assert [(r["step"], r["a"], r["b"]) for r in rows_of(path)] == [
+        ("9", "1.0", ""),
+        ("19", "2.0", ""),
+        ("29", "4.0", "5.0"),
+    ]
+    log(tmp_path, None)
+    assert len(rows_of(path)) == 3
+
+
+@pytest.mark.parametrize("torn", ["2", "2,3.0", "2,3.0,", "2,3.0,29,7,8", "\x00"])
+def test_partial_row_of_a_killed_run(tmp_path, torn):
+    path = log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9), ({"epoch": 1, "a": 2.0}, 19)])
+    assert path.read_text().splitlines()[0] == "a,epoch,step"
+    with path.open("a") as file:
+        file.write(torn)
+    log(tmp_path, 20, [({"epoch": 2, "a": 4.0}, 29)])
+    assert [r["step"] for r in rows_of(path)] == ["9", "19", "29"]
+
+
+def test_every_row_is_on_disk_at_once(tmp_path):
+    assert len(rows_of(log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9)]))) == 1
