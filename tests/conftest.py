@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: nothing phones home, nothing draws threads it was not given."""
+"""Fixtures of the whole suite: no network access, and one thread per process."""
 
 import os
 
@@ -12,7 +12,7 @@ RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "
 
 @pytest.fixture(autouse=True)
 def own_rendezvous():
-    """Forget the port of a process group: Lightning leaves it in the environment of the process."""
+    """Remove the port of a process group, which Lightning leaves in the environment."""
     before = {name: os.environ.get(name) for name in RENDEZVOUS}
     yield
     for name, value in before.items():

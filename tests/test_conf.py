@@ -1,4 +1,4 @@
-"""Every file of conf/ trains two steps: its model at its input size, on synthetic data."""
+"""Every file of conf/ trains for two steps: its model at its input size, on synthetic data."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def files() -> list:
     rows = []
     for path in sorted(CONF.glob("*.yaml")):
         if ":" in yaml.safe_load(path.read_text())["data"]["name"]:
-            continue  # a data set of its own kind, see below
+            continue  # a different kind of data set, see below
         heavy = yaml.safe_load(path.read_text())["data"][
             "name"
         ] == "imagenet" or path.stem.startswith("r56")
@@ -113,7 +113,7 @@ def test_arms_differ_by_the_quantizer_alone(path: Path) -> None:
 
 
 def test_timeseries_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own files are optional: random series of the same form stand for them."""
+    """Random series of the same form replace its data files."""
     draw = np.random.default_rng(0)
 
     def series(count: int) -> Series:

@@ -1,4 +1,4 @@
-"""Every shell and Python block of the README and the documentation runs, or says why it does not.
+"""Every shell and Python block of README and docs runs, or states why it does not.
 
 A block that is not run carries `<!-- not run: REASON -->` on the line before it. Its command lines
 are still parsed. The blocks of a page run in order, in one folder that holds conf/, sweeps/, docs/
@@ -88,7 +88,7 @@ def name(page: Path) -> str:
 
 
 def commands(code: str) -> list[list[str]]:
-    """The arguments of each call of tq_lightning in a shell block."""
+    """Return the arguments of each call of tq_lightning in a shell block."""
     found: list[list[str]] = []
     for line in code.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -110,7 +110,7 @@ class Parsed(Exception):
 
 
 def parse(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the parser of a verb, and nothing else."""
+    """Run only the parser of a verb."""
     verb, arguments = argv[0], argv[1:]
     if verb in LIGHTNING_VERBS:
         assert main([verb, *arguments, "--print_config"]) == 0, (
@@ -136,7 +136,7 @@ def parse(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_declare_a_language_or_mark(page):
-    """Fences close, have a language, and a mark has a known reason; commands stand in fences."""
+    """Fences are closed and have a language, marks have a known reason, commands are in fences."""
     text = page.read_text()
     assert text.count("```") % 2 == 0
     for block in blocks(page):
@@ -159,7 +159,7 @@ def test_relative_links_lead_to_files(page):
 
 
 def test_marked_blocks():
-    """The blocks that are not run, page by page."""
+    """List the blocks that are not run, by page."""
     marked = {name(p): sum(b.reason is not None for b in blocks(p)) for p in PAGES}
     assert {page: count for page, count in marked.items() if count} == MARKED
 

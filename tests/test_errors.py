@@ -1,4 +1,4 @@
-"""Passwords never leave the process: not in a message, not in a report."""
+"""Passwords never appear in messages or reports."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A quantizer added as one row goes through the whole program."""
+"""A quantizer added as one row of the registry works in the whole program."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ FIT = [*TWO_STEPS, "--model.quantizer", "ceil", "--trainer.default_root_dir"]
 
 
 def _ceil_steps(u, top):
-    """Bins (k/2^n, (k+1)/2^n]: the codes of `floor`, but an edge belongs to the bin below it."""
+    """Return codes of bins (k/2^n, (k+1)/2^n]: `floor` with edges in the lower bin."""
     return torch.ceil(u * (top + 1.0)) - 1.0
 
 
@@ -55,7 +55,7 @@ def test_a_new_quantizer_is_one_row(ceil, tmp_path, capsys):
             with bit_width(model, bits, "quantize"), bit_width(served, bits):
                 assert torch.equal(served(images), model(images))
 
-    # the report lists it as an arm of its own
+    # the report lists it as a separate arm
     other = dataclasses.replace(
         record,
         id="0" * 32,

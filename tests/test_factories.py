@@ -1,4 +1,4 @@
-"""Networks and data sets of the user's own: by name, and never because a file names them."""
+"""Factories of networks and data sets: imported for the user, never because of a file."""
 
 import shutil
 import sys
@@ -32,7 +32,7 @@ def fails(): raise KeyError("a cause\\nand more")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Current directory with the example and a module that leaves a file when it is imported."""
+    """Create a current directory with the example and a module that writes a file on import."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
@@ -98,7 +98,7 @@ def _fit(*more):
 
 
 def test_a_checkpoint_imports_nothing(folder, capsys):
-    """The example trains; its checkpoint loads for the same name only, in Python and in verbs."""
+    """The example trains, and its checkpoint loads only for the same name, in Python and verbs."""
     assert _fit() == 0
     (run,) = Path("runs").iterdir()
     last = run / "checkpoints" / "last.ckpt"
@@ -141,7 +141,7 @@ def test_data_set_factories_have_order_resume_and_validation_split(folder):
     one, two = (batches(d.train_dataloader()) for d in data.values())
     assert len(one) == 33 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     loader = data[0].train_dataloader()
-    loader.progress = lambda: (0, 30)  # as Lightning's counters after a resume
+    loader.progress = lambda: (0, 30)  # like the counters of Lightning after a resume
     assert all(torch.equal(a, b) for a, b in zip(batches(loader), one[30:], strict=True))
     loader.progress = lambda: (1, 0)
     assert not torch.equal(batches(loader)[0], one[0])

@@ -1,4 +1,4 @@
-"""Every model family of timm: its smallest model is prepared, trained one step, and evaluated.
+"""The smallest model of every timm family is prepared, trained for one step and evaluated.
 
 The table was found by walking all models of each family on the meta device and trying inputs of 32,
 64, 96, ... pixels (with `img_size` if the model needs it). It is complete for the version of timm
@@ -134,7 +134,7 @@ FAMILIES: dict[str, tuple[str, int, dict[str, int]]] = {
     "xcit": ("xcit_nano_12_p8_224", 32, {}),
 }
 WIDTHS = (8, 4, 2, 1)
-# Lookup tables, which their model multiplies with a one-hot instead of indexing them.
+# Lookup tables that their model multiplies by a one-hot vector instead of indexing them.
 TABLES = {"gemma4_vit": "position_embedding_table"}
 PRODUCTS = {
     F.linear,
@@ -149,7 +149,7 @@ OPERATORS = CONVOLUTIONS | PRODUCTS | {torch.lstm, torch.gru, F.multi_head_atten
 
 
 class _FloatWeights(TorchFunctionMode):
-    """Collect the float parameters of two or more dimensions that an operator multiplies with."""
+    """Collect the float parameters with two or more dimensions that operators multiply by."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def _tensors(out) -> list[Tensor]:
 def test_every_family_has_a_row():
     if timm.__version__ != PINNED:
         pytest.skip(f"the table is that of timm {PINNED}, installed is {timm.__version__}")
-    # a test module that ran before may have registered a model of its own
+    # an earlier test module may have registered a model
     installed = {module for module in timm.list_modules() if not module.startswith("test_")}
     assert sorted(FAMILIES) == sorted(installed)
 
@@ -239,7 +239,7 @@ def _share(
 
 
 def test_extra_float_weight_lowers_the_share():
-    """Counter-example: the share must fall where more than first and last stay in float."""
+    """Counter-example: the share must fall if more than the first and last layer stay in float."""
     model = create_model("test_vit").eval()
     prepare(model, skip=("first", "last", "blocks.0.*"), verbose=False)
     with torch.no_grad(), bit_width(model, 4), _FloatWeights() as floats:

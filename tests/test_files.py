@@ -1,4 +1,4 @@
-"""Atomic writes: two writers, a failing writer, folders, a full disk, and no leftovers."""
+"""Atomic writes: two writers, a failing writer, folders, a full disk, leftover files."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""The weights that operators multiply with lie on the grid, whatever layer owns them.
+"""The weights that operators multiply by are on the grid, for every kind of layer.
 
 The weight of a layer that standardizes it lies there up to one affine map per output channel.
 """
@@ -50,7 +50,7 @@ class _Tied(nn.Module):
 
 
 class _ReadsWeight(nn.Module):
-    """As timm's attention with a bias of its own does: the layer's forward is never called."""
+    """Use the weight of a layer without calling its forward, like some attention of timm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Recurrent(nn.Module):
 
 
 IMAGE, ROWS = (2, 12, 8, 8), (2, 7, 12)
-LAYERS = {  # name -> (what makes it, shape of its input)
+LAYERS = {  # name -> (constructor, input shape)
     "Conv1d": (lambda: nn.Conv1d(7, 6, 3), ROWS),
     "Conv2d": (lambda: nn.Conv2d(12, 8, 3), IMAGE),
     "Conv3d": (lambda: nn.Conv3d(2, 8, 3), (2, 2, 6, 6, 6)),

@@ -1,4 +1,4 @@
-"""The package as pip, a type checker and `help()` see it."""
+"""Metadata, types and docstrings of the package for pip, type checkers and `help()`."""
 
 import pydoc
 import subprocess

@@ -1,4 +1,4 @@
-"""record.json: existing files still read, wrong values are named, no other module reads it."""
+"""record.json: existing files are read, wrong values are named, no other module reads it."""
 
 import ast
 import json
@@ -112,7 +112,7 @@ def test_a_superseded_record_keeps_everything_but_its_status(tmp_path):
     assert record.tree(("status", "reason")) == parse(run()).tree(("status", "reason"))
 
 
-# -- nothing else reaches into the JSON
+# -- other modules do not read the JSON
 # --------------------------------------------------------------------------------
 KEYS = {
     f.name
@@ -121,9 +121,9 @@ KEYS = {
     for f in fields(kind)
     if f.name != "more"
 } | {"schema", "kind"}
-# Some keys of a record name other things too. A subscript is judged by what it is taken from, the
-# last name of the expression before the bracket. The names below hold other things everywhere in
-# the package; a record under one of them would escape the test, so none may sound like one.
+# Some keys of a record have other meanings too. A subscript is judged by its object, the
+# last name of the expression before the bracket. The names below are never records in
+# the package. The test would miss a record with one of these names.
 NOT_RECORDS = {
     "hparams": "the arguments of a TQModule",
     "h": "the arguments of a TQModule",
@@ -142,8 +142,8 @@ NOT_RECORDS = {
     "made": "facts of a report",
     "marker": "report.json",
 }
-# These rooms may not import `records` (import-linter), and the header of a packed file shares some
-# words with a record.
+# These packages may not import `records` (import-linter), and a packed file header shares some
+# keys with a record.
 PACKAGES_WITHOUT_RECORDS = ("quant/", "models/", "data/", "export/", "cli/classify.py")
 HEADER_KEYS = {
     "name",
@@ -164,7 +164,7 @@ SOUNDS_LIKE_A_RECORD = {
 
 
 def last_name(node):
-    """`record` of `record`, `self.record`, `self.record()` and `self.record[0]`."""
+    """Return `record` for `record`, `self.record`, `self.record()` and `self.record[0]`."""
     while isinstance(node, ast.Call | ast.Subscript):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")

@@ -132,7 +132,7 @@ def switching(table, prepared, path):
 
 
 def loads(table, path, float_path, name, size):
-    """Cold loads, and the memory that a loaded model holds, float against packed."""
+    """Measure cold loads and the memory of a loaded model, float against packed."""
     cases = {
         "float": (float_path, "float", 0),
         "2 bits": (path, "lean", 2),
@@ -232,7 +232,7 @@ def latency(table, name, size, path, float_model, onnx):
     def session(file, fold=False):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # threads of the session that ran before would otherwise spin on the cores of the one being
+        # otherwise threads of the previous session would busy-wait on the cores of the one being
         # timed
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if fold:  # DequantizeLinear is folded at load, as "resident" does

@@ -58,7 +58,7 @@ MOST_ROUNDS, LEAST_ROUNDS = 60, 5
 
 
 def make_network(name: str, folder: Path) -> Network:
-    """A network with random weights, packed, with activation ranges of noise."""
+    """Pack a network with random weights and activation ranges calibrated on noise."""
     if name == latency_ceiling.NAME:
         return Network(name, "", folder, torch.zeros(8), {}, folder)
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def make_network(name: str, folder: Path) -> Network:
 
 
 def start_all(network: Network, runs: list[Run], threads: int, batch: int) -> dict[Run, Session]:
-    """Sessions of the runs; one that does not start is said and left out."""
+    """Start the sessions of the runs. Print and skip those that fail."""
     sessions = {}
     for run in runs:
         try:
@@ -96,7 +96,7 @@ def start_all(network: Network, runs: list[Run], threads: int, batch: int) -> di
 def take_turns(
     sessions: dict[Run, Session], images: np.ndarray, seconds: float
 ) -> tuple[dict[Run, Took], int]:
-    """(medians of the sessions, rounds). A short run follows an uncounted one, as in a loop."""
+    """Return (medians of the sessions, number of rounds). Short runs follow a warm-up run."""
     times: dict[Run, list[Took]] = {run: [] for run in sessions}
     start, rounds = time.perf_counter(), 0
     while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - start < seconds):
@@ -119,7 +119,7 @@ def time_network(
     batch: int,
     seconds: float,
 ) -> None:
-    """Rows of one network at one number of threads and batch size, unless the table has them."""
+    """Add rows of a network at a number of threads and a batch size, unless the table has them."""
     runs: list[Run] = []
     versions = {}
     for name in runtimes:
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--executorch", default=str(ROOT / ".venv-executorch" / "bin" / "python"))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "latency")
     a = parser.parse_args()
-    # threads of OpenMP would otherwise spin on while another runtime is being timed
+    # otherwise OpenMP threads would busy-wait while another runtime is being timed
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_memory()
     latency_runtimes.EXECUTORCH[:] = [a.executorch]

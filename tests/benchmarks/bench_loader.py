@@ -25,7 +25,7 @@ CASES = {"crop+flip": {}, "crop+flip+erasing": {"reprob": 0.25}, "crop+flip+mixu
 def measure(
     keys: dict[str, float], batch_size: int, seconds: float, device: str
 ) -> tuple[float, float]:
-    """Images per second, by the clock and by processor time, over whole epochs after the first."""
+    """Measure images per second of wall and processor time, over all epochs but the first."""
     module = TQDataModule("synthetic", samples=20_000, batch_size=batch_size, seed=0, **keys)
     loader = module.train_dataloader()
 

@@ -37,7 +37,7 @@ Row = tuple[str, float, str]
 
 
 def with_brevitas(model: nn.Module, bits: int) -> nn.Module:
-    """ResNet-20 with Brevitas' QuantConv2d for 3x3 convolutions but the stem; float activations."""
+    """Build a ResNet-20 with QuantConv2d of Brevitas, float activations and a float stem."""
     import brevitas.nn as qnn
 
     for name, layer in list(model.named_modules()):
@@ -58,7 +58,7 @@ def with_brevitas(model: nn.Module, bits: int) -> nn.Module:
 
 
 def training(repeats: int) -> Iterator[Row]:
-    """Time of ResNet-20 steps at 8, 4, 2 and 1 bits over 4 float steps: joint, and with Brevitas.
+    """Compare ResNet-20 steps at 8, 4, 2 and 1 bits with 4 float steps: joint, and Brevitas.
 
     Brevitas' own weights of one bit are binary, which is another quantizer: its four are 8, 4, 3
     and 2 bits.
@@ -101,7 +101,7 @@ def training(repeats: int) -> Iterator[Row]:
 
 
 def quanto_model(plain: nn.Module, bits: int) -> nn.Module:
-    """Quantize the float network with optimum-quanto: the stem in float, weights frozen."""
+    """Quantize the float network with optimum-quanto, with a float stem and frozen weights."""
     from optimum import quanto
 
     model = copy.deepcopy(plain)
@@ -113,7 +113,7 @@ def quanto_model(plain: nn.Module, bits: int) -> nn.Module:
 
 
 def serving(folder: Path, repeats: int) -> Iterator[Row]:
-    """ResNet-50: bytes on disk, seconds to switch the width, latency of one image over float."""
+    """Compare ResNet-50: bytes on disk, seconds to switch the width, latency relative to float."""
     from safetensors.torch import save_file
 
     plain = create_model("resnet50").eval()
@@ -182,7 +182,7 @@ def serving(folder: Path, repeats: int) -> Iterator[Row]:
             took["ours"].clock / took["float"].clock,
             "x",
         )
-        if peer:  # seconds an image where it has no kernel for the processor: two are enough
+        if peer:  # two runs suffice: without a kernel for the processor an image takes seconds
             took = alternately(
                 2, float=once(plain, None), peer=once(quanto_model(plain, bits), None)
             )

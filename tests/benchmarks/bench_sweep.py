@@ -36,7 +36,7 @@ TINY = [
 def run(
     folder: Path, method: str, url: str, fit, trials: int, arguments=()
 ) -> list[tuple[float, float]]:
-    """Run a sweep of `trials` in this process; returns (start, end) of each call of `fit`."""
+    """Run a sweep of `trials` in this process. Return (start, end) of each call of `fit`."""
     calls = []
 
     def timed(argv):

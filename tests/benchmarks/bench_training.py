@@ -84,7 +84,7 @@ def ratio(repeats: int, base: Callable[[], None], other: Callable[[], None], aim
 
 
 def joint_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
-    """A joint step over K float steps."""
+    """Measure a joint step over K widths against K float steps."""
     plain = train_step(*build(name, size, batch, False), False)
     joint = train_step(*build(name, size, batch, True), True)
 
@@ -96,17 +96,17 @@ def joint_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
 
 
 def compiled_ratio(name: str, size: int, batch: int, repeats: int, layout: str) -> Columns:
-    """An eager joint step over a compiled one."""
+    """Measure an eager joint step against a compiled one."""
     eager = train_step(*build(name, size, batch, True, layout), True)
     model, images, target = build(name, size, batch, True, layout)
     compiled = train_step(torch.compile(model), images, target, True)  # type: ignore[arg-type]
     compiled()
-    # oneDNN is at its best with channels_last already, and what is left to gain is less
+    # oneDNN is already fastest with channels_last, so the remaining gain is smaller
     return ratio(repeats, compiled, eager, ">= 1.2" if layout == "contiguous_format" else "")
 
 
 def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
-    """Evaluation of 8 truncated widths over 8 float evaluations."""
+    """Measure the evaluation of 8 truncated widths against 8 float evaluations."""
     reference, images, _ = build(name, size, batch, False)
     model, _, _ = build(name, size, batch, True)
     calibrate_norms(model, [images])
@@ -128,7 +128,7 @@ def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
 
 
 def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> int:
-    """Measure the peak resident memory of three steps above the built model, in a new process."""
+    """Measure the peak memory of three steps minus that of the model, in a new process."""
     ask = json.dumps([name, size, batch, joint, threads])
     argv = [sys.executable, __file__, "--memory", ask]
     done = subprocess.run(argv, env=fresh_memory(), capture_output=True, text=True, check=True)
@@ -136,7 +136,7 @@ def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> i
 
 
 def memory_ratio(name: str, size: int, batch: int, threads: int) -> Columns:
-    """Peak of the joint step, without the quantized weights of one width, over the float step."""
+    """Measure the peak of the joint step without one width's quantized weights against float."""
     one, joint = (peak_bytes(name, size, batch, prepared, threads) for prepared in (False, True))
     weights = sum(4 * w.original.numel() for w in weight_quantizers(build(name, size, 1, True)[0]))
     note = f"float {one / 2**20:.0f} MiB, joint {joint / 2**20:.0f}, weights {weights / 2**20:.0f}"

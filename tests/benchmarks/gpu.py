@@ -77,7 +77,7 @@ def steps(
         joint_step()
         wait()
 
-    for _ in range(3):  # compilation, choice of algorithms, the allocator
+    for _ in range(3):  # warm-up: compilation, choice of algorithms, the allocator
         float_steps()
         joint_steps()
     return float_steps, joint_steps

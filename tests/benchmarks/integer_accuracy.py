@@ -87,7 +87,7 @@ def predictions(predict: Predict, batches: list[Tensor]) -> Tensor:
 
 
 def calibrated(path: Path, data: TQDataModule, observer: str, folder: Path) -> Path:
-    """The file itself if it has ranges, else a copy with ranges."""
+    """Return the file itself if it has ranges, else a copy with calibrated ranges."""
     model = load_packed(path)
     if activation_ranges(model):
         return path

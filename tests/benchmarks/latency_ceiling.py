@@ -18,7 +18,7 @@ BITS, LARGEST = "8 bits", 63  # two products with activation codes up to 255 fit
 
 
 def _operands() -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 activation codes and int8 weights, both (SIZE, SIZE)."""
+    """Return uint8 activation codes and int8 weights, both (SIZE, SIZE)."""
     torch.manual_seed(0)
     a = torch.randint(0, 256, (SIZE, SIZE), dtype=torch.uint8)
     return a, torch.randint(-LARGEST, LARGEST + 1, (SIZE, SIZE), dtype=torch.int8)

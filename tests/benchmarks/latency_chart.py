@@ -41,7 +41,7 @@ class Point(NamedTuple):
 
 
 def points_of(latency: list[Row], accuracy: list[Row], network: str, model: str) -> list[Point]:
-    """Runs of which both tables have a row; float has the top-1 of float activations, 8 bits."""
+    """Return the runs with a row in both tables; top-1 of float is that of 8-bit weights."""
     top1 = {
         (row["runtime"], row["bits"]): float(row["top1"])
         for row in accuracy

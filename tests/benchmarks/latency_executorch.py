@@ -40,7 +40,7 @@ def export(network: str, packed: str | None, bits: int | None, out: str) -> dict
 
 
 class Server:
-    """Programs that are loaded, by file."""
+    """Loaded programs, by file."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, tuple[Any, torch.Tensor]] = {}
@@ -77,7 +77,7 @@ class Server:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # ExecuTorch prints; answers go to the pipe alone
+    os.dup2(2, 1)  # ExecuTorch prints to stdout, which must carry only answers
     server = Server()
     for line in sys.stdin:
         try:

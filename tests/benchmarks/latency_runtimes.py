@@ -61,7 +61,7 @@ class Network(NamedTuple):
         return sum(4 * p.numel() for p in self.float_model().parameters())
 
     def bytes_at(self, bits: int) -> int:
-        """Bytes read from the packed file for one width."""
+        """Return the bytes read from the packed file for one width."""
         read: int = load_packed(self.packed, bits=bits).tq_file["bytes_read"]
         return read
 
@@ -77,7 +77,7 @@ class Session:
         self.call = call
 
     def timed(self, images: np.ndarray) -> Took:
-        """Seconds of one run, by the clock and of this process."""
+        """Time one run. Return wall seconds and processor seconds of this process."""
         clock, busy = time.perf_counter(), time.process_time()
         self.call(images)
         return Took(time.perf_counter() - clock, time.process_time() - busy)
@@ -100,7 +100,7 @@ class Run(NamedTuple):
 
 
 def keep_traces() -> None:
-    """Trace a network once per width, not once per graph: tracing takes longer than all else."""
+    """Cache the trace of each width, because tracing takes longer than everything else."""
     traced: dict[tuple[str, int], Any] = {}
 
     def cached(model: nn.Module) -> Any:
@@ -114,7 +114,7 @@ def keep_traces() -> None:
 
 
 def float_onnx(network: Network) -> Path:
-    """The float network, exported as an engineer would: with the exporter's optimizations."""
+    """Export the float network with the optimizations of the exporter."""
     path = network.folder / f"{network.name}.float.onnx"
     if not path.exists():
         shapes = ({0: torch.export.Dim("batch")},)
@@ -132,7 +132,7 @@ def float_onnx(network: Network) -> Path:
 
 
 def graphs(network: Network, runtime: str) -> Iterator[tuple[str, int, Path]]:
-    """(weights, bytes, file) of the float graph and of the integer graph of every width."""
+    """Return (weights, bytes, file) of the float graph and of the integer graph of every width."""
     yield "float", network.float_bytes(), float_onnx(network)
     for bits in WIDTHS:
         path = network.folder / f"{network.name}.{runtime}.{bits}.onnx"
@@ -166,7 +166,7 @@ def _ort_session(path: Path, threads: int, batch: int) -> Session:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
-    # threads of another session would otherwise spin on the cores of the one being timed
+    # otherwise threads of another session would busy-wait on the cores of the one being timed
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return Session(lambda images: session.run(None, {"images": images})[0])
@@ -196,7 +196,7 @@ def _quantize_static(network: Network, path: Path) -> None:
         str(path),
         Reader(),
         quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,  # what its documentation advises on x86
+        activation_type=QuantType.QUInt8,  # as its documentation recommends on x86
         weight_type=QuantType.QInt8,
         per_channel=True,
         reduce_range=not sums_are_exact(),
@@ -279,7 +279,7 @@ def torchao_runs(network: Network) -> Iterator[Run]:
 
     floats = network.float_bytes()
     makes = {"float": (lambda images: network.float_model(), floats), "static int8": (static, 0)}
-    if "vit" in network.name:  # it quantizes linear layers alone
+    if "vit" in network.name:  # it quantizes only linear layers
         makes["dynamic int8"] = (dynamic, 0)
     for weights, (make, size) in makes.items():
         start = functools.partial(compiled, make)
@@ -288,7 +288,7 @@ def torchao_runs(network: Network) -> Iterator[Run]:
 
 # -- ExecuTorch ------------------------------------------------------------------------------------
 def executorch_runs(network: Network) -> Iterator[Run]:
-    """Float, and our integer programs, in an interpreter of their own."""
+    """Yield the float program and our integer programs, in a separate interpreter."""
     programs = {"float": (None, network.folder / f"{network.name}.float.pte")}
     for bits in WIDTHS:
         programs[name_of(bits)] = bits, network.folder / f"{network.name}.{bits}.pte"
@@ -346,7 +346,7 @@ class Child:
 
 
 class ChildSession(Session):
-    """A program that another process holds and times."""
+    """A program that another process loads and times."""
 
     def __init__(self, child: Child, path: Path) -> None:
         self.child, self.path = child, path
@@ -374,7 +374,7 @@ VERSIONS = {
 
 
 def runs_of(network: Network, name: str, make: Callable[[Network], Iterator[Run]]) -> list[Run]:
-    """Every run of a network in a runtime; none, and a line, if the runtime is missing or fails."""
+    """Return the runs of a network in a runtime; print a line if it is missing or fails."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -19,7 +19,7 @@ Row = dict[str, str]
 
 
 def processor() -> str:
-    """Name of the processor and its widest integer instructions."""
+    """Return the name of the processor and its widest integer instructions."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -49,7 +49,7 @@ class LatencyTable:
                 csv.writer(file, lineterminator="\n").writerow(COLUMNS)
 
     def has(self, **key: object) -> bool:
-        """Whether a row of this processor has these values."""
+        """Return True if a row of this processor has these values."""
         texts = {k: str(v) for k, v in key.items()} | {"processor": self.processor}
         return any(texts.items() <= row.items() for row in self.rows)
 
@@ -67,7 +67,7 @@ class LatencyTable:
         version: str,
         aim: float | None = None,
     ) -> None:
-        """Append a row; `floats` is what float took in the same runtime and the same rounds."""
+        """Append a row; `floats` are the times of float in the same runtime and the same rounds."""
         plural = "s" if threads > 1 else ""
         case = f"{network}, {runtime}, {weights}, batch {batch}, {threads} thread{plural}"
         cpu = wall = ""
@@ -92,7 +92,7 @@ def read(path: Path) -> list[Row]:
 
 
 def markdown(rows: Iterable[Row]) -> list[str]:
-    """One table for each network: a line for each runtime and weights, settings as columns."""
+    """Return one table per network, with a row per runtime and weights, and settings as columns."""
     rows = list(rows)
     machines = dict.fromkeys(row["processor"] for row in rows)
     versions = dict.fromkeys(row["version"] for row in rows)

@@ -1,4 +1,4 @@
-"""How the benchmarks time, and the table that each of them writes."""
+"""Timing of the benchmarks, and the table that each of them writes."""
 
 import csv
 import os
@@ -15,25 +15,25 @@ KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 class Took(NamedTuple):
-    """Medians of a call's seconds: by the clock, and of processor time."""
+    """Median seconds of a call: wall time and processor time."""
 
     clock: float
     busy: float
 
 
 def keep_memory() -> None:
-    """Restart this script with an allocator that keeps its memory, unless it has one already."""
+    """Restart this script with an allocator that does not return memory to the system."""
     if not os.environ.keys() >= KEPT.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT})
 
 
 def fresh_memory() -> dict[str, str]:
-    """The environment for a process whose memory is measured: the system's own allocator."""
+    """Return the environment for a process whose memory is measured, with the default allocator."""
     return {key: value for key, value in os.environ.items() if key not in KEPT}
 
 
 def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Took]:
-    """Time calls in turn, so that other work affects all alike, after one uncounted round."""
+    """Time calls in turn, so that other load affects all of them equally, after a warm-up round."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -47,9 +47,9 @@ def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Took]:
 
 
 def paired(repeats: int, base: Callable[[], object], other: Callable[[], object]) -> Took:
-    """Median ratio of `other` to `base` over pairs that run one after the other.
+    """Return the median ratio of `other` to `base` over pairs of consecutive runs.
 
-    The order within a pair alternates. One uncounted pair comes first.
+    The order within a pair alternates. The first pair is a warm-up.
     """
     ratios: list[tuple[float, float]] = []
     for turn in range(repeats + 1):
@@ -65,18 +65,18 @@ def paired(repeats: int, base: Callable[[], object], other: Callable[[], object]
 
 
 class Table:
-    """Rows of (case, value, unit, aim, note), printed as they come and written at the end."""
+    """Rows of (case, value, unit, aim, note), printed when added and written at the end."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, float, str, str, str]] = []
 
     def add(self, case: str, value: float, unit: str = "x", aim: str = "", note: str = "") -> None:
-        """`aim` is what the value should be: "<= 1.05", ">= 5", or nothing."""
+        """Add a row; `aim` is a bound of the value such as "<= 1.05" or ">= 5", or empty."""
         self.rows.append((case, value, unit, aim, note))
         print(f"{case:<76} {value:>16,.3f} {unit:<9} {f'aim {aim}' if aim else ''}", flush=True)
 
     def write(self, path: Path | None) -> None:
-        """As CSV; nothing where there is no path."""
+        """Write the rows as CSV if there is a path."""
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class Table:
 
 
 def missed(value: float, aim: str) -> bool:
-    """Whether `value` is not what `aim` asks for; never where nothing is asked for."""
+    """Return True if `value` violates the bound `aim`; an empty bound is never violated."""
     sign, _, bound = aim.partition(" ")
     return (
         (value > float(bound))

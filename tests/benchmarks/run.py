@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def markdown(rows: list[dict[str, str]]) -> list[str]:
-    """The lines of a table."""
+    """Return the Markdown lines of a table."""
     return [
         "| " + " | ".join(row) + " |"
         for row in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))

@@ -20,7 +20,7 @@ def test_best_checkpoint_path_follows_a_moved_run(tmp_path):
         tensor(90.0),
         tensor(90.0),
     )
-    old.last_model_path = f"{now}/last.ckpt"  # of another folder: it stays
+    old.last_model_path = f"{now}/last.ckpt"  # in another folder: unchanged
     checkpoint = {"callbacks": {old.state_key: old.state_dict()}}
     MovedRun().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[new]), None, checkpoint)
     new.load_state_dict(checkpoint["callbacks"][new.state_key])
@@ -47,7 +47,7 @@ def draws(step, seed=0, rank=0):
 
 def test_random_states_are_a_function_of_seed_step_and_rank():
     first = draws(3)
-    torch.rand(5)  # whatever was drawn in between
+    torch.rand(5)  # regardless of the draws in between
     assert draws(3) == first
     others = [draws(4), draws(3, seed=1), draws(3, rank=1)]
     for other in others:

@@ -148,7 +148,7 @@ def test_failed_run_records_the_reason(tmp_path, monkeypatch):
 
 
 class Ends:
-    """Stands for a Trainer where RunRecord looks."""
+    """The attributes of a Trainer that RunRecord reads at the end of a run."""
 
     is_global_zero, sanity_checking, interrupted, world_size = True, False, False, 1
     current_epoch, global_step, limit_val_batches = 0, 6, 1.0
@@ -207,7 +207,7 @@ def scores(mean, **more):
 
 
 def at(epoch, step, mean=None, **more):
-    """A Trainer at the end of a validation."""
+    """Return a Trainer at the end of a validation."""
     metrics = {} if mean is None else scores(mean, **more)
     state = {"current_epoch": epoch, "global_step": step, "callback_metrics": metrics}
     return type("At", (Ends,), state)()
@@ -219,7 +219,7 @@ def validate(record, *places):
 
 
 def test_best_epoch_is_one_epoch_for_all_widths(tmp_path):
-    """By the mean over the trained widths, the first of equals; not each width at its own best."""
+    """The best mean over the trained widths, the first among equals; not the best of each width."""
     record = running(tmp_path)
     last = at(3, 40, 60.0, **{"val/acc1_truncate_w1": 99.0})
     validate(record, at(0, 10, 50.0), at(1, 20, 70.0), at(2, 30, 70.0), last)
@@ -230,7 +230,7 @@ def test_best_epoch_is_one_epoch_for_all_widths(tmp_path):
 
 
 def test_several_validations_in_an_epoch_keep_the_best_of_all(tmp_path):
-    """A curve has one value an epoch, the last; the best is that of the best checkpoint."""
+    """A curve has the last value of each epoch; the best is that of the best checkpoint."""
     record = running(tmp_path)
     validate(record, at(0, 5, 50.0), at(0, 10, 80.0), at(0, 15, 60.0))
     got = read(tmp_path)

@@ -1,4 +1,4 @@
-"""Every width is scored, through integers, and nothing but the estimated norm sets is touched."""
+"""Every width is scored on shifted integers, and only the estimated norm sets change."""
 
 import csv
 import random
@@ -39,7 +39,7 @@ def fit(root, model=None, callbacks=(), ckpt=None, **flags):
 
 
 class Watch(L.Callback):
-    """Compares everything a validation could disturb, before and after it."""
+    """Compare all state that a validation could change, before and after it."""
 
     def __init__(self):
         self.compared = 0
@@ -190,7 +190,7 @@ class Validations(L.Callback):
                 "val_check_interval": 2,
             },
             [2],
-        ),  # as asked for
+        ),  # as requested
     ],
 )
 def test_end_of_a_run_is_scored_exactly_once(tmp_path, flags, at):
@@ -205,7 +205,7 @@ def test_end_of_a_run_is_scored_exactly_once(tmp_path, flags, at):
 
 
 class StopAt(L.Callback):
-    """Stops the Trainer at a hook, as a time limit (a batch) and EarlyStopping (an epoch) do."""
+    """Stop the Trainer at a hook, like a time limit (after a batch) or EarlyStopping (an epoch)."""
 
     def __init__(self, hook, step):
         self.step = step
@@ -216,7 +216,7 @@ class StopAt(L.Callback):
 
 
 class EpochMonitor(StopAt, EarlyStopping):
-    """Stops where EarlyStopping on a training metric does: after the end of an epoch."""
+    """Stop after the end of an epoch, like EarlyStopping on a training metric."""
 
     def __init__(self, step):
         EarlyStopping.__init__(self, "train/loss_w8", check_on_train_epoch_end=True)
@@ -256,9 +256,9 @@ def test_stopped_run_is_scored_once_at_its_end(tmp_path, stop, at, epochs):
     assert [row["epoch"] for row in rows if row["val/images"]] == ["1"]
     for name in ("last", "best"):
         model, _, _ = load_checkpoint_model(tmp_path / f"{name}.ckpt")
-        with bit_width(model, 3), torch.no_grad():  # not trained: its norms have been estimated
+        with bit_width(model, 3), torch.no_grad():  # untrained width: its norms were estimated
             assert torch.isfinite(model(torch.randn(2, 3, 8, 8))).all()
-    # both resume as what they are: the end of the second epoch
+    # both resume at the end of the second epoch
     trainer, _, _ = fit(tmp_path, max_epochs=3, logger=False, ckpt=tmp_path / "last.ckpt")
     assert trainer.current_epoch == 3 and trainer.global_step == at[0] + 2
 
@@ -285,7 +285,7 @@ def test_fewer_classes_than_five_have_no_top5(tmp_path, classes):
 
 
 def test_estimated_norms_match_the_weights(tmp_path):
-    """Saved in the middle of the next epoch, they are marked as missing; a test estimates them."""
+    """A checkpoint inside the next epoch marks them as missing, and a test estimates them."""
 
     class Save(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -309,7 +309,7 @@ def test_estimated_norms_match_the_weights(tmp_path):
 
 def test_test_uses_the_norm_sets_of_its_checkpoint(tmp_path):
     trainer, module, data = fit(tmp_path, limit_val_batches=1)
-    with torch.no_grad():  # a mark that an estimate would wipe out
+    with torch.no_grad():  # a value that an estimate would overwrite
         for norm in per_width_norms(module):
             norm.sets["3"].running_mean.add_(7.0)
     trainer.save_checkpoint(tmp_path / "marked.ckpt")

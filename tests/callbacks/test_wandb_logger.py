@@ -1,4 +1,4 @@
-"""The W&B logger: one run for each fit, in one process too, and none but rank 0's."""
+"""The W&B logger: one run for each fit, also in one process, and only on rank 0."""
 
 import pytest
 import wandb

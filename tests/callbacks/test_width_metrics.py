@@ -58,7 +58,7 @@ def test_logits_are_those_of_each_pass_on_its_own(how):
                 alone = model(images)
             if (bits, source) in together:
                 assert torch.equal(alone, together[bits, source]), (bits, source)
-            else:  # what is copied agrees to the bit
+            else:  # copied results agree bit for bit
                 assert torch.equal(alone, together[bits, "truncate"]), (bits, source)
 
 

@@ -106,7 +106,7 @@ def test_disk_fills_up_during_a_fit(tmp_path, capsys):
         run = disk / "run"
         common = ("--run_dir", run, "--ckpt_path", "last")
         assert main(["fit", *FIT, "--trainer.max_epochs", "1", "--run_dir", str(run)]) == 0
-        fill(disk, free=60_000)  # the small files have room, a checkpoint does not
+        fill(disk, free=60_000)  # enough for the small files, too little for a checkpoint
         capsys.readouterr()
         resume = ["fit", *map(str, (*FIT, *common)), "--trainer.max_epochs", "2"]
         assert main(resume) == 2

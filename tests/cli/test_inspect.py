@@ -1,4 +1,4 @@
-"""The inspect verb: tables, record, and one line for everything it cannot do."""
+"""The verb inspect: tables, record, and one-line errors."""
 
 import json
 
@@ -23,11 +23,11 @@ def test_resnet50_prints_both_ratios_and_their_accounting(capsys):
         "DRAM access, 64 bits 1300",
     ):
         assert words in out
-    assert "\x1b" not in out and "━" not in out  # plain where the output is no terminal
+    assert "\x1b" not in out and "━" not in out  # plain text if the output is not a terminal
 
 
 def test_tables_drop_columns_in_a_narrow_terminal(capsys, monkeypatch):
-    """Columns are left out and named; text wraps; the next wider terminal shows more."""
+    """Omitted columns are named, text wraps, and a wider terminal shows more."""
     shown = {}
     for width in (80, 120):
         monkeypatch.setattr(inspect_tables, "_width", lambda width=width: width)

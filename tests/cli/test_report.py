@@ -1,4 +1,4 @@
-"""The command: atomic writes, clear lines for bad input, no torch."""
+"""The verb report: atomic writes, one-line errors, no import of torch."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tq_lightning.errors import UserError
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Leave the drawing out where a test is about files."""
+    """Skip the drawing of figures in tests about files."""
     monkeypatch.setattr(
         import_module("tq_lightning.report.figures"), "draw", lambda comparisons: ([], [])
     )
@@ -65,7 +65,7 @@ def test_report_is_complete_without_importing_torch(tmp_path, make):
         "figures/storage.svg",
         "figures/qt_gap_resnet20_cifar_cifar10.png",
     } <= made
-    assert os.listdir(tmp_path / "results") == ["first"]  # nothing half-made beside it
+    assert os.listdir(tmp_path / "results") == ["first"]  # no partial files beside it
     page = (tmp_path / "results" / "first" / "index.html").read_text()
     assert "<title>A title</title>" in page
     assert "unfinished: status failed (out of memory)" in page

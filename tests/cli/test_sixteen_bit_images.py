@@ -12,7 +12,7 @@ from tq_lightning.cli import main
 
 
 def stripes(kind: str, seed: int) -> np.ndarray:
-    """Stripes of 4 pixels along rows or columns, (32, 32) uint16 from 12000 to 34000.
+    """Return stripes of 4 pixels along rows or columns, (32, 32) uint16 from 12000 to 34000.
 
     Clipped to 8 bits, all of them would be white.
     """
@@ -33,7 +33,7 @@ def eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.slow
 def test_16_bit_and_8_bit_stripes_are_classified_by_every_verb(tmp_path, capsys):
-    """Trained on 16 bits, scored on 8, classified in both: each picture has its class."""
+    """Train on 16 bits, test on 8, classify both: every image gets its class."""
     for kind in ("rows", "columns"):
         for n in range(32):
             save(tmp_path / "data" / "train" / kind / f"{n}.png", stripes(kind, n))
@@ -64,7 +64,7 @@ def test_16_bit_and_8_bit_stripes_are_classified_by_every_verb(tmp_path, capsys)
     assert first == {
         f"{kind}{depth}": kind for kind in ("rows", "columns") for depth in ("8", "16")
     }
-    # class numbers follow the names: other folders are other classes, and a line says so
+    # class indices follow the sorted names, so other folders print a note
     capsys.readouterr()
     for split in ("train", "val"):
         (tmp_path / "data" / split / "rows").rename(tmp_path / "data" / split / "along")

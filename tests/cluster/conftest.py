@@ -43,7 +43,7 @@ PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE
 
 
 def free_ports() -> tuple[int, int, int]:
-    """Three free ports in a row."""
+    """Return the first of three consecutive free ports."""
     for first in range(17001, 30000, 7):
         try:
             for port in range(first, first + 3):
@@ -60,7 +60,7 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # nothing of an outer job or launcher reaches the jobs
+        # jobs must not inherit variables of an outer job or launcher
         outer = ("SLURM", "TORCHELASTIC")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(outer)} | {
             "SLURM_CONF": f"{folder}/slurm.conf",
@@ -68,7 +68,7 @@ class Slurm:
             "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "offline",
             "CUDA_VISIBLE_DEVICES": "",
-            "MASTER_ADDR": "127.0.0.1",  # the nodes' names are no host names
+            "MASTER_ADDR": "127.0.0.1",  # the node names are not host names
         }
 
     def call(self, *command: str, check: bool = True) -> str:
@@ -77,7 +77,7 @@ class Slurm:
         return done.stdout
 
     def sbatch(self, work: Path, script: str, *options: str) -> str:
-        """Submit a bash script that is run in `work`. Returns the job id."""
+        """Submit a bash script that runs in `work`. Return the job id."""
         work.mkdir(parents=True, exist_ok=True)
         path = work / "job.sh"
         path.write_text(f"#!/bin/bash\n{script}\n")
@@ -119,7 +119,7 @@ def slurm(tmp_path_factory):
     (folder / "slurm.conf").write_text(conf)
     subprocess.run(["install", "-d", "-o", "munge", "-g", "munge", "/run/munge"], check=True)
     munge = ["runuser", "-u", "munge", "--", "munged"]
-    own = subprocess.run(munge, capture_output=True).returncode == 0  # else one runs already
+    own = subprocess.run(munge, capture_output=True).returncode == 0  # one may be running already
     try:
         slurm.call("slurmctld")
         for node in ("n1", "n2"):

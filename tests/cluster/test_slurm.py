@@ -1,4 +1,4 @@
-"""On a real SLURM, requeued jobs, arrays and two ranks end as the uninterrupted run, to the bit."""
+"""On a real SLURM, requeued jobs, arrays and two ranks give the bits of an uninterrupted run."""
 
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ FIT = " ".join(
 
 
 def paced(work: Path, name: str, seconds: float = 0.2) -> str:
-    """Options for a fit that writes its progress to work/name."""
+    """Return options for a fit that writes its progress to work/name."""
     return (
         "--trainer.callbacks+=fixtures.signals.Pace "
         f"--trainer.callbacks.file={work}/{name} --trainer.callbacks.seconds={seconds}"
@@ -30,7 +30,7 @@ def paced(work: Path, name: str, seconds: float = 0.2) -> str:
 
 
 def wait_for_batches(slurm, path: Path, count: int, timeout: float = 400) -> None:
-    """Wait until a paced fit has begun `count` batches, over all its attempts."""
+    """Wait until a paced fit has started `count` batches, over all its attempts."""
     end = time.monotonic() + timeout
     while not path.exists() or len(path.read_text().splitlines()) < count:
         assert time.monotonic() < end, slurm.logs() + logs(path.parent)
@@ -43,7 +43,7 @@ def logs(work: Path) -> str:
 
 @pytest.fixture(scope="module")
 def whole(slurm, tmp_path_factory):
-    """Seed -> the run folder of the uninterrupted fit."""
+    """Return seed -> run folder of the uninterrupted fit."""
     work = tmp_path_factory.mktemp("whole")
     job = slurm.sbatch(work, f"srun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID", "--array=0-1")
     for task in (0, 1):
@@ -52,7 +52,7 @@ def whole(slurm, tmp_path_factory):
 
 
 def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, whole, tmp_path):
-    """Each task goes on in its own folder, and with its own seed's weights."""
+    """Each task resumes in its own folder, with the weights of its seed."""
     pace = paced(tmp_path, "batches-$SLURM_ARRAY_TASK_ID")
     fit = f"srun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID {pace}"
     script = f"set -e\n{fit}\necho $SLURM_RESTART_COUNT >> after-$SLURM_ARRAY_TASK_ID"
@@ -83,7 +83,7 @@ RANKS = "--trainer.num_nodes 2 --trainer.devices 1 --trainer.strategy ddp"
 
 
 def test_two_ranks_are_requeued_by_signal_and_by_a_lost_node(slurm, tmp_path):
-    """The requeued job logs the same losses, though its second epoch was cut in two."""
+    """The requeued job logs the same losses although its second epoch was interrupted."""
     work = tmp_path / "whole"
     one = slurm.sbatch(work, f"srun {FIT} {RANKS}", *TWO)
     assert slurm.wait(one)["JobState"] == "COMPLETED", logs(work)
@@ -135,7 +135,7 @@ command: ["${env}", python, -m, tq_lightning, fit, "${args}"]
 
 
 def test_sweep_under_srun_survives_a_requeue(slurm, tmp_path):
-    """Two tasks are two commands that share the study, and not two ranks."""
+    """Two tasks are two commands that share a study, not two ranks."""
     import optuna
 
     fixed = FIT.split(" fit ")[1].replace(" --ckpt_path auto", "")

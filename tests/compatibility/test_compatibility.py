@@ -19,7 +19,7 @@ CHECKPOINT = "runs/interrupted/run/checkpoints/last.ckpt"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A writable copy of the artifacts, as the current directory."""
+    """Change into a writable copy of the artifacts."""
     shutil.copytree(HERE / "run", tmp_path / "runs/interrupted/run")
     shutil.copytree(HERE / "sweep", tmp_path / "sweep")
     shutil.copy(HERE / "sweep.yaml", tmp_path)
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def acc1(metrics, split, trained):
-    """Accuracies of the trained widths 8 and 2 and their mean, or of the others."""
+    """Return the accuracies of the trained widths 8 and 2 and their mean, or of the others."""
     found = {k: v for k, v in metrics.items() if k.startswith(f"{split}/acc1") and "float" not in k}
     return {k: v for k, v in found.items() if k.endswith(("w8", "w2", "mean")) == trained}
 

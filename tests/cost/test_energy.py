@@ -1,4 +1,4 @@
-"""The energy model: its numbers by hand, and that it can say no."""
+"""The energy model: its numbers by hand, with counter-examples."""
 
 import pytest
 
@@ -37,8 +37,8 @@ def test_shift_costs_less_than_reading_the_float_weights():
     assert all(
         20 < parts["refetch_float_pj"] / parts["shift_pj"] < 60 for parts in by_width.values()
     )
-    # Counter-example: to leave for one bit, its plane from DRAM and a shift cost about the same; at
-    # 8 the shift wins.
+    # Counter-example: for a switch to 1 bit, reading its plane from DRAM costs about as much as a
+    # shift; to 8 bits, the shift costs far less.
     assert by_width[1]["refetch_planes_pj"] < 2 * by_width[1]["shift_pj"]
     assert by_width[8]["refetch_planes_pj"] > 6 * by_width[8]["shift_pj"]
 

@@ -1,4 +1,4 @@
-"""Byte accounting: the paper's ratio by an independent count, and every way by hand."""
+"""Byte accounting: the ratio of the paper by an independent count, and every scheme by hand."""
 
 import pytest
 import timm
@@ -24,7 +24,7 @@ from tq_lightning.records import StorageBytes
 
 
 def _net():
-    """Sizes chosen so that no weight fills whole bytes of a plane."""
+    """Build a network in which no weight fills whole bytes of a plane."""
     return nn.Sequential(
         nn.Conv2d(3, 5, 3, bias=False),  # first: 135 floats
         nn.BatchNorm2d(5),  # 4 x 5 floats a set

@@ -1,4 +1,4 @@
-"""What every row of DATASETS, and the module around it, promises."""
+"""Contract of every row of DATASETS and of the data module."""
 
 import inspect
 import random
@@ -61,7 +61,7 @@ def test_synthetic(size, classes):
 
 
 def test_synthetic_can_be_learned():
-    """The nearest class mean of the training images names most validation images."""
+    """The nearest class mean of the training images classifies most validation images."""
     module = TQDataModule("synthetic", samples=600, batch_size=600, pad=0, hflip=0.0)
     images, labels = batches(module, module.train_dataloader())[0]
     means = torch.stack([images[labels == c].mean(0) for c in range(10)])
@@ -143,7 +143,7 @@ def test_calibration_batches_are_augmented_as_in_training():
         assert 10 < changed.sum() <= 62, key
     mixed = list(TQDataModule("digits", batch_size=32, pad=0, mixup=0.5).calibration_batches(10**6))
     assert mixed[0][1].shape == (32, 10)  # soft labels: images are mixed
-    assert sum(len(x) for x, _ in mixed) == 1292  # of 1293: an odd one has no partner
+    assert sum(len(x) for x, _ in mixed) == 1292  # of 1293: the last image has no partner
 
 
 def test_auto_augment_of_small_images_keeps_labels_and_order():

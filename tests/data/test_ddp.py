@@ -15,7 +15,7 @@ KEYS = {"name": "digits", "samples": 320, "hflip": 0.5, "mixup": 0.2, "reprob": 
 
 
 class Recorder(lightning.LightningModule):
-    """Writes one line per sample: stage, epoch, step, hash of the image."""
+    """Write one line per sample: stage, epoch, step, hash of the image."""
 
     def __init__(self, path):
         super().__init__()
@@ -54,7 +54,7 @@ def run(path, devices, batch_size):
 
 
 def seen(path, devices, batch_size):
-    """Sorted lines of a run in a new process: one that ran other tests can't be forked safely."""
+    """Return the sorted lines of a run in a new process, which can be forked safely."""
     subprocess.run(
         [sys.executable, __file__, str(path), str(devices), str(batch_size)],
         check=True,

@@ -1,4 +1,4 @@
-"""Image sets on disk: every layout that is promised, and every way in which one can be broken."""
+"""Image data sets on disk: every supported layout, and one-line errors for broken ones."""
 
 import io
 import pickle
@@ -180,7 +180,7 @@ def test_image_folder(folder, packed, workers):
     val = [data.on_after_batch_transfer(b, 0) for b in data.val_dataloader()]
     assert torch.cat([y for _, y in val]).tolist() == [0, 0, 1, 1, 2, 2]
     test = [data.on_after_batch_transfer(b, 0) for b in data.test_dataloader()]
-    assert torch.equal(test[0][0], val[0][0])  # no test split: the validation split serves
+    assert torch.equal(test[0][0], val[0][0])  # without a test split, the validation split is used
     if workers:  # the second epoch comes from the same processes
         loader = data.train_dataloader()
         first = list(loader)

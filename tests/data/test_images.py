@@ -90,7 +90,7 @@ def test_a_decompression_bomb_is_one_error(monkeypatch):
 
 
 def pattern(label):
-    """Stripes along rows, along columns, or none: told apart by 16-bit values as by 8-bit ones."""
+    """Draw stripes along rows, along columns, or none, which differ in 16 and in 8 bits."""
     stripes = np.tile(np.arange(16) // 4 % 2 * 60 + 60, (16, 1)).astype(np.uint8)
     return (stripes, stripes.T, np.full((16, 16), 90, np.uint8))[label]
 
@@ -139,7 +139,7 @@ def pack(root, split, remove=True):
 
 
 def litter(root):
-    """Leftovers of notebooks, macOS, NAS systems and people; returns the number of files."""
+    """Add files of notebooks, macOS, NAS systems and users. Return their number."""
     picture = (root / "train" / "ant" / "0.png").read_bytes()
     left = [
         "train/preview.png",
@@ -243,7 +243,7 @@ def test_split_that_is_a_fifo_is_one_line(folder):
 @pytest.mark.parametrize("size", [1, 10**6, 2**62])
 @pytest.mark.parametrize("which", [0, 5, -1])
 def test_tar_with_a_wrong_member_size(folder, size, which):
-    """Whatever the header of a member claims, no image is lost silently."""
+    """No image is lost silently, for any size in the header of a member."""
     pack(folder, "train", remove=False)
     raw = bytearray((folder / "train.tar").read_bytes())
     with tarfile.open(folder / "train.tar") as tar:
@@ -299,7 +299,7 @@ def test_unreadable_training_images_are_replaced_and_counted(folder, workers, mo
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_unreadable_images_are_skipped_in_evaluation(folder, workers, capsys):
-    """Another image in their place would be scored twice."""
+    """A replacement image would be scored twice."""
     data = module(folder, workers=workers, eval_batch_size=4)
     whole = [labels for _, labels in data.val_dataloader()]
     data.teardown("fit")

@@ -13,7 +13,7 @@ from tq_lightning.errors import UserError
 
 
 class Recorder(lightning.LightningModule):
-    """Keeps every training batch it is given; `stop` ends the run after that many."""
+    """Keep every training batch; `stop` ends the run after that many."""
 
     def __init__(self, stop: int | None = None) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Recorder(lightning.LightningModule):
         if self.stop is not None and len(self.seen) == self.stop:
             raise KeyboardInterrupt
         self.seen.append([t.clone() for t in batch] + [batch_idx])
-        torch.rand(7)  # a model that draws random numbers must not move the data
+        torch.rand(7)  # random numbers drawn by a model must not change the data
         return self.layer(batch[0].mean().view(1, 1)).sum()
 
     def validation_step(self, batch, batch_idx):
@@ -36,7 +36,7 @@ class Recorder(lightning.LightningModule):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """24 JPEGs of 40x30 in 2 classes, train/ only."""
+    """Create 24 JPEGs of 40x30 in 2 classes, train/ only."""
     root = tmp_path_factory.mktemp("images")
     for number in range(24):
         path = root / "train" / f"class{number % 2}" / f"{number:02}.jpg"
@@ -128,7 +128,7 @@ def test_from_the_end_of_an_epoch(tmp_path, after_training):
 
 
 def test_with_max_steps_and_limited_epochs(tmp_path):
-    """Lightning takes every resume for a restart if max_steps ends the run."""
+    """Lightning treats every resume as a restart if max_steps ends the run."""
     flags = {"epochs": -1, "max_steps": 12, "limit_train_batches": 5}
     whole = fit(SMALL, tmp_path / "a", **flags)
     assert [b[2] for b in whole.seen] == [*range(5), *range(5), 0, 1]

@@ -66,7 +66,7 @@ def test_two_processes_see_the_steps_of_one():
         one.batches(4), two[0].batches(4), two[1].batches(4), strict=True
     ):
         assert torch.equal(whole, left)
-        assert torch.equal(left, right)  # the global batch; `share` says who takes what
+        assert torch.equal(left, right)  # the global batch; `share` is the part of a process
 
 
 def test_batch_larger_than_the_data_set_is_an_error():

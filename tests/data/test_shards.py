@@ -69,14 +69,14 @@ def test_shards_are_read_by_number_whatever_the_workers(shards):
     loader.progress = lambda: (0, 5)  # as after a resume
     assert all(torch.equal(a, b) for a, b in zip(_pixels(loader), one[5:], strict=True))
     assert len(data.val_dataloader().batches) and data.num_classes == 3
-    assert len(data.splits.for_stage("test")[1]) == 12  # the set's own validation shards
+    assert len(data.splits.for_stage("test")[1]) == 12  # validation shards of the data set
 
 
 def test_the_index_is_made_once_and_again_if_a_shard_changes(shards, monkeypatch):
     _data(shards).splits.find("train")
     (cache, *_) = shards.glob(".tq_lightning-*.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(webdataset, "index_shards", None)  # would fail if it were called
+        patch.setattr(webdataset, "index_shards", None)  # fails if it is called
         assert len(_data(shards).splits.find("train").labels) == 60
     _shard(shards / "set-train-0.tar", {"a.png": _png(9), "a.cls": b"2"})
     assert _data(shards).splits.find("train").labels.tolist()[0] == 2

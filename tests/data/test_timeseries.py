@@ -39,7 +39,7 @@ def test_padding_does_not_change_the_logits(name):
     x[1, :, 4:] = 0
     lengths = torch.tensor([6, 4])
     longer = torch.cat([x, torch.zeros(2, 2, 3)], 2)
-    if name != "lstm":  # read backward, it passes the padding first
+    if name != "lstm":  # a reversed sequence starts with the padding
         torch.testing.assert_close(net(x, lengths), net(longer, lengths))
     assert not torch.allclose(net(x, lengths), net(x, torch.tensor([6, 3])))
 

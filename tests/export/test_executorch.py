@@ -46,7 +46,7 @@ def test_without_executorch_one_line_says_what_to_install(tmp_path, capsys):
 @pytest.mark.parametrize("level", ["endpoint", "left", "centre"])
 @pytest.mark.parametrize("bits", [8, 7, 3, 1])
 def test_integer_layers_have_the_weights_of_the_packed_model(level, bits, make, tmp_path):
-    """Without quantized inputs: the same logits; with another width's integers: others."""
+    """The logits agree without quantized inputs, and differ with the integers of another width."""
     model, images = make(level=level)
     save_packed(model, tmp_path / "m.safetensors")
     packed = load_packed(tmp_path / "m.safetensors", bits=bits)
@@ -96,7 +96,7 @@ def test_predictions_are_those_of_pytorch(bits, tmp_path, capsys):
         if bits > 1:
             with bit_width(model, bits - 1):
                 narrow = model(images)
-    # inputs of 8 bits move logits by a small part of their size
+    # inputs quantized to 8 bits change logits by a small relative amount
     error = (logits - expected).abs().max() / expected.abs().max()
     assert error < 0.05
     assert (narrow - expected).abs().max() / expected.abs().max() > error
@@ -109,7 +109,7 @@ def test_predictions_are_those_of_pytorch(bits, tmp_path, capsys):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("level", ["left", "endpoint"])
 def test_linears_shrink_with_the_width(level, make, tmp_path):
-    """The file is its float weights and n-bit integers, at 8 and 4 bits, and little else."""
+    """At 8 and 4 bits, the file has float weights, n-bit integers and little else."""
     args = {"img_size": 32, "depth": 1}
     model, images = make(
         "vit_tiny_patch16_224",
@@ -142,7 +142,7 @@ def test_linears_shrink_with_the_width(level, make, tmp_path):
 @needs
 @pytest.mark.slow
 def test_sums_do_not_saturate(tmp_path):
-    """The largest integers and inputs, whose pairs of products exceed 16 bits."""
+    """For the largest integers and inputs, pairs of products exceed 16 bits."""
     from torch import nn
 
     from tq_lightning.export.executorch import _backend, _IntegerLayer

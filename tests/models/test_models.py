@@ -1,4 +1,4 @@
-"""Models: the structure of the CIFAR networks, all kinds of checkpoints, and one-line errors."""
+"""Models: structure of the CIFAR networks, all kinds of checkpoints, and one-line errors."""
 
 import pickle
 import socket
@@ -84,7 +84,7 @@ def _params(model: nn.Module) -> int:
 
 
 def test_every_relu_is_its_own_module():
-    """Else one learned clip would serve several places."""
+    """Otherwise several activations would share one learned clip."""
     model = create_model("resnet8_cifar")
     used: list[int] = []
     for module in model.modules():
@@ -155,7 +155,7 @@ def test_parameter_names_like_a_wrapper_prefix_are_kept(tmp_path):
     assert _same(source, target)
 
 
-BROKEN = {  # name -> what a file holds in place of the state dict of resnet8_cifar
+BROKEN = {  # name -> content of a file instead of the state dict of resnet8_cifar
     "not a tensor": (lambda s: {**s, "fc.bias": "ten"}, "has no state dict"),
     "a name that is no text": (lambda s: {**s, 7: s["fc.bias"]}, "has no state dict"),
     "another shape": (
@@ -220,7 +220,7 @@ def test_no_file_runs_code(tmp_path, capsys):
         with warnings.catch_warnings(), pytest.raises(UserError, match=why) as caught:
             warnings.simplefilter("error")
             read_state_dict(tmp_path / name)
-        assert "weights_only" not in str(caught.value)  # torch's advice to switch the check off
+        assert "weights_only" not in str(caught.value)  # advice of torch to disable the check
     assert "ran code" not in capsys.readouterr().out
 
 

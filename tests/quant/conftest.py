@@ -38,13 +38,13 @@ def net() -> nn.Sequential:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """(4, 3, 6, 6), always the same."""
+    """Return fixed images (4, 3, 6, 6)."""
     return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
 def model(net: nn.Sequential) -> nn.Sequential:
-    """Prepared for 8, 4 and 2 bits, every set with statistics and affine parameters of its own."""
+    """Prepare the network for 8, 4 and 2 bits; every norm set has its own statistics and affine."""
     prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
     for norm in per_width_norms(net):
         for i, key in enumerate(norm.sets):

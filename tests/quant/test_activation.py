@@ -123,7 +123,7 @@ def test_negative_clip_can_recover(bits):
 
 
 def test_clip_converges_to_the_best_value():
-    """Fitting y = min(x, 2): gradient descent on the clip alone finds 2 from 6."""
+    """Gradient descent on the clip alone fits y = min(x, 2) from clip 6."""
     layer = _layer("pact_floor", 8, ste="clipped")
     x = torch.linspace(0, 8, 200)
     for _ in range(60):

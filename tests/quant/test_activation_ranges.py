@@ -1,4 +1,4 @@
-"""Activation ranges: observers on known histograms, calibration, and what it leaves alone."""
+"""Activation ranges: observers on known histograms, and calibration without side effects."""
 
 import copy
 

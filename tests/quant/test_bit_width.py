@@ -1,4 +1,4 @@
-"""The width in use: one writer, restored on any exit, and never through codes of another width."""
+"""The width in use: restored on any exit, and never computed from codes of another width."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ def model(net, images):
 
 
 def test_a_prepared_model_starts_at_its_widest_trained_width(net, images):
-    """A plain loop that forgets `bit_width` trains a quantized model; float must be asked for."""
+    """A plain loop without `bit_width` trains a quantized model; float must be selected."""
     net.eval()
     before = net(images)
     prepare(net, widths=(2, 4), verbose=False)
@@ -39,7 +39,7 @@ def test_a_prepared_model_starts_at_its_widest_trained_width(net, images):
 
 
 def test_width_follows_later_changes_of_the_modules(model):
-    """Nothing that was found at an earlier entry is believed at a later one."""
+    """Entering `bit_width` does not reuse modules found by an earlier call."""
     with bit_width(model, 4):
         pass
     twin = copy.deepcopy(model)
@@ -47,7 +47,7 @@ def test_width_follows_later_changes_of_the_modules(model):
         assert (width_of(twin).bits, width_of(model).bits) == (2, 8)
     whole = nn.Sequential(model)
     assert width_of(whole) is width_of(model)
-    whole._modules["0"] = twin  # as `prepare` swaps layers, past every hook
+    whole._modules["0"] = twin  # as `prepare` swaps layers, which bypasses hooks
     assert width_of(whole) is width_of(twin)
     with bit_width(whole, 4):
         assert width_of(model).bits == 8
@@ -152,7 +152,7 @@ def test_width_of_a_submodule_is_that_of_the_model(model):
 
 
 def test_widths_inside_a_parametrization_cache(model, images):
-    """The cache's key knows no width: what it holds of one width must not be served at another."""
+    """The cache key has no width, so cached weights of one width must not be used at another."""
     alone = {}
     for bits in (8, 1, None):
         with bit_width(model, bits):
@@ -167,7 +167,7 @@ def test_widths_inside_a_parametrization_cache(model, images):
 
 
 def logits_by_width(net, images):
-    """{bits: logits of (quantized, truncated) weights}."""
+    """Return {bits: logits of (quantized, truncated) weights}."""
     found = {}
     for bits in range(1, 9):
         logits = []

@@ -100,14 +100,14 @@ def test_counter_example_round_codes_have_no_identity():
         share = (round_codes(U, bits) != stored >> (8 - bits)).float().mean().item()
         assert share > 0.1, bits
     differ = round_codes(U, 1) != stored >> 7
-    assert differ.any() and (U[differ] == 0.5).all()  # one tie, which half-to-even splits
+    assert differ.any() and (U[differ] == 0.5).all()  # a tie, which rounds to even
     assert torch.equal(round_codes(U, 8), truncate_codes(stored, 8, 8))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_returns_valid_codes(name, bits):
-    """Every row returns uint8, uses all codes, is monotone and leaves its input alone."""
+    """Every row returns uint8, uses all codes, is monotone and does not change its input."""
     u = U.clone()
     quantize = QUANTIZERS[name].codes
     codes = quantize(u, bits)
@@ -202,7 +202,7 @@ def test_other_bad_input():
 @pytest.mark.parametrize("quantizer", ["floor", "round"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_rounding_of(quantizer, bits):
-    """The form of integer kernels gives the codes, away from the bin edges."""
+    """The rounding of integer kernels gives the same codes away from bin edges."""
     u = (torch.arange(5000, dtype=torch.float64) + 0.37) / 5000
     steps, offset = rounding_of(quantizer, bits)
     made = (u * steps + offset).round().clamp(0, 2**bits - 1)

@@ -1,4 +1,4 @@
-"""QuantConfig: one home of the nine choices, checked on construction."""
+"""QuantConfig: the nine choices in one place, checked on construction."""
 
 import inspect
 from dataclasses import FrozenInstanceError, fields, replace
@@ -16,7 +16,7 @@ def test_public_signatures_have_the_same_choices_and_defaults(function):
     parameters = inspect.signature(function).parameters
     for field in fields(QuantConfig):
         if field.name == "float_pass" and function is not prepare:
-            continue  # the module's key also says whether there is a float pass at all
+            continue  # the key of the module also enables the float pass
         default = parameters[field.name].default
         assert (tuple(default) if isinstance(default, list) else default) == field.default
 
@@ -51,7 +51,7 @@ def test_an_unknown_choice_is_one_line(key):
     assert "\n" not in str(error.value)
 
 
-PAIRINGS = {  # what goes together; the rest is refused
+PAIRINGS = {  # supported pairings; all others are errors
     ("tanh", "endpoint"): ("mean", "span"),
     ("absmax_channel", "left"): ("mean", "span"),
     ("learned", "centre"): ("span",),

@@ -1,4 +1,4 @@
-"""Fused weights against the weights that the layers make on their own, bit for bit."""
+"""Fused weights against the weights that the layers compute themselves, bit for bit."""
 
 from contextlib import nullcontext
 
@@ -18,7 +18,7 @@ from tq_lightning.quant.ste import STES
 
 
 def layers(**how):
-    """Weights of odd sizes: contiguous, channels last, transposed and grouped, strided, frozen."""
+    """Build layers of odd sizes: contiguous, channels last, transposed, grouped, frozen."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(7, 5),
@@ -34,14 +34,14 @@ def layers(**how):
 
 
 def learn_ranges(model):
-    """Give every weight a range of its own, which some of its elements exceed."""
+    """Set a range for every weight that some of its elements exceed."""
     for w in weight_quantizers(model):
         learned = 0.5 * w.quantizer.reduce(w.original.detach().abs(), "max")
         w.quantizer.range = nn.Parameter(learned.clone())
 
 
 def parameters(quantized):
-    """The parameters behind the quantized weights that are trained."""
+    """Return the trainable parameters of the quantized weights."""
     found = []
     for w in quantized:
         found += [p for p in (w.original, w.quantizer.range) if p is not None and p.requires_grad]
@@ -49,7 +49,7 @@ def parameters(quantized):
 
 
 def compare(model, bits, source="quantize"):
-    """Values and parameter gradients of each layer, alone and fused; the same upstream."""
+    """Compare values and parameter gradients of each layer, alone and fused."""
     quantized = weight_quantizers(model)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(w.original.shape, generator=generator) for w in quantized]
@@ -184,7 +184,7 @@ def test_weights_are_normalized_once_and_released(monkeypatch):
                 model(torch.ones(1, 6))
         raise RuntimeError("inside")
     assert len(calls) == 1 and rule.made is None and width_of(model).fused is None
-    with fused_weights(model) as outer:  # an evaluation of several batches, and each batch
+    with fused_weights(model) as outer:  # an evaluation of several batches, and each batch alone
         for _ in range(3):
             with fused_weights(model) as inner, bit_width(model, 4):
                 assert inner is outer

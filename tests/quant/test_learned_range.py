@@ -1,4 +1,4 @@
-"""The learned range: where it starts, its gradient at every width, and no weight decay."""
+"""The learned range: its start, its gradient at every width, and no weight decay."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def rule(w, bits, normalizer="learned", channel_dim=0, groups=1, **choices):
 
 
 def channel_of(shape, channel_dim, groups):
-    """Number of the output channel of every weight, by hand."""
+    """Return the output channel of every weight, by hand."""
     index = torch.arange(shape[channel_dim])
     view = index.view([-1 if d == channel_dim else 1 for d in range(len(shape))]).expand(shape)
     if channel_dim == 0:
@@ -63,7 +63,7 @@ def test_a_zero_weight_starts_at_one():
 @pytest.mark.parametrize("level", ["centre", "centroid"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_the_gradient_is_the_numerical_one(bits, level):
-    """LSQ: the error of rounding is held fixed, while the range moves."""
+    """As in LSQ, the rounding error is held fixed while the range changes."""
     for name, (size, channel_dim, groups, _) in SHAPES.items():
         w, upstream = weight(*size), weight(*size, seed=4).double()
         made = rule(w, bits, "learned_channel", channel_dim, groups, level=level)

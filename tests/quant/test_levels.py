@@ -42,13 +42,13 @@ def test_every_level_placement(level, bits):
     assert torch.allclose(
         levels.diff(), torch.tensor(1 / (2**bits - 1) if level == "endpoint" else 2.0**-bits)
     )
-    assert codes.tolist() == list(range(2**bits))  # the codes are left alone
+    assert codes.tolist() == list(range(2**bits))  # the codes are unchanged
     scale = torch.tensor([[0.5], [3.0]])
     weights = dequantize(codes.expand(2, -1), bits, scale, level)
     assert torch.equal(weights, scale * (2 * levels - 1))
     held = torch.full_like(weights, torch.nan)
     assert dequantize(codes.expand(2, -1), bits, scale, level, out=held) is held
-    assert torch.equal(held.view(torch.int32), weights.view(torch.int32))  # to the bit
+    assert torch.equal(held.view(torch.int32), weights.view(torch.int32))  # bit for bit
 
 
 def test_levels_refuse_an_out_of_another_dtype_or_shape():

@@ -48,7 +48,7 @@ def test_a_short_batch_weighs_by_its_images(model, images):
 
 
 def test_a_batch_of_one_image_is_left_out_unless_there_are_no_others():
-    """At a layer of one pixel PyTorch refuses a batch of one image in training mode."""
+    """PyTorch rejects a batch of one image with one pixel in training mode."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     prepare(model, skip=(), widths=(4,), verbose=False)
     rows = torch.randn(5, 3)
@@ -73,7 +73,7 @@ def test_a_last_short_batch_is_left_out_unless_it_is_the_only_one(model, images)
     full, other = mean(images), images * 3 + 1
     assert torch.equal(mean(images, other[:3]), full)
     assert not torch.equal(mean(images, other), full)
-    assert not torch.equal(mean(other[:3], images), full)  # only the last one is left out
+    assert not torch.equal(mean(other[:3], images), full)  # only the last one is skipped
     assert not torch.equal(mean(other[:3]), full)
 
 
@@ -108,7 +108,7 @@ def test_an_error_while_estimating_restores_and_leaves_no_partial_estimate(model
 
 
 def test_running_averages_lag_until_enough_updates(model, images):
-    """Trained widths: statistics as a width being calibrated gets, and nothing else changes."""
+    """Trained widths get the statistics of a calibrated width, and nothing else changes."""
     assert lagging_widths(model) == [8, 4, 2]  # a pretrained count is not an update of this run
     with bit_width(model.train(), 4):
         for _ in range(3):
@@ -129,7 +129,7 @@ def test_running_averages_lag_until_enough_updates(model, images):
     for bits in (4, 3):
         with bit_width(model.eval(), bits):
             seen[bits] = model.stem(images).mean((0, 2, 3))
-    assert not torch.allclose(seen[4], seen[3])  # the widths differ, so do their statistics
+    assert not torch.allclose(seen[4], seen[3])  # the widths have different statistics
     assert not torch.equal(model.bn1.sets["4"].running_mean, model.bn1.sets["3"].running_mean)
 
 

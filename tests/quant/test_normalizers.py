@@ -1,4 +1,4 @@
-"""Non-uniform codes: they nest, their slopes are derivatives, and their signal to noise."""
+"""Non-uniform codes: nesting, slopes as derivatives, and signal-to-noise ratios."""
 
 import math
 from dataclasses import replace
@@ -22,14 +22,14 @@ TABLES = [
 
 
 def u_of(name, z):
-    """u of weights z whose rms is 1 (or whose learned range is at its start)."""
+    """Return u of weights z with rms 1 (or with the initial learned range)."""
     row = NORMALIZERS[name]
     r = {"rms": 1.0, "learned": row.span, "max": row.squash(torch.tensor(6.0))}[row.reference]
     return (row.squash(z) * 0.5 / r + 0.5).clamp(0.0, 1.0)
 
 
 def grid(name):
-    """Weights in multiples of the rms: dense, the edges of all bins, and their neighbors."""
+    """Return weights in multiples of the rms: a dense grid, all bin edges, and their neighbors."""
     row = NORMALIZERS[name]
     z = torch.linspace(-6.0, 6.0, 60_001)
     if row.inverse is not None:
@@ -73,7 +73,7 @@ def test_slope_is_the_derivative(name):
 
 
 def noise(name, level, bits):
-    """Signal to noise in dB on a normal weight of rms 1, by the moments of each bin."""
+    """Return the signal-to-noise ratio in dB for normal weights, from the moments of each bin."""
     row = NORMALIZERS[name]
     edges = row.inverse(torch.arange(2**bits + 1, dtype=torch.float64) / 2**bits)
     edges[0], edges[-1] = -math.inf, math.inf

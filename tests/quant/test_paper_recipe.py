@@ -1,4 +1,4 @@
-"""The paper's recipe: its float pass and shared norms, against numbers computed in NumPy."""
+"""The recipe of the paper, with float pass and shared norms, against NumPy."""
 
 import copy
 
@@ -18,7 +18,7 @@ KEYS = {"float_pass": "normalized", "shared_norms": ("bn",), "activations": "cla
 
 
 def network(**choices):
-    """Quantized linear layer, batch norm, ReLU, linear layer in float."""
+    """Build a quantized linear layer, batch norm, ReLU and a float linear layer."""
     net = nn.Sequential()
     net.add_module("first", nn.Linear(3, 4, bias=False))
     net.add_module("bn", nn.BatchNorm1d(4))
@@ -32,7 +32,7 @@ def network(**choices):
 
 
 def weight(w, bits):
-    """E tanh(w) / max|tanh w|, rounded to 2^bits levels unless `bits` is None."""
+    """Return E tanh(w) / max|tanh w|, rounded to 2^bits levels unless `bits` is None."""
     t, scale = np.tanh(w) / np.abs(np.tanh(W)).max(), np.abs(W).mean()
     if bits is None:
         return scale * t
@@ -50,7 +50,7 @@ def loss(w):
 
 
 def numeric_gradient():
-    """Central differences of the float pass; mean|w| and max|tanh w| carry no gradient."""
+    """Return central differences of the float pass; mean|w| and max|tanh w| are held fixed."""
     grad = np.zeros_like(W)
     for i in np.ndindex(W.shape):
         step = np.zeros_like(W)
@@ -95,11 +95,11 @@ def test_joint_step_has_the_same_gradient_and_updates_one_norm():
 def test_patterns_and_defaults():
     assert isinstance(network().bn, PerWidthNorm)
     assert network(**KEYS).tq["shared_norms"] == ["bn"]
-    assert "float_pass" not in network().tq  # files of earlier versions have no such key
+    assert "float_pass" not in network().tq  # files of earlier versions lack this key
     untouched = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match=r"shared_norms pattern 'skip' matches no norm.*'1'"):
         prepare(untouched, skip=(), shared_norms=["skip"], verbose=False)
-    assert prepare(copy.deepcopy(untouched), skip=(), verbose=False)  # and nothing was attached
+    assert prepare(copy.deepcopy(untouched), skip=(), verbose=False)  # nothing was attached
     with pytest.raises(ValueError, match="shared_norms must be a list"):
         QuantConfig(shared_norms="bn")
     with pytest.raises(ValueError, match="unknown float_pass 'half'; pass one of plain, norm"):

@@ -1,4 +1,4 @@
-"""prepare(): what it attaches and reports, and refusals that leave the model as it was."""
+"""prepare(): attached modules, the report, and errors that leave the model unchanged."""
 
 import warnings
 

@@ -20,7 +20,7 @@ PASSES = [(bits, source) for bits in range(8, 0, -1) for source in ("quantize", 
 
 @pytest.fixture
 def model(net, images):
-    """Rounded weights and learned, truncated activations: no two passes agree by construction."""
+    """Prepare rounded weights and learned, truncated activations, so that all passes differ."""
     prepare(
         net, quantizer="round", activations="pact_round_truncate", skip=("last",), verbose=False
     )
@@ -110,10 +110,10 @@ def test_checkpoints_hold_all_and_load_without_code(model, net, images, tmp_path
     ):
         plain.add_module(name, layer)
     prepare(plain, **saved["tq"], verbose=False)
-    plain.load_state_dict(saved["state_dict"])  # strict: no key missing, none too many
+    plain.load_state_dict(saved["state_dict"])  # strict: no missing and no unexpected keys
     assert _same(
         _logits(plain.eval(), images), before
-    )  # untrained widths too: their statistics came along
+    )  # untrained widths too, with their statistics
     assert all(torch.is_tensor(value) for value in saved["state_dict"].values())
 
 
@@ -151,7 +151,7 @@ def fresh_dynamo():
 
 @pytest.mark.slow
 def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo):
-    """17 variants have one graph each, without graph breaks or a hit recompile limit."""
+    """Each of 17 variants has one graph, without graph breaks or the recompile limit."""
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     exact = _logits(model, images)
     graphs = []
@@ -203,7 +203,7 @@ def test_recompile_limit_is_raised_for_all_variants(model, fresh_dynamo):
 
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
 def test_compiled_weights_huge_and_nan(normalizer, fresh_dynamo):
-    """A graph cannot branch on values: huge weights quantize as in eager, NaN reaches the loss."""
+    """A graph cannot branch on values: huge weights match eager mode, NaN reaches the loss."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     prepare(model, skip=(), normalizer=normalizer, verbose=False)
     compiled, x, weight = (

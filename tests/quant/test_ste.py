@@ -27,7 +27,7 @@ def _gradient(
     level: str = "endpoint",
     signed: bool = False,
 ):
-    """(value, dL/du) of the node at scale 1, given dL/dvalue."""
+    """Return (value, dL/du) of the node at scale 1, given dL/dvalue."""
     u = u.clone().requires_grad_()
     out = FakeQuantize.apply(
         u, torch.tensor(1.0), signed, bits, quantizer, ste, level, 8, "quantize"
@@ -48,14 +48,14 @@ def test_every_rule_keeps_the_value_and_gives_finite_gradients(ste, quantizer):
                 value, codes_to_levels(QUANTIZERS[quantizer].codes(u, bits), bits, level)
             )
             assert got.shape == u.shape and got.dtype == torch.float32 and got.isfinite().all()
-            assert (got * grad >= 0).all()  # a rule scales a gradient, it never turns it round
+            assert (got * grad >= 0).all()  # a rule scales a gradient and never flips its sign
             assert got.abs().sum() > 0
             assert torch.equal(grad, torch.linspace(-3, 3, len(u)))
 
 
 @pytest.mark.parametrize("ste", STES)
 def test_elementwise_is_true_only_if_a_rule_reads_u_or_level(ste):
-    """Other rules get None for both, which must be enough for them."""
+    """Other rules must work with None for both."""
     row, grad = STES[ste], torch.ones(3)
     if row.elementwise:
         with pytest.raises((TypeError, AttributeError)):
@@ -128,7 +128,7 @@ def test_every_rule_is_documented_with_an_example_and_a_source(ste):
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_soft_staircase_rises_by_one_step_a_bin(quantizer):
-    """The mean of its slope over an inner bin, around an edge, is step height over bin width."""
+    """The mean slope over an inner bin, centered at an edge, is step height over bin width."""
     for bits in (1, 2, 4):
         edge, width = QUANTIZERS[quantizer].edges(torch.tensor([0.5]), bits)
         u = edge + width * (torch.arange(1000) + 0.5 - 500) / 1000
@@ -139,7 +139,7 @@ def test_soft_staircase_rises_by_one_step_a_bin(quantizer):
 
 @pytest.mark.parametrize("source", ["quantize", "truncate"])
 def test_scale_and_sign(source):
-    """Weights are scale * (2 level - 1), activations scale * level; gradients have that factor."""
+    """Weights are scale * (2 level - 1), activations scale * level; gradients have this factor."""
     u, scale = torch.tensor([[0.1, 0.6], [0.3, 0.9]]), torch.tensor([[2.0], [0.5]])
     for signed in (True, False):
         leaf = u.clone().requires_grad_()
@@ -169,7 +169,7 @@ def test_auto_is_the_pairing_of_the_paper():
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_gradient_of_a_range_is_the_chain_rule(quantizer, bits):
-    """Autograd through w^ = c (2 level - 1), where a level moves with u as the identity rule."""
+    """Autograd through w^ = c (2 level - 1), where level has the gradient of identity."""
     w = torch.randn(300, generator=torch.Generator().manual_seed(3))
     c = torch.tensor(0.8, requires_grad=True)
     grad = torch.randn(300, generator=torch.Generator().manual_seed(4))

@@ -1,4 +1,4 @@
-"""Switchable norms: the width in use selects one, and estimating others disturbs nothing."""
+"""Switchable norms: the width selects a set, and estimating other sets changes nothing."""
 
 import copy
 

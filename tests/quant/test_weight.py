@@ -41,7 +41,7 @@ def _rule(
 
 
 def _started(w: Tensor, bits: int = 2, **choices) -> WeightQuantizer:
-    """A rule whose range, if it is learned, starts at `w`."""
+    """Return a normalizer whose learned range, if any, is initialized from `w`."""
     rule = _rule(bits, **choices)
     if NORMALIZERS[rule.normalizer].reference == "learned":
         rule.start_range(w)
@@ -53,7 +53,7 @@ def _weight(*shape: int) -> Tensor:
 
 
 def _channels(shape: tuple[int, ...], channel_dim: int, groups: int) -> list[Tensor]:
-    """Return one mask per output channel, written out: the weights that the channel uses."""
+    """Return the weights that each output channel uses, as one explicit mask per channel."""
     masks = []
     for g in range(groups if channel_dim else 1):
         for channel in range(shape[channel_dim]):
@@ -114,7 +114,7 @@ def test_normalizer(normalizer, shape):
 
 
 def test_counter_example_channels_of_a_grouped_transposed_convolution():
-    """Grouped and not grouped, the same tensor has other output channels."""
+    """The output channels of a tensor depend on the number of groups."""
     w = _weight(6, 4, 2)
     u_grouped = _rule(normalizer="absmax_channel", channel_dim=1, groups=3).normalize(w).u
     u_plain = _rule(normalizer="absmax_channel", channel_dim=1, groups=1).normalize(w).u
@@ -141,7 +141,7 @@ def test_value(normalizer, quantizer, source):
             assert torch.equal(rule(w), exact)
             assert torch.equal(
                 rule(w.clone().requires_grad_()), exact
-            )  # the path of training, the same bits
+            )  # the training path has the same bits
             per_scale = [rule(w)] if scale.dim() == 0 else list(rule(w))
             assert all(values.unique().numel() <= 2**bits for values in per_scale)
 
@@ -170,7 +170,7 @@ def test_gradient_of_the_weight(normalizer, shape):
     """dL/dw = dL/dw^ * 2E * factor * du/dw; neither the maximum nor E carries a gradient."""
     size, channel_dim, groups = SHAPES[shape]
     upstream = torch.randn(size, generator=torch.Generator().manual_seed(4))
-    rms = NORMALIZERS[normalizer].reference == "rms"  # by hand with the slope of the values
+    rms = NORMALIZERS[normalizer].reference == "rms"  # by hand, with the slope of the values
     factors = (("identity", 1.0), ("scaled", 3 / 4), ("slope", 4 / 3))
     for ste, factor in (("value", 1.0),) if rms else factors:
         w = _weight(*size).requires_grad_()
@@ -304,7 +304,7 @@ def test_unknown_choice_lists_the_valid_ones(key):
 
 
 def test_disagreement_of_codes():
-    """Floor never; round at 2..7, by hand for one layer; 1 and 8 bits agree except for ties."""
+    """Floor never disagrees. Round does at 2..7 bits; 1 and 8 bits agree except for ties."""
     for quantizer in ("floor", "round"):
         torch.manual_seed(0)
         model = create_model("resnet8_cifar", num_classes=10)

@@ -1,4 +1,4 @@
-"""The environment changes nothing in a report: matplotlib's settings, names of any characters."""
+"""Reports do not depend on matplotlib settings or on special characters in names."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tq_lightning.report.figures import style
 
 @pytest.mark.slow
 def test_a_notebooks_backend_and_usetex_change_nothing(tmp_path, make):
-    """The command in an environment that a notebook made, whose backend cannot be imported here."""
+    """Run the command in the environment of a notebook, whose backend cannot be imported here."""
     make.write(tmp_path / "runs", *make.pair((0, 1)))
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
     svgs = []
@@ -45,7 +45,7 @@ def test_a_notebooks_backend_and_usetex_change_nothing(tmp_path, make):
 
 def test_drawing_leaves_the_callers_settings(make):
     with matplotlib.rc_context({"font.size": 17.0}):
-        backend = dict.__getitem__(matplotlib.rcParams, "backend")  # without choosing one
+        backend = dict.__getitem__(matplotlib.rcParams, "backend")  # no backend was chosen
         figures.draw(compare(*make.pair((0, 1))))
         assert matplotlib.rcParams["font.size"] == 17.0
         assert dict.__getitem__(matplotlib.rcParams, "backend") == backend

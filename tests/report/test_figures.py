@@ -1,4 +1,4 @@
-"""Figures from synthetic records: which are drawn, their flags, and their words."""
+"""Figures from synthetic records: selection, flags and texts."""
 
 import re
 
@@ -17,13 +17,13 @@ def drawn(name, *records, **more):
 
 
 def drawing(name, *records, **more):
-    """(figures, notes) of one function."""
+    """Return (figures, notes) of one function."""
     with style.styled():
         return figures.FIGURES[name](compare(*records, **more))
 
 
 def texts(figure):
-    """Every text of a figure, subfigures and axes included."""
+    """Return all texts of a figure, its subfigures and axes."""
     import matplotlib.text
 
     return " ".join(t.get_text() for t in figure.findobj(matplotlib.text.Text))
@@ -248,7 +248,7 @@ def test_every_accuracy_has_its_split_and_number_of_seeds(make):
 
 def test_storage_ratios_are_over_the_float_parameters(make):
     record = make.inspect()
-    record["ways"]["float_master"]["total"] += 10**6  # buffers are no parameters
+    record["ways"]["float_master"]["total"] += 10**6  # buffers are not parameters
     assert (
         ratio(records.parse(record), "paper") == 4 * 25_557_032 / record["ways"]["paper"]["total"]
     )

@@ -99,7 +99,7 @@ def test_ignored_key_joins_arms_that_were_tuned_apart(make):
     records = [make.run("round", model_lr=0.1), make.run("floor", model_lr=0.2)]
     assert [len(setting.arms) for setting in compare(*records).by_quantizer] == [
         1
-    ]  # round alone: nothing to compare with
+    ]  # round alone has no comparison
     (setting,) = compare(*records, ignore=("model.lr",)).by_quantizer
     assert len(setting.arms) == 2
 
@@ -156,7 +156,7 @@ def test_the_papers_setting_and_near_misses(make):
 
 
 def test_nested_codes_count_not_the_quantizer_name(make):
-    """A quantizer of another name whose record says that its codes nest has one row, like floor."""
+    """A quantizer whose record states that its codes nest has one row, like floor."""
     toy = make.run("toy", ste="toy_ste", nested=True)
     (group,) = compare(make.run("round"), toy).by_quantizer
     assert [name for name, _, _ in group.rows] == [
@@ -185,7 +185,7 @@ def test_a_run_tested_with_another_calibration_is_an_arm_of_its_own(make):
 
 
 def test_a_test_of_other_data_is_not_the_runs(make):
-    """Tests in the added list, of other data or of a part, stand in no table."""
+    """Recorded tests on other data or on a part of the data are not in any table."""
     record = make.run(test=True)
     record["tests"] = [record.pop("test") | {"data": {"name": "cifar100"}}]
     (arm,) = compare(record).arms

@@ -1,4 +1,4 @@
-"""The page: its text, and its behavior in headless Chromium over the DevTools pipe."""
+"""The report page: its text, and its behavior in headless Chromium."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tq_lightning.report import figures
 
 
 class Outline(HTMLParser):
-    """Images, ids, link targets and anything that would be fetched."""
+    """Collect images, ids, link targets and every URL that would be fetched."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def test_page_is_self_contained(tmp_path, monkeypatch, make):
     )
     assert "<b>x</b>" not in text
     assert "<i>t</i>" not in text
-    assert text.count("<script") == 2  # the records, and the page's own
+    assert text.count("<script") == 2  # the records, and the data of the page
     data = json.loads(
         re.search(r'id="records">(.*?)</script>', text, re.S)[1],
         parse_constant=lambda name: pytest.fail(name),
@@ -90,7 +90,7 @@ def test_accuracies_come_first_with_units_and_defined_terms(tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, request):
-    """A report of many arms, opened from disk."""
+    """Open a report of many arms from disk."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     folder = tmp_path_factory.mktemp("page")
@@ -122,7 +122,7 @@ CHOOSE = (
 
 
 def column(page, name):
-    """Texts of a column of the run table, from top to bottom, shown rows."""
+    """Return the texts of a column of the run table, visible rows from top to bottom."""
     where = (
         f"[...document.querySelectorAll('#t-runs th')].findIndex(h => h.textContent === {name!r})"
     )
@@ -161,7 +161,7 @@ class TestChromium:
         assert [float(x) for x in column(page, "2 bits [%]")] == up[::-1]
         assert [float(x) for x in before] != up[::-1]
         page.run(f"{head('model')}.querySelector('button').click()")
-        assert column(page, "model")[0] == "resnet8_cifar"  # before resnet20: digits as numbers
+        assert column(page, "model")[0] == "resnet8_cifar"  # before resnet20: digits are numbers
         assert page.run(f"{head('2 bits [%]')}.getAttribute('aria-sort')") == "none"
 
     def test_every_figure_has_a_text_alternative_and_is_visible(self, page):
@@ -184,7 +184,7 @@ class TestChromium:
         assert "torch 2.8.0" in words
         page.key("Escape", 27)
         assert not page.run("document.getElementById('run').open")
-        assert page.run("document.activeElement.dataset.run") == run  # focus comes back
+        assert page.run("document.activeElement.dataset.run") == run  # focus returns
 
     def test_tab_reaches_link_button_filter_and_head_in_turn_with_a_visible_focus(self, page):
         page.run("document.activeElement.blur(), scrollTo(0, 0)")

@@ -1,4 +1,4 @@
-"""What is read, and what is left out with which reason."""
+"""Reading records: which are used, and the reasons for those left out."""
 
 import json
 import sqlite3
@@ -28,7 +28,7 @@ def test_folder_glob_file_and_overlap_read_each_run_once(tmp_path, make):
 
 
 def test_wandb_folder_and_older_copy(tmp_path, make):
-    """Of W&B's copy and the run's own record with a test block, the fuller one wins."""
+    """Of the copy in the W&B folder and the run's record, the one with a test block is used."""
     record = make.run(test=True)
     make.write(tmp_path / "runs", record)
     files = tmp_path / "wandb" / "run-1" / "files"
@@ -93,7 +93,7 @@ def test_half_written_and_foreign_json(tmp_path, make):
         (tmp_path / name / "record.json").write_text(text)
     (tmp_path / "metrics.json").write_text(
         '{"a": 1}'
-    )  # no record's name and no inspect record: not ours, not listed
+    )  # neither a record nor an inspect record by name: not listed
     loaded = load([str(tmp_path)])
     assert len(loaded.runs) == 1
     found = {path.split("/")[-2]: reason for path, reason in loaded.left_out}
@@ -126,7 +126,7 @@ def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "record.json").write_text(
         json.dumps(one)
-    )  # a copy of one of two that contradict: not counted either
+    )  # a copy of one of two contradictory records is not counted either
     left_out = load([str(tmp_path)]).left_out
     assert len(left_out) == len(dict(left_out)) == 3
     assert not any("counted once" in reason for _, reason in left_out)
@@ -157,16 +157,14 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, given, words):
     before = (tmp_path / "notes.db").read_bytes()
     with pytest.raises(UserError) as caught:
         load([given])
-    assert (
-        tmp_path / "notes.db"
-    ).read_bytes() == before  # a foreign database is looked at, not written to
+    assert (tmp_path / "notes.db").read_bytes() == before  # a foreign database is only read
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_optuna_study(tmp_path, monkeypatch, make, kind):
-    """Complete trials count; pruned, failed and record-less ones are listed."""
+    """Complete trials are used; pruned and failed ones and those without records are listed."""
     optuna = pytest.importorskip("optuna")
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -197,7 +195,7 @@ def test_optuna_study(tmp_path, monkeypatch, make, kind):
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_pruned_trials_are_read_from_a_moved_sweep_folder(tmp_path, monkeypatch, make, moved):
-    """A pruned trial's record says finished; the study beside it knows better."""
+    """The record of a pruned trial has status finished; the study has the actual state."""
     optuna = pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
     home = tmp_path / "sweep"

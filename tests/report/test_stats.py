@@ -1,4 +1,4 @@
-"""Intervals against scipy.stats, and the words for them."""
+"""Intervals against scipy.stats, and their wording."""
 
 import pytest
 from fixtures.records import runs
@@ -34,7 +34,7 @@ def test_paired_where_seeds_coincide_and_welch_where_not():
     ).confidence_interval()
     assert welch.how == "Welch"
     assert (welch.estimate.low, welch.estimate.high) == pytest.approx(tuple(interval))
-    assert welch.sign == 0  # the same numbers: pairing is what shows it
+    assert welch.sign == 0  # the same numbers, significant only if paired
 
 
 def test_words():

@@ -1,4 +1,4 @@
-"""Tables, their written forms, the tidy table and the verdicts."""
+"""Tables, their Markdown and LaTeX forms, the tidy table and the findings."""
 
 import pandas as pd
 from fixtures.records import compare
@@ -9,7 +9,7 @@ from tq_lightning.report.tables.render import Table, latex, markdown
 
 
 def cells(table, **where):
-    """Rows as dictionaries, those that hold `where`."""
+    """Return the rows that match `where`, as dictionaries."""
     return [row for row in table.rows if all(row[key] == value for key, value in where.items())]
 
 
@@ -27,7 +27,7 @@ def test_markdown_and_latex_escape_what_would_break_them():
     assert r"\caption{A \& B. 50 \% of\_it}" in made
     assert made.index(r"\end{table}") < made.index(
         "a note"
-    )  # below the float: notes may run over a page
+    )  # below the float, because notes may be longer than a page
     assert r"1.0 $\pm$ 0.2 \\" in made
     assert made.count(r"\begin") == made.count(r"\end") == 2
     long = latex(Table("t", "T", "", [{"a": "[x] 雪", "b": "é_%"}] * 41))
@@ -89,7 +89,7 @@ def test_tidy_table_is_one_row_a_run_source_and_width(tmp_path, make):
 
 
 def finding(key, *records):
-    """The finding on a key, or on the QT gap."""
+    """Return the finding on a key, or on the QT gap."""
     found = compare(*records)
     return findings.qt_gap(found) if key == "qt_gap" else findings.by_factor(found, f"model.{key}")
 
@@ -132,7 +132,7 @@ def test_non_uniform_codes_are_compared_with_a_learned_range(make):
 
 
 def test_a_collapsed_seed_is_named_and_supports_no_claim(make):
-    """Its mean stays in the tables; findings, titles and the list of answers leave it out."""
+    """Its mean stays in the tables, but not in findings, titles and the list of answers."""
     learned = [make.run("floor", s, model_ste=e) for e in ("identity", "scaled") for s in (0, 1, 2)]
     failed = make.run("floor", 2, model_ste="scaled")
     failed["widths"] = {w: {"quantize": 11.0, "truncate": 11.0} for w in failed["widths"]}

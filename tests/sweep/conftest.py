@@ -19,7 +19,7 @@ COMMAND = ["${env}", "python", "-m", "tq_lightning", "fit", "${args}"]
 
 @pytest.fixture
 def write_sweep(tmp_path):
-    """A function that writes a sweep file (by default a grid over model.lr); returns its path."""
+    """Return a function that writes a sweep file (a grid over model.lr) and returns its path."""
 
     def write(name="sweep.yaml", arguments=(), **keys):
         keys = {
@@ -39,7 +39,7 @@ def write_sweep(tmp_path):
 
 @pytest.fixture
 def replace_fit(monkeypatch):
-    """A function that puts a stand-in (MODULE:NAME) in the place of fit for `sweep`."""
+    """Return a function that replaces the fit of `sweep` by a stand-in (MODULE:NAME)."""
     real = sweep_verb.main
 
     def replace(fit):
@@ -50,13 +50,13 @@ def replace_fit(monkeypatch):
 
 @pytest.fixture
 def no_results(monkeypatch):
-    """`sweep` without tables and plots, which take longer than everything else."""
+    """Disable tables and plots of `sweep`, which take longer than everything else."""
     monkeypatch.setattr("tq_lightning.sweep.results.write_results", lambda *_: None)
 
 
 @pytest.fixture
 def sweep_process():
-    """A function that starts `sweep ...` with a stand-in for fit; ends what is left of it."""
+    """Return a function that starts `sweep ...` with a stand-in for fit. Kill it at the end."""
     started = []
 
     def start(*argv, fit="stand_in:fit"):

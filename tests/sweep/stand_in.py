@@ -23,7 +23,7 @@ CHECKPOINT = {  # but for global_step
 
 
 def fit(argv: list[str]) -> dict[str, Any]:
-    """Log val/acc1_truncate_mean = 50 + 10 lr - seed, and note the process and the arguments.
+    """Log val/acc1_truncate_mean = 50 + 10 lr - seed, and record process and arguments.
 
     --sleep=S takes S seconds; --end=HOW ends it in that way.
     """

@@ -1,4 +1,4 @@
-"""Run as a script: `sweep` with another function in the place of fit.
+"""Run as a script: `sweep` with another function in place of fit.
 
 python sweep_command.py MODULE:NAME ARGUMENTS...
 """

@@ -1,4 +1,4 @@
-"""The `sweep` command with a stand-in for fit: failures, signals, joining, resuming, bad input."""
+"""The verb sweep with a stand-in for fit: failures, signals, joining, resuming, bad input."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ from tq_lightning.report.inputs import find
 
 @pytest.fixture
 def with_results(replace_fit):
-    """The arguments that run the stand-in for fit in this process."""
+    """Return arguments that run the stand-in for fit in this process."""
     replace_fit("stand_in:fit")
     return ["--workers", "0"]
 
@@ -65,7 +65,7 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(
     monkeypatch.setattr("tq_lightning.sweep.results.write_results", lambda *_: None)
     assert (
         main(["sweep", str(path), "--dir", str(folder), *with_results]) == 0
-    )  # the same command again: nothing is left to run
+    )  # the same command again has nothing to run
     assert len(ran(folder)) == 4
 
 
@@ -86,7 +86,7 @@ def test_failures_have_reasons_and_the_sweep_continues(write_sweep, tmp_path, wi
     ends = ["raise", "exit", "nan", "unlogged", "well"]
     path, folder = write_sweep(parameters={"end": {"values": ends}}), tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), *with_results]) == 0
-    # a lack of memory, the first one's, ends no worker: the others ran
+    # running out of memory in the first trial ends no worker: the others ran
     trials = study_of(folder).trials
     assert [t.state for t in trials] == [TrialState.FAIL] * 4 + [TrialState.COMPLETE]
     reasons = [t.user_attrs["reason"] for t in trials[:4]]
@@ -197,7 +197,7 @@ def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_
     assert main(["sweep", *same, "--study-name", "more", "--", "--model.momentum=0.8"]) == 0
     assert (
         main(["sweep", *same, "--study-name", "more"]) == 2
-    )  # nor is one with such arguments by the same without
+    )  # and a sweep with such arguments is not joined without them
     assert 'the study has ["--model.momentum=0.8"], the file null' in capsys.readouterr().err
     other = write_sweep(parameters={"model.lr": {"values": [0.1, 0.5]}})
     assert main(["sweep", str(other), *command, "--study-name", "other"]) == 0
@@ -231,7 +231,7 @@ def test_ctrl_c_ends_cleanly_and_prints_the_resume_command(write_sweep, tmp_path
             os.kill(pid, 0)
     assert (
         path
-    )  # the same command would go on for 600 s a trial; what goes on is tested below with SIGKILL
+    )  # the same command would take 600 s per trial; resuming is tested below with SIGKILL
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(
 
 @pytest.mark.slow
 def test_a_killed_command_is_taken_over_by_another(write_sweep, tmp_path, sweep_process):
-    """The command and its worker die; a second command notices that the heartbeat has stopped."""
+    """The command and its worker die; a second command detects that the heartbeat stopped."""
     path, folder = write_sweep(arguments=["--sleep=1.5"]), tmp_path / "out"
     first = sweep_process(path, "--dir", folder, "--workers", "1")
     wait_for(lambda: (folder / "trials" / "ran.txt").exists())

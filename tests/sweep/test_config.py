@@ -58,7 +58,7 @@ def test_types_nesting_and_order_survive(write_sweep):
         "1e-3",
         0.1,
         "1e-3",
-    ]  # the last key turns fastest
+    ]  # the last key varies fastest
 
 
 @pytest.mark.parametrize(

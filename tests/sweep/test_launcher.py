@@ -1,4 +1,4 @@
-"""The worker pool of a `sweep` command: replacing exited workers, shares of the machine."""
+"""The worker pool of `sweep`: replacement of exited workers, and CPU and GPU shares."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from tq_lightning.sweep.worker import DONE, REPLACE, without_launcher
 
 @pytest.fixture
 def pool(tmp_path, monkeypatch):
-    """Two workers that never exit by themselves; `pool.shares` lists the slots of those started."""
+    """Two workers that do not exit; `pool.shares` lists the slots of started workers."""
     (tmp_path / "logs").mkdir()
     pool = WorkerPool(
         Options(tmp_path, "sqlite:///study.db", "study", {"loss": "minimize"}, workers=2), None
@@ -31,7 +31,7 @@ def pool(tmp_path, monkeypatch):
 
 
 class Queue:
-    """A queue whose storage fails at `missed` calls and then has one trial of the worker."""
+    """A queue whose storage fails for `missed` calls and then has one trial of the worker."""
 
     def __init__(self, missed=0):
         self.missed = missed

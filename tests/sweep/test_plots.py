@@ -1,4 +1,4 @@
-"""The plots of a study: what they show, with units, and that no label lies over another."""
+"""The plots of a study: contents, units, and labels that do not overlap."""
 
 import itertools
 import warnings
@@ -75,7 +75,7 @@ def test_labels_neither_overlap_nor_are_cut(count):
             for text in visible_texts(figure)
         ]
         for (a, turned, box), (b, also, other) in itertools.combinations(boxes, 2):
-            # the frames of slanted texts meet where the texts don't
+            # bounding boxes of slanted labels overlap although the labels do not
             if not (turned % 90 or also % 90):
                 assert not box.padded(-1).overlaps(other.padded(-1)), (name, a, b)
         width, height = figure.canvas.get_width_height()

@@ -17,7 +17,7 @@ BINARIES = next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True
 
 @pytest.fixture(scope="module")
 def postgres():
-    """The URL of a new database. The server refuses root; it then runs as the user postgres."""
+    """Return the URL of a new database. As root, the server runs as the user postgres."""
     initdb = str(Path(BINARIES) / "initdb") if BINARIES else shutil.which("initdb")
     if initdb is None:
         pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")

@@ -1,4 +1,4 @@
-"""The progress line: counts, the best trial, and a time left that does not jump."""
+"""The progress line: counts, the best trial, and a steady estimate of the time left."""
 
 from datetime import datetime, timedelta
 
@@ -10,7 +10,7 @@ from tq_lightning.sweep.trial_queue import TrialQueue
 
 
 def line(running, workers):
-    """Two of eight done in 100 s each, `running` under way for 40 s."""
+    """Return the line with two of eight trials done in 100 s each, and `running` since 40 s."""
     study = optuna.create_study(direction="maximize")
     study.set_metric_names(["val/acc1_float"])
     now = datetime.now()

@@ -100,7 +100,7 @@ def test_failing_trial_has_the_error_message_of_fit(tmp_path):
 def test_a_killed_trial_resumes_its_last_checkpoint(
     write_sweep, tmp_path, sweep_process, processes
 ):
-    """SIGKILL after the first epoch: the retry trains the other ones, in a copy with one CSV."""
+    """After SIGKILL, the retry trains the remaining epochs in a copy with one CSV."""
     arguments = [*TINY, "--trainer.max_epochs=3", "--model.widths=[8,2]"]
     if processes > 1:
         arguments += ["--trainer.strategy=ddp", f"--trainer.devices={processes}"]
@@ -111,7 +111,7 @@ def test_a_killed_trial_resumes_its_last_checkpoint(
     folder = tmp_path / "out"
     process = sweep_process(path, "--dir", folder, "--workers", "1", fit=FIT)
 
-    def first_epoch_is_over() -> bool:  # its checkpoint is written a moment before its row
+    def first_epoch_is_over() -> bool:  # the checkpoint is written shortly before the row
         rows = [path.read_text().count("\n") for path in folder.glob("trials/*/*/metrics.csv")]
         return (
             bool(list(folder.glob("trials/*/*/checkpoints/last.ckpt"))) and max(rows, default=0) > 2
@@ -154,7 +154,7 @@ def test_a_killed_trial_resumes_its_last_checkpoint(
 
 
 def _is_worker(pid, name):
-    """Whether a process is the sweep's worker of this name, and no other rank of its fit."""
+    """Return True if a process is the sweep worker of this name, not another rank of its fit."""
     try:
         words = Path("/proc", pid, "cmdline").read_text().split("\0")
     except OSError:
@@ -163,7 +163,7 @@ def _is_worker(pid, name):
 
 
 def _scores(run):
-    """Step -> val/acc1_truncate_mean of a run's metrics.csv."""
+    """Return step -> val/acc1_truncate_mean from metrics.csv of a run."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val/acc1_truncate_mean"]]
     return {int(row["step"]): float(row["val/acc1_truncate_mean"]) for row in rows}

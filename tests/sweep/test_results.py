@@ -1,4 +1,4 @@
-"""The tables of a sweep in the terminal: they fit it, and no cell is folded."""
+"""The tables of a sweep fit the terminal, without wrapped cells."""
 
 import io
 

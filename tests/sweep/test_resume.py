@@ -33,7 +33,7 @@ def attempt(number, run_dir=None, **attrs):
 
 
 def left_run(attempt_dir, name, step, when):
-    """A run as a killed fit leaves it. step None: no checkpoint; a text: one of half a file."""
+    """Create the folder of a killed fit. Step None: no checkpoint; a string: a truncated one."""
     (attempt_dir / name / "checkpoints").mkdir(parents=True)
     (attempt_dir / name / "wandb").mkdir()
     (attempt_dir / name / "metrics.csv").write_text(f"{step}\n")
@@ -61,7 +61,7 @@ def test_the_newest_intact_checkpoint_of_the_latest_attempt_is_copied(tmp_path, 
     study, trials = optuna.create_study(), tmp_path / "trials"
     attempts = [trials / f"0003-{name}" for name in ("a", "b", "c")]
     for attempt_dir, run, step, when in [
-        (attempts[0], "r0", 9, 900),  # of the earliest attempt: not asked, however new
+        (attempts[0], "r0", 9, 900),  # of the earliest attempt: ignored although newer
         (attempts[1], "r1", 2, 100),
         (attempts[1], "r2", 3, 200),
         (attempts[1], "r3", "half", 300),
@@ -97,7 +97,7 @@ def test_the_newest_intact_checkpoint_of_the_latest_attempt_is_copied(tmp_path, 
 def test_a_stopped_trial_resumes_and_runs_no_epoch_twice(
     write_sweep, tmp_path, replace_fit, no_results
 ):
-    """Each call is stopped after one epoch, more than MAX_LOST times: progress resets the count."""
+    """Calls stop after one epoch more than MAX_LOST times, because progress resets the count."""
     replace_fit("stand_in:fit_epochs")
     epochs = MAX_LOST + 2
     path = write_sweep(
@@ -114,7 +114,7 @@ def test_a_stopped_trial_resumes_and_runs_no_epoch_twice(
     for trial in last:
         rows = (Path(trial.user_attrs["record"]).parent / "metrics.csv").read_text().splitlines()
         assert [int(row.split(",")[0]) for row in rows] == list(range(epochs))
-    # every attempt's files are there, and only the last one's record is one that a report takes
+    # the files of every attempt exist, and a report uses only the record of the last one
     records = [read(candidate)[0] for candidate in find([str(folder)])]
     assert len(records) == 2 * epochs
     taken = [
@@ -203,7 +203,7 @@ def test_suspended_worker_drops_its_trial_on_wake_up(write_sweep, tmp_path, swee
 def test_a_finished_run_whose_result_was_never_stored_is_not_run_again(
     write_sweep, tmp_path, pruned
 ):
-    """The worker dies between the end of the fit and the study's row: one run, one result."""
+    """The worker dies after the fit but before storing the result: one run, one result."""
     from stand_in import METRIC, fit
 
     sweep = read_sweep(
@@ -236,7 +236,7 @@ def test_a_finished_run_whose_result_was_never_stored_is_not_run_again(
     assert last.intermediate_values == {1: 51.0}
     finished = [p for p in tmp_path.rglob("record.json") if '"finished"' in p.read_text()]
     assert [str(path) for path in finished] == [last.user_attrs["record"]]
-    # the first worker was only suspended and stores its result after all: it counts nowhere
+    # the first worker was only suspended; the result that it stores later is ignored
     dying.objective.store(claimed, result)
     assert [p for p in tmp_path.rglob("record.json") if '"finished"' in p.read_text()] == finished
     assert queue.study.trials[0].state == TrialState.FAIL

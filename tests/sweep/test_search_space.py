@@ -1,4 +1,4 @@
-"""A sweep's parameters in Optuna: stored values, drawn values, arguments of fit."""
+"""Sweep parameters in Optuna: stored values, drawn values, arguments of fit."""
 
 import collections
 import math
@@ -86,7 +86,7 @@ def test_draws_stay_in_their_ranges_with_their_types(write_sweep):
     )
     halves = sum(
         row["lr"] < math.sqrt(1e-5) for row in rows
-    )  # half of them below the geometric middle
+    )  # half of them are below the geometric mean
     assert 75 <= halves <= 125
 
 
@@ -135,4 +135,4 @@ def test_searched_arguments_follow_an_extra_config(write_sweep):
         "--config",
         "b.yaml",
         "--model.lr=0.2",
-    ]  # constants may be changed
+    ]  # constants may change

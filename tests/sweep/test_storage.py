@@ -17,7 +17,7 @@ def test_an_outage_may_last_a_while():
         raise StorageInternalError("gone")
     with outage:
         pass
-    with outage:  # it had come back in between
+    with outage:  # it was available in between
         raise StorageInternalError("gone")
 
 

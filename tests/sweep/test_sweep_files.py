@@ -1,4 +1,4 @@
-"""The files in sweeps/: every value passes the real command line; all arms are treated alike."""
+"""The files in sweeps/: all values pass the real parser, and all arms have the same budget."""
 
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def test_metrics_that_are_logged_pass(write_sweep):
 
 @pytest.mark.parametrize("null", ["None", "null"])
 def test_null_teacher_means_no_teacher(parse, null):
-    """W&B sends the YAML `none` and null of a sweep file as None."""
+    """W&B sends `none` and null of a sweep file as None."""
     assert "train/loss_w8" in logged_metrics(parse([f"--model.teacher={null}"]))
 
 

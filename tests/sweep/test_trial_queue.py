@@ -1,4 +1,4 @@
-"""The trial queue: no point runs twice and none is lost, on every storage."""
+"""The trial queue: every point runs exactly once, on every storage."""
 
 import signal
 import threading
@@ -65,7 +65,7 @@ def test_concurrent_claims_never_share_a_trial(url):
 
 def test_a_point_enqueued_twice_is_run_once(url):
     queue = queue_of(url, limit=1)
-    for _ in range(2):  # as two commands do that start at the same moment
+    for _ in range(2):  # like two commands that start at the same time
         queue.study.enqueue_trial({"x": 0}, user_attrs={"point": 0, "attempt": 0})
     finish(queue, queue.claim("a"))
     assert queue.claim("b") is None and queue.finished()
@@ -159,7 +159,7 @@ def test_without_a_limit_there_is_always_one_more(url):
 
 @pytest.fixture
 def interruptible():
-    """SIGINT raises KeyboardInterrupt as in `Worker.run`; a background process ignores it."""
+    """Raise KeyboardInterrupt on SIGINT as in `Worker.run`; background processes ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -176,7 +176,7 @@ def test_worker_detects_that_its_trial_was_reassigned(url, interruptible):
 
 
 def test_an_outage_is_not_taken_for_dead_workers(url, monkeypatch):
-    """An outage longer than the heartbeat timeout fails no trial: workers had it too."""
+    """An outage longer than the heartbeat timeout fails no trial: it affected workers too."""
     queue = queue_of(url, limit=1, stale=0.2)
     queue.refresh()
     trial = queue.claim("living")

@@ -1,4 +1,4 @@
-"""The real `wandb sweep` and `wandb agent` on our sweep files, with a stand-in for the server."""
+"""The real `wandb sweep` and `wandb agent` on files of sweeps/, with a stand-in for the server."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def server():
 
 
 def tiny(name, tmp_path, *settings):
-    """A file of sweeps/, its runs made tiny: two batches of digits; all else as it ships."""
+    """Copy a file of sweeps/ with tiny runs: two batches of digits, everything else unchanged."""
     raw = yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
     raw["parameters"]["trainer.max_epochs"] = {"value": 1}
     command = raw["command"]
@@ -48,7 +48,7 @@ def tiny(name, tmp_path, *settings):
 
 
 def wandb(server, tmp_path, *argv):
-    """Run the client as a user does, with the stand-in as its server; returns what it printed."""
+    """Run the wandb client with the stand-in as its server. Return its output."""
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("WANDB_")
     } | {
@@ -95,7 +95,7 @@ def test_wandb_agent_runs_a_sweep_file_online(server, tmp_path):
     """Two arms with nested parameters and lists: each has a run with curves and its record."""
     wandb(server, tmp_path, "sweep", str(tiny("widths_and_distillation", tmp_path)))
     said = wandb(server, tmp_path, "agent", "--count", "2", f"{ENTITY}/{PROJECT}/sweep0")
-    # the agent exits 0 even when its trials fail: look at what ran
+    # the agent exits with 0 even if its trials fail, so check the runs
     ran = records(tmp_path)
     assert [record["status"] for record in ran] == ["finished", "finished"], said
     for record, point in zip(ran, server.sent, strict=True):

@@ -1,4 +1,4 @@
-"""A stand-in for a W&B server on 127.0.0.1 that serves the unmodified client.
+"""A stand-in for a W&B server on 127.0.0.1, for the unmodified client.
 
 It hands out the points of a grid sweep as the real one does: a heartbeat of the agent is answered
 with one `run` command, whose arguments are {key: {value: ...}}. Nested parameters are one argument
@@ -46,7 +46,7 @@ class WandbStandIn:
             def handle(self):
                 with contextlib.suppress(
                     ConnectionError
-                ):  # the client leaves without a word at its end
+                ):  # the client closes the connection without notice when it ends
                     super().handle()
 
             def reply(self, value):
@@ -82,7 +82,7 @@ class WandbStandIn:
                     if self.path.endswith("/graphql"):
                         asked = json.loads(body)
                         data = state.answer(asked["query"], asked.get("variables") or {})
-                        # the client handles an error better than null data
+                        # the client handles an error, but not null data
                         self.reply(
                             {"errors": [{"message": "not known here"}], "data": None}
                             if data is None
@@ -210,7 +210,7 @@ class WandbStandIn:
 
 
 def points(parameters):
-    """The points of a grid, a mapping for each nested parameter."""
+    """Return the points of a grid, with a mapping for each nested parameter."""
     axes = {}
     for key, entry in parameters.items():
         if "parameters" in entry:

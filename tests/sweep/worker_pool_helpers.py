@@ -1,4 +1,4 @@
-"""Helpers of tests with worker processes: the study, the calls of the stand-in, a killed worker."""
+"""Helpers of tests with worker processes: study, calls of the stand-in, a killed worker."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ def study_of(folder, name="sweep", url=None):
 
 
 def ran(folder):
-    """(pid, lr, seed) of every call of the stand-in, in order."""
+    """Return (pid, lr, seed) of every call of the stand-in, in order."""
     rows = [line.split() for line in (folder / "trials" / "ran.txt").read_text().splitlines()]
     return [(int(pid), float(lr), int(seed)) for pid, lr, seed, _ in rows]
 
@@ -30,7 +30,7 @@ def wait_for(condition, seconds=240.0):
 
 
 def check_killed_worker(write_sweep, tmp_path, sweep_process, url):
-    """Kill one of three workers in mid-trial: 12 points, 12 results, the killed trial retried."""
+    """Kill one of three workers during a trial: 12 points, 12 results, the killed trial retried."""
     parameters = {
         "seed_everything": {"values": [0, 1, 2]},
         "model.lr": {"values": [0.1, 0.2, 0.3, 0.4]},

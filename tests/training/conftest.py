@@ -1,4 +1,4 @@
-"""Tiny real fits: handwritten digits, a few steps on the CPU."""
+"""Tiny real fits: a few steps on handwritten digits on the CPU."""
 
 import os
 
@@ -8,8 +8,8 @@ import pytest
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.training.module import TQModule
 
-# Some virtual machines' CPUs claim bf16 instructions and die of them: oneDNN is not to use any,
-# read at its first call
+# Some virtual machines report bf16 instructions that crash, so disable them in oneDNN, which
+# reads the variable at its first call
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 
 VIT = {
@@ -27,7 +27,7 @@ PLAIN = {
 
 
 def _train(root, model=None, data=None, callbacks=(), ckpt_path=None, **flags):
-    """A fit of one epoch of two steps unless said otherwise. Returns (trainer, module)."""
+    """Fit one epoch of two steps by default. Return (trainer, module)."""
     L.seed_everything(0)
     settings = {
         "accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 2,

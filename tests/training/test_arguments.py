@@ -1,4 +1,4 @@
-"""Arguments of fit: YAML types a value once, errors are one line with a hint, help is short."""
+"""Arguments of fit: values typed once as YAML, one-line errors with a hint, short help."""
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ class Parsed(Exception):
 
 @pytest.fixture(scope="module")
 def verbs():
-    """{verb: its parser}, and the parser above them under ""."""
+    """Return {verb: parser}, with the top-level parser under ""."""
 
     class ParserOnly(TQCLI):
         def parse_arguments(self, parser, args):
@@ -31,7 +31,7 @@ def verbs():
 
 @pytest.fixture
 def fit(verbs, tmp_path):
-    """Parse arguments of fit; `config=TEXT` is written to a file first."""
+    """Parse arguments of fit after writing `config=TEXT` to a file."""
 
     def parse(*arguments, config=None):
         if config is not None:
@@ -194,7 +194,7 @@ def test_conf_files_are_read_as_pyyaml_reads_them(fit):
 
 
 def test_classes_receive_plain_strings(fit):
-    """A checkpoint that holds another class than str can't be loaded with weights_only."""
+    """A checkpoint with a subclass of str can't be loaded with weights_only."""
 
     def kinds(value):
         if isinstance(value, dict):

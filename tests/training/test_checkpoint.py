@@ -1,4 +1,4 @@
-"""load_checkpoint_model refuses files that are not training checkpoints."""
+"""load_checkpoint_model rejects files that are not training checkpoints."""
 
 import pytest
 import torch
@@ -42,14 +42,14 @@ KEY = "layer1.0.conv1.parametrizations.weight.original"
 
 @pytest.fixture
 def trained():
-    """(module, the checkpoint that it would write)."""
+    """Return (module, the checkpoint that it would write)."""
     module = TQModule(name="resnet8_cifar", num_classes=10)
     module.configure_model()
     state = {f"model.{k}": v for k, v in module.model.state_dict().items()}
     return module, {"state_dict": state, "hyper_parameters": dict(module.hparams)}
 
 
-BROKEN = {  # name -> (tensors that replace those of the checkpoint, what is said)
+BROKEN = {  # name -> (tensors that replace those of the checkpoint, message)
     "another shape": (
         {KEY: torch.zeros(3)},
         f"{KEY} has shape (3,), its own configuration has (16",

@@ -1,4 +1,4 @@
-"""Checkpoints are written atomically, whatever TMPDIR is, and a damaged one is told as such."""
+"""Checkpoints are written atomically for any TMPDIR, and damaged ones are detected."""
 
 import os
 import subprocess
@@ -77,7 +77,7 @@ def test_a_missing_checkpoint_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_writer_leaves_the_old_checkpoint(tmp_path):
-    """Also where the folder for temporary files is another file system: it is not used at all."""
+    """Also if the temporary folder is on another file system, because it is not used."""
     path, elsewhere = save(tmp_path / "run" / "last.ckpt"), Path("/dev/shm")
     temporary = str(elsewhere if elsewhere.is_dir() else tmp_path)
     before = path.read_bytes()

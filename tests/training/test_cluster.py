@@ -1,4 +1,4 @@
-"""The processes of launchers against the Trainer's devices and nodes."""
+"""Processes of launchers against devices and nodes of the Trainer."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ LAUNCHERS = ("SLURM", "TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_")
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Sets a launcher's variables and removes all others."""
+    """Return a function that sets variables of a launcher. All others are removed."""
     for key in [key for key in os.environ if key.startswith(LAUNCHERS)]:
         monkeypatch.delenv(key)
 
@@ -42,7 +42,7 @@ def torchrun(tasks, local, rank=0):
     return {**names, "TORCHELASTIC_RUN_ID": "none"}
 
 
-BATCH = {"SLURM_JOB_ID": 1, "SLURM_PROCID": 0}  # a batch script's own command
+BATCH = {"SLURM_JOB_ID": 1, "SLURM_PROCID": 0}  # a command in a batch script
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ BATCH = {"SLURM_JOB_ID": 1, "SLURM_PROCID": 0}  # a batch script's own command
         (srun(1, "1"), 1, 1),
         (srun(2, "2"), 2, 1),
         (srun(2, "1(x2)"), 1, 2),
-        (srun(1, "1", NTASKS_PER_NODE=2, NTASKS=2), 1, 1),  # a small step of a larger job
+        (srun(1, "1", NTASKS_PER_NODE=2, NTASKS=2), 1, 1),  # a small job step of a larger job
         (torchrun(2, 2), 2, 1),
         (torchrun(4, 2), 2, 2),
         (BATCH, 2, 1),  # Lightning starts the second process
@@ -125,7 +125,7 @@ def test_tasks_per_node():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_real_torchrun_that_does_not_match_is_one_line(tmp_path):
-    """Two processes without --trainer.devices 2: neither two runs nor a wait."""
+    """Two processes without --trainer.devices 2 neither start two runs nor wait."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     fit = ["-m", "tq_lightning", "fit", "--data.name", "digits", "--trainer.max_epochs", "1"]
     root = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "runs")]

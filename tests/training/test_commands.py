@@ -1,4 +1,4 @@
-"""fit, test, validate and predict as commands: which run they belong to, and what they refuse."""
+"""The verbs fit, test, validate and predict: the run that they belong to, and their errors."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ def small(root, *more):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(root, run folder, deleted start weights): a run of one epoch with step checkpoints."""
+    """Return (root, run folder, deleted start weights) of one epoch with step checkpoints."""
     root = tmp_path_factory.mktemp("root")
     weights = root.parent / "start.pth"
     from tq_lightning.models import create_model
@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """(root, run folder): a copy of the finished run."""
+    """Return (root, run folder) of a copy of the finished run."""
     root = tmp_path / "runs"
     shutil.copytree(finished[0], root)
     return root, root / finished[1].name

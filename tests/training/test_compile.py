@@ -1,4 +1,4 @@
-"""Compiled training and evaluation: one graph for all widths and sources, with eager's values."""
+"""Compiled training and evaluation: one graph for all widths and sources, equal to eager mode."""
 
 import copy
 import shutil
@@ -29,7 +29,7 @@ STEPS = [(None, 8, 4, 2, 1), (8, 4, 1), (None, 8, 2, 1)]  # a sandwich with a fl
 
 @pytest.fixture
 def graphs():
-    """Compile without generating code, and count the graphs: forward, backward, inference."""
+    """Compile without code generation, and count the graphs: forward, backward, inference."""
     counts = Counter()
 
     def count(kind):
@@ -51,7 +51,7 @@ def graphs():
 
 
 class Net(nn.Module):
-    """Convolution, batch norm, a token mixer with a layer norm, a classifier."""
+    """Convolution, batch norm, token mixer with layer norm, classifier."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ def batch(size=6):
 
 
 def step(model, network, images, target, widths):
-    """A joint step through `network`, which is `model` or its compiled form."""
+    """Run a joint step through `network`, which is `model` or its compiled form."""
     model.train()
     loss, losses = joint_loss(
         network, images, widths, lambda bits, out, wider: F.cross_entropy(out, target)
@@ -132,7 +132,7 @@ def test_one_graph_for_all_widths_and_sources(choice, graphs):
     for (name, b), c in zip(ours.named_buffers(), theirs.buffers(), strict=True):
         assert torch.allclose(b, c), name
     images = batch()[0]
-    for model in (ours, theirs):  # the compiled one in the middle of its evaluation
+    for model in (ours, theirs):  # the compiled one during its evaluation
         calibrate_norms(model, [images, images[:3]])
     for _ in range(2):
         logits, expected = evaluate(ours, compiled, images), evaluate(theirs, theirs, images)
@@ -167,7 +167,7 @@ def test_outside_of_fused_weights_a_graph_belongs_to_a_width(graphs):
 @pytest.mark.parametrize("ste", STES)
 @pytest.mark.parametrize("activations", ["clamp_floor", "clamp_round_truncate", "pact_round"])
 def test_activations_with_the_width_as_tensors(ste, activations, monkeypatch):
-    """The code of the graph, run eagerly: the values and gradients of each width and source."""
+    """Run the code of the graph in eager mode: values and gradients of each width and source."""
     x = torch.cat([torch.linspace(-1, 7, 97), torch.rand(64)])
     width = Width(8, (8,), 8)
     layer = ActivationQuantizer(activations, width, ste)
@@ -191,7 +191,7 @@ def test_activations_with_the_width_as_tensors(ste, activations, monkeypatch):
 
 @pytest.mark.slow
 def test_a_fit_compiles_one_graph(train, tmp_path, graphs, monkeypatch):
-    """Two epochs, a moving average, calibrations and evaluations, an accumulation, clipping."""
+    """With two epochs, a moving average, calibration, evaluation, accumulation and clipping."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs.backend))
     model = {"ema_decay": 0.5, "norm": "per_width_all", "float_pass": True}
     flags = {"max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}

@@ -1,4 +1,4 @@
-"""Two processes at half the batch take the steps of one; only the first writes."""
+"""Two processes with half the batch take the steps of one; only the first writes."""
 
 import functools
 import json
@@ -15,8 +15,8 @@ from torch import nn
 pytestmark = pytest.mark.slow
 
 VIT = "{img_size: 8, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}"
-# a sandwich over norms of their own per width: in every step some parameters get no gradient, and
-# must not move
+# a sandwich with norms per width: in every step some parameters get no gradient and
+# must not change
 ARGUMENTS = [
     *(
         "--model.name",
@@ -96,7 +96,7 @@ def test_two_processes_under_both_launchers_take_the_steps_of_one(tmp_path):
     _, other = finish(tmp_path / "other", 16)
     assert_close(two["state_dict"], one["state_dict"])
     assert_close(three["state_dict"], one["state_dict"])
-    with pytest.raises(AssertionError):  # half the batch alone is another step
+    with pytest.raises(AssertionError):  # half the batch alone gives another step
         assert_close(other["state_dict"], one["state_dict"])
     buffers = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
     assert buffers[0].keys() == buffers[1].keys(), "momentum only where there was a gradient"
@@ -108,7 +108,7 @@ def test_two_processes_under_both_launchers_take_the_steps_of_one(tmp_path):
     for record in records:
         assert record["status"] == "finished" and record["steps"] == 6
         for key, value in records[0]["last"]["metrics"].items():
-            if key == "train/images_per_second":  # a measurement
+            if key == "train/images_per_second":  # an independent measurement
                 continue
             near = 1.0 if "acc" in key or "gap" in key else 1e-3
             assert record["last"]["metrics"][key] == pytest.approx(value, abs=near), key
@@ -125,7 +125,7 @@ class Freeze(L.Callback):
 
 
 class Count(L.Callback):
-    """Counts reductions through a communication hook; a small model is one bucket."""
+    """Count reductions with a communication hook; a small model is one bucket."""
 
     def __init__(self, path):
         self.path = path
@@ -142,7 +142,7 @@ class Count(L.Callback):
 
 
 def in_fresh_process(test):
-    """Run a test in a pytest of its own: after autograd, a process cannot fork training workers."""
+    """Run a test in a new pytest process, because autograd threads prevent forking workers."""
 
     @functools.wraps(test)
     def wrapped(train, resnet, tmp_path):
@@ -169,9 +169,7 @@ def test_frozen_statistics_and_one_reduction_a_step(train, resnet, tmp_path):
     resnet = {**resnet, "num_classes": 10}
     two_processes = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
     flags = {"limit_train_batches": 3, "limit_val_batches": 0}
-    count = Count(
-        tmp_path / "count"
-    )  # the fork comes first, before autograd has run in this process
+    count = Count(tmp_path / "count")  # fork before autograd has run in this process
     _, two = train(
         tmp_path / "two",
         resnet,
@@ -183,7 +181,7 @@ def test_frozen_statistics_and_one_reduction_a_step(train, resnet, tmp_path):
     _, one = train(tmp_path / "one", resnet, {"batch_size": 16}, callbacks=[Freeze()], **flags)
     assert_close(
         dict(two.state_dict()), dict(one.state_dict())
-    )  # fork brings the weights back to this process
+    )  # the forked process returns the weights to this one
     lines = (tmp_path / "count").read_text().splitlines()
     assert len(lines) == 2 * 3, f"one reduction a step and process, not one a width: {lines}"
 

@@ -21,7 +21,7 @@ def test_epoch_losses_of_two_ranks_continue_after_a_resume():
     total = torch.stack([epoch._as_tensor() for epoch in again]).sum(0)
     assert again[0].means(lambda sums: total)["k"].item() == pytest.approx((2 + 24) / 10)
     alone = EpochLosses()
-    alone.load_state_dict(state)  # fewer ranks: everything in one
+    alone.load_state_dict(state)  # fewer ranks: all sums on one rank
     assert alone.means()["k"].item() == pytest.approx(26 / 8)
     old = EpochLosses()
     old.load_state_dict({"k": (torch.tensor(6.0), 3)}, 1, 2)  # the format of version 0.1.0

@@ -1,4 +1,4 @@
-"""Number of classes of a model, where the configuration leaves it to the data."""
+"""Number of classes of a model when the data set determines it."""
 
 from types import SimpleNamespace
 

@@ -17,7 +17,7 @@ from tq_lightning.training.optim import build_optimizer, build_scheduler
 
 
 class Weights(L.Callback):
-    """Keeps a copy of all tensors before the first and after every training batch."""
+    """Keep a copy of all tensors before the first and after every training batch."""
 
     def __init__(self):
         self.seen = []
@@ -34,7 +34,7 @@ def moved(before, after, parameters):
 
 
 def test_gradient_clip_val(train, tmp_path):
-    """At learning rate 1 a step of plain SGD is as long as the clipped gradient."""
+    """At learning rate 1, a step of plain SGD has the norm of the clipped gradient."""
     lengths = {}
     for clip in (None, 0.01):
         weights = Weights()
@@ -52,7 +52,7 @@ def test_gradient_clip_val(train, tmp_path):
 
 
 def test_accumulation_is_the_larger_batch(train, tmp_path):
-    """Two accumulated batches of 8 make the step of the batch of 16; one batch alone does not."""
+    """Two accumulated batches of 8 give the step of a batch of 16; one batch alone does not."""
     _, whole = train(tmp_path, data={"batch_size": 16}, limit_train_batches=2)
     trainer, halves = train(
         tmp_path, data={"batch_size": 8}, limit_train_batches=4, accumulate_grad_batches=2
@@ -69,7 +69,7 @@ def test_accumulation_is_the_larger_batch(train, tmp_path):
 
 
 def test_gradients_are_released_after_the_step(train, tmp_path):
-    """The joint step sums gradients outside of .grad; those of the last step must not be added."""
+    """The joint step sums gradients outside .grad; those of the previous step must not be added."""
 
     class Free(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -114,7 +114,7 @@ def test_bf16_keeps_codes_and_gradients_in_float32(
 
 @mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
 def test_moving_average_is_scored_and_saved(train, resnet, tmp_path):
-    """The checkpoint holds the average, its estimated norms, and the weights in training."""
+    """The checkpoint holds the average, its estimated norms, and the current weights."""
     weights, decay = Weights(), 0.6
     trainer, _ = train(
         tmp_path,
@@ -141,7 +141,7 @@ def test_moving_average_is_scored_and_saved(train, resnet, tmp_path):
             )
     assert any(
         not torch.allclose(average[k], weights.seen[-1][k]) for k in average
-    )  # an average, not the last weights
+    )  # the average, not the last weights
     assert current.keys() == average.keys()
 
     model, _, _ = load_checkpoint_model(tmp_path / "end.ckpt")
@@ -155,7 +155,7 @@ def test_moving_average_is_scored_and_saved(train, resnet, tmp_path):
 
 
 def test_a_short_run_is_scored_with_statistics_of_its_weights(train, resnet, tmp_path):
-    """Running averages of two steps are mostly the start: 0 and 1."""
+    """Running averages of two steps are close to their initial values 0 and 1."""
 
     def stem(module):
         return per_width_norms(module)[0].sets["4"]
@@ -172,7 +172,7 @@ def test_a_short_run_is_scored_with_statistics_of_its_weights(train, resnet, tmp
 
 
 def test_validation_does_not_change_the_average_of_weights(train, tmp_path):
-    """Validation swaps the average in and out without an effect on the weights in training."""
+    """Validation swaps the average in and out without changing the current weights."""
     with_average, without = Weights(), Weights()
     train(tmp_path, {"ema_decay": 0.5}, callbacks=[with_average], max_epochs=2)
     train(tmp_path, callbacks=[without], max_epochs=2)
@@ -202,7 +202,7 @@ def settings(**changes):
 
 
 def rates(batches=10, steps=40, accumulate=1, **changes):
-    """Learning rate of every step of a run."""
+    """Return the learning rate of every step of a run."""
     h = settings(**changes)
     optimizer = build_optimizer(torch.nn.Linear(2, 2), h)
     trainer = SimpleNamespace(
@@ -230,7 +230,7 @@ def test_cosine_ends_with_the_run():
 def test_warm_up_and_decays_count_epochs_of_updates():
     got = rates(sched="multistep", decay_epochs="1,3", warmup_epochs=0.5)
     assert got[:5] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    assert got[5:9] == pytest.approx([0.5] * 4)  # timm decays an update ahead
+    assert got[5:9] == pytest.approx([0.5] * 4)  # timm is one update ahead
     assert got[10:29] == pytest.approx([0.05] * 19) and got[30:] == pytest.approx([0.005] * 10)
     halved = rates(
         batches=20, accumulate=2, sched="multistep", decay_epochs=[1, 3], warmup_epochs=0.5

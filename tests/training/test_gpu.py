@@ -59,7 +59,7 @@ def joint_step(model, network, images, target):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("how", [{}, {"normalizer": "tanh_channel", "activations": "pact_round"}])
 def test_weights_and_codes_are_those_of_the_cpu(device, how):
-    """Fused and layer by layer the weights have the same bits; codes are those of the CPU."""
+    """Fused and separate weights have the same bits, and their codes equal those of the CPU."""
     model, reference = prepared(device, **how), prepared("cpu", **how)
     for ours, theirs in zip(weight_quantizers(model), weight_quantizers(reference), strict=True):
         one, other = (w.quantizer.codes(w.original)[0].cpu() for w in (ours, theirs))
@@ -94,7 +94,7 @@ def test_a_joint_step_is_that_of_the_cpu_and_reads_one_value(device):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_training_and_evaluation(device, mode):
-    """`reduce-overhead` records a CUDA graph for each set of tensors."""
+    """`reduce-overhead` records a CUDA graph for each set of input tensors."""
     torch._dynamo.reset()
     model = prepared(device, activations="pact_floor_truncate")
     eager = copy.deepcopy(model)
@@ -139,7 +139,7 @@ def test_a_fit_with_a_moving_average(train, resnet, tmp_path, device, precision)
 @pytest.mark.parametrize("device", FITS)
 @pytest.mark.parametrize("sync", [False, True])
 def test_ddp_on_one_device(train, resnet, tmp_path, device, sync):
-    """One process, with the reducer and the synchronized norms of many."""
+    """One process, with the reducer and synchronized norms of multi-process training."""
     if sync and device == "cpu":
         pytest.skip("PyTorch synchronizes batch norms on GPUs only")
     strategy = DDPStrategy(
@@ -199,14 +199,14 @@ def test_integer_mode_is_refused_in_one_line(device, tmp_path):
     with pytest.raises(UserError, match="integer mode runs on CPU") as error, torch.no_grad():
         if device == "cuda":
             packed.to(device)(batch(device)[0])
-        else:  # the first layer alone: others would mix the devices before
+        else:  # only the first layer: others would mix devices before it
             integer_layers(packed)[0].built(torch.empty(1, device=device))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
-    """On a CPU with a tiny case; without a GPU and a word about it, one line."""
+    """On a CPU with a tiny case; one line without a GPU if no device is given."""
     script = [sys.executable, "tests/benchmarks/gpu.py", "--out", str(tmp_path / "gpu.csv")]
     tiny = ["--device", "cpu", "--cases", "resnet8_cifar:8:2", "--modes", "eager", "--repeats", "1"]
     root = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The joint step: gradients of a plain loop over the summed losses, at the memory of one width."""
+"""The joint step: gradients of a plain loop over the summed losses, in the memory of one width."""
 
 import copy
 import re
@@ -36,7 +36,7 @@ def vit():
 
 
 class Tied(nn.Module):
-    """Two layers share one weight; `gain` and `shift` get the very same gradient tensor."""
+    """Two layers share one weight; `gain` and `shift` get the same gradient tensor."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ def batch(size=4, edge=16):
 
 
 def recursive(target):
-    """Labels for the widest, the next wider one for the rest."""
+    """Return the loss: labels for the widest, the next wider width as teacher of the rest."""
 
     def loss(bits, logits, wider):
         if not wider:
@@ -88,7 +88,7 @@ def recursive(target):
 
 
 def plain_loop(model, images, widths, width_loss, weights=None):
-    """What a loop in plain PyTorch does: one backward() a width, gradients met in .grad."""
+    """Run a loop in plain PyTorch with one backward() per width, accumulating in .grad."""
     losses, logits = {}, {}
     for i, bits in enumerate(widths):
         with bit_width(model, bits):
@@ -159,7 +159,7 @@ def test_two_parameters_never_share_one_gradient():
 
 
 def test_gradient_of_one_width_differs_from_the_sum():
-    """Counter-example: the sum over widths is not the gradient of one of them, nor their mean."""
+    """Counter-example: the sum over widths is neither the gradient of one width nor the mean."""
     ours, theirs = prepared(conv_net), prepared(conv_net)
     images, target = batch()
     joint_loss(ours, images, WIDTHS, recursive(target))[0].backward()
@@ -169,7 +169,7 @@ def test_gradient_of_one_width_differs_from_the_sum():
 
 
 def test_memory_does_not_grow_with_the_widths():
-    """Measure the peak bytes that autograd holds for backward: one width's at a time."""
+    """Measure the peak bytes that autograd saves for backward, of one width at a time."""
 
     def peak(widths, step):
         held = {"now": 0, "peak": 0}
@@ -210,13 +210,13 @@ def test_scale_of_the_incoming_gradient_and_accumulation():
     once, twice = prepared(vit), prepared(vit)
     images, target = batch()
     joint_loss(once, images, WIDTHS, recursive(target))[0].backward()
-    for _ in range(2):  # what Lightning does with accumulate_grad_batches=2
+    for _ in range(2):  # as Lightning does with accumulate_grad_batches=2
         (joint_loss(twice, images, WIDTHS, recursive(target))[0] / 2).backward()
     assert_same_grads(once, twice)
 
 
 def test_loss_scale_is_removed():
-    """A gradient scaler's factor is applied inside, where float16 gradients would underflow."""
+    """The scale factor is applied inside, where float16 gradients would underflow."""
     plain, scaled = prepared(vit), prepared(vit)
     images, target = batch()
     joint_loss(plain, images, WIDTHS, recursive(target))[0].backward()
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_names_its_width():
 @pytest.mark.parametrize("activations", ["clamp_round", "clamp_floor_truncate", "pact_floor"])
 @pytest.mark.parametrize("place", ["conv1.weight", "layer1.0.bn1.sets.8.bias"])
 def test_nan_hidden_by_integer_codes_is_detected(activations, place):
-    """Codes of a quantized activation hide a NaN: the loss alone would stay finite."""
+    """Codes of a quantized activation hide a NaN, so the loss stays finite."""
     model = prepared(conv_net, activations=activations)
     images, target = batch()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Teachers, loss weights and widths of a step; and refusals in one sentence."""
+"""Teachers, loss weights and widths of a step, and one-line errors."""
 
 import math
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ class Outside(nn.Module):
 
 
 def width_losses(monkeypatch, teacher_net=False, **arguments):
-    """{width: loss} that a training step hands out for `LOGITS`, and what it passed on beside."""
+    """Return {width: loss} of a training step on `LOGITS`, and the arguments it passed on."""
     module = TQModule(**arguments)
     passed = {}
 
@@ -261,7 +261,7 @@ def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["teacher"] == "external"
-    (tmp_path / "teacher.pth").unlink()  # whoever scores a student needs no teacher
+    (tmp_path / "teacher.pth").unlink()  # evaluating a student needs no teacher
     again = TQModule(**{**module.hparams, "checkpoint_path": None})
     trainer.validate(again, trainer.datamodule)
     assert again._teacher == []
@@ -315,7 +315,7 @@ def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
 
 
 def test_checking_the_keys_draws_no_random_number():
-    """The weights of a run are drawn after the checks: a draw in them would change every run."""
+    """Weights are initialized after the checks, so a draw in the checks would change every run."""
     before = torch.get_rng_state()
     TQModule(opt="sgd", num_classes=10)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Operations that a joint step and an evaluation dispatch, and values read from the device.
+"""Operations dispatched by a joint step and an evaluation, and values read from the device.
 
 Counts are exact and the same on every machine. On a GPU small networks are bound by them.
 """
@@ -68,9 +68,9 @@ def test_host_reads_of_other_choices(how):
     [("resnet20_cifar", 8), pytest.param("resnet50", 3, marks=pytest.mark.slow)],
 )
 def test_evaluation(name, batches):
-    """Batches at 8 widths, against as many passes of the float network.
+    """Compare batches at 8 widths with as many passes of the float network.
 
-    The weights are normalized once an evaluation, which a real one spreads over dozens of batches.
+    The weights are normalized once per evaluation; a real one has dozens of batches.
     """
     images = torch.randn(1, 3, 32, 32)
     plain, model = build(name, False).eval(), build(name, True).eval()

@@ -1,4 +1,4 @@
-"""A rank that dies takes the others with it, within seconds and with one line."""
+"""When a rank dies, the others end within seconds and print one line."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_the_other_rank_ends_with_one_line(tmp_path, dies):
             p for p in children(process.pid) if "fit" in Path(f"/proc/{p}/cmdline").read_text()
         ]
         os.kill((process.pid, other)[dies], signal.SIGKILL)
-        _, said = process.communicate(timeout=30)  # of both ranks: they share the pipe
+        _, said = process.communicate(timeout=30)  # of both ranks, which share the pipe
     finally:
         process.kill()
     end = time.monotonic() + 10

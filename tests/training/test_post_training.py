@@ -1,4 +1,4 @@
-"""A trained float network looked at without training: `validate` with values preserved, or not."""
+"""`validate` of a trained float network without further training, with and without its values."""
 
 import re
 from itertools import pairwise
@@ -13,7 +13,7 @@ from tq_lightning.data.datamodule import TQDataModule
 
 
 class NetworkWithoutNorms(nn.Module):
-    """Six linear layers with GELU: nothing undoes a change of scale."""
+    """Six linear layers with GELU, without a norm that would undo a change of scale."""
 
     def __init__(self, num_classes=10):
         super().__init__()
@@ -35,7 +35,7 @@ def network_without_norms_for_tests(pretrained=False, num_classes=10, **kwargs):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The weights of a network that was trained on digits in float."""
+    """Return the weights of a network that was trained on digits in float."""
     torch.manual_seed(0)
     data = TQDataModule(name="digits", batch_size=64)
     data.setup("fit")
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 
 
 def table(trained, tmp_path, capsys, **choices):
-    """Top-1 in % by width, truncated, of `validate` on the start weights."""
+    """Return truncated top-1 in % by width, from `validate` on the start weights."""
     options = {"level": "centre", "normalizer": "absmax_channel", **choices}
     arguments = [f"--model.{key}={value}" for key, value in options.items()]
     status = main(

@@ -1,4 +1,4 @@
-"""Preprocessing in checkpoints, and the note on class folders that differ from it."""
+"""Preprocessing in checkpoints, and the note on class folders that differ."""
 
 from types import SimpleNamespace
 

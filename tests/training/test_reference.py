@@ -34,7 +34,7 @@ STEPS = 20
 
 
 class Convolutions(nn.Module):
-    """Convolutions, batch norms, a layer norm; one convolution is grouped and transposed."""
+    """Convolutions, one of them grouped and transposed, batch norms and a layer norm."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class Recurrent(nn.Module):
 
 
 class Attention(nn.Module):
-    """Token numbers (batch, time) through an embedding and attention; a weight is tied."""
+    """Token indices (batch, time) through an embedding and attention, with a tied weight."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def build(network=Convolutions, change=None, **how):
 
 
 def train(model, run_step, steps, batch, passes=WIDTHS, schedule="all", accumulate=1, clip=None):
-    """SGD with momentum and a moving average; returns the losses and the average's state."""
+    """Train by SGD with momentum and a moving average. Return the losses and the averaged state."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     average = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
     draw, rng, losses = torch.Generator().manual_seed(1), random.Random(2), []
@@ -129,7 +129,7 @@ def train(model, run_step, steps, batch, passes=WIDTHS, schedule="all", accumula
 
 
 def both(model, steps, network=Convolutions, autocast=nullcontext, **options):
-    """Train a model and a copy, one by the joint step and one by the reference."""
+    """Train a model by the joint step, and its copy by the reference."""
     reference = copy.deepcopy(model)
     layers = use_reference(reference)
 
@@ -148,7 +148,7 @@ def both(model, steps, network=Convolutions, autocast=nullcontext, **options):
 
 
 def values(model):
-    """Parameters and buffers by name, with the stand-in quantizers left out of the names."""
+    """Return parameters and buffers by name, without the stand-in quantizers in the names."""
     return {k.replace(".0.quantizer.", ".0."): v for k, v in model.state_dict().items()}
 
 
@@ -227,7 +227,7 @@ OTHERS = [
 @pytest.mark.parametrize(("key", "row"), ROWS)
 def test_every_row_trains_and_evaluates_as_the_reference(key, row):
     model = None
-    for others in OTHERS:  # some rows only go with certain others
+    for others in OTHERS:  # some rows can only be combined with certain others
         with suppress(ValueError):
             model = model or build(**{**others, key: row})
     assert model is not None
@@ -243,7 +243,7 @@ def test_every_row_trains_and_evaluates_as_the_reference(key, row):
 
 
 def test_the_order_of_sums_matters():
-    """Counter-example: the normalizer's backward pass once a width gives other bits."""
+    """Counter-example: one backward pass of the normalizer per width gives other bits."""
     model = build()
     per_width = copy.deepcopy(model)
     draw = torch.Generator().manual_seed(1)
@@ -266,7 +266,7 @@ def test_the_order_of_sums_matters():
 
 @pytest.mark.parametrize("bits", [8, 1])
 def test_one_width_has_the_bits_of_a_plain_loop(bits):
-    """With one width there is one order: parametrizations and `backward()` give the same bits."""
+    """One width has one order of sums: parametrizations and `backward()` give the same bits."""
     model = build(normalizer="tanh_channel")
     plain = copy.deepcopy(model)
     draw = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""A model from a hub or a folder: resolved when a run starts, never fetched for a checkpoint."""
+"""Models from a hub or a folder are resolved when a run starts, never for a checkpoint."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_a_checkpoint_holds_the_architecture_in_place_of_a_remote_name(tmp_path)
     assert module.hparams.name == "resnet8_cifar"
     again = build_model(module.hparams, start_weights=False)
     assert again.get_classifier().out_features == 4
-    if hasattr(again, "_model_args"):  # where timm says what the folder's arguments were
+    if hasattr(again, "_model_args"):  # where timm stores the arguments of the folder
         assert again.conv1.weight.shape == module.model.conv1.weight.shape == (16, 1, 3, 3)
 
 

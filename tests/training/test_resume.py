@@ -1,4 +1,4 @@
-"""A resumed run ends like an uninterrupted one, bit for bit; a checkpoint runs no code."""
+"""A resumed run equals an uninterrupted one bit for bit; a checkpoint runs no code."""
 
 import math
 import os
@@ -51,7 +51,7 @@ def finish(root: Path, *more: str) -> Path:
 
 
 def kill_inside_the_second_epoch(root: Path) -> int:
-    """Start the command, kill it after the first checkpoint in epoch 2, and return its step."""
+    """Start the command, kill it after the first checkpoint in epoch 2, and return the step."""
     process = subprocess.Popen(
         command(root),
         env=environment(),
@@ -131,7 +131,7 @@ class Stop(L.Callback):
 
 
 def fit(train, root, model, checkpoint, stop=None, resume=None, data=None):
-    """2 epochs of 4 steps, a checkpoint every 2 steps and at the end of each epoch."""
+    """Fit 2 epochs of 4 steps, with a checkpoint every 2 steps and at the end of each epoch."""
     end = ModelCheckpoint(
         root,
         filename="last",
@@ -143,7 +143,7 @@ def fit(train, root, model, checkpoint, stop=None, resume=None, data=None):
     flags = {"max_epochs": 2, "limit_train_batches": 4, "enable_checkpointing": True}
     try:
         return train(root, model, data, callbacks=callbacks, ckpt_path=resume, **flags)
-    except SystemExit:  # Lightning's answer to KeyboardInterrupt
+    except SystemExit:  # raised by Lightning for KeyboardInterrupt
         return None, None
 
 
@@ -169,7 +169,7 @@ def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
     for key in (
         "train/loss_w8",
         "train/loss_w1",
-    ):  # over the whole epoch, not over what came after the stop
+    ):  # over the whole epoch, not only after the stop
         assert torch.equal(trainer.callback_metrics[key], means[key]), key
     assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
     ours, theirs = (torch.load(tmp_path / r / "last.ckpt", weights_only=True) for r in "ba")
@@ -181,7 +181,7 @@ def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
 
 
 def test_stopped_in_the_last_validation(train, resnet, tmp_path):
-    """The checkpoint comes before the end of the epoch, so the validation is not lost."""
+    """The checkpoint is from before the end of the epoch, so the validation is repeated."""
     model = {**resnet, "ema_decay": 0.5}
     _, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2))
     fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), stop=Stop(1))
@@ -198,7 +198,7 @@ def test_stopped_in_the_last_validation(train, resnet, tmp_path):
 
 
 class Kill(L.Callback):
-    """Breaks off at the start of the n-th batch of this process."""
+    """Interrupt at the start of the n-th batch of this process."""
 
     def __init__(self, batches):
         self.left = batches
@@ -229,7 +229,7 @@ def killed(train, root, model, accumulate, *batches):
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_two_kills_in_a_row_under_accumulation(train, resnet, tmp_path, accumulate):
-    """Each kill is inside an accumulation; 10 batches end an epoch inside one, too."""
+    """Each kill is inside an accumulation, and 10 batches also end an epoch inside one."""
     model = {**resnet, "opt": "adamw", "ema_decay": 0.5, "width_schedule": "sandwich"}
     whole = killed(train, tmp_path / "a", model, accumulate)
     rest = killed(train, tmp_path / "b", model, accumulate, 8, 1, 6)
@@ -241,7 +241,7 @@ def test_two_kills_in_a_row_under_accumulation(train, resnet, tmp_path, accumula
 
 
 class Rates(L.Callback):
-    """Keeps the learning rate of every step."""
+    """Keep the learning rate of every step."""
 
     def __init__(self):
         self.seen = []
@@ -251,7 +251,7 @@ class Rates(L.Callback):
 
 
 def test_resume_with_more_epochs_or_another_rate_follows_the_new_schedule(train, tmp_path):
-    """The state of the shorter schedule would stay at its end: at rate 0."""
+    """The state of the shorter schedule would stay at its final rate 0."""
     rates = Rates()
     trainer, _ = train(
         tmp_path, {"sched": "cosine", "opt": "adamw"}, callbacks=[rates], limit_train_batches=4
@@ -320,7 +320,7 @@ def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_best_checkpoint_inside_an_accumulation_is_not_resumed(tmp_path, capsys):
-    """It lacks the gradient of the batch before; last is resumed."""
+    """It lacks the gradient of the previous batch, so the last checkpoint is resumed."""
     from tq_lightning.cli import main
 
     def fit(root, interval, *more):

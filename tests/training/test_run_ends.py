@@ -1,4 +1,4 @@
-"""However a run ends, its record has a result; a command without training leaves it unchanged."""
+"""Every ended run has a result in its record; commands without training do not change it."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def test_one_row_an_epoch_with_everything(tmp_path):
 
 
 def test_a_time_limit(tmp_path):
-    """Scored at the step where it ends, though the next validation was due after 50 epochs."""
+    """Scored at its last step although the next validation was due after 50 epochs."""
     run_fit(
         arguments(
             tmp_path,
@@ -77,7 +77,7 @@ def test_a_time_limit(tmp_path):
 
 @pytest.mark.slow
 def test_several_validations_in_an_epoch(tmp_path):
-    """The record's best is the best checkpoint's, wherever in the epoch it was."""
+    """The best values of the record are those of the best checkpoint, also within an epoch."""
     import torch
 
     run_fit(arguments(tmp_path, trainer__val_check_interval=1, trainer__limit_val_batches=2))
@@ -118,7 +118,7 @@ def test_fit_on_a_finished_run_changes_nothing(tmp_path, capsys, checkpoint):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for more in ({"trainer__max_epochs": 1}, {"trainer__max_epochs": 3}, {"trainer__max_steps": 4}):
         if checkpoint == "best" and more != {"trainer__max_epochs": 1}:
-            continue  # there may be something left to train
+            continue  # more epochs remain
         code = main(["fit", *arguments(tmp_path, ckpt_path=checkpoint, **more)])
         error = capsys.readouterr().err
         assert code == 2, (more, error)

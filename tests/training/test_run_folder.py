@@ -1,4 +1,4 @@
-"""--run_dir and --ckpt_path auto: which folder a run is in, and that it is the same run."""
+"""--run_dir and --ckpt_path auto: the folder of a run, and the check that it is the same run."""
 
 import os
 

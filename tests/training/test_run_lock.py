@@ -1,4 +1,4 @@
-"""A run folder has one writer: death frees it, a requeue takes it over, other hosts are seen."""
+"""A run folder has one writer: death frees it, a requeue takes over, other hosts are detected."""
 
 import json
 import os
@@ -28,7 +28,7 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(tmp_path):
-    """Starts processes that hold the lock of tmp_path/run."""
+    """Return a function that starts processes which hold the lock of tmp_path/run."""
     started = []
 
     def start(*more, **env):
@@ -54,7 +54,7 @@ def no_job(monkeypatch):
 
 @pytest.fixture
 def lockless(monkeypatch):
-    """A file system whose locks reach nobody."""
+    """Simulate a file system without working locks."""
     monkeypatch.setattr(run_lock, "_try_lock", lambda handle: run_lock._THIS_HOST)
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
 
@@ -109,7 +109,7 @@ def other_host(run, pid):
 def test_another_hosts_holder_lives_while_its_heartbeat_does(tmp_path, no_job, lockless):
     run = tmp_path / "run"
     other_host(run, 1)
-    RunLock(run).release()  # it stands still
+    RunLock(run).release()  # it does not advance
     other = tmp_path / "other"
     other_host(other, 1)
     beat = "import os, sys, time\nwhile True: os.utime(sys.argv[1]); time.sleep(0.05)"

@@ -1,4 +1,4 @@
-"""A signal ends a fit after its optimizer step, and the same command resumes it to the bit."""
+"""A signal ends a fit after its optimizer step; the same command resumes it bit for bit."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path, capsys, accumulat
     assert fit(run, *more) == 0
     assert status(run) == "finished"
     assert_same_run(run, tmp_path / "whole")
-    # the same command again has nothing to do
+    # the same command has nothing left to do
     before = (run / "record.json").read_bytes()
     assert fit(run, *more) == 0
     assert "is finished" in capsys.readouterr().err
@@ -69,7 +69,7 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path, capsys, accumulat
     [
         ((0, None), []),  # the validation of an epoch
         pytest.param((0, 5), [], marks=pytest.mark.slow),  # the last batch of an epoch
-        # a batch that a validation follows
+        # a batch followed by a validation
         pytest.param((0, 2), ["--trainer.val_check_interval", "3"], marks=pytest.mark.slow),
     ],
 )
@@ -129,7 +129,7 @@ def test_a_resumed_fit_continues_its_wandb_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_resume_inside_an_epoch_as_the_uninterrupted_run(tmp_path):
-    """The signal reaches one rank; the resumed epoch logs the train losses of both."""
+    """One rank gets the signal, and the resumed epoch logs the training losses of both."""
 
     def fit_on_two(run: Path, *more: str) -> int:
         ranks = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]

@@ -48,7 +48,7 @@ def norms(model):
 def test_every_width_keeps_its_fused_activation(model):
     before, plain, keys = logits(model), norms(model), list(model.state_dict())
     torchs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    assert (logits(torchs)[4] < 0).any()  # PyTorch's converter drops the activation
+    assert (logits(torchs)[4] < 0).any()  # the converter of PyTorch drops the activation
 
     sync = TimmSyncBatchNorm()
     assert sync.apply(model) is model

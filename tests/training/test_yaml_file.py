@@ -1,4 +1,4 @@
-"""User-written YAML: wrong encodings, duplicate keys, syntax errors, alias bombs: one line each."""
+"""User-written YAML: one-line errors for encodings, duplicate keys, syntax and alias bombs."""
 
 import os
 

@@ -33,7 +33,7 @@ if not CIFAR.is_dir():
 
 @pytest.fixture
 def no_runtime(tmp_path):
-    """A folder with empty files in the place of ONNX Runtime Web."""
+    """Create a folder with empty files in place of ONNX Runtime Web."""
     folder = tmp_path / "ort"
     folder.mkdir()
     for name in runtime.FILES:
@@ -102,7 +102,7 @@ def test_the_graph_runs_on_the_planes_that_have_arrived(source, no_runtime, tmp_
             expected = model(images).numpy()
         for arrived in {bits, facts["stored_bits"]}:
             np.testing.assert_allclose(run(bits, arrived), expected, rtol=1e-4, atol=1e-4)
-    assert not np.allclose(run(4, 3), run(4, 4), atol=1e-3)  # a plane too few is another network
+    assert not np.allclose(run(4, 3), run(4, 4), atol=1e-3)  # one plane too few changes the network
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_failing_npm(script, said, tmp_path, monkeypatch, capsys):
 
 
 class Server(ThreadingHTTPServer):
-    """Static files with or without support of range requests; notes every request."""
+    """Serve static files with or without range requests, and record every request."""
 
     def __init__(self, folder, ranges=True):
         self.ranges, self.seen = ranges, []
@@ -204,7 +204,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
-    """Folder with the files of ONNX Runtime Web, fetched once."""
+    """Download the files of ONNX Runtime Web once. Return their folder."""
     folder = tmp_path_factory.mktemp("web")
     given = os.environ.get("TQ_ONNXRUNTIME_WEB")
     try:
@@ -216,7 +216,7 @@ def web(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits(web, tmp_path_factory):
-    """The page of the digits network, written once."""
+    """Write the page of the digits network once."""
     out = tmp_path_factory.mktemp("digits") / "page"
     more = ["--images", DIGITS / "images", "--onnxruntime-web", web]
     assert demo(DIGITS / "model.safetensors", out, *more) == 0
@@ -225,7 +225,7 @@ def digits(web, tmp_path_factory):
 
 @pytest.fixture
 def page(digits, tmp_path):
-    """A copy of that page that a test may change."""
+    """Return a copy of that page that a test may change."""
     return Path(shutil.copytree(digits, tmp_path / "page"))
 
 
@@ -273,7 +273,7 @@ def wait(browser, condition):
 
 
 def drop(browser, image, folder):
-    """Drop a file on the page; it travels over the page's own server."""
+    """Drop a file on the page; the server of the page delivers it."""
     (folder / image.name).write_bytes(image.read_bytes())
     browser.run(DROP.format(image.name, image.name))
     shown = f"document.getElementById('picture-name').textContent.startsWith({image.name!r})"
@@ -281,7 +281,7 @@ def drop(browser, image, folder):
 
 
 def expected(model, image):
-    """(bits, class, probability) of an image in PyTorch, preprocessed by timm."""
+    """Return (bits, class, probability) of an image in PyTorch, preprocessed by timm."""
     options = dict(model.tq_file["preprocessing"])
     with Image.open(image) as picture:
         pixels = create_transform(**options)(picture.convert("RGB"))
@@ -324,7 +324,7 @@ class TestChromium:
         serve(page)
         assert wait(browser, f"{READY} === 'ready'")
         used = "document.querySelectorAll('.plane.used').length"
-        assert browser.run(used) == 8  # the width has followed the planes
+        assert browser.run(used) == 8  # the width is that of the planes
         browser.run("document.getElementById('width').focus()")
         for _ in range(6):
             browser.key("ArrowLeft", 37)
@@ -421,7 +421,7 @@ class TestChromium:
 
 
 def trained_cifar(folder, steps=16, count=20):
-    """Packed ResNet-20 after some joint steps, and PNG files of test images (label_number)."""
+    """Return a packed ResNet-20 after a few joint steps, and PNG test images (label_number)."""
     from timm.data.readers import create_reader
 
     from tq_lightning.models import create_model

@@ -1,4 +1,4 @@
-"""Run every graph of a folder on images.npy and write its logits beside it: GRAPH.npy.
+"""Run every graph of a folder on images.npy and write its logits to GRAPH.npy.
 
 Needs NumPy and a runtime alone, so that an emulated processor can run it:
 

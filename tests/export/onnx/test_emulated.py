@@ -34,7 +34,7 @@ WIDTHS = range(8, 0, -1)
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
-    """Folder with images.npy, a graph for each width and, for each, the exact logits."""
+    """Write images.npy, a graph for each width and the exact logits of each. Return the folder."""
     from tq_lightning.export.onnx.integer import export_integer
 
     folder = tmp_path_factory.mktemp("graphs")
@@ -52,13 +52,13 @@ def graphs(tmp_path_factory):
 
 
 def check(folder, exact, runtime):
-    """Predictions equal those of exact integers; the differences of ties are counted."""
+    """Check that predictions equal those of exact integers, and count differences due to ties."""
     ties = 0
     for bits, expected in exact.items():
         logits = np.load(folder / f"w{bits}.{runtime}.npy")
         assert len(logits) >= 300
         top = np.sort(expected, axis=1)
-        # a code at a half may fall on either side: one step of the last layer moves a logit
+        # a code at a half may round either way, which moves a logit by one step of the last layer
         tie = top[:, -1] - top[:, -2] < 0.02 * np.abs(expected).max()
         differ = logits.argmax(1) != expected.argmax(1)
         assert not (differ & ~tie).any(), f"{bits} bits: {(differ & ~tie).sum()} predictions differ"
@@ -66,7 +66,7 @@ def check(folder, exact, runtime):
         away = np.abs(logits - expected).max(1)
         if runtime == "onnxruntime":
             assert np.mean(away > 1e-4) < 0.05
-        else:  # OpenVINO rounds between layers in its own places, at all widths alike
+        else:  # OpenVINO rounds between layers in other places, the same at all widths
             assert away.max() < 0.02 * np.abs(expected).max()
     assert ties <= 2
     return ties
@@ -108,7 +108,7 @@ def test_arm(graphs, cpu):
 
 
 def worst_case(folder, bits, top):
-    """A linear graph whose products are all of one sign and as large as the codes allow."""
+    """Write a linear graph whose products have one sign and the largest possible magnitude."""
     helper, kind = onnx.helper, onnx.TensorProto
     weight = np.full((64, 16), largest_integer(bits), np.int8)
     constants = [

@@ -13,7 +13,7 @@ def test_torch_export_keeps_codes_and_gives_the_same_logits(packed, net, mode):
     with torch.no_grad():
         assert torch.equal(program.module()(net[1]), model(net[1]))
     stored = [t for t in program.state_dict.values() if t.dtype == torch.uint8]
-    assert len(stored) == 6  # the weights travel as integers
+    assert len(stored) == 6  # the weights stay integers
     assert not any(
         t.is_floating_point() and t.numel() > 1000
         for t in program.state_dict.values()
@@ -44,5 +44,5 @@ def test_torch_compile_makes_one_graph_a_width_not_one_a_batch(packed, net, mode
                 for shift in range(3):
                     compiled(net[1] + shift)
     torch._dynamo.reset()
-    assert before <= 4  # a width may be met with its weights at hand or not
+    assert before <= 4  # the weights of a width may be cached or not
     assert len(graphs) == before if mode == "lean" else len(graphs) <= 4

@@ -1,4 +1,4 @@
-"""Integer graphs: what ONNX Runtime fuses, exact sums, trained activation codes, folded norms."""
+"""Integer graphs: fusion by ONNX Runtime, exact sums, trained activation codes, folded norms."""
 
 import collections
 import json
@@ -23,7 +23,7 @@ HOW = {"input_size": [3, 12, 12], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2
 
 
 class Residual(nn.Module):
-    """A residual block behind a pooling, a depthwise convolution and a quantized linear layer."""
+    """A pooling, a residual block, a depthwise convolution and a quantized linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Linears(nn.Module):
 
 
 def make(path, network=Residual, **how):
-    """A packed file; its norms have statistics, gains of both signs and one gain of 0."""
+    """Save a packed file whose norms have statistics, gains of both signs and one gain of 0."""
     torch.manual_seed(0)
     model = network()
     prepare(model, **{"verbose": False, **how})
@@ -97,7 +97,7 @@ NETWORKS = {"residual": Residual, "linears": Linears}
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(packed file, images, ranges) of the residual network."""
+    """Return (packed file, images, ranges) of the residual network."""
     path = tmp_path_factory.mktemp("integer") / "residual.safetensors"
     images = make(path)
     ranges = calibrate_activations(load_packed(path, model=Residual()), [torch.from_numpy(images)])
@@ -105,7 +105,7 @@ def served(tmp_path_factory):
 
 
 def run(path, images):
-    """(logits, {operator: nodes} of the graph as ONNX Runtime optimizes it)."""
+    """Return (logits, {operator: number of nodes} of the graph optimized by ONNX Runtime)."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
@@ -115,7 +115,7 @@ def run(path, images):
 
 
 def simulated(path, images, bits, network=Residual):
-    """Logits with float activations, or with the model's own activation codes."""
+    """Return logits with float activations, or with the activation codes of the model."""
     model = load_packed(path, model=network())
     with torch.no_grad(), bit_width(model, bits):
         return model(torch.from_numpy(images)).numpy()
@@ -207,7 +207,7 @@ def test_trained_activation_codes_equal_their_simulation(kind, bits, tmp_path):
     assert nodes["QLinearConv"] + nodes["ConvInteger"] == 3 and nodes["ConvInteger"] >= 1
     expected = simulated(path, images, bits)
     different = np.abs(logits - expected).max(1) > 1e-4
-    # a value at a boundary between two codes may fall on either side of it
+    # a value at a boundary between two codes may round either way
     assert different.mean() <= 1 / 16
     assert np.abs(logits - simulated(path, images, 8)).max() > 1e-2
 

@@ -41,7 +41,7 @@ def served(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_network(monkeypatch):
-    """The network has no timm name: give it wherever the exporters load a file."""
+    """Pass the network wherever the exporters load a file, because it has no timm name."""
     from tq_lightning.export.onnx import dynamic, qonnx, static
 
     for module in (static, dynamic, qonnx):

@@ -63,7 +63,7 @@ def small(**how):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The packed file of a small network, and the loaded model."""
+    """Return the packed file of a small network, and the loaded model."""
     path = tmp_path_factory.mktemp("onnx") / "m.safetensors"
     save_packed(small(), path, preprocessing=HOW, class_names=NAMES)
     return path, load_packed(path, model=Small())
@@ -71,7 +71,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_network(monkeypatch):
-    """The network has no timm name: give it wherever the exporters load a file."""
+    """Pass the network wherever the exporters load a file, because it has no timm name."""
     from tq_lightning.export.onnx import dynamic, qonnx, static
 
     def load(path, bits=None):
@@ -90,7 +90,7 @@ def session(path, **entries):
 
 
 def metadata(path):
-    """The metadata that ONNX Runtime gives to an application."""
+    """Return the metadata that ONNX Runtime passes to an application."""
     values = session(path).get_modelmeta().custom_metadata_map
     plain = {"model": str, "quantizer": str}
     return {key: plain.get(key, json.loads)(value) for key, value in values.items()}
@@ -216,7 +216,7 @@ def test_dynamic_at_every_width(served, tmp_path):
     for bits in (8, 1, 2, 3, 4, 5, 6, 7, 8):
         got = run.run(None, {"images": images.numpy(), "bits": np.array(bits)})[0]
         np.testing.assert_allclose(got, expected(model, images, bits), rtol=0, atol=1e-5)
-    for bits in (0, -1, 9, 16):  # a shift of 8 or more, or below 0, is an error and no result
+    for bits in (0, -1, 9, 16):  # a shift of 8 or more, or below 0, is an error
         with pytest.raises(Exception, match="out of data bounds"):
             run.run(None, {"images": images.numpy(), "bits": np.array(bits)})
 
@@ -228,7 +228,7 @@ def test_qonnx_trunc_is_the_shift(served, tmp_path):
     from tq_lightning.export.onnx.qonnx import DOMAIN, export_qonnx
 
     class Trunc(OpRun):
-        """Version 1 of QONNX: floor(round(x / scale + zero) / 2^(in - out)), back to the scale."""
+        """Trunc of QONNX, version 1: floor(round(x / scale + zero) / 2^(in - out)), dequantized."""
 
         op_domain = DOMAIN
 

@@ -1,4 +1,4 @@
-"""Small signed files that ask for huge networks end in one error, soon and in little memory."""
+"""Small files with valid checksums and huge networks are rejected quickly in little memory."""
 
 import time
 
@@ -13,7 +13,7 @@ from tq_lightning.export.packed.bounds import BoundedValues, Bounds
 
 
 def network(name, **args):
-    """A header that names another network and claims as many norm tensors as it has room for."""
+    """Return a header with another network and the largest possible number of norm tensors."""
 
     def change(metadata, index, content):
         content["model"] = {"name": name, "args": args}
@@ -82,7 +82,7 @@ def test_huge_headers_are_rejected_quickly(change, match, packed, tmp_path):
 
 @pytest.mark.slow
 def test_values_are_refused_before_they_are_allocated():
-    """A constructor that computes with values could ask for terabytes."""
+    """A constructor that computes with values could allocate terabytes."""
     with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
         torch.zeros(1 << 44)
     rows = torch.arange(1 << 20)

@@ -1,4 +1,4 @@
-"""Damaged, foreign, newer and hostile files raise one UserError and never give a model."""
+"""Damaged, foreign, newer and hostile files raise a UserError and never return a model."""
 
 import numpy as np
 import pytest
@@ -260,7 +260,7 @@ JUNK = [
 
 
 def places(thing, path=()):
-    """Every key and index of a header, the first and last of long lists."""
+    """Yield every key and index of a header, of long lists only the first and last."""
     items = (
         thing.items()
         if isinstance(thing, dict)
@@ -274,7 +274,7 @@ def places(thing, path=()):
 
 
 def test_headers_with_junk_in_any_place_end_in_an_error_or_load(packed, tmp_path):
-    """With correct checksums, only the checks of the reader are left. They raise only UserError."""
+    """With correct checksums, the checks of the reader remain. They raise only UserError."""
     draw, raw, path = np.random.default_rng(2), packed.read_bytes(), tmp_path / "m.safetensors"
     refused = 0
     for trial in range(400):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missin
 
 @pytest.fixture(scope="module")
 def trained(make, tmp_path_factory):
-    """A packed network with trained activation codes, and images."""
+    """Return a packed network with trained activation codes, and images."""
     model, images = make(activations="pact_round", size=16)
     path = tmp_path_factory.mktemp("integer") / "m.safetensors"
     save_packed(model, path, preprocessing={"input_size": [3, 16, 16]})
@@ -74,7 +74,7 @@ def test_without_kernels_the_mode_is_resident(trained, monkeypatch):
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_ranges_go_into_a_file_and_back(net, tmp_path, compress):
-    """By `save_packed` or later, the file is the same, and runs on integers."""
+    """Ranges added by `save_packed` or later give the same file, which runs on integers."""
     model, images = copy.deepcopy(net[0]), net[1]
     plain, later, once = (tmp_path / f"{name}.safetensors" for name in ("plain", "later", "once"))
     save_packed(model, plain, compress=compress)

@@ -1,4 +1,4 @@
-"""Packed weights at run time: never a weight of another width, model or state."""
+"""Packed weights at run time: always those of the current width, model and state."""
 
 import copy
 
@@ -89,6 +89,6 @@ def test_a_packed_model_goes_to_bfloat16(packed, net, mode):
         assert got.dtype == torch.bfloat16
         error, far = ((got.float() - exact[n]).abs().max() for n in (bits, other))
         assert error < 0.03 * exact[bits].abs().max()
-        assert far > 2 * error  # counter-example: another width is further away
+        assert far > 2 * error  # counter-example: another width differs more
     model.float()
     assert all(torch.equal(weight(bits), floats[bits]) for bits in (8, 2))

@@ -27,7 +27,7 @@ def run(*command, check=True):
 
 @pytest.fixture(scope="module", params=["native", "arm64"])
 def reader(request, tmp_path_factory):
-    """Command that runs the reader, compiled for this machine or run on emulated 64-bit ARM."""
+    """Return the command of the reader, compiled for this machine or emulated 64-bit ARM."""
     program = tmp_path_factory.mktemp("c") / "read_packed"
     if request.param == "native":
         run("cc", *STRICT, "-o", program, READER)
@@ -103,7 +103,7 @@ def test_files_and_arguments_that_are_refused(reader, net, packed, tmp_path):
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("choices", [{}, {"normalizer": "log", "level": "native", "scale": "span"}])
 def test_mutated_files_never_crash_it(make, tmp_path, count, choices):
-    """Most mutants have a correct checksum, so that the parser behind it is reached."""
+    """Most mutants have a correct checksum, so that the parser is reached."""
     program = tmp_path / "mutate"
     sanitize = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     made = run("cc", *STRICT, *sanitize, "-o", program, MUTATE, check=False)

@@ -1,4 +1,4 @@
-"""Format version 2: ranges, scales and level tables; and version 1 wherever nothing is new."""
+"""Format version 2: ranges, scales and level tables; files without them stay version 1."""
 
 import json
 from pathlib import Path
@@ -149,7 +149,7 @@ def test_bad_ranges_are_refused_when_written_and_when_read(net, packed, tmp_path
         save_packed(net[0], tmp_path / "m", activation_ranges=ranges)
     assert not list(tmp_path.iterdir())
     if ranges == BAD_RANGES["infinity"][0]:
-        return  # JSON of other programs has no infinity either
+        return  # standard JSON has no infinity
 
     def change(metadata, index, content):
         metadata["format_version"], content["activation_ranges"] = "2", ranges

@@ -1,4 +1,4 @@
-"""save_packed and load_packed: the truncated network bit for bit; planes as a prefix."""
+"""save_packed and load_packed: the truncated network bit for bit, and planes as a prefix."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def test_logits_are_the_truncated_training_models(make, case, mode, tmp_path):
     save_packed(model, tmp_path / "m.safetensors", model_args=case.get("model_args"))
     whole = load_packed(tmp_path / "m.safetensors", mode=mode)
     top = model.tq["max_bits"]
-    for bits in (2, top, *range(1, top + 1)):  # back and forth: nothing is destroyed
+    for bits in (2, top, *range(1, top + 1)):  # switching back and forth loses nothing
         expected = logits(model, images, bits, "truncate")
         assert torch.equal(logits(whole, images, bits), expected)
         if bits in (1, 3):
@@ -75,13 +75,13 @@ def test_first_planes_are_a_prefix_of_the_file(packed, net, tmp_path):
     planes = [name for name in sections if name.startswith("plane")]
     assert planes == [f"plane{p}" for p in range(8)]
     order = list(sections)
-    assert order[-9:] == ["scale", *planes]  # all floats come before, and nothing after
+    assert order[-9:] == ["scale", *planes]  # all floats come first, and nothing follows the planes
     assert order[:-9] == ["float", *(f"norm{n}" for n in range(1, 9))]
     assert start + sections["plane7"][1] == size
     assert {end - begin for begin, end in (sections[p] for p in planes)} == {
         sections["plane0"][1] - sections["plane0"][0]
     }
-    # safetensors, given the same tensors, would place them at the same bytes
+    # safetensors would write the same tensors at the same offsets
     with safe_open(packed, "np") as file:
         metadata = file.metadata()
     save_file(load_file(packed), tmp_path / "again.safetensors", metadata=metadata)
@@ -210,7 +210,7 @@ def test_a_packed_model_is_not_calibrated_and_keeps_its_statistics(packed, net):
 
 
 def test_width_that_was_not_loaded_does_not_mention_calibration(make, tmp_path):
-    model, _ = make("preresnet20_cifar")  # its first module with a width is a norm
+    model, _ = make("preresnet20_cifar")  # its first module with a width is a norm layer
     save_packed(model, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="loaded for widths 4, not 3; load it with bits=None"):
         bit_width(load_packed(tmp_path / "m.safetensors", bits=4), 3).__enter__()

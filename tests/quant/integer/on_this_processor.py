@@ -1,4 +1,4 @@
-"""Compare integer layers with exact integers on the processor that runs this, at all widths.
+"""Compare integer layers with exact integers on this processor, at all widths.
 
 Prints JSON: whether sums are exact here, and the number of wrong outputs by level and width, with
 the activation codes that the processor allows ("allowed") and with 8-bit codes everywhere

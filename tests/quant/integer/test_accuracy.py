@@ -57,7 +57,7 @@ NETWORKS = {"conv": (_conv, 8), "vit": (_vit, 40)}  # name -> (make, epochs)
 
 @pytest.fixture(scope="module")
 def digits():
-    """(training images, labels, test images, labels); (n, 1, 8, 8) in [-1, 1]."""
+    """Return (training images, labels, test images, labels); images are (n, 1, 8, 8) in [-1, 1]."""
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     y, order = (
@@ -99,7 +99,7 @@ def trained(request, digits):
 
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_float_trained_networks_lose_at_most_one_image(trained, observer, digits):
-    """0.3 points of 400 images are one image. Ranges that are much too small lose many."""
+    """One of 400 images is 0.25 points. Ranges that are much too small lose many."""
     x, _, images, labels = digits
     name, model = trained[0], copy.deepcopy(trained[1])
     calibrate_activations(model, [x[:256]], observer)
@@ -116,7 +116,7 @@ def test_float_trained_networks_lose_at_most_one_image(trained, observer, digits
 
 
 def test_trained_codes_predict_what_their_simulation_predicts(digits):
-    """A sum on a bin edge may round to either side in float32: at most one image of 400."""
+    """Sums at bin edges may round either way in float32: at most one image of 400."""
     images = digits[2]
     model = _trained("conv", digits, activations="pact_round")
     run = integer_model(copy.deepcopy(model))

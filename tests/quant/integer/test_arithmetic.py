@@ -27,7 +27,7 @@ def _codes(bits):
 
 
 def _weight(k, bits, level):
-    """2 level - 1 as an exact rational."""
+    """Return 2 level - 1 as an exact rational."""
     top = 2**bits - 1
     value = {"endpoint": Fraction(k, top), "left": Fraction(k, top + 1)}
     value["centre"] = Fraction(2 * k + 1, 2 * (top + 1))
@@ -57,7 +57,7 @@ def test_step_and_offset_of_a_level(bits, level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_all_codes_of_all_signs(bits, level, exact):
-    """gain * (codes + offset) is the weight; where it is not, the result says so."""
+    """gain * (codes + offset) is the weight; if it is only rounded, the result is marked."""
     codes = _codes(bits).expand(len(SCALES), -1)
     scale = SCALES[:, None]
     got = integer_weight(codes, bits, scale, level, exact)
@@ -105,7 +105,7 @@ def test_weights_of_four_bits_fit_int4(bits, level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_split_weights_are_exact_and_safe(bits, level):
-    """All codes of all signs; products with 255 fit 16 bits, which those of k' do not."""
+    """For all codes and signs, products with 255 fit 16 bits, unlike those of k'."""
     codes = _codes(bits).expand(len(SCALES), -1)
     got = split_weight(codes, bits, SCALES[:, None], level)
     whole = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
@@ -126,7 +126,7 @@ def test_documented_example():
 
 @pytest.mark.parametrize("level", ["endpoint", "centre"])
 def test_the_half_depends_on_the_input(level):
-    """Dropped, or replaced by a constant, it changes products: no bias stands for it."""
+    """Dropping it or replacing it by a constant changes products, so a bias cannot replace it."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (50,), generator=generator).to(torch.uint8)
     a = torch.randint(0, 256, (20, 50), generator=generator).double()
@@ -146,7 +146,7 @@ def test_a_scale_too_small_for_float32_counts_as_zero():
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_two_products_fit_sixteen_bits(bits, level):
-    """What a processor without VNNI adds in 16 bits never saturates there."""
+    """The 16-bit sums of a processor without VNNI never saturate."""
     largest = integer_weight(_codes(bits), bits, torch.tensor([[1.0], [-1.0]]), level).codes
     assert largest.int().abs().max() == largest_integer(bits, level)
     top = activation_top(bits, level, exact_sums=False)

@@ -1,4 +1,4 @@
-"""Convolutions in float of integer models: the norm of the width in use is folded."""
+"""Float convolutions of integer models fold the norm of the width in use."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Integer models: every layer against exact integers, trained codes, norms, shortcuts, refusals."""
+"""Integer models: every layer against exact integers, trained codes, norms, shortcuts, errors."""
 
 import copy
 import operator
@@ -27,7 +27,7 @@ WIDTHS = (8, 7, 4, 2, 1)
 
 
 class Mixed(nn.Module):
-    """Signed inputs, groups, stride, padding, three activations, and a shortcut that is read later.
+    """Signed inputs, groups, stride, padding, three activations, and a shortcut that is used later.
 
     Shapes: (b, 3, 8, 8) -> (b, 5).
     """
@@ -50,7 +50,7 @@ class Mixed(nn.Module):
         x = self.stem(x)
         y = self.swish(self.bn(self.grouped(x)))
         z = self.relu(self.bn2(self.wide(y)) + y)
-        z = self.down(z) + y[:, :, 1:7:2, 1:7:2]  # y is read after the first sum
+        z = self.down(z) + y[:, :, 1:7:2, 1:7:2]  # y is used after the first sum
         return self.fc2(self.drop(self.gelu(self.fc1(self.pool(z).flatten(1)))))
 
 
@@ -133,7 +133,7 @@ CASES = {  # name -> (make, image size, arguments of prepare)
     "case", [pytest.param(c, marks=pytest.mark.slow if c == "depthwise" else ()) for c in CASES]
 )
 def test_every_layer_equals_exact_integers(case):
-    """Codes differ by 1 at most, where the exact value lies within 1e-3 of a half; counted."""
+    """Codes differ by at most 1, and only if the exact value is within 1e-3 of a half."""
     make, size, how = CASES[case]
     torch.manual_seed(0)
     images = _images(size)
@@ -176,7 +176,7 @@ def test_trained_codes_equal_their_own_simulation(kind, level):
     run = integer_model(copy.deepcopy(model))
     for bits in (8, 4, 3, 2, 1):
         expected, got = _logits(model, images, bits), _logits(run, images, bits)
-        # a sum on a bin edge may round to either side in float32: few logits move, and little
+        # a sum at a bin edge may round either way in float32, which changes few logits slightly
         near = (got - expected).abs() < 1e-4 * expected.abs().max()
         assert bits == 8 or near.float().mean() >= 0.5
         assert (got - expected).norm() < (3e-3 if bits == 8 else 0.03) * expected.norm()

@@ -43,7 +43,7 @@ def test_all_widths_are_exact_here():
 @pytest.mark.slow
 @pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
 def test_all_widths_are_exact_without_vnni():
-    """With 8-bit activation codes, exactly the widths that can saturate are wrong there."""
+    """With 8-bit activation codes, exactly the widths that can saturate are wrong."""
     found = _run(QEMU, "-cpu", "Haswell")
     assert not found["exact"]
     assert found["allowed"] == dict.fromkeys(KEYS, 0)
