@@ -323,7 +323,7 @@ def test_test_uses_the_norm_sets_of_its_checkpoint(tmp_path):
 
 def test_model_without_norms_needs_no_calibration(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        TQDataModule, "calibration_batches", lambda *_: pytest.fail("asked for batches")
+        TQDataModule, "calibration_batches", lambda *_: pytest.fail("requested batches")
     )
     args = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
     trainer, _, _ = fit(

@@ -270,7 +270,7 @@ def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
 def test_teacher_of_other_classes_is_an_error_before_a_download(train, tmp_path):
     with pytest.raises(
         UserError,
-        match=r"resnet18 are for 1000 classes, the data has 10; "
+        match=r"resnet18 have 1000 classes, the data has 10; "
         r"pass model\.teacher_checkpoint_path",
     ):
         train(tmp_path, {"teacher": "external", "teacher_name": "resnet18"})

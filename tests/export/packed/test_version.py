@@ -178,7 +178,7 @@ HOSTILE = {
     "a table of another width": (rename_table, "not a table of levels"),
     "a table of another shape": (shrink_table, "not a table of levels"),
     "no scale": (drop_scale, "is not supported with normalizer 'float_e2'"),
-    "says version 1": (set_in("metadata", "format_version", "1"), "fields of version 2"),
+    "version 1 with new fields": (set_in("metadata", "format_version", "1"), "fields of version 2"),
     "unknown level": (set_in("content", "prepare", NESTED | {"level": "x"}), "unknown level 'x'"),
     "a level without tables": (
         set_in("content", "prepare", {"scale": "span"}),

@@ -160,7 +160,7 @@ def test_bad_input(monkeypatch):
     codes, one = _codes(4), torch.tensor(1.0)
     with pytest.raises(ValueError, match="from 1 to 8, got 9"):
         integer_weight(codes, 9, one)
-    with pytest.raises(ValueError, match="'middle' has no integer form; integers need endpoint"):
+    with pytest.raises(ValueError, match="'middle' has no integer form; pass one of endpoint"):
         integer_weight(codes, 4, one, "middle")
     with pytest.raises(ValueError, match="NaN or infinity"):
         integer_weight(codes, 4, torch.tensor(torch.nan))
