@@ -399,6 +399,8 @@ def test_full_test_on_the_runs_data_sets_the_runs_result(tmp_path):
         (Tested(), {"name": "cifar100"}, "name"),
         (Tested(), {"root": "elsewhere"}, "root"),
         (Tested(), {"image_size": 64}, "image_size"),
+        (Tested(), {"data_args": {"year": 2020}}, "data_args"),
+        (Tested(), {"name": "synthetic", "samples": 64}, "name, samples"),
     ],
 )
 def test_other_test_is_recorded_separately(tmp_path, capsys, trainer, data, why):

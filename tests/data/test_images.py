@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import struct
 import tarfile
 from collections import Counter
 
@@ -34,12 +35,31 @@ def pgm():
     return io.BytesIO(b"P5 16 16 65535\n" + sixteen(">").tobytes())
 
 
+def tiff(values, bits, photometric=1):
+    """A TIFF file of gray values with 12 bits or 16."""
+    height, width = values.shape
+    if bits == 12:  # two values in three bytes
+        one, two = values[:, ::2], values[:, 1::2]
+        parts = (one >> 4, (one & 15) << 4 | two >> 8, two & 255)
+        data = np.stack(parts, 2).astype(np.uint8).tobytes()
+    else:
+        data = values.astype("<u2").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric}
+    tags |= {273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: height, 279: len(data)}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return io.BytesIO(struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + rows + bytes(4) + data)
+
+
 GRAYS = {
     "L": lambda: file_of(Image.fromarray(GRAY), "PNG"),
     "I;16 PNG": lambda: file_of(Image.fromarray(sixteen()), "PNG"),
     "I;16 TIFF": lambda: file_of(Image.fromarray(sixteen()), "TIFF"),
     "I;16B TIFF": lambda: file_of(Image.fromarray(sixteen(">")), "TIFF"),
+    "I;16 TIFF with white as 0": lambda: tiff(65535 - sixteen(), 16, photometric=0),
+    "12-bit TIFF": lambda: tiff(np.rint(GRAY * (4095 / 255)).astype(np.uint16), 12),
     "16-bit PGM": pgm,
+    "TGA": lambda: file_of(Image.fromarray(GRAY), "TGA"),
+    "JPEG 2000": lambda: file_of(Image.fromarray(GRAY), "JPEG2000"),
     "LA": lambda: file_of(Image.merge("LA", [Image.fromarray(GRAY)] * 2), "PNG"),
     "RGB": lambda: file_of(Image.merge("RGB", [Image.fromarray(GRAY)] * 3), "PNG"),
     "RGBA": lambda: file_of(Image.merge("RGBA", [Image.fromarray(GRAY)] * 4), "PNG"),
@@ -151,6 +171,10 @@ def litter(root):
         "train/__MACOSX/ant/0.png",
         "train/ant/.hidden.png",
         "train/ant/Thumbs.db",
+        "train/@Recently-Snapshot/ant/0.png",
+        "train/~snapshot/0.png",
+        "train/Network Trash Folder/0.png",
+        "train/@tmp/0.png",
     ]
     for name in left:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -203,6 +227,36 @@ def error_of(root, stage="fit", name="imagefolder", **keys):
         TQDataModule(name, str(root), batch_size=4, workers=0, download=False, **keys).setup(stage)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_class_of_pictures_that_are_not_read_is_one_line(folder, packed, capsys):
+    """It would disappear. Other files beside the classes are only counted."""
+    (folder / "train" / "labels").mkdir()
+    (folder / "train" / "labels" / "0.xml").write_text("<a/>")
+    (folder / "train" / "bee" / "0.png").rename(folder / "train" / "bee" / "0.heic")
+    if packed:
+        pack(folder, "train", remove=False)
+    data = module(folder)
+    data.setup("fit")
+    assert data.class_names == list(CLASSES)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "1 pictures in formats that are not read (bee/0.heic), 1 not images" in line.replace(
+        "train/", ""
+    )
+    for path in (folder / "train" / "bee").glob("*.png"):
+        path.rename(path.with_suffix(".HEIC"))
+    if packed:
+        pack(folder, "train")
+    assert "1 class folders of pictures in formats that are not read" in error_of(folder)
+
+
+def test_a_class_folder_of_leftovers_is_an_empty_one(folder):
+    for path in (folder / "train" / "bee").iterdir():
+        path.unlink()
+    (folder / "train" / "bee" / ".DS_Store").write_bytes(b"x")
+    (folder / "train" / "bee" / "Thumbs.db").write_bytes(b"x")
+    assert "has 1 empty class folders (bee)" in error_of(folder)
 
 
 @pytest.mark.parametrize("prefix", ["", "shard-0/"])

@@ -123,6 +123,9 @@ def test_the_command_line_is_typed_once(fit, arguments, section, key, value):
         (["--wandb=5"], "--wandb: got '5', pass true or false"),
         (["--model.model_args={a: 1, a: 2}"], "duplicate key a"),
         (["--model.model_args", "{a: [}"], "not valid YAML"),
+        (["--data.lr", "1"], "unknown option --data.lr; did you mean --model.lr?"),
+        (["--max_epochs=3"], "unknown option --max_epochs; did you mean --trainer.max_epochs?"),
+        (["--config="], "config: got an empty path"),
         (["--config", "/"], "/ is not a file; pass a YAML file"),
     ],
 )  # fmt: skip
@@ -143,6 +146,12 @@ def test_wrong_arguments_are_one_line(fit, arguments, said):
         ("model:\n  lr: 1\n  lr: 2\n", "c.yaml, line 3: duplicate key lr (first on line 2)"),
         ("model: [1,\n  a: }", "c.yaml, line 2: not valid YAML"),
         ("just text", "expected sections such as model: and data:"),
+        ("trainer: []\n", "c.yaml: trainer: got [], expected keys with values"),
+        ("data: true\n", "c.yaml: data: got True, expected keys with values"),
+        ("data: {lr: 1}\n", "unknown key data.lr in the configuration; did you mean model.lr?"),
+        ("lr: 1\n", "unknown key lr in the configuration; did you mean model.lr?"),
+        ("fit: {model: {lr: 1}}\n", "unknown key fit.model.lr in the configuration; did you mean"),
+        ("x: {lr: 1}\n", "unknown key x.lr in the configuration; did you mean model.lr?"),
     ],
 )  # fmt: skip
 def test_wrong_files_are_one_line(fit, config, said):
@@ -164,6 +173,17 @@ def test_a_broken_file_of_a_section_is_named(fit, tmp_path):
     path.write_text("lr: 1\nlr: 2\n")
     with pytest.raises(UserError, match=r"model.yaml, line 2: duplicate key lr"):
         fit("--model", str(path))
+
+
+def test_a_file_of_a_section_in_any_encoding_is_its_keys(fit, tmp_path):
+    path = tmp_path / "model.yaml"
+    for encoding in ("utf-8", "utf-16"):
+        path.write_bytes("lr: 1e-3  # für\ncheckpoint_path: '8e1'\n".encode(encoding))
+        for arguments in (["--model", str(path)], [f"--model={path}"]):
+            model = fit(*arguments).model
+            assert (model.lr, model.checkpoint_path) == (0.001, "8e1")
+    path.write_text("- lr\n")
+    assert "expected keys with values" in message(fit, "--model", str(path))
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])

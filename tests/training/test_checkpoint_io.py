@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("verb", ["fit", "test", "export"])
+@pytest.mark.parametrize("verb", ["fit", "test", "export", "start weights"])
 def test_a_damaged_checkpoint_is_one_line_on_the_command_line(tmp_path, capsys, verb):
     path = save(tmp_path / "run" / "checkpoints" / "last.ckpt")
     whole = bytearray(path.read_bytes())
@@ -118,6 +118,14 @@ def test_a_damaged_checkpoint_is_one_line_on_the_command_line(tmp_path, capsys, 
     out = ("--out", str(tmp_path / "out.safetensors"))
     given = [str(path), *out] if verb == "export" else ["--ckpt_path", str(path)]
     given += ["--trainer.max_epochs", "1"] if verb == "fit" else []
+    if verb == "start weights":
+        verb, given = "fit", ["--model.checkpoint_path", str(path), "--trainer.max_epochs", "1"]
+        given += [
+            "--model.name",
+            "resnet8_cifar",
+            "--trainer.default_root_dir",
+            str(tmp_path / "r"),
+        ]
     assert main([verb, *given]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

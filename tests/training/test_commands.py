@@ -1,5 +1,6 @@
 """The verbs fit, test, validate and predict: the run that they belong to, and their errors."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -140,6 +141,17 @@ def test_a_saved_configuration_starts_a_new_run(copied):
     ] == 5  # fmt: skip
 
 
+def test_a_resumed_run_keeps_its_seed(copied, capsys):
+    """Its weights must not get another seed's name, in the record or in the configuration."""
+    root, run = copied
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", "last", "--seed_everything", "5"]
+    run_fit(small(root, *more))
+    assert "the run keeps its seed: seed_everything=0, not 5" in capsys.readouterr().err
+    record = json.loads((run / "record.json").read_text())
+    assert record["epochs"] == 2 and record["seed"] == record["config"]["seed_everything"] == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == 0
+
+
 @pytest.mark.slow
 def test_the_start_weights_are_needed_once(copied, capsys):
     root, run = copied
@@ -187,7 +199,7 @@ def test_the_start_weights_are_needed_once(copied, capsys):
         (["--trainer.log_every_n_steps", "-1"], "trainer.log_every_n_steps: got -1, pass 1 or"),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: got -1, pass a number"),
         (["--trainer.num_sanity_val_steps", "-5"], "num_sanity_val_steps: got -5, pass 0 or more"),
-        (["--trainer.max_time", "00:00:00:00"], "trainer.max_time: got 00:00:00:00, pass more"),
+        (["--trainer.max_time", "00:00:00:00"], "trainer.max_time: got 00:00:00:00, pass days"),
         (["--trainer.min_epochs", "5"], "trainer.min_epochs: got 5, but trainer.max_epochs is 2"),
         (["--trainer.barebones", "true"], "trainer.barebones: got True, pass false"),
         (["--data.mixup", "0.2", "--data.batch_size", "15"], "data.batch_size=15 is odd"),
@@ -205,6 +217,18 @@ def test_the_start_weights_are_needed_once(copied, capsys):
         (["--trainer.strategy", "dpp"], "dpp"),
         (["--trainer.default_root_dir", "/proc/no/such"], "/proc"),
         (["--trainer.default_root_dir", "/dev/null/x"], "/dev/null"),
+        (["--trainer.accelerator", "tpu"], "trainer.accelerator: this accelerator is not avai"),
+        (["--trainer.max_time", "soon"], "trainer.max_time: got soon, pass days:hours:minutes:sec"),
+        (
+            ["--trainer.limit_val_batches", "1.5"],
+            "trainer.limit_val_batches: got 1.5, pass a sh",
+        ),
+        (["--trainer.val_check_interval", "1.5"], "trainer.val_check_interval: got 1.5, pass a sh"),
+        (["--data.root", "null"], "data.root: got null, expected text"),
+        (["--model.quantizer", "flor"], "model.quantizer: unknown quantizer 'flor'; pass one of"),
+        (["--model.level", "centr"], "model.level: unknown level 'centr'; pass one of"),
+        (["--model.ste", "scald"], "model.ste: unknown ste 'scald'"),
+        (["--model.widths", "8,4,[2"], "model.widths: got '8,4,[2', expected"),
         (["--model.teacher", "wides"], "model.teacher: got 'wides', pass one of none, widest"),
     ],
 )

@@ -37,7 +37,9 @@ from tq_lightning.records import (
 
 Curves = dict[str, dict[int, float]]  # {metric: {epoch: value}}
 # keys that must match for a test to count as one of the run's own data
-DATA_KEYS = ("name", "root", "image_size", "mean", "std", "interpolation", "crop_pct")
+DATA_KEYS = ("name", "root", "data_args", "image_size", "mean", "std", "interpolation", "crop_pct")
+# synthetic images depend on these too; for other data they only select training images
+_SYNTHETIC_KEYS = ("samples", "num_classes")
 
 
 class RunRecord(L.Callback):
@@ -176,7 +178,8 @@ class RunRecord(L.Callback):
         trained, tested = record.config.get("data") or {}, self.config.get("data") or {}
         loaders = trainer.test_dataloaders
         sizes = [len(x) for x in (loaders if isinstance(loaders, list) else [loaders])]  # type: ignore[arg-type]
-        other = [key for key in DATA_KEYS if not _same(trained.get(key), tested.get(key))]
+        keys = DATA_KEYS + (_SYNTHETIC_KEYS if tested.get("name") == "synthetic" else ())
+        other = [key for key in keys if not _same(trained.get(key), tested.get(key))]
         result = TestResult(
             metrics,
             self.checkpoint,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tq_lightning.data.images import (
     SUFFIXES,
+    UNREAD,
     LeftOut,
     UnreadableImage,
     is_hidden,
@@ -128,6 +129,12 @@ def open_images(
             f"no images in {path}{reason}: looked for <class>/<name> with {', '.join(SUFFIXES)}; "
             "unpack the data set there, or pass data.root"
         )
+    lost = sorted(left_out.folders.get(UNREAD, set()) - set(names))
+    if lost:
+        raise _error(
+            f"{path} has {len(lost)} class folders of {UNREAD} ({left_out.examples[UNREAD]}): "
+            "convert them to PNG or JPEG"
+        )
     if index is None:
         if len(names) == 1:
             raise _error(
@@ -193,7 +200,7 @@ def _natural_key(text: str) -> list[Any]:
 
 def _check_empty_folders(path: Path) -> None:
     folders = [f for f in sorted(path.iterdir()) if f.is_dir() and not is_hidden((f.name,))]
-    empty = [f.name for f in folders if not any(f.iterdir())]
+    empty = [f.name for f in folders if all(is_hidden((entry.name,)) for entry in f.iterdir())]
     if empty:
         raise _error(
             f"{path} has {len(empty)} empty class folders ({', '.join(empty[:3])}): unpack it again"
@@ -216,5 +223,5 @@ def _in_class_folders(
         if len(p.parts) > depth + 1:
             kept.append(p)
         else:
-            left_out.add("not in a class folder", str(p))
+            left_out.add("not in a class folder", p)
     return kept

@@ -14,14 +14,23 @@ from tq_lightning.errors import UserError
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".avif", ".jp2", ".j2k", ".tga",
 )  # fmt: skip
-# Folders of file managers, NAS systems and archivers. Names that start with "." are skipped too.
-_SYSTEM_FOLDERS = {
-    "@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "lost+found",
-    "$recycle.bin", "system volume information",
+# Pictures that Pillow does not read. They are told apart from other files, since a class of them
+# would disappear.
+_UNREAD_SUFFIXES = {
+    ".heic", ".heif", ".jxl", ".svg", ".exr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm",
+}  # fmt: skip
+UNREAD = "pictures in formats that are not read"
+# Names of file managers, NAS systems and archivers. Names that begin with "." (hidden files) or "@"
+# (@eaDir, @Recycle, @tmp and others of NAS systems) are skipped too.
+_SYSTEM_NAMES = {
+    "#recycle", "#snapshot", "~snapshot", "__macosx", "__pycache__", "lost+found", "_gsdata_",
+    "$recycle.bin", "system volume information", "network trash folder", "temporary items",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
 _EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
 _INDIRECT = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB"}  # mode -> mode that converts directly
 
 
@@ -35,11 +44,13 @@ class LeftOut:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
+        self.folders: dict[str, set[str]] = {}  # reason -> names of parent folders
 
-    def add(self, reason: str, example: str) -> None:
-        """Count one file or folder."""
+    def add(self, reason: str, path: PurePosixPath) -> None:
+        """Count one file."""
         self.counts[reason] += 1
-        self.examples.setdefault(reason, example)
+        self.examples.setdefault(reason, str(path))
+        self.folders.setdefault(reason, set()).add(path.parent.name)
 
     def __str__(self) -> str:
         parts = [f"{n} {reason} ({self.examples[reason]})" for reason, n in self.counts.items()]
@@ -53,7 +64,7 @@ def printable(text: str) -> str:
 
 def is_hidden(parts: tuple[str, ...]) -> bool:
     """Check if any part of a relative path is hidden or belongs to a file manager or NAS."""
-    return any(part.startswith(".") or part.lower() in _SYSTEM_FOLDERS for part in parts)
+    return any(part.startswith((".", "@")) or part.lower() in _SYSTEM_NAMES for part in parts)
 
 
 def reason_to_skip(path: PurePosixPath) -> str | None:
@@ -62,6 +73,8 @@ def reason_to_skip(path: PurePosixPath) -> str | None:
         return "macOS companion files"
     if is_hidden(path.parts):
         return "in hidden or system folders"
+    if path.suffix.lower() in _UNREAD_SUFFIXES:
+        return UNREAD
     if path.suffix.lower() not in SUFFIXES:
         return "not images"
     return None
@@ -86,7 +99,7 @@ def list_images(root: Path) -> tuple[list[PurePosixPath], LeftOut]:
         if reason is None:
             found.append(path)
         else:
-            left_out.add(reason, str(path))
+            left_out.add(reason, path)
     return found, left_out
 
 
@@ -117,8 +130,9 @@ def _walk(
 def read_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Any:
     """Decode an image file to 8 bits per channel.
 
-    16-bit gray values are divided by 257, so that 65535 becomes 255. Transparency is dropped, as
-    in timm and torchvision. Only the first frame of an animation is read.
+    16-bit gray values are divided by 257, so that 65535 becomes 255, and 12-bit ones by their own
+    maximum. Transparency and the orientation in EXIF are ignored, as in timm and torchvision. Only
+    the first frame of an animation is read.
 
     Args:
         source: a path or an open file.
@@ -168,5 +182,10 @@ def _from_16_bits(image: Any) -> Any:
     import numpy as np
     from PIL import Image
 
-    values = np.asarray(image).astype(np.float32).clip(0, 65535)
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    # Pillow keeps the values of a 12-bit TIFF, and of one whose zero is white
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    top = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+    values = np.asarray(image).astype(np.float32).clip(0, top)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = top - values
+    return Image.fromarray(np.rint(values / (top / 255)).astype(np.uint8))

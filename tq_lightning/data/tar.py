@@ -77,11 +77,11 @@ def _list_members(
             if info.isdir():
                 continue
             if not info.isreg() or info.issparse():
-                left_out.add("not regular files", str(path))
+                left_out.add("not regular files", path)
             elif path.suffix.lower() == ".tar" and start == 0 and not is_hidden(path.parts):
                 _list_members(file, first, last, path.with_suffix(""), members, left_out)
             elif reason is not None:
-                left_out.add(reason, str(path))
+                left_out.add(reason, path)
             else:
                 members[path] = Member(first, info.size)
         file.seek(tar.offset)

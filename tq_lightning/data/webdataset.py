@@ -11,7 +11,7 @@ import re
 import sys
 import tarfile
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,9 +211,9 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
             rows.append((offset, size, labels[key], name))
         else:
             why = "with a label that can't be read" if key in broken else "without a label"
-            left_out.add(why, f"{shard.name}/{name}")
+            left_out.add(why, PurePosixPath(shard.name, name))
     for key in labels.keys() - images.keys():
-        left_out.add("labels without an image", f"{shard.name}/{key.lstrip('/')}")
+        left_out.add("labels without an image", PurePosixPath(shard.name, key.lstrip("/")))
     return rows
 
 

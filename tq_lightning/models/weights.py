@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
+from tq_lightning.models.checksum import verify_checkpoint
 from tq_lightning.quant.switchable_norm import FLOAT
 
 # Keys under which a checkpoint may store its tensors, averaged weights first.
@@ -105,9 +106,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict of a checkpoint file, on the CPU.
 
     Raises:
-        UserError: The file does not exist, or contains more than tensors and plain values.
+        UserError: The file does not exist, is damaged, or contains more than tensors and plain
+            values.
     """
     check_file(path)
+    if Path(path).suffix != ".safetensors":
+        verify_checkpoint(path)
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file

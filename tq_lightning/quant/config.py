@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tq_lightning.errors import did_you_mean
 from tq_lightning.quant.activation import ACTIVATIONS
 from tq_lightning.quant.codes import (
     QUANTIZERS,
@@ -78,7 +79,8 @@ class QuantConfig:
         ):
             value = getattr(self, key)
             if value not in known:
-                raise ValueError(f"unknown {key} {value!r}; pass one of {', '.join(known)}")
+                hint = did_you_mean(value, known)
+                raise ValueError(f"unknown {key} {value!r}; pass one of {', '.join(known)}{hint}")
         if self.activations is not None and self.activations not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activations {self.activations!r}; "

@@ -8,7 +8,6 @@ strings a second time, except instances of `Text`.
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,7 +22,7 @@ from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 PARSER_MODE = "tq"
 PATHS = ("trainer.default_root_dir", "data.root", "ckpt_path", "run_dir")
 PATHS += ("model.checkpoint_path", "model.teacher_checkpoint_path")
-_SECTIONS = ("--model", "--data", "--trainer")
+_SECTIONS = ("model", "data", "trainer")
 _FLOAT = re.compile(
     r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
@@ -107,11 +106,19 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         """Check the file, then let jsonargparse read it."""
         text = str(values)
+        if not text:
+            raise UserError("config: got an empty path; pass a YAML file")
         if not text.lstrip().startswith("{"):
             path = expand_path(text)
             values = read_yaml(path, Loader)
             if not isinstance(values, dict):
                 raise UserError(f"--config {path}: expected sections such as model: and data:")
+            for section in _SECTIONS:
+                value = values.get(section)
+                if section in values and value is not None and not isinstance(value, dict):
+                    raise UserError(
+                        f"--config {path}: {section}: got {value!r}, expected keys with values"
+                    )
             text = str(path)
             if path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):  # jsonargparse reads UTF-8
                 text = dump(values, flow=True)
@@ -199,12 +206,13 @@ def drop_append_options(parser: LightningArgumentParser) -> None:
 
 
 def normalize(argv: Sequence[str]) -> list[str]:
-    """Return command-line arguments with quoted values as `Text`, and check the files of sections.
+    """Return command-line arguments with quoted values as `Text` and the content of section files.
 
-    Sweep engines pass `--model.lr='1e-3'` with YAML quotes, which are removed.
+    Sweep engines pass `--model.lr='1e-3'` with YAML quotes, which are removed. A file that is
+    passed as a section, `--model FILE`, is replaced by its content.
 
     Raises:
-        UserError: a file that is passed as a section is not valid YAML.
+        UserError: a file that is passed as a section is not valid YAML, or has no keys.
     """
     normalized: list[str] = []
     for argument in argv:
@@ -215,10 +223,42 @@ def normalize(argv: Sequence[str]) -> list[str]:
             normalized.append(argument)
         else:
             normalized += [key, text] if option else [text]
-    for key, value in pairwise(normalized):
-        if key in _SECTIONS and Path(value).is_file():
-            read_yaml(value, Loader)
+    for i, (key, value) in enumerate(pairwise(normalized)):
+        if key.removeprefix("--") in _SECTIONS and _is_file(value):
+            normalized[i + 1] = _section(value)
+    for i, argument in enumerate(normalized):
+        key, _, value = argument.partition("=")
+        if key.startswith("--") and key[2:] in _SECTIONS and _is_file(value):
+            normalized[i] = f"{key}={_section(value)}"
     return normalized
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return expand_path(value).is_file() if value else False
+    except (OSError, ValueError):  # a mapping as text may be too long for a name
+        return False
+
+
+def _section(path: str) -> str:
+    """Return the keys of a file as a mapping in one line."""
+    values = read_yaml(expand_path(path), Loader)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got {type(values).__name__}, expected keys with values")
+    return dump(values, flow=True).strip()
+
+
+def check_nulls(section: str, values: Any) -> None:
+    """Check that no key that takes text was given null on the command line.
+
+    Such a value arrives as plain text; text of a file or in quotes is `Text`.
+
+    Raises:
+        UserError: a null; the message names the key.
+    """
+    for key, value in values.items():
+        if type(value) is str and value in ("null", "None"):
+            raise UserError(f"{section}.{key}: got null, expected text")
 
 
 def _unquote(value: str) -> Text | None:

@@ -144,7 +144,9 @@ def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[st
     return [
         f"model.{key}={kept[key]}, not {value}"
         for key, value in given.items()
-        if key in kept and not _same(value, defaults.get(key)) and not _same(value, kept[key])
+        if key in kept
+        and not _same(value, defaults.get(key), key)
+        and not _same(value, kept[key], key)
     ]
 
 
@@ -169,7 +171,7 @@ def check_factories(given: dict[str, Any], kept: dict[str, Any], path: Any) -> N
             )
 
 
-def _same(one: Any, two: Any) -> bool:
+def _same(one: Any, two: Any, key: str) -> bool:
     if isinstance(one, dict) and isinstance(two, dict):
         return one.items() <= two.items()  # model_args of a checkpoint include the dropout rates
-    return [str(v) for v in as_list(one)] == [str(v) for v in as_list(two)]
+    return [str(v) for v in as_list(one, f"model.{key}")] == [str(v) for v in as_list(two)]

@@ -1,7 +1,6 @@
 """Write training checkpoints atomically, with a checksum that is verified when they are read."""
 
 import io
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
-
-# A checkpoint is a zip archive. Its comment, the last bytes of the file, holds the CRC-32 of all
-# preceding bytes: torch.load does not verify the checksums of the archive, which cover less.
-_MARK = b"tq-crc32:"
-_DIGITS = 8
-_END = 22 + len(_MARK) + _DIGITS  # the archive's last record with its comment
-_BLOCK = 2**22  # bytes
+from tq_lightning.models.checksum import verify_checkpoint, with_checksum
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,7 +26,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint. Raises UserError if it cannot be written."""
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        archive = _with_checksum(content.getbuffer())
+        archive = with_checksum(content.getbuffer())
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -46,42 +39,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint. Raises UserError if it is damaged."""
         verify_checkpoint(path)
         return super().load_checkpoint(path, *args, **kwargs)
-
-
-def verify_checkpoint(path: str | Path) -> None:
-    """Compare a checkpoint with its checksum; one written without a checksum is accepted.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, io.SEEK_END)
-            file.seek(max(0, size - _END))
-            end = file.read()
-            comment = end[-len(_MARK) - _DIGITS :]
-            if not (comment.startswith(_MARK) or end.startswith(b"PK\5\6")):
-                return
-            file.seek(0)
-            left, crc = size - _DIGITS, 0
-            while left and (block := file.read(min(_BLOCK, left))):
-                crc, left = zlib.crc32(block, crc), left - len(block)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error.strerror})") from error
-    if comment != _MARK + b"%08x" % crc:
-        raise UserError(
-            f"checkpoint {path} is damaged (wrong checksum); pass another one, "
-            "e.g. the best or last checkpoint of the run"
-        )
-
-
-def _with_checksum(archive: memoryview) -> tuple[bytes | memoryview, ...]:
-    """Return the parts of a zip archive with the checksum as its comment.
-
-    The length of the comment is in the last two bytes of the archive.
-    """
-    comment = (len(_MARK) + _DIGITS).to_bytes(2, "little")
-    crc = 0
-    for part in (archive[:-2], comment, _MARK):
-        crc = zlib.crc32(part, crc)
-    return archive[:-2], comment, _MARK, b"%08x" % crc

@@ -72,13 +72,24 @@ def _unknown_argument(text: str) -> str | None:
 
 def _unknown_key(text: str) -> str | None:
     """Rewrite jsonargparse's message on an unknown key of a configuration file."""
-    match = re.search(r"Subcommand '\w+' does not accept option '([^']*)'", text)
-    return f"unknown key {match[1]} in the configuration{_hint(match[1], '')}" if match else None
+    match = re.search(
+        r"(?:Subcommand '\w+' does not accept option|^Option) '([^']*)'(?: is not accepted)?", text
+    )
+    key = match[1] if match else ""
+    group = re.search(r"Group '(\w+)' does not accept option '([^']*)'", text)
+    if group is not None:
+        key = f"{group[1]}.{group[2]}"
+    return f"unknown key {key} in the configuration{_hint(key, '')}" if key else None
 
 
 def _hint(key: str, dashes: str) -> str:
     if key.endswith("+"):
         return f"; appending to lists is not supported, pass the full list as {dashes}{key[:-1]}"
+    # the same name in another section, or without its section
+    leaf = key.rpartition(".")[2]
+    same = [known for known in known_keys() if known.rpartition(".")[2] == leaf]
+    if same:
+        return f"; did you mean {', '.join(f'{dashes}{known}' for known in same)}?"
     close = did_you_mean(f"{dashes}{key}", [f"{dashes}{known}" for known in known_keys()])
     return close or f"; {program_name()} fit --help all lists every option"
 
@@ -139,7 +150,8 @@ def _wrong_flag(text: str) -> str | None:
 
 def _no_accelerator(text: str) -> str | None:
     """Rewrite Lightning's message on an accelerator that this machine does not have."""
-    if "can not run on your system since the accelerator is not available" in text:
+    unavailable = "can not run on your system since the accelerator is not available"
+    if unavailable in text or "Requirement 'torch_xla" in text:
         return (
             "trainer.accelerator: this accelerator is not available on this machine; "
             "pass cpu or auto"

@@ -40,7 +40,10 @@ def quant_config(h: Any) -> QuantConfig:
             {**h, "widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
         )
     except ValueError as error:
-        raise UserError(f"model: {error}") from None
+        # the message begins with the key, e.g. "unknown level 'x'" or "level 'x' does not go with"
+        key = str(error).removeprefix("unknown ").split(maxsplit=1)[0]
+        where = f"model.{key}" if key in h else "model"
+        raise UserError(f"{where}: {error}") from None
 
 
 def classes_of_data(name: str, data: Any) -> int | None:

@@ -25,6 +25,7 @@ from tq_lightning.records import NAME, read_record, write_record
 from tq_lightning.training.arguments import (
     add_run_options,
     as_plain_strings,
+    check_nulls,
     drop_append_options,
     expand_paths,
     make_parser,
@@ -125,6 +126,7 @@ class TQCLI(LightningCLI):
         for section in ("model", "data", "trainer"):
             if config[section] is None:
                 raise UserError(f"{section}: the section is empty; add keys to it, or remove it")
+            check_nulls(section, config[section])
         expand_paths(config)
         check_run(self.config.subcommand, config)
 
@@ -154,6 +156,8 @@ class TQCLI(LightningCLI):
             self.checkpoint = checkpoint = find_checkpoint(str(given), root, run_dir)
             if fits:
                 check_resumable(checkpoint, config.trainer)
+                if run_dir in (None, checkpoint.run) and checkpoint.progress.batches is None:
+                    self._keep_seed(checkpoint.run)
             self.resume_step = checkpoint.progress.step
             config.ckpt_path = str(checkpoint.path)
         given_model = config.model.as_dict()
@@ -167,6 +171,22 @@ class TQCLI(LightningCLI):
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _keep_seed(self, run: Path | None) -> None:
+        """Resume a run with the seed of its record: its weights must not get another seed's name.
+
+        A checkpoint from inside an epoch is not resumed with another seed at all.
+        """
+        config = self.config[self.config.subcommand]
+        path = None if run is None else run / NAME
+        seed = read_record(path).seed if path is not None and path.is_file() else None
+        if seed is not None and seed != config.seed_everything:
+            print(
+                f"the run keeps its seed: seed_everything={seed}, not {config.seed_everything}",
+                file=sys.stderr,
+                flush=True,
+            )
+            config.seed_everything = seed
 
     def before_instantiate_classes(self) -> None:
         """Choose the run folder and lock it."""
@@ -189,7 +209,7 @@ class TQCLI(LightningCLI):
         self._typed_config, self.config = self.config, as_plain_strings(self.config)
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError, MisconfigurationException) as error:
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(one_line(error)) from error

@@ -1,5 +1,6 @@
 """Validation of the `trainer:` keys and of the options of a verb, before anything is built."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,16 +63,37 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
+def _is_time(value: Any) -> bool:
+    text = str(value)
+    form = not isinstance(value, str) or re.fullmatch(r"\d+:\d\d:\d\d:\d\d", text.strip())
+    return bool(form) and any(c in "123456789" for c in text)
+
+
+def _is_share(value: float) -> bool:
+    """Return True for a count from 0, or a share from 0 to 1."""
+    return value >= 0 and (isinstance(value, int) or value <= 1)
+
+
+_SHARE = (_is_share, "a share from 0.0 to 1.0, or a number of batches")
+
 # trainer key -> (test of a value that is not null, description of the accepted values). Lightning
 # accepts other values, and ignores them or divides by zero.
 _TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_epochs": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
     "max_steps": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
-    "max_time": (lambda v: any(c in "123456789" for c in str(v)), "more, e.g. 00:01:00:00"),
+    "max_time": (_is_time, "days:hours:minutes:seconds above 0, e.g. 00:01:00:00"),
     "check_val_every_n_epoch": (lambda v: v >= 1, "1 or more"),
-    "val_check_interval": (lambda v: v != 0, "a share of an epoch or a number of batches"),
+    "val_check_interval": (
+        lambda v: isinstance(v, str | dict) or (v != 0 and _is_share(v)),
+        "a share of an epoch up to 1.0, or a number of batches",
+    ),
     "log_every_n_steps": (lambda v: v >= 0, "1 or more, or 0 for never"),
     "gradient_clip_val": (lambda v: v >= 0, "a number from 0"),
+    "limit_train_batches": _SHARE,
+    "limit_val_batches": _SHARE,
+    "limit_test_batches": _SHARE,
+    "limit_predict_batches": _SHARE,
+    "overfit_batches": _SHARE,
     "num_sanity_val_steps": (lambda v: v >= -1, "0 or more, or -1 for all"),
     "barebones": (lambda v: not v, "false: a fit needs its record"),
 }
