@@ -11,6 +11,7 @@ import yaml
 from tq_lightning.callbacks.resume import StepCheckpoint
 from tq_lightning.cli import main, run_fit
 from tq_lightning.errors import UserError
+from tq_lightning.training.trainer_validation import _is_share
 
 SMALL = [
     *("--model.name", "resnet8_cifar", "--model.calibration_batches", "1"),
@@ -247,6 +248,15 @@ def test_invalid_values_are_errors_before_a_model_is_built(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "accepted"),
+    [(0, True), (0.5, True), (1, True), (20.0, True), (1.5, False), (-1, False), (-0.5, False)],
+)
+def test_a_limit_is_a_share_or_a_number_of_batches(value, accepted):
+    """Sweep engines send the number 20 as 20.0."""
+    assert _is_share(value) == accepted
 
 
 def test_an_empty_section_is_one_line(tmp_path, capsys):

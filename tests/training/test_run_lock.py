@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import Interrupted, UserError
 from tq_lightning.training import run_lock
+from tq_lightning.training.open_run import OpenRun
 from tq_lightning.training.run_lock import NAME, RunLock
 
 HOLD = """
@@ -153,3 +154,15 @@ def test_lock_scope_from_mount_options(tmp_path, monkeypatch, options, reach):
 def test_the_mount_options_of_a_file_are_found(tmp_path):
     with (tmp_path / "file").open("w") as file:
         assert {"rw", "ro"} & run_lock._mount_options(file.fileno())
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_signal_while_the_lock_is_taken_leaves_nothing(tmp_path, no_job, monkeypatch, exists):
+    run = tmp_path / "runs" / "a"
+    if exists:
+        run.mkdir(parents=True)
+    before = list(tmp_path.rglob("*"))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
+    with pytest.raises(Interrupted):
+        OpenRun(run)
+    assert list(tmp_path.rglob("*")) == before

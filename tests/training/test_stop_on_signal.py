@@ -107,6 +107,18 @@ def test_a_signal_ends_an_evaluation_at_once(tmp_path, capsys):
     assert not (run / ".lock").exists()
 
 
+def test_ctrl_c_names_a_checkpoint_only_if_there_is_one(tmp_path, capsys):
+    """Without one, `--ckpt_path last` would resume another run."""
+    run = tmp_path / "a"
+    assert fit(run, *send("SIGINT", 0, 1)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted: {run} has no checkpoint yet"
+    assert fit(run, "--checkpoint_every_n_steps", "2", *send("SIGINT", 0, 3)) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(
+        f"resume with the same command and --ckpt_path {run}/checkpoints/last.ckpt"
+    )
+
+
 def test_run_that_never_started_leaves_no_files(tmp_path):
     at = ["--trainer.callbacks+=fixtures.signals.SendSignal", "--trainer.callbacks.name=SIGTERM"]
     assert fit(tmp_path / "a" / "b", *at, "--trainer.callbacks.epoch=-1") == 143

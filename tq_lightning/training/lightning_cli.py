@@ -1,5 +1,6 @@
 """fit, validate, test and predict: LightningCLI over TQModule and TQDataModule."""
 
+import shlex
 import sys
 import time
 import uuid
@@ -51,7 +52,7 @@ from tq_lightning.training.run_callbacks import (
     make_plugins,
     progress_callbacks,
 )
-from tq_lightning.training.run_folder import auto_folder, check_unused
+from tq_lightning.training.run_folder import LAST, auto_folder, check_unused
 from tq_lightning.training.run_messages import end_lines, start_line
 from tq_lightning.training.trainer_validation import check_run
 
@@ -89,6 +90,8 @@ class TQCLI(LightningCLI):
                 if isinstance(error, RuntimeError) and self._peers and self._peers.message:
                     lost = self._peers.message if self._peers.reports() else ""
                     raise TrainingError(lost) from None
+                if isinstance(error, SystemExit) and error.code not in (0, None):  # Ctrl-C
+                    raise KeyboardInterrupt(self._how_to_resume()) from None
                 raise
             if self._open_run is not None:
                 self._open_run.close(None)
@@ -97,6 +100,15 @@ class TQCLI(LightningCLI):
         path = self.run_dir / NAME
         if self.subcommand == "fit" and self._open_run is not None and path.is_file():
             write_record(path, replace(read_record(path), status="failed", reason=reason))
+
+    def _how_to_resume(self) -> str:
+        """Return the option that resumes a fit. `last` could be the checkpoint of another run."""
+        if self.subcommand != "fit":
+            return ""
+        last = self.run_dir / LAST
+        if not last.is_file():
+            return f"{self.run_dir} has no checkpoint yet"
+        return f"resume with the same command and --ckpt_path {shlex.quote(str(last))}"
 
     def _stop_children(self) -> None:
         """Forward SIGTERM to the ranks that Lightning started; in a fit, ranks agree on signals."""
@@ -321,7 +333,7 @@ def run(argv: list[str]) -> dict[str, Any]:
     except SystemExit as stop:
         if stop.code in (0, None):  # --help, --print_config
             return {}
-        raise KeyboardInterrupt("resume with the same command and --ckpt_path last") from None
+        raise
     metrics = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
     return {**metrics, "run_dir": str(cli.run_dir), "record": str(cli.run_dir / NAME)}
 

@@ -26,7 +26,7 @@ class OpenRun:
         self._created = missing[-1] if missing else None  # the topmost folder created here
         try:
             self._lock = RunLock(folder)
-        except UserError:
+        except BaseException:  # also a signal
             self._remove_created()
             raise
 

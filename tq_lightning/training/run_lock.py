@@ -85,7 +85,7 @@ class RunLock:
                 if self._is_current(handle):
                     try:
                         self._write(handle)
-                    except OSError:  # a full disk
+                    except BaseException:  # a full disk, a signal
                         self.path.unlink(missing_ok=True)
                         raise
                     return handle

@@ -70,8 +70,8 @@ def _is_time(value: Any) -> bool:
 
 
 def _is_share(value: float) -> bool:
-    """Return True for a count from 0, or a share from 0 to 1."""
-    return value >= 0 and (isinstance(value, int) or value <= 1)
+    """Return True for a count from 0, which may be 20.0, or a share from 0 to 1."""
+    return 0 <= value <= 1 or (value > 1 and float(value).is_integer())
 
 
 _SHARE = (_is_share, "a share from 0.0 to 1.0, or a number of batches")
