@@ -7,6 +7,7 @@ kept in the folder of the network and made once.
 import copy
 import functools
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -173,6 +174,7 @@ def _ort_session(path: Path, threads: int, batch: int) -> Session:
 
 
 def _quantize_static(network: Network, path: Path) -> None:
+    logging.disable(logging.WARNING)  # a line for each norm that has one axis
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    only = f", {args.only} alone (the other tables are older)" if args.only else ""
     failed = []
     for name in chosen:
         print(f"== {name}", flush=True)
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     lines = [
         "# Benchmarks",
         "",
-        f"    make bench    # {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
+        f"    make bench    # {time.strftime('%Y-%m-%d')}{only}, "
+        f"{os.cpu_count()} cores, "
         f"{platform.machine()}, Python {platform.python_version()}, "
         f"load average of the last 5 minutes at the end {os.getloadavg()[1]:.1f}",
         "",
