@@ -71,7 +71,7 @@ def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:
 
     Args:
         out: target folder, as given with --out.
-        marker: JSON file whose "kind" tells what a folder holds.
+        marker: JSON file whose "kind" is the kind of a folder.
         kind: the kind that may be replaced.
         what: its name in messages, e.g. "a report".
 

@@ -21,9 +21,9 @@ class OptimizerSteps:
 
 
 def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Tell whether a validation, or the end of the epoch, comes right after this training batch.
+    """Return True if this training batch is followed by a validation or the end of the epoch.
 
-    Lightning takes a checkpoint between the two for one after the validation: a run killed in that
+    Lightning treats a checkpoint between the two as one after the validation: a run killed in that
     validation would resume without it, and a last epoch would not be evaluated.
     """
     every = trainer.val_check_batch

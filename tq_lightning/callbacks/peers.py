@@ -14,7 +14,7 @@ import lightning as L
 
 from tq_lightning.errors import Interrupted
 
-GRACE_SECONDS = 2.0  # time for a rank to end by itself; Lightning's own monitor waits 5 s
+GRACE_SECONDS = 2.0  # time for a rank to exit; the monitor of Lightning waits 5 s
 CONNECT_SECONDS = 30.0
 _BYE = b"bye"
 
@@ -103,7 +103,7 @@ class WatchPeers(L.Callback):
                     return
 
     def _end(self, rank: int) -> None:
-        """Notify the other ranks, wait for the main thread to fail by itself, end the process."""
+        """Notify the other ranks, wait for the main thread to fail, and end the process."""
         self.message = (
             f"rank {rank} of {self._size} ended before the others; see its own output for the "
             "reason. Resume with --ckpt_path last"

@@ -22,7 +22,7 @@ def check_out(out: Path) -> None:
 
 
 def make(comparisons: Comparisons, out: Path, title: str, command: str, version: str) -> list[str]:
-    """Write the report beside `out`, move it there once complete, and return its files."""
+    """Write the report to a temporary folder, rename it to `out`, and return its files."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

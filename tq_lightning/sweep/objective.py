@@ -93,7 +93,7 @@ class Objective:
     def _take_over(
         self, trial: "optuna.trial.Trial", earlier: "optuna.trial.FrozenTrial", record: Path
     ) -> TrialResult:
-        """Report what an attempt that finished has reported, and read its result."""
+        """Repeat the reports of a finished attempt, and read its result."""
         values = earlier.intermediate_values
         for step, value in values.items():
             retry_during_outage(lambda s=step, v=value: trial.report(v, s))  # type: ignore[misc]

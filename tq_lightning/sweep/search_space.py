@@ -62,8 +62,8 @@ def decode(parameter: Parameter, stored: Any) -> Any:
 def weighted_choices(sweep: Sweep, point: int) -> dict[str, Any]:
     """Draw the parameters with probabilities for one point of a random or bayes sweep.
 
-    They are fixed before the sampler is asked, since Optuna's samplers know no weights. TPE
-    chooses by itself after its startup trials.
+    They are fixed in advance, because samplers of Optuna do not support weights. TPE chooses after
+    its startup trials.
     """
     if sweep.method == "bayes" and point >= STARTUP_TRIALS:
         return {}
@@ -76,7 +76,7 @@ def weighted_choices(sweep: Sweep, point: int) -> dict[str, Any]:
 
 
 def suggest(sweep: Sweep, trial: "optuna.trial.Trial") -> dict[str, Any]:
-    """Ask the sampler for every searched key. Returns key -> value, the file's constants last."""
+    """Sample every searched key. Return key -> value, with the constants of the file last."""
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
     values = {}
@@ -106,7 +106,7 @@ def arguments(sweep: Sweep, values: dict[str, Any]) -> list[str]:
 
 
 def sampler(sweep: Sweep, point: int) -> "optuna.samplers.BaseSampler":
-    """Return a sampler seeded by the point: any worker draws the same in a random sweep."""
+    """Return a sampler seeded by the point, so that random sweeps do not depend on the worker."""
     from optuna.samplers import RandomSampler, TPESampler
 
     if sweep.method == "bayes":

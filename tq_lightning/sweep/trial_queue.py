@@ -31,7 +31,7 @@ RETRIED_CAUSES = ("lost", "interrupted")
 
 
 class TrialQueue:
-    """The queue of one study, as one process sees it.
+    """The queue of one study in one process.
 
     Args:
         study: the Optuna study.
@@ -190,5 +190,5 @@ class TrialQueue:
 
 
 def _lost_attempts(trial: "optuna.trial.FrozenTrial") -> int:
-    """Number of workers that a point has lost in a row, `trial` included."""
+    """Return the number of consecutive workers that a point has lost, including `trial`."""
     return int(trial.user_attrs.get("lost", 0)) + (trial.user_attrs["cause"] == "lost")

@@ -86,7 +86,7 @@ def export_integer(
             the inputs of a residual add; "float" keeps them in float. None is "int8" for ONNX
             Runtime, and "float" for OpenVINO and for networks trained with activation codes.
         top: largest activation code, 255 or 127. None is 127 if products with 255 could exceed the
-            16 bits in which x86 processors without VNNI add them, else 255. Trained activations
+            16 bits of x86 processors without VNNI, else 255. Trained activations
             keep their codes.
         ranges: input ranges of layers, as `calibrate_activations` returns them. None takes those
             of the file.

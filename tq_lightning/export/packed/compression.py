@@ -1,7 +1,7 @@
 """Lossless compression of bit planes: one zstd frame per plane, so a prefix stays readable.
 
 Codes cluster around the middle of their range, where 10000xxx and 01111xxx are neighbors. Each
-plane by itself therefore looks like noise. An XOR with plane 0 turns the other planes into the bits
+single plane therefore looks like noise. An XOR with plane 0 turns the other planes into the bits
 of the distance from the middle, whose high bits are mostly 0 and compress well. Every reader loads
 plane 0 anyway.
 """

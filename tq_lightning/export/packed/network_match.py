@@ -100,7 +100,7 @@ def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) ->
     missing = expected - names
     extra = {name for name in names - expected if not _of_unbuilt_set(name, model)}
     if header["norm_widths"]:
-        # all sets have the same layout, so those that were built stand for the others
+        # all sets have the same layout, so checking one of them is enough
         shapes = {
             name.split("/", 1)[1]: value.shape
             for _, value, name in in_model

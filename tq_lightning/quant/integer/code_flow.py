@@ -67,7 +67,7 @@ class CodeFlow:
     def codes_of(self, node: fx.Node) -> ActivationCodes | None:
         """Return the codes that represent a tensor for all of its users, or None if it is float."""
         if node not in self._codes:
-            self._codes[node] = None  # while it is being found
+            self._codes[node] = None  # until it is found
             self._codes[node] = self._find_codes(node)
         return self._codes[node]
 

@@ -37,7 +37,7 @@ class Built(NamedTuple):
         rest: Second kernel, without bias, whose result is added; see `IntegerLayer.in_parts`.
         into: Codes of the input.
         out: Codes of the output.
-        requantize: Step and zero point with which the kernel makes `out`.
+        requantize: Step and zero point of the codes `out`.
         residual_step: Step of the shortcut.
         integers: int8 weights; with a second kernel, their exact sum in int16.
         gain: float64 (out,), weight per integer step of each output channel.
@@ -148,10 +148,10 @@ class IntegerLayer(nn.Module):
         return y
 
     def in_parts(self, built: Built, a: Tensor, residual: Tensor | None) -> Tensor:
-        """Add the products of two kernels, whose integers together are the weight.
+        """Add the products of two kernels whose integers sum to the weight.
 
-        They are k' and ones, which sum the input for the half; or, where products are added in 16
-        bits, the upper bits of the weight and its two lowest, neither of which can saturate.
+        They are k' and ones, whose product is the sum of the inputs, or, on processors that add
+        products in 16 bits, the upper bits and the two lowest bits of the weight.
         """
         assert built.rest is not None
         inputs = self.pad(a, built.into.zero)
@@ -231,7 +231,7 @@ class IntegerLayer(nn.Module):
         )
 
     def _sum_of_inputs(self, integers: IntegerWeight, how: tuple[Tensor, float, int]) -> Rest:
-        """Sum the inputs of each output: one more channel, or one for each output of a group."""
+        """Build a kernel that sums the inputs: one output channel, or all of them if grouped."""
         grouped = isinstance(self.layer, nn.Conv2d) and self.layer.groups > 1
         ones = torch.ones_like(integers.codes if grouped else integers.codes[:1])
         one = torch.ones(len(ones), dtype=torch.float64)

@@ -23,7 +23,7 @@ class IntegerPlan:
     Args:
         model: A prepared or packed model.
         exact_sums: See `arithmetic.activation_top`.
-        exact: Use exact weights at 8 bits; None = where activation codes are trained.
+        exact: Use exact weights at 8 bits; None = only with trained activation codes.
 
     Attributes:
         width: The model's shared `Width`.
@@ -52,7 +52,7 @@ class IntegerPlan:
         return CalibratedCodes(self.ranges[name], level, self.exact_sums)
 
     def exact_weights(self, codes: ActivationCodes) -> bool:
-        """Whether a layer that reads these codes uses exact weights at 8 bits."""
+        """Return True if a layer that reads these codes uses exact weights at 8 bits."""
         return isinstance(codes, TrainedCodes) if self.exact is None else self.exact
 
 

@@ -62,7 +62,7 @@ class _NewGraph:
         return fx.GraphModule(self.made, self.new, "IntegerNetwork")
 
     def takes_conv(self, norm: fx.Node) -> bool:
-        """Whether a node is a batch norm that can be folded into a convolution in float."""
+        """Return True if a node is a batch norm that can be folded into a float convolution."""
         conv = norm.args[0] if norm.args else None
         if not isinstance(conv, fx.Node) or only_user(conv) is not norm:
             return False

@@ -74,7 +74,7 @@ class TracedNetwork:
 
 
 def _takes_all(node: fx.Node) -> bool:
-    """Whether a node is a slice of a whole tensor, such as x[:, :, ::1, ::1]."""
+    """Return True if a node is a slice of a whole tensor, such as x[:, :, ::1, ::1]."""
     if node.target is not operator.getitem:
         return False
     at = node.args[1]

@@ -18,7 +18,7 @@ EXTRAS = (
     "model.level",
     "model.activations",
     labels.ACTIVATIONS_SOURCE,
-)  # told in a legend if unusual
+)  # shown in a legend unless it has the default
 
 
 def robustness(comparisons: Comparisons) -> Drawing:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-Cell = Any  # str, int, float or None; (text, sort key) if the text does not sort by itself
+Cell = Any  # str, int, float or None; (text, sort key) if the text has another order
 
 
 class Link(NamedTuple):
