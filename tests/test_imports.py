@@ -53,13 +53,15 @@ def test_counter_example(source):
 
 
 def test_every_package_has_a_contract():
-    rooms = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} - {
+    packages = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} - {
         "__init__",
         "__main__",
         "cli",
     }
     text = (ROOT.parent / "pyproject.toml").read_text()
-    assert {room for room in rooms if f'source_modules = ["tq_lightning.{room}"]' in text} == rooms
+    assert {
+        package for package in packages if f'source_modules = ["tq_lightning.{package}"]' in text
+    } == packages
 
 
 def test_no_catch_all_modules():

@@ -200,8 +200,10 @@ FILES = [p for p in sorted((ROOT / "tq_lightning").rglob("*.py")) if p.parent.na
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "tq_lightning")))
 def test_record_keys_are_used_only_in_records(path):
-    room = path.relative_to(ROOT / "tq_lightning").as_posix().startswith(PACKAGES_WITHOUT_RECORDS)
-    assert list(record_keys(path.read_text(), KEYS - HEADER_KEYS if room else KEYS)) == []
+    restricted = (
+        path.relative_to(ROOT / "tq_lightning").as_posix().startswith(PACKAGES_WITHOUT_RECORDS)
+    )
+    assert list(record_keys(path.read_text(), KEYS - HEADER_KEYS if restricted else KEYS)) == []
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
     python tests/benchmarks/bench_export.py [--out export.csv] [--model resnet50] \\
         [--vit vit_tiny_patch16_224] [--no-onnx]
 
-Each ratio is of two medians measured alternately in one process. Weights are random: nothing here
-depends on their values. Loads run in a process of their own, the file dropped from the page cache
-before where the system allows it. Memory is what the kernel counts for that process (Linux), above
-what its imports hold.
+Each ratio compares two medians that are measured alternately in one process. Weights are random,
+because no result depends on their values. Each load runs in a new process, after the file is
+dropped from the page cache if the system allows it. Memory is the resident memory of that process
+(Linux) minus that of its imports.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""Latency of integer inference at 8, 4, 2 and 1 bits beside float, in every runtime.
+"""Latency of integer inference at 8, 4, 2 and 1 bits relative to float, in every runtime.
 
     pip install -c constraints.txt -e '.[peers,openvino]'
     python tests/benchmarks/bench_latency.py [--out latency.csv] [--seconds 20] \\
         [--networks resnet18,resnet50] [--runtimes onnxruntime,openvino,torch,executorch,torchao] \\
         [--batches 1,8] [--threads 1,2] [--executorch .venv-executorch/bin/python]
 
-Runs of a network take turns, so that other work affects them alike. Medians of process time, which
-counts no time of other programs, are compared with float in the same runtime; wall time is in the
-table as well. Weights are random: latency does not depend on them.
+Runs of a network alternate, so that other load affects them equally. The speedup compares medians
+of process time, which excludes other programs, with float in the same runtime. The table also has
+wall times. Weights are random, because latency does not depend on them.
 
-Rows are written as they are measured. The same command goes on where it was interrupted: rows of
-this processor and these versions are kept. Graphs and programs are kept in --work. In the end a
-chart of latency, accuracy and bytes is drawn beside the table (see latency_chart.py).
+Each row is written as soon as it is measured. An interrupted command can be repeated: it keeps the
+rows of this processor and these versions, and the graphs and programs in --work. At the end, a
+chart of latency, accuracy and bytes is drawn next to the table (see latency_chart.py).
 """
 
 import argparse

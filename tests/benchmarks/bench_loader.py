@@ -1,12 +1,11 @@
-"""Augmented images per second of the loader alone: CIFAR size, random crop, mirroring.
+"""Augmented images per second of the loader alone: CIFAR size, random crop, horizontal flip.
 
     python tests/benchmarks/bench_loader.py [--out loader.csv] [--device cpu] \\
         [--seconds 5] [--batch-size 128] [--threads 2]
 
-Images are made up (the pixels do not matter), 20,000 of 32x32 in memory as CIFAR-10's are; a batch
-is taken from memory, moved, cropped, mirrored and normalized, exactly as in a training run. The aim
-is 15,000 images a second on 2 cores. Images a second of processor time are given too: they tell
-what the machine could do where other work slowed this down.
+The data are 20,000 random images of 32x32 in memory, like CIFAR-10. As in training, batches are
+read from memory, moved to the device, cropped, flipped and normalized. The aim is 15,000 images per
+second on 2 cores. Images per second of processor time do not depend on other load.
 """
 
 import argparse

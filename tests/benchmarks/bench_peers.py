@@ -3,13 +3,13 @@
     pip install -c constraints.txt -e '.[peers]'
     python tests/benchmarks/bench_peers.py [--out peers.csv] [--repeats 7] [--threads 2]
 
-Brevitas and optimum-quanto quantize to one width at a time and truncate nothing, so each is asked
-for what it has that comes
-nearest: Brevitas, a quantization-aware step of ResNet-20 with the same layers in float, weights
-    alone; optimum-quanto, a
-ResNet-50 whose weights are stored at 8, 4 or 2 bits (its range estimation, its packing, its kernels
-for the processor). Accuracy is not compared: weights are random. Calls are timed in turn and
-medians compared. A peer that is not installed is said and left out.
+Brevitas and optimum-quanto quantize to one width at a time and do not truncate, so the closest
+features are compared. For Brevitas, it is a step of quantization-aware training of ResNet-20 with
+quantized weights, float activations and the same layers in float. For optimum-quanto, it is a
+ResNet-50 with weights stored at 8, 4 or 2 bits, with its own range estimation, packing and kernels.
+
+Accuracy is not compared, because weights are random. Timed calls alternate, and medians are
+compared. Libraries that are not installed are skipped with a note.
 """
 
 import argparse

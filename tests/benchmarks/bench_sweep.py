@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_sweep.py [--out sweep.csv] [--trials 10]
 
-Every trial is a stand-in that returns at once, so that all the time between two of them is the
-engine's: writing down the end of one, claiming the next, asking the sampler, signs of life. Then
-two real fits on two batches of digits: from the end of the first to the call of the second.
+Trials are stand-ins that return at once, so the time between two of them is the overhead of the
+engine: storing a result, claiming the next trial, sampling and heartbeats. Two real fits on two
+batches of digits follow, timed from the end of the first to the start of the second.
 """
 
 import argparse

@@ -5,14 +5,14 @@
 
 - joint: a joint step at 8/4/2/1 bits against four float steps
 - evaluation: 8 truncated widths against 8 float evaluations
-- memory: peak memory of the joint step against the float step, in processes of their own, without
-  the weights of one width
+- memory: peak memory of the joint step against the float step, each in a new process, without the
+  quantized weights of one width
 - compiled: eager joint steps against compiled ones (torch.compile), after compilation
 - start: time of the imports and of --help
 
-A ratio is the median over pairs that are timed in turn, so that other work on the machine falls on
-both sides. The allocator keeps its memory (`measuring.py`), but where memory is measured. Seconds
-of processor time serve as a second opinion.
+A ratio is the median over pairs that are timed alternately, so that other load affects both. Except
+where memory is measured, the allocator does not return memory to the system (`measuring.py`). The
+notes have the ratio of processor times as a check.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""A trained checkpoint through every way of serving it, held to what `test` recorded, to the image.
+"""Compare the predictions of a trained checkpoint in every exported form with the recorded `test`.
 
     python tests/benchmarks/export_agreement.py RUN/checkpoints/best.ckpt --data-root DATA \\
         --out results/export
 
-Top-1 on the test images at every width: PyTorch from the packed file, weights of the NumPy reader,
-ONNX Runtime static and dynamic; sizes, bytes read and the latency of one image. Writes
-agreement.csv and sizes.csv, whose column `times_smaller` is against the float file (safetensors:
-float weights, one norm set), and whose `gain` is against the plain packed file.
+Top-1 on the test images at every width is measured with the packed file in PyTorch, with weights of
+the NumPy reader, and with static and dynamic ONNX graphs. Sizes, bytes read and the latency of one
+image follow. The tables are agreement.csv and sizes.csv. In the latter, `times_smaller` is relative
+to a safetensors file of float weights and one norm set, and `gain` to the plain packed file.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Joint steps over float steps on a GPU: eager and compiled, in bfloat16, data on the device.
+"""Joint steps relative to float steps on a GPU: eager and compiled, bfloat16, data on the device.
 
     python tests/benchmarks/gpu.py [--out results/benchmarks/gpu.csv] [--repeats 5]
 
-`make gpu` runs it after the tests marked gpu. A ratio is the median over pairs that are timed in
-turn; the device is waited for at both ends of each. The note holds the card's name and the
-milliseconds of a joint step.
+`make gpu` runs it after the tests marked gpu. A ratio is the median over pairs that are timed
+alternately, with a device synchronization before and after each. The note has the name of the GPU
+and the milliseconds of a joint step.
 """
 
 import argparse

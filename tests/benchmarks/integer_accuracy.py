@@ -4,8 +4,8 @@
         [--root DIR] [--bits 8,4,2,1] [--observer percentile] [--out results/integer/accuracy.csv]
 
 Every image of the test split is scored. A file without activation ranges is calibrated on batches
-of the training split, without labels. `lost` is the top-1 of `float` minus that of the runtime, in
-percentage points; `differ` counts images whose predicted class is another one.
+of the training split. `lost` is the top-1 of `float` minus that of the runtime, in percentage
+points. `differ` counts the images with a different predicted class.
 
 To add a runtime, write a function (packed file, bits) -> (images -> logits) and one row of
 `RUNTIMES`.

@@ -1,6 +1,6 @@
-"""A product of two large matrices, in float and in integers: what a runtime's kernels can reach.
+"""Speedup of an integer product of large matrices over float, a bound for arithmetic alone.
 
-No network gets faster than this ratio by arithmetic alone; one that does also saves memory traffic.
+A network with a larger speedup also saves memory traffic.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Latency, accuracy and bytes of one network in every runtime at every width, as one picture.
+"""Chart of latency, accuracy and bytes of one network in every runtime at every width.
 
     python tests/benchmarks/latency_chart.py [--latency results/benchmarks/latency.csv] \\
         [--accuracy results/integer/accuracy.csv] [--network resnet20_cifar] \\

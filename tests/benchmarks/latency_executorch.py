@@ -1,10 +1,10 @@
-"""ExecuTorch in an interpreter of its own, for bench_latency.py: it pins another PyTorch.
+"""ExecuTorch server for bench_latency.py, in a separate interpreter because of its PyTorch version.
 
     PYTHON latency_executorch.py
 
-Reads one JSON object a line: {"export": [network, packed file or null, bits or null, out]} writes a
-program, {"load": file, "threads": n, "images": file} loads one, {"time": file} runs it on its
-images. Answers each with one line.
+It reads one JSON object per line: {"export": [network, packed file or null, bits or null, out]}
+writes a program, {"load": file, "threads": n, "images": file} loads a program, and {"time": file}
+runs it on its images. Each answer is one line.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Runtimes that bench_latency.py times: each yields its runs of one network.
+"""Runtimes of bench_latency.py: functions that yield the runs of one network.
 
-To add a runtime, write such a function and a row of `RUNTIMES`. Files that take long to make are
-kept in the folder of the network and made once.
+To add a runtime, write such a function and a row of `RUNTIMES`. Files that take long to build are
+cached in the folder of the network.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The table of bench_latency.py: a CSV file that grows row by row, and its picture in Markdown."""
+"""The table of bench_latency.py: a CSV file that is written row by row, and its Markdown form."""
 
 import csv
 import os

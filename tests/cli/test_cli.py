@@ -130,7 +130,7 @@ def test_later_config_files_win(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["fti"], "unknown verb 'fti'; pass one of fit"),
         (["swep"], "did you mean sweep?"),
@@ -155,9 +155,9 @@ def test_later_config_files_win(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     ],
 )
 def test_bad_input_is_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert said in error_of(capsys, *arguments)
+    assert message in error_of(capsys, *arguments)
 
 
 def test_error_with_an_unknown_type_name_is_unchanged() -> None:
@@ -174,7 +174,7 @@ def test_error_with_an_unknown_type_name_is_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "message"),
     [
         ("--model.quantizer=flor", "unknown quantizer 'flor'; pass one of floor, round"),
         ("--model.name=resnet20_cifer", "did you mean resnet20_cifar"),
@@ -187,9 +187,11 @@ def test_error_with_an_unknown_type_name_is_unchanged() -> None:
     ],
 )
 def test_bad_input_found_late_leaves_no_run(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, argument: str, said: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, argument: str, message: str
 ) -> None:
-    assert said in error_of(capsys, *DIGITS, argument, "--trainer.default_root_dir", str(tmp_path))
+    assert message in error_of(
+        capsys, *DIGITS, argument, "--trainer.default_root_dir", str(tmp_path)
+    )
     assert list(tmp_path.glob("*")) == []
 
 
@@ -217,37 +219,39 @@ def test_late_error_keeps_the_trained_checkpoint(
 
 def test_broken_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("model: [1,\n  a: }")
-    said = error_of(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
-    assert f"{tmp_path / 'broken.yaml'}, line 2: not valid YAML" in said
+    message = error_of(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
+    assert f"{tmp_path / 'broken.yaml'}, line 2: not valid YAML" in message
 
 
 def test_ckpt_path_last_without_a_run_is_an_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = error_of(
+    message = error_of(
         capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", str(tmp_path)
     )
-    assert f"no */checkpoints/last.ckpt under {tmp_path}" in said
+    assert f"no */checkpoints/last.ckpt under {tmp_path}" in message
     monkeypatch.chdir(tmp_path)
-    said = error_of(capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", "null")
-    assert "no */checkpoints/last.ckpt under runs;" in said
+    message = error_of(capsys, *DIGITS, "--ckpt_path", "last", "--trainer.default_root_dir", "null")
+    assert "no */checkpoints/last.ckpt under runs;" in message
 
 
 def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"no checkpoint")
-    said = error_of(capsys, *DIGITS, "--ckpt_path", str(broken))
+    message = error_of(capsys, *DIGITS, "--ckpt_path", str(broken))
     assert (
         "is not a training checkpoint (not a file that torch.save wrote, or an incomplete one)"
-        in said
+        in message
     )
 
 
 def test_root_dir_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = error_of(capsys, *DIGITS, "--trainer.default_root_dir", str(tmp_path / "file" / "runs"))
-    assert f"cannot write below {tmp_path / 'file' / 'runs'}" in said
-    assert f"{tmp_path / 'file'} is not a folder" in said
+    message = error_of(
+        capsys, *DIGITS, "--trainer.default_root_dir", str(tmp_path / "file" / "runs")
+    )
+    assert f"cannot write below {tmp_path / 'file' / 'runs'}" in message
+    assert f"{tmp_path / 'file'} is not a folder" in message
 
 
 def test_two_runs_then_test_then_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -295,12 +299,12 @@ def test_two_runs_then_test_then_resume(capsys: pytest.CaptureFixture[str], tmp_
         "8,4,2,1",
     ]
     assert main([*DIGITS, *short, *more]) == 0
-    (said,) = [
+    (message,) = [
         line
         for line in capsys.readouterr().err.splitlines()
         if "keeps the settings of its checkpoint" in line
     ]
-    assert said.endswith("checkpoint: model.lr=0.1, not 0.5")
+    assert message.endswith("checkpoint: model.lr=0.1, not 0.5")
     resumed = json.loads((runs[1] / "record.json").read_text())
     assert resumed["id"] == record["id"]
     assert [epoch for epoch, _ in resumed["curves"]["val/acc1_float"]] == [0, 1]

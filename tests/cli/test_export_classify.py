@@ -46,7 +46,7 @@ def test_export_with_activation_ranges(packed, tmp_path, observer):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["missing.ckpt", "--out", "x"], "no file missing.ckpt"),
         (["{packed}"], "--out"),
@@ -78,11 +78,11 @@ def test_export_with_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--calibrate", "digits", "--add", "r"], "cannot be combined"),
     ],
 )
-def test_export_errors_are_one_line(argv, said, packed, tmp_path, monkeypatch, capsys):
+def test_export_errors_are_one_line(argv, message, packed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["export", *(a.format(packed=packed) for a in argv)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -158,11 +158,11 @@ def test_no_verb_replaces_a_file_that_it_reads(packed, folder, tmp_path, capsys)
 def test_bad_images_are_named_and_skipped(packed, folder, capsys):
     (folder / "bad.jpg").write_bytes(b"no picture")
     assert classify.main([str(packed), str(folder), "--bits", "1", "--top", "1"]) == 1
-    said = capsys.readouterr()
-    assert len(said.out.strip().splitlines()) == 5
+    printed = capsys.readouterr()
+    assert len(printed.out.strip().splitlines()) == 5
     assert (
-        "bad.jpg: can't be read as an image" in said.err
-        and "4 images classified, 1 skipped" in said.err
+        "bad.jpg: can't be read as an image" in printed.err
+        and "4 images classified, 1 skipped" in printed.err
     )
 
 
@@ -200,9 +200,9 @@ def test_files_that_are_not_images_are_skipped_and_counted(packed, folder, capsy
         (folder / name).write_bytes(b"x")
     os.mkfifo(folder / "fifo.png")
     assert classify.main([str(packed), str(folder), "--bits", "1", "--top", "1"]) == 0
-    said = capsys.readouterr()
-    assert len(said.out.strip().splitlines()) == 5
-    assert "skipped 4: " in said.err and "not regular files (fifo.png)" in said.err
+    printed = capsys.readouterr()
+    assert len(printed.out.strip().splitlines()) == 5
+    assert "skipped 4: " in printed.err and "not regular files (fifo.png)" in printed.err
 
 
 def test_classify_errors(packed, folder, tmp_path):
@@ -227,8 +227,8 @@ def test_classify_errors(packed, folder, tmp_path):
 def test_single_unreadable_image_is_one_line(packed, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"x")
     assert main(["classify", str(packed), str(tmp_path / "bad.png"), "--bits", "1"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "bad.png can't be read as an image" in said[0]
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1 and "bad.png can't be read as an image" in printed[0]
 
 
 def test_class_names_of_the_file(net, tmp_path, folder, capsys):
@@ -249,7 +249,7 @@ def test_an_error_about_a_temporary_file_names_the_checkpoint(packed, tmp_path, 
         assert path.parent == folder != tmp_path
         raise UserError(f"{path} has no activation ranges")
     assert str(raised.value) == f"{checkpoint} has no activation ranges"
-    said = re.escape(f"{packed} is used as it is")
-    with pytest.raises(UserError, match=said), command.packed_file(packed) as (path, _):
+    message = re.escape(f"{packed} is used as it is")
+    with pytest.raises(UserError, match=message), command.packed_file(packed) as (path, _):
         raise UserError(f"{path} is used as it is")
     assert not folder.exists()

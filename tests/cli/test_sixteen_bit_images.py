@@ -69,5 +69,5 @@ def test_16_bit_and_8_bit_stripes_are_classified_by_every_verb(tmp_path, capsys)
     for split in ("train", "val"):
         (tmp_path / "data" / split / "rows").rename(tmp_path / "data" / split / "along")
     assert main(["validate", *common, "--ckpt_path", last]) == 0
-    said = capsys.readouterr().err
-    assert "trained on other classes: class 0 is 'columns' there and 'along' in the data" in said
+    printed = capsys.readouterr().err
+    assert "trained on other classes: class 0 is 'columns' there and 'along' in the data" in printed

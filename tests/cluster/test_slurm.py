@@ -42,16 +42,16 @@ def logs(work: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(slurm, tmp_path_factory):
+def uninterrupted(slurm, tmp_path_factory):
     """Return seed -> run folder of the uninterrupted fit."""
-    work = tmp_path_factory.mktemp("whole")
+    work = tmp_path_factory.mktemp("uninterrupted")
     job = slurm.sbatch(work, f"srun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID", "--array=0-1")
     for task in (0, 1):
         assert slurm.wait(f"{job}_{task}")["JobState"] == "COMPLETED", logs(work)
     return {task: work / "runs" / f"slurm-{job}_{task}" for task in (0, 1)}
 
 
-def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, whole, tmp_path):
+def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, uninterrupted, tmp_path):
     """Each task resumes in its own folder, with the weights of its seed."""
     pace = paced(tmp_path, "batches-$SLURM_ARRAY_TASK_ID")
     fit = f"srun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID {pace}"
@@ -68,13 +68,13 @@ def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, whole, tmp_path):
         assert shown["Restarts"] == "1"
         later = (tmp_path / f"after-{task}").read_text()
         assert later == "1\n", "the first attempt ran no later line of the script"
-        assert_same_run(run, whole[task])
+        assert_same_run(run, uninterrupted[task])
         batches = (tmp_path / f"batches-{task}").read_text().splitlines()
         assert len(batches) - len(set(batches)) <= 1, "it went on from where it was"
     assert len(list((tmp_path / "runs").iterdir())) == 2
-    said = "".join(path.read_text() for path in tmp_path.glob("*.log"))
-    assert "is queued again" in said and "interrupted: stopped by SIGTERM" in said
-    assert "Traceback" not in said and "srun` command is available" not in said
+    printed = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert "is queued again" in printed and "interrupted: stopped by SIGTERM" in printed
+    assert "Traceback" not in printed and "srun` command is available" not in printed
     assert not list(tmp_path.rglob("hpc_ckpt*"))
 
 
@@ -84,7 +84,7 @@ RANKS = "--trainer.num_nodes 2 --trainer.devices 1 --trainer.strategy ddp"
 
 def test_two_ranks_are_requeued_by_signal_and_by_a_lost_node(slurm, tmp_path):
     """The requeued job logs the same losses although its second epoch was interrupted."""
-    work = tmp_path / "whole"
+    work = tmp_path / "uninterrupted"
     one = slurm.sbatch(work, f"srun {FIT} {RANKS}", *TWO)
     assert slurm.wait(one)["JobState"] == "COMPLETED", logs(work)
     work = tmp_path / "cut"
@@ -99,7 +99,7 @@ def test_two_ranks_are_requeued_by_signal_and_by_a_lost_node(slurm, tmp_path):
     slurm.call("scontrol", "update", "nodename=n2", "state=resume", check=False)
     shown = slurm.wait(job)
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "2"), logs(work)
-    assert_same_run(run, tmp_path / "whole" / "runs" / f"slurm-{one}")
+    assert_same_run(run, tmp_path / "uninterrupted" / "runs" / f"slurm-{one}")
     assert list((work / "runs").iterdir()) == [run]
 
 
@@ -115,11 +115,11 @@ def test_mismatched_tasks_print_one_line_each(slurm, tmp_path):
     )
     job = slurm.sbatch(tmp_path, script, "--ntasks=2", "--nodes=1")
     assert slurm.wait(job, timeout=1150)["JobState"] == "COMPLETED"
-    says = ("--trainer.devices 2", "srun --nodes 1 --ntasks-per-node 2", "start it with srun")
-    for i, said in enumerate(says):
+    messages = ("--trainer.devices 2", "srun --nodes 1 --ntasks-per-node 2", "start it with srun")
+    for i, message in enumerate(messages):
         out = (tmp_path / f"out{i}").read_text()
         lines = [line for line in out.splitlines() if not line.startswith(("srun: ", "slurmstepd"))]
-        assert len(lines) == 1 and said in lines[0] and lines[0].startswith("error: "), out
+        assert len(lines) == 1 and message in lines[0] and lines[0].startswith("error: "), out
         assert int((tmp_path / f"rc{i}").read_text()) == 2
     assert not (tmp_path / "runs").exists()
 

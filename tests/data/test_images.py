@@ -158,7 +158,7 @@ def pack(root, split, remove=True):
         shutil.rmtree(root / split)
 
 
-def litter(root):
+def add_other_files(root):
     """Add files of notebooks, macOS, NAS systems and users. Return their number."""
     picture = (root / "train" / "ant" / "0.png").read_bytes()
     left = [
@@ -186,7 +186,7 @@ def litter(root):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_files_that_are_not_images_are_neither_classes_nor_samples(folder, packed, capsys):
-    count = litter(folder)
+    count = add_other_files(folder)
     if packed:
         pack(folder, "train")
     data = module(folder)
@@ -366,8 +366,8 @@ def test_unreadable_images_are_skipped_in_evaluation(folder, workers, capsys):
     assert sum(map(len, whole)) == 6 and sum(len(labels) for _, labels in batches) == 3
     assert all(len(images) == len(labels) for images, labels in batches)
     assert loader.scored() == [1, 3, 5]
-    said = capsys.readouterr().err
-    assert "skipped 3 unreadable images in the evaluation; the first is ant/0.png" in said
+    printed = capsys.readouterr().err
+    assert "skipped 3 unreadable images in the evaluation; the first is ant/0.png" in printed
     data.teardown("fit")
 
 

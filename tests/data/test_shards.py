@@ -89,9 +89,9 @@ def test_broken_members_are_reported(shards, capsys):
     _shard(shards / "set-train-3.tar", members | {"w.png": b"no image", "w.cls": b"0"})
     data = _data(shards)
     _pixels(data.train_dataloader())
-    said = capsys.readouterr().err
-    assert "61 images in 4 shards" in said and "set-train-3.tar/x.png" in said
-    assert "1 labels without an image" in said or "labels without an image" in said
+    printed = capsys.readouterr().err
+    assert "61 images in 4 shards" in printed and "set-train-3.tar/x.png" in printed
+    assert "1 labels without an image" in printed or "labels without an image" in printed
     loader = _data(shards, samples=None, val_fraction=0.0, batch_size=1).train_dataloader()
     _pixels(loader)
     assert "skipped 1 of 61 images" in (err := capsys.readouterr().err)

@@ -71,7 +71,7 @@ def test_supported_pairings(normalizer, level):
 
 
 @pytest.mark.parametrize(
-    ("choices", "said"),
+    ("choices", "message"),
     [
         (
             {"normalizer": "gaussian"},
@@ -97,8 +97,8 @@ def test_supported_pairings(normalizer, level):
         ),
     ],
 )
-def test_unsupported_pairings_are_errors(choices, said):
-    with pytest.raises(ValueError, match=said) as error:
+def test_unsupported_pairings_are_errors(choices, message):
+    with pytest.raises(ValueError, match=message) as error:
         QuantConfig(**choices)
     assert "\n" not in str(error.value)
 

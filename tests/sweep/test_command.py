@@ -134,9 +134,10 @@ def test_several_objectives_give_a_front(write_sweep, tmp_path, with_results):
         write_sweep(early_terminate={"type": "hyperband", "min_iter": 1}),
         tmp_path / "out",
     )
-    wanted = "val/acc1_truncate_mean:max,storage/bytes:min"
+    expected = "val/acc1_truncate_mean:max,storage/bytes:min"
     assert (
-        main(["sweep", str(path), "--dir", str(folder), "--objectives", wanted, *with_results]) == 0
+        main(["sweep", str(path), "--dir", str(folder), "--objectives", expected, *with_results])
+        == 0
     )
     study = study_of(folder)
     assert [t.values for t in study.trials] == [[51, 1010], [52, 1020], [53, 1030]] and len(
@@ -164,12 +165,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "said"), BAD)
-def test_bad_input_is_one_line_and_status_2(write_sweep, tmp_path, stand_in, capsys, argv, said):
+@pytest.mark.parametrize(("argv", "message"), BAD)
+def test_bad_input_is_one_line_and_status_2(write_sweep, tmp_path, stand_in, capsys, argv, message):
     command = ["sweep", str(write_sweep()), "--dir", str(tmp_path / "out"), *stand_in, *argv]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and "secret" not in error
+    assert message in error and error.count("\n") == 1 and "secret" not in error
     assert not (tmp_path / "out" / "trials").exists()
 
 
@@ -288,10 +289,10 @@ def test_a_broken_cuda_in_this_process_ends_the_command(write_sweep, tmp_path, s
     path = write_sweep(parameters={"end": {"values": ["cuda", "well", "raise"]}})
     command = ["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]
     assert main(command) == 130 and len(ran(tmp_path / "out")) == 1
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert (
-        "CUDA no longer works in this process" in said
-        and "Resume with: python -m tq_lightning sweep" in said
+        "CUDA no longer works in this process" in message
+        and "Resume with: python -m tq_lightning sweep" in message
     )
     assert main(command) == 0 and len(ran(tmp_path / "out")) == 3
 
@@ -342,7 +343,7 @@ def test_database_is_in_the_folder_for_any_folder_name(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("../../outside", "'../../outside' cannot name a folder; pass --dir"),
         ("/tmp/outside", "'/tmp/outside' cannot name a folder"),
@@ -352,14 +353,14 @@ def test_database_is_in_the_folder_for_any_folder_name(
     ],
 )
 def test_names_that_leave_the_folder_are_errors(
-    write_sweep, tmp_path, stand_in, monkeypatch, capsys, name, said
+    write_sweep, tmp_path, stand_in, monkeypatch, capsys, name, message
 ):
     monkeypatch.chdir(tmp_path)
     path = write_sweep()
     path.write_text(path.read_text() + f'name: "{name}"\n')
     assert main(["sweep", str(path), *stand_in]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and len(error) < 300
+    assert message in error and error.count("\n") == 1 and len(error) < 300
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
@@ -402,13 +403,13 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_hostile_sweep_files_are_one_line_and_status_2(tmp_path, stand_in, capsys, case):
-    content, said = CASES[case]
+    content, message = CASES[case]
     path = tmp_path / "s.yaml"
     path.write_bytes(content)
     start = time.monotonic()
     assert main(["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]) == 2
     error = capsys.readouterr().err
-    assert said in error and str(path) in error and error.count("\n") == 1
+    assert message in error and str(path) in error and error.count("\n") == 1
     assert time.monotonic() - start < 10 and not (tmp_path / "out").exists()
 
 

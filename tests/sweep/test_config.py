@@ -185,13 +185,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "said"), BAD)
-def test_errors_are_one_line(write_sweep, keys, said):
+@pytest.mark.parametrize(("keys", "message"), BAD)
+def test_errors_are_one_line(write_sweep, keys, message):
     path = write_sweep(**keys)
     with pytest.raises(UserError) as caught:
         read_sweep(path)
     assert (
-        said in str(caught.value)
+        message in str(caught.value)
         and "\n" not in str(caught.value)
         and str(path) in str(caught.value)
     )

@@ -88,9 +88,9 @@ def test_every_plot_names_the_objective_with_its_unit():
     plots = drawn()
     assert set(plots) == KINDS
     for name, figure in plots.items():
-        said = " ".join(text.get_text() for text in visible_texts(figure))
-        assert "val/acc1_truncate_mean" in said, name
-        assert ("(%)" in said) or ("share of the variance" in said), name
+        printed = " ".join(text.get_text() for text in visible_texts(figure))
+        assert "val/acc1_truncate_mean" in printed, name
+        assert ("(%)" in printed) or ("share of the variance" in printed), name
 
 
 def test_units():

@@ -28,11 +28,11 @@ def line(running, workers):
 
 
 def test_the_elapsed_time_of_running_trials_counts():
-    said = line(running=2, workers=2)
-    assert said.startswith(
+    printed = line(running=2, workers=2)
+    assert printed.startswith(
         "2 of 8 done, 2 running, 0 failed, 0 pruned; best val/acc1_float 91 (trial 1)"
     )
-    assert said.endswith("time left 4 min")  # (6 * 100 - 2 * 40) / 2 = 260 s
+    assert printed.endswith("time left 4 min")  # (6 * 100 - 2 * 40) / 2 = 260 s
 
 
 def test_a_worker_between_two_trials_still_counts():

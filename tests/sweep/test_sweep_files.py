@@ -74,7 +74,7 @@ END = "--trainer.max_epochs=1"
 
 
 @pytest.mark.parametrize(
-    ("parameters", "metric", "said"),
+    ("parameters", "metric", "message"),
     [
         (
             {"model.quantiser": {"values": ["floor"]}},
@@ -100,12 +100,12 @@ END = "--trainer.max_epochs=1"
     ],
 )
 def test_values_that_fit_would_refuse_are_errors_before_training(
-    write_sweep, parameters, metric, said
+    write_sweep, parameters, metric, message
 ):
     sweep = read_sweep(write_sweep(parameters=parameters, arguments=[END]))
     with pytest.raises(UserError) as caught:
         check_arms(sweep, [metric or sweep.metric])
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_fit_without_an_end_is_refused_before_any_trial(write_sweep):

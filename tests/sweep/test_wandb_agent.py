@@ -94,10 +94,10 @@ def test_the_stand_in_expands_nested_parameters_as_wandb_does():
 def test_wandb_agent_runs_a_sweep_file_online(server, tmp_path):
     """Two arms with nested parameters and lists: each has a run with curves and its record."""
     wandb(server, tmp_path, "sweep", str(tiny("widths_and_distillation", tmp_path)))
-    said = wandb(server, tmp_path, "agent", "--count", "2", f"{ENTITY}/{PROJECT}/sweep0")
+    printed = wandb(server, tmp_path, "agent", "--count", "2", f"{ENTITY}/{PROJECT}/sweep0")
     # the agent exits with 0 even if its trials fail, so check the runs
     ran = records(tmp_path)
-    assert [record["status"] for record in ran] == ["finished", "finished"], said
+    assert [record["status"] for record in ran] == ["finished", "finished"], printed
     for record, point in zip(ran, server.sent, strict=True):
         model = record["config"]["model"]
         assert (
@@ -110,7 +110,7 @@ def test_wandb_agent_runs_a_sweep_file_online(server, tmp_path):
     } == {"sweep0"}
     for name, record in zip(server.runs, ran, strict=True):
         run = server.runs[name]
-        assert run["exitcode"] == 0, said
+        assert run["exitcode"] == 0, printed
         logged = {key for line in run["history"] for key in line}
         assert {f"val/acc1_truncate_w{bits}" for bits in range(1, 9)} | {
             "val/qt_gap_w2",
@@ -131,9 +131,11 @@ def test_wandb_agent_runs_a_sweep_file_online(server, tmp_path):
 @pytest.mark.timeout(1800)
 def test_an_offline_child_is_synced_later(server, tmp_path):
     wandb(server, tmp_path, "sweep", str(tiny("activations", tmp_path, "WANDB_MODE=offline")))
-    said = wandb(server, tmp_path, "agent", "--count", "1", f"{ENTITY}/{PROJECT}/sweep0")
+    printed = wandb(server, tmp_path, "agent", "--count", "1", f"{ENTITY}/{PROJECT}/sweep0")
     (record,) = records(tmp_path)
-    assert record["status"] == "finished" and record["config"]["model"]["activations"] is None, said
+    assert record["status"] == "finished" and record["config"]["model"]["activations"] is None, (
+        printed
+    )
     assert not server.runs
     (offline,) = [path.parent for path in tmp_path.rglob("run-*.wandb")]
     wandb(server, tmp_path, "sync", str(offline))

@@ -103,7 +103,7 @@ def test_the_command_line_is_typed_once(fit, arguments, section, key, value):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "printed"),
     [
         (["conf/r50.yaml"], "unknown argument conf/r50.yaml; did you mean --config conf/r50.yaml?"),
         (
@@ -129,13 +129,13 @@ def test_the_command_line_is_typed_once(fit, arguments, section, key, value):
         (["--config", "/"], "/ is not a file; pass a YAML file"),
     ],
 )  # fmt: skip
-def test_wrong_arguments_are_one_line(fit, arguments, said):
+def test_wrong_arguments_are_one_line(fit, arguments, printed):
     text = message(fit, *arguments)
-    assert said in text and "\n" not in text and len(text) < 700
+    assert printed in text and "\n" not in text and len(text) < 700
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "printed"),
     [
         (
             "model:\n  quantiser: floor\n",
@@ -154,9 +154,9 @@ def test_wrong_arguments_are_one_line(fit, arguments, said):
         ("x: {lr: 1}\n", "unknown key x.lr in the configuration; did you mean model.lr?"),
     ],
 )  # fmt: skip
-def test_wrong_files_are_one_line(fit, config, said):
+def test_wrong_files_are_one_line(fit, config, printed):
     text = message(fit, config=config)
-    assert said in text and "\n" not in text
+    assert printed in text and "\n" not in text
 
 
 def test_files_in_other_encodings(fit, tmp_path):

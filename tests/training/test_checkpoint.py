@@ -12,7 +12,7 @@ OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
 
 
 @pytest.mark.parametrize(
-    ("hparams", "said"),
+    ("hparams", "message"),
     [
         (None, "is not a training checkpoint (it has no 'hyper_parameters')"),
         ({"lr": 0.1}, "is not a training checkpoint (it has no 'name')"),
@@ -27,14 +27,14 @@ OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
         ({**OURS, "name": "local-dir:/somewhere"}, "would have to be downloaded"),
     ],
 )
-def test_foreign_checkpoint_is_one_line(tmp_path, hparams, said):
+def test_foreign_checkpoint_is_one_line(tmp_path, hparams, message):
     path = tmp_path / "foreign.ckpt"
     torch.save(
         {"state_dict": {}, **({} if hparams is None else {"hyper_parameters": hparams})}, path
     )
     with pytest.raises(UserError) as error:
         load_checkpoint_model(path)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 KEY = "layer1.0.conv1.parametrizations.weight.original"
@@ -63,16 +63,16 @@ BROKEN = {  # name -> (tensors that replace those of the checkpoint, message)
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_checkpoint_with_broken_parts_is_one_line(tmp_path, trained, case):
     module, checkpoint = trained
-    parts, said = BROKEN[case]
+    parts, message = BROKEN[case]
     changed = checkpoint["state_dict"] | {f"model.{k}": v for k, v in parts.items()}
     checkpoint["state_dict"] = {k: v for k, v in changed.items() if v is not None}
     torch.save(checkpoint, tmp_path / "broken.ckpt")
     with pytest.raises(UserError) as error:  # export, classify
         load_checkpoint_model(tmp_path / "broken.ckpt")
-    assert said.format(at="") in str(error.value) and "\n" not in str(error.value)
+    assert message.format(at="") in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError) as error:  # fit, test, validate, predict
         module.on_load_checkpoint(checkpoint)
-    assert said.format(at="model.") in str(error.value) and "\n" not in str(error.value)
+    assert message.format(at="model.") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_moving_average_with_broken_weights_is_one_line(trained):

@@ -14,7 +14,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("given", "message"),
     [
         ({}, []),
         (
@@ -36,8 +36,8 @@ KEPT = {
         ),
     ],
 )
-def test_only_given_arguments_that_differ(asked, said):
-    assert overridden_arguments(asked, KEPT) == said
+def test_only_given_arguments_that_differ(given, message):
+    assert overridden_arguments(given, KEPT) == message
 
 
 def test_default_is_not_a_given_argument():

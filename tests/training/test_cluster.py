@@ -66,7 +66,7 @@ def test_matching_processes_start(launched, variables, devices, nodes):
 
 
 @pytest.mark.parametrize(
-    ("variables", "devices", "nodes", "says"),
+    ("variables", "devices", "nodes", "message"),
     [
         (torchrun(2, 2), 1, 1, "torchrun started 2 processes.*pass --trainer.devices 2"),
         (torchrun(1, 1), 2, 1, "torchrun --nnodes 1 --nproc_per_node 2"),
@@ -79,9 +79,9 @@ def test_matching_processes_start(launched, variables, devices, nodes):
         (BATCH, 1, 2, "srun --nodes 2 --ntasks-per-node 1"),
     ],
 )
-def test_mismatch_is_one_line_from_rank_zero(launched, variables, devices, nodes, says):
+def test_mismatch_is_one_line_from_rank_zero(launched, variables, devices, nodes, message):
     launched(**variables)
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         check_tasks(devices, nodes, fit=True)
     assert "\n" not in str(error.value)
     for key in ("RANK", "SLURM_PROCID"):

@@ -107,7 +107,7 @@ def test_a_checkpoint_elsewhere_starts_a_run_of_its_own(copied, tmp_path, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (["--seed_everything", "5"], "seed 5, not 0"),
         (["--data.batch_size", "8"], "batch 8, not 16"),
@@ -115,13 +115,13 @@ def test_a_checkpoint_elsewhere_starts_a_run_of_its_own(copied, tmp_path, capsys
         (["--data.name", "synthetic", "--data.image_size", "8"], "data synthetic, not digits"),
     ],
 )
-def test_a_resume_inside_an_epoch_needs_the_same_batches(copied, change, said):
+def test_a_resume_inside_an_epoch_needs_the_same_batches(copied, change, message):
     root, run = copied
     before = contents(root)
     inside = ["--trainer.max_epochs", "2", "--ckpt_path", str(run / "checkpoints" / "inside.ckpt")]
     with pytest.raises(UserError, match="written inside an epoch") as error:
         run_fit(small(root, *inside, *change))
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert contents(root) == before
     if "--seed_everything" in change:
         run_fit(small(root, *inside))  # the same batches
@@ -167,7 +167,7 @@ def test_the_start_weights_are_needed_once(copied, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "the training needs an end: pass --trainer.max_epochs, --trainer.max_steps or"),
         (["--trainer.max_epochs", "0"], "trainer.max_epochs: got 0, pass 1 or more"),
@@ -234,7 +234,7 @@ def test_the_start_weights_are_needed_once(copied, capsys):
     ],
 )
 def test_invalid_values_are_errors_before_a_model_is_built(
-    tmp_path, capsys, monkeypatch, arguments, said
+    tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.setattr("timm.create_model", None)
     if torch.cuda.is_available() and "gpu" in arguments:
@@ -246,7 +246,7 @@ def test_invalid_values_are_errors_before_a_model_is_built(
     )
     assert main(["fit", *small(tmp_path / "runs", *end, *arguments)]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert said in line
+    assert message in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -156,7 +156,7 @@ def test_sandwich_is_a_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"loss": "mse"}, "model.loss: got 'mse', pass one of cross_entropy, bce"),
         (
@@ -196,10 +196,10 @@ def test_sandwich_is_a_function_of_seed_and_step():
         ({"sched": "multistep", "decay_epochs": "[]"}, "model.decay_epochs: got '[]', pass epochs"),
     ],
 )
-def test_bad_values_are_one_line_that_names_the_key(arguments, said):
+def test_bad_values_are_one_line_that_names_the_key(arguments, message):
     with pytest.raises(UserError) as error:
         TQModule(**arguments)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -49,19 +49,19 @@ def test_the_other_rank_ends_with_one_line(tmp_path, dies):
             p for p in children(process.pid) if "fit" in Path(f"/proc/{p}/cmdline").read_text()
         ]
         os.kill((process.pid, other)[dies], signal.SIGKILL)
-        _, said = process.communicate(timeout=30)  # of both ranks, which share the pipe
+        _, printed = process.communicate(timeout=30)  # of both ranks, which share the pipe
     finally:
         process.kill()
     end = time.monotonic() + 10
     while Path(f"/proc/{other}").exists() and time.monotonic() < end:
         time.sleep(0.1)
     assert not Path(f"/proc/{other}").exists()
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert lines == [
         f"error: rank {dies} of 2 ended before the others; see its own output for the "
         "reason. Resume with --ckpt_path last"
     ]
-    assert "Traceback" not in said
+    assert "Traceback" not in printed
     if dies == 1:
         assert process.returncode == 1
         record = json.loads((run / "record.json").read_text())

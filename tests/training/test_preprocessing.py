@@ -33,7 +33,7 @@ def test_plain_types_of_images_and_nothing_of_other_data():
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (_images(["cat", "dog"]), ""),
         (_images(["cat", "eel"]), "class 1 is 'dog' there and 'eel' in the data"),
@@ -42,10 +42,10 @@ def test_plain_types_of_images_and_nothing_of_other_data():
         (None, ""),
     ],
 )
-def test_first_class_that_differs_is_named(data, said, capsys):
+def test_first_class_that_differs_is_named(data, message, capsys):
     report_other_classes({"preprocessing": preprocessing_of(_images(["cat", "dog"]))}, data)
     line = capsys.readouterr().err
-    assert said in line and bool(line) == bool(said)
+    assert message in line and bool(line) == bool(message)
 
 
 def test_a_checkpoint_without_classes_is_not_compared(capsys):

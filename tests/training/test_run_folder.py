@@ -55,15 +55,15 @@ def test_the_same_run_may_move_its_data_and_train_longer(run):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"seed_everything": 1}, "seed_everything=0, not 1"),
         ({"model": CONFIG["model"] | {"lr": 0.2}}, "model.lr=0.1, not 0.2"),
         ({"data": {"name": "cifar10"}}, "data.name=digits, not cifar10"),
     ],
 )
-def test_other_run_is_not_resumed_in_this_folder(run, change, says):
-    with pytest.raises(UserError, match=says):
+def test_other_run_is_not_resumed_in_this_folder(run, change, message):
+    with pytest.raises(UserError, match=message):
         check_same_run(run, CONFIG | change)
 
 

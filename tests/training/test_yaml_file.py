@@ -32,7 +32,7 @@ def test_an_empty_file_is_none_and_merge_keys_work(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"a: 1\n# f\xfcr\nb: 2\n", "line 2: not UTF-8 text (byte 0xfc)"),
         ("a: \u00fc".encode("utf-16-le"), "line 1: not UTF-8 text (byte 0xfc)"),
@@ -58,21 +58,21 @@ def test_an_empty_file_is_none_and_merge_keys_work(tmp_path):
         (b"#" * 600 * 1024, "larger than 512 KiB"),
     ],
 )
-def test_errors_are_one_line_that_names_the_file(tmp_path, content, said):
+def test_errors_are_one_line_that_names_the_file(tmp_path, content, message):
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         read_yaml(path)
-    assert said in str(caught.value) and str(path) in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(path))
 
 
 def test_invalid_paths(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, said in (
+    for name, message in (
         ("none", "does not exist"),
         ("", "is not a file"),
         ("pipe", "is not a file"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             read_yaml(tmp_path / name)

@@ -51,8 +51,8 @@ def findings(comparisons: Comparisons) -> list[Finding]:
 
 def title(comparisons: Comparisons) -> str:
     """Return the title of a report: its first result as a sentence."""
-    said = [(message(group), group.label) for group in comparisons.by_quantizer]
-    if messages := [(*found, label) for found, label in said if found is not None]:
+    candidates = [(message(group), group.label) for group in comparisons.by_quantizer]
+    if messages := [(*found, label) for found, label in candidates if found is not None]:
         _, words, label = max(messages)
         return f"{words} top-1 ({label})"
     if comparisons.arms:
@@ -106,8 +106,8 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
                 worst[name] = max(worst.get(name, lost.mean), lost.mean)
         lines += _against_quantized(group)
     costs = {n: f"up to {m:.1f} points" if m >= 0.05 else "nothing" for n, m in worst.items()}
-    said = "; ".join(f"{name} loses {cost} at a trained width" for name, cost in costs.items())
-    return Finding("What does truncation cost?", f"{said}.", tuple(lines)) if worst else None
+    answer = "; ".join(f"{name} loses {cost} at a trained width" for name, cost in costs.items())
+    return Finding("What does truncation cost?", f"{answer}.", tuple(lines)) if worst else None
 
 
 def _against_quantized(group: ComparisonGroup) -> list[str]:

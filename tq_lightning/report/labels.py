@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-ACTIVATIONS_SOURCE = "model.activations_source"  # made by the report; not a configuration key
+ACTIVATIONS_SOURCE = "model.activations_source"  # added by the report; not a configuration key
 CALIBRATION = "calibration"  # likewise
 
 # Default values, which labels omit.
@@ -50,9 +50,11 @@ def labels(arms: list[Any], left_out: set[str]) -> list[str]:
     heads = [f"{text(arm['model.name'])} · {text(arm['data.name'])}" for arm in arms]
     out = []
     for head, arm in zip(heads, arms, strict=True):
-        kin = [other.config for h, other in zip(heads, arms, strict=True) if h == head]
+        siblings = [other.config for h, other in zip(heads, arms, strict=True) if h == head]
         usual = {**USUAL, "model.ste": arm["model.ste"] if arm.paired else ""}
-        keys = sorted((varying(kin) - {*left_out, "model.name", "data.name"}) & set(arm.config))
+        keys = sorted(
+            (varying(siblings) - {*left_out, "model.name", "data.name"}) & set(arm.config)
+        )
         extras = [
             _extra(k, arm[k]) for k in keys if k not in usual or text(arm[k]) != text(usual[k])
         ]

@@ -44,8 +44,8 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
     texts = {f"tables/{table.name}.md": render.markdown(table) for table in built}
     texts |= {f"tables/{table.name}.tex": render.latex(table) for table in built}
     built += [accuracy.runs(comparisons)] if comparisons.arms else []
-    said = findings(comparisons)
-    texts["summary.md"] = f"# {title}\n\n    {command}\n\n{summary(headline, said, notes)}"
+    answers = findings(comparisons)
+    texts["summary.md"] = f"# {title}\n\n    {command}\n\n{summary(headline, answers, notes)}"
     data = dataframe.write(comparisons.arms, folder) if comparisons.arms else []
     texts["index.html"] = html.page(
         folder / "figures",
@@ -54,7 +54,7 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
         figures=drawn,
         title=title,
         headline=headline,
-        findings=said,
+        findings=answers,
         notes=notes,
         tables=sorted(built, key=lambda table: table.name == "left_out"),
         command=command,
@@ -77,10 +77,10 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
     return listed
 
 
-def summary(headline: render.Table, said: list[Finding], notes: list[str]) -> str:
+def summary(headline: render.Table, answers: list[Finding], notes: list[str]) -> str:
     """Return the first table and the findings as Markdown."""
     lines = [render.markdown(headline).partition("\n\n")[2]] if headline.rows else []
-    for finding in said:
+    for finding in answers:
         lines += [f"**{finding.question}** {finding.answer}", ""]
         lines += [*(f"- {line}" for line in finding.lines), ""]
     return "\n".join([*lines, METHOD, *notes, ""])

@@ -106,7 +106,7 @@ def test_the_graph_runs_on_the_planes_that_have_arrived(source, no_runtime, tmp_
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["missing.safetensors", "--out", "x"], "no file missing.safetensors"),
         (["{model}"], "required: --out"),
@@ -124,7 +124,7 @@ def test_the_graph_runs_on_the_planes_that_have_arrived(source, no_runtime, tmp_
     ],
 )
 def test_errors_are_one_line_and_write_nothing(
-    argv, said, no_runtime, net, make, tmp_path, monkeypatch, capsys
+    argv, message, no_runtime, net, make, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
@@ -138,12 +138,12 @@ def test_errors_are_one_line_and_write_nothing(
     names = {"model": DIGITS / "model.safetensors", "ort": no_runtime}
     assert main(["demo-page", *(a.format(**names) for a in argv)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert sorted(Path().rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "message"),
     [
         (None, "npm is not installed"),
         ("echo npm error code E404 >&2; echo npm error 404 Not Found >&2; exit 1", "404 Not Found"),
@@ -152,7 +152,7 @@ def test_errors_are_one_line_and_write_nothing(
         ("tar czf x.tgz --files-from /dev/null", "has no ort.wasm.min.mjs"),
     ],
 )
-def test_failing_npm(script, said, tmp_path, monkeypatch, capsys):
+def test_failing_npm(script, message, tmp_path, monkeypatch, capsys):
     tools = tmp_path / "bin"
     tools.mkdir()
     if script is not None:
@@ -164,8 +164,8 @@ def test_failing_npm(script, said, tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert (
         len(lines) == 1
-        and said in lines[0]
-        and "--onnxruntime-web" in lines[0] + ("--onnxruntime-web" if "has no" in said else "")
+        and message in lines[0]
+        and "--onnxruntime-web" in lines[0] + ("--onnxruntime-web" if "has no" in message else "")
     )
     assert [p.name for p in tmp_path.iterdir()] == ["bin"]
 
@@ -185,15 +185,15 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        asked = self.headers.get("Range")
-        self.server.seen.append((self.path, asked))
-        if asked is None or not self.server.ranges:
+        requested = self.headers.get("Range")
+        self.server.seen.append((self.path, requested))
+        if requested is None or not self.server.ranges:
             return super().do_GET()
         file = Path(self.translate_path(self.path))
         if not file.is_file():
             return self.send_error(404)
         raw = file.read_bytes()
-        begin, end = (int(x) for x in asked.removeprefix("bytes=").split("-"))
+        begin, end = (int(x) for x in requested.removeprefix("bytes=").split("-"))
         part = raw[begin : end + 1]
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {begin}-{begin + len(part) - 1}/{len(raw)}")
@@ -312,12 +312,12 @@ class TestChromium:
         for image in images[1:]:
             drop(browser, image, page)
             assert_same(browser.run(ROWS), expected(model, image))
-        asked = [r for path, r in server.seen if path == "/model.safetensors"]
+        requested = [r for path, r in server.seen if path == "/model.safetensors"]
         facts = json.loads((page / write.MARKER).read_text())
         begin, size = facts["planes"]["begin"], facts["planes"]["bytes"]
         first = [f"bytes={begin}-{begin + 2 * size - 1}"]
         each = [f"bytes={begin + p * size}-{begin + (p + 1) * size - 1}" for p in range(2, 8)]
-        assert asked == (first + each if ranges else first)
+        assert requested == (first + each if ranges else first)
         assert browser.complaints() == []
 
     def test_slider_table_and_plane_bars_stay_in_sync(self, page, browser, serve):

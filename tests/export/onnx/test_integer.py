@@ -233,13 +233,13 @@ def test_linear_networks_need_no_ranges(bits, tmp_path):
 def test_bad_input(served, tmp_path):
     path, _, ranges = served
     out = tmp_path / "m.onnx"
-    for arguments, said in (
+    for arguments, message in (
         ({}, "no activation ranges; pass --calibrate"),
         ({"runtime": "tflite"}, "pass one of onnxruntime, openvino"),
         ({"residual": "int4"}, "pass one of int8, float"),
         ({"top": 100}, "127 or 255"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             export_integer(path, out, 4, **arguments)
     assert not out.exists()
     wrote = export_integer(path, out, 4, ranges={"conv1": ranges["conv1"]})

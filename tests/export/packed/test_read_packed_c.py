@@ -85,7 +85,7 @@ def test_files_and_arguments_that_are_refused(reader, net, packed, tmp_path):
     raw[-1] ^= 1
     (tmp_path / "damaged").write_bytes(raw)
     run(*reader, tmp_path / "damaged", 7)  # the last plane is not read
-    for arguments, said in (
+    for arguments, message in (
         ((tmp_path / "z", 2), "the file is compressed"),
         ((tmp_path / "rest", 2), "a rest file"),
         ((tmp_path / "four", 5), "the file has fewer planes"),
@@ -97,7 +97,7 @@ def test_files_and_arguments_that_are_refused(reader, net, packed, tmp_path):
     ):
         done = run(*reader, *arguments, check=False)
         assert done.returncode == 2 and done.stdout == b""
-        assert said in done.stderr.decode() and done.stderr.count(b"\n") == 1
+        assert message in done.stderr.decode() and done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])

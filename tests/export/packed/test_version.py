@@ -143,9 +143,9 @@ BAD_RANGES = {
 }
 
 
-@pytest.mark.parametrize(("ranges", "said"), BAD_RANGES.values(), ids=BAD_RANGES.keys())
-def test_bad_ranges_are_refused_when_written_and_when_read(net, packed, tmp_path, ranges, said):
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize(("ranges", "message"), BAD_RANGES.values(), ids=BAD_RANGES.keys())
+def test_bad_ranges_are_refused_when_written_and_when_read(net, packed, tmp_path, ranges, message):
+    with pytest.raises(UserError, match=message):
         save_packed(net[0], tmp_path / "m", activation_ranges=ranges)
     assert not list(tmp_path.iterdir())
     if ranges == BAD_RANGES["infinity"][0]:
@@ -156,7 +156,7 @@ def test_bad_ranges_are_refused_when_written_and_when_read(net, packed, tmp_path
 
     path = tmp_path / "hostile"
     path.write_bytes(resign(packed.read_bytes(), change))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_packed(path)
     assert "\n" not in str(error.value)
 

@@ -216,8 +216,8 @@ def split_weight(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint
     integers = 2 * signed + 1 if half else signed
     gain = scale.abs() * step / (2 if half else 1)
     integers = torch.where(scale < 0, -integers, integers)
-    silent = gain < _TINY
-    integers, gain = torch.where(silent, 0, integers), torch.where(silent, 1.0, gain)
+    is_zero = gain < _TINY
+    integers, gain = torch.where(is_zero, 0, integers), torch.where(is_zero, 1.0, gain)
     high, low = integers // SPLIT, integers % SPLIT
     return SplitWeight(
         (high.to(torch.int8), low.to(torch.int8)), integers, gain, torch.zeros_like(gain)

@@ -79,10 +79,12 @@ class CodeFlow:
             before = self.codes_of(node.args[0])  # type: ignore[arg-type]
             if before is not None and self.network.moves(node, before.signed):
                 return before
-        wanted = [self.into[user] for user in node.users if user in self.into]
-        if not wanted or any(codes != wanted[0] for codes in wanted):
+        requested = [self.into[user] for user in node.users if user in self.into]
+        if not requested or any(codes != requested[0] for codes in requested):
             return None
-        return wanted[0] if all(self._can_read(u, node, wanted[0]) for u in node.users) else None
+        return (
+            requested[0] if all(self._can_read(u, node, requested[0]) for u in node.users) else None
+        )
 
     def _can_read(self, user: fx.Node, node: fx.Node, codes: ActivationCodes) -> bool:
         """Return True if a user of a tensor can read its codes."""

@@ -162,12 +162,12 @@ def _ranges(found: dict[tuple[ComparisonGroup, str], dict[int, Estimate]], base:
         arm = dict(group.arms)[value]
         if not has_collapsed(arm, group.reference[1]):
             spans.setdefault(value, []).extend(points[w].mean for w in arm.trained if w in points)
-    said = [
+    parts = [
         f"{value} minus {base} is {number(min(of), sign='+')} to {number(max(of), sign='+')} points"
         for value, of in list(spans.items())[:2]
         if of
     ]
-    return f"{', '.join(said)} at trained widths" if said else f"compared with {base}"
+    return f"{', '.join(parts)} at trained widths" if parts else f"compared with {base}"
 
 
 def curves(comparisons: Comparisons) -> Drawing:

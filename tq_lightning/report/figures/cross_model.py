@@ -22,7 +22,7 @@ EXTRAS = (
 
 
 def robustness(comparisons: Comparisons) -> Drawing:
-    """Top-1 at 1 and 2 bits for the paper's rows, a line per setting."""
+    """Draw top-1 at 1 and 2 bits for the rows of the paper, a line per setting."""
     groups, notes = capped(comparisons.by_quantizer, "Low-bit robustness")
     if len(groups) < 2:
         return [], notes
@@ -68,7 +68,7 @@ def robustness(comparisons: Comparisons) -> Drawing:
 
 
 def pareto(comparisons: Comparisons) -> Drawing:
-    """Truncated accuracy against the bytes read to run at a width, one figure per data set."""
+    """Draw truncated accuracy against the bytes read to run at a width, a figure per data set."""
     by_data: dict[str, list[Arm]] = {}
     for arm in comparisons.paired:
         if all(run.record.bytes and run.record.bytes.planes for run in arm.runs):
@@ -143,7 +143,7 @@ def _name(arm: Arm) -> str:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (cost, value) that no other beats in both, by rising cost.
+    """Return the points (cost, value) that no other point dominates, by rising cost.
 
     Example: [(1, 5), (2, 4), (3, 9)] -> [(1, 5), (3, 9)].
     """
@@ -155,7 +155,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def disagreement(comparisons: Comparisons) -> Drawing:
-    """Share of weight codes on which the sources disagree, beside the accuracy that it costs."""
+    """Draw the share of weight codes on which the sources disagree, and the resulting QT gap."""
     having = [g for g in comparisons.by_quantizer if any(_share(arm, 2) for _, arm in g.arms)]
     groups, notes = capped(having, "Codes that disagree", 7)
     series = {f"{v}, {g.label}": arm for g in groups for v, arm in g.arms if not arm.nested}
@@ -200,11 +200,11 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left")
     words = []
     for name, of in found.items():
-        said = [
+        parts = [
             f"{s.mean:.1f} % disagree and {g.mean:.1f} points lost at {w}"
             for w, (s, g) in of.items()
         ]
-        words.append(f"{name}: {', '.join(said)}")
+        words.append(f"{name}: {', '.join(parts)}")
     caption = (
         "Left: share of weight codes for which quantizing to n bits and shifting the 8-bit code to "
         "n bits give different integers. Right: QT gap, top-1 quantized minus truncated. Mean, "
@@ -215,7 +215,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
 
 
 def _share(arm: Arm, width: int) -> Estimate | None:
-    """Weight codes that disagree in % over the seeds, or None unless every run has the share."""
+    """Return the share of disagreeing codes in % over seeds, or None if a run lacks it."""
     results = [(run.record.widths or {}).get(width) for run in arm.runs]
     values = [r.disagree for r in results if r is not None and r.disagree is not None]
     return mean_interval([100.0 * v for v in values]) if len(values) == len(results) else None

@@ -22,7 +22,7 @@ PART_LOOKS = {  # slate tones, which no other figure uses
 
 
 def mechanism(comparisons: Comparisons) -> Drawing:
-    """Round, round shifted and floor over u, shaded where shifted bins differ from rounded ones."""
+    """Draw round, round shifted and floor over u, shaded where the bins of both rounds differ."""
     record = next((r.mechanism for r in comparisons.inspects if r.mechanism), None)
     if record is None:
         return [], []

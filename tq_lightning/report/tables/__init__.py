@@ -26,4 +26,4 @@ def left_out(comparisons: Comparisons) -> Table:
     rows: list[dict[str, Cell]] = [
         {"record": path, "reason": reason} for path, reason in comparisons.left_out
     ]
-    return Table("left_out", "Left out", "Found, but in no number of this report.", rows)
+    return Table("left_out", "Left out", "Found, but not used in this report.", rows)

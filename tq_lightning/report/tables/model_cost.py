@@ -83,5 +83,5 @@ def constants(comparisons: Comparisons) -> Table:
         for name, pj in model.constants_pj.items():
             row = {"operation": name, "energy [pJ]": pj, "source": model.source or "not recorded"}
             rows.setdefault((name, pj), row)
-    caption = "Constants of the energy model, as the inspect records carry them."
+    caption = "Constants of the energy model, from the inspect records."
     return Table("constants", "Energy constants", caption, list(rows.values()))
