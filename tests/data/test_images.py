@@ -241,14 +241,14 @@ def test_a_class_of_pictures_that_are_not_read_is_one_line(folder, packed, capsy
     data.setup("fit")
     assert data.class_names == list(CLASSES)
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "1 pictures in formats that are not read (bee/0.heic), 1 not images" in line.replace(
+    assert "1 images in unsupported formats (bee/0.heic), 1 not images" in line.replace(
         "train/", ""
     )
     for path in (folder / "train" / "bee").glob("*.png"):
         path.rename(path.with_suffix(".HEIC"))
     if packed:
         pack(folder, "train")
-    assert "1 class folders of pictures in formats that are not read" in error_of(folder)
+    assert "1 class folders of images in unsupported formats" in error_of(folder)
 
 
 def test_a_class_folder_of_leftovers_is_an_empty_one(folder):

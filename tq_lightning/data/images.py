@@ -16,12 +16,12 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".avif", ".jp2", ".j2k", ".tga",
 )  # fmt: skip
-# Pictures that Pillow does not read. They are told apart from other files, since a class of them
-# would disappear.
+# Images that Pillow does not read. They are counted separately, so that a class of only such files
+# is an error.
 _UNREAD_SUFFIXES = {
     ".heic", ".heif", ".jxl", ".svg", ".exr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm",
 }  # fmt: skip
-UNREAD = "pictures in formats that are not read"
+UNREAD = "images in unsupported formats"
 # Names of file managers, NAS systems and archivers. Names that begin with "." (hidden files) or "@"
 # (@eaDir, @Recycle, @tmp and others of NAS systems) are skipped too.
 _SYSTEM_NAMES = {

@@ -185,9 +185,9 @@ class TQCLI(LightningCLI):
             )
 
     def _keep_seed(self, run: Path | None) -> None:
-        """Resume a run with the seed of its record: its weights must not get another seed's name.
+        """Replace a different seed of a resumed run by the seed in its record.
 
-        A checkpoint from inside an epoch is not resumed with another seed at all.
+        The weights come from that seed. Within an epoch, another seed is an error instead.
         """
         config = self.config[self.config.subcommand]
         path = None if run is None else run / NAME
