@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv-$(notdir $(PYTHON))
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# images of 8x8 pixels are too small for two threads to share
+# images of 8x8 pixels are too small to split between two threads
 DEMO := OMP_NUM_THREADS=1 $(RUN)
-# threads of two test processes at once otherwise wait for each other
+# otherwise threads of parallel test processes wait for each other
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
 .PHONY: env demo test test-slow test-slow-again test-lowest test-wheel test-executorch lint docs bench gpu clean
@@ -36,7 +36,7 @@ test-slow: $(READY)
 test-slow-again: $(READY)
 	$(TEST_ENV) $(RUN) -m pytest -m "(slow or families) and not gpu" --last-failed --last-failed-no-failures none
 
-# the oldest versions that pyproject.toml allows, in an environment of their own
+# the oldest versions that pyproject.toml allows, in a separate environment
 LOWEST := .venv-lowest
 test-lowest: $(READY)
 	$(PYTHON) -m venv $(LOWEST)
@@ -44,7 +44,7 @@ test-lowest: $(READY)
 	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
 	$(TEST_ENV) $(LOWEST)/bin/python -m pytest -m "not slow and not families and not gpu" -n 2
 
-# the sdist, and the wheel built from it, in an empty environment and from another folder
+# the sdist and the wheel built from it, in an empty environment and in another folder
 test-wheel: $(READY)
 	rm -rf build/wheel && $(RUN) -m build --quiet --outdir build/wheel .
 	$(PYTHON) -m venv build/wheel/venv

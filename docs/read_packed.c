@@ -5,11 +5,10 @@
  *                                     and the level of each code, if the file has a table of them
  *     ./read_packed FILE BITS NAME    write the codes of a tensor to standard output, a byte each
  *
- * To use it as a library, define READ_PACKED_NO_MAIN, fill a buffer with the file (fread, mmap, or a
- * flash address), and call packed_open, packed_codes,
- * packed_levels and packed_dot. Names are as in the JSON of the
- * header, with its escapes. Compressed files are refused: write an uncompressed one with
- * `export FILE --out FILE2`.
+ * To use it as a library, define READ_PACKED_NO_MAIN, provide the file in memory (fread, mmap, or a
+ * flash address), and call packed_open, packed_codes, packed_levels and packed_dot. Names are the
+ * JSON strings of the header, with escapes. A compressed file is an error; write an uncompressed one
+ * with `export FILE --out FILE2`.
  */
 
 #include <stdint.h>
