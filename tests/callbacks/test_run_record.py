@@ -158,7 +158,7 @@ class Ends:
 
 
 class Report:
-    report = type("Report", (), {"share": 0.9})()
+    report = type("Report", (), {"share": 0.9, "embedding_share": 0.0})()
     model = type("Model", (), {"tq": QuantConfig().to_dict()})()
 
     def modules(self):

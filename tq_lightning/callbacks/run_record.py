@@ -23,12 +23,12 @@ from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.quantized_tensors import code_disagreement
 from tq_lightning.quant.switchable_norm import untrained_widths
 from tq_lightning.records import (
-    MONITOR,
     NAME,
     Evaluation,
     Points,
     Record,
     TestResult,
+    metric_of,
     read_record,
     record_at,
     width_results,
@@ -106,6 +106,7 @@ class RunRecord(L.Callback):
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             processes=trainer.world_size,
             parameters_quantized=pl_module.report.share,
+            parameters_embedding=pl_module.report.embedding_share or None,
         )
         self._save(trainer)
 
@@ -123,10 +124,12 @@ class RunRecord(L.Callback):
             return
         metrics = _rounded(trainer.callback_metrics, "val/")
         self._add(trainer.current_epoch, metrics)
-        now = Evaluation(metrics, trainer.current_epoch, MONITOR, trainer.global_step)
+        metric = metric_of(metrics)
+        key = metric.monitor
+        now = Evaluation(metrics, trainer.current_epoch, key, trainer.global_step)
         best = self._record.best
         # the same rule as for the best checkpoint: the first one of equal scores
-        if best is None or metrics[MONITOR] > best.metrics[MONITOR]:
+        if best is None or metric.is_better(metrics[key], best.metrics[key]):
             best = now
         last = replace(now, monitor=None)
         self._record = replace(self._record, best=best, last=last, widths=width_results(best))
@@ -184,7 +187,8 @@ class RunRecord(L.Callback):
             metrics,
             self.checkpoint,
             pl_module.loaded_epoch,
-            images=int(metrics.pop("test/images")),
+            images=_count(metrics.pop("test/images", None)),
+            tokens=_count(metrics.pop("test/tokens", None)),
             data={key: tested.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
@@ -253,6 +257,10 @@ def _calibration_now(model: torch.nn.Module) -> str | None:
 
 def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
     return {k: round(float(v), 5) for k, v in metrics.items() if k.startswith(prefix)}
+
+
+def _count(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _same(one: Any, two: Any) -> bool:

@@ -6,23 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 
-from tq_lightning.callbacks.width_metrics import (
-    TOP,
-    Pass,
-    evaluate_batch,
-    evaluation_passes,
-    hits,
-    top5_metrics,
-    width_metrics,
-)
+from tq_lightning.callbacks.scores import SCORES
+from tq_lightning.callbacks.width_metrics import Pass, evaluate_batch, evaluation_passes
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import split_batch, to_device
+from tq_lightning.quant.inputs import check_logits, split_batch, to_device
 from tq_lightning.quant.norm_calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths
 
@@ -32,9 +23,10 @@ CALIBRATION = "augmented"  # value of `calibration` in records
 class TruncationEval(L.Callback):
     """Evaluate every width 1..max_bits on the validation (and test) data.
 
-    It logs the keys of `width_metrics`, of `top5_metrics` (for 5 classes or more), and the
-    cross-entropy of the truncated weights: `val/loss_w4` for each trained width, and `val/loss`,
-    their mean. Loggers get them from `MetricLog`.
+    It logs the keys of `width_metrics` and of `top5_metrics` (for 5 classes or more), or those of
+    `perplexity_metrics` for a language model, and the cross-entropy of the truncated weights:
+    `val/loss_w4` for each trained width, and `val/loss`, their mean. Loggers get them from
+    `MetricLog`.
 
     At the start of each validation epoch, the norm statistics of untrained widths are estimated
     from `calibration_batches` fixed training batches, augmented as in training. They are stored in
@@ -54,8 +46,7 @@ class TruncationEval(L.Callback):
             raise ValueError(f"calibration_batches must be at least 1, got {calibration_batches}")
         self.calibration_batches = calibration_batches
         self._passes: list[Pass] = []
-        self._hits: dict[Pass, Tensor] = {}  # (images, top-1, top-5)
-        self._losses: dict[int, Tensor] = {}  # sums
+        self._scores: Any = None
         self._batches: list[Any] = []  # inputs of calibration batches, on the CPU
         self._fresh = True
         self._scored_step: int | None = None
@@ -76,9 +67,8 @@ class TruncationEval(L.Callback):
                 reestimate_norms(module, batches, lagging)
             self._fresh = True
         self._passes = evaluation_passes(module)
-        zeros = torch.zeros(3, dtype=torch.int64, device=module.device)
-        self._hits = {p: zeros.clone() for p in self._passes}
-        self._losses = {bits: torch.zeros((), device=module.device) for bits in module.widths}
+        scores = SCORES[module.hparams.task]
+        self._scores = scores(self._passes, module.hparams, module.widths, module.device)
 
     def _calibration_inputs(self, trainer: L.Trainer) -> list[Any]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -94,34 +84,14 @@ class TruncationEval(L.Callback):
         inputs, target = split_batch(batch)
         with trainer.precision_plugin.forward_context():
             logits = evaluate_batch(module, inputs, self._passes)
-        for p, out in logits.items():
-            self._hits[p] += torch.stack(
-                [target.new_tensor(len(target)), *(h.sum() for h in hits(out, target))]
-            )
-        for bits, total in self._losses.items():
-            total += F.cross_entropy(logits[bits, "truncate"].float(), target, reduction="sum")
+        check_logits(module.hparams.task, next(iter(logits.values())), target)
+        self._scores.add(logits, target)
 
     def _end(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         self._weights.close()
-        strategy, shape = trainer.strategy, (len(self._passes), 3)
-        counts = strategy.reduce(torch.stack(list(self._hits.values())), reduce_op="sum")
-        sums = strategy.reduce(torch.stack(list(self._losses.values())), reduce_op="sum")
-        images, top1, top5 = counts.view(shape).T.cpu()  # type: ignore[union-attr]
-        accuracy, second = (
-            {
-                p: round(100.0 * float(n / total), 5)
-                for p, n, total in zip(self._passes, hits, images, strict=True)
-            }
-            for hits in (top1, top5)
-        )
-        values = width_metrics(stage, accuracy, module.hparams.max_bits, module.widths)
-        if (module.hparams.num_classes or TOP) >= TOP:
-            values |= top5_metrics(stage, second, module.widths)
-        losses = {b: float(s) / int(images[0]) for b, s in zip(self._losses, sums, strict=True)}
-        values |= {f"{stage}/loss_w{bits}": loss for bits, loss in losses.items()}
-        values[f"{stage}/loss"] = sum(losses.values()) / len(losses)
+        strategy = trainer.strategy
+        values = self._scores.metrics(stage, lambda x: strategy.reduce(x, reduce_op="sum"))
         # all processes have the same values; sync_dist only avoids Lightning's warnings
-        values[f"{stage}/images"] = float(images[0])
         module.log_dict(values, sync_dist=True, logger=False)
 
     def on_train_batch_start(

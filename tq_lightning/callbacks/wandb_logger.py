@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tq_lightning.errors import UserError, first_line
-from tq_lightning.records import read_record
+from tq_lightning.records import TASKS, read_record
 
 
 class OwnRunLogger(WandbLogger):
@@ -120,10 +120,11 @@ class WandbRecord(L.Callback):
             for bits in sorted(results, reverse=True)
         ]
         if rows:
-            table = wandb.Table(
-                columns=["bits", "quantize (%)", "truncate (%)", "QT gap (points)"], data=rows
-            )
-            figure = _figure(rows)
+            metric = TASKS[pl_module.hparams.task]
+            unit = metric.unit or metric.name
+            heads = [f"quantize ({unit})", f"truncate ({unit})", f"QT gap ({metric.gap_unit})"]
+            table = wandb.Table(columns=["bits", *heads], data=rows)
+            figure = _figure(rows, f"{metric.name} ({metric.unit})" if metric.unit else metric.name)
             run.log({"widths": table, "qt_gap": wandb.Image(figure)})
             figure.clf()
         if not Path(run.dir).is_dir():  # WANDB_MODE=disabled
@@ -132,7 +133,7 @@ class WandbRecord(L.Callback):
         run.save(str(Path(run.dir) / self.record.name), base_path=run.dir, policy="end")
 
 
-def _figure(rows: list[list[Any]]) -> Any:
+def _figure(rows: list[list[Any]], label: str) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
@@ -140,6 +141,6 @@ def _figure(rows: list[list[Any]]) -> Any:
     bits = [row[0] for row in rows]
     axes.plot(bits, [row[1] for row in rows], "o--", color="#0072B2", label="quantized")
     axes.plot(bits, [row[2] for row in rows], "s-", color="#D55E00", label="truncated")
-    axes.set(xlabel="bits of a weight", ylabel="top-1 (%)", xticks=sorted(bits))
+    axes.set(xlabel="bits of a weight", ylabel=label, xticks=sorted(bits))
     axes.legend()
     return figure

@@ -11,6 +11,7 @@ from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import call
 from tq_lightning.quant.quantized_tensors import weight_quantizers
+from tq_lightning.records import PPL
 
 Pass = tuple[int | None, str]
 TOP = 5  # top-5 is omitted with fewer classes
@@ -90,6 +91,25 @@ def top5_metrics(
     metrics = {f"{stage}/acc5_truncate_w{bits}": value for bits, value in truncated.items()}
     metrics[f"{stage}/acc5_truncate_mean"] = sum(truncated[b] for b in trained) / len(trained)
     metrics[f"{stage}/acc5_float"] = accuracy[None, "quantize"]
+    return metrics
+
+
+def perplexity_metrics(
+    stage: str, perplexity: dict[Pass, float], max_bits: int
+) -> dict[str, float]:
+    """Return the perplexity of both sources for every width, and the gaps between them.
+
+    The keys are `stage`/ppl_quantize_w4 and so on. `stage`/ppl_gap_w4 is truncated minus quantized:
+    positive where truncation costs.
+    """
+    metrics = {}
+    for bits in range(max_bits, 0, -1):
+        truncate = perplexity[bits, "truncate"]
+        quantize = perplexity.get((bits, "quantize"), truncate)
+        metrics[f"{stage}/ppl_quantize_w{bits}"] = quantize
+        metrics[f"{stage}/ppl_truncate_w{bits}"] = truncate
+        metrics[f"{stage}/ppl_gap_w{bits}"] = PPL.gap(quantize, truncate)
+    metrics[f"{stage}/ppl_float"] = perplexity[None, "quantize"]
     return metrics
 
 

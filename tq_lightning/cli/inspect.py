@@ -18,7 +18,7 @@ from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
 # model.* key -> (default, description); the same keys as in a training configuration
 KEYS: dict[str, tuple[Any, str]] = {
-    "name": (None, "timm model, or a built-in one such as resnet20_cifar"),
+    "name": (None, "timm model, a built-in one such as resnet20_cifar, or package.module:factory"),
     "num_classes": (None, "number of classes; null for the default of the model"),
     "model_args": ({}, "further arguments of the model, e.g. {in_chans: 1}"),
     "skip": (["first", "last"], "layers left in float: first, last, name patterns; [] for none"),
@@ -32,6 +32,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "level": ("endpoint", "placement of codes; must be supported by the normalizer"),
     "scale": ("mean", "mean or span"),
+    "quantize_embeddings": (False, "true to quantize embedding tables too"),
     "activations": (None, "activation quantizer; a learned clip counts as storage"),
 }
 

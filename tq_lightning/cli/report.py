@@ -5,6 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError, hide_password
 from tq_lightning.provenance import __version__
@@ -17,7 +19,8 @@ from tq_lightning.report.tables.accuracy import arms
 from tq_lightning.report.write import check_out, make
 
 ALWAYS = ("model", "data", "quantizer", "ste", "seeds", "split")
-WIDTHS = ("8 bits [%]", "4 bits [%]", "2 bits [%]", "1 bit [%]")
+BITS = ("8 bits", "4 bits", "2 bits", "1 bit")
+WIDTHS = (*(f"{bits} [%]" for bits in BITS), *BITS)  # accuracies, and perplexities
 IF_DIFFERENT = ("level", "activations", "also")  # printed only if arms differ in them
 
 
@@ -52,14 +55,14 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--ignore {key}: no run has this key; pass one such as model.lr")
     comparisons = gather(loaded, arguments.ignore)
     command = shorten(hide_password("python -m tq_lightning report " + shlex.join(argv)))
-    heading = printable(arguments.title or title(comparisons))
+    heading = printable(arguments.title or title(comparisons.by_metric[0]))
     show(comparisons, out, make(comparisons, out, heading, command, __version__))
     return 0
 
 
 def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
     """Print the arms, the skipped inputs and the folder, as a table or as plain lines."""
-    frame = arms(comparisons).shown
+    frame = pd.concat([arms(part).shown for part in comparisons.by_metric]).fillna("")
     telling = [column for column in IF_DIFFERENT if column in frame and frame[column].nunique() > 1]
     heads = [column for column in frame if column in (*ALWAYS, *WIDTHS, *telling)]
     rows = frame[heads].to_numpy().tolist()
@@ -70,7 +73,8 @@ def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
         # values that all arms share are one line, so that the table fits a narrow terminal
         same = [head for head in heads if head not in WIDTHS and frame[head].nunique() == 1]
         columns = [head for head in heads if head not in same]
-        shown = Table(title="top-1 truncated, mean ± 95 % t interval over seeds")
+        names = " and ".join(part.metric.name for part in comparisons.by_metric)
+        shown = Table(title=f"{names} truncated, mean ± 95 % t interval over seeds")
         for column in columns:
             shown.add_column(column, overflow="fold")
         for row in frame[columns].to_numpy().tolist():

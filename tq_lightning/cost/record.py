@@ -80,7 +80,8 @@ def inspect_record(
         read_at={bits: read_at(own, bits) for bits in range(1, max_bits + 1)},
         paper_ratio=float_over(rows["paper"], ways["paper"].total),
         policy_ratio=float_over(own, ways["packed"].total),
-        energy=energy_model(sum(row.codes for row in own), max_bits),
+        # a lookup reads a few rows of a table, not all of it
+        energy=energy_model(sum(row.codes for row in own if row.kind != "embedding"), max_bits),
         mechanism=mechanism(),
     )
     if inference:
@@ -115,6 +116,26 @@ def _accounting(record: InspectRecord) -> list[str]:
         "several widths needs the other sets as well",
         f"one file per width: {files.total:,} bytes, {files.total / packed.total:.3f} times the "
         "packed file",
+        *_embeddings(record),
+    ]
+
+
+def _embeddings(record: InspectRecord) -> list[str]:
+    """Name the embedding tables and their share, quantized or not; nothing if there are none."""
+    tables = [layer for layer in record.layers if layer.kind == "embedding"]
+    if not tables:
+        return []
+    count, stored = (
+        sum(layer.parameters for layer in tables),
+        sum(layer.bytes["packed"] for layer in tables),
+    )
+    kept = [layer.name for layer in tables if layer.bits is None]
+    how = "quantized" if not kept else f"in float: {', '.join(kept)}"
+    return [
+        f"embedding tables ({how}): {count:,} of {record.parameters:,} parameters, "
+        f"{count / record.parameters:.1%}; {stored:,} bytes of the packed file, "
+        f"{stored / record.ways['packed'].total:.1%}; the energy of switches and of weight traffic "
+        "leaves them out, since a lookup reads a few rows"
     ]
 
 

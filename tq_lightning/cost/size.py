@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_planes import aligned, plane_bytes
+from tq_lightning.quant.layers import is_embedding
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
@@ -35,7 +36,7 @@ class Row:
 
     Attributes:
         name: name of the layer.
-        kind: conv, linear, norm or other.
+        kind: conv, linear, embedding, norm or other.
         shape: shape of its (first) weight.
         parameters: parameters of the layer in the float network; tied parameters count once.
         codes: number of quantized weights among them.
@@ -162,6 +163,8 @@ def _kind(module: nn.Module) -> str:
         return "conv"
     if isinstance(module, (nn.Linear, nn.MultiheadAttention)):
         return "linear"
+    if is_embedding(module):
+        return "embedding"
     return "norm" if "Norm" in type(module).__name__ else "other"
 
 

@@ -7,7 +7,7 @@ largest activation code depends on the processor.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
+from tq_lightning.quant.inputs import call
+from tq_lightning.quant.layers import is_embedding
 
 BINS = 4096
 PERCENTILE = 99.99
@@ -110,7 +112,7 @@ def activation_ranges(model: nn.Module) -> dict[str, ActivationRange]:
 @torch.no_grad()
 def calibrate_activations(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Any],
     observer: str = "percentile",
     widths: list[int] | None = None,
 ) -> dict[str, ActivationRange]:
@@ -123,7 +125,8 @@ def calibrate_activations(
     Args:
         model: A prepared or packed model. Norms of untrained widths are calibrated before, with
             `calibrate_norms`.
-        batches: Images (batch, channels, height, width) on the model's device; read twice.
+        batches: What the model takes, on its device: images (batch, channels, height, width), or a
+            tuple or mapping of arguments; read twice.
         observer: "percentile" leaves the outermost 0.01 % of the values out. "mse" takes the
             clipped range with the smallest mean squared error of 8-bit codes.
         widths: Widths to observe at; None = all that the model can run at.
@@ -145,7 +148,8 @@ def calibrate_activations(
         raise ValueError("no batches to observe activations on; pass a list of image batches")
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    layers = quantized_layers(model)
+    # the input of an embedding table is no activation
+    layers = {n: m for n, m in quantized_layers(model).items() if not is_embedding(m)}
     extremes: dict[tuple[str, int], ActivationRange] = {}
     histograms: dict[tuple[str, int], Tensor] = {}
 
@@ -196,7 +200,7 @@ def _usable_widths(model: nn.Module, width: Width) -> list[int]:
 def _run(
     model: nn.Module,
     layers: dict[str, nn.Module],
-    batches: list[Tensor],
+    batches: list[Any],
     widths: list[int],
     observe: Callable[[str, int, Tensor], None],
 ) -> None:
@@ -212,7 +216,7 @@ def _run(
         for bits in widths:
             with bit_width(model, bits, "truncate"):
                 for batch in batches:
-                    model(batch)
+                    call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

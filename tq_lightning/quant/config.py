@@ -24,7 +24,12 @@ from tq_lightning.quant.ste import STES, resolve_ste
 NORMS = ("per_width", "per_width_all", "shared")
 FLOAT_PASSES = ("plain", "normalized")
 # choices that earlier versions do not have: files omit them at these defaults
-ADDED_CHOICES: dict[str, Any] = {"float_pass": "plain", "shared_norms": [], "scale": "mean"}
+ADDED_CHOICES: dict[str, Any] = {
+    "float_pass": "plain",
+    "shared_norms": [],
+    "scale": "mean",
+    "quantize_embeddings": False,
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class QuantConfig:
         shared_norms: fnmatch patterns of norms that all widths share.
         scale: Weight at level 1, one of `normalizers.SCALES`: "mean" is mean|w| (the paper),
             "span" the weight that the normalizer maps to u = 1, which preserves values.
+        quantize_embeddings: Quantize embedding tables too; a channel is then a row of the table.
 
     Raises:
         ValueError: A value is unknown or out of range, or a combination is not supported.
@@ -67,6 +73,7 @@ class QuantConfig:
     float_pass: str = "plain"
     shared_norms: tuple[str, ...] = ()
     scale: str = "mean"
+    quantize_embeddings: bool = False
 
     def __post_init__(self) -> None:
         for key, known in (
@@ -81,6 +88,10 @@ class QuantConfig:
             if value not in known:
                 hint = did_you_mean(value, known)
                 raise ValueError(f"unknown {key} {value!r}; pass one of {', '.join(known)}{hint}")
+        if not isinstance(self.quantize_embeddings, bool):
+            raise ValueError(
+                f"quantize_embeddings must be true or false, got {self.quantize_embeddings!r}"
+            )
         if self.activations is not None and self.activations not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activations {self.activations!r}; "

@@ -6,14 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tq_lightning.errors import UserError
+
 LABELS = ("labels", "label", "target")  # keys of the labels in a batch that is a mapping
+IGNORED = -100  # label of a token that counts in no loss and no metric, as in PyTorch
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Call a network with a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    """Call a network with a tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Returns:
+        Its logits: what it returns, or the `logits` of it.
+    """
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+        out = model(**inputs)
+    else:
+        out = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    return out if isinstance(out, Tensor) else getattr(out, "logits", out)
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
@@ -37,6 +46,51 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         raise ValueError(f"a batch is a {type(batch).__name__}, not (inputs, labels)")
     return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+
+
+def check_logits(task: str, logits: Any, target: Tensor) -> None:
+    """Check that what a network returns fits the task and the labels.
+
+    Args:
+        task: A value of `model.task`.
+        logits: What `call` returned.
+        target: The labels of the batch.
+
+    Raises:
+        UserError: It does not.
+    """
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the network returns a {type(logits).__name__}; return a tensor of logits, or an "
+            "object that has them as .logits"
+        )
+    shape, labels = tuple(logits.shape), tuple(target.shape)
+    if task == "language_modeling":
+        if len(shape) != 3 or labels != shape[:2]:
+            raise UserError(
+                "model.task=language_modeling needs logits (batch, tokens, vocabulary) and labels "
+                f"(batch, tokens), got {shape} and {labels}"
+            )
+    elif len(shape) != 2 or labels[:1] != shape[:1]:
+        hint = "; pass model.task=language_modeling for a label per token" * (len(shape) == 3)
+        raise UserError(
+            f"the network returns logits {shape} for labels {labels}; expected (batch, classes) "
+            f"and (batch,){hint}"
+        )
+
+
+def check_shifted(inputs: Any, target: Tensor) -> None:
+    """Check that the labels of a language model are not its inputs, which it would only copy.
+
+    Raises:
+        UserError: Every labeled token is the token that the network reads there.
+    """
+    tokens, labeled = first_tensor(inputs), target != IGNORED
+    if tokens.shape == target.shape and bool(((tokens == target) | ~labeled).all() & labeled.any()):
+        raise UserError(
+            "the labels are the input tokens themselves; pass the label of position t as the token "
+            f"to predict there (the next one: input_ids[:, :-1], labels[:, 1:]), {IGNORED} for none"
+        )
 
 
 def first_tensor(inputs: Any) -> Tensor:

@@ -12,11 +12,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 LAYER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that multiplies its input by weights.
+    """A layer that multiplies its input by weights, or an embedding table if asked for.
 
     Attributes:
         name: Full name in the model, "(root)" for the model itself.
@@ -43,8 +44,10 @@ class Layer:
         return found
 
 
-def _tensor_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the weights that a layer multiplies its input by; empty for others."""
+def _tensor_names(module: nn.Module, embeddings: bool) -> tuple[str, ...]:
+    """Return the names of the weights of a layer that can be quantized; empty for others."""
+    if isinstance(module, EMBEDDINGS):
+        return ("weight",) if embeddings else ()
     if isinstance(module, (_ConvNd, nn.Linear)):
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):  # out_proj is a separate Linear
@@ -69,7 +72,12 @@ def _refusal(module: nn.Module, tensors: tuple[str, ...]) -> str | None:
             return f"its {tensor} is not a parameter (old-style weight_norm or spectral_norm?)"
         if not weight.is_floating_point() or weight.layout != torch.strided:
             return f"its {tensor} is {weight.dtype}, {weight.layout}, not a dense float tensor"
-    if not tensors and not isinstance(module, (nn.Embedding, nn.EmbeddingBag, *LAYER_NORMS)):
+    if tensors and isinstance(module, EMBEDDINGS):
+        if module.max_norm is not None:
+            return "its max_norm rescales the table in place"
+        if module.sparse:
+            return "its gradients are sparse; make it with sparse=False"
+    if not tensors and not isinstance(module, (*EMBEDDINGS, *LAYER_NORMS)):
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() >= 2:
             return (
@@ -87,23 +95,28 @@ def _configured(model: nn.Module, key: str, names: list[str]) -> list[str]:
     return [n for n in names if any(n == g or n.startswith(g + ".") for g in given)]
 
 
-def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> list[Layer]:
+def select_layers(
+    model: nn.Module, skip: Sequence[str] = ("first", "last"), embeddings: bool = False
+) -> list[Layer]:
     """List the layers with weights to quantize, in model order, skipped ones included.
 
     Args:
         model: Any module; its parameters may be on the meta device.
         skip: "first" (the stem: timm's `first_conv`, else the first layer), "last" (timm's
             `classifier`, else the last layer), and fnmatch patterns of layer names, such as
-            "layer4.*" or "*.conv_dw".
+            "layer4.*" or "*.conv_dw". "first" and "last" are never embedding tables.
+        embeddings: List embedding tables too.
 
     Raises:
         ValueError: A pattern matches no layer, or a layer cannot be quantized; the message
             names the pattern that skips it.
     """
     named = [
-        (name or "(root)", module, _tensor_names(module)) for name, module in model.named_modules()
+        (name or "(root)", module, _tensor_names(module, embeddings))
+        for name, module in model.named_modules()
     ]
-    names = [name for name, _, tensors in named if tensors]
+    listed = [name for name, _, tensors in named if tensors]
+    names = [name for name, module, _ in named if name in listed and not is_embedding(module)]
     refusals = {
         name: why
         for name, module, tensors in named
@@ -118,8 +131,8 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
             matched = _configured(model, "classifier", names) or ([] if headless else names[-1:])
         else:
             matched = [name for name, _, _ in named if fnmatchcase(name, entry)]
-            if not any(name in names or name in refusals for name in matched):
-                inside = [n for n in names if any(n.startswith(f"{m}.") for m in matched)]
+            if not any(name in listed or name in refusals for name in matched):
+                inside = [n for n in listed if any(n.startswith(f"{m}.") for m in matched)]
                 examples = [f"{entry}.*"] if inside else names[1:4]
                 raise ValueError(
                     f"skip pattern {entry!r} matches no layer with weights to quantize; "
@@ -138,6 +151,16 @@ def select_layers(model: nn.Module, skip: Sequence[str] = ("first", "last")) -> 
         if tensors:
             layers.append(Layer(name, module, tensors, reasons.get(name)))
     return layers
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Tell whether a module is an embedding table."""
+    return isinstance(module, EMBEDDINGS)
+
+
+def embedding_tables(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the embedding tables of a model, quantized or not, by name."""
+    return {name or "(root)": m for name, m in model.named_modules() if is_embedding(m)}
 
 
 def replace_modules(

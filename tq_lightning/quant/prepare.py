@@ -12,7 +12,14 @@ from torch.nn.utils import parametrize
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.config import NORMS, QuantConfig
-from tq_lightning.quant.layers import LAYER_NORMS, Layer, replace_modules, select_layers
+from tq_lightning.quant.layers import (
+    LAYER_NORMS,
+    Layer,
+    embedding_tables,
+    is_embedding,
+    replace_modules,
+    select_layers,
+)
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm
@@ -27,10 +34,12 @@ class PrepareReport(dict[str, str]):
     Attributes:
         share: Quantized part of all parameters.
         weight_share: Quantized part of the convolution and linear weights.
+        embedding_share: Part of all parameters that is in embedding tables, quantized or not.
     """
 
     share: float = 0.0
     weight_share: float = 0.0
+    embedding_share: float = 0.0
 
     def __str__(self) -> str:
         wide = max((len(name) for name in self), default=0)
@@ -39,6 +48,8 @@ class PrepareReport(dict[str, str]):
             f"quantized: {100 * self.share:.1f} % of all parameters, "
             f"{100 * self.weight_share:.1f} % of the convolution and linear weights"
         )
+        if self.embedding_share:
+            lines.append(f"embedding tables: {100 * self.embedding_share:.1f} % of all parameters")
         return "\n".join(lines)
 
 
@@ -57,6 +68,7 @@ def prepare(
     float_pass: str = "plain",
     shared_norms: Sequence[str] = (),
     scale: str = "mean",
+    quantize_embeddings: bool = False,
 ) -> PrepareReport:
     """Prepare `model` for training at several widths, in place. Load float weights first.
 
@@ -88,6 +100,8 @@ def prepare(
         shared_norms: fnmatch patterns of norms that all widths share.
         scale: Weight at level 1: "mean" is mean|w| (the paper), "span" the largest weight that the
             normalizer represents, so that weights keep their values.
+        quantize_embeddings: Quantize embedding tables too. "first" and "last" of `skip` never
+            mean a table.
 
     Returns:
         A dict from layer name to what was attached, with the share of quantized parameters. The
@@ -110,6 +124,7 @@ def prepare(
         float_pass,
         shared_norms,  # type: ignore[arg-type]
         scale,
+        quantize_embeddings,
     )
     report = apply_config(model, config)
     if verbose:
@@ -128,7 +143,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
             f"{type(model).__name__} has no ReLU, ReLU6 or Hardtanh module to replace with "
             f"activations={config.activations!r}; pass activations=null"
         )
-    layers = select_layers(model, config.skip)
+    layers = select_layers(model, config.skip, config.quantize_embeddings)
     if all(layer.skipped is not None for layer in layers):
         raise ValueError(
             f"nothing left to quantize in {type(model).__name__} with skip={list(config.skip)!r}; "
@@ -137,7 +152,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
     _norms(model, config.norm, config.shared_norms)  # refuses a pattern before anything is attached
     width = Width(config.max_bits, config.widths, bits=config.widths[0])
     report = PrepareReport()
-    report.share, report.weight_share = _quantized_shares(model, layers)
+    _set_shares(report, model, layers)
     for layer in layers:
         shapes = ", ".join(
             "not known yet" if is_lazy(p) else str(tuple(p.shape)) for p in layer.parameters()
@@ -150,6 +165,9 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
         else:
             rule = f"float (skip {layer.skipped!r})"
         report[layer.name] = f"weight {shapes}: {rule}"
+    for name, table in embedding_tables(model).items():
+        if name not in report:
+            report[name] = f"embedding {tuple(table.weight.shape)}: float"  # type: ignore[union-attr]
     if config.activations is not None:
         kind, ste, float_relu = config.activations, config.ste, config.float_pass == "normalized"
         replaced = replace_modules(
@@ -216,13 +234,18 @@ def _norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn
     return {n: m for n, m in norms.items() if any(fnmatchcase(n, p) for p in patterns)}
 
 
-def _quantized_shares(model: nn.Module, layers: list[Layer]) -> tuple[float, float]:
-    """Return the quantized share of all parameters, and of the convolution and linear weights."""
+def _set_shares(report: PrepareReport, model: nn.Module, layers: list[Layer]) -> None:
+    """Set the shares of a report, before anything is attached."""
     sizes = {id(p): 0 if is_lazy(p) else p.numel() for p in model.parameters()}
-    weights = {id(p) for layer in layers for p in layer.parameters()}
+    tables = {id(p) for table in embedding_tables(model).values() for p in table.parameters()}
+    multiplied = [layer for layer in layers if not is_embedding(layer.module)]
+    weights = {id(p) for layer in multiplied for p in layer.parameters()}
     chosen = {id(p) for layer in layers if layer.skipped is None for p in layer.parameters()}
-    quantized = sum(sizes[i] for i in chosen)
-    return quantized / sum(sizes.values()), quantized / sum(sizes[i] for i in weights)
+    total = sum(sizes.values())
+    report.share = sum(sizes[i] for i in chosen) / total
+    of_weights = sum(sizes[i] for i in weights)
+    report.weight_share = sum(sizes[i] for i in chosen & weights) / of_weights if weights else 0.0
+    report.embedding_share = sum(sizes[i] for i in tables) / total
 
 
 def _attach_weight(layer: Layer, width: Width, config: QuantConfig) -> None:

@@ -13,6 +13,7 @@ from tq_lightning.records.inspect import (
     StorageBytes,
 )
 from tq_lightning.records.json_tree import SCHEMA, Number, Points, RecordError
+from tq_lightning.records.metrics import ACC1, PPL, TASKS, Metric, metric_of
 from tq_lightning.records.read_write import (
     NAME,
     mark_superseded,
@@ -35,16 +36,20 @@ from tq_lightning.records.run import (
 )
 
 __all__ = [
+    "ACC1",
     "MONITOR",
     "NAME",
+    "PPL",
     "SCHEMA",
     "STORAGE_BYTES",
     "STORAGE_LABELS",
+    "TASKS",
     "Energy",
     "Evaluation",
     "InspectRecord",
     "Layer",
     "Mechanism",
+    "Metric",
     "ModelBytes",
     "Number",
     "Points",
@@ -54,6 +59,7 @@ __all__ = [
     "TestResult",
     "WidthResult",
     "mark_superseded",
+    "metric_of",
     "parse",
     "read_any",
     "read_record",

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tq_lightning.records.json_tree import SCHEMA, Number, Points, to_tree
+from tq_lightning.records.metrics import ACC1, metric_of
 
-MONITOR = "val/acc1_truncate_mean"  # the metric that selects the best epoch
+MONITOR = ACC1.monitor  # the metric that selects the best epoch of a classification run
 STORAGE_BYTES = "storage/bytes"  # a sweep objective: the size of the packed file
 
 # quantizers of the first records, which lack the fields `ste` and `nested` -> (paired STE, nested)
@@ -14,7 +15,7 @@ _PAIRED = {"floor": ("scaled", True), "round": ("identity", False)}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of one validation epoch, by key; accuracies in %."""
+    """Metrics of one validation epoch, by key; accuracies in %, perplexities without a unit."""
 
     metrics: dict[str, Any]
     epoch: int | None = None
@@ -24,10 +25,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class WidthResult:
-    """Top-1 in % of both sources at one width, at the best epoch.
+    """Top-1 in %, or perplexity, of both sources at one width, at the best epoch.
 
-    `qt_gap` is in percentage points. `disagree` is the share of weight codes that differ between
-    the two sources.
+    `qt_gap` is what truncation costs: percentage points, or perplexity truncated minus quantized.
+    `disagree` is the share of weight codes that differ between the two sources.
     """
 
     quantize: Number
@@ -44,6 +45,7 @@ class TestResult:
     checkpoint: str | None = None
     epoch: int | None = None
     images: int | None = None
+    tokens: int | None = None  # labeled ones, of a language model
     data: dict[str, Any] | None = None  # name and root
     split: str | None = None
     batches: int | None = None  # number of batches, if only a part of the split was tested
@@ -78,6 +80,7 @@ class Record:
     started: str | None = None
     seconds: Number = 0.0
     parameters_quantized: Number | None = None  # share of the parameters
+    parameters_embedding: Number | None = None  # share that embedding tables hold, if there are any
     ste: str | None = None  # STE of the weights, with "auto" resolved
     # kind of images that the norm statistics of untrained widths were estimated from; None without
     # such statistics, and in the first records, which used images without augmentation
@@ -164,10 +167,13 @@ def record_at(record: Record, epoch: int, step: int) -> Record:
         if block.epoch == epoch:  # validated before the checkpoint, so not again
             for key in (key for key in block.metrics if key.startswith("val/")):
                 curves.setdefault(key, {})[epoch] = block.metrics[key]
-    best, scores = record.best if earlier(record.best) else None, curves.get(MONITOR, {})
+    metric = metric_of(curves)
+    best, scores = record.best if earlier(record.best) else None, curves.get(metric.monitor, {})
     if best is None and scores:
-        first = max(sorted(scores), key=lambda e: scores[e])
-        best = Evaluation({k: p[first] for k, p in curves.items() if first in p}, first, MONITOR)
+        sign = 1 if metric.lower_is_better else -1
+        first = min(sorted(scores), key=lambda e: sign * scores[e])
+        found = {k: p[first] for k, p in curves.items() if first in p}
+        best = Evaluation(found, first, metric.monitor)
     last = record.last if earlier(record.last) else None
     if last is None and scores:
         final = max(scores)
@@ -181,12 +187,13 @@ def record_at(record: Record, epoch: int, step: int) -> Record:
 
 def width_results(best: Evaluation) -> dict[int, WidthResult]:
     """Return the results by width of the best epoch."""
-    metrics, prefix = best.metrics, "val/acc1_truncate_w"
+    metrics, metric = best.metrics, metric_of(best.metrics)
+    prefix = f"val/{metric.key}_truncate_w"
     return {
         bits: WidthResult(
-            metrics[f"val/acc1_quantize_w{bits}"],
-            metrics[f"val/acc1_truncate_w{bits}"],
-            metrics[f"val/qt_gap_w{bits}"],
+            metrics[f"val/{metric.key}_quantize_w{bits}"],
+            metrics[f"val/{metric.key}_truncate_w{bits}"],
+            metrics[f"val/{metric.gap_key}_w{bits}"],
         )
         for bits in sorted(
             int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix)

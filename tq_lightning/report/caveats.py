@@ -1,6 +1,7 @@
 """Caveats of a comparison: unequal arms, and seeds that failed to train."""
 
 from collections.abc import Iterable
+from math import log
 
 from tq_lightning.report.groups import START, Arm
 from tq_lightning.report.labels import CLASSES, counted
@@ -25,11 +26,16 @@ def collapsed(arm: Arm, name: str = "") -> list[str]:
 
     The gain of a seed is its mean quantized accuracy at the trained widths minus that of guessing.
     A seed has collapsed if the median gain of the others is more than 5 points, and its own gain is
-    less than a fifth of the median.
+    less than a fifth of the median. A perplexity counts as 100 (1 - log perplexity / log
+    vocabulary).
     """
     classes = arm.runs[0].config.get("model.num_classes") or CLASSES.get(str(arm["data.name"]))
     guess = 100 / classes if isinstance(classes, int) else 0.0
-    found = {r.seed: [r.acc1("quantize", w, "val") for w in arm.trained] for r in arm.runs}
+    found = {r.seed: [r.score("quantize", w, "val") for w in arm.trained] for r in arm.runs}
+    if arm.metric.lower_is_better:
+        if not isinstance(classes, int):
+            return []
+        guess, found = 0.0, {s: [_rated(x, classes) for x in of] for s, of in found.items()}
     gains = {
         seed: mean_interval([x for x in v if x is not None]).mean - guess
         for seed, v in found.items()
@@ -40,8 +46,14 @@ def collapsed(arm: Arm, name: str = "") -> list[str]:
         others = sorted(g for s, g in gains.items() if s != seed) or [0.0]
         if (median := others[len(others) // 2]) > 5.0 and gain < 0.2 * median:
             near = f"near guessing ({gain + guess:.1f} % on average)"
+            if arm.metric.lower_is_better:
+                near = "near guessing"
             out.append(f"Collapsed: {f'{name} seed {seed}'.strip()} stayed {near}.")
     return out
+
+
+def _rated(perplexity: float | None, vocabulary: int) -> float | None:
+    return None if perplexity is None else 100 * (1 - log(perplexity) / log(vocabulary))
 
 
 def flags_of(groups: list) -> list[str]:

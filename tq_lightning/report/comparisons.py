@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from tq_lightning.records import InspectRecord
+from tq_lightning.records import TASKS, InspectRecord, Metric
 from tq_lightning.report.caveats import collapsed, flags
 from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
 from tq_lightning.report.labels import (
@@ -69,6 +69,11 @@ class ComparisonGroup:
         return split_of(self.runs)
 
     @property
+    def metric(self) -> Metric:
+        """What the arms are scored by."""
+        return self.arms[0][1].metric
+
+    @property
     def widths(self) -> list[int]:
         """All recorded widths in bits, ascending."""
         return sorted({width for run in self.runs for width in run.widths})
@@ -113,6 +118,19 @@ class Comparisons:
     inspects: list[InspectRecord]
     left_out: list[tuple[str, str]]
     ignore: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> Metric:
+        """What the arms are scored by; see `by_metric`."""
+        return self.arms[0].metric if self.arms else TASKS["classification"]
+
+    @cached_property
+    def by_metric(self) -> list["Comparisons"]:
+        """A part for each metric, which no mean and no axis mixes; the first has all else."""
+        parts = [[arm for arm in self.arms if arm.metric == metric] for metric in TASKS.values()]
+        parts = [arms for arms in parts if arms] or [[]]
+        rest = [Comparisons(arms, [], [], self.ignore) for arms in parts[1:]]
+        return [Comparisons(parts[0], self.inspects, self.left_out, self.ignore), *rest]
 
     @cached_property
     def paired(self) -> list[Arm]:

@@ -14,7 +14,10 @@ FACTS += ("model.normalizer", "model.norm", "model.scale")
 
 
 def rows(arms: list[Arm]) -> list[dict[str, Any]]:
-    """Return rows: accuracies in %, qt_gap in points, bytes_read in bytes, disagree as a share."""
+    """Return rows: accuracies in %, qt_gap in points, bytes_read in bytes, disagree as a share.
+
+    A language model has `val_ppl` and so on in place of `val_acc1`.
+    """
     return [
         _row(number, arm, run, source, width)
         for number, arm in enumerate(arms)
@@ -26,6 +29,7 @@ def rows(arms: list[Arm]) -> list[dict[str, Any]]:
 
 def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, Any]:
     record, result = run.record, (run.record.widths or {})[width]
+    key = run.metric.key
     return {
         "run": run.id,
         "arm": number,
@@ -35,11 +39,11 @@ def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, 
         "source": source,
         "width": width,
         "trained": width in arm.trained,
-        "val_acc1": run.acc1(source, width, "val"),
-        "val_qt_gap": result.qt_gap,
-        "val_acc1_float": run.acc1_float("val"),
-        "test_acc1": run.acc1(source, width, "test"),
-        "test_acc1_float": run.acc1_float("test"),
+        f"val_{key}": run.score(source, width, "val"),
+        f"val_{run.metric.gap_key}": result.qt_gap,
+        f"val_{key}_float": run.score_float("val"),
+        f"test_{key}": run.score(source, width, "test"),
+        f"test_{key}_float": run.score_float("test"),
         "disagree": result.disagree,
         "bytes_read": record.bytes.planes.get(width) if record.bytes else None,
         **{key: getattr(record, key) for key in ("epochs", "steps")},

@@ -1,12 +1,13 @@
 """Findings: sentences derived from the comparisons, each with its interval."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from tq_lightning.records import ACC1
 from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, SPLIT_WORDS, counted
-from tq_lightning.report.stats import LEVEL, Difference, acc1, compare, gap, number
+from tq_lightning.report.stats import LEVEL, Difference, compare, gap, score
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class Compared:
 def findings(comparisons: Comparisons) -> list[Finding]:
     """Return every finding that the comparisons allow."""
     made = [qt_gap(comparisons), *(by_factor(comparisons, key) for key in QUESTIONS)]
-    return [finding for finding in made if finding is not None]
+    found = [finding for finding in made if finding is not None]
+    if comparisons.metric is ACC1:
+        return found
+    return [replace(f, question=f"{f.question} ({comparisons.metric.name})") for f in found]
 
 
 def title(comparisons: Comparisons) -> str:
@@ -54,9 +58,10 @@ def title(comparisons: Comparisons) -> str:
     candidates = [(message(group), group.label) for group in comparisons.by_quantizer]
     if messages := [(*found, label) for found, label in candidates if found is not None]:
         _, words, label = max(messages)
-        return f"{words} top-1 ({label})"
+        return f"{words} {comparisons.metric.name} ({label})"
     if comparisons.arms:
-        return f"Accuracy of truncated weights in {counted(len(comparisons.arms), 'arm')}"
+        what = "Accuracy" if comparisons.metric is ACC1 else "Perplexity"
+        return f"{what} of truncated weights in {counted(len(comparisons.arms), 'arm')}"
     return f"What {counted(len(comparisons.inspects), 'model')} cost in bytes and energy"
 
 
@@ -78,10 +83,10 @@ def message(group: ComparisonGroup) -> tuple[float, str] | None:
     lost, bits = max(gaps)
     words = []
     for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
-        found = [acc1(arm, source, bits, split) for source in ("quantize", "truncate")]
-        before, after = (number(e.mean) for e in found if e is not None)
+        found = [score(arm, source, bits, split) for source in ("quantize", "truncate")]
+        before, after = (e.short for e in found if e is not None)
         how = "stays at" if before == after else f"goes from {before} to"
-        words.append(f"{value} {how} {after} %")
+        words.append(f"{value} {how} {after} {group.metric.unit}".strip())
     return lost, f"Truncated to {counted(bits, 'bit')}, {' and '.join(words)}"
 
 
@@ -95,7 +100,8 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
             if not found:
                 continue
             bits, lost = max(found, key=lambda pair: pair[1].mean)
-            cost = f"truncation costs most at {counted(bits, 'bit')}, {lost.text()} points"
+            size = f"{lost.text()} {group.metric.gap_unit}"
+            cost = f"truncation costs most at {counted(bits, 'bit')}, {size}"
             if max(abs(e.mean) for _, e in found) < 0.005:
                 cost = "truncation costs nothing at any trained width"
             lines.append(f"{group.label}, {value}: {cost} ({SPLIT_WORDS[group.split]}).")
@@ -105,7 +111,11 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
             if not has_collapsed(arm):
                 worst[name] = max(worst.get(name, lost.mean), lost.mean)
         lines += _against_quantized(group)
-    costs = {n: f"up to {m:.1f} points" if m >= 0.05 else "nothing" for n, m in worst.items()}
+    metric = comparisons.metric
+    costs = {
+        n: f"up to {m:.{metric.digits}f} {metric.gap_unit}" if m >= 0.05 else "nothing"
+        for n, m in worst.items()
+    }
     answer = "; ".join(f"{name} loses {cost} at a trained width" for name, cost in costs.items())
     return Finding("What does truncation cost?", f"{answer}.", tuple(lines)) if worst else None
 
@@ -224,18 +234,28 @@ def _answer(words: Question, name: str, of: list[Compared]) -> str:
     tested = [c for c in of if c.usable]
     if not tested:
         return f"No conclusion (no interval) with {name}."
-    above, below = ([c for c in tested if c.difference.sign == sign] for sign in (1, -1))
+    metric = of[0].group.metric
+    better = -1 if metric.lower_is_better else 1
+    above, below = ([c for c in tested if c.difference.sign == s] for s in (better, -better))
     count = counted(len(tested), "comparison")
     if above and below:
         sides = f"above the reference in {len(above)} and below it in {len(below)} of {count}"
+        if metric.lower_is_better:
+            sides = (
+                f"better than the reference in {len(above)} and worse in {len(below)} of {count}"
+            )
         return f"Mixed with {name}: {sides}."
     if not above and not below:
         widest = max(c.difference.estimate.half or 0.0 for c in tested)
-        rest = f"; effects of up to {widest:.1f} points cannot be ruled out" * (widest >= 0.05)
+        rest = f"; effects of up to {widest:.1f} {metric.gap_unit} cannot be ruled out" * (
+            widest >= 0.05
+        )
         return f"{words.same} in any of {count} with {name}{rest}."
     shown = above or below
     most = max(shown, key=lambda c: abs(c.difference.estimate.mean))
-    size = f"{abs(most.difference.estimate.mean):.1f} points"
+    size = f"{abs(most.difference.estimate.mean):.{metric.digits}f} {metric.gap_unit}"
     where = f"by up to {size} for {most.group.label} at {counted(most.bits, 'bit')}"
     verb = words.above if above else words.below
+    if metric.lower_is_better:
+        verb = "Perplexity is lower" if above else "Perplexity is higher"
     return f"{verb} in {len(shown)} of {count} with {name}, {where}."

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tq_lightning.records import Metric
 from tq_lightning.report.labels import (
     ACTIVATIONS_SOURCE,
     CALIBRATION,
@@ -29,7 +30,11 @@ NOT_AN_ARM = re.compile(
 )
 START = "model.checkpoint_path"
 LISTS = ("model.widths", "model.skip", "model.shared_norms")
-ADDED: dict[str, Any] = {"model.scale": "mean"}
+ADDED: dict[str, Any] = {
+    "model.scale": "mean",
+    "model.quantize_embeddings": False,
+    "model.task": "classification",
+}
 BUDGET = re.compile(
     r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$"
 )
@@ -51,6 +56,11 @@ class Arm:
     def seeds(self) -> tuple[int | None, ...]:
         """The seeds, in the order of the runs."""
         return tuple(run.seed for run in self.runs)
+
+    @property
+    def metric(self) -> Metric:
+        """What the runs are scored by."""
+        return self.runs[0].metric
 
     @property
     def nested(self) -> bool:

@@ -16,6 +16,8 @@ USUAL: dict[str, Any] = {
     "model.scale": "mean",
     "model.norm": "per_width",
     "model.widths": [8, 4, 2, 1],
+    "model.task": "classification",
+    "model.quantize_embeddings": False,
 }
 SPLIT_WORDS = {"test": "test split", "val": "validation split, best epoch"}
 ENERGIES = {
@@ -40,6 +42,10 @@ DEFINITIONS = {
     "Quantized": "n-bit codes computed from the float weights.",
     "Truncated": "n-bit codes computed from the stored 8-bit codes by a right shift.",
     "QT gap": "top-1 quantized minus top-1 truncated, in percentage points.",
+}
+PERPLEXITY = {
+    "Perplexity": "exp of the mean cross-entropy of the labeled tokens; lower is better.",
+    "QT gap (perplexity)": "perplexity truncated minus perplexity quantized.",
 }
 # Classes of the built-in data sets, which give the accuracy of guessing.
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "svhn": 10, "mnist": 10}

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tq_lightning.errors import UserError
-from tq_lightning.records import InspectRecord, Record, RecordError, parse, read_any
+from tq_lightning.records import (
+    InspectRecord,
+    Metric,
+    Record,
+    RecordError,
+    metric_of,
+    parse,
+    read_any,
+)
 from tq_lightning.report.inputs import Candidate, find, printable
 
 SOURCES = ("quantize", "truncate")
@@ -17,7 +25,7 @@ ABSOLUTE = re.compile(r"(?<![\w.:/…-])/(?:[^\s/'\",=:]+/)+([^\s/'\",=:]*)")
 
 @dataclass(frozen=True)
 class Run:
-    """A usable run. `config` is flat: {"model.name": ...}; accuracies are top-1 in %."""
+    """A usable run. `config` is flat: {"model.name": ...}; scores are in the unit of `metric`."""
 
     id: str
     path: str
@@ -36,27 +44,36 @@ class Run:
         return self.record.epochs, self.record.steps
 
     @functools.cached_property
+    def metric(self) -> Metric:
+        """What the run is scored by."""
+        return metric_of(self.record.best.metrics if self.record.best else ())
+
+    @functools.cached_property
     def has_test(self) -> bool:
         """True if the test block has a value for every width and both sources."""
-        return all(self._test(f"acc1_{s}_w{w}") is not None for s in SOURCES for w in self.widths)
+        return all(
+            self._test(f"{self.metric.key}_{s}_w{w}") is not None
+            for s in SOURCES
+            for w in self.widths
+        )
 
     def _test(self, metric: str) -> float | None:
         test = self.record.test
         return None if test is None else test.metrics.get(f"test/{metric}")
 
-    def acc1(self, source: str, width: int, split: str) -> float | None:
-        """Top-1 in % of `source` at `width` bits on `split`: "test", or "val" at the best epoch."""
+    def score(self, source: str, width: int, split: str) -> float | None:
+        """Metric of `source` at `width` bits on `split`: "test", or "val" at the best epoch."""
         if split == "test":
-            return self._test(f"acc1_{source}_w{width}")
+            return self._test(f"{self.metric.key}_{source}_w{width}")
         result = (self.record.widths or {}).get(width)
         return None if result is None else getattr(result, source)
 
-    def acc1_float(self, split: str) -> float | None:
-        """Top-1 in % of the float weights, or None if it was not evaluated."""
+    def score_float(self, split: str) -> float | None:
+        """Metric of the float weights, or None if it was not evaluated."""
         if split == "test":
-            return self._test("acc1_float")
+            return self._test(f"{self.metric.key}_float")
         best = self.record.best
-        return None if best is None else best.metrics.get("val/acc1_float")
+        return None if best is None else best.metrics.get(f"val/{self.metric.key}_float")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats imports for a second
 
+from tq_lightning.records import ACC1, Metric
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.runs import Run
 
@@ -28,6 +29,7 @@ class Estimate:
     mean: float
     half: float | None
     values: tuple[float, ...] = ()
+    digits: int = 1  # after the point, in a text
 
     @property
     def low(self) -> float:
@@ -39,10 +41,14 @@ class Estimate:
         """Upper end of the interval, or the mean if there is no interval."""
         return self.mean + (self.half or 0.0)
 
-    def text(self, digits: int = 1) -> str:
+    @property
+    def short(self) -> str:
+        """`86.3`: the mean alone."""
+        return number(self.mean, self.digits)
+
+    def text(self) -> str:
         """Return `86.3 ± 0.4`, or `86.3` for one seed."""
-        half = "" if self.half is None else f" ± {self.half:.{digits}f}"
-        return number(self.mean, digits) + half
+        return self.short + ("" if self.half is None else f" ± {self.half:.{self.digits}f}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Difference:
 
     estimate: Estimate
     how: str
+    unit: str = "points"
 
     @property
     def sign(self) -> int:
@@ -73,26 +80,28 @@ class Difference:
 
     def words(self, a: str, b: str) -> str:
         """Return `floor is above round by 1.20 points [+0.40, +2.00], paired`."""
-        mean = f"{a} - {b} = {number(self.estimate.mean, 2, '+')} points"
+        mean = f"{a} - {b} = {number(self.estimate.mean, 2, '+')} {self.unit}"
         if self.estimate.half is None:
             return f"{mean}, one seed: no interval, no conclusion"
         if not self.sign:
             return f"no difference shown, {mean} {self.interval}, {self.how}"
         side = "above" if self.sign > 0 else "below"
-        size = f"{abs(self.estimate.mean):.2f} points"
+        size = f"{abs(self.estimate.mean):.2f} {self.unit}"
         return f"{a} is {side} {b} by {size} {self.interval}, {self.how}"
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
+def mean_interval(values: Sequence[float], digits: int = 1) -> Estimate:
     """Compute mean and t interval of values, one per seed. Example: [1, 2, 3] -> 2 ± 2.48."""
     x = np.asarray(values, dtype=float)
     half = None
     if x.size > 1:
         half = float(stdtrit(x.size - 1, 0.5 + LEVEL / 2) * x.std(ddof=1) / math.sqrt(x.size))
-    return Estimate(float(x.mean()), half, tuple(x.tolist()))
+    return Estimate(float(x.mean()), half, tuple(x.tolist()), digits)
 
 
-def difference(a: dict[int | None, float], b: dict[int | None, float]) -> Difference:
+def difference(
+    a: dict[int | None, float], b: dict[int | None, float], metric: Metric = ACC1
+) -> Difference:
     """Compute the difference a - b of two arms, each given as {seed: value}.
 
     It is paired by seed if both have the same two or more seeds. Otherwise it is Welch's t
@@ -100,16 +109,17 @@ def difference(a: dict[int | None, float], b: dict[int | None, float]) -> Differ
     """
     if set(a) == set(b) and len(a) > 1 and None not in a:
         pairs = [a[seed] - b[seed] for seed in sorted(a, key=str)]
-        return Difference(mean_interval(pairs), "paired")
+        return Difference(mean_interval(pairs, metric.digits), "paired", metric.gap_unit)
     x, y = np.array(list(a.values()), dtype=float), np.array(list(b.values()), dtype=float)
     mean, half = float(x.mean() - y.mean()), 0.0
     if min(x.size, y.size) < 2:
-        return Difference(Estimate(mean, None), "one seed")
+        estimate = Estimate(mean, None, digits=metric.digits)
+        return Difference(estimate, "one seed", metric.gap_unit)
     va, vb = x.var(ddof=1) / x.size, y.var(ddof=1) / y.size
     if va + vb > 0:
         dof = (va + vb) ** 2 / (va**2 / (x.size - 1) + vb**2 / (y.size - 1))
         half = float(stdtrit(dof, 0.5 + LEVEL / 2) * math.sqrt(va + vb))
-    return Difference(Estimate(mean, half), "Welch")
+    return Difference(Estimate(mean, half, digits=metric.digits), "Welch", metric.gap_unit)
 
 
 def split_of(runs: Sequence[Run]) -> str:
@@ -118,31 +128,35 @@ def split_of(runs: Sequence[Run]) -> str:
 
 
 def by_seed(arm: Arm, source: str, width: int, split: str) -> dict[int | None, float]:
-    """Return {seed: top-1 in %} of an arm, without runs that lack the width."""
-    values = {run.seed: run.acc1(source, width, split) for run in arm.runs}
+    """Return {seed: metric} of an arm, without runs that lack the width."""
+    values = {run.seed: run.score(source, width, split) for run in arm.runs}
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def acc1(arm: Arm, source: str, width: int, split: str) -> Estimate | None:
-    """Return top-1 in % over the seeds of an arm, or None if no run has that width."""
+def score(arm: Arm, source: str, width: int, split: str) -> Estimate | None:
+    """Return the metric over the seeds of an arm, or None if no run has that width."""
     values = by_seed(arm, source, width, split)
-    return mean_interval(list(values.values())) if values else None
+    return mean_interval(list(values.values()), arm.metric.digits) if values else None
 
 
-def acc1_float(arm: Arm, split: str) -> Estimate | None:
-    """Return top-1 in % of the float weights over the seeds, or None unless every run has it."""
-    values = [run.acc1_float(split) for run in arm.runs]
-    return mean_interval([v for v in values if v is not None]) if None not in values else None
+def score_float(arm: Arm, split: str) -> Estimate | None:
+    """Return the metric of the float weights over the seeds, or None unless every run has it."""
+    values = [run.score_float(split) for run in arm.runs]
+    kept = [v for v in values if v is not None]
+    return mean_interval(kept, arm.metric.digits) if len(kept) == len(values) else None
 
 
 def compare(
     a: Arm, b: Arm, source_a: str, source_b: str, width: int, split: str
 ) -> Difference | None:
-    """acc1(a, source_a) - acc1(b, source_b) at `width` bits, or None if either lacks the width."""
+    """Metric of (a, source_a) minus (b, source_b) at a width, or None if either lacks it."""
     x, y = by_seed(a, source_a, width, split), by_seed(b, source_b, width, split)
-    return difference(x, y) if x and y else None
+    return difference(x, y, a.metric) if x and y else None
 
 
 def gap(arm: Arm, width: int, split: str) -> Difference | None:
-    """Return the QT gap of an arm at `width` bits, in percentage points."""
-    return compare(arm, arm, "quantize", "truncate", width, split)
+    """Return the QT gap of an arm at `width` bits: what truncation costs, in its unit."""
+    better, worse = "quantize", "truncate"
+    if arm.metric.lower_is_better:
+        better, worse = worse, better
+    return compare(arm, arm, better, worse, width, split)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write, check_replaceable
-from tq_lightning.report import dataframe, figures, html, tables
+from tq_lightning.records import PPL
+from tq_lightning.report import dataframe, figures, html, labels, tables
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.findings import Finding, findings
-from tq_lightning.report.labels import METHOD
 from tq_lightning.report.tables import accuracy, render
 
 MARKER = "report.json"  # marks a folder as a report, which a new one may replace
@@ -37,20 +37,29 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
     """Write all files of a report into `folder`."""
     (folder / "figures").mkdir()
     (folder / "tables").mkdir()
+    parts = comparisons.by_metric
     drawn, notes = figures.draw(comparisons)
     for figure in drawn:
         style.write(figure, folder / "figures")
-    headline, built = accuracy.headline(comparisons), tables.build(comparisons)
+    headline, built = accuracy.headline(parts[0]), list[render.Table]()
+    for part in parts:
+        made = [accuracy.headline(part)] if part is not parts[0] else []
+        made = [table for table in [*made, *tables.build(part)] if table.rows]
+        built += [accuracy.of_metric(table, part.metric) for table in made]
     texts = {f"tables/{table.name}.md": render.markdown(table) for table in built}
     texts |= {f"tables/{table.name}.tex": render.latex(table) for table in built}
-    built += [accuracy.runs(comparisons)] if comparisons.arms else []
-    answers = findings(comparisons)
+    built += [accuracy.of_metric(accuracy.runs(p), p.metric) for p in parts if p.arms]
+    answers = [finding for part in parts for finding in findings(part)]
+    definitions = dict(labels.DEFINITIONS)
+    if any(part.metric is PPL for part in parts):
+        definitions |= labels.PERPLEXITY
     texts["summary.md"] = f"# {title}\n\n    {command}\n\n{summary(headline, answers, notes)}"
     data = dataframe.write(comparisons.arms, folder) if comparisons.arms else []
     texts["index.html"] = html.page(
         folder / "figures",
         [run for arm in comparisons.arms for run in arm.runs],
         comparisons=comparisons,
+        definitions=definitions,
         figures=drawn,
         title=title,
         headline=headline,
@@ -83,4 +92,4 @@ def summary(headline: render.Table, answers: list[Finding], notes: list[str]) ->
     for finding in answers:
         lines += [f"**{finding.question}** {finding.answer}", ""]
         lines += [*(f"- {line}" for line in finding.lines), ""]
-    return "\n".join([*lines, METHOD, *notes, ""])
+    return "\n".join([*lines, labels.METHOD, *notes, ""])

@@ -8,17 +8,24 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from tq_lightning.quant.inputs import IGNORED
+
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the cross-entropy, averaged over the batch.
+    """Compute the cross-entropy, averaged over the batch or over the labeled tokens.
 
     Args:
-        logits: (batch, classes).
-        target: class indices (batch,) or soft labels (batch, classes).
+        logits: (batch, classes), or (batch, tokens, vocabulary) of a language model.
+        target: class indices (batch,) or soft labels (batch, classes); of a language model, token
+            numbers (batch, tokens), `IGNORED` for those that don't count.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar; 0 if no token has a label.
     """
+    if logits.dim() == 3:
+        rows, flat = logits.float().flatten(0, 1), target.flatten()
+        total = F.cross_entropy(rows, flat, ignore_index=IGNORED, reduction="sum")
+        return total / (flat != IGNORED).sum().clamp_min(1)
     return F.cross_entropy(logits.float(), target)
 
 
@@ -40,23 +47,29 @@ def bce(logits: Tensor, target: Tensor) -> Tensor:
     return losses.sum(1).mean()
 
 
-def distillation(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation(
+    logits: Tensor, teacher: Tensor, temperature: float = 1.0, counted: Tensor | None = None
+) -> Tensor:
     """Compute the distillation loss T^2 KL(softmax(teacher / T) || softmax(logits / T)).
 
     The divergence is averaged over the batch.
 
     Args:
-        logits: logits of the student (batch, classes).
-        teacher: logits of the teacher (batch, classes); they receive no gradient.
+        logits: logits of the student, (batch, classes) or (batch, tokens, vocabulary).
+        teacher: logits of the teacher, of the same shape; they receive no gradient.
         temperature: T > 0.
+        counted: of a language model, the tokens to take the mean over, bool (batch, tokens).
 
     Returns:
         A float32 scalar; 0 if both distributions are equal.
 
     Source: Hinton et al., arXiv 1503.02531.
     """
-    student = F.log_softmax(logits.float() / temperature, dim=1)
-    target = F.log_softmax(teacher.detach().float() / temperature, dim=1)
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    target = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
+    if counted is not None:
+        tokens = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
+        return (tokens * counted).sum() / counted.sum().clamp_min(1) * temperature**2
     return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -86,7 +99,7 @@ def make_width_loss(
         target: labels, in the form that `label_loss` expects.
         teacher: one of `TEACHERS`. "external" is the teacher of every width. With the other
             choices, an external teacher, if given, is the teacher of the widest width.
-        external: logits (batch, classes) of the external teacher.
+        external: logits of the external teacher, of the shape of the student's.
         distill_weight: weight of the distillation loss, from 0 to 1.
         temperature: temperature of the distillation loss.
 
@@ -100,7 +113,8 @@ def make_width_loss(
             soft_target = list(wider.values())[0 if teacher == "widest" else -1]
         if soft_target is None:
             return label_loss(logits, target)
-        soft = distillation(logits, soft_target, temperature)
+        counted = target != IGNORED if logits.dim() == 3 else None
+        soft = distillation(logits, soft_target, temperature, counted)
         if distill_weight == 1.0:
             return soft
         return (1 - distill_weight) * label_loss(logits, target) + distill_weight * soft

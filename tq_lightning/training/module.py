@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.data.sampling import run_seed
-from tq_lightning.errors import TrainingError
+from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.factories import only_allow
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import call, samples_of, split_batch
+from tq_lightning.quant.inputs import call, check_logits, check_shifted, samples_of, split_batch
 from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
@@ -58,6 +58,7 @@ class TQModule(L.LightningModule):
             non-uniform codes gaussian, float_e2, mu_law or log.
         scale: weight at level 1, mean (the mean magnitude) or span (the largest weight that the
             normalizer represents, which preserves values).
+        quantize_embeddings: quantize embedding tables too.
         widths: trained bit widths, e.g. 8,4,2,1.
         max_bits: stored bit width.
         activations: null, or clamp_round, clamp_floor, pact_round, pact_floor, each also with
@@ -65,6 +66,8 @@ class TQModule(L.LightningModule):
         skip: layers left in float: first, last, and name patterns.
         norm: per_width, per_width_all (layer norms too) or shared.
         shared_norms: patterns of norms that stay one for all widths, e.g. `["*skip_bn"]`.
+        task: classification (one label per sample, metrics acc1) or language_modeling (one label
+            per token, metrics ppl).
         loss: label loss, cross_entropy or bce.
         teacher: teacher of the narrower widths: recursive (the next wider width), widest, external,
             or none (labels only; null is none).
@@ -118,12 +121,14 @@ class TQModule(L.LightningModule):
         level: str = "endpoint",
         normalizer: str = "tanh",
         scale: str = "mean",
+        quantize_embeddings: bool = False,
         widths: list[int] | int | str = [8, 4, 2, 1],  # noqa: B006
         max_bits: int = 8,
         activations: str | None = None,
         skip: list[str] | str = ["first", "last"],  # noqa: B006
         norm: str = "per_width",
         shared_norms: list[str] | str = [],  # noqa: B006
+        task: str = "classification",
         loss: str = "cross_entropy",
         teacher: str | None = "recursive",
         teacher_name: str | None = None,
@@ -239,7 +244,8 @@ class TQModule(L.LightningModule):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return logits (batch, classes) of images (batch, channels, height, width).
 
-        Other networks take their own arguments. The model runs at the bit width in use.
+        Other networks take their own arguments; a language model returns logits (batch, tokens,
+        vocabulary). The model runs at the bit width in use.
         """
         assert self.model is not None
         if self.hparams.channels_last and len(inputs) == 1 and inputs[0].dim() == 4:
@@ -271,15 +277,24 @@ class TQModule(L.LightningModule):
         if self._teacher:
             with torch.no_grad():
                 external = call(self._teacher[0].to(self.device), inputs)
-        width_loss = make_width_loss(
+        if h.task == "language_modeling" and batch_idx == 0:
+            check_shifted(inputs, target)
+        loss_of = make_width_loss(
             LOSSES[h.loss], target, h.teacher, external, h.distill_weight, h.temperature
         )
+
+        def width_loss(bits: int | None, logits: Any, wider: dict[int | None, Tensor]) -> Tensor:
+            check_logits(h.task, logits, target)
+            return loss_of(bits, logits, wider)
+
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         weights = [self.width_weights[b] for b in passes]
         try:
             loss, losses = joint_loss(self, inputs, passes, width_loss, weights, scale)
-        except (TrainingError, ValueError) as error:
+        except UserError:
+            raise
+        except (TrainingError, ValueError, IndexError) as error:
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise TrainingError(
                 f"step {self.global_step}: {error} (learning rate {lr:g})"
@@ -305,7 +320,16 @@ class TQModule(L.LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return class probabilities (batch, classes) at the widest trained width, truncated."""
+        """Return class probabilities (batch, classes) at the widest trained width, truncated.
+
+        Raises:
+            UserError: the network is a language model.
+        """
+        if self.hparams.task != "classification":
+            raise UserError(
+                f"predict writes class probabilities, which model.task={self.hparams.task} does "
+                "not have; load the network with TQModule.load_from_checkpoint to generate text"
+            )
         inputs = batch if isinstance(batch, Tensor) else split_batch(batch)[0]
         with fused_weights(self), bit_width(self, self.widths[0], "truncate"):
             return call(self, inputs).float().softmax(1)

@@ -15,7 +15,7 @@ from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.files import atomic_write
-from tq_lightning.records import MONITOR, NAME
+from tq_lightning.records import NAME, TASKS
 from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
 from tq_lightning.training.cluster import cluster_environment
 from tq_lightning.training.run_folder import CONFIG
@@ -69,11 +69,12 @@ def fit_callbacks(
     folder = run_dir / "checkpoints"
     # Lightning confuses an interval of 1 batch with 1.0, a full epoch
     every_batch = isinstance(config["trainer"]["val_check_interval"], int)
+    metric = TASKS[config["model"].hparams.task]  # instantiated
     best = ModelCheckpoint(
         folder,
         filename="best-{epoch}",
-        monitor=MONITOR,
-        mode="max",
+        monitor=metric.monitor,
+        mode=metric.mode,
         save_top_k=1,
         save_on_train_epoch_end=False if every_batch else None,
         auto_insert_metric_name=False,

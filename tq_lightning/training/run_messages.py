@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from tq_lightning.errors import program_name
-from tq_lightning.records import MONITOR, NAME, read_record
+from tq_lightning.records import NAME, metric_of, read_record
 from tq_lightning.training.run_folder import CONFIG, LAST
 
 
@@ -25,14 +25,14 @@ def end_lines(verb: str, run_dir: Path) -> list[str]:
     lines = []
     if record.best is not None:
         widths = "/".join(str(bits) for bits in _trained(record.config))
-        scores = "/".join(
-            f"{record.best.metrics[f'val/acc1_truncate_w{bits}']:.2f}"
-            for bits in _trained(record.config)
-            if f"val/acc1_truncate_w{bits}" in record.best.metrics
-        )
+        found, metric = record.best.metrics, metric_of(record.best.metrics)
+        keys = [f"val/{metric.key}_truncate_w{bits}" for bits in _trained(record.config)]
+        scores = "/".join(f"{found[key]:.2f}" for key in keys if key in found)
+        unit = f" {metric.unit}" if metric.unit else ""
+        mean = found.get(metric.monitor, float("nan"))
         lines.append(
-            f"best epoch {record.best.epoch}: top-1 {scores} % at {widths} bits (truncated, "
-            f"validation), mean {record.best.metrics.get(MONITOR, float('nan')):.2f} %"
+            f"best epoch {record.best.epoch}: {metric.name} {scores}{unit} at {widths} bits "
+            f"(truncated, validation), mean {mean:.2f}{unit}"
         )
     command = next_command(verb, run_dir)
     return [*lines, f"next: {command}"] if command else lines

@@ -6,12 +6,14 @@ from typing import Any
 
 from tq_lightning.errors import UserError, did_you_mean
 from tq_lightning.models import check_name
+from tq_lightning.records import TASKS
 from tq_lightning.training.lists import as_floats
 from tq_lightning.training.losses import LOSSES, TEACHERS
 from tq_lightning.training.optim import SCHEDULES, check_optimizer
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "task": tuple(TASKS),
     "loss": tuple(LOSSES),
     "teacher": TEACHERS,
     "width_schedule": tuple(WIDTH_SCHEDULES),
@@ -69,6 +71,11 @@ def check(h: Any) -> None:
                 check_name(h[key])
             except UserError as error:
                 raise UserError(f"model.{key}: {error}") from None
+    if h["task"] == "language_modeling" and h["loss"] != "cross_entropy":
+        raise UserError(
+            f"model.loss: got {h['loss']!r}, which is for classification; pass cross_entropy with "
+            "model.task=language_modeling"
+        )
     if h["teacher"] == "external" and h["teacher_name"] is None:
         raise UserError("model.teacher=external needs a teacher model: pass model.teacher_name")
     if min(as_floats(h["decay_epochs"], "model.decay_epochs"), default=0.0) <= 0.0:

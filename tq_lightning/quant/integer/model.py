@@ -5,6 +5,8 @@ which the kernel of the preceding layer computes. In a model that cannot be trac
 layer takes and returns float32.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -34,11 +36,11 @@ class IntegerModel(nn.Module):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of images (batch, channels, height, width)."""
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.network(images)
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Return the logits of images (batch, channels, height, width), or of other inputs."""
+        if inputs and inputs[0].dim() == 4:
+            inputs = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+        return self.network(*inputs, **named)
 
     def summary(self) -> str:
         """Return one line with the number of integer layers and the layers in float."""

@@ -5,12 +5,14 @@ there is nothing to compare.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
+from tq_lightning.records import ACC1
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import accuracy, cross_model, model_cost
 from tq_lightning.report.figures.accuracy import Drawing, factor
-from tq_lightning.report.figures.style import styled
+from tq_lightning.report.figures.style import Figure, styled
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 
 # Figures of one section are adjacent.
@@ -37,6 +39,12 @@ FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
 
 def draw(comparisons: Comparisons) -> Drawing:
     """Draw every figure that the comparisons allow, in the order of FIGURES."""
-    with styled():
-        made = [function(comparisons) for function in FIGURES.values()]
-    return [f for figures, _ in made for f in figures], [n for _, notes in made for n in notes]
+    drawn: list[Figure] = []
+    said: list[str] = []
+    for part in comparisons.by_metric:
+        with styled():
+            made = [function(part) for function in FIGURES.values()]
+        suffix = "" if part.metric is ACC1 else f"_{part.metric.key}"
+        drawn += [replace(f, name=f"{f.name}{suffix}") for figures, _ in made for f in figures]
+        said += [note for _, notes in made for note in notes]
+    return drawn, said

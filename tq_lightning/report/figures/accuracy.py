@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from tq_lightning.records import ACC1, Metric
 from tq_lightning.report.caveats import flags_of, mixed, seeds_words
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.figures import style
@@ -17,7 +18,7 @@ from tq_lightning.report.labels import (
     slug,
     wrapped,
 )
-from tq_lightning.report.stats import Estimate, acc1, acc1_float, compare, number, split_of
+from tq_lightning.report.stats import Estimate, compare, number, score, score_float, split_of
 
 Drawing = tuple[list[Figure], list[str]]
 MAX_GROUPS = 12  # figures of one kind; the tables have all groups
@@ -36,8 +37,8 @@ def capped(
 
 
 def curve(arm: Arm, source: str, split: str) -> dict[int, Estimate]:
-    """Return {width: top-1} of an arm."""
-    return {w: e for w in arm.runs[0].widths if (e := acc1(arm, source, w, split)) is not None}
+    """Return {width: metric} of an arm."""
+    return {w: e for w in arm.runs[0].widths if (e := score(arm, source, w, split)) is not None}
 
 
 def qt_gap(comparisons: Comparisons) -> Drawing:
@@ -49,19 +50,21 @@ def qt_gap(comparisons: Comparisons) -> Drawing:
 
 def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
     split, first, papers = group.split, group.first, group.is_papers
-    title = (message(group) or (0, "Accuracy by width"))[1]
+    metric = group.metric
+    name_of = "Accuracy" if metric is ACC1 else "Perplexity"
+    title = (message(group) or (0, f"{name_of} by width"))[1]
     canvas, body = style.new((6.4, 3.4), title, group.label, group.flags)
     axes = body.add_subplot()
     words, floats, hollow = [], papers, set(group.widths) > set(first.trained)
     for i, (name, arm, source) in enumerate(group.rows):
         points, shift = curve(arm, source, split), style.spread(i, len(group.rows))
         look = style.arm_look(models, arm, source)
-        style.line(axes, points, name, arm, shift, **look)
-        estimate, color, shape = acc1_float(arm, split), look["color"], look["marker"]
+        style.line(axes, points, name, arm, shift, metric is ACC1, **look)
+        estimate, color, shape = score_float(arm, split), look["color"], look["marker"]
         if estimate is not None and (source == "quantize" or arm.nested):
             floats, trained = True, bool(arm["model.float_pass"])
             hollow |= not trained
-            style.bars(axes, {FLOAT_AT + shift: estimate}, color, percent=True)
+            style.bars(axes, {FLOAT_AT + shift: estimate}, color, percent=metric is ACC1)
             fill = color if trained else "white"
             axes.plot(FLOAT_AT + shift, estimate.mean, shape, color=color, markerfacecolor=fill)
         words.append(f"{name}: " + ", ".join(f"{e.text()} at {w}" for w, e in points.items()))
@@ -75,17 +78,20 @@ def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
         axes.plot([], [], color=style.GRAY, lw=0.8, marker="x", label="paper, same row (thin)")
     style.width_axis(axes, group.widths, floats)
     arms = [arm for _, arm in group.arms]
-    axes.set_ylabel(f"top-1 accuracy [%]\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
-    style.clip(axes)
+    label = "top-1 accuracy [%]" if metric is ACC1 else metric.label
+    axes.set_ylabel(f"{label}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
+    style.clip(axes, metric)
     axes.legend(loc="best")
     caption = [
-        f"Top-1 on the {SPLIT_WORDS[split]} by width in use. Truncated: stored 8-bit codes shifted "
-        "right. Quantized: codes computed from the float weights. Dots: seeds. Bars: 95 % t "
-        "interval, cut at 0 and 100 %.",
+        f"{metric.title} on the {SPLIT_WORDS[split]} by width in use. Truncated: stored 8-bit "
+        "codes shifted right. Quantized: codes computed from the float weights. Dots: seeds. Bars: "
+        f"95 % t interval{', cut at 0 and 100 %' if metric is ACC1 else ''}.",
         *["Thin lines with crosses: arXiv 2506.11431, on the original CIFAR-10."] * papers,
         *mixed(arms),
     ]
-    name, alt = f"qt_gap_{group.slug}", "Top-1 in % by bits. " + "; ".join(words)
+    in_unit = f" in {metric.unit}" if metric.unit else ""
+    alt = f"{metric.title}{in_unit} by bits. " + "; ".join(words)
+    name = f"qt_gap_{group.slug}"
     return Figure(name, "QT gap", f"{title} ({group.label})", " ".join(caption), alt, canvas)
 
 
@@ -105,6 +111,7 @@ def factor(comparisons: Comparisons, key: str, section: str) -> Drawing:
 
 
 def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list[str]) -> Figure:
+    metric = groups[0].metric
     base, split = groups[0].reference[0], split_of([run for g in groups for run in g.runs])
     values = list(dict.fromkeys([base, *(value for g in groups for value, _ in g.arms)]))
     found = {
@@ -113,7 +120,7 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         for value, arm in group.arms
         if arm is not group.reference[1]
     }
-    title = f"{section}: {_ranges(found, base)}"
+    title = f"{section}: {_ranges(found, base, metric)}"
     size = (max(5.2, 2.5 * len(groups) + 0.4), 4.9)
     canvas, body = style.new(size, title, flags=flags_of(groups))
     share: Any = {"sharex": "col", "sharey": "row", "height_ratios": [3, 2]}
@@ -123,7 +130,9 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         for i, (value, arm) in enumerate(group.arms):
             look = style.series_look(models, arm, values.index(value))
             shift = style.spread(i, len(group.arms))
-            style.line(top, curve(arm, "truncate", split), value, arm, shift, **look)
+            style.line(
+                top, curve(arm, "truncate", split), value, arm, shift, metric is ACC1, **look
+            )
             points = found.get((group, value), {})
             style.line(bottom, points, value, arm, shift, percent=False, **look)
             listed = ", ".join(f"{number(e.mean, sign='+')} at {w}" for w, e in points.items())
@@ -135,17 +144,17 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         top.grid(axis="x", visible=False)
         entries |= dict(zip(*reversed(top.get_legend_handles_labels()), strict=True))
     arms = [arm for group in groups for _, arm in group.arms]
-    grid[0][0].set_ylabel(f"top-1 truncated [%]\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
-    grid[1][0].set_ylabel(f"difference to\n{base} [points]")
-    style.clip(grid[0][0])
+    grid[0][0].set_ylabel(f"{metric.truncated}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
+    grid[1][0].set_ylabel(f"difference to\n{base} [{metric.gap_unit}]")
+    style.clip(grid[0][0], metric)
     body.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=4)
     weights = " and ".join(sorted({str(arm["model.quantizer"]) for arm in arms}))
     caption = (
-        f"Top: top-1 by width of {weights} weights, truncated. Bottom: difference to {base}; an "
-        "interval that includes 0 shows no difference. Dots: seeds, or pairs of seeds. Hollow: "
-        f"width not trained. {METHOD}"
+        f"Top: {metric.name} by width of {weights} weights, truncated. Bottom: difference to "
+        f"{base}; an interval that includes 0 shows no difference. Dots: seeds, or pairs of "
+        f"seeds. Hollow: width not trained. {METHOD}"
     )
-    alt = f"{title}. Differences in points by bits. {'; '.join(words)}"
+    alt = f"{title}. Differences {_in(metric)} by bits. {'; '.join(words)}"
     return Figure(name, section, title, " ".join([caption, *mixed(arms)]), alt, canvas)
 
 
@@ -155,7 +164,13 @@ def _differences(group: ComparisonGroup, arm: Arm, split: str) -> dict[int, Esti
     return {w: d.estimate for w, d in found.items() if d is not None}
 
 
-def _ranges(found: dict[tuple[ComparisonGroup, str], dict[int, Estimate]], base: str) -> str:
+def _in(metric: Metric) -> str:
+    return "in points" if metric is ACC1 else metric.gap_unit
+
+
+def _ranges(
+    found: dict[tuple[ComparisonGroup, str], dict[int, Estimate]], base: str, metric: Metric
+) -> str:
     """Return `scaled minus identity is -8.4 to +0.6 points at trained widths`, for each value."""
     spans: dict[str, list[float]] = {}
     for (group, value), points in found.items():
@@ -163,7 +178,8 @@ def _ranges(found: dict[tuple[ComparisonGroup, str], dict[int, Estimate]], base:
         if not has_collapsed(arm, group.reference[1]):
             spans.setdefault(value, []).extend(points[w].mean for w in arm.trained if w in points)
     parts = [
-        f"{value} minus {base} is {number(min(of), sign='+')} to {number(max(of), sign='+')} points"
+        f"{value} minus {base} is {number(min(of), sign='+')} to {number(max(of), sign='+')} "
+        f"{metric.gap_unit}"
         for value, of in list(spans.items())[:2]
         if of
     ]
@@ -189,8 +205,9 @@ def curves(comparisons: Comparisons) -> Drawing:
 def _epochs(arm: Arm, width: int) -> dict[int, list[float]]:
     """{epoch: truncated validation accuracies over the seeds} at `width` bits."""
     out: dict[int, list[float]] = {}
+    key = f"val/{arm.metric.key}_truncate_w{width}"
     for run in arm.runs:
-        for epoch, value in (run.record.curves or {}).get(f"val/acc1_truncate_w{width}", []):
+        for epoch, value in (run.record.curves or {}).get(key, []):
             if isinstance(value, int | float) and math.isfinite(value):
                 out.setdefault(int(epoch), []).append(value)
     return dict(sorted(out.items()))
@@ -220,12 +237,13 @@ def _curves(group: ComparisonGroup, arms: dict[str, Arm], models: list[str]) -> 
                 axes.plot([x] * len(of), of, ".", color=look["color"], markersize=2.5, alpha=0.5)
         axes.set(title=f"{value} ({counted(len(arm.runs), 'seed')})", xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    grid[0].set_ylabel("top-1 truncated [%], validation")
-    style.clip(grid[0])
+    metric = group.metric
+    grid[0].set_ylabel(f"{metric.truncated}, validation")
+    style.clip(grid[0], metric)
     grid[0].legend(loc="best")
     caption = (
-        "Validation top-1 of the truncated weights after each epoch at the trained widths. "
-        "Lines: mean over seeds. Dots: seeds."
+        f"Validation {metric.name} of the truncated weights after each epoch at the trained "
+        "widths. Lines: mean over seeds. Dots: seeds."
     )
     words = [f"{value} at {w} bits ends at {end:.1f}" for (value, w), end in last.items()]
     name, alt = f"curves_{group.slug}", f"{title}. {'; '.join(words)}"

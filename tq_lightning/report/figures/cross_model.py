@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from tq_lightning.records import ACC1, Metric
 from tq_lightning.report import labels
 from tq_lightning.report.caveats import between, flags_of, mixed, seeds_words
 from tq_lightning.report.comparisons import Comparisons, has_collapsed
@@ -11,7 +12,7 @@ from tq_lightning.report.figures.accuracy import Drawing, capped
 from tq_lightning.report.figures.style import Figure
 from tq_lightning.report.groups import START, Arm
 from tq_lightning.report.labels import spread
-from tq_lightning.report.stats import Estimate, acc1, gap, mean_interval, split_of
+from tq_lightning.report.stats import Estimate, gap, mean_interval, score, split_of
 
 LOW_BITS = (1, 2)
 EXTRAS = (
@@ -30,10 +31,15 @@ def robustness(comparisons: Comparisons) -> Drawing:
     split = split_of([run for arm in arms for run in arm.runs])
     kept: dict[str, list[float]] = {}
     for arm in sorted(arms, key=lambda arm: arm.nested):
-        if not has_collapsed(arm) and (e := acc1(arm, "truncate", 2, split)) is not None:
+        if not has_collapsed(arm) and (e := score(arm, "truncate", 2, split)) is not None:
             kept.setdefault(str(arm["model.quantizer"]), []).append(e.mean)
-    spans = [f"{name} keeps {spread(of)} %" for name, of in kept.items()]
-    title = f"Truncated to 2 bits, {' and '.join(spans)}" if spans else "Accuracy at low widths"
+    metric = comparisons.metric
+    spans = [
+        f"{name} keeps {spread(of)} %" if metric is ACC1 else f"{name} has {spread(of, 2)}"
+        for name, of in kept.items()
+    ]
+    said = " and ".join(spans) + ("" if metric is ACC1 else " in perplexity")
+    title = f"Truncated to 2 bits, {said}" if spans else f"{_name_of(metric)} at low widths"
     canvas, body = style.new((7.0, 1.1 + 0.55 * len(groups)), title, flags=flags_of(groups))
     grid = body.subplots(1, len(LOW_BITS), sharey=True, sharex=True)
     words = []
@@ -44,25 +50,29 @@ def robustness(comparisons: Comparisons) -> Drawing:
             for i, row in enumerate(g.rows)
         ]
         for y, i, count, group, name, arm, source in rows:
-            if (estimate := acc1(arm, source, bits, split)) is None:
+            if (estimate := score(arm, source, bits, split)) is None:
                 continue
             look, at = (
                 style.arm_look(comparisons.models, arm, source),
                 y + style.spread(i, count, 0.5),
             )
-            style.bars(axes, {at: estimate}, look["color"], percent=True, along="x")
+            style.bars(axes, {at: estimate}, look["color"], metric is ACC1, along="x")
             label = "_" if name in axes.get_legend_handles_labels()[1] else name
             axes.plot(estimate.mean, at, label=label, zorder=3, **look | {"linestyle": "none"})
             words.append(f"{group.label}, {name}, {labels.counted(bits, 'bit')}: {estimate.text()}")
         axes.set_title(labels.counted(bits, "bit"))
-        axes.set_xlabel(f"top-1 accuracy [%]\n{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}")
+        label = "top-1 accuracy [%]" if metric is ACC1 else metric.label
+        axes.set_xlabel(f"{label}\n{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}")
     names = [labels.wrapped(group.label, 34) for group in groups]
     grid[0].set_yticks(range(len(groups)), names, fontsize=7.5)
     grid[0].set_ylim(len(groups) - 0.5, -0.5)
-    style.clip(grid[0], "x")
+    style.clip(grid[0], metric, "x")
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    method = "mean over seeds. Dots: seeds. Bars: 95 % t interval, cut at 0 and 100 %."
-    caption = " ".join([f"Top-1 on the {labels.SPLIT_WORDS[split]}, {method}", *mixed(arms)])
+    cut = ", cut at 0 and 100 %" if metric is ACC1 else ""
+    method = f"mean over seeds. Dots: seeds. Bars: 95 % t interval{cut}."
+    caption = " ".join(
+        [f"{metric.name.capitalize()} on the {labels.SPLIT_WORDS[split]}, {method}", *mixed(arms)]
+    )
     name = "low_bit_robustness"
     return [Figure(name, "Low-bit robustness", title, caption, "; ".join(words), canvas)], notes
 
@@ -88,16 +98,23 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
         for arm in arms
         for read in [arm.runs[0].record.bytes.planes]  # type: ignore[union-attr]
         for w in arm.runs[0].widths
-        if w in read and (estimate := acc1(arm, "truncate", w, split)) is not None
+        if w in read and (estimate := score(arm, "truncate", w, split)) is not None
     ]
-    front = pareto_front([(size, e.mean) for size, e, _, _ in points])
+    metric = arms[0].metric
+    sign = -1.0 if metric.lower_is_better else 1.0
+    signed = pareto_front([(size, sign * e.mean) for size, e, _, _ in points])
+    front = [(size, sign * mean) for size, mean in signed]
+
+    def shown(mean: float) -> str:
+        return f"{mean:.{metric.digits}f} {metric.unit}".strip()
+
     (small, least), (large, most) = front[0], front[-1]
-    title = f"From {small:.0f} KiB read at {least:.1f} % to {large:.0f} KiB at {most:.1f} %"
+    title = f"From {small:.0f} KiB read at {shown(least)} to {large:.0f} KiB at {shown(most)}"
     flags = between([[arm] for arm in arms], "arms")
     if single := sorted({_name(arm) for arm in arms if len(arm.runs) == 1}):
         listed = ", ".join(single) if len(single) <= 6 else labels.counted(len(single), "arm")
         flags.append(f"One seed ({listed}).")
-    subtitle = f"Pareto front of accuracy and bytes read, {data}"
+    subtitle = f"Pareto front of {_name_of(metric).lower()} and bytes read, {data}"
     canvas, body = style.new((6.4, 4.2), title, subtitle, flags)
     axes = body.add_subplot()
     every: Any = {"label": "every arm at each width", "color": "#aaaaaa", "ms": 4, "zorder": 1}
@@ -110,7 +127,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
             kind = look["color"] + look["marker"]
             look["linestyle"] = style.DASHES[seen[kind] % len(style.DASHES)]
             seen[kind] += 1
-            style.bars(axes, own, look["color"], percent=True)
+            style.bars(axes, own, look["color"], percent=metric is ACC1)
             label, means = f"{_name(arm)} (on the front)", [e.mean for e in own.values()]
             axes.plot(list(own), means, linewidth=0.9, label=label, **look)
     for size, e, _, w in points:
@@ -122,8 +139,11 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bytes read to run at that width [KiB]")
-    axes.set_ylabel(f"top-1 truncated [%]\n{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}")
-    style.clip(axes)
+    unit = f" [{metric.unit}]" if metric.unit else ""
+    axes.set_ylabel(
+        f"{metric.name} truncated{unit}\n{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}"
+    )
+    style.clip(axes, metric)
     body.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1)
     caption = (
         "Each point is the mean of an arm at one width (digits: bits) over seeds, "
@@ -131,9 +151,18 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
         "Bars: 95 % t interval of the arms on the front, which is the front of the means. Bytes: "
         "planes read, layers left in float, scales, and the norm layers of that width."
     )
-    alt = "Pareto front: " + ", ".join(f"{mean:.1f} % at {size:.0f} KiB" for size, mean in front)
+    alt = "Pareto front: " + ", ".join(f"{shown(mean)} at {size:.0f} KiB" for size, mean in front)
     text = " ".join([caption, *left, *mixed(arms)])
     return Figure(stem, "Pareto front", f"{title} ({data})", text, alt, canvas)
+
+
+def _name_of(metric: Metric) -> str:
+    return "Accuracy" if metric is ACC1 else "Perplexity"
+
+
+def _gap_words(metric: Metric) -> str:
+    sides = "truncated minus quantized" if metric.lower_is_better else "quantized minus truncated"
+    return f"{metric.name} {sides}"
 
 
 def _name(arm: Arm) -> str:
@@ -177,13 +206,14 @@ def disagreement(comparisons: Comparisons) -> Drawing:
         for name, arm in series.items()
     }
     claims = [n for n, arm in series.items() if not arm.nested and not has_collapsed(arm)]
-    title = "Weight codes that disagree, and the accuracy that they cost"
+    metric = comparisons.metric
+    title = f"Weight codes that disagree, and the {_name_of(metric).lower()} that they cost"
     if pairs := [found[name][2] for name in claims if 2 in found[name]]:
         wrong: list[float] = [share.mean for share, _ in pairs if share]
         costs: list[float] = [cost.mean for _, cost in pairs if cost]
         title = (
             f"At 2 bits, {spread(wrong, 0)} % of the shifted codes are wrong, "
-            f"which costs {spread(costs)} points"
+            f"which costs {spread(costs)} {comparisons.metric.gap_unit}"
         )
     canvas, body = style.new((7.0, 2.6 + 0.17 * len(series)), title, flags=flags_of(groups))
     grid = body.subplots(1, 2)
@@ -196,18 +226,18 @@ def disagreement(comparisons: Comparisons) -> Drawing:
             style.width_axis(axes, sorted({w for g in groups for w in g.widths}))
     where = f"{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}"
     grid[0].set(ylabel="weight codes that disagree [%]", title="codes of both sources compared")
-    grid[1].set(ylabel="QT gap [points]", title=where)
+    grid[1].set(ylabel=f"QT gap [{metric.gap_unit}]", title=where)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left")
     words = []
     for name, of in found.items():
         parts = [
-            f"{s.mean:.1f} % disagree and {g.mean:.1f} points lost at {w}"
+            f"{s.mean:.1f} % disagree and {g.mean:.1f} {metric.gap_unit} lost at {w}"
             for w, (s, g) in of.items()
         ]
         words.append(f"{name}: {', '.join(parts)}")
     caption = (
         "Left: share of weight codes for which quantizing to n bits and shifting the 8-bit code to "
-        "n bits give different integers. Right: QT gap, top-1 quantized minus truncated. Mean, "
+        f"n bits give different integers. Right: QT gap, {_gap_words(metric)}. Mean, "
         "seeds and 95 % t interval; hollow: width not trained."
     )
     text, alt = " ".join([caption, *mixed(arms)]), "; ".join(words)

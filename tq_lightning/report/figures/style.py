@@ -22,6 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.figure import SubFigure
 
+from tq_lightning.records import Metric
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.stats import Estimate
 
@@ -146,8 +147,11 @@ def line(
         axes.plot(w + shift, e.mean, shape, color=color, markerfacecolor=fill, zorder=3)
 
 
-def clip(axes: Axes, axis: str = "y") -> None:
-    """Keep an axis of accuracies within 0 to 100 %."""
+def clip(axes: Axes, metric: Metric, axis: str = "y") -> None:
+    """Keep an axis of accuracies within 0 to 100 %; make one of perplexities logarithmic."""
+    if metric.lower_is_better:
+        getattr(axes, f"set_{axis}scale")("log")
+        return
     low, high = getattr(axes, f"get_{axis}lim")()
     getattr(axes, f"set_{axis}lim")(max(low, -2), min(high, 102))
 

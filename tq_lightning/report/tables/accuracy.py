@@ -1,24 +1,39 @@
 """Tables of accuracy: the first table of the page, the QT gap, arms, runs and differences."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from tq_lightning.records import ACC1, Metric
 from tq_lightning.report import labels
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
 from tq_lightning.report.groups import MAIN_KEYS, Arm, shown_extras
-from tq_lightning.report.stats import Estimate, acc1, acc1_float, compare, gap, number, split_of
+from tq_lightning.report.stats import Estimate, compare, gap, number, score, score_float, split_of
 from tq_lightning.report.tables.render import Cell, Link, Table
 
 Row = dict[str, Cell]
+
+
+def of_metric(table: Table, metric: Metric) -> Table:
+    """Name a table of another metric than top-1 apart from the table of top-1."""
+    if metric is ACC1:
+        return table
+    return replace(table, name=f"{table.name}_{metric.key}", title=f"{table.title} ({metric.name})")
 
 
 def _widths(arms: Iterable[Arm]) -> list[int]:
     return sorted({w for arm in arms for run in arm.runs for w in run.widths}, reverse=True)
 
 
-def by_width(widths: list[int], cell: Callable[[int], Any], unit: str = " [%]") -> Row:
+def by_width(widths: list[int], cell: Callable[[int], Any], unit: str) -> Row:
     """Return one cell for each width; a unit in the column header."""
     return {f"{labels.counted(width, 'bit')}{unit}": _estimate(cell(width)) for width in widths}
+
+
+def _unit(comparisons: Comparisons) -> str:
+    """Unit of the metric, after the width in a column header."""
+    return f" [{comparisons.metric.unit}]" if comparisons.metric.unit else ""
 
 
 def _estimate(value: Any) -> Cell:
@@ -32,14 +47,17 @@ def headline(comparisons: Comparisons) -> Table:
     trained = sorted({w for g in groups for _, arm in g.arms for w in arm.trained}, reverse=True)
     for group in groups:
         for name, arm, source in group.rows:
-            values = by_width(trained, lambda w: acc1(arm, source, w, group.split))  # noqa: B023
+            cells = partial(score, arm, source, split=group.split)
+            values = by_width(trained, cells, _unit(comparisons))
             split = labels.SPLIT_WORDS[group.split].partition(",")[0]
             row = {"setting": group.label, "weights": name, **values}
             rows.append({**row, "seeds": len(arm.runs), "split": split})
             if any(g.flags for g in groups):
                 rows[-1]["note"] = " ".join(group.flags)
-    caption = "Top-1 accuracy at each trained width, mean ± half of the 95 % t interval over seeds."
-    return Table("headline", "Accuracy by width", caption, rows)
+    metric = comparisons.metric
+    what, title = ("Top-1 accuracy", "Accuracy") if metric is ACC1 else ("Perplexity",) * 2
+    caption = f"{what} at each trained width, mean ± half of the 95 % t interval over seeds."
+    return Table("headline", f"{title} by width", caption, rows)
 
 
 def qt_gap(comparisons: Comparisons) -> Table:
@@ -51,22 +69,24 @@ def qt_gap(comparisons: Comparisons) -> Table:
         split, flags = group.split, " ".join(group.flags)
         named: list[tuple[str, str, int | None, Callable[[int], Any], Any, str, str]] = []
         for name, arm, source in group.rows:
-            values = {w: acc1(arm, source, w, split) for w in widths}
-            seeds, in_float = len(arm.runs), acc1_float(arm, split)
-            named.append((name, "%", seeds, values.get, in_float, split, flags))
+            values = {w: score(arm, source, w, split) for w in widths}
+            seeds, in_float = len(arm.runs), score_float(arm, split)
+            named.append((name, group.metric.unit, seeds, values.get, in_float, split, flags))
             if name in PAPER and group.is_papers:
                 paper = {int(k): v for k, v in PAPER[name].items() if k != "float"}
                 last = (PAPER[name]["float"], "test", "arXiv 2506.11431")
                 named.append((f"{name} (paper)", "%", None, paper.get, *last))
         for value, arm in group.arms:
             gaps = {w: d.estimate for w in widths if (d := gap(arm, w, split)) is not None}
-            row = (f"QT gap of {value}", "points", len(arm.runs), gaps.get, None, split, flags)
+            unit = group.metric.gap_unit
+            row = (f"QT gap of {value}", unit, len(arm.runs), gaps.get, None, split, flags)
             named.append(row)
         for name, unit, count, cell, in_float, of, notes in named:
             head = {"setting": group.label, "row": name, "unit": unit, "seeds": count}
             tail = {"float": _estimate(in_float), "split": of, "flags": notes}
             rows.append({**head, **by_width(widths, cell, ""), **tail})
-    what = "Top-1 and QT gap by width, mean ± half of the 95 % t interval over seeds."
+    name = comparisons.metric.title
+    what = f"{name} and QT gap by width, mean ± half of the 95 % t interval over seeds."
     return Table("qt_gap", "QT gap", f"{what} {labels.METHOD}", rows, ("setting", "row"))
 
 
@@ -78,10 +98,25 @@ def arms(comparisons: Comparisons) -> Table:
         split, seconds = split_of(arm.runs), sum(run.record.seconds for run in arm.runs)
         seeds = (",".join(map(str, arm.seeds)), len(arm.seeds))
         row = {**_facts(arm), "also": extra, "seeds": seeds, "budget": arm.budget}
-        row |= by_width(widths, lambda w: acc1(arm, "truncate", w, split))  # noqa: B023
+        cells = partial(score, arm, "truncate", split=split)
+        row |= by_width(widths, cells, _unit(comparisons))
         rows.append({**row, "split": split, "time [s]": (f"{seconds:.0f}", seconds)})
-    caption = f"Top-1 of the truncated weights by width (val: at the best epoch). {labels.METHOD}"
-    return Table("arms", "Arms", caption, rows, ("model", "data", "quantizer", "ste"))
+    name = comparisons.metric.title
+    caption = f"{name} of the truncated weights by width (val: at the best epoch). {labels.METHOD}"
+    facets = ("model", "data", "quantizer", "ste")
+    return Table("arms", "Arms", caption, rows, facets, _embedding_notes(comparisons))
+
+
+def _embedding_notes(comparisons: Comparisons) -> tuple[str, ...]:
+    """Name the share of the parameters that embedding tables hold, and whether it is quantized."""
+    notes: dict[str, None] = {}
+    for arm in comparisons.arms:
+        share = arm.runs[0].record.parameters_embedding
+        if share:
+            how = "quantized" if arm["model.quantize_embeddings"] else "in float"
+            name = f"{labels.text(arm['model.name'])} · {labels.text(arm['data.name'])}"
+            notes[f"{name}: {share:.1%} of the parameters are embedding tables, {how}."] = None
+    return tuple(notes)
 
 
 def _facts(arm: Arm, last: int | None = None) -> Row:
@@ -97,18 +132,24 @@ def runs(comparisons: Comparisons) -> Table:
     for index, arm in enumerate(comparisons.arms):
         for run in arm.runs:
             split = "test" if run.has_test else "val"
-            pairs = [[run.acc1(s, w, split) for s in ("quantize", "truncate")] for w in arm.trained]
-            gaps = [q - t for q, t in pairs if q is not None and t is not None]
+            pairs = [
+                [run.score(s, w, split) for s in ("quantize", "truncate")] for w in arm.trained
+            ]
+            gaps = [run.metric.gap(q, t) for q, t in pairs if q is not None and t is not None]
             row = {"run": Link(run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
             row |= {"seed": run.seed}
-            row |= by_width(widths, lambda w: run.acc1("truncate", w, split))  # noqa: B023
-            row |= {"largest QT gap [points]": max(gaps, default=None), "split": split}
+            cells = partial(run.score, "truncate", split=split)
+            row |= by_width(widths, cells, _unit(comparisons))
+            row |= {
+                f"largest QT gap [{run.metric.gap_unit}]": max(gaps, default=None),
+                "split": split,
+            }
             row |= {"epochs": run.record.epochs, "time [s]": run.record.seconds}
             rows.append({**row, "commit": str(run.record.commit)[:8]})
     caption = (
-        "Top-1 of the truncated weights by width, and the largest QT gap at a trained width. The "
-        "button of a run opens its configuration, seed, commit and versions. runs.csv holds the "
-        "full table, one row per run, source and width."
+        f"{comparisons.metric.title} of the truncated weights by width, and the largest QT gap at "
+        "a trained width. The button of a run opens its configuration, seed, commit and versions. "
+        "runs.csv holds the full table, one row per run, source and width."
     )
     facets = ("model", "data", "quantizer", "ste", "level", "seed")
     return Table("runs", "Runs", caption, rows, facets)
@@ -127,7 +168,8 @@ def differences(comparisons: Comparisons) -> Table:
             for value, arm in group.arms:
                 if arm is not base[1]:
                     rows += _differences(labels.short(key), group, (value, arm, "truncate"), base)
-    what = "Differences a - b of top-1, of truncated weights unless the row says otherwise."
+    what = f"Differences a - b of {comparisons.metric.name}, "
+    what += "of truncated weights unless the row says otherwise."
     facets = ("factor", "setting", "width [bits]", "how")
     return Table("differences", "Differences between arms", f"{what} {labels.METHOD}", rows, facets)
 
@@ -135,6 +177,7 @@ def differences(comparisons: Comparisons) -> Table:
 def _differences(
     factor: str, group: ComparisonGroup, a: tuple[str, Arm, str], b: tuple[str, Arm, str]
 ) -> list[Row]:
+    unit = group.metric.gap_unit
     return [
         {
             "factor": factor,
@@ -142,8 +185,11 @@ def _differences(
             "a": a[0],
             "b": b[0],
             "width [bits]": width,
-            "a - b [points]": (number(found.estimate.mean, 2, "+"), found.estimate.mean),
-            "95 % interval [points]": found.interval,
+            f"a - b [{group.metric.gap_unit}]": (
+                number(found.estimate.mean, 2, "+"),
+                found.estimate.mean,
+            ),
+            f"95 % interval [{unit}]": found.interval,
             "how": found.how,
             "conclusion": found.verdict(),
             "split": group.split,

@@ -1,0 +1,72 @@
+"""Reports of language models: perplexity, where lower is better, never beside an accuracy."""
+
+import csv
+import json
+
+from fixtures import records as made
+
+from tq_lightning.cli import main
+from tq_lightning.report import figures
+from tq_lightning.report.findings import findings, title
+from tq_lightning.report.stats import gap
+from tq_lightning.report.tables import accuracy as build
+
+
+def language_models(**more):
+    return [made.perplexities(r) for r in made.pair(model="lm", **more)]
+
+
+def test_direction_and_wording():
+    better = [
+        made.perplexities(made.run("floor", s, "lm", offset=4.0, model_ste="identity"))
+        for s in (0, 1, 2)
+    ]
+    found = made.compare(*language_models(), *better)
+    assert found.metric.key == "ppl" and len(found.by_metric) == 1
+    group = next(g for g in found.by_quantizer if len(g.arms) > 1)
+    arm = next(arm for _, arm in group.arms if not arm.nested)
+    cost = gap(arm, 2, "val")
+    assert cost.estimate.mean > 10 and cost.unit == "in perplexity"
+    assert gap(next(a for _, a in group.arms if a.nested), 2, "val").estimate.mean == 0
+    said = {f.question: f for f in findings(found)}
+    lost = said["What does truncation cost? (perplexity)"]
+    assert "round loses up to" in lost.answer and "in perplexity" in lost.answer
+    ste = said["Is the scaled STE needed (open question 1 of the paper)? (perplexity)"]
+    assert "Perplexity is higher in 4 of 4 comparisons" in ste.answer  # scaled, the worse one here
+    text = " ".join([title(found), lost.answer, ste.answer, *lost.lines, *ste.lines])
+    assert "%" not in text.replace("95 %", "") and "points" not in text and "top-1" not in text
+    table = build.headline(found)
+    assert "2 bits" in table.columns and table.title == "Perplexity by width"
+    assert any("50.0% of the parameters are embedding tables" in n for n in build.arms(found).notes)
+
+
+def test_figures_have_a_logarithmic_axis_and_the_best_is_lowest():
+    more = [made.perplexities(r) for r in made.pair(model="larger_lm", offset=3.0)]
+    drawn, _ = figures.draw(made.compare(*language_models(), *more))
+    names = {figure.name: figure for figure in drawn}
+    curves = next(f for name, f in names.items() if name.startswith("qt_gap_"))
+    axes = curves.canvas.subfigs[1].axes[0]
+    assert axes.get_yscale() == "log" and axes.get_ylabel().startswith("perplexity\n")
+    front = next(f for name, f in names.items() if name.startswith("pareto_"))
+    first, last = (float(front.title.split(" at ")[i].split()[0]) for i in (1, 2))
+    assert first > last  # more bytes, lower perplexity
+    assert all(name.endswith("_ppl") for name in names)
+    assert not any("top-1" in f.caption or "top-1" in f.alt for f in drawn)
+
+
+def test_a_report_of_both_keeps_them_apart(tmp_path, make, capsys):
+    runs = make.write(tmp_path / "runs", *make.pair(), *language_models())
+    out = tmp_path / "out"
+    assert main(["report", str(runs), "--out", str(out)]) == 0
+    assert "QT gap (perplexity)" in (out / "index.html").read_text()
+    names = set(json.loads((out / "report.json").read_text())["files"])
+    assert {"tables/qt_gap.md", "tables/qt_gap_ppl.md", "tables/headline_ppl.md"} <= names
+    both = [n for n in names if n.startswith("figures/qt_gap_") and n.endswith(".svg")]
+    assert len(both) == 2
+    with open(out / "runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {bool(r["val_acc1"]) != bool(r["val_ppl"]) for r in rows} == {True}
+    only = make.write(tmp_path / "accuracy", *make.pair())
+    assert main(["report", str(only), "--out", str(tmp_path / "one")]) == 0
+    assert "perplexity" not in (tmp_path / "one" / "index.html").read_text().lower()
+    capsys.readouterr()

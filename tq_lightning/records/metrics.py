@@ -1,0 +1,73 @@
+"""The metric of a task: its keys, its direction and its gap between the sources."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task is scored by, once for each width and source.
+
+    Attributes:
+        key: Part of the metric keys: `val/KEY_truncate_w4`.
+        gap_key: Part of the keys of the gap between the sources: `val/GAP_KEY_w4`.
+        name: Short name.
+        unit: Unit of a value, "" for none.
+        gap_unit: Unit of a difference of two values.
+        digits: Digits after the point in a report.
+        lower_is_better: Direction.
+    """
+
+    key: str
+    gap_key: str
+    name: str
+    unit: str
+    gap_unit: str
+    digits: int = 1
+    lower_is_better: bool = False
+
+    @property
+    def monitor(self) -> str:
+        """Key of the value that chooses a run's best epoch, over the trained widths."""
+        return f"val/{self.key}_truncate_mean"
+
+    @property
+    def mode(self) -> str:
+        """Direction as Lightning names it, "min" or "max"."""
+        return "min" if self.lower_is_better else "max"
+
+    @property
+    def label(self) -> str:
+        """Label of a column or an axis: `top-1 [%]`."""
+        return f"{self.name} [{self.unit}]" if self.unit else self.name
+
+    @property
+    def truncated(self) -> str:
+        """Label of an axis for truncated weights: `top-1 truncated [%]`."""
+        return f"{self.name} truncated" + (f" [{self.unit}]" if self.unit else "")
+
+    @property
+    def title(self) -> str:
+        """The name at the start of a sentence: `Top-1`."""
+        return self.name.capitalize()
+
+    def gap(self, quantize: float, truncate: float) -> float:
+        """Return what truncation costs; positive if the truncated network is worse."""
+        return truncate - quantize if self.lower_is_better else quantize - truncate
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Tell whether a value is better than another one, and not equal."""
+        return value < than if self.lower_is_better else value > than
+
+
+ACC1 = Metric("acc1", "qt_gap", "top-1", "%", "points")
+PPL = Metric("ppl", "ppl_gap", "perplexity", "", "in perplexity", 2, lower_is_better=True)
+# task, a value of `model.task` -> its metric
+TASKS: dict[str, Metric] = {"classification": ACC1, "language_modeling": PPL}
+
+
+def metric_of(keys: Iterable[str]) -> Metric:
+    """Return the metric that some metric keys belong to; top-1 if none is there."""
+    keys = set(keys)
+    found = (m for m in TASKS.values() if any(f"/{m.key}_truncate" in key for key in keys))
+    return next(found, ACC1)
