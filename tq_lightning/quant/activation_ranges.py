@@ -24,7 +24,12 @@ CLIPS = 80  # clipped ranges that the observer "mse" tries
 
 
 class ActivationRange(NamedTuple):
-    """Range of an activation tensor; low <= 0 <= high, so that a code represents 0 exactly."""
+    """Range of an activation tensor; low <= 0 <= high, so that a code represents 0 exactly.
+
+    Attributes:
+        low: Smallest value.
+        high: Largest value.
+    """
 
     low: float
     high: float

@@ -185,6 +185,12 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
     Raises:
         ValueError: A width is out of range, or `to_bits` is greater than `from_bits`.
         TypeError: `codes` is not uint8.
+
+    Source:
+        TruncQuant, arXiv 2506.11431.
+
+    Example:
+        The 8-bit code 102 is the 2-bit code 102 >> 6 = 1.
     """
     check_bits(from_bits, "from_bits")
     check_bits(to_bits, "to_bits")

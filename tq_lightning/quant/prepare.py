@@ -29,7 +29,7 @@ _RELUS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 
 
 class PrepareReport(dict[str, str]):
-    """{layer name: what was attached}. Printed, it is a table with one line per layer.
+    """Dict from layer name to a description of the attached modules. It prints as a table.
 
     Attributes:
         share: Quantized part of all parameters.
@@ -104,12 +104,15 @@ def prepare(
             mean a table.
 
     Returns:
-        A dict from layer name to what was attached, with the share of quantized parameters. The
-        arguments are kept as `model.tq`.
+        A dict from layer name to a description of the attached modules, with the share of quantized
+        parameters. The arguments are kept as `model.tq`.
 
     Raises:
         ValueError: An unknown or unsupported choice, a model that is already prepared, a layer that
             cannot be quantized, or no layer to quantize.
+
+    Source:
+        TruncQuant, arXiv 2506.11431; per-width norms: Any-Precision DNNs, arXiv 1911.07346.
     """
     config = QuantConfig(
         quantizer,
@@ -149,7 +152,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
             f"nothing left to quantize in {type(model).__name__} with skip={list(config.skip)!r}; "
             "skip fewer layers"
         )
-    _norms(model, config.norm, config.shared_norms)  # refuses a pattern before anything is attached
+    _norms(model, config.norm, config.shared_norms)  # raises for a bad pattern before any change
     width = Width(config.max_bits, config.widths, bits=config.widths[0])
     report = PrepareReport()
     _set_shares(report, model, layers)
@@ -196,7 +199,7 @@ def attach_norms(
         shared: Patterns of norms to leave as they are.
 
     Returns:
-        A dict from layer name to what was attached.
+        A dict from layer name to a description of the attached modules.
 
     Raises:
         ValueError: An unknown `norm`, or a pattern that matches no norm.
