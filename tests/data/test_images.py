@@ -36,7 +36,7 @@ def pgm():
 
 
 def tiff(values, bits, photometric=1):
-    """A TIFF file of gray values with 12 bits or 16."""
+    """Return the bytes of a TIFF file with gray values of 12 or 16 bits."""
     height, width = values.shape
     if bits == 12:  # two values in three bytes
         one, two = values[:, ::2], values[:, 1::2]
@@ -230,8 +230,8 @@ def error_of(root, stage="fit", name="imagefolder", **keys):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_class_of_pictures_that_are_not_read_is_one_line(folder, packed, capsys):
-    """It would disappear. Other files beside the classes are only counted."""
+def test_class_of_unsupported_images_is_one_line(folder, packed, capsys):
+    """Otherwise the class would be missing. Other files next to the classes are only counted."""
     (folder / "train" / "labels").mkdir()
     (folder / "train" / "labels" / "0.xml").write_text("<a/>")
     (folder / "train" / "bee" / "0.png").rename(folder / "train" / "bee" / "0.heic")
@@ -251,7 +251,7 @@ def test_a_class_of_pictures_that_are_not_read_is_one_line(folder, packed, capsy
     assert "1 class folders of images in unsupported formats" in error_of(folder)
 
 
-def test_a_class_folder_of_leftovers_is_an_empty_one(folder):
+def test_class_folder_of_system_files_is_empty(folder):
     for path in (folder / "train" / "bee").iterdir():
         path.unlink()
     (folder / "train" / "bee" / ".DS_Store").write_bytes(b"x")

@@ -74,7 +74,7 @@ def test_resume_command_hides_a_password_and_marks_its_place():
 
     shown = resume_command(["s.yaml", "--storage", "postgresql+psycopg://me:se cr@t@host/db"])
     assert "cr@t" not in shown and "'postgresql+psycopg://me:***@host/db'" in shown
-    assert "(*** stands for the password of --storage)" in shown
+    assert "(replace *** by the password of --storage)" in shown
     plain = ["my sweep.yaml", "--storage", "postgresql+psycopg://me@host/db"]
     assert resume_command(plain).endswith(
         "tq_lightning sweep 'my sweep.yaml' --storage postgresql+psycopg://me@host/db"

@@ -175,7 +175,7 @@ def test_a_broken_file_of_a_section_is_named(fit, tmp_path):
         fit("--model", str(path))
 
 
-def test_a_file_of_a_section_in_any_encoding_is_its_keys(fit, tmp_path):
+def test_section_files_are_read_in_any_encoding(fit, tmp_path):
     path = tmp_path / "model.yaml"
     for encoding in ("utf-8", "utf-16"):
         path.write_bytes("lr: 1e-3  # für\ncheckpoint_path: '8e1'\n".encode(encoding))

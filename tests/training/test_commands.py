@@ -143,7 +143,7 @@ def test_a_saved_configuration_starts_a_new_run(copied):
 
 
 def test_a_resumed_run_keeps_its_seed(copied, capsys):
-    """Its weights must not get another seed's name, in the record or in the configuration."""
+    """Record and configuration keep the seed that the weights come from."""
     root, run = copied
     more = ["--trainer.max_epochs", "2", "--ckpt_path", "last", "--seed_everything", "5"]
     run_fit(small(root, *more))

@@ -157,7 +157,7 @@ def test_the_mount_options_of_a_file_are_found(tmp_path):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_signal_while_the_lock_is_taken_leaves_nothing(tmp_path, no_job, monkeypatch, exists):
+def test_signal_during_locking_leaves_no_files(tmp_path, no_job, monkeypatch, exists):
     run = tmp_path / "runs" / "a"
     if exists:
         run.mkdir(parents=True)

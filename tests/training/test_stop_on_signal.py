@@ -107,7 +107,7 @@ def test_a_signal_ends_an_evaluation_at_once(tmp_path, capsys):
     assert not (run / ".lock").exists()
 
 
-def test_ctrl_c_names_a_checkpoint_only_if_there_is_one(tmp_path, capsys):
+def test_ctrl_c_names_only_an_existing_checkpoint(tmp_path, capsys):
     """Without one, `--ckpt_path last` would resume another run."""
     run = tmp_path / "a"
     assert fit(run, *send("SIGINT", 0, 1)) == 130

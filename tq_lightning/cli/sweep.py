@@ -80,7 +80,7 @@ def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
 def resume_command(argv: list[str]) -> str:
     """Return the command that resumes a sweep, with passwords masked and a note about them."""
     shown = [hide_password(argument) for argument in argv]
-    hint = "" if shown == argv else "  (*** stands for the password of --storage)"
+    hint = "" if shown == argv else "  (replace *** by the password of --storage)"
     return f"{program_name()} sweep {shlex.join(shown)}{hint}"
 
 

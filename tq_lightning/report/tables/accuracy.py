@@ -169,7 +169,7 @@ def differences(comparisons: Comparisons) -> Table:
                 if arm is not base[1]:
                     rows += _differences(labels.short(key), group, (value, arm, "truncate"), base)
     what = f"Differences a - b of {comparisons.metric.name}, "
-    what += "of truncated weights unless the row says otherwise."
+    what += "for truncated weights unless a row states otherwise."
     facets = ("factor", "setting", "width [bits]", "how")
     return Table("differences", "Differences between arms", f"{what} {labels.METHOD}", rows, facets)
 
