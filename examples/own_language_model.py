@@ -1,4 +1,4 @@
-"""A small language model with data sets of its own, for `model.task: language_modeling`.
+"""A small language model and its data sets, for `model.task: language_modeling`.
 
 tq-lightning fit --model.name own_language_model:network --data.name own_language_model:texts \
     --model.task language_modeling --model.norm per_width_all --model.skip last \
@@ -15,7 +15,7 @@ STEPS = 16
 
 
 class Network(nn.Module):
-    """Predict the next word from the last ones. Any nn.Module will do."""
+    """Predict the next word from the previous ones. Any nn.Module works."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Network(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return logits (batch, tokens, vocabulary) of token numbers (batch, tokens)."""
+        """Return logits (batch, tokens, vocabulary) of token indices (batch, tokens)."""
         return self.head(self.norm(self.rnn(self.embed(input_ids))[0]))
 
 
@@ -54,7 +54,7 @@ class Sentences:
         return len(self.tokens)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """The words, and for each the word that follows it: -100 where nothing is to predict."""
+        """Return the words, and the next word of each as its label; -100 for padding."""
         inputs, labels = self.tokens[number, :-1], self.tokens[number, 1:].clone()
         return {"input_ids": inputs, "labels": labels.masked_fill_(labels == 0, -100)}
 

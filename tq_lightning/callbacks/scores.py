@@ -1,4 +1,4 @@
-"""Scores of an evaluation, one class per task: sums over batches, then metrics by width.
+"""Scores of an evaluation, one class per task: they sum over batches and return metrics by width.
 
 To add a task, write its class, a row of `SCORES`, and a row of `records.TASKS`.
 """
@@ -22,8 +22,8 @@ from tq_lightning.callbacks.width_metrics import (
 from tq_lightning.errors import TrainingError
 from tq_lightning.quant.inputs import IGNORED
 
-Reduce = Callable[[Tensor], Tensor]  # adds a tensor up over all processes
-MOST = 700.0  # of a cross-entropy whose exponential float64 can hold
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
+MOST = 700.0  # largest cross-entropy whose exponential is finite in float64
 
 
 class Accuracy:
@@ -45,7 +45,7 @@ class Accuracy:
         self._losses = {bits: torch.zeros((), device=device) for bits in widths}
 
     def add(self, logits: dict[Pass, Tensor], target: Tensor) -> None:
-        """Add a batch: logits (batch, classes) of every pass, and class numbers (batch,)."""
+        """Add a batch: logits (batch, classes) of every pass, and class indices (batch,)."""
         for p, out in logits.items():
             self._hits[p] += torch.stack(
                 [target.new_tensor(len(target)), *(h.sum() for h in hits(out, target))]
@@ -77,10 +77,10 @@ class Accuracy:
 
 
 class Perplexity:
-    """Perplexity of every pass: exp of the mean cross-entropy of the labeled tokens.
+    """Perplexity of every pass: the exponential of the mean cross-entropy of the labeled tokens.
 
-    The sums are of cross-entropies, in float64 where the device has it, so that a network that is
-    wrong by far has a large perplexity and not an infinite one.
+    Cross-entropies are summed, in float64 if the device supports it, so that the perplexity of a
+    poor network is large but finite.
 
     Args:
         passes: (width, source) pairs.

@@ -99,8 +99,8 @@ def perplexity_metrics(
 ) -> dict[str, float]:
     """Return the perplexity of both sources for every width, and the gaps between them.
 
-    The keys are `stage`/ppl_quantize_w4 and so on. `stage`/ppl_gap_w4 is truncated minus quantized:
-    positive where truncation costs.
+    The keys are `stage`/ppl_quantize_w4 and so on. `stage`/ppl_gap_w4 is truncated minus quantized,
+    positive if truncation increases the perplexity.
     """
     metrics = {}
     for bits in range(max_bits, 0, -1):

@@ -121,7 +121,7 @@ def _accounting(record: InspectRecord) -> list[str]:
 
 
 def _embeddings(record: InspectRecord) -> list[str]:
-    """Name the embedding tables and their share, quantized or not; nothing if there are none."""
+    """Return a note on the embedding tables and their share, quantized or not, if there are any."""
     tables = [layer for layer in record.layers if layer.kind == "embedding"]
     if not tables:
         return []

@@ -130,8 +130,8 @@ def calibrate_activations(
     Args:
         model: A prepared or packed model. Norms of untrained widths are calibrated before, with
             `calibrate_norms`.
-        batches: What the model takes, on its device: images (batch, channels, height, width), or a
-            tuple or mapping of arguments; read twice.
+        batches: Inputs on the model's device: images (batch, channels, height, width), or tuples or
+            mappings of arguments. They are read twice.
         observer: "percentile" leaves the outermost 0.01 % of the values out. "mse" takes the
             clipped range with the smallest mean squared error of 8-bit codes.
         widths: Widths to observe at; None = all that the model can run at.
@@ -153,7 +153,7 @@ def calibrate_activations(
         raise ValueError("no batches to observe activations on; pass a list of image batches")
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    # the input of an embedding table is no activation
+    # the input of an embedding table is not an activation
     layers = {n: m for n, m in quantized_layers(model).items() if not is_embedding(m)}
     extremes: dict[tuple[str, int], ActivationRange] = {}
     histograms: dict[tuple[str, int], Tensor] = {}

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from tq_lightning.errors import UserError
 
 LABELS = ("labels", "label", "target")  # keys of the labels in a batch that is a mapping
-IGNORED = -100  # label of a token that counts in no loss and no metric, as in PyTorch
+IGNORED = -100  # label of tokens excluded from losses and metrics, `ignore_index` of PyTorch
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """Call a network with a tensor, a tuple of arguments or a mapping of keyword arguments.
 
     Returns:
-        Its logits: what it returns, or the `logits` of it.
+        The return value of the network, or its attribute `logits`.
     """
     if isinstance(inputs, Mapping):
         out = model(**inputs)
@@ -49,20 +49,20 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
 
 
 def check_logits(task: str, logits: Any, target: Tensor) -> None:
-    """Check that what a network returns fits the task and the labels.
+    """Check that the logits of a network fit the task and the labels.
 
     Args:
         task: A value of `model.task`.
-        logits: What `call` returned.
-        target: The labels of the batch.
+        logits: Return value of `call`.
+        target: Labels of the batch.
 
     Raises:
-        UserError: It does not.
+        UserError: The logits are not a tensor, or their shape does not fit.
     """
     if not isinstance(logits, Tensor):
         raise UserError(
             f"the network returns a {type(logits).__name__}; return a tensor of logits, or an "
-            "object that has them as .logits"
+            "object with the attribute logits"
         )
     shape, labels = tuple(logits.shape), tuple(target.shape)
     if task == "language_modeling":
@@ -80,10 +80,10 @@ def check_logits(task: str, logits: Any, target: Tensor) -> None:
 
 
 def check_shifted(inputs: Any, target: Tensor) -> None:
-    """Check that the labels of a language model are not its inputs, which it would only copy.
+    """Check that the labels of a language model differ from its inputs, which it could copy.
 
     Raises:
-        UserError: Every labeled token is the token that the network reads there.
+        UserError: The label of every labeled token is the input token.
     """
     tokens, labeled = first_tensor(inputs), target != IGNORED
     if tokens.shape == target.shape and bool(((tokens == target) | ~labeled).all() & labeled.any()):

@@ -17,7 +17,7 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that multiplies its input by weights, or an embedding table if asked for.
+    """A layer that multiplies its input by weights, or an embedding table.
 
     Attributes:
         name: Full name in the model, "(root)" for the model itself.
@@ -76,7 +76,7 @@ def _refusal(module: nn.Module, tensors: tuple[str, ...]) -> str | None:
         if module.max_norm is not None:
             return "its max_norm rescales the table in place"
         if module.sparse:
-            return "its gradients are sparse; make it with sparse=False"
+            return "its gradients are sparse; create it with sparse=False"
     if not tensors and not isinstance(module, (*EMBEDDINGS, *LAYER_NORMS)):
         weight = module._parameters.get("weight")
         if weight is not None and weight.dim() >= 2:
@@ -154,7 +154,7 @@ def select_layers(
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Tell whether a module is an embedding table."""
+    """Return True if a module is an embedding table."""
     return isinstance(module, EMBEDDINGS)
 
 

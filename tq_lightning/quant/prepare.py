@@ -34,7 +34,7 @@ class PrepareReport(dict[str, str]):
     Attributes:
         share: Quantized part of all parameters.
         weight_share: Quantized part of the convolution and linear weights.
-        embedding_share: Part of all parameters that is in embedding tables, quantized or not.
+        embedding_share: Share of embedding tables, quantized or not, in all parameters.
     """
 
     share: float = 0.0
@@ -101,7 +101,7 @@ def prepare(
         scale: Weight at level 1: "mean" is mean|w| (the paper), "span" the largest weight that the
             normalizer represents, so that weights keep their values.
         quantize_embeddings: Quantize embedding tables too. "first" and "last" of `skip` never
-            mean a table.
+            select a table.
 
     Returns:
         A dict from layer name to a description of the attached modules, with the share of quantized
@@ -238,7 +238,7 @@ def _norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn
 
 
 def _set_shares(report: PrepareReport, model: nn.Module, layers: list[Layer]) -> None:
-    """Set the shares of a report, before anything is attached."""
+    """Set the shares of a report, before quantizers are attached."""
     sizes = {id(p): 0 if is_lazy(p) else p.numel() for p in model.parameters()}
     tables = {id(p) for table in embedding_tables(model).values() for p in table.parameters()}
     multiplied = [layer for layer in layers if not is_embedding(layer.module)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """What a task is scored by, once for each width and source.
+    """Metric of a task, with one value per width and source.
 
     Attributes:
         key: Part of the metric keys: `val/KEY_truncate_w4`.
@@ -14,8 +14,8 @@ class Metric:
         name: Short name.
         unit: Unit of a value, "" for none.
         gap_unit: Unit of a difference of two values.
-        digits: Digits after the point in a report.
-        lower_is_better: Direction.
+        digits: Decimal places in a report.
+        lower_is_better: True if lower values are better.
     """
 
     key: str
@@ -28,12 +28,12 @@ class Metric:
 
     @property
     def monitor(self) -> str:
-        """Key of the value that chooses a run's best epoch, over the trained widths."""
+        """Key of the mean over the trained widths that selects the best epoch of a run."""
         return f"val/{self.key}_truncate_mean"
 
     @property
     def mode(self) -> str:
-        """Direction as Lightning names it, "min" or "max"."""
+        """Mode of ModelCheckpoint, "min" or "max"."""
         return "min" if self.lower_is_better else "max"
 
     @property
@@ -48,15 +48,15 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The name at the start of a sentence: `Top-1`."""
+        """Capitalized name: `Top-1`."""
         return self.name.capitalize()
 
     def gap(self, quantize: float, truncate: float) -> float:
-        """Return what truncation costs; positive if the truncated network is worse."""
+        """Return the cost of truncation; positive if the truncated network is worse."""
         return truncate - quantize if self.lower_is_better else quantize - truncate
 
     def is_better(self, value: float, than: float) -> bool:
-        """Tell whether a value is better than another one, and not equal."""
+        """Return True if a value is strictly better than another one."""
         return value < than if self.lower_is_better else value > than
 
 
@@ -67,7 +67,7 @@ TASKS: dict[str, Metric] = {"classification": ACC1, "language_modeling": PPL}
 
 
 def metric_of(keys: Iterable[str]) -> Metric:
-    """Return the metric that some metric keys belong to; top-1 if none is there."""
+    """Return the metric of some metric keys; top-1 by default."""
     keys = set(keys)
     found = (m for m in TASKS.values() if any(f"/{m.key}_truncate" in key for key in keys))
     return next(found, ACC1)

@@ -70,7 +70,7 @@ class ComparisonGroup:
 
     @property
     def metric(self) -> Metric:
-        """What the arms are scored by."""
+        """Metric of the task of the arms."""
         return self.arms[0][1].metric
 
     @property
@@ -121,12 +121,12 @@ class Comparisons:
 
     @property
     def metric(self) -> Metric:
-        """What the arms are scored by; see `by_metric`."""
+        """Metric of the first arm; see `by_metric`."""
         return self.arms[0].metric if self.arms else TASKS["classification"]
 
     @cached_property
     def by_metric(self) -> list["Comparisons"]:
-        """A part for each metric, which no mean and no axis mixes; the first has all else."""
+        """One part per metric, because metrics are never mixed; the first has everything else."""
         parts = [[arm for arm in self.arms if arm.metric == metric] for metric in TASKS.values()]
         parts = [arms for arms in parts if arms] or [[]]
         rest = [Comparisons(arms, [], [], self.ignore) for arms in parts[1:]]

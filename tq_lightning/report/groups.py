@@ -59,7 +59,7 @@ class Arm:
 
     @property
     def metric(self) -> Metric:
-        """What the runs are scored by."""
+        """Metric of the task of the runs."""
         return self.runs[0].metric
 
     @property

@@ -44,7 +44,7 @@ DEFINITIONS = {
     "QT gap": "top-1 quantized minus top-1 truncated, in percentage points.",
 }
 PERPLEXITY = {
-    "Perplexity": "exp of the mean cross-entropy of the labeled tokens; lower is better.",
+    "Perplexity": "exponential of the mean cross-entropy of the labeled tokens; lower is better.",
     "QT gap (perplexity)": "perplexity truncated minus perplexity quantized.",
 }
 # Classes of the built-in data sets, which give the accuracy of guessing.

@@ -45,7 +45,7 @@ class Run:
 
     @functools.cached_property
     def metric(self) -> Metric:
-        """What the run is scored by."""
+        """Metric of the task of the run."""
         return metric_of(self.record.best.metrics if self.record.best else ())
 
     @functools.cached_property

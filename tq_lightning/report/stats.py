@@ -43,7 +43,7 @@ class Estimate:
 
     @property
     def short(self) -> str:
-        """`86.3`: the mean alone."""
+        """The mean as text: `86.3`."""
         return number(self.mean, self.digits)
 
     def text(self) -> str:

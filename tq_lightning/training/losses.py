@@ -16,8 +16,8 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
     Args:
         logits: (batch, classes), or (batch, tokens, vocabulary) of a language model.
-        target: class indices (batch,) or soft labels (batch, classes); of a language model, token
-            numbers (batch, tokens), `IGNORED` for those that don't count.
+        target: class indices (batch,) or soft labels (batch, classes); for a language model, token
+            indices (batch, tokens), with `IGNORED` for excluded tokens.
 
     Returns:
         A float32 scalar; 0 if no token has a label.
@@ -58,7 +58,7 @@ def distillation(
         logits: logits of the student, (batch, classes) or (batch, tokens, vocabulary).
         teacher: logits of the teacher, of the same shape; they receive no gradient.
         temperature: T > 0.
-        counted: of a language model, the tokens to take the mean over, bool (batch, tokens).
+        counted: for a language model, tokens to average over, bool (batch, tokens).
 
     Returns:
         A float32 scalar; 0 if both distributions are equal.

@@ -40,11 +40,11 @@ FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
 def draw(comparisons: Comparisons) -> Drawing:
     """Draw every figure that the comparisons allow, in the order of FIGURES."""
     drawn: list[Figure] = []
-    said: list[str] = []
+    all_notes: list[str] = []
     for part in comparisons.by_metric:
         with styled():
             made = [function(part) for function in FIGURES.values()]
         suffix = "" if part.metric is ACC1 else f"_{part.metric.key}"
         drawn += [replace(f, name=f"{f.name}{suffix}") for figures, _ in made for f in figures]
-        said += [note for _, notes in made for note in notes]
-    return drawn, said
+        all_notes += [note for _, notes in made for note in notes]
+    return drawn, all_notes

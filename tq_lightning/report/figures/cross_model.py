@@ -38,8 +38,8 @@ def robustness(comparisons: Comparisons) -> Drawing:
         f"{name} keeps {spread(of)} %" if metric is ACC1 else f"{name} has {spread(of, 2)}"
         for name, of in kept.items()
     ]
-    said = " and ".join(spans) + ("" if metric is ACC1 else " in perplexity")
-    title = f"Truncated to 2 bits, {said}" if spans else f"{_name_of(metric)} at low widths"
+    values = " and ".join(spans) + ("" if metric is ACC1 else " in perplexity")
+    title = f"Truncated to 2 bits, {values}" if spans else f"{_name_of(metric)} at low widths"
     canvas, body = style.new((7.0, 1.1 + 0.55 * len(groups)), title, flags=flags_of(groups))
     grid = body.subplots(1, len(LOW_BITS), sharey=True, sharex=True)
     words = []

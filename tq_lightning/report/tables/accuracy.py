@@ -16,7 +16,7 @@ Row = dict[str, Cell]
 
 
 def of_metric(table: Table, metric: Metric) -> Table:
-    """Name a table of another metric than top-1 apart from the table of top-1."""
+    """Add the metric to the name and title of a table, unless it is top-1."""
     if metric is ACC1:
         return table
     return replace(table, name=f"{table.name}_{metric.key}", title=f"{table.title} ({metric.name})")
@@ -108,7 +108,7 @@ def arms(comparisons: Comparisons) -> Table:
 
 
 def _embedding_notes(comparisons: Comparisons) -> tuple[str, ...]:
-    """Name the share of the parameters that embedding tables hold, and whether it is quantized."""
+    """Return the share of embedding tables in the parameters of each model, as notes."""
     notes: dict[str, None] = {}
     for arm in comparisons.arms:
         share = arm.runs[0].record.parameters_embedding
