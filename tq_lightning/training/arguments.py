@@ -20,8 +20,14 @@ from tq_lightning.files import expand_path
 from tq_lightning.training.yaml_file import parse_yaml, read_yaml
 
 PARSER_MODE = "tq"
-PATHS = ("trainer.default_root_dir", "data.root", "ckpt_path", "run_dir")
-PATHS += ("model.checkpoint_path", "model.teacher_checkpoint_path")
+PATHS = (
+    "trainer.default_root_dir",
+    "data.root",
+    "ckpt_path",
+    "run_dir",
+    "model.checkpoint_path",
+    "model.teacher_checkpoint_path",
+)
 _SECTIONS = ("model", "data", "trainer")
 _FLOAT = re.compile(
     r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"

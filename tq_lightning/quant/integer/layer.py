@@ -18,6 +18,7 @@ from tq_lightning.quant.integer.activations import ActivationCodes, Codes
 from tq_lightning.quant.integer.arithmetic import (
     SPLIT,
     IntegerWeight,
+    SplitWeight,
     activation_top,
     integer_weight,
     split_weight,
@@ -230,7 +231,9 @@ class IntegerLayer(nn.Module):
             bias,
         )
 
-    def _sum_of_inputs(self, integers: IntegerWeight, how: tuple[Tensor, float, int]) -> Rest:
+    def _sum_of_inputs(
+        self, integers: IntegerWeight | SplitWeight, how: tuple[Tensor, float, int]
+    ) -> Rest:
         """Build a kernel that sums the inputs: one output channel, or all of them if grouped."""
         grouped = isinstance(self.layer, nn.Conv2d) and self.layer.groups > 1
         ones = torch.ones_like(integers.codes if grouped else integers.codes[:1])
