@@ -1,4 +1,4 @@
-"""The passes of an evaluation: which there are, their logits, and the metrics made of them."""
+"""The passes of an evaluation, their logits and metrics."""
 
 import pytest
 import torch

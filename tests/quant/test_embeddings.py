@@ -1,4 +1,4 @@
-"""Embedding tables: quantized where asked, named either way, and stored as other weights are."""
+"""Embedding tables: quantized on request, always reported, and stored like other weights."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel", "learned_channel"])
-def test_embedding_tables_are_quantized_where_asked(normalizer, tmp_path):
+def test_embedding_tables_are_quantized_on_request(normalizer, tmp_path):
     learned = {"level": "centre", "scale": "span"} if "learned" in normalizer else {}
     options = {"normalizer": normalizer, "norm": "shared", "verbose": False, **learned}
     torch.manual_seed(0)
@@ -48,14 +48,14 @@ def test_embedding_tables_are_quantized_where_asked(normalizer, tmp_path):
         with bit_width(model, bits, "truncate"), bit_width(packed, bits):
             assert torch.equal(model(ids), packed(ids))
     assert packed.tq_file["prepare"]["quantize_embeddings"] is True
-    assert "quantize_embeddings" not in kept.tq  # a file without it stays version 1
+    assert "quantize_embeddings" not in kept.tq  # a file without quantized tables stays version 1
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [({"max_norm": 1.0}, "max_norm rescales"), ({"sparse": True}, "its gradients are sparse")],
 )
-def test_a_table_that_cannot_be_quantized(options, reason):
+def test_unsupported_embedding_tables(options, reason):
     model = nn.Sequential(nn.Embedding(5, 4, **options), nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match=reason):
         prepare(model, quantize_embeddings=True, verbose=False)

@@ -1,4 +1,4 @@
-"""Reports of language models: perplexity, where lower is better, never beside an accuracy."""
+"""Reports of language models: lower perplexity is better, and metrics are not mixed."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def test_direction_and_wording():
     lost = said["What does truncation cost? (perplexity)"]
     assert "round loses up to" in lost.answer and "in perplexity" in lost.answer
     ste = said["Is the scaled STE needed (open question 1 of the paper)? (perplexity)"]
-    assert "Perplexity is higher in 4 of 4 comparisons" in ste.answer  # scaled, the worse one here
+    assert "Perplexity is higher in 4 of 4 comparisons" in ste.answer  # scaled is worse here
     text = " ".join([title(found), lost.answer, ste.answer, *lost.lines, *ste.lines])
     assert "%" not in text.replace("95 %", "") and "points" not in text and "top-1" not in text
     table = build.headline(found)
@@ -40,7 +40,7 @@ def test_direction_and_wording():
     assert any("50.0% of the parameters are embedding tables" in n for n in build.arms(found).notes)
 
 
-def test_figures_have_a_logarithmic_axis_and_the_best_is_lowest():
+def test_figures_have_a_logarithmic_axis_and_a_pareto_front_of_low_values():
     more = [made.perplexities(r) for r in made.pair(model="larger_lm", offset=3.0)]
     drawn, _ = figures.draw(made.compare(*language_models(), *more))
     names = {figure.name: figure for figure in drawn}
@@ -54,7 +54,7 @@ def test_figures_have_a_logarithmic_axis_and_the_best_is_lowest():
     assert not any("top-1" in f.caption or "top-1" in f.alt for f in drawn)
 
 
-def test_a_report_of_both_keeps_them_apart(tmp_path, make, capsys):
+def test_report_of_both_metrics_never_mixes_them(tmp_path, make, capsys):
     runs = make.write(tmp_path / "runs", *make.pair(), *language_models())
     out = tmp_path / "out"
     assert main(["report", str(runs), "--out", str(out)]) == 0

@@ -58,7 +58,7 @@ def test_token_loss_ignores_tokens_without_a_label():
     assert soft != distillation(logits, teacher, 2.0)  # sums over tokens, divides by the batch
 
 
-def test_a_run_by_perplexity(folder, capsys):
+def test_run_with_perplexity(folder, capsys):
     fit = [*FIT, "--model.quantizer=round", "--trainer.max_epochs=3", "--run_dir=run"]
     metrics = run_fit([*fit, "--model.quantize_embeddings=true"])
     record = read_record(folder / "run" / "record.json")
@@ -111,13 +111,13 @@ def metrics_at(record, key):
         ("--model.quantize_embeddings=some", "quantize_embeddings"),
     ],
 )
-def test_a_choice_that_does_not_fit(folder, capsys, extra, message):
+def test_unsupported_choice_is_one_line(folder, capsys, extra, message):
     assert main(["fit", *FIT, "--trainer.max_epochs=1", extra]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
 
 
-def test_a_task_that_does_not_fit_the_labels(folder, capsys):
+def test_wrong_task_for_the_labels_is_one_line(folder, capsys):
     fit = ["fit", *FIT, "--trainer.max_epochs=1", "--model.task=classification"]
     assert main(fit) == 2
     assert "pass model.task=language_modeling for a label per token" in capsys.readouterr().err

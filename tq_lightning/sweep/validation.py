@@ -46,7 +46,7 @@ def check_arms(sweep: Sweep, metrics: list[str]) -> None:
 
 
 def every_value(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """Yield as few points as contain every choice and both ends of every range."""
+    """Yield the fewest points that contain every choice and both ends of every range."""
     axes = {
         key: parameter.values
         or (rounded(parameter.low, parameter), rounded(parameter.high, parameter))
