@@ -17,7 +17,7 @@ MAY_IMPORT_BY_NAME = {
 }  # public names and verbs, loaded on first use
 
 
-def faults(path: str, source: str) -> list[str]:
+def violations(path: str, source: str) -> list[str]:
     """Find star and relative imports, and `import_module` outside the files that may call it."""
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -36,7 +36,7 @@ def faults(path: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_are_visible_to_the_contracts(path):
-    assert faults(path.relative_to(ROOT).as_posix(), path.read_text()) == []
+    assert violations(path.relative_to(ROOT).as_posix(), path.read_text()) == []
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_imports_are_visible_to_the_contracts(path):
     ],
 )
 def test_counter_example(source):
-    assert faults("quant/codes.py", source)
+    assert violations("quant/codes.py", source)
 
 
 def test_every_package_has_a_contract():

@@ -157,7 +157,7 @@ HEADER_KEYS = {
     "ste",
     "float",
 }
-SOUNDS_LIKE_A_RECORD = {
+NAMES_OF_RECORDS = {
     *("record", "records", "run", "runs", "earlier", "best", "last", "test", "tests", "metrics"),
     *("energy", "mechanism", "policy", "way", "inspects", "result", "tree"),
 }
@@ -226,8 +226,8 @@ def test_counter_example(source):
     assert list(record_keys(source))
 
 
-def test_the_keys_and_the_names_mean_something():
+def test_checked_keys_and_names_are_plausible():
     assert {"status", "widths", "best", "planes", "disagree", "by_width", "accounting"} <= KEYS
-    assert not set(NOT_RECORDS) & SOUNDS_LIKE_A_RECORD
+    assert not set(NOT_RECORDS) & NAMES_OF_RECORDS
     assert not HEADER_KEYS & {"status", "best", "last", "test", "metrics", "bytes", "config", "id"}
     assert isinstance(parse(run()), Record)

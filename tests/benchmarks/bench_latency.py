@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from latency_runtimes import RUNTIMES, VERSIONS, Network, Run, Session, reason_of, runs_of
 from latency_table import LatencyTable
-from measuring import Took, keep_memory
+from measuring import Timing, keep_memory
 
 from tq_lightning import calibrate_activations, load_packed, prepare, save_packed
 from tq_lightning.export.packed.edit import add_ranges
@@ -95,9 +95,9 @@ def start_all(network: Network, runs: list[Run], threads: int, batch: int) -> di
 
 def take_turns(
     sessions: dict[Run, Session], images: np.ndarray, seconds: float
-) -> tuple[dict[Run, Took], int]:
+) -> tuple[dict[Run, Timing], int]:
     """Return (medians of the sessions, number of rounds). Short runs follow a warm-up run."""
-    times: dict[Run, list[Took]] = {run: [] for run in sessions}
+    times: dict[Run, list[Timing]] = {run: [] for run in sessions}
     start, rounds = time.perf_counter(), 0
     while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - start < seconds):
         for run, session in sessions.items():
@@ -106,7 +106,7 @@ def take_turns(
             times[run].append(session.timed(images))
         rounds += 1
     medians = {
-        run: Took(*map(statistics.median, zip(*rows, strict=True))) for run, rows in times.items()
+        run: Timing(*map(statistics.median, zip(*rows, strict=True))) for run, rows in times.items()
     }
     return medians, rounds
 

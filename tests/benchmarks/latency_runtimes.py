@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measuring import Took
+from measuring import Timing
 from torch import nn
 
 from tq_lightning import load_packed
@@ -77,11 +77,11 @@ class Session:
     def __init__(self, call: Callable[[np.ndarray], Any]) -> None:
         self.call = call
 
-    def timed(self, images: np.ndarray) -> Took:
+    def timed(self, images: np.ndarray) -> Timing:
         """Time one run. Return wall seconds and processor seconds of this process."""
         clock, busy = time.perf_counter(), time.process_time()
         self.call(images)
-        return Took(time.perf_counter() - clock, time.process_time() - busy)
+        return Timing(time.perf_counter() - clock, time.process_time() - busy)
 
 
 class Run(NamedTuple):
@@ -353,9 +353,9 @@ class ChildSession(Session):
     def __init__(self, child: Child, path: Path) -> None:
         self.child, self.path = child, path
 
-    def timed(self, images: np.ndarray) -> Took:
+    def timed(self, images: np.ndarray) -> Timing:
         took = self.child.ask(time=str(self.path))
-        return Took(took["clock"], took["busy"])
+        return Timing(took["clock"], took["busy"])
 
 
 # -- all -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from measuring import Took
+from measuring import Timing
 
 # the first five are those of every benchmark; `value` is the speedup
 COLUMNS = (
@@ -60,8 +60,8 @@ class LatencyTable:
         weights: str,
         batch: int,
         threads: int,
-        took: Took,
-        floats: Took | None,
+        took: Timing,
+        floats: Timing | None,
         rounds: int,
         bytes_: int,
         version: str,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
-class Took(NamedTuple):
+class Timing(NamedTuple):
     """Median seconds of a call: wall time and processor time."""
 
     clock: float
@@ -32,7 +32,7 @@ def fresh_memory() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in KEPT}
 
 
-def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Took]:
+def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Timing]:
     """Time calls in turn, so that other load affects all of them equally, after a warm-up round."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -42,11 +42,12 @@ def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Took]:
             if turn:
                 times[name].append((time.perf_counter() - clock, time.process_time() - busy))
     return {
-        name: Took(*map(statistics.median, zip(*rows, strict=True))) for name, rows in times.items()
+        name: Timing(*map(statistics.median, zip(*rows, strict=True)))
+        for name, rows in times.items()
     }
 
 
-def paired(repeats: int, base: Callable[[], object], other: Callable[[], object]) -> Took:
+def paired(repeats: int, base: Callable[[], object], other: Callable[[], object]) -> Timing:
     """Return the median ratio of `other` to `base` over pairs of consecutive runs.
 
     The order within a pair alternates. The first pair is a warm-up.
@@ -61,7 +62,7 @@ def paired(repeats: int, base: Callable[[], object], other: Callable[[], object]
         if turn:
             pairs = zip(took[other], took[base], strict=True)
             ratios.append(tuple(a / b for a, b in pairs))  # type: ignore[arg-type]
-    return Took(*map(statistics.median, zip(*ratios, strict=True)))
+    return Timing(*map(statistics.median, zip(*ratios, strict=True)))
 
 
 class Table:

@@ -135,7 +135,7 @@ def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
 
 
 def test_sanity_check_neither_scores_nor_calibrates(tmp_path):
-    class NoneYet(L.Callback):
+    class BeforeTraining(L.Callback):
         seen = None
 
         def on_train_start(self, trainer, pl_module):
@@ -144,15 +144,15 @@ def test_sanity_check_neither_scores_nor_calibrates(tmp_path):
                 [bool(n.calibrated.any()) for n in per_width_norms(pl_module)],
             )
 
-    none_yet = NoneYet()
+    before_training = BeforeTraining()
     trainer, _, _ = fit(
         tmp_path,
-        callbacks=[none_yet],
+        callbacks=[before_training],
         num_sanity_val_steps=2,
         limit_train_batches=1,
         limit_val_batches=1,
     )
-    keys, calibrated = none_yet.seen
+    keys, calibrated = before_training.seen
     assert keys == set() and calibrated and not any(calibrated)
     assert "val/acc1_float" in trainer.callback_metrics
 

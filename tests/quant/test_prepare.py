@@ -160,7 +160,7 @@ def _old_style(norm) -> nn.Module:
         return norm(nn.Linear(4, 4))
 
 
-UNTREATABLE = {  # name -> (layer, why)
+UNSUPPORTED = {  # name -> (layer, why)
     "old-style weight_norm": (
         lambda: _old_style(nn.utils.weight_norm),
         "its weight is not a parameter",
@@ -189,9 +189,9 @@ def _sparse() -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("case", UNTREATABLE)
+@pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unsupported_layer_is_named_with_the_pattern_to_skip_it(case):
-    make, why = UNTREATABLE[case]
+    make, why = UNSUPPORTED[case]
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(make()), nn.Linear(4, 4))
     with pytest.raises(
         ValueError,

@@ -40,7 +40,7 @@ def _rule(
     )
 
 
-def _started(w: Tensor, bits: int = 2, **choices) -> WeightQuantizer:
+def _initialized(w: Tensor, bits: int = 2, **choices) -> WeightQuantizer:
     """Return a normalizer whose learned range, if any, is initialized from `w`."""
     rule = _rule(bits, **choices)
     if NORMALIZERS[rule.normalizer].reference == "learned":
@@ -98,7 +98,7 @@ def test_normalizer(normalizer, shape):
     size, channel_dim, groups = SHAPES[shape]
     w = _weight(*size)
     choices = pairings(normalizer)[0]
-    rule = _started(w, **choices, channel_dim=channel_dim, groups=groups)
+    rule = _initialized(w, **choices, channel_dim=channel_dim, groups=groups)
     u, scale = rule.normalize(w)
     exact_u, exact_scale = _by_hand(w, normalizer, channel_dim, groups)
     assert u.dtype == scale.dtype == torch.float32 and u.shape == w.shape
@@ -129,7 +129,7 @@ def test_value(normalizer, quantizer, source):
     for choices in pairings(normalizer, quantizer):
         level = choices["level"]
         for bits in range(1, 9):
-            rule = _started(w, bits, source=source, **choices)
+            rule = _initialized(w, bits, source=source, **choices)
             u, scale = rule.normalize(w)
             codes = (
                 QUANTIZERS[quantizer].codes(u, bits)
@@ -175,7 +175,7 @@ def test_gradient_of_the_weight(normalizer, shape):
     for ste, factor in (("value", 1.0),) if rms else factors:
         w = _weight(*size).requires_grad_()
         choices = {**pairings(normalizer)[0], "ste": ste}
-        rule = _started(w, **choices, channel_dim=channel_dim, groups=groups)
+        rule = _initialized(w, **choices, channel_dim=channel_dim, groups=groups)
         rule(w).backward(upstream)
         exact = _weight(*size).requires_grad_()
         u, scale = _by_hand(exact, normalizer, channel_dim, groups)
@@ -201,7 +201,7 @@ HARD = {  # name -> weight (4, 3)
 def _stays_finite(weight, normalizer, choices):
     for bits in (1, 2, 8):
         w = weight.clone().requires_grad_()
-        rule = _started(w, bits, **choices)
+        rule = _initialized(w, bits, **choices)
         out = rule(w)
         out.backward(torch.linspace(-1, 1, 12).view(4, 3))
         assert out.isfinite().all(), (choices, bits)
@@ -235,7 +235,7 @@ def test_exact_values_of_simple_weights():
 def test_nan_and_infinity_name_the_layer(bad, normalizer, dtype):
     w = _weight(4, 3).to(dtype)
     w[2, 1] = bad
-    rule = _started(torch.ones(4, 3), **pairings(normalizer)[0])
+    rule = _initialized(torch.ones(4, 3), **pairings(normalizer)[0])
     for call in (rule, rule.normalize, rule.codes):
         with pytest.raises(ValueError, match=r"weight stem\.weight contains NaN or infinity"):
             call(w)

@@ -255,4 +255,4 @@ class TestChromium:
         )
 
     def test_zz_no_console_errors_or_requests(self, page):
-        assert page.complaints() == []
+        assert page.problems() == []

@@ -32,7 +32,7 @@ def attempt(number, run_dir=None, **attrs):
     )
 
 
-def left_run(attempt_dir, name, step, when):
+def killed_run(attempt_dir, name, step, when):
     """Create the folder of a killed fit. Step None: no checkpoint; a string: a truncated one."""
     (attempt_dir / name / "checkpoints").mkdir(parents=True)
     (attempt_dir / name / "wandb").mkdir()
@@ -67,7 +67,7 @@ def test_the_newest_intact_checkpoint_of_the_latest_attempt_is_copied(tmp_path, 
         (attempts[1], "r3", "half", 300),
         (attempts[2], "r4", None, 400),
     ]:
-        left_run(attempt_dir, run, step, when)
+        killed_run(attempt_dir, run, step, when)
     study.add_trials(
         [
             *(

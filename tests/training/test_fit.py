@@ -71,11 +71,11 @@ def test_accumulation_is_the_larger_batch(train, tmp_path):
 def test_gradients_are_released_after_the_step(train, tmp_path):
     """The joint step sums gradients outside .grad; those of the previous step must not be added."""
 
-    class Free(L.Callback):
+    class NoGradients(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             assert all(p.grad is None for p in pl_module.parameters())
 
-    train(tmp_path, callbacks=[Free()], limit_train_batches=3)
+    train(tmp_path, callbacks=[NoGradients()], limit_train_batches=3)
 
 
 @pytest.mark.parametrize("convolutions", [False, True])

@@ -174,7 +174,7 @@ def test_memory_does_not_grow_with_the_widths():
     def peak(widths, step):
         held = {"now": 0, "peak": 0}
 
-        class Held:
+        class SavedTensor:
             def __init__(self, t):
                 self.t, self.bytes = t, t.numel() * t.element_size()
                 held["now"] += self.bytes
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_widths():
 
         model = prepared(conv_net)
         images, target = batch()
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda h: h.t):
+        with torch.autograd.graph.saved_tensors_hooks(SavedTensor, lambda h: h.t):
             step(model, images, widths, recursive(target))
         return held["peak"]
 

@@ -304,14 +304,14 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(train, tmp_pat
 def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
     from tq_lightning.cli import main
 
-    class Harm:
+    class CreatesFolder:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "harm"),))
 
     trainer, _ = train(tmp_path)
     trainer.save_checkpoint(tmp_path / "good.ckpt")
     state = torch.load(tmp_path / "good.ckpt", weights_only=True)
-    torch.save({**state, "extra": Harm()}, tmp_path / "bad.ckpt")
+    torch.save({**state, "extra": CreatesFolder()}, tmp_path / "bad.ckpt")
     bad = ["--ckpt_path", str(tmp_path / "bad.ckpt"), "--trainer.max_epochs", "1"]
     assert main(["fit", "--data.name", "digits", *bad]) == 2
     assert "is not a training checkpoint" in capsys.readouterr().err

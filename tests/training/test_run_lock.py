@@ -54,7 +54,7 @@ def no_job(monkeypatch):
 
 
 @pytest.fixture
-def lockless(monkeypatch):
+def without_locks(monkeypatch):
     """Simulate a file system without working locks."""
     monkeypatch.setattr(run_lock, "_try_lock", lambda handle: run_lock._THIS_HOST)
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
@@ -107,7 +107,7 @@ def other_host(run, pid):
     (run / NAME).write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": pid}))
 
 
-def test_another_hosts_holder_lives_while_its_heartbeat_does(tmp_path, no_job, lockless):
+def test_another_hosts_holder_lives_while_its_heartbeat_does(tmp_path, no_job, without_locks):
     run = tmp_path / "run"
     other_host(run, 1)
     RunLock(run).release()  # it does not advance
@@ -125,7 +125,7 @@ def test_another_hosts_holder_lives_while_its_heartbeat_does(tmp_path, no_job, l
 
 
 @pytest.mark.slow
-def test_without_locks_a_holder_on_this_host_is_looked_up(tmp_path, no_job, lockless, holder):
+def test_without_locks_a_holder_on_this_host_is_looked_up(tmp_path, no_job, without_locks, holder):
     process = holder()
     with pytest.raises(UserError, match="in use"):
         RunLock(tmp_path / "run")

@@ -318,7 +318,7 @@ class TestChromium:
         first = [f"bytes={begin}-{begin + 2 * size - 1}"]
         each = [f"bytes={begin + p * size}-{begin + (p + 1) * size - 1}" for p in range(2, 8)]
         assert requested == (first + each if ranges else first)
-        assert browser.complaints() == []
+        assert browser.problems() == []
 
     def test_slider_table_and_plane_bars_stay_in_sync(self, page, browser, serve):
         serve(page)
