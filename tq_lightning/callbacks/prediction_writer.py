@@ -17,7 +17,7 @@ class PredictionWriter(BasePredictionWriter):
     """Write predictions.csv: sample index, class index, class name and probability.
 
     Unreadable images have no row; the other samples keep their index in the split. With several
-    processes, each writes the rows of its own samples to predictions-RANK.csv.
+    processes, each writes the rows of its samples to predictions-RANK.csv.
     """
 
     def __init__(self, folder: Path) -> None:

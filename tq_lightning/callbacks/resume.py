@@ -39,7 +39,7 @@ class MovedRun(L.Callback):
     """Replace the checkpoint folder stored in a checkpoint by its current folder.
 
     Lightning drops the best score if the folder has changed. The next epoch would then be saved as
-    the best one, beside the true one.
+    the best one, in addition to the true one.
     """
 
     def on_load_checkpoint(

@@ -1,4 +1,4 @@
-"""(width, source) pairs to evaluate, their logits, and the metrics of their accuracies."""
+"""The (width, source) pairs of an evaluation, their logits, and their metrics."""
 
 from typing import Any
 
@@ -114,7 +114,7 @@ def perplexity_metrics(
 
 
 def hits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return if the top-1 and the top-5 classes of each image are correct, as bool (batch,)."""
+    """Return two bool tensors (batch,): the label is the top-1 class, and among the top 5."""
     first = logits.argmax(1) == target
     likeliest = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
     return first, (likeliest == target[:, None]).any(1)

@@ -1,4 +1,4 @@
-"""Reading of a map-style data set of the user's, with random draws that depend on the sample."""
+"""Reader of a map-style data set of the user, with random draws that depend only on the sample."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -52,7 +52,7 @@ def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
     """Check that a fit can resume a checkpoint.
 
     Args:
-        checkpoint: what `find_checkpoint` returned.
+        checkpoint: return value of `find_checkpoint`.
         trainer: the `trainer:` section of the configuration.
 
     Raises:
