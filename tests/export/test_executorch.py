@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from tq_lightning import bit_width, load_packed, save_packed
+from tq_lightning import bit_width, calibrate_activations, load_packed, save_packed
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
 from tq_lightning.export.executorch import _to_integers, export_executorch
+from tq_lightning.export.executorch_layers import StaticConv
+from tq_lightning.export.executorch_static import static_network
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.quant.integer.arithmetic import integer_weight
 
@@ -53,7 +55,7 @@ def test_integer_layers_have_the_weights_of_the_packed_model(level, bits, make, 
     with torch.no_grad():
         expected = packed(images)
         program = _to_integers(packed)
-        layers = [m for m in packed.modules() if type(m).__name__ == "_IntegerLayer"]
+        layers = [m for m in packed.modules() if type(m).__name__ == "DynamicLayer"]
         assert len(layers) == len(program.integer) == 6 and not program.left_in_float
         for layer in layers:
             layer.forward = lambda x, layer=layer: run_on_floats(layer, x)
@@ -76,6 +78,52 @@ def test_layers_that_stay_in_float_are_named(make, tmp_path):
     depthwise = [name for name in program.left_in_float if ".conv_dw." in name]
     assert depthwise and all("depthwise" in program.left_in_float[n] for n in depthwise)
     assert any(name.endswith(".conv_pw.weight") for name in program.integer)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8_cifar", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)]
+)
+def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
+    """They compute what integer mode computes, up to the codes of outputs that are not codes."""
+    pytest.importorskip("torch.ao.quantization.fx._decomposed")  # registers the operations
+    path = tmp_path / "m.safetensors"
+    model, images = make(name, norm="per_width" if "resnet" in name else "shared")
+    calibrate_activations(model, [images])
+    save_packed(model, path)
+    for bits in (8, 2):
+        packed = load_packed(path, bits=bits)
+        count = len(packed_weights(packed))
+        made = static_network(load_packed(path, bits=bits))
+        assert len(made.integer) + len(made.left_in_float) == count
+        depthwise = [weight for weight in made.fixed if ".conv_dw." in weight]
+        assert depthwise or "resnet" in name
+        with torch.no_grad():
+            expected, got = packed(images), made.network(images)
+            for layer in made.network.modules():
+                if isinstance(layer, StaticConv):
+                    layer.codes += 2
+            other = made.network(images)
+        assert (got - expected).norm() < 0.1 * expected.norm()
+        assert (other - expected).norm() > 2 * (got - expected).norm()
+
+
+@needs
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_static_program_predicts_what_its_network_predicts(tmp_path, capsys):
+    out = tmp_path / "m.pte"
+    args = ["export", str(DIGITS), "--out", str(out), "--bits", "4", "--calibrate", "digits"]
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    assert "6 layers run as integers" in printed and "6 have fixed activation ranges" in printed
+    images, labels = images_of_digits()
+    method = load(out)
+    logits = torch.cat([method.execute([image[None].contiguous()])[0] for image in images])
+    with torch.no_grad():
+        expected = load_packed(DIGITS, bits=4)(images)
+    right = [(x.argmax(1).numpy() == labels).mean() for x in (logits, expected)]
+    assert abs(right[0] - right[1]) <= 0.02
+    assert (logits - expected).norm() < 0.1 * expected.norm()
 
 
 @needs
@@ -145,13 +193,14 @@ def test_sums_do_not_saturate(tmp_path):
     """For the largest integers and inputs, pairs of products exceed 16 bits."""
     from torch import nn
 
-    from tq_lightning.export.executorch import _backend, _IntegerLayer
+    from tq_lightning.export.executorch import _backend
+    from tq_lightning.export.executorch_layers import DynamicLayer
 
     for bits in (7, 8):
         codes = torch.full((8, 64), 2**bits - 1, dtype=torch.uint8)
         codes[::2] = 0
         weight = integer_weight(codes, bits, torch.tensor(1.0), "endpoint", exact=True)
-        layer = _IntegerLayer(nn.Linear(64, 8, bias=False), weight)
+        layer = DynamicLayer(nn.Linear(64, 8, bias=False), weight)
         x = torch.ones(1, 64)
         x[0, 0] = 0.0
         exported = torch.export.export(layer.eval(), (x,), strict=False)

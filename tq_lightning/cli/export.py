@@ -167,7 +167,7 @@ def _onnx(a: argparse.Namespace, path: Path) -> None:
             "pip install 'tq_lightning[onnx]'"
         ) from error
     if a.integer:
-        options = {"residual": a.residual, "top": a.activation_codes}
+        options = {"residual": a.residual, "top": a.activation_codes, "exact": a.exact}
         runtime = a.runtime or "onnxruntime"
         print("\n".join(integer.export_integer(path, a.out, a.bits, runtime, **options).lines()))
     elif a.format == "onnx":
@@ -181,7 +181,4 @@ def _onnx(a: argparse.Namespace, path: Path) -> None:
 def _executorch(a: argparse.Namespace, path: Path) -> None:
     from tq_lightning.export.executorch import export_executorch
 
-    program = export_executorch(path, a.out, a.bits)
-    print(f"{len(program.integer)} layers run as integers")
-    for name, reason in program.left_in_float.items():
-        print(f"left in float: {name}: {reason}")
+    print("\n".join(export_executorch(path, a.out, a.bits).lines()))

@@ -76,6 +76,13 @@ def parser() -> Parser:
         help="with --integer: largest activation code (default: 127 if sums with 255 could "
         "saturate on x86 processors without VNNI, else 255)",
     )
+    p.add_argument(
+        "--exact",
+        action="store_const",
+        const=True,
+        help="with --integer: exact 8-bit weights, in two products (default: for networks trained "
+        "with activation codes; others use the nearest int8)",
+    )
     p.add_argument("--max-bits", type=int, help="write only the first planes")
     p.add_argument(
         "--fold-norms",
@@ -142,12 +149,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--integer writes opset 21, got --opset {a.opset}")
     if a.lean and (a.format != "onnx" or a.integer):
         raise UserError("--lean is for --format onnx without --integer")
-    if a.calibrate is not None and a.format != "packed" and not a.integer:
+    if a.calibrate is not None and a.format not in ("packed", "executorch") and not a.integer:
         raise UserError(
-            "--calibrate is for packed files and --integer, got "
+            "--calibrate is for packed files, executorch and --integer, got "
             f"--format {a.format}, which has no activation ranges"
         )
-    for name in ("residual", "activation_codes"):
+    for name in ("residual", "activation_codes", "exact"):
         if getattr(a, name) is not None and not a.integer:
             raise UserError(f"--{name.replace('_', '-')} needs --integer; pass both")
     if a.runtime is not None and a.format != "onnx":

@@ -1,8 +1,9 @@
 """ExecuTorch program: a packed file at one width, with its codes as int8 and int4 weights.
 
 Quantized convolutions and linear layers run on XNNPACK's integer kernels. Their weights are the
-codes of the file, not quantized again. Inputs are quantized at run time, each in its own range
-(dynamic quantization), so no calibration is needed. All other operations run in float.
+codes of the file, not quantized again. The convolutions of a file with activation ranges use these
+ranges (static quantization, see `executorch_static`). All other inputs are quantized at run time,
+each in its own range (dynamic quantization). All other operations run in float.
 
 XNNPACK stores the weights of linear layers as int4 at 4 bits and below, and those of convolutions
 as int8 at every width. All integers are exact. If the odd integers of the levels `endpoint` and
@@ -14,17 +15,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError
+from tq_lightning.export.executorch_layers import DynamicLayer, linear_or_conv_weight
+from tq_lightning.export.executorch_static import static_network
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.activation_ranges import activation_ranges
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.integer.arithmetic import IntegerWeight, integer_weight
 
 INSTALL = "pip install 'tq_lightning[executorch]' in an environment of its own"
 
@@ -35,19 +37,35 @@ class Program(NamedTuple):
     Attributes:
         integer: Names of the weights that run as integers.
         left_in_float: {name: reason} of the quantized weights that stay in float.
+        fixed: Names of those of `integer` whose inputs have fixed ranges.
     """
 
     integer: list[str]
     left_in_float: dict[str, str]
+    fixed: list[str]
+
+    def lines(self) -> list[str]:
+        """Describe the program: layers on integers, their storage, and each layer in float."""
+        lines = [
+            f"{len(self.integer)} layers run as integers, {len(self.left_in_float)} quantized "
+            f"layers in float; {len(self.fixed)} have fixed activation ranges, the others find "
+            "theirs at run time",
+            "XNNPACK stores convolutions as int8 at every width, and linears as int4 from 4 bits "
+            "down",
+        ]
+        return lines + [f"left in float: {n}: {why}" for n, why in self.left_in_float.items()]
 
 
-def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
+def export_executorch(
+    path: str | Path, out: str | Path, bits: int, static: bool | None = None
+) -> Program:
     """Write the program of a packed file at one width, for images in batches of 1.
 
     Args:
         path: Packed file.
         out: Target file (.pte), written atomically.
         bits: Width, one of those that the file supports.
+        static: Use the activation ranges of the file for convolutions. None does so if it has any.
 
     Returns:
         The layers that run as integers, and those that stay in float.
@@ -69,7 +87,7 @@ def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
             f"{path} was trained with quantized activations, which --format executorch replaces "
             "by its own; pass --format onnx instead"
         )
-    program = _to_integers(model)
+    model, program = _integer_network(model, static)
     if not program.integer:
         name, reason = next(iter(program.left_in_float.items()))
         raise UserError(
@@ -115,11 +133,22 @@ def _backend() -> Any:
     return lower
 
 
+def _integer_network(model: nn.Module, static: bool | None) -> tuple[nn.Module, Program]:
+    """Return a network of integer layers, and what they are."""
+    if static is None:
+        convolutions = any(isinstance(w.module, nn.Conv2d) for w in packed_weights(model))
+        static = convolutions and bool(activation_ranges(model))
+    made = static_network(model) if static else None
+    if made is None:
+        return model, _to_integers(model)
+    return made.network, Program(made.integer, made.left_in_float, made.fixed)
+
+
 def _to_integers(model: nn.Module) -> Program:
     """Replace quantized layers by integer layers in place; other weights become float."""
     bits = width_of(model).bits
     assert bits is not None
-    program = Program([], {})
+    program = Program([], {}, [])
     for name, module, tensor, packed in packed_weights(model):
         codes = module.parametrizations[tensor].original  # type: ignore[index,union-attr]
         weight = getattr(module, tensor).detach().clone()
@@ -132,11 +161,8 @@ def _to_integers(model: nn.Module) -> Program:
         if reason is not None:
             program.left_in_float[name] = reason
             continue
-        largest = 7 if bits <= 4 and _takes_int4(codes) else 127
-        integers = integer_weight(
-            codes, bits, packed.scale, packed.level, exact=True, largest=largest
-        )
-        layer = _IntegerLayer(module, integers)
+        integers = linear_or_conv_weight(codes, bits, packed.scale, packed.level)
+        layer = DynamicLayer(module, integers)
         parent, _, leaf = name.rpartition(".")[0].rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
         program.integer.append(name)
@@ -154,66 +180,3 @@ def _why_float(module: nn.Module, tensor: str) -> str | None:
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             return f"padding {module.padding!r} of mode {module.padding_mode!r}"
     return None
-
-
-class _IntegerLayer(nn.Module):
-    """Convolution or linear layer with int8 weights, whose input is quantized at run time.
-
-    Args:
-        layer: Layer to replace; provides bias, stride, padding and dilation.
-        weight: Its integer weight.
-    """
-
-    bias: Tensor | None
-    offset: Tensor
-
-    def __init__(self, layer: nn.Module, weight: IntegerWeight) -> None:
-        super().__init__()
-        codes, gain = weight.codes, _by_channel(weight.gain, weight.codes)
-        bias: Any = layer.bias
-        offset = gain * _by_channel(weight.offset, codes)
-        self.sum_channel = bool(offset.any())
-        if self.sum_channel:
-            codes = torch.cat([codes, torch.ones_like(codes[:1])])
-            gain = F.pad(gain, (0, 1), value=1.0)
-            bias = None if bias is None else F.pad(bias.detach(), (0, 1))
-        self.register_buffer("codes", codes)
-        self.register_buffer("gain", gain.float())
-        self.register_buffer("zero", torch.zeros(len(codes), dtype=torch.int64))
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("offset", offset.float())
-        small = _takes_int4(codes) and int(codes.min()) >= -8 and int(codes.max()) <= 7
-        self.bounds = (-8, 7) if small else (-128, 127)
-        self.options: Any = (
-            (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantize the input and run the integer layer."""
-        ops = torch.ops.quantized_decomposed
-        low, high = self.bounds
-        weight = ops.dequantize_per_channel(
-            self.codes, self.gain, self.zero, 0, low, high, torch.int8
-        )
-        if self.options is not None:
-            step, zero = ops.choose_qparams.tensor(x, -128, 127, 1e-12, torch.int8)
-            q = ops.quantize_per_tensor.tensor(x, step, zero, -128, 127, torch.int8)
-            x = ops.dequantize_per_tensor.tensor(q, step, zero, -128, 127, torch.int8)
-            y = F.conv2d(x, weight, self.bias, *self.options)
-            offset = self.offset.view(-1, 1, 1)
-            return y[:, :-1] + offset * y[:, -1:] if self.sum_channel else y
-        step, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
-        q = ops.quantize_per_token(x, step, zero, -128, 127, torch.int8)
-        x = ops.dequantize_per_token(q, step, zero, -128, 127, torch.int8, torch.float32)
-        y = F.linear(x, weight, self.bias)
-        return y[..., :-1] + self.offset * y[..., -1:] if self.sum_channel else y
-
-
-def _takes_int4(codes: Tensor) -> bool:
-    """Return True if XNNPACK can pack a weight as int4: linear, in pairs along the input."""
-    return codes.dim() == 2 and codes.shape[1] % 2 == 0
-
-
-def _by_channel(values: Tensor, codes: Tensor) -> Tensor:
-    """Reduce a tensor that broadcasts to `codes` to one value per output channel, (out,)."""
-    return values.expand(codes.shape).flatten(1)[:, 0]

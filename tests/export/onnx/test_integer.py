@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fixtures.exact_onnx import exact_outputs
+from fixtures.exact_onnx import code_agreement, exact_outputs
 from torch import nn
 
 from tq_lightning import bit_width, calibrate_activations, load_packed, prepare, save_packed
@@ -212,13 +212,66 @@ def test_trained_activation_codes_equal_their_simulation(kind, bits, tmp_path):
     assert np.abs(logits - simulated(path, images, 8)).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    "bits", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 4, 2, 1))]
+)
+def test_every_layer_equals_exact_integers(bits, served, tmp_path):
+    """Codes differ by 1 at most, where the exact value lies within 1e-3 of a half; counted."""
+    path, images, ranges = served
+    out, other = tmp_path / "m.onnx", tmp_path / "other.onnx"
+    export_integer(path, out, bits, ranges=ranges)
+    found = code_agreement(out, images)
+    assert found.codes > 10_000
+    assert found.wrong == 0 and found.off_by_one <= 1e-3 * found.codes, found
+    export_integer(path, other, 3, ranges=ranges)
+    assert code_agreement(out, images, other).wrong > 0.01 * found.codes
+
+
+@pytest.mark.parametrize(
+    ("level", "runtime"),
+    [
+        ("endpoint", "onnxruntime"),
+        *(
+            pytest.param(level, runtime, marks=pytest.mark.slow)
+            for level, runtime in (
+                ("left", "onnxruntime"),
+                ("centre", "openvino"),
+                ("endpoint", "openvino"),
+            )
+        ),
+    ],
+)
+def test_trained_codes_of_eight_bits_are_exact_and_safe(level, runtime, tmp_path):
+    """They equal their simulation up to ties, which move a logit by a small part of a code."""
+    path, out = tmp_path / "residual.safetensors", tmp_path / "m.onnx"
+    images = make(path, activations="clamp_round", level=level)
+    wrote = export_integer(path, out, 8, runtime)
+    assert wrote.safe and wrote.exact
+    graph = onnx.load(out).graph.initializer
+    weights = {t.name: onnx.numpy_helper.to_array(t).astype(int) for t in graph}
+    codes = [np.abs(w).max() for name, w in weights.items() if name.endswith("/codes")]
+    codes += [np.abs(w).max() for name, w in weights.items() if name.endswith("/low_codes")]
+    assert len(codes) >= 6 and max(codes) * 255 * 2 <= 32767
+    expected, exact = simulated(path, images, 8), exact_outputs(out, images)[0]
+    if runtime == "onnxruntime":
+        logits, _ = run(out, images)
+        np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-3 * np.abs(exact).max())
+    nearest = tmp_path / "nearest.onnx"
+    assert not export_integer(path, nearest, 8, runtime, exact=False).safe
+    error = np.abs(exact - expected).mean()
+    assert error < 1e-3 * np.abs(expected).max()
+    if level != "left":
+        assert error < 0.3 * np.abs(exact_outputs(nearest, images)[0] - expected).mean()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_linear_networks_need_no_ranges(bits, tmp_path):
     path, out = tmp_path / "linears.safetensors", tmp_path / "m.onnx"
     images = make(path, Linears)
     wrote = export_integer(path, out, bits)
     assert wrote.dynamic and wrote.safe and wrote.layers == ("up", "down")
-    assert wrote.top == (127 if bits == 8 else 255)
+    assert wrote.top == (127 if bits == 8 else 255) and wrote.exact == (bits < 8)
+    assert export_integer(path, tmp_path / "exact.onnx", bits, exact=True).top == 255
     logits, nodes = run(out, images)
     assert (
         sum(count for op, count in nodes.items() if "MatMulInteger" in op or "Dynamic" in op) >= 2
@@ -228,6 +281,9 @@ def test_linear_networks_need_no_ranges(bits, tmp_path):
     np.testing.assert_allclose(logits, exact, rtol=0, atol=2e-3 * np.abs(exact).max())
     expected = simulated(path, images, bits, Linears)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=0.05 * np.abs(expected).max())
+    closer = run(tmp_path / "exact.onnx", images)[0]
+    errors = [np.abs(x - expected).mean() for x in (closer, logits)]
+    assert errors[0] < errors[1] if bits == 8 else errors[0] == errors[1]
 
 
 def test_bad_input(served, tmp_path):

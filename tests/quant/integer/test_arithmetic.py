@@ -15,6 +15,7 @@ from tq_lightning.quant.integer.arithmetic import (
     signed_codes,
     signed_level,
     split_weight,
+    with_finer_gain,
 )
 from tq_lightning.quant.levels import LEVELS, dequantize
 
@@ -100,6 +101,16 @@ def test_weights_of_four_bits_fit_int4(bits, level):
     rebuilt, same = (w.gain * (w.codes.double() + w.offset) for w in (got, odd))
     assert torch.allclose(rebuilt, same, rtol=0, atol=1e-14)
     assert (int(odd.codes.max()) > 7) == (bits == 4)
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(1, 64), (2, 21 * 3), (4, 60), (7, 127), (8, 127)])
+def test_a_finer_gain_is_the_same_weight(bits, largest):
+    weight = integer_weight(_codes(bits), bits, torch.tensor(3.0))
+    finer = with_finer_gain(weight, 64)
+    assert finer.codes.dtype == torch.int8 and int(finer.codes.max()) == largest
+    values, same = (w.codes.double() * w.gain for w in (finer, weight))
+    assert torch.allclose(values, same, rtol=1e-15, atol=0)
+    assert (finer.gain < weight.gain).all() == (bits < 7)
 
 
 @pytest.mark.parametrize("level", LEVELS)

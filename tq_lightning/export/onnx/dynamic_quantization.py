@@ -10,6 +10,7 @@ import numpy as np
 
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.onnx.integer_layers import IntegerLayer
+from tq_lightning.export.onnx.qdq import add_sum
 
 
 def put_dynamic_layers(editor: GraphEditor, layers: list[IntegerLayer], top: int) -> None:
@@ -26,10 +27,9 @@ def put_dynamic_layers(editor: GraphEditor, layers: list[IntegerLayer], top: int
             quantized[layer.x] = _quantize(editor, layer.x, top)
         codes, step, zero = quantized[layer.x]
         name = layer.name
-        weight = editor.set(f"{name}.weight/codes", layer.codes)
         gain = editor.set(f"{name}.weight/scale", layer.gain)
         bias = editor.set(f"{name}.bias", layer.bias.astype(np.float32))
-        total = editor.add("MatMulInteger", [codes, weight, zero], f"{name}/sum")
+        total = add_sum(editor, layer, codes, zero)
         total = editor.add("Cast", [total], f"{name}/float_sum", to=1)
         scale = editor.add("Mul", [step, gain], f"{name}/step")
         scaled = editor.add("Mul", [total, scale], f"{name}/scaled")

@@ -40,6 +40,7 @@ class IntegerGraph(NamedTuple):
         dynamic: True if activation ranges are computed at run time.
         top: largest activation code.
         safe: True if the sums are exact on every processor.
+        exact: True if all weights are exact; otherwise the nearest int8 replaces 8-bit ones.
     """
 
     layers: tuple[str, ...]
@@ -47,6 +48,7 @@ class IntegerGraph(NamedTuple):
     dynamic: bool
     top: int
     safe: bool
+    exact: bool
 
     def lines(self) -> list[str]:
         """Describe the graph: number of integer layers, layers in float, and saturation."""
@@ -56,6 +58,11 @@ class IntegerGraph(NamedTuple):
             f"activation ranges are {how}, codes 0..{self.top}"
         ]
         lines += [f"  {name} stays in float: {reason}" for name, reason in self.in_float.items()]
+        if not self.exact:
+            lines.append(
+                "  8-bit weights are the nearest int8; --exact computes the exact ones, in two "
+                "products"
+            )
         if not self.safe:
             lines.append(
                 "  not exact on x86 processors without VNNI: sums with activation codes above 127 "
@@ -72,6 +79,7 @@ def export_integer(
     residual: str | None = None,
     top: int | None = None,
     ranges: Mapping[str, ActivationRange] | None = None,
+    exact: bool | None = None,
 ) -> IntegerGraph:
     """Write the integer graph of a packed file at one width.
 
@@ -90,6 +98,9 @@ def export_integer(
             keep their codes.
         ranges: input ranges of layers, as `calibrate_activations` returns them. None takes those
             of the file.
+        exact: use the exact 8-bit weights, as two products that cannot saturate on any processor.
+            False uses the nearest int8 and one product. None is exact for networks trained with
+            activation codes, so that they equal their simulation at 8 bits too.
 
     Returns:
         The integer layers, and those that stay in float.
@@ -121,7 +132,8 @@ def export_integer(
         raise UserError(
             f"{path} has no activation ranges; pass --calibrate with a folder of images"
         )
-    safe_top = min(activation_top(bits, level, exact_sums=False) for level in levels)
+    split = bits == 8 and (bool(trained) if exact is None else exact)
+    safe_top = min(activation_top(bits, level, exact_sums=split) for level in levels)
     used_top = safe_top if top is None else top
     codes = {weight.name: weight.codes for weight in weights}
     editor = GraphEditor(float_graph(model))
@@ -132,7 +144,7 @@ def export_integer(
             return None
         return "its input has no activation range"
 
-    layers, in_float = take_layers(editor, weights, codes, bits, refuse)
+    layers, in_float = take_layers(editor, weights, codes, bits, refuse, split)
     if not layers:
         name, reason = next(iter(in_float.items()))
         raise UserError(
@@ -147,7 +159,12 @@ def export_integer(
     # trained 8-bit codes reach 255 even if `used_top` is 127
     highest = max(used_top, 255 if trained and bits == 8 else 0)
     return IntegerGraph(
-        tuple(layer.name for layer in layers), in_float, dynamic, used_top, highest <= safe_top
+        tuple(layer.name for layer in layers),
+        in_float,
+        dynamic,
+        used_top,
+        highest <= safe_top,
+        all(layer.exact for layer in layers),
     )
 
 

@@ -4,7 +4,8 @@ A quantized convolution or linear layer, together with the batch norm that follo
 
     y = sum_i x_i gain_o codes_oi + bias_o
 
-with int8 codes of zero point 0 and one positive gain for each output channel o.
+with int8 codes of zero point 0 and one positive gain for each output channel o. Exact 8-bit weights
+have two tensors of codes, see `split_weight`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.packed.module import PackedTensor
-from tq_lightning.quant.integer.arithmetic import integer_weight
+from tq_lightning.quant.integer.arithmetic import (
+    INT16_MAX,
+    SplitWeight,
+    integer_weight,
+    split_weight,
+    with_finer_gain,
+)
+from tq_lightning.quant.integer.norms import norm_spread
 
 # a larger bias, in steps, would leave no room for the products in a 32-bit sum
 MOST_BIAS_STEPS = 2**30
@@ -38,6 +46,9 @@ class IntegerLayer(NamedTuple):
         bias: float64 (out,).
         spread: (low, high), range of y estimated from beta and gamma of its norm; None without a
             norm.
+        low: int8 codes of a second product, or None; the weight is then gain * (SPLIT * codes +
+            low).
+        exact: True if gain and codes are the dequantized weight.
     """
 
     name: str
@@ -49,10 +60,8 @@ class IntegerLayer(NamedTuple):
     gain: np.ndarray
     bias: np.ndarray
     spread: tuple[float, float] | None
-
-
-# beta +- 4 |gamma| covers all but one in 16,000 values of a normally distributed output
-SPREAD = 4.0
+    low: np.ndarray | None
+    exact: bool
 
 
 def take_layers(
@@ -61,6 +70,7 @@ def take_layers(
     codes_by_name: Mapping[str, Tensor],
     bits: int,
     refuse: Callable[[str, str], str | None],
+    split: bool = False,
 ) -> tuple[list[IntegerLayer], dict[str, str]]:
     """Remove the layers of packed weights from a float graph and return them as integer layers.
 
@@ -71,6 +81,7 @@ def take_layers(
         codes_by_name: codes at the width of the graph, by tensor name.
         bits: width of the graph.
         refuse: (name of a layer, name of its input) -> reason to keep it in float, or None.
+        split: write each weight as two tensors of codes, see `split_weight`.
 
     Returns:
         (layers in order of the model, {name of a layer that stays in float: reason}).
@@ -97,18 +108,24 @@ def take_layers(
             )
             factor = gamma / np.sqrt(var + _attribute(norm, "epsilon", 1e-5))
             bias = beta + (bias - mean) * factor
-            spread = _spread(beta, gamma)
+            spread = norm_spread(torch.from_numpy(beta), torch.from_numpy(gamma))
             y, used = norm.output[0], [*used, norm]
         packed = weight.packed
         scale = packed.scale.double() * torch.from_numpy(factor).reshape(
             -1, *[1] * (stored.dim() - 1)
         )
-        integers = integer_weight(stored, bits, scale, packed.level)
-        codes = integers.codes.numpy()
-        gain = integers.gain.expand(outputs, *[1] * (codes.ndim - 1)).reshape(-1).numpy()
+        op = "Conv" if node.op_type == "Conv" else "MatMul"
+        integers = (split_weight if split else integer_weight)(stored, bits, scale, packed.level)
+        whole = isinstance(integers, SplitWeight)
+        if not whole and op == "Conv":
+            integers = with_finer_gain(integers, INT16_MAX // (2 * 255))
+        parts = integers.parts if whole else (integers.codes,)
+        gain = integers.gain.expand(outputs, *[1] * (stored.dim() - 1)).reshape(-1).numpy()
         for old in used:
             editor.remove(old)
-        op = "Conv" if node.op_type == "Conv" else "MatMul"
+        codes = [part.numpy() for part in parts]
+        if op == "MatMul":
+            codes = [np.ascontiguousarray(part.T) for part in codes]
         layers.append(
             IntegerLayer(
                 name,
@@ -116,10 +133,12 @@ def take_layers(
                 node,
                 x,
                 y,
-                codes if op == "Conv" else np.ascontiguousarray(codes.T),
+                codes[0],
                 gain.astype(np.float32),
                 np.broadcast_to(bias, outputs).astype(np.float64),
                 spread,
+                codes[1] if split else None,
+                whole or integers.exact,
             )
         )
     return layers, in_float
@@ -193,12 +212,6 @@ def _find(
                     bias, y, used = value.astype(np.float64), added.output[0], [*used, added]
             return product, product.input[0], y, used, bias
     return f"its weight is an input of {node.op_type}"
-
-
-def _spread(beta: np.ndarray, gamma: np.ndarray) -> tuple[float, float]:
-    low = (beta - SPREAD * np.abs(gamma)).min()
-    high = (beta + SPREAD * np.abs(gamma)).max()
-    return min(float(low), 0.0), max(float(high), 0.0)
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:

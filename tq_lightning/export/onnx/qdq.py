@@ -17,6 +17,7 @@ import onnx
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.onnx.integer_layers import IntegerLayer, bias_codes
 from tq_lightning.quant.activation_ranges import ActivationRange
+from tq_lightning.quant.integer.arithmetic import SPLIT
 
 RUNTIMES = ("onnxruntime", "openvino")
 RESIDUALS = ("int8", "float")
@@ -126,7 +127,11 @@ def put_layers(
     for layer, node in zip(layers, pending, strict=True):
         editor.remove(node)
         codes = inputs[layer.name]._replace(float_name=node.input[0])
-        if layer.op == "MatMul" and runtime == "onnxruntime":
+        if layer.low is not None and runtime != "onnxruntime":
+            _put_two_layers(editor, layer, codes)
+        elif layer.low is not None:
+            _put_integer_product(editor, layer, codes)
+        elif layer.op == "MatMul" and runtime == "onnxruntime":
             # ONNX Runtime would fuse a Gemm with its ReLU in float before it looks for QDQ nodes
             _put_integer_product(editor, layer, codes)
         elif layer.op == "MatMul":
@@ -180,22 +185,64 @@ def _put_conv(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
 
 def _put_integer_product(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
     """ConvInteger or MatMulInteger, then the scale and the bias in float."""
-    layer, _ = bias_codes(layer, x.step)
+    if layer.low is None:
+        layer, _ = bias_codes(layer, x.step)
     name = layer.name
     scale = editor.set(f"{name}.in/step", np.asarray(x.step, np.float32))
     point = editor.set(f"{name}.in/zero", np.asarray(x.zero, np.uint8))
     codes = editor.add("QuantizeLinear", [x.float_name, scale, point], f"{name}.in/codes")
-    weight = editor.set(f"{name}.weight/codes", layer.codes)
-    total = editor.add(f"{layer.op}Integer", [codes, weight, point], f"{name}/sum")
+    total = add_sum(editor, layer, codes, point)
     shape: tuple[int, ...] = (-1,)
     if layer.op == "Conv":
-        editor.producer(total).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
         shape = (-1, *[1] * (layer.codes.ndim - 2))
     by = editor.set(f"{name}/step", (np.float32(x.step) * layer.gain).reshape(shape))
     shift = editor.set(f"{name}.bias", layer.bias.astype(np.float32).reshape(shape))
     total = editor.add("Cast", [total], f"{name}/float_sum", to=1)
     scaled = editor.add("Mul", [total, by], f"{name}/scaled")
     editor.add("Add", [scaled, shift], layer.y)
+
+
+def add_sum(editor: GraphEditor, layer: IntegerLayer, codes: str, zero: str) -> str:
+    """ConvInteger or MatMulInteger of a layer, or the sum of two; returns the int32 tensor.
+
+    Args:
+        editor: the graph.
+        layer: the layer.
+        codes: its input codes.
+        zero: their zero point.
+    """
+    sums = []
+    for key, weight in (("sum", layer.codes), ("low_sum", layer.low)):
+        if weight is None:
+            return sums[0]
+        name = f"{layer.name}.weight/{'codes' if key == 'sum' else 'low_codes'}"
+        inputs = [codes, editor.set(name, weight), zero]
+        sums.append(editor.add(f"{layer.op}Integer", inputs, f"{layer.name}/{key}"))
+        if layer.op == "Conv":
+            editor.producer(sums[-1]).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
+    four = editor.set("split", np.asarray(SPLIT, np.int32))
+    high = editor.add("Mul", [sums[0], four], f"{layer.name}/high_sum")
+    return editor.add("Add", [high, sums[1]], f"{layer.name}/whole_sum")
+
+
+def _put_two_layers(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+    """Two layers between DequantizeLinear nodes, added in float: an exact 8-bit weight."""
+    assert layer.low is not None
+    name, axis, shape = layer.name, 1, (-1,)
+    if layer.op == "Conv":
+        axis, shape = 0, (-1, *[1] * (layer.codes.ndim - 2))
+    made = []
+    for key, codes, gain in (
+        ("weight", layer.codes, SPLIT * layer.gain),
+        ("low_weight", layer.low, layer.gain),
+    ):
+        weight = _dequantized(editor, f"{name}.{key}", codes, gain, axis)
+        made.append(editor.add(layer.op, [x.float_name, weight], f"{name}/{key}_product"))
+        if layer.op == "Conv":
+            editor.producer(made[-1]).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
+    product = editor.add("Add", made, f"{name}/product")
+    shift = editor.set(f"{name}.bias", layer.bias.astype(np.float32).reshape(shape))
+    editor.add("Add", [product, shift], layer.y)
 
 
 def _put_linear(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:

@@ -171,6 +171,28 @@ def integer_weight(
     return IntegerWeight(integers, gain, offset, is_exact)
 
 
+def with_finer_gain(weight: IntegerWeight, largest: int) -> IntegerWeight:
+    """Multiply the integers of a weight and divide its gain, by the largest factor that fits.
+
+    Kernels hold the bias of a layer as an int32 in steps of the gain times the activation step. At
+    2 bits such a step can be as large as a hundredth of an output code, so that outputs would
+    differ from those of a bias in float.
+
+    Args:
+        weight: Integers without an offset.
+        largest: Largest magnitude of the result.
+
+    Returns:
+        The same weight.
+
+    Example:
+        The 2-bit codes -3, -1, 1, 3 become -63, -21, 21, 63 with `largest=64`.
+    """
+    top = int(weight.codes.int().abs().max()) if weight.codes.numel() else 0
+    factor = max(1, largest // max(1, top))
+    return weight._replace(codes=weight.codes * factor, gain=weight.gain / factor)
+
+
 class SplitWeight(NamedTuple):
     """A weight as two int8 tensors: weight = gain * codes, codes = SPLIT * high + low.
 

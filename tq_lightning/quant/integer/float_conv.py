@@ -35,12 +35,13 @@ class FloatConv(nn.Module):
         key = (self.width.bits, self.width.source)
         if self._built is None or self._built[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._built = (key, *self._folded())
+                self._built = (key, *self.folded())
         y = self.layer._conv_forward(x, *self._built[1:])
         act = act_of(self.norm)
         return y if act is None else act(y)
 
-    def _folded(self) -> tuple[Tensor, Tensor]:
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias, float32, with the norm of the width in use."""
         weight, bias = self.layer.weight.detach(), self.layer.bias
         factor, shift = folded_norm(self.norm, len(weight))
         if bias is not None:

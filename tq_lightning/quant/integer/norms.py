@@ -52,3 +52,14 @@ def folded_norm(norm: nn.Module | None, channels: int) -> tuple[Tensor, Tensor]:
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
     return factor, shift
+
+
+# y of a batch norm lies within beta +- SPREAD |gamma| but for one value in 16,000 if it is normal
+SPREAD = 4.0
+
+
+def norm_spread(beta: Tensor, gamma: Tensor) -> tuple[float, float]:
+    """Range of the output of a batch norm by its parameters, (channels,) each; it contains 0."""
+    low = (beta - SPREAD * gamma.abs()).min()
+    high = (beta + SPREAD * gamma.abs()).max()
+    return min(float(low), 0.0), max(float(high), 0.0)

@@ -1,0 +1,162 @@
+"""Layers of an ExecuTorch program: integer weights between quantize and dequantize operations.
+
+XNNPACK recognizes a layer between these operations and computes it in integers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tq_lightning.quant.integer.activations import Codes
+from tq_lightning.quant.integer.arithmetic import IntegerWeight, integer_weight
+from tq_lightning.quant.integer.kernels import Act
+
+MOST_BIAS_STEPS = 2**30  # a larger bias leaves no room for the products in 32 bits
+
+
+class DynamicLayer(nn.Module):
+    """Convolution or linear with int8 weights, whose input is quantized at each run.
+
+    Args:
+        layer: Layer that it replaces; gives bias, stride, padding and dilation.
+        weight: Its weight as integers, not grouped.
+    """
+
+    bias: Tensor | None
+    offset: Tensor
+
+    def __init__(self, layer: nn.Module, weight: IntegerWeight) -> None:
+        super().__init__()
+        codes, gain = weight.codes, by_channel(weight.gain, weight.codes)
+        bias: Any = layer.bias
+        offset = gain * by_channel(weight.offset, codes)
+        self.sum_channel = bool(offset.any())
+        if self.sum_channel:
+            codes = torch.cat([codes, torch.ones_like(codes[:1])])
+            gain = F.pad(gain, (0, 1), value=1.0)
+            bias = None if bias is None else F.pad(bias.detach(), (0, 1))
+        self.register_buffer("codes", codes)
+        self.register_buffer("gain", gain.float())
+        self.register_buffer("zero", torch.zeros(len(codes), dtype=torch.int64))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("offset", offset.float())
+        small = takes_int4(codes) and int(codes.min()) >= -8 and int(codes.max()) <= 7
+        self.bounds = (-8, 7) if small else (-128, 127)
+        self.options: Any = (
+            (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize the input, and compute the layer on integers."""
+        ops = torch.ops.quantized_decomposed
+        low, high = self.bounds
+        weight = ops.dequantize_per_channel(
+            self.codes, self.gain, self.zero, 0, low, high, torch.int8
+        )
+        if self.options is not None:
+            step, zero = ops.choose_qparams.tensor(x, -128, 127, 1e-12, torch.int8)
+            q = ops.quantize_per_tensor.tensor(x, step, zero, -128, 127, torch.int8)
+            x = ops.dequantize_per_tensor.tensor(q, step, zero, -128, 127, torch.int8)
+            y = F.conv2d(x, weight, self.bias, *self.options)
+            offset = self.offset.view(-1, 1, 1)
+            return y[:, :-1] + offset * y[:, -1:] if self.sum_channel else y
+        step, zero = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+        q = ops.quantize_per_token(x, step, zero, -128, 127, torch.int8)
+        x = ops.dequantize_per_token(q, step, zero, -128, 127, torch.int8, torch.float32)
+        y = F.linear(x, weight, self.bias)
+        return y[..., :-1] + self.offset * y[..., -1:] if self.sum_channel else y
+
+
+def takes_int4(codes: Tensor) -> bool:
+    """Whether XNNPACK can store a weight as int4: a linear's, in pairs along the input."""
+    return codes.dim() == 2 and codes.shape[1] % 2 == 0
+
+
+def by_channel(values: Tensor, codes: Tensor) -> Tensor:
+    """Return one value for each output channel, (out,), of a tensor that broadcasts to `codes`."""
+    return values.expand(codes.shape).flatten(1)[:, 0]
+
+
+def linear_or_conv_weight(codes: Tensor, bits: int, scale: Tensor, level: str) -> IntegerWeight:
+    """Exact integers of a dynamically quantized layer, for int4 if XNNPACK can store them so."""
+    largest = 7 if bits <= 4 and takes_int4(codes) else 127
+    return integer_weight(codes, bits, scale, level, exact=True, largest=largest)
+
+
+class FixedCodes(nn.Module):
+    """Quantize to int8 codes of a fixed range, and dequantize.
+
+    Args:
+        codes: Codes of the range; int8 codes are 128 less.
+    """
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.how = (codes.step, codes.zero - 128, -128, 127, torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the values of the codes, shape of `x`."""
+        ops = torch.ops.quantized_decomposed
+        return ops.dequantize_per_tensor.default(
+            ops.quantize_per_tensor.default(x, *self.how), *self.how
+        )
+
+
+class StaticConv(nn.Module):
+    """Convolution with int8 weights, whose input and output have fixed codes.
+
+    Args:
+        conv: Layer that it replaces.
+        weight: Its weight as integers, with the norm folded.
+        bias: float64 (out,).
+        step: Step of the input.
+    """
+
+    def __init__(self, conv: nn.Conv2d, weight: IntegerWeight, bias: Tensor, step: float) -> None:
+        super().__init__()
+        codes, gain = weight.codes.clone(), by_channel(weight.gain, weight.codes).clone()
+        # a bias that does not fit 32 bits stands alone: the products are far below its last bit
+        alone = bias.abs() > MOST_BIAS_STEPS * step * gain
+        codes[alone] = 0
+        gain[alone] = bias[alone].abs() / step * 2.0**-20
+        self.register_buffer("codes", codes)
+        self.register_buffer("gain", gain.float())
+        self.register_buffer("zero", torch.zeros(len(codes), dtype=torch.int64))
+        self.register_buffer("bias", bias.float())
+        self.options: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve values of fixed codes, (batch, in, height, width)."""
+        weight = torch.ops.quantized_decomposed.dequantize_per_channel(
+            self.codes, self.gain, self.zero, 0, -128, 127, torch.int8
+        )
+        return F.conv2d(x, weight, self.bias, *self.options)  # type: ignore[arg-type]
+
+
+class Chain(nn.Module):
+    """A layer and what follows it: codes, the sum with a shortcut, an activation, codes.
+
+    Args:
+        layer: The layer.
+        between: Codes of its own output; None = none.
+        act: Activation.
+        out: Codes of the result; None = none.
+    """
+
+    def __init__(
+        self, layer: nn.Module, between: Codes | None, act: Act, out: Codes | None
+    ) -> None:
+        super().__init__()
+        self.layer, self.act = layer, act
+        self.between = nn.Identity() if between is None else FixedCodes(between)
+        self.out = nn.Identity() if out is None else FixedCodes(out)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Apply all of it to values."""
+        y = self.between(self.layer(x))
+        if shortcut is not None:
+            y = y + shortcut
+        y = F.hardtanh(y, *self.act.args) if self.act.name == "hardtanh" else self.act.exact(y)
+        return self.out(y)
