@@ -71,9 +71,10 @@ def test_export_with_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--observer", "mse"], "--observer needs --calibrate"),
         (["{packed}", "--out", "x", "--calibrate", "nodata"], "no such folder or data set"),
         (
-            ["{packed}", "--out", "x.pte", "--calibrate", "digits"],
-            "got --format executorch, which has no activation ranges",
+            ["{packed}", "--out", "x", "--format", "qonnx", "--calibrate", "digits"],
+            "got --format qonnx, which has no activation ranges",
         ),
+        (["{packed}", "--out", "x", "--calibrate", "{packed}"], "is a file and not a folder"),
         (["{packed}", "--out", "x", "--calibrate", "run"], "not in the folder of a run"),
         (["{packed}", "--out", "x", "--calibrate", "digits", "--add", "r"], "cannot be combined"),
     ],

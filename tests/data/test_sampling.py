@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from tq_lightning.data.sampling import TrainOrder, derive_seed, eval_batches, share, stratified
+from tq_lightning.data.sampling import (
+    TrainOrder,
+    derive_seed,
+    eval_batches,
+    run_seed,
+    share,
+    stratified,
+)
 from tq_lightning.errors import UserError
 
 
@@ -89,3 +96,12 @@ def test_evaluation_counts_every_sample_once(samples, world):
 def test_evaluation_with_more_processes_than_samples():
     with pytest.raises(UserError, match="use fewer devices"):
         eval_batches(torch.arange(2), 10, 0, 3)
+
+
+@pytest.mark.parametrize("seed", ["abc", "-1", "1.5", ""])
+def test_a_seed_of_the_environment_is_checked(seed, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert run_seed() == 7
+    monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+    with pytest.raises(UserError, match=f"PL_GLOBAL_SEED={seed} is not a seed"):
+        run_seed()

@@ -61,7 +61,13 @@ def _batches(model: Any, data: str) -> list[Any]:
     import torch
 
     from tq_lightning.cli.classify import find_images, read_preprocessed
+    from tq_lightning.data.images import SUFFIXES
 
+    if Path(data).is_file() and Path(data).suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"--calibrate {data} is a file and not a folder of images; unpack it first, or pass a "
+            f"data set ({', '.join(DATASETS)})"
+        )
     files = find_images(Path(data))
     step = max(1, len(files) // IMAGES)  # sample every class folder
     read = read_preprocessed(model, files[::step][:IMAGES])

@@ -20,8 +20,15 @@ CALIBRATION_SEED = 8
 
 
 def run_seed() -> int:
-    """Return the seed of `seed_everything`, else 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+    """Return the seed of `seed_everything`, else 0.
+
+    Raises:
+        UserError: The environment variable PL_GLOBAL_SEED is not an integer >= 0.
+    """
+    seed = os.environ.get("PL_GLOBAL_SEED", "0")
+    if not seed.isdecimal():
+        raise UserError(f"PL_GLOBAL_SEED={seed} is not a seed; set an integer >= 0, or unset it")
+    return int(seed)
 
 
 def derive_seed(*numbers: int) -> int:
