@@ -129,7 +129,7 @@ NOT_RECORDS = {
     "h": "the arguments of a TQModule",
     "values": "arguments of inspect",
     "given": "parsed arguments",
-    "content": "a YAML file",
+    "content": "a YAML or JSON file of another kind",
     "config": "a configuration",
     "raw": "a sweep file",
     "entry": "an entry of a sweep file",

@@ -73,15 +73,16 @@ def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:
         out: target folder, as given with --out.
         marker: JSON file whose "kind" is the kind of a folder.
         kind: the kind that may be replaced.
-        what: its name in messages, e.g. "a report".
+        what: name of the kind in messages, e.g. "a report".
 
     Raises:
-        UserError: it is a file, or a folder that holds something else.
+        UserError: `out` is a file, or a folder that holds something else.
     """
     if not out.is_dir() and (out.exists() or out.is_symlink()):
         raise UserError(f"--out {out} is a file; pass a new folder or one that holds {what}")
     try:
-        found = json.loads((out / marker).read_text(encoding="utf-8"))["kind"]
+        content = json.loads((out / marker).read_text(encoding="utf-8"))
+        found = content["kind"]
     except (OSError, ValueError, LookupError, TypeError):
         found = None
     if found != kind and out.is_dir() and any(out.iterdir()):

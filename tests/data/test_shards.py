@@ -94,7 +94,7 @@ def test_broken_members_are_reported(shards, capsys):
     assert "1 labels without an image" in printed or "labels without an image" in printed
     loader = _data(shards, samples=None, val_fraction=0.0, batch_size=1).train_dataloader()
     _pixels(loader)
-    assert "skipped 1 of 61 images" in (err := capsys.readouterr().err)
+    assert "replaced 1 unreadable images of 61" in (err := capsys.readouterr().err)
     assert "w.png in set-train-3.tar" in err
     with open(shards / "set-train-1.tar", "r+b") as file:
         file.truncate(3000)

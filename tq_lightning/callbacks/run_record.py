@@ -178,18 +178,18 @@ class RunRecord(L.Callback):
             return
         metrics = _rounded(trainer.callback_metrics, "test/")
         data = trainer.datamodule  # type: ignore[attr-defined]
-        trained, tested = record.config.get("data") or {}, self.config.get("data") or {}
+        trained, given = record.config.get("data") or {}, self.config.get("data") or {}
         loaders = trainer.test_dataloaders
         sizes = [len(x) for x in (loaders if isinstance(loaders, list) else [loaders])]  # type: ignore[arg-type]
-        keys = DATA_KEYS + (_SYNTHETIC_KEYS if tested.get("name") == "synthetic" else ())
-        other = [key for key in keys if not _same(trained.get(key), tested.get(key))]
+        keys = DATA_KEYS + (_SYNTHETIC_KEYS if given.get("name") == "synthetic" else ())
+        other = [key for key in keys if not _same(trained.get(key), given.get(key))]
         result = TestResult(
             metrics,
             self.checkpoint,
             pl_module.loaded_epoch,
             images=_count(metrics.pop("test/images", None)),
             tokens=_count(metrics.pop("test/tokens", None)),
-            data={key: tested.get(key) for key in ("name", "root")},
+            data={key: given.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
             calibration=_calibration_now(pl_module),
