@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tq_lightning.quant.integer.activations import Codes
-from tq_lightning.quant.integer.arithmetic import IntegerWeight, integer_weight
+from tq_lightning.quant.integer.arithmetic import (
+    MOST_BIAS_STEPS,
+    IntegerWeight,
+    bias_factors,
+    integer_weight,
+)
 from tq_lightning.quant.integer.kernels import Act
-
-MOST_BIAS_STEPS = 2**30  # a larger bias leaves no room for the products in 32 bits
 
 
 class DynamicLayer(nn.Module):
@@ -116,7 +119,10 @@ class StaticConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, weight: IntegerWeight, bias: Tensor, step: float) -> None:
         super().__init__()
-        codes, gain = weight.codes.clone(), by_channel(weight.gain, weight.codes).clone()
+        gain = by_channel(weight.gain, weight.codes)
+        factors = bias_factors(weight.codes, bias / (step * gain))
+        codes = weight.codes * factors.to(torch.int8).view(-1, 1, 1, 1)
+        gain = gain / factors
         # a bias that does not fit 32 bits stands alone: the products are far below its last bit
         alone = bias.abs() > MOST_BIAS_STEPS * step * gain
         codes[alone] = 0

@@ -25,7 +25,7 @@ from tq_lightning.export.executorch_layers import (
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.codes import truncate_codes
 from tq_lightning.quant.integer.activations import Codes, Dequantize, Quantize
-from tq_lightning.quant.integer.arithmetic import integer_weight, with_finer_gain
+from tq_lightning.quant.integer.arithmetic import integer_weight
 from tq_lightning.quant.integer.float_conv import FloatConv
 from tq_lightning.quant.integer.kernels import NO_ACT, RELU
 from tq_lightning.quant.integer.layer import IntegerLayer
@@ -154,7 +154,6 @@ def _layer(layer: IntegerLayer, has_shortcut: bool) -> Chain:
         conv = _conv(inner, inner.weight.detach().double() * factor.view(-1, 1, 1, 1), bias)
         return Chain(conv, None, layer.act, out)
     integers = integer_weight(narrow, width.bits, scale, weight.level)
-    integers = with_finer_gain(integers, 127)
     conv = StaticConv(inner, integers, bias, layer.into.at(width).step)
     return Chain(conv, between, layer.act, out)
 

@@ -10,12 +10,12 @@ from tq_lightning.quant.integer.arithmetic import (
     INT16_MAX,
     SPLIT,
     activation_top,
+    bias_factors,
     integer_weight,
     largest_integer,
     signed_codes,
     signed_level,
     split_weight,
-    with_finer_gain,
 )
 from tq_lightning.quant.levels import LEVELS, dequantize
 
@@ -103,14 +103,24 @@ def test_weights_of_four_bits_fit_int4(bits, level):
     assert (int(odd.codes.max()) > 7) == (bits == 4)
 
 
-@pytest.mark.parametrize(("bits", "largest"), [(1, 64), (2, 21 * 3), (4, 60), (7, 127), (8, 127)])
-def test_a_finer_gain_is_the_same_weight(bits, largest):
-    weight = integer_weight(_codes(bits), bits, torch.tensor(3.0))
-    finer = with_finer_gain(weight, 64)
-    assert finer.codes.dtype == torch.int8 and int(finer.codes.max()) == largest
-    values, same = (w.codes.double() * w.gain for w in (finer, weight))
-    assert torch.allclose(values, same, rtol=1e-15, atol=0)
-    assert (finer.gain < weight.gain).all() == (bits < 7)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_factors_make_a_bias_nearly_an_integer(bits):
+    codes = integer_weight(_codes(bits).expand(500, -1), bits, torch.tensor(3.0)).codes
+    steps = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 50
+    factors = bias_factors(codes, steps, 64)
+    assert int((codes.int() * factors[:, None]).abs().max()) <= 64 and int(factors.min()) >= 1
+    error = [((steps * f).round() / f - steps).abs().mean() for f in (1, factors)]
+    assert error[1] < error[0] / 64 * (2**bits)
+    largest = codes.int().abs().max()
+    assert factors.max() <= 64 // largest and bias_factors(codes, 0 * steps + 2**31).max() == 1
+
+
+def test_factors_of_wide_codes_are_one():
+    codes, steps = torch.full((3, 2), -128, dtype=torch.int8), torch.tensor([0.3, 0.0, 7.5])
+    assert bias_factors(codes, steps.double(), 64).tolist() == [1, 1, 1]
+    assert bias_factors(torch.full((1, 2), 3, dtype=torch.int8), torch.tensor([1.4])).tolist() == [
+        5
+    ]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -21,15 +21,13 @@ from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.packed.module import PackedTensor
 from tq_lightning.quant.integer.arithmetic import (
     INT16_MAX,
+    MOST_BIAS_STEPS,
     SplitWeight,
+    bias_factors,
     integer_weight,
     split_weight,
-    with_finer_gain,
 )
 from tq_lightning.quant.integer.norms import norm_spread
-
-# a larger bias, in steps, would leave no room for the products in a 32-bit sum
-MOST_BIAS_STEPS = 2**30
 
 
 class IntegerLayer(NamedTuple):
@@ -117,8 +115,6 @@ def take_layers(
         op = "Conv" if node.op_type == "Conv" else "MatMul"
         integers = (split_weight if split else integer_weight)(stored, bits, scale, packed.level)
         whole = isinstance(integers, SplitWeight)
-        if not whole and op == "Conv":
-            integers = with_finer_gain(integers, INT16_MAX // (2 * 255))
         parts = integers.parts if whole else (integers.codes,)
         gain = integers.gain.expand(outputs, *[1] * (stored.dim() - 1)).reshape(-1).numpy()
         for old in used:
@@ -147,8 +143,10 @@ def take_layers(
 def bias_codes(layer: IntegerLayer, step: float) -> tuple[IntegerLayer, np.ndarray]:
     """Quantize the bias of a layer to int32, in steps of (activation step) x (gain).
 
-    If the bias of a channel does not fit, or its codes are all 0 (a norm with gamma = 0), the
-    channel outputs only its bias: its codes become 0, and its gain resolves the bias to 2^-20.
+    The integers of a convolution are multiplied by what makes these steps finer, see
+    `bias_factors`. If the bias of a channel does not fit, or its codes are all 0 (a norm with
+    gamma = 0), the channel outputs only its bias: its codes become 0, and its gain resolves the
+    bias to 2^-20.
 
     Args:
         layer: the layer.
@@ -160,6 +158,13 @@ def bias_codes(layer: IntegerLayer, step: float) -> tuple[IntegerLayer, np.ndarr
     out_axis = 0 if layer.op == "Conv" else 1
     others = tuple(i for i in range(layer.codes.ndim) if i != out_axis)
     steps = layer.bias / (np.float64(layer.gain) * step)
+    if layer.op == "Conv":
+        codes = torch.from_numpy(layer.codes)
+        factors = bias_factors(codes, torch.from_numpy(steps), INT16_MAX // (2 * 255))
+        codes = codes * factors.to(torch.int8).view(-1, *[1] * (codes.dim() - 1))
+        gain = (layer.gain / factors.numpy()).astype(np.float32)
+        layer = layer._replace(codes=codes.numpy(), gain=gain)
+        steps = layer.bias / (np.float64(gain) * step)
     alone = (np.abs(steps) > MOST_BIAS_STEPS) | ~layer.codes.any(axis=others)
     if alone.any():
         codes, gain = layer.codes.copy(), layer.gain.copy()

@@ -30,6 +30,7 @@ from tq_lightning.quant.codes import check_bits
 from tq_lightning.quant.levels import LEVELS
 
 INT16_MAX = 2**15 - 1
+MOST_BIAS_STEPS = 2**30  # a larger bias leaves no room for the products in a 32-bit sum
 SPLIT = 4  # a 9-bit integer is SPLIT times one of 7 bits, plus one of 2 bits
 _TINY = torch.finfo(torch.float32).tiny  # a smaller gain is denormal or 0 in float32
 
@@ -171,26 +172,32 @@ def integer_weight(
     return IntegerWeight(integers, gain, offset, is_exact)
 
 
-def with_finer_gain(weight: IntegerWeight, largest: int) -> IntegerWeight:
-    """Multiply the integers of a weight and divide its gain, by the largest factor that fits.
+def bias_factors(codes: Tensor, steps: Tensor, largest: int = 127) -> Tensor:
+    """Choose factors of the integers of a weight that make its bias nearly an integer.
 
     Kernels hold the bias of a layer as an int32 in steps of the gain times the activation step. At
-    2 bits such a step can be as large as a hundredth of an output code, so that outputs would
-    differ from those of a bias in float.
+    1 or 2 bits, such a step can be as large as a hundredth of an output code. If the integers are
+    multiplied by a factor and the gain is divided by it, the weight is the same and the steps of
+    the bias are finer. The factor with the smallest rounding error of the bias is chosen.
 
     Args:
-        weight: Integers without an offset.
-        largest: Largest magnitude of the result.
+        codes: int8 (out, ...).
+        steps: float64 (out,), bias of each output channel in steps.
+        largest: Largest magnitude of the multiplied integers.
 
     Returns:
-        The same weight.
+        int64 (out,), at least 1.
 
     Example:
-        The 2-bit codes -3, -1, 1, 3 become -63, -21, 21, 63 with `largest=64`.
+        Codes up to 3 and a bias of 1.4 steps: with the factor 5, the bias is 7 steps.
     """
-    top = int(weight.codes.int().abs().max()) if weight.codes.numel() else 0
-    factor = max(1, largest // max(1, top))
-    return weight._replace(codes=weight.codes * factor, gain=weight.gain / factor)
+    tried = torch.arange(1, largest + 1)
+    scaled = steps[:, None] * tried
+    fits = codes.int().abs().flatten(1).amax(1)[:, None] * tried <= largest
+    fits &= scaled.abs() <= MOST_BIAS_STEPS
+    fits[:, 0] = True
+    error = (scaled - scaled.round()).abs() / tried
+    return tried[error.masked_fill(~fits, torch.inf).argmin(1)]
 
 
 class SplitWeight(NamedTuple):
