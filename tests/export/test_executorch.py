@@ -84,7 +84,7 @@ def test_layers_that_stay_in_float_are_named(make, tmp_path):
     "name", ["resnet8_cifar", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)]
 )
 def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
-    """They compute what integer mode computes, up to the codes of outputs that are not codes."""
+    """They match integer mode, up to the additional quantizers of outputs that are not codes."""
     pytest.importorskip("torch.ao.quantization.fx._decomposed")  # registers the operations
     path = tmp_path / "m.safetensors"
     model, images = make(name, norm="per_width" if "resnet" in name else "shared")
@@ -110,7 +110,7 @@ def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
 @needs
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_static_program_predicts_what_its_network_predicts(tmp_path, capsys):
+def test_static_program_has_the_predictions_of_its_network(tmp_path, capsys):
     out = tmp_path / "m.pte"
     args = ["export", str(DIGITS), "--out", str(out), "--bits", "4", "--calibrate", "digits"]
     assert main(args) == 0

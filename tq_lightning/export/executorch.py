@@ -2,8 +2,8 @@
 
 Quantized convolutions and linear layers run on XNNPACK's integer kernels. Their weights are the
 codes of the file, not quantized again. The convolutions of a file with activation ranges use these
-ranges (static quantization, see `executorch_static`). All other inputs are quantized at run time,
-each in its own range (dynamic quantization). All other operations run in float.
+ranges (static quantization, see `executorch_static`). Other layers quantize their inputs at run
+time, each in its own range (dynamic quantization). All other operations run in float.
 
 XNNPACK stores the weights of linear layers as int4 at 4 bits and below, and those of convolutions
 as int8 at every width. All integers are exact. If the odd integers of the levels `endpoint` and
@@ -37,7 +37,7 @@ class Program(NamedTuple):
     Attributes:
         integer: Names of the weights that run as integers.
         left_in_float: {name: reason} of the quantized weights that stay in float.
-        fixed: Names of those of `integer` whose inputs have fixed ranges.
+        fixed: Subset of `integer` whose inputs have fixed ranges.
     """
 
     integer: list[str]
@@ -48,10 +48,10 @@ class Program(NamedTuple):
         """Describe the program: layers on integers, their storage, and each layer in float."""
         lines = [
             f"{len(self.integer)} layers run as integers, {len(self.left_in_float)} quantized "
-            f"layers in float; {len(self.fixed)} have fixed activation ranges, the others find "
-            "theirs at run time",
-            "XNNPACK stores convolutions as int8 at every width, and linears as int4 from 4 bits "
-            "down",
+            f"layers in float; {len(self.fixed)} have fixed activation ranges, the others "
+            "compute theirs at run time",
+            "XNNPACK stores convolutions as int8 at every width, and linear layers as int4 at "
+            "4 bits and below",
         ]
         return lines + [f"left in float: {n}: {why}" for n, why in self.left_in_float.items()]
 
@@ -65,7 +65,7 @@ def export_executorch(
         path: Packed file.
         out: Target file (.pte), written atomically.
         bits: Width, one of those that the file supports.
-        static: Use the activation ranges of the file for convolutions. None does so if it has any.
+        static: Use the activation ranges of the file for convolutions; None uses them if available.
 
     Returns:
         The layers that run as integers, and those that stay in float.
@@ -134,7 +134,7 @@ def _backend() -> Any:
 
 
 def _integer_network(model: nn.Module, static: bool | None) -> tuple[nn.Module, Program]:
-    """Return a network of integer layers, and what they are."""
+    """Return a network with integer layers, and their names."""
     if static is None:
         convolutions = any(isinstance(w.module, nn.Conv2d) for w in packed_weights(model))
         static = convolutions and bool(activation_ranges(model))

@@ -20,11 +20,11 @@ from tq_lightning.quant.integer.kernels import Act
 
 
 class DynamicLayer(nn.Module):
-    """Convolution or linear with int8 weights, whose input is quantized at each run.
+    """Convolution or linear layer with int8 weights that quantizes its input at run time.
 
     Args:
-        layer: Layer that it replaces; gives bias, stride, padding and dilation.
-        weight: Its weight as integers, not grouped.
+        layer: Layer to replace, not grouped; provides bias, stride, padding and dilation.
+        weight: Integer weight of the layer.
     """
 
     bias: Tensor | None
@@ -73,17 +73,17 @@ class DynamicLayer(nn.Module):
 
 
 def takes_int4(codes: Tensor) -> bool:
-    """Whether XNNPACK can store a weight as int4: a linear's, in pairs along the input."""
+    """Return True if XNNPACK can pack a weight as int4: linear, in pairs along the input."""
     return codes.dim() == 2 and codes.shape[1] % 2 == 0
 
 
 def by_channel(values: Tensor, codes: Tensor) -> Tensor:
-    """Return one value for each output channel, (out,), of a tensor that broadcasts to `codes`."""
+    """Reduce a tensor that broadcasts to `codes` to one value per output channel, (out,)."""
     return values.expand(codes.shape).flatten(1)[:, 0]
 
 
 def linear_or_conv_weight(codes: Tensor, bits: int, scale: Tensor, level: str) -> IntegerWeight:
-    """Exact integers of a dynamically quantized layer, for int4 if XNNPACK can store them so."""
+    """Return the exact integer weight of a `DynamicLayer`, in the range of int4 if possible."""
     largest = 7 if bits <= 4 and takes_int4(codes) else 127
     return integer_weight(codes, bits, scale, level, exact=True, largest=largest)
 
@@ -92,7 +92,7 @@ class FixedCodes(nn.Module):
     """Quantize to int8 codes of a fixed range, and dequantize.
 
     Args:
-        codes: Codes of the range; int8 codes are 128 less.
+        codes: uint8 codes of the range; the int8 codes are smaller by 128.
     """
 
     def __init__(self, codes: Codes) -> None:
@@ -100,7 +100,7 @@ class FixedCodes(nn.Module):
         self.how = (codes.step, codes.zero - 128, -128, 127, torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the values of the codes, shape of `x`."""
+        """Return the dequantized codes of `x`, same shape."""
         ops = torch.ops.quantized_decomposed
         return ops.dequantize_per_tensor.default(
             ops.quantize_per_tensor.default(x, *self.how), *self.how
@@ -108,13 +108,13 @@ class FixedCodes(nn.Module):
 
 
 class StaticConv(nn.Module):
-    """Convolution with int8 weights, whose input and output have fixed codes.
+    """Convolution with int8 weights and fixed ranges of input and output.
 
     Args:
-        conv: Layer that it replaces.
-        weight: Its weight as integers, with the norm folded.
+        conv: Layer to replace.
+        weight: Integer weight of the layer, with the norm folded.
         bias: float64 (out,).
-        step: Step of the input.
+        step: Step of the input codes.
     """
 
     def __init__(self, conv: nn.Conv2d, weight: IntegerWeight, bias: Tensor, step: float) -> None:
@@ -123,7 +123,7 @@ class StaticConv(nn.Module):
         factors = bias_factors(weight.codes, bias / (step * gain))
         codes = weight.codes * factors.to(torch.int8).view(-1, 1, 1, 1)
         gain = gain / factors
-        # a bias that does not fit 32 bits stands alone: the products are far below its last bit
+        # if the bias exceeds 32 bits, the products are negligible and are set to 0
         alone = bias.abs() > MOST_BIAS_STEPS * step * gain
         codes[alone] = 0
         gain[alone] = bias[alone].abs() / step * 2.0**-20
@@ -134,7 +134,7 @@ class StaticConv(nn.Module):
         self.options: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve values of fixed codes, (batch, in, height, width)."""
+        """Convolve dequantized codes, (batch, in, height, width)."""
         weight = torch.ops.quantized_decomposed.dequantize_per_channel(
             self.codes, self.gain, self.zero, 0, -128, 127, torch.int8
         )
@@ -142,13 +142,13 @@ class StaticConv(nn.Module):
 
 
 class Chain(nn.Module):
-    """A layer and what follows it: codes, the sum with a shortcut, an activation, codes.
+    """A layer with the operations that follow: quantizer, shortcut, activation, quantizer.
 
     Args:
         layer: The layer.
-        between: Codes of its own output; None = none.
+        between: Codes of the output of the layer; None for no quantizer.
         act: Activation.
-        out: Codes of the result; None = none.
+        out: Codes of the result; None for no quantizer.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Chain(nn.Module):
         self.out = nn.Identity() if out is None else FixedCodes(out)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Apply all of it to values."""
+        """Run the layer and the operations on dequantized codes."""
         y = self.between(self.layer(x))
         if shortcut is not None:
             y = y + shortcut

@@ -1,12 +1,13 @@
 """Static quantization: the convolutions of a program with the activation ranges of the file.
 
-The network is traced as for PyTorch's integer mode, so both put quantizers at the same places. An
-integer convolution of XNNPACK needs codes at both ends. One whose output is not a code, such as the
-input of a residual add, gets them from the statistics of its batch norm; without a norm, it finds
-the range of its input at run time. So do linear layers, which XNNPACK can then store as int4.
+The network is traced as in PyTorch's integer mode, so both have quantizers at the same places. An
+integer convolution of XNNPACK needs quantized inputs and outputs. If its output is not quantized,
+e.g. before a residual add, the range follows from beta and gamma of the batch norm; without a norm,
+the range of the input is computed at run time. Linear layers always compute it at run time, because
+XNNPACK can then store them as int4.
 
-8-bit `endpoint` and `centre` weights are the nearest int8: a sum of the inputs as one more output
-channel would be rounded to 8 bits as well.
+8-bit `endpoint` and `centre` weights are rounded to the nearest int8, because an additional output
+channel with the sum of the inputs would be rounded to 8 bits, too.
 """
 
 from typing import Any, NamedTuple
@@ -37,13 +38,13 @@ from tq_lightning.quant.switchable_norm import PerWidthNorm
 
 
 class StaticNetwork(NamedTuple):
-    """A network for XNNPACK.
+    """A network for XNNPACK, as returned by `static_network`.
 
     Attributes:
         network: The network.
         integer: Names of the weights that run as integers.
-        left_in_float: Name and reason of each quantized weight that does not.
-        fixed: Names of those of `integer` whose inputs have fixed ranges.
+        left_in_float: {name: reason} of the quantized weights that stay in float.
+        fixed: Subset of `integer` whose inputs have fixed ranges.
     """
 
     network: nn.Module
@@ -53,10 +54,10 @@ class StaticNetwork(NamedTuple):
 
 
 def static_network(model: nn.Module) -> StaticNetwork | None:
-    """Turn a packed model with activation ranges into a network for XNNPACK, at its width.
+    """Convert a packed model with activation ranges to a network for XNNPACK, at its width.
 
     Args:
-        model: A packed model in evaluation mode. Its modules become part of the result.
+        model: A packed model in evaluation mode. Its modules are reused.
 
     Returns:
         The network; None if torch.fx cannot trace the model.
@@ -79,9 +80,9 @@ def static_network(model: nn.Module) -> StaticNetwork | None:
 
 
 def _replace(graph: fx.GraphModule, in_float: dict[str, str]) -> list[str]:
-    """Replace the modules of integer mode, in place; notes layers in float and returns the fixed.
+    """Replace the modules of integer mode in place. Return the layers with fixed ranges.
 
-    Between them are values of codes, no longer codes.
+    Layers in float are added to `in_float`. Tensors are dequantized codes instead of codes.
     """
     fixed = []
     codes: dict[fx.Node, Codes] = {}  # of the tensors that are codes in integer mode
@@ -94,8 +95,8 @@ def _replace(graph: fx.GraphModule, in_float: dict[str, str]) -> list[str]:
                 fixed.append(module.name)
             elif not isinstance(made.layer, DynamicLayer):
                 in_float[module.name] = (
-                    "XNNPACK needs a range of the output of a grouped convolution, and there is no "
-                    "batch norm to tell it"
+                    "XNNPACK needs the output range of a grouped convolution, which has no batch "
+                    "norm to estimate it from"
                 )
             if module.out is not None:
                 codes[node] = module.out.at(module.width)
@@ -124,7 +125,7 @@ def _codes_of_argument(node: fx.Node, codes: dict[fx.Node, Codes]) -> Codes | No
 
 
 def _insert_codes(graph: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Codes]) -> None:
-    """Quantize what an operation that moved codes made."""
+    """Quantize the output of an operation that moves codes."""
     name = f"{node.name}_codes"
     graph.add_module(name, FixedCodes(codes[node]))
     with graph.graph.inserting_after(node):
@@ -134,7 +135,7 @@ def _insert_codes(graph: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Cod
 
 
 def _layer(layer: IntegerLayer, has_shortcut: bool) -> Chain:
-    """Make the layer of a program from one of integer mode."""
+    """Convert a layer of integer mode to a layer of the program."""
     width, inner = layer.width, layer.layer
     assert width.bits is not None
     weight = stored_weight(inner)
@@ -159,7 +160,7 @@ def _layer(layer: IntegerLayer, has_shortcut: bool) -> Chain:
 
 
 def _codes_of_norm(norm: nn.Module | None) -> Codes | None:
-    """Codes of the output of a batch norm by its statistics; None without a norm that has any."""
+    """Return codes for the output of a batch norm, by beta and gamma; None without them."""
     if isinstance(norm, PerWidthNorm):
         norm = norm.sets[str(norm.width.bits)]
     if norm is None or getattr(norm, "weight", None) is None:
@@ -175,7 +176,7 @@ def _with_bias(layer: nn.Module, bias: Tensor) -> nn.Module:
 
 
 def _conv(like: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """Plain convolution in float, with the options of another."""
+    """Create a float convolution with the options of another one."""
     options: Any = (like.stride, like.padding, like.dilation, like.groups)
     made = nn.Conv2d(like.in_channels, like.out_channels, like.kernel_size, *options)  # type: ignore[arg-type]
     made.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -184,7 +185,7 @@ def _conv(like: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
 
 
 def _float_conv(module: FloatConv) -> nn.Module:
-    """Convolution and norm in float, without the state of several widths."""
+    """Return a float convolution with the folded norm of the current width."""
     act = act_of(module.norm)
     conv = _conv(module.layer, *module.folded())
     return conv if act is None else nn.Sequential(conv, act)

@@ -242,7 +242,7 @@ def test_every_layer_equals_exact_integers(bits, served, tmp_path):
     ],
 )
 def test_trained_codes_of_eight_bits_are_exact_and_safe(level, runtime, tmp_path):
-    """They equal their simulation up to ties, which move a logit by a small part of a code."""
+    """They equal their simulation up to ties, which change a logit by a fraction of a code."""
     path, out = tmp_path / "residual.safetensors", tmp_path / "m.onnx"
     images = make(path, activations="clamp_round", level=level)
     wrote = export_integer(path, out, 8, runtime)

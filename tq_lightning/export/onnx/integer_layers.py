@@ -5,7 +5,7 @@ A quantized convolution or linear layer, together with the batch norm that follo
     y = sum_i x_i gain_o codes_oi + bias_o
 
 with int8 codes of zero point 0 and one positive gain for each output channel o. Exact 8-bit weights
-have two tensors of codes, see `split_weight`.
+consist of two tensors of codes, see `split_weight`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +46,7 @@ class IntegerLayer(NamedTuple):
             norm.
         low: int8 codes of a second product, or None; the weight is then gain * (SPLIT * codes +
             low).
-        exact: True if gain and codes are the dequantized weight.
+        exact: True if gain and codes give the dequantized weight exactly.
     """
 
     name: str
