@@ -97,6 +97,19 @@ def test_run_and_sweep_on_a_full_disk(disk, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_sweep_without_room_for_its_database_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text(SWEEP)
+    disk = tmp_path / "disk"
+    mount(disk, "size=2m")
+    try:
+        fill(disk, free=40_000)  # the database is begun, and does not fit
+        sweep = ("sweep", tmp_path / "s.yaml", "--workers", 0, "--dir", disk / "sweep", "--")
+        assert "full" in line_of(capsys, *sweep, *FIT, "--trainer.max_epochs", 1)
+        assert [path.name for path in disk.iterdir()] == ["ballast"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 @pytest.mark.slow
 def test_disk_fills_up_during_a_fit(tmp_path, capsys):
     """Resuming, testing and predicting too; the old checkpoint stays and resumes later."""

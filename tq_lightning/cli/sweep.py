@@ -61,8 +61,7 @@ def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
         status = run_inline(sweep, options) if options.workers == 0 else run_sweep(sweep, options)
     except UserError:
         if new:
-            with contextlib.suppress(OSError):  # not empty, or never created
-                options.folder.rmdir()
+            _remove_unused(options.folder)
         raise
     queue = make_trial_queue(sweep, open_study(sweep, options), options)
     write_results(sweep, queue, options.folder)
@@ -75,6 +74,16 @@ def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
         print(f"error: no trial has a result: {first}", file=sys.stderr)
         return 1
     return status
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder of a sweep that never started: it has no files but those of a database."""
+    with contextlib.suppress(OSError):  # never created
+        files = list(folder.iterdir())
+        if all(path.name.startswith("study.db") for path in files):
+            for path in files:
+                path.unlink()
+            folder.rmdir()
 
 
 def resume_command(argv: list[str]) -> str:
