@@ -4,7 +4,7 @@ import pytest
 import wandb
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tq_lightning.callbacks.wandb_logger import make_wandb_logger
+from tq_lightning.callbacks.wandb_logger import OwnRunLogger, make_wandb_logger
 from tq_lightning.errors import UserError
 
 
@@ -70,3 +70,11 @@ def test_error_of_wandb_is_one_line(tmp_path, monkeypatch):
         "W&B did not start (api_key not configured (no-tty).); run `wandb login`, or set "
         "WANDB_MODE=offline"
     )
+
+
+def test_no_argument_that_wandb_warns_about(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: given.update(kwargs) or wandb.Run)
+    monkeypatch.setattr(wandb.Run, "define_metric", lambda *_, **__: None)
+    _ = OwnRunLogger(tmp_path, project="p").experiment
+    assert given["project"] == "p" and "anonymous" not in given

@@ -29,6 +29,7 @@ class OwnRunLogger(WandbLogger):
 
     def __init__(self, run_dir: Path, **kwargs: Any) -> None:
         super().__init__(save_dir=run_dir, log_model=False, **kwargs)
+        self._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect
         self._logged_file = run_dir / "wandb" / "logged.txt"
         self._logged: set[tuple[str, str]] = set()
         if self._logged_file.is_file():
