@@ -171,6 +171,7 @@ def test_the_start_weights_are_needed_once(copied, capsys):
     [
         ([], "the training needs an end: pass --trainer.max_epochs, --trainer.max_steps or"),
         (["--trainer.max_epochs", "0"], "trainer.max_epochs: got 0, pass 1 or more"),
+        (["--seed_everything", "false"], "seed_everything: got False, pass an integer from 0"),
         (["--seed_everything", "-5"], "seed_everything: got -5, pass an integer from 0"),
         (["--checkpoint_every_n_steps", "-3"], "checkpoint_every_n_steps: got -3, pass 1 or more"),
         (["--trainer.limit_train_batches", "0"], "trainer.limit_train_batches=0 leaves nothing to"),

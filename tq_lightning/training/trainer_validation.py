@@ -110,7 +110,7 @@ def check_run(verb: str, config: Any) -> None:
         UserError: a value out of range, or a fit without an end.
     """
     seed = config.seed_everything
-    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+    if seed is False or (seed is not True and not 0 <= seed < 2**32):
         raise UserError(f"seed_everything: got {seed}, pass an integer from 0 to {2**32 - 1}")
     if config.checkpoint_every_n_steps < 0:
         raise UserError(
