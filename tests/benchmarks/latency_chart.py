@@ -14,9 +14,11 @@ import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 from latency_table import Row, read
+from matplotlib.lines import Line2D
 
-from tq_lightning.report.figures.style import SERIES, Figure, new, styled, write
+from tq_lightning.report.figures.style import GRAY, Figure, new, styled, width_color, write
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -27,7 +29,11 @@ RUNTIMES = {
     "PyTorch": "pytorch",
     "ExecuTorch": "executorch",
 }
-AREA = 420.0  # of the largest mark, in square points
+AREA = 300.0  # of the largest mark, in square points
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+# width -> where its number stands: 8 and 4 bits often lie on each other
+LABELS = {"8": (-2, 13, "center"), "4": (-9, -3, "right"), "2": (9, 0, "left"), "1": (9, 0, "left")}
+SIZES = {"font.size": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9}
 
 
 class Point(NamedTuple):
@@ -60,48 +66,70 @@ def points_of(latency: list[Row], accuracy: list[Row], network: str, model: str)
 
 
 def figure_of(points: list[Point], title: str, subtitle: str) -> Figure:
+    runtimes = list(dict.fromkeys(p.runtime for p in points))
+    rows = -(-len(runtimes) // 2)
     with styled():
-        canvas, body = new((6.4, 3.9), title, subtitle)
-        draw(body.subplots(), points)
-    widths = ", ".join(dict.fromkeys(p.label for p in points))
+        matplotlib.rcParams.update(SIZES)
+        canvas, body = new((4.8, 0.55 + 1.75 * rows), title, subtitle)
+        grid = body.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+        for axes, runtime in zip(grid.flat, runtimes, strict=False):
+            draw(axes, runtime, [p for p in points if p.runtime == runtime], points)
+        for axes in grid.flat[len(runtimes) :]:
+            axes.set_visible(False)
+        for axes in grid.flat[len(runtimes) - 2 : len(runtimes)]:
+            axes.tick_params(labelbottom=True)
+        body.supxlabel("latency of one image, one thread [ms]", fontsize=9)
+        body.supylabel("top-1 [%]", fontsize=9)
+        body.legend(handles=entries(points), loc="outside upper center", ncols=3, columnspacing=1)
     return Figure(
         "latency_accuracy_bytes",
         "latency",
         title,
         subtitle,
-        f"Top-1 over latency in {len({p.runtime for p in points})} runtimes at {widths} bits; the "
+        f"Top-1 over latency at 8, 4, 2 and 1 bits and in float, in {', '.join(runtimes)}; the "
         "area of a mark is the bytes read",
         canvas,
     )
 
 
-def draw(axes: Any, points: list[Point]) -> None:
+def look(point: Point, most: int) -> dict[str, Any]:
+    """A filled mark in the color of its width, an open one for float; its area is its bytes."""
+    if point.label == "float":
+        return {"s": AREA * point.bytes / most, "facecolor": "none", "edgecolor": GRAY}
+    color = width_color(int(point.label))
+    return {"s": AREA * point.bytes / most, "facecolor": color, "edgecolor": "white"}
+
+
+def draw(axes: Any, runtime: str, mine: list[Point], points: list[Point]) -> None:
     most = max(p.bytes for p in points)
-    runtimes = list(dict.fromkeys(p.runtime for p in points))
-    for i, runtime in enumerate(runtimes):
-        color = SERIES[i]
-        mine = [p for p in points if p.runtime == runtime]
-        integers = [p for p in mine if p.label != "float"]
-        axes.plot([p.ms for p in integers], [p.top1 for p in integers], color=color, lw=0.8)
-        for p in mine:
-            whole = p.label == "float"
-            face = "white" if whole else color
-            axes.scatter(p.ms, p.top1, AREA * p.bytes / most, facecolor=face, edgecolor=color)
-            axes.annotate(
-                p.label,
-                (p.ms, p.top1),
-                (8, 0) if not whole else (0, 0),
-                textcoords="offset points",
-                ha="left" if not whole else "center",
-                va="center",
-                fontsize=9 if not whole else 7,
-                color=color,
-            )
-        axes.plot([], [], "o", color=color, label=runtime)
+    for p in sorted(mine, key=lambda p: -p.bytes):
+        axes.scatter(p.ms, p.top1, linewidth=0.8, zorder=3, **look(p, most))
+        if p.label in LABELS:
+            x, y, side = LABELS[p.label]
+            place = {"xytext": (x, y), "textcoords": "offset points", "ha": side, "va": "center"}
+            axes.annotate(p.label, (p.ms, p.top1), **place)
+    axes.set_title(runtime, fontsize=10)
+    ticks = [t for t in TICKS if min(p.ms for p in points) / 2 < t < 2 * max(p.ms for p in points)]
     axes.set_xscale("log")
-    axes.set(xlabel="latency of one image, one thread [ms]", ylabel="top-1 [%]")
-    axes.margins(0.1)
-    axes.legend(loc="lower right")
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(min(p.ms for p in points) / 1.5, max(p.ms for p in points) * 1.5)
+    axes.margins(y=0.22)
+
+
+def entries(points: list[Point]) -> list[Any]:
+    """Entries of the legend: the width and its bytes, as one runtime reads them."""
+    sizes: dict[str, Point] = {}
+    for p in points:
+        sizes.setdefault(p.label, p)
+    found = []
+    for label, p in sorted(sizes.items(), key=lambda item: -item[1].bytes):
+        name = label if label == "float" else f"{label} bit{'s' * (label != '1')}"
+        face = look(p, p.bytes)["facecolor"]
+        edge = GRAY if label == "float" else face
+        style = {"linestyle": "", "markerfacecolor": face, "markeredgecolor": edge}
+        found.append(Line2D([], [], marker="o", label=f"{name}: {p.bytes / 1000:,.0f} kB", **style))
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -120,8 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     if not points:
         print(f"no chart: no width of {a.network} and {a.model} is in both tables")
         return
-    subtitle = "number: bits of the weights; area: bytes read; open: float32 in the same runtime"
-    write(figure_of(points, "ResNet-20 on CIFAR-10: latency, accuracy, bytes", subtitle), a.out)
+    subtitle = "numbers: bits; area: bytes; open: float32 in the same runtime"
+    write(figure_of(points, "ResNet-20, CIFAR-10: latency, accuracy, bytes", subtitle), a.out)
 
 
 if __name__ == "__main__":
