@@ -44,24 +44,28 @@ class Point(NamedTuple):
     ms: float
     top1: float
     bytes: int
+    images: int
 
 
 def points_of(latency: list[Row], accuracy: list[Row], network: str, model: str) -> list[Point]:
     """Return the runs with a row in both tables; top-1 of float is that of 8-bit weights."""
-    top1 = {
-        (row["runtime"], row["bits"]): float(row["top1"])
-        for row in accuracy
-        if row["model"] == model
-    }
+    known: dict[tuple[str, str], dict[int, float]] = {}
+    for row in accuracy:
+        if row["model"] == model:
+            scored = known.setdefault((row["runtime"], row["bits"]), {})
+            scored[int(row["images"])] = float(row["top1"])
     points = []
     for row in latency:
         if (row["network"], row["batch"], row["threads"]) != (network, "1", "1"):
             continue
-        label = row["weights"].split()[0]
-        key = ("float", "8") if label == "float" else (RUNTIMES.get(row["runtime"], ""), label)
-        if row["runtime"] in RUNTIMES and key in top1:
+        own, label = RUNTIMES.get(row["runtime"], ""), row["weights"].split()[0]
+        if (own, "8") not in known:
+            continue
+        images = max(known[own, "8"])  # float is scored on the images of its runtime
+        scored = known.get(("float", "8") if label == "float" else (own, label), {})
+        if images in scored:
             ms, size = float(row["cpu_ms"]), int(row["bytes"])
-            points.append(Point(row["runtime"], label, ms, top1[key], size))
+            points.append(Point(row["runtime"], label, ms, scored[images], size, images))
     return points
 
 
@@ -108,7 +112,8 @@ def draw(axes: Any, runtime: str, mine: list[Point], points: list[Point]) -> Non
             x, y, side = LABELS[p.label]
             place = {"xytext": (x, y), "textcoords": "offset points", "ha": side, "va": "center"}
             axes.annotate(p.label, (p.ms, p.top1), **place)
-    axes.set_title(runtime, fontsize=10)
+    fewer = mine[0].images < max(p.images for p in points)
+    axes.set_title(f"{runtime}, {mine[0].images:,} images" if fewer else runtime, fontsize=10)
     ticks = [t for t in TICKS if min(p.ms for p in points) / 2 < t < 2 * max(p.ms for p in points)]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
