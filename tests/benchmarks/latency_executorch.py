@@ -47,11 +47,11 @@ class Server:
         self.threads = 0
 
     def load(self, file: str, threads: int, images: str) -> dict[str, Any]:
-        from executorch.extension.pybindings import _portable_lib
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime
 
         if threads != self.threads:
-            _portable_lib._unsafe_reset_threadpool(threads)
+            _unsafe_reset_threadpool(threads)
             self.threads = threads
         method = Runtime.get().load_program(file).load_method("forward")
         self.loaded[file] = method, torch.from_numpy(np.load(images))
