@@ -127,7 +127,7 @@ def _embeddings(record: InspectRecord) -> list[str]:
         return []
     count, stored = (
         sum(layer.parameters for layer in tables),
-        sum(layer.bytes["packed"] for layer in tables),
+        sum(rows["packed"] for rows in (layer.bytes for layer in tables)),
     )
     kept = [layer.name for layer in tables if layer.bits is None]
     how = "quantized" if not kept else f"in float: {', '.join(kept)}"
