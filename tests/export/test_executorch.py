@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tq_lightning import bit_width, calibrate_activations, load_packed, save_packed
+from tq_lightning import bit_width, load_packed, save_packed
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
 from tq_lightning.export.executorch import _to_integers, export_executorch
-from tq_lightning.export.executorch_layers import StaticConv
-from tq_lightning.export.executorch_static import static_network
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.quant.integer.arithmetic import integer_weight
 
@@ -78,52 +76,6 @@ def test_layers_that_stay_in_float_are_named(make, tmp_path):
     depthwise = [name for name in program.left_in_float if ".conv_dw." in name]
     assert depthwise and all("depthwise" in program.left_in_float[n] for n in depthwise)
     assert any(name.endswith(".conv_pw.weight") for name in program.integer)
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet8_cifar", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)]
-)
-def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
-    """They match integer mode, up to the additional quantizers of outputs that are not codes."""
-    pytest.importorskip("torch.ao.quantization.fx._decomposed")  # registers the operations
-    path = tmp_path / "m.safetensors"
-    model, images = make(name, norm="per_width" if "resnet" in name else "shared")
-    calibrate_activations(model, [images])
-    save_packed(model, path)
-    for bits in (8, 2):
-        packed = load_packed(path, bits=bits)
-        count = len(packed_weights(packed))
-        made = static_network(load_packed(path, bits=bits))
-        assert len(made.integer) + len(made.left_in_float) == count
-        depthwise = [weight for weight in made.fixed if ".conv_dw." in weight]
-        assert depthwise or "resnet" in name
-        with torch.no_grad():
-            expected, got = packed(images), made.network(images)
-            for layer in made.network.modules():
-                if isinstance(layer, StaticConv):
-                    layer.codes += 2
-            other = made.network(images)
-        assert (got - expected).norm() < 0.1 * expected.norm()
-        assert (other - expected).norm() > 2 * (got - expected).norm()
-
-
-@needs
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_static_program_has_the_predictions_of_its_network(tmp_path, capsys):
-    out = tmp_path / "m.pte"
-    args = ["export", str(DIGITS), "--out", str(out), "--bits", "4", "--calibrate", "digits"]
-    assert main(args) == 0
-    printed = capsys.readouterr().out
-    assert "6 layers run as integers" in printed and "6 have fixed activation ranges" in printed
-    images, labels = images_of_digits()
-    method = load(out)
-    logits = torch.cat([method.execute([image[None].contiguous()])[0] for image in images])
-    with torch.no_grad():
-        expected = load_packed(DIGITS, bits=4)(images)
-    right = [(x.argmax(1).numpy() == labels).mean() for x in (logits, expected)]
-    assert abs(right[0] - right[1]) <= 0.02
-    assert (logits - expected).norm() < 0.1 * expected.norm()
 
 
 @needs

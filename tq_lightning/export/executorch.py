@@ -1,9 +1,8 @@
 """ExecuTorch program: a packed file at one width, with its codes as int8 and int4 weights.
 
 Quantized convolutions and linear layers run on XNNPACK's integer kernels. Their weights are the
-codes of the file, not quantized again. The convolutions of a file with activation ranges use these
-ranges (static quantization, see `executorch_static`). Other layers quantize their inputs at run
-time, each in its own range (dynamic quantization). All other operations run in float.
+codes of the file, not quantized again. Inputs are quantized at run time, each in its own range
+(dynamic quantization), so no calibration is needed. All other operations run in float.
 
 XNNPACK stores the weights of linear layers as int4 at 4 bits and below, and those of convolutions
 as int8 at every width. All integers are exact. If the odd integers of the levels `endpoint` and
@@ -20,12 +19,10 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.executorch_layers import DynamicLayer, linear_or_conv_weight
-from tq_lightning.export.executorch_static import static_network
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.activation import ActivationQuantizer
-from tq_lightning.quant.activation_ranges import activation_ranges
 from tq_lightning.quant.bit_width import width_of
 
 INSTALL = "pip install 'tq_lightning[executorch]' in an environment of its own"
@@ -42,30 +39,25 @@ class Program(NamedTuple):
 
     integer: list[str]
     left_in_float: dict[str, str]
-    fixed: list[str]
 
     def lines(self) -> list[str]:
         """Describe the program: layers on integers, their storage, and each layer in float."""
         lines = [
             f"{len(self.integer)} layers run as integers, {len(self.left_in_float)} quantized "
-            f"layers in float; {len(self.fixed)} have fixed activation ranges, the others "
-            "compute theirs at run time",
+            "layers in float; activation ranges are computed at run time",
             "XNNPACK stores convolutions as int8 at every width, and linear layers as int4 at "
             "4 bits and below",
         ]
         return lines + [f"left in float: {n}: {why}" for n, why in self.left_in_float.items()]
 
 
-def export_executorch(
-    path: str | Path, out: str | Path, bits: int, static: bool | None = None
-) -> Program:
+def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
     """Write the program of a packed file at one width, for images in batches of 1.
 
     Args:
         path: Packed file.
         out: Target file (.pte), written atomically.
         bits: Width, one of those that the file supports.
-        static: Use the activation ranges of the file for convolutions; None uses them if available.
 
     Returns:
         The layers that run as integers, and those that stay in float.
@@ -87,7 +79,7 @@ def export_executorch(
             f"{path} was trained with quantized activations, which --format executorch replaces "
             "by its own; pass --format onnx instead"
         )
-    model, program = _integer_network(model, static)
+    program = _to_integers(model)
     if not program.integer:
         name, reason = next(iter(program.left_in_float.items()))
         raise UserError(
@@ -133,22 +125,11 @@ def _backend() -> Any:
     return lower
 
 
-def _integer_network(model: nn.Module, static: bool | None) -> tuple[nn.Module, Program]:
-    """Return a network with integer layers, and their names."""
-    if static is None:
-        convolutions = any(isinstance(w.module, nn.Conv2d) for w in packed_weights(model))
-        static = convolutions and bool(activation_ranges(model))
-    made = static_network(model) if static else None
-    if made is None:
-        return model, _to_integers(model)
-    return made.network, Program(made.integer, made.left_in_float, made.fixed)
-
-
 def _to_integers(model: nn.Module) -> Program:
     """Replace quantized layers by integer layers in place; other weights become float."""
     bits = width_of(model).bits
     assert bits is not None
-    program = Program([], {}, [])
+    program = Program([], {})
     for name, module, tensor, packed in packed_weights(model):
         codes = module.parametrizations[tensor].original  # type: ignore[index,union-attr]
         weight = getattr(module, tensor).detach().clone()
