@@ -174,16 +174,6 @@ def test_runs_of_different_calibration_are_two_arms(make):
     assert [len(arm.runs) for arm in compare(*records).arms] == [2, 1]
 
 
-def test_a_run_tested_with_another_calibration_is_an_arm_of_its_own(make):
-    records = [make.run(seed=0, test=True), make.run(seed=1, test=True)]
-    assert [len(arm.runs) for arm in compare(*records).arms] == [2]
-    records[1]["test"]["calibration"] = "augmented"
-    assert [len(arm.runs) for arm in compare(*records).arms] == [1, 1]
-    records[1]["calibration"] = "augmented"
-    records[0]["calibration"] = "augmented"
-    assert [len(arm.runs) for arm in compare(*records).arms] == [2]
-
-
 def test_a_test_of_other_data_is_not_the_runs(make):
     """Recorded tests on other data or on a part of the data are not in any table."""
     record = make.run(test=True)

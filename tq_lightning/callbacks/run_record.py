@@ -192,7 +192,6 @@ class RunRecord(L.Callback):
             data={key: given.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
-            calibration=_calibration_now(pl_module),
         )
         if result.batches is None and not other:
             record = replace(record, test=result)
@@ -242,17 +241,12 @@ class RunRecord(L.Callback):
 
 def _calibration(earlier: Record, model: torch.nn.Module) -> str | None:
     """Return the calibration of a run, or both if earlier epochs used another one."""
-    now = _calibration_now(model)
+    now = CALIBRATION if untrained_widths(model) else None
     if earlier.calibration == now or not earlier.curves:
         return now
     if earlier.calibration is not None and earlier.calibration.endswith(f", then {now}"):
         return earlier.calibration
     return f"{earlier.calibration or 'not augmented'}, then {now}"
-
-
-def _calibration_now(model: torch.nn.Module) -> str | None:
-    """Name the calibration of this version; None for a model whose widths are all trained."""
-    return CALIBRATION if untrained_widths(model) else None
 
 
 def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:

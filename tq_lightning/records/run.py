@@ -49,7 +49,6 @@ class TestResult:
     data: dict[str, Any] | None = None  # name and root
     split: str | None = None
     batches: int | None = None  # number of batches, if only a part of the split was tested
-    calibration: str | None = None  # as in the record, by the version that tested
     __test__ = False  # not a pytest test case
 
 
@@ -114,14 +113,6 @@ class Record:
         """True if the STE is the one that the paper pairs with the quantizer."""
         chosen = (self.config.get("model") or {}).get("ste") or "auto"
         return chosen in ("auto", self._quantizer[0])
-
-    @property
-    def calibration_of_results(self) -> str | None:
-        """`calibration`, and that of the test if a later version tested with another one."""
-        tested = self.test.calibration if self.test is not None else None
-        if tested in (None, self.calibration):
-            return self.calibration
-        return f"{self.calibration or 'not augmented'}, test {tested}"
 
     @property
     def codes_nest(self) -> bool:

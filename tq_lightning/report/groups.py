@@ -105,7 +105,7 @@ def arm_config(run: Run) -> dict[str, Any]:
         for k, v in run.config.items()
         if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)
     }
-    found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.calibration_of_results}
+    found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
     if "model.normalizer" in config:  # a run of an earlier version has the default of later choices
         config = {**ADDED, **config}
