@@ -244,7 +244,7 @@ def test_qonnx_trunc_is_the_shift(served, tmp_path):
     images = torch.randn(2, 3, 8, 8)
     got = ReferenceEvaluator(graph, new_ops=[Trunc]).run(None, {"images": images.numpy()})[0]
     np.testing.assert_allclose(got, expected(model, images, 3), rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="not 9"):
+    with pytest.raises(UserError, match="got 9"):
         export_qonnx(path, tmp_path / "m.onnx", 9)
 
 
