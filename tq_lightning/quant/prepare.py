@@ -170,7 +170,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
         report[layer.name] = f"weight {shapes}: {rule}"
     for name, table in embedding_tables(model).items():
         if name not in report:
-            report[name] = f"embedding {tuple(table.weight.shape)}: float"  # type: ignore[union-attr]
+            report[name] = f"embedding {tuple(table.weight.shape)}: float"  # type: ignore[arg-type]
     if config.activations is not None:
         kind, ste, float_relu = config.activations, config.ste, config.float_pass == "normalized"
         replaced = replace_modules(

@@ -22,6 +22,7 @@ from tq_lightning.export.packed.module import PackedTensor
 from tq_lightning.quant.integer.arithmetic import (
     INT16_MAX,
     MOST_BIAS_STEPS,
+    IntegerWeight,
     SplitWeight,
     bias_factors,
     integer_weight,
@@ -113,9 +114,14 @@ def take_layers(
             -1, *[1] * (stored.dim() - 1)
         )
         op = "Conv" if node.op_type == "Conv" else "MatMul"
-        integers = (split_weight if split else integer_weight)(stored, bits, scale, packed.level)
-        whole = isinstance(integers, SplitWeight)
-        parts = integers.parts if whole else (integers.codes,)
+        integers: SplitWeight | IntegerWeight
+        if split:
+            integers = split_weight(stored, bits, scale, packed.level)
+            exact = True
+            parts: tuple[Tensor, ...] = integers.parts
+        else:
+            integers = integer_weight(stored, bits, scale, packed.level)
+            parts, exact = (integers.codes,), integers.exact
         gain = integers.gain.expand(outputs, *[1] * (stored.dim() - 1)).reshape(-1).numpy()
         for old in used:
             editor.remove(old)
@@ -134,7 +140,7 @@ def take_layers(
                 np.broadcast_to(bias, outputs).astype(np.float64),
                 spread,
                 codes[1] if split else None,
-                whole or integers.exact,
+                exact,
             )
         )
     return layers, in_float
@@ -159,11 +165,11 @@ def bias_codes(layer: IntegerLayer, step: float) -> tuple[IntegerLayer, np.ndarr
     others = tuple(i for i in range(layer.codes.ndim) if i != out_axis)
     steps = layer.bias / (np.float64(layer.gain) * step)
     if layer.op == "Conv":
-        codes = torch.from_numpy(layer.codes)
-        factors = bias_factors(codes, torch.from_numpy(steps), INT16_MAX // (2 * 255))
-        codes = codes * factors.to(torch.int8).view(-1, *[1] * (codes.dim() - 1))
+        weight = torch.from_numpy(layer.codes)
+        factors = bias_factors(weight, torch.from_numpy(steps), INT16_MAX // (2 * 255))
+        weight = weight * factors.to(torch.int8).view(-1, *[1] * (weight.dim() - 1))
         gain = (layer.gain / factors.numpy()).astype(np.float32)
-        layer = layer._replace(codes=codes.numpy(), gain=gain)
+        layer = layer._replace(codes=weight.numpy(), gain=gain)
         steps = layer.bias / (np.float64(gain) * step)
     alone = (np.abs(steps) > MOST_BIAS_STEPS) | ~layer.codes.any(axis=others)
     if alone.any():

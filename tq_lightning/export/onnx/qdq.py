@@ -211,7 +211,7 @@ def add_sum(editor: GraphEditor, layer: IntegerLayer, codes: str, zero: str) -> 
         codes: its input codes.
         zero: their zero point.
     """
-    sums = []
+    sums: list[str] = []
     for key, weight in (("sum", layer.codes), ("low_sum", layer.low)):
         if weight is None:
             return sums[0]
@@ -228,7 +228,8 @@ def add_sum(editor: GraphEditor, layer: IntegerLayer, codes: str, zero: str) -> 
 def _put_two_layers(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
     """Two layers between DequantizeLinear nodes, added in float: an exact 8-bit weight."""
     assert layer.low is not None
-    name, axis, shape = layer.name, 1, (-1,)
+    name, axis = layer.name, 1
+    shape: tuple[int, ...] = (-1,)
     if layer.op == "Conv":
         axis, shape = 0, (-1, *[1] * (layer.codes.ndim - 2))
     made = []
