@@ -167,3 +167,25 @@ def test_return_value_of_a_data_factory(folder):
         TQDataModule("own:pair", batch_size=0)
     with pytest.raises(UserError, match=r"pass one of digits, .* or package.module:factory"):
         TQDataModule("own:")
+
+
+def test_export_of_a_factory_on_the_command_line(folder, capsys):
+    fit = ["fit", "--model.name=own_network:network", "--data.name=own_network:data_sets"]
+    fit += ["--data.workers=0", "--trainer.max_epochs=1", "--run_dir=run", "--data.batch_size=64"]
+    assert main([*fit, "--trainer.accelerator=cpu", "--trainer.limit_train_batches=2"]) == 0
+    name, last = ["--model.name", "own_network:network"], "run/checkpoints/last.ckpt"
+    assert main(["export", last, *name, "--out", "m.onnx", "--format", "onnx", "--bits", "4"]) == 0
+    assert main(["export", last, *name, "--out", "m.safetensors", "--calibrate", "run"]) == 0
+    packed = load_packed("m.safetensors", model=name[1])
+    assert packed.tq_file["inputs"] == [{"name": "points", "shape": [2], "type": "float32"}]
+    assert set(packed.tq_ranges) == {"second"}
+    capsys.readouterr()
+    (folder / "x.png").touch()
+    for command, message in (
+        (["export", "m.safetensors", "--out", "n.onnx", "--format", "onnx"], "is imported only if"),
+        (["classify", "m.safetensors", "x.png"], "takes points; run it with load_packed"),
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.strip().splitlines()) == 1, error
+    assert not (folder / "n.onnx").exists()

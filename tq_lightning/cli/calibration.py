@@ -9,7 +9,9 @@ IMAGES, BATCH_SIZE = 256, 64
 RUN = "run"  # value of --calibrate for the training data of a checkpoint's run
 
 
-def calibrate(path: Path, out: Path, source: Path, data: str, observer: str) -> dict[str, int]:
+def calibrate(
+    path: Path, out: Path, source: Path, data: str, observer: str, factory: str | None = None
+) -> dict[str, int]:
     """Calibrate a packed file.
 
     Args:
@@ -18,6 +20,7 @@ def calibrate(path: Path, out: Path, source: Path, data: str, observer: str) -> 
         source: file that the user passed; for "run", a checkpoint in the folder of its run.
         data: folder of images, name of a data set, or "run".
         observer: a key of `activation_ranges.OBSERVERS`.
+        factory: factory of the network, if the file names one.
 
     Returns:
         Bytes per section, with "header" and "total".
@@ -29,7 +32,9 @@ def calibrate(path: Path, out: Path, source: Path, data: str, observer: str) -> 
     from tq_lightning.export.packed.reader import load_packed
     from tq_lightning.quant.activation_ranges import calibrate_activations
 
-    model = load_packed(path)
+    model = load_packed(path, model=factory)
+    if data != RUN and model.tq_file.get("inputs"):  # type: ignore[operator,union-attr]
+        raise UserError(f"--calibrate {data} is for networks of images; pass --calibrate run")
     batches = _run_batches(source) if data == RUN else _batches(model, data)
     ranges = calibrate_activations(model, batches, observer)
     return add_ranges(path, out, ranges)
@@ -91,6 +96,7 @@ def _dataset_batches(model: Any, name: str) -> list[Any]:
 def _run_batches(checkpoint: Path) -> list[Any]:
     """Return training batches of the run that a checkpoint belongs to, deterministically."""
     from tq_lightning.data.datamodule import TQDataModule
+    from tq_lightning.quant.inputs import split_batch
     from tq_lightning.training.checkpoint import run_folder
     from tq_lightning.training.yaml_file import read_yaml
 
@@ -107,4 +113,7 @@ def _run_batches(checkpoint: Path) -> list[Any]:
         case _:
             section = {}
     data = TQDataModule(**{**section.get("init_args", section), "workers": 0})
-    return [x for x, _ in data.calibration_batches(IMAGES // BATCH_SIZE, BATCH_SIZE)]
+    count, *size = IMAGES // BATCH_SIZE, BATCH_SIZE
+    if not isinstance(data, TQDataModule):  # of a factory: its own batch size
+        count, size = max(1, IMAGES // data.batch_size), []
+    return [split_batch(batch)[0] for batch in data.calibration_batches(count, *size)]

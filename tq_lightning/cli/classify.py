@@ -37,6 +37,12 @@ def parser() -> Parser:
         help="resident (default): keep float weights; lean: compute weights layer by layer, less "
         "memory, more time; integer: integer kernels, needs activation ranges in the file",
     )
+    p.add_argument(
+        "--model.name",
+        dest="factory",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="factory that MODEL names; it is imported only if you pass it",
+    )
     p.add_argument("--lean", action="store_true", help="the same as --mode lean")
     return p
 
@@ -71,7 +77,8 @@ def main(argv: list[str]) -> int:
         if (reason := missing_kernels()) is not None:
             print(f"--mode integer is not available ({reason}); using resident", file=sys.stderr)
             mode = "resident"
-    model = load_packed(args.model, bits=args.bits, mode=mode)
+    check_images(args.model)
+    model = load_packed(args.model, bits=args.bits, model=args.factory, mode=mode)
     if mode == "integer":
         print(model.summary(), file=sys.stderr)  # type: ignore[operator]
     if args.out is None:
@@ -90,6 +97,25 @@ def main(argv: list[str]) -> int:
     ):
         skipped = _run(model, files, args, file)
     return _report(len(files), skipped)
+
+
+def check_images(path: Path) -> None:
+    """Refuse a packed file whose network takes other inputs than images.
+
+    Raises:
+        UserError: it does; the message names them.
+    """
+    from tq_lightning.export.packed.container import Container
+    from tq_lightning.export.packed.header import read_header
+
+    with Container(path) as file:
+        rows = read_header(file).get("inputs") or []
+    if rows:
+        names = ", ".join(row["name"] for row in rows)
+        raise UserError(
+            f"classify is for images, and the network of {path} takes {names}; run it with "
+            "load_packed"
+        )
 
 
 def find_images(path: Path) -> list[Path]:

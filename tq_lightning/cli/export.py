@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     with packed_file(a.source, a.factory, fold_norms=a.fold_norms) as (path, folder):
         if a.calibrate is not None:
             before, path = path, folder / "calibrated.safetensors"
-            calibrate(before, path, a.source, a.calibrate, a.observer or "percentile")
+            calibrate(before, path, a.source, a.calibrate, a.observer or "percentile", a.factory)
         hint = ""
         if a.format in ONE_WIDTH and a.bits is None:
             a.bits = _widest(path)
@@ -95,7 +95,8 @@ def save_checkpoint(
     from tq_lightning.training.checkpoint import load_checkpoint_model
 
     model, hparams, seen = load_checkpoint_model(checkpoint, factory)
-    preprocessing = {key: value for key, value in seen.items() if key != "classes"} or None
+    rest = ("classes", "inputs")
+    preprocessing = {key: value for key, value in seen.items() if key not in rest} or None
     classes = seen.get("classes")
     if classes is not None and len(classes) != hparams["num_classes"]:
         classes = None
@@ -109,6 +110,7 @@ def save_checkpoint(
         model_args=args,
         preprocessing=preprocessing,
         class_names=classes,
+        inputs=seen.get("inputs"),
         **options,
     )
 
@@ -119,7 +121,7 @@ def _calibrated(a: argparse.Namespace) -> dict[str, int]:
         out, a.out = a.out, Path(folder) / "packed.safetensors"
         _packed(a)
         path, a.out = a.out, out
-        return calibrate(path, out, a.source, a.calibrate, a.observer or "percentile")
+        return calibrate(path, out, a.source, a.calibrate, a.observer or "percentile", a.factory)
 
 
 def _packed(a: argparse.Namespace) -> dict[str, int]:
@@ -169,16 +171,17 @@ def _onnx(a: argparse.Namespace, path: Path) -> None:
     if a.integer:
         options = {"residual": a.residual, "top": a.activation_codes, "exact": a.exact}
         runtime = a.runtime or "onnxruntime"
-        print("\n".join(integer.export_integer(path, a.out, a.bits, runtime, **options).lines()))
+        made = integer.export_integer(path, a.out, a.bits, runtime, **options, model=a.factory)
+        print("\n".join(made.lines()))
     elif a.format == "onnx":
-        static.export_static(path, a.out, a.bits, a.opset, a.lean)
+        static.export_static(path, a.out, a.bits, a.opset, a.lean, a.factory)
     elif a.format == "onnx-dynamic":
-        dynamic.export_dynamic(path, a.out)
+        dynamic.export_dynamic(path, a.out, model=a.factory)
     else:
-        qonnx.export_qonnx(path, a.out, a.bits)
+        qonnx.export_qonnx(path, a.out, a.bits, a.factory)
 
 
 def _executorch(a: argparse.Namespace, path: Path) -> None:
     from tq_lightning.export.executorch import export_executorch
 
-    print("\n".join(export_executorch(path, a.out, a.bits).lines()))
+    print("\n".join(export_executorch(path, a.out, a.bits, model=a.factory).lines()))

@@ -51,13 +51,16 @@ class Program(NamedTuple):
         return lines + [f"left in float: {n}: {why}" for n, why in self.left_in_float.items()]
 
 
-def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
+def export_executorch(
+    path: str | Path, out: str | Path, bits: int, model: nn.Module | str | None = None
+) -> Program:
     """Write the program of a packed file at one width, for images in batches of 1.
 
     Args:
         path: Packed file.
         out: Target file (.pte), written atomically.
         bits: Width, one of those that the file supports.
+        model: See `load_packed`.
 
     Returns:
         The layers that run as integers, and those that stay in float.
@@ -67,7 +70,9 @@ def export_executorch(path: str | Path, out: str | Path, bits: int) -> Program:
             the network quantizes its activations; PyTorch or ExecuTorch can't express the network.
     """
     backend = _backend()
-    model = load_packed(path, bits=bits)
+    model = load_packed(path, bits=bits, model=model)
+    if model.tq_file.get("inputs"):  # type: ignore[operator,union-attr]
+        raise UserError("ExecuTorch export is for networks of images; pass --format onnx")
     header: Any = model.tq_file
     size = (header["preprocessing"] or {}).get("input_size")
     if size is None:

@@ -1,5 +1,6 @@
 """Batches as tensors, tuples or mappings: the inputs of a network, and the labels."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,3 +123,58 @@ def to_device(inputs: Any, device: torch.device | str) -> Any:
     if isinstance(inputs, tuple | list):
         return tuple(to_device(v, device) for v in inputs)
     return inputs
+
+
+TYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+
+
+def describe_inputs(model: nn.Module, inputs: Any) -> list[dict[str, Any]]:
+    """Return the name, the shape without the batch, and the type of each input of a network.
+
+    Args:
+        model: The network, whose parameter names the inputs have.
+        inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Returns:
+        Rows {"name", "shape", "type"}, a type of `TYPES` each; [] if an input is not a tensor.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    if not isinstance(inputs, Mapping):
+        given = inputs if isinstance(inputs, tuple | list) else (inputs,)
+        inputs = dict(zip(names, given, strict=False))
+    rows = []
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or name not in names:
+            return []
+        kind = "float32" if value.is_floating_point() else "int64"
+        kind = "bool" if value.dtype == torch.bool else kind
+        rows.append({"name": name, "shape": list(value.shape[1:]), "type": kind})
+    return rows
+
+
+def example_inputs(
+    model: nn.Module, rows: list[dict[str, Any]], batch: int = 2
+) -> dict[str, Tensor | None]:
+    """Make inputs of a network, in the order of its parameters, as `describe_inputs` names them.
+
+    Returns:
+        {parameter name: ones of shape (batch, ...)}; None for a parameter before the last input
+        that has a default.
+
+    Raises:
+        UserError: The network has no parameter of that name.
+    """
+    parameters = list(inspect.signature(model.forward).parameters)
+    known = {row["name"]: row for row in rows}
+    if missing := [name for name in known if name not in parameters]:
+        raise UserError(
+            f"the network has no input {missing[0]!r}; it takes {', '.join(parameters)}"
+        )
+    last = max(parameters.index(name) for name in known)
+    made: dict[str, Tensor | None] = {}
+    for name in parameters[: last + 1]:
+        row = known.get(name)
+        made[name] = (
+            None if row is None else torch.ones(batch, *row["shape"], dtype=TYPES[row["type"]])
+        )
+    return made

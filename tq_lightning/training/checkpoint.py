@@ -33,7 +33,8 @@ def load_checkpoint_model(
     Returns:
         (model, hparams, preprocessing). The model is on the CPU, in evaluation mode, with the
         norms of all widths. `hparams` is the `model:` section that it was trained with.
-        `preprocessing` has the keys input_size, mean, std, interpolation, crop_pct, classes.
+        `preprocessing` has the keys input_size, mean, std, interpolation, crop_pct, classes; or,
+        for other inputs than images, `inputs`, see `quant.inputs.describe_inputs`.
 
     Raises:
         UserError: the file does not exist, is not a training checkpoint, names a model on a hub,
@@ -67,7 +68,10 @@ def load_checkpoint_model(
     module.attach(model)
     check_fit(state, model, path, "its own configuration")
     model.load_state_dict(state)
-    return model.eval(), hparams, checkpoint.get("preprocessing", {})
+    seen = checkpoint.get("preprocessing") or {}
+    if "inputs" in checkpoint:
+        seen = {**seen, "inputs": checkpoint["inputs"]}
+    return model.eval(), hparams, seen
 
 
 def newest_checkpoint(root: Path, which: str, run_dir: Path | None = None) -> Path:

@@ -13,7 +13,14 @@ from tq_lightning.factories import only_allow
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import call, check_logits, check_shifted, samples_of, split_batch
+from tq_lightning.quant.inputs import (
+    call,
+    check_logits,
+    check_shifted,
+    describe_inputs,
+    samples_of,
+    split_batch,
+)
 from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
@@ -174,6 +181,7 @@ class TQModule(L.LightningModule):
         self._teacher: list[nn.Module] = []
         self._compiled: list[Any] = []
         self._unused: list[nn.Parameter] = []
+        self._inputs: list[dict[str, Any]] = []  # of a network of other inputs than images
         self._epoch_losses = EpochLosses()
         self.loaded_epoch: int | None = None
         self.restored_from_checkpoint = False
@@ -272,6 +280,8 @@ class TQModule(L.LightningModule):
         """Return the joint loss of a batch: (inputs, labels), see `quant.inputs.split_batch`."""
         inputs, target = split_batch(batch)
         h = self.hparams
+        if not self._inputs and self.model is not None:
+            self._inputs = describe_inputs(self.model, inputs)
         passes = self.step_widths(self.trainer.fit_loop.epoch_loop.total_batch_idx)
         external = None
         if self._teacher:
@@ -344,6 +354,8 @@ class TQModule(L.LightningModule):
         preprocessing = preprocessing_of(self._datamodule)
         if preprocessing is not None:
             checkpoint["preprocessing"] = preprocessing
+        elif self._inputs:
+            checkpoint["inputs"] = self._inputs
 
     @classmethod
     def load_from_checkpoint(
@@ -369,6 +381,7 @@ class TQModule(L.LightningModule):
             check_resume(checkpoint, self._datamodule)
         report_other_classes(checkpoint, self._datamodule)
         self.loaded_epoch = checkpoint.get("epoch")
+        self._inputs = checkpoint.get("inputs", [])
         place = (self.global_rank, self.trainer.world_size) if self._trainer else (0, 1)
         self._epoch_losses.load_state_dict(checkpoint.get("epoch_losses", {}), *place)
         # The schedule follows from the configuration and the step. The saved state would end it

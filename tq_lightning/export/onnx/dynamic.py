@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx.graph import image_size, trace, write_graph
+from tq_lightning.export.onnx.graph import batch_shapes, graph_inputs, trace, write_graph
 from tq_lightning.export.onnx.width_modules import (
     TensorNorm,
     TensorWeight,
@@ -31,11 +31,16 @@ from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
 
 
-def export_dynamic(path: str | Path, out: str | Path, codes_as_inputs: bool = False) -> None:
+def export_dynamic(
+    path: str | Path,
+    out: str | Path,
+    codes_as_inputs: bool = False,
+    model: nn.Module | str | None = None,
+) -> None:
     """Write the graph of all widths of a packed file.
 
-    The inputs are "images" (batch, channels, height, width) and "bits" (int64 scalar), the output
-    is "logits".
+    The inputs are "images" (batch, channels, height, width), or those that the file names, and
+    "bits" (int64 scalar); the output is "logits".
 
     Args:
         path: packed file.
@@ -43,17 +48,19 @@ def export_dynamic(path: str | Path, out: str | Path, codes_as_inputs: bool = Fa
         codes_as_inputs: instead of storing the codes in the graph, add one uint8 input per
             quantized tensor, with its name and shape. Tied tensors share the input of the first
             one.
+        model: see `load_packed`.
 
     Raises:
         UserError: see `export_static`.
     """
-    packed = load_packed(path)
+    packed = load_packed(path, model=model)
     weights = packed_weights(packed)
     widths = weights[0].packed.widths
-    model = DynamicModel(packed)
-    images = torch.zeros(2, *image_size(packed))
-    shapes = {"images": {0: torch.export.Dim("batch")}, "bits": None}
-    graph = trace(model, (images, torch.tensor(4)), ["images", "bits"], shapes)
+    switched = DynamicModel(packed)
+    inputs = graph_inputs(packed)
+    given = [name for name, value in inputs.items() if value is not None]
+    shapes = ((*batch_shapes(inputs), None),)
+    graph = trace(switched, (*inputs.values(), torch.tensor(4)), [*given, "bits"], shapes)
     if codes_as_inputs:
         _take_codes_as_inputs(graph, weights)
     write_graph(graph, packed, widths, out)
@@ -123,7 +130,7 @@ class DynamicModel(nn.Module):
         self.model = model
         self.eval()
 
-    def forward(self, images: Tensor, bits: Tensor) -> Tensor:
-        """Compute logits (batch, classes) of images (batch, channels, height, width)."""
-        self.tables.select(bits)
-        return self.model(images)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Compute logits (batch, classes) of the inputs of the model; the last one is the width."""
+        self.tables.select(inputs[-1])
+        return self.model(*inputs[:-1])

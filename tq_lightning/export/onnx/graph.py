@@ -23,6 +23,7 @@ from tq_lightning.export.onnx.width_modules import WidthTables, replace_activati
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.inputs import example_inputs
 from tq_lightning.quant.levels import codes_to_levels, levels_to_weights
 
 # first opset whose DequantizeLinear supports 4-bit integers, and first one with 2-bit integers
@@ -39,9 +40,28 @@ def image_size(model: nn.Module) -> tuple[int, ...]:
     size = options.get("input_size") if isinstance(options, Mapping) else None
     if not isinstance(size, list) or len(size) != 3:
         raise UserError(
-            "the packed file has no input size; export it with preprocessing={'input_size': ...}"
+            "the packed file has no input size; export it with preprocessing={'input_size': ...}, "
+            "or with inputs= if the network does not take images"
         )
     return tuple(size)
+
+
+def graph_inputs(model: nn.Module) -> dict[str, Tensor | None]:
+    """Return example inputs of a packed model: "images", or those that its file names.
+
+    Raises:
+        UserError: the packed file names neither.
+    """
+    rows = model.tq_file.get("inputs")  # type: ignore[operator,union-attr]
+    if rows:
+        return example_inputs(model, rows)
+    return {"images": torch.zeros(2, *image_size(model))}
+
+
+def batch_shapes(inputs: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
+    """Dynamic shapes of inputs that share the size of their batch."""
+    batch = torch.export.Dim("batch")
+    return tuple(None if value is None else {0: batch} for value in inputs.values())
 
 
 def trace(
@@ -98,7 +118,8 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
         opset: opset of the graph.
 
     Returns:
-        Graph with input "images" (batch, channels, height, width) and output "logits".
+        Graph with input "images" (batch, channels, height, width), or the inputs that the file
+        names, and output "logits".
 
     Raises:
         UserError: PyTorch can't export the model, or the exported graph lacks a weight.
@@ -114,8 +135,9 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
         delattr(module, tensor)
         module.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
         names.append(name)
-    example = torch.zeros(2, *image_size(model))
-    graph = trace(model, (example,), ["images"], ({0: torch.export.Dim("batch")},), opset)
+    inputs = graph_inputs(model)
+    given = [name for name, value in inputs.items() if value is not None]
+    graph = trace(model, tuple(inputs.values()), given, batch_shapes(inputs), opset)
     present = {initializer.name for initializer in graph.graph.initializer}
     missing = [name for name in names if name not in present]
     if missing:

@@ -80,6 +80,7 @@ def export_integer(
     top: int | None = None,
     ranges: Mapping[str, ActivationRange] | None = None,
     exact: bool | None = None,
+    model: nn.Module | str | None = None,
 ) -> IntegerGraph:
     """Write the integer graph of a packed file at one width.
 
@@ -115,7 +116,7 @@ def export_integer(
         raise UserError(f"unknown residual {residual!r}; pass one of {', '.join(RESIDUALS)}")
     if top not in (None, 127, 255):
         raise UserError(f"unknown largest activation code {top!r}; pass 127 or 255")
-    model = load_packed(path, bits=bits)
+    model = load_packed(path, bits=bits, model=model)
     weights = packed_weights(model)
     levels = sorted({weight.packed.level for weight in weights})
     try:

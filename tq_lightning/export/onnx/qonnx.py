@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from onnx import helper, numpy_helper
+from torch import nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.graph import (
@@ -28,18 +29,21 @@ DOMAIN = "qonnx.custom_op.general"
 TRUNC_VERSION = 1  # version 2 also takes an output scale and a sign
 
 
-def export_qonnx(path: str | Path, out: str | Path, bits: int) -> None:
+def export_qonnx(
+    path: str | Path, out: str | Path, bits: int, model: nn.Module | str | None = None
+) -> None:
     """Write the graph of a packed file at one width, with weights at the stored width and Trunc.
 
     Args:
         path: packed file.
         out: target file, written atomically.
         bits: width, one of those that the file supports.
+        model: see `load_packed`.
 
     Raises:
         UserError: see `load_packed`; the width is not available; PyTorch can't export the network.
     """
-    model = load_packed(path)
+    model = load_packed(path, model=model)
     weights = packed_weights(model)
     first = weights[0].packed
     if bits not in first.widths:

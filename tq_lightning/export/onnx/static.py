@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.graph import (
@@ -44,11 +44,17 @@ TYPES = (
 
 
 def export_static(
-    path: str | Path, out: str | Path, bits: int, opset: int | None = None, lean: bool = False
+    path: str | Path,
+    out: str | Path,
+    bits: int,
+    opset: int | None = None,
+    lean: bool = False,
+    model: nn.Module | str | None = None,
 ) -> None:
     """Write the graph of a packed file at one width.
 
-    The input is "images" (batch, channels, height, width), the output "logits".
+    The input is "images" (batch, channels, height, width), or the inputs that the file names; the
+    output is "logits".
 
     Args:
         path: packed file.
@@ -61,7 +67,7 @@ def export_static(
         UserError: see `load_packed`; an unsupported opset; PyTorch can't export the network, or
             the file can't be written.
     """
-    model = load_packed(path, bits=bits)
+    model = load_packed(path, bits=bits, model=model)
     kind, per_byte, opset = smallest_type(bits, opset)
     weights = packed_weights(model)
     codes = {weight.name: weight.codes.numpy() for weight in weights}

@@ -1,5 +1,6 @@
 """Header of a packed file: its fields, their types and ranges, and the version they require."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.entries import MAX_EXTENT, is_shape, section_of
 from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.config import ADDED_CHOICES
+from tq_lightning.quant.inputs import TYPES
 
 # type of each header field
 _FIELDS: dict[str, Any] = {
@@ -38,6 +40,7 @@ _TYPES = {
 }
 _SET_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}
 _MAX_FLOAT = 3.4e38
+MAX_INPUTS = 64
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
 _CROPS = ("center", "squash", "border")
 # Planes larger than this many times their compressed file are a decompression bomb.
@@ -48,6 +51,7 @@ def format_version(header: Mapping[str, Any], tensors: Iterable[str]) -> int:
     """Return the format version that a file requires: 2 if it uses an addition of version 2."""
     new = (
         "activation_ranges" in header
+        or "inputs" in header
         or any(key in header["prepare"] for key in ADDED_CHOICES)
         or any(section_of(name).startswith("levels") for name in tensors)
     )
@@ -88,6 +92,26 @@ def check_ranges(ranges: Any, layers: Iterable[str]) -> dict[str, list[float]]:
             )
         checked[name] = [low, high]
     return checked
+
+
+def check_inputs(inputs: Any) -> list[dict[str, Any]]:
+    """Check the inputs of a network that does not take images.
+
+    Raises:
+        UserError: they are not a list of {"name", "shape", "type"} with different names.
+    """
+    fits = isinstance(inputs, list) and 0 < len(inputs) <= MAX_INPUTS
+    for row in inputs if fits else ():
+        fits = fits and isinstance(row, dict) and set(row) == {"name", "shape", "type"}
+        fits = fits and isinstance(row["name"], str) and row["name"].isidentifier()
+        fits = fits and is_shape(row["shape"]) and row["type"] in TYPES
+        fits = fits and math.prod(row["shape"]) < 1 << 30
+    if not fits or len({row["name"] for row in inputs}) != len(inputs):
+        raise UserError(
+            f"inputs are {str(inputs)[:60]}; expected rows of name, shape (without the batch) and "
+            f"type ({', '.join(TYPES)})"
+        )
+    return inputs
 
 
 def _is_bound(value: Any) -> bool:
@@ -201,6 +225,8 @@ def _check_additions(file: Container, header: Mapping[str, Any]) -> None:
     names = [layer["name"] for layer in header["layers"]]
     try:
         check_ranges(header.get("activation_ranges", {}), names)
+        if "inputs" in header:
+            check_inputs(header["inputs"])
     except UserError as error:
         raise file.damaged(str(error)) from error
     for name, entry in file.entries.items():

@@ -117,6 +117,7 @@ def load_packed(
         model.tq_ranges = {name: ActivationRange(*pair) for name, pair in ranges.items()}  # type: ignore[assignment]
         model.tq_file = {  # type: ignore[assignment]
             **{key: header[key] for key in _KEPT_FIELDS},
+            "inputs": header.get("inputs"),
             "path": str(path),
             "file_bytes": file.size,
             "bytes_read": file.bytes_read,

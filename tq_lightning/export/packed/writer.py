@@ -15,6 +15,7 @@ import tq_lightning
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import write_container
 from tq_lightning.export.packed.header import (
+    check_inputs,
     check_preprocessing,
     check_ranges,
     format_version,
@@ -50,6 +51,7 @@ def save_packed(
     preprocessing: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
     activation_ranges: Mapping[str, Sequence[float]] | None = None,
+    inputs: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, int]:
     """Write a prepared model as integers. The file does not contain the float weights.
 
@@ -69,6 +71,9 @@ def save_packed(
         activation_ranges: {layer name: (low, high)}, range of the input of a quantized layer for
             integer inference. None takes the ranges that `calibrate_activations` stored on the
             model.
+        inputs: inputs of a network that does not take images, {"name", "shape", "type"} each:
+            parameter name, shape without the batch, and float32, int64 or bool. ONNX export
+            needs them.
 
     Returns:
         Bytes per section of the file, with "header" and "total".
@@ -82,6 +87,8 @@ def save_packed(
     if activation_ranges:
         names = [layer["name"] for layer in header["layers"]]
         header["activation_ranges"] = check_ranges(activation_ranges, names)
+    if inputs:
+        header["inputs"] = check_inputs([dict(row) for row in inputs])
     stored = header["stored_bits"] if max_bits is None else max_bits
     if not isinstance(stored, int) or not 1 <= stored <= header["stored_bits"]:
         raise UserError(

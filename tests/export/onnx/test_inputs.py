@@ -1,0 +1,101 @@
+"""Graphs of networks that do not take images: names, order and values of their inputs."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_packed
+from tq_lightning.errors import UserError
+from tq_lightning.export.onnx.dynamic import export_dynamic
+from tq_lightning.export.onnx.static import export_static
+from tq_lightning.models.sequence import cnn
+from tq_lightning.models.text import TextClassifier
+from tq_lightning.quant.inputs import call, describe_inputs, example_inputs
+
+
+class Gap(nn.Module):
+    """An optional argument between the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x, offset=None, scale=None):
+        h = self.b(self.a(x).relu())
+        return self.c(h * scale if offset is None else h + offset)
+
+
+def text():
+    ids = torch.randint(1, 11, (3, 5))
+    return TextClassifier(2, 11, 8, 16, 2, 1, 5), {
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]),
+        "input_ids": ids,
+    }
+
+
+def series():
+    return cnn(3, channels=2, width=8), (torch.randn(3, 2, 6), torch.tensor([6, 4, 3]))
+
+
+def gap():
+    return Gap(), {"x": torch.randn(3, 4), "scale": torch.randn(3, 4)}
+
+
+NAMES = {text: ["input_ids", "attention_mask"], series: ["x", "lengths"], gap: ["x", "scale"]}
+
+
+@pytest.mark.parametrize("make", NAMES, ids=lambda make: make.__name__)
+def test_graphs_take_the_inputs_of_the_network(make, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = make()
+    embeddings = {"quantize_embeddings": True, "skip": ["last"]} if make is text else {}
+    prepare(model, verbose=False, **embeddings)
+    if make is series:
+        for _ in range(2):
+            call(model.train(), inputs)
+        calibrate_norms(model, [inputs])
+    rows = describe_inputs(model, inputs)
+    path, out = tmp_path / "m.safetensors", tmp_path / "m.onnx"
+    save_packed(model, path, inputs=rows)
+    packed = load_packed(path, model=make()[0])
+    assert packed.tq_file["inputs"] == rows
+    named = inputs if isinstance(inputs, dict) else dict(zip(NAMES[make], inputs, strict=True))
+    feeds = {name: value.numpy() for name, value in named.items()}
+    for bits in (8, 2):
+        with bit_width(packed, bits):
+            expected = call(packed, inputs)
+        export_static(path, out, bits, model=make()[0])
+        session = onnxruntime.InferenceSession(out)
+        assert [i.name for i in session.get_inputs()] == NAMES[make]
+        got = torch.from_numpy(session.run(None, feeds)[0])
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    export_dynamic(path, out, model=make()[0])
+    session = onnxruntime.InferenceSession(out)
+    assert [i.name for i in session.get_inputs()] == [*NAMES[make], "bits"]
+    got = session.run(None, {**feeds, "bits": torch.tensor(2).numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-3, atol=1e-4)
+    if make is text:  # a table is read by number, and its codes are stored
+        graph = onnx.load(out).graph
+        assert any(node.op_type == "Gather" for node in graph.node)
+        codes = [i for i in graph.initializer if "words" in i.name and list(i.dims) == [11, 8]]
+        assert [i.data_type for i in codes] == [onnx.TensorProto.UINT8]
+
+
+def test_what_inputs_may_be(tmp_path):
+    model = Gap()
+    assert describe_inputs(model, {"x": torch.zeros(2, 4), "other": 3}) == []
+    row = {"name": "y", "shape": [4], "type": "float32"}
+    with pytest.raises(UserError, match="no input 'y'; it takes x, offset, scale"):
+        example_inputs(model, [row])
+    prepare(model, verbose=False)
+    for wrong in ({"type": "complex64"}, {"name": "a b"}, {"shape": [-1]}, {"shape": 4}):
+        with pytest.raises(UserError, match="expected rows of name, shape"):
+            save_packed(model, tmp_path / "m.safetensors", inputs=[{**row, **wrong}])
+    with pytest.raises(UserError, match="expected rows of name"):
+        save_packed(model, tmp_path / "m.safetensors", inputs=[row, row])
+    assert not list(tmp_path.iterdir())
+    save_packed(model, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="inputs= if the network does not take images"):
+        export_static(tmp_path / "m.safetensors", tmp_path / "m.onnx", 4, model=Gap())
