@@ -189,3 +189,17 @@ def test_export_of_a_factory_on_the_command_line(folder, capsys):
         error = capsys.readouterr().err
         assert message in error and len(error.strip().splitlines()) == 1, error
     assert not (folder / "n.onnx").exists()
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_samples_that_cannot_be_stacked_are_one_line(folder, capsys, workers):
+    (folder / "own.py").write_text(
+        "import torch\n"
+        "def ragged(): return ([(torch.zeros(1 + n % 3, 2), n % 2) for n in range(40)],) * 2\n"
+    )
+    fit = ["fit", "--model.name=own_network:network", "--data.name=own:ragged"]
+    fit += [f"--data.workers={workers}", "--data.batch_size=8", "--model.num_classes=2"]
+    assert main([*fit, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "can't be stacked (stack expects each tensor to be equal size" in error
+    assert "give the data set a collate_fn" in error and "Traceback" not in error

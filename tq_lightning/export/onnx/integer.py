@@ -102,6 +102,7 @@ def export_integer(
         exact: use the exact 8-bit weights, as two products that cannot saturate on any processor.
             False uses the nearest int8 and one product. None is exact for networks trained with
             activation codes, so that they equal their simulation at 8 bits too.
+        model: see `load_packed`.
 
     Returns:
         The integer layers, and those that stay in float.

@@ -62,6 +62,7 @@ def export_static(
         bits: width, 1 to the stored one.
         opset: 21 or 25. None takes the lowest that has the smallest type for the width.
         lean: write DequantizeLinear nodes, which ONNX Runtime computes in every run.
+        model: see `load_packed`.
 
     Raises:
         UserError: see `load_packed`; an unsupported opset; PyTorch can't export the network, or
