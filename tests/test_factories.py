@@ -182,7 +182,10 @@ def test_export_of_a_factory_on_the_command_line(folder, capsys):
     capsys.readouterr()
     (folder / "x.png").touch()
     for command, message in (
-        (["export", "m.safetensors", "--out", "n.onnx", "--format", "onnx"], "not imported automatically"),
+        (
+            ["export", "m.safetensors", "--out", "n.onnx", "--format", "onnx"],
+            "not imported automatically",
+        ),
         (["classify", "m.safetensors", "x.png"], "takes points; run it with load_packed"),
     ):
         assert main(command) == 2
