@@ -113,7 +113,8 @@ def _run_batches(checkpoint: Path) -> list[Any]:
         case _:
             section = {}
     data = TQDataModule(**{**section.get("init_args", section), "workers": 0})
-    count, *size = IMAGES // BATCH_SIZE, BATCH_SIZE
-    if not isinstance(data, TQDataModule):  # of a factory: its own batch size
-        count, size = max(1, IMAGES // data.batch_size), []
-    return [split_batch(batch)[0] for batch in data.calibration_batches(count, *size)]
+    if isinstance(data, TQDataModule):
+        batches = data.calibration_batches(IMAGES // BATCH_SIZE, BATCH_SIZE)
+    else:  # of a factory, which has a batch size of its own
+        batches = data.calibration_batches(max(1, IMAGES // data.batch_size))
+    return [split_batch(batch)[0] for batch in batches]
