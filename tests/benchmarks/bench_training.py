@@ -5,19 +5,17 @@
 
 - joint: a joint step at 8/4/2/1 bits against four float steps
 - evaluation: 8 truncated widths against 8 float evaluations
-- memory: peak memory of the joint step against the float step, each in a new process, without the
-  quantized weights of one width
+- memory: peak bytes of the joint step's tensors, without the weights of one width, against those of
+  the float step
 - compiled: eager joint steps against compiled ones (torch.compile), after compilation
 - start: time of the imports and of --help
 
-A ratio is the median over pairs that are timed alternately, so that other load affects both. Except
-where memory is measured, the allocator does not return memory to the system (`measuring.py`). The
-notes have the ratio of processor times as a check.
+A ratio is the median over pairs that are timed in turn, so that other work on the machine falls on
+both sides. The C library keeps freed memory (`measuring.py`). Seconds of processor time serve as a
+second opinion; bytes are counts, the same on every machine.
 """
 
 import argparse
-import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measuring import Table, fresh_memory, keep_memory, paired
+from measuring import Table, keep_memory, paired
 
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.models import create_model
@@ -59,21 +57,31 @@ def build(
 
 
 def train_step(
-    model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor, joint: bool
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    target: torch.Tensor,
+    joint: bool,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    """A step in the order of Lightning, which frees gradients after the forward pass.
+
+    `TQModule` frees those of a joint step as soon as the optimizer has used them.
+    """
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     model.train()
 
     def step() -> None:
-        optimizer.zero_grad()
         if joint:
             loss, _ = joint_loss(
                 model, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target)
             )
         else:
             loss = F.cross_entropy(model(images), target)
+            optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if joint:
+            optimizer.zero_grad()
 
     return step
 
@@ -127,30 +135,37 @@ def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
     return ratio(repeats, evaluate_float, evaluate_widths, "<= 1.02")
 
 
-def peak_bytes(name: str, size: int, batch: int, joint: bool, threads: int) -> int:
-    """Measure the peak memory of three steps minus that of the model, in a new process."""
-    ask = json.dumps([name, size, batch, joint, threads])
-    argv = [sys.executable, __file__, "--memory", ask]
-    done = subprocess.run(argv, env=fresh_memory(), capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def peak_bytes(name: str, size: int, batch: int, joint: bool) -> int:
+    """Peak bytes of the tensors of a step, parameters and optimizer state included.
+
+    PyTorch's allocator is counted, not the process: what the C library keeps of freed memory
+    depends on the order of requests.
+    """
+    model, images, target = build(name, size, batch, joint)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    step = train_step(model, images, target, joint, optimizer)
+    step()
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    grads = [p.grad for p in model.parameters()]
+    tensors = [*model.parameters(), *model.buffers(), *grads, *state]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
+    live = peak = sum(storage.nbytes() for storage in held.values())
+    del tensors, grads, held
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
-def memory_ratio(name: str, size: int, batch: int, threads: int) -> Columns:
-    """Measure the peak of the joint step without one width's quantized weights against float."""
-    one, joint = (peak_bytes(name, size, batch, prepared, threads) for prepared in (False, True))
+def memory_ratio(name: str, size: int, batch: int) -> Columns:
+    """Peak of the joint step, without the quantized weights of one width, over the float step."""
+    one, joint = (peak_bytes(name, size, batch, prepared) for prepared in (False, True))
     weights = sum(4 * w.original.numel() for w in weight_quantizers(build(name, size, 1, True)[0]))
     note = f"float {one / 2**20:.0f} MiB, joint {joint / 2**20:.0f}, weights {weights / 2**20:.0f}"
     return (joint - weights) / one, "x", "<= 1.05", note
-
-
-def memory(ask: str) -> None:
-    name, size, batch, joint, threads = json.loads(ask)
-    torch.set_num_threads(threads)
-    step = train_step(*build(name, size, batch, joint), joint)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    for _ in range(3):
-        step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
 def seconds_of(command: list[str], repeats: int) -> float:
@@ -180,11 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", default=",".join(case[0] for case in CASES))
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.memory:
-        memory(args.memory)
-        return 0
     keep_memory()
     torch.set_num_threads(args.threads)
     table, parts, few = Table(), args.parts.split(","), max(3, args.repeats // 2)
@@ -200,8 +211,8 @@ def main(argv: list[str] | None = None) -> int:
             what = f"{BATCHES} batches of {eval_batch}: 8 truncated widths / 8 float evaluations"
             table.add(f"{name}, {what}", *row)
         if "memory" in parts:
-            row = memory_ratio(name, size, batch, args.threads)
-            table.add(f"{step}: peak memory, joint without one width's weights / float step", *row)
+            row = memory_ratio(name, size, batch)
+            table.add(f"{step}: peak bytes, joint without one width's weights / float step", *row)
         if "compiled" in parts:
             for layout in ("contiguous_format", "channels_last"):
                 row = compiled_ratio(name, size, batch, args.repeats, layout)

@@ -27,11 +27,6 @@ def keep_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT})
 
 
-def fresh_memory() -> dict[str, str]:
-    """Return the environment for a process whose memory is measured, with the default allocator."""
-    return {key: value for key, value in os.environ.items() if key not in KEPT}
-
-
 def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Timing]:
     """Time calls in turn, so that other load affects all of them equally, after a warm-up round."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
@@ -74,7 +69,8 @@ class Table:
     def add(self, case: str, value: float, unit: str = "x", aim: str = "", note: str = "") -> None:
         """Add a row; `aim` is a bound of the value such as "<= 1.05" or ">= 5", or empty."""
         self.rows.append((case, value, unit, aim, note))
-        print(f"{case:<76} {value:>16,.3f} {unit:<9} {f'aim {aim}' if aim else ''}", flush=True)
+        words = f"{case:<76} {value:>16,.3f} {unit:<9} {f'aim {aim}' if aim else '':<11} {note}"
+        print(words.rstrip(), flush=True)
 
     def write(self, path: Path | None) -> None:
         """Write the rows as CSV if there is a path."""

@@ -62,8 +62,9 @@ def compare(model, bits, source="quantize"):
         with bit_width(model, bits, source):
             (group,) = fused.groups
             group.require_grad()
-            made = [getattr(w.module, w.tensor) for w in quantized]
-        total = sum((a * g).sum() for a, g in zip(made, upstream, strict=True))
+            leaves = [getattr(w.module, w.tensor) for w in quantized]
+        made = [leaf.detach().clone() for leaf in leaves]  # gradients take their memory
+        total = sum((a * g).sum() for a, g in zip(leaves, upstream, strict=True))
         group.add_grads(torch.autograd.grad(total, group.leaves))
         owners, fused_grads = zip(*group.gradients(), strict=True)
         assert all(a is b for a, b in zip(owners, trained, strict=True))

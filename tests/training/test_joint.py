@@ -12,6 +12,7 @@ from tq_lightning import bit_width, prepare
 from tq_lightning.errors import TrainingError
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import train_float_norms
 from tq_lightning.training.joint import joint_loss
@@ -302,3 +303,37 @@ def test_loss_with_finite_weights_names_no_weight():
             WIDTHS,
             lambda bits, out, wider: out.sum() * (float("inf") if bits == 4 else 1.0),
         )
+
+
+def test_two_steps_in_one_block_do_not_share_memory():
+    """A caller may hold `fused_weights` open; gradients take memory that the next step must not."""
+    ours, theirs = prepared(conv_net), prepared(conv_net)
+    images, target = batch()
+    with fused_weights(ours):
+        both = [joint_loss(ours, images, WIDTHS, recursive(target))[0] for _ in range(2)]
+    sum(both).backward()
+    for _ in range(2):
+        joint_loss(theirs, images, WIDTHS, recursive(target))[0].backward()
+    assert_same_grads(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("how", "most"), [({}, 3), ({"ste": "dsq"}, 3.3), ({"ste": "identity"}, 3)]
+)
+def test_three_buffers_outlive_a_width(how, most):
+    """The weights of a width, u, and the sums of gradients; per-element rules keep codes too."""
+    model = prepared(conv_net, **how)
+    images, target = batch()
+    fused, held = width_of(model), []
+
+    def measure(*_):
+        (group,) = fused.fused.groups
+        kept = [v for v in vars(group).values() if isinstance(v, torch.Tensor)]
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+        held.append(sum(storages.values()))
+
+    model.register_forward_hook(measure)
+    joint_loss(model, images, WIDTHS, recursive(target))
+    (weights,) = {sum(4 * w.original.numel() for w in weight_quantizers(model))}
+    assert len(held) == len(WIDTHS) and 2 * weights <= held[0] < held[-1]
+    assert held[-1] <= most * weights + 2**16  # and a column per weight, and rows that are not full

@@ -3,6 +3,7 @@
 Counts are exact and the same on every machine. On a GPU small networks are bound by them.
 """
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,33 @@ def test_host_reads_of_other_choices(how):
     images, target = torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
     model = build("resnet8_cifar", True, **how).train()
     assert count(lambda: joint_step(model, images, target))[HOST_READ] == 1
+
+
+class Steps(L.Callback):
+    """Counts the operations from the start to the end of each training batch."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_start(self, *_):
+        self.operations = Operations()
+        self.operations.__enter__()
+
+    def on_train_batch_end(self, *_):
+        self.operations.__exit__(None, None, None)
+        self.counts.append(self.operations.counts[HOST_READ])
+
+
+def test_a_fit_reads_one_value_a_step(train, resnet, tmp_path):
+    """With clipping, an accumulation, a sandwich and a float pass.
+
+    A moving average reads a counter that is always on the CPU (`callbacks.ema`).
+    """
+    steps = Steps()
+    model = {**resnet, "float_pass": True, "width_schedule": "sandwich"}
+    flags = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "limit_train_batches": 4}
+    train(tmp_path, {**model, "momentum": 0.9}, callbacks=[steps], limit_val_batches=0, **flags)
+    assert steps.counts == [1] * 4
 
 
 @pytest.mark.parametrize(

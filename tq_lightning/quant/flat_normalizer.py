@@ -1,6 +1,7 @@
 """Normalized weights in flat buffers: u, scale and the normalizer's backward pass for all layers.
 
-The operations and their order are those of `WeightQuantizer.normalize` and `Normalize`.
+The operations and their order are those of `WeightQuantizer.normalize` and `Normalize`. A buffer is
+as large as all weights together. Two of them outlive a call: `u`, and that of `tensors`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from tq_lightning.quant.quantized_tensors import QuantizedTensor
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import TINY, WeightQuantizer, span_of
 
-ALIGNMENT = 16  # every weight starts at a multiple of 16 elements, i.e. 64 bytes of float32
+# elements of a row of a buffer; a weight starts at a row, so that a column scales whole weights
+ROW = 256
 
 
 class NormalizedWeights:
@@ -21,95 +23,125 @@ class NormalizedWeights:
 
     Args:
         weights: Weights on one device. They must not change while this object is in use.
+
+    Attributes:
+        tensors: Tensors of the shape of the weights, in the memory of one buffer. They hold in turn
+            the weights of a width, their gradients, and what `normalize` computes.
+        finite: Scalar bool on the device: whether all weights are finite. None before `normalize`.
     """
 
     def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
         self.weights = list(weights)
         self.rule: WeightQuantizer = weights[0].quantizer
+        self.row = NORMALIZERS[self.rule.normalizer]
         self.originals = [w.original for w in weights]
         self.device = self.originals[0].device
-        self.finite: Tensor | None = None  # scalar bool on the device, set by `normalize`
         self.ranges = [w.quantizer.range for w in weights if w.quantizer.range is not None]
-        self._grad_sum: Tensor | None = None  # dL/du, summed over the widths
-        self._grad: Tensor  # flat; it and its views are created by the first gradient of a step
-        self._grad_views: list[Tensor]
-        self._made, views = self._flat()
+        self.finite: Tensor | None = None
+        self.tensors: list[Tensor] = []
+        self._rows = [-(-w.numel() // ROW) for w in self.originals]
+        self._layouts = [(w.shape, _dense_strides(w)) for w in self.originals]
+        self._clamped = bool(self.ranges) or self.row.reference == "rms"
+        self._u: Tensor | None = None
+
+    # -- buffers ---------------------------------------------------------------------------------
+    def _allocate(self) -> None:
+        """Allocate the buffer of `tensors`."""
+        self._made = torch.zeros(sum(self._rows), ROW, device=self.device)
+        storage, start = self._made.untyped_storage(), 0
         # tensors that share the memory, without being views for autograd and `torch.compile`
-        self.tensors = [
-            torch.empty(0, dtype=torch.float32, device=self.device).set_(
-                self._made.untyped_storage(), v.storage_offset(), v.shape, v.stride()
-            )
-            for v in views
-        ]
+        for (shape, strides), rows in zip(self._layouts, self._rows, strict=True):
+            empty = torch.empty(0, dtype=torch.float32, device=self.device)
+            self.tensors.append(empty.set_(storage, start * ROW, shape, strides))
+            start += rows
 
-    def _flat(self) -> tuple[Tensor, list[Tensor]]:
-        """Allocate a flat float32 buffer and one view per weight, with its strides."""
-        size = sum(-(-w.numel() // ALIGNMENT) * ALIGNMENT for w in self.originals)
-        flat = torch.zeros(size, dtype=torch.float32, device=self.device)
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """View a buffer as one tensor per weight."""
         views, start = [], 0
-        for w in self.originals:
-            views.append(flat.as_strided(w.shape, _dense_strides(w), start))
-            start += -(-w.numel() // ALIGNMENT) * ALIGNMENT
-        return flat, views
+        for (shape, strides), rows in zip(self._layouts, self._rows, strict=True):
+            views.append(flat.as_strided(shape, strides, start * ROW))
+            start += rows
+        return views
 
-    def _reduce(self, views: list[Tensor], how: str) -> list[Tensor]:
-        if how == "max" and not NORMALIZERS[self.rule.normalizer].per_channel:
-            return list(torch._foreach_max(views))
-        return [w.quantizer.reduce(v, how) for w, v in zip(self.weights, views, strict=True)]
+    def _spread(self, values: Sequence[Tensor]) -> Tensor:
+        """Values per weight -> a column, one for each row; values per channel -> a buffer."""
+        if self.row.per_channel:
+            flat = torch.ones(sum(self._rows), ROW, device=self.device)
+            torch._foreach_copy_(self._views(flat), values)
+            return flat
+        repeats = torch.tensor(self._rows, device=self.device)
+        # without `output_size` the device would be read
+        column = torch.stack(list(values)).repeat_interleave(repeats, output_size=sum(self._rows))
+        return column.unsqueeze(1)
 
+    def _reduce(self, how: str) -> list[Tensor]:
+        """Reduce `tensors`, which hold magnitudes; see `WeightQuantizer.reduce`."""
+        if how == "max" and not self.row.per_channel:
+            return list(torch._foreach_max(self.tensors))
+        return [w.quantizer.reduce(v, how) for w, v in zip(self.weights, self.tensors, strict=True)]
+
+    # -- normalization ---------------------------------------------------------------------------
     def normalize(self) -> None:
         """Compute u, scale and max|t| of every weight; see `WeightQuantizer.normalize`.
 
         It does not synchronize with the device: `finite` is True if all weights are finite.
         """
-        row = NORMALIZERS[self.rule.normalizer]
-        self._u, self._u_views = self._flat()
-        self._scale, scale_views = self._flat()
-        torch._foreach_copy_(self._u_views, self.originals)
-        self._top: list[Tensor] | None = None
+        self._rms = self._top = None
         if self.ranges:
-            scales = self._over = self._top = self._learned_ranges()
-            self._squash()
-        elif row.reference == "rms":
-            self._over = self._rms()
-            scales = [span_of(rms, row) for rms in self._over]
-            torch._foreach_div_(self._u_views, self._over)
-            self._squash()
+            t = self._squash()
+            scales = self._learned_ranges()
+            self._over = self._top = self._spread(scales)
+        elif self.row.reference == "rms":
+            torch._foreach_copy_(self.tensors, self.originals)
+            rms = self._root_mean_squares()
+            scales = [span_of(each, self.row) for each in rms]
+            self._over = self._rms = self._spread(rms)
+            t = self._squash()
         else:
+            t = self._squash()
             scales = self._means() if self.rule.scale == "mean" else self._maxima()
-            self._squash()
-            torch.abs(self._u, out=self._made)
-            self._over = self._top = self._reduce(self.tensors, "max")
-            torch._foreach_clamp_min_(self._top, TINY)
+            torch.abs(t, out=self._made)
+            tops = self._reduce("max")
+            torch._foreach_clamp_min_(tops, TINY)
+            self._over = self._top = self._spread(tops)
+        self._scale = self._spread(scales)
         if STES[self.rule.ste].value:
-            self._over = [scale.detach().clamp_min(TINY) for scale in scales]
-        torch._foreach_copy_(scale_views, scales)
-        self._u.mul_(0.5)
-        if self._top is not None:
-            torch._foreach_div_(self._u_views, self._top)
-        self._u.add_(0.5)
-        self._clamped = bool(self.ranges) or row.reference == "rms"
-        if self._clamped:
-            self._u.clamp_(0.0, 1.0)
-        self._stored: Tensor | None = None
+            self._over = self._scale.clamp_min(TINY)
+        self._u = self._to_unit(t)
 
-    def _squash(self) -> None:
-        t = NORMALIZERS[self.rule.normalizer].squash(self._u)
-        if t is not self._u:
-            self._u.copy_(t)
+    def _squash(self) -> Tensor:
+        """Load the weights into `tensors`; return t = squash(w) in a buffer of its own."""
+        torch._foreach_copy_(self.tensors, self.originals)
+        w = self._made if self._rms is None else self._made / self._rms
+        t = self.row.squash(w)
+        return t.clone() if t is self._made else t
+
+    def _to_unit(self, t: Tensor) -> Tensor:
+        """Turn t into u, in place."""
+        t.mul_(0.5)
+        if self._top is not None:
+            t.div_(self._top)
+        t.add_(0.5)
+        return t.clamp_(0.0, 1.0) if self._clamped else t
+
+    def _unit(self) -> Tensor:
+        """Return u; if it was dropped, make it again, which overwrites `tensors`."""
+        if self._u is None:
+            self._u = self._to_unit(self._squash())
+        return self._u
 
     def _maxima(self) -> list[Tensor]:
-        torch.abs(self._u, out=self._made)
-        tops = self._reduce(self.tensors, "max")
+        self._made.abs_()
+        tops = self._reduce("max")
         self.finite = torch.stack([top.isfinite().all() for top in tops]).all()
         return tops
 
-    def _rms(self) -> list[Tensor]:
+    def _root_mean_squares(self) -> list[Tensor]:
         tops = self._maxima()
         torch._foreach_clamp_min_(tops, TINY)
         torch._foreach_div_(self.tensors, tops)
         self._made.mul_(self._made)
-        means = self._reduce(self.tensors, "mean")
+        means = self._reduce("mean")
         return [m.sqrt().mul(t).clamp_min(TINY) for m, t in zip(means, tops, strict=True)]
 
     def _learned_ranges(self) -> list[Tensor]:
@@ -117,22 +149,23 @@ class NormalizedWeights:
             w.quantizer.range_value(r) for w, r in zip(self.weights, self.ranges, strict=True)
         ]
         every = torch.cat([v.flatten() for v in values])
-        self.finite = self._u.isfinite().all() & every.isfinite().all()
+        self.finite = self._made.isfinite().all() & every.isfinite().all()
         return values
 
     def _means(self) -> list[Tensor]:
-        torch.abs(self._u, out=self._made)
-        means = self._reduce(self.tensors, "mean")
+        self._made.abs_()
+        means = self._reduce("mean")
         self._made.mul_(2.0**-64)  # see WeightQuantizer.huge_mean
-        huge = self._reduce(self.tensors, "mean")
-        if NORMALIZERS[self.rule.normalizer].per_channel:
+        if self.row.per_channel:
+            huge = self._reduce("mean")
             scales = [_finite_mean(m, h) for m, h in zip(means, huge, strict=True)]
             self.finite = torch.stack([s.isfinite().all() for s in scales]).all()
-        else:
-            scale = _finite_mean(torch.stack(means), torch.stack(huge))
-            self.finite = scale.isfinite().all()
-            scales = list(scale.unbind())
-        return scales
+            return scales
+        sizes = torch.tensor([float(w.numel()) for w in self.originals], device=self.device)
+        huge = torch.stack(torch._foreach_norm(self.tensors, 1.0)) / sizes
+        scale = _finite_mean(torch.stack(means), huge)
+        self.finite = scale.isfinite().all()
+        return list(scale.unbind())
 
     def check(self) -> None:
         """Raise ValueError if a weight contains NaN or infinity; the message names it."""
@@ -141,20 +174,23 @@ class NormalizedWeights:
         for w in self.weights:
             w.quantizer.check_finite(w.original)
 
-    def _normalizer_backward(self) -> None:
-        assert self._grad_sum is not None
-        slope = NORMALIZERS[self.rule.normalizer].slope
-        self._grad.copy_(self._grad_sum)
-        if self._clamped:
-            self._grad.mul_((self._u > 0) & (self._u < 1))
-        if slope is not None and not STES[self.rule.ste].value:
-            self._u.sub_(0.5).mul_(2.0)
-            if self._top is not None:
-                torch._foreach_mul_(self._u_views, self._top)
-            self._grad.mul_(slope(self._u))
-        self._grad.mul_(0.5)
-        torch._foreach_div_(self._grad_views, self._over)
-        self.finite = None  # `u` is overwritten
+    # -- backward --------------------------------------------------------------------------------
+    def _backward(self, grad: Tensor) -> None:
+        """Carry dL/du, which is overwritten, to dL/dw in `tensors`.
+
+        dL/dw is dL/du (dt/dw) / (2 range of t), or / (2 scale) for the rule "value"; see
+        `Normalize`, which has the same operations in the same order.
+        """
+        slope = None if STES[self.rule.ste].value else self.row.slope
+        if self._clamped or slope is not None:
+            u = self._unit()
+            if self._clamped:
+                grad.mul_((u > 0) & (u < 1))
+            if slope is not None:
+                t = u.sub_(0.5).mul_(2.0)
+                grad.mul_(slope(t if self._top is None else t.mul_(self._top)))
+        torch.div(grad.mul_(0.5), self._over, out=self._made)
+        self._u = None
 
 
 def _finite_mean(mean: Tensor, huge: Tensor) -> Tensor:

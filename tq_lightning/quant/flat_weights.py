@@ -26,13 +26,24 @@ class FlatWeights(NormalizedWeights):
 
     def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
         super().__init__(weights)
-        self.bits: int | None = None  # width of the weights in `_made`
         self._trained = [
             i
             for i, w in enumerate(self.originals)
             if w.requires_grad or (self.ranges and self.ranges[i].requires_grad)
         ]
+        self._quantizer, self._ste = QUANTIZERS[self.rule.quantizer], STES[self.rule.ste]
+        self._per_element = self._ste.elementwise or bool(self.ranges)  # the rule reads u and level
+        self._start()
+
+    def _start(self) -> None:
+        """Forget the weights and gradients of a step; their memory may belong to others by now."""
+        self.finite = self._u = None
+        self.bits: int | None = None  # width of the weights in `tensors`
+        self.tensors = []
         self.leaves: list[Tensor] = []  # the weights in use that get a gradient
+        self._stored: Tensor | None = None  # codes at max_bits
+        self._codes_in_use: Tensor | None = None
+        self._grad_sum: Tensor | None = None  # dL/du, summed over the widths
         self._float_grads: dict[int, Tensor] = {}
         self._range_sums: list[Tensor] = []
         self._has_grad = [False] * len(self._trained)
@@ -44,6 +55,8 @@ class FlatWeights(NormalizedWeights):
         Returns:
             True if the weights were normalized by this call.
         """
+        if not self.tensors:
+            self._allocate()
         self.bits = bits
         normalized = bits is not None or self.rule.float_pass == "normalized"
         fresh = normalized and self.finite is None
@@ -52,12 +65,12 @@ class FlatWeights(NormalizedWeights):
         if not normalized:
             torch._foreach_copy_(self.tensors, self.originals)
         elif bits is None:
-            torch.sub(self._u, 0.5, out=self._made).mul_(2.0 * self._scale)
+            torch.sub(self._unit(), 0.5, out=self._made).mul_(2.0 * self._scale)
         else:
             codes = self._codes(bits, source)
             self._table = self.rule.table(bits, self.device)
             dequantize(codes, bits, self._scale, self.rule.level, out=self._made, table=self._table)
-            self._kept = codes if STES[self.rule.ste].elementwise or self.ranges else None
+            self._codes_in_use = codes if self._per_element else None
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # its keys are tensors, which do not change here
         for w, made in zip(self.weights, self.tensors, strict=True):
@@ -65,11 +78,13 @@ class FlatWeights(NormalizedWeights):
         return fresh
 
     def _codes(self, bits: int, source: str) -> Tensor:
-        codes, max_bits = QUANTIZERS[self.rule.quantizer].codes, self.rule.width.max_bits
+        max_bits = self.rule.width.max_bits
         if source != "truncate":
-            return codes(self._u, bits)
+            return self._quantizer.codes(self._unit(), bits)
         if self._stored is None:
-            self._stored = codes(self._u, max_bits)
+            self._stored = self._quantizer.codes(self._unit(), max_bits)
+            if not self._per_element:
+                self._u = None  # an evaluation of truncated widths needs the stored codes alone
         return truncate_codes(self._stored, max_bits, bits)
 
     def release(self) -> None:
@@ -86,7 +101,8 @@ class FlatWeights(NormalizedWeights):
     def add_grads(self, grads: Sequence[Tensor | None]) -> None:
         """Add the gradients of a width: dL/dleaf of each of `leaves`, None if it took no part.
 
-        The straight-through rule of the width is applied here, once for all weights.
+        The straight-through rule of the width is applied here, once for all weights. The gradients
+        take the memory of the weights, which have served.
         """
         if all(g is None for g in grads):
             return
@@ -94,46 +110,48 @@ class FlatWeights(NormalizedWeights):
             pairs = zip(self._trained, grads, strict=True)
             self._float_grads = {i: g for i, g in pairs if g is not None}
             return
-        if self._grad_sum is None:
-            self._grad, self._grad_views = self._flat()
         present = [i for i, g in enumerate(grads) if g is not None]
-        if len(present) < len(self.weights):
-            self._grad.zero_()
-        torch._foreach_copy_(
-            [self._grad_views[self._trained[i]] for i in present],
-            [g for g in grads if g is not None],
-        )
         for i in present:
             self._has_grad[i] = True
+        if len(present) < len(self.weights):
+            self._made.zero_()
+        torch._foreach_copy_(
+            [self.tensors[self._trained[i]] for i in present],
+            [g for g in grads if g is not None],
+        )
+        grad, slope = self._made, 2.0 * self._scale  # slope of the weight over its level
         if self.bits is None:
-            self._add(self._grad * (2.0 * self._scale))
+            self._add(grad.mul_(slope))
             return
         level = None
-        if self._kept is not None:
-            level = codes_to_levels(self._kept, self.bits, self.rule.level, table=self._table)
-        grad_level = self._grad * (2.0 * self._scale)
-        ste = STES[self.rule.ste]
-        grad_u = ste.rule(
+        if self._codes_in_use is not None:
+            level = codes_to_levels(
+                self._codes_in_use, self.bits, self.rule.level, table=self._table
+            )
+        grad_level = grad * slope if self.ranges else grad.mul_(slope)
+        grad_u = self._ste.rule(
             grad_level,
-            self._u,
-            level,  # type: ignore[arg-type]  # only elementwise rules read it
+            self._u,  # type: ignore[arg-type]  # only rules per element read it, and the level
+            level,  # type: ignore[arg-type]
             self.bits,
             self.rule.quantizer,
         )
         if self.ranges:
-            assert level is not None
+            assert self._u is not None and level is not None
             args = (self._u, level, self._scale, self.bits, self.rule.quantizer)
-            self._add_range_grads(ste.scale_rule(self._grad, grad_u, *args))
+            self._add_range_grads(self._ste.scale_rule(grad, grad_u, *args))
         self._add(grad_u)
 
     def _add(self, grad_u: Tensor) -> None:
-        self._grad_sum = grad_u if self._grad_sum is None else self._grad_sum.add_(grad_u)
+        if self._grad_sum is not None:
+            self._grad_sum.add_(grad_u)
+        else:
+            self._grad_sum = grad_u.clone() if grad_u is self._made else grad_u
 
     def _add_range_grads(self, each: Tensor) -> None:
-        views = [each.as_strided(v.shape, v.stride(), v.storage_offset()) for v in self.tensors]
         sums = [
             w.quantizer.range_grad(v, r)
-            for w, v, r in zip(self.weights, views, self.ranges, strict=True)
+            for w, v, r in zip(self.weights, self._views(each), self.ranges, strict=True)
         ]
         if self._range_sums:
             torch._foreach_add_(self._range_sums, sums)
@@ -142,21 +160,21 @@ class FlatWeights(NormalizedWeights):
 
     @torch.no_grad()
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs (parameter, gradient), summed over the widths; overwrites `u`.
+        """Return pairs (parameter, gradient), summed over the widths; this ends the step.
 
-        The parameters are the weights and learned ranges that were used. du/dw is (dt/dw) / (2
-        range of t), or 1 / (2 scale) for the rule "value"; see `Normalize`, which has the same
-        operations in the same order.
+        The parameters are the weights and learned ranges that were used.
         """
         if self._grad_sum is not None:
-            self._normalizer_backward()
+            self._backward(self._grad_sum)
         pairs: list[tuple[Tensor, Tensor]] = []
         for i, has in zip(self._trained, self._has_grad, strict=True):
+            grad = self.tensors[i].requires_grad_(False)
             if i in self._float_grads:
-                grad = self._float_grads[i]
-                pairs.append((self.originals[i], grad.add_(self._grad_views[i]) if has else grad))
+                plain = self._float_grads[i]
+                pairs.append((self.originals[i], plain.add_(grad) if has else plain))
             elif has:
-                pairs.append((self.originals[i], self._grad_views[i]))
+                pairs.append((self.originals[i], grad))
             if has and self.ranges:
                 pairs.append((self.ranges[i], self._range_sums[i]))
+        self._start()
         return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]

@@ -188,7 +188,11 @@ class WeightQuantizer(nn.Module):
 
     def huge_mean(self, magnitude: Tensor) -> Tensor:
         """Average a finite weight whose float32 sum overflows; scaling by a power of 2 is exact."""
-        return self.reduce(magnitude * 2.0**-64, "mean") * 2.0**64
+        small = magnitude * 2.0**-64
+        if NORMALIZERS[self.normalizer].per_channel:
+            return self.reduce(small, "mean") * 2.0**64
+        # a norm and not a mean, since `FlatWeights` computes the norms of all weights in one call
+        return torch.linalg.vector_norm(small, 1) / small.numel() * 2.0**64
 
     def normalize(self, w: Tensor) -> Normalized:
         """Normalize a weight with its row of `NORMALIZERS`, and compute its scale.
