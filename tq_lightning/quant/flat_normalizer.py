@@ -67,7 +67,7 @@ class NormalizedWeights:
         """Values per weight -> a column, one for each row; values per channel -> a buffer."""
         if self.row.per_channel:
             flat = torch.ones(sum(self._rows), ROW, device=self.device)
-            torch._foreach_copy_(self._views(flat), values)
+            torch._foreach_copy_(self._views(flat), list(values))
             return flat
         repeats = torch.tensor(self._rows, device=self.device)
         # without `output_size` the device would be read
@@ -162,8 +162,8 @@ class NormalizedWeights:
             self.finite = torch.stack([s.isfinite().all() for s in scales]).all()
             return scales
         sizes = torch.tensor([float(w.numel()) for w in self.originals], device=self.device)
-        huge = torch.stack(torch._foreach_norm(self.tensors, 1.0)) / sizes
-        scale = _finite_mean(torch.stack(means), huge)
+        all_huge = torch.stack(torch._foreach_norm(self.tensors, 1.0)) / sizes
+        scale = _finite_mean(torch.stack(means), all_huge)
         self.finite = scale.isfinite().all()
         return list(scale.unbind())
 
