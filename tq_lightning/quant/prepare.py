@@ -16,41 +16,16 @@ from tq_lightning.quant.layers import (
     LAYER_NORMS,
     Layer,
     embedding_tables,
-    is_embedding,
     replace_modules,
     select_layers,
 )
 from tq_lightning.quant.normalizers import NORMALIZERS
+from tq_lightning.quant.prepare_report import PrepareReport
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 from tq_lightning.quant.weight import WeightQuantizer
 
 _RELUS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-
-
-class PrepareReport(dict[str, str]):
-    """Dict from layer name to a description of the attached modules. It prints as a table.
-
-    Attributes:
-        share: Quantized part of all parameters.
-        weight_share: Quantized part of the convolution and linear weights.
-        embedding_share: Share of embedding tables, quantized or not, in all parameters.
-    """
-
-    share: float = 0.0
-    weight_share: float = 0.0
-    embedding_share: float = 0.0
-
-    def __str__(self) -> str:
-        wide = max((len(name) for name in self), default=0)
-        lines = [f"{name:<{wide}}  {what}" for name, what in self.items()]
-        lines.append(
-            f"quantized: {100 * self.share:.1f} % of all parameters, "
-            f"{100 * self.weight_share:.1f} % of the convolution and linear weights"
-        )
-        if self.embedding_share:
-            lines.append(f"embedding tables: {100 * self.embedding_share:.1f} % of all parameters")
-        return "\n".join(lines)
 
 
 def prepare(
@@ -155,7 +130,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
     _norms(model, config.norm, config.shared_norms)  # raises for a bad pattern before any change
     width = Width(config.max_bits, config.widths, bits=config.widths[0])
     report = PrepareReport()
-    _set_shares(report, model, layers)
+    report.set_shares(model, layers)
     for layer in layers:
         shapes = ", ".join(
             "not known yet" if is_lazy(p) else str(tuple(p.shape)) for p in layer.parameters()
@@ -235,20 +210,6 @@ def _norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn
                 f"shared_norms pattern {pattern!r} matches no norm; the model has {examples}"
             )
     return {n: m for n, m in norms.items() if any(fnmatchcase(n, p) for p in patterns)}
-
-
-def _set_shares(report: PrepareReport, model: nn.Module, layers: list[Layer]) -> None:
-    """Set the shares of a report, before quantizers are attached."""
-    sizes = {id(p): 0 if is_lazy(p) else p.numel() for p in model.parameters()}
-    tables = {id(p) for table in embedding_tables(model).values() for p in table.parameters()}
-    multiplied = [layer for layer in layers if not is_embedding(layer.module)]
-    weights = {id(p) for layer in multiplied for p in layer.parameters()}
-    chosen = {id(p) for layer in layers if layer.skipped is None for p in layer.parameters()}
-    total = sum(sizes.values())
-    report.share = sum(sizes[i] for i in chosen) / total
-    of_weights = sum(sizes[i] for i in weights)
-    report.weight_share = sum(sizes[i] for i in chosen & weights) / of_weights if weights else 0.0
-    report.embedding_share = sum(sizes[i] for i in tables) / total
 
 
 def _attach_weight(layer: Layer, width: Width, config: QuantConfig) -> None:
