@@ -147,7 +147,7 @@ def test_errors_are_one_line_and_write_nothing(
     [
         (None, "npm is not installed"),
         ("echo npm error code E404 >&2; echo npm error 404 Not Found >&2; exit 1", "404 Not Found"),
-        ("exit 0", "exit 0"),
+        ("exit 0", "exit status 0"),
         ("sleep 5", "did not download"),
         ("tar czf x.tgz --files-from /dev/null", "has no ort.wasm.min.mjs"),
     ],

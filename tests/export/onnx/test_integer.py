@@ -86,7 +86,7 @@ def make(path, network=Residual, **how):
 
 @pytest.fixture(autouse=True)
 def own_network(monkeypatch):
-    def load(path, bits=None):
+    def load(path, bits=None, model=None):
         return load_packed(path, bits=bits, model=NETWORKS[path.stem]())
 
     monkeypatch.setattr(integer, "load_packed", load)

@@ -46,7 +46,9 @@ def own_network(monkeypatch):
 
     for module in (static, dynamic, qonnx):
         monkeypatch.setattr(
-            module, "load_packed", lambda path, bits=None: load_packed(path, bits, model=Small())
+            module,
+            "load_packed",
+            lambda path, bits=None, model=None: load_packed(path, bits, Small()),
         )
 
 

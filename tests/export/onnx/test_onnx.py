@@ -74,7 +74,7 @@ def own_network(monkeypatch):
     """Pass the network wherever the exporters load a file, because it has no timm name."""
     from tq_lightning.export.onnx import dynamic, qonnx, static
 
-    def load(path, bits=None):
+    def load(path, bits=None, model=None):
         return load_packed(path, bits=bits, model=Small())
 
     for module in (static, dynamic, qonnx):
