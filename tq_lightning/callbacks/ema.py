@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -30,3 +31,14 @@ class MovingAverage(WeightAveraging):
                     average.copy_(value)
 
         super().__init__(use_buffers=True, multi_avg_fn=update)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Move the average to the device of the model.
+
+        Lightning copies the model in `setup`, where it is still on the CPU.
+        """
+        average = self._average_model
+        assert average is not None
+        updates = average.n_averaged.cpu()  # each update reads it, and must not wait for the device
+        average.to(pl_module.device)
+        average.n_averaged = updates
