@@ -16,7 +16,8 @@ class Normalize(torch.autograd.Function):
 
     - `w` is the float32 weight, and `t` = squash(w), of any shape.
     - `top` is the range of t, broadcastable, or None for 1.
-    - `over` is the divisor of the gradient: dL/dw = dL/du (dt/dw) / (2 over).
+    - `over` is the divisor of the gradient: dL/dw = dL/du (dt/dw) / (2 over). None is `top`,
+      because torch.compile does not trace a tensor that is passed twice.
     - `slope` includes the factor dt/dw in the gradient.
     - `clamped` clamps u to [0, 1]; the gradient is 0 at both ends.
 
@@ -41,6 +42,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         """Return dL/dw = dL/du (dt/dw) / (2 over), 0 where `u` was clamped."""
         u, top, over = ctx.saved_tensors
+        over = top if over is None else over
         slope, clamped = ctx.rule
         if clamped:
             grad = grad * ((u > 0) & (u < 1))

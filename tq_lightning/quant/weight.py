@@ -227,7 +227,8 @@ class WeightQuantizer(nn.Module):
         if value:
             over = scale.detach().clamp_min(TINY)
         clamped = learned is not None or row.reference == "rms"
-        u = Normalize.apply(w, t, top, over, self.normalizer, not value, clamped)
+        own = None if over is top else over
+        u = Normalize.apply(w, t, top, own, self.normalizer, not value, clamped)
         return Normalized(u, scale)
 
     def table(self, bits: int, device: torch.device) -> Tensor | None:
