@@ -45,17 +45,17 @@ def test_width_follows_later_changes_of_the_modules(model):
     twin = copy.deepcopy(model)
     with bit_width(twin, 2):
         assert (width_of(twin).bits, width_of(model).bits) == (2, 8)
-    whole = nn.Sequential(model)
-    assert width_of(whole) is width_of(model)
-    whole._modules["0"] = twin  # as `prepare` swaps layers, which bypasses hooks
-    assert width_of(whole) is width_of(twin)
-    with bit_width(whole, 4):
+    parent = nn.Sequential(model)
+    assert width_of(parent) is width_of(model)
+    parent._modules["0"] = twin  # as `prepare` swaps layers, which bypasses hooks
+    assert width_of(parent) is width_of(twin)
+    with bit_width(parent, 4):
         assert width_of(model).bits == 8
-    whole.append(model)
-    with pytest.raises(ValueError, match="parts of 2 prepared models"), bit_width(whole, 4):
+    parent.append(model)
+    with pytest.raises(ValueError, match="parts of 2 prepared models"), bit_width(parent, 4):
         pass
-    del whole[0]
-    with bit_width(whole, 4):
+    del parent[0]
+    with bit_width(parent, 4):
         assert (width_of(model).bits, width_of(twin).bits) == (4, 8)
 
 

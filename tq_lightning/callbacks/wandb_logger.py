@@ -72,7 +72,7 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
     starts a run.
 
     Raises:
-        UserError: W&B does not start, e.g. because there is no API key.
+        UserError: W&B does not start, e.g. because the API key is missing.
     """
     import wandb
 

@@ -11,7 +11,7 @@ from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import call
 from tq_lightning.quant.quantized_tensors import weight_quantizers
-from tq_lightning.records import PPL
+from tq_lightning.records import ACC1, PPL, Metric
 
 Pass = tuple[int | None, str]
 TOP = 5  # top-5 is omitted with fewer classes
@@ -66,13 +66,7 @@ def width_metrics(
 
     The keys are `stage`/acc1_quantize_w4 and so on.
     """
-    metrics = {}
-    for bits in range(max_bits, 0, -1):
-        truncate = accuracy[bits, "truncate"]
-        quantize = accuracy.get((bits, "quantize"), truncate)
-        metrics[f"{stage}/acc1_quantize_w{bits}"] = quantize
-        metrics[f"{stage}/acc1_truncate_w{bits}"] = truncate
-        metrics[f"{stage}/qt_gap_w{bits}"] = quantize - truncate
+    metrics = _by_source(stage, ACC1, accuracy, max_bits)
     metrics[f"{stage}/acc1_truncate_mean"] = sum(accuracy[b, "truncate"] for b in trained) / len(
         trained
     )
@@ -102,14 +96,25 @@ def perplexity_metrics(
     The keys are `stage`/ppl_quantize_w4 and so on. `stage`/ppl_gap_w4 is truncated minus quantized,
     positive if truncation increases the perplexity.
     """
+    metrics = _by_source(stage, PPL, perplexity, max_bits)
+    metrics[f"{stage}/ppl_float"] = perplexity[None, "quantize"]
+    return metrics
+
+
+def _by_source(
+    stage: str, metric: Metric, values: dict[Pass, float], max_bits: int
+) -> dict[str, float]:
+    """Return a metric of both sources and their gap for every width.
+
+    A pass that is missing equals the truncated one by construction.
+    """
     metrics = {}
     for bits in range(max_bits, 0, -1):
-        truncate = perplexity[bits, "truncate"]
-        quantize = perplexity.get((bits, "quantize"), truncate)
-        metrics[f"{stage}/ppl_quantize_w{bits}"] = quantize
-        metrics[f"{stage}/ppl_truncate_w{bits}"] = truncate
-        metrics[f"{stage}/ppl_gap_w{bits}"] = PPL.gap(quantize, truncate)
-    metrics[f"{stage}/ppl_float"] = perplexity[None, "quantize"]
+        truncate = values[bits, "truncate"]
+        quantize = values.get((bits, "quantize"), truncate)
+        metrics[f"{stage}/{metric.key}_quantize_w{bits}"] = quantize
+        metrics[f"{stage}/{metric.key}_truncate_w{bits}"] = truncate
+        metrics[f"{stage}/{metric.gap_key}_w{bits}"] = metric.gap(quantize, truncate)
     return metrics
 
 

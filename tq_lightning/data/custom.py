@@ -17,7 +17,7 @@ from tq_lightning.data.sampling import (
     TrainOrder,
     generator,
     run_seed,
-    stratified,
+    train_or_val_part,
 )
 from tq_lightning.data.validation import check
 from tq_lightning.errors import UserError
@@ -101,7 +101,7 @@ class DatasetModule(lightning.LightningDataModule):
         batch_size: training samples per process and step.
         eval_batch_size: samples per process and step in evaluation.
         workers: number of worker processes.
-        val_fraction: share of the training set held out if there is no val.
+        val_fraction: share of the training set held out if the factory returns no validation set.
         samples: number of training samples to use; None is all.
         seed: seed of the order.
     """
@@ -151,19 +151,11 @@ class DatasetModule(lightning.LightningDataModule):
         if split not in self.parts:
             raise UserError(f"data.name={self.name}: it returns no {stage} data set")
         dataset = self.parts[split]
-        numbers = torch.arange(len(dataset))
         if split != "train":
-            return dataset, numbers
-        held = torch.zeros(len(numbers), dtype=torch.bool)
-        labels = torch.zeros(len(numbers)).long() if self.labels is None else self.labels
-        if "val" not in self.parts:
-            held[stratified(labels, max(1, round(self.val_fraction * len(numbers))))] = True
-            if stage == "val":
-                return dataset, numbers[held]
-        rest = numbers[~held]
-        if self.samples is not None and self.samples < rest.numel():
-            rest = rest[stratified(labels[rest], self.samples)]
-        return dataset, rest
+            return dataset, torch.arange(len(dataset))
+        labels = torch.zeros(len(dataset)).long() if self.labels is None else self.labels
+        fraction = None if "val" in self.parts else self.val_fraction
+        return dataset, train_or_val_part(labels, stage, fraction, self.samples)
 
     def _reader(self, dataset: Any) -> DatasetReader:
         return DatasetReader(dataset, getattr(dataset, "collate_fn", default_collate), self.workers)

@@ -68,6 +68,33 @@ def stratified(labels: Tensor, count: int, seed: int = SPLIT_SEED) -> Tensor:
     return keys.argsort(stable=True)[:count].sort().values
 
 
+def train_or_val_part(
+    labels: Tensor, stage: str, val_fraction: float | None, samples: int | None
+) -> Tensor:
+    """Return the samples of the training split that the stage train or val reads.
+
+    Args:
+        labels: (samples,) int64 class indices of the training split.
+        stage: train or val.
+        val_fraction: share of the samples held out for validation; None if validation has a split
+            of its own.
+        samples: most samples to train on; None is all of them.
+
+    Returns:
+        (n,) int64, sorted sample indices.
+    """
+    everything = torch.arange(labels.numel())
+    held = torch.zeros(labels.numel(), dtype=torch.bool)
+    if val_fraction is not None:
+        held[stratified(labels, max(1, round(val_fraction * labels.numel())))] = True
+        if stage == "val":
+            return everything[held]
+    rest = everything[~held]
+    if samples is not None and samples < rest.numel():
+        rest = rest[stratified(labels[rest], samples)]
+    return rest
+
+
 def share(size: int, rank: int, world: int) -> Tensor:
     """Return the positions in a global batch that belong to one process.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tq_lightning.data.image_folder import missing
-from tq_lightning.data.sampling import stratified
+from tq_lightning.data.sampling import train_or_val_part
 from tq_lightning.errors import UserError
 
 
@@ -123,18 +123,10 @@ class Splits:
         else:
             name = self._first("train")
         labels = self[name].labels
-        everything = torch.arange(labels.numel())
         if name != "train":
-            return name, everything
-        held = torch.zeros(labels.numel(), dtype=torch.bool)
-        if not own:
-            held[stratified(labels, max(1, round(self.val_fraction * labels.numel())))] = True
-            if stage == "val":
-                return name, everything[held]
-        rest = everything[~held]
-        if self.samples is not None and self.samples < rest.numel():
-            rest = rest[stratified(labels[rest], self.samples)]
-        return name, rest
+            return name, torch.arange(labels.numel())
+        fraction = None if own else self.val_fraction
+        return name, train_or_val_part(labels, stage, fraction, self.samples)
 
     def _first(self, *names: str) -> str:
         """Return the first of these splits that exists."""
