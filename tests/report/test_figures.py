@@ -127,7 +127,7 @@ def test_the_float_point_is_hollow_unless_float_was_trained(make, trained):
 
 
 def test_one_validation_makes_no_curve(make):
-    note = "Training curves are drawn from three validations on; fewer: resnet20_cifar · cifar10."
+    note = "Training curves need at least three validations. Omitted: resnet20_cifar · cifar10."
     for epochs in (1, 2):
         assert drawing("curves", *make.pair(epochs=epochs)) == ([], [note])
     made, notes = drawing("curves", *make.pair(epochs=3))
@@ -179,14 +179,14 @@ def test_many_settings_are_capped_and_the_rest_is_noted(make):
     records = [r for k in range(14) for r in make.pair(seeds=(0,), model_lr=float(k))]
     made, notes = drawing("qt_gap", *records)
     assert len(made) == 12
-    assert "14 settings, the 12 with most runs are drawn" in notes[0]
+    assert "14 settings, the 12 with the most runs are drawn" in notes[0]
 
 
 def test_disagreement_notes_omitted_arms(make):
     runs = [make.run("round", 0, model_lr=float(k)) for k in range(9)]
     _, notes = drawing("disagreement", *runs)
     assert notes == [
-        "Codes that disagree: 9 settings, the 7 with most runs are drawn; the tables hold all."
+        "Codes that disagree: 9 settings, the 7 with the most runs are drawn; the tables list all."
     ]
     (figure,) = drawn("disagreement", *runs, ignore=["model.lr"])
     assert all(f"round, lr={k}.0, resnet20_cifar" in figure.alt for k in range(9))
@@ -215,11 +215,11 @@ def test_starts_that_differ_between_what_a_figure_compares_are_flagged_on_it(mak
     tuned = make.pair((0, 1), model="resnet8_cifar", model_checkpoint_path="trained.th")
     (unequal,) = drawn(name, *make.pair((0, 1)), *tuned)
     flag = (
-        r"Starts differ between (settings|arms): from scratch, "
+        r"Initial weights differ between (settings|arms): from scratch, "
         r"from trained\s+weights \(trained.th\)"
     )
     assert re.search(flag, texts(unequal.canvas))
-    assert "may have seen the validation images" in unequal.caption
+    assert "may have been trained on the validation images" in unequal.caption
     (equal,) = drawn(name, *make.pair((0, 1)), *make.pair((0, 1), model="resnet8_cifar"))
     assert "Starts" not in texts(equal.canvas)
 

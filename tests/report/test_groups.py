@@ -54,7 +54,7 @@ def test_a_repeat_of_an_arm_and_seed_counts_once_the_latest(make):
     left_out = []
     (arm,) = group(runs(new, old), left_out)
     assert [run.id for run in arm.runs] == [new["id"]]
-    assert "a repeat is not counted twice" in left_out[0][1]
+    assert "superseded by the later" in left_out[0][1]
 
 
 def test_setting_holds_both_quantizers_and_no_flag_where_all_is_equal(make):

@@ -122,7 +122,9 @@ def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
     loaded = load([str(tmp_path)])
     assert [run.seed for run in loaded.runs] == [2]
     assert len(loaded.left_out) == 2
-    assert all(f"different runs with one id ({one['id']})" in reason for reason in reasons(loaded))
+    assert all(
+        f"different runs with the same id ({one['id']})" in reason for reason in reasons(loaded)
+    )
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "record.json").write_text(
         json.dumps(one)

@@ -108,7 +108,8 @@ def test_ste_finding_follows_the_intervals(make):
         return finding("ste", *records).answer
 
     assert answer(*arms(3.0)).startswith("It helps in 4 of 4 comparisons")
-    assert answer(*arms(-3.0)).startswith("No need is shown: below the reference in 4 of 4")
+    below = "It does not help: accuracy is below the reference in 4 of 4"
+    assert answer(*arms(-3.0)).startswith(below)
     none = "No conclusion (no interval) with the scaled STE and floor weights."
     assert answer(*arms(3.0, seeds=(0,))) == none
     assert finding("ste", *make.pair()) is None
@@ -144,7 +145,7 @@ def test_a_collapsed_seed_is_named_and_supports_no_claim(make):
     )
     assert all("a seed collapsed" in line for line in found.lines)
     (group,) = compare(*learned[:-1], failed).by_factor["model.ste"]
-    assert group.flags == ("Collapsed: scaled seed 2 stayed near guessing (11.0 % on average).",)
+    assert group.flags == ("Collapsed: scaled seed 2 stayed near chance (11.0 % on average).",)
     (table,) = [t for t in tables.build(compare(*learned[:-1], failed)) if t.name == "differences"]
     assert all("Collapsed: scaled seed 2" in row["flags"] for row in table.rows)
     (whole,) = compare(*learned).by_factor["model.ste"]
@@ -176,7 +177,7 @@ def test_activation_finding(make):
     assert kept.startswith(f"No loss is shown in any {with_floor}; effects of up to")
     with_round = "4 of 4 comparisons with clamp_round activations and round weights"
     assert lost.startswith(f"lose accuracy in {with_round}, by up to 20")
-    assert "Of 8 such intervals, about 0.4 exclude 0 by chance" in found.answer
+    assert "Of 8 such intervals, about 0.4 are expected to exclude 0 by chance" in found.answer
     alone = finding("activations_source", *(r for r in records if r["seed"] == 0))
     assert alone.answer.startswith("No conclusion (no interval) with")
     assert finding("activations_source", *make.pair()) is None
@@ -184,10 +185,7 @@ def test_activation_finding(make):
 
 def test_qt_gap_finding(make):
     found = finding("qt_gap", *make.pair())
-    assert (
-        found.answer == "floor loses nothing at a trained width; "
-        "round loses up to 60.0 points at a trained width."
-    )
+    assert found.answer == "At trained widths, floor loses nothing; round loses up to 60.0 points."
     assert any("round: truncation costs most at 2 bits" in line for line in found.lines)
 
 
@@ -195,9 +193,9 @@ def test_cost_of_truncated_activations_is_not_attributed_to_weights(make):
     both = make.pair((0,), model_activations="clamp_round_truncate")
     both[1]["widths"]["2"]["truncate"] -= 7.0
     assert finding("qt_gap", *make.pair(), *both).answer == (
-        "floor loses nothing at a trained width; round loses up to 60.0 points at a trained width; "
-        "floor with activations truncated too loses up to 7.0 points at a trained width; "
-        "round with activations truncated too loses up to 60.0 points at a trained width."
+        "At trained widths, floor loses nothing; round loses up to 60.0 points; "
+        "floor with activations truncated too loses up to 7.0 points; "
+        "round with activations truncated too loses up to 60.0 points."
     )
 
 

@@ -9,7 +9,7 @@ from tq_lightning.report.stats import mean_interval
 
 
 def flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
-    """Return sentences for the figure on inequalities between the named arms of a comparison."""
+    """Return sentences on unequal budgets or seeds of the named arms, and on collapsed seeds."""
     out = []
     budgets = {name: arm.budget for name, arm in arms}
     seeds = {name: ",".join(map(str, arm.seeds)) for name, arm in arms}
@@ -24,10 +24,10 @@ def flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
 def collapsed(arm: Arm, name: str = "") -> list[str]:
     """Name the seeds that failed to train while the other seeds of the arm learned.
 
-    The gain of a seed is its mean quantized accuracy at the trained widths minus that of guessing.
-    A seed has collapsed if the median gain of the others is more than 5 points, and its own gain is
-    less than a fifth of the median. A perplexity counts as 100 (1 - log perplexity / log
-    vocabulary).
+    The gain of a seed is its mean quantized accuracy at the trained widths minus chance accuracy.
+    A seed has collapsed if the median gain of the others is more than 5 points and its own gain is
+    less than a fifth of the median. A perplexity is converted to an accuracy as
+    100 (1 - log perplexity / log vocabulary).
     """
     classes = arm.runs[0].config.get("model.num_classes") or CLASSES.get(str(arm["data.name"]))
     guess = 100 / classes if isinstance(classes, int) else 0.0
@@ -45,9 +45,9 @@ def collapsed(arm: Arm, name: str = "") -> list[str]:
     for seed, gain in gains.items():
         others = sorted(g for s, g in gains.items() if s != seed) or [0.0]
         if (median := others[len(others) // 2]) > 5.0 and gain < 0.2 * median:
-            near = f"near guessing ({gain + guess:.1f} % on average)"
+            near = f"near chance ({gain + guess:.1f} % on average)"
             if arm.metric.lower_is_better:
-                near = "near guessing"
+                near = "near chance"
             out.append(f"Collapsed: {f'{name} seed {seed}'.strip()} stayed {near}.")
     return out
 
@@ -58,18 +58,18 @@ def _rated(perplexity: float | None, vocabulary: int) -> float | None:
 
 def flags_of(groups: list) -> list[str]:
     """Return the flags of a figure with several groups, without duplicates."""
-    bearers: dict[str, list[str]] = {}
+    flagged: dict[str, list[str]] = {}
     for group in groups:
         for flag in group.flags:
-            bearers.setdefault(flag, []).append(group.label)
+            flagged.setdefault(flag, []).append(group.label)
     every = len(groups) if len(groups) > 1 else 0
-    names = {f: "all settings" if len(of) == every else "; ".join(of) for f, of in bearers.items()}
+    names = {f: "all settings" if len(of) == every else "; ".join(of) for f, of in flagged.items()}
     own = [f"{of}: {flag}" for flag, of in names.items()]
     return [*own, *between([[arm for _, arm in group.arms] for group in groups], "settings")]
 
 
 def between(parts: list[list[Arm]], what: str) -> list[str]:
-    """Return flags for budgets or starts that differ between parts but not within a part."""
+    """Return flags for budgets or initial weights that differ between parts, not within one."""
     budgets = {frozenset(run.budget for arm in arms for run in arm.runs) for arms in parts}
     out = []
     if len(budgets) > 1:
@@ -81,7 +81,7 @@ def between(parts: list[list[Arm]], what: str) -> list[str]:
     starts = {frozenset(arm.start for arm in arms) for arms in parts}
     if len(starts) > 1:
         listed = ", ".join(sorted(frozenset().union(*starts)))
-        out.append(f"Starts differ between {what}: {listed}.")
+        out.append(f"Initial weights differ between {what}: {listed}.")
     return out
 
 
@@ -113,7 +113,7 @@ def mixed(part: Iterable[Arm]) -> list[str]:
         out.append(f"Only {share}, so all are shown on the validation split.")
     if count < len(runs) and any(run.config.get(START) for run in runs):
         start = "Some runs start from trained weights"
-        out.append(f"{start}, whose own training may have seen the validation images.")
+        out.append(f"{start}, which may have been trained on the validation images.")
     if any(record.dirty for record in records):
         out.append("Some runs come from a working tree with uncommitted changes.")
     return out

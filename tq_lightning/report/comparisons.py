@@ -19,8 +19,8 @@ from tq_lightning.report.labels import (
 from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
 
-# Compared keys -> reference values: the first of these that a group has, or else its first value in
-# order. Quantizers are compared separately, in the rows of the paper.
+# Compared keys and their reference values, by preference. A group without any of these uses its
+# first value. Quantizers are compared separately, in the rows of the paper.
 FACTORS: dict[str, tuple[str, ...]] = {
     "model.ste": ("identity",),
     "model.level": ("endpoint", "centre", "centroid"),
@@ -55,7 +55,7 @@ class ComparisonGroup:
 
     @property
     def first(self) -> Arm:
-        """The first arm: it has every setting that the others share."""
+        """The first arm, which has every setting that all arms share."""
         return self.arms[0][1]
 
     @property
@@ -87,7 +87,7 @@ class ComparisonGroup:
 
     @property
     def rows(self) -> list[tuple[str, Arm, str]]:
-        """The paper's rows, (name, arm, source): both sources, or only truncated if nested."""
+        """The paper's rows as (name, arm, source). Nested arms have only a truncated row."""
         out = [
             (f"{value}, {source}d", arm, source)
             for source in ("quantize", "truncate")
@@ -98,7 +98,7 @@ class ComparisonGroup:
 
     @property
     def is_papers(self) -> bool:
-        """True if the arms match the paper's table, so that its numbers can be shown beside."""
+        """True if the arms match the paper's table, so that its numbers can be shown with them."""
         arm = self.first
         expansions = {str(v or 1) for k, v in arm.config.items() if k.endswith("expansion")}
         fixed = (arm["model.name"], arm["data.name"], arm[ACTIVATIONS_SOURCE])
@@ -126,7 +126,7 @@ class Comparisons:
 
     @cached_property
     def by_metric(self) -> list["Comparisons"]:
-        """One part per metric, because metrics are never mixed; the first has everything else."""
+        """One part per metric, since metrics are never mixed. The first has the other records."""
         parts = [[arm for arm in self.arms if arm.metric == metric] for metric in TASKS.values()]
         parts = [arms for arms in parts if arms] or [[]]
         rest = [Comparisons(arms, [], [], self.ignore) for arms in parts[1:]]
@@ -144,7 +144,7 @@ class Comparisons:
 
     @cached_property
     def by_quantizer(self) -> list[ComparisonGroup]:
-        """Groups for the paper's rows: with nested and other codes, or else with one kind."""
+        """Groups for the paper's rows: nested and other codes if possible, else one kind."""
         ignore = {*self.ignore, "model.ste"}
         for required in ({True, False}, {False}, set()):
             enough = partial(lambda kinds, arms: kinds <= {arm.nested for arm in arms}, required)
@@ -154,7 +154,7 @@ class Comparisons:
 
     @cached_property
     def by_factor(self) -> dict[str, list[ComparisonGroup]]:
-        """{key of FACTORS: groups in which it has two or more values}."""
+        """Groups in which a key of FACTORS has two or more values, by key."""
         found = {}
         for key in FACTORS:
             enough = partial(lambda key, arms: len(_values(arms, key)) > 1, key)
@@ -171,7 +171,7 @@ def gather(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:
 
 
 def has_collapsed(*arms: Arm) -> bool:
-    """Return True if a seed of the arms failed to train, so that their means support no claim."""
+    """Return True if a seed of the arms failed to train, so that their means are not usable."""
     return any(collapsed(arm) for arm in arms)
 
 
@@ -225,7 +225,7 @@ def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
 
 
 def _named(part: list[Arm], factor: str, ignored: set[str]) -> tuple[tuple[str, Arm], ...]:
-    """Name each arm by the value of its factor, with other differing keys if values repeat."""
+    """Name each arm by the value of its factor, and by other differing keys if values repeat."""
     names = [text(arm[factor]) for arm in part]
     known = {factor, "model.ste"} if factor == "model.quantizer" else {factor}
     differing = sorted(varying([arm.config for arm in part]) - known)

@@ -1,4 +1,4 @@
-"""The data frame of a report: one row per run, source and width, with every accuracy."""
+"""The data frame of a report: one row per run, source and width, with all accuracies."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ FACTS += ("model.normalizer", "model.norm", "model.scale")
 def rows(arms: list[Arm]) -> list[dict[str, Any]]:
     """Return rows: accuracies in %, qt_gap in points, bytes_read in bytes, disagree as a share.
 
-    A language model has `val_ppl` and so on in place of `val_acc1`.
+    A language model has perplexities in place of accuracies, such as `val_ppl`.
     """
     return [
         _row(number, arm, run, source, width)

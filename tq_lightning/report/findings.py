@@ -62,11 +62,11 @@ def title(comparisons: Comparisons) -> str:
     if comparisons.arms:
         what = "Accuracy" if comparisons.metric is ACC1 else "Perplexity"
         return f"{what} of truncated weights in {counted(len(comparisons.arms), 'arm')}"
-    return f"What {counted(len(comparisons.inspects), 'model')} cost in bytes and energy"
+    return f"Size and energy of {counted(len(comparisons.inspects), 'model')}"
 
 
 def message(group: ComparisonGroup) -> tuple[float, str] | None:
-    """Return (largest QT gap, a sentence with the accuracies at its width), or None without gaps.
+    """Return (largest QT gap, sentence with the accuracies at its width), or None without a gap.
 
     Example: (28.2, "Truncated to 2 bits, round goes from 63.7 to 35.5 % and floor stays at 64 %").
     """
@@ -105,7 +105,7 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
             if max(abs(e.mean) for _, e in found) < 0.005:
                 cost = "truncation costs nothing at any trained width"
             lines.append(f"{group.label}, {value}: {cost} ({SPLIT_WORDS[group.split]}).")
-            # Truncated activations lose accuracy too, independent of the weights.
+            # Truncated activations lose accuracy too, independently of the weights.
             too = " with activations truncated too" if arm[ACTIVATIONS_SOURCE] == "truncate" else ""
             name = f"{arm['model.quantizer']}{too}"
             if not has_collapsed(arm):
@@ -116,12 +116,13 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
         n: f"up to {m:.{metric.digits}f} {metric.gap_unit}" if m >= 0.05 else "nothing"
         for n, m in worst.items()
     }
-    answer = "; ".join(f"{name} loses {cost} at a trained width" for name, cost in costs.items())
-    return Finding("What does truncation cost?", f"{answer}.", tuple(lines)) if worst else None
+    answer = "; ".join(f"{name} loses {cost}" for name, cost in costs.items())
+    answer = f"At trained widths, {answer}."
+    return Finding("What does truncation cost?", answer, tuple(lines)) if worst else None
 
 
 def _against_quantized(group: ComparisonGroup) -> list[str]:
-    """Compare a truncated nested quantizer with a quantized other one, one line per group."""
+    """Compare a truncated nested quantizer with another quantizer's quantized weights."""
     nested = [(value, arm) for value, arm in group.arms if arm.nested]
     others = [(value, arm) for value, arm in group.arms if not arm.nested]
     if not nested or not others:
@@ -151,7 +152,7 @@ def compared(comparisons: Comparisons, key: str) -> list[Compared]:
 
 
 class Question(NamedTuple):
-    """A question about one key, the words of its answers, and the name of each answer."""
+    """A question about one key, the phrases of its answers, and a function that names them."""
 
     question: str
     above: str
@@ -168,8 +169,8 @@ QUESTIONS = {
     "model.ste": Question(
         "Is the scaled STE needed (open question 1 of the paper)?",
         "It helps",
-        "No need is shown: below the reference",
-        "No need is shown",
+        "It does not help: accuracy is below the reference",
+        "No benefit is shown",
         lambda c: f"the {c.value} STE and {_weights(c)}",
     ),
     ACTIVATIONS_SOURCE: Question(
@@ -212,13 +213,13 @@ QUESTIONS = {
 
 
 def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
-    """Answer a question for each of its names, from the usable comparisons."""
+    """Answer a question from its usable comparisons, with one sentence per name."""
     words, found = QUESTIONS[key], compared(comparisons, key)
     names = dict.fromkeys(map(words.name, found))
     answer = " ".join(_answer(words, n, [c for c in found if words.name(c) == n]) for n in names)
     tested = [c for c in found if c.usable]
     if any(c.difference.sign for c in tested):
-        chance = f"about {(1 - LEVEL) * len(tested):.1f} exclude 0 by chance"
+        chance = f"about {(1 - LEVEL) * len(tested):.1f} are expected to exclude 0 by chance"
         answer += f" (Of {len(tested)} such intervals, {chance}.)"
     if left := sum(c.collapsed for c in found):
         where = "; ".join(dict.fromkeys(c.group.label for c in found if c.collapsed))

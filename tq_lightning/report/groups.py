@@ -1,4 +1,4 @@
-"""Arms: runs with equal configurations, except for the seed and keys without effect on results."""
+"""Arms: runs with equal configurations, except for the seed and keys that don't affect results."""
 
 import json
 import re
@@ -17,8 +17,8 @@ from tq_lightning.report.labels import (
 )
 from tq_lightning.report.runs import Run
 
-# Keys that do not affect the result. model.num_classes follows from the data set: it is null, or
-# the number after a resume.
+# Keys that do not affect the result. model.num_classes is determined by the data set: it is null in
+# a new run and a number in a resumed one.
 NOT_AN_ARM = re.compile(
     r"^(seed_everything|config|ckpt_path|verbose|weights_only|checkpoint_every_n_steps)$"
     r"|^trainer\.(default_root_dir|logger|callbacks|plugins|profiler|accelerator|enable_\w+)(\.|$)"
@@ -40,7 +40,7 @@ BUDGET = re.compile(
 )
 PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
 TRUNCATED = "_truncate"  # suffix of activations that are truncated like the weights
-# Keys that every table shows, in the order by which arms are sorted.
+# Keys that every table shows. Arms are sorted by them, in this order.
 MAIN_KEYS: tuple[str, ...] = ("data.name", "model.name", "model.quantizer", "model.ste")
 MAIN_KEYS += ("model.level", "model.activations")
 
@@ -107,10 +107,10 @@ def arm_config(run: Run) -> dict[str, Any]:
     }
     found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
-    if "model.normalizer" in config:  # a run of an earlier version has the default of later choices
+    if "model.normalizer" in config:  # earlier versions did not record these keys
         config = {**ADDED, **config}
-    # Quantizer and source of activations become separate keys, so that each can be compared alone.
-    # Float activations count as not truncated, as the reference of quantized ones.
+    # Split activations into a quantizer and a source, so that each can be compared separately.
+    # Float activations count as not truncated: they are the reference for quantized ones.
     if "model.activations" in config:
         kind = config["model.activations"]
         truncated = isinstance(kind, str) and kind.endswith(TRUNCATED)
@@ -127,14 +127,14 @@ def _listed(value: Any) -> Any:
 
 
 def _shape(value: Any) -> Any:
-    """Reduce a path to its last parts, with # for numbers, because seeds of an arm differ there."""
+    """Reduce a path to its last parts and replace numbers by #, because they vary with the seed."""
     if isinstance(value, str) and PATH_VALUE.search(value):
         return re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", value)[-3:]))
     return value
 
 
 def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
-    """Group runs into arms. The latest run of a seed counts; others are added to `left_out`."""
+    """Group runs into arms. Keep the latest run of each seed; add the others to `left_out`."""
     members: dict[str, tuple[dict[str, Any], list[Run]]] = {}
     for run in runs:
         config = arm_config(run)
@@ -144,8 +144,8 @@ def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
         latest: dict[int | None, Run] = {}
         for run in sorted(of, key=lambda r: (r.record.started or "", r.id)):
             if (older := latest.get(run.seed)) is not None:
-                reason = f"same arm and seed {run.seed} as the later {run.path}: a repeat"
-                left_out.append((older.path, f"{reason} is not counted twice"))
+                reason = f"superseded by the later {run.path} with the same arm and seed {run.seed}"
+                left_out.append((older.path, reason))
             latest[run.seed] = run
         ordered = sorted(latest.values(), key=lambda r: (r.seed is None, r.seed or 0))
         out.append(Arm(config, tuple(ordered)))

@@ -42,7 +42,7 @@ def page(figure_folder: Path, runs: list[Run], **parts: Any) -> str:
 
 
 def _details(run: Run) -> dict[str, Any]:
-    """Return the record without curves, and without metrics that `widths` and `test` include."""
+    """Return the record without curves and without metrics that `widths` and `test` repeat."""
     tree = run.record.tree(without=("curves", "config", "schema", "last", "best"))
     tree["best_epoch"] = run.record.best.epoch if run.record.best else None
     return {"path": run.path, "config": run.record.config, "record": tree}

@@ -38,7 +38,7 @@ def find(inputs: list[str]) -> list[Candidate]:
     for given in inputs:
         for candidate in _expand(given):
             key = str(candidate.path.resolve()) if candidate.path.name else candidate.shown
-            # A study lists pruned trials, so its refusal overrides the folder.
+            # A study lists pruned trials, so its refusal takes precedence over the folder.
             if key not in found or (candidate.refusal and not found[key].refusal):
                 found[key] = candidate
     return list(found.values())
@@ -119,24 +119,24 @@ def _looks_like_inspect(path: Path) -> bool:
 
 
 def _from_study(storage: str, path: Path | None) -> list[Candidate]:
-    """List the trials of every study of a storage; their attribute "record" is the path."""
+    """List the trials of every study in a storage. Their attribute "record" is the path."""
     if storage.startswith("sqlite:///") and not Path(storage.removeprefix("sqlite:///")).exists():
         raise UserError(f"{storage}: no such SQLite file; pass the storage of the sweep")
     name = shown(path) if path else hide_password(storage)
     try:
         trials = _trials(storage)
-    except Exception as error:  # Optuna and its drivers raise many kinds
+    except Exception as error:  # Optuna and its drivers raise many exception types
         reason = first_line(error.__cause__ or error).strip()  # Optuna's message has no reason
         raise UserError(f"{name}: not readable as an Optuna study: {reason}") from error
     out = [_from_trial(f"{name}, study {s}, trial {t.number}", t, path) for s, t in trials]
     if not any(candidate.path.name for candidate in out):
-        count = f"none of the {len(out)} trials points to a record (user attribute 'record')"
+        count = f"none of the {len(out)} trials has a record (user attribute 'record')"
         raise UserError(f"{name}: {count}")
     return out
 
 
 def _refusals(study: Path) -> list[Candidate]:
-    """Return the trials that a study beside the records excludes; none if it is unreadable."""
+    """Return the trials that the study next to the records excludes; empty if it is unreadable."""
     try:
         return [c for c in _from_study(f"sqlite:///{study}", study) if c.refusal]
     except UserError:
@@ -164,7 +164,7 @@ def _trials(storage: str) -> list[tuple[str, Any]]:
 
 
 def _from_trial(name: str, trial: Any, study_file: Path | None) -> Candidate:
-    """Return the record of a trial, also if the study was moved together with its records."""
+    """Find the record of a trial, even if the study and its records were moved together."""
     state = trial.state.name.lower()
     given = trial.user_attrs.get("record")
     if not given:

@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-ACTIVATIONS_SOURCE = "model.activations_source"  # added by the report; not a configuration key
-CALIBRATION = "calibration"  # likewise
+# Keys that the report adds to a configuration.
+ACTIVATIONS_SOURCE = "model.activations_source"
+CALIBRATION = "calibration"
 
 # Default values, which labels omit.
 USUAL: dict[str, Any] = {
@@ -33,9 +34,9 @@ ENERGIES = {
 PARTS = {"weights": "quantized weights", "float": "left in float", "norms": "norm layers"}
 PARTS |= {"scales": "scales"}
 METHOD = (
-    "Intervals are 95 % t intervals over seeds (mean ± t·s/√n); a single seed has none. "
-    "Differences are paired by seed if both arms have the same seeds, and Welch's otherwise. "
-    "There is no correction for multiple comparisons."
+    "Intervals are 95 % t intervals over seeds (mean ± t·s/√n). An arm with one seed has no "
+    "interval. Differences are paired by seed if both arms have the same seeds; otherwise their "
+    "interval is Welch's. Intervals are not corrected for multiple comparisons."
 )
 DEFINITIONS = {
     "Arm": "one configuration, trained with one or more seeds.",
@@ -47,12 +48,12 @@ PERPLEXITY = {
     "Perplexity": "exponential of the mean cross-entropy of the labeled tokens; lower is better.",
     "QT gap (perplexity)": "perplexity truncated minus perplexity quantized.",
 }
-# Classes of the built-in data sets, which give the accuracy of guessing.
+# Classes of the built-in data sets, which give the chance accuracy.
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "svhn": 10, "mnist": 10}
 
 
 def labels(arms: list[Any], left_out: set[str]) -> list[str]:
-    """Label arms with model, data, and unusual values that distinguish them, except `left_out`."""
+    """Label arms by model, data set and distinguishing non-default values, except `left_out`."""
     heads = [f"{text(arm['model.name'])} · {text(arm['data.name'])}" for arm in arms]
     out = []
     for head, arm in zip(heads, arms, strict=True):
@@ -83,7 +84,7 @@ def _extra(key: str, value: Any) -> str:
 
 
 def wrapped(label: str, width: int) -> str:
-    """Break a label between its parts into lines of about `width` characters."""
+    """Wrap a label between its parts, in lines of about `width` characters."""
     lines = [""]
     for part in label.split(" · "):
         longer = f"{lines[-1]} · {part}" if lines[-1] else part
@@ -97,12 +98,12 @@ def energy_name(kind: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return `1 seed`, `8 bits`."""
+    """Format a number with its noun: `1 seed`, `8 bits`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Format the smallest to the largest value, or one value if both are printed alike."""
+    """Format the range of the values, or one value if both ends are printed alike."""
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return low if low == high else f"{low} to {high}"
 

@@ -22,5 +22,5 @@ def energies(records: list[InspectRecord]) -> dict[str, Energy]:
 
 
 def ratio(record: InspectRecord, scheme: str) -> float:
-    """Return the bytes of the float parameters, 4 each, over those of a scheme."""
+    """Return the size of the float parameters, 4 bytes each, divided by the size of a scheme."""
     return 4 * record.parameters / record.ways[scheme].total

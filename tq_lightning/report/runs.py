@@ -1,4 +1,4 @@
-"""Read records: keep finished, unique ones and list the others with a reason."""
+"""Read records. Keep finished, unique ones and list the others with a reason."""
 
 import functools
 import json
@@ -78,7 +78,7 @@ class Run:
 
 @dataclass
 class Loaded:
-    """Usable runs, inspect records, and (path, reason) of what was left out."""
+    """Usable runs, inspect records, and (path, reason) of every file that was left out."""
 
     runs: list[Run]
     inspects: list[InspectRecord]
@@ -86,7 +86,7 @@ class Loaded:
 
 
 def load(inputs: list[str], full_paths: bool = False) -> Loaded:
-    """Read all records under `inputs`; `full_paths` keeps absolute paths of the machine.
+    """Read all records under `inputs`. `full_paths` keeps absolute paths of the machine.
 
     Raises:
         UserError: an input does not exist, or no record is usable.
@@ -123,23 +123,25 @@ def read(candidate: Candidate) -> tuple[Record | InspectRecord | None, str]:
         reason = (record.reason or "no reason given").splitlines()[0]
         return None, printable(f"unfinished: status {record.status} ({reason})")
     if not record.widths:
-        return None, "no widths: a float run has nothing to compare"
+        return None, "a float run: it has no widths to compare"
     return record, ""
 
 
 def _one_of(same: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any:
-    """Return one (path, record) of those with one id, or None if they contradict each other.
+    """Choose the (path, record) to use among copies, or return None if they contradict each other.
 
-    A copy from before `test` added its block (W&B keeps one) is not a contradiction.
+    A copy made before `test` added its block (W&B keeps one) is not a contradiction.
     """
     texts = [_texts(record) for _, record in same]
     same = sorted(same, key=lambda r: (getattr(r[1], "test", None) is None, r[0].count("/")))
     path, record = same[0]
     if len({text for text, _ in texts}) > 1 or len({test for _, test in texts if test}) > 1:
         paths = ", ".join(p for p, _ in same)
-        left_out += [(p, f"different runs with one id ({record.id}): {paths}") for p, _ in same]
+        left_out += [
+            (p, f"different runs with the same id ({record.id}): {paths}") for p, _ in same
+        ]
         return None
-    left_out += [(p, f"a copy of {path} (id {record.id}): counted once") for p, _ in same[1:]]
+    left_out += [(p, f"a copy of {path} (id {record.id}), counted once") for p, _ in same[1:]]
     return path, record
 
 
@@ -152,21 +154,20 @@ def _texts(record: Record | InspectRecord) -> tuple[str, str]:
 
 
 def _published(record: Any, full_paths: bool) -> Any:
-    """Return a record that can be printed, with absolute paths shortened unless `full_paths`."""
+    """Return a record that can be published: absolute paths are shortened unless `full_paths`."""
     tree = record.tree()
     return parse(_walk(tree, printable) if full_paths else shorten(tree))
 
 
 def _run(path: str, record: Record, full_paths: bool) -> Run:
-    config = flatten(
-        _walk(record.config, printable)
-    )  # arms differ by their paths, so these are kept
+    # Arms can differ in their paths, so the configuration keeps them.
+    config = flatten(_walk(record.config, printable))
     seed = record.seed if record.seed is not None else config.get("seed_everything")
     return Run(record.id, path, seed, config, _published(record, full_paths))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten {"model": {"name": x}} to {"model.name": x}; lists stay values."""
+    """Flatten {"model": {"name": x}} to {"model.name": x}. Lists are not flattened."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -180,7 +181,7 @@ def shorten(value: Any) -> Any:
 
 
 def _walk(value: Any, change: Any) -> Any:
-    """Apply `change` to every string; lists of numbers, most of a record, are returned as is."""
+    """Apply `change` to every string. Lists of numbers are returned as they are, for speed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

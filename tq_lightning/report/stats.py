@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats imports for a second
+from scipy.special import stdtrit  # quantile of Student's t; importing scipy.stats takes a second
 
 from tq_lightning.records import ACC1, Metric
 from tq_lightning.report.groups import Arm
@@ -29,7 +29,7 @@ class Estimate:
     mean: float
     half: float | None
     values: tuple[float, ...] = ()
-    digits: int = 1  # after the point, in a text
+    digits: int = 1  # decimal places in text
 
     @property
     def low(self) -> float:
@@ -61,25 +61,25 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 if the interval shows a above b, -1 if below, 0 if it includes 0 or does not exist."""
+        """1 if the interval is above 0, -1 if it is below, 0 if it includes 0 or is missing."""
         if self.estimate.half is None or self.estimate.low <= 0.0 <= self.estimate.high:
             return 0
         return 1 if self.estimate.mean > 0 else -1
 
     @property
     def interval(self) -> str:
-        """`[+0.40, +2.00]`, with digits that show the side of 0, or nothing without an interval."""
+        """The interval as text, `[+0.40, +2.00]`; empty if there is no interval."""
         ends = [number(end, 2, "+") for end in (self.estimate.low, self.estimate.high)]
         return "" if self.estimate.half is None else f"[{', '.join(ends)}]"
 
     def verdict(self) -> str:
-        """Return the conclusion for the cell of a table."""
+        """Return the conclusion for a table cell."""
         if self.estimate.half is None:
             return "one seed: no interval"
         return {1: "a above b", -1: "a below b", 0: "no difference shown"}[self.sign]
 
     def words(self, a: str, b: str) -> str:
-        """Return `floor is above round by 1.20 points [+0.40, +2.00], paired`."""
+        """Describe the difference: `floor is above round by 1.20 points [+0.40, +2.00], paired`."""
         mean = f"{a} - {b} = {number(self.estimate.mean, 2, '+')} {self.unit}"
         if self.estimate.half is None:
             return f"{mean}, one seed: no interval, no conclusion"
@@ -104,8 +104,8 @@ def difference(
 ) -> Difference:
     """Compute the difference a - b of two arms, each given as {seed: value}.
 
-    It is paired by seed if both have the same two or more seeds. Otherwise it is Welch's t
-    (Welch 1947, unequal variances), without an interval if an arm has one seed.
+    The interval is paired by seed if both arms have the same two or more seeds. Otherwise it is
+    Welch's (Welch 1947, unequal variances). There is no interval if an arm has one seed.
     """
     if set(a) == set(b) and len(a) > 1 and None not in a:
         pairs = [a[seed] - b[seed] for seed in sorted(a, key=str)]
@@ -123,7 +123,7 @@ def difference(
 
 
 def split_of(runs: Sequence[Run]) -> str:
-    """Return "test" if every run has a whole test block, else "val": the two are never mixed."""
+    """Return "test" if every run has a complete test block, else "val"; splits are never mixed."""
     return "test" if runs and all(run.has_test for run in runs) else "val"
 
 
@@ -155,7 +155,7 @@ def compare(
 
 
 def gap(arm: Arm, width: int, split: str) -> Difference | None:
-    """Return the QT gap of an arm at `width` bits: what truncation costs, in its unit."""
+    """Return the QT gap of an arm at `width` bits, in the unit of its metric."""
     better, worse = "quantize", "truncate"
     if arm.metric.lower_is_better:
         better, worse = worse, better

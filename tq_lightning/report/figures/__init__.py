@@ -1,7 +1,7 @@
-"""The figures of a report: one function and one row of FIGURES each.
+"""The figures of a report. Each is one function and one row of FIGURES.
 
-A function returns its figures, and notes on data that it does not draw. It returns no figure if
-there is nothing to compare.
+A function returns its figures, and notes on data that it does not draw. The list of figures is
+empty if there is nothing to compare.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tq_lightning.report.figures.accuracy import Drawing, factor
 from tq_lightning.report.figures.style import Figure, styled
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 
-# Figures of one section are adjacent.
+# Keep the figures of a section next to each other.
 FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "qt_gap": accuracy.qt_gap,
     "mechanism": model_cost.mechanism,

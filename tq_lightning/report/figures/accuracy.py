@@ -32,7 +32,7 @@ def capped(
     if len(groups) <= most:
         return groups, []
     chosen = sorted(groups, key=lambda group: -len(group.runs))[:most]
-    rest = f"the {most} with most runs are drawn; the tables hold all."
+    rest = f"the {most} with the most runs are drawn; the tables list all."
     return [g for g in groups if g in chosen], [f"{what}: {len(groups)} settings, {rest}"]
 
 
@@ -96,7 +96,7 @@ def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
 
 
 def factor(comparisons: Comparisons, key: str, section: str) -> Drawing:
-    """Draw the truncated accuracy for each value of one key, and its difference to a reference.
+    """Draw the truncated accuracy for each value of a key, and its difference from a reference.
 
     A figure has up to three groups with the same reference, one column each.
     """
@@ -145,12 +145,12 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         entries |= dict(zip(*reversed(top.get_legend_handles_labels()), strict=True))
     arms = [arm for group in groups for _, arm in group.arms]
     grid[0][0].set_ylabel(f"{metric.truncated}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
-    grid[1][0].set_ylabel(f"difference to\n{base} [{metric.gap_unit}]")
+    grid[1][0].set_ylabel(f"difference from\n{base} [{metric.gap_unit}]")
     style.clip(grid[0][0], metric)
     body.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=4)
     weights = " and ".join(sorted({str(arm["model.quantizer"]) for arm in arms}))
     caption = (
-        f"Top: {metric.name} by width of {weights} weights, truncated. Bottom: difference to "
+        f"Top: {metric.name} by width of {weights} weights, truncated. Bottom: difference from "
         f"{base}; an interval that includes 0 shows no difference. Dots: seeds, or pairs of "
         f"seeds. Hollow: width not trained. {METHOD}"
     )
@@ -171,7 +171,7 @@ def _in(metric: Metric) -> str:
 def _ranges(
     found: dict[tuple[ComparisonGroup, str], dict[int, Estimate]], base: str, metric: Metric
 ) -> str:
-    """Return `scaled minus identity is -8.4 to +0.6 points at trained widths`, for each value."""
+    """Describe each value: `scaled minus identity is -8.4 to +0.6 points at trained widths`."""
     spans: dict[str, list[float]] = {}
     for (group, value), points in found.items():
         arm = dict(group.arms)[value]
@@ -187,7 +187,7 @@ def _ranges(
 
 
 def curves(comparisons: Comparisons) -> Drawing:
-    """Draw truncated validation accuracy by epoch: a line per trained width, a panel per arm."""
+    """Draw truncated validation accuracy by epoch, one line per trained width, a panel per arm."""
     groups, notes = capped(comparisons.by_quantizer, "Training curves")
     made, few = [], []
     for group in groups:
@@ -198,12 +198,12 @@ def curves(comparisons: Comparisons) -> Drawing:
             few.append(group.label)
     if few:
         listed = "; ".join(few)
-        notes = [*notes, f"Training curves are drawn from three validations on; fewer: {listed}."]
+        notes = [*notes, f"Training curves need at least three validations. Omitted: {listed}."]
     return made, notes
 
 
 def _epochs(arm: Arm, width: int) -> dict[int, list[float]]:
-    """{epoch: truncated validation accuracies over the seeds} at `width` bits."""
+    """Return {epoch: truncated validation accuracies over the seeds} at `width` bits."""
     out: dict[int, list[float]] = {}
     key = f"val/{arm.metric.key}_truncate_w{width}"
     for run in arm.runs:

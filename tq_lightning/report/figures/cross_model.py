@@ -15,15 +15,12 @@ from tq_lightning.report.labels import spread
 from tq_lightning.report.stats import Estimate, gap, mean_interval, score, split_of
 
 LOW_BITS = (1, 2)
-EXTRAS = (
-    "model.level",
-    "model.activations",
-    labels.ACTIVATIONS_SOURCE,
-)  # shown in a legend unless it has the default
+# Keys that a legend shows unless they have their default.
+EXTRAS = ("model.level", "model.activations", labels.ACTIVATIONS_SOURCE)
 
 
 def robustness(comparisons: Comparisons) -> Drawing:
-    """Draw top-1 at 1 and 2 bits for the rows of the paper, a line per setting."""
+    """Draw top-1 at 1 and 2 bits for the rows of the paper, one line per setting."""
     groups, notes = capped(comparisons.by_quantizer, "Low-bit robustness")
     if len(groups) < 2:
         return [], notes
@@ -78,7 +75,7 @@ def robustness(comparisons: Comparisons) -> Drawing:
 
 
 def pareto(comparisons: Comparisons) -> Drawing:
-    """Draw truncated accuracy against the bytes read to run at a width, a figure per data set."""
+    """Draw truncated accuracy against the bytes read per width, one figure per data set."""
     by_data: dict[str, list[Arm]] = {}
     for arm in comparisons.paired:
         if all(run.record.bytes and run.record.bytes.planes for run in arm.runs):
@@ -119,7 +116,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
     axes = body.add_subplot()
     every: Any = {"label": "every arm at each width", "color": "#aaaaaa", "ms": 4, "zorder": 1}
     axes.plot([p[0] for p in points], [p[1].mean for p in points], ".", **every)
-    seen: Counter[str] = Counter()  # arms of one color and marker differ in their line style
+    seen: Counter[str] = Counter()  # arms with the same color and marker get different line styles
     for arm in arms:
         own = {size: e for size, e, a, _ in points if a is arm}
         if any((size, e.mean) in front for size, e in own.items()):
@@ -148,8 +145,8 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
     caption = (
         "Each point is the mean of an arm at one width (digits: bits) over seeds, "
         f"{labels.SPLIT_WORDS[split]}. "
-        "Bars: 95 % t interval of the arms on the front, which is the front of the means. Bytes: "
-        "planes read, layers left in float, scales, and the norm layers of that width."
+        "Bars: 95 % t interval of the arms on the front. The front is computed from the means. "
+        "Bytes: planes read, layers left in float, scales, and the norm layers of that width."
     )
     alt = "Pareto front: " + ", ".join(f"{shown(mean)} at {size:.0f} KiB" for size, mean in front)
     text = " ".join([caption, *left, *mixed(arms)])
@@ -172,7 +169,7 @@ def _name(arm: Arm) -> str:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (cost, value) that no other point dominates, by rising cost.
+    """Return the points (cost, value) that no other point dominates, in ascending order of cost.
 
     Example: [(1, 5), (2, 4), (3, 9)] -> [(1, 5), (3, 9)].
     """
@@ -194,7 +191,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     split = split_of([run for arm in arms for run in arm.runs])
     if nested := [(value, arm) for g in groups for value, arm in g.arms if arm.nested]:
         of_nested = [_share(arm, w) for _, arm in nested for w in arm.runs[0].widths]
-        rest = "" if any(e and e.mean for e in of_nested) else "; 0 at every width in each"
+        rest = "" if any(e and e.mean for e in of_nested) else "; all are 0 at every width"
         many = "1 arm" if len(nested) == 1 else f"{len(nested)} arms, the first drawn"
         series[f"{nested[0][0]} ({many}{rest})"] = nested[0][1]
     found = {
@@ -207,7 +204,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     }
     claims = [n for n, arm in series.items() if not arm.nested and not has_collapsed(arm)]
     metric = comparisons.metric
-    title = f"Weight codes that disagree, and the {_name_of(metric).lower()} that they cost"
+    title = f"Weight codes that disagree, and the resulting loss of {_name_of(metric).lower()}"
     if pairs := [found[name][2] for name in claims if 2 in found[name]]:
         wrong: list[float] = [share.mean for share, _ in pairs if share]
         costs: list[float] = [cost.mean for _, cost in pairs if cost]

@@ -22,7 +22,7 @@ PART_LOOKS = {  # slate tones, which no other figure uses
 
 
 def mechanism(comparisons: Comparisons) -> Drawing:
-    """Draw round, round shifted and floor over u, shaded where the bins of both rounds differ."""
+    """Draw the levels of round, shifted round and floor over u; shade where both rounds differ."""
     record = next((r.mechanism for r in comparisons.inspects if r.mechanism), None)
     if record is None:
         return [], []
@@ -30,7 +30,7 @@ def mechanism(comparisons: Comparisons) -> Drawing:
     shares = {bits: 100 * float(where.mean()) for bits, where in wrong.items()}
     worst = max(shares, key=lambda bits: shares[bits])
     title = (
-        f"A right shift cuts where floor cuts: at {counted(worst, 'bit')}, rounding puts "
+        f"A right shift gives the bins of floor: at {counted(worst, 'bit')}, rounding puts "
         f"{shares[worst]:.0f} % of [0, 1] into other bins"
     )
     rows = -(-len(record.bits) // 2)
@@ -68,7 +68,7 @@ def _grid(body: Any, rows: int, columns: int, used: int) -> list[Axes]:
 
 
 def storage(comparisons: Comparisons) -> Drawing:
-    """Draw the bytes to serve every width 1..8: a panel per model, a stacked bar per scheme."""
+    """Draw the bytes to serve the widths 1 to 8, one panel per model, one bar per scheme."""
     records = smallest_first(comparisons.inspects, "ways")
     if not records:
         return [], []
@@ -117,7 +117,7 @@ def _bars(axes: Axes, record: InspectRecord) -> list[str]:
 
 
 def energy(comparisons: Comparisons) -> Drawing:
-    """Draw the energy model, a row per model: each kind spans the widths 1 to 8 on a log axis."""
+    """Draw the energy model on a log axis, one row per model, one line per kind of energy."""
     models = energies(comparisons.inspects)
     if not models:
         return [], []

@@ -1,9 +1,9 @@
-"""The style of all figures, and the writing of their files.
+"""The style of all figures, and the function that writes their files.
 
-Colors have the same meaning in every figure: green for a quantizer whose codes nest (floor), orange
-for one whose codes do not (round), pale if quantized; a ramp from light to dark for widths; red for
-caveats. Markers represent models and are hollow at widths that were not trained. Values of other
-factors have the colors of SERIES, with different line styles for print in gray.
+Colors have the same meaning in every figure. Green is a quantizer whose codes nest (floor), orange
+is one whose codes do not (round); pale tones are quantized weights. Widths range from light to
+dark. Caveats are red. Markers represent models and are hollow at untrained widths. Values of other
+factors have the colors of SERIES, with different line styles for grayscale printing.
 """
 
 import textwrap
@@ -40,7 +40,7 @@ STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "text.parse_math": False,  # a $ in a name is a dollar sign
     "svg.fonttype": "path",
-    "svg.hashsalt": "tq_lightning",  # equal records give equal files
+    "svg.hashsalt": "tq_lightning",  # identical records give identical files
 }
 FLOAT_AT = 9.4  # position of "float" on an axis of widths 1..8
 
@@ -161,7 +161,7 @@ def write(figure: Figure, folder: Path) -> None:
     with styled():
         figure.canvas.set_dpi(200)
         FigureCanvasAgg(figure.canvas).print_png(folder / f"{figure.name}.png")
-        figure.canvas.set_layout_engine("none")  # laid out above; the second format keeps it
+        figure.canvas.set_layout_engine("none")  # keep the layout of the PNG
         svg = FigureCanvasSVG(figure.canvas)
         svg.print_svg(folder / f"{figure.name}.svg", metadata={"Date": None})
 
@@ -170,7 +170,7 @@ def write(figure: Figure, folder: Path) -> None:
 def styled() -> Iterator[None]:
     """Draw with fixed settings, regardless of the user's matplotlibrc."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks
+        warnings.simplefilter("ignore")  # glyphs that the font lacks
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]  # its keys are a Literal
         yield

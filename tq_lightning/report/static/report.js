@@ -16,7 +16,7 @@ for (const box of document.querySelectorAll('.table[data-name]')) {
   for (const control of [input, ...picks])
     for (const kind of ['input', 'change']) control.addEventListener(kind, filter);
   const compare = (a, b) => {
-    // Empty cells last, numbers before words, words with their digits as numbers.
+    // Numbers before words. Digits within words compare as numbers.
     if (typeof a === 'number' && typeof b === 'number') return a - b;
     if (typeof a !== typeof b) return typeof a === 'number' ? -1 : 1;
     return a.localeCompare(b, 'en', {numeric: true});
@@ -41,9 +41,9 @@ const openRun = ({path, config, record}) => {
   const facts = document.createElement('dl');
   const {seed, versions, device, command, started, seconds, epochs, steps} = record;
   const commit = record.commit && record.commit + (record.dirty ? ' (uncommitted changes)' : '');
-  const told = {seed, commit, versions, device, command, started, 'time [s]': seconds, epochs,
+  const details = {seed, commit, versions, device, command, started, 'time [s]': seconds, epochs,
     steps, record: path};
-  for (const [name, value] of Object.entries(told)) {
+  for (const [name, value] of Object.entries(details)) {
     const pairs = value && typeof value === 'object' && Object.entries(value);
     const shown = pairs ? pairs.map(pair => pair.join(' ')).join(', ') : value;
     facts.append(element('dt', name), element('dd', shown ?? 'not recorded'));
@@ -74,10 +74,10 @@ const paint = name => {
   theme.textContent = `Colors: ${name}`;
 };
 let current = 'system';
-try { current = localStorage.getItem('tq-theme') || 'system'; } catch { /* no storage on disk */ }
+try { current = localStorage.getItem('tq-theme') || 'system'; } catch { /* no local storage */ }
 paint(current);
 theme.addEventListener('click', () => {
   current = themes[(themes.indexOf(current) + 1) % themes.length];
-  try { localStorage.setItem('tq-theme', current); } catch { /* lasts as long as the page */ }
+  try { localStorage.setItem('tq-theme', current); } catch { /* kept until the page is closed */ }
   paint(current);
 });

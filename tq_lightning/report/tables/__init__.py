@@ -22,7 +22,7 @@ def build(comparisons: Comparisons) -> list[Table]:
 
 
 def left_out(comparisons: Comparisons) -> Table:
-    """Return the files that were found but not used, with the reason."""
+    """Return the files that were found but not used, each with the reason."""
     rows: list[dict[str, Cell]] = [
         {"record": path, "reason": reason} for path, reason in comparisons.left_out
     ]

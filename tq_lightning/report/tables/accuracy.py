@@ -27,7 +27,7 @@ def _widths(arms: Iterable[Arm]) -> list[int]:
 
 
 def by_width(widths: list[int], cell: Callable[[int], Any], unit: str) -> Row:
-    """Return one cell for each width; a unit in the column header."""
+    """Return one cell per width, with the unit in the column header."""
     return {f"{labels.counted(width, 'bit')}{unit}": _estimate(cell(width)) for width in widths}
 
 
@@ -56,7 +56,7 @@ def headline(comparisons: Comparisons) -> Table:
                 rows[-1]["note"] = " ".join(group.flags)
     metric = comparisons.metric
     what, title = ("Top-1 accuracy", "Accuracy") if metric is ACC1 else ("Perplexity",) * 2
-    caption = f"{what} at each trained width, mean ± half of the 95 % t interval over seeds."
+    caption = f"{what} at each trained width, mean ± half-width of the 95 % t interval over seeds."
     return Table("headline", f"{title} by width", caption, rows)
 
 
@@ -86,7 +86,7 @@ def qt_gap(comparisons: Comparisons) -> Table:
             tail = {"float": _estimate(in_float), "split": of, "flags": notes}
             rows.append({**head, **by_width(widths, cell, ""), **tail})
     name = comparisons.metric.title
-    what = f"{name} and QT gap by width, mean ± half of the 95 % t interval over seeds."
+    what = f"{name} and QT gap by width, mean ± half-width of the 95 % t interval over seeds."
     return Table("qt_gap", "QT gap", f"{what} {labels.METHOD}", rows, ("setting", "row"))
 
 
@@ -148,8 +148,8 @@ def runs(comparisons: Comparisons) -> Table:
             rows.append({**row, "commit": str(run.record.commit)[:8]})
     caption = (
         f"{comparisons.metric.title} of the truncated weights by width, and the largest QT gap at "
-        "a trained width. The button of a run opens its configuration, seed, commit and versions. "
-        "runs.csv holds the full table, one row per run, source and width."
+        "a trained width. Click a run to see its configuration, seed, commit and versions. "
+        "runs.csv has the full table, with one row per run, source and width."
     )
     facets = ("model", "data", "quantizer", "ste", "level", "seed")
     return Table("runs", "Runs", caption, rows, facets)

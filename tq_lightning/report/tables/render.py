@@ -39,7 +39,7 @@ class Table:
 
 
 def text(cell: Cell) -> str:
-    """Return a cell as printed."""
+    """Format a cell."""
     if isinstance(cell, tuple):
         return str(cell[0])
     if cell is None:
@@ -66,19 +66,19 @@ LATEX = {
     **{"±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "µ": r"$\mu$", "√": r"$\surd$"},
     **{"<": r"$<$", ">": r"$>$", "≈": r"$\approx$", "−": "--", "…": r"\ldots{}"},
     **{c: rf"\{c}" for c in "&%$#_{}"},
-    "[": "{[}",  # at the start of a row it would be an argument of the preceding line break
+    "[": "{[}",  # at the start of a row, LaTeX reads [ as an argument of the line break before it
 }
-LAST_SETUP = "\u017f"  # LaTeX stops at letters beyond this one unless they are set up
-PAGE_ROWS = 40  # rows that fit a page
-LONG = 36  # characters beyond which a cell is wrapped
+LAST_SETUP = "\u017f"  # LaTeX fails on letters beyond this one unless they are declared
+PAGE_ROWS = 40  # rows that fit on a page
+LONG = 36  # longer cells are wrapped
 
 
 def latex(table: Table) -> str:
-    r"""Return a booktabs `table`, or a `longtable` in landscape if the rows do not fit a page.
+    r"""Return a booktabs `table`, or a landscape `longtable` if the rows do not fit on a page.
 
-    The first line names the packages it needs. Numbers are aligned right and long text is wrapped.
-    A `table` wider than the text is scaled down. Notes stand below the float, where they may break
-    across pages.
+    The first line names the required packages. Numbers are right-aligned, and long text is wrapped.
+    A `table` wider than the text is scaled down. Notes are placed below the float, where they can
+    break across pages.
     """
     shown = table.shown
     columns = "".join(_column(shown.iloc[:, i].tolist()) for i in range(len(table.columns)))
@@ -110,7 +110,7 @@ def _safe(words: str) -> str:
 def _column(cells: list[str]) -> str:
     """Return the LaTeX specification of a column."""
     if (longest := max(map(len, cells), default=0)) > LONG:
-        # Half an em per letter on about four lines: a narrower column would be taller than a page.
+        # Half an em per letter, about four lines. A narrower column could be taller than a page.
         return rf">{{\raggedright\arraybackslash}}p{{{max(20, longest // 8)}em}}"
     filled = [cell for cell in cells if cell]
     return "r" if filled and all(re.match(r"[-+]?[\d.]", cell) for cell in filled) else "l"
