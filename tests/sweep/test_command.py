@@ -161,7 +161,7 @@ BAD = [
     (["--storage", "sqlite:////nowhere/at/all.db"], "unable to open database file"),
     (["--storage", "nonsense"], "cannot open the storage nonsense: "),
     (["--storage", "sqlite://"], "sqlite:// is an in-memory database"),
-    (["--", "--model.lr=1"], "--model.lr=1: model.lr is searched in"),
+    (["--", "--model.lr=1"], "searches model.lr; remove it from the arguments after --"),
 ]
 
 
@@ -177,7 +177,7 @@ def test_bad_input_is_one_line_and_status_2(write_sweep, tmp_path, stand_in, cap
 def test_sweep_without_a_limit_is_an_error(write_sweep, tmp_path, stand_in, capsys):
     path = write_sweep(method="random")
     assert main(["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]) == 2
-    assert "a random sweep never ends by itself" in capsys.readouterr().err
+    assert "a random sweep does not end by itself" in capsys.readouterr().err
 
 
 def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_in, capsys):
@@ -206,7 +206,7 @@ def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_
         storage=f"sqlite:///{tmp_path}/out/study.db", study_name="foreign"
     ).add_trial(optuna.create_trial(value=1.0))
     assert main(["sweep", str(other), *command, "--study-name", "foreign"]) == 2
-    assert "was not made from a sweep file" in capsys.readouterr().err
+    assert "was not created from a sweep file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

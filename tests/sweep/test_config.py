@@ -235,5 +235,5 @@ def test_extra_arguments_cannot_override_searched_keys(write_sweep):
         != sweep.source
         == with_extra(sweep, []).source
     )
-    with pytest.raises(UserError, match="is searched in"):
+    with pytest.raises(UserError, match=r"searches model\.lr"):
         with_extra(sweep, ["--model.lr=1"])

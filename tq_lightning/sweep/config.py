@@ -1,7 +1,7 @@
 """Read a W&B sweep file into a `Sweep`; every error is found before anything runs.
 
-The keys mean what W&B documents as its sweep configuration. `search_space` translates them for
-Optuna.
+The keys have the meaning that W&B documents for its sweep configuration. `search_space` translates
+them for Optuna.
 """
 
 import dataclasses
@@ -135,7 +135,9 @@ def with_extra(sweep: Sweep, extra: list[str]) -> Sweep:
     for word in extra:
         key = word.removeprefix("--").split("=", 1)[0]
         if key in sweep.parameters:
-            raise UserError(f"{word}: {key} is searched in {sweep.path}; remove it after --")
+            raise UserError(
+                f"{word}: {sweep.path} searches {key}; remove it from the arguments after --"
+            )
     if not extra:
         return sweep
     source = sweep.source | {"extra": list(extra)}
@@ -172,7 +174,7 @@ def _read_metric(raw: Any, path: Path) -> tuple[str | None, str]:
 
 
 def _read_early_terminate(raw: Any, path: Path) -> dict[str, float] | None:
-    """Return the numbers of Hyperband: min_iter, or max_iter with s brackets; eta."""
+    """Return the settings of Hyperband: eta, and min_iter or max_iter with s brackets."""
     if raw is None:
         return None
     where = f"{path}: early_terminate"
@@ -214,7 +216,7 @@ def _read_command(command: Any, path: Path) -> tuple[tuple[str, ...], dict[str, 
     for word in arguments:
         if word.startswith("${"):
             raise UserError(
-                f"{where}: {word} is not supported after `fit`; only ${{args}} is, as the last word"
+                f"{where}: {word} is not supported after `fit`; use only ${{args}}, at the end"
             )
     settings = [
         word.split("=", 1) for word in words[: starts[0]] if re.match(r"[A-Za-z_]\w*=", word)

@@ -1,4 +1,4 @@
-"""Run a sweep with worker processes. Any number of machines may join a study by its name."""
+"""Run a sweep with worker processes. Any number of machines can join a study by its name."""
 
 import contextlib
 import json
@@ -19,13 +19,13 @@ from tq_lightning.sweep.study import Options, make_trial_queue, open_study
 from tq_lightning.sweep.trial_queue import TrialQueue
 from tq_lightning.sweep.worker import DONE, REPLACE, STOPPED, without_launcher
 
-CHECK_SECONDS = 1.0  # interval of checks of the workers and the queue
+CHECK_SECONDS = 1.0  # polling interval of the workers and the queue
 STOP_SECONDS = 120.0  # time for the workers to end their trials after Ctrl-C
-MAX_FAILED_STARTS = 3  # workers that may exit without claiming a trial
+MAX_FAILED_STARTS = 3  # workers that exit without claiming a trial before the sweep fails
 
 
 def run_sweep(sweep: Sweep, options: Options) -> int:
-    """Run worker processes until every point has its result or the time is over.
+    """Run worker processes until every point has a result or the timeout is reached.
 
     Returns:
         0, or 128 plus the number of the signal that stopped the sweep.
@@ -48,7 +48,7 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
         stopped_by.append(number)
         raise KeyboardInterrupt
 
-    # SIGINT too: a background command of a script inherits it as ignored.
+    # This includes SIGINT, which a background command of a script inherits as ignored.
     before = {number: signal.signal(number, interrupt) for number in STOPPED}
     try:
         with Progress(queue, deadline, options.workers) as progress:
@@ -80,7 +80,7 @@ class WorkerPool:
 
     Args:
         options: options of the workers.
-        deadline: `time.time()` after which no trial is started.
+        deadline: `time.time()` after which no new trial is started.
     """
 
     def __init__(self, options: Options, deadline: float | None) -> None:
@@ -130,7 +130,7 @@ class WorkerPool:
                 continue
             lost = queue.fail_worker(name, "lost", f"worker {how}")
             del self.running[name]
-            # REPLACE and a signal come after the trial's own result was written
+            # a worker exits with REPLACE or a signal only after it stored its trial's result
             if not lost and status not in (REPLACE, *(128 + number for number in STOPPED)):
                 self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
@@ -145,7 +145,7 @@ class WorkerPool:
     def stop(self, number: int) -> None:
         """Send every worker a signal and wait until it has ended its trial.
 
-        After SIGTERM, `fit` writes a checkpoint first. The wait ends with a second signal or after
+        After SIGTERM, `fit` writes a checkpoint first. The wait ends on a second signal or after
         STOP_SECONDS.
         """
         for process in self.running.values():
@@ -172,7 +172,7 @@ class WorkerPool:
 
 
 def _slot_environment(slot: int, workers: int) -> dict[str, str]:
-    """Return the variables for one worker's share of the machine: threads, and its own GPUs."""
+    """Return environment variables for one worker's share of the machine: threads and GPUs."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if workers == 1:

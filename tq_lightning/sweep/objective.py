@@ -72,8 +72,8 @@ class Objective:
             trial = queue.storage.get_trial(claimed._trial_id)
             given_away = trial.user_attrs.get("cause") in RETRIED_CAUSES
             if result.record is not None and trial.state == TrialState.FAIL and given_away:
-                with contextlib.suppress(UserError):  # an unreadable record counts nowhere
-                    mark_superseded(result.record)  # the result of the other worker counts
+                with contextlib.suppress(UserError):  # reports skip an unreadable record anyway
+                    mark_superseded(result.record)  # the other worker's result is used
 
     def _prepare(
         self, claimed: "optuna.trial.FrozenTrial", folder: Path
@@ -93,7 +93,7 @@ class Objective:
     def _take_over(
         self, trial: "optuna.trial.Trial", earlier: "optuna.trial.FrozenTrial", record: Path
     ) -> TrialResult:
-        """Repeat the reports of a finished attempt, and read its result."""
+        """Report the values of a finished attempt again and read its result."""
         values = earlier.intermediate_values
         for step, value in values.items():
             retry_during_outage(lambda s=step, v=value: trial.report(v, s))  # type: ignore[misc]
@@ -117,7 +117,7 @@ def _reporter(trial: "optuna.trial.Trial") -> Callable[[int, float], bool]:
             try:
                 trial.report(value, step)
                 prune = trial.should_prune()
-                if prune:  # the record has the status finished; a retry reads this attribute
+                if prune:  # a retry reads this attribute, because the record's status is finished
                     trial.set_user_attr("pruned", step)
                 return prune
             except UpdateFinishedTrialError:

@@ -36,7 +36,7 @@ UNSUPPORTED = (
     "inv_log_uniform",
     "inv_log_uniform_values",
 )
-MAX_INTEGER = 2**53  # larger integers are not exact as floats, which samplers draw
+MAX_INTEGER = 2**53  # samplers draw floats, which do not represent larger integers exactly
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def axis_value(parameter: Parameter, index: int) -> Any:
 
 
 def multiples(parameter: Parameter) -> tuple[int, int]:
-    """Return the first and last integer whose product with q (default 1) lies in the range."""
+    """Return the first and last integer whose product with q (default 1) is in the range."""
     step, slack = parameter.q or 1, 1e-9  # 0.7 counts as seven times 0.1
     return math.ceil(parameter.low / step - slack), math.floor(parameter.high / step + slack)
 

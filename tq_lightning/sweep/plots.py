@@ -35,7 +35,7 @@ def draw(study: "optuna.Study", folder: Path, importances: Sequence[Any] = ()) -
     os.environ["MPLBACKEND"] = "Agg"  # the backend of a notebook may not be installed here
     from matplotlib import pyplot
 
-    pyplot.switch_backend("Agg")  # matplotlib may have been imported with another one
+    pyplot.switch_backend("Agg")  # matplotlib may have been imported with another backend
     style: list[Any] = ["default", {"figure.constrained_layout.use": True}]
     drawn = []
     with pyplot.style.context(style), warnings.catch_warnings():

@@ -15,7 +15,7 @@ class Progress:
 
     Args:
         queue: the trial queue.
-        deadline: `time.time()` after which no trial is started.
+        deadline: `time.time()` after which no new trial is started.
         workers: worker processes of this command.
         console: console to print to; None is the terminal.
     """
@@ -62,9 +62,9 @@ class Progress:
 def describe(queue: TrialQueue, deadline: float | None, workers: int = 1) -> str:
     """Return a line with the counts, the best trial and the estimated time left.
 
-    The time left is the mean duration of a trial times the remaining trials, minus the elapsed time
-    of the running ones, divided by `workers`, or by the number of running trials if other commands
-    run some of them. It is at most the time until `deadline`.
+    The time left is the mean duration of a trial times the number of remaining trials, minus the
+    elapsed time of the running ones, divided by `workers`. If other commands run some of the
+    trials, the divisor is the number of running trials. The time left ends at `deadline`.
 
     Example:
         `7 of 12 done, 2 running, 1 failed, 0 pruned; best val/acc1_float 91.3 (trial 4);

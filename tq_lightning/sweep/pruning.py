@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-# (step, value) -> True to stop; set by the worker while its trial runs in this process. It is a
-# module attribute because the configuration of a trial is saved and logged: an argument would write
-# the URL of the storage, with its password, there.
+# (step, value) -> True to stop. The worker sets it while its trial runs in this process. It is a
+# module attribute, not an argument, because the configuration of a trial is saved and logged, and
+# an argument would expose the password in the storage's URL.
 report: Callable[[int, float], bool] | None = None
 
 
@@ -36,14 +36,14 @@ class ReportToStudy(pl.Callback):
         self.values = list(state_dict["values"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the values of a resumed fit, which does not prune it."""
+        """Report the values of a resumed fit. They do not prune it."""
         if trainer.is_global_zero and report is not None:
             for step, value in enumerate(self.values, 1):
                 if math.isfinite(value):
                     report(step, value)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the metric and stop the trial if the pruner decides so.
+        """Report the metric and stop the trial if the pruner decides to.
 
         Raises:
             RuntimeError: the metric is not logged, or rank 0 is not the process of the worker.

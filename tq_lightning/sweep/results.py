@@ -69,8 +69,8 @@ def write_results(
 def ranked(queue: TrialQueue) -> list["optuna.trial.FrozenTrial"]:
     """Return the last started attempt at each point, best first.
 
-    Complete trials come first, with several objectives those of the Pareto front; then pruned
-    trials, then all others.
+    Complete trials come first, then pruned trials, then all others. With several objectives, the
+    trials on the Pareto front come first.
     """
     from optuna.trial import TrialState
 
@@ -191,8 +191,8 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table that fits the terminal, and the reasons of failed trials below it.
 
-    Columns that do not fit are omitted and named: seconds and states first, then searched keys,
-    starting with the last. Cells are never folded.
+    Columns that do not fit are omitted and listed below the table: seconds and states first, then
+    searched keys, starting with the last. Cells are never wrapped.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "reason"))
     optional: list[str] = [key for key in ("seconds", "state") if key in columns]

@@ -44,8 +44,8 @@ def copy_earlier_run(
 ) -> EarlierRun | None:
     """Copy the newest run of the earlier attempts at a trial's point into `folder`.
 
-    A finished run, whose worker died before it stored the result, comes first. The copy then holds
-    the result and the originals are marked superseded, so that the trial counts once.
+    A finished run comes first: its worker died before it stored the result. The originals are
+    marked superseded, so that the trial counts once.
 
     Returns:
         The copy; None if no earlier attempt reached a checkpoint, or if its folder is on another
@@ -80,12 +80,12 @@ def copy_earlier_run(
 def _earlier_runs(
     study: "optuna.Study", trial: "optuna.trial.FrozenTrial", trials: Path
 ) -> list[tuple[Path, "optuna.trial.FrozenTrial"]]:
-    """Return (run, attempt) of the earlier attempts: finished runs, then the latest attempt's."""
+    """Return (run, attempt) of the earlier attempts: finished runs first, then the latest."""
     by_number = {t.number: t for t in study.get_trials(deepcopy=False)}
     found: list[tuple[Path, optuna.trial.FrozenTrial]] = []
     while "retry_of" in trial.user_attrs:
         trial = by_number[trial.user_attrs["retry_of"]]
-        if "run_dir" not in trial.user_attrs:  # its worker died before it began
+        if "run_dir" not in trial.user_attrs:  # its worker died before the trial began
             continue
         folder = trials / Path(trial.user_attrs["run_dir"]).name
         checkpoints = sorted(folder.glob(f"*/{LAST}"), key=lambda p: p.stat().st_mtime)

@@ -53,7 +53,7 @@ def encode(sweep: Sweep, point: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(parameter: Parameter, stored: Any) -> Any:
-    """Convert a stored value to the one `fit` gets, with the type it has in the sweep file."""
+    """Convert a stored value to the one passed to `fit`, with its type in the sweep file."""
     if parameter.values:
         return next(value for value in parameter.values if _label(value) == stored)
     return rounded(stored, parameter)
@@ -62,8 +62,8 @@ def decode(parameter: Parameter, stored: Any) -> Any:
 def weighted_choices(sweep: Sweep, point: int) -> dict[str, Any]:
     """Draw the parameters with probabilities for one point of a random or bayes sweep.
 
-    They are fixed in advance, because samplers of Optuna do not support weights. TPE chooses after
-    its startup trials.
+    These values are fixed in advance, because Optuna's samplers do not support weights. After its
+    startup trials, TPE chooses the values itself.
     """
     if sweep.method == "bayes" and point >= STARTUP_TRIALS:
         return {}
@@ -93,10 +93,10 @@ def suggest(sweep: Sweep, trial: "optuna.trial.Trial") -> dict[str, Any]:
 
 
 def arguments(sweep: Sweep, values: dict[str, Any]) -> list[str]:
-    """Return the arguments of `fit` for one trial. Later ones win.
+    """Return the arguments of `fit` for one trial. Later arguments override earlier ones.
 
-    The order: `command` of the file, its constants, what follows `--`, the searched values. The
-    searched values come last so that a `--config` after `--` can't override the search.
+    The order is: the file's `command`, its constants, the arguments after `--`, the searched
+    values. The searched values come last so that a `--config` after `--` can't override them.
     """
     constants = [
         argument(key, value) for key, value in values.items() if key not in sweep.parameters
@@ -119,7 +119,7 @@ def sampler(sweep: Sweep, point: int) -> "optuna.samplers.BaseSampler":
 
 
 def pruner(sweep: Sweep, objectives: int) -> "optuna.pruners.BasePruner":
-    """Return a HyperbandPruner with the file's numbers; no pruning with several objectives.
+    """Return a HyperbandPruner with the file's settings; several objectives disable pruning.
 
     A step is one logged value of the metric, as in W&B. With max_iter and s brackets the shortest
     trial has max_iter / eta**s steps.
@@ -136,7 +136,7 @@ def pruner(sweep: Sweep, objectives: int) -> "optuna.pruners.BasePruner":
 
 
 def _label(value: Any) -> Any:
-    """Return a choice as Optuna's storages can hold it."""
+    """Convert a choice to a type that Optuna's storages support."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return json.dumps(value)

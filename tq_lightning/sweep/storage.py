@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import optuna
 
 CONNECT_SECONDS = 10  # timeout for connecting to a server
-OUTAGE_SECONDS = 120.0  # a server may be restarting for this long during a sweep
+OUTAGE_SECONDS = 120.0  # how long a server may be unreachable, e.g. while it restarts
 LOCK_SECONDS = 60  # timeout for SQLite's write lock
 PERMANENT = re.compile(r"readonly database|disk is full|no space left|read-only", re.IGNORECASE)
 
@@ -37,8 +37,8 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
     """Open a storage that several processes can use and that survives their SIGKILL.
 
     SQLite is the default. If a process is killed during a write, the next reader rolls back its
-    transaction, and its lock is released. Optuna's journal has neither: an incomplete line corrupts
-    the file, and the lock of a killed process remains for 30 s.
+    transaction, and its lock is released. With Optuna's journal, an incomplete line corrupts the
+    file, and the lock of a killed process remains for 30 s.
 
     Args:
         url: a database URL of Optuna, or journal:PATH for file systems without working SQLite
@@ -62,7 +62,7 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
             return optuna.storages.JournalStorage(JournalFileBackend(path))
         # create_study uses the same wrapper, which caches reads of this process
         return optuna.storages._CachedStorage(_open_database(url))
-    except Exception as error:  # each driver has its own kinds
+    except Exception as error:  # each driver has its own exception types
         hint = "" if url.startswith(("sqlite", "journal:")) else "start it, or "
         raise UserError(
             f"cannot open the storage {hide_password(url)}: {reason_of(error)}; "
@@ -73,7 +73,7 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
 class StorageOutage:
     """Context manager that suppresses storage errors until an outage has lasted too long.
 
-    Use it for actions that are repeated. A successful action ends the outage.
+    Use it for actions that can be repeated. A successful action ends the outage.
 
     Args:
         seconds: how long an outage may last.
@@ -117,7 +117,7 @@ class StorageOutage:
 
 
 def retry_during_outage(action: Callable[[], T], seconds: float = OUTAGE_SECONDS) -> T:
-    """Repeat an idempotent action until it succeeds. Raises as `StorageOutage`."""
+    """Repeat an idempotent action until it succeeds, with the errors of `StorageOutage`."""
     outage = StorageOutage(seconds)
     while True:
         with outage:
@@ -146,8 +146,8 @@ def _open_database(url: str) -> "optuna.storages.RDBStorage":
         except Exception as error:
             if new and file.is_file() and file.stat().st_size == 0:  # the disk is full
                 file.unlink()
-            # Two commands that start at once may both create the tables. The slower one succeeds
-            # at its next attempt.
+            # Two commands that start at the same time may both create the tables. The slower one
+            # succeeds on its next attempt.
             race = re.search(r"already exists|unique|locked", str(error), re.IGNORECASE)
             if attempt == 4 or not race:
                 raise
@@ -164,7 +164,7 @@ def _open_database(url: str) -> "optuna.storages.RDBStorage":
         def begin_immediate(connection: Any) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-        storage.engine.dispose()  # connections made before the listeners
+        storage.engine.dispose()  # close connections that were opened before the listeners
     return storage
 
 

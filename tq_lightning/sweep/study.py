@@ -33,7 +33,7 @@ class Options:
         extra: arguments of `fit` given after `--`.
         workers: worker processes of this command; 0 runs the trials in its own process.
         n_trials: number of trials of the study; None for run_cap, or the full grid.
-        timeout: seconds after which this command starts no trial.
+        timeout: seconds after which this command starts no new trials.
         stale_after: heartbeat timeout in seconds.
         fit: function that runs a trial, as MODULE:NAME.
     """
@@ -64,8 +64,8 @@ def open_study(sweep: Sweep, options: Options) -> "optuna.Study":
     """Create the study, or join it if it belongs to the same sweep.
 
     Raises:
-        UserError: the sweep has no end, the storage can't be reached, or a study of this name has
-            other parameters.
+        UserError: nothing ends the sweep, the storage can't be reached, or a study of this name
+            has other parameters.
     """
     import optuna
 
@@ -114,7 +114,7 @@ def point_count(sweep: Sweep, options: Options) -> int | None:
         return points
     if cap is None and options.timeout is None:
         raise UserError(
-            f"{sweep.path}: a {sweep.method} sweep never ends by itself; "
+            f"{sweep.path}: a {sweep.method} sweep does not end by itself; "
             "pass --n-trials or --timeout, or set run_cap"
         )
     return cap
@@ -132,7 +132,7 @@ def make_trial_queue(sweep: Sweep, study: "optuna.Study", options: Options) -> T
 
 
 def _identity(sweep: Sweep, options: Options) -> dict[str, Any]:
-    """Return the parts of a sweep that must be equal for all commands of one study."""
+    """Return the parts of a sweep that must be the same in all commands of a study."""
     return sweep.source | {"objectives": options.objectives}
 
 
@@ -145,7 +145,7 @@ def _check_same_sweep(
     if theirs is None:
         if storage.get_n_trials(existing._study_id):
             raise UserError(
-                f"the study {options.study_name} in {where} was not made from a sweep file; "
+                f"the study {options.study_name} in {where} was not created from a sweep file; "
                 "pass another --study-name"
             )
         return

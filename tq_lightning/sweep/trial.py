@@ -25,7 +25,7 @@ class TrialResult:
         values: one per objective if complete.
         reason: reason why the trial has no values.
         record: path of the run's record.json.
-        signum: signal with which fit ended itself after a step, None otherwise.
+        signum: signal that made fit stop after a step; None otherwise.
     """
 
     state: str
@@ -183,7 +183,7 @@ def _reporting(decide: Callable[[int, float], bool] | None) -> Iterator[None]:
 
 
 def _free_memory() -> None:
-    """Free the objects in the traceback of a failed fit, for the next trial."""
+    """Free the objects that the traceback of a failed fit keeps alive, before the next trial."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

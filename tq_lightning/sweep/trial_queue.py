@@ -1,18 +1,18 @@
 """The trials of a study as a queue that many workers share, on every Optuna storage.
 
 A sweep is a sequence of points 0..n-1: the points of a grid, or slots that the sampler fills. Each
-point is a waiting trial with the user attributes `point` and `attempt`. Storages make the step from
-WAITING to RUNNING atomic, so a point has one worker.
+point is a waiting trial with the user attributes `point` and `attempt`. Every storage changes a
+trial from WAITING to RUNNING atomically, so a point has one worker.
 
-A trial whose worker died is marked as failed with cause `lost`, one stopped by the user with cause
-`interrupted`. Missing points are always derived from the trials themselves, so any process can
-enqueue the next attempt, even if the process that marked the trial died right after. If two
-commands enqueue the same attempt at once, the lower trial number is kept and the other is failed as
+A trial is marked as failed with the cause `lost` if its worker died, or `interrupted` if the user
+stopped it. Missing points are always derived from the trials, so any process can enqueue the next
+attempt, even if the process that marked the trial died right after. If two commands enqueue the
+same attempt at the same time, the trial with the lower number is kept and the other fails as
 `duplicate`.
 
-Optuna's heartbeat supports only databases and `Study.optimize`. Workers therefore write their own:
-the user attribute `heartbeat`, a counter. An observer measures with its own clock how long the
-counter has not changed; clocks of two machines are never compared.
+Optuna's heartbeat supports only databases and `Study.optimize`. Workers therefore write their own,
+a counter in the user attribute `heartbeat`. An observer measures with its own clock how long the
+counter has not changed. Clocks of different machines are never compared.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class TrialQueue:
         self.limit, self.stale_after = limit, stale_after
         self.storage = study._storage
         self.trial_taken = False
-        self._beats: dict[int, tuple[Any, float]] = {}  # trial -> (heartbeat, when it last moved)
+        self._beats: dict[int, tuple[Any, float]] = {}  # trial -> (heartbeat, time of last change)
 
     def trials(self) -> list["optuna.trial.FrozenTrial"]:
         """Return the trials of all points by number, without duplicates."""
@@ -86,7 +86,7 @@ class TrialQueue:
         try:
             trials = self.trials()
         except StorageInternalError:
-            self._beats.clear()  # workers could not write heartbeats either
+            self._beats.clear()  # workers can't write heartbeats during the outage either
             raise
         running = {t.number: t for t in trials if t.state == TrialState.RUNNING}
         now = time.monotonic()
@@ -101,7 +101,7 @@ class TrialQueue:
         self._enqueue()
 
     def claim(self, worker: str) -> "optuna.trial.FrozenTrial | None":
-        """Claim the waiting trial of the lowest point for a worker; None if no trial waits."""
+        """Claim the waiting trial of the lowest point for a worker; None if no trial is waiting."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -128,7 +128,7 @@ class TrialQueue:
         from optuna.trial import TrialState
 
         with contextlib.suppress(UpdateFinishedTrialError):
-            # Attributes first, because a finished trial does not accept any.
+            # Set the attributes first, because a finished trial is read-only.
             self.storage.set_trial_user_attr(trial._trial_id, "cause", cause)
             self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)
             self.storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
@@ -180,7 +180,7 @@ class TrialQueue:
             attrs: dict[str, Any] = {"point": point, "attempt": 0}
             params = self.fixed_params(point)
             if earlier is not None:
-                params = earlier.params or params  # a retry has the sampler's first draw
+                params = earlier.params or params  # a retry repeats the parameters
                 attrs |= {
                     "attempt": earlier.user_attrs["attempt"] + 1,
                     "lost": _lost_attempts(earlier),

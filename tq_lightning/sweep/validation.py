@@ -13,7 +13,7 @@ from tq_lightning.sweep.config import Sweep, argument
 from tq_lightning.sweep.parameters import rounded
 from tq_lightning.sweep.search_space import arguments
 
-MAX_CHECKED = 1000  # arms; a check takes some milliseconds
+MAX_CHECKED = 1000  # arms; checking one takes a few milliseconds
 
 
 def check_arms(sweep: Sweep, metrics: list[str]) -> None:
@@ -70,7 +70,7 @@ def fit_parser() -> Callable[[list[str]], Any]:
     from tq_lightning.training.module import TQModule
 
     class ParserOnly(TQCLI):
-        """The command line, which stops before it parses its arguments."""
+        """LightningCLI that stops before it parses its arguments."""
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             raise _BuiltError(parser)
@@ -116,7 +116,7 @@ def logged_metrics(config: Any) -> list[str]:
     toy = torch.nn.Sequential(
         *(layer for _ in range(3) for layer in (torch.nn.Linear(2, 2), torch.nn.ReLU()))
     )
-    # name patterns are those of the real network
+    # name patterns refer to layers of the real network, which the toy network lacks
     apply_config(toy, replace(module.quant, skip=("first", "last"), shared_norms=()))
     widths = range(1, given.max_bits + 1)
     scores = {(bits, "truncate"): 0.0 for bits in (*widths, None)} | {(None, "quantize"): 0.0}
@@ -128,11 +128,11 @@ def logged_metrics(config: Any) -> list[str]:
 
 
 class _BuiltError(Exception):
-    """Returns the parser from LightningCLI, which cannot build one without parsing."""
+    """Raised to get the parser out of LightningCLI, which cannot build one without parsing."""
 
 
 def _compact(names: list[str]) -> str:
-    """List metric names, with the widths of one kind in braces."""
+    """List metric names, with the widths of each metric in braces."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         stem, width = re.fullmatch(r"(.*?)(?:_w(\d))?", name).groups()  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
-"""A worker: run one trial of the queue after another in one process, which imports torch once.
+"""Worker: run trials of the queue one after another in one process, which imports torch once.
 
 The launcher starts it as `python -m tq_lightning.sweep.worker JSON`. `sweep --workers 0` runs it
-in the command's own process.
+in the process of the command.
 """
 
 import json
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     import optuna
 
 POLL_SECONDS = 1.0  # polling interval of a queue without waiting trials
-# signals that stop a sweep; SIGUSR1 is the warning of a scheduler and does not exist on Windows
+# Signals that stop a sweep. Schedulers send SIGUSR1 as a warning; Windows does not have it.
 STOPPED = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
-DONE = 0  # exit status: all points have a result, or the time is over
-REPLACE = 75  # exit status: CUDA is broken in this process; start another one
+DONE = 0  # exit status: all points have a result, or the timeout was reached
+REPLACE = 75  # exit status: CUDA is broken in this process; start a new one
 
 
 class Worker:
@@ -46,7 +46,7 @@ class Worker:
         folder: the sweep's folder; trial folders are created in its subfolder `trials`.
         fit: runs one trial.
         name: identifies the worker in the study.
-        deadline: `time.time()` after which no trial is started.
+        deadline: `time.time()` after which no new trial is started.
         parent: process id of the launcher, which refreshes the queue; None if this process does.
     """
 
@@ -124,18 +124,17 @@ class Worker:
         if result.signum is not None:  # fit handled the signal that was sent to this process
             self.stopped_by = self.stopped_by or result.signum
         if self.stopped_by is not None and result.state == "failed":
-            # a stopped fit may fail in any way; its parameters are not the reason
+            # a stopped fit may fail in any way; its parameters are not the cause
             result = TrialResult("interrupted", reason="stopped by the user", record=result.record)
         elif self.stopped_by is None and result.state == "interrupted":
             # only fit received a signal, or another rank died
-            result = TrialResult(
-                "lost", reason="fit was stopped from outside", record=result.record
-            )
+            reason = "fit was stopped by another process"
+            result = TrialResult("lost", reason=reason, record=result.record)
         retry_during_outage(lambda: self.objective.store(claimed, result))
         return result
 
     def _interrupt(self, number: int, _: Any) -> None:
-        if not self.queue.trial_taken:  # otherwise only the trial is interrupted, by the heartbeat
+        if not self.queue.trial_taken:  # if it was taken, the heartbeat interrupts only the trial
             self.stopped_by = self.stopped_by or number
         raise KeyboardInterrupt
 
@@ -148,7 +147,7 @@ def load_fit(name: str) -> Fit:
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables without those of `srun`, because a worker is not one of its ranks."""
+    """Remove the variables of `srun`, because a worker is not one of its ranks."""
     return {key: value for key, value in environment.items() if not key.startswith("SLURM_")}
 
 
@@ -172,7 +171,7 @@ def _run_inline(sweep: Sweep, options: Options) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run a worker process. `argv` is one JSON text, which the launcher writes."""
+    """Run a worker process. `argv` holds one JSON string, written by the launcher."""
     given = json.loads(argv[0])
     options = Options.from_dict(given.pop("options"))
     try:
