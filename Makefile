@@ -1,12 +1,12 @@
 # make demo | test | test-slow | test-lowest | test-wheel | test-executorch | lint | docs | bench | gpu
-# The environment is built once, in $(VENV). PYTHON=python3.12 make test uses another interpreter.
+# The environment is created once, in $(VENV). PYTHON=python3.12 make test uses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv-$(notdir $(PYTHON))
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# images of 8x8 pixels are too small to split between two threads
+# Images of 8x8 pixels are too small to split between two threads.
 DEMO := OMP_NUM_THREADS=1 $(RUN)
-# otherwise threads of parallel test processes wait for each other
+# With more threads, parallel test processes compete for the cores.
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=offline
 
 .PHONY: env demo test test-slow test-slow-again test-lowest test-wheel test-executorch lint docs bench gpu clean
@@ -25,7 +25,7 @@ demo: $(READY)
 	$(DEMO) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/round --ckpt_path last
 	$(DEMO) -m tq_lightning test --config conf/digits.yaml --trainer.default_root_dir demo/floor --ckpt_path last
 	$(DEMO) -m tq_lightning report demo/round demo/floor --out demo/report
-	@echo "the picture: demo/report/figures/qt_gap_resnet8_cifar_digits.png, the page: demo/report/index.html"
+	@echo "figure: demo/report/figures/qt_gap_resnet8_cifar_digits.png, page: demo/report/index.html"
 
 test: $(READY)
 	$(TEST_ENV) $(RUN) -m pytest -m "not slow and not families and not gpu" -n 2
@@ -44,7 +44,7 @@ test-lowest: $(READY)
 	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
 	$(TEST_ENV) $(LOWEST)/bin/python -m pytest -m "not slow and not families and not gpu" -n 2
 
-# the sdist and the wheel built from it, in an empty environment and in another folder
+# the sdist, and the wheel built from it, in an empty environment and from another folder
 test-wheel: $(READY)
 	rm -rf build/wheel && $(RUN) -m build --quiet --outdir build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
@@ -55,7 +55,7 @@ test-wheel: $(READY)
 	cd build/wheel/venv && bin/tq-lightning report $(CURDIR)/results/runs/levels_digits --out report
 	rm -rf build/wheel
 
-# ExecuTorch and its compiler packages, in an environment on top of that of the tests
+# ExecuTorch and its compiler packages, in an environment that extends the one of the tests
 EXECUTORCH := .venv-executorch
 test-executorch: $(READY)
 	$(PYTHON) -m venv --clear $(EXECUTORCH)
@@ -77,7 +77,7 @@ $(VENV)/.docs: $(READY)
 
 docs: $(VENV)/.docs
 	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
-	@echo "the site: build/docs/index.html"
+	@echo "site: build/docs/index.html"
 
 $(VENV)/.peers: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,peers]'
