@@ -42,12 +42,14 @@ def files() -> list:
     return rows
 
 
-def test_all_experiments_are_there() -> None:
+def test_every_conf_file_is_tested() -> None:
     assert {path.stem for path in CONF.glob("*.yaml")} >= EXPECTED
 
 
 @pytest.mark.parametrize("path", files())
-def test_trains_two_steps(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conf_file_trains_two_steps(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = yaml.safe_load(path.read_text())["data"]
     size, classes = NATIVE[data["name"]]
     assert data.get("image_size", size) == size
@@ -109,14 +111,14 @@ def test_trains_two_steps(path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.stem)
-def test_arms_differ_by_the_quantizer_alone(path: Path) -> None:
+def test_arms_differ_only_in_the_quantizer(path: Path) -> None:
     model = yaml.safe_load(path.read_text())["model"]
     assert model["quantizer"] == "floor"
     assert model.get("ste", "auto") == "auto", "a fixed STE would give both arms that of one"
     assert "--model.quantizer round" in path.read_text(), "the comment on top names the other arm"
 
 
-def test_timeseries_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeseries_conf_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random series of the same form replace its data files."""
     draw = np.random.default_rng(0)
 
@@ -138,7 +140,7 @@ def test_timeseries_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert 0 <= metrics["val/acc1_truncate_w1"] <= 100
 
 
-def test_text_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_conf_trains_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights and texts are optional: a small encoder and random tokens stand for them."""
 
     class Tokens:

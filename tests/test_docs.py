@@ -105,7 +105,7 @@ def commands(code: str) -> list[list[str]]:
     return found
 
 
-class Parsed(Exception):
+class CommandAccepted(Exception):
     """Raised in place of running a command whose arguments were accepted."""
 
 
@@ -122,11 +122,11 @@ def parse(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     def stop(self, *args, **kwargs):
         accepts(self, *args, **kwargs)
-        raise Parsed
+        raise CommandAccepted
 
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        with pytest.raises(Parsed):
+        with pytest.raises(CommandAccepted):
             assert main(argv) == 0, f"fails to parse: {shlex.join(argv)}"
     if verb == "sweep":
         cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -152,20 +152,20 @@ def test_blocks_declare_a_language_or_mark(page):
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name)
-def test_relative_links_lead_to_files(page):
+def test_relative_links_point_to_files(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert missing == []
 
 
-def test_marked_blocks():
+def test_blocks_that_are_not_run_are_listed():
     """List the blocks that are not run, by page."""
     marked = {name(p): sum(b.reason is not None for b in blocks(p)) for p in PAGES}
     assert {page: count for page, count in marked.items() if count} == MARKED
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_command_lines_parse(page, monkeypatch, capsys):
+def test_command_lines_are_accepted(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for block in blocks(page):
         if block.language == "bash":
@@ -189,7 +189,7 @@ def test_command_lines_parse(page, monkeypatch, capsys):
         ("tq-lightning fly", False),
     ],
 )
-def test_the_parser_of_this_test(line, accepted, monkeypatch, capsys):
+def test_command_line_check_detects_errors(line, accepted, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     found = commands(line)
     assert found
@@ -219,7 +219,7 @@ def runnable() -> list:
 
 
 @pytest.mark.parametrize("chosen", runnable())
-def test_blocks_run(chosen, tmp_path, monkeypatch, capsys):
+def test_blocks_run_without_errors(chosen, tmp_path, monkeypatch, capsys):
     for folder in ("conf", "sweeps", "docs", "results"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "runs").mkdir()

@@ -29,7 +29,7 @@ from tq_lightning.errors import first_line, hide_password
         ("journal:/data/study.log", "journal:/data/study.log"),
     ],
 )
-def test_the_password_of_a_url(url, shown):
+def test_password_of_a_url_is_hidden(url, shown):
     assert hide_password(url) == shown
 
 
@@ -43,18 +43,18 @@ def test_the_password_of_a_url(url, shown):
         "invalid dsn password='se/c@ret more'",
     ],
 )
-def test_passwords_inside_a_text(text):
+def test_passwords_inside_a_text_are_hidden(text):
     shown = hide_password(text)
     assert "se/c" not in shown and "ret" not in shown.replace("interpret", "")
     assert "***" in shown
 
 
-def test_the_rest_of_a_text_stays():
+def test_text_without_passwords_is_unchanged():
     text = "cannot reach postgresql://u:secret@h/db (timeout); start it"
     assert hide_password(text) == "cannot reach postgresql://u:***@h/db (timeout); start it"
 
 
-def test_first_line_of_an_error():
+def test_error_is_reduced_to_its_first_line():
     assert first_line(RuntimeError("postgresql://u:pw@h/db\nfurther lines")) == (
         "postgresql://u:***@h/db"
     )

@@ -34,7 +34,7 @@ def ceil(monkeypatch):
     return row
 
 
-def test_a_new_quantizer_is_one_row(ceil, tmp_path, capsys):
+def test_new_quantizer_needs_one_row(ceil, tmp_path, capsys):
     runs, packed = tmp_path / "runs", tmp_path / "ceil.safetensors"
     metrics = run_fit([*FIT, str(runs)])
     (run,) = runs.iterdir()
@@ -72,7 +72,7 @@ def test_a_new_quantizer_is_one_row(ceil, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_its_activations_in_a_graph_with_the_width_as_an_input(ceil, monkeypatch, learned):
+def test_new_quantizer_works_in_a_compiled_graph(ceil, monkeypatch, learned):
     monkeypatch.setitem(activation.ACTIVATIONS, "ceil", Activation(learned, "ceil", False))
     x, tables = torch.randn(500) * 3, WidthTables(8, 8, [8, 4, 2, 1])
     for bits in range(1, 9):
@@ -82,7 +82,7 @@ def test_its_activations_in_a_graph_with_the_width_as_an_input(ceil, monkeypatch
         assert torch.equal(TensorActivation(tables, layer)(x), layer(x).detach())
 
 
-def test_its_onnx_graph(ceil, tmp_path):
+def test_new_quantizer_works_in_an_onnx_graph(ceil, tmp_path):
     pytest.importorskip("onnxscript")
     ort = pytest.importorskip("onnxruntime")
     from tq_lightning import prepare, save_packed

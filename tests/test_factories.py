@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_names():
+def test_factory_names_are_recognized():
     assert is_factory("package.module:factory") and is_factory("own:network")
     for other in ("resnet18", "hf-hub:timm/resnet18", "hf_hub:x", "own:", "own: x", "a/b:c", None):
         assert not is_factory(other)
@@ -58,13 +58,13 @@ def test_names():
         ("own:fails", "the call with no arguments raised KeyError"),
     ],
 )
-def test_invalid_factories(folder, name, message):
+def test_invalid_factory_is_an_error(folder, name, message):
     with pytest.raises(UserError, match=message) as caught:
         create_model(name)
     assert "\n" not in str(caught.value)
 
 
-def test_a_packed_file_imports_nothing(folder):
+def test_packed_file_never_imports_a_factory(folder):
     model = create_model("own:network", 3)
     prepare(model, verbose=False)
     save_packed(model.eval(), "own.safetensors", name="own:network")
@@ -97,7 +97,7 @@ def _fit(*more):
     )
 
 
-def test_a_checkpoint_imports_nothing(folder, capsys):
+def test_checkpoint_never_imports_a_factory(folder, capsys):
     """The example trains, and its checkpoint loads only for the same name, in Python and verbs."""
     assert _fit() == 0
     (run,) = Path("runs").iterdir()
@@ -130,7 +130,7 @@ def test_a_checkpoint_imports_nothing(folder, capsys):
 
 
 @pytest.mark.slow
-def test_data_set_factories_have_order_resume_and_validation_split(folder):
+def test_data_factory_supports_shuffling_resume_and_validation_split(folder):
     def batches(loader):
         return [batch["points"] for batch in loader]
 
@@ -152,7 +152,7 @@ def test_data_set_factories_have_order_resume_and_validation_split(folder):
     assert len(list(data[0].calibration_batches(2))) == 2
 
 
-def test_return_value_of_a_data_factory(folder):
+def test_return_value_of_a_data_factory_is_checked(folder):
     (folder / "own.py").write_text(
         "import lightning\n"
         "def module(): return lightning.LightningDataModule()\n"
@@ -169,7 +169,7 @@ def test_return_value_of_a_data_factory(folder):
         TQDataModule("own:")
 
 
-def test_export_of_a_factory_on_the_command_line(folder, capsys):
+def test_factory_is_exported_on_the_command_line(folder, capsys):
     fit = ["fit", "--model.name=own_network:network", "--data.name=own_network:data_sets"]
     fit += ["--data.workers=0", "--trainer.max_epochs=1", "--run_dir=run", "--data.batch_size=64"]
     assert main([*fit, "--trainer.accelerator=cpu", "--trainer.limit_train_batches=2"]) == 0
@@ -195,7 +195,7 @@ def test_export_of_a_factory_on_the_command_line(folder, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_samples_that_cannot_be_stacked_are_one_line(folder, capsys, workers):
+def test_samples_of_different_shapes_are_an_error_of_one_line(folder, capsys, workers):
     (folder / "own.py").write_text(
         "import torch\n"
         "def ragged(): return ([(torch.zeros(1 + n % 3, 2), n % 2) for n in range(40)],) * 2\n"

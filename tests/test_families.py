@@ -148,7 +148,7 @@ PRODUCTS = {
 OPERATORS = CONVOLUTIONS | PRODUCTS | {torch.lstm, torch.gru, F.multi_head_attention_forward}
 
 
-class _FloatWeights(TorchFunctionMode):
+class CollectFloatWeights(TorchFunctionMode):
     """Collect the float parameters with two or more dimensions that operators multiply by."""
 
     def __init__(self) -> None:
@@ -165,12 +165,12 @@ class _FloatWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _tensors(out) -> list[Tensor]:
+def float_tensors(out) -> list[Tensor]:
     """Return the float tensors of a model's output, which may be a tuple or a dict."""
     if isinstance(out, Tensor):
         return [out] if out.is_floating_point() else []
     out = out.values() if isinstance(out, dict) else out
-    return [t for one in out for t in _tensors(one)]
+    return [t for one in out for t in float_tensors(one)]
 
 
 def test_every_family_has_a_row():
@@ -185,7 +185,7 @@ def test_every_family_has_a_row():
 @pytest.mark.families
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family):
+def test_family_trains_and_evaluates(family):
     name, side, kwargs = FAMILIES[family]
     if timm.__version__ != PINNED and not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
@@ -204,7 +204,7 @@ def test_family(family):
     model.train()
     for bits in WIDTHS:
         with bit_width(model, bits):
-            sum(t.float().square().mean() for t in _tensors(model(x))).backward()
+            sum(t.float().square().mean() for t in float_tensors(model(x))).backward()
     for weight in weight_quantizers(model):
         full_name, module, tensor = weight.name, weight.module, weight.tensor
         gradient = original(module, tensor).grad
@@ -216,21 +216,21 @@ def test_family(family):
     with torch.no_grad(), fused_weights(model):
         for bits in range(1, 9):
             with bit_width(model, bits, "quantize"):
-                quantized = _tensors(model(x))
-            with bit_width(model, bits, "truncate"), _FloatWeights() as floats:
-                truncated = _tensors(model(x))
+                quantized = float_tensors(model(x))
+            with bit_width(model, bits, "truncate"), CollectFloatWeights() as floats:
+                truncated = float_tensors(model(x))
             assert quantized and all(t.isfinite().all() for t in quantized), f"{bits} bits"
             assert all(torch.equal(a, b) for a, b in zip(quantized, truncated, strict=True)), (
                 f"{bits} bits"
             )
 
-    share, left = _share(model, floats, skipped)
+    share, left = quantized_share(model, floats, skipped)
     assert share >= 0.95, left
     gc.collect()
 
 
-def _share(
-    model: nn.Module, floats: _FloatWeights, skipped: set[int]
+def quantized_share(
+    model: nn.Module, floats: CollectFloatWeights, skipped: set[int]
 ) -> tuple[float, list[tuple[int, ...]]]:
     """Return the quantized share of the multiplied weights, and the shapes of the other ones."""
     done = sum(weight.original.numel() for weight in weight_quantizers(model))
@@ -238,16 +238,16 @@ def _share(
     return done / (done + sum(p.numel() for p in left)), [tuple(p.shape) for p in left]
 
 
-def test_extra_float_weight_lowers_the_share():
+def test_additional_float_layer_lowers_the_quantized_share():
     """Counter-example: the share must fall if more than the first and last layer stay in float."""
     model = create_model("test_vit").eval()
     prepare(model, skip=("first", "last", "blocks.0.*"), verbose=False)
-    with torch.no_grad(), bit_width(model, 4), _FloatWeights() as floats:
+    with torch.no_grad(), bit_width(model, 4), CollectFloatWeights() as floats:
         model(torch.randn(1, 3, 160, 160))
     ends = {
         id(p)
         for name in ("patch_embed.proj", "head")
         for p in model.get_submodule(name).parameters()
     }
-    share, left = _share(model, floats, ends)
+    share, left = quantized_share(model, floats, ends)
     assert share < 0.95 and len(left) == 4

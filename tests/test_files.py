@@ -12,7 +12,7 @@ from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write, expand_path, remove_temporaries
 
 
-def test_a_file_is_replaced(tmp_path):
+def test_file_is_replaced_by_a_rename_in_its_folder(tmp_path):
     path = tmp_path / "trials.csv"
     for text in ("a", "b"):
         with atomic_write(str(path)) as temporary:
@@ -21,7 +21,7 @@ def test_a_file_is_replaced(tmp_path):
         assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
 
 
-def test_two_writers_at_a_time_leave_one_whole_file(tmp_path):
+def test_concurrent_writers_leave_one_complete_file(tmp_path):
     path = tmp_path / "trials.csv"
     with atomic_write(path) as first:
         first.write_text("a,b")
@@ -39,7 +39,7 @@ def test_two_writers_at_a_time_leave_one_whole_file(tmp_path):
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
 )
-def test_a_writer_that_fails_leaves_what_was_there(tmp_path, error, seen):
+def test_failed_write_keeps_the_old_file(tmp_path, error, seen):
     path = tmp_path / "trials.csv"
     path.write_text("before")
     with pytest.raises(seen), atomic_write(path) as temporary:
@@ -48,7 +48,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path, error, seen):
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_swapped_as_a_whole(tmp_path):
+def test_folder_is_replaced_atomically(tmp_path):
     target = tmp_path / "report"
     target.mkdir()
     (target / "old.html").write_text("old")
@@ -60,7 +60,7 @@ def test_a_folder_is_swapped_as_a_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_that_cannot_be_swapped_in_stays(tmp_path, monkeypatch):
+def test_folder_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
     target = tmp_path / "report"
     target.mkdir()
     (target / "old.html").write_text("old")
@@ -78,7 +78,7 @@ def test_a_folder_that_cannot_be_swapped_in_stays(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_one_line(tmp_path):
+def test_full_disk_is_an_error_of_one_line(tmp_path):
     path = tmp_path / "trials.csv"
     path.write_text("before")
     with pytest.raises(UserError) as caught, atomic_write(path) as temporary:
@@ -90,7 +90,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_missing_folder_is_one_line(tmp_path):
+def test_missing_folder_is_an_error_of_one_line(tmp_path):
     with (
         pytest.raises(UserError, match=r"no folder .*absent to write a\.csv to; create it first"),
         atomic_write(tmp_path / "absent" / "a.csv") as temporary,
@@ -119,7 +119,7 @@ def test_only_leftover_files_of_a_killed_writer_are_removed(tmp_path):
     remove_temporaries(tmp_path / "absent")
 
 
-def test_a_device_is_not_replaced(tmp_path):
+def test_device_is_not_replaced(tmp_path):
     """As root, a rename over /dev/null would succeed."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="is not a regular file"), atomic_write(tmp_path / "pipe"):
@@ -130,7 +130,7 @@ def test_a_device_is_not_replaced(tmp_path):
             raise AssertionError("nothing is to be written")
 
 
-def test_the_target_of_a_link_is_replaced(tmp_path):
+def test_write_to_a_link_replaces_its_target(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
     with atomic_write(tmp_path / "link") as temporary:
@@ -140,6 +140,6 @@ def test_the_target_of_a_link_is_replaced(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "link", "real"]
 
 
-def test_an_empty_path_is_refused():
+def test_empty_path_is_an_error():
     with pytest.raises(UserError, match="empty path"):
         expand_path("")

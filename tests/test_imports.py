@@ -35,7 +35,7 @@ def violations(path: str, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_are_visible_to_the_contracts(path):
+def test_imports_are_static(path):
     assert violations(path.relative_to(ROOT).as_posix(), path.read_text()) == []
 
 
@@ -48,7 +48,7 @@ def test_imports_are_visible_to_the_contracts(path):
         "__import__('torch')",
     ],
 )
-def test_counter_example(source):
+def test_forbidden_imports_are_found(source):
     assert violations("quant/codes.py", source)
 
 
@@ -64,7 +64,7 @@ def test_every_package_has_a_contract():
     } == packages
 
 
-def test_no_catch_all_modules():
+def test_there_is_no_utils_module():
     assert not [p for p in FILES if {"utils", "common", "helpers"} & {*p.parts, p.stem}]
 
 

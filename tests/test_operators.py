@@ -20,7 +20,7 @@ from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 _WEIGHT_SECOND = CONVOLUTIONS | {F.linear, torch.conv1d, torch.conv2d, torch.conv3d}
 
 
-class _Caught(TorchFunctionMode):
+class RecordWeights(TorchFunctionMode):
     """Record every weight that an operator was called with, in order."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class _Caught(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Tied(nn.Module):
+class TiedLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
@@ -49,7 +49,7 @@ class _Tied(nn.Module):
         return self.b(self.a(x))
 
 
-class _ReadsWeight(nn.Module):
+class ReadsWeight(nn.Module):
     """Use the weight of a layer without calling its forward, like some attention of timm."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class _ReadsWeight(nn.Module):
         return F.linear(x, weight=self.qkv.weight, bias=None)
 
 
-class _Attention(nn.Module):
+class AttentionLayer(nn.Module):
     def __init__(self, **kwargs) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(12, 3, batch_first=True, **kwargs)
@@ -69,7 +69,7 @@ class _Attention(nn.Module):
         return self.attn(x, x[..., : self.attn.kdim], x[..., : self.attn.vdim])[0]
 
 
-class _Recurrent(nn.Module):
+class RecurrentLayer(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
         self.rnn = kind(12, 5, num_layers=2, bidirectional=True, batch_first=True)
@@ -94,28 +94,30 @@ LAYERS = {  # name -> (constructor, input shape)
     "ScaledStdConv2d": (lambda: tl.ScaledStdConv2d(12, 8, 3), IMAGE),
     "ScaledStdConv2dSame": (lambda: tl.ScaledStdConv2dSame(12, 8, 3, stride=2), IMAGE),
     "ConvNormAct": (lambda: tl.ConvNormAct(12, 8, 3), IMAGE),
-    "MultiheadAttention": (_Attention, ROWS),
-    "MultiheadAttention, keys of another size": (lambda: _Attention(kdim=10, vdim=9), ROWS),
-    "tied": (_Tied, ROWS),
-    "code that reads the weight": (_ReadsWeight, ROWS),
-    "LSTM": (lambda: _Recurrent(nn.LSTM), ROWS),
-    "GRU": (lambda: _Recurrent(nn.GRU), ROWS),
+    "MultiheadAttention": (AttentionLayer, ROWS),
+    "MultiheadAttention, keys of another size": (lambda: AttentionLayer(kdim=10, vdim=9), ROWS),
+    "tied": (TiedLayers, ROWS),
+    "code that reads the weight": (ReadsWeight, ROWS),
+    "LSTM": (lambda: RecurrentLayer(nn.LSTM), ROWS),
+    "GRU": (lambda: RecurrentLayer(nn.GRU), ROWS),
 }
 STANDARDIZED = [name for name in LAYERS if "Std" in name]
 
 
-def _calls(name: str, bits: int | None, source: str, normalizer: str = "tanh", train: bool = False):
+def recorded_weights(
+    name: str, bits: int | None, source: str, normalizer: str = "tanh", train: bool = False
+):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     model = nn.Sequential(make())
     prepare(model, skip=(), normalizer=normalizer, verbose=False)
-    caught = _Caught()
+    caught = RecordWeights()
     with torch.set_grad_enabled(train), bit_width(model.train(train), bits, source), caught:
         model(torch.randn(shape))
     return model, caught.weights
 
 
-def _grids(model: nn.Module, bits: int) -> list[tuple[Tensor, Tensor]]:
+def quantized_grids(model: nn.Module, bits: int) -> list[tuple[Tensor, Tensor]]:
     """Return (level, weight) of every quantized tensor, from the shifted 8-bit codes."""
     grids = []
     for weight in weight_quantizers(model):
@@ -128,10 +130,10 @@ def _grids(model: nn.Module, bits: int) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("source", ["quantize", "truncate"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_operator_input_is_on_the_grid(name, source):
+def test_operators_receive_quantized_weights(name, source):
     for bits in (1, 2, 4, 8):
-        model, weights = _calls(name, bits, source)
-        grids = _grids(model, bits)
+        model, weights = recorded_weights(name, bits, source)
+        grids = quantized_grids(model, bits)
         assert len(weights) == len(grids) > 0
         for weight, (level, exact) in zip(weights, grids, strict=True):
             if name not in STANDARDIZED:
@@ -148,22 +150,22 @@ def test_operator_input_is_on_the_grid(name, source):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_counter_example_float_is_on_no_grid(name):
-    _, weights = _calls(name, None, "quantize")
+def test_float_weights_are_not_on_the_grid(name):
+    _, weights = recorded_weights(name, None, "quantize")
     assert all(weight.unique().numel() > 16 for weight in weights)
 
 
 @pytest.mark.parametrize("name", ["Conv2d", "grouped", "transposed grouped", "Linear", "LSTM"])
-def test_on_the_grid_per_output_channel(name):
-    model, weights = _calls(name, 2, "truncate", "absmax_channel")
-    for weight, (_, exact) in zip(weights, _grids(model, 2), strict=True):
+def test_standardized_weights_are_on_the_grid_per_output_channel(name):
+    model, weights = recorded_weights(name, 2, "truncate", "absmax_channel")
+    for weight, (_, exact) in zip(weights, quantized_grids(model, 2), strict=True):
         assert torch.equal(weight, exact)
 
 
 @pytest.mark.parametrize(
     "name", ["StdConv2d", "MultiheadAttention", "LSTM", "transposed grouped", "tied"]
 )
-def test_gradients_reach_the_float_weight_in_training(name):
+def test_gradients_reach_the_float_weights(name):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     model = nn.Sequential(make())
@@ -178,7 +180,7 @@ def test_gradients_reach_the_float_weight_in_training(name):
         )
 
 
-def test_norm_with_activation_keeps_its_activation_and_gets_sets():
+def test_fused_norm_keeps_its_activation_and_becomes_switchable():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), tl.BatchNormAct2d(4, act_layer=nn.SiLU), nn.Conv2d(4, 2, 3)
     ).eval()

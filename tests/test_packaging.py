@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_public_names_are_listed_with_their_docstrings():
+def test_public_names_have_docstrings():
     assert set(tq_lightning.__all__) == {"__version__", *tq_lightning._HOMES}
     assert set(tq_lightning.__all__) <= set(dir(tq_lightning))
     shown = pydoc.plaintext.document(tq_lightning)
@@ -25,7 +25,7 @@ def test_public_names_are_listed_with_their_docstrings():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_type_checker_sees_public_names(tmp_path):
+def test_type_checker_sees_public_names(tmp_path):
     code = tmp_path / "user.py"
     code.write_text(
         "import torch, tq_lightning\n"
@@ -47,7 +47,7 @@ def test_the_type_checker_sees_public_names(tmp_path):
     assert 'Unexpected keyword argument "quantiser" for "prepare"' in done.stdout
 
 
-def test_python_versions_agree():
+def test_python_versions_are_consistent():
     assert PROJECT["requires-python"] == ">=3.11,<3.14"
     declared = [c for c in PROJECT["classifiers"] if c.startswith("Programming Language")]
     assert [c.rpartition(" ")[2] for c in declared] == ["3", "3.11", "3.12", "3.13"]
@@ -73,5 +73,5 @@ def test_every_requirement_has_a_lower_bound_and_a_tested_version():
 
 
 @pytest.mark.parametrize("name", ["CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"])
-def test_project_files(name):
+def test_project_file_is_complete(name):
     assert (ROOT / name).stat().st_size > 200

@@ -29,7 +29,7 @@ COMMITTED += sorted(ROOT.glob("results/inspect/*.json"))
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: str(p.relative_to(ROOT / "results")))
-def test_a_committed_record_reads_and_writes_back_unchanged(path, tmp_path):
+def test_committed_record_round_trip_is_unchanged(path, tmp_path):
     record = read_any(path)
     write_record(tmp_path / "copy.json", record)
     assert json.loads((tmp_path / "copy.json").read_text()) == json.loads(path.read_text())
@@ -62,7 +62,7 @@ def test_fields_of_later_versions_are_kept(tmp_path):
         ({"kind": "sweep"}, "kind 'sweep'; supported kinds are run and inspect"),
     ],
 )
-def test_a_wrong_value_is_named(change, reason):
+def test_invalid_value_is_named(change, reason):
     with pytest.raises(RecordError) as caught:
         parse(run() | change)
     assert str(caught.value) == reason
@@ -82,7 +82,7 @@ def test_every_storage_scheme_has_a_label():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1}', "\x00", "[" * 100_000])
-def test_a_damaged_record_is_one_line_with_its_path(tmp_path, text):
+def test_damaged_record_is_an_error_of_one_line_with_its_path(tmp_path, text):
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -90,7 +90,7 @@ def test_a_damaged_record_is_one_line_with_its_path(tmp_path, text):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_objective_is_the_last_epochs_value_or_the_packed_size():
+def test_objective_is_the_value_of_the_last_epoch_or_the_packed_size():
     tree = run(bytes={"packed": 1234})
     tree["last"] = {"epoch": 3, "metrics": {"val/acc1_float": 50.0}}
     record = parse(tree)
@@ -100,7 +100,7 @@ def test_an_objective_is_the_last_epochs_value_or_the_packed_size():
     assert value_of(replace(record, bytes=None, last=None), STORAGE_BYTES) is None
 
 
-def test_a_superseded_record_keeps_everything_but_its_status(tmp_path):
+def test_superseding_a_record_changes_only_its_status(tmp_path):
     path = tmp_path / "record.json"
     write_record(path, parse(run()))
     mark_superseded(path)
@@ -222,11 +222,11 @@ def test_record_keys_are_used_only_in_records(path):
         'run.record.get("config", {}).get("model")',
     ],
 )
-def test_counter_example(source):
+def test_record_keys_elsewhere_are_found(source):
     assert list(record_keys(source))
 
 
-def test_checked_keys_and_names_are_plausible():
+def test_checked_keys_exist_in_the_schema():
     assert {"status", "widths", "best", "planes", "disagree", "by_width", "accounting"} <= KEYS
     assert not set(NOT_RECORDS) & NAMES_OF_RECORDS
     assert not HEADER_KEYS & {"status", "best", "last", "test", "metrics", "bytes", "config", "id"}

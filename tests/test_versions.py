@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_an_offline_wandb_fit_ends(tmp_path):
+def test_offline_wandb_fit_ends(tmp_path):
     """Below wandb 0.19.5 the process of an offline run never ends."""
     argv = ["fit", "--config", "conf/digits.yaml", "--trainer.max_epochs", "1", "--wandb"]
     argv += ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]

@@ -41,7 +41,7 @@ def test_resume_drops_repeated_rows_and_accepts_new_keys(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["2", "2,3.0", "2,3.0,", "2,3.0,29,7,8", "\x00"])
-def test_partial_row_of_a_killed_run(tmp_path, torn):
+def test_partial_row_of_a_killed_run_is_dropped(tmp_path, torn):
     path = log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9), ({"epoch": 1, "a": 2.0}, 19)])
     assert path.read_text().splitlines()[0] == "a,epoch,step"
     with path.open("a") as file:
@@ -50,5 +50,5 @@ def test_partial_row_of_a_killed_run(tmp_path, torn):
     assert [r["step"] for r in rows_of(path)] == ["9", "19", "29"]
 
 
-def test_every_row_is_on_disk_at_once(tmp_path):
+def test_every_row_is_written_immediately(tmp_path):
     assert len(rows_of(log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9)]))) == 1

@@ -20,7 +20,7 @@ def average():
     return callback, module
 
 
-def test_the_average_moves_to_the_device_of_the_model(average):
+def test_average_moves_to_the_device_of_the_model(average):
     """The meta device stands in for a GPU, to which Lightning moves the model after `setup`."""
     callback, module = average
     module.to("meta")
@@ -30,7 +30,7 @@ def test_the_average_moves_to_the_device_of_the_model(average):
     assert callback._average_model.n_averaged.device.type == "cpu"
 
 
-def test_the_average_follows_the_weights_by_its_decay(average):
+def test_average_follows_the_weights_by_its_decay(average):
     callback, module = average
     callback.on_fit_start(None, module)
     first = module.layer.weight.detach().clone()

@@ -8,7 +8,7 @@ import torch
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
 
 
-def test_file_names_that_are_not_utf8(tmp_path):
+def test_file_names_that_are_not_utf8_keep_their_bytes(tmp_path):
     names = ["ant", os.fsdecode(b"caf\xe9")]
     trainer = SimpleNamespace(
         datamodule=SimpleNamespace(class_names=names), world_size=1, global_rank=0

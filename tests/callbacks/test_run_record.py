@@ -21,7 +21,7 @@ def record_of(root):
     return json.loads((run / "record.json").read_text())
 
 
-def test_a_finished_run(tmp_path):
+def test_finished_run_has_a_complete_record(tmp_path):
     returned = run_fit(
         [
             *RUN,
@@ -104,7 +104,7 @@ def test_resumed_run_keeps_model_arguments_and_takes_new_max_epochs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_losses_of_an_epoch_are_on_disk_before_its_checkpoint(tmp_path, monkeypatch):
+def test_losses_of_an_epoch_are_written_before_its_checkpoint(tmp_path, monkeypatch):
     """A run killed right after the checkpoint of an epoch has that epoch's row exactly once."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -147,7 +147,7 @@ def test_failed_run_records_the_reason(tmp_path, monkeypatch):
     assert record["reason"].startswith("step 0: loss is not finite at width 8 (learning rate")
 
 
-class Ends:
+class EndedTrainer:
     """The attributes of a Trainer that RunRecord reads at the end of a run."""
 
     is_global_zero, sanity_checking, interrupted, world_size = True, False, False, 1
@@ -166,7 +166,7 @@ class Report:
 
 
 def running(path, trainer=None, **config):
-    trainer = trainer or Ends()
+    trainer = trainer or EndedTrainer()
     record = RunRecord(path, {"seed_everything": 1, **config})
     record.setup(trainer, Report(), "fit")
     record.on_train_start(trainer, Report())
@@ -177,18 +177,20 @@ def read(path):
     return json.loads((path / "record.json").read_text())
 
 
-def test_interrupted_and_failed(tmp_path):
+def test_status_is_interrupted_or_failed(tmp_path):
     record = running(tmp_path)
     assert read(tmp_path)["status"] == "running"
-    record.on_exception(Ends(), Report(), KeyboardInterrupt())
+    record.on_exception(EndedTrainer(), Report(), KeyboardInterrupt())
     assert (read(tmp_path)["status"], read(tmp_path)["reason"]) == (
         "interrupted",
         "KeyboardInterrupt",
     )
-    record.on_exception(Ends(), Report(), RuntimeError("what comes after does not change it"))
+    record.on_exception(
+        EndedTrainer(), Report(), RuntimeError("what comes after does not change it")
+    )
     assert read(tmp_path)["status"] == "interrupted"
     other = running(tmp_path / "other")
-    other.on_exception(Ends(), Report(), RuntimeError("out of memory\nwith a long story"))
+    other.on_exception(EndedTrainer(), Report(), RuntimeError("out of memory\nwith a long story"))
     assert (read(tmp_path / "other")["status"], read(tmp_path / "other")["reason"]) == (
         "failed",
         "out of memory",
@@ -210,7 +212,7 @@ def at(epoch, step, mean=None, **more):
     """Return a Trainer at the end of a validation."""
     metrics = {} if mean is None else scores(mean, **more)
     state = {"current_epoch": epoch, "global_step": step, "callback_metrics": metrics}
-    return type("At", (Ends,), state)()
+    return type("At", (EndedTrainer,), state)()
 
 
 def validate(record, *places):
@@ -218,7 +220,7 @@ def validate(record, *places):
         record.on_validation_end(place, Report())
 
 
-def test_best_epoch_is_one_epoch_for_all_widths(tmp_path):
+def test_best_epoch_is_the_same_for_all_widths(tmp_path):
     """The best mean over the trained widths, the first among equals; not the best of each width."""
     record = running(tmp_path)
     last = at(3, 40, 60.0, **{"val/acc1_truncate_w1": 99.0})
@@ -251,7 +253,7 @@ def test_training_metrics_belong_to_their_epoch(tmp_path):
     assert got["best"]["metrics"]["train/loss_w2"] == got["last"]["metrics"]["train/loss_w2"] == 0.5
 
 
-def test_a_resumed_run_keeps_identity_time_and_earlier_results(tmp_path):
+def test_resumed_run_keeps_identity_time_and_earlier_results(tmp_path):
     first = running(tmp_path)
     first._start -= 100.0
     validate(first, at(0, 10, 50.0))
@@ -297,7 +299,7 @@ def test_resumed_run_records_both_calibrations(tmp_path, monkeypatch):
     from tq_lightning.callbacks import run_record
 
     monkeypatch.setattr(run_record, "untrained_widths", lambda model: [7])
-    trainer = Ends()
+    trainer = EndedTrainer()
     trainer.current_epoch = 1
     assert running(tmp_path, trainer, model={})._record.calibration == "augmented"
     tree = read(tmp_path)
@@ -313,7 +315,7 @@ def test_resumed_run_records_both_calibrations(tmp_path, monkeypatch):
         )
 
 
-def test_a_sanity_check_is_not_recorded(tmp_path):
+def test_sanity_check_is_not_recorded(tmp_path):
     record = running(tmp_path)
     sanity = at(0, 0, 50.0)
     sanity.sanity_checking = True
@@ -322,7 +324,7 @@ def test_a_sanity_check_is_not_recorded(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path):
-    second = type("Second", (Ends,), {"is_global_zero": False})()
+    second = type("Second", (EndedTrainer,), {"is_global_zero": False})()
     record = running(tmp_path / "run", second)
     record.on_exception(second, Report(), RuntimeError("x"))
     assert not (tmp_path / "run").exists()
@@ -332,25 +334,25 @@ def test_fit_without_steps_leaves_the_record_unchanged(tmp_path):
     validate(running(tmp_path), at(0, 10, 50.0))
     before = (tmp_path / "record.json").read_bytes()
     record = RunRecord(tmp_path, {})
-    record.setup(Ends(), Report(), "fit")
+    record.setup(EndedTrainer(), Report(), "fit")
     with pytest.raises(UserError, match=r"nothing to train: the run is at epoch 0, step 6; pass"):
-        record.on_fit_end(Ends(), Report())
-    record.on_exception(Ends(), Report(), UserError("nothing to train"))
+        record.on_fit_end(EndedTrainer(), Report())
+    record.on_exception(EndedTrainer(), Report(), UserError("nothing to train"))
     assert (tmp_path / "record.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", '{"schema": 1}'])
-def test_damaged_record_is_one_line_before_any_write(tmp_path, text):
+def test_damaged_record_is_an_error_before_any_write(tmp_path, text):
     (tmp_path / "record.json").write_text(text)
     with pytest.raises(UserError) as caught:
-        RunRecord(tmp_path, {}).setup(Ends(), Report(), "fit")
+        RunRecord(tmp_path, {}).setup(EndedTrainer(), Report(), "fit")
     assert str(tmp_path / "record.json") in str(caught.value) and "\n" not in str(caught.value)
     assert (tmp_path / "record.json").read_text() == text
 
 
 # -- the test block
 # --------------------------------------------------------------------------------------------------
-class Tested(Ends):
+class Tested(EndedTrainer):
     """A Trainer after a test of `batches` of 4 batches."""
 
     def __init__(self, batches=4, split="test", acc=70.0):
@@ -372,7 +374,7 @@ def test_block(path, trainer, checkpoint="best", **data):
 test_block.__test__ = False
 
 
-def test_full_test_on_the_runs_data_sets_the_runs_result(tmp_path):
+def test_full_test_on_the_data_of_the_run_sets_its_result(tmp_path):
     validate(running(tmp_path, **OWN), at(0, 10, 50.0))
     before = read(tmp_path)
     got = test_block(tmp_path, Tested(), batch_size=7)  # how images are read changes no result

@@ -38,7 +38,7 @@ def fit(root, model=None, callbacks=(), ckpt=None, **flags):
     return trainer, module, data
 
 
-class Watch(L.Callback):
+class CompareState(L.Callback):
     """Compare all state that a validation could change, before and after it."""
 
     def __init__(self):
@@ -82,7 +82,7 @@ class Watch(L.Callback):
 
 @mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
 def test_validation_changes_no_state(tmp_path):
-    watch = Watch()
+    watch = CompareState()
     trainer, _, _ = fit(tmp_path, callbacks=[watch], max_epochs=2, limit_val_batches=2)
     assert watch.compared == 2
     keys = {k for k in trainer.callback_metrics if k.startswith("val/")}
@@ -97,7 +97,7 @@ def test_validation_changes_no_state(tmp_path):
     assert keys == widths | means
 
 
-def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
+def test_metrics_equal_a_manual_evaluation(tmp_path):
     trainer, module, data = fit(
         tmp_path, {"quantizer": "round", "lr": 0.05}, limit_train_batches=12
     )
@@ -134,7 +134,7 @@ def test_values_are_those_of_an_evaluation_by_hand(tmp_path):
     assert trainer.callback_metrics["val/qt_gap_w2"].item() == pytest.approx(gap, abs=1e-3)
 
 
-def test_sanity_check_neither_scores_nor_calibrates(tmp_path):
+def test_sanity_check_neither_evaluates_nor_calibrates(tmp_path):
     class BeforeTraining(L.Callback):
         seen = None
 
@@ -157,7 +157,7 @@ def test_sanity_check_neither_scores_nor_calibrates(tmp_path):
     assert "val/acc1_float" in trainer.callback_metrics
 
 
-class Validations(L.Callback):
+class RecordValidations(L.Callback):
     def __init__(self):
         self.at = []
 
@@ -193,8 +193,8 @@ class Validations(L.Callback):
         ),  # as requested
     ],
 )
-def test_end_of_a_run_is_scored_exactly_once(tmp_path, flags, at):
-    seen = Validations()
+def test_end_of_a_run_is_evaluated_exactly_once(tmp_path, flags, at):
+    seen = RecordValidations()
     trainer, _, _ = fit(
         tmp_path,
         callbacks=[seen],
@@ -232,12 +232,12 @@ class EpochMonitor(StopAt, EarlyStopping):
         (EpochMonitor(4), [4], ["1", "1"]),
     ],
 )
-def test_stopped_run_is_scored_once_at_its_end(tmp_path, stop, at, epochs):
+def test_stopped_run_is_evaluated_once_at_its_end(tmp_path, stop, at, epochs):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from tq_lightning.callbacks.csv_logger import RunLogger
 
-    seen = Validations()
+    seen = RecordValidations()
     kind = {"enable_version_counter": False}
     last = ModelCheckpoint(tmp_path, "last", every_n_epochs=1, save_on_train_epoch_end=True, **kind)
     best = ModelCheckpoint(tmp_path, "best", monitor="val/acc1_truncate_mean", mode="max", **kind)
@@ -307,7 +307,7 @@ def test_estimated_norms_match_the_weights(tmp_path):
         pass
 
 
-def test_test_uses_the_norm_sets_of_its_checkpoint(tmp_path):
+def test_test_uses_the_norm_statistics_of_its_checkpoint(tmp_path):
     trainer, module, data = fit(tmp_path, limit_val_batches=1)
     with torch.no_grad():  # a value that an estimate would overwrite
         for norm in per_width_norms(module):
@@ -332,7 +332,7 @@ def test_model_without_norms_needs_no_calibration(tmp_path, monkeypatch):
     assert "val/acc1_truncate_w3" in trainer.callback_metrics
 
 
-def test_bad_number_of_batches():
+def test_invalid_number_of_batches_is_an_error():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         TruncationEval(0)
 
@@ -362,7 +362,7 @@ def test_weights_are_normalized_once_per_evaluation_even_if_it_fails(tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_last_batch_of_one_image_does_not_break_the_calibration(tmp_path):
+def test_last_batch_of_one_image_is_left_out_of_the_calibration(tmp_path):
     """33 samples in batches of 16: the last layers of a ResNet-18 see one pixel of one image."""
     from tq_lightning.cli import run_fit
 

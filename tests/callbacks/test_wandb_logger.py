@@ -16,7 +16,7 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
-def test_two_fits_in_one_process_are_two_runs(tmp_path):
+def test_two_fits_in_one_process_create_two_runs(tmp_path):
     ids = []
     for name in ("a", "b"):
         logger = make_wandb_logger(tmp_path / name, {"lr": 0.1})
@@ -35,7 +35,7 @@ def test_only_rank_zero_creates_a_run_under_every_launcher(tmp_path, monkeypatch
     assert not (tmp_path / "a").exists()
 
 
-def test_a_resumed_fit_continues_its_run_and_logs_no_step_twice(tmp_path, monkeypatch):
+def test_resumed_fit_continues_its_run_and_repeats_no_step(tmp_path, monkeypatch):
     """Killed after step 1 and half of step 2, resumed from the checkpoint of step 1."""
     import wandb
 
@@ -59,7 +59,7 @@ def test_a_resumed_fit_continues_its_run_and_logs_no_step_twice(tmp_path, monkey
     assert all("epoch" in row for row in logged)
 
 
-def test_error_of_wandb_is_one_line(tmp_path, monkeypatch):
+def test_wandb_error_is_one_line(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise wandb.errors.UsageError("api_key not configured (no-tty).\nCall wandb.login().")
 
@@ -72,7 +72,7 @@ def test_error_of_wandb_is_one_line(tmp_path, monkeypatch):
     )
 
 
-def test_no_argument_that_wandb_warns_about(tmp_path, monkeypatch):
+def test_wandb_is_called_without_warnings(tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(wandb, "init", lambda **kwargs: given.update(kwargs) or wandb.Run)
     monkeypatch.setattr(wandb.Run, "define_metric", lambda *_, **__: None)

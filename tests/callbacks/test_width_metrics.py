@@ -23,7 +23,7 @@ def network(**how):
     return model.eval()
 
 
-def test_passes_of_floor_and_of_round():
+def test_passes_that_agree_by_construction_run_once():
     floor, rounded = network(), network(quantizer="round")
     assert evaluation_passes(floor) == [
         *((b, "truncate") for b in range(8, 0, -1)),
@@ -47,7 +47,7 @@ def test_passes_of_floor_and_of_round():
 @pytest.mark.parametrize(
     "how", [{}, {"quantizer": "round"}, {"activations": "clamp_floor_truncate"}]
 )
-def test_logits_are_those_of_each_pass_on_its_own(how):
+def test_logits_equal_those_of_separate_passes(how):
     model, images = network(**how), torch.randn(4, 3, 8, 8)
     passes = evaluation_passes(model)
     together = evaluate_batch(model, images, passes)
@@ -62,7 +62,7 @@ def test_logits_are_those_of_each_pass_on_its_own(how):
                 assert torch.equal(alone, together[bits, "truncate"]), (bits, source)
 
 
-def test_round_truncated_differs():
+def test_round_truncated_logits_differ_from_quantized_ones():
     model, images = network(quantizer="round"), torch.randn(4, 3, 8, 8)
     logits = evaluate_batch(model, images, evaluation_passes(model))
     assert not torch.equal(logits[2, "truncate"], logits[2, "quantize"])
@@ -89,7 +89,7 @@ def test_truncated_passes_shift_uint8_codes(monkeypatch):
     assert seen == []
 
 
-def test_metric_keys_and_values():
+def test_metrics_have_the_documented_keys_and_values():
     accuracy = {(b, "truncate"): 10.0 * b for b in range(1, 9)} | {
         (2, "quantize"): 55.0,
         (None, "quantize"): 90.0,

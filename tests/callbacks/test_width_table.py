@@ -3,7 +3,7 @@
 from tq_lightning.callbacks.width_table import print_widths
 
 
-def test_table_of_widths(capsys):
+def test_table_has_one_column_per_width(capsys):
     metrics = {"val/acc1_float": 90.0}
     print_widths(metrics, "val", "epoch 0")
     assert capsys.readouterr().out == ""

@@ -37,7 +37,7 @@ def run_verb(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-def test_a_notebooks_matplotlib_backend_does_not_matter() -> None:
+def test_matplotlib_backend_of_a_notebook_is_ignored() -> None:
     backend = "module://matplotlib_inline_that_is_not_installed.backend"
     done = run_verb("fit", "--help", MPLBACKEND=backend)
     assert (done.returncode, done.stderr) == (0, "") and "--model.quantizer" in done.stdout
@@ -58,7 +58,7 @@ def test_closed_stdout_exits_without_traceback() -> None:
     assert closed.stderr == ""
 
 
-def test_program_name_is_that_of_the_command(
+def test_usage_shows_the_name_of_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["--help"]) == 0
@@ -97,14 +97,14 @@ def test_help_names_every_verb_and_loads_no_torch() -> None:
         ("--data.samples=None", "data", "samples", None),
     ],
 )
-def test_arguments_of_sweep_engines_are_typed(
+def test_arguments_of_sweep_engines_are_parsed_with_their_types(
     capsys: pytest.CaptureFixture[str], argument: str, section: str | None, key: str, value: object
 ) -> None:
     config = config_of(capsys, argument)
     assert (config if section is None else config[section])[key] == value
 
 
-def test_lists_as_text_mean_the_same_as_lists() -> None:
+def test_lists_as_text_equal_lists() -> None:
     from tq_lightning.training.lists import as_ints, as_list
 
     assert (
@@ -123,7 +123,9 @@ def test_lists_as_text_mean_the_same_as_lists() -> None:
     assert as_list("first") != as_list("first,last")
 
 
-def test_later_config_files_win(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_later_config_files_override_earlier_ones(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "over.yaml").write_text("model: {lr: 1e-3, activations: null, quantizer: round}")
     model = config_of(capsys, "--config", str(tmp_path / "over.yaml"))["model"]
     assert (model["lr"], model["activations"], model["quantizer"]) == (0.001, None, "round")
@@ -154,7 +156,7 @@ def test_later_config_files_win(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (["predict", *DIGITS[1:]], "predict needs a checkpoint: pass --ckpt_path"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_invalid_input_is_an_error_of_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in error_of(capsys, *arguments)
@@ -186,7 +188,7 @@ def test_error_with_an_unknown_type_name_is_unchanged() -> None:
         ),
     ],
 )
-def test_bad_input_found_late_leaves_no_run(
+def test_error_after_parsing_leaves_no_run_folder(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, argument: str, message: str
 ) -> None:
     assert message in error_of(
@@ -217,7 +219,9 @@ def test_late_error_keeps_the_trained_checkpoint(
     assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_broken_config_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_invalid_config_file_is_an_error_of_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "broken.yaml").write_text("model: [1,\n  a: }")
     message = error_of(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
     assert f"{tmp_path / 'broken.yaml'}, line 2: not valid YAML" in message
@@ -235,7 +239,9 @@ def test_ckpt_path_last_without_a_run_is_an_error(
     assert "no */checkpoints/last.ckpt under runs;" in message
 
 
-def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_invalid_checkpoint_is_an_error_of_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"no checkpoint")
     message = error_of(capsys, *DIGITS, "--ckpt_path", str(broken))
@@ -245,7 +251,9 @@ def test_broken_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     )
 
 
-def test_root_dir_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_root_dir_that_is_a_file_is_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     message = error_of(
         capsys, *DIGITS, "--trainer.default_root_dir", str(tmp_path / "file" / "runs")
@@ -254,7 +262,9 @@ def test_root_dir_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert f"{tmp_path / 'file'} is not a folder" in message
 
 
-def test_two_runs_then_test_then_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_test_and_resume_select_the_right_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     import json
 
     short = ["--trainer.default_root_dir", str(tmp_path), "--trainer.limit_train_batches", "2"]

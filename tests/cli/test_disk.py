@@ -65,7 +65,7 @@ def line_of(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return line
 
 
-def test_output_files_on_a_full_disk(disk, packed, tmp_path, capsys):
+def test_full_disk_is_an_error_for_every_output_file(disk, packed, tmp_path, capsys):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     runs = write(tmp_path / "runs", *pair(seeds=(0, 1)))
     before = sorted(disk.rglob("*"))
@@ -81,7 +81,7 @@ def test_output_files_on_a_full_disk(disk, packed, tmp_path, capsys):
     assert not (tmp_path / "m").exists()
 
 
-def test_run_and_sweep_on_a_full_disk(disk, tmp_path, capsys):
+def test_full_disk_is_an_error_for_runs_and_sweeps(disk, tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(SWEEP)
     end = ("--trainer.max_epochs", 1)
     sweep = ("sweep", tmp_path / "s.yaml", "--workers", 0)
@@ -97,7 +97,7 @@ def test_run_and_sweep_on_a_full_disk(disk, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_sweep_without_room_for_its_database_leaves_nothing(tmp_path, capsys):
+def test_sweep_without_space_for_its_database_leaves_no_files(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(SWEEP)
     disk = tmp_path / "disk"
     mount(disk, "size=2m")
@@ -111,7 +111,7 @@ def test_a_sweep_without_room_for_its_database_leaves_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_disk_fills_up_during_a_fit(tmp_path, capsys):
+def test_disk_that_fills_up_during_a_fit_keeps_the_old_checkpoint(tmp_path, capsys):
     """Resuming, testing and predicting too; the old checkpoint stays and resumes later."""
     disk = tmp_path / "disk"
     mount(disk, "size=2m")

@@ -18,7 +18,7 @@ from tq_lightning.cli import export as command
 from tq_lightning.errors import UserError
 
 
-def test_export_of_a_packed_file(packed, tmp_path, capsys):
+def test_packed_file_is_exported_again(packed, tmp_path, capsys):
     out, rest, whole = (
         tmp_path / n for n in ("narrow.safetensors", "rest.safetensors", "whole.safetensors")
     )
@@ -31,7 +31,7 @@ def test_export_of_a_packed_file(packed, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("observer", [None, "mse"])
-def test_export_with_activation_ranges(packed, tmp_path, observer):
+def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer):
     out, folder = tmp_path / "calibrated.safetensors", tmp_path / "images"
     folder.mkdir()
     for i in range(3):
@@ -79,7 +79,7 @@ def test_export_with_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--calibrate", "digits", "--add", "r"], "cannot be combined"),
     ],
 )
-def test_export_errors_are_one_line(argv, message, packed, tmp_path, monkeypatch, capsys):
+def test_export_error_is_one_line(argv, message, packed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["export", *(a.format(packed=packed) for a in argv)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -118,7 +118,7 @@ def folder(tmp_path):
     return where.parent
 
 
-def test_classify(net, packed, folder, tmp_path):
+def test_classify_writes_the_top_classes(net, packed, folder, tmp_path):
     out = tmp_path / "out.csv"
     assert (
         classify.main([str(packed), str(folder), "--bits", "2", "--top", "3", "--out", str(out)])
@@ -133,7 +133,7 @@ def test_classify(net, packed, folder, tmp_path):
     assert float(rows[0]["probability"]) == pytest.approx(best.values.item(), abs=1e-5)
 
 
-def test_no_verb_replaces_a_file_that_it_reads(packed, folder, tmp_path, capsys):
+def test_verbs_never_replace_a_file_that_they_read(packed, folder, tmp_path, capsys):
     model, image = tmp_path / "m.safetensors", folder / "deep" / "0.png"
     model.write_bytes(packed.read_bytes())
     (tmp_path / "link").symlink_to(model)
@@ -156,7 +156,7 @@ def test_no_verb_replaces_a_file_that_it_reads(packed, folder, tmp_path, capsys)
     assert Image.open(image).size == (40, 50) and not (tmp_path / "new").exists()
 
 
-def test_bad_images_are_named_and_skipped(packed, folder, capsys):
+def test_unreadable_images_are_named_and_skipped(packed, folder, capsys):
     (folder / "bad.jpg").write_bytes(b"no picture")
     assert classify.main([str(packed), str(folder), "--bits", "1", "--top", "1"]) == 1
     printed = capsys.readouterr()
@@ -206,7 +206,7 @@ def test_files_that_are_not_images_are_skipped_and_counted(packed, folder, capsy
     assert "skipped 4: " in printed.err and "not regular files (fifo.png)" in printed.err
 
 
-def test_classify_errors(packed, folder, tmp_path):
+def test_classify_error_is_one_line(packed, folder, tmp_path):
     with pytest.raises(UserError, match="no image or folder"):
         classify.main([str(packed), str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
@@ -225,14 +225,14 @@ def test_classify_errors(packed, folder, tmp_path):
             classify.main([str(packed), str(folder), "--out", str(where)])
 
 
-def test_single_unreadable_image_is_one_line(packed, tmp_path, capsys):
+def test_single_unreadable_image_is_an_error_of_one_line(packed, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"x")
     assert main(["classify", str(packed), str(tmp_path / "bad.png"), "--bits", "1"]) == 2
     printed = capsys.readouterr().err.strip().splitlines()
     assert len(printed) == 1 and "bad.png can't be read as an image" in printed[0]
 
 
-def test_class_names_of_the_file(net, tmp_path, folder, capsys):
+def test_classify_prints_the_class_names_of_the_file(net, tmp_path, folder, capsys):
     save_packed(net[0], tmp_path / "m.safetensors", class_names=[f"kind {i}" for i in range(10)])
     classify.main(
         [str(tmp_path / "m.safetensors"), str(folder / "deep" / "1.png"), "--top", "1", "--lean"]
@@ -242,7 +242,7 @@ def test_class_names_of_the_file(net, tmp_path, folder, capsys):
         save_packed(net[0], tmp_path / "m.safetensors", class_names=["a", "b", "c"])
 
 
-def test_an_error_about_a_temporary_file_names_the_checkpoint(packed, tmp_path, monkeypatch):
+def test_error_about_a_temporary_file_names_the_checkpoint(packed, tmp_path, monkeypatch):
     checkpoint = tmp_path / "last.ckpt"
     checkpoint.write_bytes(b"PK")
     monkeypatch.setattr(command, "save_checkpoint", lambda source, out, *_: out.touch())

@@ -39,7 +39,7 @@ def test_tables_drop_columns_in_a_narrow_terminal(capsys, monkeypatch):
     assert "layer3.2.conv2" in shown[80] and "float_master" in shown[80]
 
 
-def test_record_adds_up(tmp_path, capsys):
+def test_sizes_in_the_record_add_up(tmp_path, capsys):
     path = tmp_path / "r8.json"
     assert main(["--model.name=resnet8_cifar", "--model.skip=first", f"--out={path}"]) == 0
     record = json.loads(path.read_text())
@@ -76,7 +76,7 @@ def test_policy_changes_the_packed_size_but_not_the_paper_accounting():
     assert list(four.read_at) == [1, 2, 3, 4]
 
 
-def test_lists_and_nulls_from_sweep_engines(capsys):
+def test_lists_and_nulls_of_sweep_engines_are_accepted(capsys):
     for skip, widths in (
         ("[first, last]", "[8,4]"),
         ("first,last", "8,4"),
@@ -92,7 +92,7 @@ def test_lists_and_nulls_from_sweep_engines(capsys):
     assert "6,758,810" in capsys.readouterr().out
 
 
-def test_the_model_block_of_a_configuration(tmp_path, capsys):
+def test_model_section_of_a_configuration_is_read(tmp_path, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(
         "model:\n  name: resnet8_cifar\n  quantizer: floor\n  skip: [first]\n"
@@ -104,7 +104,7 @@ def test_the_model_block_of_a_configuration(tmp_path, capsys):
     assert "in float: last;" in capsys.readouterr().out
 
 
-def test_floor_equals_its_shift_and_round_does_not():
+def test_mechanism_shows_that_floor_equals_its_shift_and_round_does_not():
     lines = mechanism()
     assert len(lines.u) == len(lines.floor[1]) and 0 < lines.u[0] < lines.u[-1] < 1
     differ = {
@@ -134,7 +134,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(case, capsys, tmp_path, monkeypatch):
+def test_invalid_input_is_an_error_of_one_line(case, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv, words = BAD[case]
     with pytest.raises(UserError, match=words) as caught:

@@ -26,7 +26,7 @@ def files_in(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_narrow_terminal_truncates_nothing(tmp_path, make, quick, capsys, monkeypatch):
+def test_narrow_terminal_truncates_no_text(tmp_path, make, quick, capsys, monkeypatch):
     make.write(tmp_path / "runs", *make.pair(seeds=(0, 1)))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
@@ -94,7 +94,7 @@ def test_arms_are_distinguishable_in_the_terminal(tmp_path, make, quick, capsys)
     assert {"level", "activations", "also"} < set(rows[0])
 
 
-def test_a_report_is_replaced_as_a_whole(tmp_path, make, quick):
+def test_report_folder_is_replaced_atomically(tmp_path, make, quick):
     make.write(tmp_path / "runs", *make.pair(seeds=(0,)))
     out = tmp_path / "report"
     command.main([str(tmp_path / "runs"), "--out", str(out)])
@@ -113,7 +113,7 @@ def test_report_inside_the_runs_folder_is_not_read(tmp_path, make, quick):
 
 
 @pytest.mark.parametrize("moment", ["fill", "move"])
-def test_failure_keeps_the_old_report_only(tmp_path, monkeypatch, make, quick, moment):
+def test_failed_report_keeps_the_old_one(tmp_path, monkeypatch, make, quick, moment):
     make.write(tmp_path / "runs", make.run())
     out = tmp_path / "report"
     command.main([str(tmp_path / "runs"), "--out", str(out)])
@@ -158,13 +158,13 @@ def test_out_may_be_an_empty_folder(tmp_path, make, quick):
     assert command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "report")]) == 0
 
 
-def test_bad_input_makes_no_folder(tmp_path):
+def test_invalid_input_creates_no_folder(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         command.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "results" / "report")])
     assert os.listdir(tmp_path) == []
 
 
-def test_wrong_arguments_are_one_line(tmp_path):
+def test_invalid_arguments_are_an_error_of_one_line(tmp_path):
     with pytest.raises(UserError, match=r"the following arguments are required: --out; .*--help"):
         command.main([str(tmp_path)])
 
@@ -178,7 +178,7 @@ def test_unknown_ignored_key_is_an_error(tmp_path, make):
 
 
 @pytest.mark.slow
-def test_two_thousand_runs(tmp_path, make, quick):
+def test_report_of_two_thousand_runs(tmp_path, make, quick):
     """Two thousand records make one report; its duration is not asserted."""
     records = [
         r for k in range(250) for r in make.pair(seeds=range(4), model_lr=round(0.001 * k, 3))

@@ -12,7 +12,7 @@ def states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
 
-def test_seeded_is_reproducible_and_restores_the_global_state():
+def test_seeded_block_is_reproducible_and_restores_the_global_state():
     before = states()
     draws = []
     for _ in range(2):
@@ -25,7 +25,7 @@ def test_seeded_is_reproducible_and_restores_the_global_state():
     assert states() == before
 
 
-def test_crop_flip_returns_the_stated_crops():
+def test_crop_and_flip_equal_slicing():
     images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).view(2, 3, 4, 5)
     out = crop_flip(
         images, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([False, True]), pad=1
@@ -55,7 +55,7 @@ def run(augment, images, labels, epoch, batch, rank=0, world=1):
     return augment.finish(augment.geometry(images[mine], draw), labels[mine], draw)
 
 
-def test_a_batch_depends_on_seed_epoch_and_number_alone():
+def test_batch_depends_only_on_seed_epoch_and_number():
     images, labels = torch.rand(8, 3, 12, 12), torch.arange(8)
     torch.manual_seed(0)
     one = run(augment(), images, labels, 2, 3)
@@ -78,7 +78,7 @@ def test_a_batch_depends_on_seed_epoch_and_number_alone():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_split_the_batch_of_one_process(world):
+def test_processes_split_the_batch_of_a_single_process(world):
     images, labels = torch.rand(16, 3, 12, 12), torch.arange(16) % 10
     whole, targets = run(augment(), images, labels, 0, 0)
     for rank in range(world):

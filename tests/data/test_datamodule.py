@@ -16,7 +16,7 @@ def batches(module, loader):
     return [module.on_after_batch_transfer(b, 0) for b in loader]
 
 
-def test_digits():
+def test_digits_has_the_documented_splits():
     module = TQDataModule("digits", batch_size=64, eval_batch_size=100)
     module.setup("fit")
     assert (module.num_classes, module.input_shape) == (10, (3, 8, 8))
@@ -35,7 +35,7 @@ def test_digits():
     assert abs(everything.std() - 1) < 0.05
 
 
-def test_no_sample_is_in_two_parts():
+def test_splits_do_not_overlap():
     """Held-out digits are not trained on, for any seed, and a fit does not read the test split."""
     module, other = TQDataModule("digits", seed=0), TQDataModule("digits", seed=1)
     (_, train), (_, val) = module.splits.for_stage("train"), module.splits.for_stage("val")
@@ -48,7 +48,7 @@ def test_no_sample_is_in_two_parts():
 
 
 @pytest.mark.parametrize(("size", "classes"), [(8, 4), (32, 10), (48, 100)])
-def test_synthetic(size, classes):
+def test_synthetic_has_the_requested_size_and_classes(size, classes):
     module = TQDataModule(
         "synthetic", image_size=size, num_classes=classes, samples=300, batch_size=50
     )
@@ -71,7 +71,7 @@ def test_synthetic_can_be_learned():
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_images_are_normalized_with_the_stated_mean_and_std(split):
+def test_images_are_normalized_with_the_given_mean_and_std(split):
     module = TQDataModule(
         "digits", pad=0, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0], eval_batch_size=7, batch_size=7
     )
@@ -84,7 +84,7 @@ def test_images_are_normalized_with_the_stated_mean_and_std(split):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_soft_targets_only_with_mixup_or_smoothing():
+def test_targets_are_soft_only_with_mixup_or_smoothing():
     for keys, soft in (
         ({}, False),
         ({"smoothing": 0.1}, True),
@@ -115,7 +115,7 @@ def test_loaders_do_not_use_the_global_random_state():
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_calibration_batches_are_always_the_same():
+def test_calibration_batches_are_deterministic():
     module, other = (
         TQDataModule("digits", seed=0, batch_size=32),
         TQDataModule("digits", seed=9, batch_size=32, eval_batch_size=7),
@@ -183,13 +183,13 @@ def test_two_processes_split_the_batches_of_one(rank, monkeypatch):
         ({"num_classes": 7}, "data.num_classes=7, but digits"),
     ],
 )
-def test_bad_keys_are_one_line(keys, message):
+def test_invalid_key_is_an_error_of_one_line(keys, message):
     with pytest.raises(UserError, match=message) as caught:
         TQDataModule(**keys).setup("fit")
     assert "\n" not in str(caught.value)
 
 
-def test_the_signature_is_the_configuration():
+def test_every_key_has_a_help_text_and_a_default():
     """Every key has a help text and a default, and strings from YAML build the module."""
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(TQDataModule, "data")

@@ -14,7 +14,7 @@ from tq_lightning.data.datamodule import TQDataModule
 KEYS = {"name": "digits", "samples": 320, "hflip": 0.5, "mixup": 0.2, "reprob": 0.5, "seed": 2}
 
 
-class Recorder(lightning.LightningModule):
+class RecordSamples(lightning.LightningModule):
     """Write one line per sample: stage, epoch, step, hash of the image."""
 
     def __init__(self, path):
@@ -50,10 +50,12 @@ def run(path, devices, batch_size):
         num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Recorder(path), TQDataModule(batch_size=batch_size, eval_batch_size=33, **KEYS))
+    trainer.fit(
+        RecordSamples(path), TQDataModule(batch_size=batch_size, eval_batch_size=33, **KEYS)
+    )
 
 
-def seen(path, devices, batch_size):
+def recorded_samples(path, devices, batch_size):
     """Return the sorted lines of a run in a new process, which can be forked safely."""
     subprocess.run(
         [sys.executable, __file__, str(path), str(devices), str(batch_size)],
@@ -64,8 +66,8 @@ def seen(path, devices, batch_size):
 
 
 @pytest.mark.slow
-def test_two_processes_see_the_samples_of_one(tmp_path):
-    one, two = seen(tmp_path / "one", 1, 64), seen(tmp_path / "two", 2, 32)
+def test_two_processes_read_the_samples_of_one(tmp_path):
+    one, two = recorded_samples(tmp_path / "one", 1, 64), recorded_samples(tmp_path / "two", 2, 32)
     assert len(one) == 2 * (320 + 144)
     assert one == two
 

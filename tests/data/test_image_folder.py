@@ -16,7 +16,7 @@ from tq_lightning.errors import UserError
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def picture(number, size=(32, 32)):
+def make_image(number, size=(32, 32)):
     noise = torch.randint(
         0,
         256,
@@ -27,15 +27,15 @@ def picture(number, size=(32, 32)):
     return Image.fromarray(noise.numpy())
 
 
-def write(root, split, classes, each, size=(32, 32), kind="png"):
+def write_images(root, split, classes, each, size=(32, 32), kind="png"):
     for label, name in enumerate(classes):
         for n in range(each):
             path = root / split / name / f"{n:04}.{kind}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture(1000 * label + n + len(split), size).save(path)
+            make_image(1000 * label + n + len(split), size).save(path)
 
 
-def pack(root, split):
+def pack_tar(root, split):
     with tarfile.open(root / f"{split}.tar", "w") as tar:
         tar.add(root / split, split)
     shutil.rmtree(root / split)
@@ -43,49 +43,49 @@ def pack(root, split):
 
 @pytest.fixture
 def cifar(tmp_path):
-    write(tmp_path, "train", CIFAR, 6)
-    write(tmp_path, "test", CIFAR, 2)
+    write_images(tmp_path, "train", CIFAR, 6)
+    write_images(tmp_path, "test", CIFAR, 2)
     return tmp_path
 
 
 @pytest.fixture
 def folder(tmp_path):
-    write(tmp_path, "train", ["ant", "bee", "cow"], 6, (40, 30))
-    write(tmp_path, "val", ["ant", "bee", "cow"], 2, (40, 30))
+    write_images(tmp_path, "train", ["ant", "bee", "cow"], 6, (40, 30))
+    write_images(tmp_path, "val", ["ant", "bee", "cow"], 2, (40, 30))
     return tmp_path
 
 
-def module(root, name="imagefolder", **keys):
+def data_module(root, name="imagefolder", **keys):
     keys = {"batch_size": 4, "workers": 0, "download": False} | keys
     return TQDataModule(name, str(root), **keys)
 
 
-def error_of(root, name="imagefolder", stage="fit", **keys):
+def error_message(root, name="imagefolder", stage="fit", **keys):
     with pytest.raises(UserError) as caught:
-        module(root, name, **keys).setup(stage)
+        data_module(root, name, **keys).setup(stage)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_cifar_as_images(cifar, packed):
+def test_cifar_is_read_from_image_files(cifar, packed):
     if packed:
-        pack(cifar, "train")
-        pack(cifar, "test")
-    data = module(cifar, "cifar10")
+        pack_tar(cifar, "train")
+        pack_tar(cifar, "test")
+    data = data_module(cifar, "cifar10")
     data.setup("fit")
     assert data.class_names == CIFAR
     split = data.splits["train"]
     assert split.pixels.shape == (60, 3, 32, 32)
-    assert torch.equal(split.pixels[0], torch.tensor(np.asarray(picture(5))).permute(2, 0, 1))
+    assert torch.equal(split.pixels[0], torch.tensor(np.asarray(make_image(5))).permute(2, 0, 1))
     assert split.labels.tolist() == sorted(6 * list(range(10)))
     assert "test" not in data.splits.loaded
     data.setup("test")
     assert sum(len(y) for _, y in data.test_dataloader()) == 20
 
 
-def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
+def test_cifar_is_read_from_torchvision_files(tmp_path, monkeypatch):
     """torchvision's own files, but for their checksums."""
     import torchvision
 
@@ -106,73 +106,73 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
         rows = torch.full((4, 3072), number, dtype=torch.uint8).numpy()
         (base / name).write_bytes(pickle.dumps({"data": rows, "labels": [0, 1, 2, 3]}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR}))
-    data = module(tmp_path, "cifar10")
+    data = data_module(tmp_path, "cifar10")
     data.setup("fit")
     assert data.splits["train"].pixels.shape == (20, 3, 32, 32)
     assert data.splits["test"].pixels.unique().tolist() == [5]
 
 
-def test_missing_cifar(tmp_path, monkeypatch):
+def test_missing_cifar_is_an_error_without_a_download(tmp_path, monkeypatch):
     import torchvision
 
-    message = error_of(tmp_path, "cifar10")
+    message = error_message(tmp_path, "cifar10")
     for part in (str(tmp_path), "train.tar", "cifar-10-batches-py", "data.download=true"):
         assert part in message
-    assert "cifar-100-python" in error_of(tmp_path, "cifar100")
+    assert "cifar-100-python" in error_message(tmp_path, "cifar100")
 
     def no_network(self):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
-    message = error_of(tmp_path, "cifar10", download=True)
+    message = error_message(tmp_path, "cifar10", download=True)
     assert "download failed (Name or service not known)" in message
 
 
-def test_incomplete_cifar(cifar):
+def test_incomplete_cifar_is_an_error(cifar):
     shutil.rmtree(cifar / "train" / "bird")
-    assert "9 classes" in error_of(cifar, "cifar10")
-    assert "not among" in error_of(cifar, "imagenet")
+    assert "9 classes" in error_message(cifar, "cifar10")
+    assert "not among" in error_message(cifar, "imagenet")
     shutil.rmtree(cifar / "test")
-    message = error_of(cifar, "cifar10", "test", download=True)
+    message = error_message(cifar, "cifar10", "test", download=True)
     assert "no test split" in message
     assert "test.tar" in message
 
 
-def test_broken_images(cifar):
+def test_unreadable_cifar_image_is_an_error(cifar):
     broken = cifar / "train" / "cat" / "0001.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
-    assert "cat/0001.png can't be read as an image" in error_of(cifar, "cifar10")
-    picture(0, (16, 32)).save(broken)
-    assert "16x32, expected 32x32" in error_of(cifar, "cifar10")
+    assert "cat/0001.png can't be read as an image" in error_message(cifar, "cifar10")
+    make_image(0, (16, 32)).save(broken)
+    assert "16x32, expected 32x32" in error_message(cifar, "cifar10")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.97])
-def test_truncated_tar(cifar, share):
-    pack(cifar, "train")
+def test_truncated_tar_is_an_error(cifar, share):
+    pack_tar(cifar, "train")
     path = cifar / "train.tar"
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content)) // 512 * 512 - 100])
     for name in ("cifar10", "imagefolder"):
-        assert "train.tar can't be read to its end" in error_of(cifar, name)
+        assert "train.tar can't be read to its end" in error_message(cifar, name)
 
 
-def test_empty_tar(tmp_path):
+def test_empty_tar_is_an_error(tmp_path):
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("train/readme.txt"), io.BytesIO())
     for name in ("cifar10", "imagefolder", "imagenet"):
-        assert "no images in" in error_of(tmp_path, name)
+        assert "no images in" in error_message(tmp_path, name)
     (tmp_path / "train.tar").write_bytes(b"not a tar at all")
-    assert "can't be read" in error_of(tmp_path)
+    assert "can't be read" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_image_folder(folder, packed, workers):
+def test_image_folder_is_read_from_folders_and_tar_files(folder, packed, workers):
     if packed:
-        pack(folder, "train")
-        pack(folder, "val")
-    data = module(folder, image_size=16, workers=workers)
+        pack_tar(folder, "train")
+        pack_tar(folder, "val")
+    data = data_module(folder, image_size=16, workers=workers)
     assert data.num_classes == 3
     data.setup("fit")
     train = [data.on_after_batch_transfer(b, 0) for b in data.train_dataloader()]
@@ -195,7 +195,7 @@ def test_image_folder(folder, packed, workers):
 def test_evaluation_transform_equals_timm(folder):
     from timm.data import create_transform
 
-    data = module(folder, image_size=16, crop_pct=0.9)
+    data = data_module(folder, image_size=16, crop_pct=0.9)
     images, _ = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     timm = create_transform(16, crop_pct=0.9, interpolation="bicubic")
     expected = timm(Image.open(folder / "val" / "ant" / "0000.png"))
@@ -203,41 +203,41 @@ def test_evaluation_transform_equals_timm(folder):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_classes_without_splits(tmp_path, packed):
-    write(tmp_path, "flat", ["ant", "bee"], 10)
+def test_folder_without_splits_is_split(tmp_path, packed):
+    write_images(tmp_path, "flat", ["ant", "bee"], 10)
     if packed:
-        pack(tmp_path, "flat")
-    data = module(tmp_path / ("flat.tar" if packed else "flat"), image_size=8)
+        pack_tar(tmp_path, "flat")
+    data = data_module(tmp_path / ("flat.tar" if packed else "flat"), image_size=8)
     data.setup("fit")
     assert [len(data.splits.for_stage(stage)[1]) for stage in ("train", "val")] == [18, 2]
     with pytest.raises(UserError, match="no test split"):
         data.setup("test")
 
 
-def test_imagenet_indices_of_a_part_of_it(tmp_path):
-    write(tmp_path, "val", ["n01440764", "n15075141"], 2)
-    data = module(tmp_path, "imagenet", image_size=8)
+def test_imagenet_subset_keeps_the_class_indices(tmp_path):
+    write_images(tmp_path, "val", ["n01440764", "n15075141"], 2)
+    data = data_module(tmp_path, "imagenet", image_size=8)
     data.setup("validate")
     assert next(iter(data.val_dataloader()))[1].tolist() == [0, 0, 999, 999]
     assert data.num_classes == len(data.class_names) == 1000
-    assert "no train split" in error_of(tmp_path, "imagenet")
+    assert "no train split" in error_message(tmp_path, "imagenet")
 
 
-def test_invalid_folders(folder, tmp_path):
-    assert "no data at" in error_of(tmp_path / "nowhere")
-    assert "no train split" in error_of(tmp_path / "val" / "ant")
-    assert "data.num_classes=5" in error_of(folder, num_classes=5)
-    write(folder, "val", ["dog"], 1)
-    assert "not among the 3 expected classes (dog)" in error_of(folder)
+def test_invalid_folder_is_an_error(folder, tmp_path):
+    assert "no data at" in error_message(tmp_path / "nowhere")
+    assert "no train split" in error_message(tmp_path / "val" / "ant")
+    assert "data.num_classes=5" in error_message(folder, num_classes=5)
+    write_images(folder, "val", ["dog"], 1)
+    assert "not among the 3 expected classes (dog)" in error_message(folder)
     (folder / "train" / "eel").mkdir()
-    assert "empty class folders (eel)" in error_of(folder)
+    assert "empty class folders (eel)" in error_message(folder)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_calibration_in_the_middle_of_validation(folder, workers):
+def test_calibration_during_validation_reads_the_same_split(folder, workers):
     """Held-out images and calibration read the same split at the same time."""
     shutil.rmtree(folder / "val")
-    data = module(folder, image_size=8, workers=workers, val_fraction=0.4, eval_batch_size=1)
+    data = data_module(folder, image_size=8, workers=workers, val_fraction=0.4, eval_batch_size=1)
     expected = list(data.val_dataloader())
     calibration = list(data.calibration_batches(2))
     loader = iter(data.val_dataloader())

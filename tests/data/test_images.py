@@ -20,11 +20,11 @@ GRAY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 CLASSES = ("ant", "bee", "cow")
 
 
-def sixteen(order="="):
+def sixteen_bit_image(order="="):
     return (GRAY.astype(np.uint16) * 257).astype(f"{order}u2")
 
 
-def file_of(image, kind, **options):
+def encoded(image, kind, **options):
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     stream.seek(0)
@@ -32,7 +32,7 @@ def file_of(image, kind, **options):
 
 
 def pgm():
-    return io.BytesIO(b"P5 16 16 65535\n" + sixteen(">").tobytes())
+    return io.BytesIO(b"P5 16 16 65535\n" + sixteen_bit_image(">").tobytes())
 
 
 def tiff(values, bits, photometric=1):
@@ -51,22 +51,22 @@ def tiff(values, bits, photometric=1):
 
 
 GRAYS = {
-    "L": lambda: file_of(Image.fromarray(GRAY), "PNG"),
-    "I;16 PNG": lambda: file_of(Image.fromarray(sixteen()), "PNG"),
-    "I;16 TIFF": lambda: file_of(Image.fromarray(sixteen()), "TIFF"),
-    "I;16B TIFF": lambda: file_of(Image.fromarray(sixteen(">")), "TIFF"),
-    "I;16 TIFF with white as 0": lambda: tiff(65535 - sixteen(), 16, photometric=0),
+    "L": lambda: encoded(Image.fromarray(GRAY), "PNG"),
+    "I;16 PNG": lambda: encoded(Image.fromarray(sixteen_bit_image()), "PNG"),
+    "I;16 TIFF": lambda: encoded(Image.fromarray(sixteen_bit_image()), "TIFF"),
+    "I;16B TIFF": lambda: encoded(Image.fromarray(sixteen_bit_image(">")), "TIFF"),
+    "I;16 TIFF with white as 0": lambda: tiff(65535 - sixteen_bit_image(), 16, photometric=0),
     "12-bit TIFF": lambda: tiff(np.rint(GRAY * (4095 / 255)).astype(np.uint16), 12),
     "16-bit PGM": pgm,
-    "TGA": lambda: file_of(Image.fromarray(GRAY), "TGA"),
-    "JPEG 2000": lambda: file_of(Image.fromarray(GRAY), "JPEG2000"),
-    "LA": lambda: file_of(Image.merge("LA", [Image.fromarray(GRAY)] * 2), "PNG"),
-    "RGB": lambda: file_of(Image.merge("RGB", [Image.fromarray(GRAY)] * 3), "PNG"),
-    "RGBA": lambda: file_of(Image.merge("RGBA", [Image.fromarray(GRAY)] * 4), "PNG"),
-    "WebP": lambda: file_of(Image.merge("RGB", [Image.fromarray(GRAY)] * 3), "WEBP", lossless=True),
-    "GIF": lambda: file_of(Image.fromarray(GRAY), "GIF"),
-    "BMP": lambda: file_of(Image.fromarray(GRAY), "BMP"),
-    "CMYK": lambda: file_of(
+    "TGA": lambda: encoded(Image.fromarray(GRAY), "TGA"),
+    "JPEG 2000": lambda: encoded(Image.fromarray(GRAY), "JPEG2000"),
+    "LA": lambda: encoded(Image.merge("LA", [Image.fromarray(GRAY)] * 2), "PNG"),
+    "RGB": lambda: encoded(Image.merge("RGB", [Image.fromarray(GRAY)] * 3), "PNG"),
+    "RGBA": lambda: encoded(Image.merge("RGBA", [Image.fromarray(GRAY)] * 4), "PNG"),
+    "WebP": lambda: encoded(Image.merge("RGB", [Image.fromarray(GRAY)] * 3), "WEBP", lossless=True),
+    "GIF": lambda: encoded(Image.fromarray(GRAY), "GIF"),
+    "BMP": lambda: encoded(Image.fromarray(GRAY), "BMP"),
+    "CMYK": lambda: encoded(
         Image.merge("CMYK", [Image.fromarray(255 - GRAY)] * 3 + [Image.new("L", (16, 16), 0)]),
         "TIFF",
     ),
@@ -82,28 +82,28 @@ def test_every_pixel_type_gives_the_8_bit_picture(make):
     np.testing.assert_array_equal(np.asarray(read_image(make(), "L")), GRAY)
 
 
-def test_black_and_white_palettes_and_transparency():
+def test_palettes_and_transparency_become_rgb():
     bits = Image.fromarray(GRAY > 127)
     np.testing.assert_array_equal(
-        np.asarray(read_image(file_of(bits, "PNG")))[..., 0], np.where(GRAY > 127, 255, 0)
+        np.asarray(read_image(encoded(bits, "PNG")))[..., 0], np.where(GRAY > 127, 255, 0)
     )
     colors = [(200, 10, 30), (0, 255, 7), (5, 6, 250)]
     palette = Image.new("P", (3, 1))
     palette.putpalette([value for color in colors for value in color])
     palette.putdata([0, 1, 2])
     for options in ({}, {"transparency": 1}, {"transparency": b"\x80\x00\xff"}):
-        image = read_image(file_of(palette, "PNG", **options))
+        image = read_image(encoded(palette, "PNG", **options))
         assert np.asarray(image)[0].tolist() == list(map(list, colors))
 
 
 @pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 70000)])
-def test_pixel_types_without_an_8_bit_form_are_refused_by_name(mode, value):
+def test_unsupported_pixel_type_is_named(mode, value):
     with pytest.raises(UnreadableImage, match=f"pixel type '{mode}'"):
-        read_image(file_of(Image.new(mode, (4, 4), value), "TIFF"))
+        read_image(encoded(Image.new(mode, (4, 4), value), "TIFF"))
 
 
-def test_a_decompression_bomb_is_one_error(monkeypatch):
-    stream = file_of(Image.new("L", (64, 64)), "PNG")
+def test_decompression_bomb_is_an_error(monkeypatch):
+    stream = encoded(Image.new("L", (64, 64)), "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImage, match="decompression bomb"):
         read_image(stream)
@@ -126,13 +126,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def module(root, **keys):
+def data_module(root, **keys):
     keys = {"batch_size": 4, "workers": 0, "image_size": 16, "crop_pct": 1.0} | keys
     return TQDataModule("imagefolder", str(root), **keys)
 
 
-def validation(root, **keys):
-    data = module(root, **keys)
+def validation_images(root, **keys):
+    data = data_module(root, **keys)
     data.setup("validate")
     batches = [data.on_after_batch_transfer(batch) for batch in data.val_dataloader()]
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
@@ -141,13 +141,13 @@ def validation(root, **keys):
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_16_bit_images_are_trained_and_evaluated_as_8_bit_ones(folder, packed):
-    expected, labels = validation(folder)
+    expected, labels = validation_images(folder)
     for path in folder.rglob("*.png"):
         Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
     if packed:
         for split in ("train", "val"):
             pack(folder, split)
-    images, again = validation(folder)
+    images, again = validation_images(folder)
     assert torch.equal(images, expected) and torch.equal(labels, again)
 
 
@@ -185,11 +185,11 @@ def add_other_files(root):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_files_that_are_not_images_are_neither_classes_nor_samples(folder, packed, capsys):
+def test_other_files_are_neither_classes_nor_samples(folder, packed, capsys):
     count = add_other_files(folder)
     if packed:
         pack(folder, "train")
-    data = module(folder)
+    data = data_module(folder)
     data.setup("fit")
     assert data.class_names == list(CLASSES)
     assert Counter(data.splits["train"].labels.tolist()) == {0: 6, 1: 6, 2: 6}
@@ -200,29 +200,29 @@ def test_files_that_are_not_images_are_neither_classes_nor_samples(folder, packe
         assert reason in lines[0]
 
 
-def test_every_suffix_is_read_in_training_and_in_classify(folder):
+def test_every_file_type_is_read_in_training_and_in_classify(folder):
     for suffix in SUFFIXES:
         path = folder / "train" / "ant" / f"new{suffix.upper()}"
         kind = "PNG" if suffix in (".pbm", ".pgm", ".pnm") else None
         kind = kind or Image.registered_extensions()[suffix]
         Image.merge("RGB", [Image.fromarray(GRAY)] * 3).save(path, kind)
-    data = module(folder)
+    data = data_module(folder)
     data.setup("fit")
     assert int((data.splits["train"].labels == 0).sum()) == 6 + len(SUFFIXES)
     found, left_out = list_images(folder / "train" / "ant")
     assert len(found) == 6 + len(SUFFIXES) and not left_out.counts
 
 
-def test_a_class_of_webp_files_is_a_class(folder):
+def test_class_of_webp_files_is_found(folder):
     for path in (folder / "train" / "bee").iterdir():
         Image.open(path).save(path.with_suffix(".webp"), lossless=True)
         path.unlink()
-    data = module(folder)
+    data = data_module(folder)
     data.setup("fit")
     assert data.class_names == list(CLASSES)
 
 
-def error_of(root, stage="fit", name="imagefolder", **keys):
+def error_message(root, stage="fit", name="imagefolder", **keys):
     with pytest.raises(UserError) as caught:
         TQDataModule(name, str(root), batch_size=4, workers=0, download=False, **keys).setup(stage)
     assert "\n" not in str(caught.value)
@@ -230,14 +230,14 @@ def error_of(root, stage="fit", name="imagefolder", **keys):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_class_of_unsupported_images_is_one_line(folder, packed, capsys):
+def test_class_of_unsupported_images_is_an_error(folder, packed, capsys):
     """Otherwise the class would be missing. Other files next to the classes are only counted."""
     (folder / "train" / "labels").mkdir()
     (folder / "train" / "labels" / "0.xml").write_text("<a/>")
     (folder / "train" / "bee" / "0.png").rename(folder / "train" / "bee" / "0.heic")
     if packed:
         pack(folder, "train", remove=False)
-    data = module(folder)
+    data = data_module(folder)
     data.setup("fit")
     assert data.class_names == list(CLASSES)
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -248,7 +248,7 @@ def test_class_of_unsupported_images_is_one_line(folder, packed, capsys):
         path.rename(path.with_suffix(".HEIC"))
     if packed:
         pack(folder, "train")
-    assert "1 class folders of images in unsupported formats" in error_of(folder)
+    assert "1 class folders of images in unsupported formats" in error_message(folder)
 
 
 def test_class_folder_of_system_files_is_empty(folder):
@@ -256,18 +256,18 @@ def test_class_folder_of_system_files_is_empty(folder):
         path.unlink()
     (folder / "train" / "bee" / ".DS_Store").write_bytes(b"x")
     (folder / "train" / "bee" / "Thumbs.db").write_bytes(b"x")
-    assert "has 1 empty class folders (bee)" in error_of(folder)
+    assert "has 1 empty class folders (bee)" in error_message(folder)
 
 
 @pytest.mark.parametrize("prefix", ["", "shard-0/"])
-def test_a_webdataset_shard_is_not_one_class(folder, prefix):
+def test_webdataset_shard_is_not_read_as_an_image_folder(folder, prefix):
     with tarfile.open(folder / "train.tar", "w") as tar:
         for n, path in enumerate(sorted((folder / "train").rglob("*.png"))):
             tar.add(path, f"{prefix}{n:06}.png")
             info = tarfile.TarInfo(f"{prefix}{n:06}.cls")
             info.size = 1
             tar.addfile(info, io.BytesIO(b"0"))
-    assert ("no images" if not prefix else "single class (shard-0)") in error_of(folder)
+    assert ("no images" if not prefix else "single class (shard-0)") in error_message(folder)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link to a device", "broken link", "link to itself"])
@@ -281,7 +281,7 @@ def test_special_files_are_not_opened(folder, kind, capsys):
         path.symlink_to("nowhere")
     else:
         path.with_suffix("").symlink_to(folder / "train")
-    data = module(folder)
+    data = data_module(folder)
     data.setup("fit")
     assert data.splits["train"].labels.numel() == 18
     if kind != "link to itself":
@@ -289,14 +289,14 @@ def test_special_files_are_not_opened(folder, kind, capsys):
     list(data.train_dataloader())
 
 
-def test_split_that_is_a_fifo_is_one_line(folder):
+def test_split_that_is_a_fifo_is_an_error(folder):
     os.mkfifo(folder / "train.tar")
-    assert "neither a folder nor a regular file" in error_of(folder)
+    assert "neither a folder nor a regular file" in error_message(folder)
 
 
 @pytest.mark.parametrize("size", [1, 10**6, 2**62])
 @pytest.mark.parametrize("which", [0, 5, -1])
-def test_tar_with_a_wrong_member_size(folder, size, which):
+def test_wrong_member_size_in_a_tar_loses_no_image_silently(folder, size, which):
     """No image is lost silently, for any size in the header of a member."""
     pack(folder, "train", remove=False)
     raw = bytearray((folder / "train.tar").read_bytes())
@@ -309,7 +309,7 @@ def test_tar_with_a_wrong_member_size(folder, size, which):
     raw[member.offset : member.offset + 512] = header
     (folder / "train.tar").write_bytes(raw)
     try:
-        data = module(folder)
+        data = data_module(folder)
         data.setup("fit")
     except UserError as error:
         assert "train.tar can't be read to its end" in str(error)
@@ -317,12 +317,12 @@ def test_tar_with_a_wrong_member_size(folder, size, which):
         assert size == 1 and data.splits["train"].labels.numel() == 18
 
 
-def test_a_tar_with_a_black_image_behind_a_short_size(folder):
+def test_black_image_after_a_short_size_is_not_the_end_of_the_tar(folder):
     """512 zero bytes inside the data of a member look like the end of the archive."""
     shutil.rmtree(folder / "train")
     with tarfile.open(folder / "train.tar", "w") as tar:
         for name in ("ant/0.bmp", "bee/0.bmp"):
-            stream = file_of(Image.new("RGB", (32, 32)), "BMP")
+            stream = encoded(Image.new("RGB", (32, 32)), "BMP")
             info = tarfile.TarInfo(name)
             info.size = len(stream.getvalue())
             tar.addfile(info, stream)
@@ -331,7 +331,7 @@ def test_a_tar_with_a_black_image_behind_a_short_size(folder):
     raw[148:156] = b" " * 8
     raw[148:156] = b"%06o\0 " % sum(raw[:512])
     (folder / "train.tar").write_bytes(raw)
-    assert "data after the end of the archive" in error_of(folder)
+    assert "data after the end of the archive" in error_message(folder)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -341,7 +341,7 @@ def test_unreadable_training_images_are_replaced_and_counted(folder, workers, mo
     (folder / "train" / "ant" / "1.png").write_bytes(whole[: len(whole) // 2])
     Image.new("L", (400, 400)).save(folder / "train" / "bee" / "1.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    data = module(folder, workers=workers)
+    data = data_module(folder, workers=workers)
     for _ in range(2):
         batches = list(data.train_dataloader())
         assert sum(len(labels) for _, labels, _ in batches) == 16
@@ -354,13 +354,13 @@ def test_unreadable_training_images_are_replaced_and_counted(folder, workers, mo
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_unreadable_images_are_skipped_in_evaluation(folder, workers, capsys):
     """A replacement image would be scored twice."""
-    data = module(folder, workers=workers, eval_batch_size=4)
+    data = data_module(folder, workers=workers, eval_batch_size=4)
     whole = [labels for _, labels in data.val_dataloader()]
     data.teardown("fit")
     broken = [path for path in sorted((folder / "val").rglob("*.png")) if path.stem == "0"]
     for path in broken:
         path.write_bytes(b"no picture")
-    data = module(folder, workers=workers, eval_batch_size=4)
+    data = data_module(folder, workers=workers, eval_batch_size=4)
     loader = data.val_dataloader()
     batches = list(loader)
     assert sum(map(len, whole)) == 6 and sum(len(labels) for _, labels in batches) == 3
@@ -371,30 +371,30 @@ def test_unreadable_images_are_skipped_in_evaluation(folder, workers, capsys):
     data.teardown("fit")
 
 
-def test_an_evaluation_without_a_readable_image_is_one_line(folder):
+def test_evaluation_without_a_readable_image_is_an_error(folder):
     for path in (folder / "val").rglob("*.png"):
         path.write_bytes(b"no picture")
-    data = module(folder, eval_batch_size=4)
+    data = data_module(folder, eval_batch_size=4)
     with pytest.raises(UserError, match=r"none of 6 images can be read, the first is ant/0"):
         list(data.val_dataloader())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_data_set_of_broken_images_is_one_line(folder, workers):
+def test_data_set_of_unreadable_images_is_an_error(folder, workers):
     for path in (folder / "train").rglob("*.png"):
         path.write_bytes(b"no picture")
-    data = module(folder, workers=workers)
+    data = data_module(folder, workers=workers)
     with pytest.raises(UserError, match=r"18 images in a row can't be read, the first is \w+/"):
         list(data.train_dataloader())
     data.teardown("fit")
 
 
-def test_file_names_that_are_not_utf8(folder, capsys):
+def test_file_names_that_are_not_utf8_are_read(folder, capsys):
     odd = os.fsdecode(b"caf\xe9")
     os.rename(folder / "train" / "ant", folder / "train" / odd)
     os.rename(folder / "val" / "ant", folder / "val" / odd)
     (folder / "train" / f"{odd}.png").write_bytes(b"")
-    data = module(folder)
+    data = data_module(folder)
     data.setup("fit")
     assert odd in data.class_names
     assert "1 not in a class folder (caf\\udce9.png)" in capsys.readouterr().err
@@ -409,24 +409,24 @@ def test_cifar_as_images_compares_the_classes_of_both_splits(tmp_path):
             Image.new("RGB", (32, 32)).save(tmp_path / split / name / "0.png")
     TQDataModule("cifar10", str(tmp_path), download=False).setup("test")
     os.rename(tmp_path / "test" / "class3", tmp_path / "test" / "cat")
-    message = error_of(tmp_path, "test", "cifar10")
+    message = error_message(tmp_path, "test", "cifar10")
     assert "different classes (cat and class0)" in message
 
 
 def test_16_bit_values_keep_their_contrast():
     values = np.tile(np.where(np.arange(8) % 2, 34000, 12000), (8, 1)).astype(np.uint16)
-    image = np.asarray(read_image(file_of(Image.fromarray(values), "PNG")))[..., 0]
+    image = np.asarray(read_image(encoded(Image.fromarray(values), "PNG")))[..., 0]
     assert set(np.unique(image)) == {round(12000 / 257), round(34000 / 257)}
 
 
-def test_a_system_without_cpu_affinity(monkeypatch):
+def test_missing_cpu_affinity_is_supported(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert TQDataModule("digits").workers == 3
 
 
 @pytest.mark.slow
-def test_a_tar_of_one_tar_per_class(folder):
+def test_tar_with_one_tar_per_class_is_read(folder):
     """The layout of ImageNet's own training archive."""
     pack(folder, "val")
     with tarfile.open(folder / "train.tar", "w") as outer:
@@ -441,7 +441,7 @@ def test_a_tar_of_one_tar_per_class(folder):
             outer.addfile(info, inner)
     expected = [np.asarray(Image.open(folder / "train" / name / "3.png")) for name in CLASSES]
     shutil.rmtree(folder / "train")
-    data = module(folder)
+    data = data_module(folder)
     data.setup("fit")
     split = data.splits["train"]
     assert data.class_names == list(CLASSES) and split.labels.numel() == 18

@@ -12,7 +12,7 @@ from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
 
 
-class Recorder(lightning.LightningModule):
+class RecordBatches(lightning.LightningModule):
     """Keep every training batch; `stop` ends the run after that many."""
 
     def __init__(self, stop: int | None = None) -> None:
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def fit(data, root, epochs=2, stop=None, resume=None, every=3, when=None, **flags):
-    model = Recorder(stop)
+    model = RecordBatches(stop)
     when = when or {"every_n_train_steps": every}
     keep = ModelCheckpoint(root, save_top_k=-1, filename="{step}", save_on_exception=False, **when)
     trainer = lightning.Trainer(
@@ -83,7 +83,7 @@ SMALL = {
 
 # 8 batches an epoch: a checkpoint inside the first epoch, at its last batch, and inside the second
 @pytest.mark.parametrize(("every", "stop", "step"), [(3, 5, 3), (4, 9, 8), (5, 12, 10)])
-def test_small_images(tmp_path, every, stop, step):
+def test_in_memory_data_resumes_with_the_same_batches(tmp_path, every, stop, step):
     whole = fit(SMALL, tmp_path / "a", every=every)
     assert [b[2] for b in whole.seen] == 2 * list(range(8))
     cut = fit(SMALL, tmp_path / "b", every=every, stop=stop)
@@ -94,7 +94,7 @@ def test_small_images(tmp_path, every, stop, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_image_files(folder, tmp_path, workers):
+def test_image_files_resume_with_the_same_batches(folder, tmp_path, workers):
     data = {
         "name": "imagefolder",
         "root": str(folder),
@@ -118,7 +118,7 @@ def test_image_files(folder, tmp_path, workers):
 
 
 @pytest.mark.parametrize("after_training", [True, False])
-def test_from_the_end_of_an_epoch(tmp_path, after_training):
+def test_resuming_at_the_end_of_an_epoch_starts_the_next_one(tmp_path, after_training):
     """Checkpoints written before and after the validation that ends an epoch."""
     whole = fit(SMALL, tmp_path / "a", epochs=3)
     when = {"every_n_epochs": 1, "save_on_train_epoch_end": after_training}
@@ -127,7 +127,7 @@ def test_from_the_end_of_an_epoch(tmp_path, after_training):
     assert_same(rest.seen, whole.seen[8:])
 
 
-def test_with_max_steps_and_limited_epochs(tmp_path):
+def test_max_steps_and_limited_epochs_resume_with_the_same_batches(tmp_path):
     """Lightning treats every resume as a restart if max_steps ends the run."""
     flags = {"epochs": -1, "max_steps": 12, "limit_train_batches": 5}
     whole = fit(SMALL, tmp_path / "a", **flags)
@@ -144,19 +144,19 @@ def test_with_max_steps_and_limited_epochs(tmp_path):
         assert_same(rest.seen, whole.seen[step:])
 
 
-def test_validation_in_the_epoch_changes_nothing(tmp_path):
+def test_validation_inside_an_epoch_does_not_change_the_batches(tmp_path):
     whole = fit(SMALL, tmp_path / "a", num_sanity_val_steps=0, limit_val_batches=0)
     often = fit(SMALL, tmp_path / "b", num_sanity_val_steps=2, val_check_interval=2)
     assert often.validated > 0
     assert_same(often.seen, whole.seen)
 
 
-def test_another_seed_is_another_order(tmp_path):
+def test_another_seed_gives_another_order(tmp_path):
     one, two = (fit(SMALL | {"seed": seed}, tmp_path / str(seed), epochs=1) for seed in (3, 4))
     assert not torch.equal(one.seen[0][0], two.seen[0][0])
 
 
-def test_refuses_the_rest_of_an_epoch_of_another_order(tmp_path):
+def test_resuming_an_epoch_in_another_order_is_an_error(tmp_path):
     fit(SMALL, tmp_path, stop=5)
     with pytest.raises(UserError, match="global batch size"):
         fit(SMALL | {"batch_size": 16}, tmp_path, resume=tmp_path / "step=3.ckpt")

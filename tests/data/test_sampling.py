@@ -18,7 +18,7 @@ def test_derive_seed_depends_on_each_of_its_numbers():
 
 
 @pytest.mark.parametrize("count", [0, 1, 10, 37, 100])
-def test_stratified_is_even_over_the_classes(count):
+def test_stratified_sample_is_balanced(count):
     labels = torch.arange(100) % 10
     picked = stratified(labels, count)
     assert picked.numel() == count == picked.unique().numel()
@@ -26,7 +26,7 @@ def test_stratified_is_even_over_the_classes(count):
     assert per_class.max() - per_class.min() <= 1
 
 
-def test_stratified_with_one_sample_a_class():
+def test_stratified_sample_keeps_one_sample_per_class():
     labels = torch.arange(50)
     assert stratified(labels, 5).numel() == 5
     assert torch.equal(stratified(labels, 5), stratified(labels, 5))
@@ -43,7 +43,7 @@ def test_shares_partition_the_batch(size, world):
 
 
 @pytest.mark.parametrize(("size", "world"), [(8, 2), (24, 3), (128, 4)])
-def test_reversing_a_share_pairs_as_reversing_the_batch(size, world):
+def test_reversing_a_share_gives_the_pairs_of_the_reversed_batch(size, world):
     """Mixup pairs a batch with its reverse; a contiguous share would pair other samples."""
     for rank in range(world):
         mine = share(size, rank, world)
@@ -52,7 +52,7 @@ def test_reversing_a_share_pairs_as_reversing_the_batch(size, world):
     assert not torch.equal(contiguous.flip(0), size - 1 - contiguous)
 
 
-def test_an_epoch_is_a_permutation_of_seed_and_epoch():
+def test_epoch_is_a_permutation_given_by_seed_and_epoch():
     order = TrainOrder(torch.arange(100, 140), batch_size=10, seed=5)
     epochs = [torch.cat([samples for _, samples in order.batches(e)]) for e in range(2)]
     assert all(e.sort().values.tolist() == list(range(100, 140)) for e in epochs)
@@ -64,7 +64,7 @@ def test_an_epoch_is_a_permutation_of_seed_and_epoch():
     assert torch.equal(late[0][1], epochs[1][20:30])
 
 
-def test_two_processes_see_the_steps_of_one():
+def test_two_processes_read_the_steps_of_one():
     samples = torch.arange(100)
     one = TrainOrder(samples, 32, seed=1)
     two = [TrainOrder(samples, 16, seed=1, rank=r, world=2) for r in range(2)]
@@ -93,13 +93,13 @@ def test_evaluation_counts_every_sample_once(samples, world):
     assert all(0 < len(b) <= 10 for p in parts for b in p)
 
 
-def test_evaluation_with_more_processes_than_samples():
+def test_evaluation_supports_more_processes_than_samples():
     with pytest.raises(UserError, match="use fewer devices"):
         eval_batches(torch.arange(2), 10, 0, 3)
 
 
 @pytest.mark.parametrize("seed", ["abc", "-1", "1.5", ""])
-def test_a_seed_of_the_environment_is_checked(seed, monkeypatch):
+def test_seed_from_the_environment_is_checked(seed, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     assert run_seed() == 7
     monkeypatch.setenv("PL_GLOBAL_SEED", seed)

@@ -15,13 +15,13 @@ from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
 
 
-def _png(value):
+def encode_png(value):
     out = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(out, "png")
     return out.getvalue()
 
 
-def _shard(path, members):
+def write_shard(path, members):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
@@ -36,92 +36,92 @@ def shards(tmp_path):
     for number in range(3):
         members = {}
         for n in range(20 * number, 20 * number + 20):
-            members[f"{n:04}.png"] = _png(4 * n)
+            members[f"{n:04}.png"] = encode_png(4 * n)
             if n % 2:
                 members[f"{n:04}.cls"] = str(n % 3).encode()
             else:
                 members[f"{n:04}.json"] = json.dumps({"label": n % 3}).encode()
-        _shard(tmp_path / f"set-train-{number}.tar", members)
-    members = {f"{n}.png": _png(n) for n in range(12)} | {f"{n}.cls": b"1" for n in range(12)}
-    _shard(tmp_path / "set-validation-0.tar", members)
+        write_shard(tmp_path / f"set-train-{number}.tar", members)
+    members = {f"{n}.png": encode_png(n) for n in range(12)} | {f"{n}.cls": b"1" for n in range(12)}
+    write_shard(tmp_path / "set-validation-0.tar", members)
     return tmp_path
 
 
-def _data(root, workers=0, **keys):
+def data_module(root, workers=0, **keys):
     keys = {"batch_size": 8, "image_size": 8, "seed": 1, "root": str(root), **keys}
     return TQDataModule("wds", workers=workers, **keys)
 
 
-def _pixels(loader):
+def pixels_and_labels(loader):
     return [images for images, *_ in loader]
 
 
-def test_shards_are_read_by_number_whatever_the_workers(shards):
-    data = _data(shards)
+def test_shards_are_read_by_index_with_any_number_of_workers(shards):
+    data = data_module(shards)
     split = data.splits.find("train")
     assert split.labels.tolist() == [n % 3 for n in range(60)]
     for n in (0, 19, 20, 59):
         image, label = split.read(n)
         assert (image.getpixel((0, 0))[0], label) == (4 * n, n % 3)
-    one, two = (_pixels(_data(shards, w).train_dataloader()) for w in (0, 2))
+    one, two = (pixels_and_labels(data_module(shards, w).train_dataloader()) for w in (0, 2))
     assert len(one) == 7 and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     loader = data.train_dataloader()
     loader.progress = lambda: (0, 5)  # as after a resume
-    assert all(torch.equal(a, b) for a, b in zip(_pixels(loader), one[5:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(pixels_and_labels(loader), one[5:], strict=True))
     assert len(data.val_dataloader().batches) and data.num_classes == 3
     assert len(data.splits.for_stage("test")[1]) == 12  # validation shards of the data set
 
 
-def test_the_index_is_made_once_and_again_if_a_shard_changes(shards, monkeypatch):
-    _data(shards).splits.find("train")
+def test_index_is_rebuilt_only_if_a_shard_changes(shards, monkeypatch):
+    data_module(shards).splits.find("train")
     (cache, *_) = shards.glob(".tq_lightning-*.npz")
     with monkeypatch.context() as patch:
         patch.setattr(webdataset, "index_shards", None)  # fails if it is called
-        assert len(_data(shards).splits.find("train").labels) == 60
-    _shard(shards / "set-train-0.tar", {"a.png": _png(9), "a.cls": b"2"})
-    assert _data(shards).splits.find("train").labels.tolist()[0] == 2
+        assert len(data_module(shards).splits.find("train").labels) == 60
+    write_shard(shards / "set-train-0.tar", {"a.png": encode_png(9), "a.cls": b"2"})
+    assert data_module(shards).splits.find("train").labels.tolist()[0] == 2
     cache.write_bytes(b"damaged")
-    assert len(_data(shards).splits.find("train").labels) == 41
+    assert len(data_module(shards).splits.find("train").labels) == 41
 
 
-def test_broken_members_are_reported(shards, capsys):
-    members = {"x.png": _png(1), "y.png": _png(2), "y.cls": b"cat", "z.cls": b"1"}
-    _shard(shards / "set-train-3.tar", members | {"w.png": b"no image", "w.cls": b"0"})
-    data = _data(shards)
-    _pixels(data.train_dataloader())
+def test_damaged_members_are_reported(shards, capsys):
+    members = {"x.png": encode_png(1), "y.png": encode_png(2), "y.cls": b"cat", "z.cls": b"1"}
+    write_shard(shards / "set-train-3.tar", members | {"w.png": b"no image", "w.cls": b"0"})
+    data = data_module(shards)
+    pixels_and_labels(data.train_dataloader())
     printed = capsys.readouterr().err
     assert "61 images in 4 shards" in printed and "set-train-3.tar/x.png" in printed
     assert "1 labels without an image" in printed or "labels without an image" in printed
-    loader = _data(shards, samples=None, val_fraction=0.0, batch_size=1).train_dataloader()
-    _pixels(loader)
+    loader = data_module(shards, samples=None, val_fraction=0.0, batch_size=1).train_dataloader()
+    pixels_and_labels(loader)
     assert "replaced 1 unreadable images of 61" in (err := capsys.readouterr().err)
     assert "w.png in set-train-3.tar" in err
     with open(shards / "set-train-1.tar", "r+b") as file:
         file.truncate(3000)
     with pytest.raises(UserError, match=r"shard .*set-train-1.tar can't be read to its end"):
-        _data(shards).splits.find("train")
+        data_module(shards).splits.find("train")
 
 
-def test_missing_data_is_one_line(tmp_path):
+def test_missing_data_is_an_error_of_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no .tar shards in"):
-        _data(tmp_path).splits.find("train")
+        data_module(tmp_path).splits.find("train")
     with pytest.raises(UserError, match="no data at"):
-        _data(tmp_path / "nowhere").splits.find("train")
-    _shard(tmp_path / "a.tar", {"x.png": _png(1)})
+        data_module(tmp_path / "nowhere").splits.find("train")
+    write_shard(tmp_path / "a.tar", {"x.png": encode_png(1)})
     with pytest.raises(UserError, match=r"no image in .* has a label .*KEY.cls"):
-        _data(tmp_path).splits.find("train")
+        data_module(tmp_path).splits.find("train")
     with pytest.raises(UserError, match=r"pass one of .*hfds/PATH"):
         TQDataModule("hfds/")
 
 
 @pytest.mark.slow
-def test_hugging_face_data_sets(tmp_path, monkeypatch):
+def test_hugging_face_data_set_is_read(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="an optional extra")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"])
     )
-    rows = {"image": [{"bytes": _png(n), "path": None} for n in range(40)]}
+    rows = {"image": [{"bytes": encode_png(n), "path": None} for n in range(40)]}
     rows["label"] = [n % 2 for n in range(40)]
     (tmp_path / "own").mkdir()
     for split in ("train", "validation"):
@@ -131,13 +131,17 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch):
     keys = {"root": str(tmp_path / "cache"), "image_size": 8, "batch_size": 8, "seed": 2}
     one, two = (TQDataModule(f"hfds/{tmp_path / 'own'}", workers=w, **keys) for w in (0, 2))
     assert one.class_names == ["even", "odd"] and len(one.splits.for_stage("val")[1]) == 40
-    pairs = zip(_pixels(one.train_dataloader()), _pixels(two.train_dataloader()), strict=True)
+    pairs = zip(
+        pixels_and_labels(one.train_dataloader()),
+        pixels_and_labels(two.train_dataloader()),
+        strict=True,
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(UserError, match=r"hfds/.*nowhere can't be opened"):
         TQDataModule(f"hfds/{tmp_path / 'nowhere'}", **keys).splits.find("train")
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch):
+def test_missing_package_error_names_the_extra(monkeypatch):
     monkeypatch.setattr("tq_lightning.data.hfds.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'tq_lightning\[hfds\]'"):
         TQDataModule("hfds/somebody/images", root=str(Path())).splits.find("train")

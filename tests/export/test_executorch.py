@@ -35,7 +35,7 @@ def images_of_digits(count=100):
 
 
 @pytest.mark.skipif(Runtime is not None, reason="ExecuTorch is installed")
-def test_without_executorch_one_line_says_what_to_install(tmp_path, capsys):
+def test_missing_executorch_error_says_what_to_install(tmp_path, capsys):
     out = tmp_path / "m.pte"
     assert main(["export", str(DIGITS), "--out", str(out), "--format", "executorch"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -82,7 +82,7 @@ def test_layers_that_stay_in_float_are_named(make, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("bits", [8, 2])
-def test_predictions_are_those_of_pytorch(bits, tmp_path, capsys):
+def test_predictions_equal_those_of_pytorch(bits, tmp_path, capsys):
     out = tmp_path / "m.pte"
     assert main(["export", str(DIGITS), "--out", str(out), "--bits", str(bits)]) == 0
     assert "6 layers run as integers" in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_predictions_are_those_of_pytorch(bits, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("level", ["left", "endpoint"])
-def test_linears_shrink_with_the_width(level, make, tmp_path):
+def test_linear_layers_shrink_with_the_width(level, make, tmp_path):
     """At 8 and 4 bits, the file has float weights, n-bit integers and little else."""
     args = {"img_size": 32, "depth": 1}
     model, images = make(
@@ -162,7 +162,7 @@ def test_sums_do_not_saturate(tmp_path):
 
 
 @needs
-def test_errors(make, tmp_path):
+def test_invalid_model_is_an_error(make, tmp_path):
     model, _ = make(activations="clamp_floor")
     path = tmp_path / "m.safetensors"
     save_packed(model, path, preprocessing={"input_size": [3, 32, 32]})

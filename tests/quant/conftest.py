@@ -10,7 +10,7 @@ from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 
-def _net() -> nn.Sequential:
+def build_network() -> nn.Sequential:
     """Build stem, bn1, act1, conv, bn2, act2, pool, flatten, fc with norms off their defaults."""
     torch.manual_seed(0)
     layers = OrderedDict(
@@ -33,7 +33,7 @@ def _net() -> nn.Sequential:
 
 @pytest.fixture
 def net() -> nn.Sequential:
-    return _net()
+    return build_network()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ PACT = [kind for kind, row in ACTIVATIONS.items() if row.learned]
 CLAMP = [kind for kind in ACTIVATIONS if kind not in PACT]
 
 
-def _layer(
+def make_layer(
     kind: str,
     bits: int | None = 2,
     source: str = "quantize",
@@ -22,7 +22,7 @@ def _layer(
     return ActivationQuantizer(kind, Width(max_bits, (max_bits,), bits, source), ste)
 
 
-def _inputs(clip: float) -> torch.Tensor:
+def make_inputs(clip: float) -> torch.Tensor:
     inside = torch.rand(500, generator=torch.Generator().manual_seed(0)) * clip
     return torch.cat(
         [
@@ -51,25 +51,25 @@ EDGES = {  # name -> (kind, bits, x, y)
 
 
 @pytest.mark.parametrize("case", EDGES)
-def test_exact(case):
+def test_named_values_are_exact(case):
     kind, bits, x, y = EDGES[case]
-    assert _layer(kind, bits)(torch.tensor([x])).item() == pytest.approx(y, abs=1e-6)
+    assert make_layer(kind, bits)(torch.tensor([x])).item() == pytest.approx(y, abs=1e-6)
 
 
 @pytest.mark.parametrize("source", ["quantize", "truncate"])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_value_of_every_kind(kind, source):
+def test_values_of_every_kind_equal_the_formula(kind, source):
     """Codes are made at the width in use; `*_truncate` shifts 8-bit codes if the weights do."""
     learned, quantizer, truncated = ACTIVATIONS[kind]
     clip = 6.0 if learned else 1.0
-    x = _inputs(clip)
+    x = make_inputs(clip)
     u = (x / clip).clamp(0, 1)
     for bits in range(1, 9):
         at_width = QUANTIZERS[quantizer].codes(u, bits)
         shifted = QUANTIZERS[quantizer].codes(u, 8) >> (8 - bits)
         codes = shifted if truncated and source == "truncate" else at_width
         exact = codes.float() / (2**bits - 1) * clip
-        layer = _layer(kind, bits, source)
+        layer = make_layer(kind, bits, source)
         with torch.no_grad():
             assert torch.equal(layer(x), exact)
         assert torch.equal(layer(x.clone().requires_grad_()).detach(), exact)
@@ -80,28 +80,28 @@ def test_value_of_every_kind(kind, source):
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_float_width_only_clips(kind):
+def test_float_width_clips_without_rounding(kind):
     clip = 6.0 if kind in PACT else 1.0
-    x = _inputs(clip)
+    x = make_inputs(clip)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            assert torch.equal(_layer(kind, None)(x), x.clamp(0, clip))
+            assert torch.equal(make_layer(kind, None)(x), x.clamp(0, clip))
 
 
 @pytest.mark.parametrize("bits", [None, 1, 2, 8])
 @pytest.mark.parametrize("kind", CLAMP)
-def test_gradient_of_the_input_clamp(kind, bits):
+def test_input_gradient_is_one_inside_the_clip_and_zero_outside(kind, bits):
     x = torch.tensor([-2.0, -1e-3, 0.2, 0.9, 1.1, 5.0], requires_grad=True)
-    _layer(kind, bits)(x).backward(torch.arange(1.0, 7.0))
+    make_layer(kind, bits)(x).backward(torch.arange(1.0, 7.0))
     assert x.grad.tolist() == [0, 0, 3, 4, 0, 0]
 
 
 @pytest.mark.parametrize("bits", [None, 1, 2, 8])
 @pytest.mark.parametrize("ste", STES)
 @pytest.mark.parametrize("kind", PACT)
-def test_pact_gradient(kind, ste, bits):
+def test_pact_clip_gradient_is_one_for_clipped_inputs(kind, ste, bits):
     """dy/dclip is 1 if x >= clip, else 0, for every rule; x gets no gradient beyond the clip."""
-    layer = _layer(kind, bits, ste=ste)
+    layer = make_layer(kind, bits, ste=ste)
     x = torch.tensor([-2.0, -1e-3, 1.0, 5.9, 6.0, 6.1, 100.0], requires_grad=True)
     layer(x).backward(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]))
     assert layer.clip.grad.item() == 16 + 32 + 64
@@ -113,7 +113,7 @@ def test_pact_gradient(kind, ste, bits):
 
 @pytest.mark.parametrize("bits", [None, 2])
 def test_negative_clip_can_recover(bits):
-    layer = _layer("pact_round", bits)
+    layer = make_layer("pact_round", bits)
     with torch.no_grad():
         layer.clip.fill_(-0.5)
     out = layer(torch.tensor([1.0, 2.0, -1.0]))
@@ -122,9 +122,9 @@ def test_negative_clip_can_recover(bits):
     assert layer.clip.grad.item() == 2
 
 
-def test_clip_converges_to_the_best_value():
+def test_learned_clip_converges_to_the_best_value():
     """Gradient descent on the clip alone fits y = min(x, 2) from clip 6."""
-    layer = _layer("pact_floor", 8, ste="clipped")
+    layer = make_layer("pact_floor", 8, ste="clipped")
     x = torch.linspace(0, 8, 200)
     for _ in range(60):
         layer.clip.grad = None
@@ -135,29 +135,29 @@ def test_clip_converges_to_the_best_value():
 
 @pytest.mark.parametrize("kind", ["clamp_round", "pact_floor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_output_keeps_the_dtype_and_computation_is_float32(kind, dtype):
+def test_output_keeps_its_dtype_and_is_computed_in_float32(kind, dtype):
     x = (torch.randn(300) * 3).to(dtype)
     for bits in (None, 1, 8):
-        layer = _layer(kind, bits)
+        layer = make_layer(kind, bits)
         exact = layer(x.float()).to(dtype)
         assert torch.equal(layer(x), exact) and layer(x).dtype == dtype
         assert torch.equal(layer.to(dtype)(x), exact)
 
 
-def test_stored_width_below_eight():
+def test_truncation_starts_at_a_stored_width_below_8():
     x = torch.rand(100)
-    layer = _layer("clamp_round_truncate", 2, "truncate", max_bits=4)
+    layer = make_layer("clamp_round_truncate", 2, "truncate", max_bits=4)
     assert torch.equal(layer(x), (QUANTIZERS["round"].codes(x, 4) >> 2).float() / 3)
 
 
-def test_empty_batch():
-    assert _layer("pact_round", 2)(torch.zeros(0, 3)).shape == (0, 3)
+def test_empty_batch_is_accepted():
+    assert make_layer("pact_round", 2)(torch.zeros(0, 3)).shape == (0, 3)
 
 
-def test_unknown_kind_and_rule():
+def test_unknown_kind_and_ste_are_errors():
     with pytest.raises(
         ValueError, match="unknown activations 'relu'; pass null or one of clamp_round"
     ):
-        _layer("relu")
+        make_layer("relu")
     with pytest.raises(ValueError, match="unknown ste 'none'"):
-        _layer("clamp_round", ste="none")
+        make_layer("clamp_round", ste="none")

@@ -31,7 +31,7 @@ STEPS = {  # name -> (range, top, (step, zero point))
 
 
 @pytest.mark.parametrize("case", STEPS)
-def test_step_and_zero_point(case):
+def test_step_and_zero_point_of_named_ranges(case):
     span, top, (step, zero) = STEPS[case]
     got = span.step(top)
     assert got == (pytest.approx(step), zero)
@@ -39,7 +39,7 @@ def test_step_and_zero_point(case):
     assert got[0] * (top - zero) == pytest.approx(span.high, abs=step / 2)
 
 
-def test_a_range_of_zero_has_a_positive_step():
+def test_empty_range_has_a_positive_step():
     step, zero = ActivationRange(0.0, 0.0).step(255)
     assert step > 0 and zero == 0
 
@@ -101,7 +101,7 @@ def test_trained_clips_are_used_as_ranges(net, images):
     assert set(activation_ranges(net)) == {"act1", "act2", *ranges}
 
 
-def test_bad_input(model, images):
+def test_invalid_input_is_an_error(model, images):
     with pytest.raises(ValueError, match="unknown observer 'max'; pass one of percentile, mse"):
         calibrate_activations(model, [images], "max")
     with pytest.raises(ValueError, match="no batches to observe"):

@@ -8,7 +8,7 @@ from tq_lightning.quant.bit_planes import BLOCK, pack_planes, plane_bytes, unpac
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 1001, BLOCK, BLOCK + 3])
 @pytest.mark.parametrize("bits", [1, 3, 8])
-def test_round_trip_and_prefix(count, bits):
+def test_round_trip_is_exact_and_a_prefix_is_a_right_shift(count, bits):
     codes = np.random.default_rng(count).integers(0, 2**bits, count, dtype=np.uint8)
     planes = pack_planes(codes, bits)
     assert planes.shape == (bits, plane_bytes(count))
@@ -16,7 +16,7 @@ def test_round_trip_and_prefix(count, bits):
         np.testing.assert_array_equal(unpack_planes(planes[:n], count), codes >> (bits - n))
 
 
-def test_named_bytes():
+def test_first_code_is_the_highest_bit_of_the_first_byte():
     # 0b10000001, then seven zeros: the highest bit of the first and of the last plane
     codes = np.array([0b10000001, 0, 0, 0, 0, 0, 0, 1, 255], np.uint8)
     planes = pack_planes(codes, 8)
@@ -25,7 +25,7 @@ def test_named_bytes():
     assert planes[7].tolist() == [0x81, 0x80]
 
 
-def test_wrong_order_is_detected():
+def test_wrong_plane_order_gives_other_codes():
     codes = np.arange(256, dtype=np.uint8)
     planes = pack_planes(codes, 8)
     assert not np.array_equal(unpack_planes(planes[::-1].copy()[:4], 256), codes >> 4)
@@ -42,6 +42,6 @@ def test_wrong_order_is_detected():
         (lambda: unpack_planes([], 8), "1 to 8"),
     ],
 )
-def test_errors(call, match):
+def test_invalid_planes_are_errors(call, match):
     with pytest.raises(ValueError, match=match):
         call()

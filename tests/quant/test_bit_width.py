@@ -67,7 +67,7 @@ def test_shared_and_cyclic_modules_are_visited_once(model):
     del model._modules["up"]
 
 
-def test_restored_on_exit_nested_and_after_an_error(model):
+def test_width_is_restored_on_exit_in_nested_blocks_and_after_an_error(model):
     width = width_of(model)
     with bit_width(model, 8) as inner:
         assert inner is model and (width.bits, width.source) == (8, "quantize")
@@ -85,7 +85,7 @@ def test_restored_on_exit_nested_and_after_an_error(model):
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", True])
-def test_refuses_other_widths(model, bits):
+def test_widths_out_of_range_are_errors(model, bits):
     with (
         bit_width(model, 2),
         pytest.raises(
@@ -96,7 +96,7 @@ def test_refuses_other_widths(model, bits):
     assert width_of(model).bits == 8
 
 
-def test_refuses_widths_above_the_stored_one(net):
+def test_widths_above_the_stored_width_are_errors(net):
     prepare(net, max_bits=4, widths=(4, 2), verbose=False)
     with (
         pytest.raises(ValueError, match="unknown width 8; pass bits from 1 to 4"),
@@ -105,7 +105,7 @@ def test_refuses_widths_above_the_stored_one(net):
         pass
 
 
-def test_refuses_other_sources(model):
+def test_unknown_source_is_an_error(model):
     with (
         pytest.raises(ValueError, match="unknown source 'shift'; pass one of quantize, truncate"),
         bit_width(model, 4, "shift"),
@@ -113,7 +113,7 @@ def test_refuses_other_sources(model):
         pass
 
 
-def test_refuses_float_and_quantize_on_a_packed_model(model):
+def test_float_and_quantize_are_errors_on_a_packed_model(model):
     for layer in model.modules():
         if hasattr(layer, "width"):
             layer.width = Width(8, (8, 4), packed=True, default_source="truncate")
@@ -133,7 +133,7 @@ def test_refuses_float_and_quantize_on_a_packed_model(model):
         assert packed.source == "truncate"
 
 
-def test_refuses_models_that_are_not_one_prepared_model(net):
+def test_model_must_be_exactly_one_prepared_model(net):
     with (
         pytest.raises(ValueError, match="Sequential has no quantizers; call prepare"),
         bit_width(net, 4),
@@ -146,12 +146,12 @@ def test_refuses_models_that_are_not_one_prepared_model(net):
         pass
 
 
-def test_width_of_a_submodule_is_that_of_the_model(model):
+def test_width_applies_to_submodules(model):
     with bit_width(model.conv, 2):
         assert width_of(model).bits == 2 and model.fc.weight.unique().numel() <= 4
 
 
-def test_widths_inside_a_parametrization_cache(model, images):
+def test_parametrization_cache_does_not_mix_widths(model, images):
     """The cache key has no width, so cached weights of one width must not be used at another."""
     alone = {}
     for bits in (8, 1, None):
@@ -180,7 +180,7 @@ def logits_by_width(net, images):
 
 @pytest.mark.parametrize("activations", [None, "clamp_floor", "pact_floor_truncate"])
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
-def test_master_floor_quantized_is_floor_truncated(net, images, activations, normalizer):
+def test_floor_quantized_logits_equal_floor_truncated_logits(net, images, activations, normalizer):
     prepare(net, skip=(), activations=activations, normalizer=normalizer, verbose=False)
     calibrate_norms(net, [images])
     net.eval()
@@ -188,7 +188,7 @@ def test_master_floor_quantized_is_floor_truncated(net, images, activations, nor
         assert torch.equal(quantized, truncated) and quantized.isfinite().all()
 
 
-def test_counter_example_round_quantized_is_not_round_truncated(net, images):
+def test_round_quantized_logits_differ_from_round_truncated_logits(net, images):
     prepare(net, quantizer="round", skip=(), verbose=False)
     calibrate_norms(net, [images])
     net.eval()

@@ -19,13 +19,13 @@ from tq_lightning.quant.codes import (
 WIDTHS = range(1, 9)
 
 
-def _neighbors(points: Tensor) -> Tensor:
+def with_neighbors(points: Tensor) -> Tensor:
     """The points and the float32 numbers next to them, clamped to [0, 1]."""
     below, above = points.nextafter(torch.tensor(-1.0)), points.nextafter(torch.tensor(2.0))
     return torch.cat([below, points, above]).clamp(0.0, 1.0)
 
 
-def _hard_values() -> Tensor:
+def hard_values() -> Tensor:
     """Edges and centers of all bins at every width, their neighbors, tiny and random values."""
     points = [torch.arange(513) / 512]
     for bits in WIDTHS:
@@ -34,14 +34,14 @@ def _hard_values() -> Tensor:
     tiny = torch.tensor([0.0, 1e-45, 1e-38, 1e-7, 1 - 2**-24])
     return torch.cat(
         [
-            _neighbors(torch.cat(points)),
+            with_neighbors(torch.cat(points)),
             tiny,
             torch.rand(20_000, generator=torch.Generator().manual_seed(0)),
         ]
     )
 
 
-U = _hard_values()
+U = hard_values()
 
 FLOOR_CASES = {  # name -> (u, bits, code)
     "zero": (0.0, 8, 0),
@@ -70,31 +70,31 @@ ROUND_CASES = {
 
 
 @pytest.mark.parametrize("case", FLOOR_CASES)
-def test_floor_exact(case):
+def test_floor_codes_at_named_edges(case):
     u, bits, code = FLOOR_CASES[case]
     assert floor_codes(torch.tensor(u), bits).item() == code
 
 
 @pytest.mark.parametrize("case", ROUND_CASES)
-def test_round_exact(case):
+def test_round_codes_at_named_edges(case):
     u, bits, code = ROUND_CASES[case]
     assert round_codes(torch.tensor(u), bits).item() == code
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_floor_is_the_floor_of_exact_rationals(bits):
+def test_floor_codes_equal_the_floor_of_exact_rationals(bits):
     few = U[::37]
     exact = [min(math.floor(Fraction(u) * 2**bits), 2**bits - 1) for u in few.tolist()]
     assert floor_codes(few, bits).tolist() == exact
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_identity_of_floor_codes(bits):
+def test_truncated_floor_codes_equal_floor_codes(bits):
     for stored in range(bits, 9):
         assert torch.equal(floor_codes(U, bits), floor_codes(U, stored) >> (stored - bits))
 
 
-def test_counter_example_round_codes_have_no_identity():
+def test_truncated_round_codes_differ_from_round_codes():
     stored = round_codes(U, 8)
     for bits in range(2, 8):
         share = (round_codes(U, bits) != stored >> (8 - bits)).float().mean().item()
@@ -135,7 +135,7 @@ def test_bin_edges_are_where_the_codes_change(name, bits):
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_nested_is_true_only_if_codes_nest(name):
+def test_nested_flag_is_true_only_if_codes_nest(name):
     quantizer = QUANTIZERS[name]
     stored = quantizer.codes(U, 8)
     same = [torch.equal(quantizer.codes(U, bits), stored >> (8 - bits)) for bits in WIDTHS]
@@ -144,7 +144,7 @@ def test_nested_is_true_only_if_codes_nest(name):
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_the_onnx_form_gives_the_same_codes(name, bits):
+def test_onnx_form_gives_the_same_codes(name, bits):
     quantizer, top = QUANTIZERS[name], torch.tensor([2.0**bits - 1])
     assert torch.equal(quantizer.onnx(U, top), quantizer.codes(U, bits).float())
 
@@ -162,14 +162,14 @@ TRUNCATE_CASES = {  # name -> (code, from, to, code after)
 
 
 @pytest.mark.parametrize("case", TRUNCATE_CASES)
-def test_truncate_exact(case):
+def test_truncate_codes_at_named_edges(case):
     code, start, end, result = TRUNCATE_CASES[case]
     got = truncate_codes(torch.tensor([code], dtype=torch.uint8), start, end)
     assert got.dtype == torch.uint8 and got.tolist() == [result]
 
 
 @pytest.mark.parametrize("middle", WIDTHS)
-def test_truncating_twice_is_truncating_once(middle):
+def test_truncating_twice_equals_truncating_once(middle):
     codes = torch.arange(256).to(torch.uint8)
     for end in range(1, middle + 1):
         assert torch.equal(
@@ -191,7 +191,7 @@ def test_bad_widths_are_named_in_the_error(bits):
             call()
 
 
-def test_other_bad_input():
+def test_invalid_truncation_is_an_error():
     codes = torch.zeros(2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="cannot truncate 4-bit codes to 8 bits"):
         truncate_codes(codes, 4, 8)
@@ -201,7 +201,7 @@ def test_other_bad_input():
 
 @pytest.mark.parametrize("quantizer", ["floor", "round"])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_rounding_of(quantizer, bits):
+def test_integer_rounding_gives_the_same_codes_away_from_edges(quantizer, bits):
     """The rounding of integer kernels gives the same codes away from bin edges."""
     u = (torch.arange(5000, dtype=torch.float64) + 0.37) / 5000
     steps, offset = rounding_of(quantizer, bits)
@@ -211,7 +211,7 @@ def test_rounding_of(quantizer, bits):
     assert torch.equal(made, other) == (quantizer == "round")
 
 
-def test_rounding_of_a_quantizer_without_such_a_form(monkeypatch):
+def test_quantizer_without_a_rounding_form_is_an_error(monkeypatch):
     row = replace(QUANTIZERS["floor"], rounding=None)
     monkeypatch.setitem(QUANTIZERS, "uneven", row)
     with pytest.raises(ValueError, match="'uneven' has no rounding form"):

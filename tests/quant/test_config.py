@@ -21,7 +21,7 @@ def test_public_signatures_have_the_same_choices_and_defaults(function):
         assert (tuple(default) if isinstance(default, list) else default) == field.default
 
 
-def test_dict_round_trip():
+def test_dict_round_trip_keeps_every_choice():
     config = QuantConfig(quantizer="round", widths=[2, 8], skip=["last"], activations="pact_round")
     assert config.widths == (8, 2) and config.skip == ("last",)
     plain = config.to_dict()
@@ -31,7 +31,7 @@ def test_dict_round_trip():
     assert QuantConfig.from_mapping({}) == QuantConfig()
 
 
-def test_frozen():
+def test_config_is_frozen():
     with pytest.raises(FrozenInstanceError):
         QuantConfig().quantizer = "round"
 
@@ -45,7 +45,7 @@ def test_ste_and_nested_are_resolved_from_the_quantizer(quantizer):
 
 
 @pytest.mark.parametrize("key", ["quantizer", "level", "normalizer", "scale"])
-def test_an_unknown_choice_is_one_line(key):
+def test_unknown_choice_is_an_error_of_one_line(key):
     with pytest.raises(ValueError, match=f"unknown {key} 'x'; pass one of ") as error:
         QuantConfig(**{key: "x"})
     assert "\n" not in str(error.value)
@@ -65,7 +65,7 @@ PAIRINGS = {  # supported pairings; all others are errors
 
 
 @pytest.mark.parametrize(("normalizer", "level"), PAIRINGS)
-def test_supported_pairings(normalizer, level):
+def test_only_supported_pairings_are_accepted(normalizer, level):
     for scale in PAIRINGS[normalizer, level]:
         assert QuantConfig(normalizer=normalizer, level=level, scale=scale).nested
 
@@ -112,7 +112,7 @@ def test_quantizer_that_wrongly_declares_nested_codes_is_an_error(monkeypatch):
     assert not QuantConfig("honest").nested
 
 
-def test_auto_is_the_ste_of_the_normalizer_if_it_has_one():
+def test_auto_ste_is_that_of_the_normalizer_if_it_has_one():
     span = {"scale": "span"}
     assert QuantConfig(**span).resolved_ste == "scaled"
     assert QuantConfig(normalizer="learned", level="centre", **span).resolved_ste == "identity"

@@ -33,7 +33,7 @@ def layers(**how):
     return model
 
 
-def learn_ranges(model):
+def set_learned_ranges(model):
     """Set a range for every weight that some of its elements exceed."""
     for w in weight_quantizers(model):
         learned = 0.5 * w.quantizer.reduce(w.original.detach().abs(), "max")
@@ -71,45 +71,45 @@ def compare(model, bits, source="quantize"):
     return alone, made, alone_grads, fused_grads
 
 
-def same(alone, fused):
+def all_equal(alone, fused):
     return all(torch.equal(a, b) for a, b in zip(alone, fused, strict=True))
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_values_and_gradients_equal_those_of_the_layers(quantizer, normalizer):
+def test_fused_values_and_gradients_equal_those_of_the_layers(quantizer, normalizer):
     for choices in pairings(normalizer, quantizer):
         model = layers(**choices)
         for bits, source in ((8, "quantize"), (3, "quantize"), (3, "truncate"), (1, "quantize")):
             alone, made, alone_grads, fused_grads = compare(model, bits, source)
-            assert same(alone, made)
+            assert all_equal(alone, made)
             assert all(a.stride() == b.stride() for a, b in zip(alone[:3], made[:3], strict=True))
-            assert same(alone_grads, fused_grads)
+            assert all_equal(alone_grads, fused_grads)
 
 
 @pytest.mark.parametrize("ste", STES)
-def test_every_ste(ste):
+def test_every_ste_gives_the_same_gradients_when_fused(ste):
     *_, alone_grads, fused_grads = compare(layers(ste=ste), 2)
-    assert same(alone_grads, fused_grads)
+    assert all_equal(alone_grads, fused_grads)
 
 
 @pytest.mark.parametrize("ste", STES)
 @pytest.mark.parametrize("normalizer", ["absmax", "tanh_channel"])
-def test_a_learned_range_gets_a_gradient(ste, normalizer):
+def test_learned_range_gets_the_same_gradient_when_fused(ste, normalizer):
     model = layers(ste=ste, normalizer=normalizer, level="centre")
-    learn_ranges(model)
+    set_learned_ranges(model)
     for bits, source in ((4, "quantize"), (1, "truncate")):
         alone, made, alone_grads, fused_grads = compare(model, bits, source)
-        assert same(alone, made) and same(alone_grads, fused_grads)
+        assert all_equal(alone, made) and all_equal(alone_grads, fused_grads)
         assert all(g.abs().sum() > 0 for g in fused_grads)
     for w in weight_quantizers(model):
         w.quantizer.range.requires_grad_(False)
     assert len(compare(model, 4)[3]) == 4  # the weights alone, but for the frozen one
 
 
-def test_a_frozen_weight_keeps_a_learned_range_in_training():
+def test_learned_range_of_a_frozen_weight_is_trained():
     model = layers(normalizer="absmax")
-    learn_ranges(model)
+    set_learned_ranges(model)
     quantized = weight_quantizers(model)
     with fused_weights(model) as fused, bit_width(model, 2):
         fused.groups[0].require_grad()
@@ -127,11 +127,11 @@ def test_negative_range_recovers(value):
     rule = weight_quantizers(model)[0].quantizer
     rule.range = nn.Parameter(torch.tensor(value))
     alone, made, alone_grads, fused_grads = compare(model, 2)
-    assert same(alone, made) and same(alone_grads, fused_grads)
+    assert all_equal(alone, made) and all_equal(alone_grads, fused_grads)
     assert rule.range_value(rule.range).item() == pytest.approx(1e-6) and alone_grads[1] != 0
 
 
-def test_a_range_that_is_not_finite_is_named():
+def test_non_finite_range_is_named():
     model = nn.Sequential(nn.Linear(3, 4))
     prepare(model, skip=(), normalizer="absmax", verbose=False)
     weight_quantizers(model)[0].quantizer.range = nn.Parameter(torch.tensor(float("nan")))
@@ -144,7 +144,7 @@ def test_a_range_that_is_not_finite_is_named():
             model(torch.ones(1, 3))
 
 
-def test_gradients_of_widths_add_up_and_differ_from_those_of_one():
+def test_gradients_of_several_widths_are_summed():
     model = layers()
     (*_, two), (*_, four) = compare(model, 2), compare(model, 4)
     with fused_weights(model) as fused:
@@ -198,7 +198,7 @@ def test_weights_are_normalized_once_and_released(monkeypatch):
         assert not torch.equal(model[0].weight, before)
 
 
-def test_float_width_inside_has_the_values_of_the_parameters():
+def test_float_width_uses_the_parameters():
     model = layers()
     with fused_weights(model):
         with bit_width(model, 2):
@@ -211,19 +211,19 @@ HUGE = {"a sum above float32": 3e37, "one of 1e30": 1e30, "zero": 0.0, "smallest
 
 
 @pytest.mark.parametrize("case", HUGE)
-def test_hard_weights(case):
+def test_extreme_weights_equal_those_of_the_layers(case):
     for normalizer in NORMALIZERS:
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(2, 2))
         prepare(model, skip=(), **pairings(normalizer)[0], verbose=False)
         with torch.no_grad():
             original(model[0], "weight").fill_(HUGE[case])
         alone, made, alone_grads, fused_grads = compare(model, 2)
-        assert same(alone, made) and same(alone_grads, fused_grads)
+        assert all_equal(alone, made) and all_equal(alone_grads, fused_grads)
         assert all(m.isfinite().all() for m in made)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_named(net, images, bad):
+def test_non_finite_weight_is_named(net, images, bad):
     prepare(net, verbose=False)
     original(net.conv, "weight").data[0, 0, 0, 0] = bad
     with (
@@ -236,7 +236,7 @@ def test_a_weight_that_is_not_finite_is_named(net, images, bad):
         assert not fused.groups[0].finite
 
 
-def test_autocast_does_not_keep_the_weights_of_another_width():
+def test_autocast_cache_does_not_mix_widths():
     model = nn.Sequential(nn.Linear(6, 4, bias=False))
     prepare(model, skip=(), verbose=False)
     x = torch.randn(2, 6)

@@ -43,7 +43,7 @@ def channel_of(shape, channel_dim, groups):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_starts_at_multiples_of_the_rms_of_each_channel(shape):
+def test_range_starts_at_a_multiple_of_the_rms_of_each_channel(shape):
     size, channel_dim, groups, expected = SHAPES[shape]
     w = weight(*size)
     whole = rule(w, 2, channel_dim=channel_dim, groups=groups)
@@ -56,13 +56,13 @@ def test_it_starts_at_multiples_of_the_rms_of_each_channel(shape):
     torch.testing.assert_close(each.range.detach().flatten(), torch.stack(by_hand))
 
 
-def test_a_zero_weight_starts_at_one():
+def test_range_of_a_zero_weight_starts_at_one():
     assert rule(torch.zeros(3, 3), 2).range.item() == 1.0
 
 
 @pytest.mark.parametrize("level", ["centre", "centroid"])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_the_gradient_is_the_numerical_one(bits, level):
+def test_range_gradient_equals_the_numerical_gradient(bits, level):
     """As in LSQ, the rounding error is held fixed while the range changes."""
     for name, (size, channel_dim, groups, _) in SHAPES.items():
         w, upstream = weight(*size), weight(*size, seed=4).double()
@@ -90,7 +90,7 @@ def test_the_gradient_is_the_numerical_one(bits, level):
         torch.testing.assert_close(got, torch.stack(numeric), rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_counter_example_the_factor_of_endpoint_levels_gives_another_gradient():
+def test_range_gradient_needs_the_factor_of_center_levels():
     w = weight(50, 50)
     grads = []
     for ste in ("auto", "scaled"):
@@ -101,7 +101,7 @@ def test_counter_example_the_factor_of_endpoint_levels_gives_another_gradient():
     assert abs(grads[0] - grads[1]) > 1e-3
 
 
-def test_the_gradient_is_divided_by_the_root_of_its_weights():
+def test_range_gradient_is_divided_by_the_square_root_of_the_weight_count():
     w = weight(8, 50)
     for normalizer, count in (("learned", 400), ("learned_channel", 50)):
         made = rule(w, 3, normalizer)
@@ -112,7 +112,7 @@ def test_the_gradient_is_divided_by_the_root_of_its_weights():
 
 
 @pytest.mark.parametrize("normalizer", ["learned", "learned_channel"])
-def test_fused_weights_give_the_same_bits(normalizer):
+def test_fused_weights_are_bit_identical(normalizer):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 8, 3, groups=2))
     prepare(model, skip=(), normalizer=normalizer, verbose=False, **LEARNED)
@@ -131,7 +131,7 @@ def test_fused_weights_give_the_same_bits(normalizer):
         assert torch.equal(pairs[id(q.original)], q.original.grad)
 
 
-def test_it_learns_a_range_with_a_smaller_error():
+def test_training_finds_a_range_with_a_smaller_error():
     w = weight(40, 50)
     made = rule(w, 2)
     made.range.data.mul_(2)
@@ -148,7 +148,7 @@ def test_it_learns_a_range_with_a_smaller_error():
 
 
 @pytest.mark.parametrize("normalizer", ["learned", "learned_channel"])
-def test_it_has_no_weight_decay(normalizer):
+def test_range_has_no_weight_decay(normalizer):
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     prepare(model, skip=(), normalizer=normalizer, verbose=False, **LEARNED)
     options = {"opt": "sgd", "lr": 0.1, "weight_decay": 0.5, "momentum": 0.9, "opt_args": None}
@@ -159,7 +159,7 @@ def test_it_has_no_weight_decay(normalizer):
         assert decay[id(q.quantizer.range)] == 0 and decay[id(q.original)] == 0.5
 
 
-def test_every_width_shares_it_and_a_checkpoint_holds_it():
+def test_range_is_shared_by_all_widths_and_stored_in_checkpoints():
     model = nn.Sequential(nn.Linear(4, 5))
     prepare(model, skip=(), normalizer="learned", verbose=False, **LEARNED)
     name = "0.parametrizations.weight.0.range"

@@ -10,7 +10,7 @@ WIDTHS = range(1, 9)
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_levels_take_the_largest_code_as_a_tensor(level, bits):
+def test_largest_code_may_be_a_tensor(level, bits):
     codes = torch.arange(2**bits).to(torch.uint8)
     levels = LEVELS[level](codes.float(), torch.tensor([2.0**bits - 1]))
     assert torch.equal(levels, codes_to_levels(codes, bits, level))
@@ -27,7 +27,7 @@ LEVEL_CASES = {  # name -> (level, bits, levels of all codes)
 
 
 @pytest.mark.parametrize("case", LEVEL_CASES)
-def test_levels_exact(case):
+def test_levels_of_all_codes_are_exact(case):
     level, bits, expected = LEVEL_CASES[case]
     codes = torch.arange(2**bits).to(torch.uint8)
     assert torch.equal(codes_to_levels(codes, bits, level), torch.tensor(expected))
@@ -35,7 +35,7 @@ def test_levels_exact(case):
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_level_placement(level, bits):
+def test_every_level_map_returns_float32_levels_in_the_unit_interval(level, bits):
     codes = torch.arange(2**bits).to(torch.uint8)
     levels = codes_to_levels(codes, bits, level)
     assert levels.dtype == torch.float32 and levels.min() >= 0 and levels.max() <= 1
@@ -51,7 +51,7 @@ def test_every_level_placement(level, bits):
     assert torch.equal(held.view(torch.int32), weights.view(torch.int32))  # bit for bit
 
 
-def test_levels_refuse_an_out_of_another_dtype_or_shape():
+def test_out_of_another_dtype_or_shape_is_an_error():
     codes = torch.arange(4).to(torch.uint8)
     for out in (torch.empty(4, dtype=torch.float16), torch.empty(5), torch.empty(1, 4)):
         with pytest.raises(ValueError, match="out must be float32 of shape"):
@@ -74,7 +74,7 @@ def test_bad_widths_are_named_in_the_error(bits):
         codes_to_levels(torch.zeros(2, dtype=torch.uint8), bits)
 
 
-def test_an_unknown_level():
+def test_unknown_level_is_an_error():
     with pytest.raises(
         ValueError, match="unknown level 'middle'; pass one of endpoint, left, centre"
     ):

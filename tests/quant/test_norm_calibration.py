@@ -35,7 +35,7 @@ def test_statistics_are_the_plain_mean_over_the_batches_at_that_width(model, ima
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
-def test_a_short_batch_weighs_by_its_images(model, images):
+def test_batches_are_weighted_by_their_number_of_images(model, images):
     batches = [images[:2] * 3 + 1, images]
     calibrate_norms(model, batches, widths=[3])
     with bit_width(model.eval(), 3):
@@ -47,7 +47,7 @@ def test_a_short_batch_weighs_by_its_images(model, images):
     assert not torch.allclose(own.running_mean, plain, atol=1e-2)
 
 
-def test_a_batch_of_one_image_is_left_out_unless_there_are_no_others():
+def test_single_image_batch_is_skipped_unless_it_is_the_only_one():
     """PyTorch rejects a batch of one image with one pixel in training mode."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     prepare(model, skip=(), widths=(4,), verbose=False)
@@ -65,7 +65,7 @@ def test_a_batch_of_one_image_is_left_out_unless_there_are_no_others():
     assert images[1].sets["2"].running_mean.abs().sum() > 0
 
 
-def test_a_last_short_batch_is_left_out_unless_it_is_the_only_one(model, images):
+def test_short_last_batch_is_skipped_unless_it_is_the_only_one(model, images):
     def mean(*batches):
         calibrate_norms(model, batches, widths=[3])
         return model.bn1.sets["3"].running_mean.clone()
@@ -77,7 +77,7 @@ def test_a_last_short_batch_is_left_out_unless_it_is_the_only_one(model, images)
     assert not torch.equal(mean(other[:3]), full)
 
 
-def test_refusals_and_nothing_to_do(model, images):
+def test_only_untrained_widths_can_be_estimated(model, images):
     with pytest.raises(ValueError, match="width 4 was trained"):
         calibrate_norms(model, [images], widths=[4])
     with pytest.raises(ValueError, match="no batches"):
@@ -93,7 +93,7 @@ def test_refusals_and_nothing_to_do(model, images):
         calibrate_norms(model, [images], widths=[9])
 
 
-def test_an_error_while_estimating_restores_and_leaves_no_partial_estimate(model, images):
+def test_error_during_estimation_leaves_the_model_unchanged(model, images):
     calibrate_norms(model, [images])
     model.train()
     with pytest.raises(RuntimeError):

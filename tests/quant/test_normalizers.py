@@ -52,7 +52,7 @@ def test_floor_codes_of_every_normalizer_nest_and_round_codes_do_not(name):
 
 
 @pytest.mark.parametrize("name", RMS)
-def test_every_bin_begins_at_its_edge(name):
+def test_bins_start_at_their_edges(name):
     row = NORMALIZERS[name]
     u = torch.arange(129, 256, dtype=torch.float64) / 256  # the edges of positive weights
     edges = row.inverse(u)
@@ -94,7 +94,7 @@ NOISE = {  # (normalizer, level) -> dB at 2, 4 and 8 bits
 }
 
 
-def test_uniform_codes_over_a_wider_range_and_the_best_code_of_two_bits(monkeypatch):
+def test_documented_signal_to_noise_of_uniform_and_optimal_codes(monkeypatch):
     wide = replace(NORMALIZERS["learned"], span=4.0, inverse=lambda u: 4.0 * (2.0 * u - 1.0))
     monkeypatch.setitem(NORMALIZERS, "four sigma", wide)
     found = [noise("four sigma", "centroid", bits) for bits in (2, 4, 8)]
@@ -109,13 +109,13 @@ def test_uniform_codes_over_a_wider_range_and_the_best_code_of_two_bits(monkeypa
 
 
 @pytest.mark.parametrize(("name", "level"), NOISE)
-def test_signal_to_noise_on_a_normal_weight(name, level):
+def test_signal_to_noise_on_normal_weights(name, level):
     found = [noise(name, level, bits) for bits in (2, 4, 8)]
     assert found == pytest.approx(NOISE[name, level], abs=0.01)
 
 
 @pytest.mark.parametrize(("name", "level"), TABLES)
-def test_tables(name, level):
+def test_level_tables_are_sorted_and_symmetric(name, level):
     for bits in WIDTHS:
         table = level_table(level, name, bits)
         assert table.dtype == torch.float32 and table.shape == (2**bits,)

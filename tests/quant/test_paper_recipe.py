@@ -92,7 +92,7 @@ def test_joint_step_has_the_same_gradient_and_updates_one_norm():
     np.testing.assert_allclose(net.bn.running_mean, mean, rtol=1e-5, atol=1e-7)
 
 
-def test_patterns_and_defaults():
+def test_shared_norm_patterns_are_checked():
     assert isinstance(network().bn, PerWidthNorm)
     assert network(**KEYS).tq["shared_norms"] == ["bn"]
     assert "float_pass" not in network().tq  # files of earlier versions lack this key

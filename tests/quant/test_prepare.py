@@ -17,7 +17,7 @@ from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
 
 
-def _quantized(model: nn.Module) -> list[str]:
+def quantized_names(model: nn.Module) -> list[str]:
     return [weight.name for weight in weight_quantizers(model)]
 
 
@@ -39,10 +39,10 @@ def test_report_and_printed_lines(net, capsys):
     assert printed.endswith(
         "quantized: 58.8 % of all parameters, 62.8 % of the convolution and linear weights\n"
     )
-    assert _quantized(net) == ["conv.weight"]
+    assert quantized_names(net) == ["conv.weight"]
 
 
-def test_quiet_and_arguments_kept(net, capsys):
+def test_verbose_false_prints_nothing_and_arguments_are_stored(net, capsys):
     prepare(
         net,
         "round",
@@ -91,10 +91,10 @@ SKIPS = {  # name -> (skip, layers that are quantized)
 
 
 @pytest.mark.parametrize("case", SKIPS)
-def test_skip(net, case):
+def test_skip_patterns_select_layers(net, case):
     skip, left = SKIPS[case]
     report = prepare(net, skip=skip, verbose=False)
-    assert _quantized(net) == [f"{name}.weight" for name in left]
+    assert quantized_names(net) == [f"{name}.weight" for name in left]
     assert [name for name, what in report.items() if "float (skip" in what] == [
         name for name in ("stem", "conv", "fc") if name not in left
     ]
@@ -119,7 +119,7 @@ BAD_SKIPS = {  # name -> (skip, message)
 
 
 @pytest.mark.parametrize("case", BAD_SKIPS)
-def test_bad_skip(case):
+def test_invalid_skip_is_an_error(case):
     skip, message = BAD_SKIPS[case]
     model = nn.Sequential()
     model.add_module("stem", nn.Conv2d(3, 4, 1))
@@ -130,10 +130,10 @@ def test_bad_skip(case):
     with pytest.raises(ValueError, match=message):
         prepare(model, skip=skip, verbose=False)
     prepare(model, skip=("inner.*",), verbose=False)
-    assert _quantized(model) == ["stem.weight", "fc.weight"]
+    assert quantized_names(model) == ["stem.weight", "fc.weight"]
 
 
-def test_first_and_last_as_timm_names_them(net):
+def test_first_and_last_are_those_of_timm(net):
     net.pretrained_cfg = {"first_conv": "conv", "classifier": ("fc",)}
     assert {la.name: la.skipped for la in select_layers(net)} == {
         "stem": None,
@@ -154,7 +154,7 @@ class _Kernel(nn.Module):
         return x @ self.weight
 
 
-def _old_style(norm) -> nn.Module:
+def with_old_style_norm(norm) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return norm(nn.Linear(4, 4))
@@ -162,11 +162,11 @@ def _old_style(norm) -> nn.Module:
 
 UNSUPPORTED = {  # name -> (layer, why)
     "old-style weight_norm": (
-        lambda: _old_style(nn.utils.weight_norm),
+        lambda: with_old_style_norm(nn.utils.weight_norm),
         "its weight is not a parameter",
     ),
     "old-style spectral_norm": (
-        lambda: _old_style(nn.utils.spectral_norm),
+        lambda: with_old_style_norm(nn.utils.spectral_norm),
         "its weight is not a parameter",
     ),
     "parametrized weight_norm": (
@@ -178,12 +178,12 @@ UNSUPPORTED = {  # name -> (layer, why)
         r"_Kernel has a weight of shape \(4, 4\), but is not a supported kind of layer",
     ),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "complex64"),
-    "sparse": (lambda: _sparse(), "not a dense float tensor"),
+    "sparse": (lambda: sparse_layer(), "not a dense float tensor"),
     "lazy": (lambda: nn.LazyLinear(4), "no shape yet: run one batch through the model first"),
 }
 
 
-def _sparse() -> nn.Module:
+def sparse_layer() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
     return layer
@@ -200,7 +200,7 @@ def test_unsupported_layer_is_named_with_the_pattern_to_skip_it(case):
         prepare(model, verbose=False, skip=())
     assert not weight_quantizers(model) and not hasattr(model, "tq")
     report = prepare(model, verbose=False, skip=("1.0",))
-    assert _quantized(model) == ["0.weight", "2.weight"]
+    assert quantized_names(model) == ["0.weight", "2.weight"]
     assert (
         report.weight_share == 1
         if case in ("a module of one's own", "lazy")
@@ -259,7 +259,7 @@ def test_model_without_relu_is_left_unchanged():
     assert not weight_quantizers(model)
 
 
-def test_prepared_twice(net):
+def test_preparing_twice_is_an_error(net):
     prepare(net, verbose=False)
     keys = list(net.state_dict())
     with pytest.raises(ValueError, match="already prepared; pass a new model"):
@@ -267,19 +267,19 @@ def test_prepared_twice(net):
     assert list(net.state_dict()) == keys
 
 
-def test_nothing_to_quantize():
+def test_model_without_weights_is_an_error():
     with pytest.raises(ValueError, match="nothing left to quantize in ReLU"):
         prepare(nn.ReLU(), skip=(), verbose=False)
 
 
-def test_a_model_that_is_one_layer():
+def test_model_may_be_a_single_layer():
     model = nn.Linear(4, 3)
     assert list(prepare(model, skip=(), verbose=False)) == ["(root)"]
     with bit_width(model, 1):
         assert model.weight.unique().numel() == 2
 
 
-def test_widths_come_widest_first():
+def test_widths_are_sorted_widest_first():
     assert check_widths([1, 8, 4], 8) == (8, 4, 1)
 
 
@@ -305,7 +305,7 @@ def test_activation_quantizers_replace_every_relu(images, kind):
 
 
 @pytest.mark.parametrize("norm", ["per_width", "per_width_all", "shared"])
-def test_norm_policies(norm):
+def test_norm_policy_selects_the_switchable_norms(norm):
     layers = [
         nn.Linear(4, 4),
         nn.BatchNorm1d(4),
@@ -358,11 +358,11 @@ MULTIPLIERS = {  # name -> (module, tensors that must lie on a grid)
 
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
 @pytest.mark.parametrize("case", MULTIPLIERS)
-def test_at_most_two_to_the_n_values_for_each_scale(case, normalizer):
+def test_weights_have_at_most_2_to_the_n_values_per_scale(case, normalizer):
     make, tensors = MULTIPLIERS[case]
     model = nn.Sequential(make())
     prepare(model, skip=(), normalizer=normalizer, verbose=False)
-    assert _quantized(model) == [f"0.{tensor}" for tensor in tensors]
+    assert quantized_names(model) == [f"0.{tensor}" for tensor in tensors]
     for item in weight_quantizers(model):
         module, tensor = item.module, item.tensor
         assert item.original.unique().numel() > 16
@@ -375,7 +375,7 @@ def test_at_most_two_to_the_n_values_for_each_scale(case, normalizer):
                     assert own.unique().numel() <= 2**bits and own.abs().max() <= s * 1.000001
 
 
-def test_recurrent_cell_multiplies_with_the_grid():
+def test_recurrent_cell_uses_quantized_weights():
     torch.manual_seed(0)
     cell = nn.GRUCell(3, 2, bias=False)
     prepare(cell, skip=(), verbose=False)
@@ -387,7 +387,7 @@ def test_recurrent_cell_multiplies_with_the_grid():
         assert torch.equal(cell(x, h), plain(x, h))
 
 
-def test_frozen_weights_and_the_meta_device():
+def test_frozen_weights_and_the_meta_device_are_supported():
     with torch.device("meta"):
         model = nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)
@@ -398,7 +398,7 @@ def test_frozen_weights_and_the_meta_device():
     assert not original(model[0], "weight").requires_grad
 
 
-def test_an_activation_inside_a_norm_shares_the_width(images):
+def test_activation_inside_a_norm_follows_the_width(images):
     class NormAct(nn.BatchNorm2d):
         def __init__(self) -> None:
             super().__init__(3)

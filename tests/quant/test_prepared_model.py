@@ -29,7 +29,7 @@ def model(net, images):
 
 
 @torch.no_grad()
-def _logits(model, images):
+def all_logits(model, images):
     out = {}
     for bits, source in PASSES:
         with bit_width(model, bits, source):
@@ -37,18 +37,18 @@ def _logits(model, images):
     return out
 
 
-def _same(a, b):
+def all_equal(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_deep_copies_are_independent(model, images):
-    before = _logits(model, images)
+    before = all_logits(model, images)
     with bit_width(model, 4):
         model.train()(images).sum().backward()  # a copy may be taken in the middle of training
         model.eval()
-    before = _logits(model, images)
+    before = all_logits(model, images)
     twin = copy.deepcopy(model)
-    assert _same(_logits(twin, images), before) and twin.tq == model.tq
+    assert all_equal(all_logits(twin, images), before) and twin.tq == model.tq
     assert width_of(twin) is not width_of(model)
     assert len({id(m.width) for m in twin.modules() if hasattr(m, "width")}) == 1
     with bit_width(twin, 2, "truncate"):
@@ -59,13 +59,13 @@ def test_deep_copies_are_independent(model, images):
         p.data.zero_()
     for b in twin.buffers():
         b.zero_()
-    assert _same(_logits(model, images), before)
+    assert all_equal(all_logits(model, images), before)
 
 
 @pytest.mark.parametrize(
     "make", [lambda: nn.LSTM(4, 3), lambda: nn.GRU(4, 3), lambda: nn.MultiheadAttention(4, 2)]
 )
-def test_copies_of_layers_with_several_tensors(make):
+def test_copies_of_layers_with_several_weights_are_independent(make):
     model = nn.Sequential(make())
     prepare(model, skip=(), verbose=False)
     x = torch.randn(5, 2, 4)
@@ -83,10 +83,10 @@ def test_copies_of_layers_with_several_tensors(make):
         assert not torch.equal(model[0](*inputs)[0], before)
 
 
-def test_checkpoints_hold_all_and_load_without_code(model, net, images, tmp_path):
+def test_checkpoint_restores_every_width_with_weights_only(model, net, images, tmp_path):
     with bit_width(model.train(), 2):
         model(images)
-    before = _logits(model.eval(), images)
+    before = all_logits(model.eval(), images)
     torch.save({"state_dict": model.state_dict(), "tq": model.tq}, tmp_path / "model.pt")
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     torch.manual_seed(9)
@@ -111,18 +111,18 @@ def test_checkpoints_hold_all_and_load_without_code(model, net, images, tmp_path
         plain.add_module(name, layer)
     prepare(plain, **saved["tq"], verbose=False)
     plain.load_state_dict(saved["state_dict"])  # strict: no missing and no unexpected keys
-    assert _same(
-        _logits(plain.eval(), images), before
+    assert all_equal(
+        all_logits(plain.eval(), images), before
     )  # untrained widths too, with their statistics
     assert all(torch.is_tensor(value) for value in saved["state_dict"].values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(net, images, dtype):
+def test_prepared_model_supports_dtypes(net, images, dtype):
     prepare(net, activations="pact_floor_truncate", skip=(), verbose=False)
     calibrate_norms(net, [images])
     net.eval().to(dtype)
-    logits = _logits(net, images.to(dtype))
+    logits = all_logits(net, images.to(dtype))
     assert all(out.dtype == dtype and out.isfinite().all() for out in logits.values())
     for bits in range(1, 9):
         assert torch.equal(logits[bits, "quantize"], logits[bits, "truncate"])
@@ -150,10 +150,10 @@ def fresh_dynamo():
 
 
 @pytest.mark.slow
-def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo):
+def test_compiled_logits_equal_eager_logits(model, images, fresh_dynamo):
     """Each of 17 variants has one graph, without graph breaks or the recompile limit."""
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    exact = _logits(model, images)
+    exact = all_logits(model, images)
     graphs = []
     with fresh_dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
         for _ in range(2):
@@ -170,7 +170,7 @@ def test_compiled_is_eager_at_every_width_and_source(model, images, fresh_dynamo
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
 )
-def test_compiled_to_machine_code(fresh_dynamo):
+def test_inductor_code_equals_eager_mode(fresh_dynamo):
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     prepare(model, quantizer="round", activations="pact_round", skip=(), verbose=False)
     compiled, x = torch.compile(model, fullgraph=True), torch.randn(4, 6)
@@ -181,7 +181,7 @@ def test_compiled_to_machine_code(fresh_dynamo):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled_training_step_is_the_eager_one(net, images, fresh_dynamo):
+def test_compiled_training_step_equals_the_eager_step(net, images, fresh_dynamo):
     prepare(net, activations="pact_floor", skip=(), verbose=False)
     twin = copy.deepcopy(net)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
@@ -202,7 +202,7 @@ def test_recompile_limit_is_raised_for_all_variants(model, fresh_dynamo):
 
 
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
-def test_compiled_weights_huge_and_nan(normalizer, fresh_dynamo):
+def test_compiled_weights_handle_huge_values_and_nan(normalizer, fresh_dynamo):
     """A graph cannot branch on values: huge weights match eager mode, NaN reaches the loss."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     prepare(model, skip=(), normalizer=normalizer, verbose=False)

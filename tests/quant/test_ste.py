@@ -14,11 +14,11 @@ from tq_lightning.quant.ste import STES, range_gradient, resolve_ste
 EDGES = torch.tensor([0.0, 1e-45, 0.25, 0.5, 0.75, 1 - 2**-24, 1.0])
 
 
-def _values() -> Tensor:
+def make_values() -> Tensor:
     return torch.cat([EDGES, torch.rand(200, generator=torch.Generator().manual_seed(1))])
 
 
-def _gradient(
+def value_and_gradient(
     ste: str,
     u: Tensor,
     bits: int,
@@ -39,11 +39,11 @@ def _gradient(
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("ste", STES)
 def test_every_rule_keeps_the_value_and_gives_finite_gradients(ste, quantizer):
-    u = _values()
+    u = make_values()
     for bits in range(1, 9):
         for level in LEVELS:
             grad = torch.linspace(-3, 3, len(u))
-            value, got = _gradient(ste, u, bits, quantizer, grad, level)
+            value, got = value_and_gradient(ste, u, bits, quantizer, grad, level)
             assert torch.equal(
                 value, codes_to_levels(QUANTIZERS[quantizer].codes(u, bits), bits, level)
             )
@@ -64,7 +64,7 @@ def test_elementwise_is_true_only_if_a_rule_reads_u_or_level(ste):
         assert row.rule(grad, None, None, 2, "floor").shape == (3,)
 
 
-def _dsq(grad: float, u: float, level: float, bits: int, quantizer: str) -> float:
+def dsq_formula(grad: float, u: float, level: float, bits: int, quantizer: str) -> float:
     top = 2**bits - 1
     edges = (
         [k / 2**bits for k in range(1, 2**bits)]
@@ -83,17 +83,17 @@ FORMULAS = {  # written again from the papers: (grad, u, level, bits, quantizer)
     "slope": lambda g, u, v, n, q: g / (1 - 2.0**-n),
     "clipped": lambda g, u, v, n, q: g if 0 < u < 1 else 0.0,
     "ewgs": lambda g, u, v, n, q: g * (1 + 1e-3 * math.copysign(1, g) * (u - v)),
-    "dsq": _dsq,
+    "dsq": dsq_formula,
 }
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("ste", FORMULAS)
-def test_formula(ste, quantizer):
-    u = _values()
+def test_gradient_equals_the_published_formula(ste, quantizer):
+    u = make_values()
     for bits in (1, 2, 5, 8):
         grad = torch.linspace(-2, 2, len(u) + 1)[:-1]
-        level, got = _gradient(ste, u, bits, quantizer, grad)
+        level, got = value_and_gradient(ste, u, bits, quantizer, grad)
         rows = zip(grad.tolist(), u.tolist(), level.tolist(), strict=True)
         expected = torch.tensor([FORMULAS[ste](g, x, v, bits, quantizer) for g, x, v in rows])
         assert torch.allclose(got, expected, rtol=1e-3 if ste == "dsq" else 1e-6, atol=2e-4), bits
@@ -113,10 +113,10 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("case", EXAMPLES)
-def test_documented_example(case):
+def test_documented_examples_are_correct(case):
     ste, quantizer, bits, u, level, expected, printed = EXAMPLES[case]
     assert printed in STES[ste].rule.__doc__
-    value, got = _gradient(ste, torch.tensor([u]), bits, quantizer, torch.ones(1))
+    value, got = value_and_gradient(ste, torch.tensor([u]), bits, quantizer, torch.ones(1))
     assert value.item() == pytest.approx(level, abs=1e-7)
     assert got.item() == pytest.approx(expected, rel=2e-3 if ste == "dsq" else 1e-7)
 
@@ -127,18 +127,18 @@ def test_every_rule_is_documented_with_an_example_and_a_source(ste):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_soft_staircase_rises_by_one_step_a_bin(quantizer):
+def test_dsq_staircase_rises_by_one_step_per_bin(quantizer):
     """The mean slope over an inner bin, centered at an edge, is step height over bin width."""
     for bits in (1, 2, 4):
         edge, width = QUANTIZERS[quantizer].edges(torch.tensor([0.5]), bits)
         u = edge + width * (torch.arange(1000) + 0.5 - 500) / 1000
-        _, slopes = _gradient("dsq", u, bits, quantizer, torch.ones(1000))
+        _, slopes = value_and_gradient("dsq", u, bits, quantizer, torch.ones(1000))
         assert slopes.mean().item() == pytest.approx(1 / (2**bits - 1) / width, rel=1e-4)
         assert slopes.argmax().item() in (499, 500)
 
 
 @pytest.mark.parametrize("source", ["quantize", "truncate"])
-def test_scale_and_sign(source):
+def test_gradient_has_the_factor_of_scale_and_sign(source):
     """Weights are scale * (2 level - 1), activations scale * level; gradients have this factor."""
     u, scale = torch.tensor([[0.1, 0.6], [0.3, 0.9]]), torch.tensor([[2.0], [0.5]])
     for signed in (True, False):
@@ -150,14 +150,14 @@ def test_scale_and_sign(source):
         assert torch.allclose(leaf.grad, (2 * scale if signed else scale).expand(2, 2))
 
 
-def test_source_decides_the_codes():
+def test_source_selects_the_codes():
     u = torch.tensor([0.2, 0.2001])
     args = (torch.tensor(1.0), False, 2, "round", "identity", "endpoint", 8)
     assert torch.allclose(FakeQuantize.apply(u, *args, "quantize"), torch.tensor([1 / 3, 1 / 3]))
     assert torch.equal(FakeQuantize.apply(u, *args, "truncate"), torch.tensor([0.0, 0.0]))
 
 
-def test_auto_is_the_pairing_of_the_paper():
+def test_auto_ste_is_the_pairing_of_the_paper():
     assert resolve_ste("auto", "floor") == "scaled" and resolve_ste("auto", "round") == "identity"
     assert all(resolve_ste(name, q) == name for name in STES for q in QUANTIZERS)
     with pytest.raises(
@@ -168,7 +168,7 @@ def test_auto_is_the_pairing_of_the_paper():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_gradient_of_a_range_is_the_chain_rule(quantizer, bits):
+def test_range_gradient_follows_the_chain_rule(quantizer, bits):
     """Autograd through w^ = c (2 level - 1), where level has the gradient of identity."""
     w = torch.randn(300, generator=torch.Generator().manual_seed(3))
     c = torch.tensor(0.8, requires_grad=True)
@@ -187,13 +187,13 @@ def test_gradient_of_a_range_is_the_chain_rule(quantizer, bits):
     assert scale.grad.item() == pytest.approx(lsq.item(), rel=1e-4, abs=1e-4)
 
 
-def test_gradient_of_a_range_has_exact_values():
+def test_range_gradient_has_exact_values():
     u, level, one = torch.tensor([0.4, 1.0]), torch.tensor([0.375, 0.875]), torch.ones(2)
     grad = range_gradient(one, 2.0 * one, u, level, torch.tensor(1.0), 2, "floor")
     assert grad.tolist() == pytest.approx([-0.05, 0.75])
 
 
-def test_a_fixed_scale_gets_no_gradient():
+def test_fixed_scale_gets_no_gradient():
     u, scale = torch.rand(4).requires_grad_(), torch.tensor(2.0)
     out = FakeQuantize.apply(u, scale, True, 2, "floor", "identity", "endpoint", 8, "quantize")
     out.sum().backward()

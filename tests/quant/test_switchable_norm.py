@@ -21,7 +21,7 @@ from tq_lightning.quant.switchable_norm import (
 KEYS = [*map(str, range(1, 9)), FLOAT]
 
 
-def test_sets_exist_for_every_width_and_start_as_the_layer(net):
+def test_every_width_has_a_norm_that_starts_as_a_copy_of_the_layer(net):
     before = copy.deepcopy(net.bn1)
     prepare(net, verbose=False)
     norm = net.bn1
@@ -38,7 +38,7 @@ def test_sets_exist_for_every_width_and_start_as_the_layer(net):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, None])
-def test_training_updates_only_the_set_of_the_width(model, images, bits):
+def test_training_updates_only_the_norm_of_the_width(model, images, bits):
     before = copy.deepcopy(model.state_dict())
     with bit_width(model.train(), bits):
         model(images).sum().backward()
@@ -53,7 +53,7 @@ def test_training_updates_only_the_set_of_the_width(model, images, bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, None])
-def test_evaluation_uses_the_set_of_the_width(model, bits):
+def test_evaluation_uses_the_norm_of_the_width(model, bits):
     x = torch.randn(2, 6, 3, 3)
     with bit_width(model, bits):
         got = model.bn1(x)
@@ -67,7 +67,7 @@ def test_evaluation_uses_the_set_of_the_width(model, bits):
     )
 
 
-def test_untrained_width_is_an_error_until_estimated(model, images):
+def test_untrained_width_is_an_error_until_calibrated(model, images):
     for bits in (7, 3, 1):
         with (
             pytest.raises(
@@ -88,7 +88,7 @@ def test_untrained_width_is_an_error_until_estimated(model, images):
             assert model(images).isfinite().all()
 
 
-def test_untrained_width_cannot_be_trained(model, images):
+def test_training_an_untrained_width_is_an_error(model, images):
     calibrate_norms(model, [images])
     with (
         pytest.raises(ValueError, match="width 3 has no trainable norm; train one of 2, 4, 8"),
@@ -97,7 +97,7 @@ def test_untrained_width_cannot_be_trained(model, images):
         pass
 
 
-def test_estimation_changes_nothing_else(net, images):
+def test_calibration_changes_only_untrained_norms(net, images):
     net.pool = nn.Sequential(net.pool, nn.Dropout(0.5))
     prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
     net.train()
@@ -140,7 +140,7 @@ def test_widths_above_all_trained_ones_copy_the_widest(net, images):
     assert (net.bn1.sets["8"].weight == 0.7).all() and (net.bn1.sets[FLOAT].weight == 0.7).all()
 
 
-def test_float_set_can_be_trained(model, images):
+def test_float_norm_can_be_trained(model, images):
     train_float_norms(model)
     assert untrained_widths(model) == [7, 6, 5, 3, 1]
     with bit_width(model.train(), None):
@@ -163,7 +163,7 @@ def test_norms_without_statistics_need_only_affine_parameters(images):
         assert model(images).isfinite().all()
 
 
-def test_shared_norm_stays_shared(images):
+def test_shared_norm_is_used_at_every_width(images):
     shared = nn.BatchNorm2d(3)
     model = nn.Sequential(nn.Conv2d(3, 3, 1), shared, nn.Conv2d(3, 3, 1), shared)
     prepare(model, skip=(), verbose=False)
@@ -173,7 +173,7 @@ def test_shared_norm_stays_shared(images):
     assert shared.num_batches_tracked == 0 and model[1].sets["4"].num_batches_tracked == 2
 
 
-def test_missing_attributes_are_named(model):
+def test_missing_attribute_error_names_the_attribute(model):
     with pytest.raises(AttributeError, match="no_such"):
         _ = model.bn1.no_such
     assert model.bn1.eps == 1e-5 and model.bn1.num_features == 6

@@ -28,7 +28,7 @@ SHAPES = {  # name -> (shape, channel_dim, groups)
 }
 
 
-def _rule(
+def make_rule(
     bits: int | None = 2, source: str = "quantize", channel_dim: int = 0, groups: int = 1, **choices
 ) -> WeightQuantizer:
     return WeightQuantizer(
@@ -40,19 +40,19 @@ def _rule(
     )
 
 
-def _initialized(w: Tensor, bits: int = 2, **choices) -> WeightQuantizer:
+def initialized_normalizer(w: Tensor, bits: int = 2, **choices) -> WeightQuantizer:
     """Return a normalizer whose learned range, if any, is initialized from `w`."""
-    rule = _rule(bits, **choices)
+    rule = make_rule(bits, **choices)
     if NORMALIZERS[rule.normalizer].reference == "learned":
         rule.start_range(w)
     return rule
 
 
-def _weight(*shape: int) -> Tensor:
+def make_weight(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.7
 
 
-def _channels(shape: tuple[int, ...], channel_dim: int, groups: int) -> list[Tensor]:
+def channel_masks(shape: tuple[int, ...], channel_dim: int, groups: int) -> list[Tensor]:
     """Return the weights that each output channel uses, as one explicit mask per channel."""
     masks = []
     for g in range(groups if channel_dim else 1):
@@ -67,7 +67,9 @@ def _channels(shape: tuple[int, ...], channel_dim: int, groups: int) -> list[Ten
     return masks
 
 
-def _by_hand(w: Tensor, normalizer: str, channel_dim: int, groups: int) -> tuple[Tensor, Tensor]:
+def reference_normalize(
+    w: Tensor, normalizer: str, channel_dim: int, groups: int
+) -> tuple[Tensor, Tensor]:
     """Return (u, scale) in float64, shape of `w`; differentiable in w, its maximum held fixed."""
     w = w.double()
     row = NORMALIZERS[normalizer]
@@ -75,7 +77,9 @@ def _by_hand(w: Tensor, normalizer: str, channel_dim: int, groups: int) -> tuple
     whole = [torch.ones(w.shape, dtype=torch.bool)]
     u, scale = torch.zeros_like(w), torch.zeros_like(w)
     for mask in (
-        _channels(tuple(w.shape), channel_dim, groups) if normalizer.endswith("_channel") else whole
+        channel_masks(tuple(w.shape), channel_dim, groups)
+        if normalizer.endswith("_channel")
+        else whole
     ):
         rms = w[mask].square().mean().sqrt().detach()
         if row.reference == "rms":
@@ -94,42 +98,42 @@ def _by_hand(w: Tensor, normalizer: str, channel_dim: int, groups: int) -> tuple
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_normalizer(normalizer, shape):
+def test_normalizer_equals_the_reference(normalizer, shape):
     size, channel_dim, groups = SHAPES[shape]
-    w = _weight(*size)
+    w = make_weight(*size)
     choices = pairings(normalizer)[0]
-    rule = _initialized(w, **choices, channel_dim=channel_dim, groups=groups)
+    rule = initialized_normalizer(w, **choices, channel_dim=channel_dim, groups=groups)
     u, scale = rule.normalize(w)
-    exact_u, exact_scale = _by_hand(w, normalizer, channel_dim, groups)
+    exact_u, exact_scale = reference_normalize(w, normalizer, channel_dim, groups)
     assert u.dtype == scale.dtype == torch.float32 and u.shape == w.shape
     assert torch.allclose(u.double(), exact_u.detach(), atol=1e-6)
     assert torch.allclose(scale.expand(size).double(), exact_scale, rtol=1e-6)
     if NORMALIZERS[normalizer].reference != "max":
         return
     if normalizer.endswith("_channel"):
-        for mask in _channels(size, channel_dim, groups):
+        for mask in channel_masks(size, channel_dim, groups):
             assert (u[mask] - 0.5).abs().max() == 0.5
     else:
         assert (u - 0.5).abs().max() == 0.5 and scale.dim() == 0
 
 
-def test_counter_example_channels_of_a_grouped_transposed_convolution():
+def test_grouped_transposed_convolution_has_other_channels():
     """The output channels of a tensor depend on the number of groups."""
-    w = _weight(6, 4, 2)
-    u_grouped = _rule(normalizer="absmax_channel", channel_dim=1, groups=3).normalize(w).u
-    u_plain = _rule(normalizer="absmax_channel", channel_dim=1, groups=1).normalize(w).u
+    w = make_weight(6, 4, 2)
+    u_grouped = make_rule(normalizer="absmax_channel", channel_dim=1, groups=3).normalize(w).u
+    u_plain = make_rule(normalizer="absmax_channel", channel_dim=1, groups=1).normalize(w).u
     assert not torch.allclose(u_grouped, u_plain)
 
 
 @pytest.mark.parametrize("source", ["quantize", "truncate"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_value(normalizer, quantizer, source):
-    w = _weight(4, 3, 2)
+def test_weight_value_equals_the_formula(normalizer, quantizer, source):
+    w = make_weight(4, 3, 2)
     for choices in pairings(normalizer, quantizer):
         level = choices["level"]
         for bits in range(1, 9):
-            rule = _initialized(w, bits, source=source, **choices)
+            rule = initialized_normalizer(w, bits, source=source, **choices)
             u, scale = rule.normalize(w)
             codes = (
                 QUANTIZERS[quantizer].codes(u, bits)
@@ -147,13 +151,13 @@ def test_value(normalizer, quantizer, source):
 
 
 def test_float_width_returns_the_weight_itself():
-    w = _weight(3, 3)
-    assert _rule(None)(w) is w
+    w = make_weight(3, 3)
+    assert make_rule(None)(w) is w
 
 
-def test_codes_are_the_stored_ones():
-    w = _weight(5, 4).requires_grad_()
-    rule = _rule(2)
+def test_codes_returns_the_stored_codes():
+    w = make_weight(5, 4).requires_grad_()
+    rule = make_rule(2)
     codes, scale = rule.codes(w)
     assert (
         torch.equal(codes, QUANTIZERS["floor"].codes(rule.normalize(w).u, 8))
@@ -166,19 +170,19 @@ def test_codes_are_the_stored_ones():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_gradient_of_the_weight(normalizer, shape):
+def test_weight_gradient_equals_the_formula(normalizer, shape):
     """dL/dw = dL/dw^ * 2E * factor * du/dw; neither the maximum nor E carries a gradient."""
     size, channel_dim, groups = SHAPES[shape]
     upstream = torch.randn(size, generator=torch.Generator().manual_seed(4))
     rms = NORMALIZERS[normalizer].reference == "rms"  # by hand, with the slope of the values
     factors = (("identity", 1.0), ("scaled", 3 / 4), ("slope", 4 / 3))
     for ste, factor in (("value", 1.0),) if rms else factors:
-        w = _weight(*size).requires_grad_()
+        w = make_weight(*size).requires_grad_()
         choices = {**pairings(normalizer)[0], "ste": ste}
-        rule = _initialized(w, **choices, channel_dim=channel_dim, groups=groups)
+        rule = initialized_normalizer(w, **choices, channel_dim=channel_dim, groups=groups)
         rule(w).backward(upstream)
-        exact = _weight(*size).requires_grad_()
-        u, scale = _by_hand(exact, normalizer, channel_dim, groups)
+        exact = make_weight(*size).requires_grad_()
+        u, scale = reference_normalize(exact, normalizer, channel_dim, groups)
         (upstream.double() * 2 * scale * factor * u).sum().backward()
         assert torch.allclose(w.grad, exact.grad, rtol=1e-4, atol=1e-6)
 
@@ -189,19 +193,19 @@ HARD = {  # name -> weight (4, 3)
     "constant": torch.full((4, 3), 0.3),
     "constant, negative": torch.full((4, 3), -0.3),
     "one value": torch.zeros(4, 3).index_fill(0, torch.tensor(1), 0.5),
-    "denormal": _weight(4, 3) * 1e-40,
+    "denormal": make_weight(4, 3) * 1e-40,
     "smallest": torch.full((4, 3), 1e-45),
-    "tiny": _weight(4, 3) * 1e-30,
-    "huge": _weight(4, 3) * 1e30,
+    "tiny": make_weight(4, 3) * 1e-30,
+    "huge": make_weight(4, 3) * 1e30,
     "a sum above float32": torch.full((4, 3), 3e37),
     "huge and tiny": torch.tensor([[1e30], [1e-30], [-1e30], [0.0]]).expand(4, 3).contiguous(),
 }
 
 
-def _stays_finite(weight, normalizer, choices):
+def assert_finite(weight, normalizer, choices):
     for bits in (1, 2, 8):
         w = weight.clone().requires_grad_()
-        rule = _initialized(w, bits, **choices)
+        rule = initialized_normalizer(w, bits, **choices)
         out = rule(w)
         out.backward(torch.linspace(-1, 1, 12).view(4, 3))
         assert out.isfinite().all(), (choices, bits)
@@ -213,35 +217,37 @@ def _stays_finite(weight, normalizer, choices):
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("case", HARD)
-def test_hard_weights_stay_finite(case, normalizer):
+def test_extreme_weights_stay_finite(case, normalizer):
     for quantizer in QUANTIZERS:
         for ste in STES:
             if STES[ste].uniform and NORMALIZERS[normalizer].reference == "rms":
                 continue
             for choices in pairings(normalizer, quantizer):
-                _stays_finite(HARD[case], normalizer, {**choices, "ste": ste})
+                assert_finite(HARD[case], normalizer, {**choices, "ste": ste})
 
 
-def test_exact_values_of_simple_weights():
+def test_simple_weights_have_exact_values():
     for bits in (1, 2, 8):
-        assert torch.equal(_rule(bits)(torch.zeros(2, 2)), torch.zeros(2, 2))
+        assert torch.equal(make_rule(bits)(torch.zeros(2, 2)), torch.zeros(2, 2))
         for value in (0.5, -0.5):
-            assert torch.equal(_rule(bits)(torch.full((2, 2), value)), torch.full((2, 2), value))
+            assert torch.equal(
+                make_rule(bits)(torch.full((2, 2), value)), torch.full((2, 2), value)
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_infinity_name_the_layer(bad, normalizer, dtype):
-    w = _weight(4, 3).to(dtype)
+def test_nan_or_infinity_is_an_error_that_names_the_layer(bad, normalizer, dtype):
+    w = make_weight(4, 3).to(dtype)
     w[2, 1] = bad
-    rule = _initialized(torch.ones(4, 3), **pairings(normalizer)[0])
+    rule = initialized_normalizer(torch.ones(4, 3), **pairings(normalizer)[0])
     for call in (rule, rule.normalize, rule.codes):
         with pytest.raises(ValueError, match=r"weight stem\.weight contains NaN or infinity"):
             call(w)
 
 
-def test_nan_names_the_layer_of_a_model(net, images):
+def test_nan_error_in_a_model_names_the_layer(net, images):
     prepare(net, verbose=False)
     original(net.conv, "weight").data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"conv\.weight"), bit_width(net, 4):
@@ -250,9 +256,9 @@ def test_nan_names_the_layer_of_a_model(net, images):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_computation_is_float32_for_every_weight_dtype(dtype):
-    w = _weight(16, 16).to(dtype)
+    w = make_weight(16, 16).to(dtype)
     for bits in (1, 2, 8):
-        rule = _rule(bits)
+        rule = make_rule(bits)
         assert torch.equal(rule.codes(w)[0], rule.codes(w.float())[0])
         assert rule(w).dtype == dtype and torch.equal(rule(w), rule(w.float()).to(dtype))
 
@@ -298,12 +304,12 @@ def test_weight_quantizers_lists_full_names(net):
 
 
 @pytest.mark.parametrize("key", ["quantizer", "ste", "level", "normalizer"])
-def test_unknown_choice_lists_the_valid_ones(key):
+def test_unknown_choice_error_lists_the_valid_ones(key):
     with pytest.raises(ValueError, match=f"unknown {key} 'nearest'; pass"):
-        _rule(**{key: "nearest"})
+        make_rule(**{key: "nearest"})
 
 
-def test_disagreement_of_codes():
+def test_only_round_codes_disagree_after_truncation():
     """Floor never disagrees. Round does at 2..7 bits; 1 and 8 bits agree except for ties."""
     for quantizer in ("floor", "round"):
         torch.manual_seed(0)

@@ -16,7 +16,7 @@ from tq_lightning.report.figures import style
 
 
 @pytest.mark.slow
-def test_a_notebooks_backend_and_usetex_change_nothing(tmp_path, make):
+def test_notebook_backend_and_usetex_are_ignored(tmp_path, make):
     """Run the command in the environment of a notebook, whose backend cannot be imported here."""
     make.write(tmp_path / "runs", *make.pair((0, 1)))
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
@@ -43,7 +43,7 @@ def test_a_notebooks_backend_and_usetex_change_nothing(tmp_path, make):
     assert svgs[0] == svgs[1]
 
 
-def test_drawing_leaves_the_callers_settings(make):
+def test_drawing_keeps_the_settings_of_the_caller(make):
     with matplotlib.rc_context({"font.size": 17.0}):
         backend = dict.__getitem__(matplotlib.rcParams, "backend")  # no backend was chosen
         figures.draw(compare(*make.pair((0, 1))))
@@ -53,7 +53,7 @@ def test_drawing_leaves_the_callers_settings(make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a$b$c$ \x1b[31m", "$ lone \udce9 surrogate 雪 é & <b>"])
-def test_names_of_any_characters(tmp_path, make, name):
+def test_report_accepts_any_characters_in_names(tmp_path, make, name):
     make.write(tmp_path / "runs", *make.pair((0, 1), data_name=name), make.inspect(model=name))
     out = tmp_path / "report"
     assert command.main([str(tmp_path / "runs"), "--out", str(out)]) == 0
@@ -63,7 +63,7 @@ def test_names_of_any_characters(tmp_path, make, name):
     assert shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in page
 
 
-def test_dollars_are_drawn_as_dollars(make):
+def test_dollar_signs_are_drawn_literally(make):
     with style.styled():
         (figure,), _ = figures.FIGURES["qt_gap"](compare(*make.pair((0, 1), data_name="a$b$c")))
         figure.canvas.draw_without_rendering()

@@ -34,7 +34,7 @@ def all_figures(request):
     return figures.draw(compare(*records.everything()))[0]
 
 
-def test_every_figure_is_made_from_the_whole_set(all_figures):
+def test_all_records_give_every_figure(all_figures):
     sections = {d.section for d in all_figures}
     assert {
         "QT gap",
@@ -72,7 +72,7 @@ def test_nothing_is_drawn_without_records():
     assert figures.draw(compare()) == ([], [])
 
 
-def test_qt_gap_is_one_figure_a_setting_with_its_flags_on_it(make):
+def test_qt_gap_has_one_figure_per_setting_with_its_flags(make):
     first, second = drawn(
         "qt_gap",
         *make.pair(model="resnet8_cifar"),
@@ -86,7 +86,7 @@ def test_qt_gap_is_one_figure_a_setting_with_its_flags_on_it(make):
     assert "round, truncated" in first.alt
 
 
-def test_paper_overlay_only_in_the_papers_setting(make):
+def test_paper_overlay_needs_the_setting_of_the_paper(make):
     papers = {"model": "preresnet20_cifar", "model_activations": "clamp_round", "test": True}
     (with_overlay,) = drawn("qt_gap", *make.pair(**papers))
     assert "paper, same row" in texts(with_overlay.canvas)
@@ -95,14 +95,14 @@ def test_paper_overlay_only_in_the_papers_setting(make):
     assert "paper" not in texts(without.canvas)
 
 
-def test_round_alone_is_drawn_and_floor_beside_it_preferred(make):
+def test_round_is_drawn_without_floor_only_if_there_is_no_pair(make):
     (alone,) = drawn("qt_gap", make.run("round", 0))
     assert "floor" not in alone.alt
     (both,) = drawn("qt_gap", *make.pair(), make.run("round", 0, "resnet8_cifar"))
     assert "resnet20" in both.title
 
 
-def test_hollow_markers_are_explained_where_a_width_was_not_trained(make):
+def test_hollow_markers_are_explained_if_a_width_was_not_trained(make):
     (some,) = drawn("qt_gap", *make.pair())
     assert "hollow: width not trained" in texts(some.canvas)
     everything = {"model_widths": list(range(1, 9)), "model_float_pass": True}
@@ -111,7 +111,7 @@ def test_hollow_markers_are_explained_where_a_width_was_not_trained(make):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_the_float_point_is_hollow_unless_float_was_trained(make, trained):
+def test_float_marker_is_hollow_unless_float_was_trained(make, trained):
     (figure,) = drawn(
         "qt_gap", *make.pair(model_widths=list(range(1, 9)), model_float_pass=trained)
     )
@@ -126,7 +126,7 @@ def test_the_float_point_is_hollow_unless_float_was_trained(make, trained):
     assert all((point.get_markerfacecolor() == "white") != trained for point in points)
 
 
-def test_one_validation_makes_no_curve(make):
+def test_curve_needs_three_validations(make):
     note = "Training curves need at least three validations. Omitted: resnet20_cifar · cifar10."
     for epochs in (1, 2):
         assert drawing("curves", *make.pair(epochs=epochs)) == ([], [note])
@@ -162,7 +162,7 @@ def test_floor_is_green_and_round_orange_on_every_figure(make):
                     assert color in (style.ORANGE, style.PALE[style.ORANGE]), (name, label)
 
 
-def test_intervals_are_cut_at_100_and_seeds_are_dots(make):
+def test_intervals_are_clipped_at_100_and_seeds_are_dots(make):
     records = [make.run(q, s, offset=13.0 + s) for q in ("round", "floor") for s in (-1, 0, 1)]
     for record in records:
         for value in record["widths"].values():
@@ -175,7 +175,7 @@ def test_intervals_are_cut_at_100_and_seeds_are_dots(make):
     assert len(dots) >= 24
 
 
-def test_many_settings_are_capped_and_the_rest_is_noted(make):
+def test_number_of_settings_is_limited_with_a_note(make):
     records = [r for k in range(14) for r in make.pair(seeds=(0,), model_lr=float(k))]
     made, notes = drawing("qt_gap", *records)
     assert len(made) == 12
@@ -193,7 +193,7 @@ def test_disagreement_notes_omitted_arms(make):
 
 
 @pytest.mark.parametrize("name", ["robustness", "pareto", "ste"])
-def test_budgets_that_differ_between_what_a_figure_compares_are_flagged_on_it(make, name):
+def test_figure_flags_unequal_budgets(make, name):
     def settings(epochs):
         both = [("resnet8_cifar", 15), ("resnet20_cifar", epochs)]
         more = [
@@ -211,7 +211,7 @@ def test_budgets_that_differ_between_what_a_figure_compares_are_flagged_on_it(ma
 
 
 @pytest.mark.parametrize("name", ["robustness", "pareto", "disagreement"])
-def test_starts_that_differ_between_what_a_figure_compares_are_flagged_on_it(make, name):
+def test_figure_flags_different_initial_weights(make, name):
     tuned = make.pair((0, 1), model="resnet8_cifar", model_checkpoint_path="trained.th")
     (unequal,) = drawn(name, *make.pair((0, 1)), *tuned)
     flag = (
@@ -257,12 +257,12 @@ def test_storage_ratios_are_over_the_float_parameters(make):
     assert "× larger" in figure.alt
 
 
-def test_pareto_front():
+def test_pareto_front_keeps_only_points_that_are_not_dominated():
     points = [(1, 5.0), (2, 4.0), (3, 9.0), (3, 8.0), (4, 9.0)]
     assert cross_model.pareto_front(points) == [(1, 5.0), (3, 9.0)]
 
 
-def test_equal_figures_are_equal_files(tmp_path, make):
+def test_identical_figures_give_identical_files(tmp_path, make):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (figure,) = drawn("qt_gap", *make.pair())

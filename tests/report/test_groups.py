@@ -18,13 +18,13 @@ def test_seed_paths_and_loggers_do_not_split_arms_but_the_learning_rate_does(mak
     assert len(group(runs(base, make.run(seed=1, model_lr=0.1)), [])) == 2
 
 
-def test_classes_left_to_the_data_set_and_the_same_filled_in_are_one_arm(make):
+def test_inferred_and_explicit_number_of_classes_are_one_arm(make):
     assert len(group(runs(make.run(seed=0), make.run(seed=1, model_num_classes=10)), [])) == 1
     assert len(group(runs(make.run(seed=0), make.run(seed=1, data_num_classes=5)), [])) == 2
 
 
 @pytest.mark.parametrize("widths", ["8,4,2,1", "[8, 4, 2, 1]", [1, 2, 4, 8], ["8", "4", "2", "1"]])
-def test_a_list_is_one_value_however_it_is_written(make, widths):
+def test_list_notation_does_not_split_arms(make, widths):
     (arm,) = group(runs(make.run(seed=0), make.run(seed=1, model_widths=widths)), [])
     assert arm.trained == [1, 2, 4, 8]
     assert len(group(runs(make.run(seed=0), make.run(seed=1, model_widths="8,4")), [])) == 2
@@ -42,14 +42,14 @@ def test_checkpoint_names_that_differ_in_numbers_are_one_arm(make):
 
 
 @pytest.mark.parametrize(("quantizer", "ste"), [("floor", "scaled"), ("round", "identity")])
-def test_auto_ste_is_the_papers_pairing(make, quantizer, ste):
+def test_auto_ste_is_the_pairing_of_the_paper(make, quantizer, ste):
     (auto,), (named,) = runs(make.run(quantizer)), runs(make.run(quantizer, model_ste=ste))
     assert arm_config(auto) == arm_config(named)
     (other,) = runs(make.run(quantizer, model_ste="clipped"))
     assert arm_config(auto) != arm_config(other)
 
 
-def test_a_repeat_of_an_arm_and_seed_counts_once_the_latest(make):
+def test_latest_run_of_a_seed_is_used(make):
     old, new = make.run(seed=0), make.run(seed=0, started="2026-01-01T00:00:00")
     left_out = []
     (arm,) = group(runs(new, old), left_out)
@@ -57,7 +57,7 @@ def test_a_repeat_of_an_arm_and_seed_counts_once_the_latest(make):
     assert "superseded by the later" in left_out[0][1]
 
 
-def test_setting_holds_both_quantizers_and_no_flag_where_all_is_equal(make):
+def test_group_has_both_quantizers_and_no_flag_if_all_else_is_equal(make):
     (setting,) = compare(*make.pair()).by_quantizer
     assert [value for value, _ in setting.arms] == ["floor", "round"]
     assert [name for name, _, _ in setting.rows] == [
@@ -79,7 +79,7 @@ def test_unequal_budgets_and_seeds_are_flagged(make):
     assert flags_of([setting]) == [f"{setting.label}: {flag}" for flag in setting.flags]
 
 
-def test_two_whole_budgets_are_two_settings_without_flags(make):
+def test_two_complete_budgets_are_two_groups_without_flags(make):
     found = compare(*make.pair(epochs=15), *make.pair(epochs=30)).by_quantizer
     assert [s.label for s in found] == [
         "resnet20_cifar · cifar10 · max_epochs=15",
@@ -95,7 +95,7 @@ def test_early_stopping_within_an_arm_is_flagged(make):
     assert "round 11 epochs / 4500 steps or 15 epochs / 4500 steps" in setting.flags[0]
 
 
-def test_ignored_key_joins_arms_that_were_tuned_apart(make):
+def test_ignored_key_joins_arms_with_different_tuning(make):
     records = [make.run("round", model_lr=0.1), make.run("floor", model_lr=0.2)]
     assert [len(setting.arms) for setting in compare(*records).by_quantizer] == [
         1
@@ -104,14 +104,14 @@ def test_ignored_key_joins_arms_that_were_tuned_apart(make):
     assert len(setting.arms) == 2
 
 
-def test_factor_settings_compare_one_key_alone(make):
+def test_factor_groups_compare_only_one_key(make):
     records = [make.run("floor", 0, model_ste=ste) for ste in ("identity", "scaled")]
     found = compare(*records)
     assert list(found.by_factor) == ["model.ste"]
     assert not compare(records[0], make.run("floor", 0, model_ste="scaled", model_lr=0.5)).by_factor
 
 
-def test_the_reference_is_the_first_usual_value_that_a_group_has(make):
+def test_reference_is_the_first_preferred_value_in_the_group(make):
     def reference(*values):
         records = [make.run("floor", 0, model_normalizer=value) for value in values]
         (group,) = compare(*records).by_factor["model.normalizer"]
@@ -141,7 +141,7 @@ def test_float_activations_are_the_reference_of_quantized_ones(make):
     assert setting.reference[0] == "none"
 
 
-def test_the_papers_setting_and_near_misses(make):
+def test_only_the_setting_of_the_paper_is_recognized(make):
     papers = {"model": "preresnet20_cifar", "model_activations": "clamp_round"}
     (setting,) = compare(*make.pair(**papers)).by_quantizer
     assert setting.is_papers
@@ -155,7 +155,7 @@ def test_the_papers_setting_and_near_misses(make):
         assert not setting.is_papers, miss
 
 
-def test_nested_codes_count_not_the_quantizer_name(make):
+def test_rows_depend_on_nested_codes_not_on_the_quantizer_name(make):
     """A quantizer whose record states that its codes nest has one row, like floor."""
     toy = make.run("toy", ste="toy_ste", nested=True)
     (group,) = compare(make.run("round"), toy).by_quantizer
@@ -174,7 +174,7 @@ def test_runs_of_different_calibration_are_two_arms(make):
     assert [len(arm.runs) for arm in compare(*records).arms] == [2, 1]
 
 
-def test_a_test_of_other_data_is_not_the_runs(make):
+def test_tests_on_other_data_are_ignored(make):
     """Recorded tests on other data or on a part of the data are not in any table."""
     record = make.run(test=True)
     record["tests"] = [record.pop("test") | {"data": {"name": "cifar100"}}]

@@ -135,7 +135,7 @@ def head(name):
 
 @pytest.mark.slow
 class TestChromium:
-    def test_filter_by_words_and_by_choice(self, page):
+    def test_filter_by_words_and_by_selection(self, page):
         assert len(column(page, "quantizer")) == 7
         page.run(TYPE.format("floor RESNET20"))
         assert column(page, "quantizer") == ["floor"] * 3
@@ -209,7 +209,7 @@ class TestChromium:
             == "ascending"
         )
 
-    def test_light_and_dark(self, page):
+    def test_theme_button_switches_light_and_dark(self, page):
         def background(scheme):
             page.send(
                 "Emulation.setEmulatedMedia",
@@ -241,7 +241,7 @@ class TestChromium:
         assert page.run(f"{first}.scrollWidth <= {first}.parentElement.clientWidth")
         page.send("Emulation.clearDeviceMetricsOverride")
 
-    def test_a_figure_opens_large(self, page):
+    def test_click_opens_a_large_figure(self, page):
         page.run("document.querySelector('a.frame').click()")
         assert page.run("document.getElementById('large').open")
         shown = page.run("document.querySelector('#large-body img').getBoundingClientRect().width")
@@ -254,5 +254,5 @@ class TestChromium:
             "document.getElementById('left_out').innerText"
         )
 
-    def test_zz_no_console_errors_or_requests(self, page):
+    def test_zz_page_causes_no_console_errors_or_requests(self, page):
         assert page.problems() == []

@@ -16,7 +16,7 @@ def language_models(**more):
     return [made.perplexities(r) for r in made.pair(model="lm", **more)]
 
 
-def test_direction_and_wording():
+def test_lower_perplexity_is_reported_as_better():
     better = [
         made.perplexities(made.run("floor", s, "lm", offset=4.0, model_ste="identity"))
         for s in (0, 1, 2)

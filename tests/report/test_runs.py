@@ -27,7 +27,7 @@ def test_folder_glob_file_and_overlap_read_each_run_once(tmp_path, make):
     assert loaded.left_out == []
 
 
-def test_wandb_folder_and_older_copy(tmp_path, make):
+def test_copy_with_a_test_block_is_preferred(tmp_path, make):
     """Of the copy in the W&B folder and the run's record, the one with a test block is used."""
     record = make.run(test=True)
     make.write(tmp_path / "runs", record)
@@ -80,7 +80,7 @@ def test_unusable_records_are_listed_never_used(tmp_path, make, change, reason):
     assert reason in reasons(loaded)[0]
 
 
-def test_half_written_and_foreign_json(tmp_path, make):
+def test_partial_and_foreign_json_is_skipped_with_a_reason(tmp_path, make):
     make.write(tmp_path, make.run())
     whole = json.dumps(make.run(seed=1))
     for name, text in {
@@ -113,7 +113,7 @@ def test_broken_inspect_record_does_not_break_the_report(tmp_path, make, part):
     assert reasons(loaded) == [f"broken: {part} is 'x', not a mapping"]
 
 
-def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
+def test_different_runs_with_the_same_id_are_left_out(tmp_path, make):
     one, other = make.run(seed=0), make.run(seed=1)
     other["id"] = one["id"]
     for name, record in {"a": one, "b": other, "c": make.run(seed=2)}.items():
@@ -148,7 +148,7 @@ def test_two_runs_with_one_id_are_both_left_out(tmp_path, make):
         ("no*", "none of the 1 matches has a record.json; the last: notes.db"),
     ],
 )
-def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, given, words):
+def test_invalid_input_is_an_error_of_one_line(tmp_path, monkeypatch, given, words):
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "photos", "half"):
         (tmp_path / name).mkdir()
@@ -165,7 +165,7 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, given, words):
 
 
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
-def test_optuna_study(tmp_path, monkeypatch, make, kind):
+def test_only_complete_trials_of_a_study_are_used(tmp_path, monkeypatch, make, kind):
     """Complete trials are used; pruned and failed ones and those without records are listed."""
     optuna = pytest.importorskip("optuna")
     from optuna.storages import JournalStorage
@@ -221,7 +221,7 @@ def test_pruned_trials_are_read_from_a_moved_sweep_folder(tmp_path, monkeypatch,
         assert "the trial is pruned, not complete" in reason
 
 
-def test_journal_written_by_a_sweep(tmp_path, monkeypatch, make):
+def test_journal_of_a_sweep_is_read(tmp_path, monkeypatch, make):
     optuna = pytest.importorskip("optuna")
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -249,7 +249,7 @@ def test_paths_of_the_machine_are_shortened_and_urls_kept():
     assert shorten(given | kept) == shown | kept
 
 
-def test_full_paths_on_request(tmp_path, make):
+def test_full_paths_are_kept_on_request(tmp_path, make):
     make.write(tmp_path, make.run())
     assert load([str(tmp_path)]).runs[0].record.config["data"]["root"] == "…/cifar10"
     assert (
@@ -258,5 +258,5 @@ def test_full_paths_on_request(tmp_path, make):
     )
 
 
-def test_flatten():
+def test_flatten_joins_keys_with_dots():
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1, 2]}) == {"a.b": 1, "a.c": {}, "d": [1, 2]}

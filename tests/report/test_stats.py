@@ -21,7 +21,7 @@ def test_one_seed_has_no_interval():
     assert got.text() == "80.0"
 
 
-def test_paired_where_seeds_coincide_and_welch_where_not():
+def test_difference_is_paired_only_if_seeds_match():
     a, b = {0: 80.0, 1: 82.0, 2: 85.0}, {0: 79.5, 1: 81.4, 2: 84.6}
     paired = difference(a, b)
     interval = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval()
@@ -37,7 +37,7 @@ def test_paired_where_seeds_coincide_and_welch_where_not():
     assert welch.sign == 0  # the same numbers, significant only if paired
 
 
-def test_words():
+def test_wording_follows_the_interval():
     above = difference({0: 2.0, 1: 2.1}, {0: 1.0, 1: 1.1}).words("a", "b")
     assert above == "a is above b by 1.00 points [+1.00, +1.00], paired"
     nothing = difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}).words("a", "b")
@@ -60,7 +60,7 @@ def test_number_has_no_negative_zero():
     assert number(-0.06) == "-0.1"
 
 
-def test_test_split_only_where_every_run_has_it(make):
+def test_test_split_is_used_only_if_every_run_has_it(make):
     with_test, without = make.run(test=True), make.run(seed=1)
     made = runs(with_test, without)
     assert split_of(made[:1]) == "test"

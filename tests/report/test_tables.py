@@ -13,7 +13,7 @@ def cells(table, **where):
     return [row for row in table.rows if all(row[key] == value for key, value in where.items())]
 
 
-def test_markdown_and_latex_escape_what_would_break_them():
+def test_markdown_and_latex_escape_special_characters():
     table = Table(
         "t",
         "A & B",
@@ -60,7 +60,7 @@ def test_qt_gap_table_has_the_three_rows_the_gaps_and_the_paper(make):
     assert {row["seeds"] for name, row in rows.items() if "paper" not in name} == {3}
 
 
-def test_differences_hold_the_three_rows_and_each_factor(make):
+def test_differences_have_the_three_rows_and_each_factor(make):
     found = compare(*make.pair(), *(make.run("floor", s, model_ste="identity") for s in (0, 1, 2)))
     table = accuracy.differences(found)
     (against,) = cells(
@@ -71,7 +71,7 @@ def test_differences_hold_the_three_rows_and_each_factor(make):
     assert len(cells(table, factor="ste", a="scaled", b="identity")) == 8
 
 
-def test_tidy_table_is_one_row_a_run_source_and_width(tmp_path, make):
+def test_tidy_table_has_one_row_per_run_source_and_width(tmp_path, make):
     found = compare(*make.pair(seeds=(0, 1), test=True))
     written = dataframe.write(found.arms, tmp_path)
     frame = pd.read_csv(tmp_path / "runs.csv")
@@ -132,7 +132,7 @@ def test_non_uniform_codes_are_compared_with_a_learned_range(make):
     assert below.startswith("Accuracy is below the reference in 4 of 4")
 
 
-def test_a_collapsed_seed_is_named_and_supports_no_claim(make):
+def test_collapsed_seed_is_named_and_excluded_from_findings(make):
     """Its mean stays in the tables, but not in findings, titles and the list of answers."""
     learned = [make.run("floor", s, model_ste=e) for e in ("identity", "scaled") for s in (0, 1, 2)]
     failed = make.run("floor", 2, model_ste="scaled")
@@ -152,13 +152,13 @@ def test_a_collapsed_seed_is_named_and_supports_no_claim(make):
     assert whole.flags == ()
 
 
-def test_an_arm_that_never_learned_has_no_collapsed_seed(make):
+def test_arm_without_any_learning_has_no_collapsed_seed(make):
     records = [make.run("floor", s, noise=0.0, offset=-74.0) for s in (0, 1, 2)]
     (group,) = compare(*records).by_quantizer
     assert group.flags == ()
 
 
-def test_activation_finding(make):
+def test_activation_finding_has_one_sentence_per_quantizer(make):
     records = [
         make.run(
             q,
@@ -183,7 +183,7 @@ def test_activation_finding(make):
     assert finding("activations_source", *make.pair()) is None
 
 
-def test_qt_gap_finding(make):
+def test_qt_gap_finding_states_the_largest_loss(make):
     found = finding("qt_gap", *make.pair())
     assert found.answer == "At trained widths, floor loses nothing; round loses up to 60.0 points."
     assert any("round: truncation costs most at 2 bits" in line for line in found.lines)
@@ -213,7 +213,7 @@ def test_lines_of_a_finding_name_the_compared_arms(make):
     assert all(("left" in line) != ("centre" in line) and "endpoint" in line for line in lines)
 
 
-def test_energy_of_an_inference_by_accelerator_and_width(make):
+def test_inference_energy_has_one_row_per_accelerator_and_width(make):
     kinds = {"compute_pj": 1e6, "weights_pj": 8e6, "activations_pj": 3e6}
     energy = {"assumptions": ["one image"], "constants_pj": {}, "by_width": {"8": kinds}}
     record = {**make.inspect(), "inference": {"TPU-like": energy}}

@@ -27,7 +27,7 @@ def stand_in(with_results, no_results):
     return with_results
 
 
-def test_a_grid_runs_once_with_its_records_tables_and_plots(
+def test_grid_runs_once_and_writes_records_tables_and_plots(
     write_sweep, tmp_path, with_results, monkeypatch, capsys
 ):
     path = write_sweep(
@@ -69,7 +69,7 @@ def test_a_grid_runs_once_with_its_records_tables_and_plots(
     assert len(ran(folder)) == 4
 
 
-def test_resume_command_hides_a_password_and_marks_its_place():
+def test_resume_command_replaces_a_password_by_a_placeholder():
     from tq_lightning.cli.sweep import resume_command
 
     shown = resume_command(["s.yaml", "--storage", "postgresql+psycopg://me:se cr@t@host/db"])
@@ -82,7 +82,7 @@ def test_resume_command_hides_a_password_and_marks_its_place():
 
 
 @pytest.mark.slow
-def test_failures_have_reasons_and_the_sweep_continues(write_sweep, tmp_path, with_results):
+def test_failed_trials_have_reasons_and_the_sweep_continues(write_sweep, tmp_path, with_results):
     ends = ["raise", "exit", "nan", "unlogged", "well"]
     path, folder = write_sweep(parameters={"end": {"values": ends}}), tmp_path / "out"
     assert main(["sweep", str(path), "--dir", str(folder), *with_results]) == 0
@@ -99,13 +99,15 @@ def test_failures_have_reasons_and_the_sweep_continues(write_sweep, tmp_path, wi
     assert "exited with status 3" in (folder / "trials.csv").read_text()
 
 
-def test_a_sweep_without_any_result_is_an_error(write_sweep, tmp_path, stand_in, capsys):
+def test_sweep_without_a_result_is_an_error(write_sweep, tmp_path, stand_in, capsys):
     path = write_sweep(parameters={"end": {"values": ["raise"]}})
     assert main(["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]) == 1
     assert "no trial has a result: RuntimeError: CUDA out of memory." in capsys.readouterr().err
 
 
-def test_random_ends_at_its_cap_and_resumes_with_a_larger_one(write_sweep, tmp_path, stand_in):
+def test_random_sweep_ends_at_its_cap_and_resumes_with_a_larger_cap(
+    write_sweep, tmp_path, stand_in
+):
     path = write_sweep(
         method="random", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, run_cap=3
     )
@@ -115,7 +117,7 @@ def test_random_ends_at_its_cap_and_resumes_with_a_larger_one(write_sweep, tmp_p
     assert len({lr for _, lr, _ in ran(folder)}) == len(ran(folder)) == 5
 
 
-def test_a_timeout_starts_no_more_trials(write_sweep, tmp_path, stand_in, capsys):
+def test_no_trial_starts_after_the_timeout(write_sweep, tmp_path, stand_in, capsys):
     path = write_sweep(
         method="bayes", parameters={"model.lr": {"min": 0.0, "max": 1.0}}, arguments=["--sleep=0.3"]
     )
@@ -129,7 +131,7 @@ def test_a_timeout_starts_no_more_trials(write_sweep, tmp_path, stand_in, capsys
     )
 
 
-def test_several_objectives_give_a_front(write_sweep, tmp_path, with_results):
+def test_several_objectives_give_a_pareto_front(write_sweep, tmp_path, with_results):
     path, folder = (
         write_sweep(early_terminate={"type": "hyperband", "min_iter": 1}),
         tmp_path / "out",
@@ -166,7 +168,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD)
-def test_bad_input_is_one_line_and_status_2(write_sweep, tmp_path, stand_in, capsys, argv, message):
+def test_invalid_input_is_one_line_and_status_2(
+    write_sweep, tmp_path, stand_in, capsys, argv, message
+):
     command = ["sweep", str(write_sweep()), "--dir", str(tmp_path / "out"), *stand_in, *argv]
     assert main(command) == 2
     error = capsys.readouterr().err
@@ -180,7 +184,7 @@ def test_sweep_without_a_limit_is_an_error(write_sweep, tmp_path, stand_in, caps
     assert "a random sweep does not end by itself" in capsys.readouterr().err
 
 
-def test_a_study_of_other_parameters_is_not_joined(write_sweep, tmp_path, stand_in, capsys):
+def test_study_with_other_parameters_is_not_joined(write_sweep, tmp_path, stand_in, capsys):
     command = ["--dir", str(tmp_path / "out"), *stand_in]
     assert main(["sweep", str(write_sweep()), *command]) == 0
     other = write_sweep(parameters={"model.lr": {"values": [0.1, 0.5]}})
@@ -238,7 +242,7 @@ def test_ctrl_c_ends_cleanly_and_prints_the_resume_command(write_sweep, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("storage", ["sqlite", "journal"])
-def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(
+def test_killed_worker_loses_no_result_and_repeats_no_trial(
     write_sweep, tmp_path, sweep_process, storage
 ):
     check_killed_worker(
@@ -250,7 +254,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(
 
 
 @pytest.mark.slow
-def test_a_killed_command_is_taken_over_by_another(write_sweep, tmp_path, sweep_process):
+def test_another_command_takes_over_from_a_killed_one(write_sweep, tmp_path, sweep_process):
     """The command and its worker die; a second command detects that the heartbeat stopped."""
     path, folder = write_sweep(arguments=["--sleep=1.5"]), tmp_path / "out"
     first = sweep_process(path, "--dir", folder, "--workers", "1")
@@ -269,7 +273,7 @@ def test_a_killed_command_is_taken_over_by_another(write_sweep, tmp_path, sweep_
 
 
 @pytest.mark.slow
-def test_a_worker_in_which_cuda_broke_is_replaced(write_sweep, tmp_path, sweep_process):
+def test_worker_with_broken_cuda_is_replaced(write_sweep, tmp_path, sweep_process):
     path = write_sweep(parameters={"end": {"values": ["cuda", "well"]}})
     process = sweep_process(path, "--dir", tmp_path / "out", "--workers", "1")
     out, _ = process.communicate(timeout=240)
@@ -285,7 +289,7 @@ def test_a_worker_in_which_cuda_broke_is_replaced(write_sweep, tmp_path, sweep_p
     )
 
 
-def test_a_broken_cuda_in_this_process_ends_the_command(write_sweep, tmp_path, stand_in, capsys):
+def test_broken_cuda_in_this_process_ends_the_command(write_sweep, tmp_path, stand_in, capsys):
     path = write_sweep(parameters={"end": {"values": ["cuda", "well", "raise"]}})
     command = ["sweep", str(path), "--dir", str(tmp_path / "out"), *stand_in]
     assert main(command) == 130 and len(ran(tmp_path / "out")) == 1
@@ -308,7 +312,7 @@ def test_workers_that_fail_to_start_end_the_command(write_sweep, tmp_path, sweep
     )
 
 
-def test_the_seconds_of_all_attempts_are_summed(write_sweep, tmp_path, replace_fit):
+def test_seconds_of_all_attempts_are_summed(write_sweep, tmp_path, replace_fit):
     replace_fit("stand_in:fit_epochs")
     path, folder = (
         write_sweep(
@@ -327,7 +331,7 @@ def test_the_seconds_of_all_attempts_are_summed(write_sweep, tmp_path, replace_f
 
 
 @pytest.mark.parametrize("name", ["does lr matter?", "100 %41 #1", "{braces}", "über"])
-def test_database_is_in_the_folder_for_any_folder_name(
+def test_database_is_in_the_sweep_folder_for_any_name(
     write_sweep, tmp_path, stand_in, monkeypatch, name
 ):
     monkeypatch.chdir(tmp_path)
@@ -352,7 +356,7 @@ def test_database_is_in_the_folder_for_any_folder_name(
         ("x" * 300, "cannot name a folder"),
     ],
 )
-def test_names_that_leave_the_folder_are_errors(
+def test_names_that_would_leave_the_folder_are_errors(
     write_sweep, tmp_path, stand_in, monkeypatch, capsys, name, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -364,7 +368,7 @@ def test_names_that_leave_the_folder_are_errors(
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.yaml"]
 
 
-def test_unwritable_folder_is_one_line(write_sweep, tmp_path, stand_in, capsys):
+def test_unwritable_folder_is_an_error_of_one_line(write_sweep, tmp_path, stand_in, capsys):
     (tmp_path / "file").write_text("")
     path = str(write_sweep())
     assert main(["sweep", path, "--dir", str(tmp_path / "file" / "out"), *stand_in]) == 2
@@ -402,7 +406,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hostile_sweep_files_are_one_line_and_status_2(tmp_path, stand_in, capsys, case):
+def test_hostile_sweep_file_is_one_line_and_status_2(tmp_path, stand_in, capsys, case):
     content, message = CASES[case]
     path = tmp_path / "s.yaml"
     path.write_bytes(content)
@@ -413,7 +417,7 @@ def test_hostile_sweep_files_are_one_line_and_status_2(tmp_path, stand_in, capsy
     assert time.monotonic() - start < 10 and not (tmp_path / "out").exists()
 
 
-def test_a_part_of_a_huge_grid_runs(tmp_path, stand_in):
+def test_part_of_a_huge_grid_runs(tmp_path, stand_in):
     path = tmp_path / "s.yaml"
     path.write_bytes(CASES["grid"][0].replace(b"name: x", b"name: val/acc1_truncate_mean"))
     folder = tmp_path / "out"
@@ -436,7 +440,7 @@ def test_sigterm_to_a_worker_requeues_its_trial(write_sweep, tmp_path, sweep_pro
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_command_is_status_143(write_sweep, tmp_path, sweep_process):
+def test_sigterm_to_the_command_gives_status_143(write_sweep, tmp_path, sweep_process):
     path, folder = write_sweep(arguments=["--sleep=600"]), tmp_path / "out"
     process = sweep_process(path, "--dir", folder)
     wait_for(lambda: (folder / "trials" / "ran.txt").exists())

@@ -19,7 +19,7 @@ def one(write_sweep, entry, method="random"):
     ]
 
 
-def test_types_nesting_and_order_survive(write_sweep):
+def test_types_nesting_and_order_are_kept(write_sweep):
     sweep = read_sweep(
         write_sweep(
             parameters={
@@ -64,7 +64,7 @@ def test_types_nesting_and_order_survive(write_sweep):
 @pytest.mark.parametrize(
     "value", [None, True, False, 3, 0.1, 1e-7, [8, 4], [None, "a"], {"a": [1, None]}]
 )
-def test_argument_round_trip_keeps_its_type(value):
+def test_argument_round_trip_keeps_the_type(value):
     key, text = argument("model.x", value).split("=", 1)
     back = yaml.safe_load(text.replace("e-", ".0e-") if "e-" in text else text)
     assert key == "--model.x" and back == value and type(back) is type(value)
@@ -94,7 +94,7 @@ def test_string_is_passed_unchanged():
         ),
     ],
 )
-def test_ranges(write_sweep, entry, low, high, log, q, integer):
+def test_ranges_are_read_as_documented_by_wandb(write_sweep, entry, low, high, log, q, integer):
     p = one(write_sweep, entry)
     assert (p.low, p.high, p.log, p.q, p.integer) == (
         pytest.approx(low),
@@ -105,7 +105,7 @@ def test_ranges(write_sweep, entry, low, high, log, q, integer):
     )
 
 
-def test_a_grid_counts_through_ranges_of_integers(write_sweep):
+def test_grid_includes_integer_ranges(write_sweep):
     sweep = read_sweep(
         write_sweep(
             parameters={
@@ -186,7 +186,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("keys", "message"), BAD)
-def test_errors_are_one_line(write_sweep, keys, message):
+def test_invalid_key_is_an_error_of_one_line(write_sweep, keys, message):
     path = write_sweep(**keys)
     with pytest.raises(UserError) as caught:
         read_sweep(path)
@@ -197,7 +197,7 @@ def test_errors_are_one_line(write_sweep, keys, message):
     )
 
 
-def test_invalid_sweep_files(tmp_path):
+def test_file_that_is_not_a_sweep_is_an_error(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_sweep(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
@@ -208,7 +208,7 @@ def test_invalid_sweep_files(tmp_path):
         read_sweep(tmp_path / "list.yaml")
 
 
-def test_the_command_gives_arguments_and_environment(write_sweep, monkeypatch):
+def test_command_sets_arguments_and_environment(write_sweep, monkeypatch):
     monkeypatch.setenv("CONF", "conf/a.yaml")
     command = [
         "${env}",

@@ -45,7 +45,7 @@ class Queue:
 
 @pytest.mark.parametrize("status", [REPLACE, 1, -9])
 @pytest.mark.parametrize("slot", [0, 1])
-def test_a_replacement_gets_the_share_of_the_worker_it_replaces(pool, slot, status):
+def test_replacement_gets_the_slot_of_the_exited_worker(pool, slot, status):
     for _ in range(3):
         dead = [name for name in pool.running if pool.slots[name] == slot]
         assert len(dead) == 1
@@ -58,7 +58,7 @@ def test_a_replacement_gets_the_share_of_the_worker_it_replaces(pool, slot, stat
     )
 
 
-def test_a_worker_that_dies_during_an_outage_is_replaced_after_it(pool):
+def test_worker_that_dies_during_an_outage_is_replaced_afterwards(pool):
     dead, queue = next(iter(pool.running)), Queue(missed=2)
     pool.running[dead].poll = lambda: 1
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_a_worker_that_dies_during_an_outage_is_replaced_after_it(pool):
     assert dead not in pool.running and pool.shares == [0, 1, 0] and len(pool.running) == 2
 
 
-def test_a_worker_that_is_done_is_not_replaced(pool):
+def test_finished_worker_is_not_replaced(pool):
     for process in list(pool.running.values()):
         process.poll = lambda: DONE
     pool.replace_exited(Queue())

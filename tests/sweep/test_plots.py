@@ -66,7 +66,7 @@ def visible_texts(figure):
 
 
 @pytest.mark.parametrize("count", [1, 12])
-def test_labels_neither_overlap_nor_are_cut(count):
+def test_labels_do_not_overlap_and_are_not_clipped(count):
     for name, figure in drawn(count).items():
         figure.canvas.draw()
         renderer = figure.canvas.get_renderer()
@@ -93,20 +93,20 @@ def test_every_plot_names_the_objective_with_its_unit():
         assert ("(%)" in printed) or ("share of the variance" in printed), name
 
 
-def test_units():
+def test_metric_names_get_their_units():
     assert with_unit("val/qt_gap_w2") == "val/qt_gap_w2 (percentage points)"
     assert with_unit("train/loss_w2") == "train/loss_w2"
     assert with_unit("storage/bytes") == "storage/bytes"
 
 
-def test_a_pareto_front_has_trial_numbers_and_units():
+def test_pareto_front_has_trial_numbers_and_units():
     plots = drawn(names=("val/acc1_float", "storage/bytes"))
     assert set(plots) == {f"{kind}_{i}" for kind in KINDS for i in (1, 2)} | {"pareto_front"}
     texts = {text.get_text() for text in visible_texts(plots["pareto_front"])}
     assert {"0", "11", "val/acc1_float (%)", "storage/bytes"} <= texts
 
 
-def test_objectives_without_importances_have_no_such_plot(tmp_path):
+def test_no_importance_plot_without_importances(tmp_path):
     written = draw(study(), tmp_path / "some", [{}])
     assert {path.stem for path in written} == KINDS - {"param_importances"}
     assert all(path.stat().st_size > 5000 for path in written)
@@ -114,7 +114,7 @@ def test_objectives_without_importances_have_no_such_plot(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_callers_matplotlib_settings_do_not_matter(tmp_path):
+def test_plots_ignore_the_matplotlib_settings_of_the_user(tmp_path):
     import os
     import subprocess
     import sys

@@ -61,7 +61,7 @@ def postgres():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_worker_loses_nothing_and_nothing_runs_twice(
+def test_killed_worker_loses_no_result_and_repeats_no_trial(
     postgres, write_sweep, tmp_path, sweep_process
 ):
     check_killed_worker(write_sweep, tmp_path, sweep_process, postgres)

@@ -27,7 +27,7 @@ def line(running, workers):
     return describe(TrialQueue(study, lambda point: {}, limit=8), None, workers)
 
 
-def test_the_elapsed_time_of_running_trials_counts():
+def test_time_left_subtracts_the_elapsed_time_of_running_trials():
     printed = line(running=2, workers=2)
     assert printed.startswith(
         "2 of 8 done, 2 running, 0 failed, 0 pruned; best val/acc1_float 91 (trial 1)"
@@ -35,11 +35,11 @@ def test_the_elapsed_time_of_running_trials_counts():
     assert printed.endswith("time left 4 min")  # (6 * 100 - 2 * 40) / 2 = 260 s
 
 
-def test_a_worker_between_two_trials_still_counts():
+def test_time_left_counts_a_worker_between_two_trials():
     assert line(running=1, workers=2).endswith(
         "time left 5 min"
     )  # (600 - 40) / 2 = 280 s, not 560 s
 
 
-def test_workers_elsewhere_count():
+def test_time_left_counts_workers_of_other_commands():
     assert line(running=4, workers=1).endswith("time left 2 min")  # (600 - 160) / 4 = 110 s

@@ -31,7 +31,7 @@ TINY = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_trials_are_real_fits_with_their_own_records_and_reported_epochs(write_sweep, tmp_path):
+def test_trials_are_fits_with_their_own_records_and_reported_epochs(write_sweep, tmp_path):
     parameters = {
         "seed_everything": {"values": [3, 4]},
         "model.widths": {"values": [[8, 2]]},
@@ -67,7 +67,7 @@ def test_trials_are_real_fits_with_their_own_records_and_reported_epochs(write_s
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_pruned_trial_ends_early_with_its_record(tmp_path):
+def test_pruned_trial_ends_early_and_writes_its_record(tmp_path):
     from tq_lightning.cli import run_fit
 
     result = run_trial(
@@ -97,7 +97,7 @@ def test_failing_trial_has_the_error_message_of_fit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_trial_resumes_its_last_checkpoint(
+def test_killed_trial_resumes_from_its_last_checkpoint(
     write_sweep, tmp_path, sweep_process, processes
 ):
     """After SIGKILL, the retry trains the remaining epochs in a copy with one CSV."""
@@ -122,7 +122,7 @@ def test_a_killed_trial_resumes_its_last_checkpoint(
     pids = [
         int(entry)
         for entry in os.listdir("/proc")
-        if entry.isdigit() and _is_worker(entry, log.stem)
+        if entry.isdigit() and is_worker(entry, log.stem)
     ]
     assert len(pids) == 1, process.poll()
     os.kill(pids[0], signal.SIGKILL)
@@ -144,8 +144,10 @@ def test_a_killed_trial_resumes_its_last_checkpoint(
     begun = second.user_attrs["resumed_step"]
     assert 2 <= begun < steps == record["steps"] and f"--ckpt_path={run_dir}" in record["command"]
     (earlier,) = Path(first.user_attrs["run_dir"]).iterdir()
-    kept = {key: value for key, value in _scores(earlier).items() if key < begun}
-    assert kept and kept == {key: value for key, value in _scores(run_dir).items() if key < begun}
+    kept = {key: value for key, value in validation_scores(earlier).items() if key < begun}
+    assert kept and kept == {
+        key: value for key, value in validation_scores(run_dir).items() if key < begun
+    }
     assert list(second.intermediate_values) == [1, 2, 3]  # the pruner has the whole curve
     assert second.intermediate_values[1] == first.intermediate_values[1]
     assert len(list((run_dir / "checkpoints").glob("best*"))) == 1
@@ -153,7 +155,7 @@ def test_a_killed_trial_resumes_its_last_checkpoint(
     assert status == "running" and earlier.name == run_dir.name and earlier != run_dir
 
 
-def _is_worker(pid, name):
+def is_worker(pid, name):
     """Return True if a process is the sweep worker of this name, not another rank of its fit."""
     try:
         words = Path("/proc", pid, "cmdline").read_text().split("\0")
@@ -162,7 +164,7 @@ def _is_worker(pid, name):
     return "tq_lightning.sweep.worker" in words and name in words[-2]
 
 
-def _scores(run):
+def validation_scores(run):
     """Return step -> val/acc1_truncate_mean from metrics.csv of a run."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val/acc1_truncate_mean"]]

@@ -39,5 +39,5 @@ def test_table_fits_and_names_omitted_columns(width):
     assert left_out == (width < 160) and ("recursive" in text) == (width > 50)
 
 
-def test_no_table_without_rows():
+def test_table_without_rows_is_not_printed():
     assert printed(80, []) == ""

@@ -46,7 +46,7 @@ def killed_run(attempt_dir, name, step, when):
         os.utime(path, (when, when))
 
 
-def test_a_first_attempt_and_one_whose_files_are_elsewhere_start_anew(tmp_path):
+def test_attempt_without_earlier_files_starts_a_new_run(tmp_path):
     study = optuna.create_study()
     study.add_trials([attempt(0, "/elsewhere/trials/0003-abcdef"), attempt(1)])
     first, retry = study.trials
@@ -57,7 +57,7 @@ def test_a_first_attempt_and_one_whose_files_are_elsewhere_start_anew(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_newest_intact_checkpoint_of_the_latest_attempt_is_copied(tmp_path, capsys):
+def test_newest_intact_checkpoint_of_the_latest_attempt_is_copied(tmp_path, capsys):
     study, trials = optuna.create_study(), tmp_path / "trials"
     attempts = [trials / f"0003-{name}" for name in ("a", "b", "c")]
     for attempt_dir, run, step, when in [
@@ -94,9 +94,7 @@ def test_the_newest_intact_checkpoint_of_the_latest_attempt_is_copied(tmp_path, 
     assert "cannot resume " in capsys.readouterr().err
 
 
-def test_a_stopped_trial_resumes_and_runs_no_epoch_twice(
-    write_sweep, tmp_path, replace_fit, no_results
-):
+def test_stopped_trial_resumes_and_repeats_no_epoch(write_sweep, tmp_path, replace_fit, no_results):
     """Calls stop after one epoch more than MAX_LOST times, because progress resets the count."""
     replace_fit("stand_in:fit_epochs")
     epochs = MAX_LOST + 2
@@ -200,9 +198,7 @@ def test_suspended_worker_drops_its_trial_on_wake_up(write_sweep, tmp_path, swee
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-def test_a_finished_run_whose_result_was_never_stored_is_not_run_again(
-    write_sweep, tmp_path, pruned
-):
+def test_finished_run_without_a_stored_result_is_not_repeated(write_sweep, tmp_path, pruned):
     """The worker dies after the fit but before storing the result: one run, one result."""
     from stand_in import METRIC, fit
 
@@ -242,7 +238,7 @@ def test_a_finished_run_whose_result_was_never_stored_is_not_run_again(
     assert queue.study.trials[0].state == TrialState.FAIL
 
 
-def test_a_storage_outage_between_claim_and_fit_is_waited_for(
+def test_storage_outage_between_claim_and_fit_is_tolerated(
     write_sweep, tmp_path, replace_fit, no_results, monkeypatch
 ):
     from optuna.exceptions import StorageInternalError
@@ -264,7 +260,7 @@ def test_a_storage_outage_between_claim_and_fit_is_waited_for(
 
 
 @pytest.mark.slow
-def test_an_outage_that_does_not_end_is_one_line(
+def test_permanent_outage_is_an_error_of_one_line(
     write_sweep, tmp_path, replace_fit, no_results, monkeypatch, capsys
 ):
     from optuna.exceptions import StorageInternalError

@@ -34,11 +34,11 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("parameter", "expected"), TABLE)
-def test_distributions(parameter, expected):
+def test_parameters_become_the_documented_distributions(parameter, expected):
     assert distribution(parameter) == expected
 
 
-def test_lists_come_back_as_lists(write_sweep):
+def test_list_values_are_decoded_to_lists(write_sweep):
     sweep = read_sweep(
         write_sweep(parameters={"w": {"values": [[8, 4], [8]]}, "n": {"values": [None, True]}})
     )
@@ -58,7 +58,7 @@ def draws(sweep, count=200):
     return rows
 
 
-def test_draws_stay_in_their_ranges_with_their_types(write_sweep):
+def test_drawn_values_are_in_range_and_keep_their_type(write_sweep):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     parameters = {
         "lr": {"min": 1e-4, "max": 1e-1, "distribution": "log_uniform_values"},
@@ -90,7 +90,7 @@ def test_draws_stay_in_their_ranges_with_their_types(write_sweep):
     assert 75 <= halves <= 125
 
 
-def test_a_random_sweep_draws_the_same_points_in_every_worker(write_sweep):
+def test_random_sweep_draws_the_same_points_in_every_worker(write_sweep):
     sweep = read_sweep(
         write_sweep(
             method="random", parameters={"lr": {"min": 0.0, "max": 1.0}, "m": {"min": 0, "max": 9}}
@@ -117,7 +117,7 @@ def test_searched_arguments_follow_those_of_the_command(write_sweep):
     ]
 
 
-def test_hyperband_and_none(write_sweep):
+def test_hyperband_settings_are_passed_to_the_pruner(write_sweep):
     early = {"type": "hyperband", "min_iter": 2, "eta": 4}
     sweep = read_sweep(write_sweep(early_terminate=early))
     assert isinstance(pruner(sweep, 1), optuna.pruners.HyperbandPruner) and isinstance(

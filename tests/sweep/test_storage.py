@@ -7,7 +7,7 @@ from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.sweep.storage import StorageOutage, open_storage
 
 
-def test_an_outage_may_last_a_while():
+def test_short_outage_is_tolerated():
     outage = StorageOutage(seconds=60)
     with outage:
         raise StorageInternalError("gone")
@@ -27,6 +27,6 @@ def test_other_errors_are_raised():
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite:///:memory:"])
-def test_a_storage_in_memory_is_refused(url):
+def test_in_memory_storage_is_an_error(url):
     with pytest.raises(UserError, match="in-memory database"):
         open_storage(url)

@@ -41,7 +41,7 @@ def test_every_sweep_file_is_tested():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_passes_the_real_parser_and_its_grid_expands(path, parse, monkeypatch):
+def test_sweep_file_passes_the_parser_of_fit_and_its_grid_expands(path, parse, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert path.read_text().startswith("# Question: ")
     sweep = read_sweep(path)
@@ -60,7 +60,7 @@ def test_a_file_passes_the_real_parser_and_its_grid_expands(path, parse, monkeyp
     assert "trainer.max_epochs" in sweep.constants  # and the same budget
 
 
-def test_both_arms_have_the_same_search_for_a_learning_rate():
+def test_both_arms_have_the_same_learning_rate_search():
     floor, other = (
         yaml.safe_load((ROOT / "sweeps" / f"{name}.yaml").read_text())
         for name in ("lr", "lr_round")
@@ -99,7 +99,7 @@ END = "--trainer.max_epochs=1"
         ),
     ],
 )
-def test_values_that_fit_would_refuse_are_errors_before_training(
+def test_values_that_fit_rejects_are_errors_before_training(
     write_sweep, parameters, metric, message
 ):
     sweep = read_sweep(write_sweep(parameters=parameters, arguments=[END]))
@@ -108,12 +108,12 @@ def test_values_that_fit_would_refuse_are_errors_before_training(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_fit_without_an_end_is_refused_before_any_trial(write_sweep):
+def test_fit_without_an_end_is_an_error_before_any_trial(write_sweep):
     with pytest.raises(UserError, match=r"the training needs an end: pass --trainer\.max_epochs"):
         check_arms(read_sweep(write_sweep()), ["val/acc1_float"])
 
 
-def test_metrics_that_are_logged_pass(write_sweep):
+def test_logged_metrics_are_accepted(write_sweep):
     check_arms(
         read_sweep(write_sweep(arguments=[END])),
         ["val/acc1_truncate_w3", "val/acc1_float", "train/loss_w2", "storage/bytes"],
@@ -127,7 +127,7 @@ def test_null_teacher_means_no_teacher(parse, null):
 
 
 @pytest.mark.parametrize("null", ["None", "null"])
-def test_arguments_of_wandb_agents_are_typed(parse, null):
+def test_arguments_of_wandb_agents_are_parsed_with_their_types(parse, null):
     """W&B sends str(value): None, True, lists and whole mappings, and YAML's 1e-3 as text."""
     sent = [
         "--model.widths=[8, 4]",

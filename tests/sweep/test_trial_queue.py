@@ -63,7 +63,7 @@ def test_concurrent_claims_never_share_a_trial(url):
     assert sorted(claimed) == list(range(16)) and queues[0].finished()
 
 
-def test_a_point_enqueued_twice_is_run_once(url):
+def test_point_enqueued_twice_runs_once(url):
     queue = queue_of(url, limit=1)
     for _ in range(2):  # like two commands that start at the same time
         queue.study.enqueue_trial({"x": 0}, user_attrs={"point": 0, "attempt": 0})
@@ -72,7 +72,7 @@ def test_a_point_enqueued_twice_is_run_once(url):
     assert [t.state for t in queue.trials()] == [TrialState.COMPLETE]
 
 
-def test_a_worker_without_heartbeat_loses_its_trial(url):
+def test_worker_without_heartbeat_loses_its_trial(url):
     queue = queue_of(url, limit=2, stale=0.6)
     queue.refresh()
     dead, living = queue.claim("dead"), queue.claim("living")
@@ -95,7 +95,7 @@ def test_a_worker_without_heartbeat_loses_its_trial(url):
     assert queue.finished()
 
 
-def test_a_process_may_die_between_failing_and_requeueing_a_trial(url):
+def test_trial_is_requeued_if_the_process_that_failed_it_dies(url):
     queue = queue_of(url, limit=1)
     queue.refresh()
     queue.fail(queue.claim("a"), "interrupted", "stopped")  # and no refresh() after it
@@ -118,7 +118,7 @@ def test_point_that_kills_its_workers_is_abandoned(url):
     assert queue.claim("w") is None and queue.finished() and len(queue.trials()) == MAX_LOST
 
 
-def test_a_trial_that_raised_is_not_retried(url):
+def test_trial_that_raised_is_not_retried(url):
     queue = queue_of(url, limit=1)
     queue.refresh()
     queue.fail(queue.claim("a"), "error", "RuntimeError: no")
@@ -126,7 +126,7 @@ def test_a_trial_that_raised_is_not_retried(url):
     assert queue.finished() and queue.claim("a") is None
 
 
-def test_a_late_result_of_a_failed_trial_does_not_count(url):
+def test_late_result_of_a_failed_trial_is_ignored(url):
     queue = queue_of(url, limit=1)
     queue.refresh()
     slow = queue.claim("slow")
@@ -137,7 +137,7 @@ def test_a_late_result_of_a_failed_trial_does_not_count(url):
     assert queue.study.trials[slow.number].user_attrs["cause"] == "lost"
 
 
-def test_a_larger_limit_adds_points_and_a_smaller_one_leaves_some(url):
+def test_changed_limit_adds_or_skips_points(url):
     queue_of(url, limit=2).refresh()
     queue = queue_of(url, limit=4)
     queue.refresh()
@@ -147,7 +147,7 @@ def test_a_larger_limit_adds_points_and_a_smaller_one_leaves_some(url):
     assert small.claim("a") is None and small.finished() and not queue.finished()
 
 
-def test_without_a_limit_there_is_always_one_more(url):
+def test_without_a_limit_one_more_trial_is_always_waiting(url):
     queue = queue_of(url, limit=None)
     for point in range(3):
         queue.refresh()
@@ -175,7 +175,7 @@ def test_worker_detects_that_its_trial_was_reassigned(url, interruptible):
     assert queue.trial_taken
 
 
-def test_an_outage_is_not_taken_for_dead_workers(url, monkeypatch):
+def test_outage_does_not_fail_running_trials(url, monkeypatch):
     """An outage longer than the heartbeat timeout fails no trial: it affected workers too."""
     queue = queue_of(url, limit=1, stale=0.2)
     queue.refresh()

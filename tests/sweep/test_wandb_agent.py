@@ -81,7 +81,7 @@ def records(tmp_path):
     ]
 
 
-def test_the_stand_in_expands_nested_parameters_as_wandb_does():
+def test_stand_in_expands_nested_parameters_like_wandb():
     nested = {
         "a": {"values": [1, 2]},
         "m": {"parameters": {"b": {"value": None}, "c": {"values": [[8], True]}}},
@@ -129,7 +129,7 @@ def test_wandb_agent_runs_a_sweep_file_online(server, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_an_offline_child_is_synced_later(server, tmp_path):
+def test_offline_run_is_synced_later(server, tmp_path):
     wandb(server, tmp_path, "sweep", str(tiny("activations", tmp_path, "WANDB_MODE=offline")))
     printed = wandb(server, tmp_path, "agent", "--count", "1", f"{ENTITY}/{PROJECT}/sweep0")
     (record,) = records(tmp_path)

@@ -11,7 +11,7 @@ from tq_lightning.training.lightning_cli import TQCLI, TQDataModule, TQModule
 from tq_lightning.training.yaml_file import parse_yaml
 
 
-class Parsed(Exception):
+class ParserBuilt(Exception):
     pass
 
 
@@ -21,9 +21,9 @@ def verbs():
 
     class ParserOnly(TQCLI):
         def parse_arguments(self, parser, args):
-            raise Parsed(parser, self._subcommand_parsers)
+            raise ParserBuilt(parser, self._subcommand_parsers)
 
-    with pytest.raises(Parsed) as parsed:
+    with pytest.raises(ParserBuilt) as parsed:
         ParserOnly(TQModule, TQDataModule, auto_configure_optimizers=False, args=[])
     parser, below = parsed.value.args
     return {"": parser, **below}
@@ -58,7 +58,7 @@ data: {root: "None"}
 """
 
 
-def test_a_file_is_typed_once(fit):
+def test_values_in_a_file_are_parsed_as_yaml_once(fit):
     model = fit(config=FILE).model
     assert model.checkpoint_path == "8e12345" and model.teacher_checkpoint_path == "null"
     assert model.lr == 0.001
@@ -66,7 +66,7 @@ def test_a_file_is_typed_once(fit):
     assert fit(config=FILE).data.root == "None"
 
 
-def test_what_is_dumped_is_read_back(verbs, fit):
+def test_dumped_configuration_is_read_back_unchanged(verbs, fit):
     config = fit(config=FILE)
     text = verbs["fit"].dump(config, skip_none=False)
     assert parse_yaml(text, "text", Loader)["model"]["checkpoint_path"] == "8e12345"
@@ -97,7 +97,7 @@ def test_what_is_dumped_is_read_back(verbs, fit):
         (["--data.root", "C:"], "data", "root", "C:"),
     ],
 )
-def test_the_command_line_is_typed_once(fit, arguments, section, key, value):
+def test_values_on_the_command_line_are_parsed_as_yaml_once(fit, arguments, section, key, value):
     got = fit(*arguments)[section][key]
     assert got == value and type(got) in (type(value), Text)
 
@@ -129,7 +129,7 @@ def test_the_command_line_is_typed_once(fit, arguments, section, key, value):
         (["--config", "/"], "/ is not a file; pass a YAML file"),
     ],
 )  # fmt: skip
-def test_wrong_arguments_are_one_line(fit, arguments, printed):
+def test_invalid_argument_is_an_error_of_one_line(fit, arguments, printed):
     text = message(fit, *arguments)
     assert printed in text and "\n" not in text and len(text) < 700
 
@@ -154,12 +154,12 @@ def test_wrong_arguments_are_one_line(fit, arguments, printed):
         ("x: {lr: 1}\n", "unknown key x.lr in the configuration; did you mean model.lr?"),
     ],
 )  # fmt: skip
-def test_wrong_files_are_one_line(fit, config, printed):
+def test_invalid_file_is_an_error_of_one_line(fit, config, printed):
     text = message(fit, config=config)
     assert printed in text and "\n" not in text
 
 
-def test_files_in_other_encodings(fit, tmp_path):
+def test_file_that_is_not_utf8_is_an_error(fit, tmp_path):
     path = tmp_path / "wide.yaml"
     path.write_bytes("model: {lr: 1e-3, checkpoint_path: '8e1'}  # für\n".encode("utf-16"))
     model = fit("--config", str(path)).model
@@ -168,7 +168,7 @@ def test_files_in_other_encodings(fit, tmp_path):
     assert f"{path}, line 1: not UTF-8" in message(fit, "--config", str(path))
 
 
-def test_a_broken_file_of_a_section_is_named(fit, tmp_path):
+def test_error_names_the_file_of_a_section(fit, tmp_path):
     path = tmp_path / "model.yaml"
     path.write_text("lr: 1\nlr: 2\n")
     with pytest.raises(UserError, match=r"model.yaml, line 2: duplicate key lr"):
@@ -197,7 +197,7 @@ def test_help_fits_a_screen_and_shows_choices(verbs, verb, monkeypatch):
     assert text.index("--model.quantizer") < text.index("--trainer.max_epochs")
 
 
-def test_every_option_has_its_page(verbs):
+def test_every_option_is_on_a_help_page(verbs):
     assert "--model.distill_weight" in page("fit", "model", verbs["fit"])
     assert "--data.val_fraction" in page("fit", "data", verbs["fit"])
     trainer = page("fit", "trainer", verbs["fit"])

@@ -27,7 +27,7 @@ OURS = {"name": "resnet8_cifar", "num_classes": 10, "model_args": None}
         ({**OURS, "name": "local-dir:/somewhere"}, "would have to be downloaded"),
     ],
 )
-def test_foreign_checkpoint_is_one_line(tmp_path, hparams, message):
+def test_foreign_checkpoint_is_an_error_of_one_line(tmp_path, hparams, message):
     path = tmp_path / "foreign.ckpt"
     torch.save(
         {"state_dict": {}, **({} if hparams is None else {"hyper_parameters": hparams})}, path
@@ -61,7 +61,7 @@ BROKEN = {  # name -> (tensors that replace those of the checkpoint, message)
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_checkpoint_with_broken_parts_is_one_line(tmp_path, trained, case):
+def test_checkpoint_with_invalid_parts_is_an_error_of_one_line(tmp_path, trained, case):
     module, checkpoint = trained
     parts, message = BROKEN[case]
     changed = checkpoint["state_dict"] | {f"model.{k}": v for k, v in parts.items()}
@@ -75,7 +75,7 @@ def test_a_checkpoint_with_broken_parts_is_one_line(tmp_path, trained, case):
     assert message.format(at="model.") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_moving_average_with_broken_weights_is_one_line(trained):
+def test_moving_average_with_invalid_weights_is_an_error_of_one_line(trained):
     module, checkpoint = trained
     module.on_load_checkpoint(dict(checkpoint))
     average = checkpoint["state_dict"] | {f"model.{KEY}": torch.zeros(3)}
@@ -83,7 +83,7 @@ def test_a_moving_average_with_broken_weights_is_one_line(trained):
         module.on_load_checkpoint(checkpoint | {"current_model_state": average})
 
 
-def test_a_restored_optimizer_state_of_another_shape_is_one_line():
+def test_optimizer_state_of_another_shape_is_an_error_of_one_line():
     weight = torch.nn.Parameter(torch.zeros(4, 3))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     weight.sum().backward()

@@ -38,7 +38,7 @@ def save(path):
     return path
 
 
-def test_round_trip_also_without_this_class(tmp_path):
+def test_checkpoint_loads_with_and_without_this_class(tmp_path):
     path = save(tmp_path / "new" / "last.ckpt")
     for loaded in (
         AtomicCheckpointIO().load_checkpoint(path, weights_only=True),
@@ -70,13 +70,13 @@ def test_any_flipped_byte_is_detected(tmp_path):
     verify_checkpoint(path)
 
 
-def test_a_missing_checkpoint_is_one_line(tmp_path):
+def test_missing_checkpoint_is_an_error_of_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         verify_checkpoint(tmp_path / "absent.ckpt")
 
 
 @pytest.mark.slow
-def test_a_killed_writer_leaves_the_old_checkpoint(tmp_path):
+def test_killed_writer_keeps_the_old_checkpoint(tmp_path):
     """Also if the temporary folder is on another file system, because it is not used."""
     path, elsewhere = save(tmp_path / "run" / "last.ckpt"), Path("/dev/shm")
     temporary = str(elsewhere if elsewhere.is_dir() else tmp_path)
@@ -95,7 +95,7 @@ def test_a_killed_writer_leaves_the_old_checkpoint(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = save(tmp_path / "last.ckpt")
     before, real = path.read_bytes(), Path.open
 
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("verb", ["fit", "test", "export", "start weights"])
-def test_a_damaged_checkpoint_is_one_line_on_the_command_line(tmp_path, capsys, verb):
+def test_damaged_checkpoint_is_an_error_of_one_line_on_the_command_line(tmp_path, capsys, verb):
     path = save(tmp_path / "run" / "checkpoints" / "last.ckpt")
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 1

@@ -36,9 +36,9 @@ KEPT = {
         ),
     ],
 )
-def test_only_given_arguments_that_differ(given, message):
+def test_only_given_arguments_that_differ_are_reported(given, message):
     assert overridden_arguments(given, KEPT) == message
 
 
-def test_default_is_not_a_given_argument():
+def test_default_values_are_not_reported():
     assert overridden_arguments({"lr": 0.05, "opt": "sgd"}, {"lr": 0.5, "opt": "adam"}) == []

@@ -60,7 +60,7 @@ BATCH = {"SLURM_JOB_ID": 1, "SLURM_PROCID": 0}  # a command in a batch script
         (BATCH | {"SLURM_NTASKS": 2}, 2, 1),
     ],
 )
-def test_matching_processes_start(launched, variables, devices, nodes):
+def test_matching_number_of_processes_is_accepted(launched, variables, devices, nodes):
     launched(**variables)
     check_tasks(devices, nodes, fit=True)
 
@@ -79,7 +79,9 @@ def test_matching_processes_start(launched, variables, devices, nodes):
         (BATCH, 1, 2, "srun --nodes 2 --ntasks-per-node 1"),
     ],
 )
-def test_mismatch_is_one_line_from_rank_zero(launched, variables, devices, nodes, message):
+def test_mismatch_is_reported_by_rank_zero_in_one_line(
+    launched, variables, devices, nodes, message
+):
     launched(**variables)
     with pytest.raises(UserError, match=message) as error:
         check_tasks(devices, nodes, fit=True)
@@ -91,12 +93,12 @@ def test_mismatch_is_one_line_from_rank_zero(launched, variables, devices, nodes
                 check_tasks(devices, nodes, fit=True)
 
 
-def test_an_evaluation_in_a_larger_job_is_one_process(launched):
+def test_evaluation_in_a_larger_job_runs_in_one_process(launched):
     launched(**BATCH, SLURM_NTASKS=2)
     check_tasks(1, 1, fit=False)
 
 
-def test_the_environment_follows_the_launcher(launched, monkeypatch, recwarn):
+def test_cluster_environment_matches_the_launcher(launched, monkeypatch, recwarn):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert cluster_environment() is None
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
@@ -110,7 +112,7 @@ def test_the_environment_follows_the_launcher(launched, monkeypatch, recwarn):
     assert not recwarn.list
 
 
-def test_jobs_and_array_tasks_have_names_that_a_requeue_keeps(launched):
+def test_job_names_survive_a_requeue(launched):
     assert slurm_job() == (None, 0)
     launched(SLURM_JOB_ID=12, SLURM_RESTART_COUNT=2)
     assert slurm_job() == ("12", 2)
@@ -118,13 +120,13 @@ def test_jobs_and_array_tasks_have_names_that_a_requeue_keeps(launched):
     assert slurm_job() == ("10_0", 2)
 
 
-def test_tasks_per_node():
+def test_tasks_per_node_is_parsed():
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_real_torchrun_that_does_not_match_is_one_line(tmp_path):
+def test_torchrun_mismatch_is_an_error_of_one_line(tmp_path):
     """Two processes without --trainer.devices 2 neither start two runs nor wait."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     fit = ["-m", "tq_lightning", "fit", "--data.name", "digits", "--trainer.max_epochs", "1"]

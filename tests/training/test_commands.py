@@ -64,7 +64,7 @@ def contents(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_fit_prints_its_folder_and_the_next_commands(tmp_path, capsys):
+def test_fit_prints_the_run_folder_and_the_next_commands(tmp_path, capsys):
     metrics = run_fit(small(tmp_path, "--trainer.max_epochs", "1"))
     run, lines = metrics["run_dir"], capsys.readouterr().out.splitlines()
     assert lines[0] == f"run folder: {run}"
@@ -80,7 +80,7 @@ def test_fit_prints_its_folder_and_the_next_commands(tmp_path, capsys):
     assert not any("Warning" in line for line in lines)
 
 
-def test_a_finished_run_is_not_resumed(copied):
+def test_resuming_a_finished_run_is_an_error(copied):
     root, _ = copied
     before = contents(root)
     for end in ("--trainer.max_epochs=1", "--trainer.max_steps=3"):
@@ -89,7 +89,7 @@ def test_a_finished_run_is_not_resumed(copied):
     assert contents(root) == before
 
 
-def test_a_checkpoint_elsewhere_starts_a_run_of_its_own(copied, tmp_path, capsys):
+def test_checkpoint_outside_a_run_folder_starts_a_new_run(copied, tmp_path, capsys):
     root, run = copied
     elsewhere = tmp_path / "a" / "b" / "model.ckpt"
     elsewhere.parent.mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_a_checkpoint_elsewhere_starts_a_run_of_its_own(copied, tmp_path, capsys
         (["--data.name", "synthetic", "--data.image_size", "8"], "data synthetic, not digits"),
     ],
 )
-def test_a_resume_inside_an_epoch_needs_the_same_batches(copied, change, message):
+def test_resuming_inside_an_epoch_needs_the_same_batches(copied, change, message):
     root, run = copied
     before = contents(root)
     inside = ["--trainer.max_epochs", "2", "--ckpt_path", str(run / "checkpoints" / "inside.ckpt")]
@@ -128,7 +128,7 @@ def test_a_resume_inside_an_epoch_needs_the_same_batches(copied, change, message
         run_fit(small(root, "--trainer.max_epochs", "3", "--ckpt_path", "last", *change))
 
 
-def test_a_saved_configuration_starts_a_new_run(copied):
+def test_saved_configuration_starts_a_new_run(copied):
     root, run = copied
     run_fit(small(root, "--trainer.max_epochs", "2", "--ckpt_path", "last"))
     saved = yaml.safe_load((run / "config.yaml").read_text())
@@ -142,7 +142,7 @@ def test_a_saved_configuration_starts_a_new_run(copied):
     ] == 5  # fmt: skip
 
 
-def test_a_resumed_run_keeps_its_seed(copied, capsys):
+def test_resumed_run_keeps_its_seed(copied, capsys):
     """Record and configuration keep the seed that the weights come from."""
     root, run = copied
     more = ["--trainer.max_epochs", "2", "--ckpt_path", "last", "--seed_everything", "5"]
@@ -154,7 +154,7 @@ def test_a_resumed_run_keeps_its_seed(copied, capsys):
 
 
 @pytest.mark.slow
-def test_the_start_weights_are_needed_once(copied, capsys):
+def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
     root, run = copied
     config = ["--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(root)]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["checkpoint_path"]
@@ -255,19 +255,19 @@ def test_invalid_values_are_errors_before_a_model_is_built(
     ("value", "accepted"),
     [(0, True), (0.5, True), (1, True), (20.0, True), (1.5, False), (-1, False), (-0.5, False)],
 )
-def test_a_limit_is_a_share_or_a_number_of_batches(value, accepted):
+def test_batch_limit_is_a_fraction_or_a_number_of_batches(value, accepted):
     """Sweep engines send the number 20 as 20.0."""
     assert _is_share(value) == accepted
 
 
-def test_an_empty_section_is_one_line(tmp_path, capsys):
+def test_empty_section_is_an_error_of_one_line(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("trainer: {max_epochs: 1}\nmodel:\n#  name: resnet18\n")
     assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: model: the section is empty; add keys to it, or remove it"
 
 
-def test_a_warm_up_may_last_as_long_as_the_training(tmp_path):
+def test_warm_up_may_be_as_long_as_the_training(tmp_path):
     run_fit(small(tmp_path, "--trainer.max_epochs", "1", "--model.warmup_epochs", "1"))
 
 
@@ -296,7 +296,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_a_checkpoint_with_broken_parts_is_one_line(copied, capsys, broken):
+def test_checkpoint_with_invalid_parts_is_an_error_of_one_line(copied, capsys, broken):
     root, run = copied
     path = run / "checkpoints" / "broken.ckpt"
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -311,7 +311,7 @@ def test_a_checkpoint_with_broken_parts_is_one_line(copied, capsys, broken):
     assert contents(root) == before
 
 
-def test_checkpoint_with_code_is_an_error_without_advice_from_torch(tmp_path, capsys):
+def test_checkpoint_with_code_is_rejected_without_the_advice_of_torch(tmp_path, capsys):
     torch.save({"state_dict": {}, "hyper_parameters": {"x": Path("x")}}, tmp_path / "code.ckpt")
     more = ["--trainer.max_epochs", "2", "--ckpt_path", str(tmp_path / "code.ckpt")]
     assert main(["fit", *small(tmp_path, *more)]) == 2

@@ -66,7 +66,7 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def prepared(**how):
+def prepare_model(**how):
     torch.manual_seed(0)
     model = Net()
     prepare(model, **{"skip": (), "verbose": False, **how})
@@ -74,12 +74,12 @@ def prepared(**how):
     return model
 
 
-def batch(size=6):
+def make_batch(size=6):
     draw = torch.Generator().manual_seed(size)
     return torch.randn(size, 3, 4, 4, generator=draw), torch.randint(0, 5, (size,), generator=draw)
 
 
-def step(model, network, images, target, widths):
+def joint_step(model, network, images, target, widths):
     """Run a joint step through `network`, which is `model` or its compiled form."""
     model.train()
     loss, losses = joint_loss(
@@ -118,12 +118,12 @@ CHOICES = {
     ],
 )
 def test_one_graph_for_all_widths_and_sources(choice, graphs):
-    ours = prepared(**CHOICES[choice])
+    ours = prepare_model(**CHOICES[choice])
     theirs = copy.deepcopy(ours)
     compiled = torch.compile(ours, backend=graphs.backend, fullgraph=True)
     for widths in STEPS:
-        losses = step(ours, compiled, *batch(), widths)
-        expected = step(theirs, theirs, *batch(), widths)
+        losses = joint_step(ours, compiled, *make_batch(), widths)
+        expected = joint_step(theirs, theirs, *make_batch(), widths)
         assert losses == pytest.approx(expected, rel=1e-6)
     assert graphs == {"forward": 1, "backward": 1}
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -131,7 +131,7 @@ def test_one_graph_for_all_widths_and_sources(choice, graphs):
         assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), name
     for (name, b), c in zip(ours.named_buffers(), theirs.buffers(), strict=True):
         assert torch.allclose(b, c), name
-    images = batch()[0]
+    images = make_batch()[0]
     for model in (ours, theirs):  # the compiled one during its evaluation
         calibrate_norms(model, [images, images[:3]])
     for _ in range(2):
@@ -139,34 +139,34 @@ def test_one_graph_for_all_widths_and_sources(choice, graphs):
         assert all(torch.allclose(logits[p], expected[p], atol=1e-5) for p in PASSES)
     assert graphs == {"forward": 1, "backward": 1, "inference": 1}
     assert not torch.equal(logits[8, "quantize"], logits[1, "quantize"])
-    step(ours, compiled, *batch(), (8, 2))
+    joint_step(ours, compiled, *make_batch(), (8, 2))
     assert graphs == {"forward": 1, "backward": 1, "inference": 1}
 
 
 @pytest.mark.slow
-def test_a_short_last_batch_takes_one_more_graph(graphs):
-    model = prepared()
+def test_smaller_last_batch_compiles_one_more_graph(graphs):
+    model = prepare_model()
     compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
     for size in (6, 4, 6, 5, 3):
-        step(model, compiled, *batch(size), (8, 4, 2, 1))
+        joint_step(model, compiled, *make_batch(size), (8, 4, 2, 1))
     assert graphs == {"forward": 2, "backward": 2}
 
 
 @pytest.mark.slow
-def test_outside_of_fused_weights_a_graph_belongs_to_a_width(graphs):
+def test_without_fused_weights_each_width_has_its_own_graph(graphs):
     """Counter-example: parametrizations compute the weights inside the graph."""
-    model = prepared().eval()
+    model = prepare_model().eval()
     compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
     with torch.no_grad():
         for bits in (8, 4, 2):
             with bit_width(model, bits):
-                compiled(batch()[0])
+                compiled(make_batch()[0])
     assert graphs == {"inference": 3}
 
 
 @pytest.mark.parametrize("ste", STES)
 @pytest.mark.parametrize("activations", ["clamp_floor", "clamp_round_truncate", "pact_round"])
-def test_activations_with_the_width_as_tensors(ste, activations, monkeypatch):
+def test_activations_accept_the_width_as_a_tensor(ste, activations, monkeypatch):
     """Run the code of the graph in eager mode: values and gradients of each width and source."""
     x = torch.cat([torch.linspace(-1, 7, 97), torch.rand(64)])
     width = Width(8, (8,), 8)
@@ -190,7 +190,7 @@ def test_activations_with_the_width_as_tensors(ste, activations, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_fit_compiles_one_graph(train, tmp_path, graphs, monkeypatch):
+def test_fit_compiles_one_training_graph(train, tmp_path, graphs, monkeypatch):
     """With two epochs, a moving average, calibration, evaluation, accumulation and clipping."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs.backend))
     model = {"ema_decay": 0.5, "norm": "per_width_all", "float_pass": True}
@@ -204,7 +204,7 @@ def test_a_fit_compiles_one_graph(train, tmp_path, graphs, monkeypatch):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-6), name
 
 
-def test_a_cpu_without_a_compiler_is_refused(monkeypatch):
+def test_cpu_without_a_compiler_is_an_error(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler on a CPU, and no-such-compiler"):
         check_compiler(torch.device("cpu"))
@@ -215,19 +215,22 @@ def test_a_cpu_without_a_compiler_is_refused(monkeypatch):
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("activations", [None, "pact_floor_truncate"])
-def test_machine_code_has_the_values_of_eager(activations):
+def test_inductor_code_equals_eager_mode(activations):
     torch._dynamo.reset()
-    ours = prepared(activations=activations)
+    ours = prepare_model(activations=activations)
     theirs = copy.deepcopy(ours)
     compiled = torch.compile(ours, fullgraph=True)
     for widths in STEPS:
-        losses = step(ours, compiled, *batch(), widths)
-        assert losses == pytest.approx(step(theirs, theirs, *batch(), widths), rel=1e-5)
+        losses = joint_step(ours, compiled, *make_batch(), widths)
+        assert losses == pytest.approx(joint_step(theirs, theirs, *make_batch(), widths), rel=1e-5)
     for (name, p), q in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert p.grad is None or torch.allclose(p.grad, q[1].grad, rtol=1e-3, atol=1e-5), name
     for model in (ours, theirs):
-        calibrate_norms(model, [batch()[0]])
-    logits, expected = evaluate(ours, compiled, batch()[0]), evaluate(theirs, theirs, batch()[0])
+        calibrate_norms(model, [make_batch()[0]])
+    logits, expected = (
+        evaluate(ours, compiled, make_batch()[0]),
+        evaluate(theirs, theirs, make_batch()[0]),
+    )
     assert all(torch.allclose(logits[p], expected[p], atol=1e-4) for p in PASSES)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     torch._dynamo.reset()

@@ -87,7 +87,7 @@ def assert_close(one: dict, two: dict) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_two_processes_under_both_launchers_take_the_steps_of_one(tmp_path):
+def test_two_processes_train_like_one_with_both_launchers(tmp_path):
     one_run, one = finish(tmp_path / "one", 32)
     ddp = ("--trainer.strategy", "ddp", "--trainer.devices", "2")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
@@ -165,7 +165,7 @@ def in_fresh_process(test):
 
 @pytest.mark.timeout(900)
 @in_fresh_process
-def test_frozen_statistics_and_one_reduction_a_step(train, resnet, tmp_path):
+def test_step_has_one_reduction_and_frozen_statistics_stay(train, resnet, tmp_path):
     resnet = {**resnet, "num_classes": 10}
     two_processes = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False}
     flags = {"limit_train_batches": 3, "limit_val_batches": 0}
@@ -188,7 +188,7 @@ def test_frozen_statistics_and_one_reduction_a_step(train, resnet, tmp_path):
 
 @pytest.mark.timeout(900)
 @in_fresh_process
-def test_accumulation_reduces_once_an_update(train, resnet, tmp_path):
+def test_accumulation_reduces_once_per_update(train, resnet, tmp_path):
     count = Count(tmp_path / "count")
     flags = {"devices": 2, "strategy": "ddp_fork", "limit_train_batches": 4, "limit_val_batches": 0}
     train(tmp_path, data={"batch_size": 8}, callbacks=[count], accumulate_grad_batches=2, **flags)

@@ -16,7 +16,7 @@ from tq_lightning.training.checkpoint import load_checkpoint_model
 from tq_lightning.training.optim import build_optimizer, build_scheduler
 
 
-class Weights(L.Callback):
+class RecordWeights(L.Callback):
     """Keep a copy of all tensors before the first and after every training batch."""
 
     def __init__(self):
@@ -33,11 +33,11 @@ def moved(before, after, parameters):
     return math.sqrt(sum((after[k] - before[k]).square().sum().item() for k in parameters))
 
 
-def test_gradient_clip_val(train, tmp_path):
+def test_clipped_gradient_sets_the_length_of_a_step(train, tmp_path):
     """At learning rate 1, a step of plain SGD has the norm of the clipped gradient."""
     lengths = {}
     for clip in (None, 0.01):
-        weights = Weights()
+        weights = RecordWeights()
         _, module = train(
             tmp_path,
             {"lr": 1.0},
@@ -51,7 +51,7 @@ def test_gradient_clip_val(train, tmp_path):
     assert lengths[None] > 0.1
 
 
-def test_accumulation_is_the_larger_batch(train, tmp_path):
+def test_accumulation_equals_a_larger_batch(train, tmp_path):
     """Two accumulated batches of 8 give the step of a batch of 16; one batch alone does not."""
     _, whole = train(tmp_path, data={"batch_size": 16}, limit_train_batches=2)
     trainer, halves = train(
@@ -68,7 +68,7 @@ def test_accumulation_is_the_larger_batch(train, tmp_path):
     assert far > 1e-3
 
 
-def test_gradients_are_released_after_the_step(train, tmp_path):
+def test_gradients_are_none_after_the_step(train, tmp_path):
     """The joint step sums gradients outside .grad; those of the previous step must not be added."""
 
     class NoGradients(L.Callback):
@@ -100,22 +100,22 @@ def test_bf16_keeps_codes_and_gradients_in_float32(
                 g.dtype == torch.float32 and torch.isfinite(g).all() for g in grads
             )
 
-    weights = Weights()
+    weights = RecordWeights()
     trainer, module = train(tmp_path, model, callbacks=[weights, Grads()], precision="bf16-mixed")
     assert kinds == {torch.float32}
     assert math.isfinite(trainer.callback_metrics["train/loss_w1"].item())
     names = [k for k, p in module.named_parameters() if p.requires_grad]
     assert moved(weights.seen[0], weights.seen[-1], names) > 0
-    train(tmp_path, model, callbacks=[exact := Weights()])
+    train(tmp_path, model, callbacks=[exact := RecordWeights()])
     assert any(not torch.equal(weights.seen[-1][k], exact.seen[-1][k]) for k in names), (
         "bf16 was not in use"
     )
 
 
 @mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
-def test_moving_average_is_scored_and_saved(train, resnet, tmp_path):
+def test_moving_average_is_evaluated_and_saved(train, resnet, tmp_path):
     """The checkpoint holds the average, its estimated norms, and the current weights."""
-    weights, decay = Weights(), 0.6
+    weights, decay = RecordWeights(), 0.6
     trainer, _ = train(
         tmp_path,
         {**resnet, "ema_decay": decay},
@@ -154,7 +154,7 @@ def test_moving_average_is_scored_and_saved(train, resnet, tmp_path):
         )
 
 
-def test_a_short_run_is_scored_with_statistics_of_its_weights(train, resnet, tmp_path):
+def test_short_run_is_evaluated_with_estimated_statistics(train, resnet, tmp_path):
     """Running averages of two steps are close to their initial values 0 and 1."""
 
     def stem(module):
@@ -173,7 +173,7 @@ def test_a_short_run_is_scored_with_statistics_of_its_weights(train, resnet, tmp
 
 def test_validation_does_not_change_the_average_of_weights(train, tmp_path):
     """Validation swaps the average in and out without changing the current weights."""
-    with_average, without = Weights(), Weights()
+    with_average, without = RecordWeights(), RecordWeights()
     train(tmp_path, {"ema_decay": 0.5}, callbacks=[with_average], max_epochs=2)
     train(tmp_path, callbacks=[without], max_epochs=2)
     for one, two in zip(with_average.seen, without.seen, strict=True):
@@ -182,7 +182,7 @@ def test_validation_does_not_change_the_average_of_weights(train, tmp_path):
 
 # -- optimizers and schedules
 # --------------------------------------------------------------------------------------------
-def settings(**changes):
+def optimizer_arguments(**changes):
     plain = {
         "opt": "sgd",
         "lr": 0.5,
@@ -201,9 +201,9 @@ def settings(**changes):
     return SimpleNamespace(**{**plain, **changes})
 
 
-def rates(batches=10, steps=40, accumulate=1, **changes):
+def learning_rates(batches=10, steps=40, accumulate=1, **changes):
     """Return the learning rate of every step of a run."""
-    h = settings(**changes)
+    h = optimizer_arguments(**changes)
     optimizer = build_optimizer(torch.nn.Linear(2, 2), h)
     trainer = SimpleNamespace(
         estimated_stepping_batches=steps,
@@ -220,35 +220,35 @@ def rates(batches=10, steps=40, accumulate=1, **changes):
     return out
 
 
-def test_cosine_ends_with_the_run():
-    got = rates()
+def test_cosine_schedule_ends_with_the_run():
+    got = learning_rates()
     assert got == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 40)) for t in range(40)])
-    short = rates(steps=7)  # trainer.max_steps inside the first epoch
+    short = learning_rates(steps=7)  # trainer.max_steps inside the first epoch
     assert short == pytest.approx([0.25 * (1 + math.cos(math.pi * t / 7)) for t in range(7)])
 
 
-def test_warm_up_and_decays_count_epochs_of_updates():
-    got = rates(sched="multistep", decay_epochs="1,3", warmup_epochs=0.5)
+def test_warm_up_and_decay_count_epochs_of_updates():
+    got = learning_rates(sched="multistep", decay_epochs="1,3", warmup_epochs=0.5)
     assert got[:5] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     assert got[5:9] == pytest.approx([0.5] * 4)  # timm is one update ahead
     assert got[10:29] == pytest.approx([0.05] * 19) and got[30:] == pytest.approx([0.005] * 10)
-    halved = rates(
+    halved = learning_rates(
         batches=20, accumulate=2, sched="multistep", decay_epochs=[1, 3], warmup_epochs=0.5
     )
     assert halved == pytest.approx(got)
 
 
 @pytest.mark.parametrize("sched", ["tanh", "poly", "step"])
-def test_other_schedules_fall(sched):
-    got = rates(sched=sched, decay_epochs=1, decay_rate=1.0 if sched == "poly" else 0.1)
+def test_other_schedules_decrease_the_rate(sched):
+    got = learning_rates(sched=sched, decay_epochs=1, decay_rate=1.0 if sched == "poly" else 0.1)
     assert got[0] == pytest.approx(0.5, rel=0.01) and got[-1] < 0.05
-    assert rates(sched="none") == [0.5] * 40
+    assert learning_rates(sched="none") == [0.5] * 40
 
 
 @pytest.mark.parametrize("opt", ["sgd", "momentum", "adam", "adamw", "lamb", "lion", "rmsprop"])
-def test_optimizers_by_name_step_and_exclude_biases_from_decay(opt):
+def test_every_optimizer_steps_and_excludes_biases_from_decay(opt):
     model = torch.nn.Linear(2, 2)
-    optimizer = build_optimizer(model, settings(opt=opt))
+    optimizer = build_optimizer(model, optimizer_arguments(opt=opt))
     decays = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     }
@@ -259,17 +259,19 @@ def test_optimizers_by_name_step_and_exclude_biases_from_decay(opt):
     assert not torch.equal(before, model.weight)
 
 
-def test_sgd_without_momentum_and_further_arguments():
-    group = build_optimizer(torch.nn.Linear(2, 2), settings(momentum=0.0)).param_groups[0]
+def test_sgd_without_momentum_and_opt_args_are_passed_on():
+    group = build_optimizer(torch.nn.Linear(2, 2), optimizer_arguments(momentum=0.0)).param_groups[
+        0
+    ]
     assert group["momentum"] == 0 and not group["nesterov"]
-    assert build_optimizer(torch.nn.Linear(2, 2), settings()).param_groups[0]["nesterov"]
+    assert build_optimizer(torch.nn.Linear(2, 2), optimizer_arguments()).param_groups[0]["nesterov"]
     betas = build_optimizer(
-        torch.nn.Linear(2, 2), settings(opt="adamw", opt_args={"betas": [0.8, 0.9]})
+        torch.nn.Linear(2, 2), optimizer_arguments(opt="adamw", opt_args={"betas": [0.8, 0.9]})
     ).param_groups[0]["betas"]
     assert tuple(betas) == (0.8, 0.9)
 
 
-def test_parameters_that_a_model_excludes_from_decay(train, tmp_path):
+def test_model_can_exclude_parameters_from_decay(train, tmp_path):
     trainer, module = train(tmp_path, {"weight_decay": 0.1}, limit_train_batches=1)
     decays = {
         id(p): g["weight_decay"] for g in trainer.optimizers[0].param_groups for p in g["params"]
@@ -280,4 +282,4 @@ def test_parameters_that_a_model_excludes_from_decay(train, tmp_path):
 
 def test_schedule_without_an_end_is_an_error():
     with pytest.raises(UserError, match=r"model\.sched: the schedule needs an end; pass trainer"):
-        rates(steps=math.inf)
+        learning_rates(steps=math.inf)

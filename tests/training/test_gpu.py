@@ -35,14 +35,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 FITS = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
 
 
-def prepared(device, **how):
+def prepare_model(device, **how):
     torch.manual_seed(0)
     model = create_model("resnet8_cifar", num_classes=10)
     prepare(model, verbose=False, **how)
     return model.to(device).train()
 
 
-def batch(device):
+def make_batch(device):
     draw = torch.Generator().manual_seed(1)
     images = torch.randn(8, 3, 16, 16, generator=draw)
     return images.to(device), torch.randint(0, 10, (8,), generator=draw).to(device)
@@ -58,14 +58,14 @@ def joint_step(model, network, images, target):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("how", [{}, {"normalizer": "tanh_channel", "activations": "pact_round"}])
-def test_weights_and_codes_are_those_of_the_cpu(device, how):
+def test_weights_and_codes_equal_those_on_the_cpu(device, how):
     """Fused and separate weights have the same bits, and their codes equal those of the CPU."""
-    model, reference = prepared(device, **how), prepared("cpu", **how)
+    model, reference = prepare_model(device, **how), prepare_model("cpu", **how)
     for ours, theirs in zip(weight_quantizers(model), weight_quantizers(reference), strict=True):
         one, other = (w.quantizer.codes(w.original)[0].cpu() for w in (ours, theirs))
         # a tanh of another library may fall on the other side of a bin edge
         assert (one != other).float().mean() < 1e-3
-    images = batch(device)[0]
+    images = make_batch(device)[0]
     calibrate_norms(model, [images])
     for (bits, source), logits in evaluate_batch(model.eval(), images, PASSES).items():
         with torch.no_grad(), bit_width(model, bits, source):
@@ -73,17 +73,17 @@ def test_weights_and_codes_are_those_of_the_cpu(device, how):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_joint_step_is_that_of_the_cpu_and_reads_one_value(device):
-    model, reference = prepared(device), prepared("cpu")
+def test_joint_step_equals_the_cpu_and_synchronizes_once(device):
+    model, reference = prepare_model(device), prepare_model("cpu")
     reads = Operations()
-    images, target = batch(device)
+    images, target = make_batch(device)
     with reads:
         loss, losses = joint_loss(
             model, images, WIDTHS, lambda bits, out, wider: F.cross_entropy(out, target)
         )
         loss.backward()
     assert reads.counts[HOST_READ] == 1
-    expected = joint_step(reference, reference, *batch("cpu"))
+    expected = joint_step(reference, reference, *make_batch("cpu"))
     for bits in WIDTHS:
         assert losses[bits].item() == pytest.approx(expected[bits], rel=1e-3)
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
@@ -93,16 +93,16 @@ def test_a_joint_step_is_that_of_the_cpu_and_reads_one_value(device):
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_training_and_evaluation(device, mode):
+def test_compiled_training_and_evaluation_equal_eager_mode(device, mode):
     """`reduce-overhead` records a CUDA graph for each set of input tensors."""
     torch._dynamo.reset()
-    model = prepared(device, activations="pact_floor_truncate")
+    model = prepare_model(device, activations="pact_floor_truncate")
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, mode=mode)
     for _ in range(4):
-        losses = joint_step(model, compiled, *batch(device))
-        assert losses == pytest.approx(joint_step(eager, eager, *batch(device)), rel=1e-2)
-    images = batch(device)[0]
+        losses = joint_step(model, compiled, *make_batch(device))
+        assert losses == pytest.approx(joint_step(eager, eager, *make_batch(device)), rel=1e-2)
+    images = make_batch(device)[0]
     eager.load_state_dict(model.state_dict())
     for each in (model, eager):
         calibrate_norms(each, [images])
@@ -120,7 +120,7 @@ FIT_PRECISIONS = [
 
 
 @pytest.mark.parametrize(("device", "precision"), FIT_PRECISIONS)
-def test_a_fit_with_a_moving_average(train, resnet, tmp_path, device, precision):
+def test_fit_keeps_a_moving_average(train, resnet, tmp_path, device, precision):
     trainer, module = train(
         tmp_path,
         {**resnet, "ema_decay": 0.5, "float_pass": True},
@@ -138,7 +138,7 @@ def test_a_fit_with_a_moving_average(train, resnet, tmp_path, device, precision)
 
 @pytest.mark.parametrize("device", FITS)
 @pytest.mark.parametrize("sync", [False, True])
-def test_ddp_on_one_device(train, resnet, tmp_path, device, sync):
+def test_ddp_trains_on_one_device(train, resnet, tmp_path, device, sync):
     """One process, with the reducer and synchronized norms of multi-process training."""
     if sync and device == "cpu":
         pytest.skip("PyTorch synchronizes batch norms on GPUs only")
@@ -161,7 +161,7 @@ RESUMES = [
 
 
 @pytest.mark.parametrize(("device", "other"), RESUMES)
-def test_a_run_resumes_on_the_other_device(train, resnet, tmp_path, device, other):
+def test_run_resumes_on_the_other_device(train, resnet, tmp_path, device, other):
     flags = {"limit_train_batches": 2, "limit_val_batches": 1}
     trainer, module = train(tmp_path, resnet, accelerator=device, **flags)
     path = tmp_path / "first.ckpt"
@@ -177,12 +177,12 @@ def test_a_run_resumes_on_the_other_device(train, resnet, tmp_path, device, othe
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["resident", "lean"])
-def test_packed_models(device, mode, tmp_path):
-    model = prepared("cpu")
-    calibrate_norms(model, [batch("cpu")[0]])
+def test_packed_models_give_the_logits_of_the_cpu(device, mode, tmp_path):
+    model = prepare_model("cpu")
+    calibrate_norms(model, [make_batch("cpu")[0]])
     save_packed(model.eval(), tmp_path / "net.safetensors")
     packed = load_packed(tmp_path / "net.safetensors", mode=mode).to(device)
-    images = batch(device)[0]
+    images = make_batch(device)[0]
     with torch.no_grad():
         for bits in (8, 4, 1):
             with bit_width(packed, bits), bit_width(model.to(device), bits, "truncate"):
@@ -191,21 +191,21 @@ def test_packed_models(device, mode, tmp_path):
 
 @pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=GPU)])
-def test_integer_mode_is_refused_in_one_line(device, tmp_path):
-    model = prepared("cpu", activations="clamp_floor")
-    calibrate_norms(model, [batch("cpu")[0]])
+def test_integer_mode_on_a_gpu_is_an_error_of_one_line(device, tmp_path):
+    model = prepare_model("cpu", activations="clamp_floor")
+    calibrate_norms(model, [make_batch("cpu")[0]])
     save_packed(model.eval(), tmp_path / "net.safetensors")
     packed = load_packed(tmp_path / "net.safetensors", mode="integer")
     with pytest.raises(UserError, match="integer mode runs on CPU") as error, torch.no_grad():
         if device == "cuda":
-            packed.to(device)(batch(device)[0])
+            packed.to(device)(make_batch(device)[0])
         else:  # only the first layer: others would mix devices before it
             integer_layers(packed)[0].built(torch.empty(1, device=device))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs(tmp_path):
+def test_benchmark_runs(tmp_path):
     """On a CPU with a tiny case; one line without a GPU if no device is given."""
     script = [sys.executable, "tests/benchmarks/gpu.py", "--out", str(tmp_path / "gpu.csv")]
     tiny = ["--device", "cpu", "--cases", "resnet8_cifar:8:2", "--modes", "eager", "--repeats", "1"]

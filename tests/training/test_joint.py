@@ -62,21 +62,21 @@ class Tied(nn.Module):
 BUILDERS = {"conv and batch norm": conv_net, "vit": vit, "tied": Tied}
 
 
-def prepared(build, **how):
+def prepare_model(build, **how):
     torch.manual_seed(0)
     model = build()
     prepare(model, **{"verbose": False, **how})
     return model.train()
 
 
-def batch(size=4, edge=16):
+def make_batch(size=4, edge=16):
     draw = torch.Generator().manual_seed(1)
     return torch.randn(size, 3, edge, edge, generator=draw), torch.randint(
         0, 10, (size,), generator=draw
     )
 
 
-def recursive(target):
+def recursive_loss(target):
     """Return the loss: labels for the widest, the next wider width as teacher of the rest."""
 
     def loss(bits, logits, wider):
@@ -116,13 +116,13 @@ def assert_same_grads(one, two, rtol=1e-4):
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("quantizer", ["floor", "round"])
-def test_gradients_are_those_of_a_plain_loop(name, quantizer):
-    ours = prepared(BUILDERS[name], quantizer=quantizer)
+def test_gradients_equal_those_of_a_plain_loop(name, quantizer):
+    ours = prepare_model(BUILDERS[name], quantizer=quantizer)
     theirs = copy.deepcopy(ours)
-    images, target = batch()
+    images, target = make_batch()
     weights = [1.0, 0.5, 2.0, 1.5]
-    expected = plain_loop(theirs, images, WIDTHS, recursive(target), weights)
-    loss, losses = joint_loss(ours, images, WIDTHS, recursive(target), weights)
+    expected = plain_loop(theirs, images, WIDTHS, recursive_loss(target), weights)
+    loss, losses = joint_loss(ours, images, WIDTHS, recursive_loss(target), weights)
     assert all(p.grad is None for p in ours.parameters()), (
         "nothing reaches .grad before the one backward"
     )
@@ -140,36 +140,36 @@ def test_gradients_are_those_of_a_plain_loop(name, quantizer):
 
 
 @pytest.mark.parametrize("normalizer", ["absmax", "tanh_channel", "absmax_channel"])
-def test_every_normalizer_and_a_float_pass(normalizer):
-    ours = prepared(conv_net, normalizer=normalizer)
+def test_gradients_equal_those_of_a_plain_loop_for_every_normalizer(normalizer):
+    ours = prepare_model(conv_net, normalizer=normalizer)
     train_float_norms(ours)
     theirs = copy.deepcopy(ours)
-    images, target = batch()
-    plain_loop(theirs, images, (None, *WIDTHS), recursive(target))
-    joint_loss(ours, images, (None, *WIDTHS), recursive(target))[0].backward()
+    images, target = make_batch()
+    plain_loop(theirs, images, (None, *WIDTHS), recursive_loss(target))
+    joint_loss(ours, images, (None, *WIDTHS), recursive_loss(target))[0].backward()
     assert_same_grads(ours, theirs)
 
 
-def test_two_parameters_never_share_one_gradient():
-    model = prepared(Tied)
-    images, target = batch()
-    joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
+def test_parameters_never_share_a_gradient_tensor():
+    model = prepare_model(Tied)
+    images, target = make_batch()
+    joint_loss(model, images, WIDTHS, recursive_loss(target))[0].backward()
     pointers = [p.grad.data_ptr() for p in model.parameters() if p.grad is not None]
     assert len(set(pointers)) == len(pointers)
     torch.testing.assert_close(model.gain.grad, model.shift.grad)
 
 
-def test_gradient_of_one_width_differs_from_the_sum():
+def test_summed_gradient_differs_from_that_of_one_width():
     """Counter-example: the sum over widths is neither the gradient of one width nor the mean."""
-    ours, theirs = prepared(conv_net), prepared(conv_net)
-    images, target = batch()
-    joint_loss(ours, images, WIDTHS, recursive(target))[0].backward()
-    joint_loss(theirs, images, (8,), recursive(target))[0].backward()
+    ours, theirs = prepare_model(conv_net), prepare_model(conv_net)
+    images, target = make_batch()
+    joint_loss(ours, images, WIDTHS, recursive_loss(target))[0].backward()
+    joint_loss(theirs, images, (8,), recursive_loss(target))[0].backward()
     with pytest.raises(AssertionError):
         assert_same_grads(ours, theirs)
 
 
-def test_memory_does_not_grow_with_the_widths():
+def test_memory_does_not_grow_with_the_number_of_widths():
     """Measure the peak bytes that autograd saves for backward, of one width at a time."""
 
     def peak(widths, step):
@@ -184,10 +184,10 @@ def test_memory_does_not_grow_with_the_widths():
             def __del__(self):
                 held["now"] -= self.bytes
 
-        model = prepared(conv_net)
-        images, target = batch()
+        model = prepare_model(conv_net)
+        images, target = make_batch()
         with torch.autograd.graph.saved_tensors_hooks(SavedTensor, lambda h: h.t):
-            step(model, images, widths, recursive(target))
+            step(model, images, widths, recursive_loss(target))
         return held["peak"]
 
     def joint(model, images, widths, width_loss):
@@ -207,23 +207,23 @@ def test_memory_does_not_grow_with_the_widths():
     assert peak(WIDTHS, summed) > 3 * one  # the counter-example: one backward at the end
 
 
-def test_scale_of_the_incoming_gradient_and_accumulation():
-    once, twice = prepared(vit), prepared(vit)
-    images, target = batch()
-    joint_loss(once, images, WIDTHS, recursive(target))[0].backward()
+def test_incoming_gradient_is_scaled_and_accumulated():
+    once, twice = prepare_model(vit), prepare_model(vit)
+    images, target = make_batch()
+    joint_loss(once, images, WIDTHS, recursive_loss(target))[0].backward()
     for _ in range(2):  # as Lightning does with accumulate_grad_batches=2
-        (joint_loss(twice, images, WIDTHS, recursive(target))[0] / 2).backward()
+        (joint_loss(twice, images, WIDTHS, recursive_loss(target))[0] / 2).backward()
     assert_same_grads(once, twice)
 
 
-def test_loss_scale_is_removed():
+def test_gradient_scaler_is_applied_inside_and_removed():
     """The scale factor is applied inside, where float16 gradients would underflow."""
-    plain, scaled = prepared(vit), prepared(vit)
-    images, target = batch()
-    joint_loss(plain, images, WIDTHS, recursive(target))[0].backward()
+    plain, scaled = prepare_model(vit), prepare_model(vit)
+    images, target = make_batch()
+    joint_loss(plain, images, WIDTHS, recursive_loss(target))[0].backward()
     seen = []
     next(scaled.parameters()).register_hook(lambda g: seen.append(g.abs().max().item()))
-    loss, _ = joint_loss(scaled, images, WIDTHS, recursive(target), loss_scale=1024.0)
+    loss, _ = joint_loss(scaled, images, WIDTHS, recursive_loss(target), loss_scale=1024.0)
     inner = max(seen)
     (loss * 1024.0).backward()  # scaler.scale(loss).backward()
     for p in scaled.parameters():
@@ -233,18 +233,18 @@ def test_loss_scale_is_removed():
     assert_same_grads(plain, scaled)
 
 
-def test_overflow_of_scaled_gradients_is_left_to_the_scaler():
-    model = prepared(vit)
-    images, target = batch()
-    loss, _ = joint_loss(model, images, (8,), recursive(target), loss_scale=float(2**127))
+def test_overflow_of_scaled_gradients_is_handled_by_the_scaler():
+    model = prepare_model(vit)
+    images, target = make_batch()
+    loss, _ = joint_loss(model, images, (8,), recursive_loss(target), loss_scale=float(2**127))
     loss.backward()
     assert any(not torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_sandwich_leaves_the_other_norms_without_gradient():
-    model = prepared(conv_net)
-    images, target = batch()
-    joint_loss(model, images, (8, 1), recursive(target))[0].backward()
+def test_norms_of_widths_outside_the_sandwich_get_no_gradient():
+    model = prepare_model(conv_net)
+    images, target = make_batch()
+    joint_loss(model, images, (8, 1), recursive_loss(target))[0].backward()
     for name, p in model.named_parameters():
         if ".sets." in name:
             took_part = ".sets.8." in name or ".sets.1." in name
@@ -254,17 +254,17 @@ def test_sandwich_leaves_the_other_norms_without_gradient():
 
 
 def test_frozen_parameters_get_no_gradient():
-    model = prepared(conv_net)
+    model = prepare_model(conv_net)
     frozen = [w.original.requires_grad_(False) for w in weight_quantizers(model)[:2]]
-    images, target = batch()
-    joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
+    images, target = make_batch()
+    joint_loss(model, images, WIDTHS, recursive_loss(target))[0].backward()
     assert all(p.grad is None for p in frozen)
     assert weight_quantizers(model)[2].original.grad is not None
 
 
-def test_a_loss_that_is_not_finite_names_its_width():
-    model = prepared(conv_net)
-    images, target = batch()
+def test_non_finite_loss_error_names_the_width():
+    model = prepare_model(conv_net)
+    images, target = make_batch()
     before = [p.detach().clone() for p in model.parameters()]
 
     def bad(bits, logits, wider):
@@ -276,26 +276,26 @@ def test_a_loss_that_is_not_finite_names_its_width():
     assert all(p.grad is None for p in model.parameters())
     assert width_of(model).fused is None
     assert all(w.quantizer.made is None for w in weight_quantizers(model))
-    joint_loss(model, images, WIDTHS, recursive(target))[0].backward()
+    joint_loss(model, images, WIDTHS, recursive_loss(target))[0].backward()
 
 
 @pytest.mark.parametrize("activations", ["clamp_round", "clamp_floor_truncate", "pact_floor"])
 @pytest.mark.parametrize("place", ["conv1.weight", "layer1.0.bn1.sets.8.bias"])
 def test_nan_hidden_by_integer_codes_is_detected(activations, place):
     """Codes of a quantized activation hide a NaN, so the loss stays finite."""
-    model = prepared(conv_net, activations=activations)
-    images, target = batch()
+    model = prepare_model(conv_net, activations=activations)
+    images, target = make_batch()
     with torch.no_grad():
         model.get_parameter(place).view(-1)[0] = float("nan")
     with pytest.raises(
         TrainingError, match=rf"not finite at width 8; {re.escape(place)} contains NaN"
     ):
-        joint_loss(model, images, WIDTHS, recursive(target))
+        joint_loss(model, images, WIDTHS, recursive_loss(target))
 
 
-def test_loss_with_finite_weights_names_no_weight():
-    model = prepared(conv_net)
-    images, _ = batch()
+def test_non_finite_loss_with_finite_weights_names_no_weight():
+    model = prepare_model(conv_net)
+    images, _ = make_batch()
     with pytest.raises(TrainingError, match=r"not finite at width 4$"):
         joint_loss(
             model,
@@ -307,23 +307,23 @@ def test_loss_with_finite_weights_names_no_weight():
 
 def test_two_steps_in_one_block_do_not_share_memory():
     """A caller may hold `fused_weights` open; gradients take memory that the next step must not."""
-    ours, theirs = prepared(conv_net), prepared(conv_net)
-    images, target = batch()
+    ours, theirs = prepare_model(conv_net), prepare_model(conv_net)
+    images, target = make_batch()
     with fused_weights(ours):
-        both = [joint_loss(ours, images, WIDTHS, recursive(target))[0] for _ in range(2)]
+        both = [joint_loss(ours, images, WIDTHS, recursive_loss(target))[0] for _ in range(2)]
     sum(both).backward()
     for _ in range(2):
-        joint_loss(theirs, images, WIDTHS, recursive(target))[0].backward()
+        joint_loss(theirs, images, WIDTHS, recursive_loss(target))[0].backward()
     assert_same_grads(ours, theirs)
 
 
 @pytest.mark.parametrize(
     ("how", "most"), [({}, 3), ({"ste": "dsq"}, 3.3), ({"ste": "identity"}, 3)]
 )
-def test_three_buffers_outlive_a_width(how, most):
+def test_three_buffers_are_kept_between_widths(how, most):
     """The weights of a width, u, and the sums of gradients; per-element rules keep codes too."""
-    model = prepared(conv_net, **how)
-    images, target = batch()
+    model = prepare_model(conv_net, **how)
+    images, target = make_batch()
     fused, held = width_of(model), []
 
     def measure(*_):
@@ -333,7 +333,7 @@ def test_three_buffers_outlive_a_width(how, most):
         held.append(sum(storages.values()))
 
     model.register_forward_hook(measure)
-    joint_loss(model, images, WIDTHS, recursive(target))
+    joint_loss(model, images, WIDTHS, recursive_loss(target))
     (weights,) = {sum(4 * w.original.numel() for w in weight_quantizers(model))}
     assert len(held) == len(WIDTHS) and 2 * weights <= held[0] < held[-1]
     assert held[-1] <= most * weights + 2**16  # and a column per weight, and rows that are not full

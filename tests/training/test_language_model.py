@@ -43,7 +43,7 @@ def example():
     return module
 
 
-def test_token_loss_ignores_tokens_without_a_label():
+def test_token_loss_ignores_unlabeled_tokens():
     torch.manual_seed(0)
     logits, target = torch.randn(2, 3, 5), torch.tensor([[1, 2, -100], [4, -100, -100]])
     kept = target != -100
@@ -58,7 +58,7 @@ def test_token_loss_ignores_tokens_without_a_label():
     assert soft != distillation(logits, teacher, 2.0)  # sums over tokens, divides by the batch
 
 
-def test_run_with_perplexity(folder, capsys):
+def test_run_records_perplexity(folder, capsys):
     fit = [*FIT, "--model.quantizer=round", "--trainer.max_epochs=3", "--run_dir=run"]
     metrics = run_fit([*fit, "--model.quantize_embeddings=true"])
     record = read_record(folder / "run" / "record.json")
@@ -111,13 +111,13 @@ def metrics_at(record, key):
         ("--model.quantize_embeddings=some", "quantize_embeddings"),
     ],
 )
-def test_unsupported_choice_is_one_line(folder, capsys, extra, message):
+def test_unsupported_choice_is_an_error_of_one_line(folder, capsys, extra, message):
     assert main(["fit", *FIT, "--trainer.max_epochs=1", extra]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
 
 
-def test_wrong_task_for_the_labels_is_one_line(folder, capsys):
+def test_labels_of_another_task_are_an_error_of_one_line(folder, capsys):
     fit = ["fit", *FIT, "--trainer.max_epochs=1", "--model.task=classification"]
     assert main(fit) == 2
     assert "pass model.task=language_modeling for a label per token" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_logits_and_labels_are_checked():
         check_shifted({"input_ids": ids}, ids)
 
 
-def test_a_large_cross_entropy_is_a_finite_perplexity():
+def test_large_cross_entropy_gives_a_finite_perplexity():
     from tq_lightning.callbacks.scores import Perplexity as Scores
 
     h = type("H", (), {"max_bits": 1})()

@@ -24,7 +24,7 @@ OUTSIDE = torch.tensor([[3.0, -1.0, 0.0], [0.0, 2.0, -2.0]])
 TARGET = torch.tensor([0, 1])
 
 
-class Outside(nn.Module):
+class ExternalTeacher(nn.Module):
     def forward(self, images):
         return OUTSIDE
 
@@ -48,7 +48,7 @@ def width_losses(monkeypatch, teacher_net=False, **arguments):
     module._trainer = SimpleNamespace(fit_loop=loop, precision_plugin=SimpleNamespace())
     module.log = lambda *_, **__: None
     if teacher_net:
-        module._teacher = [Outside()]
+        module._teacher = [ExternalTeacher()]
     module.training_step((torch.zeros(2, 3, 8, 8), TARGET), 0)
     logged = module._epoch_losses.means()
     keys = {f"train/loss_{'float' if b is None else f'w{b}'}" for b in passed["widths"]}
@@ -63,13 +63,13 @@ def close(value):
     return pytest.approx(value.item(), rel=1e-6)
 
 
-def test_loss_from_labels_only(monkeypatch):
+def test_teacher_none_uses_only_labels(monkeypatch):
     losses, passed = width_losses(monkeypatch, teacher="none")
     assert losses == {b: close(cross_entropy(LOGITS[b], TARGET)) for b in (8, 4, 2, 1)}
     assert passed["weights"] == [1.0] * 4 and passed["scale"] == 1.0
 
 
-def test_teacher_widest(monkeypatch):
+def test_teacher_widest_is_the_widest_width(monkeypatch):
     losses, _ = width_losses(monkeypatch, teacher="widest")
     assert losses == {
         8: close(cross_entropy(LOGITS[8], TARGET)),
@@ -77,7 +77,7 @@ def test_teacher_widest(monkeypatch):
     }
 
 
-def test_teacher_next_wider(monkeypatch):
+def test_teacher_recursive_is_the_next_wider_width(monkeypatch):
     losses, _ = width_losses(monkeypatch)
     expected = {8: cross_entropy(LOGITS[8], TARGET)}
     expected |= {
@@ -96,7 +96,7 @@ def test_float_pass_is_the_teacher_of_the_widest(monkeypatch):
     assert losses[2] == close(distillation(LOGITS[2], LOGITS[8]))
 
 
-def test_external_teacher_of_all_or_of_the_widest(monkeypatch):
+def test_external_teacher_teaches_all_widths_or_the_widest(monkeypatch):
     losses, _ = width_losses(monkeypatch, True, teacher="external", teacher_name="resnet8_cifar")
     assert losses == {b: close(distillation(LOGITS[b], OUTSIDE)) for b in (8, 4, 2, 1)}
     losses, _ = width_losses(monkeypatch, True, teacher="recursive", teacher_name="resnet8_cifar")
@@ -104,7 +104,7 @@ def test_external_teacher_of_all_or_of_the_widest(monkeypatch):
     assert losses[4] == close(distillation(LOGITS[4], LOGITS[8]))
 
 
-def test_share_of_the_teacher_and_temperature(monkeypatch):
+def test_distill_weight_and_temperature_are_used(monkeypatch):
     losses, _ = width_losses(
         monkeypatch, distill_weight=0.25, temperature=3.0, loss="bce", widths=[8, 4]
     )
@@ -114,7 +114,7 @@ def test_share_of_the_teacher_and_temperature(monkeypatch):
     )
 
 
-def test_weights_follow_their_widths_through_a_sandwich(monkeypatch):
+def test_sandwich_keeps_the_loss_weight_of_each_width(monkeypatch):
     _, passed = width_losses(
         monkeypatch, width_weights="1, 0.5, 0.25, 2", width_schedule="sandwich", seed=3
     )
@@ -123,7 +123,7 @@ def test_weights_follow_their_widths_through_a_sandwich(monkeypatch):
     assert len(passed["widths"]) == 3
 
 
-def test_weights_are_in_the_order_in_which_the_widths_were_given(monkeypatch):
+def test_loss_weights_are_in_the_order_of_the_given_widths(monkeypatch):
     _, passed = width_losses(
         monkeypatch, widths="1,8,2", width_weights="3, 0.5, 2", float_pass=False
     )
@@ -196,7 +196,7 @@ def test_sandwich_is_a_function_of_seed_and_step():
         ({"sched": "multistep", "decay_epochs": "[]"}, "model.decay_epochs: got '[]', pass epochs"),
     ],
 )
-def test_bad_values_are_one_line_that_names_the_key(arguments, message):
+def test_invalid_value_is_an_error_that_names_the_key(arguments, message):
     with pytest.raises(UserError) as error:
         TQModule(**arguments)
     assert message in str(error.value)
@@ -204,7 +204,7 @@ def test_bad_values_are_one_line_that_names_the_key(arguments, message):
 
 
 @pytest.mark.parametrize("text", ["[8, 4", "8, 4]", "(8, 4]", "8,,4", ",8", "[8, [4]"])
-def test_a_list_that_is_not_well_formed_is_refused(text):
+def test_malformed_list_is_an_error(text):
     with pytest.raises(UserError, match=r"model\.widths: got .*, expected integers"):
         TQModule(widths=text)
     with pytest.raises(UserError, match=r"model\.skip: got .*, expected a list"):
@@ -216,7 +216,7 @@ def test_null_teacher_equals_none():
     assert module.hparams.teacher == "none"
 
 
-def test_lists_in_every_spelling():
+def test_lists_are_accepted_in_every_notation():
     assert as_list("8, 4") == ["8", "4"] and as_list("(8,)") == ["8"] and as_list(8) == [8]
     assert as_ints(("8", 4.0), "k") == [8, 4]
     assert as_list("layer[12].*, first") == ["layer[12].*", "first"] and as_list("[]") == []
@@ -224,7 +224,7 @@ def test_lists_in_every_spelling():
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_one_line(strategy):
+def test_sharded_strategy_is_an_error_of_one_line(strategy):
     def trainer(name):
         return SimpleNamespace(
             strategy=type(name, (), {})(),
@@ -240,7 +240,7 @@ def test_sharded_strategies_are_one_line(strategy):
     module.setup("fit")
 
 
-def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
+def test_external_teacher_is_used_in_a_fit_and_not_saved(train, resnet, tmp_path):
     from tq_lightning.models import create_model
 
     teacher = create_model("resnet8_cifar", num_classes=10)
@@ -267,7 +267,7 @@ def test_external_teacher_in_a_real_fit(train, resnet, tmp_path):
     assert again._teacher == []
 
 
-def test_teacher_of_other_classes_is_an_error_before_a_download(train, tmp_path):
+def test_teacher_with_other_classes_is_an_error_before_a_download(train, tmp_path):
     with pytest.raises(
         UserError,
         match=r"resnet18 have 1000 classes, the data has 10; "
@@ -283,7 +283,7 @@ def test_teacher_errors_name_the_teacher(train, tmp_path):
         train(tmp_path, {"teacher": "external", "teacher_name": "resnet8_cifar"})
 
 
-def test_a_loss_that_is_not_finite_names_step_width_and_rate(train, tmp_path, monkeypatch):
+def test_non_finite_loss_error_names_step_width_and_rate(train, tmp_path, monkeypatch):
     calls = []
 
     def hard(logits, target):
@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_names_step_width_and_rate(train, tmp_path, mo
         train(tmp_path, limit_train_batches=4)
 
 
-def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
+def test_nan_weight_error_names_step_and_layer(train, tmp_path):
     import lightning as L
 
     class Break(L.Callback):
@@ -314,7 +314,7 @@ def test_a_weight_that_turned_nan_names_step_and_layer(train, tmp_path):
         train(tmp_path, callbacks=[Break()])
 
 
-def test_checking_the_keys_draws_no_random_number():
+def test_validation_draws_no_random_numbers():
     """Weights are initialized after the checks, so a draw in the checks would change every run."""
     before = torch.get_rng_state()
     TQModule(opt="sgd", num_classes=10)

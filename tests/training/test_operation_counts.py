@@ -46,7 +46,7 @@ def joint_step(model, images, target):
     ("name", "size", "limit"),
     [("resnet20_cifar", 16, 1.25), pytest.param("resnet50", 32, 1.15, marks=pytest.mark.slow)],
 )
-def test_joint_step(name, size, limit):
+def test_joint_step_dispatches_few_operations(name, size, limit):
     images, target = torch.randn(2, 3, size, size), torch.randint(0, 10, (2,))
     plain, model = build(name, False).train(), build(name, True).train()
     one = count(lambda: F.cross_entropy(plain(images), target).backward())
@@ -58,13 +58,13 @@ def test_joint_step(name, size, limit):
 @pytest.mark.parametrize(
     "how", [{"normalizer": "tanh_channel"}, {"quantizer": "round", "ste": "dsq"}]
 )
-def test_host_reads_of_other_choices(how):
+def test_other_choices_read_one_value_from_the_device(how):
     images, target = torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
     model = build("resnet8_cifar", True, **how).train()
     assert count(lambda: joint_step(model, images, target))[HOST_READ] == 1
 
 
-class Steps(L.Callback):
+class CountOperations(L.Callback):
     """Counts the operations from the start to the end of each training batch."""
 
     def __init__(self):
@@ -79,12 +79,12 @@ class Steps(L.Callback):
         self.counts.append(self.operations.counts[HOST_READ])
 
 
-def test_a_fit_reads_one_value_a_step(train, resnet, tmp_path):
+def test_fit_reads_one_value_per_step(train, resnet, tmp_path):
     """With clipping, an accumulation, a sandwich and a float pass.
 
     A moving average reads a counter that is always on the CPU (`callbacks.ema`).
     """
-    steps = Steps()
+    steps = CountOperations()
     model = {**resnet, "float_pass": True, "width_schedule": "sandwich"}
     flags = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "limit_train_batches": 4}
     train(tmp_path, {**model, "momentum": 0.9}, callbacks=[steps], limit_val_batches=0, **flags)
@@ -95,7 +95,7 @@ def test_a_fit_reads_one_value_a_step(train, resnet, tmp_path):
     ("name", "batches"),
     [("resnet20_cifar", 8), pytest.param("resnet50", 3, marks=pytest.mark.slow)],
 )
-def test_evaluation(name, batches):
+def test_evaluation_dispatches_few_operations(name, batches):
     """Compare batches at 8 widths with as many passes of the float network.
 
     The weights are normalized once per evaluation; a real one has dozens of batches.

@@ -29,7 +29,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dies", [0, 1])
-def test_the_other_rank_ends_with_one_line(tmp_path, dies):
+def test_surviving_rank_ends_with_an_error_of_one_line(tmp_path, dies):
     run, paced = tmp_path / "run", tmp_path / "paced"
     command = [sys.executable, "-m", "tq_lightning", *FIT, "--run_dir", str(run)]
     env = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "CUDA_VISIBLE_DEVICES": ""}

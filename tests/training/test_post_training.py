@@ -73,7 +73,7 @@ def table(trained, tmp_path, capsys, **choices):
     return found | {"float": float(re.search(r"float ([\d.]+)", out)[1])}
 
 
-def test_span_gives_the_table_of_a_trained_network_and_mean_does_not(trained, tmp_path, capsys):
+def test_span_keeps_the_accuracy_of_a_float_network_and_mean_does_not(trained, tmp_path, capsys):
     span = table(trained, tmp_path, capsys, scale="span")
     assert span["float"] > 85
     assert span["w8"] > span["float"] - 1 and span["w6"] > span["float"] - 4
@@ -83,13 +83,15 @@ def test_span_gives_the_table_of_a_trained_network_and_mean_does_not(trained, tm
 
 
 @pytest.mark.parametrize("normalizer", ["gaussian", "float_e2"])
-def test_non_uniform_codes_keep_a_trained_network_too(trained, tmp_path, capsys, normalizer):
+def test_non_uniform_codes_keep_the_accuracy_of_a_float_network(
+    trained, tmp_path, capsys, normalizer
+):
     choices = {"normalizer": normalizer, "level": "centroid", "scale": "span"}
     found = table(trained, tmp_path, capsys, **choices)
     assert found["w8"] > found["float"] - 1 and found["w4"] > found["float"] - 10
 
 
-def test_unsupported_pairing_is_one_line(trained, capsys):
+def test_unsupported_pairing_is_an_error_of_one_line(trained, capsys):
     arguments = ["--model.normalizer=gaussian", f"--model.checkpoint_path={trained}"]
     assert main(["validate", *arguments, "--data.name=digits"]) == 2
     error = capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from tq_lightning.training.preprocessing import preprocessing_of, report_other_classes
 
 
-def _images(names, data="imagefolder"):
+def image_data(names, data="imagefolder"):
     return SimpleNamespace(
         name=data,
         input_shape=(3, 32, 32),
@@ -19,8 +19,8 @@ def _images(names, data="imagefolder"):
     )
 
 
-def test_plain_types_of_images_and_nothing_of_other_data():
-    assert preprocessing_of(_images(("cat", "dog"))) == {
+def test_preprocessing_of_images_has_plain_types_and_is_none_for_other_data():
+    assert preprocessing_of(image_data(("cat", "dog"))) == {
         "input_size": [3, 32, 32],
         "mean": [0.5, 0.5, 0.5],
         "std": [0.2, 0.2, 0.2],
@@ -35,20 +35,20 @@ def test_plain_types_of_images_and_nothing_of_other_data():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (_images(["cat", "dog"]), ""),
-        (_images(["cat", "eel"]), "class 1 is 'dog' there and 'eel' in the data"),
-        (_images(["cat"]), "class 1 is 'dog' there and 'none' in the data"),
-        (_images(["cat", "eel"], data="cifar10"), ""),  # its classes are fixed
+        (image_data(["cat", "dog"]), ""),
+        (image_data(["cat", "eel"]), "class 1 is 'dog' there and 'eel' in the data"),
+        (image_data(["cat"]), "class 1 is 'dog' there and 'none' in the data"),
+        (image_data(["cat", "eel"], data="cifar10"), ""),  # its classes are fixed
         (None, ""),
     ],
 )
 def test_first_class_that_differs_is_named(data, message, capsys):
-    report_other_classes({"preprocessing": preprocessing_of(_images(["cat", "dog"]))}, data)
+    report_other_classes({"preprocessing": preprocessing_of(image_data(["cat", "dog"]))}, data)
     line = capsys.readouterr().err
     assert message in line and bool(line) == bool(message)
 
 
 def test_a_checkpoint_without_classes_is_not_compared(capsys):
     for checkpoint in ({}, {"preprocessing": None}, {"preprocessing": {}}):
-        report_other_classes(checkpoint, _images(["cat"]))
+        report_other_classes(checkpoint, image_data(["cat"]))
     assert capsys.readouterr().err == ""

@@ -129,7 +129,7 @@ def train(model, run_step, steps, batch, passes=WIDTHS, schedule="all", accumula
     return losses, average
 
 
-def both(model, steps, network=Convolutions, autocast=nullcontext, **options):
+def train_both(model, steps, network=Convolutions, autocast=nullcontext, **options):
     """Train a model by the joint step, and its copy by the reference."""
     reference = copy.deepcopy(model)
     layers = use_reference(reference)
@@ -207,12 +207,12 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_of_20_steps(run):
+def test_20_steps_equal_the_reference(run):
     how, options = RUNS[run]
     network = how.get("network", Convolutions)
     model = build(**how)
     start = copy.deepcopy(values(model))
-    *results, reference = both(model, STEPS, network, **options)
+    *results, reference = train_both(model, STEPS, network, **options)
     assert_same(*results, model, reference)
     assert any(not torch.equal(v, start[k]) for k, v in values(model).items())
 
@@ -235,13 +235,13 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("key", "row"), ROWS)
-def test_every_row_trains_and_evaluates_as_the_reference(key, row):
+def test_every_row_equals_the_reference(key, row):
     model = None
     for others in OTHERS:  # some rows can only be combined with certain others
         with suppress(ValueError):
             model = model or build(**{**others, key: row})
     assert model is not None
-    *results, reference = both(model, 2)
+    *results, reference = train_both(model, 2)
     assert_same(*results, model, reference)
     images = Convolutions.batch(torch.Generator().manual_seed(3))
     calibrate_norms(model, [images])
@@ -266,18 +266,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("part", BROKEN)
-def test_the_reference_does_not_share_what_it_checks(part, monkeypatch):
+def test_reference_is_independent_of_the_joint_step(part, monkeypatch):
     """Counter-example: an error of a millionth in one part of the joint step is found."""
     where, name, broken = BROKEN[part]
     plain = getattr(where, name)
     monkeypatch.setattr(where, name, lambda *args, **named: broken(plain, *args, **named))
     model = build()
-    *results, reference = both(model, 2)
+    *results, reference = train_both(model, 2)
     with pytest.raises(AssertionError):
         assert_same(*results, model, reference)
 
 
-def test_the_order_of_sums_matters():
+def test_order_of_sums_changes_the_bits():
     """Counter-example: one backward pass of the normalizer per width gives other bits."""
     model = build()
     per_width = copy.deepcopy(model)
@@ -300,7 +300,7 @@ def test_the_order_of_sums_matters():
 
 
 @pytest.mark.parametrize("bits", [8, 1])
-def test_one_width_has_the_bits_of_a_plain_loop(bits):
+def test_one_width_is_bit_identical_to_a_plain_loop(bits):
     """One width has one order of sums: parametrizations and `backward()` give the same bits."""
     model = build(normalizer="tanh_channel")
     plain = copy.deepcopy(model)
@@ -315,5 +315,5 @@ def test_one_width_has_the_bits_of_a_plain_loop(bits):
 
 
 @pytest.mark.slow
-def test_ddp_has_the_bits_of_the_mean_of_two_references(tmp_path):
+def test_ddp_is_bit_identical_to_the_mean_of_two_references(tmp_path):
     torch.multiprocessing.spawn(compare_ddp, (str(tmp_path / "store"), 3), nprocs=2)

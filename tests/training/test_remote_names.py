@@ -10,7 +10,7 @@ from tq_lightning.training.factory import build_model
 from tq_lightning.training.module import TQModule
 
 
-def test_a_checkpoint_holds_the_architecture_in_place_of_a_remote_name(tmp_path):
+def test_checkpoint_stores_the_architecture_instead_of_a_remote_name(tmp_path):
     config = {
         "architecture": "resnet8_cifar",
         "pretrained_cfg": {"num_classes": 10},
@@ -26,7 +26,7 @@ def test_a_checkpoint_holds_the_architecture_in_place_of_a_remote_name(tmp_path)
         assert again.conv1.weight.shape == module.model.conv1.weight.shape == (16, 1, 3, 3)
 
 
-def test_a_remote_name_of_a_checkpoint_is_not_followed(monkeypatch):
+def test_remote_name_in_a_checkpoint_is_not_downloaded(monkeypatch):
     def fetch(*args, **kwargs):
         raise AssertionError("fetched")
 

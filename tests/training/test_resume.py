@@ -77,7 +77,7 @@ def kill_inside_the_second_epoch(root: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_in_the_middle_of_an_epoch(tmp_path):
+def test_run_killed_inside_an_epoch_resumes_bit_identically(tmp_path):
     whole = finish(tmp_path / "whole")
     step = kill_inside_the_second_epoch(tmp_path / "killed")
     assert step == 15
@@ -147,7 +147,7 @@ def fit(train, root, model, checkpoint, stop=None, resume=None, data=None):
         return None, None
 
 
-def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
+def test_run_stopped_inside_an_epoch_resumes_bit_identically(train, tmp_path):
     """With every source of randomness: augmentation, dropout, drop path, sandwich; and momentum."""
     model = {
         "ema_decay": 0.5,
@@ -180,7 +180,7 @@ def test_stopped_in_the_middle_of_an_epoch(train, tmp_path):
     )
 
 
-def test_stopped_in_the_last_validation(train, resnet, tmp_path):
+def test_run_stopped_in_the_last_validation_repeats_it(train, resnet, tmp_path):
     """The checkpoint is from before the end of the epoch, so the validation is repeated."""
     model = {**resnet, "ema_decay": 0.5}
     _, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2))
@@ -228,7 +228,9 @@ def killed(train, root, model, accumulate, *batches):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_two_kills_in_a_row_under_accumulation(train, resnet, tmp_path, accumulate):
+def test_two_kills_inside_an_accumulation_resume_bit_identically(
+    train, resnet, tmp_path, accumulate
+):
     """Each kill is inside an accumulation, and 10 batches also end an epoch inside one."""
     model = {**resnet, "opt": "adamw", "ema_decay": 0.5, "width_schedule": "sandwich"}
     whole = killed(train, tmp_path / "a", model, accumulate)
@@ -240,7 +242,7 @@ def test_two_kills_in_a_row_under_accumulation(train, resnet, tmp_path, accumula
     assert ours["global_step"] == 2 * math.ceil(10 / accumulate)
 
 
-class Rates(L.Callback):
+class RecordRates(L.Callback):
     """Keep the learning rate of every step."""
 
     def __init__(self):
@@ -252,7 +254,7 @@ class Rates(L.Callback):
 
 def test_resume_with_more_epochs_or_another_rate_follows_the_new_schedule(train, tmp_path):
     """The state of the shorter schedule would stay at its final rate 0."""
-    rates = Rates()
+    rates = RecordRates()
     trainer, _ = train(
         tmp_path, {"sched": "cosine", "opt": "adamw"}, callbacks=[rates], limit_train_batches=4
     )
@@ -260,14 +262,14 @@ def test_resume_with_more_epochs_or_another_rate_follows_the_new_schedule(train,
     assert rates.seen[-1] > trainer.optimizers[0].param_groups[0]["lr"] == 0.0
     more = {"max_epochs": 2, "limit_train_batches": 4, "ckpt_path": tmp_path / "last.ckpt"}
     for lr in (0.1, 0.01):
-        rates = Rates()
+        rates = RecordRates()
         train(tmp_path, {"sched": "cosine", "opt": "adamw", "lr": lr}, callbacks=[rates], **more)
         assert rates.seen == pytest.approx(
             [lr / 2 * (1 + math.cos(math.pi * step / 8)) for step in range(4, 8)]
         )
 
 
-def test_a_checkpoint_right_before_validation_would_lose_it(train, resnet, tmp_path):
+def test_checkpoint_callback_of_lightning_would_skip_the_validation(train, resnet, tmp_path):
     """Counter-example: Lightning's callback saves at the last batch and skips the validation."""
     plain = {"filename": "last", "enable_version_counter": False, "every_n_train_steps": 2}
     fit(train, tmp_path, resnet, ModelCheckpoint(tmp_path, **plain), stop=Stop(1))
@@ -277,7 +279,7 @@ def test_a_checkpoint_right_before_validation_would_lose_it(train, resnet, tmp_p
     assert "val/acc1_truncate_mean" not in trainer.callback_metrics
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch):
+def test_non_finite_loss_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch):
     from tq_lightning.errors import TrainingError
     from tq_lightning.training import losses
 
@@ -301,7 +303,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(train, tmp_pat
     assert all(torch.isfinite(v).all() for v in state["state_dict"].values())
 
 
-def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
+def test_checkpoint_that_runs_code_is_rejected(train, tmp_path, capsys):
     from tq_lightning.cli import main
 
     class CreatesFolder:
@@ -319,7 +321,7 @@ def test_a_checkpoint_that_runs_code_is_refused(train, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_best_checkpoint_inside_an_accumulation_is_not_resumed(tmp_path, capsys):
+def test_best_checkpoint_inside_an_accumulation_is_not_resumed(tmp_path, capsys):
     """It lacks the gradient of the previous batch, so the last checkpoint is resumed."""
     from tq_lightning.cli import main
 

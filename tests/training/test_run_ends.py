@@ -28,7 +28,7 @@ def arguments(root, **flags):
     ]
 
 
-def the_run(root):
+def only_run(root):
     (run,) = (path for path in root.iterdir())
     return run, json.loads((run / "record.json").read_text())
 
@@ -38,9 +38,9 @@ def rows(run):
         return list(csv.DictReader(file))
 
 
-def test_one_row_an_epoch_with_everything(tmp_path):
+def test_every_epoch_has_one_row_with_all_metrics(tmp_path):
     run_fit(arguments(tmp_path, trainer__log_every_n_steps=3))
-    run, record = the_run(tmp_path)
+    run, record = only_run(tmp_path)
     epochs = [row for row in rows(run) if row["epoch"]]
     assert [(row["epoch"], row["step"]) for row in epochs] == [("0", "3"), ("1", "7")]
     for row in epochs:
@@ -58,7 +58,7 @@ def test_one_row_an_epoch_with_everything(tmp_path):
     assert "train/loss" not in record["curves"]
 
 
-def test_a_time_limit(tmp_path):
+def test_run_with_a_time_limit_is_evaluated_at_its_end(tmp_path):
     """Scored at its last step although the next validation was due after 50 epochs."""
     run_fit(
         arguments(
@@ -69,19 +69,19 @@ def test_a_time_limit(tmp_path):
             trainer__check_val_every_n_epoch=50,
         )
     )
-    run, record = the_run(tmp_path)
+    run, record = only_run(tmp_path)
     assert record["status"] == "finished" and record["widths"]["2"]["truncate"] > 0
     assert record["best"]["step"] == record["steps"] > 0
     assert list((run / "checkpoints").glob("best-*.ckpt"))
 
 
 @pytest.mark.slow
-def test_several_validations_in_an_epoch(tmp_path):
+def test_best_values_are_those_of_the_best_checkpoint_within_an_epoch(tmp_path):
     """The best values of the record are those of the best checkpoint, also within an epoch."""
     import torch
 
     run_fit(arguments(tmp_path, trainer__val_check_interval=1, trainer__limit_val_batches=2))
-    run, record = the_run(tmp_path)
+    run, record = only_run(tmp_path)
     (best,) = (run / "checkpoints").glob("best-*.ckpt")
     state = torch.load(best, weights_only=True)
     (callback,) = (s for key, s in state["callbacks"].items() if "acc1_truncate_mean" in key)
@@ -95,10 +95,10 @@ def test_several_validations_in_an_epoch(tmp_path):
     assert scores.index(max(scores)) + 1 == record["best"]["step"]
 
 
-def test_without_loggers(tmp_path, monkeypatch):
+def test_run_without_loggers_writes_a_complete_record(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_fit(arguments(tmp_path / "runs", trainer__logger="false"))
-    run, record = the_run(tmp_path / "runs")
+    run, record = only_run(tmp_path / "runs")
     assert record["status"] == "finished" and set(record["widths"]) == {str(b) for b in range(1, 9)}
     assert [epoch for epoch, _ in record["curves"]["train/loss_w8"]] == [0, 1]
     assert sorted(path.name for path in run.iterdir()) == [
@@ -114,7 +114,7 @@ def test_without_loggers(tmp_path, monkeypatch):
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_fit_on_a_finished_run_changes_nothing(tmp_path, capsys, checkpoint):
     run_fit(arguments(tmp_path, trainer__max_epochs=3))
-    run, _ = the_run(tmp_path)
+    run, _ = only_run(tmp_path)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for more in ({"trainer__max_epochs": 1}, {"trainer__max_epochs": 3}, {"trainer__max_steps": 4}):
         if checkpoint == "best" and more != {"trainer__max_epochs": 1}:
@@ -128,23 +128,23 @@ def test_fit_on_a_finished_run_changes_nothing(tmp_path, capsys, checkpoint):
 
 
 @pytest.mark.slow
-def test_a_saved_configuration_starts_a_new_run(tmp_path):
+def test_saved_configuration_starts_a_new_run(tmp_path):
     run_fit(arguments(tmp_path / "a", trainer__max_epochs=1))
-    run, _ = the_run(tmp_path / "a")
+    run, _ = only_run(tmp_path / "a")
     run_fit(arguments(tmp_path / "a", ckpt_path="last"))
     first = (run / "record.json").read_bytes()
     run_fit(
         [f"--config={run / 'config.yaml'}", "--seed_everything=5"]
         + [f"--trainer.default_root_dir={tmp_path / 'b'}"]
     )
-    _, record = the_run(tmp_path / "b")
+    _, record = only_run(tmp_path / "b")
     assert record["seed"] == 5 and record["epochs"] == 2 and record["status"] == "finished"
     assert (run / "record.json").read_bytes() == first
 
 
-def test_a_damaged_metrics_file_is_one_line(tmp_path, capsys):
+def test_damaged_metrics_file_is_an_error_of_one_line(tmp_path, capsys):
     run_fit(arguments(tmp_path, trainer__max_epochs=1))
-    run, _ = the_run(tmp_path)
+    run, _ = only_run(tmp_path)
     for text in (b"\xff\xfe\x00garbage", b"a,b\n1,2\n"):
         (run / "metrics.csv").write_bytes(text)
         before = (run / "record.json").read_bytes(), (run / "config.yaml").read_bytes()
@@ -156,11 +156,11 @@ def test_a_damaged_metrics_file_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_tests_of_a_part_or_of_other_data_are_kept_apart(tmp_path, capsys):
+def test_partial_tests_and_tests_of_other_data_are_stored_separately(tmp_path, capsys):
     run_fit(arguments(tmp_path, trainer__max_epochs=1))
-    _, record = the_run(tmp_path)
+    _, record = only_run(tmp_path)
     assert main(["test", *arguments(tmp_path, ckpt_path="last")]) == 0
-    _, tested = the_run(tmp_path)
+    _, tested = only_run(tmp_path)
     assert tested["test"]["images"] == 360 and tested["test"]["split"] == "test"
     assert {k: v for k, v in tested.items() if k != "test"} == record
     part = arguments(
@@ -169,7 +169,7 @@ def test_tests_of_a_part_or_of_other_data_are_kept_apart(tmp_path, capsys):
     assert main(["test", *part]) == 0
     other = arguments(tmp_path, ckpt_path="last", data__name="synthetic", data__samples=32)
     assert main(["test", *other, "--data.image_size=8"]) == 0
-    _, after = the_run(tmp_path)
+    _, after = only_run(tmp_path)
     assert after["test"] == tested["test"]
     first = after["tests"][0]
     assert (first["images"], first["batches"], first["data"]["name"]) == (64, 1, "digits")

@@ -35,7 +35,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_auto_is_the_job_or_the_folder_given(tmp_path, monkeypatch):
+def test_auto_selects_the_given_folder_or_that_of_the_job(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pass --run_dir FOLDER"):
         auto_folder(None, tmp_path)
     assert auto_folder("x", tmp_path).name == "x"
@@ -47,7 +47,7 @@ def test_auto_is_the_job_or_the_folder_given(tmp_path, monkeypatch):
     assert auto_folder("x", tmp_path).name == "x"
 
 
-def test_the_same_run_may_move_its_data_and_train_longer(run):
+def test_same_run_may_have_another_data_path_and_more_epochs(run):
     check_same_run(run, CONFIG)
     check_same_run(run, CONFIG | {"data": {"name": "digits", "root": "/scratch"}})
     check_same_run(run, CONFIG | {"trainer": {"max_epochs": 9}})
@@ -62,7 +62,7 @@ def test_the_same_run_may_move_its_data_and_train_longer(run):
         ({"data": {"name": "cifar10"}}, "data.name=digits, not cifar10"),
     ],
 )
-def test_other_run_is_not_resumed_in_this_folder(run, change, message):
+def test_folder_of_another_run_is_an_error(run, change, message):
     with pytest.raises(UserError, match=message):
         check_same_run(run, CONFIG | change)
 
@@ -75,7 +75,7 @@ def test_finished_depends_on_the_record_and_the_requested_end(run):
     assert not is_finished(run, CONFIG | {"trainer": {"max_epochs": 9, "max_steps": -1}})
 
 
-def test_a_folder_with_a_run_is_not_used_for_another(run):
+def test_folder_with_a_run_needs_ckpt_path_auto(run):
     check_unused(run)
     (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match="pass --ckpt_path auto to resume it"):

@@ -61,7 +61,7 @@ def without_locks(monkeypatch):
 
 
 @pytest.mark.slow
-def test_live_lock_holder_is_named_and_dead_one_is_ignored(tmp_path, no_job, holder):
+def test_live_holder_is_named_and_dead_holder_is_ignored(tmp_path, no_job, holder):
     run = tmp_path / "run"
     process = holder()
     with pytest.raises(UserError, match=f"{run} is in use by process {process.pid} on "):
@@ -76,7 +76,7 @@ def test_live_lock_holder_is_named_and_dead_one_is_ignored(tmp_path, no_job, hol
 
 
 @pytest.mark.slow
-def test_a_requeued_job_takes_over_and_the_earlier_attempt_ends(tmp_path, monkeypatch, holder):
+def test_requeued_job_takes_the_lock_of_its_earlier_attempt(tmp_path, monkeypatch, holder):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     process = holder("fast")
     with pytest.raises(UserError, match="SLURM job 7"):  # another step of the same attempt
@@ -93,7 +93,7 @@ def test_a_requeued_job_takes_over_and_the_earlier_attempt_ends(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_the_tasks_of_an_array_are_different_jobs(tmp_path, monkeypatch, holder):
+def test_tasks_of_an_array_are_different_jobs(tmp_path, monkeypatch, holder):
     job = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     holder(**job)
     for key, value in (job | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "1"}).items():
@@ -107,7 +107,9 @@ def other_host(run, pid):
     (run / NAME).write_text(json.dumps({"token": "x", "host": "elsewhere", "pid": pid}))
 
 
-def test_another_hosts_holder_lives_while_its_heartbeat_does(tmp_path, no_job, without_locks):
+def test_holder_on_another_host_is_alive_while_its_heartbeat_advances(
+    tmp_path, no_job, without_locks
+):
     run = tmp_path / "run"
     other_host(run, 1)
     RunLock(run).release()  # it does not advance
@@ -125,7 +127,9 @@ def test_another_hosts_holder_lives_while_its_heartbeat_does(tmp_path, no_job, w
 
 
 @pytest.mark.slow
-def test_without_locks_a_holder_on_this_host_is_looked_up(tmp_path, no_job, without_locks, holder):
+def test_without_file_locks_the_process_of_the_holder_is_checked(
+    tmp_path, no_job, without_locks, holder
+):
     process = holder()
     with pytest.raises(UserError, match="in use"):
         RunLock(tmp_path / "run")
@@ -136,7 +140,7 @@ def test_without_locks_a_holder_on_this_host_is_looked_up(tmp_path, no_job, with
     assert time.monotonic() - start < 0.5
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, no_job):
+def test_folder_that_cannot_be_created_is_an_error_of_one_line(tmp_path, no_job):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write in"):
         RunLock(tmp_path / "file" / "run")
@@ -151,7 +155,7 @@ def test_lock_scope_from_mount_options(tmp_path, monkeypatch, options, reach):
         assert run_lock._try_lock(file.fileno()) == reach
 
 
-def test_the_mount_options_of_a_file_are_found(tmp_path):
+def test_mount_options_of_a_file_are_found(tmp_path):
     with (tmp_path / "file").open("w") as file:
         assert {"rw", "ro"} & run_lock._mount_options(file.fileno())
 

@@ -44,7 +44,7 @@ def status(run: Path) -> str:
         pytest.param(3, 3, marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path, capsys, accumulate, step):
+def test_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, accumulate, step):
     more = ["--trainer.accumulate_grad_batches", str(accumulate)]
     assert fit(tmp_path / "whole", *more) == 0
     run = tmp_path / "stopped"
@@ -73,7 +73,7 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(tmp_path, capsys, accumulat
         pytest.param((0, 2), ["--trainer.val_check_interval", "3"], marks=pytest.mark.slow),
     ],
 )
-def test_validation_and_epochs_are_finished_first(tmp_path, where, more):
+def test_signal_takes_effect_after_validation_and_epoch_end(tmp_path, where, more):
     whole, run = tmp_path / "whole", tmp_path / "stopped"
     assert fit(whole, *more) == 0
     assert fit(run, *more, *send("SIGUSR1", *where)) == 138
@@ -83,12 +83,12 @@ def test_validation_and_epochs_are_finished_first(tmp_path, where, more):
 
 
 @pytest.mark.slow
-def test_a_signal_in_the_last_validation_leaves_a_finished_run(tmp_path):
+def test_signal_in_the_last_validation_finishes_the_run(tmp_path):
     assert fit(tmp_path / "run", *send("SIGUSR1", 1, None)) == 0
     assert status(tmp_path / "run") == "finished"
 
 
-def test_without_checkpoints_the_run_ends_too(tmp_path):
+def test_run_without_checkpoints_stops_too(tmp_path):
     more = ["--trainer.enable_checkpointing", "false"]
     assert fit(tmp_path / "run", *more, *send("SIGTERM", 0, 2)) == 143
     assert status(tmp_path / "run") == "interrupted"
@@ -96,7 +96,7 @@ def test_without_checkpoints_the_run_ends_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_ends_an_evaluation_at_once(tmp_path, capsys):
+def test_signal_stops_an_evaluation_at_once(tmp_path, capsys):
     run = tmp_path / "run"
     assert fit(run) == 0
     verb = ["test", *FIT[1:], "--run_dir", str(run), "--ckpt_path", "last"]
@@ -126,7 +126,7 @@ def test_run_that_never_started_leaves_no_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_fit_continues_its_wandb_run(tmp_path, monkeypatch):
+def test_resumed_fit_continues_its_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     assert fit(run, "--wandb", *send("SIGTERM", 1, 1)) == 143
@@ -140,7 +140,7 @@ def test_a_resumed_fit_continues_its_wandb_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_resume_inside_an_epoch_as_the_uninterrupted_run(tmp_path):
+def test_two_ranks_resumed_inside_an_epoch_equal_an_uninterrupted_run(tmp_path):
     """One rank gets the signal, and the resumed epoch logs the training losses of both."""
 
     def fit_on_two(run: Path, *more: str) -> int:

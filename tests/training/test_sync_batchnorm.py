@@ -45,7 +45,7 @@ def norms(model):
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 
-def test_every_width_keeps_its_fused_activation(model):
+def test_conversion_keeps_the_fused_activation_of_every_width(model):
     before, plain, keys = logits(model), norms(model), list(model.state_dict())
     torchs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert (logits(torchs)[4] < 0).any()  # the converter of PyTorch drops the activation
@@ -68,7 +68,7 @@ def test_every_width_keeps_its_fused_activation(model):
     assert not torch.equal(moved[4], before[4])
 
 
-def test_the_trainers_flag_uses_it(monkeypatch):
+def test_trainer_flag_converts_the_norms(monkeypatch):
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", sync_batchnorm=True, logger=False
     )
@@ -87,7 +87,7 @@ def test_without_the_flag_nothing_changes():
 
 
 @pytest.mark.parametrize("name", ["TransformerEnginePrecision", "BitsandbytesPrecision"])
-def test_precisions_that_replace_layers_are_refused(name):
+def test_precisions_that_replace_layers_are_errors(name):
     plugin = type(name, (), {})()
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(), precision_plugin=plugin, accumulate_grad_batches=1
@@ -97,7 +97,7 @@ def test_precisions_that_replace_layers_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["StochasticWeightAveraging", "ModelPruning"])
-def test_callbacks_that_rebuild_the_model_are_refused(name):
+def test_callbacks_that_rebuild_the_model_are_errors(name):
     callback = getattr(L.pytorch.callbacks, name)
     callback = callback(swa_lrs=0.1) if "Weight" in name else callback("l1_unstructured")
     trainer = L.Trainer(accelerator="cpu", devices=1, callbacks=[callback], logger=False)

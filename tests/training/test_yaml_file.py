@@ -23,7 +23,7 @@ def test_encodings_with_a_byte_order_mark_are_read(tmp_path, encoding):
     assert read_yaml(path) == {"a": {"b": [1, "für"]}}
 
 
-def test_an_empty_file_is_none_and_merge_keys_work(tmp_path):
+def test_empty_file_is_none_and_merge_keys_are_supported(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("# nothing\n")
     assert read_yaml(path) is None
@@ -58,7 +58,7 @@ def test_an_empty_file_is_none_and_merge_keys_work(tmp_path):
         (b"#" * 600 * 1024, "larger than 512 KiB"),
     ],
 )
-def test_errors_are_one_line_that_names_the_file(tmp_path, content, message):
+def test_error_is_one_line_that_names_the_file(tmp_path, content, message):
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -67,7 +67,7 @@ def test_errors_are_one_line_that_names_the_file(tmp_path, content, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(path))
 
 
-def test_invalid_paths(tmp_path):
+def test_missing_file_and_folder_are_errors(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, message in (
         ("none", "does not exist"),

@@ -74,7 +74,7 @@ def test_page_is_self_contained_and_can_be_rewritten(no_runtime, tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["digits", "compressed, 4 planes"])
-def test_the_graph_runs_on_the_planes_that_have_arrived(source, no_runtime, tmp_path):
+def test_graph_runs_on_the_planes_loaded_so_far(source, no_runtime, tmp_path):
     ort = pytest.importorskip("onnxruntime")
     path = DIGITS / "model.safetensors"
     if source != "digits":
@@ -152,7 +152,7 @@ def test_errors_are_one_line_and_write_nothing(
         ("tar czf x.tgz --files-from /dev/null", "has no ort.wasm.min.mjs"),
     ],
 )
-def test_failing_npm(script, message, tmp_path, monkeypatch, capsys):
+def test_npm_failure_is_an_error_of_one_line(script, message, tmp_path, monkeypatch, capsys):
     tools = tmp_path / "bin"
     tools.mkdir()
     if script is not None:

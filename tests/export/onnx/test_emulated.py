@@ -56,7 +56,7 @@ def graphs(tmp_path_factory):
     return made
 
 
-def check(folder, exact, runtime):
+def check_predictions(folder, exact, runtime):
     """Check that predictions equal those of exact integers, and count differences due to ties."""
     ties = 0
     for bits, expected in exact.items():
@@ -95,18 +95,18 @@ NO_AVX512 = {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1", "OMP_N
 
 @pytest.mark.parametrize("emulated", [False, True], ids=["native", "haswell"])
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_x86(graphs, runtime, emulated):
+def test_predictions_on_x86_equal_exact_sums(graphs, runtime, emulated):
     pytest.importorskip(runtime)
     command = haswell() if emulated else [sys.executable]
     run(command, graphs[runtime][0], runtime, **NO_AVX512)
-    check(*graphs[runtime], runtime)
+    check_predictions(*graphs[runtime], runtime)
 
 
 @pytest.mark.parametrize("cpu", ["cortex-a53", "cortex-a76"])
-def test_arm(graphs, cpu):
+def test_predictions_on_arm_equal_exact_sums(graphs, cpu):
     command, site = arm64_python(cpu)
     run(command, graphs["onnxruntime"][0], "onnxruntime", str(site))
-    check(*graphs["onnxruntime"], "onnxruntime")
+    check_predictions(*graphs["onnxruntime"], "onnxruntime")
 
 
 def worst_case(folder, bits, top):
@@ -135,7 +135,7 @@ def worst_case(folder, bits, top):
     return 64 * top * int(weight[0, 0])
 
 
-def test_worst_case_without_vnni(tmp_path):
+def test_exported_activation_codes_do_not_saturate_without_vnni(tmp_path):
     wrong = []
     for bits in WIDTHS:
         for top in (255, activation_top(bits, exact_sums=False)):

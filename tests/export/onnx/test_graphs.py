@@ -23,7 +23,7 @@ def test_torch_export_keeps_codes_and_gives_the_same_logits(packed, net, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "lean"])
-def test_torch_compile_makes_one_graph_a_width_not_one_a_batch(packed, net, mode):
+def test_torch_compile_makes_one_graph_per_width_for_all_batch_sizes(packed, net, mode):
     torch._dynamo.reset()
     model, graphs = load_packed(packed, mode=mode), []
 

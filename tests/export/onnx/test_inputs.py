@@ -15,7 +15,7 @@ from tq_lightning.models.text import TextClassifier
 from tq_lightning.quant.inputs import call, describe_inputs, example_inputs
 
 
-class Gap(nn.Module):
+class OptionalArgument(nn.Module):
     """An optional argument between the inputs."""
 
     def __init__(self):
@@ -40,14 +40,14 @@ def series():
 
 
 def gap():
-    return Gap(), {"x": torch.randn(3, 4), "scale": torch.randn(3, 4)}
+    return OptionalArgument(), {"x": torch.randn(3, 4), "scale": torch.randn(3, 4)}
 
 
 NAMES = {text: ["input_ids", "attention_mask"], series: ["x", "lengths"], gap: ["x", "scale"]}
 
 
 @pytest.mark.parametrize("make", NAMES, ids=lambda make: make.__name__)
-def test_graphs_take_the_inputs_of_the_network(make, tmp_path):
+def test_graph_has_the_inputs_of_the_network(make, tmp_path):
     torch.manual_seed(0)
     model, inputs = make()
     embeddings = {"quantize_embeddings": True, "skip": ["last"]} if make is text else {}
@@ -83,8 +83,8 @@ def test_graphs_take_the_inputs_of_the_network(make, tmp_path):
         assert [i.data_type for i in codes] == [onnx.TensorProto.UINT8]
 
 
-def test_what_inputs_may_be(tmp_path):
-    model = Gap()
+def test_invalid_inputs_are_errors(tmp_path):
+    model = OptionalArgument()
     assert describe_inputs(model, {"x": torch.zeros(2, 4), "other": 3}) == []
     row = {"name": "y", "shape": [4], "type": "float32"}
     with pytest.raises(UserError, match="no input 'y'; it takes x, offset, scale"):
@@ -98,4 +98,4 @@ def test_what_inputs_may_be(tmp_path):
     assert not list(tmp_path.iterdir())
     save_packed(model, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="inputs= if the network does not take images"):
-        export_static(tmp_path / "m.safetensors", tmp_path / "m.onnx", 4, model=Gap())
+        export_static(tmp_path / "m.safetensors", tmp_path / "m.onnx", 4, model=OptionalArgument())

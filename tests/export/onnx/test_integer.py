@@ -48,7 +48,7 @@ class Residual(nn.Module):
         return self.head(self.act4(self.fc(x.mean((2, 3)))))
 
 
-class Linears(nn.Module):
+class LinearNetwork(nn.Module):
     def __init__(self):
         super().__init__()
         self.patches, self.norm = nn.Linear(3 * 144, 16), nn.LayerNorm(16)
@@ -92,7 +92,7 @@ def own_network(monkeypatch):
     monkeypatch.setattr(integer, "load_packed", load)
 
 
-NETWORKS = {"residual": Residual, "linears": Linears}
+NETWORKS = {"residual": Residual, "linears": LinearNetwork}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,9 @@ def test_every_quantized_layer_is_fused_and_exact(served, tmp_path):
     ("bits", "level"),
     [(8, "endpoint"), *(pytest.param(n, "left", marks=pytest.mark.slow) for n in (8, 7, 1))],
 )
-def test_codes_to_127_where_products_could_saturate(bits, level, served, tmp_path):
+def test_activation_codes_are_limited_to_127_if_products_could_saturate(
+    bits, level, served, tmp_path
+):
     path, images, ranges = served
     if level != "endpoint":
         path = tmp_path / "residual.safetensors"
@@ -168,7 +170,7 @@ def test_codes_to_127_where_products_could_saturate(bits, level, served, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_float_residual_is_closer(served, tmp_path):
+def test_float_residual_is_closer_to_the_float_network(served, tmp_path):
     path, images, ranges = served
     expected, errors = simulated(path, images, 4), {}
     for residual in ("int8", "float"):
@@ -215,7 +217,7 @@ def test_trained_activation_codes_equal_their_simulation(kind, bits, tmp_path):
 @pytest.mark.parametrize(
     "bits", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 4, 2, 1))]
 )
-def test_every_layer_equals_exact_integers(bits, served, tmp_path):
+def test_every_layer_equals_exact_integer_arithmetic(bits, served, tmp_path):
     """Codes differ by 1 at most, where the exact value lies within 1e-3 of a half; counted."""
     path, images, ranges = served
     out, other = tmp_path / "m.onnx", tmp_path / "other.onnx"
@@ -241,7 +243,7 @@ def test_every_layer_equals_exact_integers(bits, served, tmp_path):
         ),
     ],
 )
-def test_trained_codes_of_eight_bits_are_exact_and_safe(level, runtime, tmp_path):
+def test_trained_8_bit_codes_are_exact_and_do_not_saturate(level, runtime, tmp_path):
     """They equal their simulation up to ties, which change a logit by a fraction of a code."""
     path, out = tmp_path / "residual.safetensors", tmp_path / "m.onnx"
     images = make(path, activations="clamp_round", level=level)
@@ -267,7 +269,7 @@ def test_trained_codes_of_eight_bits_are_exact_and_safe(level, runtime, tmp_path
 @pytest.mark.parametrize("bits", [4, 8])
 def test_linear_networks_need_no_ranges(bits, tmp_path):
     path, out = tmp_path / "linears.safetensors", tmp_path / "m.onnx"
-    images = make(path, Linears)
+    images = make(path, LinearNetwork)
     wrote = export_integer(path, out, bits)
     assert wrote.dynamic and wrote.safe and wrote.layers == ("up", "down")
     assert wrote.top == (127 if bits == 8 else 255) and wrote.exact == (bits < 8)
@@ -279,14 +281,14 @@ def test_linear_networks_need_no_ranges(bits, tmp_path):
     assert nodes["MatMul"] == 0 and nodes["Gemm"] == 2  # the first and the last layer
     exact = exact_outputs(out, images)[0]
     np.testing.assert_allclose(logits, exact, rtol=0, atol=2e-3 * np.abs(exact).max())
-    expected = simulated(path, images, bits, Linears)
+    expected = simulated(path, images, bits, LinearNetwork)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=0.05 * np.abs(expected).max())
     closer = run(tmp_path / "exact.onnx", images)[0]
     errors = [np.abs(x - expected).mean() for x in (closer, logits)]
     assert errors[0] < errors[1] if bits == 8 else errors[0] == errors[1]
 
 
-def test_bad_input(served, tmp_path):
+def test_invalid_input_is_an_error(served, tmp_path):
     path, _, ranges = served
     out = tmp_path / "m.onnx"
     for arguments, message in (
@@ -302,14 +304,22 @@ def test_bad_input(served, tmp_path):
     assert wrote.layers == ("conv1",) and set(wrote.in_float) == {"conv2", "depth", "fc"}
 
 
-def test_linear_networks_with_ranges_are_static_for_openvino_alone(tmp_path):
+def test_linear_networks_with_ranges_are_static_only_for_openvino(tmp_path):
     path, out = tmp_path / "linears.safetensors", tmp_path / "m.onnx"
-    images = make(path, Linears)
-    ranges = calibrate_activations(load_packed(path, model=Linears()), [torch.from_numpy(images)])
+    images = make(path, LinearNetwork)
+    ranges = calibrate_activations(
+        load_packed(path, model=LinearNetwork()), [torch.from_numpy(images)]
+    )
     assert export_integer(path, out, 4, ranges=ranges).dynamic
     assert export_integer(path, out, 4, "openvino").dynamic
     wrote = export_integer(path, out, 4, "openvino", ranges=ranges)
     assert not wrote.dynamic and wrote.layers == ("up", "down") and not wrote.in_float
     logits, _ = run(out, images)
-    assert np.abs(logits - simulated(path, images, 4, Linears)).max() < 0.05 * np.abs(logits).max()
-    assert np.abs(logits - simulated(path, images, 1, Linears)).max() > 0.05 * np.abs(logits).max()
+    assert (
+        np.abs(logits - simulated(path, images, 4, LinearNetwork)).max()
+        < 0.05 * np.abs(logits).max()
+    )
+    assert (
+        np.abs(logits - simulated(path, images, 1, LinearNetwork)).max()
+        > 0.05 * np.abs(logits).max()
+    )

@@ -63,7 +63,7 @@ def run(path, **inputs):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_static(served, bits, tmp_path):
+def test_static_graph_equals_pytorch(served, bits, tmp_path):
     from tq_lightning.export.onnx.static import export_static
 
     path, model = served
@@ -77,7 +77,7 @@ def test_static(served, bits, tmp_path):
     np.testing.assert_allclose(got, expected(model, images, bits), rtol=0, atol=1e-5)
 
 
-def test_dynamic(served, tmp_path):
+def test_dynamic_graph_equals_pytorch(served, tmp_path):
     from tq_lightning.export.onnx.dynamic import export_dynamic
 
     path, model = served
@@ -102,7 +102,7 @@ def test_qonnx_gathers_from_truncated_codes(served, tmp_path):
     assert [n.op_type for n in graph.node][:4] == ["Trunc", "Cast", "Gather", "Mul"]
 
 
-def test_integer_mode_is_an_error(served):
+def test_integer_mode_needs_evenly_spaced_levels(served):
     path, _ = served
     ranges = {name: ActivationRange(0.0, 1.0) for name in ("conv", "fc")}
     with pytest.raises(UserError, match=r"level '(native|centroid)' has no integer form") as error:
@@ -116,7 +116,7 @@ def load_with(path, ranges):
     return loaded
 
 
-def test_integer_weights_are_an_error(served):
+def test_integer_export_needs_evenly_spaced_levels(served):
     from tq_lightning.quant.integer.arithmetic import integer_weight
 
     weight = next(m for m in served[1].modules() if hasattr(m, "stored"))

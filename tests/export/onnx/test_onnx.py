@@ -105,7 +105,7 @@ def expected(model, images, bits):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_affine_form_of_the_levels(level):
+def test_affine_form_gives_the_levels(level):
     for bits in range(1, 9):
         codes = torch.arange(2**bits, dtype=torch.uint8)
         a, b = levels_affine(bits, level)
@@ -114,7 +114,7 @@ def test_affine_form_of_the_levels(level):
         )
 
 
-def test_smallest_type_of_a_width():
+def test_each_width_uses_the_smallest_type():
     kinds = {bits: onnx.TensorProto.DataType.Name(smallest_type(bits)[0]) for bits in range(1, 9)}
     assert kinds == {
         1: "UINT2",
@@ -131,7 +131,7 @@ def test_smallest_type_of_a_width():
 
 @pytest.mark.parametrize("per_byte", [1, 2, 4])
 @pytest.mark.parametrize("count", [1, 4, 7, 10])
-def test_dense_is_the_layout_of_onnx(per_byte, count):
+def test_dense_packing_is_the_layout_of_onnx(per_byte, count):
     codes = (np.arange(count) * 7 % (1 << 8 // per_byte)).astype(np.uint8)
     kind = {1: onnx.TensorProto.UINT8, 2: onnx.TensorProto.UINT4, 4: onnx.TensorProto.UINT2}[
         per_byte
@@ -150,7 +150,7 @@ def test_dense_is_the_layout_of_onnx(per_byte, count):
         pytest.param(8, None, "UINT8", False, marks=pytest.mark.slow),
     ],
 )
-def test_static(served, bits, opset, kind, lean, tmp_path):
+def test_static_graph_equals_pytorch(served, bits, opset, kind, lean, tmp_path):
     from tq_lightning.export.onnx.static import export_static
 
     path, model = served
@@ -169,7 +169,7 @@ def test_static(served, bits, opset, kind, lean, tmp_path):
     assert np.abs(got - expected(model, images, 3 if bits != 3 else 2)).max() > 1e-3
 
 
-def test_option_to_fold_weights_at_load(tmp_path):
+def test_weights_are_folded_at_load_only_with_the_option(tmp_path):
     """ONNX Runtime keeps DequantizeLinear of a constant unless QDQ handling is disabled."""
     helper, kind = onnx.helper, onnx.TensorProto
     codes = helper.make_tensor(
@@ -200,7 +200,7 @@ def test_option_to_fold_weights_at_load(tmp_path):
         assert ("DequantizeLinear" in kinds) == left
 
 
-def test_dynamic_at_every_width(served, tmp_path):
+def test_dynamic_graph_equals_pytorch_at_every_width(served, tmp_path):
     from tq_lightning.export.onnx.dynamic import export_dynamic
 
     path, model = served
@@ -221,7 +221,7 @@ def test_dynamic_at_every_width(served, tmp_path):
             run.run(None, {"images": images.numpy(), "bits": np.array(bits)})
 
 
-def test_qonnx_trunc_is_the_shift(served, tmp_path):
+def test_qonnx_trunc_equals_the_shift(served, tmp_path):
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.op_run import OpRun
 
@@ -248,7 +248,7 @@ def test_qonnx_trunc_is_the_shift(served, tmp_path):
         export_qonnx(path, tmp_path / "m.onnx", 9)
 
 
-def test_errors(served, tmp_path):
+def test_invalid_export_is_an_error(served, tmp_path):
     from tq_lightning.export.onnx.static import export_static
 
     with pytest.raises(UserError, match="bits from 1 to 8"):

@@ -34,7 +34,7 @@ def check(got, model, images, bits):
 
 
 @pytest.mark.slow
-def test_dynamic_at_every_width(served, tmp_path):
+def test_dynamic_graph_equals_pytorch_at_every_width(served, tmp_path):
     from tq_lightning.export.onnx.dynamic import export_dynamic
 
     path, model = served
@@ -51,7 +51,7 @@ def test_dynamic_at_every_width(served, tmp_path):
 @pytest.mark.parametrize(
     "bits", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4, 5, 6, 7, 8))]
 )
-def test_static(served, bits, tmp_path):
+def test_static_graph_equals_pytorch(served, bits, tmp_path):
     from tq_lightning.export.onnx.static import export_static
 
     path, model = served

@@ -81,7 +81,7 @@ def test_huge_headers_are_rejected_quickly(change, match, packed, tmp_path):
 
 
 @pytest.mark.slow
-def test_values_are_refused_before_they_are_allocated():
+def test_values_are_rejected_before_they_are_allocated():
     """A constructor that computes with values could allocate terabytes."""
     with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
         torch.zeros(1 << 44)

@@ -24,7 +24,7 @@ def swap_planes(metadata, index, content):
     index["plane0"], index["plane1"] = index["plane1"], index["plane0"]
 
 
-def absurd_layer(metadata, index, content):
+def invalid_layer(metadata, index, content):
     content["layers"][0]["shape"] = [1 << 40, 1 << 7]
 
 
@@ -59,7 +59,7 @@ HOSTILE = {
     "absurd shape": (stretch, "its header describes"),
     "overlap": (overlap, "overlap"),
     "planes swapped": (swap_planes, "checksum|not contiguous"),
-    "absurd layer": (absurd_layer, "layer map"),
+    "absurd layer": (invalid_layer, "layer map"),
     "layer moved": (moved_layer, "overlap or leave a gap"),
     "layer twice": (double_layer, "layer map"),
     "norm sets gone": (other_widths, "adds norm3"),
@@ -142,7 +142,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("change", "match"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_headers(change, match, packed, tmp_path):
+def test_hostile_header_is_an_error(change, match, packed, tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(resign(packed.read_bytes(), change))
     with pytest.raises(UserError, match=match):
@@ -167,7 +167,7 @@ def test_header_with_a_recomputed_checksum_loads(packed, tmp_path):
         b"\x02" + b"\0" * 7 + b"{}",
     ],
 )
-def test_foreign_files(content, tmp_path):
+def test_foreign_file_is_an_error(content, tmp_path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"not a packed file|cannot open"):
@@ -225,7 +225,7 @@ def test_every_flipped_or_missing_bit_is_detected(tmp_path):
             everything()
 
 
-def test_flips_in_a_real_file_never_give_a_model(packed, tmp_path):
+def test_bit_flips_in_a_real_file_never_give_a_model(packed, tmp_path):
     raw, draw = packed.read_bytes(), np.random.default_rng(1)
     path = tmp_path / "m.safetensors"
     for at in draw.integers(0, len(raw), 300):
@@ -273,7 +273,7 @@ def places(thing, path=()):
         yield from places(inner, (*path, key))
 
 
-def test_headers_with_junk_in_any_place_end_in_an_error_or_load(packed, tmp_path):
+def test_header_with_random_values_loads_or_is_an_error(packed, tmp_path):
     """With correct checksums, the checks of the reader remain. They raise only UserError."""
     draw, raw, path = np.random.default_rng(2), packed.read_bytes(), tmp_path / "m.safetensors"
     refused = 0
@@ -320,7 +320,7 @@ def test_compressed_plane_cannot_exceed_the_size_of_a_plane(net, tmp_path):
         load_packed(path)
 
 
-def test_nothing_is_written_through_a_model(packed):
+def test_model_never_writes_to_its_file(packed):
     model = load_packed(packed)
     with torch.no_grad():
         model.fc.weight.zero_()

@@ -10,7 +10,7 @@ from tq_lightning.export.packed.edit import join, read_all, repack, write_rest
 
 
 @pytest.mark.parametrize("bits", [1, 4, 7])
-def test_narrow_plus_rest_is_the_whole_file_byte_for_byte(net, packed, bits, tmp_path):
+def test_narrow_and_rest_files_join_to_the_same_bytes(net, packed, bits, tmp_path):
     narrow, rest, whole = (tmp_path / n for n in ("narrow", "rest", "whole"))
     save_packed(net[0], narrow, max_bits=bits)
     sizes = write_rest(packed, rest, bits)
@@ -23,13 +23,13 @@ def test_narrow_plus_rest_is_the_whole_file_byte_for_byte(net, packed, bits, tmp
         load_packed(narrow, bits=bits + 1)
 
 
-def test_a_narrow_file_cut_from_a_file_is_the_one_saved(net, packed, tmp_path):
+def test_narrowed_file_equals_a_file_saved_at_that_width(net, packed, tmp_path):
     save_packed(net[0], tmp_path / "saved", max_bits=3)
     repack(packed, tmp_path / "cut", max_bits=3)
     assert (tmp_path / "saved").read_bytes() == (tmp_path / "cut").read_bytes()
 
 
-def test_compress_and_back(net, packed, tmp_path):
+def test_compression_round_trip_is_lossless(net, packed, tmp_path):
     repack(packed, tmp_path / "z", compress=True)
     repack(tmp_path / "z", tmp_path / "plain")
     assert (tmp_path / "plain").read_bytes() == packed.read_bytes()
@@ -39,7 +39,7 @@ def test_compress_and_back(net, packed, tmp_path):
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "z").read_bytes()
 
 
-def test_errors(make, packed, tmp_path):
+def test_invalid_edit_is_an_error(make, packed, tmp_path):
     repack(packed, tmp_path / "narrow", max_bits=2)
     write_rest(packed, tmp_path / "rest", 4)
     with pytest.raises(UserError, match="does not start at plane 2"):

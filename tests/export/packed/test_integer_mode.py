@@ -30,28 +30,28 @@ def trained(make, tmp_path_factory):
     return path, images
 
 
-def _logits(model, images, bits):
+def logits_at(model, images, bits):
     with torch.inference_mode(), bit_width(model, bits):
         return model(images)
 
 
-def test_all_widths_of_a_file(trained):
+def test_file_runs_on_integers_at_all_widths(trained):
     path, images = trained
     resident, model = load_packed(path), load_packed(path, mode="integer")
     assert isinstance(model, IntegerModel) and len(integer_layers(model)) == 6
     assert model.tq_file == resident.tq_file and model.tq == resident.tq
     for bits in range(1, 9):
-        expected, got = _logits(resident, images, bits), _logits(model, images, bits)
+        expected, got = logits_at(resident, images, bits), logits_at(model, images, bits)
         assert (got - expected).norm() < 0.05 * expected.norm()
         with bit_width(model, bits):
             assert all(a.wrong == 0 for a in compare(model, images).values())
 
 
-def test_one_width_of_a_file(trained):
+def test_file_loaded_at_one_width_runs_on_integers(trained):
     path, images = trained
     model = load_packed(path, bits=2, mode="integer")
     assert torch.equal(
-        _logits(model, images, 2), _logits(load_packed(path, mode="integer"), images, 2)
+        logits_at(model, images, 2), logits_at(load_packed(path, mode="integer"), images, 2)
     )
     with pytest.raises(UserError, match="loaded for widths 2, not 4"), bit_width(model, 4):
         pass
@@ -59,21 +59,21 @@ def test_one_width_of_a_file(trained):
         pass
 
 
-def test_a_file_without_ranges_is_refused(packed):
+def test_file_without_ranges_is_an_error(packed):
     with pytest.raises(UserError, match=r"no activation ranges.*calibrate_act.*--calibrate"):
         load_packed(packed, mode="integer")
 
 
-def test_without_kernels_the_mode_is_resident(trained, monkeypatch):
+def test_without_integer_kernels_the_mode_is_resident(trained, monkeypatch):
     path, images = trained
     monkeypatch.setattr(reader, "missing_kernels", lambda: "PyTorch 2.8 was built without oneDNN")
     with pytest.warns(UserWarning, match="without oneDNN.*mode='resident'"):
         model = load_packed(path, mode="integer")
-    assert torch.equal(_logits(model, images, 4), _logits(load_packed(path), images, 4))
+    assert torch.equal(logits_at(model, images, 4), logits_at(load_packed(path), images, 4))
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_ranges_go_into_a_file_and_back(net, tmp_path, compress):
+def test_ranges_are_saved_and_loaded(net, tmp_path, compress):
     """Ranges added by `save_packed` or later give the same file, which runs on integers."""
     model, images = copy.deepcopy(net[0]), net[1]
     plain, later, once = (tmp_path / f"{name}.safetensors" for name in ("plain", "later", "once"))
@@ -85,8 +85,8 @@ def test_ranges_go_into_a_file_and_back(net, tmp_path, compress):
     assert load_packed(later).tq_ranges == ranges and load_packed(plain).tq_ranges == {}
     resident, run = load_packed(later), load_packed(later, mode="integer")
     for bits in (8, 1):
-        expected = _logits(resident, images, bits)
-        assert (_logits(run, images, bits) - expected).norm() < 0.1 * expected.norm()
+        expected = logits_at(resident, images, bits)
+        assert (logits_at(run, images, bits) - expected).norm() < 0.1 * expected.norm()
     with pytest.raises(UserError, match="not a quantized layer"):
         add_ranges(plain, plain, {"fc": (0.0, 1.0)})
     assert load_packed(plain).tq_ranges == {}
@@ -99,25 +99,25 @@ def picture(tmp_path):
     return tmp_path / "a.png"
 
 
-def _classify(capsys, *argv):
+def classify_output(capsys, *argv):
     assert classify([str(a) for a in argv]) == 0
     out = capsys.readouterr()
     return list(csv.DictReader(io.StringIO(out.out))), out.err
 
 
-def test_classify(trained, picture, capsys, monkeypatch):
+def test_classify_in_integer_mode(trained, picture, capsys, monkeypatch):
     path, _ = trained
     args = (path, picture, "--bits", "2", "--top", "3")
-    expected, _ = _classify(capsys, *args)
-    got, note = _classify(capsys, *args, "--mode", "integer")
+    expected, _ = classify_output(capsys, *args)
+    got, note = classify_output(capsys, *args, "--mode", "integer")
     assert [row["class"] for row in got] == [row["class"] for row in expected]
     assert "6 of 8 layers run on integers; in float: conv1 (not quantized), fc" in note
-    lean, _ = _classify(capsys, *args, "--mode", "lean")
+    lean, _ = classify_output(capsys, *args, "--mode", "lean")
     assert lean == expected
     with pytest.raises(UserError, match="--lean means --mode lean, got --mode integer too"):
         classify([str(a) for a in args] + ["--lean", "--mode", "integer"])
     monkeypatch.setattr(kernels, "missing_kernels", lambda: "no oneDNN")
-    rows, note = _classify(capsys, *args, "--mode", "integer")
+    rows, note = classify_output(capsys, *args, "--mode", "integer")
     assert (
         rows == expected and "--mode integer is not available (no oneDNN); using resident" in note
     )

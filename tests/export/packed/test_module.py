@@ -57,7 +57,7 @@ def test_resident_weights_are_reused_only_for_the_same_width_model_and_state(
     assert not torch.equal(logits(model, images, 8), expected[8])
 
 
-def test_half_precision_models(make, tmp_path):
+def test_half_precision_models_are_saved_and_loaded(make, tmp_path):
     model, _ = make()
     model.half()
     save_packed(model, tmp_path / "m.safetensors")
@@ -72,7 +72,7 @@ def with_width(model, bits):
 
 
 @pytest.mark.parametrize("mode", ["resident", "lean"])
-def test_a_packed_model_goes_to_bfloat16(packed, net, mode):
+def test_packed_model_can_be_converted_to_bfloat16(packed, net, mode):
     model, images = load_packed(packed, mode=mode), net[1]
     exact = {bits: logits(model, images, bits) for bits in (8, 2)}
     first = packed_weights(model)[0]

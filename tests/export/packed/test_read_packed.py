@@ -20,7 +20,7 @@ def reader():
     return module
 
 
-def test_it_is_short_and_does_not_import_the_library():
+def test_reader_is_short_and_does_not_import_the_library():
     text = READER.read_text()
     assert len(text.splitlines()) < 150
     assert (
@@ -37,7 +37,9 @@ CHOICES = [
 
 @pytest.mark.parametrize("choices", CHOICES, ids=lambda choices: choices["level"])
 @pytest.mark.parametrize("compress", [False, True])
-def test_codes_weights_and_norms(make, reader, choices, compress, tmp_path):
+def test_codes_weights_and_norms_equal_those_of_the_library(
+    make, reader, choices, compress, tmp_path
+):
     model, _ = make(**choices)
     path = tmp_path / "m.safetensors"
     ranges = {"layer1.0.conv1": (-0.5, 2.0)} if "scale" in choices else {}
@@ -72,7 +74,7 @@ def test_damage_is_detected(reader, packed, tmp_path):
         reader.read(packed, 9)
 
 
-def test_command_line(reader, packed, tmp_path, capsys):
+def test_invalid_command_line_is_one_line_and_status_2(reader, packed, tmp_path, capsys):
     """Wrong arguments and files give one line and exit status 2."""
     assert reader.main([str(packed), "2"]) == 0
     assert "conv1.weight" in capsys.readouterr().out

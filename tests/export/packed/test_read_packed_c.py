@@ -40,7 +40,7 @@ def reader(request, tmp_path_factory):
     return [emulator, program]
 
 
-def test_it_is_one_short_file_without_dependencies():
+def test_reader_is_one_short_file_without_dependencies():
     text = READER.read_text()
     assert len(text.splitlines()) <= 600
     assert set(re.findall(r"#include (\S+)", text)) == {
@@ -48,7 +48,7 @@ def test_it_is_one_short_file_without_dependencies():
     }  # fmt: skip
 
 
-def test_codes_and_dot_products_at_every_width(reader, packed):
+def test_codes_and_dot_products_equal_those_of_the_library(reader, packed):
     header, tensors = read_all(packed)
     planes = np.stack([np.unpackbits(tensors[f"plane{p}"]) for p in range(8)]).astype(np.int64)
     stored = sum(planes[p] << (7 - p) for p in range(8))
@@ -65,7 +65,7 @@ def test_codes_and_dot_products_at_every_width(reader, packed):
         np.testing.assert_array_equal(np.frombuffer(raw, np.uint8), codes)
 
 
-def test_levels_that_are_tables(reader, make, tmp_path):
+def test_reader_supports_level_tables(reader, make, tmp_path):
     model, _ = make(normalizer="log", level="native", scale="span")
     save_packed(model, tmp_path / "m")
     tensors = read_all(tmp_path / "m")[1]
@@ -77,7 +77,7 @@ def test_levels_that_are_tables(reader, make, tmp_path):
     run(*reader, tmp_path / "m", 2, "layer1.0.conv1.weight")
 
 
-def test_files_and_arguments_that_are_refused(reader, net, packed, tmp_path):
+def test_invalid_files_and_arguments_are_errors(reader, net, packed, tmp_path):
     save_packed(net[0], tmp_path / "z", compress=True)
     save_packed(net[0], tmp_path / "four", max_bits=4)
     write_rest(packed, tmp_path / "rest", 4)
@@ -102,7 +102,7 @@ def test_files_and_arguments_that_are_refused(reader, net, packed, tmp_path):
 
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("choices", [{}, {"normalizer": "log", "level": "native", "scale": "span"}])
-def test_mutated_files_never_crash_it(make, tmp_path, count, choices):
+def test_mutated_files_never_crash_the_reader(make, tmp_path, count, choices):
     """Most mutants have a correct checksum, so that the parser is reached."""
     program = tmp_path / "mutate"
     sanitize = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -49,7 +49,7 @@ def test_file_without_new_features_is_version_1(net, packed, tmp_path):
     assert version(tmp_path / "more") == 2
 
 
-def test_a_committed_file_is_rewritten_byte_for_byte(tmp_path):
+def test_committed_file_is_rewritten_byte_for_byte(tmp_path):
     repack(COMMITTED, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == COMMITTED.read_bytes()
 
@@ -66,7 +66,7 @@ def test_a_committed_file_is_rewritten_byte_for_byte(tmp_path):
     ids=lambda choices: choices["normalizer"],
 )
 @pytest.mark.parametrize("mode", ["resident", "lean"])
-def test_a_loaded_model_is_the_trained_one(make, tmp_path, choices, mode):
+def test_loaded_model_equals_the_trained_model(make, tmp_path, choices, mode):
     model, images = make(**choices)
     save_packed(model, tmp_path / "m")
     assert version(tmp_path / "m") == 2
@@ -102,7 +102,7 @@ def test_tables_in_the_file_take_precedence_over_the_formula(second, tmp_path, m
     assert torch.equal(before.layer1[0].conv1.weight, after.layer1[0].conv1.weight)
 
 
-def test_narrow_files_and_their_rest(second, tmp_path):
+def test_narrow_and_rest_files_keep_version_2(second, tmp_path):
     repack(second, tmp_path / "four", max_bits=4)
     write_rest(second, tmp_path / "rest", 4)
     assert version(tmp_path / "four") == version(tmp_path / "rest") == 2
@@ -119,7 +119,7 @@ def test_half_precision_keeps_the_levels(second):
             assert torch.equal(half.layer1[0].conv1.weight, full.layer1[0].conv1.weight.half())
 
 
-def test_ranges_that_a_model_carries(net, tmp_path):
+def test_ranges_of_a_model_are_saved(net, tmp_path):
     model = net[0]
     model.tq_ranges = {"layer1.0.conv1": (0.0, 1.5)}
     try:
@@ -144,7 +144,7 @@ BAD_RANGES = {
 
 
 @pytest.mark.parametrize(("ranges", "message"), BAD_RANGES.values(), ids=BAD_RANGES.keys())
-def test_bad_ranges_are_refused_when_written_and_when_read(net, packed, tmp_path, ranges, message):
+def test_invalid_ranges_are_errors_on_save_and_load(net, packed, tmp_path, ranges, message):
     with pytest.raises(UserError, match=message):
         save_packed(net[0], tmp_path / "m", activation_ranges=ranges)
     assert not list(tmp_path.iterdir())
@@ -188,7 +188,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("change", "match"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_headers(change, match, second, tmp_path):
+def test_hostile_header_is_an_error(change, match, second, tmp_path):
     path = tmp_path / "m"
     path.write_bytes(resign(second.read_bytes(), change))
     with pytest.raises(UserError, match=match) as error:
@@ -197,7 +197,7 @@ def test_hostile_headers(change, match, second, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -5.0, 5.0])
-def test_hostile_tables(second, tmp_path, value):
+def test_hostile_level_table_is_an_error(second, tmp_path, value):
     from tq_lightning.export.packed.container import write_container
 
     header, tensors = read_all(second)
@@ -208,7 +208,7 @@ def test_hostile_tables(second, tmp_path, value):
     load_packed(tmp_path / "m", bits=4)  # only the tables in use are read
 
 
-def test_missing_choices_take_their_defaults(packed, tmp_path):
+def test_missing_choices_have_their_defaults(packed, tmp_path):
     def change(metadata, index, content):
         metadata["format_version"] = "2"
         for key in ("level", "ste", "norm"):
@@ -220,7 +220,7 @@ def test_missing_choices_take_their_defaults(packed, tmp_path):
     assert json.loads(json.dumps(a.tq)) == b.tq
 
 
-def test_a_prepared_network_fits_a_file_of_version_1(packed):
+def test_prepared_network_loads_a_file_of_version_1(packed):
     from tq_lightning.models import create_model
 
     model = create_model("resnet8_cifar", num_classes=10)

@@ -42,7 +42,7 @@ def logits(model, images, bits, source=None):
 
 @pytest.mark.parametrize("mode", ["resident", "lean"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_logits_are_the_truncated_training_models(make, case, mode, tmp_path):
+def test_logits_equal_the_truncated_training_model(make, case, mode, tmp_path):
     model, images = make(**case)
     save_packed(model, tmp_path / "m.safetensors", model_args=case.get("model_args"))
     whole = load_packed(tmp_path / "m.safetensors", mode=mode)
@@ -89,7 +89,7 @@ def test_first_planes_are_a_prefix_of_the_file(packed, net, tmp_path):
     assert theirs[8 + int.from_bytes(theirs[:8], "little") :] == ours[start:]
 
 
-def test_no_float_parent_in_the_file(packed, net):
+def test_file_has_no_float_weights_of_quantized_layers(packed, net):
     header = json.loads(load_metadata(packed)["header"])
     quantized = {layer["name"] for layer in header["layers"]}
     stored = load_file(packed)
@@ -107,7 +107,7 @@ def load_metadata(path):
         return file.metadata()
 
 
-def test_only_what_a_width_needs_is_read(packed, net, tmp_path):
+def test_reader_reads_only_what_a_width_needs(packed, net, tmp_path):
     """A reader at 2 bits never reads the other planes and norm sets."""
     raw = bytearray(packed.read_bytes())
     with Container(packed) as file:
@@ -127,7 +127,7 @@ def test_only_what_a_width_needs_is_read(packed, net, tmp_path):
         load_packed(tmp_path / "m.safetensors", bits=3)
 
 
-def test_folded_norms_agree_within_the_stated_tolerance(net, packed, tmp_path):
+def test_folded_norms_agree_within_the_documented_tolerance(net, packed, tmp_path):
     model, images = net
     plain = packed.stat().st_size
     sizes = save_packed(model, tmp_path / "f.safetensors", fold_norms=True)
@@ -141,7 +141,7 @@ def test_folded_norms_agree_within_the_stated_tolerance(net, packed, tmp_path):
         assert torch.equal(got.argmax(1), expected.argmax(1))
 
 
-def test_compressed_is_lossless_and_read_by_prefix(net, tmp_path):
+def test_compressed_file_is_lossless_and_read_by_prefix(net, tmp_path):
     model, images = net
     sizes = save_packed(model, tmp_path / "z.safetensors", compress=True)
     for bits in (1, 3, 8):
@@ -153,7 +153,7 @@ def test_compressed_is_lossless_and_read_by_prefix(net, tmp_path):
 
 
 @pytest.mark.parametrize("normalizer", ["tanh", "absmax_channel"])
-def test_any_module_with_model_given(normalizer, tmp_path):
+def test_any_module_loads_if_the_model_is_given(normalizer, tmp_path):
     """Recurrent, attention, transposed and tied weights, and buffers of other types."""
 
     class Odd(nn.Module):
@@ -186,7 +186,7 @@ def test_any_module_with_model_given(normalizer, tmp_path):
         load_packed(tmp_path / "m.safetensors")
 
 
-def test_widths_without_norm_statistics_are_refused(make, tmp_path):
+def test_widths_without_norm_statistics_are_errors(make, tmp_path):
     model, images = make(widths=(8, 2))
     for module in model.modules():
         if hasattr(module, "calibrated"):
@@ -200,7 +200,7 @@ def test_widths_without_norm_statistics_are_refused(make, tmp_path):
         load_packed(tmp_path / "m.safetensors", bits=4)
 
 
-def test_a_packed_model_is_not_calibrated_and_keeps_its_statistics(packed, net):
+def test_calibrating_a_packed_model_is_an_error(packed, net):
     served = load_packed(packed)
     before = {name: value.clone() for name, value in served.state_dict().items()}
     with pytest.raises(ValueError, match="a packed model has the statistics of its file"):
@@ -216,7 +216,7 @@ def test_width_that_was_not_loaded_does_not_mention_calibration(make, tmp_path):
         bit_width(load_packed(tmp_path / "m.safetensors", bits=4), 3).__enter__()
 
 
-def test_errors(make, net, packed, tmp_path):
+def test_invalid_input_is_an_error(make, net, packed, tmp_path):
     served = load_packed(packed)
     with pytest.raises(ValueError, match="no float weights"), bit_width(served, None):
         pass
@@ -244,7 +244,7 @@ def test_errors(make, net, packed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_leaves_the_old_file_whole(net, packed, tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_old_file(net, packed, tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     path.write_bytes(packed.read_bytes())
 
@@ -274,7 +274,7 @@ def test_only_requested_norm_sets_are_created(packed, net, monkeypatch):
         assert model.tq == net[0].tq
 
 
-def test_header_with_an_absurd_network_is_rejected_at_once(make, tmp_path):
+def test_header_with_a_huge_network_is_rejected_at_once(make, tmp_path):
     model, _ = make("vit_tiny_patch16_224", size=224)
     path = tmp_path / "vit.safetensors"
     for args in ({"depth": 65536}, {"embed_dim": 65472}):

@@ -22,7 +22,7 @@ pytestmark = [
 WIDTHS = (8, 4, 2, 1)
 
 
-def _conv():
+def build_conv_net():
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False),
         nn.BatchNorm2d(16),
@@ -40,7 +40,7 @@ def _conv():
     )
 
 
-def _vit():
+def build_vit():
     args = {
         "num_heads": 2,
         "img_size": 8,
@@ -52,7 +52,7 @@ def _vit():
     return create_model("vit_tiny_patch16_224", num_classes=10, **args)
 
 
-NETWORKS = {"conv": (_conv, 8), "vit": (_vit, 40)}  # name -> (make, epochs)
+NETWORKS = {"conv": (build_conv_net, 8), "vit": (build_vit, 40)}  # name -> (make, epochs)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def digits():
     return x[train], y[train], x[test], y[test]
 
 
-def _trained(name, digits, activations=None):
+def train_network(name, digits, activations=None):
     make, epochs = NETWORKS[name]
     torch.manual_seed(0)
     model, (x, y, *_) = make(), digits
@@ -87,18 +87,18 @@ def _trained(name, digits, activations=None):
     return model.eval()
 
 
-def _classes(model, images, bits):
+def predicted_classes(model, images, bits):
     with torch.inference_mode(), bit_width(model, bits, "truncate"):
         return model(images).argmax(1)
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def trained(request, digits):
-    return request.param, _trained(request.param, digits)
+    return request.param, train_network(request.param, digits)
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
-def test_float_trained_networks_lose_at_most_one_image(trained, observer, digits):
+def test_integer_mode_loses_at_most_one_image(trained, observer, digits):
     """One of 400 images is 0.25 points. Ranges that are much too small lose many."""
     x, _, images, labels = digits
     name, model = trained[0], copy.deepcopy(trained[1])
@@ -109,19 +109,24 @@ def test_float_trained_networks_lose_at_most_one_image(trained, observer, digits
     }
     small = integer_model(copy.deepcopy(model))
     for bits in WIDTHS:
-        right = [(_classes(m, images, bits) == labels).sum().item() for m in (model, run, small)]
+        right = [
+            (predicted_classes(m, images, bits) == labels).sum().item() for m in (model, run, small)
+        ]
         assert right[0] > (340 if bits > 1 else 280), f"{name} is not trained at {bits} bits"
         assert right[0] - right[1] <= 1, f"{observer}, {bits} bits: {right}"
         assert right[2] < right[0] - 10
 
 
-def test_trained_codes_predict_what_their_simulation_predicts(digits):
+def test_trained_activation_codes_predict_the_classes_of_their_simulation(digits):
     """Sums at bin edges may round either way in float32: at most one image of 400."""
     images = digits[2]
-    model = _trained("conv", digits, activations="pact_round")
+    model = train_network("conv", digits, activations="pact_round")
     run = integer_model(copy.deepcopy(model))
     for bits in WIDTHS:
-        simulation, got = _classes(model, images, bits), _classes(run, images, bits)
+        simulation, got = (
+            predicted_classes(model, images, bits),
+            predicted_classes(run, images, bits),
+        )
         with simulated(run):
-            exact = _classes(run, images, bits)
+            exact = predicted_classes(run, images, bits)
         assert (got != simulation).sum() <= 1 and (got != exact).sum() <= 1

@@ -23,11 +23,11 @@ WIDTHS = range(1, 9)
 SCALES = torch.tensor([1.0, -1.0, 0.37, -2.5e-3, 0.0, -0.0], dtype=torch.float64)
 
 
-def _codes(bits):
+def all_codes(bits):
     return torch.arange(2**bits).to(torch.uint8)
 
 
-def _weight(k, bits, level):
+def exact_weight(k, bits, level):
     """Return 2 level - 1 as an exact rational."""
     top = 2**bits - 1
     value = {"endpoint": Fraction(k, top), "left": Fraction(k, top + 1)}
@@ -36,8 +36,8 @@ def _weight(k, bits, level):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_signed_codes_truncate_by_an_arithmetic_shift(bits):
-    stored = _codes(8)
+def test_arithmetic_shift_truncates_signed_codes(bits):
+    stored = all_codes(8)
     narrow = signed_codes(truncate_codes(stored, 8, bits), bits)
     assert narrow.dtype == torch.int8
     assert torch.equal(narrow, signed_codes(stored, 8) >> (8 - bits))
@@ -47,24 +47,24 @@ def test_signed_codes_truncate_by_an_arithmetic_shift(bits):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_step_and_offset_of_a_level(bits, level):
+def test_step_and_offset_give_the_level_of_every_code(bits, level):
     step, offset = signed_level(bits, level)
     for k in range(2**bits):
-        exact = _weight(k, bits, level)
+        exact = exact_weight(k, bits, level)
         assert abs(Fraction(step) * (k - 2 ** (bits - 1) + Fraction(offset)) - exact) < 1e-15
 
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_all_codes_of_all_signs(bits, level, exact):
+def test_integer_weights_equal_exact_weights_for_all_codes_and_signs(bits, level, exact):
     """gain * (codes + offset) is the weight; if it is only rounded, the result is marked."""
-    codes = _codes(bits).expand(len(SCALES), -1)
+    codes = all_codes(bits).expand(len(SCALES), -1)
     scale = SCALES[:, None]
     got = integer_weight(codes, bits, scale, level, exact)
     assert got.codes.dtype == torch.int8 and (got.gain > 0).all()
     ideal = torch.tensor(
-        [[float(s) * float(_weight(k, bits, level)) for k in range(2**bits)] for s in SCALES],
+        [[float(s) * float(exact_weight(k, bits, level)) for k in range(2**bits)] for s in SCALES],
         dtype=torch.float64,
     )
     rebuilt = got.gain * (got.codes.double() + got.offset)
@@ -86,15 +86,15 @@ def test_all_codes_of_all_signs(bits, level, exact):
     assert got.codes.abs().int().max() <= largest_integer(bits, level)
 
 
-def test_left_of_positive_scale_is_exact_at_eight_bits():
-    assert integer_weight(_codes(8), 8, torch.tensor(2.0), "left").exact
+def test_left_levels_with_positive_scale_are_exact_at_8_bits():
+    assert integer_weight(all_codes(8), 8, torch.tensor(2.0), "left").exact
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_weights_of_four_bits_fit_int4(bits, level):
+def test_4_bit_weights_fit_int4(bits, level):
     """With the default largest integer, odd codes of 4 bits do not."""
-    codes = _codes(bits).expand(len(SCALES), -1)
+    codes = all_codes(bits).expand(len(SCALES), -1)
     odd = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
     got = integer_weight(codes, bits, SCALES[:, None], level, exact=True, largest=7)
     assert got.exact and int(got.codes.min()) >= -8 and int(got.codes.max()) <= 7
@@ -104,8 +104,8 @@ def test_weights_of_four_bits_fit_int4(bits, level):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_factors_make_a_bias_nearly_an_integer(bits):
-    codes = integer_weight(_codes(bits).expand(500, -1), bits, torch.tensor(3.0)).codes
+def test_bias_factors_make_the_bias_nearly_an_integer(bits):
+    codes = integer_weight(all_codes(bits).expand(500, -1), bits, torch.tensor(3.0)).codes
     steps = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 50
     factors = bias_factors(codes, steps, 64)
     assert int((codes.int() * factors[:, None]).abs().max()) <= 64 and int(factors.min()) >= 1
@@ -115,7 +115,7 @@ def test_factors_make_a_bias_nearly_an_integer(bits):
     assert factors.max() <= 64 // largest and bias_factors(codes, 0 * steps + 2**31).max() == 1
 
 
-def test_factors_of_wide_codes_are_one():
+def test_bias_factors_of_wide_codes_are_one():
     codes, steps = torch.full((3, 2), -128, dtype=torch.int8), torch.tensor([0.3, 0.0, 7.5])
     assert bias_factors(codes, steps.double(), 64).tolist() == [1, 1, 1]
     assert bias_factors(torch.full((1, 2), 3, dtype=torch.int8), torch.tensor([1.4])).tolist() == [
@@ -125,9 +125,9 @@ def test_factors_of_wide_codes_are_one():
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_split_weights_are_exact_and_safe(bits, level):
+def test_split_weights_are_exact_and_do_not_saturate(bits, level):
     """For all codes and signs, products with 255 fit 16 bits, unlike those of k'."""
-    codes = _codes(bits).expand(len(SCALES), -1)
+    codes = all_codes(bits).expand(len(SCALES), -1)
     got = split_weight(codes, bits, SCALES[:, None], level)
     whole = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
     assert all(part.dtype == torch.int8 for part in got.parts) and (got.gain > 0).all()
@@ -141,34 +141,34 @@ def test_split_weights_are_exact_and_safe(bits, level):
 
 
 def test_documented_example():
-    got = integer_weight(_codes(2), 2, torch.tensor(3.0))
+    got = integer_weight(all_codes(2), 2, torch.tensor(3.0))
     assert got.codes.tolist() == [-3, -1, 1, 3] and got.gain.item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("level", ["endpoint", "centre"])
-def test_the_half_depends_on_the_input(level):
+def test_half_step_term_depends_on_the_input(level):
     """Dropping it or replacing it by a constant changes products, so a bias cannot replace it."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (50,), generator=generator).to(torch.uint8)
     a = torch.randint(0, 256, (20, 50), generator=generator).double()
     got = integer_weight(codes, 8, torch.tensor(1.0), level, exact=True)
     products, sums = a @ got.codes.double(), a.sum(1)
-    exact = a @ torch.tensor([float(_weight(int(k), 8, level)) for k in codes], dtype=a.dtype)
+    exact = a @ torch.tensor([float(exact_weight(int(k), 8, level)) for k in codes], dtype=a.dtype)
     assert torch.allclose(got.gain * (products + got.offset * sums), exact, rtol=1e-12)
     left_out = exact - got.gain * products
     assert left_out.std() > 100 * got.gain and left_out.min() > 0  # in steps of the product
 
 
-def test_a_scale_too_small_for_float32_counts_as_zero():
-    got = integer_weight(_codes(4), 4, torch.tensor(1e-300, dtype=torch.float64))
+def test_scale_that_underflows_in_float32_is_treated_as_zero():
+    got = integer_weight(all_codes(4), 4, torch.tensor(1e-300, dtype=torch.float64))
     assert (got.codes == 0).all() and got.gain == 1 and got.offset == 0
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_two_products_fit_sixteen_bits(bits, level):
+def test_sum_of_two_products_fits_16_bits(bits, level):
     """The 16-bit sums of a processor without VNNI never saturate."""
-    largest = integer_weight(_codes(bits), bits, torch.tensor([[1.0], [-1.0]]), level).codes
+    largest = integer_weight(all_codes(bits), bits, torch.tensor([[1.0], [-1.0]]), level).codes
     assert largest.int().abs().max() == largest_integer(bits, level)
     top = activation_top(bits, level, exact_sums=False)
     assert 2 * top * largest_integer(bits, level) <= INT16_MAX
@@ -177,8 +177,8 @@ def test_two_products_fit_sixteen_bits(bits, level):
     assert activation_top(bits, level) == 255
 
 
-def test_bad_input(monkeypatch):
-    codes, one = _codes(4), torch.tensor(1.0)
+def test_invalid_input_is_an_error(monkeypatch):
+    codes, one = all_codes(4), torch.tensor(1.0)
     with pytest.raises(ValueError, match="from 1 to 8, got 9"):
         integer_weight(codes, 9, one)
     with pytest.raises(ValueError, match="'middle' has no integer form; pass one of endpoint"):

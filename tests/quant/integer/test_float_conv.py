@@ -12,7 +12,7 @@ from tq_lightning.quant.integer.float_conv import FloatConv
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 
-def make():
+def build_network():
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2, padding=1),
@@ -34,8 +34,8 @@ def make():
 
 
 @torch.no_grad()
-def test_the_norm_of_each_width_is_folded():
-    model, images = make()
+def test_norm_of_the_width_in_use_is_folded():
+    model, images = build_network()
     folded = FloatConv(model[0], model[1], width_of(model))
     seen = []
     for bits in (8, 2, 8, 1):
@@ -46,8 +46,8 @@ def test_the_norm_of_each_width_is_folded():
     assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1], atol=0.01)
 
 
-def test_integer_models_fold_the_norm_of_the_stem_and_keep_other_layers():
-    model, images = make()
+def test_integer_model_folds_the_stem_norm_and_keeps_other_float_layers():
+    model, images = build_network()
     calibrate_activations(model, [images])
     run = integer_model(copy.deepcopy(model))
     names = [type(module).__name__ for module in run.network.children()]
@@ -55,7 +55,7 @@ def test_integer_models_fold_the_norm_of_the_stem_and_keep_other_layers():
     assert all(m._built is None for m in copy.deepcopy(run).modules() if isinstance(m, FloatConv))
 
 
-def test_a_convolution_that_something_else_reads_is_not_folded():
+def test_convolution_with_a_second_consumer_is_not_folded():
     class Twice(nn.Module):
         def __init__(self, layers):
             super().__init__()
@@ -65,7 +65,7 @@ def test_a_convolution_that_something_else_reads_is_not_folded():
             x = self.stem(x)
             return self.rest(self.norm(x) + x)
 
-    model, images = make()
+    model, images = build_network()
     twice = Twice(model)
     twice.tq, twice.tq_width = getattr(model, "tq", None), getattr(model, "tq_width", None)
     calibrate_activations(twice, [images])

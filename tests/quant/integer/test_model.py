@@ -81,7 +81,7 @@ class Untraceable(nn.Module):
         return self.c(self.b(x) if x.sum() > -1e9 else x)
 
 
-def _ready(model, images, **how):
+def prepare_with_statistics(model, images, **how):
     """Prepare a model and give it norm statistics at every width."""
     torch.manual_seed(1)
     for module in model.modules():
@@ -101,11 +101,11 @@ def _ready(model, images, **how):
     return model
 
 
-def _images(size=8):
+def random_images(size=8):
     return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
-def _logits(model, images, bits):
+def logits_at(model, images, bits):
     with torch.inference_mode(), bit_width(model, bits, "truncate"):
         return model(images)
 
@@ -132,12 +132,12 @@ CASES = {  # name -> (make, image size, arguments of prepare)
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.slow if c == "depthwise" else ()) for c in CASES]
 )
-def test_every_layer_equals_exact_integers(case):
+def test_every_layer_equals_exact_integer_arithmetic(case):
     """Codes differ by at most 1, and only if the exact value is within 1e-3 of a half."""
     make, size, how = CASES[case]
     torch.manual_seed(0)
-    images = _images(size)
-    model = _ready(make(), images, **how)
+    images = random_images(size)
+    model = prepare_with_statistics(make(), images, **how)
     if "activations" not in how:
         calibrate_activations(model, [images])
     quantized = len(quantized_layers(model))
@@ -151,15 +151,15 @@ def test_every_layer_equals_exact_integers(case):
         outputs, off, wrong = (sum(part) for part in zip(*found.values(), strict=True))
         assert wrong == 0, {name: a for name, a in found.items() if a.wrong}
         assert off <= 1e-3 * outputs
-        assert _logits(run, images, bits).isfinite().all()
+        assert logits_at(run, images, bits).isfinite().all()
 
 
 def test_exact_reference_detects_a_wrong_weight():
-    images = _images()
-    model = _ready(Mixed(), images)
+    images = random_images()
+    model = prepare_with_statistics(Mixed(), images)
     calibrate_activations(model, [images])
     run = integer_model(model)
-    _logits(run, images, 4)
+    logits_at(run, images, 4)
     with bit_width(run, 4, "truncate"):
         layer = next(m for m in integer_layers(run) if m.name == "wide")
         layer._built.integers[0, 0, 0, 0] += 2
@@ -169,13 +169,15 @@ def test_exact_reference_detects_a_wrong_weight():
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_trained_codes_equal_their_own_simulation(kind, level):
-    images = _images(16)
+def test_trained_activation_codes_equal_their_simulation(kind, level):
+    images = random_images(16)
     torch.manual_seed(0)
-    model = _ready(create_model("resnet8_cifar"), images, activations=kind, level=level)
+    model = prepare_with_statistics(
+        create_model("resnet8_cifar"), images, activations=kind, level=level
+    )
     run = integer_model(copy.deepcopy(model))
     for bits in (8, 4, 3, 2, 1):
-        expected, got = _logits(model, images, bits), _logits(run, images, bits)
+        expected, got = logits_at(model, images, bits), logits_at(run, images, bits)
         # a sum at a bin edge may round either way in float32, which changes few logits slightly
         near = (got - expected).abs() < 1e-4 * expected.abs().max()
         assert bits == 8 or near.float().mean() >= 0.5
@@ -184,11 +186,11 @@ def test_trained_codes_equal_their_own_simulation(kind, level):
 
 @pytest.mark.parametrize("exact_sums", [True, False])
 @pytest.mark.parametrize("level", LEVELS)
-def test_eight_bit_layers_equal_the_float_layers_on_equal_codes(level, exact_sums):
+def test_8_bit_integer_layers_equal_float_layers_on_the_same_codes(level, exact_sums):
     """In float64. Codes differ by 1, within 1e-3 of a half; the nearest int8 differs elsewhere."""
-    images = _images()
+    images = random_images()
     how = {"level": level, "activations": "pact_round", "normalizer": "absmax_channel"}
-    model = _ready(Grouped(), images, **how)
+    model = prepare_with_statistics(Grouped(), images, **how)
     counts = {}
     for exact in (None, False):
         run = integer_model(copy.deepcopy(model), exact_sums, exact)
@@ -209,52 +211,52 @@ def test_eight_bit_layers_equal_the_float_layers_on_equal_codes(level, exact_sum
             assert others == 0 and ties <= 1e-3 * outputs
 
 
-def test_calibrated_logits_are_close_and_coarser_ranges_are_not():
-    images = _images(16)
+def test_calibrated_logits_are_close_to_float_but_wrong_ranges_are_not():
+    images = random_images(16)
     torch.manual_seed(0)
-    model = _ready(create_model("resnet8_cifar"), images)
+    model = prepare_with_statistics(create_model("resnet8_cifar"), images)
     ranges = calibrate_activations(model, [images])
     run = integer_model(copy.deepcopy(model))
     model.tq_ranges = {name: (0.0, 40 * high) for name, (_, high) in ranges.items()}
     coarse = integer_model(copy.deepcopy(model))
     for bits in WIDTHS:
-        expected = _logits(model, images, bits)
-        error = (_logits(run, images, bits) - expected).norm() / expected.norm()
-        assert error < 0.05 < (_logits(coarse, images, bits) - expected).norm() / expected.norm()
+        expected = logits_at(model, images, bits)
+        error = (logits_at(run, images, bits) - expected).norm() / expected.norm()
+        assert error < 0.05 < (logits_at(coarse, images, bits) - expected).norm() / expected.norm()
 
 
-def test_switching_widths_gives_what_each_width_gives_alone():
-    images = _images()
-    model = _ready(Mixed(), images)
+def test_switching_widths_does_not_change_the_logits_of_a_width():
+    images = random_images()
+    model = prepare_with_statistics(Mixed(), images)
     calibrate_activations(model, [images])
     run = integer_model(copy.deepcopy(model))
-    first = {bits: _logits(run, images, bits) for bits in WIDTHS}
+    first = {bits: logits_at(run, images, bits) for bits in WIDTHS}
     for bits in reversed(WIDTHS):
         alone = copy.deepcopy(run)
-        assert torch.equal(_logits(alone, images, bits), first[bits])
-        assert torch.equal(_logits(run, images, bits), first[bits])
+        assert torch.equal(logits_at(alone, images, bits), first[bits])
+        assert torch.equal(logits_at(run, images, bits), first[bits])
     assert not torch.equal(first[8], first[4])
     with pytest.raises(ValueError, match="unknown width 9"), bit_width(run, 9, "truncate"):
         pass
 
 
-def test_batches_of_other_sizes_give_the_same_rows():
-    images = _images()
-    model = _ready(Mixed(), images)
+def test_batch_size_does_not_change_the_logits_of_an_image():
+    images = random_images()
+    model = prepare_with_statistics(Mixed(), images)
     calibrate_activations(model, [images])
     run = integer_model(model)
-    whole = _logits(run, images, 4)
-    rows = torch.cat([_logits(run, images[i : i + 1], 4) for i in range(len(images))])
+    whole = logits_at(run, images, 4)
+    rows = torch.cat([logits_at(run, images[i : i + 1], 4) for i in range(len(images))])
     assert torch.allclose(whole, rows, atol=1e-6)
     with torch.inference_mode(), bit_width(run, 4, "truncate"), simulated(run):
         assert torch.allclose(run(images), whole, atol=1e-4)
 
 
-def test_codes_that_could_saturate_are_split(monkeypatch):
+def test_weights_that_could_saturate_are_split(monkeypatch):
     """Trained 8-bit codes on a processor that adds in 16 bits: two kernels, safe integers."""
-    images = _images(16)
+    images = random_images(16)
     torch.manual_seed(0)
-    model = _ready(create_model("resnet8_cifar"), images, activations="pact_round")
+    model = prepare_with_statistics(create_model("resnet8_cifar"), images, activations="pact_round")
     safe = integer_model(copy.deepcopy(model), exact_sums=False)
     for bits, split in ((8, True), (7, False), (2, False)):
         with torch.inference_mode(), bit_width(safe, bits, "truncate"):
@@ -263,22 +265,22 @@ def test_codes_that_could_saturate_are_split(monkeypatch):
             assert [m._built.rest is not None for m in integer_layers(safe)] == [split] * 6
 
 
-def test_calibrated_codes_stop_at_127_where_two_products_could_saturate():
-    images = _images(16)
+def test_calibrated_codes_are_limited_to_127_if_sums_could_saturate():
+    images = random_images(16)
     torch.manual_seed(0)
-    model = _ready(create_model("resnet8_cifar"), images)
+    model = prepare_with_statistics(create_model("resnet8_cifar"), images)
     calibrate_activations(model, [images])
     tops = {}
     for exact in (True, False):
         run = integer_model(copy.deepcopy(model), exact_sums=exact)
         for bits in WIDTHS:
-            _logits(run, images, bits)
+            logits_at(run, images, bits)
             tops[exact, bits] = {m._built.into.top for m in integer_layers(run)}
     assert all(tops[True, bits] == {255} for bits in WIDTHS)
     assert [tops[False, bits] for bits in WIDTHS] == [{127}, {127}, {255}, {255}, {255}]
 
 
-def test_a_model_that_cannot_be_traced_runs_layer_by_layer():
+def test_untraceable_model_runs_layer_by_layer():
     torch.manual_seed(0)
     model, x = Untraceable(), torch.randn(6, 8)
     prepare(model, verbose=False, skip=())
@@ -286,8 +288,8 @@ def test_a_model_that_cannot_be_traced_runs_layer_by_layer():
     run = integer_model(copy.deepcopy(model))
     assert len(integer_layers(run)) == 3 and "3 of 3" in run.summary()
     for bits in WIDTHS:
-        expected = _logits(model, x, bits)
-        assert (_logits(run, x, bits) - expected).norm() < 0.03 * expected.norm()
+        expected = logits_at(model, x, bits)
+        assert (logits_at(run, x, bits) - expected).norm() < 0.03 * expected.norm()
 
 
 class OwnForward(nn.Conv2d):
@@ -295,7 +297,7 @@ class OwnForward(nn.Conv2d):
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight)
 
 
-def test_layers_that_cannot_be_integer_are_named_and_stay_in_float():
+def test_layers_without_an_integer_kernel_are_named_and_stay_in_float():
     layers = OrderedDict(
         stem=nn.Conv2d(3, 4, 3),
         own=OwnForward(4, 4, 2),
@@ -303,7 +305,7 @@ def test_layers_that_cannot_be_integer_are_named_and_stay_in_float():
         reflect=nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
         fine=nn.Conv2d(4, 4, 3),
     )
-    model, images = nn.Sequential(layers), _images()
+    model, images = nn.Sequential(layers), random_images()
     prepare(model, verbose=False, skip=("first",))
     calibrate_activations(model.eval(), [images])
     run = integer_model(copy.deepcopy(model))
@@ -312,13 +314,13 @@ def test_layers_that_cannot_be_integer_are_named_and_stay_in_float():
     assert run.layers["up"] == "ConvTranspose2d has no integer kernel"
     assert run.layers["reflect"].startswith("its padding is reflect")
     assert run.summary().startswith("1 of 5 layers run on integers; in float: stem (not quantized)")
-    expected = _logits(model, images, 4)
-    assert (_logits(run, images, 4) - expected).norm() < 0.03 * expected.norm()
+    expected = logits_at(model, images, 4)
+    assert (logits_at(run, images, 4) - expected).norm() < 0.03 * expected.norm()
 
 
-def test_bad_input(monkeypatch):
-    images = _images()
-    model = _ready(Mixed(), images)
+def test_invalid_input_is_an_error(monkeypatch):
+    images = random_images()
+    model = prepare_with_statistics(Mixed(), images)
     with pytest.raises(UserError, match=r"no activation ranges.*--calibrate"):
         integer_model(model)
     calibrate_activations(model, [images])
@@ -336,38 +338,40 @@ def test_bad_input(monkeypatch):
         integer_model(model)
 
 
-def test_codes_pass_through_max_pooling():
+def test_max_pooling_keeps_codes_as_integers():
     """PyTorch pools uint8 tensors only up to 255 values per image."""
     layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Flatten()
-    model, images = nn.Sequential(*layers, nn.Linear(1352, 3)), _images(32)
+    model, images = nn.Sequential(*layers, nn.Linear(1352, 3)), random_images(32)
     prepare(model, verbose=False, skip=("first",), activations="clamp_round")
     run = integer_model(copy.deepcopy(model.eval()))
     assert any(isinstance(m, CodePool) for m in run.modules())
     for bits in (4, 1):
-        assert torch.allclose(_logits(run, images, bits), _logits(model, images, bits), atol=1e-5)
+        assert torch.allclose(
+            logits_at(run, images, bits), logits_at(model, images, bits), atol=1e-5
+        )
 
 
-def test_slices_of_whole_tensors_are_dropped_and_others_are_not():
-    images = _images(32)
-    model = _ready(create_model("resnet8_cifar", num_classes=3), images)
+def test_only_slices_that_select_everything_are_removed():
+    images = random_images(32)
+    model = prepare_with_statistics(create_model("resnet8_cifar", num_classes=3), images)
     calibrate_activations(model, [images])
     run = integer_model(model)
     slices = [n.args[1][2:] for n in run.network.graph.nodes if n.target is operator.getitem]
     assert slices == [(slice(None, None, 2), slice(None, None, 2))] * 2  # of the two strided blocks
 
 
-def test_the_kernel_cache_is_not_copied():
+def test_deepcopy_does_not_copy_the_kernel_cache():
     weight = torch.ones(2, 2, 1, 1, dtype=torch.int8)
     one = torch.ones(2)
     kernel = Conv2d(weight, one, 0 * one, (1, 2, 3, 3), (1, 1), (0, 0), (1, 1), 1, 0.5)
     a = torch.full((1, 2, 3, 3), 3, dtype=torch.uint8)
     assert (kernel(a, None) == 3.0).all()
-    images = _images()
-    model = _ready(Mixed(), images)
+    images = random_images()
+    model = prepare_with_statistics(Mixed(), images)
     calibrate_activations(model, [images])
     run = integer_model(model)
-    before = _logits(run, images, 2)
+    before = logits_at(run, images, 2)
     assert all(m._built is not None for m in integer_layers(run))
     copied = copy.deepcopy(run)
     assert all(m._built is None for m in integer_layers(copied))
-    assert torch.equal(_logits(copied, images, 2), before)
+    assert torch.equal(logits_at(copied, images, 2), before)

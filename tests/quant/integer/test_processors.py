@@ -20,7 +20,7 @@ SATURATING = {key for key in KEYS if activation_top(int(key[-1]), key.split()[0]
 QEMU = shutil.which("qemu-x86_64")
 
 
-def _run(*prefix):
+def run_on_processor(*prefix):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
     done = subprocess.run(
         [*prefix, sys.executable, str(SCRIPT)],
@@ -33,8 +33,8 @@ def _run(*prefix):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_all_widths_are_exact_here():
-    found = _run()
+def test_all_widths_are_exact_on_this_processor():
+    found = run_on_processor()
     assert found["allowed"] == dict.fromkeys(KEYS, 0)
     if found["exact"]:
         assert found["forced"] == dict.fromkeys(KEYS, 0)
@@ -44,7 +44,7 @@ def test_all_widths_are_exact_here():
 @pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
 def test_all_widths_are_exact_without_vnni():
     """With 8-bit activation codes, exactly the widths that can saturate are wrong."""
-    found = _run(QEMU, "-cpu", "Haswell")
+    found = run_on_processor(QEMU, "-cpu", "Haswell")
     assert not found["exact"]
     assert found["allowed"] == dict.fromkeys(KEYS, 0)
     assert {key for key, count in found["forced"].items() if count} == SATURATING
