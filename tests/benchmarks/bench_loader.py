@@ -1,4 +1,4 @@
-"""Augmented images per second of the loader alone: CIFAR size, random crop, horizontal flip.
+"""Throughput of the loader in augmented images: CIFAR size, random crop, horizontal flip.
 
     python tests/benchmarks/bench_loader.py [--out loader.csv] [--device cpu] \\
         [--seconds 5] [--batch-size 128] [--threads 2]
@@ -24,7 +24,7 @@ CASES = {"crop+flip": {}, "crop+flip+erasing": {"reprob": 0.25}, "crop+flip+mixu
 def measure(
     keys: dict[str, float], batch_size: int, seconds: float, device: str
 ) -> tuple[float, float]:
-    """Measure images per second of wall and processor time, over all epochs but the first."""
+    """Measure images per second of wall and processor time, over all epochs except the first."""
     module = TQDataModule("synthetic", samples=20_000, batch_size=batch_size, seed=0, **keys)
     loader = module.train_dataloader()
 

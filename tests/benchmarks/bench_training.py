@@ -10,9 +10,9 @@
 - compiled: eager joint steps against compiled ones (torch.compile), after compilation
 - start: time of the imports and of --help
 
-A ratio is the median over pairs that are timed in turn, so that other work on the machine falls on
-both sides. The C library keeps freed memory (`measuring.py`). Seconds of processor time serve as a
-second opinion; bytes are counts, the same on every machine.
+A ratio is the median over pairs that are timed in turn, so that other load affects both sides. The
+C library keeps freed memory (`measuring.py`). The note has the ratio of processor time. Bytes are
+counted, so they are the same on every machine.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def train_step(
     joint: bool,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], None]:
-    """A step in the order of Lightning, which frees gradients after the forward pass.
+    """Return a step in the order of Lightning, which frees gradients after the forward pass.
 
     `TQModule` frees those of a joint step as soon as the optimizer has used them.
     """
@@ -138,8 +138,8 @@ def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
 def peak_bytes(name: str, size: int, batch: int, joint: bool) -> int:
     """Peak bytes of the tensors of a step, parameters and optimizer state included.
 
-    PyTorch's allocator is counted, not the process: what the C library keeps of freed memory
-    depends on the order of requests.
+    This counts the memory of PyTorch's allocator, not of the process, because the memory that the C
+    library keeps depends on the order of requests.
     """
     model, images, target = build(name, size, batch, joint)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

@@ -112,7 +112,9 @@ def main(argv: list[str] | None = None) -> int:
             what = f"{name} batch {batch}, bf16, {mode}: joint step / {len(WIDTHS)} float steps"
             note = f"{card}; {1000 * seconds.clock:.1f} ms"
             table.add(what, ratio.clock, "x", AIMS[mode], note)
-            table.write(args.out)  # now: what a later case runs out of does not cost this row
+            table.write(
+                args.out
+            )  # write now, so that a failure of a later case does not lose this row
     return 0
 
 

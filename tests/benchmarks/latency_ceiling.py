@@ -1,4 +1,4 @@
-"""Speedup of an integer product of large matrices over float, a bound for arithmetic alone.
+"""Speedup of an integer product of large matrices over float, which bounds that of arithmetic.
 
 A network with a larger speedup also saves memory traffic.
 """

@@ -31,7 +31,7 @@ RUNTIMES = {
 }
 AREA = 300.0  # of the largest mark, in square points
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-# width -> where its number stands: 8 and 4 bits often lie on each other
+# width -> offset and alignment of its number; the marks of 8 and 4 bits often overlap
 LABELS = {"8": (-2, 13, "center"), "4": (-9, -3, "right"), "2": (9, 0, "left"), "1": (9, 0, "left")}
 SIZES = {"font.size": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9}
 

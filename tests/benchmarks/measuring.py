@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# glibc gives large tensors back to the system and fetches them again page by page: up to a quarter
-# of a step, on whichever side of a ratio its heap happens to stand worse
+# glibc returns the memory of large tensors to the system and requests it again page by page. This
+# can take a quarter of a step and affects both sides of a ratio differently.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 

@@ -1,4 +1,4 @@
-"""A moved run keeps its best checkpoint, and a resumed one draws what it would have drawn."""
+"""A moved run keeps its best checkpoint, and a resumed run draws the same random numbers."""
 
 import random
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Every width is scored on shifted integers, and only the estimated norm sets change."""
+"""Every width is evaluated on shifted integers, and only the estimated norms change."""
 
 import csv
 import random

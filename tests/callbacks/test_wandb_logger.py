@@ -1,4 +1,4 @@
-"""The W&B logger: one run for each fit, also in one process, and only on rank 0."""
+"""The W&B logger: one run per fit, even within one process, and only on rank 0."""
 
 import pytest
 import wandb

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine, started for these tests and stopped after them."""
+"""A SLURM cluster of two nodes on this machine, started and stopped by these tests."""
 
 import contextlib
 import os

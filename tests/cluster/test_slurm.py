@@ -1,4 +1,4 @@
-"""On a real SLURM, requeued jobs, arrays and two ranks give the bits of an uninterrupted run."""
+"""On SLURM, requeued jobs, arrays and two ranks are bit-identical to an uninterrupted run."""
 
 import time
 from pathlib import Path
@@ -51,7 +51,9 @@ def uninterrupted(slurm, tmp_path_factory):
     return {task: work / "runs" / f"slurm-{job}_{task}" for task in (0, 1)}
 
 
-def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, uninterrupted, tmp_path):
+def test_array_tasks_resume_after_a_signal_and_after_scontrol_requeue(
+    slurm, uninterrupted, tmp_path
+):
     """Each task resumes in its own folder, with the weights of its seed."""
     pace = paced(tmp_path, "batches-$SLURM_ARRAY_TASK_ID")
     fit = f"srun {FIT} --seed_everything $SLURM_ARRAY_TASK_ID {pace}"
@@ -70,7 +72,7 @@ def test_an_array_is_requeued_by_signal_and_by_scontrol(slurm, uninterrupted, tm
         assert later == "1\n", "the first attempt ran no later line of the script"
         assert_same_run(run, uninterrupted[task])
         batches = (tmp_path / f"batches-{task}").read_text().splitlines()
-        assert len(batches) - len(set(batches)) <= 1, "it went on from where it was"
+        assert len(batches) - len(set(batches)) <= 1, "it resumed from its checkpoint"
     assert len(list((tmp_path / "runs").iterdir())) == 2
     printed = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert "is queued again" in printed and "interrupted: stopped by SIGTERM" in printed
@@ -82,7 +84,7 @@ TWO = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 RANKS = "--trainer.num_nodes 2 --trainer.devices 1 --trainer.strategy ddp"
 
 
-def test_two_ranks_are_requeued_by_signal_and_by_a_lost_node(slurm, tmp_path):
+def test_two_ranks_resume_after_a_signal_and_after_a_lost_node(slurm, tmp_path):
     """The requeued job logs the same losses although its second epoch was interrupted."""
     work = tmp_path / "uninterrupted"
     one = slurm.sbatch(work, f"srun {FIT} {RANKS}", *TWO)

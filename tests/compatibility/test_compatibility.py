@@ -34,7 +34,7 @@ def acc1(metrics, split, trained):
     return {k: v for k, v in found.items() if k.endswith(("w8", "w2", "mean")) == trained}
 
 
-def test_packed_file():
+def test_packed_file_gives_the_same_classes():
     model = load_packed(HERE / "packed.safetensors")
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for bits, logits in EXPECTED["logits"].items():
@@ -42,14 +42,14 @@ def test_packed_file():
             torch.testing.assert_close(model(x), torch.tensor(logits), atol=1e-4, rtol=1e-4)
 
 
-# Version 0.1.0 scored running averages as they were, and gave untrained widths the statistics of
-# images as evaluation sees them: the former can be compared, the latter are close.
+# Version 0.1.0 used the running averages of trained widths, which can be compared exactly. It
+# estimated the statistics of untrained widths from evaluation images, so those are only close.
 running_averages = mock.patch("tq_lightning.quant.norm_calibration.SETTLED", 0)
 
 
 @running_averages
 @pytest.mark.parametrize("verb", ["test", "validate"])
-def test_checkpoint_is_scored_as_before(folder, verb):
+def test_checkpoint_is_evaluated_as_before(folder, verb):
     config = ["--config", "runs/interrupted/run/config.yaml"]
     assert main([verb, *config, "--ckpt_path", CHECKPOINT]) == 0
     if verb == "test":
@@ -81,7 +81,7 @@ def test_checkpoint_exports_to_the_weights_it_holds(folder):
 
 
 @pytest.mark.slow
-def test_finished_sweep_is_read_not_rerun(folder):
+def test_finished_sweep_is_not_repeated(folder):
     before = {p: p.read_bytes() for p in Path("sweep/trials").rglob("record.json")}
     trials = Path("sweep/trials.csv").read_text()
     assert main(["sweep", "sweep.yaml", "--dir", "sweep"]) == 0

@@ -1,11 +1,11 @@
-"""The energy model: its numbers by hand, with counter-examples."""
+"""The energy model against hand-calculated numbers, with counter-examples."""
 
 import pytest
 
 from tq_lightning.cost.energy import ASSUMPTIONS, CONSTANTS_PJ, energy_model
 
 
-def test_one_weight_by_hand():
+def test_energy_of_one_weight_equals_the_manual_sum():
     four = energy_model(1).by_width[4]
     assert four["refetch_float_pj"] == pytest.approx(650 + 2 * 3.7 + 2 * 0.9 + 4 * 100 / 64)
     assert four["shift_pj"] == pytest.approx(12 * 100 / 64 + 0.03)
@@ -14,7 +14,7 @@ def test_one_weight_by_hand():
     assert four["traffic_pj"] == pytest.approx(81.25)
 
 
-def test_the_table_is_that_of_the_paper():
+def test_constants_match_the_paper():
     """Horowitz, ISSCC 2014, fig. 1.1.9: memory for 64 bits, arithmetic for one operation."""
     assert CONSTANTS_PJ == {
         "DRAM access, 64 bits": 1300.0,
@@ -25,7 +25,7 @@ def test_the_table_is_that_of_the_paper():
     }
 
 
-def test_scales_with_weights_and_widths():
+def test_energy_grows_with_weights_and_widths():
     one, many = energy_model(1, max_bits=4), energy_model(1000, max_bits=4)
     assert list(one.by_width) == [1, 2, 3, 4]
     for bits, parts in one.by_width.items():
@@ -43,7 +43,7 @@ def test_shift_costs_less_than_reading_the_float_weights():
     assert by_width[8]["refetch_planes_pj"] > 6 * by_width[8]["shift_pj"]
 
 
-def test_the_record_carries_its_sources():
+def test_record_names_the_sources_of_its_constants():
     record = energy_model(7)
     assert record.constants_pj == CONSTANTS_PJ
     assert "fig. 1.1.9" in record.source and "45 nm" in record.source

@@ -20,7 +20,7 @@ def fake(shape, accelerator, bits):
     return {"compute_pj": 1.0, "weights_pj": traffic + 7.0, "activations_pj": 2.0}
 
 
-def test_shapes_of_convolutions_and_linears():
+def test_shapes_of_convolutions_and_linear_layers():
     with torch.device("meta"):
         net = nn.Sequential(
             nn.Conv2d(3, 8, 3, stride=2, padding=1),
@@ -35,7 +35,7 @@ def test_shapes_of_convolutions_and_linears():
     assert layer_shapes(net, {"1"}, (3, 32, 32)) == [shapes[1]]
 
 
-def test_repeated_shapes_count_each_and_energy_is_linear_in_width(monkeypatch):
+def test_every_layer_counts_and_energy_is_linear_in_the_width(monkeypatch):
     monkeypatch.setattr(energy_inference, "_simulator", lambda: fake)
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
@@ -46,7 +46,7 @@ def test_repeated_shapes_count_each_and_energy_is_linear_in_width(monkeypatch):
         assert {row["compute_pj"] for row in energy.by_width.values()} == {2.0}
 
 
-def test_inspect_prints_and_records_it(monkeypatch, tmp_path, capsys):
+def test_inspect_prints_and_records_the_energy(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(energy_inference, "_simulator", lambda: fake)
     out = tmp_path / "r8.json"
     argv = ["inspect", "--model.name", "resnet8_cifar", "--energy", "--out", str(out)]
@@ -61,7 +61,7 @@ def test_inspect_prints_and_records_it(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.skipif(HAS_ZIGZAG, reason="zigzag-dse is installed")
-def test_without_zigzag_one_line_says_what_to_install(capsys):
+def test_missing_zigzag_error_says_what_to_install(capsys):
     assert main(["inspect", "--model.name", "resnet8_cifar", "--energy"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "pip install 'tq_lightning[energy]'" in lines[0]
@@ -70,7 +70,7 @@ def test_without_zigzag_one_line_says_what_to_install(capsys):
 @needs
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_simulated_layer_is_linear_in_the_width():
+def test_simulated_energy_is_linear_in_the_width():
     simulate = energy_inference._simulator()
     shape = LayerShape(1, 32, 32, 4, 4, (1, 1), (1, 1))
     for accelerator in energy_inference.ACCELERATORS.values():

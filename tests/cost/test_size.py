@@ -1,4 +1,4 @@
-"""Byte accounting: the ratio of the paper by an independent count, and every scheme by hand."""
+"""Byte accounting against independent counts: the ratio of the paper, and every scheme."""
 
 import pytest
 import timm
@@ -23,7 +23,7 @@ from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.records import StorageBytes
 
 
-def _net():
+def build_network():
     """Build a network in which no weight fills whole bytes of a plane."""
     return nn.Sequential(
         nn.Conv2d(3, 5, 3, bias=False),  # first: 135 floats
@@ -36,8 +36,8 @@ def _net():
     )
 
 
-def test_every_storage_scheme_by_hand():
-    model = _net()
+def test_every_storage_scheme_equals_the_manual_count():
+    model = build_network()
     prepare(model, verbose=False)
     rows = layer_rows(model)
     floats = 4 * (135 + 7 + 128)
@@ -63,8 +63,8 @@ def test_every_storage_scheme_by_hand():
     assert read_at(rows, 8) == total(rows, "master8", 8).total
 
 
-def test_policy_changes_sizes():
-    shared, channel, narrow = _net(), _net(), _net()
+def test_skip_and_norm_policy_change_the_sizes():
+    shared, channel, narrow = build_network(), build_network(), build_network()
     prepare(shared, norm="shared", skip=(), verbose=False)
     prepare(channel, normalizer="tanh_channel", verbose=False)
     prepare(narrow, max_bits=4, widths=(4, 2), verbose=False)
@@ -76,11 +76,10 @@ def test_policy_changes_sizes():
     assert {row.bits for row in layer_rows(narrow)} == {None, 4}
 
 
-def test_resnet50_in_the_papers_accounting():
+def test_resnet50_matches_the_accounting_of_the_paper():
     rows = paper_rows(meta_model("resnet50"))
     paper = total(rows, "paper", 8).total
-    # Counted anew from the architecture: all convolutions and the classifier but the stem in 8
-    # bits.
+    # Counted independently: all convolutions except the stem, and the classifier, in 8 bits.
     conv = sum(
         m.weight.numel() for m in meta_model("resnet50").modules() if isinstance(m, nn.Conv2d)
     )
@@ -135,7 +134,7 @@ def test_tied_weights_and_attention_count_once():
     )
 
 
-def test_record_bytes():
+def test_record_has_the_bytes_of_every_width():
     model = create_model("resnet8_cifar")
     parameters = sum(p.numel() for p in model.parameters())
     prepare(model, verbose=False)
@@ -163,7 +162,7 @@ def test_model_that_needs_values_is_built_with_real_tensors(monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_parts_add_up(way):
+def test_parts_add_up_to_the_total(way):
     model = meta_model("resnet20_cifar")
     prepare(model, verbose=False)
     got = total(layer_rows(model), way, 8)
@@ -204,7 +203,7 @@ def test_predicted_size_is_the_file_size_without_header(tmp_path, name, policy):
         assert read_at(rows, bits) == read - written["header"]
 
 
-def test_transposed_convolution_and_tied_floats_as_in_the_file(tmp_path):
+def test_predicted_size_counts_transposed_and_tied_weights_like_the_file(tmp_path):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()

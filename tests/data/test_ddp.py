@@ -1,4 +1,4 @@
-"""Two real processes under Lightning's DDP see what one process sees."""
+"""Two processes under Lightning's DDP read the same samples as one process."""
 
 import csv
 import hashlib

@@ -86,7 +86,7 @@ def test_cifar_is_read_from_image_files(cifar, packed):
 
 
 def test_cifar_is_read_from_torchvision_files(tmp_path, monkeypatch):
-    """torchvision's own files, but for their checksums."""
+    """The files have torchvision's format, but other checksums."""
     import torchvision
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)

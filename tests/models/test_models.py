@@ -26,13 +26,13 @@ CIFAR = {  # name -> (parameters at 10 classes, added up by hand; convolutions a
 }
 
 
-def _same(a: nn.Module, b: nn.Module) -> bool:
+def all_equal(a: nn.Module, b: nn.Module) -> bool:
     pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
     return all(ka == kb and torch.equal(va, vb) for (ka, va), (kb, vb) in pairs)
 
 
 @pytest.mark.parametrize("name", CIFAR)
-def test_structure_and_timm_interface(name):
+def test_cifar_networks_have_the_known_structure_and_the_timm_interface(name):
     model = create_model(name).eval()
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert (sum(p.numel() for p in model.parameters()), len(layers)) == CIFAR[name]
@@ -51,7 +51,7 @@ def test_structure_and_timm_interface(name):
     assert name in timm.list_models("*cifar*")
 
 
-def test_option_a_shortcut_is_a_subsampled_copy():
+def test_option_a_shortcut_subsamples_its_input():
     """With zero residual branches the network is stem, ReLU, subsampling and zero padding."""
     model = create_model("resnet8_cifar").eval()
     for name, module in model.named_modules():
@@ -65,9 +65,10 @@ def test_option_a_shortcut_is_a_subsampled_copy():
     assert stem.abs().sum() > 0
 
 
-def test_preactivation_expansion_and_projection():
+def test_preactivation_network_has_expansion_and_projection():
     assert (
-        _params(create_model("preresnet20_cifar", expansion=5)) == CIFAR["preresnet20_cifar_x5"][0]
+        parameter_count(create_model("preresnet20_cifar", expansion=5))
+        == CIFAR["preresnet20_cifar_x5"][0]
     )
     model = create_model("preresnet20_cifar")
     projections = [name for name, _ in model.named_modules() if name.endswith("skip_conv")]
@@ -75,15 +76,15 @@ def test_preactivation_expansion_and_projection():
     report = prepare(model, skip=("first", "last", "*skip_conv"), verbose=False)
     assert sum("floor" in what for what in report.values()) == 18
     assert (model.forward_features(torch.randn(2, 3, 32, 32)) < 0).any(), (
-        "no ReLU stands before the pooling"
+        "there is no ReLU before the pooling"
     )
 
 
-def _params(model: nn.Module) -> int:
+def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def test_every_relu_is_its_own_module():
+def test_every_relu_is_a_separate_module():
     """Otherwise several activations would share one learned clip."""
     model = create_model("resnet8_cifar")
     used: list[int] = []
@@ -94,7 +95,7 @@ def test_every_relu_is_its_own_module():
     assert len(used) == len(set(used)) == 7
 
 
-def _prefixed(prefix):
+def with_prefix(prefix):
     return lambda state: {f"{prefix}{key}": value for key, value in state.items()}
 
 
@@ -107,12 +108,12 @@ WRAPS = {
         "global_step": 7,
     },
     "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
-    "averaged": lambda s: {"n_averaged": torch.tensor(3), **_prefixed("module.")(s)},
+    "averaged": lambda s: {"n_averaged": torch.tensor(3), **with_prefix("module.")(s)},
     "a compiled part": lambda s: {
         k.replace("layer1.", "layer1._orig_mod."): v for k, v in s.items()
     },
     **{
-        prefix: _prefixed(prefix)
+        prefix: with_prefix(prefix)
         for prefix in (
             "_orig_mod.module.",
             "module._orig_mod.",
@@ -138,26 +139,26 @@ WRAPS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-def test_checkpoints_of_every_kind(tmp_path, wrap):
+def test_every_kind_of_checkpoint_is_loaded(tmp_path, wrap):
     source = create_model("resnet8_cifar")
     torch.save(WRAPS[wrap](source.state_dict()), tmp_path / "w.pth")
-    assert _same(create_model("resnet8_cifar", checkpoint_path=tmp_path / "w.pth"), source)
-    assert not _same(create_model("resnet8_cifar"), source)
+    assert all_equal(create_model("resnet8_cifar", checkpoint_path=tmp_path / "w.pth"), source)
+    assert not all_equal(create_model("resnet8_cifar"), source)
 
 
 def test_parameter_names_like_a_wrapper_prefix_are_kept(tmp_path):
     source, target = (nn.Sequential(OrderedDict(model=nn.Linear(3, 2))) for _ in range(2))
     torch.save(source.state_dict(), tmp_path / "w.pth")
     load_weights(target, tmp_path / "w.pth")
-    assert _same(source, target)
-    torch.save(_prefixed("model.module.")(source.state_dict()), tmp_path / "w.pth")
+    assert all_equal(source, target)
+    torch.save(with_prefix("model.module.")(source.state_dict()), tmp_path / "w.pth")
     load_weights(target, tmp_path / "w.pth")
-    assert _same(source, target)
+    assert all_equal(source, target)
 
 
 BROKEN = {  # name -> content of a file instead of the state dict of resnet8_cifar
     "not a tensor": (lambda s: {**s, "fc.bias": "ten"}, "has no state dict"),
-    "a name that is no text": (lambda s: {**s, 7: s["fc.bias"]}, "has no state dict"),
+    "a name that is a number": (lambda s: {**s, 7: s["fc.bias"]}, "has no state dict"),
     "another shape": (
         lambda s: {**s, "layer1.0.conv1.weight": torch.zeros(3, 3)},
         r"layer1\.0\.conv1\.weight has shape \(3, 3\), resnet8_cifar has \(16, 16, 3, 3\)",
@@ -172,7 +173,7 @@ BROKEN = {  # name -> content of a file instead of the state dict of resnet8_cif
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_parts_are_one_line(tmp_path, case):
+def test_invalid_checkpoint_is_an_error_of_one_line(tmp_path, case):
     breaking, message = BROKEN[case]
     torch.save(breaking(create_model("resnet8_cifar").state_dict()), tmp_path / "w.pth")
     with pytest.raises(UserError, match=message) as caught:
@@ -180,14 +181,16 @@ def test_broken_parts_are_one_line(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_safetensors(tmp_path):
+def test_safetensors_file_is_loaded(tmp_path):
     source = create_model("test_vit")
     save_file(source.state_dict(), tmp_path / "w.safetensors")
-    assert _same(create_model("test_vit", checkpoint_path=str(tmp_path / "w.safetensors")), source)
+    assert all_equal(
+        create_model("test_vit", checkpoint_path=str(tmp_path / "w.safetensors")), source
+    )
 
 
 @pytest.mark.parametrize("activations", [None, "pact_floor"])
-def test_a_prepared_checkpoint_gives_its_float_network(tmp_path, activations):
+def test_checkpoint_of_a_prepared_model_gives_its_float_network(tmp_path, activations):
     source = create_model("resnet8_cifar")
     prepare(source, activations=activations, verbose=False)
     for module in source.modules():
@@ -203,14 +206,14 @@ def test_a_prepared_checkpoint_gives_its_float_network(tmp_path, activations):
         assert torch.equal(model(x), source(x))  # no activation reaches the learned clip here
 
 
-class _Runs:
+class RunsCode:
     def __reduce__(self):
         return (print, ("a file ran code",))
 
 
-def test_no_file_runs_code(tmp_path, capsys):
-    (tmp_path / "bad.pth").write_bytes(pickle.dumps({"state_dict": _Runs()}))
-    torch.save({"state_dict": _Runs()}, tmp_path / "bad.ckpt")
+def test_checkpoint_file_never_runs_code(tmp_path, capsys):
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps({"state_dict": RunsCode()}))
+    torch.save({"state_dict": RunsCode()}, tmp_path / "bad.ckpt")
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
     for name, why in {
         "bad.pth": "contains objects that could run code",
@@ -224,7 +227,7 @@ def test_no_file_runs_code(tmp_path, capsys):
     assert "ran code" not in capsys.readouterr().out
 
 
-def test_checkpoint_that_does_not_load_is_one_line(tmp_path):
+def test_checkpoint_that_does_not_fit_is_an_error_of_one_line(tmp_path):
     path = tmp_path / "w.pth"
     torch.save(create_model("resnet8_cifar").state_dict(), path)
     cases = {
@@ -250,7 +253,7 @@ def test_checkpoint_that_does_not_load_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_unknown_names_and_arguments():
+def test_unknown_names_and_arguments_are_errors():
     for kwargs, message in {
         ("resnet2O_cifar",): "did you mean.*resnet20_cifar",
         ("qqqqqqqqqqqqq",): "list_models",
@@ -262,7 +265,7 @@ def test_unknown_names_and_arguments():
         create_model("resnet8_cifar", shade="red")
 
 
-def test_pretrained_without_network_is_one_quick_line(monkeypatch, tmp_path):
+def test_pretrained_weights_without_internet_are_a_quick_error_of_one_line(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     def unknown_host(*args, **kwargs):

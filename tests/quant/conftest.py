@@ -11,7 +11,7 @@ from tq_lightning.quant.switchable_norm import per_width_norms
 
 
 def build_network() -> nn.Sequential:
-    """Build stem, bn1, act1, conv, bn2, act2, pool, flatten, fc with norms off their defaults."""
+    """Build stem, bn1, act1, conv, bn2, act2, pool, flatten, fc with non-default norms."""
     torch.manual_seed(0)
     layers = OrderedDict(
         stem=nn.Conv2d(3, 6, 3, padding=1, bias=False),
@@ -44,7 +44,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def model(net: nn.Sequential) -> nn.Sequential:
-    """Prepare the network for 8, 4 and 2 bits; every norm set has its own statistics and affine."""
+    """Prepare the network for 8, 4 and 2 bits. Each has its own norm statistics."""
     prepare(net, skip=(), widths=(8, 4, 2), verbose=False)
     for norm in per_width_norms(net):
         for i, key in enumerate(norm.sets):

@@ -23,7 +23,7 @@ def model(net, images):
 
 
 def test_a_prepared_model_starts_at_its_widest_trained_width(net, images):
-    """A plain loop without `bit_width` trains a quantized model; float must be selected."""
+    """A plain loop without `bit_width` trains a quantized model. Float must be requested."""
     net.eval()
     before = net(images)
     prepare(net, widths=(2, 4), verbose=False)

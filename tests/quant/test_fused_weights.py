@@ -104,7 +104,7 @@ def test_learned_range_gets_the_same_gradient_when_fused(ste, normalizer):
         assert all(g.abs().sum() > 0 for g in fused_grads)
     for w in weight_quantizers(model):
         w.quantizer.range.requires_grad_(False)
-    assert len(compare(model, 4)[3]) == 4  # the weights alone, but for the frozen one
+    assert len(compare(model, 4)[3]) == 4  # all weights except the frozen one
 
 
 def test_learned_range_of_a_frozen_weight_is_trained():

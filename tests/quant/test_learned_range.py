@@ -1,4 +1,4 @@
-"""The learned range: its start, its gradient at every width, and no weight decay."""
+"""The learned range: its initial value, its gradient at every width, and no weight decay."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def rule(w, bits, normalizer="learned", channel_dim=0, groups=1, **choices):
 
 
 def channel_of(shape, channel_dim, groups):
-    """Return the output channel of every weight, by hand."""
+    """Compute the output channel of every weight independently."""
     index = torch.arange(shape[channel_dim])
     view = index.view([-1 if d == channel_dim else 1 for d in range(len(shape))]).expand(shape)
     if channel_dim == 0:

@@ -77,7 +77,7 @@ def dsq_formula(grad: float, u: float, level: float, bits: int, quantizer: str) 
     return grad * (1 / top) / 2 / math.tanh(k * width / 2) * k * (1 - math.tanh(k * d) ** 2)
 
 
-FORMULAS = {  # written again from the papers: (grad, u, level, bits, quantizer) -> grad
+FORMULAS = {  # independent formulas from the papers: (grad, u, level, bits, quantizer) -> grad
     "identity": lambda g, u, v, n, q: g,
     "scaled": lambda g, u, v, n, q: g * (1 - 2.0**-n),
     "slope": lambda g, u, v, n, q: g / (1 - 2.0**-n),

@@ -1,4 +1,4 @@
-"""Switchable norms: the width selects a set, and estimating other sets changes nothing."""
+"""Switchable norms: the width selects a norm, and calibration changes only untrained norms."""
 
 import copy
 

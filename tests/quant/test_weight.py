@@ -1,4 +1,4 @@
-"""The weight quantizer: normalizers by hand, gradients against float64 autograd, hard weights."""
+"""The weight quantizer: normalizers, gradients against float64 autograd, extreme weights."""
 
 from dataclasses import replace
 

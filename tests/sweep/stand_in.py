@@ -9,7 +9,7 @@ from typing import Any
 from tq_lightning.records import Evaluation, ModelBytes, Record, write_record
 
 METRIC = "val/acc1_truncate_mean"
-CHECKPOINT = {  # but for global_step
+CHECKPOINT = {  # without global_step
     "state_dict": {},
     "hyper_parameters": {},
     "loops": {

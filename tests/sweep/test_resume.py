@@ -1,4 +1,4 @@
-"""A retry resumes the earlier attempt's last checkpoint, in a folder of its own."""
+"""A retry resumes from the last checkpoint of the earlier attempt, in a new folder."""
 
 import json
 import os
@@ -186,7 +186,7 @@ def test_suspended_worker_drops_its_trial_on_wake_up(write_sweep, tmp_path, swee
         late,
         time.monotonic() - woken,
     )  # it noticed within its next heartbeat
-    assert {row[1] for row in mine} != {0.1}  # and went on with other trials
+    assert {row[1] for row in mine} != {0.1}  # and continued with other trials
     trials = study_of(folder).trials
     assert sorted(t.value for t in trials if t.state == TrialState.COMPLETE) == [51, 52, 53, 54]
     assert [t.user_attrs["cause"] for t in trials if t.state == TrialState.FAIL] == ["lost"]

@@ -77,7 +77,7 @@ def test_missing_checkpoint_is_an_error_of_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_killed_writer_keeps_the_old_checkpoint(tmp_path):
-    """Also if the temporary folder is on another file system, because it is not used."""
+    """The temporary folder may be on another file system, because it is not used."""
     path, elsewhere = save(tmp_path / "run" / "last.ckpt"), Path("/dev/shm")
     temporary = str(elsewhere if elsewhere.is_dir() else tmp_path)
     before = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Processes of launchers against devices and nodes of the Trainer."""
+"""The processes of a launcher must match the devices and nodes of the Trainer."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Two processes with half the batch take the steps of one; only the first writes."""
+"""Two processes with half the batch each train like one process. Only the first writes files."""
 
 import functools
 import json
@@ -96,7 +96,7 @@ def test_two_processes_train_like_one_with_both_launchers(tmp_path):
     _, other = finish(tmp_path / "other", 16)
     assert_close(two["state_dict"], one["state_dict"])
     assert_close(three["state_dict"], one["state_dict"])
-    with pytest.raises(AssertionError):  # half the batch alone gives another step
+    with pytest.raises(AssertionError):  # counter-example: half the batch
         assert_close(other["state_dict"], one["state_dict"])
     buffers = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
     assert buffers[0].keys() == buffers[1].keys(), "momentum only where there was a gradient"

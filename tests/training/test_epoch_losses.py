@@ -1,4 +1,4 @@
-"""Losses of an epoch continue over resumes, whatever the number of ranks."""
+"""Epoch losses continue after a resume, with any number of ranks."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tq_lightning.training.epoch_losses import EpochLosses
 
 
 def test_epoch_losses_of_two_ranks_continue_after_a_resume():
-    """Each rank resumes with its own sums, and the mean weighs every sample once."""
+    """Each rank resumes with its own sums, and the mean counts every sample once."""
     ranks = [EpochLosses(), EpochLosses()]
     ranks[0].add({"k": torch.tensor(1.0)}, 2)
     ranks[1].add({"k": torch.tensor(4.0)}, 6)

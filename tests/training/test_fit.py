@@ -52,7 +52,7 @@ def test_clipped_gradient_sets_the_length_of_a_step(train, tmp_path):
 
 
 def test_accumulation_equals_a_larger_batch(train, tmp_path):
-    """Two accumulated batches of 8 give the step of a batch of 16; one batch alone does not."""
+    """Two accumulated batches of 8 give the step of a batch of 16. One batch does not."""
     _, whole = train(tmp_path, data={"batch_size": 16}, limit_train_batches=2)
     trainer, halves = train(
         tmp_path, data={"batch_size": 8}, limit_train_batches=4, accumulate_grad_batches=2

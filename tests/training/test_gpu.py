@@ -1,7 +1,7 @@
 """Training, evaluation and packed models on a GPU (`make gpu`).
 
-The bodies also run on a CPU, with gloo for NCCL and bfloat16 for float16: what they compare is then
-seen to hold, and what only a GPU shows is not.
+The tests also run on a CPU, with gloo instead of NCCL and bfloat16 instead of float16. This checks
+the comparisons, but not the behavior of a GPU.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""`validate` of a trained float network without further training, with and without its values."""
+"""`validate` on a trained float network, with scales that keep or shrink its weights."""
 
 import re
 from itertools import pairwise
@@ -13,7 +13,7 @@ from tq_lightning.data.datamodule import TQDataModule
 
 
 class NetworkWithoutNorms(nn.Module):
-    """Six linear layers with GELU, without a norm that would undo a change of scale."""
+    """Six linear layers with GELU, without norms that would compensate a change of scale."""
 
     def __init__(self, num_classes=10):
         super().__init__()

@@ -78,15 +78,17 @@ def kill_inside_the_second_epoch(root: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_run_killed_inside_an_epoch_resumes_bit_identically(tmp_path):
-    whole = finish(tmp_path / "whole")
+    uninterrupted = finish(tmp_path / "whole")
     step = kill_inside_the_second_epoch(tmp_path / "killed")
     assert step == 15
     (run,) = (tmp_path / "killed").iterdir()
     before = record(run)
     assert before["status"] == "running"
-    assert finish(tmp_path / "killed", "--ckpt_path", "last") == run, "goes on in its own directory"
+    assert finish(tmp_path / "killed", "--ckpt_path", "last") == run, (
+        "the resumed run keeps its directory"
+    )
 
-    ours, theirs = last(run), last(whole)
+    ours, theirs = last(run), last(uninterrupted)
     for key in (*TRAINED, "lr_schedulers"):
         assert_same(ours[key], theirs[key], key)
     assert ours["global_step"] == STEPS * EPOCHS
@@ -95,16 +97,16 @@ def test_run_killed_inside_an_epoch_resumes_bit_identically(tmp_path):
     )
     best = [
         torch.load(next((r / "checkpoints").glob("best-*.ckpt")), weights_only=True)
-        for r in (run, whole)
+        for r in (run, uninterrupted)
     ]
     assert_same(best[0]["state_dict"], best[1]["state_dict"], "best")
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == sorted(
-        p.name for p in (whole / "checkpoints").iterdir()
+        p.name for p in (uninterrupted / "checkpoints").iterdir()
     )
 
-    assert rows(run) == rows(whole)
+    assert rows(run) == rows(uninterrupted)
     assert [row["epoch"] for row in rows(run) if row["epoch"]] == ["0", "1", "2"]
-    now, other = record(run), record(whole)
+    now, other = record(run), record(uninterrupted)
     assert now["status"] == "finished" and now["id"] == before["id"] != other["id"]
     assert now["started"] == before["started"] and now["seconds"] > before["seconds"]
     for key in ("widths", "steps", "epochs", "bytes"):
@@ -158,7 +160,9 @@ def test_run_stopped_inside_an_epoch_resumes_bit_identically(train, tmp_path):
         "sched": "cosine",
     }
     data = {"pad": 1, "hflip": 0.5, "reprob": 0.5, "mixup": 0.2, "cutmix": 1.0}
-    trainer, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2), data=data)
+    trainer, uninterrupted = fit(
+        train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2), data=data
+    )
     means = trainer.callback_metrics
     fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), Stop(1, 2), data=data)
     assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 6
@@ -171,7 +175,7 @@ def test_run_stopped_inside_an_epoch_resumes_bit_identically(train, tmp_path):
         "train/loss_w1",
     ):  # over the whole epoch, not only after the stop
         assert torch.equal(trainer.callback_metrics[key], means[key]), key
-    assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
+    assert_same(dict(rest.state_dict()), dict(uninterrupted.state_dict()))
     ours, theirs = (torch.load(tmp_path / r / "last.ckpt", weights_only=True) for r in "ba")
     for key in (*TRAINED, "lr_schedulers"):
         assert_same(ours[key], theirs[key], key)
@@ -183,7 +187,7 @@ def test_run_stopped_inside_an_epoch_resumes_bit_identically(train, tmp_path):
 def test_run_stopped_in_the_last_validation_repeats_it(train, resnet, tmp_path):
     """The checkpoint is from before the end of the epoch, so the validation is repeated."""
     model = {**resnet, "ema_decay": 0.5}
-    _, whole = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2))
+    _, uninterrupted = fit(train, tmp_path / "a", model, StepCheckpoint(tmp_path / "a", 2))
     fit(train, tmp_path / "b", model, StepCheckpoint(tmp_path / "b", 2), stop=Stop(1))
     assert torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)["global_step"] == 6
     trainer, rest = fit(
@@ -194,7 +198,7 @@ def test_run_stopped_in_the_last_validation_repeats_it(train, resnet, tmp_path):
         resume=tmp_path / "b" / "last.ckpt",
     )
     assert "val/acc1_truncate_mean" in trainer.callback_metrics
-    assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
+    assert_same(dict(rest.state_dict()), dict(uninterrupted.state_dict()))
 
 
 class Kill(L.Callback):
@@ -233,9 +237,9 @@ def test_two_kills_inside_an_accumulation_resume_bit_identically(
 ):
     """Each kill is inside an accumulation, and 10 batches also end an epoch inside one."""
     model = {**resnet, "opt": "adamw", "ema_decay": 0.5, "width_schedule": "sandwich"}
-    whole = killed(train, tmp_path / "a", model, accumulate)
+    uninterrupted = killed(train, tmp_path / "a", model, accumulate)
     rest = killed(train, tmp_path / "b", model, accumulate, 8, 1, 6)
-    assert_same(dict(rest.state_dict()), dict(whole.state_dict()))
+    assert_same(dict(rest.state_dict()), dict(uninterrupted.state_dict()))
     ours, theirs = (torch.load(tmp_path / r / "last.ckpt", weights_only=True) for r in "ba")
     for key in ("state_dict", "current_model_state", "optimizer_states", "global_step"):
         assert_same(ours[key], theirs[key], key)

@@ -1,4 +1,4 @@
-"""Every ended run has a result in its record; commands without training do not change it."""
+"""Every run that ends has a result in its record. Commands without training do not change it."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def test_every_epoch_has_one_row_with_all_metrics(tmp_path):
 
 
 def test_run_with_a_time_limit_is_evaluated_at_its_end(tmp_path):
-    """Scored at its last step although the next validation was due after 50 epochs."""
+    """The last step is evaluated, although the next validation was due after 50 epochs."""
     run_fit(
         arguments(
             tmp_path,

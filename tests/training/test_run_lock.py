@@ -1,4 +1,4 @@
-"""A run folder has one writer: death frees it, a requeue takes over, other hosts are detected."""
+"""A run folder has one writer. A dead writer loses it, and a requeued job takes it over."""
 
 import json
 import os

@@ -74,12 +74,12 @@ def test_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path, capsys, a
     ],
 )
 def test_signal_takes_effect_after_validation_and_epoch_end(tmp_path, where, more):
-    whole, run = tmp_path / "whole", tmp_path / "stopped"
-    assert fit(whole, *more) == 0
+    uninterrupted, run = tmp_path / "whole", tmp_path / "stopped"
+    assert fit(uninterrupted, *more) == 0
     assert fit(run, *more, *send("SIGUSR1", *where)) == 138
     assert status(run) == "interrupted"
     assert fit(run, *more) == 0
-    assert_same_run(run, whole)
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_signal_stops_an_evaluation_at_once(tmp_path, capsys):
 
 
 def test_ctrl_c_names_only_an_existing_checkpoint(tmp_path, capsys):
-    """Without one, `--ckpt_path last` would resume another run."""
+    """Without a checkpoint, `--ckpt_path last` would resume another run."""
     run = tmp_path / "a"
     assert fit(run, *send("SIGINT", 0, 1)) == 130
     assert capsys.readouterr().err.splitlines()[-1] == f"interrupted: {run} has no checkpoint yet"

@@ -1,6 +1,6 @@
 """Run every graph of a folder on images.npy and write its logits to GRAPH.npy.
 
-Needs NumPy and a runtime alone, so that an emulated processor can run it:
+It needs only NumPy and a runtime, so that an emulated processor can run it:
 
     python run_graphs.py FOLDER onnxruntime|openvino [PACKAGES]
 """

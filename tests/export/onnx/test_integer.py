@@ -218,7 +218,7 @@ def test_trained_activation_codes_equal_their_simulation(kind, bits, tmp_path):
     "bits", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 4, 2, 1))]
 )
 def test_every_layer_equals_exact_integer_arithmetic(bits, served, tmp_path):
-    """Codes differ by 1 at most, where the exact value lies within 1e-3 of a half; counted."""
+    """Codes differ by at most 1, and only if the exact value is within 1e-3 of a half."""
     path, images, ranges = served
     out, other = tmp_path / "m.onnx", tmp_path / "other.onnx"
     export_integer(path, out, bits, ranges=ranges)

@@ -109,7 +109,7 @@ HOSTILE = {
     "more planes": (set_in("content", "stored_bits", 9), "planes"),
     "fewer planes": (set_in("content", "stored_bits", 3), "does not store"),
     "more codes": (set_in("content", "codes", 1 << 40), "codes"),
-    "a type that is none": (
+    "unknown type": (
         set_in("content", "dtypes", {"fc.weight": "load"}),
         "invalid dtype",
     ),
@@ -118,25 +118,25 @@ HOSTILE = {
         set_in("content", "dtypes", {"layer1.0.conv1.weight": "int8"}),
         "invalid dtype",
     ),
-    "a name twice": (
+    "duplicate name": (
         set_in("content", "model", {"name": "resnet8_cifar", "args": {"name": "x"}}),
         "disallowed model argument",
     ),
     "planes wider than codes": (too_wide, "8 planes of 4-bit codes"),
     "a plane of floats": (plane_of_floats, "has the wrong type"),
-    "norm rows uncut": (norms_of_none, "compared with the network"),
-    "norm sets twice": (set_in("content", "norm_widths", [1, 2, 2]), "not unique"),
-    "norms beyond the planes": (set_in("content", "norm_widths", [9]), "does not store"),
-    "class names that are none": (set_in("content", "class_names", [1, 2]), "class names"),
-    "absurd images": (
+    "norm rows without a layout": (norms_of_none, "compared with the network"),
+    "duplicate norm widths": (set_in("content", "norm_widths", [1, 2, 2]), "not unique"),
+    "norms of a missing width": (set_in("content", "norm_widths", [9]), "does not store"),
+    "class names that are numbers": (set_in("content", "class_names", [1, 2]), "class names"),
+    "huge images": (
         set_in("content", "preprocessing", {"input_size": [3, 1 << 40, 8]}),
         "input_size",
     ),
-    "a mean that is none": (
+    "mean of strings": (
         set_in("content", "preprocessing", {"input_size": [3, 8, 8], "mean": ["a"] * 3}),
         "that is not a number",
     ),
-    "a crop that is none": (set_in("content", "preprocessing", {"crop_mode": "os"}), "crop_mode"),
+    "unknown crop mode": (set_in("content", "preprocessing", {"crop_mode": "os"}), "crop_mode"),
     "no layers": (set_in("content", "layers", None), "no valid 'layers'"),
 }
 

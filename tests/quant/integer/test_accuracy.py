@@ -1,4 +1,4 @@
-"""Accuracy on integers: networks trained on handwritten digits in seconds, all test images."""
+"""Accuracy of integer mode on networks that are trained on handwritten digits in seconds."""
 
 import copy
 

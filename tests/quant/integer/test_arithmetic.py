@@ -58,7 +58,7 @@ def test_step_and_offset_give_the_level_of_every_code(bits, level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_integer_weights_equal_exact_weights_for_all_codes_and_signs(bits, level, exact):
-    """gain * (codes + offset) is the weight; if it is only rounded, the result is marked."""
+    """gain * (codes + offset) equals the weight, or the result is marked as rounded."""
     codes = all_codes(bits).expand(len(SCALES), -1)
     scale = SCALES[:, None]
     got = integer_weight(codes, bits, scale, level, exact)
@@ -93,7 +93,7 @@ def test_left_levels_with_positive_scale_are_exact_at_8_bits():
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_4_bit_weights_fit_int4(bits, level):
-    """With the default largest integer, odd codes of 4 bits do not."""
+    """With the default largest integer, odd 4-bit codes do not fit."""
     codes = all_codes(bits).expand(len(SCALES), -1)
     odd = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
     got = integer_weight(codes, bits, SCALES[:, None], level, exact=True, largest=7)

@@ -27,7 +27,7 @@ WIDTHS = (8, 7, 4, 2, 1)
 
 
 class Mixed(nn.Module):
-    """Signed inputs, groups, stride, padding, three activations, and a shortcut that is used later.
+    """Signed inputs, groups, stride, padding, three activations, and a shortcut that is used twice.
 
     Shapes: (b, 3, 8, 8) -> (b, 5).
     """
@@ -187,7 +187,7 @@ def test_trained_activation_codes_equal_their_simulation(kind, level):
 @pytest.mark.parametrize("exact_sums", [True, False])
 @pytest.mark.parametrize("level", LEVELS)
 def test_8_bit_integer_layers_equal_float_layers_on_the_same_codes(level, exact_sums):
-    """In float64. Codes differ by 1, within 1e-3 of a half; the nearest int8 differs elsewhere."""
+    """In float64, codes differ by 1, and only within 1e-3 of a half; nearest int8 differs more."""
     images = random_images()
     how = {"level": level, "activations": "pact_round", "normalizer": "absmax_channel"}
     model = prepare_with_statistics(Grouped(), images, **how)
@@ -253,7 +253,7 @@ def test_batch_size_does_not_change_the_logits_of_an_image():
 
 
 def test_weights_that_could_saturate_are_split(monkeypatch):
-    """Trained 8-bit codes on a processor that adds in 16 bits: two kernels, safe integers."""
+    """On a processor that adds in 16 bits, trained 8-bit codes run as two kernels."""
     images = random_images(16)
     torch.manual_seed(0)
     model = prepare_with_statistics(create_model("resnet8_cifar"), images, activations="pact_round")
