@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tq_lightning.quant.bit_width import bit_width
-from tq_lightning.quant.codes import floor_codes, truncate_codes
-from tq_lightning.quant.levels import codes_to_levels, dequantize
+from tq_lightning.quant.codes import codes_to_levels, dequantize, floor_codes, truncate_codes
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from tq_lightning.export.packed import load_packed, save_packed
     from tq_lightning.quant.activation_ranges import calibrate_activations
     from tq_lightning.quant.bit_width import bit_width
-    from tq_lightning.quant.codes import floor_codes, round_codes, truncate_codes
-    from tq_lightning.quant.levels import codes_to_levels
+    from tq_lightning.quant.codes import codes_to_levels, floor_codes, round_codes, truncate_codes
     from tq_lightning.quant.norm_calibration import calibrate_norms
     from tq_lightning.quant.prepare import prepare
 
@@ -46,7 +45,7 @@ _HOMES = {
     "floor_codes": "quant.codes",
     "round_codes": "quant.codes",
     "truncate_codes": "quant.codes",
-    "codes_to_levels": "quant.levels",
+    "codes_to_levels": "quant.codes",
     "save_packed": "export.packed",
     "load_packed": "export.packed",
 }

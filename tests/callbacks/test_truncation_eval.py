@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from tq_lightning import bit_width
 from tq_lightning.callbacks.truncation_eval import TruncationEval
 from tq_lightning.data.datamodule import TQDataModule
-from tq_lightning.quant import flat_weights
+from tq_lightning.quant import fused_weights
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import per_width_norms
@@ -339,9 +339,9 @@ def test_invalid_number_of_batches_is_an_error():
 
 def test_weights_are_normalized_once_per_evaluation_even_if_it_fails(tmp_path, monkeypatch):
     calls = []
-    plain = flat_weights.FlatWeights.normalize
+    plain = fused_weights.FlatWeights.normalize
     monkeypatch.setattr(
-        flat_weights.FlatWeights,
+        fused_weights.FlatWeights,
         "normalize",
         lambda self: (calls.append(self), plain(self))[1],
     )

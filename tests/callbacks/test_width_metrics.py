@@ -11,7 +11,7 @@ from tq_lightning.callbacks.width_metrics import (
     width_metrics,
 )
 from tq_lightning.models import create_model
-from tq_lightning.quant import codes, flat_weights
+from tq_lightning.quant import fake_quantize, fused_weights
 from tq_lightning.quant.norm_calibration import calibrate_norms
 
 
@@ -71,7 +71,7 @@ def test_round_truncated_logits_differ_from_quantized_ones():
 
 def test_truncated_passes_shift_uint8_codes(monkeypatch):
     model, images, seen = network(), torch.randn(2, 3, 8, 8), []
-    plain = codes.truncate_codes
+    plain = fake_quantize.truncate_codes
 
     def spy(codes, from_bits, to_bits):
         out = plain(codes, from_bits, to_bits)
@@ -80,8 +80,8 @@ def test_truncated_passes_shift_uint8_codes(monkeypatch):
         seen.append((from_bits, to_bits))
         return out
 
-    monkeypatch.setattr(codes, "truncate_codes", spy)
-    monkeypatch.setattr(flat_weights, "truncate_codes", spy)
+    monkeypatch.setattr(fake_quantize, "truncate_codes", spy)
+    monkeypatch.setattr(fused_weights, "truncate_codes", spy)
     evaluate_batch(model, images, [(2, "truncate")])
     assert seen == [(8, 2)]  # all weights in one call
     seen.clear()

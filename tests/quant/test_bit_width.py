@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.quant import codes, flat_weights
+from tq_lightning.quant import codes, fake_quantize, fused_weights
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
 from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.prepare import prepare
@@ -206,7 +206,7 @@ def test_quantize_never_passes_through_stored_codes(net, images, monkeypatch, qu
     def shift(*args):
         raise AssertionError("truncate_codes was called")
 
-    for user in (codes, flat_weights):
+    for user in (fake_quantize, fused_weights):
         monkeypatch.setattr(user, "truncate_codes", shift)
     tops = []
     row = codes.QUANTIZERS[quantizer]

@@ -10,8 +10,7 @@ from torch import nn
 from tq_lightning import bit_width, prepare
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS
-from tq_lightning.quant.flat_weights import FlatWeights
-from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.fused_weights import FlatWeights, fused_weights
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.quantized_tensors import original, weight_quantizers
 from tq_lightning.quant.ste import STES

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tq_lightning.quant.codes import QUANTIZERS, STORED_BITS
+from tq_lightning.quant.codes import QUANTIZERS, STORED_BITS, dequantize
 from tq_lightning.quant.level_tables import LEVEL_TABLES, level_table
-from tq_lightning.quant.levels import dequantize
 from tq_lightning.quant.normalizers import NORMALIZERS
 
 WIDTHS = range(1, STORED_BITS + 1)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.codes import LEVELS, QUANTIZERS, codes_to_levels
 from tq_lightning.quant.fake_quantize import FakeQuantize
-from tq_lightning.quant.levels import LEVELS, codes_to_levels
 from tq_lightning.quant.ste import STES, range_gradient, resolve_ste
 
 EDGES = torch.tensor([0.0, 1e-45, 0.25, 0.5, 0.75, 1 - 2**-24, 1.0])

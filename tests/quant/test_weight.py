@@ -9,10 +9,9 @@ from torch import Tensor
 
 from tq_lightning.models import create_model
 from tq_lightning.quant.bit_width import Width, bit_width
-from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.codes import QUANTIZERS, codes_to_levels
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.level_tables import level_table
-from tq_lightning.quant.levels import codes_to_levels
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.prepare import prepare
 from tq_lightning.quant.quantized_tensors import code_disagreement, original, weight_quantizers

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tq_lightning.errors import UserError
-from tq_lightning.quant import flat_weights
+from tq_lightning.quant import fused_weights
 from tq_lightning.quant.norm_calibration import calibrate_norms, reestimate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.training.checkpoint import load_checkpoint_model
@@ -84,14 +84,14 @@ def test_bf16_keeps_codes_and_gradients_in_float32(
 ):
     model = resnet if convolutions else {}
     kinds = set()
-    plain = flat_weights.dequantize
+    plain = fused_weights.dequantize
 
     def spy(codes, bits, scale, level, out, table):
         kinds.update((scale.dtype, out.dtype))
         assert codes.dtype == torch.uint8
         return plain(codes, bits, scale, level, out, table=table)
 
-    monkeypatch.setattr(flat_weights, "dequantize", spy)
+    monkeypatch.setattr(fused_weights, "dequantize", spy)
 
     class Grads(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):

@@ -15,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tq_lightning import bit_width, prepare
 from tq_lightning.callbacks.width_metrics import evaluate_batch
-from tq_lightning.quant import flat_weights
+from tq_lightning.quant import fused_weights
 from tq_lightning.quant.activation import ACTIVATIONS
-from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.codes import LEVELS, QUANTIZERS
+from tq_lightning.quant.fused_weights import FlatWeights
 from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.level_tables import LEVEL_TABLES
-from tq_lightning.quant.levels import LEVELS
 from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.normalizers import NORMALIZERS, SCALES
 from tq_lightning.quant.quantized_tensors import weight_quantizers
@@ -255,11 +255,11 @@ def test_every_row_equals_the_reference(key, row):
 ERROR = 1 + 2**-20
 # what is broken in the joint step, and its name in the module or class
 BROKEN = {
-    "weights": (flat_weights, "dequantize", lambda plain, *args, **named: (
+    "weights": (fused_weights, "dequantize", lambda plain, *args, **named: (
         plain(*args, **named).mul_(ERROR))),
-    "straight-through gradients": (flat_weights.FlatWeights, "_add", lambda plain, self, grad: (
+    "straight-through gradients": (FlatWeights, "_add", lambda plain, self, grad: (
         plain(self, grad * ERROR))),
-    "the normalizer's backward": (flat_weights.FlatWeights, "_backward", lambda plain, self, grad: (
+    "the normalizer's backward": (FlatWeights, "_backward", lambda plain, self, grad: (
         plain(self, grad * ERROR))),
     "norms": (PerWidthNorm, "select", lambda plain, self, bits: plain(self, bits and 8)),
 }  # fmt: skip

@@ -143,8 +143,13 @@ def mechanism() -> Mechanism:
     """Compute the levels over u of round, of round at 8 bits then shifted, and of floor."""
     import torch
 
-    from tq_lightning.quant.codes import STORED_BITS, floor_codes, round_codes, truncate_codes
-    from tq_lightning.quant.levels import codes_to_levels
+    from tq_lightning.quant.codes import (
+        STORED_BITS,
+        codes_to_levels,
+        floor_codes,
+        round_codes,
+        truncate_codes,
+    )
 
     u = (torch.arange(GRID) + 0.5) / GRID
     stored = round_codes(u, STORED_BITS)

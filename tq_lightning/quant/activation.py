@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import width_codes
-from tq_lightning.quant.fake_quantize import FakeQuantize, FakeQuantizeTensors
-from tq_lightning.quant.levels import codes_to_levels
+from tq_lightning.quant.codes import codes_to_levels
+from tq_lightning.quant.fake_quantize import FakeQuantize, FakeQuantizeTensors, width_codes
 from tq_lightning.quant.ste import resolve_ste
 
 PACT_START = 6.0  # initial value of a learned clip, the clip of ReLU6

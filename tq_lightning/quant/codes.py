@@ -1,4 +1,4 @@
-"""Integer arithmetic of quantization: codes and their truncation.
+"""Integer arithmetic of quantization: codes, their truncation, and the levels that they stand for.
 
 Training, evaluation and export all call these functions, so every formula exists once. `u` is the
 normalized weight or the clipped activation, float32 in [0, 1]. `top` is M_n = 2^n - 1, the largest
@@ -10,7 +10,8 @@ A product with 2^n is exact in float32. Hence, for every u in [0, 1] and every n
 
 (TruncQuant, arXiv 2506.11431). `round_codes` has no such identity for 1 < n < N.
 
-To add a quantizer, write its functions and one row of `QUANTIZERS`.
+To add a quantizer or a level map, write its functions and one row of `QUANTIZERS` or `LEVELS`.
+Levels that depend on the normalizer are tables, see `level_tables.py`.
 """
 
 from collections.abc import Callable
@@ -25,15 +26,7 @@ Top = float | Tensor
 
 
 def check_bits(bits: int, name: str = "bits") -> None:
-    """Check that a width is an integer from 1 to `STORED_BITS`.
-
-    Args:
-        bits: Width to check.
-        name: Name of the width in the message.
-
-    Raises:
-        ValueError: The width is out of range or not an integer.
-    """
+    """Raise ValueError unless `bits` is an integer from 1 to 8; the message calls it `name`."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= STORED_BITS:
         raise ValueError(f"{name} must be an integer from 1 to {STORED_BITS}, got {bits!r}")
 
@@ -95,33 +88,6 @@ QUANTIZERS: dict[str, Quantizer] = {
     "floor": Quantizer(_floor_steps, _floor_edges, ste="scaled", nested=True, rounding=(1, -0.5)),
     "round": Quantizer(_round_steps, _round_edges, ste="identity", nested=False, rounding=(0, 0.0)),
 }
-
-
-def rounding_of(quantizer: str, bits: int) -> tuple[int, float]:
-    """Return the steps and the offset of a quantizer in the form that integer kernels compute.
-
-    Args:
-        quantizer: A key of `QUANTIZERS`.
-        bits: Width n, 1..8.
-
-    Returns:
-        (steps, offset): code = round(steps * u + offset), clamped to [0, 2^n - 1]. Ties may differ.
-
-    Raises:
-        ValueError: The quantizer has no such form.
-
-    Example:
-        At 2 bits `floor` is round(4 u - 1/2) and `round` is round(3 u).
-    """
-    form = QUANTIZERS[quantizer].rounding
-    if form is None:
-        known = [name for name, row in QUANTIZERS.items() if row.rounding is not None]
-        raise ValueError(
-            f"quantizer {quantizer!r} has no rounding form for integer kernels; "
-            f"pass activations quantized by {' or '.join(known)}"
-        )
-    extra, offset = form
-    return 2**bits - 1 + extra, offset
 
 
 def floor_codes(u: Tensor, bits: int) -> Tensor:
@@ -206,20 +172,92 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
     return codes if shift == 0 else codes >> shift
 
 
-def width_codes(u: Tensor, bits: int, quantizer: str, max_bits: int, source: str) -> Tensor:
-    """Quantize `u` at a width, or quantize it at the stored width and truncate.
+def _endpoint(k: Tensor, top: Top) -> Tensor:
+    return k.div_(top)
+
+
+def _left(k: Tensor, top: Top) -> Tensor:
+    return k.div_(top + 1.0)
+
+
+def _centre(k: Tensor, top: Top) -> Tensor:
+    return k.add_(0.5).div_(top + 1.0)
+
+
+# (codes as float32, which may be overwritten; top) -> levels in [0, 1]
+LEVELS: dict[str, Callable[[Tensor, Top], Tensor]] = {
+    "endpoint": _endpoint,
+    "left": _left,
+    "centre": _centre,
+}
+
+
+def codes_to_levels(
+    codes: Tensor,
+    bits: int,
+    level: str = "endpoint",
+    out: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
+    """Map codes to levels: endpoint k/M_n, left k/2^n, centre (k + 1/2)/2^n, or those of `table`.
 
     Args:
-        u: float32 in [0, 1], any shape.
-        bits: Width of the result.
-        quantizer: A key of `QUANTIZERS`.
-        max_bits: Stored width.
-        source: "quantize" makes codes at `bits` directly; "truncate" shifts codes made at
-            `max_bits`.
+        codes: uint8 codes of width `bits`, any shape.
+        bits: Width n, 1..8.
+        level: A key of `LEVELS`. AdaBits (arXiv 1912.09666) calls floor codes with left levels
+            "modified" and floor codes with centre levels "centered".
+        out: float32 tensor to write to, shape of `codes`; None allocates one.
+        table: The level of each code, float32 (2^bits,), used in place of `level`; see
+            `level_tables.level_table`.
 
     Returns:
-        uint8 codes of width `bits`, shape of `u`.
+        float32 levels, shape of `codes`, in [0, 1] except for a table; `out` if it was given.
+
+    Raises:
+        ValueError: `bits` is out of range, `level` is unknown, or `out` has another dtype or shape.
     """
-    if source == "truncate":
-        return truncate_codes(QUANTIZERS[quantizer].codes(u, max_bits), max_bits, bits)
-    return QUANTIZERS[quantizer].codes(u, bits)
+    check_bits(bits)
+    if table is None and level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; pass one of {', '.join(LEVELS)}")
+    if out is not None and (out.dtype != torch.float32 or out.shape != codes.shape):
+        raise ValueError(
+            f"out must be float32 of shape {tuple(codes.shape)}, "
+            f"got {out.dtype} of shape {tuple(out.shape)}"
+        )
+    if table is not None:
+        levels = table[codes.int()]
+        return levels if out is None else out.copy_(levels)
+    k = codes.to(torch.float32) if out is None else out.copy_(codes)
+    return LEVELS[level](k, 2.0**bits - 1)
+
+
+def dequantize(
+    codes: Tensor,
+    bits: int,
+    scale: Tensor,
+    level: str = "endpoint",
+    out: Tensor | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
+    """Map codes to weights: scale * (2 level - 1).
+
+    Args:
+        codes: uint8 codes of width `bits`, any shape.
+        bits: Width n, 1..8.
+        scale: float32, broadcastable to the shape of `codes`.
+        level: A key of `LEVELS`.
+        out: float32 tensor to write to, shape of `codes`; None allocates one.
+        table: As in `codes_to_levels`.
+
+    Returns:
+        float32 weights, shape of `codes`; `out` if it was given.
+
+    Raises:
+        ValueError: As in `codes_to_levels`.
+    """
+    return levels_to_weights(codes_to_levels(codes, bits, level, out, table), scale)
+
+
+def levels_to_weights(levels: Tensor, scale: Tensor) -> Tensor:
+    """Map levels in [0, 1] to weights, in place: scale * (2 level - 1)."""
+    return levels.mul_(2.0).sub_(1.0).mul_(scale)

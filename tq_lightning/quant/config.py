@@ -10,6 +10,7 @@ import torch
 from tq_lightning.errors import did_you_mean
 from tq_lightning.quant.activation import ACTIVATIONS
 from tq_lightning.quant.codes import (
+    LEVELS,
     QUANTIZERS,
     STORED_BITS,
     Quantizer,
@@ -17,7 +18,6 @@ from tq_lightning.quant.codes import (
     truncate_codes,
 )
 from tq_lightning.quant.level_tables import LEVEL_TABLES
-from tq_lightning.quant.levels import LEVELS
 from tq_lightning.quant.normalizers import NORMALIZERS, SCALES
 from tq_lightning.quant.ste import STES, resolve_ste
 
@@ -40,7 +40,7 @@ class QuantConfig:
         quantizer: Forward rule, a key of `codes.QUANTIZERS`.
         ste: Backward rule, a key of `ste.STES`; "auto" is the one paired with the quantizer,
             or with the normalizer if its row names one.
-        level: Placement of codes in [0, 1], a key of `levels.LEVELS` or
+        level: Placement of codes in [0, 1], a key of `codes.LEVELS` or
             `level_tables.LEVEL_TABLES`.
         normalizer: A key of `normalizers.NORMALIZERS`.
         widths: Widths that are trained; stored as a tuple, widest first.

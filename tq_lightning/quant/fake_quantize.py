@@ -1,10 +1,35 @@
 """Fake quantization: the autograd function that joins codes and a straight-through estimator."""
 
 import torch
+from torch import Tensor
 
-from tq_lightning.quant.codes import QUANTIZERS, width_codes
-from tq_lightning.quant.levels import LEVELS, codes_to_levels, dequantize
+from tq_lightning.quant.codes import (
+    LEVELS,
+    QUANTIZERS,
+    codes_to_levels,
+    dequantize,
+    truncate_codes,
+)
 from tq_lightning.quant.ste import STES
+
+
+def width_codes(u: Tensor, bits: int, quantizer: str, max_bits: int, source: str) -> Tensor:
+    """Quantize `u` at a width, or quantize it at the stored width and truncate.
+
+    Args:
+        u: float32 in [0, 1], any shape.
+        bits: Width of the result.
+        quantizer: A key of `QUANTIZERS`.
+        max_bits: Stored width.
+        source: "quantize" makes codes at `bits` directly; "truncate" shifts codes made at
+            `max_bits`.
+
+    Returns:
+        uint8 codes of width `bits`, shape of `u`.
+    """
+    if source == "truncate":
+        return truncate_codes(QUANTIZERS[quantizer].codes(u, max_bits), max_bits, bits)
+    return QUANTIZERS[quantizer].codes(u, bits)
 
 
 class FakeQuantize(torch.autograd.Function):

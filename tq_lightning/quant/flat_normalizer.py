@@ -43,6 +43,7 @@ class NormalizedWeights:
         self._layouts = [(w.shape, _dense_strides(w)) for w in self.originals]
         self._clamped = bool(self.ranges) or self.row.reference == "rms"
         self._u: Tensor | None = None
+        self._range_sums: list[Tensor] = []  # dL/drange, summed over the widths
 
     # -- buffers ---------------------------------------------------------------------------------
     def _allocate(self) -> None:
@@ -191,6 +192,16 @@ class NormalizedWeights:
                 grad.mul_(slope(t if self._top is None else t.mul_(self._top)))
         torch.div(grad.mul_(0.5), self._over, out=self._made)
         self._u = None
+
+    def _add_range_grads(self, each: Tensor) -> None:
+        sums = [
+            w.quantizer.range_grad(v, r)
+            for w, v, r in zip(self.weights, self._views(each), self.ranges, strict=True)
+        ]
+        if self._range_sums:
+            torch._foreach_add_(self._range_sums, sums)
+        else:
+            self._range_sums = sums
 
 
 def _finite_mean(mean: Tensor, huge: Tensor) -> Tensor:

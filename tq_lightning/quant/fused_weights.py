@@ -1,22 +1,182 @@
-"""Fused weights: compute all weights of a width together, in a few calls.
+"""Fused weights: all weights of a model at a width, and their gradients, in a few calls.
 
 A joint step over K widths, or an evaluation of many, needs every weight at every width. Layer by
-layer, this takes a dozen small operations per layer and width. Here, the weights of a width are
-computed in flat buffers (`FlatWeights`), the per-width norms select their copy, and the activation
-quantizers get the width as tensors. The network then runs the operations of the float network on
-these tensors for every width and source, so `torch.compile` builds one graph for all of them.
+layer, this takes a dozen small operations per layer and width. Here, the functions of `codes.py`
+and `ste.py` run once per width on a flat buffer of normalized weights (`FlatWeights`), and the
+layers read tensors that share the memory of the result. Values and gradients are bit-identical to
+those of `WeightQuantizer`.
+
+The per-width norms select their copy, and the activation quantizers get the width as tensors. The
+network then runs the operations of the float network on these tensors for every width and source,
+so `torch.compile` builds one graph for all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tq_lightning.quant.activation import ActivationQuantizer, WidthTensors
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.flat_weights import FlatWeights
+from tq_lightning.quant.codes import QUANTIZERS, codes_to_levels, dequantize, truncate_codes
+from tq_lightning.quant.flat_normalizer import NormalizedWeights
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers
+from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import per_width_norms
+
+
+class FlatWeights(NormalizedWeights):
+    """The quantized weights of a model that share their quantizer, normalizer, level and STE.
+
+    Args:
+        weights: Weights on one device. They must not change while this object is in use.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
+        super().__init__(weights)
+        self._trained = [
+            i
+            for i, w in enumerate(self.originals)
+            if w.requires_grad or (self.ranges and self.ranges[i].requires_grad)
+        ]
+        self._quantizer, self._ste = QUANTIZERS[self.rule.quantizer], STES[self.rule.ste]
+        self._per_element = self._ste.elementwise or bool(self.ranges)  # the rule reads u and level
+        self._start()
+
+    def _start(self) -> None:
+        """Forget the weights and gradients of a step; their memory may belong to others by now."""
+        self.finite = self._u = None
+        self.bits: int | None = None  # width of the weights in `tensors`
+        self.tensors = []
+        self.leaves: list[Tensor] = []  # the weights in use that get a gradient
+        self._stored: Tensor | None = None  # codes at max_bits
+        self._codes_in_use: Tensor | None = None
+        self._grad_sum: Tensor | None = None  # dL/du, summed over the widths
+        self._float_grads: dict[int, Tensor] = {}
+        self._range_sums: list[Tensor] = []
+        self._has_grad = [False] * len(self._trained)
+
+    @torch.no_grad()
+    def make(self, bits: int | None, source: str) -> bool:
+        """Write the weights of a width to `tensors`, which the layers read; None = float weights.
+
+        Returns:
+            True if the weights were normalized by this call.
+        """
+        if not self.tensors:
+            self._allocate()
+        self.bits = bits
+        normalized = bits is not None or self.rule.float_pass == "normalized"
+        fresh = normalized and self.finite is None
+        if fresh:
+            self.normalize()
+        if not normalized:
+            torch._foreach_copy_(self.tensors, self.originals)
+        elif bits is None:
+            torch.sub(self._unit(), 0.5, out=self._made).mul_(2.0 * self._scale)
+        else:
+            codes = self._codes(bits, source)
+            self._table = self.rule.table(bits, self.device)
+            dequantize(codes, bits, self._scale, self.rule.level, out=self._made, table=self._table)
+            self._codes_in_use = codes if self._per_element else None
+        if torch.is_autocast_enabled(self.device.type):
+            torch.clear_autocast_cache()  # its keys are tensors, which do not change here
+        for w, made in zip(self.weights, self.tensors, strict=True):
+            w.quantizer.made = made
+        return fresh
+
+    def _codes(self, bits: int, source: str) -> Tensor:
+        max_bits = self.rule.width.max_bits
+        if source != "truncate":
+            return self._quantizer.codes(self._unit(), bits)
+        if self._stored is None:
+            self._stored = self._quantizer.codes(self._unit(), max_bits)
+            if not self._per_element:
+                self._u = None  # an evaluation of truncated widths needs the stored codes alone
+        return truncate_codes(self._stored, max_bits, bits)
+
+    def release(self) -> None:
+        """Let the layers make their weights on their own again."""
+        for w in self.weights:
+            w.quantizer.made = None
+
+    def require_grad(self) -> None:
+        """Turn the weights in training into `leaves` of autograd."""
+        if not self.leaves:
+            self.leaves = [self.tensors[i].requires_grad_() for i in self._trained]
+
+    @torch.no_grad()
+    def add_grads(self, grads: Sequence[Tensor | None]) -> None:
+        """Add the gradients of a width: dL/dleaf of each of `leaves`, None if it took no part.
+
+        The straight-through rule of the width is applied here, once for all weights. The gradients
+        take the memory of the weights, which have served.
+        """
+        if all(g is None for g in grads):
+            return
+        if self.bits is None and self.rule.float_pass == "plain":
+            pairs = zip(self._trained, grads, strict=True)
+            self._float_grads = {i: g for i, g in pairs if g is not None}
+            return
+        present = [i for i, g in enumerate(grads) if g is not None]
+        for i in present:
+            self._has_grad[i] = True
+        if len(present) < len(self.weights):
+            self._made.zero_()
+        torch._foreach_copy_(
+            [self.tensors[self._trained[i]] for i in present],
+            [g for g in grads if g is not None],
+        )
+        grad, slope = self._made, 2.0 * self._scale  # slope of the weight over its level
+        if self.bits is None:
+            self._add(grad.mul_(slope))
+            return
+        level = None
+        if self._codes_in_use is not None:
+            level = codes_to_levels(
+                self._codes_in_use, self.bits, self.rule.level, table=self._table
+            )
+        grad_level = grad * slope if self.ranges else grad.mul_(slope)
+        grad_u = self._ste.rule(
+            grad_level,
+            self._u,  # type: ignore[arg-type]  # only rules per element read it, and the level
+            level,  # type: ignore[arg-type]
+            self.bits,
+            self.rule.quantizer,
+        )
+        if self.ranges:
+            assert self._u is not None and level is not None
+            args = (self._u, level, self._scale, self.bits, self.rule.quantizer)
+            self._add_range_grads(self._ste.scale_rule(grad, grad_u, *args))
+        self._add(grad_u)
+
+    def _add(self, grad_u: Tensor) -> None:
+        if self._grad_sum is not None:
+            self._grad_sum.add_(grad_u)
+        else:
+            self._grad_sum = grad_u.clone() if grad_u is self._made else grad_u
+
+    @torch.no_grad()
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """Return pairs (parameter, gradient), summed over the widths; this ends the step.
+
+        The parameters are the weights and learned ranges that were used.
+        """
+        if self._grad_sum is not None:
+            self._backward(self._grad_sum)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for i, has in zip(self._trained, self._has_grad, strict=True):
+            grad = self.tensors[i].requires_grad_(False)
+            if i in self._float_grads:
+                plain = self._float_grads[i]
+                pairs.append((self.originals[i], plain.add_(grad) if has else plain))
+            elif has:
+                pairs.append((self.originals[i], grad))
+            if has and self.ranges:
+                pairs.append((self.ranges[i], self._range_sums[i]))
+        self._start()
+        return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
 class FusedModel:

@@ -32,7 +32,7 @@ class Normalizer:
         span: Weight at u = 1 in multiples of the rms; the range c of "learned" starts there. None
             for "max", where it is the largest weight.
         inverse: u (float64) -> w / rms, for tables of levels; None if no level is a table.
-        levels: Supported levels, keys of `levels.LEVELS` or `level_tables.LEVEL_TABLES`; None =
+        levels: Supported levels, keys of `codes.LEVELS` or `level_tables.LEVEL_TABLES`; None =
             every key of `LEVELS`.
         scales: Supported scales, of `SCALES`.
         ste: Straight-through estimator of `ste="auto"`; None = that of the quantizer.

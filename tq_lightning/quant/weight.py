@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import QUANTIZERS, width_codes
+from tq_lightning.quant.codes import QUANTIZERS, dequantize
 from tq_lightning.quant.config import QuantConfig
-from tq_lightning.quant.fake_quantize import FakeQuantize
+from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
 from tq_lightning.quant.level_tables import level_table
-from tq_lightning.quant.levels import dequantize
 from tq_lightning.quant.normalize import Normalize
 from tq_lightning.quant.normalizers import NORMALIZERS, Normalizer
 from tq_lightning.quant.ste import STES

@@ -9,10 +9,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from tq_lightning.data.datasets import DATASETS
 from tq_lightning.errors import UserError, did_you_mean, program_name
 from tq_lightning.quant.activation import ACTIVATIONS
-from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.codes import LEVELS, QUANTIZERS
 from tq_lightning.quant.config import NORMS
 from tq_lightning.quant.level_tables import LEVEL_TABLES
-from tq_lightning.quant.levels import LEVELS
 from tq_lightning.quant.normalizers import NORMALIZERS, SCALES
 from tq_lightning.quant.ste import STES
 from tq_lightning.training.validation import CHOICES

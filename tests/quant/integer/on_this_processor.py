@@ -12,10 +12,10 @@ from torch import nn
 
 from tq_lightning import bit_width, prepare
 from tq_lightning.quant.activation_ranges import ActivationRange
+from tq_lightning.quant.codes import LEVELS
 from tq_lightning.quant.integer import integer_model
 from tq_lightning.quant.integer.kernels import sums_are_exact
 from tq_lightning.quant.integer.oracle import compare
-from tq_lightning.quant.levels import LEVELS
 
 
 def main() -> None:

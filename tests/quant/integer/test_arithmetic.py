@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from tq_lightning.quant.codes import truncate_codes
+from tq_lightning.quant.codes import LEVELS, dequantize, truncate_codes
 from tq_lightning.quant.integer.arithmetic import (
     INT16_MAX,
     SPLIT,
@@ -17,7 +17,6 @@ from tq_lightning.quant.integer.arithmetic import (
     signed_level,
     split_weight,
 )
-from tq_lightning.quant.levels import LEVELS, dequantize
 
 WIDTHS = range(1, 9)
 SCALES = torch.tensor([1.0, -1.0, 0.37, -2.5e-3, 0.0, -0.0], dtype=torch.float64)

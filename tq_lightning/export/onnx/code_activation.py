@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import rounding_of
+from tq_lightning.quant.integer.activations import TrainedCodes
 from tq_lightning.quant.layers import replace_modules
 
 
@@ -25,16 +25,11 @@ class CodeActivation(nn.Module):
 
     def __init__(self, layer: ActivationQuantizer, width: Width, runtime: str) -> None:
         super().__init__()
-        assert width.bits is not None
-        clip = float(layer.effective_clip)
-        made = width.max_bits if layer.truncated else width.bits
-        self.shift, self.runtime = made - width.bits, runtime
-        self.top = 2**made - 1
-        steps, offset = rounding_of(layer.quantizer, made)
-        step = clip / steps
-        self.less = -offset * step
-        self.limit = self.top * step
-        for name, value in (("step", step), ("out_step", clip / (2**width.bits - 1))):
+        codes = TrainedCodes(layer).at(width)
+        self.shift, self.top, self.runtime = codes.shift, codes.make_top, runtime
+        self.less = -codes.make_offset * codes.make_step
+        self.limit = codes.make_top * codes.make_step
+        for name, value in (("step", codes.make_step), ("out_step", codes.step)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         for name, value in (("zero", 0), ("by", self.shift), ("top_code", self.top)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))

@@ -1,7 +1,7 @@
 """Modules with the width as a tensor, so that it can be an input of a graph.
 
 They mirror `PackedWeight`, `PerWidthNorm` and `ActivationQuantizer`, and use the formulas of
-quant/codes.py and quant/levels.py. Values that depend on the width are looked up once, at the
+quant/codes.py. Values that depend on the width are looked up once, at the
 start of the graph.
 """
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.activation import ActivationQuantizer
-from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.codes import LEVELS, QUANTIZERS, levels_to_weights
 from tq_lightning.quant.layers import replace_modules
-from tq_lightning.quant.levels import LEVELS, levels_to_weights
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 
 OUT_OF_RANGE = 1 << 20  # an index beyond every table, which the runtime reports as an error
@@ -77,7 +76,7 @@ class TensorWeight(nn.Module):
     Args:
         tables: tables of the model.
         scale: float32, broadcastable to the weight.
-        level: a key of `levels.LEVELS`, or the name of a table.
+        level: a key of `codes.LEVELS`, or the name of a table.
         table: levels of all widths, n bits starting at 2^n - 2; None if `level` is a formula.
     """
 

@@ -14,8 +14,7 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import truncate_codes
-from tq_lightning.quant.levels import dequantize
+from tq_lightning.quant.codes import dequantize, truncate_codes
 
 MODES = ("resident", "lean", "integer")
 # codes processed at a time: few enough for a core's caches, enough to hide the call overhead
@@ -30,7 +29,7 @@ class PackedWeight(nn.Module):
         width: the model's shared `Width`.
         stored: width of the codes.
         widths: loaded widths, those with planes and norm sets.
-        level: a key of `levels.LEVELS`, or of `level_tables.LEVEL_TABLES` with `tables`.
+        level: a key of `codes.LEVELS`, or of `level_tables.LEVEL_TABLES` with `tables`.
         scale: float32, broadcastable to the weight.
         dtype: type of the weight.
         mode: "resident" keeps the weight of the last used width and overwrites it in place when

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.codes import rounding_of, width_codes
+from tq_lightning.quant.codes import QUANTIZERS
+from tq_lightning.quant.fake_quantize import width_codes
 from tq_lightning.quant.integer.arithmetic import activation_top
 
 
@@ -54,6 +55,33 @@ class CalibratedCodes:
         return isinstance(other, CalibratedCodes) and self.__dict__ == other.__dict__
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def rounding_of(quantizer: str, bits: int) -> tuple[int, float]:
+    """Return the steps and the offset of a quantizer in the form that integer kernels compute.
+
+    Args:
+        quantizer: A key of `QUANTIZERS`.
+        bits: Width n, 1..8.
+
+    Returns:
+        (steps, offset): code = round(steps * u + offset), clamped to [0, 2^n - 1]. Ties may differ.
+
+    Raises:
+        ValueError: The quantizer has no such form.
+
+    Example:
+        At 2 bits `floor` is round(4 u - 1/2) and `round` is round(3 u).
+    """
+    form = QUANTIZERS[quantizer].rounding
+    if form is None:
+        known = [name for name, row in QUANTIZERS.items() if row.rounding is not None]
+        raise ValueError(
+            f"quantizer {quantizer!r} has no rounding form for integer kernels; "
+            f"pass activations quantized by {' or '.join(known)}"
+        )
+    extra, offset = form
+    return 2**bits - 1 + extra, offset
 
 
 class TrainedCodes:

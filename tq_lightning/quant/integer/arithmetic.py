@@ -26,8 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tq_lightning.quant.codes import check_bits
-from tq_lightning.quant.levels import LEVELS
+from tq_lightning.quant.codes import LEVELS, check_bits
 
 INT16_MAX = 2**15 - 1
 MOST_BIAS_STEPS = 2**30  # a larger bias leaves no room for the products in a 32-bit sum
@@ -79,7 +78,7 @@ def signed_level(bits: int, level: str) -> tuple[float, float]:
 
     Args:
         bits: Width n, 1..8.
-        level: A key of `levels.LEVELS`.
+        level: A key of `codes.LEVELS`.
 
     Returns:
         (step, offset); the offset is 0 (`left`) or 1/2 (`endpoint`, `centre`).
@@ -131,7 +130,7 @@ def integer_weight(
         bits: Width n, 1..8.
         scale: Scale of the weight times the factor of a folded norm, any sign, broadcastable to
             `codes`.
-        level: A key of `levels.LEVELS`.
+        level: A key of `codes.LEVELS`.
         exact: Return exact integers at every width, with a nonzero offset where needed. False
             returns offset 0 everywhere: the nearest int8, 127/255 (2k' + 1), for 8-bit `endpoint`
             and `centre`; 127 for 128, the negative of the smallest 8-bit code of `left`.
@@ -228,7 +227,7 @@ def split_weight(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint
         codes: uint8 codes of width `bits`, any shape.
         bits: Width n, 1..8.
         scale: As in `integer_weight`.
-        level: A key of `levels.LEVELS`.
+        level: A key of `codes.LEVELS`.
 
     Returns:
         The two int8 parts with their gain.
@@ -278,7 +277,7 @@ def activation_top(bits: int, level: str = "endpoint", exact_sums: bool = True) 
 
     Args:
         bits: Width of the weights, 1..8.
-        level: A key of `levels.LEVELS`.
+        level: A key of `codes.LEVELS`.
         exact_sums: True if the processor adds products in 32 bits (VNNI, ARM).
 
     Returns:

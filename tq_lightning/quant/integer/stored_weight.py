@@ -14,7 +14,7 @@ class StoredWeight(NamedTuple):
         codes: uint8, shape of the weight.
         stored: Their width.
         scale: float32, broadcastable to the weight.
-        level: A key of `levels.LEVELS`.
+        level: A key of `codes.LEVELS`.
     """
 
     codes: Tensor
