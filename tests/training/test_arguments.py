@@ -4,11 +4,12 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.training.arguments import Loader, Text, as_plain_strings, dump, normalize
+from tq_lightning.training.arguments import normalize
 from tq_lightning.training.cli_messages import one_line
 from tq_lightning.training.help_pages import page
 from tq_lightning.training.lightning_cli import TQCLI, TQDataModule, TQModule
 from tq_lightning.training.yaml_file import parse_yaml
+from tq_lightning.training.yaml_values import Loader, Text, as_plain_strings, dump
 
 
 class ParserBuilt(Exception):

@@ -200,7 +200,7 @@ def test_integer_mode_on_a_gpu_is_an_error_of_one_line(device, tmp_path):
         if device == "cuda":
             packed.to(device)(make_batch(device)[0])
         else:  # only the first layer: others would mix devices before it
-            integer_layers(packed)[0].built(torch.empty(1, device=device))
+            integer_layers(packed)[0].prepacked(torch.empty(1, device=device))
     assert "\n" not in str(error.value)
 
 

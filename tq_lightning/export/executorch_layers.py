@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tq_lightning.quant.integer.arithmetic import (
-    IntegerWeight,
-    integer_weight,
-)
+from tq_lightning.quant.integer.arithmetic import IntegerWeight, integer_weight
 
 
 class DynamicLayer(nn.Module):

@@ -25,7 +25,6 @@ from tq_lightning.files import remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
 from tq_lightning.training.arguments import (
     add_run_options,
-    as_plain_strings,
     check_nulls,
     drop_append_options,
     expand_paths,
@@ -55,6 +54,7 @@ from tq_lightning.training.run_callbacks import (
 from tq_lightning.training.run_folder import LAST, auto_folder, check_unused
 from tq_lightning.training.run_messages import end_lines, start_line
 from tq_lightning.training.trainer_validation import check_run
+from tq_lightning.training.yaml_values import as_plain_strings
 
 ROOT = "runs"  # the default of trainer.default_root_dir
 

@@ -19,7 +19,7 @@ from fixtures.exact_onnx import exact_outputs
 
 from tq_lightning import calibrate_activations, load_packed
 from tq_lightning.data.datamodule import TQDataModule
-from tq_lightning.quant.integer.arithmetic import activation_top, largest_integer
+from tq_lightning.quant.integer.saturation import activation_top, largest_integer
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

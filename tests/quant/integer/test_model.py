@@ -162,7 +162,7 @@ def test_exact_reference_detects_a_wrong_weight():
     logits_at(run, images, 4)
     with bit_width(run, 4, "truncate"):
         layer = next(m for m in integer_layers(run) if m.name == "wide")
-        layer._built.integers[0, 0, 0, 0] += 2
+        layer._prepacked.integers[0, 0, 0, 0] += 2
         found = compare(run, images)
     assert [name for name, agreement in found.items() if agreement.wrong] == ["wide"]
 
@@ -201,7 +201,7 @@ def test_8_bit_integer_layers_equal_float_layers_on_the_same_codes(level, exact_
                 weight = layer.layer.weight.detach().double()
                 factor, _ = folded_norm(layer.norm, len(weight))
                 weight = weight.flatten(1) * factor[:, None]
-                built = layer._built
+                built = layer._prepacked
                 integers = built.integers.double().flatten(1) + built.offset[:, None]
                 error = (built.gain[:, None] * integers - weight).abs().max() / weight.abs().max()
                 wrong[layer.name] = float(error) > 1e-6
@@ -262,7 +262,7 @@ def test_weights_that_could_saturate_are_split(monkeypatch):
         with torch.inference_mode(), bit_width(safe, bits, "truncate"):
             found = compare(safe, images)
             assert all(a.wrong == 0 for a in found.values())
-            assert [m._built.rest is not None for m in integer_layers(safe)] == [split] * 6
+            assert [m._prepacked.second is not None for m in integer_layers(safe)] == [split] * 6
 
 
 def test_calibrated_codes_are_limited_to_127_if_sums_could_saturate():
@@ -275,7 +275,7 @@ def test_calibrated_codes_are_limited_to_127_if_sums_could_saturate():
         run = integer_model(copy.deepcopy(model), exact_sums=exact)
         for bits in WIDTHS:
             logits_at(run, images, bits)
-            tops[exact, bits] = {m._built.into.top for m in integer_layers(run)}
+            tops[exact, bits] = {m._prepacked.into.top for m in integer_layers(run)}
     assert all(tops[True, bits] == {255} for bits in WIDTHS)
     assert [tops[False, bits] for bits in WIDTHS] == [{127}, {127}, {255}, {255}, {255}]
 
@@ -371,7 +371,7 @@ def test_deepcopy_does_not_copy_the_kernel_cache():
     calibrate_activations(model, [images])
     run = integer_model(model)
     before = logits_at(run, images, 2)
-    assert all(m._built is not None for m in integer_layers(run))
+    assert all(m._prepacked is not None for m in integer_layers(run))
     copied = copy.deepcopy(run)
-    assert all(m._built is None for m in integer_layers(copied))
+    assert all(m._prepacked is None for m in integer_layers(copied))
     assert torch.equal(logits_at(copied, images, 2), before)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tq_lightning.quant.codes import LEVELS
-from tq_lightning.quant.integer.arithmetic import activation_top
 from tq_lightning.quant.integer.kernels import missing_kernels
+from tq_lightning.quant.integer.saturation import activation_top
 
 pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
 SCRIPT = Path(__file__).with_name("on_this_processor.py")

@@ -28,7 +28,8 @@ from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.quant.activation_ranges import ActivationRange, activation_ranges
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.integer.arithmetic import activation_top, signed_level
+from tq_lightning.quant.integer.arithmetic import signed_level
+from tq_lightning.quant.integer.saturation import activation_top
 
 
 class IntegerGraph(NamedTuple):

@@ -20,15 +20,13 @@ from torch import Tensor
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.packed.module import PackedTensor
 from tq_lightning.quant.integer.arithmetic import (
-    INT16_MAX,
     MOST_BIAS_STEPS,
     IntegerWeight,
-    SplitWeight,
     bias_factors,
     integer_weight,
-    split_weight,
 )
 from tq_lightning.quant.integer.norms import norm_spread
+from tq_lightning.quant.integer.saturation import INT16_MAX, SplitWeight, split_weight
 
 
 class IntegerLayer(NamedTuple):

@@ -17,7 +17,7 @@ import onnx
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.onnx.integer_layers import IntegerLayer, bias_codes
 from tq_lightning.quant.activation_ranges import ActivationRange
-from tq_lightning.quant.integer.arithmetic import SPLIT
+from tq_lightning.quant.integer.saturation import SPLIT
 
 RUNTIMES = ("onnxruntime", "openvino")
 RESIDUALS = ("int8", "float")

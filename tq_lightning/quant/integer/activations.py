@@ -10,7 +10,7 @@ from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fake_quantize import width_codes
-from tq_lightning.quant.integer.arithmetic import activation_top
+from tq_lightning.quant.integer.saturation import activation_top
 
 
 class Codes(NamedTuple):
@@ -37,7 +37,7 @@ class CalibratedCodes:
     Args:
         span: The range.
         level: Level of the weights.
-        exact_sums: See `arithmetic.activation_top`.
+        exact_sums: See `saturation.activation_top`.
     """
 
     def __init__(self, span: ActivationRange, level: str, exact_sums: bool) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tq_lightning.quant.integer.activations import Codes
+from tq_lightning.quant.integer.prepack import pad_input
 
 if TYPE_CHECKING:
     from tq_lightning.quant.integer.layer import IntegerLayer
@@ -23,19 +24,19 @@ def exact_value(layer: "IntegerLayer", a: Tensor, residual: Tensor | None) -> Te
     Returns:
         float64: codes of the output before rounding, clamp and shift; or values without `out`.
     """
-    built, inner = layer.built(a), layer.layer
-    inputs, weight = layer.pad(a, built.into.zero).double(), built.integers.double()
-    weight = weight + built.offset.view(-1, *[1] * (weight.dim() - 1))
+    prepacked, inner = layer.prepacked(a), layer.layer
+    inputs, weight = pad_input(inner, a, prepacked.into.zero).double(), prepacked.integers.double()
+    weight = weight + prepacked.offset.view(-1, *[1] * (weight.dim() - 1))
     if isinstance(inner, nn.Conv2d):
-        padding = (0, 0) if built.into.zero else inner.padding
+        padding = (0, 0) if prepacked.into.zero else inner.padding
         sums = F.conv2d(inputs, weight, None, inner.stride, padding, inner.dilation, inner.groups)
         shape: tuple[int, ...] = (-1, 1, 1)
     else:
         sums, shape = F.linear(inputs, weight), (-1,)
-    y = sums * (built.gain * built.into.step).view(shape) + built.bias.view(shape)
+    y = sums * (prepacked.gain * prepacked.into.step).view(shape) + prepacked.bias.view(shape)
     if residual is not None:
-        y = y + residual.double() * built.residual_step
-    return exact_codes(layer.act.exact(y), built.out)
+        y = y + residual.double() * prepacked.residual_step
+    return exact_codes(layer.act.exact(y), prepacked.out)
 
 
 def exact_codes(value: Tensor, out: Codes | None) -> Tensor:

@@ -63,7 +63,7 @@ def compare(model: nn.Module, images: Tensor) -> dict[str, Agreement]:
         assert isinstance(layer, IntegerLayer)
         a, *rest = inputs.pop(id(layer))
         value = exact_value(layer, a, rest[0] if rest else None)
-        out = layer.built(a).out
+        out = layer.prepacked(a).out
         if out is None:
             error = (output.double() - value).abs()
             wrong = error > 1e-4 * value.abs().clamp_min(value.abs().mean())

@@ -22,7 +22,7 @@ class IntegerPlan:
 
     Args:
         model: A prepared or packed model.
-        exact_sums: See `arithmetic.activation_top`.
+        exact_sums: See `saturation.activation_top`.
         exact: Use exact weights at 8 bits; None = only with trained activation codes.
 
     Attributes:
