@@ -1,5 +1,7 @@
 """The learned range: its initial value, its gradient at every width, and no weight decay."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -67,7 +69,7 @@ def test_range_gradient_equals_the_numerical_gradient(bits, level):
     for name, (size, channel_dim, groups, _) in SHAPES.items():
         w, upstream = weight(*size), weight(*size, seed=4).double()
         made = rule(w, bits, "learned_channel", channel_dim, groups, level=level)
-        made.range_gain = 1.0
+        made.learned = replace(made.learned, gain=1.0)
         made(w).backward(upstream.float())
         with torch.no_grad():
             u, scale = made.normalize(w)
@@ -106,7 +108,8 @@ def test_range_gradient_is_divided_by_the_square_root_of_the_weight_count():
     for normalizer, count in (("learned", 400), ("learned_channel", 50)):
         made = rule(w, 3, normalizer)
         made(w).sum().backward()
-        scaled, made.range.grad, made.range_gain = made.range.grad.clone(), None, 1.0
+        scaled, made.range.grad = made.range.grad.clone(), None
+        made.learned = replace(made.learned, gain=1.0)
         made(w).sum().backward()
         torch.testing.assert_close(scaled * count**0.5, made.range.grad)
 

@@ -8,7 +8,7 @@ from fixtures.records import compare
 from matplotlib.axes import Axes
 
 from tq_lightning.report import figures
-from tq_lightning.report.figures import cross_model, style
+from tq_lightning.report.figures import pareto, style
 from tq_lightning.report.model_costs import ratio
 
 
@@ -259,7 +259,7 @@ def test_storage_ratios_are_over_the_float_parameters(make):
 
 def test_pareto_front_keeps_only_points_that_are_not_dominated():
     points = [(1, 5.0), (2, 4.0), (3, 9.0), (3, 8.0), (4, 9.0)]
-    assert cross_model.pareto_front(points) == [(1, 5.0), (3, 9.0)]
+    assert pareto.pareto_front(points) == [(1, 5.0), (3, 9.0)]
 
 
 def test_identical_figures_give_identical_files(tmp_path, make):

@@ -37,6 +37,7 @@ class NormalizedWeights:
         self.originals = [w.original for w in weights]
         self.device = self.originals[0].device
         self.ranges = [w.quantizer.range for w in weights if w.quantizer.range is not None]
+        self._learned = [w.quantizer.learned for w in weights]
         self.finite: Tensor | None = None
         self.tensors: list[Tensor] = []
         self._rows = [-(-w.numel() // ROW) for w in self.originals]
@@ -146,9 +147,7 @@ class NormalizedWeights:
         return [m.sqrt().mul(t).clamp_min(TINY) for m, t in zip(means, tops, strict=True)]
 
     def _learned_ranges(self) -> list[Tensor]:
-        values = [
-            w.quantizer.range_value(r) for w, r in zip(self.weights, self.ranges, strict=True)
-        ]
+        values = [x.value(r) for x, r in zip(self._learned, self.ranges, strict=True)]
         every = torch.cat([v.flatten() for v in values])
         self.finite = self._made.isfinite().all() & every.isfinite().all()
         return values
@@ -194,10 +193,8 @@ class NormalizedWeights:
         self._u = None
 
     def _add_range_grads(self, each: Tensor) -> None:
-        sums = [
-            w.quantizer.range_grad(v, r)
-            for w, v, r in zip(self.weights, self._views(each), self.ranges, strict=True)
-        ]
+        each_weight = zip(self._learned, self._views(each), self.ranges, strict=True)
+        sums = [x.grad(v, r) for x, v, r in each_weight]
         if self._range_sums:
             torch._foreach_add_(self._range_sums, sums)
         else:

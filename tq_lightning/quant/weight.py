@@ -13,13 +13,13 @@ from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import QUANTIZERS, dequantize
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
+from tq_lightning.quant.learned_range import LearnedRange
 from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.normalize import Normalize
 from tq_lightning.quant.normalizers import NORMALIZERS, Normalizer
 from tq_lightning.quant.ste import STES
 
 TINY = torch.finfo(torch.float32).tiny
-LEAST_RANGE = 1e-6  # a learned range at or below zero would never come back
 
 
 def _channel_view(w: Tensor, channel_dim: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -53,21 +53,6 @@ def span_of(rms: Tensor, row: Normalizer) -> Tensor:
     return rms.mul(row.span).clamp_max(torch.finfo(torch.float32).max)
 
 
-class _Gain(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx, x, gain):  # type: ignore[no-untyped-def]
-        """Return `x`."""
-        ctx.gain = gain
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        """Return the gradient times the number."""
-        return grad * ctx.gain, None
-
-
 class WeightQuantizer(nn.Module):
     """Parametrization that puts a weight on the grid of the width in use.
 
@@ -79,9 +64,9 @@ class WeightQuantizer(nn.Module):
         groups: Groups of a transposed convolution.
 
     Attributes:
-        range: Learned range of t, see `start_range`; None (the default) uses the range of the
-            weight. A learned range is also the scale, u is clamped to [0, 1], and its gradient is
-            the `scale_rule` of the STE, times `range_gain`.
+        range: Learned range of t, see `LearnedRange`; None (the default) uses the range of the
+            weight. A learned range is also the scale, and u is clamped to [0, 1].
+        learned: Layout and gradient of `range`.
     """
 
     range: nn.Parameter | None
@@ -104,8 +89,7 @@ class WeightQuantizer(nn.Module):
         self.float_pass = config.float_pass
         self.channel_dim, self.groups = channel_dim, groups
         self.register_parameter("range", None)
-        self.range_gain = 1.0
-        self._rows: int | None = None  # rows of a transposed convolution that share a range
+        self.learned = LearnedRange()
         # the weight in use, if `fused_weights` computes the weights of the model, else None
         self.made: Tensor | None = None
 
@@ -144,21 +128,11 @@ class WeightQuantizer(nn.Module):
         return self.reduce(ratio * ratio, "mean").sqrt().mul(top).clamp_min(TINY)
 
     def start_range(self, w: Tensor) -> None:
-        """Make `range` a parameter that starts at `Normalizer.span` times the rms of `w`.
-
-        It is a scalar, or has one element per output channel, broadcastable to the weight. Its
-        gradient is a sum over the N weights of the range, divided by sqrt(N). LSQ (arXiv
-        1902.08153) divides the gradient of a step size by sqrt(N Q) for Q steps. The range spans Q
-        steps and does not shrink as the width grows, so the factor Q is not needed.
-        """
+        """Make `range` a parameter that starts at `Normalizer.span` times the rms of `w`."""
         row, w = NORMALIZERS[self.normalizer], w.detach().float()
-        start = span_of(self._rms(w.abs()), row)
-        start = torch.where(start > LEAST_RANGE, start, torch.ones_like(start))
-        if row.per_channel and self.channel_dim == 1:
-            self._rows = w.shape[0] // self.groups
-            start = start.unflatten(0, (self.groups, self._rows))[:, :1]
-        self.range = nn.Parameter(start.clone())
-        self.range_gain = (start.numel() / max(1, w.numel())) ** 0.5
+        groups = self.groups if row.per_channel and self.channel_dim == 1 else None
+        first = span_of(self._rms(w.abs()), row)
+        self.learned, self.range = LearnedRange.start(w, first, groups)
 
     def check_finite(self, w: Tensor) -> None:
         """Raise ValueError if `w` contains NaN or infinity; the message names the tensor."""
@@ -168,22 +142,6 @@ class WeightQuantizer(nn.Module):
                 f"weight {self.name} contains NaN or infinity; "
                 "lower the learning rate or repair the checkpoint"
             )
-
-    def range_value(self, learned: Tensor) -> Tensor:
-        """Return a learned range, at least `LEAST_RANGE`, in float32, with its gradient."""
-        learned = learned.float()
-        floor = learned - learned.detach() + LEAST_RANGE
-        value = _Gain.apply(torch.where(learned > LEAST_RANGE, learned, floor), self.range_gain)
-        if self._rows is None:
-            return value
-        return value.expand(-1, self._rows, *(-1,) * (value.dim() - 2)).flatten(0, 1)
-
-    def range_grad(self, each: Tensor, learned: Tensor) -> Tensor:
-        """Sum dL/drange of each element of the weight to the shape of `range`."""
-        if self._rows is not None:
-            each = each.sum_to_size(*each.shape[:2], *learned.shape[3:])
-            each = each.unflatten(0, (self.groups, self._rows))
-        return each.sum_to_size(learned.shape) * self.range_gain
 
     def huge_mean(self, magnitude: Tensor) -> Tensor:
         """Average a finite weight whose float32 sum overflows; scaling by a power of 2 is exact."""
@@ -206,13 +164,14 @@ class WeightQuantizer(nn.Module):
             ValueError: `w` contains NaN or infinity; the message names the tensor.
         """
         w, row = w.float(), NORMALIZERS[self.normalizer]
-        raw, learned, value = w.detach(), self.range, STES[self.ste].value
+        raw, value = w.detach(), STES[self.ste].value
         magnitude = raw.abs()
         top: Tensor | None = None
+        learned = self.range
         if learned is not None:
             if not torch.compiler.is_compiling():
                 self.check_finite(w)
-            scale = self.range_value(learned)
+            scale = self.learned.value(learned)
             over = top = scale.detach()
             t = row.squash(raw)
         elif row.reference == "rms":

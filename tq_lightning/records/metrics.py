@@ -16,6 +16,7 @@ class Metric:
         gap_unit: Unit of a difference of two values.
         digits: Decimal places in a report.
         lower_is_better: True if lower values are better.
+        quantity: What it measures, capitalized.
     """
 
     key: str
@@ -25,6 +26,7 @@ class Metric:
     gap_unit: str
     digits: int = 1
     lower_is_better: bool = False
+    quantity: str = "Accuracy"
 
     @property
     def monitor(self) -> str:
@@ -61,7 +63,7 @@ class Metric:
 
 
 ACC1 = Metric("acc1", "qt_gap", "top-1", "%", "points")
-PPL = Metric("ppl", "ppl_gap", "perplexity", "", "in perplexity", 2, lower_is_better=True)
+PPL = Metric("ppl", "ppl_gap", "perplexity", "", "in perplexity", 2, True, "Perplexity")
 # task, a value of `model.task` -> its metric
 TASKS: dict[str, Metric] = {"classification": ACC1, "language_modeling": PPL}
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from tq_lightning import bit_width, load_packed, prepare, save_packed
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx.graph import levels_affine
 from tq_lightning.export.onnx.static import dense, smallest_type
+from tq_lightning.export.onnx.weight_nodes import levels_affine
 from tq_lightning.quant.codes import LEVELS, codes_to_levels
 
 onnx = pytest.importorskip("onnx")

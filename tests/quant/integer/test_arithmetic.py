@@ -12,6 +12,7 @@ from tq_lightning.quant.integer.arithmetic import (
     signed_codes,
     signed_level,
 )
+from tq_lightning.quant.integer.saturation import largest_integer
 
 WIDTHS = range(1, 9)
 SCALES = torch.tensor([1.0, -1.0, 0.37, -2.5e-3, 0.0, -0.0], dtype=torch.float64)

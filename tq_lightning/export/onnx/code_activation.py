@@ -20,7 +20,7 @@ class CodeActivation(nn.Module):
     Args:
         layer: the quantizer to replace.
         width: the shared `Width` of the model.
-        runtime: one of `qdq.RUNTIMES`; decides where to clip, as in `qdq.add_codes`.
+        runtime: one of `activation_nodes.RUNTIMES`; decides where to clip, as in `add_codes` there.
     """
 
     def __init__(self, layer: ActivationQuantizer, width: Width, runtime: str) -> None:

@@ -13,17 +13,13 @@ from typing import NamedTuple
 from torch import nn
 
 from tq_lightning.errors import UserError
+from tq_lightning.export.onnx.activation_nodes import RUNTIMES, codes_of
 from tq_lightning.export.onnx.code_activation import replace_activation_quantizers
 from tq_lightning.export.onnx.dynamic_quantization import put_dynamic_layers
 from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.onnx.graph import float_graph, write_graph
 from tq_lightning.export.onnx.integer_layers import take_layers
-from tq_lightning.export.onnx.qdq import (
-    RESIDUALS,
-    RUNTIMES,
-    codes_of,
-    put_layers,
-)
+from tq_lightning.export.onnx.qdq import RESIDUALS, put_layers
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.quant.activation_ranges import ActivationRange, activation_ranges

@@ -13,13 +13,12 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx.graph import (
+from tq_lightning.export.onnx.graph import float_graph, write_graph
+from tq_lightning.export.onnx.weight_nodes import (
     affine_nodes,
-    float_graph,
     levels_affine,
     put_nodes,
     table_nodes,
-    write_graph,
 )
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed

@@ -23,14 +23,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx.graph import (
-    OPSETS,
+from tq_lightning.export.onnx.graph import OPSETS, float_graph, write_graph
+from tq_lightning.export.onnx.weight_nodes import (
     affine_nodes,
-    float_graph,
     levels_affine,
     put_nodes,
     table_nodes,
-    write_graph,
 )
 from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed

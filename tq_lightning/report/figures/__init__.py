@@ -10,7 +10,7 @@ from functools import partial
 
 from tq_lightning.records import ACC1
 from tq_lightning.report.comparisons import Comparisons
-from tq_lightning.report.figures import accuracy, cross_model, model_cost
+from tq_lightning.report.figures import accuracy, cross_model, model_cost, pareto
 from tq_lightning.report.figures.accuracy import Drawing, factor
 from tq_lightning.report.figures.style import Figure, styled
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
@@ -33,7 +33,7 @@ FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "teacher": partial(factor, key="model.teacher", section="Teachers"),
     "curves": accuracy.curves,
     "robustness": cross_model.robustness,
-    "pareto": cross_model.pareto,
+    "pareto": pareto.pareto,
 }
 
 

@@ -8,8 +8,8 @@ from tq_lightning.report.caveats import flags_of, mixed, seeds_words
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import FLOAT_AT, Figure
-from tq_lightning.report.findings import message
 from tq_lightning.report.groups import Arm
+from tq_lightning.report.headline import message
 from tq_lightning.report.labels import (
     METHOD,
     SPLIT_WORDS,
@@ -51,8 +51,7 @@ def qt_gap(comparisons: Comparisons) -> Drawing:
 def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
     split, first, papers = group.split, group.first, group.is_papers
     metric = group.metric
-    name_of = "Accuracy" if metric is ACC1 else "Perplexity"
-    title = (message(group) or (0, f"{name_of} by width"))[1]
+    title = (message(group) or (0, f"{metric.quantity} by width"))[1]
     canvas, body = style.new((6.4, 3.4), title, group.label, group.flags)
     axes = body.add_subplot()
     words, floats, hollow = [], papers, set(group.widths) > set(first.trained)

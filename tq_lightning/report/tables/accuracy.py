@@ -55,9 +55,9 @@ def headline(comparisons: Comparisons) -> Table:
             if any(g.flags for g in groups):
                 rows[-1]["note"] = " ".join(group.flags)
     metric = comparisons.metric
-    what, title = ("Top-1 accuracy", "Accuracy") if metric is ACC1 else ("Perplexity",) * 2
+    what = "Top-1 accuracy" if metric is ACC1 else metric.quantity
     caption = f"{what} at each trained width, mean ± half-width of the 95 % t interval over seeds."
-    return Table("headline", f"{title} by width", caption, rows)
+    return Table("headline", f"{metric.quantity} by width", caption, rows)
 
 
 def qt_gap(comparisons: Comparisons) -> Table:

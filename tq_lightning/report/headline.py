@@ -1,0 +1,42 @@
+"""The title of a report, and the sentence about a group of arms that it is taken from."""
+
+from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
+from tq_lightning.report.labels import counted
+from tq_lightning.report.stats import gap, score
+
+
+def title(comparisons: Comparisons) -> str:
+    """Return the title of a report: its first result as a sentence."""
+    candidates = [(message(group), group.label) for group in comparisons.by_quantizer]
+    if messages := [(*found, label) for found, label in candidates if found is not None]:
+        _, words, label = max(messages)
+        return f"{words} {comparisons.metric.name} ({label})"
+    if comparisons.arms:
+        arms = counted(len(comparisons.arms), "arm")
+        return f"{comparisons.metric.quantity} of truncated weights in {arms}"
+    return f"Size and energy of {counted(len(comparisons.inspects), 'model')}"
+
+
+def message(group: ComparisonGroup) -> tuple[float, str] | None:
+    """Return (largest QT gap, sentence with the accuracies at its width), or None without a gap.
+
+    Example: (28.2, "Truncated to 2 bits, round goes from 63.7 to 35.5 % and floor stays at 64 %").
+    """
+    split = group.split
+    arms = [(value, arm) for value, arm in group.arms if not has_collapsed(arm)]
+    gaps = [
+        (d.estimate.mean, bits)
+        for _, arm in arms
+        for bits in arm.trained
+        if not arm.nested and (d := gap(arm, bits, split)) is not None
+    ]
+    if not gaps:
+        return None
+    lost, bits = max(gaps)
+    words = []
+    for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
+        found = [score(arm, source, bits, split) for source in ("quantize", "truncate")]
+        before, after = (e.short for e in found if e is not None)
+        how = "stays at" if before == after else f"goes from {before} to"
+        words.append(f"{value} {how} {after} {group.metric.unit}".strip())
+    return lost, f"Truncated to {counted(bits, 'bit')}, {' and '.join(words)}"
