@@ -97,10 +97,10 @@ def _run_batches(checkpoint: Path) -> list[Any]:
     """Return training batches of the run that a checkpoint belongs to, deterministically."""
     from tq_lightning.data.datamodule import TQDataModule
     from tq_lightning.quant.inputs import split_batch
-    from tq_lightning.training.checkpoint import run_folder
+    from tq_lightning.training.run_folder import run_of
     from tq_lightning.training.yaml_file import read_yaml
 
-    folder = run_folder(checkpoint)
+    folder = run_of(checkpoint)
     config = None if folder is None else folder / "config.yaml"
     if config is None or not config.is_file():
         raise UserError(

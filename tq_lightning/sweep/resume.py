@@ -51,7 +51,7 @@ def copy_earlier_run(
         The copy; None if no earlier attempt reached a checkpoint, or if its folder is on another
         machine.
     """
-    from tq_lightning.training.checkpoint import checkpoint_step
+    from tq_lightning.training.ckpt_path import read_progress
 
     earlier = _earlier_runs(study, trial, folder.parent)
     originals = [run / NAME for run, _ in earlier if _is_finished(run)]
@@ -63,7 +63,7 @@ def copy_earlier_run(
                 ignored = shutil.ignore_patterns("wandb", "*.tmp", ".lock")
                 shutil.copytree(run, part / run.name, ignore=ignored)
                 if not finished:
-                    step = checkpoint_step(part / run.name / LAST)
+                    step = read_progress(part / run.name / LAST).step
         except UserError as error:
             print(f"cannot resume {run}: {error}", file=sys.stderr, flush=True)
             continue

@@ -1,13 +1,28 @@
-"""Resolve --ckpt_path: the checkpoint file, its progress and its run."""
+"""Resolve --ckpt_path: the checkpoint, its progress, its run, and the arguments it overrides."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tq_lightning.errors import UserError
-from tq_lightning.training.checkpoint import newest_checkpoint, read_progress, run_folder
-from tq_lightning.training.resume_guard import check_accumulation
-from tq_lightning.training.run_folder import LAST, check_same_run, has_finished, is_finished
+from tq_lightning.factories import is_factory
+from tq_lightning.models.weights import load_torch_file, why_not_loaded
+from tq_lightning.training.checkpoint_io import verify_checkpoint
+from tq_lightning.training.lists import as_list
+from tq_lightning.training.module import TQModule
+from tq_lightning.training.resume_guard import (
+    check_accumulation,
+    inside_accumulation,
+    saved_batches,
+)
+from tq_lightning.training.run_folder import (
+    LAST,
+    check_same_run,
+    has_finished,
+    is_finished,
+    run_of,
+)
 from tq_lightning.training.trainer_validation import Progress, check_unfinished
 
 
@@ -45,7 +60,53 @@ def find_checkpoint(given: str, root: Path, run_dir: Path | None) -> GivenCheckp
             f"ckpt_path: {path} {what}; pass a file, or last or best for the newest run under "
             f"{root}"
         )
-    return GivenCheckpoint(path, given, read_progress(path), run_folder(path))
+    return GivenCheckpoint(path, given, read_progress(path), run_of(path))
+
+
+def newest_checkpoint(root: Path, which: str, run_dir: Path | None = None) -> Path:
+    """Return the "last" or "best" checkpoint of the newest run under `root`, or of `run_dir`.
+
+    Raises:
+        UserError: the checkpoint does not exist.
+    """
+    pattern = LAST if which == "last" else "checkpoints/best*.ckpt"
+    if run_dir is None:
+        pattern = f"*/{pattern}"
+    else:
+        root = run_dir
+    found = sorted(root.glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(
+            f"ckpt_path={which}: no {pattern} under {root}; pass a checkpoint file, or the "
+            "trainer.default_root_dir of the run"
+        )
+    return found[-1]
+
+
+def read_progress(path: Path) -> Progress:
+    """Read the step and the epochs of a training checkpoint.
+
+    Raises:
+        UserError: the file is not a training checkpoint, or parts of it are missing.
+    """
+    verify_checkpoint(path)
+    try:
+        # mmap avoids reading the weights; formats that do not support it were not written by fit
+        checkpoint = load_torch_file(path, mmap=True)
+        if not all(isinstance(checkpoint[key], dict) for key in ("state_dict", "hyper_parameters")):
+            raise TypeError("no state dict or no hyperparameters")
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        return Progress(
+            int(checkpoint["global_step"]),
+            int(epochs),
+            saved_batches(checkpoint),
+            inside_accumulation(checkpoint),
+        )
+    except Exception as error:
+        raise UserError(
+            f"ckpt_path: {path} is not a training checkpoint ({why_not_loaded(error)}); "
+            "pass last, best, or a .ckpt file"
+        ) from None
 
 
 def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
@@ -81,3 +142,47 @@ def find_auto(run_dir: Path, config: dict[str, Any]) -> Path | None:
         raise SystemExit(0)
     checkpoint = run_dir / LAST
     return checkpoint if checkpoint.is_file() else None
+
+
+def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[str]:
+    """List the model arguments that a checkpoint overrides, as `key=value, not value`.
+
+    Args:
+        given: the `model:` section of the command line and files. Default values do not count.
+        kept: the same section with the values of the checkpoint.
+    """
+    defaults = {key: p.default for key, p in inspect.signature(TQModule).parameters.items()}
+    return [
+        f"model.{key}={kept[key]}, not {value}"
+        for key, value in given.items()
+        if key in kept
+        and not _same(value, defaults.get(key), key)
+        and not _same(value, kept[key], key)
+    ]
+
+
+def check_factories(given: dict[str, Any], kept: dict[str, Any], path: Any) -> None:
+    """Check that every factory in a checkpoint was also passed by the user.
+
+    A factory is imported code, so a file alone must not select it.
+
+    Args:
+        given: the `model:` section of the user.
+        kept: the same section with the values of the checkpoint.
+        path: path of the checkpoint, for the message.
+
+    Raises:
+        UserError: the checkpoint names a factory that the user did not pass.
+    """
+    for key in ("name", "teacher_name"):
+        if is_factory(kept[key]) and kept[key] != given[key]:
+            raise UserError(
+                f"ckpt_path: {path} names the factory {kept[key]}, which is not imported "
+                f"automatically; pass --model.{key} {kept[key]}"
+            )
+
+
+def _same(one: Any, two: Any, key: str) -> bool:
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.items() <= two.items()  # model_args of a checkpoint include the dropout rates
+    return [str(v) for v in as_list(one, f"model.{key}")] == [str(v) for v in as_list(two)]

@@ -31,12 +31,13 @@ from tq_lightning.training.arguments import (
     make_parser,
     normalize,
 )
-from tq_lightning.training.checkpoint import check_factories, overridden_arguments
 from tq_lightning.training.ckpt_path import (
     GivenCheckpoint,
+    check_factories,
     check_resumable,
     find_auto,
     find_checkpoint,
+    overridden_arguments,
 )
 from tq_lightning.training.cli_messages import one_line, quiet
 from tq_lightning.training.cluster import check_tasks

@@ -32,6 +32,18 @@ def auto_folder(run_dir: str | None, root: Path) -> Path:
     return root / f"slurm-{job}"
 
 
+def run_of(path: Path) -> Path | None:
+    """Return the run folder of a checkpoint: RUN of RUN/checkpoints/FILE.
+
+    Return None if the file is elsewhere, or if RUN has neither a record nor a configuration.
+    """
+    folder = path.absolute().parent
+    run = path.parent.parent
+    if folder.name != "checkpoints":
+        return None
+    return run if (run / NAME).is_file() or (run / CONFIG).is_file() else None
+
+
 def check_unused(folder: Path) -> None:
     """Raise UserError if `folder` already has a run."""
     if (folder / NAME).exists() or (folder / "checkpoints").exists():

@@ -112,17 +112,21 @@ class TrainedCodes:
 ActivationCodes = CalibratedCodes | TrainedCodes
 
 
-class Quantize(nn.Module):
-    """Quantize a float tensor of any shape to codes.
+class _WithCodes(nn.Module):
+    """Module that makes or reads codes.
 
     Args:
-        codes: Codes to make.
-        width: The model's shared `Width`.
+        codes: The codes.
+        width: The model's shared `Width`, which selects their step.
     """
 
     def __init__(self, codes: ActivationCodes, width: Width) -> None:
         super().__init__()
         self.codes, self.width = codes, width
+
+
+class Quantize(_WithCodes):
+    """Quantize a float tensor of any shape to codes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return uint8 codes, shape of `x`."""
@@ -139,17 +143,8 @@ class Quantize(nn.Module):
         return scaled.round_().clamp_(0, at.top).to(torch.uint8)
 
 
-class Dequantize(nn.Module):
-    """Dequantize codes to float32: step * (code - zero).
-
-    Args:
-        codes: Codes to read.
-        width: The model's shared `Width`.
-    """
-
-    def __init__(self, codes: ActivationCodes, width: Width) -> None:
-        super().__init__()
-        self.codes, self.width = codes, width
+class Dequantize(_WithCodes):
+    """Dequantize codes to float32: step * (code - zero)."""
 
     def forward(self, a: Tensor) -> Tensor:
         """Return float32 values, shape of `a`."""
