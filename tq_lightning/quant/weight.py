@@ -15,8 +15,7 @@ from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fake_quantize import FakeQuantize, width_codes
 from tq_lightning.quant.learned_range import LearnedRange
 from tq_lightning.quant.level_tables import level_table
-from tq_lightning.quant.normalize import Normalize
-from tq_lightning.quant.normalizers import NORMALIZERS, Normalizer
+from tq_lightning.quant.normalizers import NORMALIZERS, Normalize, Normalizer
 from tq_lightning.quant.ste import STES
 
 TINY = torch.finfo(torch.float32).tiny
