@@ -158,6 +158,14 @@ def test_relative_links_point_to_files(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/getting_started.md"])
+def test_files_of_the_code_tables_exist(page):
+    rows = re.findall(r"^\| ((?:`[\w/.]+`(?:, )?)+) \|", (ROOT / page).read_text(), re.M)
+    named = [name for row in rows for name in re.findall(r"`([\w.]*/[\w/.]*)`", row)]
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / "tq_lightning" / name).exists()] == []
+
+
 def test_blocks_that_are_not_run_are_listed():
     """List the blocks that are not run, by page."""
     marked = {name(p): sum(b.reason is not None for b in blocks(p)) for p in PAGES}

@@ -88,7 +88,7 @@ def switching(table, prepared, path):
     import torch
 
     from tq_lightning import bit_width, load_packed
-    from tq_lightning.export.packed.module import packed_weights
+    from tq_lightning.export.packed.weight import packed_weights
     from tq_lightning.quant.quantized_tensors import weight_quantizers
 
     served = load_packed(path)

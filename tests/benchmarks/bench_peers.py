@@ -27,7 +27,7 @@ from measuring import Table, alternately, keep_memory
 from torch import nn
 
 from tq_lightning import bit_width, load_packed, prepare, save_packed
-from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.models import create_model
 from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.training.joint import joint_loss

@@ -27,7 +27,7 @@ from tq_lightning import bit_width, load_packed
 from tq_lightning.cli.export import save_checkpoint
 from tq_lightning.export.onnx.dynamic import export_dynamic
 from tq_lightning.export.onnx.static import export_static
-from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.models import create_model
 from tq_lightning.training.checkpoint import load_checkpoint_model
 

@@ -10,7 +10,7 @@ from tq_lightning import bit_width, load_packed, save_packed
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
 from tq_lightning.export.executorch import _to_integers, export_executorch
-from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.quant.integer.arithmetic import integer_weight
 
 DIGITS = Path(__file__).parents[2] / "results" / "digits_example" / "model.safetensors"

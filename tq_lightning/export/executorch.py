@@ -19,8 +19,8 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.executorch_layers import DynamicLayer, linear_or_conv_weight
-from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
+from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import width_of

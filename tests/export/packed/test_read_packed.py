@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tq_lightning import bit_width, load_packed, save_packed
-from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.weight import packed_weights
 
 READER = Path(__file__).parents[3] / "docs" / "read_packed.py"
 

@@ -12,7 +12,7 @@ from torch import nn
 from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_packed
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import Container, write_container
-from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 CASES = {

@@ -25,8 +25,8 @@ from tq_lightning.export.onnx.width_modules import (
     WidthTables,
     replace_activations,
 )
-from tq_lightning.export.packed.module import PackedTensor, PackedWeight, packed_weights
 from tq_lightning.export.packed.reader import load_packed
+from tq_lightning.export.packed.weight import PackedTensor, PackedWeight, packed_weights
 from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
 

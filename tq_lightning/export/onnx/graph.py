@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.width_modules import WidthTables, replace_activations
-from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.inputs import example_inputs

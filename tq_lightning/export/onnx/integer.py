@@ -20,8 +20,8 @@ from tq_lightning.export.onnx.edit import GraphEditor
 from tq_lightning.export.onnx.graph import float_graph, write_graph
 from tq_lightning.export.onnx.integer_layers import take_layers
 from tq_lightning.export.onnx.qdq import RESIDUALS, put_layers
-from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
+from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.quant.activation_ranges import ActivationRange, activation_ranges
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.integer.arithmetic import signed_level

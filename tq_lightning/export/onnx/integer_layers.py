@@ -18,7 +18,7 @@ from onnx import helper
 from torch import Tensor
 
 from tq_lightning.export.onnx.edit import GraphEditor
-from tq_lightning.export.packed.module import PackedTensor
+from tq_lightning.export.packed.weight import PackedTensor
 from tq_lightning.quant.integer.arithmetic import (
     MOST_BIAS_STEPS,
     IntegerWeight,

@@ -20,8 +20,8 @@ from tq_lightning.export.onnx.weight_nodes import (
     put_nodes,
     table_nodes,
 )
-from tq_lightning.export.packed.module import packed_weights
 from tq_lightning.export.packed.reader import load_packed
+from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.quant.bit_width import bit_width
 
 DOMAIN = "qonnx.custom_op.general"

@@ -21,7 +21,6 @@ from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.filling import fill_unquantized
 from tq_lightning.export.packed.header import read_header
-from tq_lightning.export.packed.module import MODES, PackedWeight, attach_packed_weight
 from tq_lightning.export.packed.network_match import (
     cast_to_header_dtype,
     check_layers,
@@ -33,6 +32,7 @@ from tq_lightning.export.packed.sections import (
     split_norms,
 )
 from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
+from tq_lightning.export.packed.weight import MODES, PackedWeight, attach_packed_weight
 from tq_lightning.factories import only_allow
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.bit_planes import unpack_planes

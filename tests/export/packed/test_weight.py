@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tq_lightning import bit_width, load_packed, save_packed
-from tq_lightning.export.packed.module import packed_weights
+from tq_lightning.export.packed.weight import packed_weights
 
 
 def logits(model, images, bits, source=None):
