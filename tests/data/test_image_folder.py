@@ -184,10 +184,10 @@ def test_image_folder_is_read_from_folders_and_tar_files(folder, packed, workers
     if workers:  # the second epoch comes from the same processes
         loader = data.train_dataloader()
         first = list(loader)
-        pids = [w.pid for w in loader.fetch._loader._iterator._workers]
+        pids = [w.pid for w in loader.fetch._loader._loader._iterator._workers]
         loader.set_epoch(1)
         second = list(loader)
-        assert pids == [w.pid for w in loader.fetch._loader._iterator._workers]
+        assert pids == [w.pid for w in loader.fetch._loader._loader._iterator._workers]
         assert not torch.equal(first[0][0], second[0][0])
         data.teardown("fit")
 

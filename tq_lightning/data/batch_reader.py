@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from tq_lightning.data.augment import seeded
 from tq_lightning.data.images import UnreadableImage
-from tq_lightning.data.sampling import derive_seed
+from tq_lightning.data.worker_loader import Key, WorkerLoader
 from tq_lightning.errors import UserError
 
-# Forking is safe only on Linux. Other systems, and Python 3.14, have other defaults.
-START_METHOD = "fork" if sys.platform == "linux" else None
 _MAX_UNREADABLE = 50  # consecutive images
 
 
@@ -61,7 +59,7 @@ class ImageDataset:
     ) -> None:
         self.read, self.count, self.transform, self.replace = read, count, transform, replace
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
+    def __getitem__(self, key: Key) -> Item:
         number, seed = key
         reason = ""
         for step in range(min(self.count, _MAX_UNREADABLE) if self.replace else 1):
@@ -87,16 +85,6 @@ def _collate(items: list[Item]) -> tuple[Any, Any, list[str], list[int]]:
     return images, labels, errors, missing
 
 
-class _Keys:
-    """Batch sampler of the workers, whose keys are set for each epoch."""
-
-    def __init__(self) -> None:
-        self.keys: Callable[[], Iterator[list[tuple[int, int]]]] = lambda: iter(())
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.keys()
-
-
 class BatchReader:
     """Batches of one split by sample index.
 
@@ -118,8 +106,7 @@ class BatchReader:
         workers: int = 0,
     ) -> None:
         self.labels, self.pixels, self.items, self.workers = labels, pixels, items, workers
-        self._sampler = _Keys()
-        self._loader: DataLoader | None = None
+        self._loader: WorkerLoader | None = None
         self._unreadable: dict[str, None] = {}  # in order of appearance
         self.missing: set[int] = set()
         """Indices of the unreadable samples that an evaluation skipped."""
@@ -146,24 +133,11 @@ class BatchReader:
             for i in batches():
                 yield self.pixels.index_select(0, i), self.labels.index_select(0, i)
             return
-        self._sampler.keys = lambda: (
-            [(n, derive_seed(seed, epoch, n, 5)) for n in i.tolist()] for i in batches()
-        )
         if self._loader is None:
-            # a DataLoader without its own generator draws a seed from the global generator
-            self._loader = DataLoader(
-                self.items,  # type: ignore[arg-type]
-                batch_sampler=self._sampler,  # type: ignore[arg-type]
-                num_workers=self.workers,
-                collate_fn=_collate,
-                persistent_workers=self.workers > 0,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),
-                multiprocessing_context=START_METHOD if self.workers else None,
-            )
+            self._loader = WorkerLoader(self.items, _collate, self.workers)
         known, found = len(self._unreadable), False
         try:
-            for images, labels, errors, missing in self._loader:
+            for images, labels, errors, missing in self._loader.read(batches, seed, epoch):
                 self._unreadable.update(dict.fromkeys(errors))
                 if missing and self.items.replace:  # type: ignore[union-attr]
                     raise UserError(

@@ -3,13 +3,10 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from tq_lightning.data.augment import seeded
-from tq_lightning.data.batch_reader import START_METHOD
-from tq_lightning.data.sampling import derive_seed
+from tq_lightning.data.worker_loader import Key, WorkerLoader
 from tq_lightning.errors import UserError, first_line
 
 
@@ -19,19 +16,10 @@ class _Seeded:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: Key) -> Any:
         number, seed = key
         with seeded(seed):
             return self.dataset[number]
-
-
-class _Keys:
-    """Batch sampler of the workers, whose keys are set for each epoch."""
-
-    keys: Callable[[], Iterator[list[tuple[int, int]]]]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.keys()
 
 
 class _NoBatch(str):
@@ -62,17 +50,7 @@ class DatasetReader:
 
     def __init__(self, dataset: Any, collate: Callable[[list], Any], workers: int) -> None:
         self.missing: set[int] = set()  # every sample is read
-        self._sampler = _Keys()
-        self._loader: DataLoader = DataLoader(
-            _Seeded(dataset),  # type: ignore[arg-type]
-            batch_sampler=self._sampler,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_Collate(collate),
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # otherwise a seed is drawn from the global generator
-            multiprocessing_context=START_METHOD if workers else None,
-        )
+        self._loader = WorkerLoader(_Seeded(dataset), _Collate(collate), workers)
 
     def __call__(
         self, batches: Callable[[], Iterator[Tensor]], seed: int = 0, epoch: int = 0
@@ -82,10 +60,7 @@ class DatasetReader:
         Raises:
             UserError: samples could not be collated.
         """
-        self._sampler.keys = lambda: (
-            [(n, derive_seed(seed, epoch, n, 5)) for n in numbers.tolist()] for numbers in batches()
-        )
-        for batch in self._loader:
+        for batch in self._loader.read(batches, seed, epoch):
             if isinstance(batch, _NoBatch):
                 raise UserError(
                     f"the samples of the data set can't be stacked ({batch}); pad them to one "
