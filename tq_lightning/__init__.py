@@ -1,6 +1,6 @@
 """TruncQuant on PyTorch Lightning: one stored network, run at 8, 4, 2 or 1 bits by a right shift.
 
-The public names need PyTorch alone, so a plain training loop can use them without Lightning::
+The public names need only PyTorch, so a plain training loop can use them without Lightning::
 
     model = timm.create_model("resnet18", num_classes=10)
     prepare(model, quantizer="floor", widths=(8, 4, 2, 1))

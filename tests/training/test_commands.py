@@ -194,7 +194,10 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         (["--trainer.callbacks", "nonsense"], "trainer.callbacks: got 'nonsense', pass the import"),
         (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true converts the weights"),
         (["--trainer.precision", "64-true"], "trainer.precision: 64-true converts the weights"),
-        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval: got 0, pass a share"),
+        (
+            ["--trainer.val_check_interval", "0"],
+            "trainer.val_check_interval: got 0, pass a fraction",
+        ),
         (["--trainer.val_check_interval", "9"], "got 9, but an epoch has 4 batches; pass at most"),
         (["--trainer.val_check_interval", "0.1"], "got 0.1, which is less than one of 4 batches"),
         (["--trainer.check_val_every_n_epoch", "0"], "check_val_every_n_epoch: got 0, pass 1 or"),
@@ -223,9 +226,9 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         (["--trainer.max_time", "soon"], "trainer.max_time: got soon, pass days:hours:minutes:sec"),
         (
             ["--trainer.limit_val_batches", "1.5"],
-            "trainer.limit_val_batches: got 1.5, pass a sh",
+            "trainer.limit_val_batches: got 1.5, pass a fr",
         ),
-        (["--trainer.val_check_interval", "1.5"], "trainer.val_check_interval: got 1.5, pass a sh"),
+        (["--trainer.val_check_interval", "1.5"], "trainer.val_check_interval: got 1.5, pass a fr"),
         (["--data.root", "null"], "data.root: got null, expected text"),
         (["--model.quantizer", "flor"], "model.quantizer: unknown quantizer 'flor'; pass one of"),
         (["--model.level", "centr"], "model.level: unknown level 'centr'; pass one of"),

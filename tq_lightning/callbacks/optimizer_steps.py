@@ -4,7 +4,7 @@ import lightning as L
 
 
 class OptimizerSteps:
-    """Detect at the end of each training batch if it took an optimizer step."""
+    """Detect at the end of each training batch whether it took an optimizer step."""
 
     def __init__(self) -> None:
         self.count = 0

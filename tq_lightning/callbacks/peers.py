@@ -20,11 +20,11 @@ _BYE = b"bye"
 
 
 class WatchPeers(L.Callback):
-    """Keep a TCP connection from every rank to the first one, which the kernel closes on a death.
+    """Keep a TCP connection from every rank to the first, which the kernel closes if a rank dies.
 
     After the loss of a peer, the next reduction fails under gloo. Under NCCL it blocks until the
     time limit of the process group (30 minutes), which nothing in the process can interrupt.
-    Therefore the process is ended `GRACE_SECONDS` after the loss. There are no heartbeats, so a
+    The process is therefore ended `GRACE_SECONDS` after the loss. There are no heartbeats, so a
     rank that is busy for a long time is not considered dead.
 
     Args:

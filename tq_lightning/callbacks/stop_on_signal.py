@@ -43,7 +43,7 @@ class SignalFlag:
         self._before.clear()
 
     def defer(self, deferred: bool = True) -> None:
-        """Set if SIGTERM takes effect after the current step, or raises at once.
+        """Set whether SIGTERM takes effect after the current step or raises at once.
 
         Replaces the handlers that Lightning has installed.
         """

@@ -1,4 +1,4 @@
-"""TruncationEval: evaluate every width, truncated and, where the result differs, quantized."""
+"""TruncationEval: evaluate every width truncated and, if the result can differ, quantized."""
 
 from contextlib import ExitStack
 from itertools import islice

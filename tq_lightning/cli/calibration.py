@@ -115,6 +115,6 @@ def _run_batches(checkpoint: Path) -> list[Any]:
     data = TQDataModule(**{**section.get("init_args", section), "workers": 0})
     if isinstance(data, TQDataModule):
         batches = data.calibration_batches(IMAGES // BATCH_SIZE, BATCH_SIZE)
-    else:  # of a factory, which has a batch size of its own
+    else:  # of a factory, which has its own batch size
         batches = data.calibration_batches(max(1, IMAGES // data.batch_size))
     return [split_batch(batch)[0] for batch in batches]

@@ -100,10 +100,10 @@ def main(argv: list[str]) -> int:
 
 
 def check_images(path: Path) -> None:
-    """Refuse a packed file whose network takes other inputs than images.
+    """Check that the network of a packed file takes images.
 
     Raises:
-        UserError: it does; the message names them.
+        UserError: it takes other inputs; the message names them.
     """
     from tq_lightning.export.packed.container import Container
     from tq_lightning.export.packed.header import read_header

@@ -25,7 +25,7 @@ def main(argv: list[str], fit: str = FIT) -> int:
             only for the default, the real `fit`.
 
     Returns:
-        0 if the sweep is complete or its time is over, 1 if no trial has a result, 128 plus the
+        0 if the sweep is complete or timed out, 1 if no trial has a result, 128 plus the
         signal number if it was interrupted.
 
     Raises:
@@ -48,7 +48,7 @@ def main(argv: list[str], fit: str = FIT) -> int:
 
 
 def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
-    """Run the sweep and write its tables and plots. Return the exit status as `main` does."""
+    """Run the sweep and write its tables and plots. Return the exit status of `main`."""
     from tq_lightning.sweep.launcher import run_sweep
     from tq_lightning.sweep.results import write_results
     from tq_lightning.sweep.storage import sqlite_url
@@ -77,7 +77,7 @@ def run(sweep: Sweep, options: Options, argv: list[str]) -> int:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove the folder of a sweep that never started: it has no files but those of a database."""
+    """Remove the folder of a sweep that never started and contains only files of a database."""
     with contextlib.suppress(OSError):  # never created
         files = list(folder.iterdir())
         if all(path.name.startswith("study.db") for path in files):
@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         help="number of trials of the study, on all machines (default: run_cap, or the full grid)",
     )
     p.add_argument(
-        "--timeout", type=_seconds, help="seconds after which this command starts no more trials"
+        "--timeout", type=_seconds, help="seconds after which this command starts no new trials"
     )
     p.add_argument("--study-name", help="default: `name` of the file, or its file name")
     p.add_argument(

@@ -2,7 +2,7 @@
 
 All numbers come from one table of published constants. The table and the assumptions are part of
 the inspect record. Only quantized weights are counted, because norms, scales and layers in float
-cost the same for every way to switch the width.
+cost the same regardless of how the width is switched.
 """
 
 from tq_lightning.records import Energy

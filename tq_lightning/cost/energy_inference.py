@@ -31,7 +31,7 @@ SOURCE = (
     "costs per access as included in the package"
 )
 ASSUMPTIONS = (
-    "one image; the quantized convolutions and linear layers, each in its own best mapping for "
+    "one image; the quantized convolutions and linear layers, each with its own best mapping for "
     "energy; activations of 8 bits, partial sums of 16",
     "every layer reads its input and its weights from DRAM and writes its output there",
     "a multiplication costs the same at every width; weights are packed in DRAM and SRAM, and a "

@@ -80,7 +80,7 @@ def inspect_record(
         read_at={bits: read_at(own, bits) for bits in range(1, max_bits + 1)},
         paper_ratio=float_over(rows["paper"], ways["paper"].total),
         policy_ratio=float_over(own, ways["packed"].total),
-        # a lookup reads a few rows of a table, not all of it
+        # a lookup reads only a few rows of a table
         energy=energy_model(sum(row.codes for row in own if row.kind != "embedding"), max_bits),
         mechanism=mechanism(),
     )

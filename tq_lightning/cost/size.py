@@ -68,7 +68,7 @@ def meta_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.M
     """Create a model on the meta device, or on the CPU if its constructor needs values.
 
     Raises:
-        UserError: as `create_model`.
+        UserError: see `create_model`.
     """
     try:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Augmentation of batches on the device, with numbers drawn in advance, and of images by timm."""
+"""Augmentation: of batches on the device, with random numbers drawn in advance, and by timm."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -147,7 +147,7 @@ class BatchAugment:
 
 
 def eval_transform(size: int, crop_pct: float, interpolation: str) -> Callable[[Any], Tensor]:
-    """Make timm's evaluation transform: PIL image -> uint8 (3, size, size)."""
+    """Create timm's evaluation transform: PIL image -> uint8 (3, size, size)."""
     from timm.data import create_transform
 
     return create_transform(size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
@@ -156,11 +156,11 @@ def eval_transform(size: int, crop_pct: float, interpolation: str) -> Callable[[
 def train_transform(
     size: int, scale: float, hflip: float, interpolation: str, **color: Any
 ) -> Callable[[Any], Tensor]:
-    """Make timm's training transform without random erasing: PIL image -> uint8 (3, size, size).
+    """Create timm's training transform without random erasing: PIL image -> uint8 (3, size, size).
 
     Args:
         size: height and width in pixels.
-        scale: smallest share of the image's area that a random crop takes.
+        scale: smallest fraction of the image's area that a random crop covers.
         hflip: probability of mirroring.
         interpolation: random, bilinear or bicubic.
         **color: color_jitter, auto_augment and mean (the fill of auto-augment), as for timm's
@@ -173,7 +173,7 @@ def train_transform(
 
 
 class ColorTransform:
-    """The part of `train_transform` that neither crops nor mirrors.
+    """`train_transform` without crops and mirroring.
 
     Small images are cropped and mirrored as a batch instead.
 

@@ -47,7 +47,7 @@ class ImageDataset:
         count: number of samples.
         transform: PIL image -> uint8 tensor. It may draw from the global generators, which are
             seeded for every sample.
-        replace: replace unreadable images by other ones.
+        replace: replace unreadable images with other ones.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class BatchReader:
             a batch smaller, and empty batches are skipped.
 
         Raises:
-            UserError: too many consecutive images of a training are unreadable, or all images of an
+            UserError: too many consecutive training images are unreadable, or all images of an
                 evaluation are.
         """
         if self.pixels is not None and self.items is None:
@@ -160,7 +160,7 @@ class BatchReader:
     def _report(self) -> None:
         """Print one line that counts the unreadable images of this process."""
         how = (
-            f"replaced {len(self._unreadable)} unreadable images of {len(self.labels)} by others"
+            f"replaced {len(self._unreadable)} unreadable images of {len(self.labels)} with others"
             if self.items is not None and self.items.replace
             else f"skipped {len(self._unreadable)} unreadable images in the evaluation"
         )

@@ -40,7 +40,7 @@ def open_custom(
         The LightningDataModule that the factory returns, or a `DatasetModule` of its data sets.
 
     Raises:
-        UserError: As `call_factory`, or the factory returns another type.
+        UserError: See `call_factory`; or the factory returns another type.
     """
     made = call_factory(name, "data.name", **(arguments or {}))
     if isinstance(made, lightning.LightningDataModule):
@@ -101,7 +101,8 @@ class DatasetModule(lightning.LightningDataModule):
         batch_size: training samples per process and step.
         eval_batch_size: samples per process and step in evaluation.
         workers: number of worker processes.
-        val_fraction: share of the training set held out if the factory returns no validation set.
+        val_fraction: fraction of the training set held out if the factory returns no validation
+            set.
         samples: number of training samples to use; None is all.
         seed: seed of the order.
     """
@@ -164,7 +165,7 @@ class DatasetModule(lightning.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> TrainLoader:
-        """Make the loader of the training samples."""
+        """Create the loader of the training samples."""
         dataset, samples = self._part("train")
         order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
         order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
@@ -179,11 +180,11 @@ class DatasetModule(lightning.LightningDataModule):
         return EvalLoader(reader, samples, self.eval_batch_size, *self._place())
 
     def val_dataloader(self) -> EvalLoader:
-        """Make the loader of the validation samples."""
+        """Create the loader of the validation samples."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
-        """Make the loader of the test samples."""
+        """Create the loader of the test samples."""
         return self._eval_loader("test")
 
     predict_dataloader = test_dataloader

@@ -36,8 +36,8 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
 
     Attributes:
         input_shape: (3, image_size, image_size).
-        mean: per-channel mean that images are normalized with.
-        std: per-channel standard deviation that images are normalized with.
+        mean: per-channel mean for the normalization of images.
+        std: per-channel standard deviation for the normalization of images.
         interpolation: interpolation of evaluation.
         crop_pct: crop of evaluation.
 
@@ -45,9 +45,9 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         name: digits, cifar10, cifar100, imagenet, imagefolder, wds, synthetic or hfds/PATH; or
             package.module:factory, your own function that returns a LightningDataModule or
             data sets (train, test) or (train, val, test).
-        root: folder with <split>/<class>/<image>, or <split>.tar with the same inside; split is
-            train, val or test. cifar10 and cifar100 also take torchvision's files, imagefolder also
-            a folder or tar of classes without splits.
+        root: folder with <split>/<class>/<image>, or <split>.tar with the same content; split is
+            train, val or test. cifar10 and cifar100 also accept torchvision's files, imagefolder
+            also accepts a folder or tar of classes without splits.
         download: let torchvision download cifar10 or cifar100 into root if it is not found.
         num_classes: number of classes to generate for synthetic (10), or to require of other data
             sets; null accepts any number.
@@ -58,8 +58,8 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
             at least 256 for small images.
         workers: processes that read image files; null is one per core, up to 8. Not used for
             images in memory.
-        val_fraction: share of the training split held out for validation if there is no validation
-            split, at least one sample; the same samples for every seed.
+        val_fraction: fraction of the training split held out for validation if there is no
+            validation split, at least one sample; the same samples for every seed.
         samples: number of training samples to use, balanced over the classes; null uses all. For
             synthetic, the number to generate (2048).
         mean: per-channel mean of the images in 0..1; null is the default of the data set.
@@ -67,13 +67,13 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
             set.
         interpolation: resizing in evaluation, bilinear or bicubic.
         train_interpolation: resizing of image files in training, random, bilinear or bicubic.
-        crop_pct: in evaluation, image files are resized so that the crop covers this share of their
-            shorter side.
+        crop_pct: in evaluation, image files are resized so that the crop covers this fraction of
+            their shorter side.
         pad: black border in pixels of the random crop of small images; null is the default of the
             data set, 4 for cifar.
         hflip: probability of mirroring a training image; null is the default of the data set, 0.5
             except for digits.
-        scale: smallest share of the area of an image file that a random crop covers.
+        scale: smallest fraction of the area of an image file that a random crop covers.
         color_jitter: timm's color jitter; null is the default of the data set, 0.4 for image files.
         auto_augment: timm's policy, e.g. rand-m9-mstd0.5-inc1; null for none.
         reprob: probability of timm's random erasing.
@@ -82,7 +82,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         cutmix: timm's cutmix alpha, 0 for none.
         smoothing: label smoothing.
         seed: seed of the order and the augmentation; null takes seed_everything.
-        data_args: arguments of a data set of your own, data.name=package.module:factory.
+        data_args: arguments of your own data set, data.name=package.module:factory.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
             self.splits.for_stage(part)
 
     def train_dataloader(self) -> TrainLoader:
-        """Make the loader of the training samples."""
+        """Create the loader of the training samples."""
         name, samples = self.splits.for_stage("train")
         reader = self._reader(name, "train")
         order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
@@ -256,7 +256,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         return augment.BatchAugment(seed, pad, hflip, self.reprob, self.remode, self.mixup)
 
     def val_dataloader(self) -> EvalLoader:
-        """Make the loader of the validation samples."""
+        """Create the loader of the validation samples."""
         return self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:

@@ -23,11 +23,11 @@ class _Seeded:
 
 
 class _NoBatch(str):
-    """Why samples could not be collated; passed on from a worker process in place of a batch."""
+    """Reason why samples could not be collated, returned by a worker process instead of a batch."""
 
 
 class _Collate:
-    """The `collate_fn` of a data set, with an error of torch's as a `_NoBatch`."""
+    """The `collate_fn` of a data set, which returns an error of torch as a `_NoBatch`."""
 
     def __init__(self, collate: Callable[[list], Any]) -> None:
         self.collate = collate
@@ -63,7 +63,7 @@ class DatasetReader:
         for batch in self._loader.read(batches, seed, epoch):
             if isinstance(batch, _NoBatch):
                 raise UserError(
-                    f"the samples of the data set can't be stacked ({batch}); pad them to one "
+                    f"the samples of the data set can't be stacked ({batch}); pad them to the same "
                     "shape, or give the data set a collate_fn"
                 )
             yield batch

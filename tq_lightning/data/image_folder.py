@@ -77,7 +77,7 @@ def find_split(root: Path, split: str) -> Path | None:
 
 
 def is_flat(root: Path) -> bool:
-    """Return True if `root` has no splits, but class folders, or is a tar of class folders."""
+    """Return True if `root` is a tar of class folders, or has class folders instead of splits."""
     if root.is_file():
         return root.suffix == ".tar"
     return (
@@ -210,12 +210,12 @@ def _check_empty_folders(path: Path) -> None:
 def _in_class_folders(
     root: Path, paths: list[PurePosixPath], left_out: LeftOut
 ) -> list[PurePosixPath]:
-    """Return the images in class folders. Images beside the class folders are skipped."""
+    """Return the images in class folders. Images next to the class folders are skipped."""
     depth = 0
     tops = {p.parts[0] for p in paths if len(p.parts) > 1}
     if len(tops) == 1:
         top = tops.pop()
-        # a single folder that holds all the class folders
+        # a single folder that contains all class folders
         if any(len(p.parts) > 2 for p in paths) or top in _SPLIT_NAMES | {root.stem}:
             depth = 1
     kept = []

@@ -63,7 +63,7 @@ def printable(text: str) -> str:
 
 
 def is_hidden(parts: tuple[str, ...]) -> bool:
-    """Check if any part of a relative path is hidden or belongs to a file manager or NAS."""
+    """Return True if any part of a relative path is hidden or belongs to a file manager or NAS."""
     return any(part.startswith((".", "@")) or part.lower() in _SYSTEM_NAMES for part in parts)
 
 
@@ -163,7 +163,7 @@ def read_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Any:
 
 
 def _to_8_bits(image: Any) -> Any:
-    """Bring an image to one of the 8-bit modes that convert directly to RGB and L."""
+    """Convert an image to one of the 8-bit modes that convert directly to RGB and L."""
     mode, kind = image.mode, image.format
     if mode in _EIGHT_BIT:
         # a palette may have transparency per entry, which only RGBA separates from the colors

@@ -93,7 +93,7 @@ def fit_progress(trainer: Any, loader: TrainLoader) -> tuple[int, int] | None:
 class EvalLoader:
     """Evaluation batches (images uint8, labels) of one process, in order, each sample once.
 
-    Unreadable images are skipped, not replaced: another image would be counted twice.
+    Unreadable images are skipped, not replaced, because another image would be counted twice.
 
     Args:
         fetch: reader of the split.

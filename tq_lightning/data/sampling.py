@@ -76,9 +76,9 @@ def train_or_val_part(
     Args:
         labels: (samples,) int64 class indices of the training split.
         stage: train or val.
-        val_fraction: share of the samples held out for validation; None if validation has a split
-            of its own.
-        samples: most samples to train on; None is all of them.
+        val_fraction: fraction of the samples held out for validation; None if validation has a
+            separate split.
+        samples: largest number of samples to train on; None for all.
 
     Returns:
         (n,) int64, sorted sample indices.

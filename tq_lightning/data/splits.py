@@ -69,8 +69,8 @@ class Splits:
         name: name of the data set, for errors.
         read: (source, split) -> Split, or None if the split does not exist.
         source: configuration of the reader.
-        val_fraction: share of the training split held out for validation if there is no validation
-            split.
+        val_fraction: fraction of the training split held out for validation if there is no
+            validation split.
         samples: number of training samples to use; None uses all.
     """
 

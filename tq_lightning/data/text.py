@@ -79,7 +79,7 @@ def read_reviews(archive: Path) -> list[tuple[float, str]]:
     """Read (mean rating from -4 to 4, text) of every review, without repeated texts.
 
     Raises:
-        UserError: the archive does not exist, or does not hold the reviews.
+        UserError: the archive does not exist, or does not contain the reviews.
     """
     if not archive.is_file():
         raise UserError(
@@ -97,8 +97,8 @@ def read_reviews(archive: Path) -> list[tuple[float, str]]:
         found = {text.strip(): float(rating) for _, rating, text in rows}
     except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile) as error:
         raise UserError(
-            f"data.data_args: {archive} does not hold the rated reviews ({type(error).__name__}); "
-            f"pass the source archive {ARCHIVE}"
+            f"data.data_args: {archive} does not contain the rated reviews "
+            f"({type(error).__name__}); pass the source archive {ARCHIVE}"
         ) from error
     return [(rating, text) for text, rating in found.items()]
 
@@ -113,7 +113,7 @@ def movie_reviews(
     Args:
         archive: source archive of vaderSentiment 0.5.
         length: tokens of a text.
-        margin: reviews whose rating is nearer to 0 are left out.
+        margin: reviews with a rating closer to 0 are excluded.
 
     Raises:
         UserError: the archive, or a package that reads it, is missing.

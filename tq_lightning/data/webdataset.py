@@ -1,7 +1,7 @@
 """WebDataset shards on disk: `data.name: wds`, tars of KEY.jpg with KEY.cls or KEY.json.
 
 The shards are indexed once, and images are then read by index, as from a folder. Shuffling, exact
-resume, several processes and held-out samples therefore work as for every other data set.
+resume, several processes and held-out samples work as for every other data set.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ class Shards:
 
 
 def cached_index(shards: list[Path]) -> ShardIndex:
-    """Read the cached index of shards, or create it and store it beside them.
+    """Read the cached index of shards, or create it and store it next to them.
 
     The index is created again if the size or modification time of a shard changes, and by every
     run if the folder is read-only.

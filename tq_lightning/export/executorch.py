@@ -1,13 +1,13 @@
 """ExecuTorch program: a packed file at one width, with its codes as int8 and int4 weights.
 
 Quantized convolutions and linear layers run on XNNPACK's integer kernels. Their weights are the
-codes of the file, not quantized again. Inputs are quantized at run time, each in its own range
+codes of the file, not quantized again. Inputs are quantized at run time, each with its own range
 (dynamic quantization), so no calibration is needed. All other operations run in float.
 
 XNNPACK stores the weights of linear layers as int4 at 4 bits and below, and those of convolutions
 as int8 at every width. All integers are exact. If the odd integers of the levels `endpoint` and
 `centre` do not fit the type (8 bits in int8, 4 bits in int4), the codes k' are stored instead, and
-one more output channel sums the inputs (see `integer_weight`).
+an additional output channel sums the inputs (see `integer_weight`).
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from tq_lightning.files import atomic_write
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import width_of
 
-INSTALL = "pip install 'tq_lightning[executorch]' in an environment of its own"
+INSTALL = "pip install 'tq_lightning[executorch]' in a separate environment"
 
 
 class Program(NamedTuple):
@@ -41,7 +41,7 @@ class Program(NamedTuple):
     left_in_float: dict[str, str]
 
     def lines(self) -> list[str]:
-        """Describe the program: layers on integers, their storage, and each layer in float."""
+        """Describe the program: integer layers, their storage, and each layer in float."""
         lines = [
             f"{len(self.integer)} layers run as integers, {len(self.left_in_float)} quantized "
             "layers in float; activation ranges are computed at run time",
@@ -81,8 +81,8 @@ def export_executorch(
         )
     if any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         raise UserError(
-            f"{path} was trained with quantized activations, which --format executorch replaces "
-            "by its own; pass --format onnx instead"
+            f"{path} was trained with quantized activations, which --format executorch would "
+            "replace with its own; pass --format onnx instead"
         )
     program = _to_integers(model)
     if not program.integer:

@@ -42,7 +42,7 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def with_checksum(archive: memoryview) -> tuple[bytes | memoryview, ...]:
-    """The parts of a zip archive with the checksum as its comment.
+    """Return the parts of a zip archive with the checksum as its comment.
 
     The length of the comment is in the last two bytes of the archive.
     """

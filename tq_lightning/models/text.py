@@ -26,7 +26,7 @@ _NAMES = (
     (r"output\.dense", "down"),
     (r"output\.LayerNorm", "norm2"),
 )
-_TYPES = "embeddings.token_type_embeddings.weight"  # a text alone has type 0 throughout
+_TYPES = "embeddings.token_type_embeddings.weight"  # all tokens of a single text have type 0
 
 
 class Block(nn.Module):

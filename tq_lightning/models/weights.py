@@ -148,7 +148,7 @@ def load_torch_file(path: str | Path, mmap: bool = False) -> Any:
         mmap: Map the tensors instead of reading them.
 
     Raises:
-        Exception: As `torch.load`; see `why_not_loaded`.
+        Exception: See `torch.load` and `why_not_loaded`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickles and TorchScript archives, which are errors

@@ -46,7 +46,7 @@ class WidthTensors(NamedTuple):
     Attributes:
         bits: float32; max_bits at float width.
         top: float32, M_n = 2^bits - 1.
-        stored_top: float32, M_n of the width at which codes of `*_truncate` are made.
+        stored_top: float32, M_n of the width at which codes of `*_truncate` are computed.
         step: float32, divisor of these codes: 2^(max_bits - bits), or 1.
         is_float: bool, True for no quantization.
     """
@@ -82,9 +82,9 @@ class ActivationQuantizer(nn.Module):
     The computation is in float32; the output has the dtype of `x`. `clamp_*` fixes the clip at 1
     (DoReFa, arXiv 1606.06160; Any-Precision, arXiv 1911.07346). `pact_*` learns it: dy/dclip is 1
     if x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), for every straight-through rule, because a
-    rule only affects dy/dx. Codes are made at the width in use. With `*_truncate` and the source
-    "truncate", they are made at max_bits and shifted. Levels are endpoint levels, so that 0 stays 0
-    and 1 stays 1.
+    rule only affects dy/dx. Codes are computed at the width in use. With `*_truncate` and the
+    source "truncate", they are computed at max_bits and shifted. Levels are endpoint levels, so
+    that 0 stays 0 and 1 stays 1.
 
     Args:
         kind: A key of `ACTIVATIONS`.
@@ -156,7 +156,7 @@ class ActivationQuantizer(nn.Module):
         return codes_to_levels(codes, bits).mul_(scale)
 
     def _at_any_width(self, u: Tensor, scale: Tensor, clipped: Tensor) -> Tensor:
-        # nothing here may read `bits` or `source`: the graph would be compiled once for each
+        # do not read `bits` or `source` here: the graph would be compiled once for each value
         width: WidthTensors = self.width.tensors
         stored = (width.stored_top, width.step) if self.truncated else (None, None)
         quantized = FakeQuantizeTensors.apply(

@@ -104,8 +104,8 @@ def activation_ranges(model: nn.Module) -> dict[str, ActivationRange]:
         model: A prepared or packed model.
 
     Returns:
-        {name: range}. The name of a quantized layer gives the range of its input, that of an
-        activation quantizer (`prepare(activations=...)`) the range of its output, [0, clip].
+        {name: range}: the range of the input of a quantized layer, or the range of the output of an
+        activation quantizer (`prepare(activations=...)`), [0, clip].
     """
     found = {name: ActivationRange(*pair) for name, pair in getattr(model, "tq_ranges", {}).items()}
     for name, module in model.named_modules():
@@ -123,23 +123,23 @@ def calibrate_activations(
 ) -> dict[str, ActivationRange]:
     """Observe the inputs of the quantized layers, for integer inference.
 
-    One range per layer serves all widths: the union of those that the observer finds at each. The
-    model runs in evaluation mode with truncated weights; modes, the width in use and all random
-    states stay as they were.
+    One range per layer serves all widths: the union of the ranges observed at each width. The model
+    runs in evaluation mode with truncated weights. Modes, the width in use and all random states
+    are restored.
 
     Args:
         model: A prepared or packed model. Norms of untrained widths are calibrated before, with
             `calibrate_norms`.
         batches: Inputs on the model's device: images (batch, channels, height, width), or tuples or
             mappings of arguments. They are read twice.
-        observer: "percentile" leaves the outermost 0.01 % of the values out. "mse" takes the
+        observer: "percentile" excludes the outermost 0.01 % of the values. "mse" chooses the
             clipped range with the smallest mean squared error of 8-bit codes.
-        widths: Widths to observe at; None = all that the model can run at.
+        widths: Widths to observe at; None = all widths that the model can run at.
 
     Returns:
-        A dict from the name of a quantized layer to the range of its input. A layer that did not
-        run as a module has none. The result is also kept as `model.tq_ranges`, which `save_packed`
-        writes.
+        A dict from the name of a quantized layer to the range of its input. It has no entry for a
+        layer that was not called as a module. The dict is also stored as `model.tq_ranges`, which
+        `save_packed` writes.
 
     Raises:
         ValueError: The model is not prepared, an unknown observer or width, no batches, or an

@@ -13,7 +13,7 @@ import numpy as np
 
 from tq_lightning.quant.codes import STORED_BITS
 
-BLOCK = 1 << 18  # codes; one block of codes and its scratch are half a megabyte
+BLOCK = 1 << 18  # codes; a block and its scratch memory take half a megabyte
 ALIGN = 64  # codes; every layer starts at a 64-bit word of every plane
 
 
@@ -39,7 +39,7 @@ def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
 
     Raises:
         ValueError: `codes` is not one-dimensional uint8, `bits` is out of range, or a code does not
-            fit it.
+            fit into `bits`.
     """
     _check(codes, bits)
     if bits < STORED_BITS and codes.size and int(codes.max()) >> bits:

@@ -1,4 +1,4 @@
-"""The width in use: `Width`, which all quantizers of a model share, and `bit_width`, its writer."""
+"""The width in use: `Width`, shared by all quantizers of a model; `bit_width` sets it."""
 
 import sys
 from collections.abc import Iterator
@@ -109,7 +109,7 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
             together.
         bits: Width in use, 1..max_bits. None = float: the network before `prepare`, except that
             its activations stay clipped.
-        source: "quantize" (codes made at `bits`) or "truncate" (stored codes shifted). None is
+        source: "quantize" (codes computed at `bits`) or "truncate" (stored codes shifted). None is
             "quantize" for a prepared model and "truncate" for a packed one.
 
     Yields:

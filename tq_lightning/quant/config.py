@@ -23,7 +23,7 @@ from tq_lightning.quant.ste import STES, resolve_ste
 
 NORMS = ("per_width", "per_width_all", "shared")
 FLOAT_PASSES = ("plain", "normalized")
-# choices that earlier versions do not have: files omit them at these defaults
+# choices added after version 0.1.0; files omit them if they have these defaults
 ADDED_CHOICES: dict[str, Any] = {
     "float_pass": "plain",
     "shared_norms": [],
@@ -53,8 +53,8 @@ class QuantConfig:
             and activations clipped as at the other widths. "normalized" is the limit of many bits,
             w^ = E (2u - 1), with activations that are not clipped above (Any-Precision DNNs).
         shared_norms: fnmatch patterns of norms that all widths share.
-        scale: Weight at level 1, one of `normalizers.SCALES`: "mean" is mean|w| (the paper),
-            "span" the weight that the normalizer maps to u = 1, which preserves values.
+        scale: Weight at level 1, one of `normalizers.SCALES`: "mean" is mean|w| (the paper), "span"
+            is the weight that the normalizer maps to u = 1, so that weights keep their values.
         quantize_embeddings: Quantize embedding tables too; a channel is then a row of the table.
 
     Raises:
@@ -115,7 +115,7 @@ class QuantConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "QuantConfig":
-        """Pick the choices out of a mapping; other keys are ignored, missing ones default.
+        """Create a configuration from a mapping; ignore other keys, use defaults for missing ones.
 
         Raises:
             ValueError: As in the constructor.
@@ -123,7 +123,7 @@ class QuantConfig:
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the choices as plain JSON types: the form that files and checkpoints hold."""
+        """Return the choices as plain JSON types, as files and checkpoints store them."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {k: v for k, v in plain.items() if k not in ADDED_CHOICES or v != ADDED_CHOICES[k]}
 
@@ -187,7 +187,7 @@ def _counter_example(row: Quantizer) -> tuple[float, int, int, int] | None:
 
 
 def check_nested(quantizer: str) -> None:
-    """Check that a row of `QUANTIZERS` that declares nested codes has them.
+    """Check that the codes of a row of `QUANTIZERS` that declares nested codes nest.
 
     Raises:
         ValueError: The codes do not nest; the message gives a counter-example.

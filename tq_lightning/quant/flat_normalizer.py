@@ -1,7 +1,7 @@
 """Normalized weights in flat buffers: u, scale and the normalizer's backward pass for all layers.
 
 The operations and their order are those of `WeightQuantizer.normalize` and `Normalize`. A buffer is
-as large as all weights together. Two of them outlive a call: `u`, and that of `tensors`.
+as large as all weights together. Two buffers are kept between calls: `u` and that of `tensors`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tq_lightning.quant.quantized_tensors import QuantizedTensor
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.weight import TINY, WeightQuantizer, span_of
 
-# elements of a row of a buffer; a weight starts at a row, so that a column scales whole weights
+# elements per row of a buffer; a weight starts at a row, so that a column can scale each weight
 ROW = 256
 
 
@@ -25,8 +25,8 @@ class NormalizedWeights:
         weights: Weights on one device. They must not change while this object is in use.
 
     Attributes:
-        tensors: Tensors of the shape of the weights, in the memory of one buffer. They hold in turn
-            the weights of a width, their gradients, and what `normalize` computes.
+        tensors: Tensors of the shape of the weights, in the memory of one buffer. They hold the
+            weights of a width, then their gradients, and intermediate results of `normalize`.
         finite: Scalar bool on the device: whether all weights are finite. None before `normalize`.
     """
 
@@ -66,13 +66,13 @@ class NormalizedWeights:
         return views
 
     def _spread(self, values: Sequence[Tensor]) -> Tensor:
-        """Values per weight -> a column, one for each row; values per channel -> a buffer."""
+        """Expand values per weight to a column (one per row), values per channel to a buffer."""
         if self.row.per_channel:
             flat = torch.ones(sum(self._rows), ROW, device=self.device)
             torch._foreach_copy_(self._views(flat), list(values))
             return flat
         repeats = torch.tensor(self._rows, device=self.device)
-        # without `output_size` the device would be read
+        # without `output_size` this would synchronize with the device
         column = torch.stack(list(values)).repeat_interleave(repeats, output_size=sum(self._rows))
         return column.unsqueeze(1)
 
@@ -86,7 +86,7 @@ class NormalizedWeights:
     def normalize(self) -> None:
         """Compute u, scale and max|t| of every weight; see `WeightQuantizer.normalize`.
 
-        It does not synchronize with the device: `finite` is True if all weights are finite.
+        It does not synchronize with the device. `finite` stores whether all weights are finite.
         """
         self._rms = self._top = None
         if self.ranges:
@@ -112,14 +112,14 @@ class NormalizedWeights:
         self._u = self._to_unit(t)
 
     def _squash(self) -> Tensor:
-        """Load the weights into `tensors`; return t = squash(w) in a buffer of its own."""
+        """Copy the weights to `tensors`; return t = squash(w) in another buffer."""
         torch._foreach_copy_(self.tensors, self.originals)
         w = self._made if self._rms is None else self._made / self._rms
         t = self.row.squash(w)
         return t.clone() if t is self._made else t
 
     def _to_unit(self, t: Tensor) -> Tensor:
-        """Turn t into u, in place."""
+        """Compute u from t, in place."""
         t.mul_(0.5)
         if self._top is not None:
             t.div_(self._top)
@@ -127,7 +127,7 @@ class NormalizedWeights:
         return t.clamp_(0.0, 1.0) if self._clamped else t
 
     def _unit(self) -> Tensor:
-        """Return u; if it was dropped, make it again, which overwrites `tensors`."""
+        """Return u. If it was dropped, compute it again, which overwrites `tensors`."""
         if self._u is None:
             self._u = self._to_unit(self._squash())
         return self._u
@@ -176,7 +176,7 @@ class NormalizedWeights:
 
     # -- backward --------------------------------------------------------------------------------
     def _backward(self, grad: Tensor) -> None:
-        """Carry dL/du, which is overwritten, to dL/dw in `tensors`.
+        """Compute dL/dw in `tensors` from dL/du, which is overwritten.
 
         dL/dw is dL/du (dt/dw) / (2 range of t), or / (2 scale) for the rule "value"; see
         `Normalize`, which has the same operations in the same order.

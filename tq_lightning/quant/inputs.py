@@ -81,7 +81,7 @@ def check_logits(task: str, logits: Any, target: Tensor) -> None:
 
 
 def check_shifted(inputs: Any, target: Tensor) -> None:
-    """Check that the labels of a language model differ from its inputs, which it could copy.
+    """Check that the labels of a language model are not its inputs, which it could simply copy.
 
     Raises:
         UserError: The label of every labeled token is the input token.
@@ -136,7 +136,7 @@ def describe_inputs(model: nn.Module, inputs: Any) -> list[dict[str, Any]]:
         inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
 
     Returns:
-        Rows {"name", "shape", "type"}, a type of `TYPES` each; [] if an input is not a tensor.
+        Rows {"name", "shape", "type"} with types from `TYPES`; [] if an input is not a tensor.
     """
     names = list(inspect.signature(model.forward).parameters)
     if not isinstance(inputs, Mapping):
@@ -155,7 +155,7 @@ def describe_inputs(model: nn.Module, inputs: Any) -> list[dict[str, Any]]:
 def example_inputs(
     model: nn.Module, rows: list[dict[str, Any]], batch: int = 2
 ) -> dict[str, Tensor | None]:
-    """Make inputs of a network, in the order of its parameters, as `describe_inputs` names them.
+    """Create inputs of a network from rows of `describe_inputs`, in the order of its parameters.
 
     Returns:
         {parameter name: ones of shape (batch, ...)}; None for a parameter before the last input

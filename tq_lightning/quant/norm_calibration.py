@@ -23,7 +23,7 @@ from tq_lightning.quant.switchable_norm import (
     width_name,
 )
 
-SETTLED = 200  # updates; from there on, both estimates agree on the digits data set
+SETTLED = 200  # updates after which both estimates agree on the digits data set
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def prepare(
 
     Returns:
         A dict from layer name to a description of the attached modules, with the share of quantized
-        parameters. The arguments are kept as `model.tq`.
+        parameters. The arguments are stored as `model.tq`.
 
     Raises:
         ValueError: An unknown or unsupported choice, a model that is already prepared, a layer that

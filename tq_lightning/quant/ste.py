@@ -4,7 +4,7 @@ Each rule maps dL/dlevel to dL/du, where u in [0, 1] is the input of the quantiz
 [0, 1] its output. A rule is a pure function `(grad, u, level, bits, quantizer) -> grad`. All
 tensors have the shape of `u`; `quantizer` is a key of `codes.QUANTIZERS`.
 
-Where the scale of the weights is a parameter (`WeightQuantizer.range`), a second rule
+If the scale of the weights is a parameter (`WeightQuantizer.range`), a second rule
 `(grad, grad_u, u, level, scale, bits, quantizer) -> grad` gives dL/dscale of each element. `grad`
 is dL/dw^ of the quantized weight w^ = scale (2 level - 1), and `grad_u` what the first rule
 returned. The caller sums the result over the elements that share a scale. No gradient flows from
@@ -109,7 +109,7 @@ def range_gradient(
     bits: int,
     quantizer: str,
 ) -> Tensor:
-    """dL/dscale = dL/dw^ (2 level - 1) - dL/du (2u - 1) / (2 scale); first term alone if clamped.
+    """dL/dscale = dL/dw^ (2 level - 1) - dL/du (2u - 1) / (2 scale); only the first if clamped.
 
     The chain rule for w^ = scale (2 level - 1) and u = clamp(w / (2 scale) + 1/2, 0, 1). With the
     identity rule an element inside the range contributes dL/dw^ times (w^ - w) / scale.

@@ -31,7 +31,7 @@ class PerWidthNorm(nn.Module):
     Args:
         layer: A normalization layer, including those of timm that apply an activation.
         width: The model's shared `Width`; its `widths` are the trained ones.
-        only: Widths to make copies for, if the model will run at no other width; None = all widths
+        only: Widths to create copies for, if the model runs only at these widths; None = all widths
             and float.
 
     Attributes:

@@ -84,7 +84,7 @@ def check(kind: Any, value: Any, where: str) -> Any:
 
 
 def from_tree(kind: type[T], tree: dict[str, Any], before: str) -> T:
-    """Build a dataclass from JSON types; `before` is the dotted path of its fields, "" or "a."."""
+    """Build a dataclass from JSON types; `before` is the prefix of its fields in errors ("a.")."""
     values, hints = {}, get_type_hints(kind)
     for f in fields(kind):  # type: ignore[arg-type]
         optional = f.default is not MISSING or f.default_factory is not MISSING

@@ -41,7 +41,7 @@ def read_any(path: str | Path) -> Record | InspectRecord:
 
 
 def parse(tree: Any) -> Record | InspectRecord:
-    """Build a record from JSON types. Raises RecordError as `read_any` does."""
+    """Build a record from JSON types. Raises RecordError like `read_any`."""
     if not isinstance(tree, dict) or "schema" not in tree:
         raise RecordError("not a record of tq_lightning: the key 'schema' is missing")
     if tree["schema"] != SCHEMA:

@@ -27,7 +27,7 @@ class Evaluation:
 class WidthResult:
     """Top-1 in %, or perplexity, of both sources at one width, at the best epoch.
 
-    `qt_gap` is what truncation costs: percentage points, or perplexity truncated minus quantized.
+    `qt_gap` is the cost of truncation: percentage points, or perplexity truncated minus quantized.
     `disagree` is the share of weight codes that differ between the two sources.
     """
 
@@ -129,8 +129,8 @@ class Record:
 def value_of(record: Record, metric: str) -> Number | None:
     """Return a sweep objective: a metric of the last epoch, or STORAGE_BYTES; None if not logged.
 
-    The last epoch is used, not the best: W&B sweeps read the last logged value too, the pruner has
-    seen it, and no configuration gains from more epochs to choose from.
+    The last epoch is used, not the best one. W&B sweeps also read the last logged value, the pruner
+    has seen it, and no configuration benefits from more epochs to choose from.
     """
     if metric == STORAGE_BYTES:
         size = record.bytes.packed if record.bytes is not None else None

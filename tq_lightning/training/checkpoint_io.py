@@ -15,9 +15,9 @@ from tq_lightning.models.checksum import verify_checkpoint, with_checksum
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically.
 
-    A kill or a full disk leaves the old checkpoint. Lightning's writer goes through the folder for
-    temporary files. If that is on another file system, its last step is a copy, and a kill during
-    the copy leaves a truncated file.
+    If the process is killed or the disk is full, the old checkpoint remains. Lightning's writer
+    uses the folder for temporary files. If that folder is on another file system, its last step is
+    a copy, and a kill during the copy leaves a truncated file.
     """
 
     def save_checkpoint(

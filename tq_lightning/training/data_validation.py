@@ -54,7 +54,7 @@ def _check_intervals(trainer: Any, batches: int) -> None:
     if isinstance(limit, float) and int(limit * batches) == 0:
         raise UserError(
             f"trainer.limit_train_batches={limit:g} of {batches} batches is less than one; pass a "
-            "larger share, or a number of batches"
+            "larger fraction, or a number of batches"
         )
     batches = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
     every, by_epoch = trainer.val_check_interval, trainer.check_val_every_n_epoch is not None
@@ -66,5 +66,5 @@ def _check_intervals(trainer: Any, batches: int) -> None:
     if isinstance(every, float) and int(every * batches) == 0:
         raise UserError(
             f"trainer.val_check_interval: got {every:g}, which is less than one of {batches} "
-            "batches; pass a larger share"
+            "batches; pass a larger fraction"
         )

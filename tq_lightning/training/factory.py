@@ -80,7 +80,7 @@ def build_model(h: Any, start_weights: bool = True) -> nn.Module:
         start_weights: False leaves the weights random, for a checkpoint to replace them.
 
     Raises:
-        UserError: as `create_model`; without `start_weights`, as `check_local`.
+        UserError: see `create_model`, or `check_local` without `start_weights`.
     """
     if not start_weights and not is_factory(h.name):  # factory names were compared by the parser
         check_local(h.name, "the checkpoint")
@@ -120,7 +120,7 @@ def build_teacher(h: Any) -> nn.Module | None:
     """Create the external teacher `h.teacher_name`, frozen; return None if there is no name.
 
     Raises:
-        UserError: as `create_model`.
+        UserError: see `create_model`.
     """
     if h.teacher_name is None:
         return None

@@ -72,7 +72,7 @@ class TQModule(L.LightningModule):
             _truncate.
         skip: layers left in float: first, last, and name patterns.
         norm: per_width, per_width_all (layer norms too) or shared.
-        shared_norms: patterns of norms that stay one for all widths, e.g. `["*skip_bn"]`.
+        shared_norms: patterns of norms that all widths share, e.g. `["*skip_bn"]`.
         task: classification (one label per sample, metrics acc1) or language_modeling (one label
             per token, metrics ppl).
         loss: label loss, cross_entropy or bce.
@@ -104,8 +104,8 @@ class TQModule(L.LightningModule):
         decay_rate: factor of a decay; power of poly.
         ema_decay: decay of an exponential moving average of the weights, which is then evaluated
             and saved; null for none.
-        calibration_batches: training batches that norm statistics of untrained widths are
-            estimated from.
+        calibration_batches: training batches for estimating the norm statistics of untrained
+            widths.
         channels_last: use the channels_last memory format, which is faster on most devices.
         compile: run the model through torch.compile, with one graph for all widths.
         seed: seed of the width schedule and of the random state of each step; null for the seed of

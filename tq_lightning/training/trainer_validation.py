@@ -70,11 +70,11 @@ def _is_time(value: Any) -> bool:
 
 
 def _is_share(value: float) -> bool:
-    """Return True for a count from 0, which may be 20.0, or a share from 0 to 1."""
+    """Return True for a count from 0, which may be 20.0, or a fraction from 0 to 1."""
     return 0 <= value <= 1 or (value > 1 and float(value).is_integer())
 
 
-_SHARE = (_is_share, "a share from 0.0 to 1.0, or a number of batches")
+_SHARE = (_is_share, "a fraction from 0.0 to 1.0, or a number of batches")
 
 # trainer key -> (test of a value that is not null, description of the accepted values). Lightning
 # accepts other values, and ignores them or divides by zero.
@@ -85,7 +85,7 @@ _TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "check_val_every_n_epoch": (lambda v: v >= 1, "1 or more"),
     "val_check_interval": (
         lambda v: isinstance(v, str | dict) or (v != 0 and _is_share(v)),
-        "a share of an epoch up to 1.0, or a number of batches",
+        "a fraction of an epoch up to 1.0, or a number of batches",
     ),
     "log_every_n_steps": (lambda v: v >= 0, "1 or more, or 0 for never"),
     "gradient_clip_val": (lambda v: v >= 0, "a number from 0"),

@@ -4,9 +4,9 @@ Every packed weight is an initializer of uint8 codes followed by BitShift; the g
 levels and the weight in every run. The norm sets of all widths are tables that Gather reads. A
 width that the file does not have is an index out of range, which every runtime reports as an error.
 
-With `codes_as_inputs`, the codes are inputs instead of initializers, so that a caller can run a
-narrow width before all planes have arrived: the codes made from n planes have zeros as their lower
-bits, which the shift to n bits drops.
+With `codes_as_inputs`, the codes are inputs instead of initializers. A caller can then run a narrow
+width before all planes are loaded: codes from n planes have zeros as their lower bits, which the
+shift to n bits drops.
 """
 
 from pathlib import Path

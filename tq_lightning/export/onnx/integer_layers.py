@@ -147,10 +147,9 @@ def take_layers(
 def bias_codes(layer: IntegerLayer, step: float) -> tuple[IntegerLayer, np.ndarray]:
     """Quantize the bias of a layer to int32, in steps of (activation step) x (gain).
 
-    The integers of a convolution are multiplied by what makes these steps finer, see
-    `bias_factors`. If the bias of a channel does not fit, or its codes are all 0 (a norm with
-    gamma = 0), the channel outputs only its bias: its codes become 0, and its gain resolves the
-    bias to 2^-20.
+    The integers of a convolution are multiplied by `bias_factors`, which make these steps finer. If
+    the bias of a channel does not fit, or its codes are all 0 (a norm with gamma = 0), the channel
+    outputs only its bias: its codes become 0, and its gain resolves the bias to 2^-20.
 
     Args:
         layer: the layer.

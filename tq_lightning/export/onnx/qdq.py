@@ -108,7 +108,7 @@ def _put_conv(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
 
 
 def _put_integer_product(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
-    """ConvInteger or MatMulInteger, then the scale and the bias in float."""
+    """Add ConvInteger or MatMulInteger, then the scale and the bias in float."""
     if layer.low is None:
         layer, _ = bias_codes(layer, x.step)
     name = layer.name
@@ -127,7 +127,7 @@ def _put_integer_product(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> 
 
 
 def add_sum(editor: GraphEditor, layer: IntegerLayer, codes: str, zero: str) -> str:
-    """ConvInteger or MatMulInteger of a layer, or the sum of two; returns the int32 tensor.
+    """Add ConvInteger or MatMulInteger of a layer, or the sum of two. Return the int32 tensor.
 
     Args:
         editor: the graph.
@@ -150,7 +150,7 @@ def add_sum(editor: GraphEditor, layer: IntegerLayer, codes: str, zero: str) -> 
 
 
 def _put_two_layers(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
-    """Two layers between DequantizeLinear nodes, added in float: an exact 8-bit weight."""
+    """Add two layers between DequantizeLinear nodes, summed in float, for an exact 8-bit weight."""
     assert layer.low is not None
     name, axis = layer.name, 1
     shape: tuple[int, ...] = (-1,)

@@ -104,7 +104,7 @@ def export_static(
 def _cast_nodes(
     graph: onnx.ModelProto, name: str, zero: float, scale: Tensor
 ) -> list[onnx.NodeProto]:
-    """Make the nodes of weight = (Cast(codes) - zero) scale, and add their constants."""
+    """Create the nodes of weight = (Cast(codes) - zero) scale, and add their constants."""
     constants = {"zero": np.asarray(zero, np.float32), "scale": scale.float().numpy()}
     for key, value in constants.items():
         graph.graph.initializer.append(numpy_helper.from_array(value, f"{name}/{key}"))

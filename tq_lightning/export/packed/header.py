@@ -43,12 +43,12 @@ _MAX_FLOAT = 3.4e38
 MAX_INPUTS = 64
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
 _CROPS = ("center", "squash", "border")
-# Planes larger than this many times their compressed file are a decompression bomb.
+# Planes that are more times larger than their compressed file are a decompression bomb.
 _MAX_RATIO, _FREE_BYTES = 256, 16 << 20
 
 
 def format_version(header: Mapping[str, Any], tensors: Iterable[str]) -> int:
-    """Return the format version that a file requires: 2 if it uses an addition of version 2."""
+    """Return the format version that a file requires: 2 if it uses a feature of version 2."""
     new = (
         "activation_ranges" in header
         or "inputs" in header
@@ -218,7 +218,7 @@ def read_header(file: Container, rest: bool = False) -> dict[str, Any]:
 
 
 def _check_additions(file: Container, header: Mapping[str, Any]) -> None:
-    """Check the additions of version 2: the version, activation ranges, sizes of level tables."""
+    """Check the features of version 2: the version, activation ranges, sizes of level tables."""
     needed = format_version(header, file.entries)
     if file.version < needed:
         raise file.damaged(f"it has fields of version {needed} but is marked {file.version}")

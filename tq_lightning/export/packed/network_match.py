@@ -35,7 +35,7 @@ def cast_to_header_dtype(
     try:
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point == value.is_floating_point():
             return value.to(dtype)
-    except (RuntimeError, TypeError):  # quantized and packed types can't be converted to
+    except (RuntimeError, TypeError):  # tensors can't be converted to quantized and packed types
         pass
     raise UserError(f"the file has an invalid dtype {str(name)[:40]!r} for {full}")
 

@@ -132,7 +132,7 @@ def load_packed(
 
 
 def _own_network(spec: Mapping[str, Any], name: str, path: str | Path) -> nn.Module:
-    """Call the factory `name`, which the header must name too."""
+    """Call the factory `name`, which must also be the name in the header."""
     from tq_lightning.models import create_model
 
     if spec["name"] != name:

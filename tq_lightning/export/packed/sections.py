@@ -116,7 +116,7 @@ def split_norms(
 
 
 def sections_above(bits: int) -> set[str]:
-    """Return the sections that a file with only the first `bits` planes does not have."""
+    """Return the sections that a file with only the first `bits` planes lacks."""
     planes = {f"plane{n}" for n in range(bits, STORED_BITS)}
     wider = range(bits + 1, STORED_BITS + 1)
     return planes | {f"{kind}{n}" for kind in ("norm", "levels") for n in wider}

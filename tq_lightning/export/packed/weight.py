@@ -17,7 +17,7 @@ from tq_lightning.quant.bit_width import Width
 from tq_lightning.quant.codes import dequantize, truncate_codes
 
 MODES = ("resident", "lean", "integer")
-# codes processed at a time: few enough for a core's caches, enough to hide the call overhead
+# codes processed at a time: few enough for the caches of a core, many enough to hide call overhead
 CHUNK = 1 << 18
 
 
@@ -83,8 +83,8 @@ class PackedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         """Follow the model to another device or dtype.
 
-        The kept weight is dropped, to be computed again. The weight takes the new dtype, but the
-        scale and the levels stay in float32, so that the weight is rounded once.
+        The kept weight is dropped and computed again on its next use. The weight takes the new
+        dtype, but the scale and the levels stay in float32, so that the weight is rounded once.
         """
         self._weight = self._bits = None
         before = {name: value for name, value in self._buffers.items() if value is not None}
@@ -173,7 +173,7 @@ def attach_packed_weight(
 def _resident_or(
     tensor_name: str, slow: Callable[[nn.Module], Tensor]
 ) -> Callable[[nn.Module], Tensor]:
-    """Make a property getter that returns the resident weight if it is current, else calls `slow`.
+    """Create a property getter that returns the resident weight if current, else calls `slow`.
 
     torch reads a parametrized tensor through three modules and their hooks, which takes up to 3 %
     of the forward pass of a small transformer.

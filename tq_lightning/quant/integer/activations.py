@@ -18,8 +18,8 @@ class Codes(NamedTuple):
 
     A kernel computes them as round(x / make_step + zero + make_offset), clamps them to
     [0, make_top] and shifts them right by `shift`. The steps to make and to read codes differ only
-    for trained quantizers: `floor` codes have bins of clip / 2^n and lie half a bin lower, and
-    truncated codes are made at the stored width.
+    for trained quantizers: `floor` codes have bins of clip / 2^n and an offset of half a bin, and
+    truncated codes are computed at the stored width.
     """
 
     step: float

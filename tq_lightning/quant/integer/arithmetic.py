@@ -132,7 +132,7 @@ def integer_weight(
             returns offset 0 everywhere: the nearest int8, 127/255 (2k' + 1), for 8-bit `endpoint`
             and `centre`; 127 for 128, the negative of the smallest 8-bit code of `left`.
         largest: Largest integer that the kernel takes, 127 or, for int4, 7. With `exact=True`, k'
-            and an offset stand for odd codes beyond it.
+            and an offset represent odd codes beyond it.
 
     Returns:
         The integer weight.

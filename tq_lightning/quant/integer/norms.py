@@ -54,7 +54,7 @@ def folded_norm(norm: nn.Module | None, channels: int) -> tuple[Tensor, Tensor]:
     return factor, shift
 
 
-# y of a batch norm lies within beta +- SPREAD |gamma| but for one value in 16,000 if it is normal
+# a normally distributed output is within beta +- SPREAD |gamma|, except one value in 16,000
 SPREAD = 4.0
 
 
