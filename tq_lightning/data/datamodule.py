@@ -260,11 +260,11 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         return self._eval_loader("val")
 
     def test_dataloader(self) -> EvalLoader:
-        """Make the loader of the test samples."""
+        """Create the loader of the test samples."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> EvalLoader:
-        """Make the loader of the test samples."""
+        """Create the loader of the test samples."""
         return self._eval_loader("test")
 
     def _eval_loader(self, stage: str) -> EvalLoader:

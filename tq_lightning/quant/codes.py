@@ -39,8 +39,8 @@ class Quantizer:
         steps: (u, top) -> codes as float32, not yet clamped to [0, top].
         edges: (u, bits) -> (inner bin edge nearest to each `u`, bin width).
         ste: The straight-through estimator that `ste="auto"` selects, a key of `ste.STES`.
-        nested: Whether the n-bit code always equals the N-bit code shifted right by N - n. If so,
-            the sources "quantize" and "truncate" agree by construction.
+        nested: True if the n-bit code always equals the N-bit code shifted right by N - n. The
+            sources "quantize" and "truncate" then agree by construction.
         rounding: (extra, offset) with code = round(u (M_n + extra) + offset) except at ties, the
             form that integer kernels compute. None if the quantizer has no such form.
     """

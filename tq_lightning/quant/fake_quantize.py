@@ -21,7 +21,7 @@ def width_codes(u: Tensor, bits: int, quantizer: str, max_bits: int, source: str
         bits: Width of the result.
         quantizer: A key of `QUANTIZERS`.
         max_bits: Stored width.
-        source: "quantize" makes codes at `bits` directly; "truncate" shifts codes made at
+        source: "quantize" computes codes at `bits` directly; "truncate" shifts codes computed at
             `max_bits`.
 
     Returns:

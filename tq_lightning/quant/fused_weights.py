@@ -45,7 +45,7 @@ class FlatWeights(NormalizedWeights):
         self._start()
 
     def _start(self) -> None:
-        """Forget the weights and gradients of a step; their memory may belong to others by now."""
+        """Forget the weights and gradients of a step, whose memory may be used elsewhere by now."""
         self.finite = self._u = None
         self.bits: int | None = None  # width of the weights in `tensors`
         self.tensors = []
@@ -93,25 +93,25 @@ class FlatWeights(NormalizedWeights):
         if self._stored is None:
             self._stored = self._quantizer.codes(self._unit(), max_bits)
             if not self._per_element:
-                self._u = None  # an evaluation of truncated widths needs the stored codes alone
+                self._u = None  # an evaluation of truncated widths needs only the stored codes
         return truncate_codes(self._stored, max_bits, bits)
 
     def release(self) -> None:
-        """Let the layers make their weights on their own again."""
+        """Let each layer compute its own weight again."""
         for w in self.weights:
             w.quantizer.made = None
 
     def require_grad(self) -> None:
-        """Turn the weights in training into `leaves` of autograd."""
+        """Make the weights in training `leaves` of autograd."""
         if not self.leaves:
             self.leaves = [self.tensors[i].requires_grad_() for i in self._trained]
 
     @torch.no_grad()
     def add_grads(self, grads: Sequence[Tensor | None]) -> None:
-        """Add the gradients of a width: dL/dleaf of each of `leaves`, None if it took no part.
+        """Add the gradients of a width: dL/dleaf for each of `leaves`, None if it was not used.
 
         The straight-through rule of the width is applied here, once for all weights. The gradients
-        take the memory of the weights, which have served.
+        reuse the memory of the weights, which are no longer needed.
         """
         if all(g is None for g in grads):
             return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LEAST_RANGE = 1e-6  # a learned range at or below zero would never come back
+LEAST_RANGE = 1e-6  # a learned range at or below zero would never recover
 
 
 class _Gain(torch.autograd.Function):

@@ -22,7 +22,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def _channel_view(w: Tensor, channel_dim: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
-    """View `w` so that one call reduces all but the output channels: (view, dims to reduce).
+    """View `w` so that one call reduces all dims but the output channels: (view, dims to reduce).
 
     A transposed convolution has the shape (in, out / groups, ...). Its output channel is (group,
     dim 1), hence the view (groups, in / groups, out / groups, ...).
@@ -103,10 +103,10 @@ class WeightQuantizer(nn.Module):
         return out.expand(-1, view.shape[1], *(-1,) * (out.dim() - 2)).flatten(0, 1)
 
     def _mean(self, magnitude: Tensor) -> Tensor:
-        """Compute mean|w| and check the tensor: NaN and infinity show in the mean."""
+        """Compute mean|w| and check the tensor: NaN and infinity propagate to the mean."""
         scale = self.reduce(magnitude, "mean")
         if torch.compiler.is_compiling():
-            # a graph cannot branch on values; NaN passes through and shows in the loss
+            # a graph cannot branch on values; NaN propagates to the loss
             return torch.where(torch.isfinite(scale), scale, self.huge_mean(magnitude))
         if not torch.isfinite(scale).all():
             self.check_finite(magnitude)
@@ -114,14 +114,14 @@ class WeightQuantizer(nn.Module):
         return scale
 
     def _max(self, magnitude: Tensor) -> Tensor:
-        """Compute max|w| and check the tensor: NaN and infinity show in the maximum."""
+        """Compute max|w| and check the tensor: NaN and infinity propagate to the maximum."""
         top = self.reduce(magnitude, "max")
         if not (torch.compiler.is_compiling() or top.is_meta) and not top.isfinite().all():
             self.check_finite(magnitude)
         return top
 
     def _rms(self, magnitude: Tensor) -> Tensor:
-        """Compute the root mean square, over multiples of the maximum so that none overflows."""
+        """Compute the root mean square, in units of the maximum so that no square overflows."""
         top = self._max(magnitude).clamp_min(TINY)
         ratio = magnitude / top
         return self.reduce(ratio * ratio, "mean").sqrt().mul(top).clamp_min(TINY)

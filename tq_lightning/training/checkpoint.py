@@ -21,8 +21,8 @@ def load_checkpoint_model(
     Args:
         path: a .ckpt file written by `fit`. It is loaded with `weights_only=True`, so it can't run
             code.
-        model: for a network of your own: the float network, or the same factory name as in the
-            checkpoint. A factory is never imported from the checkpoint alone.
+        model: for your own network: the float network, or the same factory name as in the
+            checkpoint. A factory is never imported just because the checkpoint names it.
 
     Returns:
         (model, hparams, preprocessing). The model is on the CPU, in evaluation mode, with the

@@ -57,7 +57,7 @@ def graph_inputs(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def batch_shapes(inputs: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
-    """Dynamic shapes of inputs that share the size of their batch."""
+    """Return the dynamic shapes of inputs that share their batch size."""
     batch = torch.export.Dim("batch")
     return tuple(None if value is None else {0: batch} for value in inputs.values())
 

@@ -18,7 +18,7 @@ def levels_affine(bits: int, level: str) -> tuple[float, float]:
 def affine_nodes(
     graph: onnx.ModelProto, name: str, source: str, a: float | None, b: float, scale: Tensor
 ) -> list[onnx.NodeProto]:
-    """Make the nodes of weight = (a source + b) scale, and add their constants to the graph.
+    """Create the nodes of weight = (a source + b) scale, and add their constants to the graph.
 
     Args:
         graph: graph to add the constants to.
@@ -49,7 +49,7 @@ def affine_nodes(
 def table_nodes(
     graph: onnx.ModelProto, name: str, source: str, table: Tensor, scale: Tensor
 ) -> list[onnx.NodeProto]:
-    """Make the nodes of weight = (2 table[codes] - 1) scale, a Gather of 2^n values.
+    """Create the nodes of weight = (2 table[codes] - 1) scale, a Gather of 2^n values.
 
     Args:
         graph: graph to add the constants to.
