@@ -1,4 +1,4 @@
-/* Read a packed file of tq_lightning: docs/format.md in C99, one file, no dependency.
+/* Read a packed file of tq_lightning (docs/format.md) in C99: one file without dependencies.
  *
  *     cc -std=c99 -O2 -o read_packed read_packed.c
  *     ./read_packed FILE BITS         list the tensors: name, codes, smallest, largest, dot product;

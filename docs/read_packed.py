@@ -35,7 +35,7 @@ def read_header(file):
 
 
 def read_tensor(file, header, index, start, name):
-    """Return one tensor that is a section of its own ("scale", "norm4", "plane0"), checked."""
+    """Return one tensor that is a section ("scale", "norm4", "plane0"), with a checksum test."""
     entry = index[name]
     begin, end = entry["data_offsets"]
     file.seek(start + begin)
@@ -46,7 +46,7 @@ def read_tensor(file, header, index, start, name):
 
 
 def decompress(frame, first, size):
-    """Return the plane of `size` bytes in a zstd frame; all planes but the first were XORed."""
+    """Return the plane of `size` bytes in a zstd frame; all planes except the first were XORed."""
     import zstandard
 
     raw = zstandard.ZstdDecompressor().decompress(frame.tobytes(), max_output_size=size)

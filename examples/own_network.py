@@ -1,4 +1,4 @@
-"""A network and a data set of your own, for `model.name` and `data.name`.
+"""Your own network and data set, for `model.name` and `data.name`.
 
 tq-lightning fit --model.name own_network:network --data.name own_network:data_sets \
     --trainer.max_epochs 3

@@ -1,4 +1,4 @@
-"""Atomic writes: two writers, a failing writer, folders, a full disk, leftover files."""
+"""Atomic writes: concurrent and failing writers, folders, a full disk, leftover files."""
 
 import os
 import stat

@@ -28,7 +28,7 @@ def expand_path(path: str | Path) -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, whose content replaces `path` on success.
+    """Yield a temporary path next to `path`. Its content replaces `path` on success.
 
     The caller creates a file or a folder at the yielded path. It is flushed to disk and then
     renamed, so a reader (or the next start after a crash) sees either the old or the new content.
@@ -80,7 +80,7 @@ def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:
         UserError: `out` is a file, or a folder with other content.
     """
     if not out.is_dir() and (out.exists() or out.is_symlink()):
-        raise UserError(f"--out {out} is a file; pass a new folder or one that holds {what}")
+        raise UserError(f"--out {out} is a file; pass a new folder or one with {what}")
     try:
         content = json.loads((out / marker).read_text(encoding="utf-8"))
         found = content["kind"]

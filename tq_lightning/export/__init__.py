@@ -1,1 +1,1 @@
-"""Export of integer weights: the packed file, and ONNX and ExecuTorch files made from it."""
+"""Export of integer weights: the packed file, and ONNX and ExecuTorch files created from it."""

@@ -1,4 +1,4 @@
-"""Integer arithmetic of quantization: codes, their truncation, and the levels that they stand for.
+"""Integer arithmetic of quantization: codes, their truncation, and their levels.
 
 Training, evaluation and export all call these functions, so every formula exists once. `u` is the
 normalized weight or the clipped activation, float32 in [0, 1]. `top` is M_n = 2^n - 1, the largest

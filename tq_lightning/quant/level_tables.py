@@ -1,6 +1,6 @@
 """Levels as tables: 2^n values for every width n, computed for the bins of a normalizer.
 
-A level L represents the weight scale * (2 L - 1), as in `codes.py`. The outermost levels may lie
+A level L represents the weight scale * (2 L - 1), as in `codes.py`. The outermost levels may be
 outside [0, 1] if the bin of a clipped range extends beyond the range.
 
 To add a level that is a table, write its function and one row of `LEVEL_TABLES`.

@@ -23,7 +23,7 @@ def number(value: float, digits: int = 1, sign: str = "") -> str:
 class Estimate:
     """A mean and the half-width of its t interval (None for one seed), in the unit of `values`.
 
-    `values` holds one value per seed; it is empty for an unpaired difference.
+    `values` has one value per seed. It is empty for an unpaired difference.
     """
 
     mean: float

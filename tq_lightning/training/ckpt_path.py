@@ -164,7 +164,7 @@ def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[st
 def check_factories(given: dict[str, Any], kept: dict[str, Any], path: Any) -> None:
     """Check that every factory in a checkpoint was also passed by the user.
 
-    A factory is imported code, so a file alone must not select it.
+    A factory is imported code, so a file must not be able to select it.
 
     Args:
         given: the `model:` section of the user.

@@ -67,7 +67,7 @@ def export_dynamic(
 
 
 def _take_codes_as_inputs(graph: onnx.ModelProto, weights: list[PackedTensor]) -> None:
-    """Turn the initializers that hold codes into inputs, named after the quantized tensors."""
+    """Replace the initializers of codes by inputs, named after the quantized tensors."""
     body = graph.graph
     stored = {initializer.name: initializer for initializer in body.initializer}
     new: dict[str, str] = {}

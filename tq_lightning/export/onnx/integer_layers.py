@@ -168,12 +168,12 @@ def bias_codes(layer: IntegerLayer, step: float) -> tuple[IntegerLayer, np.ndarr
         gain = (layer.gain / factors.numpy()).astype(np.float32)
         layer = layer._replace(codes=weight.numpy(), gain=gain)
         steps = layer.bias / (np.float64(gain) * step)
-    alone = (np.abs(steps) > MOST_BIAS_STEPS) | ~layer.codes.any(axis=others)
-    if alone.any():
+    only_bias = (np.abs(steps) > MOST_BIAS_STEPS) | ~layer.codes.any(axis=others)
+    if only_bias.any():
         codes, gain = layer.codes.copy(), layer.gain.copy()
-        np.moveaxis(codes, out_axis, 0)[alone] = 0
-        size = np.abs(layer.bias[alone]) / step
-        gain[alone] = np.where(size > 0, np.maximum(size * 2.0**-20, _TINY), 1.0)
+        np.moveaxis(codes, out_axis, 0)[only_bias] = 0
+        size = np.abs(layer.bias[only_bias]) / step
+        gain[only_bias] = np.where(size > 0, np.maximum(size * 2.0**-20, _TINY), 1.0)
         layer = layer._replace(codes=codes, gain=gain)
         steps = layer.bias / (np.float64(gain) * step)
     return layer, np.round(steps).astype(np.int32)

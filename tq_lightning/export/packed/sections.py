@@ -74,7 +74,7 @@ def merge_norms(
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Join the tensors of each norm set into one row.
 
-    A norm set of ResNet-50 has 212 tensors. For eight widths, their names alone would take more
+    A norm set of ResNet-50 has 212 tensors. For eight widths, their names would take more
     than a tenth of the bytes of a plane.
 
     Args:

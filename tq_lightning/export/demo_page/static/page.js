@@ -14,7 +14,7 @@ const bits = (n) => `${n} bit${n === 1 ? "" : "s"}`;
 
 let facts, session, codes, feeds;
 let loaded = 0; // planes
-let followPlanes = true; // the width grows with the planes until somebody moves the slider
+let followPlanes = true; // the width grows with the planes until the user moves the slider
 let picture = null; // input of the network
 let turn = 0; // number of the picture or plane that the running computation belongs to
 
