@@ -45,10 +45,11 @@ def prepare(
     scale: str = "mean",
     quantize_embeddings: bool = False,
 ) -> PrepareReport:
-    """Prepare `model` for training at several widths, in place. Load float weights first.
+    """Attach quantizers and per-width norms to `model`, in place. Load float weights first.
 
-    Convolutions, linear layers, attention projections and recurrent weights are parametrized. The
-    model starts at its widest trained width; `bit_width` runs it at others, or in float.
+    The weights of convolutions, linear layers, attention projections and recurrent layers are
+    parametrized. The model starts at its widest trained width. `bit_width` runs it at another
+    width, or in float.
 
     Args:
         model: Any module.
@@ -60,7 +61,7 @@ def prepare(
             "centroid" or "native".
         normalizer: "tanh" (DoReFa), "absmax" or "learned" (a trained range) over the tensor;
             "tanh_channel", "absmax_channel" or "learned_channel" per output channel. "gaussian",
-            "float_e2", "mu_law" and "log" make non-uniform codes. `normalizers.NORMALIZERS` lists
+            "float_e2", "mu_law" and "log" give non-uniform codes. `normalizers.NORMALIZERS` lists
             the levels and scales that each supports.
         widths: Trained widths, in bits.
         max_bits: Stored width, 1..8.
@@ -83,8 +84,8 @@ def prepare(
         parameters. The arguments are stored as `model.tq`.
 
     Raises:
-        ValueError: An unknown or unsupported choice, a model that is already prepared, a layer that
-            cannot be quantized, or no layer to quantize.
+        ValueError: A choice is unknown or unsupported, the model is already prepared, a layer
+            cannot be quantized, or there is no layer to quantize.
 
     Source:
         TruncQuant, arXiv 2506.11431; per-width norms: Any-Precision DNNs, arXiv 1911.07346.

@@ -36,7 +36,7 @@ class TrialResult:
 
     @property
     def cuda_is_broken(self) -> bool:
-        """True for an error after which all CUDA calls of the process fail; not for OOM."""
+        """True after an error that makes all later CUDA calls fail; not for out of memory."""
         return self.state == "failed" and (
             "CUDA error:" in self.reason or "cuDNN error:" in self.reason
         )
@@ -169,7 +169,7 @@ def _as_command(argv: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reporting(decide: Callable[[int, float], bool] | None) -> Iterator[None]:
-    """Connect `ReportToStudy` with this trial; without pruning, its module is not imported."""
+    """Connect `ReportToStudy` to this trial. Without pruning, its module is not imported."""
     if decide is None:
         yield
         return

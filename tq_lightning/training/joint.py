@@ -1,10 +1,10 @@
 """Joint training: one optimizer step on the losses of several widths, with the memory of one.
 
-Forward and backward run for one width at a time, widest first, and the gradients are summed
-outside of `.grad`. The caller gets one loss tensor, whose backward pass assigns the sums to the
-parameters. Lightning's automatic optimization, clipping, accumulation, a gradient scaler and DDP's
-reducer see one ordinary backward pass. Each parameter receives its gradient once per step, so DDP
-reduces once per step instead of once per width.
+Forward and backward passes run one width at a time, widest first. The gradients are summed outside
+of `.grad`. The caller gets one loss tensor, whose backward pass assigns the sums to the parameters.
+Lightning's automatic optimization, clipping, accumulation, a gradient scaler and DDP's reducer see
+one ordinary backward pass. Each parameter receives its gradient once per step, so DDP reduces once
+per step instead of once per width.
 """
 
 from collections.abc import Sequence
@@ -54,10 +54,10 @@ def joint_loss(
         inputs: inputs of the model: a tensor, a tuple of arguments, or a mapping of keyword
             arguments.
         widths: widths of this step, widest first; None is float.
-        width_loss: loss of one width, given the detached logits of the wider widths.
+        width_loss: (width, its logits, {wider width: detached logits}) -> scalar loss.
         weights: weight of each loss, in the order of `widths`; None is 1 for each.
-        loss_scale: factor of the inner backward passes, divided out afterward. Pass the scale of
-            the gradient scaler in float16.
+        loss_scale: factor of the inner backward passes, which is divided out afterward. In float16,
+            pass the scale of the gradient scaler.
 
     Returns:
         (loss, losses). `loss` is a scalar; its backward pass sets the `.grad` of every parameter
