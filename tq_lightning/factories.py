@@ -42,12 +42,12 @@ def call_factory(name: str, key: str, /, **arguments: Any) -> Any:
 
     Args:
         name: `package.module:function`. The current directory is searched too.
-        key: Option with this name, for messages.
-        **arguments: Arguments of the factory. `num_classes` is dropped if the factory has no such
+        key: option with this name, for messages.
+        **arguments: arguments of the factory. `num_classes` is dropped if the factory has no such
             parameter.
 
     Raises:
-        UserError: The factory can't be imported, is not callable, does not accept the arguments or
+        UserError: the factory can't be imported, is not callable, does not accept the arguments or
             fails; or a file names it but the caller does not.
     """
     guard = _guard.get()

@@ -142,7 +142,7 @@ def package_folder(package: str, hint: str) -> Path:
         hint: what needs the package and how to install it, for the message.
 
     Raises:
-        UserError: It is not installed.
+        UserError: it is not installed.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -82,15 +82,15 @@ def run_fit(argv: list[str]) -> dict[str, Any]:
     """Run `fit` in this process, as the command line does.
 
     Args:
-        argv: Arguments as on the command line, after `fit`.
+        argv: arguments as on the command line, after `fit`.
 
     Returns:
         The last metrics as floats, and the paths "run_dir" and "record".
 
     Raises:
-        UserError: Bad input.
-        TrainingError: The training cannot continue.
-        KeyboardInterrupt: The user pressed Ctrl-C.
+        UserError: bad input.
+        TrainingError: the training cannot continue.
+        KeyboardInterrupt: the user pressed Ctrl-C.
 
     Example:
         `run_fit(["--config", "conf/digits.yaml", "--trainer.max_epochs", "1"])` trains one epoch.

@@ -57,8 +57,8 @@ def inference_energy(model: nn.Module, names: set[str], size: tuple[int, ...]) -
     """Model the energy of an inference at 8, 4, 2 and 1 bits of weights.
 
     Args:
-        model: Float network, on the meta device if possible.
-        names: Names of the quantized layers.
+        model: float network, on the meta device if possible.
+        names: names of the quantized layers.
         size: (channels, height, width) of an image.
 
     Returns:
@@ -91,7 +91,7 @@ def layer_shapes(model: nn.Module, names: set[str], size: tuple[int, ...]) -> li
     """Return the shapes of the named convolutions and linear layers, in the order of their calls.
 
     Raises:
-        UserError: The network does not run on an image of this size.
+        UserError: the network does not run on an image of this size.
     """
     found: list[LayerShape] = []
 

@@ -33,14 +33,14 @@ def open_custom(
 
     Args:
         name: `package.module:function`.
-        arguments: Its arguments.
-        **options: The other arguments of `DatasetModule`.
+        arguments: its arguments.
+        **options: the other arguments of `DatasetModule`.
 
     Returns:
         The LightningDataModule that the factory returns, or a `DatasetModule` of its data sets.
 
     Raises:
-        UserError: See `call_factory`; or the factory returns another type.
+        UserError: see `call_factory`; or the factory returns another type.
     """
     made = call_factory(name, "data.name", **(arguments or {}))
     if isinstance(made, lightning.LightningDataModule):

@@ -23,7 +23,7 @@ def run_seed() -> int:
     """Return the seed of `seed_everything`, else 0.
 
     Raises:
-        UserError: The environment variable PL_GLOBAL_SEED is not an integer >= 0.
+        UserError: the environment variable PL_GLOBAL_SEED is not an integer >= 0.
     """
     seed = os.environ.get("PL_GLOBAL_SEED", "0")
     if not seed.isdecimal():

@@ -32,9 +32,9 @@ class Program(NamedTuple):
     """Layers of a program, as returned by `export_executorch`.
 
     Attributes:
-        integer: Names of the weights that run as integers.
+        integer: names of the weights that run as integers.
         left_in_float: {name: reason} of the quantized weights that stay in float.
-        fixed: Subset of `integer` whose inputs have fixed ranges.
+        fixed: subset of `integer` whose inputs have fixed ranges.
     """
 
     integer: list[str]
@@ -57,16 +57,16 @@ def export_executorch(
     """Write the program of a packed file at one width, for images in batches of 1.
 
     Args:
-        path: Packed file.
-        out: Target file (.pte), written atomically.
-        bits: Width, one of those that the file supports.
-        model: See `load_packed`.
+        path: packed file.
+        out: target file (.pte), written atomically.
+        bits: width, one of those that the file supports.
+        model: see `load_packed`.
 
     Returns:
         The layers that run as integers, and those that stay in float.
 
     Raises:
-        UserError: See `load_packed`; ExecuTorch is not installed or was built for another PyTorch;
+        UserError: see `load_packed`; ExecuTorch is not installed or was built for another PyTorch;
             the network quantizes its activations; PyTorch or ExecuTorch can't express the network.
     """
     backend = _backend()

@@ -16,8 +16,8 @@ class DynamicLayer(nn.Module):
     """Convolution or linear layer with int8 weights that quantizes its input at run time.
 
     Args:
-        layer: Layer to replace, not grouped; provides bias, stride, padding and dilation.
-        weight: Integer weight of the layer.
+        layer: layer to replace, not grouped; provides bias, stride, padding and dilation.
+        weight: integer weight of the layer.
     """
 
     bias: Tensor | None

@@ -32,20 +32,20 @@ def create_model(
     """Create a timm model, or one of our CIFAR ResNets, by name.
 
     Args:
-        name: A name from `timm.list_models()`, with an optional tag; `hf-hub:...` or
+        name: a name from `timm.list_models()`, with an optional tag; `hf-hub:...` or
             `local-dir:...`; or `package.module:factory`, a function that returns the network.
-        num_classes: Outputs of the classifier; None for the default of the model.
-        pretrained: Load timm's pretrained weights, from the cache or over the network.
-        checkpoint_path: Weights to load: a `.safetensors` file or one written by `torch.save` (read
+        num_classes: outputs of the classifier; None for the default of the model.
+        pretrained: load timm's pretrained weights, from the cache or over the network.
+        checkpoint_path: weights to load: a `.safetensors` file or one written by `torch.save` (read
             with `weights_only=True`) with a plain state dict, a checkpoint of timm, or a checkpoint
             of a run. Names and shapes must match.
-        **kwargs: Further arguments of the model, e.g. `in_chans=1`.
+        **kwargs: further arguments of the model, e.g. `in_chans=1`.
 
     Returns:
         The model in training mode, on the CPU or the device of an enclosing `torch.device(...)`.
 
     Raises:
-        UserError: The name, an argument or the tag is unknown, or the weights cannot be downloaded,
+        UserError: the name, an argument or the tag is unknown, or the weights cannot be downloaded,
             read or loaded into the model.
     """
     check_name(name)
@@ -118,11 +118,11 @@ def check_local(name: str, path: str | Path) -> None:
     """Check that a model name from a file is not remote, so that loading it downloads nothing.
 
     Args:
-        name: Name of the model.
-        path: The file, for the message.
+        name: name of the model.
+        path: the file, for the message.
 
     Raises:
-        UserError: The name is remote.
+        UserError: the name is remote.
     """
     if not isinstance(name, str) or is_remote(name):
         raise UserError(

@@ -76,10 +76,10 @@ class _CifarNet(nn.Module):
     """Base class: three stages, average pooling, a linear classifier, and timm's methods.
 
     Args:
-        widths: Channels of the three stages.
-        depth: Blocks per stage.
-        num_classes: Outputs; 0 returns the pooled features.
-        in_chans: Channels of the input.
+        widths: channels of the three stages.
+        depth: blocks per stage.
+        num_classes: outputs; 0 returns the pooled features.
+        in_chans: channels of the input.
     """
 
     block: type[nn.Module]

@@ -97,7 +97,7 @@ def minilm(num_classes: int, depth: int = 6, from_package: bool = True) -> nn.Mo
             random, for a checkpoint or a packed file to fill in.
 
     Raises:
-        UserError: The package is not installed, or `depth` is not in 1..6.
+        UserError: the package is not installed, or `depth` is not in 1..6.
     """
     if not 1 <= depth <= 6:
         raise UserError(f"depth: got {depth}, pass a number of blocks from 1 to 6")

@@ -34,12 +34,12 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
     """Load a checkpoint file into an unprepared model, in place. All names and shapes must match.
 
     Args:
-        model: The model.
-        path: A `.safetensors` file, or one written by `torch.save`.
-        name: Name of the model, for messages.
+        model: the model.
+        path: a `.safetensors` file, or one written by `torch.save`.
+        name: name of the model, for messages.
 
     Raises:
-        UserError: The file does not exist, is not a file of tensors, or its tensors do not fit the
+        UserError: the file does not exist, is not a file of tensors, or its tensors do not fit the
             model; the message names the first ones, with both shapes.
     """
     state = _rename(read_state_dict(path), model)
@@ -59,13 +59,13 @@ def check_fit(
     Counters without influence on outputs may be missing or unknown.
 
     Args:
-        state: The state dict.
-        model: The model.
-        path: File of the state dict, for messages.
-        name: Name of the model, for messages.
+        state: the state dict.
+        model: the model.
+        path: file of the state dict, for messages.
+        name: name of the model, for messages.
 
     Raises:
-        UserError: The state dict does not fit; the message names the first tensors, with both
+        UserError: the state dict does not fit; the message names the first tensors, with both
             shapes.
     """
     own = model.state_dict()
@@ -106,7 +106,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict of a checkpoint file, on the CPU.
 
     Raises:
-        UserError: The file does not exist, is damaged, or contains more than tensors and plain
+        UserError: the file does not exist, is damaged, or contains more than tensors and plain
             values.
     """
     check_file(path)
@@ -144,11 +144,11 @@ def load_torch_file(path: str | Path, mmap: bool = False) -> Any:
     """Load a file of `torch.save` on the CPU, without running code from it and without warnings.
 
     Args:
-        path: The file.
-        mmap: Map the tensors instead of reading them.
+        path: the file.
+        mmap: map the tensors instead of reading them.
 
     Raises:
-        Exception: See `torch.load` and `why_not_loaded`.
+        Exception: see `torch.load` and `why_not_loaded`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickles and TorchScript archives, which are errors

@@ -18,9 +18,9 @@ class Activation(NamedTuple):
     """A row of `ACTIVATIONS`.
 
     Attributes:
-        learned: Learn the clip (PACT) instead of fixing it at 1.
-        quantizer: A key of `codes.QUANTIZERS`.
-        truncated: Follow the source "truncate", as the weights do.
+        learned: learn the clip (PACT) instead of fixing it at 1.
+        quantizer: a key of `codes.QUANTIZERS`.
+        truncated: follow the source "truncate", as the weights do.
     """
 
     learned: bool
@@ -87,13 +87,13 @@ class ActivationQuantizer(nn.Module):
     that 0 stays 0 and 1 stays 1.
 
     Args:
-        kind: A key of `ACTIVATIONS`.
-        width: The model's shared `Width`.
-        ste: As in `prepare`; "auto" pairs with the quantizer of the activations.
-        float_relu: Apply a plain ReLU at float width. A learned clip is applied at every width.
+        kind: a key of `ACTIVATIONS`.
+        width: the model's shared `Width`.
+        ste: as in `prepare`; "auto" pairs with the quantizer of the activations.
+        float_relu: apply a plain ReLU at float width. A learned clip is applied at every width.
 
     Raises:
-        ValueError: An unknown `kind` or `ste`.
+        ValueError: an unknown `kind` or `ste`.
     """
 
     def __init__(

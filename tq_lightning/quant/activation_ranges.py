@@ -27,8 +27,8 @@ class ActivationRange(NamedTuple):
     """Range of an activation tensor; low <= 0 <= high, so that a code represents 0 exactly.
 
     Attributes:
-        low: Smallest value.
-        high: Largest value.
+        low: smallest value.
+        high: largest value.
     """
 
     low: float
@@ -38,7 +38,7 @@ class ActivationRange(NamedTuple):
         """Return step and zero point of uint8 codes in [0, top]: x = step * (code - zero_point).
 
         Args:
-            top: Largest code, 1..255.
+            top: largest code, 1..255.
 
         Returns:
             (step, zero point). The step is positive. The zero point is 0 if `low` is 0.
@@ -101,7 +101,7 @@ def activation_ranges(model: nn.Module) -> dict[str, ActivationRange]:
     """Return the ranges of a model: calibrated ones, and those of its activation quantizers.
 
     Args:
-        model: A prepared or packed model.
+        model: a prepared or packed model.
 
     Returns:
         {name: range}: the range of the input of a quantized layer, or the range of the output of an
@@ -128,13 +128,13 @@ def calibrate_activations(
     are restored.
 
     Args:
-        model: A prepared or packed model. Norms of untrained widths are calibrated before, with
+        model: a prepared or packed model. Norms of untrained widths are calibrated before, with
             `calibrate_norms`.
-        batches: Inputs on the model's device: images (batch, channels, height, width), or tuples or
+        batches: inputs on the model's device: images (batch, channels, height, width), or tuples or
             mappings of arguments. They are read twice.
         observer: "percentile" excludes the outermost 0.01 % of the values. "mse" chooses the
             clipped range with the smallest mean squared error of 8-bit codes.
-        widths: Widths to observe at; None = all widths that the model can run at.
+        widths: widths to observe at; None = all widths that the model can run at.
 
     Returns:
         A dict from the name of a quantized layer to the range of its input. It has no entry for a
@@ -142,7 +142,7 @@ def calibrate_activations(
         `save_packed` writes.
 
     Raises:
-        ValueError: The model is not prepared, an unknown observer or width, no batches, or an
+        ValueError: the model is not prepared, an unknown observer or width, no batches, or an
             input that contains NaN or infinity.
     """
     if observer not in OBSERVERS:

@@ -32,7 +32,7 @@ def pack_planes(codes: np.ndarray, bits: int) -> np.ndarray:
 
     Args:
         codes: uint8 (count,), each below 2^bits.
-        bits: Width k of the codes, 1..8.
+        bits: width k of the codes, 1..8.
 
     Returns:
         uint8 (k, ceil(count / 8)), most significant plane first. Padding bits are 0.
@@ -66,7 +66,7 @@ def unpack_planes(
 
     Args:
         planes: 1 to 8 rows of ceil(count / 8) bytes each, most significant first.
-        count: Number of codes.
+        count: number of codes.
         out: uint8 (count,) to write to, or None.
 
     Returns:
@@ -74,7 +74,7 @@ def unpack_planes(
         missing planes.
 
     Raises:
-        ValueError: There are no planes or more than 8, or a plane has another length.
+        ValueError: there are no planes or more than 8, or a plane has another length.
     """
     out = np.empty(count, np.uint8) if out is None else out
     _check(out, len(planes))

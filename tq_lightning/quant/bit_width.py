@@ -17,14 +17,14 @@ class Width:
     """The current width of a prepared model. Only `bit_width` writes `bits` and `source`.
 
     Attributes:
-        max_bits: Stored width.
-        widths: Trained widths, widest first.
-        bits: Width in use, None = float. `prepare` starts at the widest trained width.
-        source: Source of the weights of that width, "quantize" or "truncate".
+        max_bits: stored width.
+        widths: trained widths, widest first.
+        bits: width in use, None = float. `prepare` starts at the widest trained width.
+        source: source of the weights of that width, "quantize" or "truncate".
         packed: True if there are no float weights (a loaded packed model).
-        default_source: The source of `bit_width` if none is passed.
-        fused: The `FusedModel` that computes the weights inside `fused_weights`, else None.
-        tensors: The width in use as `WidthTensors`, set by `fused`, else None.
+        default_source: the source of `bit_width` if none is passed.
+        fused: the `FusedModel` that computes the weights inside `fused_weights`, else None.
+        tensors: the width in use as `WidthTensors`, set by `fused`, else None.
     """
 
     max_bits: int
@@ -82,7 +82,7 @@ def width_of(model: nn.Module) -> Width:
     """Return the `Width` that all quantizers of a prepared model (or of a part of one) share.
 
     Raises:
-        ValueError: The model is not prepared, or contains parts of several prepared models.
+        ValueError: the model is not prepared, or contains parts of several prepared models.
     """
     return _shared(model, _holders(model))
 
@@ -105,9 +105,9 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
     """Run `model` at a width inside the `with` block; any exit restores the previous width.
 
     Args:
-        model: A prepared or loaded packed model, or a part of one. All parts of that model change
+        model: a prepared or loaded packed model, or a part of one. All parts of that model change
             together.
-        bits: Width in use, 1..max_bits. None = float: the network before `prepare`, except that
+        bits: width in use, 1..max_bits. None = float: the network before `prepare`, except that
             its activations stay clipped.
         source: "quantize" (codes computed at `bits`) or "truncate" (stored codes shifted). None is
             "quantize" for a prepared model and "truncate" for a packed one.
@@ -116,7 +116,7 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
         The model.
 
     Raises:
-        ValueError: An unknown width or source, float on a packed model, or an untrained width
+        ValueError: an unknown width or source, float on a packed model, or an untrained width
             without norm statistics.
     """
     holders = _holders(model)

@@ -38,7 +38,7 @@ class Quantizer:
     Attributes:
         steps: (u, top) -> codes as float32, not yet clamped to [0, top].
         edges: (u, bits) -> (inner bin edge nearest to each `u`, bin width).
-        ste: The straight-through estimator that `ste="auto"` selects, a key of `ste.STES`.
+        ste: the straight-through estimator that `ste="auto"` selects, a key of `ste.STES`.
         nested: True if the n-bit code always equals the N-bit code shifted right by N - n. The
             sources "quantize" and "truncate" then agree by construction.
         rounding: (extra, offset) with code = round(u (M_n + extra) + offset) except at ties, the
@@ -94,8 +94,8 @@ def floor_codes(u: Tensor, bits: int) -> Tensor:
     """Quantize to codes whose bins a right shift merges: k = clamp(floor(2^n u), 0, 2^n - 1).
 
     Args:
-        u: Values in [0, 1], any shape, float32.
-        bits: Width n, 1..8.
+        u: values in [0, 1], any shape, float32.
+        bits: width n, 1..8.
 
     Returns:
         uint8 codes, shape of `u`.
@@ -118,8 +118,8 @@ def round_codes(u: Tensor, bits: int) -> Tensor:
     Ties round to the even code, as in `torch.round`.
 
     Args:
-        u: Values in [0, 1], any shape, float32.
-        bits: Width n, 1..8.
+        u: values in [0, 1], any shape, float32.
+        bits: width n, 1..8.
 
     Returns:
         uint8 codes, shape of `u`.
@@ -142,14 +142,14 @@ def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:
 
     Args:
         codes: uint8 codes of width `from_bits`, any shape.
-        from_bits: Stored width N, 1..8.
-        to_bits: Target width n, 1..N.
+        from_bits: stored width N, 1..8.
+        to_bits: target width n, 1..N.
 
     Returns:
         uint8 codes of width `to_bits`, shape of `codes`; `codes` itself if both widths are equal.
 
     Raises:
-        ValueError: A width is out of range, or `to_bits` is greater than `from_bits`.
+        ValueError: a width is out of range, or `to_bits` is greater than `from_bits`.
         TypeError: `codes` is not uint8.
 
     Source:
@@ -203,11 +203,11 @@ def codes_to_levels(
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
-        bits: Width n, 1..8.
-        level: A key of `LEVELS`. AdaBits (arXiv 1912.09666) calls floor codes with left levels
+        bits: width n, 1..8.
+        level: a key of `LEVELS`. AdaBits (arXiv 1912.09666) calls floor codes with left levels
             "modified" and floor codes with centre levels "centered".
         out: float32 tensor to write to, shape of `codes`; None allocates one.
-        table: The level of each code, float32 (2^bits,), used in place of `level`; see
+        table: the level of each code, float32 (2^bits,), used in place of `level`; see
             `level_tables.level_table`.
 
     Returns:
@@ -243,17 +243,17 @@ def dequantize(
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
-        bits: Width n, 1..8.
+        bits: width n, 1..8.
         scale: float32, broadcastable to the shape of `codes`.
-        level: A key of `LEVELS`.
+        level: a key of `LEVELS`.
         out: float32 tensor to write to, shape of `codes`; None allocates one.
-        table: As in `codes_to_levels`.
+        table: as in `codes_to_levels`.
 
     Returns:
         float32 weights, shape of `codes`; `out` if it was given.
 
     Raises:
-        ValueError: As in `codes_to_levels`.
+        ValueError: as in `codes_to_levels`.
     """
     return levels_to_weights(codes_to_levels(codes, bits, level, out, table), scale)
 

@@ -37,28 +37,28 @@ class QuantConfig:
     """Quantization choices of a model. Construction checks every value.
 
     Attributes:
-        quantizer: Forward rule, a key of `codes.QUANTIZERS`.
-        ste: Backward rule, a key of `ste.STES`; "auto" is the one paired with the quantizer,
+        quantizer: forward rule, a key of `codes.QUANTIZERS`.
+        ste: backward rule, a key of `ste.STES`; "auto" is the one paired with the quantizer,
             or with the normalizer if its row names one.
-        level: Placement of codes in [0, 1], a key of `codes.LEVELS` or
+        level: placement of codes in [0, 1], a key of `codes.LEVELS` or
             `level_tables.LEVEL_TABLES`.
-        normalizer: A key of `normalizers.NORMALIZERS`.
-        widths: Widths that are trained; stored as a tuple, widest first.
-        max_bits: Stored width, 1..8.
+        normalizer: a key of `normalizers.NORMALIZERS`.
+        widths: widths that are trained; stored as a tuple, widest first.
+        max_bits: stored width, 1..8.
         activations: None, or a key of `activation.ACTIVATIONS`.
-        skip: Layers that stay in float, see `layers.select_layers`.
-        norm: One of `NORMS`: "per_width" (batch norms), "per_width_all" (layer, group and RMS
+        skip: layers that stay in float, see `layers.select_layers`.
+        norm: one of `NORMS`: "per_width" (batch norms), "per_width_all" (layer, group and RMS
             norms too) or "shared".
-        float_pass: One of `FLOAT_PASSES`, the network at bits=None. "plain" has the float weights,
+        float_pass: one of `FLOAT_PASSES`, the network at bits=None. "plain" has the float weights,
             and activations clipped as at the other widths. "normalized" is the limit of many bits,
             w^ = E (2u - 1), with activations that are not clipped above (Any-Precision DNNs).
         shared_norms: fnmatch patterns of norms that all widths share.
-        scale: Weight at level 1, one of `normalizers.SCALES`: "mean" is mean|w| (the paper), "span"
+        scale: weight at level 1, one of `normalizers.SCALES`: "mean" is mean|w| (the paper), "span"
             is the weight that the normalizer maps to u = 1, so that weights keep their values.
-        quantize_embeddings: Quantize embedding tables too; a channel is then a row of the table.
+        quantize_embeddings: quantize embedding tables too; a channel is then a row of the table.
 
     Raises:
-        ValueError: A value is unknown or out of range, or a combination is not supported.
+        ValueError: a value is unknown or out of range, or a combination is not supported.
     """
 
     quantizer: str = "floor"
@@ -118,7 +118,7 @@ class QuantConfig:
         """Create a configuration from a mapping; ignore other keys, use defaults for missing ones.
 
         Raises:
-            ValueError: As in the constructor.
+            ValueError: as in the constructor.
         """
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
@@ -139,7 +139,7 @@ class QuantConfig:
         """Check that the combination of normalizer, level, scale, quantizer and STE is supported.
 
         Raises:
-            ValueError: A combination is not supported; the message names the supported values.
+            ValueError: a combination is not supported; the message names the supported values.
         """
         row, ste = NORMALIZERS[self.normalizer], self.resolved_ste
         for key, value, known in (
@@ -190,7 +190,7 @@ def check_nested(quantizer: str) -> None:
     """Check that the codes of a row of `QUANTIZERS` that declares nested codes nest.
 
     Raises:
-        ValueError: The codes do not nest; the message gives a counter-example.
+        ValueError: the codes do not nest; the message gives a counter-example.
     """
     row = QUANTIZERS[quantizer]
     found = _counter_example(row) if row.nested else None

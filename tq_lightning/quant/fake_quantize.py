@@ -18,9 +18,9 @@ def width_codes(u: Tensor, bits: int, quantizer: str, max_bits: int, source: str
 
     Args:
         u: float32 in [0, 1], any shape.
-        bits: Width of the result.
-        quantizer: A key of `QUANTIZERS`.
-        max_bits: Stored width.
+        bits: width of the result.
+        quantizer: a key of `QUANTIZERS`.
+        max_bits: stored width.
         source: "quantize" computes codes at `bits` directly; "truncate" shifts codes computed at
             `max_bits`.
 

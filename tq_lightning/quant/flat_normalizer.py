@@ -22,12 +22,12 @@ class NormalizedWeights:
     """The weights of a model that share their quantizer, normalizer, level and STE.
 
     Args:
-        weights: Weights on one device. They must not change while this object is in use.
+        weights: weights on one device. They must not change while this object is in use.
 
     Attributes:
-        tensors: Tensors of the shape of the weights, in the memory of one buffer. They hold the
+        tensors: tensors of the shape of the weights, in the memory of one buffer. They hold the
             weights of a width, then their gradients, and intermediate results of `normalize`.
-        finite: Scalar bool on the device: whether all weights are finite. None before `normalize`.
+        finite: scalar bool on the device: whether all weights are finite. None before `normalize`.
     """
 
     def __init__(self, weights: Sequence[QuantizedTensor]) -> None:

@@ -30,7 +30,7 @@ class FlatWeights(NormalizedWeights):
     """The quantized weights of a model that share their quantizer, normalizer, level and STE.
 
     Args:
-        weights: Weights on one device. They must not change while this object is in use.
+        weights: weights on one device. They must not change while this object is in use.
     """
 
     def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
@@ -183,8 +183,8 @@ class FusedModel:
     """The fused weights of a model: one `FlatWeights` per device and choice of quantizer.
 
     Args:
-        model: A prepared model.
-        check: Check once, when the weights are normalized, that all of them are finite, which
+        model: a prepared model.
+        check: check once, when the weights are normalized, that all of them are finite, which
             synchronizes with the device. If False, the caller reads `finite` later.
     """
 
@@ -235,14 +235,14 @@ def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
     normalized weights.
 
     Args:
-        model: A prepared or packed model.
-        check: As in `FusedModel`.
+        model: a prepared or packed model.
+        check: as in `FusedModel`.
 
     Yields:
         The fused weights.
 
     Raises:
-        ValueError: The model is not prepared.
+        ValueError: the model is not prepared.
     """
     width = width_of(model)
     if width.fused is not None:

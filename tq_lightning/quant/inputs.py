@@ -34,7 +34,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
             `LABELS`; the other keys are then arguments of the network.
 
     Raises:
-        ValueError: The batch has no labels.
+        ValueError: the batch has no labels.
     """
     if isinstance(batch, Mapping):
         key = next((key for key in LABELS if key in batch), None)
@@ -53,12 +53,12 @@ def check_logits(task: str, logits: Any, target: Tensor) -> None:
     """Check that the logits of a network fit the task and the labels.
 
     Args:
-        task: A value of `model.task`.
-        logits: Return value of `call`.
-        target: Labels of the batch.
+        task: a value of `model.task`.
+        logits: return value of `call`.
+        target: labels of the batch.
 
     Raises:
-        UserError: The logits are not a tensor, or their shape does not fit.
+        UserError: the logits are not a tensor, or their shape does not fit.
     """
     if not isinstance(logits, Tensor):
         raise UserError(
@@ -84,7 +84,7 @@ def check_shifted(inputs: Any, target: Tensor) -> None:
     """Check that the labels of a language model are not its inputs, which it could simply copy.
 
     Raises:
-        UserError: The label of every labeled token is the input token.
+        UserError: the label of every labeled token is the input token.
     """
     tokens, labeled = first_tensor(inputs), target != IGNORED
     if tokens.shape == target.shape and bool(((tokens == target) | ~labeled).all() & labeled.any()):
@@ -98,7 +98,7 @@ def first_tensor(inputs: Any) -> Tensor:
     """Return the first tensor in the inputs of a network.
 
     Raises:
-        ValueError: The inputs contain no tensor.
+        ValueError: the inputs contain no tensor.
     """
     if isinstance(inputs, Tensor):
         return inputs
@@ -132,8 +132,8 @@ def describe_inputs(model: nn.Module, inputs: Any) -> list[dict[str, Any]]:
     """Return the name, the shape without the batch, and the type of each input of a network.
 
     Args:
-        model: The network, whose parameter names the inputs have.
-        inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
+        model: the network, whose parameter names the inputs have.
+        inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
 
     Returns:
         Rows {"name", "shape", "type"} with types from `TYPES`; [] if an input is not a tensor.
@@ -162,7 +162,7 @@ def example_inputs(
         that has a default.
 
     Raises:
-        UserError: The network has no parameter of that name.
+        UserError: the network has no parameter of that name.
     """
     parameters = list(inspect.signature(model.forward).parameters)
     known = {row["name"]: row for row in rows}

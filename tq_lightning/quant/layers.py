@@ -20,10 +20,10 @@ class Layer:
     """A layer that multiplies its input by weights, or an embedding table.
 
     Attributes:
-        name: Full name in the model, "(root)" for the model itself.
-        module: The layer.
-        tensors: Names of the weights in it.
-        skipped: The skip entry that keeps it in float, or None.
+        name: full name in the model, "(root)" for the model itself.
+        module: the layer.
+        tensors: names of the weights in it.
+        skipped: the skip entry that keeps it in float, or None.
     """
 
     name: str
@@ -101,14 +101,14 @@ def select_layers(
     """List the layers with weights to quantize, in model order, skipped ones included.
 
     Args:
-        model: Any module; its parameters may be on the meta device.
+        model: any module; its parameters may be on the meta device.
         skip: "first" (the stem: timm's `first_conv`, else the first layer), "last" (timm's
             `classifier`, else the last layer), and fnmatch patterns of layer names, such as
             "layer4.*" or "*.conv_dw". "first" and "last" are never embedding tables.
-        embeddings: List embedding tables too.
+        embeddings: list embedding tables too.
 
     Raises:
-        ValueError: A pattern matches no layer, or a layer cannot be quantized; the message
+        ValueError: a pattern matches no layer, or a layer cannot be quantized; the message
             names the pattern that skips it.
     """
     named = [

@@ -33,9 +33,9 @@ class LearnedRange:
     The range spans Q steps and does not shrink as the width grows, so the factor Q is not needed.
 
     Attributes:
-        gain: Factor of the gradient, 1 / sqrt(N).
-        groups: Groups of a transposed convolution with a range per channel, else None.
-        rows: Rows of each group, which share a range.
+        gain: factor of the gradient, 1 / sqrt(N).
+        groups: groups of a transposed convolution with a range per channel, else None.
+        rows: rows of each group, which share a range.
     """
 
     gain: float = 1.0
@@ -49,9 +49,9 @@ class LearnedRange:
         """Return a learned range and its parameter.
 
         Args:
-            weight: The weight.
-            first: First values, broadcastable to the weight; 1 replaces values near 0.
-            groups: As in the attribute.
+            weight: the weight.
+            first: first values, broadcastable to the weight; 1 replaces values near 0.
+            groups: as in the attribute.
         """
         first = torch.where(first > LEAST_RANGE, first, torch.ones_like(first))
         rows = 1

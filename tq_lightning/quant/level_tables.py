@@ -71,10 +71,10 @@ def level_table(
     once.
 
     Args:
-        level: A key of `LEVEL_TABLES`; any other gives None.
-        normalizer: A key of `normalizers.NORMALIZERS` with an inverse.
-        bits: Width n, 1..8.
-        device: Device of the table.
+        level: a key of `LEVEL_TABLES`; any other gives None.
+        normalizer: a key of `normalizers.NORMALIZERS` with an inverse.
+        bits: width n, 1..8.
+        device: device of the table.
 
     Raises:
         ValueError: `bits` is out of range.

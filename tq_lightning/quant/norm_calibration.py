@@ -43,12 +43,12 @@ def calibrate_norms(
     the width in use and all random states do not change.
 
     Args:
-        model: A prepared model.
-        batches: Inputs on the model's device: tensors, tuples of arguments or mappings.
-        widths: Widths to estimate; None = every untrained width and float.
+        model: a prepared model.
+        batches: inputs on the model's device: tensors, tuples of arguments or mappings.
+        widths: widths to estimate; None = every untrained width and float.
 
     Raises:
-        ValueError: A width in `widths` is trained or has no norm, there are no batches, or the
+        ValueError: a width in `widths` is trained or has no norm, there are no batches, or the
             model is packed or not prepared.
     """
     if width_of(model).packed:
@@ -108,12 +108,12 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], widths: list[int 
     This works like `calibrate_norms`, but keeps affine parameters and the counts of updates.
 
     Args:
-        model: A prepared model.
-        batches: Inputs on the model's device: tensors, tuples of arguments or mappings.
-        widths: Trained widths, e.g. `lagging_widths(model)`.
+        model: a prepared model.
+        batches: inputs on the model's device: tensors, tuples of arguments or mappings.
+        widths: trained widths, e.g. `lagging_widths(model)`.
 
     Raises:
-        ValueError: There are no batches.
+        ValueError: there are no batches.
     """
     norms = per_width_norms(model)
     if not norms or not widths:

@@ -25,16 +25,16 @@ class Normalizer:
     Attributes:
         squash: w -> t, odd and increasing; with `reference="rms"` w / rms -> t in [-1, 1].
         slope: t -> dt/dw, may overwrite its argument; None if t is w.
-        per_channel: Compute the maximum, the root mean square, the learned range and the scale per
+        per_channel: compute the maximum, the root mean square, the learned range and the scale per
             output channel instead of per tensor.
         reference: "max" has r = max|t|. "rms" divides w by its root mean square before `squash`,
             and r is 1. "learned" has r = c, a parameter, and clamps u.
-        span: Weight at u = 1 in multiples of the rms; the range c of "learned" starts there. None
+        span: weight at u = 1 in multiples of the rms; the range c of "learned" starts there. None
             for "max", where it is the largest weight.
         inverse: u (float64) -> w / rms, for tables of levels; None if no level is a table.
-        levels: Supported levels, keys of `codes.LEVELS` or `level_tables.LEVEL_TABLES`; None =
+        levels: supported levels, keys of `codes.LEVELS` or `level_tables.LEVEL_TABLES`; None =
             every key of `LEVELS`.
-        scales: Supported scales, of `SCALES`.
+        scales: supported scales, of `SCALES`.
         ste: Straight-through estimator of `ste="auto"`; None = that of the quantizer.
     """
 

@@ -52,31 +52,31 @@ def prepare(
     width, or in float.
 
     Args:
-        model: Any module.
-        quantizer: Forward rule: "floor" (TruncQuant) or "round" (baseline), or another key of
+        model: any module.
+        quantizer: forward rule: "floor" (TruncQuant) or "round" (baseline), or another key of
             `codes.QUANTIZERS`.
-        ste: Backward rule, a key of `ste.STES`. "auto" is the paper's pairing: scaled for floor,
+        ste: backward rule, a key of `ste.STES`. "auto" is the paper's pairing: scaled for floor,
             identity for round.
-        level: Placement of codes in [0, 1]: "endpoint", "left" or "centre"; for non-uniform codes
+        level: placement of codes in [0, 1]: "endpoint", "left" or "centre"; for non-uniform codes
             "centroid" or "native".
         normalizer: "tanh" (DoReFa), "absmax" or "learned" (a trained range) over the tensor;
             "tanh_channel", "absmax_channel" or "learned_channel" per output channel. "gaussian",
             "float_e2", "mu_law" and "log" give non-uniform codes. `normalizers.NORMALIZERS` lists
             the levels and scales that each supports.
-        widths: Trained widths, in bits.
-        max_bits: Stored width, 1..8.
+        widths: trained widths, in bits.
+        max_bits: stored width, 1..8.
         activations: None, or a key of `activation.ACTIVATIONS`. Replaces every ReLU, ReLU6 and
             Hardtanh.
-        skip: Layers that stay in float: "first", "last" and fnmatch patterns of layer names.
+        skip: layers that stay in float: "first", "last" and fnmatch patterns of layer names.
         norm: "per_width" (one batch norm per width), "per_width_all" (layer, group and RMS norms
             too) or "shared".
-        verbose: Print the report.
-        float_pass: The network at bits=None: "plain" has the float weights, "normalized" has the
+        verbose: print the report.
+        float_pass: the network at bits=None: "plain" has the float weights, "normalized" has the
             normalized weights E (2u - 1), which are not quantized, and plain ReLUs.
         shared_norms: fnmatch patterns of norms that all widths share.
-        scale: Weight at level 1: "mean" is mean|w| (the paper), "span" the largest weight that the
+        scale: weight at level 1: "mean" is mean|w| (the paper), "span" the largest weight that the
             normalizer represents, so that weights keep their values.
-        quantize_embeddings: Quantize embedding tables too. "first" and "last" of `skip` never
+        quantize_embeddings: quantize embedding tables too. "first" and "last" of `skip` never
             select a table.
 
     Returns:
@@ -84,7 +84,7 @@ def prepare(
         parameters. The arguments are stored as `model.tq`.
 
     Raises:
-        ValueError: A choice is unknown or unsupported, the model is already prepared, a layer
+        ValueError: a choice is unknown or unsupported, the model is already prepared, a layer
             cannot be quantized, or there is no layer to quantize.
 
     Source:
@@ -168,17 +168,17 @@ def attach_norms(
     """Replace norms by `PerWidthNorm`, after all quantizers are attached.
 
     Args:
-        model: A model with its quantizers attached.
-        norm: As in `prepare`.
-        width: The model's shared `Width`.
-        only: As in `PerWidthNorm`.
-        shared: Patterns of norms to leave as they are.
+        model: a model with its quantizers attached.
+        norm: as in `prepare`.
+        width: the model's shared `Width`.
+        only: as in `PerWidthNorm`.
+        shared: patterns of norms to leave as they are.
 
     Returns:
         A dict from layer name to a description of the attached modules.
 
     Raises:
-        ValueError: An unknown `norm`, or a pattern that matches no norm.
+        ValueError: an unknown `norm`, or a pattern that matches no norm.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm {norm!r}; pass one of {', '.join(NORMS)}")

@@ -10,9 +10,9 @@ class PrepareReport(dict[str, str]):
     """Dict from layer name to a description of the attached modules. It prints as a table.
 
     Attributes:
-        share: Quantized part of all parameters.
-        weight_share: Quantized part of the convolution and linear weights.
-        embedding_share: Share of embedding tables, quantized or not, in all parameters.
+        share: quantized part of all parameters.
+        weight_share: quantized part of the convolution and linear weights.
+        embedding_share: share of embedding tables, quantized or not, in all parameters.
     """
 
     share: float = 0.0

@@ -15,10 +15,10 @@ class QuantizedTensor(NamedTuple):
     """A weight with its quantizer.
 
     Attributes:
-        name: Full name of the tensor in the model.
-        module: The layer that owns it.
-        tensor: Its name in `module`.
-        quantizer: The parametrization.
+        name: full name of the tensor in the model.
+        module: the layer that owns it.
+        tensor: its name in `module`.
+        quantizer: the parametrization.
     """
 
     name: str

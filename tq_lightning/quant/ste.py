@@ -144,12 +144,12 @@ class STE:
 
     Attributes:
         rule: (grad, u, level, bits, quantizer) -> grad.
-        elementwise: The rule reads `u` or `level`. Other rules get None for both, so that the
+        elementwise: the rule reads `u` or `level`. Other rules get None for both, so that the
             forward pass does not save them.
         scale_rule: (grad, grad_u, u, level, scale, bits, quantizer) -> dL/dscale of each element.
             Called only if the scale is a parameter; `u` and `level` are then saved for every rule.
-        value: Omit the slope of the normalizer from dL/dw, which is then dL/du / (2 scale).
-        uniform: The rule compares levels with `u`, which needs a uniform normalizer.
+        value: omit the slope of the normalizer from dL/dw, which is then dL/du / (2 scale).
+        uniform: the rule compares levels with `u`, which needs a uniform normalizer.
     """
 
     rule: Callable[[Tensor, Tensor, Tensor, int, str], Tensor]
@@ -176,7 +176,7 @@ def resolve_ste(ste: str, quantizer: str) -> str:
     """Resolve `ste`: "auto" is the STE paired with the quantizer; other keys are returned.
 
     Raises:
-        ValueError: An unknown `ste`.
+        ValueError: an unknown `ste`.
     """
     if ste == "auto":
         return QUANTIZERS[quantizer].ste

@@ -29,9 +29,9 @@ class PerWidthNorm(nn.Module):
     """Replace `layer` by one copy per width, and forward each call to that of the width in use.
 
     Args:
-        layer: A normalization layer, including those of timm that apply an activation.
-        width: The model's shared `Width`; its `widths` are the trained ones.
-        only: Widths to create copies for, if the model runs only at these widths; None = all widths
+        layer: a normalization layer, including those of timm that apply an activation.
+        width: the model's shared `Width`; its `widths` are the trained ones.
+        only: widths to create copies for, if the model runs only at these widths; None = all widths
             and float.
 
     Attributes:
@@ -104,7 +104,7 @@ class PerWidthNorm(nn.Module):
         """Check that the norm of a width can be used; `bit_width` calls this.
 
         Raises:
-            ValueError: The norm is neither trained nor calibrated.
+            ValueError: the norm is neither trained nor calibrated.
         """
         key = width_name(bits)
         if key in self.trained or self.calibrating or bits is None:

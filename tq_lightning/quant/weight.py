@@ -56,16 +56,16 @@ class WeightQuantizer(nn.Module):
     """Parametrization that puts a weight on the grid of the width in use.
 
     Args:
-        name: Full name of the tensor in the model, for messages.
-        width: The model's shared `Width`.
-        config: How the model is quantized.
-        channel_dim: Dimension of the output channels: 0, or 1 for a transposed convolution.
-        groups: Groups of a transposed convolution.
+        name: full name of the tensor in the model, for messages.
+        width: the model's shared `Width`.
+        config: how the model is quantized.
+        channel_dim: dimension of the output channels: 0, or 1 for a transposed convolution.
+        groups: groups of a transposed convolution.
 
     Attributes:
-        range: Learned range of t, see `LearnedRange`; None (the default) uses the range of the
+        range: learned range of t, see `LearnedRange`; None (the default) uses the range of the
             weight. A learned range is also the scale, and u is clamped to [0, 1].
-        learned: Layout and gradient of `range`.
+        learned: layout and gradient of `range`.
     """
 
     range: nn.Parameter | None
@@ -154,7 +154,7 @@ class WeightQuantizer(nn.Module):
         """Normalize a weight with its row of `NORMALIZERS`, and compute its scale.
 
         Args:
-            w: Float weight, any shape and dtype; computed in float32.
+            w: float weight, any shape and dtype; computed in float32.
 
         Returns:
             The normalized weight. The gradient of `u` flows to `w` through t, not the range.

@@ -9,14 +9,14 @@ class Metric:
     """Metric of a task, with one value per width and source.
 
     Attributes:
-        key: Part of the metric keys: `val/KEY_truncate_w4`.
-        gap_key: Part of the keys of the gap between the sources: `val/GAP_KEY_w4`.
-        name: Short name.
-        unit: Unit of a value, "" for none.
-        gap_unit: Unit of a difference of two values.
-        digits: Decimal places in a report.
+        key: part of the metric keys: `val/KEY_truncate_w4`.
+        gap_key: part of the keys of the gap between the sources: `val/GAP_KEY_w4`.
+        name: short name.
+        unit: unit of a value, "" for none.
+        gap_unit: unit of a difference of two values.
+        digits: decimal places in a report.
         lower_is_better: True if lower values are better.
-        quantity: What it measures, capitalized.
+        quantity: what it measures, capitalized.
     """
 
     key: str

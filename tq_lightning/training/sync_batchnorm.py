@@ -56,7 +56,7 @@ def use_timm_sync_batchnorm(trainer: Any) -> None:
     """Make `Trainer(sync_batchnorm=True)` use timm's converter, before the strategy is set up.
 
     Raises:
-        UserError: The devices are CPUs, on which PyTorch cannot synchronize batch norms.
+        UserError: the devices are CPUs, on which PyTorch cannot synchronize batch norms.
     """
     strategy = trainer.strategy
     if not isinstance(getattr(strategy, "_layer_sync", None), TorchSyncBatchNorm):

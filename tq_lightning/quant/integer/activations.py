@@ -35,9 +35,9 @@ class CalibratedCodes:
     """Codes of a calibrated range: 8 bits at every width, or 7 bits if sums could saturate.
 
     Args:
-        span: The range.
-        level: Level of the weights.
-        exact_sums: See `saturation.activation_top`.
+        span: the range.
+        level: level of the weights.
+        exact_sums: see `saturation.activation_top`.
     """
 
     def __init__(self, span: ActivationRange, level: str, exact_sums: bool) -> None:
@@ -61,14 +61,14 @@ def rounding_of(quantizer: str, bits: int) -> tuple[int, float]:
     """Return the steps and the offset of a quantizer in the form that integer kernels compute.
 
     Args:
-        quantizer: A key of `QUANTIZERS`.
-        bits: Width n, 1..8.
+        quantizer: a key of `QUANTIZERS`.
+        bits: width n, 1..8.
 
     Returns:
         (steps, offset): code = round(steps * u + offset), clamped to [0, 2^n - 1]. Ties may differ.
 
     Raises:
-        ValueError: The quantizer has no such form.
+        ValueError: the quantizer has no such form.
 
     Example:
         At 2 bits `floor` is round(4 u - 1/2) and `round` is round(3 u).
@@ -116,8 +116,8 @@ class _WithCodes(nn.Module):
     """Module that makes or reads codes.
 
     Args:
-        codes: The codes.
-        width: The model's shared `Width`, which selects their step.
+        codes: the codes.
+        width: the model's shared `Width`, which selects their step.
     """
 
     def __init__(self, codes: ActivationCodes, width: Width) -> None:

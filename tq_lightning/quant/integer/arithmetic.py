@@ -54,7 +54,7 @@ def signed_codes(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
-        bits: Width n, 1..8.
+        bits: width n, 1..8.
 
     Returns:
         int8 in [-2^(n-1), 2^(n-1) - 1], shape of `codes`. An arithmetic right shift truncates them
@@ -74,8 +74,8 @@ def signed_level(bits: int, level: str) -> tuple[float, float]:
     """Return step and offset of a uniform level map: 2 level - 1 = step * (k' + offset).
 
     Args:
-        bits: Width n, 1..8.
-        level: A key of `codes.LEVELS`.
+        bits: width n, 1..8.
+        level: a key of `codes.LEVELS`.
 
     Returns:
         (step, offset); the offset is 0 (`left`) or 1/2 (`endpoint`, `centre`).
@@ -124,21 +124,21 @@ def integer_weight(
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
-        bits: Width n, 1..8.
-        scale: Scale of the weight times the factor of a folded norm, any sign, broadcastable to
+        bits: width n, 1..8.
+        scale: scale of the weight times the factor of a folded norm, any sign, broadcastable to
             `codes`.
-        level: A key of `codes.LEVELS`.
-        exact: Return exact integers at every width, with a nonzero offset where needed. False
+        level: a key of `codes.LEVELS`.
+        exact: return exact integers at every width, with a nonzero offset where needed. False
             returns offset 0 everywhere: the nearest int8, 127/255 (2k' + 1), for 8-bit `endpoint`
             and `centre`; 127 for 128, the negative of the smallest 8-bit code of `left`.
-        largest: Largest integer that the kernel takes, 127 or, for int4, 7. With `exact=True`, k'
+        largest: largest integer that the kernel takes, 127 or, for int4, 7. With `exact=True`, k'
             and an offset represent odd codes beyond it.
 
     Returns:
         The integer weight.
 
     Raises:
-        ValueError: As in `signed_level`, or `scale` is not finite.
+        ValueError: as in `signed_level`, or `scale` is not finite.
 
     Example:
         `integer_weight(codes, 2, scale=3.0)` has the int8 codes -3, -1, 1, 3 and the gain 1, which
@@ -179,7 +179,7 @@ def bias_factors(codes: Tensor, steps: Tensor, largest: int = 127) -> Tensor:
     Args:
         codes: int8 (out, ...).
         steps: float64 (out,), bias of each output channel in steps.
-        largest: Largest magnitude of the multiplied integers.
+        largest: largest magnitude of the multiplied integers.
 
     Returns:
         int64 (out,), at least 1.

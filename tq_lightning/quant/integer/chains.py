@@ -19,14 +19,14 @@ class Chain:
     """An integer layer and the following nodes that its kernel includes.
 
     Attributes:
-        layer: Node of the layer.
-        end: Last node of the chain.
-        norm: Module of the batch norm, or None.
-        add: Node of the sum with a shortcut, or None.
-        residual: Node of the shortcut.
-        act: Kernel activation.
-        out: Codes of an activation quantizer at the end, or None.
-        inside: All nodes of the chain, in order.
+        layer: node of the layer.
+        end: last node of the chain.
+        norm: module of the batch norm, or None.
+        add: node of the sum with a shortcut, or None.
+        residual: node of the shortcut.
+        act: kernel activation.
+        out: codes of an activation quantizer at the end, or None.
+        inside: all nodes of the chain, in order.
     """
 
     def __init__(self, layer: fx.Node) -> None:
@@ -62,8 +62,8 @@ def find_chains(network: TracedNetwork, layers: Iterable[fx.Node]) -> list[Chain
     """Extend every integer layer by the operations that its kernel can include.
 
     Args:
-        network: The traced network.
-        layers: Nodes of the integer layers, in order.
+        network: the traced network.
+        layers: nodes of the integer layers, in order.
 
     Returns:
         One chain for each layer, in order. No two chains share a node.

@@ -46,9 +46,9 @@ class CodeFlow:
     """Tensors that are passed as codes: those that only integer layers read.
 
     Args:
-        network: The traced network.
-        into: Return value of `input_codes`.
-        chains: Return value of `chains.find_chains`.
+        network: the traced network.
+        into: return value of `input_codes`.
+        chains: return value of `chains.find_chains`.
 
     Attributes:
         chain_of: {node: its chain}.

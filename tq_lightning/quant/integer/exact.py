@@ -17,9 +17,9 @@ def exact_value(layer: "IntegerLayer", a: Tensor, residual: Tensor | None) -> Te
     """Compute the value of a layer before rounding, in float64 from exact integer sums.
 
     Args:
-        layer: An integer layer.
-        a: Its input codes.
-        residual: Its shortcut, not overwritten.
+        layer: an integer layer.
+        a: its input codes.
+        residual: its shortcut, not overwritten.
 
     Returns:
         float64: codes of the output before rounding, clamp and shift; or values without `out`.

@@ -13,9 +13,9 @@ class FloatConv(nn.Module):
     """Convolve in float and apply the batch norm of the width in use, in one operation.
 
     Args:
-        layer: Convolution, quantized or not.
-        norm: Batch norm after it that `folds`, per width or not.
-        width: The model's shared `Width`.
+        layer: convolution, quantized or not.
+        norm: batch norm after it that `folds`, per width or not.
+        width: the model's shared `Width`.
     """
 
     def __init__(self, layer: nn.Conv2d, norm: nn.Module, width: Width) -> None:

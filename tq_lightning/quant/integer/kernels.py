@@ -63,10 +63,10 @@ class Act(NamedTuple):
     """Activation that a kernel applies to its result.
 
     Attributes:
-        name: Name in oneDNN.
-        args: Its numeric arguments.
-        algorithm: Its variant.
-        exact: The same function for a float tensor.
+        name: name in oneDNN.
+        args: its numeric arguments.
+        algorithm: its variant.
+        exact: the same function for a float tensor.
     """
 
     name: str
@@ -108,12 +108,12 @@ class Conv2d:
         weight: int8 (out, in / groups, kh, kw).
         gain: float32 (out,), weight per integer step of each output channel.
         bias: float32 (out,).
-        shape: Shape of the first input, for the layout of the weights.
+        shape: shape of the first input, for the layout of the weights.
         stride: (height, width).
         padding: (height, width), of code 0.
         dilation: (height, width).
-        groups: Groups.
-        step: Step of the activation codes; their zero point is 0.
+        groups: groups.
+        step: step of the activation codes; their zero point is 0.
     """
 
     def __init__(
@@ -164,8 +164,8 @@ class Linear:
         weight: int8 (out, in).
         gain: float32 (out,).
         bias: float32 (out,).
-        shape: Shape of the first input.
-        step: Step of the activation codes; their zero point is 0.
+        shape: shape of the first input.
+        step: step of the activation codes; their zero point is 0.
     """
 
     def __init__(

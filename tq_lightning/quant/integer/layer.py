@@ -22,16 +22,16 @@ class IntegerLayer(nn.Module):
     """Run a quantized layer and the operations that follow on integers. Shapes do not change.
 
     Args:
-        name: Name of the layer in the model.
+        name: name of the layer in the model.
         layer: `nn.Conv2d` or `nn.Linear` with quantized weights that `plan.refusal` accepts.
-        width: The model's shared `Width`.
-        into: Codes of the input.
-        norm: Batch norm after the layer, per width or not.
-        act: Activation that the kernel applies; only `RELU` after a shortcut.
-        out: Codes of the output; None returns float32.
-        residual: Codes of a shortcut that is added after the norm; None if it is float32.
-        exact_sums: See `saturation.activation_top`.
-        exact: Use exact weights at every width; see `arithmetic.integer_weight`. At 8 bits this may
+        width: the model's shared `Width`.
+        into: codes of the input.
+        norm: batch norm after the layer, per width or not.
+        act: activation that the kernel applies; only `RELU` after a shortcut.
+        out: codes of the output; None returns float32.
+        residual: codes of a shortcut that is added after the norm; None if it is float32.
+        exact_sums: see `saturation.activation_top`.
+        exact: use exact weights at every width; see `arithmetic.integer_weight`. At 8 bits this may
             take a second kernel.
     """
 
@@ -69,13 +69,13 @@ class IntegerLayer(nn.Module):
 
         Args:
             a: uint8 codes of `into`.
-            residual: Shortcut, uint8 codes if the output is uint8, else float32. Overwritten.
+            residual: shortcut, uint8 codes if the output is uint8, else float32. Overwritten.
 
         Returns:
             uint8 codes of `out`, or float32.
 
         Raises:
-            UserError: The model was moved off the CPU.
+            UserError: the model was moved off the CPU.
         """
         prepacked = self.prepacked(a)
         if self.simulated:

@@ -24,9 +24,9 @@ class IntegerModel(nn.Module):
     """A model in integer mode.
 
     Attributes:
-        network: The layers, in evaluation mode.
+        network: the layers, in evaluation mode.
         layers: {name: "integer", or the reason why it stays in float}, for layers with weights.
-        tq: The arguments of `prepare`.
+        tq: the arguments of `prepare`.
     """
 
     def __init__(self, network: nn.Module, layers: dict[str, str], model: nn.Module) -> None:
@@ -61,11 +61,11 @@ def integer_model(
     """Create a model that runs its quantized layers on integers, on CPU.
 
     Args:
-        model: A prepared or packed model with activation ranges: trained with `activations=`, or
+        model: a prepared or packed model with activation ranges: trained with `activations=`, or
             calibrated with `calibrate_activations`. Its modules become part of the result.
-        exact_sums: Use 8-bit activation codes at all widths of the weights. None decides by the
+        exact_sums: use 8-bit activation codes at all widths of the weights. None decides by the
             processor, see `kernels.sums_are_exact`; without VNNI, some widths then use 7-bit codes.
-        exact: Use the exact weights at 8 bits too, which takes a second product with `endpoint` and
+        exact: use the exact weights at 8 bits too, which takes a second product with `endpoint` and
             `centre` levels. False uses the nearest int8. None is exact where a layer reads trained
             activation codes, so that such a model equals its own simulation.
 
@@ -73,7 +73,7 @@ def integer_model(
         The model in evaluation mode. `bit_width` switches its width.
 
     Raises:
-        UserError: The model has no ranges, no layer can run on integers, or this PyTorch has no
+        UserError: the model has no ranges, no layer can run on integers, or this PyTorch has no
             integer kernels.
     """
     reason = missing_kernels()

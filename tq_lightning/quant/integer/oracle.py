@@ -18,10 +18,10 @@ class Agreement(NamedTuple):
     """Outputs of one layer compared with exact integers.
 
     Attributes:
-        outputs: Number of compared values.
-        off_by_one: Number of codes that differ by 1 where the exact value is within `NEAR_HALF` of
+        outputs: number of compared values.
+        off_by_one: number of codes that differ by 1 where the exact value is within `NEAR_HALF` of
             a rounding boundary.
-        wrong: Number of other differences; for a float output, of relative errors above 1e-4.
+        wrong: number of other differences; for a float output, of relative errors above 1e-4.
     """
 
     outputs: int
@@ -47,7 +47,7 @@ def compare(model: nn.Module, images: Tensor) -> dict[str, Agreement]:
     """Compare every integer layer with exact integers, on the input codes of the real forward pass.
 
     Args:
-        model: A model in integer mode, at any width.
+        model: a model in integer mode, at any width.
         images: (batch, channels, height, width).
 
     Returns:

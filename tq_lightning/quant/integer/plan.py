@@ -21,12 +21,12 @@ class IntegerPlan:
     """Layers of a model that run on integers.
 
     Args:
-        model: A prepared or packed model.
-        exact_sums: See `saturation.activation_top`.
-        exact: Use exact weights at 8 bits; None = only with trained activation codes.
+        model: a prepared or packed model.
+        exact_sums: see `saturation.activation_top`.
+        exact: use exact weights at 8 bits; None = only with trained activation codes.
 
     Attributes:
-        width: The model's shared `Width`.
+        width: the model's shared `Width`.
         modules: {name: module} of the model.
         layers: {name: "integer", or the reason why it stays in float}, for layers with weights.
     """

@@ -27,13 +27,13 @@ class Prepacked(NamedTuple):
     """The kernel of a layer at one width.
 
     Attributes:
-        key: Width and source.
-        kernel: Prepacked kernel.
-        second: Second product, which is added to the first; see `IntegerLayer.in_parts`.
-        into: Codes of the input.
-        out: Codes of the output.
-        requantize: Step and zero point of the codes `out`.
-        residual_step: Step of the shortcut.
+        key: width and source.
+        kernel: prepacked kernel.
+        second: second product, which is added to the first; see `IntegerLayer.in_parts`.
+        into: codes of the input.
+        out: codes of the output.
+        requantize: step and zero point of the codes `out`.
+        residual_step: step of the shortcut.
         integers: int8 weights; with a second kernel, their exact sum in int16.
         gain: float64 (out,), weight per integer step of each output channel.
         offset: float64 (out,), added to the integers of each output channel.
@@ -57,7 +57,7 @@ class SecondProduct(NamedTuple):
     """A kernel without bias whose result is added to that of the first.
 
     Attributes:
-        kernel: Prepacked kernel.
+        kernel: prepacked kernel.
         factor: float32, multiplies the product; broadcastable to the output.
     """
 
@@ -69,8 +69,8 @@ def prepack(layer: "IntegerLayer", a: Tensor) -> Prepacked:
     """Build the kernels of a layer at the width in use.
 
     Args:
-        layer: The layer.
-        a: An input of it, whose shape the kernels are built for.
+        layer: the layer.
+        a: an input of it, whose shape the kernels are built for.
     """
     inner, width = layer.layer, layer.width
     bits = width.bits

@@ -20,10 +20,10 @@ def rewrite(plan: IntegerPlan) -> fx.GraphModule:
     """Trace a model and rewrite it for integer layers.
 
     Args:
-        plan: The layers; those without an activation range are marked in it.
+        plan: the layers; those without an activation range are marked in it.
 
     Raises:
-        Exception: See `TracedNetwork`.
+        Exception: see `TracedNetwork`.
     """
     network = TracedNetwork(plan.model, plan.modules)
     into = input_codes(network, plan)
@@ -153,8 +153,8 @@ class _NewGraph:
         """Return the codes of a tensor, quantized from its float value if necessary.
 
         Args:
-            node: Node of the old graph.
-            codes: Codes to read; None for the codes that represent the tensor.
+            node: node of the old graph.
+            codes: codes to read; None for the codes that represent the tensor.
         """
         own = self.flow.codes_of(node)
         codes = codes or own
@@ -185,7 +185,7 @@ class CodePool(nn.Module):
     """Max pooling of uint8 codes in float, because PyTorch's uint8 kernel lacks some image sizes.
 
     Args:
-        pool: The pooling layer.
+        pool: the pooling layer.
     """
 
     def __init__(self, pool: nn.MaxPool2d) -> None:

@@ -25,7 +25,7 @@ def largest_integer(bits: int, level: str = "endpoint") -> int:
     """Return the largest magnitude among the int8 codes of `integer_weight` at a width.
 
     Raises:
-        ValueError: As in `signed_level`.
+        ValueError: as in `signed_level`.
     """
     _, half = signed_level(bits, level)
     return min(2**bits - 1, 127) if half else 2 ** (bits - 1)
@@ -38,15 +38,15 @@ def activation_top(bits: int, level: str = "endpoint", exact_sums: bool = True) 
     silently.
 
     Args:
-        bits: Width of the weights, 1..8.
-        level: A key of `codes.LEVELS`.
+        bits: width of the weights, 1..8.
+        level: a key of `codes.LEVELS`.
         exact_sums: True if the processor adds products in 32 bits (VNNI, ARM).
 
     Returns:
         255, or 127 if two products with 255 could exceed 16 bits.
 
     Raises:
-        ValueError: As in `signed_level`.
+        ValueError: as in `signed_level`.
     """
     return 255 if exact_sums or 2 * 255 * largest_integer(bits, level) <= INT16_MAX else 127
 
@@ -77,15 +77,15 @@ def split_weight(codes: Tensor, bits: int, scale: Tensor, level: str = "endpoint
 
     Args:
         codes: uint8 codes of width `bits`, any shape.
-        bits: Width n, 1..8.
-        scale: As in `integer_weight`.
-        level: A key of `codes.LEVELS`.
+        bits: width n, 1..8.
+        scale: as in `integer_weight`.
+        level: a key of `codes.LEVELS`.
 
     Returns:
         The two int8 parts with their gain.
 
     Raises:
-        ValueError: As in `integer_weight`.
+        ValueError: as in `integer_weight`.
 
     Example:
         The 8-bit endpoint code 255 is the odd code 255 = 4 * 63 + 3.

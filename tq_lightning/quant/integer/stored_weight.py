@@ -12,9 +12,9 @@ class StoredWeight(NamedTuple):
 
     Attributes:
         codes: uint8, shape of the weight.
-        stored: Their width.
+        stored: their width.
         scale: float32, broadcastable to the weight.
-        level: A key of `codes.LEVELS`.
+        level: a key of `codes.LEVELS`.
     """
 
     codes: Tensor

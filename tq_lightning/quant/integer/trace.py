@@ -33,15 +33,15 @@ class TracedNetwork:
     """Graph of a model, without modules that have no effect in evaluation mode.
 
     Args:
-        model: The model, in evaluation mode.
+        model: the model, in evaluation mode.
         modules: {name: module} of the model.
 
     Attributes:
-        graph: The graph. Quantized layers, norms and activation quantizers are single nodes.
+        graph: the graph. Quantized layers, norms and activation quantizers are single nodes.
         order: {node: position in the graph}.
 
     Raises:
-        Exception: The model cannot be traced; torch.fx and the model itself choose the class.
+        Exception: the model cannot be traced; torch.fx and the model itself choose the class.
     """
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
