@@ -345,7 +345,7 @@ class TestChromium:
         wait(browser, f'{status} === "notes.png can\'t be read as an image."')
         (page / "model.safetensors").unlink()
         serve(page)
-        wait(browser, f"{status}.includes('the server answers 404 for model.safetensors')")
+        wait(browser, f"{status}.includes('the server returned 404 for model.safetensors')")
 
     def test_damaged_plane(self, page, browser, serve):
         raw = bytearray((page / "model.safetensors").read_bytes())

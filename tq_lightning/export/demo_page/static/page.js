@@ -238,7 +238,7 @@ async function start() {
     const names = new Set(made.inputNames); // a tied tensor has the input of another
     feeds = Object.fromEntries(Object.entries(feeds).filter(([name]) => names.has(name)));
     if (document.body.dataset.state === "error") return; // the planes did not arrive
-    say(picture ? "" : "Ready. Choose a picture.");
+    say(picture ? "" : "Ready. Choose an image.");
     schedule();
   });
   const planes = loadPlanes(facts, narrowest, showPlanes, (p, plane) => {

@@ -27,7 +27,7 @@ export async function loadPlanes(facts, firstPlanes, onProgress, onPlane) {
     const until = next === 0 ? Math.min(firstPlanes, stored) : next + 1;
     const from = begin + next * size, to = begin + until * size;
     const answer = await fetch(facts.file, { headers: { Range: `bytes=${from}-${to - 1}` } });
-    if (!answer.ok) throw new Error(`the server answers ${answer.status} for ${facts.file}`);
+    if (!answer.ok) throw new Error(`the server returned ${answer.status} for ${facts.file}`);
     let at = -begin; // position in `all` of the next byte
     if (answer.status === 206) {
       const start = /^bytes (\d+)-/.exec(answer.headers.get("Content-Range") ?? "")?.[1];
@@ -49,7 +49,7 @@ export async function loadPlanes(facts, firstPlanes, onProgress, onPlane) {
         onPlane(done++, plane);
       }
     }
-    if (done < (ranges ? until : stored)) throw new Error(`${facts.file} ends too early`);
+    if (done < (ranges ? until : stored)) throw new Error(`${facts.file} is incomplete`);
   }
   return ranges;
 }
