@@ -2,7 +2,7 @@
 
 import pytest
 
-from tq_lightning.errors import first_line, hide_password
+from tq_lightning.errors import first_line, hide_password, message_of
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,9 @@ def test_error_is_reduced_to_its_first_line():
         "postgresql://u:***@h/db"
     )
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_message_is_one_line_of_limited_length():
+    error = RuntimeError("a message\n  of two lines")
+    assert message_of(error) == "a message of two lines"
+    assert message_of(error, 9) == "a message"

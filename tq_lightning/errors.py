@@ -67,6 +67,11 @@ def first_line(error: BaseException) -> str:
     return hide_password((str(error).splitlines() or [type(error).__name__])[0])
 
 
+def message_of(error: object, limit: int | None = None) -> str:
+    """Return the message of an error in one line, of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 def hide_password(text: str) -> str:
     """Replace the passwords of all URLs in a text by `***`.
 

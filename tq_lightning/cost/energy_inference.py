@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 from tq_lightning.records import Energy
 
 # label -> name of ZigZag's own description of the accelerator
@@ -117,7 +117,7 @@ def layer_shapes(model: nn.Module, names: set[str], size: tuple[int, ...]) -> li
         with torch.no_grad():
             model.eval()(torch.zeros(1, *size, device=device))
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = message_of(error, 100)
         raise UserError(f"the network does not run on an image of {size} ({reason})") from error
     finally:
         for handle in handles:

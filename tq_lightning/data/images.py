@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
@@ -158,7 +158,7 @@ def read_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Any:
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = message_of(error, 100) or type(error).__name__
         raise UnreadableImage(f"can't be read as an image ({reason})") from error
 
 

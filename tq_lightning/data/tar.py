@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from tq_lightning.data.images import LeftOut, is_hidden, printable, reason_to_skip
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 
 
 class Member(NamedTuple):
@@ -49,7 +49,7 @@ def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
             file = _BoundedFile(raw, path.stat().st_size)
             _list_members(file, 0, file.size, PurePosixPath(), members, left_out)
     except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = message_of(error, 100)
         raise UserError(
             printable(f"{path} can't be read to its end ({reason}); copy or download it again")
         ) from error

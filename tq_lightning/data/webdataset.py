@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tq_lightning.data.image_folder import SPLITS
 from tq_lightning.data.images import SUFFIXES, LeftOut, UnreadableImage, printable, read_image
 from tq_lightning.data.splits import Source, Split
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 from tq_lightning.files import atomic_write
 
 VERSION = 1  # version of the cached index
@@ -201,7 +201,7 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
                     elif key not in labels or extension == "cls":
                         labels[key] = label
     except (OSError, EOFError, tarfile.TarError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = message_of(error, 100)
         raise UserError(
             printable(f"shard {shard} can't be read to its end ({reason}); copy it again")
         ) from error

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 from tq_lightning.export.executorch_layers import DynamicLayer, linear_or_conv_weight
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.export.packed.weight import packed_weights
@@ -95,7 +95,7 @@ def export_executorch(
             exported = torch.export.export(model.eval(), (torch.zeros(1, *size),), strict=False)
             buffer = backend(exported)
     except Exception as error:  # torch.export and the lowering raise many types
-        reason = " ".join(str(error).split())[:200]
+        reason = message_of(error, 200)
         raise UserError(
             f"ExecuTorch can't express this network ({type(error).__name__}: {reason})"
         ) from error
@@ -111,7 +111,7 @@ def _backend() -> Any:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
     except Exception as error:  # an ExecuTorch built for another PyTorch fails in many ways
-        reason = " ".join(str(error).split())[:120]
+        reason = message_of(error, 120)
         raise UserError(
             f"--format executorch needs ExecuTorch for PyTorch {torch.__version__} ({reason}); "
             f"{INSTALL}"

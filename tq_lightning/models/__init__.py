@@ -17,7 +17,7 @@ from huggingface_hub import constants as hub
 from torch import nn
 
 import tq_lightning.models.cifar_resnet  # noqa: F401  registers its models with timm
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 from tq_lightning.factories import call_factory, is_factory
 from tq_lightning.models.weights import check_file, load_weights
 
@@ -62,7 +62,7 @@ def create_model(
                 name, pretrained=pretrained, num_classes=num_classes, **kwargs
             )
     except Exception as error:  # the model and the network stack raise errors of any type
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        reason = f"{type(error).__name__}: {message_of(error, 160)}"
         if pretrained:
             reason = (
                 f"{type(error).__name__}: not in the cache, and no network"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 from tq_lightning.models.checksum import verify_checkpoint
 from tq_lightning.quant.switchable_norm import FLOAT
 
@@ -47,7 +47,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str = "the model") ->
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a tensor whose values cannot be copied, such as a sparse one
-        reason = " ".join(str(error).split())[:160]
+        reason = message_of(error, 160)
         raise UserError(f"{path} does not fit {name} ({reason})") from error
 
 
@@ -157,7 +157,7 @@ def load_torch_file(path: str | Path, mmap: bool = False) -> Any:
 
 def why_not_loaded(error: Exception) -> str:
     """Return the reason why a file was not loaded, without torch's advice to disable safety."""
-    text = " ".join(str(error).split())
+    text = message_of(error)
     if "TorchScript" in text:
         return "it is a TorchScript archive"
     if isinstance(error, pickle.UnpicklingError):

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
-from tq_lightning.errors import TrainingError, UserError, hide_password
+from tq_lightning.errors import TrainingError, UserError, hide_password, message_of
 from tq_lightning.files import expand_path
 
 if TYPE_CHECKING:
@@ -170,6 +170,6 @@ def _open_database(url: str) -> "optuna.storages.RDBStorage":
 
 def reason_of(error: BaseException, limit: int = 200) -> str:
     """Return a storage error as one line of at most `limit` characters without passwords."""
-    text = re.sub(r"^\([\w.]+\)\s*", "", " ".join(str(error.__cause__ or error).split()))
+    text = re.sub(r"^\([\w.]+\)\s*", "", message_of(error.__cause__ or error))
     text = hide_password(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tq_lightning.errors import Interrupted
+from tq_lightning.errors import Interrupted, message_of
 from tq_lightning.records import NAME, Record, RecordError, read_any, value_of
 
 Fit = Callable[[list[str]], dict[str, Any]]  # training.lightning_cli.run_fit, or a test's stand-in
@@ -89,7 +89,7 @@ def run_trial(
     except SystemExit as error:
         failure = f"fit exited with status {error.code}"
     except BaseException as error:
-        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+        failure = f"{type(error).__name__}: {message_of(error)}"[:500]
     if failure:
         _free_memory()
     if path is None:  # fit raised, possibly after it wrote a record

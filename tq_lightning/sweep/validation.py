@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 from tq_lightning.records import STORAGE_BYTES
 from tq_lightning.sweep.config import Sweep, argument
 from tq_lightning.sweep.parameters import rounded
@@ -36,7 +36,7 @@ def check_arms(sweep: Sweep, metrics: list[str]) -> None:
             check_run("fit", config)
             logged = logged_metrics(config)
         except (ValueError, TypeError) as error:
-            raise UserError(f"{sweep.path}: {arm}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{sweep.path}: {arm}: {message_of(error)}") from None
         for name in metrics:
             if name not in logged:
                 raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 
 MAX_BYTES = 512 * 1024
 MAX_VALUES = 100_000  # keys and values, with every alias expanded
@@ -75,7 +75,7 @@ def parse_yaml(text: str, source: str, loader: type[yaml.SafeLoader] = yaml.Safe
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(error.problem or error.context).split())
+        problem = message_of(error.problem or error.context)
         raise UserError(f"{source}{line}: not valid YAML: {problem}") from None
     except yaml.reader.ReaderError as error:
         number = text[: error.position].count("\n") + 1
@@ -87,7 +87,7 @@ def parse_yaml(text: str, source: str, loader: type[yaml.SafeLoader] = yaml.Safe
     except (ValueError, TypeError, OverflowError, yaml.YAMLError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source}: not valid YAML: {message_of(error)}") from None
     finally:
         if parser is not None:
             parser.dispose()

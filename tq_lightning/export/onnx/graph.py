@@ -17,7 +17,7 @@ from onnx import helper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 from tq_lightning.export.onnx.width_modules import WidthTables, replace_activations
 from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.files import atomic_write
@@ -98,7 +98,7 @@ def trace(
                 verbose=False,
             )
     except Exception as error:  # torch.export and the translation to ONNX raise many types
-        reason = " ".join(str(error).split())[:200]
+        reason = message_of(error, 200)
         raise UserError(
             f"PyTorch can't export this network to ONNX ({type(error).__name__}: {reason})"
         ) from error

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, message_of
 from tq_lightning.export.packed.entries import DTYPES, parse_entry, section_of
 from tq_lightning.files import atomic_write
 
@@ -182,7 +182,7 @@ class Container:
             self.entries = {name: parse_entry(name, value) for name, value in index.items()}
             self.checksums: dict[str, str] = dict(self.header["checksums"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:80]
+            reason = message_of(error, 80)
             raise self.damaged(f"its header can't be parsed ({reason})") from error
         self._check_layout()
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tq_lightning.errors import message_of
+
 _NEEDED = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
@@ -30,7 +32,7 @@ def missing_kernels() -> str | None:
     try:
         got = Linear(w, torch.ones(3), torch.zeros(3), a.shape, 1.0)(a, None)
     except (RuntimeError, TypeError) as error:
-        return f"onednn::qlinear_pointwise does not run ({' '.join(str(error).split())[:80]})"
+        return f"onednn::qlinear_pointwise does not run ({message_of(error, 80)})"
     if not torch.equal(got.long(), a.long() @ w.long().T):
         return "onednn::qlinear_pointwise returns wrong sums"
     return None
