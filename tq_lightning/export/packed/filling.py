@@ -8,9 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.network_match import (
-    cast_to_header_dtype,
-)
 from tq_lightning.export.packed.sections import (
     file_names,
     named_tensors,
@@ -58,3 +55,21 @@ def _set_tensor(module: nn.Module, leaf: str, value: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
         module._buffers[leaf] = value
+
+
+def cast_to_header_dtype(
+    header: Mapping[str, Any], full: str, value: Tensor, default: torch.dtype
+) -> Tensor:
+    """Cast `value` to the dtype that the header lists for the tensor `full`, or to `default`.
+
+    Raises:
+        UserError: an unknown dtype, or a float dtype for an integer tensor or vice versa.
+    """
+    name = header["dtypes"].get(full, str(default).removeprefix("torch."))
+    dtype = getattr(torch, str(name), None)
+    try:
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point == value.is_floating_point():
+            return value.to(dtype)
+    except (RuntimeError, TypeError):  # tensors can't be converted to quantized and packed types
+        pass
+    raise UserError(f"the file has an invalid dtype {str(name)[:40]!r} for {full}")

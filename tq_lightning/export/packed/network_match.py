@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.sections import file_names, named_tensors
@@ -20,24 +20,6 @@ from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 
 _SET_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # keys of norm sets
-
-
-def cast_to_header_dtype(
-    header: Mapping[str, Any], full: str, value: Tensor, default: torch.dtype
-) -> Tensor:
-    """Cast `value` to the dtype that the header lists for the tensor `full`, or to `default`.
-
-    Raises:
-        UserError: an unknown dtype, or a float dtype for an integer tensor or vice versa.
-    """
-    name = header["dtypes"].get(full, str(default).removeprefix("torch."))
-    dtype = getattr(torch, str(name), None)
-    try:
-        if isinstance(dtype, torch.dtype) and dtype.is_floating_point == value.is_floating_point():
-            return value.to(dtype)
-    except (RuntimeError, TypeError):  # tensors can't be converted to quantized and packed types
-        pass
-    raise UserError(f"the file has an invalid dtype {str(name)[:40]!r} for {full}")
 
 
 def check_parameters(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:

@@ -19,10 +19,9 @@ from tq_lightning.errors import UserError
 from tq_lightning.export.packed.bounds import Bounds
 from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container
-from tq_lightning.export.packed.filling import fill_unquantized
+from tq_lightning.export.packed.filling import cast_to_header_dtype, fill_unquantized
 from tq_lightning.export.packed.header import read_header
 from tq_lightning.export.packed.network_match import (
-    cast_to_header_dtype,
     check_layers,
     check_names,
     check_parameters,
