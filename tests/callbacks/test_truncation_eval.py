@@ -349,7 +349,7 @@ def test_weights_are_normalized_once_per_evaluation_even_if_it_fails(tmp_path, m
     quantizers = [w.quantizer for w in weight_quantizers(module)]
     assert len(trainer.val_dataloaders) > 1
     assert len(calls) == 2, "one step, and one validation of several batches and a calibration"
-    assert all(q.made is None for q in quantizers) and width_of(module).fused is None
+    assert all(q.fused_weight is None for q in quantizers) and width_of(module).fused is None
 
     class Fail(L.Callback):
         def on_validation_batch_end(self, *_):
@@ -358,7 +358,7 @@ def test_weights_are_normalized_once_per_evaluation_even_if_it_fails(tmp_path, m
     trainer.callbacks.append(Fail())
     with pytest.raises(RuntimeError, match="in the middle"):
         trainer.validate(module, data)
-    assert all(q.made is None for q in quantizers) and width_of(module).fused is None
+    assert all(q.fused_weight is None for q in quantizers) and width_of(module).fused is None
 
 
 @pytest.mark.slow

@@ -183,13 +183,13 @@ def test_weights_are_normalized_once_and_released(monkeypatch):
             with bit_width(model, bits):
                 model(torch.ones(1, 6))
         raise RuntimeError("inside")
-    assert len(calls) == 1 and rule.made is None and width_of(model).fused is None
+    assert len(calls) == 1 and rule.fused_weight is None and width_of(model).fused is None
     with fused_weights(model) as outer:  # an evaluation of several batches, and each batch alone
         for _ in range(3):
             with fused_weights(model) as inner, bit_width(model, 4):
                 assert inner is outer
                 model(torch.ones(1, 6))
-    assert len(calls) == 2 and rule.made is None and width_of(model).fused is None
+    assert len(calls) == 2 and rule.fused_weight is None and width_of(model).fused is None
     with bit_width(model, 2):
         before = model[0].weight
         with torch.no_grad():

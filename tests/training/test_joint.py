@@ -275,7 +275,7 @@ def test_non_finite_loss_error_names_the_width():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert width_of(model).fused is None
-    assert all(w.quantizer.made is None for w in weight_quantizers(model))
+    assert all(w.quantizer.fused_weight is None for w in weight_quantizers(model))
     joint_loss(model, images, WIDTHS, recursive_loss(target))[0].backward()
 
 

@@ -146,7 +146,7 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
     _set(width, bits, source)
     try:
         if width.fused is not None:
-            width.fused.make(bits, source)
+            width.fused.compute(bits, source)
         yield model
     finally:
         if width.fused is not None:

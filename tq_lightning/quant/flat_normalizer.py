@@ -49,8 +49,8 @@ class NormalizedWeights:
     # -- buffers ---------------------------------------------------------------------------------
     def _allocate(self) -> None:
         """Allocate the buffer of `tensors`."""
-        self._made = torch.zeros(sum(self._rows), ROW, device=self.device)
-        storage, start = self._made.untyped_storage(), 0
+        self._buffer = torch.zeros(sum(self._rows), ROW, device=self.device)
+        storage, start = self._buffer.untyped_storage(), 0
         # tensors that share the memory, without being views for autograd and `torch.compile`
         for (shape, strides), rows in zip(self._layouts, self._rows, strict=True):
             empty = torch.empty(0, dtype=torch.float32, device=self.device)
@@ -65,7 +65,7 @@ class NormalizedWeights:
             start += rows
         return views
 
-    def _spread(self, values: Sequence[Tensor]) -> Tensor:
+    def _broadcast(self, values: Sequence[Tensor]) -> Tensor:
         """Expand values per weight to a column (one per row), values per channel to a buffer."""
         if self.row.per_channel:
             flat = torch.ones(sum(self._rows), ROW, device=self.device)
@@ -92,21 +92,21 @@ class NormalizedWeights:
         if self.ranges:
             t = self._squash()
             scales = self._learned_ranges()
-            self._over = self._top = self._spread(scales)
+            self._over = self._top = self._broadcast(scales)
         elif self.row.reference == "rms":
             torch._foreach_copy_(self.tensors, self.originals)
             rms = self._root_mean_squares()
             scales = [span_of(each, self.row) for each in rms]
-            self._over = self._rms = self._spread(rms)
+            self._over = self._rms = self._broadcast(rms)
             t = self._squash()
         else:
             t = self._squash()
             scales = self._means() if self.rule.scale == "mean" else self._maxima()
-            torch.abs(t, out=self._made)
+            torch.abs(t, out=self._buffer)
             tops = self._reduce("max")
             torch._foreach_clamp_min_(tops, TINY)
-            self._over = self._top = self._spread(tops)
-        self._scale = self._spread(scales)
+            self._over = self._top = self._broadcast(tops)
+        self._scale = self._broadcast(scales)
         if STES[self.rule.ste].value:
             self._over = self._scale.clamp_min(TINY)
         self._u = self._to_unit(t)
@@ -114,9 +114,9 @@ class NormalizedWeights:
     def _squash(self) -> Tensor:
         """Copy the weights to `tensors`; return t = squash(w) in another buffer."""
         torch._foreach_copy_(self.tensors, self.originals)
-        w = self._made if self._rms is None else self._made / self._rms
+        w = self._buffer if self._rms is None else self._buffer / self._rms
         t = self.row.squash(w)
-        return t.clone() if t is self._made else t
+        return t.clone() if t is self._buffer else t
 
     def _to_unit(self, t: Tensor) -> Tensor:
         """Compute u from t, in place."""
@@ -133,7 +133,7 @@ class NormalizedWeights:
         return self._u
 
     def _maxima(self) -> list[Tensor]:
-        self._made.abs_()
+        self._buffer.abs_()
         tops = self._reduce("max")
         self.finite = torch.stack([top.isfinite().all() for top in tops]).all()
         return tops
@@ -142,20 +142,20 @@ class NormalizedWeights:
         tops = self._maxima()
         torch._foreach_clamp_min_(tops, TINY)
         torch._foreach_div_(self.tensors, tops)
-        self._made.mul_(self._made)
+        self._buffer.mul_(self._buffer)
         means = self._reduce("mean")
         return [m.sqrt().mul(t).clamp_min(TINY) for m, t in zip(means, tops, strict=True)]
 
     def _learned_ranges(self) -> list[Tensor]:
         values = [x.value(r) for x, r in zip(self._learned, self.ranges, strict=True)]
         every = torch.cat([v.flatten() for v in values])
-        self.finite = self._made.isfinite().all() & every.isfinite().all()
+        self.finite = self._buffer.isfinite().all() & every.isfinite().all()
         return values
 
     def _means(self) -> list[Tensor]:
-        self._made.abs_()
+        self._buffer.abs_()
         means = self._reduce("mean")
-        self._made.mul_(2.0**-64)  # see WeightQuantizer.huge_mean
+        self._buffer.mul_(2.0**-64)  # see WeightQuantizer.huge_mean
         if self.row.per_channel:
             huge = self._reduce("mean")
             scales = [_finite_mean(m, h) for m, h in zip(means, huge, strict=True)]
@@ -189,7 +189,7 @@ class NormalizedWeights:
             if slope is not None:
                 t = u.sub_(0.5).mul_(2.0)
                 grad.mul_(slope(t if self._top is None else t.mul_(self._top)))
-        torch.div(grad.mul_(0.5), self._over, out=self._made)
+        torch.div(grad.mul_(0.5), self._over, out=self._buffer)
         self._u = None
 
     def _add_range_grads(self, each: Tensor) -> None:

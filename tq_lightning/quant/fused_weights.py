@@ -58,7 +58,7 @@ class FlatWeights(NormalizedWeights):
         self._has_grad = [False] * len(self._trained)
 
     @torch.no_grad()
-    def make(self, bits: int | None, source: str) -> bool:
+    def compute(self, bits: int | None, source: str) -> bool:
         """Write the weights of a width to `tensors`, which the layers read; None = float weights.
 
         Returns:
@@ -74,16 +74,18 @@ class FlatWeights(NormalizedWeights):
         if not normalized:
             torch._foreach_copy_(self.tensors, self.originals)
         elif bits is None:
-            torch.sub(self._unit(), 0.5, out=self._made).mul_(2.0 * self._scale)
+            torch.sub(self._unit(), 0.5, out=self._buffer).mul_(2.0 * self._scale)
         else:
             codes = self._codes(bits, source)
             self._table = self.rule.table(bits, self.device)
-            dequantize(codes, bits, self._scale, self.rule.level, out=self._made, table=self._table)
+            dequantize(
+                codes, bits, self._scale, self.rule.level, out=self._buffer, table=self._table
+            )
             self._codes_in_use = codes if self._per_element else None
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # its keys are tensors, which do not change here
-        for w, made in zip(self.weights, self.tensors, strict=True):
-            w.quantizer.made = made
+        for w, weight in zip(self.weights, self.tensors, strict=True):
+            w.quantizer.fused_weight = weight
         return fresh
 
     def _codes(self, bits: int, source: str) -> Tensor:
@@ -99,7 +101,7 @@ class FlatWeights(NormalizedWeights):
     def release(self) -> None:
         """Let each layer compute its own weight again."""
         for w in self.weights:
-            w.quantizer.made = None
+            w.quantizer.fused_weight = None
 
     def require_grad(self) -> None:
         """Make the weights in training `leaves` of autograd."""
@@ -123,12 +125,12 @@ class FlatWeights(NormalizedWeights):
         for i in present:
             self._has_grad[i] = True
         if len(present) < len(self.weights):
-            self._made.zero_()
+            self._buffer.zero_()
         torch._foreach_copy_(
             [self.tensors[self._trained[i]] for i in present],
             [g for g in grads if g is not None],
         )
-        grad, slope = self._made, 2.0 * self._scale  # slope of the weight over its level
+        grad, slope = self._buffer, 2.0 * self._scale  # slope of the weight over its level
         if self.bits is None:
             self._add(grad.mul_(slope))
             return
@@ -155,7 +157,7 @@ class FlatWeights(NormalizedWeights):
         if self._grad_sum is not None:
             self._grad_sum.add_(grad_u)
         else:
-            self._grad_sum = grad_u.clone() if grad_u is self._made else grad_u
+            self._grad_sum = grad_u.clone() if grad_u is self._buffer else grad_u
 
     @torch.no_grad()
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
@@ -202,14 +204,14 @@ class FusedModel:
         clips = [m.clip for m in model.modules() if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
 
-    def make(self, bits: int | None, source: str) -> None:
-        """Compute the weights of a width, and select its norms; see `FlatWeights.make`.
+    def compute(self, bits: int | None, source: str) -> None:
+        """Compute the weights of a width, and select its norms; see `FlatWeights.compute`.
 
         Raises:
             ValueError: `check` is True and a weight contains NaN or infinity.
         """
         for group in self.groups:
-            fresh = group.make(bits, source)
+            fresh = group.compute(bits, source)
             if fresh and self.check:
                 group.check()
         for norm in self.norms:

@@ -90,7 +90,7 @@ class WeightQuantizer(nn.Module):
         self.register_parameter("range", None)
         self.learned = LearnedRange()
         # the weight in use, if `fused_weights` computes the weights of the model, else None
-        self.made: Tensor | None = None
+        self.fused_weight: Tensor | None = None
 
     def reduce(self, w: Tensor, how: str) -> Tensor:
         """Reduce a non-negative `w` to its "max" or "mean", per tensor or per output channel."""
@@ -204,8 +204,10 @@ class WeightQuantizer(nn.Module):
 
         At float width this is `w` itself, or E (2u - 1) with `float_pass` "normalized".
         """
-        if self.made is not None:  # first: a compiled graph then does not depend on the width
-            return self.made.to(w.dtype)
+        if (
+            self.fused_weight is not None
+        ):  # first: a compiled graph then does not depend on the width
+            return self.fused_weight.to(w.dtype)
         bits, source = self.width.bits, self.width.source
         if bits is None and self.float_pass == "plain":
             return w
