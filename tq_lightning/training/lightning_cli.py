@@ -14,8 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tq_lightning.callbacks.peers import WatchPeers
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
+from tq_lightning.callbacks.rank_monitor import RankMonitor
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import SignalFlag, StopOnSignal
 from tq_lightning.callbacks.width_table import WidthTable
@@ -76,7 +76,7 @@ class TQCLI(LightningCLI):
     checkpoint: GivenCheckpoint | None = None
     resume_step: int | None = None
     stop_flag: SignalFlag
-    _peers: WatchPeers | None = None
+    _rank_monitor: RankMonitor | None = None
     _open_run: OpenRun | None = None  # on rank 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,8 +88,12 @@ class TQCLI(LightningCLI):
                     self._stop_children()
                 if self._open_run is not None:
                     self._open_run.close(error)
-                if isinstance(error, RuntimeError) and self._peers and self._peers.message:
-                    lost = self._peers.message if self._peers.reports() else ""
+                if (
+                    isinstance(error, RuntimeError)
+                    and self._rank_monitor
+                    and self._rank_monitor.message
+                ):
+                    lost = self._rank_monitor.message if self._rank_monitor.reports() else ""
                     raise TrainingError(lost) from None
                 if isinstance(error, SystemExit) and error.code not in (0, None):  # Ctrl-C
                     raise KeyboardInterrupt(self._how_to_resume()) from None
@@ -247,7 +251,7 @@ class TQCLI(LightningCLI):
         except (TrainingError, MisconfigurationException, OSError):
             raise
         except Exception as error:
-            lost = self._peers and self._peers.message
+            lost = self._rank_monitor and self._rank_monitor.message
             if self.checkpoint is None or self.model.began or lost:
                 raise
             raise UserError(
@@ -273,9 +277,9 @@ class TQCLI(LightningCLI):
         if trainer["enable_model_summary"] is None:  # replaced by `QuantizationSummary`
             kwargs["enable_model_summary"] = False
         bar = kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
-        self._peers = WatchPeers(self._fail_record)
-        # WatchPeers comes first: it names the cause of an error before the record is written
-        callbacks = [self._peers, WidthTable(), *progress_callbacks(bar, fits)]
+        self._rank_monitor = RankMonitor(self._fail_record)
+        # RankMonitor comes first: it names the cause of an error before the record is written
+        callbacks = [self._rank_monitor, WidthTable(), *progress_callbacks(bar, fits)]
         if fits:
             self.save_config_kwargs = {"run_dir": self.run_dir}
             if self._open_run is not None:

@@ -1,4 +1,4 @@
-"""WatchPeers: end all ranks of a run within seconds if one of them dies."""
+"""RankMonitor: end all ranks of a run within seconds if one of them dies."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ CONNECT_SECONDS = 30.0
 _BYE = b"bye"
 
 
-class WatchPeers(L.Callback):
+class RankMonitor(L.Callback):
     """Keep a TCP connection from every rank to the first, which the kernel closes if a rank dies.
 
     After the loss of a peer, the next reduction fails under gloo. Under NCCL it blocks until the
@@ -58,7 +58,7 @@ class WatchPeers(L.Callback):
             else:
                 self._connect(environment.main_address, port, token)
         if self._sockets:
-            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+            threading.Thread(target=self._watch, name="rank monitor", daemon=True).start()
 
     def _accept(self, server: socket.socket, token: bytes) -> None:
         until = time.monotonic() + CONNECT_SECONDS
