@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -9,15 +10,30 @@ from torch import nn
 
 from tq_lightning.cli import main
 from tq_lightning.cost import energy_inference
-from tq_lightning.cost.energy_inference import LayerShape, inference_energy, layer_shapes
+from tq_lightning.cost.energy_inference import inference_energy, layer_shapes
+from tq_lightning.cost.zigzag_layers import LayerShape, Simulation, simulate_all
+from tq_lightning.errors import UserError
 
 HAS_ZIGZAG = importlib.util.find_spec("zigzag") is not None
 needs = pytest.mark.skipif(not HAS_ZIGZAG, reason="zigzag-dse is not installed")
 
 
-def fake(shape, accelerator, bits):
-    traffic = shape.groups * shape.out * shape.inside * bits
-    return {"compute_pj": 1.0, "weights_pj": traffic + 7.0, "activations_pj": 2.0}
+def fake(simulations, progress=None):
+    costs = {}
+    for shape, accelerator, bits in simulations:
+        traffic = shape.groups * shape.out * shape.inside * bits
+        cost = {"compute_pj": 1.0, "weights_pj": traffic + 7.0, "activations_pj": 2.0}
+        assert (shape, accelerator, bits) not in costs, "simulated twice"
+        costs[shape, accelerator, bits] = cost
+        if progress is not None:
+            progress(len(costs), len(simulations))
+    return costs
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    monkeypatch.setattr(energy_inference, "check_installed", lambda: None)
+    monkeypatch.setattr(energy_inference, "simulate_all", fake)
 
 
 def test_shapes_of_convolutions_and_linear_layers():
@@ -28,15 +44,16 @@ def test_shapes_of_convolutions_and_linear_layers():
             nn.Flatten(),
             nn.Linear(8 * 16 * 14, 5),
         )
-    shapes = layer_shapes(net, {"0", "1", "3"}, (3, 32, 32))
+    found = layer_shapes(net, {"0", "1", "3"}, (3, 32, 32))
+    assert [name for name, _ in found] == ["0", "1", "3"]
+    shapes = [shape for _, shape in found]
     assert shapes[0] == LayerShape(1, 8, 3, 16, 16, (3, 3), (2, 2))
     assert shapes[1] == LayerShape(4, 2, 2, 16, 14, (1, 3), (1, 1))
     assert shapes[2] == LayerShape(1, 5, 1792, 1, 1, (1, 1), (1, 1))
-    assert layer_shapes(net, {"1"}, (3, 32, 32)) == [shapes[1]]
+    assert layer_shapes(net, {"1"}, (3, 32, 32)) == [("1", shapes[1])]
 
 
-def test_every_layer_counts_and_energy_is_linear_in_the_width(monkeypatch):
-    monkeypatch.setattr(energy_inference, "_simulator", lambda: fake)
+def test_every_layer_counts_and_energy_is_linear_in_the_width(simulated):
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     energies = inference_energy(net, {"0", "1"}, (4,))
@@ -46,12 +63,22 @@ def test_every_layer_counts_and_energy_is_linear_in_the_width(monkeypatch):
         assert {row["compute_pj"] for row in energy.by_width.values()} == {2.0}
 
 
-def test_inspect_prints_and_records_the_energy(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(energy_inference, "_simulator", lambda: fake)
+def test_layers_of_other_kinds_are_named(simulated):
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(1), nn.Linear(24, 2))
+    for energy in inference_energy(net, {"0", "2"}, (2, 8)).values():
+        assert energy.assumptions[-1] == "layers of other kinds are not counted: 0"
+    with pytest.raises(UserError, match="no quantized 2-d convolution or linear layer"):
+        inference_energy(net, {"0"}, (2, 8))
+
+
+def test_inspect_prints_and_records_the_energy(simulated, tmp_path, capsys):
     out = tmp_path / "r8.json"
     argv = ["inspect", "--model.name", "resnet8_cifar", "--energy", "--out", str(out)]
     assert main(argv) == 0
-    text = capsys.readouterr().out
+    text, err = capsys.readouterr()
+    assert re.match(r"simulated \d+ of (\d+) layers", err), err
+    assert re.search(r"simulated (\d+) of \1 layers, 0:00:00 left\n$", err), err
     assert "energy of an inference on TPU-like in microjoules (modeled, not measured)" in text
     assert "zigzag-dse" in text and "not counted" in text
     record = json.loads(out.read_text())
@@ -71,10 +98,11 @@ def test_missing_zigzag_error_says_what_to_install(capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_simulated_energy_is_linear_in_the_width():
-    simulate = energy_inference._simulator()
     shape = LayerShape(1, 32, 32, 4, 4, (1, 1), (1, 1))
-    for accelerator in energy_inference.ACCELERATORS.values():
-        cost = {bits: simulate(shape, accelerator, bits) for bits in (8, 4, 1)}
+    accelerators = energy_inference.ACCELERATORS.values()
+    costs = simulate_all([Simulation(shape, a, bits) for a in accelerators for bits in (8, 4, 1)])
+    for accelerator in accelerators:
+        cost = {bits: costs[shape, accelerator, bits] for bits in (8, 4, 1)}
         weights = {bits: row["weights_pj"] for bits, row in cost.items()}
         assert weights[8] > weights[4] > weights[1] > 0
         line = weights[1] + 3 / 7 * (weights[8] - weights[1])

@@ -4,7 +4,10 @@ A policy is the choice of widths, skipped layers, norms and scales.
 """
 
 import shlex
+import sys
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,22 @@ def _check_replaceable(out: Path) -> None:
         raise UserError(f"--out {out} is not a record of inspect; pass a new file")
 
 
+class SimulationProgress:
+    """Print the progress of simulations to stderr: one line that changes, or one per tenth."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Print the number of finished simulations and the time left."""
+        seconds = (time.monotonic() - self.start) * (total - done) / done
+        line = f"simulated {done} of {total} layers, {timedelta(seconds=round(seconds))} left"
+        if sys.stderr.isatty():
+            print(f"\r{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif 10 * done // total > 10 * (done - 1) // total:
+            print(line, file=sys.stderr, flush=True)
+
+
 def _value(key: str, text: str) -> Any:
     return None if text == "None" else parse_yaml(text, f"--model.{key}")
 
@@ -117,7 +136,7 @@ def main(argv: list[str]) -> int:
     """
     values, out, energy = _parse(argv)
     command = f"{program_name()} inspect {shlex.join(argv)}"
-    record = inspect_record(values, command, inference=energy)
+    record = inspect_record(values, command, energy, SimulationProgress() if energy else None)
     show(record)
     if out is not None:
         write_record(out, record)

@@ -6,25 +6,20 @@ simulated with weights of 8 bits and of 1 bit. The energy in between is linear i
 the traffic of weights is.
 """
 
-import contextlib
-import io
-import logging
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from tq_lightning.cost.zigzag_layers import LayerShape, Simulation, check_installed, simulate_all
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.records import Energy
 
 # label -> name of ZigZag's own description of the accelerator
 ACCELERATORS = {"TPU-like": "tpu_like", "Edge-TPU-like": "edge_tpu_like"}
 WIDTHS = (8, 4, 2, 1)
-ACTIVATION_BITS, SUM_BITS = 8, 16
+ENDS = (8, 1)  # the simulated widths
 SOURCE = (
     "ZigZag (zigzag-dse): L. Mei et al., ZigZag: enlarging joint architecture-mapping design space "
     "exploration for DNN accelerators, IEEE Transactions on Computers 2021; accelerators and their "
@@ -41,45 +36,59 @@ ASSUMPTIONS = (
 )
 
 
-class LayerShape(NamedTuple):
-    """Loop sizes of a convolution. A linear layer has a 1 x 1 kernel and its tokens as columns."""
-
-    groups: int
-    out: int
-    inside: int
-    rows: int
-    columns: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-
-
-def inference_energy(model: nn.Module, names: set[str], size: tuple[int, ...]) -> dict[str, Energy]:
+def inference_energy(
+    model: nn.Module,
+    names: set[str],
+    size: tuple[int, ...],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Energy]:
     """Model the energy of an inference at 8, 4, 2 and 1 bits of weights.
 
     Args:
         model: float network, on the meta device if possible.
         names: names of the quantized layers.
         size: (channels, height, width) of an image.
+        progress: called with the number of finished simulations and of all.
 
     Returns:
         Accelerator -> energy, with compute_pj, weights_pj and activations_pj by width.
 
     Raises:
-        UserError: ZigZag is not installed, or the network does not run on images of this size.
+        UserError: ZigZag is not installed, the network does not run on images of this size, or no
+            layer can be simulated.
     """
-    simulate = _simulator()
-    shapes = Counter(layer_shapes(model, names, size))
-    result = {}
-    for label, accelerator in ACCELERATORS.items():
-        ends = {bits: Counter[str]() for bits in (8, 1)}
-        for shape, count in shapes.items():
-            for bits, total in ends.items():
-                for kind, pj in simulate(shape, accelerator, bits).items():
-                    total[kind] += count * pj  # type: ignore[assignment]
-        result[label] = Energy(
-            list(ASSUMPTIONS), {}, SOURCE, {bits: _between(ends, bits) for bits in WIDTHS}
+    check_installed()
+    found = layer_shapes(model, names, size)
+    shapes = Counter(shape for _, shape in found)  # equal layers are simulated once
+    if not shapes:
+        raise UserError(
+            "--energy: the network has no quantized 2-d convolution or linear layer to simulate"
         )
-    return result
+    assumptions = list(ASSUMPTIONS)
+    if other := names - {name for name, _ in found}:
+        assumptions.append(f"layers of other kinds are not counted: {', '.join(sorted(other))}")
+    costs = simulate_all(
+        [
+            Simulation(shape, accelerator, bits)
+            for shape in shapes
+            for accelerator in ACCELERATORS.values()
+            for bits in ENDS
+        ],
+        progress,
+    )
+    totals = {name: {bits: Counter[str]() for bits in ENDS} for name in ACCELERATORS.values()}
+    for (shape, accelerator, bits), cost in costs.items():
+        for kind, pj in cost.items():
+            totals[accelerator][bits][kind] += shapes[shape] * pj  # type: ignore[assignment]
+    return {
+        label: Energy(
+            assumptions,
+            {},
+            SOURCE,
+            {bits: _between(totals[accelerator], bits) for bits in WIDTHS},
+        )
+        for label, accelerator in ACCELERATORS.items()
+    }
 
 
 def _between(ends: dict[int, Counter[str]], bits: int) -> dict[str, float]:
@@ -87,28 +96,31 @@ def _between(ends: dict[int, Counter[str]], bits: int) -> dict[str, float]:
     return {kind: share * ends[8][kind] + (1 - share) * ends[1][kind] for kind in ends[8]}
 
 
-def layer_shapes(model: nn.Module, names: set[str], size: tuple[int, ...]) -> list[LayerShape]:
-    """Return the shapes of the named convolutions and linear layers, in the order of their calls.
+def layer_shapes(
+    model: nn.Module, names: set[str], size: tuple[int, ...]
+) -> list[tuple[str, LayerShape]]:
+    """Return names and shapes of the 2-d convolutions and linear layers among `names`.
+
+    They are in the order of their calls; a layer that is called twice is there twice.
 
     Raises:
         UserError: the network does not run on an image of this size.
     """
-    found: list[LayerShape] = []
+    found: list[tuple[str, LayerShape]] = []
 
-    def note(module: nn.Module, _: Any, out: torch.Tensor) -> None:
+    def note(name: str, module: nn.Module, out: torch.Tensor) -> None:
         if isinstance(module, nn.Conv2d):
             (rows, columns), groups = out.shape[-2:], module.groups
             channels = (module.out_channels // groups, module.in_channels // groups)
             kernel, stride = _pair(module.kernel_size), _pair(module.stride)
-            found.append(LayerShape(groups, *channels, rows, columns, kernel, stride))
+            found.append((name, LayerShape(groups, *channels, rows, columns, kernel, stride)))
         elif isinstance(module, nn.Linear):
             tokens = out.numel() // module.out_features
-            found.append(
-                LayerShape(1, module.out_features, module.in_features, 1, tokens, (1, 1), (1, 1))
-            )
+            sizes = (module.out_features, module.in_features, 1, tokens)
+            found.append((name, LayerShape(1, *sizes, (1, 1), (1, 1))))
 
     handles = [
-        module.register_forward_hook(note)
+        module.register_forward_hook(lambda m, _, out, name=name: note(name, m, out))
         for name, module in model.named_modules()
         if name in names
     ]
@@ -127,76 +139,3 @@ def layer_shapes(model: nn.Module, names: set[str], size: tuple[int, ...]) -> li
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:
     return values[0], values[1]
-
-
-def _simulator() -> Any:
-    """Return a function (shape, accelerator, bits) -> picojoules by kind."""
-    try:
-        import zigzag
-        from zigzag.api import get_hardware_performance_zigzag
-    except ImportError as error:
-        raise UserError(
-            f"--energy needs the package zigzag-dse ({error}); pip install 'tq_lightning[energy]'"
-        ) from error
-    inputs = Path(zigzag.__file__).parent / "inputs"
-
-    def simulate(shape: LayerShape, accelerator: str, bits: int) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as folder, _quiet():
-            found: Any = get_hardware_performance_zigzag(
-                [_layer(shape, bits)],
-                str(inputs / "hardware" / f"{accelerator}.yaml"),
-                str(inputs / "mapping" / f"{accelerator}.yaml"),
-                opt="energy",
-                dump_folder=folder,
-                pickle_filename=f"{folder}/found.pickle",
-                lpf_limit=3,
-                nb_spatial_mappings_generated=1,
-                loma_show_progress_bar=False,
-            )
-        cost = found[2][0][0]
-        memory = {str(k): float(sum(v)) for k, v in cost.mem_energy_breakdown.items()}
-        return {
-            "compute_pj": float(cost.mac_energy),
-            "weights_pj": memory["W"],
-            "activations_pj": memory["I"] + memory["O"],
-        }
-
-    return simulate
-
-
-def _layer(shape: LayerShape, bits: int) -> dict[str, Any]:
-    """Describe a layer in ZigZag's workload format."""
-    (fy, fx), (sy, sx) = shape.kernel, shape.stride
-    return {
-        "id": 0,
-        "name": "layer",
-        "operator_type": "Conv",
-        "equation": "O[b][g][k][oy][ox]+=W[g][k][c][fy][fx]*I[b][g][c][iy][ix]",
-        "dimension_relations": [f"ix={sx}*ox+1*fx", f"iy={sy}*oy+1*fy"],
-        "loop_dims": ["B", "K", "G", "OX", "OY", "C", "FX", "FY"],
-        "loop_sizes": [1, shape.out, shape.groups, shape.columns, shape.rows, shape.inside, fx, fy],
-        "pr_loop_dims": ["IX", "IY"],
-        "pr_loop_sizes": [sx * (shape.columns - 1) + fx, sy * (shape.rows - 1) + fy],
-        "padding": [[0, 0], [0, 0]],
-        "operand_precision": {
-            "W": bits,
-            "I": ACTIVATION_BITS,
-            "O": SUM_BITS,
-            "O_final": ACTIVATION_BITS,
-        },
-        "operand_source": {"I": 0},
-    }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence ZigZag's output and remove the handler that it adds to the root logger."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            logging.disable(logging.CRITICAL)
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        root.handlers[:], root.level = handlers, level

@@ -1,6 +1,7 @@
 """The inspect record: bytes and energy of a model under a policy, computed without running it."""
 
 import uuid
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,7 +14,10 @@ GRID = 1024  # values of u in (0, 1), at cell centers so that none is on the edg
 
 
 def inspect_record(
-    values: dict[str, Any], command: str = "", inference: bool = False
+    values: dict[str, Any],
+    command: str = "",
+    inference: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> InspectRecord:
     """Compute the inspect record of a model under a quantization policy.
 
@@ -23,6 +27,7 @@ def inspect_record(
             configuration.
         command: the command line, for the record.
         inference: also simulate the energy of an inference, which takes minutes.
+        progress: called with the number of finished simulations and of all.
 
     Raises:
         UserError: the model is unknown, or the policy is invalid for it.
@@ -90,7 +95,8 @@ def inspect_record(
         float_model = meta_model(*make, **(values["model_args"] or {}))
         size = (getattr(float_model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
         names = {row.name for row in own if row.codes}
-        record = replace(record, inference=inference_energy(float_model, names, tuple(size)))
+        energies = inference_energy(float_model, names, tuple(size), progress)
+        record = replace(record, inference=energies)
     return replace(record, accounting=_accounting(record))
 
 
