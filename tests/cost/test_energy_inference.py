@@ -79,6 +79,8 @@ def test_inspect_prints_and_records_the_energy(simulated, tmp_path, capsys):
     text, err = capsys.readouterr()
     assert re.match(r"simulated \d+ of (\d+) layers", err), err
     assert re.search(r"simulated (\d+) of \1 layers, 0:00:00 left\n$", err), err
+    table = text.partition("energy of an inference on Edge-TPU-like")[2].splitlines()
+    assert table[1].split() == ["bits", "compute", "weights", "activations", "total"]
     assert "energy of an inference on TPU-like in microjoules (modeled, not measured)" in text
     assert "zigzag-dse" in text and "not counted" in text
     record = json.loads(out.read_text())

@@ -104,7 +104,7 @@ def show(record: InspectRecord) -> None:
     )
     for name, inference in record.inference.items():
         title = f"energy of an inference on {name} in microjoules (modeled, not measured)"
-        _show_energy(title, inference)
+        _show_energy(title, inference, total=True)
     constants = "; ".join(f"{name} {pj:g}" for name, pj in energy.constants_pj.items())
     for line in (
         *record.accounting,
@@ -116,15 +116,15 @@ def show(record: InspectRecord) -> None:
         _print(f"- {line}", indent="  ")
 
 
-def _show_energy(title: str, energy: Energy) -> None:
-    """Print a table of microjoules by width and kind."""
+def _show_energy(title: str, energy: Energy, total: bool = False) -> None:
+    """Print a table of microjoules by width and kind, and their sum if `total` is True."""
     kinds = next(iter(energy.by_width.values()))
     names = [name.removesuffix("_pj").replace("_", " ") for name in kinds]
-    rows = [
-        [str(bits), *(f"{pj * 1e-6:,.2f}" for pj in row.values())]
-        for bits, row in energy.by_width.items()
-    ]
-    _show(title, ["bits", *names], rows)
+    rows = []
+    for bits, row in energy.by_width.items():
+        values = [*row.values(), sum(row.values())] if total else [*row.values()]
+        rows.append([str(bits), *(f"{pj * 1e-6:,.2f}" for pj in values)])
+    _show(title, ["bits", *names, "total"] if total else ["bits", *names], rows)
 
 
 def _inference_notes(record: InspectRecord) -> list[str]:
