@@ -59,7 +59,7 @@ def _pack(folder: Path) -> Path:
     other = "or pass --onnxruntime-web FOLDER with the dist/ folder of onnxruntime-web"
     if npm is None:
         raise UserError(
-            f"npm, which downloads {PACKAGE}, is not installed; install Node.js, {other}"
+            f"npm is not installed, but needed to download {PACKAGE}; install Node.js, {other}"
         )
     call = [npm, "pack", PACKAGE, "--silent", "--pack-destination", str(folder)]
     try:
