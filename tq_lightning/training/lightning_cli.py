@@ -14,10 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.rank_monitor import RankMonitor
-from tq_lightning.callbacks.run_record import RunRecord
-from tq_lightning.callbacks.stop_on_signal import SignalFlag, StopOnSignal
+from tq_lightning.callbacks.stop_on_signal import SignalFlag
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import Interrupted, TrainingError, UserError, file_error, first_line
@@ -46,6 +44,7 @@ from tq_lightning.training.module import TQModule
 from tq_lightning.training.open_run import OpenRun, check_writable
 from tq_lightning.training.run_callbacks import (
     SaveConfig,
+    evaluation_callbacks,
     fit_callbacks,
     listed,
     make_loggers,
@@ -293,11 +292,10 @@ class TQCLI(LightningCLI):
         else:
             self.save_config_callback = None
             kwargs["logger"] = False
-            callbacks.append(StopOnSignal(self.stop_flag))
-            if self.subcommand == "predict":
-                callbacks.append(PredictionWriter(self.run_dir))
-            if self.subcommand == "test" and given is not None:
-                callbacks.append(RunRecord(self.run_dir, self.config_dump, given.given))
+            tested = None if given is None else given.given
+            callbacks += evaluation_callbacks(
+                str(self.subcommand), self.run_dir, self.config_dump, self.stop_flag, tested
+            )
         kwargs["callbacks"] = [*listed(trainer["callbacks"]), *callbacks]
         made = super().instantiate_trainer(**kwargs)
         check_tasks(made.num_devices, made.num_nodes, fits)

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from tq_lightning.callbacks.csv_logger import RunLogger
+from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.progress import FitProgressBar, ProgressLines
 from tq_lightning.callbacks.quantization_summary import QuantizationSummary
 from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
@@ -92,6 +93,30 @@ def fit_callbacks(
     if every > 0:
         callbacks.append(StepCheckpoint(folder, every))
     callbacks.append(CheckpointOnSignal(stop_flag, folder))
+    return callbacks
+
+
+def evaluation_callbacks(
+    verb: str,
+    run_dir: Path,
+    config_dump: dict[str, Any],
+    stop_flag: SignalFlag,
+    checkpoint: str | None,
+) -> list[Callback]:
+    """Create the callbacks of validate, test and predict.
+
+    Args:
+        verb: The verb.
+        run_dir: The run's folder.
+        config_dump: The resolved configuration, plain types.
+        stop_flag: The signals of this process.
+        checkpoint: The checkpoint as it was given, for the record of a test; None for none.
+    """
+    callbacks: list[Callback] = [StopOnSignal(stop_flag)]
+    if verb == "predict":
+        callbacks.append(PredictionWriter(run_dir))
+    if verb == "test" and checkpoint is not None:
+        callbacks.append(RunRecord(run_dir, config_dump, checkpoint))
     return callbacks
 
 
