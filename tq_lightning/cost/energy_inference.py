@@ -101,7 +101,7 @@ def layer_shapes(
 ) -> list[tuple[str, LayerShape]]:
     """Return names and shapes of the 2-d convolutions and linear layers among `names`.
 
-    They are in the order of their calls; a layer that is called twice is there twice.
+    They are in the order of their calls. A layer that is called twice is listed twice.
 
     Raises:
         UserError: the network does not run on an image of this size.

@@ -106,11 +106,11 @@ def evaluation_callbacks(
     """Create the callbacks of validate, test and predict.
 
     Args:
-        verb: The verb.
-        run_dir: The run's folder.
-        config_dump: The resolved configuration, plain types.
-        stop_flag: The signals of this process.
-        checkpoint: The checkpoint as it was given, for the record of a test; None for none.
+        verb: the verb.
+        run_dir: the run's folder.
+        config_dump: the resolved configuration, plain types.
+        stop_flag: the signals of this process.
+        checkpoint: the checkpoint as it was given, for the record of a test; None for none.
     """
     callbacks: list[Callback] = [StopOnSignal(stop_flag)]
     if verb == "predict":

@@ -54,13 +54,13 @@ def folded_norm(norm: nn.Module | None, channels: int) -> tuple[Tensor, Tensor]:
     return factor, shift
 
 
-# The output of a batch norm has heavier tails than a normal distribution. In a trained ResNet-20, 4
-# leaves up to 15 values in 10,000 out of the range of a tensor, and 6 at most 1 in 10,000.
+# The output of a batch norm has heavier tails than a normal distribution. In a trained ResNet-20, a
+# spread of 4 clips up to 15 values in 10,000 of a tensor, and 6 clips at most 1 in 10,000.
 SPREAD = 6.0
 
 
 def norm_spread(beta: Tensor, gamma: Tensor) -> tuple[float, float]:
-    """Range of the output of a batch norm by its parameters, (channels,) each; it contains 0."""
+    """Return the range of a batch norm's output from its parameters (channels,); it includes 0."""
     low = (beta - SPREAD * gamma.abs()).min()
     high = (beta + SPREAD * gamma.abs()).max()
     return min(float(low), 0.0), max(float(high), 0.0)
