@@ -195,6 +195,25 @@ def test_mixed_commits_and_versions_are_reported(make):
     assert mixed([arm for _, arm in same.arms]) == []
 
 
+def test_only_the_kind_of_a_tested_checkpoint_is_compared(make):
+    """The path and the epoch differ between runs; a last checkpoint beside best ones is named."""
+    records = make.pair(test=True)
+    for i, record in enumerate(records):
+        record["test"]["checkpoint"] = f"runs/{i}/checkpoints/best-{i}.ckpt"
+    (group,) = compare(*records).by_quantizer
+    assert mixed([arm for _, arm in group.arms]) == []
+    records[0]["test"]["checkpoint"] = "runs\\0\\checkpoints\\last.ckpt"
+    (group,) = compare(*records).by_quantizer
+    assert "kinds of tested checkpoints: best, last" in " ".join(mixed([a for _, a in group.arms]))
+
+
+def test_a_missing_key_is_its_default(make):
+    """Records written before a key was added belong to the arm of its default."""
+    old, new = make.run(seed=0), make.run(seed=1, model_shared_norms=[])
+    assert len(compare(old, new).arms) == 1
+    assert len(compare(old, make.run(seed=1, model_shared_norms=["*skip_bn"])).arms) == 2
+
+
 def test_labels_name_floor_weights_and_wrap_between_parts(make):
     kinds = ("clamp_round", "clamp_round_truncate")
     found = compare(*(make.run(q, model_activations=k) for q in ("floor", "round") for k in kinds))

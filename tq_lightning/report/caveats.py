@@ -1,5 +1,6 @@
 """Caveats of a comparison: unequal arms, and seeds that failed to train."""
 
+import re
 from collections.abc import Iterable
 from math import log
 
@@ -92,6 +93,11 @@ def seeds_words(arms: Iterable[Arm]) -> str:
     return span + counted(counts[-1], "seed")
 
 
+def _kind(checkpoint: str | None) -> str:
+    """Return `best` or `last`: the name of a checkpoint without its epoch and its folder."""
+    return re.split(r"[-.]", re.split(r"[/\\]", str(checkpoint))[-1])[0]
+
+
 def mixed(part: Iterable[Arm]) -> list[str]:
     """Name commits, versions, checkpoints and devices that differ between runs, for a caption."""
     runs = [run for arm in part for run in arm.runs]
@@ -99,7 +105,7 @@ def mixed(part: Iterable[Arm]) -> list[str]:
     sources = {
         "commits": {str(record.commit)[:8] for record in records},
         "versions of tq_lightning": {str(r.versions.get("tq_lightning")) for r in records},
-        "tested checkpoints": {str(record.test.checkpoint) for record in records if record.test},
+        "kinds of tested checkpoints": {_kind(r.test.checkpoint) for r in records if r.test},
         "devices": {str(record.device) for record in records},
     }
     out = [

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tq_lightning.records import ACC1
+from tq_lightning.report.best_other import BEST, BestOther, best_other
 from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
+from tq_lightning.report.groups import Arm
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, SPLIT_WORDS, counted
 from tq_lightning.report.stats import LEVEL, Difference, compare, gap
 
@@ -46,7 +48,11 @@ class Compared:
 
 def findings(comparisons: Comparisons) -> list[Finding]:
     """Return every finding that the comparisons allow."""
-    made = [qt_gap(comparisons), *(by_factor(comparisons, key) for key in QUESTIONS)]
+    made = [
+        qt_gap(comparisons),
+        beyond_paper(comparisons),
+        *(by_factor(comparisons, key) for key in QUESTIONS),
+    ]
     found = [finding for finding in made if finding is not None]
     if comparisons.metric is ACC1:
         return found
@@ -99,6 +105,46 @@ def _against_quantized(group: ComparisonGroup) -> list[str]:
         if d is not None
     ]
     return [f"{group.label}, {'; '.join(words)}."]
+
+
+def beyond_paper(comparisons: Comparisons) -> Finding | None:
+    """Compare the best other arm with the paper's floor truncated and its round quantized."""
+    lines: list[str] = []
+    answers: list[str] = []
+    for group in comparisons.by_quantizer:
+        if found := best_other(comparisons, group):
+            value, reference = found.reference
+            bases = [(f"{value} truncated", reference, "truncate")]
+            bases += [(f"{v} quantized", a, "quantize") for v, a in group.arms if not a.nested]
+            lines += [_against(group, found, *base) for base in bases]
+            answers.append(_best_answer(group, found))
+    question = "Is a setting better than the floor quantizer of the paper?"
+    return Finding(question, " ".join(answers), tuple(lines)) if answers else None
+
+
+def _against(group: ComparisonGroup, found: BestOther, name: str, arm: Arm, source: str) -> str:
+    words = [
+        f"{counted(w, 'bit')}: {d.words(BEST, name)}"
+        for w in found.arm.trained
+        if (d := compare(found.arm, arm, "truncate", source, w, group.split)) is not None
+    ]
+    return f"{group.label}, {'; '.join(words)} ({SPLIT_WORDS[group.split]})."
+
+
+def _best_answer(group: ComparisonGroup, found: BestOther) -> str:
+    """Return the widths at which the arm is better or worse than the reference."""
+    value, reference = found.reference
+    better = -1 if group.metric.lower_is_better else 1
+    sides: dict[str, list[str]] = {"better": [], "worse": []}
+    for w in found.arm.trained:
+        d = compare(found.arm, reference, "truncate", "truncate", w, group.split)
+        if d is not None and d.sign:
+            size = f"{abs(d.estimate.mean):.{group.metric.digits}f} {d.unit}"
+            side = "better" if d.sign == better else "worse"
+            sides[side].append(f"{size} at {counted(w, 'bit')}")
+    words = "; ".join(f"{side} by {', '.join(of)}" for side, of in sides.items() if of)
+    shown = words or "no difference is shown at any trained width"
+    return f"{group.label}, compared with {value} truncated: {shown}. {found.note}"
 
 
 def compared(comparisons: Comparisons, key: str) -> list[Compared]:

@@ -33,6 +33,7 @@ LISTS = ("model.widths", "model.skip", "model.shared_norms")
 ADDED: dict[str, Any] = {
     "model.scale": "mean",
     "model.quantize_embeddings": False,
+    "model.shared_norms": [],
     "model.task": "classification",
 }
 BUDGET = re.compile(

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from tq_lightning.records import ACC1, Metric
+from tq_lightning.report import best_other
 from tq_lightning.report.caveats import flags_of, mixed, seeds_words
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.figures import style
@@ -45,19 +46,22 @@ def qt_gap(comparisons: Comparisons) -> Drawing:
     """Draw accuracy by width for the paper's rows, one figure per group of two or more rows."""
     groups = [group for group in comparisons.by_quantizer if len(group.rows) > 1]
     drawn, notes = capped(groups, "QT gap")
-    return [_qt_gap(group, comparisons.models) for group in drawn], notes
+    return [_qt_gap(group, comparisons) for group in drawn], notes
 
 
-def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
+def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
+    models, rows = comparisons.models, best_other.rows(comparisons, group)
     split, first, papers = group.split, group.first, group.is_papers
     metric = group.metric
     title = (message(group) or (0, f"{metric.quantity} by width"))[1]
     canvas, body = style.new((6.4, 3.4), title, group.label, group.flags)
     axes = body.add_subplot()
     words, floats, hollow = [], papers, set(group.widths) > set(first.trained)
-    for i, (name, arm, source) in enumerate(group.rows):
-        points, shift = curve(arm, source, split), style.spread(i, len(group.rows))
+    for i, (name, arm, source) in enumerate(rows):
+        points, shift = curve(arm, source, split), style.spread(i, len(rows))
         look = style.arm_look(models, arm, source)
+        if i >= len(group.rows):
+            look["linestyle"] = "-."
         style.line(axes, points, name, arm, shift, metric is ACC1, **look)
         estimate, color, shape = score_float(arm, split), look["color"], look["marker"]
         if estimate is not None and (source == "quantize" or arm.nested):
@@ -76,7 +80,8 @@ def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
     if papers:
         axes.plot([], [], color=style.GRAY, lw=0.8, marker="x", label="paper, same row (thin)")
     style.width_axis(axes, group.widths, floats)
-    arms = [arm for _, arm in group.arms]
+    arms = list(dict.fromkeys(arm for _, arm, _ in rows))
+    found = best_other.best_other(comparisons, group)
     label = "top-1 accuracy [%]" if metric is ACC1 else metric.label
     axes.set_ylabel(f"{label}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
     style.clip(axes, metric)
@@ -86,6 +91,7 @@ def _qt_gap(group: ComparisonGroup, models: list[str]) -> Figure:
         "codes shifted right. Quantized: codes computed from the float weights. Dots: seeds. Bars: "
         f"95 % t interval{', cut at 0 and 100 %' if metric is ACC1 else ''}.",
         *["Thin lines with crosses: arXiv 2506.11431, on the original CIFAR-10."] * papers,
+        *([found.note] if found else []),
         *mixed(arms),
     ]
     in_unit = f" in {metric.unit}" if metric.unit else ""

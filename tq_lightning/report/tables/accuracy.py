@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from tq_lightning.records import ACC1, Metric
-from tq_lightning.report import labels
+from tq_lightning.report import best_other, labels
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
 from tq_lightning.report.groups import MAIN_KEYS, Arm, shown_extras
 from tq_lightning.report.stats import Estimate, compare, gap, number, score, score_float, split_of
@@ -41,12 +41,15 @@ def _estimate(value: Any) -> Cell:
 
 
 def headline(comparisons: Comparisons) -> Table:
-    """Return the paper's rows at the trained widths, the first table of the page."""
+    """Return the paper's rows at the trained widths, and below them the best other arm."""
     rows: list[Row] = []
     groups = comparisons.by_quantizer
     trained = sorted({w for g in groups for _, arm in g.arms for w in arm.trained}, reverse=True)
+    notes: list[str] = []
     for group in groups:
-        for name, arm, source in group.rows:
+        if found := best_other.best_other(comparisons, group):
+            notes.append(f"{group.label}. {found.note}")
+        for name, arm, source in best_other.rows(comparisons, group):
             cells = partial(score, arm, source, split=group.split)
             values = by_width(trained, cells, _unit(comparisons))
             split = labels.SPLIT_WORDS[group.split].partition(",")[0]
@@ -57,7 +60,7 @@ def headline(comparisons: Comparisons) -> Table:
     metric = comparisons.metric
     what = "Top-1 accuracy" if metric is ACC1 else metric.quantity
     caption = f"{what} at each trained width, mean ± half-width of the 95 % t interval over seeds."
-    return Table("headline", f"{metric.quantity} by width", caption, rows)
+    return Table("headline", f"{metric.quantity} by width", caption, rows, notes=tuple(notes))
 
 
 def qt_gap(comparisons: Comparisons) -> Table:
@@ -162,6 +165,9 @@ def differences(comparisons: Comparisons) -> Table:
         for b in (row for row in group.rows if not row[1].nested):
             for a in (row for row in group.rows if row[1].nested):
                 rows += _differences("quantizer", group, a, b)
+        for a in best_other.rows(comparisons, group)[len(group.rows) :]:
+            for b in group.rows:
+                rows += _differences(best_other.BEST, group, a, b)
     for key, groups in comparisons.by_factor.items():
         for group in groups:
             base = (*group.reference, "truncate")
