@@ -6,7 +6,8 @@ import sqlite3
 import pytest
 
 from tq_lightning.errors import UserError
-from tq_lightning.report.runs import flatten, load, shorten
+from tq_lightning.records.publish import flatten, shorten
+from tq_lightning.report.runs import load
 
 
 def reasons(loaded):

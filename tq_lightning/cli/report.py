@@ -10,11 +10,11 @@ import pandas as pd
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError, hide_password
 from tq_lightning.provenance import __version__
+from tq_lightning.records.publish import printable, shorten
 from tq_lightning.report.comparisons import Comparisons, gather
 from tq_lightning.report.headline import title
-from tq_lightning.report.inputs import printable
 from tq_lightning.report.labels import counted
-from tq_lightning.report.runs import load, shorten
+from tq_lightning.report.runs import load
 from tq_lightning.report.tables.accuracy import arms
 from tq_lightning.report.write import check_out, make
 

@@ -39,19 +39,35 @@ class Metric:
         return "min" if self.lower_is_better else "max"
 
     @property
+    def suffix(self) -> str:
+        """The unit after a word in a label: ` [%]`, or "" if there is none."""
+        return f" [{self.unit}]" if self.unit else ""
+
+    @property
     def label(self) -> str:
         """Label of a column or an axis: `top-1 [%]`."""
-        return f"{self.name} [{self.unit}]" if self.unit else self.name
+        return f"{self.name}{self.suffix}"
 
     @property
     def truncated(self) -> str:
         """Label of an axis for truncated weights: `top-1 truncated [%]`."""
-        return f"{self.name} truncated" + (f" [{self.unit}]" if self.unit else "")
+        return f"{self.name} truncated{self.suffix}"
 
     @property
     def title(self) -> str:
         """Capitalized name: `Top-1`."""
         return self.name.capitalize()
+
+    @property
+    def gap_words(self) -> str:
+        """Definition of the gap: `top-1 quantized minus truncated`."""
+        sides = ("truncated", "quantized") if self.lower_is_better else ("quantized", "truncated")
+        return f"{self.name} {sides[0]} minus {sides[1]}"
+
+    @property
+    def cut(self) -> str:
+        """Words on intervals in figures, which are cut at the ends of the range of a percentage."""
+        return ", cut at 0 and 100 %" if self.unit == "%" else ""
 
     def gap(self, quantize: float, truncate: float) -> float:
         """Return the cost of truncation; positive if the truncated network is worse."""

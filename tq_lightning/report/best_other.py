@@ -1,7 +1,5 @@
 """The best other arm: a row below the paper's rows, with settings that the paper does not have."""
 
-from dataclasses import dataclass
-
 from tq_lightning.report.caveats import collapsed
 from tq_lightning.report.comparisons import ComparisonGroup, Comparisons
 from tq_lightning.report.groups import BUDGET, START, Arm
@@ -13,70 +11,43 @@ BEST = "best other arm"
 SHARED = ("model.name", "data.name", "model.activations", "model.widths", START)
 
 
-@dataclass(frozen=True, eq=False)
-class BestOther:
-    """An arm that is better than the nested arm of a group.
-
-    Attributes:
-        arm: the arm. It has the model, data set, start and budget of the group.
-        reference: (displayed value, arm) of the nested arm of the group.
-        candidates: number of arms that the best one was chosen from.
-    """
-
-    arm: Arm
-    reference: tuple[str, Arm]
-    candidates: int
-
-    @property
-    def note(self) -> str:
-        """The settings in which the arm differs from the reference, and how it was chosen."""
-        keys = varying([self.arm.config, self.reference[1].config]) - {"model.quantizer"}
-        settings = ", ".join(f"{short(key)}={text(self.arm[key])}" for key in sorted(keys))
-        how = "the only other arm"
-        if self.candidates > 1:
-            how = f"chosen from {counted(self.candidates, 'other arm')} on this split"
-        return f"{BEST.capitalize()}: {text(self.arm['model.quantizer'])} with {settings} ({how})."
-
-
-def best_other(comparisons: Comparisons, group: ComparisonGroup) -> BestOther | None:
-    """Find the arm outside a group with the highest truncated accuracy, averaged over the widths.
+def best_other(comparisons: Comparisons, group: ComparisonGroup) -> tuple[Arm, str] | None:
+    """Find the arm outside a group with the best truncated metric, averaged over the widths.
 
     Returns:
-        The arm, or None if no comparable arm with nested codes is better than that of the group.
+        (arm, its settings and how it was chosen), or None if no comparable arm whose codes nest is
+        better than the nested arm of the group.
     """
-    nested = [(value, arm) for value, arm in group.arms if arm.nested and not collapsed(arm)]
-    if not nested:
-        return None
-    members = {id(arm) for _, arm in group.arms}
+    own = [arm for _, arm in group.arms if arm.nested and not collapsed(arm)]
     others = [
         arm
         for arm in comparisons.arms
-        if id(arm) not in members
-        and arm.nested
-        and not collapsed(arm)
-        and _comparable(arm) == _comparable(group.first)
-        and split_of(arm.runs) == group.split
+        if arm.nested and arm not in own and _fixed(arm) == _fixed(group.first)
+        if split_of(arm.runs) == group.split and not collapsed(arm)
     ]
-    reference = max(nested, key=lambda pair: _quality(pair[1], group.split))
-    best = max(others, key=lambda arm: _quality(arm, group.split), default=None)
-    if best is None or _quality(best, group.split) <= _quality(reference[1], group.split):
+    best = max([*own, *others], key=lambda arm: _quality(arm, group.split), default=None)
+    if best is None or best in own or not own:
         return None
-    return BestOther(best, reference, len(others))
+    keys = varying([best.config, own[0].config]) - {"model.quantizer"}
+    settings = ", ".join(f"{short(key)}={text(best[key])}" for key in sorted(keys))
+    chosen = f"chosen from {counted(len(others), 'other arm')} on this split"
+    how = chosen if len(others) > 1 else "the only other arm"
+    return best, f"{BEST.capitalize()}: {text(best['model.quantizer'])} with {settings} ({how})."
 
 
 def rows(comparisons: Comparisons, group: ComparisonGroup) -> list[tuple[str, Arm, str]]:
     """Return the paper's rows of a group, and below them the best other arm, if there is one."""
     found = best_other(comparisons, group)
-    return group.rows + ([(f"{BEST}, truncated", found.arm, "truncate")] if found else [])
+    return group.rows + ([(f"{BEST}, truncated", found[0], "truncate")] if found else [])
 
 
-def _comparable(arm: Arm) -> list[str]:
+def _fixed(arm: Arm) -> list[str]:
     budget = sorted(f"{k}={v}" for k, v in arm.config.items() if BUDGET.match(k))
     return [*(text(arm[key]) for key in SHARED), arm.budget, *budget]
 
 
 def _quality(arm: Arm, split: str) -> float:
-    """Mean of the truncated metric over the trained widths; higher is better."""
+    """Mean over the trained widths, negative for a metric of which lower values are better."""
     found = [e.mean for w in arm.trained if (e := score(arm, "truncate", w, split)) is not None]
     mean = sum(found) / len(found) if found else float("-inf")
     return -mean if arm.metric.lower_is_better and found else mean

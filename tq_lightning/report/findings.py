@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tq_lightning.records import ACC1
-from tq_lightning.report.best_other import BEST, BestOther, best_other
+from tq_lightning.report.best_other import BEST, best_other
 from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, SPLIT_WORDS, counted
-from tq_lightning.report.stats import LEVEL, Difference, compare, gap
+from tq_lightning.report.stats import LEVEL, Difference, compare, gap, number
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,19 @@ def _against_quantized(group: ComparisonGroup) -> list[str]:
     """Compare a truncated nested quantizer with another quantizer's quantized weights."""
     nested = [(value, arm) for value, arm in group.arms if arm.nested]
     others = [(value, arm) for value, arm in group.arms if not arm.nested]
-    if not nested or not others:
-        return []
-    (a, arm), (b, base) = nested[0], others[0]
-    shared = sorted(set(arm.trained) & set(base.trained))
-    found = {w: compare(arm, base, "truncate", "quantize", w, group.split) for w in shared}
+    return [_against(group, *nested[0], *others[0], "quantize")] if nested and others else []
+
+
+def _against(
+    group: ComparisonGroup, a: str, arm: Arm, b: str, base: Arm, source: str = "truncate"
+) -> str:
+    """Compare an arm, truncated, with another one at the widths that both were trained at."""
     words = [
-        f"{counted(w, 'bit')}: {d.words(f'{a} truncated', f'{b} quantized')}"
-        for w, d in found.items()
-        if d is not None
+        f"{counted(w, 'bit')}: {d.words(f'{a} truncated', f'{b} {source}d')}"
+        for w in sorted(set(arm.trained) & set(base.trained))
+        if (d := compare(arm, base, "truncate", source, w, group.split)) is not None
     ]
-    return [f"{group.label}, {'; '.join(words)}."]
+    return f"{group.label}, {'; '.join(words)}."
 
 
 def beyond_paper(comparisons: Comparisons) -> Finding | None:
@@ -112,39 +114,28 @@ def beyond_paper(comparisons: Comparisons) -> Finding | None:
     lines: list[str] = []
     answers: list[str] = []
     for group in comparisons.by_quantizer:
-        if found := best_other(comparisons, group):
-            value, reference = found.reference
-            bases = [(f"{value} truncated", reference, "truncate")]
-            bases += [(f"{v} quantized", a, "quantize") for v, a in group.arms if not a.nested]
-            lines += [_against(group, found, *base) for base in bases]
-            answers.append(_best_answer(group, found))
-    question = "Is a setting better than the floor quantizer of the paper?"
+        if (found := best_other(comparisons, group)) is None:
+            continue
+        best, note = found
+        value, floor = next(pair for pair in group.arms if pair[1].nested)
+        lines.append(_against(group, BEST, best, value, floor))
+        lines += [
+            _against(group, BEST, best, v, arm, "quantize")
+            for v, arm in group.arms
+            if not arm.nested
+        ]
+        sides: dict[str, list[str]] = {"better": [], "worse": []}
+        for w in best.trained:
+            d = compare(best, floor, "truncate", "truncate", w, group.split)
+            if d is not None and d.sign:
+                side = "worse" if (d.sign > 0) == group.metric.lower_is_better else "better"
+                size = number(abs(d.estimate.mean), group.metric.digits)
+                sides[side].append(f"{size} {d.unit} at {counted(w, 'bit')}")
+        words = "; ".join(f"{side} by {', '.join(of)}" for side, of in sides.items() if of)
+        shown = words or "no difference is shown at any trained width"
+        answers.append(f"{group.label}, compared with {value} truncated: {shown}. {note}")
+    question = "Is a setting better than that of the paper?"
     return Finding(question, " ".join(answers), tuple(lines)) if answers else None
-
-
-def _against(group: ComparisonGroup, found: BestOther, name: str, arm: Arm, source: str) -> str:
-    words = [
-        f"{counted(w, 'bit')}: {d.words(BEST, name)}"
-        for w in found.arm.trained
-        if (d := compare(found.arm, arm, "truncate", source, w, group.split)) is not None
-    ]
-    return f"{group.label}, {'; '.join(words)} ({SPLIT_WORDS[group.split]})."
-
-
-def _best_answer(group: ComparisonGroup, found: BestOther) -> str:
-    """Return the widths at which the arm is better or worse than the reference."""
-    value, reference = found.reference
-    better = -1 if group.metric.lower_is_better else 1
-    sides: dict[str, list[str]] = {"better": [], "worse": []}
-    for w in found.arm.trained:
-        d = compare(found.arm, reference, "truncate", "truncate", w, group.split)
-        if d is not None and d.sign:
-            size = f"{abs(d.estimate.mean):.{group.metric.digits}f} {d.unit}"
-            side = "better" if d.sign == better else "worse"
-            sides[side].append(f"{size} at {counted(w, 'bit')}")
-    words = "; ".join(f"{side} by {', '.join(of)}" for side, of in sides.items() if of)
-    shown = words or "no difference is shown at any trained width"
-    return f"{group.label}, compared with {value} truncated: {shown}. {found.note}"
 
 
 def compared(comparisons: Comparisons, key: str) -> list[Compared]:
@@ -161,13 +152,13 @@ def compared(comparisons: Comparisons, key: str) -> list[Compared]:
 
 
 class Question(NamedTuple):
-    """A question about one key, the phrases of its answers, and a function that names them."""
+    """A question about one key, a function that names the answers, and their phrases."""
 
     question: str
-    above: str
-    below: str
-    same: str
     name: Callable[[Compared], str]
+    above: str = "Accuracy is above the reference"
+    below: str = "Accuracy is below the reference"
+    same: str = "No difference is shown"
 
 
 def _weights(c: Compared) -> str:
@@ -177,45 +168,33 @@ def _weights(c: Compared) -> str:
 QUESTIONS = {
     "model.ste": Question(
         "Is the scaled STE needed (open question 1 of the paper)?",
+        lambda c: f"the {c.value} STE and {_weights(c)}",
         "It helps",
         "It does not help: accuracy is below the reference",
         "No benefit is shown",
-        lambda c: f"the {c.value} STE and {_weights(c)}",
     ),
     ACTIVATIONS_SOURCE: Question(
         "Can activations be truncated like the weights (open question 2 of the paper)?",
+        lambda c: f"{c.group.first['model.activations']} activations and {_weights(c)}",
         "They gain accuracy",
         "They lose accuracy",
         "No loss is shown",
-        lambda c: f"{c.group.first['model.activations']} activations and {_weights(c)}",
     ),
     "model.level": Question(
         "Does the level within the bin matter?",
-        "Accuracy is above the reference",
-        "Accuracy is below the reference",
-        "No difference is shown",
         lambda c: f"{c.value} levels (reference: {c.group.reference[0]}) and {_weights(c)}",
     ),
     "model.normalizer": Question(
         "Does another normalizer help, such as one with non-uniform codes (open question 3 of the "
         "paper)?",
-        "Accuracy is above the reference",
-        "Accuracy is below the reference",
-        "No difference is shown",
         lambda c: f"the {c.value} normalizer (reference: {c.group.reference[0]})",
     ),
     "model.scale": Question(
         "Does a scale that preserves the values of weights help?",
-        "Accuracy is above the reference",
-        "Accuracy is below the reference",
-        "No difference is shown",
         lambda c: f"the scale {c.value} (reference: {c.group.reference[0]})",
     ),
     "model.width_weights": Question(
         "Do weights on the loss of each width help?",
-        "Accuracy is above the reference",
-        "Accuracy is below the reference",
-        "No difference is shown",
         lambda c: f"the weights {c.value} (reference: {c.group.reference[0]})",
     ),
 }

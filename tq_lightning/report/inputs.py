@@ -13,6 +13,7 @@ from typing import Any
 from tq_lightning.errors import UserError, first_line, hide_password
 from tq_lightning.files import expand_path
 from tq_lightning.records import NAME
+from tq_lightning.records.publish import printable
 
 MAX_SNIFF = 64 * 2**20  # bytes; an inspect record is far smaller, so larger files are not opened
 SWEEP_STUDY = "study.db"  # the study of a sweep, in its folder
@@ -189,9 +190,3 @@ def shown(path: Path) -> str:
         except ValueError:
             path = Path("…", *path.resolve().parts[1:][-3:])
     return printable(str(path))
-
-
-def printable(text: str) -> str:
-    """Replace lone surrogates and control characters, which report files cannot contain."""
-    kept = text.encode("utf-8", "replace").decode("utf-8")
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "?", kept)

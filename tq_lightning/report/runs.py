@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +12,12 @@ from tq_lightning.records import (
     Record,
     RecordError,
     metric_of,
-    parse,
     read_any,
 )
-from tq_lightning.report.inputs import Candidate, find, printable
+from tq_lightning.records.publish import flatten, printable, published
+from tq_lightning.report.inputs import Candidate, find
 
 SOURCES = ("quantize", "truncate")
-# An absolute path of the machine that ran: at least two folders deep, and not a part of a URL.
-ABSOLUTE = re.compile(r"(?<![\w.:/…-])/(?:[^\s/'\",=:]+/)+([^\s/'\",=:]*)")
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def load(inputs: list[str], full_paths: bool = False) -> Loaded:
         more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         raise UserError(f"no usable record among {len(left_out)}: {first}{more}")
     runs = [_run(path, r, full_paths) for path, r in kept if isinstance(r, Record)]
-    inspects = [_published(r, full_paths) for _, r in kept if isinstance(r, InspectRecord)]
+    inspects = [published(r, full_paths) for _, r in kept if isinstance(r, InspectRecord)]
     return Loaded(runs, inspects, left_out)
 
 
@@ -153,44 +150,8 @@ def _texts(record: Record | InspectRecord) -> tuple[str, str]:
     return json.dumps(tree, sort_keys=True), repr(record.test) if record.test else ""
 
 
-def _published(record: Any, full_paths: bool) -> Any:
-    """Return a record that can be published: absolute paths are shortened unless `full_paths`."""
-    tree = record.tree()
-    return parse(_walk(tree, printable) if full_paths else shorten(tree))
-
-
 def _run(path: str, record: Record, full_paths: bool) -> Run:
     # Arms can differ in their paths, so the configuration keeps them.
-    config = flatten(_walk(record.config, printable))
+    config = flatten(printable(record.config))
     seed = record.seed if record.seed is not None else config.get("seed_everything")
-    return Run(record.id, path, seed, config, _published(record, full_paths))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten {"model": {"name": x}} to {"model.name": x}. Lists are not flattened."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
-
-
-def shorten(value: Any) -> Any:
-    """Shorten absolute paths to …/last part, so that published reports show no local folders."""
-    return _walk(value, lambda text: ABSOLUTE.sub(r"…/\1", printable(text)))
-
-
-def _walk(value: Any, change: Any) -> Any:
-    """Apply `change` to every string. Lists of numbers are returned as they are, for speed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {printable(key): _walk(item, change) for key, item in value.items()}
-    if isinstance(value, list) and not _numbers(value):
-        return [_walk(item, change) for item in value]
-    return value
-
-
-def _numbers(value: list[Any]) -> bool:
-    first = value[0] if value else None
-    return isinstance(first, int | float) or (isinstance(first, list) and _numbers(first))
+    return Run(record.id, path, seed, config, published(record, full_paths))

@@ -43,8 +43,8 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
         style.write(figure, folder / "figures")
     headline, built = accuracy.headline(parts[0]), list[render.Table]()
     for part in parts:
-        made = [accuracy.headline(part)] if part is not parts[0] else []
-        made = [table for table in [*made, *tables.build(part)] if table.rows]
+        more = [accuracy.headline(part)] if part is not parts[0] else []
+        made = [table for table in [*more, *tables.build(part)] if table.rows]
         built += [accuracy.of_metric(table, part.metric) for table in made]
     texts = {f"tables/{table.name}.md": render.markdown(table) for table in built}
     texts |= {f"tables/{table.name}.tex": render.latex(table) for table in built}
@@ -72,13 +72,7 @@ def fill(folder: Path, comparisons: Comparisons, title: str, command: str, versi
     )
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     listed = sorted([*files, *texts])
-    marker: dict[str, object] = {
-        "kind": KIND,
-        "schema": 1,
-        "title": title,
-        "command": command,
-        "version": version,
-    }
+    marker = {"kind": KIND, "schema": 1, "title": title, "command": command, "version": version}
     marker |= {"left_out": comparisons.left_out, "files": listed}
     texts[MARKER] = json.dumps(marker, indent=1, ensure_ascii=False) + "\n"
     for name, content in texts.items():

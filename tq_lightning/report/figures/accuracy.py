@@ -11,14 +11,7 @@ from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import FLOAT_AT, Figure
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.headline import message
-from tq_lightning.report.labels import (
-    METHOD,
-    SPLIT_WORDS,
-    counted,
-    short,
-    slug,
-    wrapped,
-)
+from tq_lightning.report.labels import METHOD, SPLIT_WORDS, counted, short, slug, wrapped
 from tq_lightning.report.stats import Estimate, compare, number, score, score_float, split_of
 
 Drawing = tuple[list[Figure], list[str]]
@@ -82,16 +75,15 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
     style.width_axis(axes, group.widths, floats)
     arms = list(dict.fromkeys(arm for _, arm, _ in rows))
     found = best_other.best_other(comparisons, group)
-    label = "top-1 accuracy [%]" if metric is ACC1 else metric.label
-    axes.set_ylabel(f"{label}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
+    axes.set_ylabel(f"{metric.label}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
     style.clip(axes, metric)
     axes.legend(loc="best")
     caption = [
         f"{metric.title} on the {SPLIT_WORDS[split]} by width in use. Truncated: stored 8-bit "
         "codes shifted right. Quantized: codes computed from the float weights. Dots: seeds. Bars: "
-        f"95 % t interval{', cut at 0 and 100 %' if metric is ACC1 else ''}.",
+        f"95 % t interval{metric.cut}.",
         *["Thin lines with crosses: arXiv 2506.11431, on the original CIFAR-10."] * papers,
-        *([found.note] if found else []),
+        *([found[1]] if found else []),
         *mixed(arms),
     ]
     in_unit = f" in {metric.unit}" if metric.unit else ""
@@ -135,9 +127,8 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         for i, (value, arm) in enumerate(group.arms):
             look = style.series_look(models, arm, values.index(value))
             shift = style.spread(i, len(group.arms))
-            style.line(
-                top, curve(arm, "truncate", split), value, arm, shift, metric is ACC1, **look
-            )
+            points = curve(arm, "truncate", split)
+            style.line(top, points, value, arm, shift, metric is ACC1, **look)
             points = found.get((group, value), {})
             style.line(bottom, points, value, arm, shift, percent=False, **look)
             listed = ", ".join(f"{number(e.mean, sign='+')} at {w}" for w, e in points.items())
@@ -159,7 +150,7 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         f"{base}; an interval that includes 0 shows no difference. Dots: seeds, or pairs of "
         f"seeds. Hollow: width not trained. {METHOD}"
     )
-    alt = f"{title}. Differences {_in(metric)} by bits. {'; '.join(words)}"
+    alt = f"{title}. Differences [{metric.gap_unit}] by bits. {'; '.join(words)}"
     return Figure(name, section, title, " ".join([caption, *mixed(arms)]), alt, canvas)
 
 
@@ -167,10 +158,6 @@ def _differences(group: ComparisonGroup, arm: Arm, split: str) -> dict[int, Esti
     base = group.reference[1]
     found = {w: compare(arm, base, "truncate", "truncate", w, split) for w in arm.runs[0].widths}
     return {w: d.estimate for w, d in found.items() if d is not None}
-
-
-def _in(metric: Metric) -> str:
-    return "in points" if metric is ACC1 else metric.gap_unit
 
 
 def _ranges(

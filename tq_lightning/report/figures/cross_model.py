@@ -1,6 +1,6 @@
 """Figures across models: low-bit robustness, and codes that disagree."""
 
-from tq_lightning.records import ACC1, Metric
+from tq_lightning.records import ACC1
 from tq_lightning.report import labels
 from tq_lightning.report.caveats import flags_of, mixed, seeds_words
 from tq_lightning.report.comparisons import Comparisons, has_collapsed
@@ -36,42 +36,28 @@ def robustness(comparisons: Comparisons) -> Drawing:
     grid = body.subplots(1, len(LOW_BITS), sharey=True, sharex=True)
     words = []
     for axes, bits in zip(grid, LOW_BITS, strict=True):
-        rows = [
-            (y, i, len(g.rows), g, *row)
-            for y, g in enumerate(groups)
-            for i, row in enumerate(g.rows)
-        ]
-        for y, i, count, group, name, arm, source in rows:
+        for y, i, group in ((y, i, g) for y, g in enumerate(groups) for i in range(len(g.rows))):
+            name, arm, source = group.rows[i]
             if (estimate := score(arm, source, bits, split)) is None:
                 continue
-            look, at = (
-                style.arm_look(comparisons.models, arm, source),
-                y + style.spread(i, count, 0.5),
-            )
+            look = style.arm_look(comparisons.models, arm, source)
+            at = y + style.spread(i, len(group.rows), 0.5)
             style.bars(axes, {at: estimate}, look["color"], metric is ACC1, along="x")
             label = "_" if name in axes.get_legend_handles_labels()[1] else name
             axes.plot(estimate.mean, at, label=label, zorder=3, **look | {"linestyle": "none"})
             words.append(f"{group.label}, {name}, {labels.counted(bits, 'bit')}: {estimate.text()}")
         axes.set_title(labels.counted(bits, "bit"))
-        label = "top-1 accuracy [%]" if metric is ACC1 else metric.label
-        axes.set_xlabel(f"{label}\n{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}")
+        axes.set_xlabel(f"{metric.label}\n{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}")
     names = [labels.wrapped(group.label, 34) for group in groups]
     grid[0].set_yticks(range(len(groups)), names, fontsize=7.5)
     grid[0].set_ylim(len(groups) - 0.5, -0.5)
     style.clip(grid[0], metric, "x")
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    cut = ", cut at 0 and 100 %" if metric is ACC1 else ""
-    method = f"mean over seeds. Dots: seeds. Bars: 95 % t interval{cut}."
-    caption = " ".join(
-        [f"{metric.name.capitalize()} on the {labels.SPLIT_WORDS[split]}, {method}", *mixed(arms)]
-    )
+    method = f"mean over seeds. Dots: seeds. Bars: 95 % t interval{metric.cut}."
+    text = f"{metric.title} on the {labels.SPLIT_WORDS[split]}, {method}"
+    caption = " ".join([text, *mixed(arms)])
     name = "low_bit_robustness"
     return [Figure(name, "Low-bit robustness", title, caption, "; ".join(words), canvas)], notes
-
-
-def _gap_words(metric: Metric) -> str:
-    sides = "truncated minus quantized" if metric.lower_is_better else "quantized minus truncated"
-    return f"{metric.name} {sides}"
 
 
 def disagreement(comparisons: Comparisons) -> Drawing:
@@ -128,7 +114,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
         words.append(f"{name}: {', '.join(parts)}")
     caption = (
         "Left: share of weight codes for which quantizing to n bits and shifting the 8-bit code to "
-        f"n bits give different integers. Right: QT gap, {_gap_words(metric)}. Mean, "
+        f"n bits give different integers. Right: QT gap, {metric.gap_words}. Mean, "
         "seeds and 95 % t interval; hollow: width not trained."
     )
     text, alt = " ".join([caption, *mixed(arms)]), "; ".join(words)

@@ -79,10 +79,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("bytes read to run at that width [KiB]")
-    unit = f" [{metric.unit}]" if metric.unit else ""
-    axes.set_ylabel(
-        f"{metric.name} truncated{unit}\n{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}"
-    )
+    axes.set_ylabel(f"{metric.truncated}\n{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}")
     style.clip(axes, metric)
     body.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1)
     caption = (

@@ -31,11 +31,6 @@ def by_width(widths: list[int], cell: Callable[[int], Any], unit: str) -> Row:
     return {f"{labels.counted(width, 'bit')}{unit}": _estimate(cell(width)) for width in widths}
 
 
-def _unit(comparisons: Comparisons) -> str:
-    """Unit of the metric, after the width in a column header."""
-    return f" [{comparisons.metric.unit}]" if comparisons.metric.unit else ""
-
-
 def _estimate(value: Any) -> Cell:
     return (value.text(), value.mean) if isinstance(value, Estimate) else value
 
@@ -48,10 +43,10 @@ def headline(comparisons: Comparisons) -> Table:
     notes: list[str] = []
     for group in groups:
         if found := best_other.best_other(comparisons, group):
-            notes.append(f"{group.label}. {found.note}")
+            notes.append(f"{group.label}. {found[1]}")
         for name, arm, source in best_other.rows(comparisons, group):
             cells = partial(score, arm, source, split=group.split)
-            values = by_width(trained, cells, _unit(comparisons))
+            values = by_width(trained, cells, comparisons.metric.suffix)
             split = labels.SPLIT_WORDS[group.split].partition(",")[0]
             row = {"setting": group.label, "weights": name, **values}
             rows.append({**row, "seeds": len(arm.runs), "split": split})
@@ -102,7 +97,7 @@ def arms(comparisons: Comparisons) -> Table:
         seeds = (",".join(map(str, arm.seeds)), len(arm.seeds))
         row = {**_facts(arm), "also": extra, "seeds": seeds, "budget": arm.budget}
         cells = partial(score, arm, "truncate", split=split)
-        row |= by_width(widths, cells, _unit(comparisons))
+        row |= by_width(widths, cells, comparisons.metric.suffix)
         rows.append({**row, "split": split, "time [s]": (f"{seconds:.0f}", seconds)})
     name = comparisons.metric.title
     caption = f"{name} of the truncated weights by width (val: at the best epoch). {labels.METHOD}"
@@ -142,7 +137,7 @@ def runs(comparisons: Comparisons) -> Table:
             row = {"run": Link(run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
             row |= {"seed": run.seed}
             cells = partial(run.score, "truncate", split=split)
-            row |= by_width(widths, cells, _unit(comparisons))
+            row |= by_width(widths, cells, comparisons.metric.suffix)
             row |= {
                 f"largest QT gap [{run.metric.gap_unit}]": max(gaps, default=None),
                 "split": split,
