@@ -6,14 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tq_lightning.errors import UserError
-from tq_lightning.records import (
-    InspectRecord,
-    Metric,
-    Record,
-    RecordError,
-    metric_of,
-    read_any,
-)
+from tq_lightning.records import InspectRecord, Metric, Record, RecordError, metric_of, read_any
 from tq_lightning.records.publish import flatten, printable, published
 from tq_lightning.report.inputs import Candidate, find
 
