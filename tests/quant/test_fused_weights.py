@@ -86,6 +86,21 @@ def test_fused_values_and_gradients_equal_those_of_the_layers(quantizer, normali
             assert all_equal(alone_grads, fused_grads)
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_between_widths_nested_codes_replace_normalized_weights(quantizer):
+    model = layers(quantizer=quantizer)
+    with fused_weights(model) as fused:
+        for bits in (8, 2):
+            with bit_width(model, bits):
+                (group,) = fused.groups
+                group.require_grad()
+                group.add_grads([torch.ones_like(leaf) for leaf in group.leaves])
+        held = {v.data_ptr(): v.nbytes for v in vars(group).values() if isinstance(v, torch.Tensor)}
+        buffers = sum(held.values()) / group._buffer.nbytes
+    # the weights of a width, the sum of gradients, and either codes of a byte or floats
+    assert buffers == pytest.approx(2.25 if QUANTIZERS[quantizer].nested else 3.0, abs=0.02)
+
+
 @pytest.mark.parametrize("ste", STES)
 def test_every_ste_gives_the_same_gradients_when_fused(ste):
     *_, alone_grads, fused_grads = compare(layers(ste=ste), 2)

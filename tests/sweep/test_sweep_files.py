@@ -8,7 +8,13 @@ import yaml
 from tq_lightning.errors import UserError
 from tq_lightning.sweep.config import grid_point, grid_size, read_sweep
 from tq_lightning.sweep.search_space import arguments
-from tq_lightning.sweep.validation import check_arms, every_value, fit_parser, logged_metrics
+from tq_lightning.sweep.validation import (
+    check_arms,
+    check_goals,
+    every_value,
+    fit_parser,
+    logged_metrics,
+)
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -118,6 +124,26 @@ def test_logged_metrics_are_accepted(write_sweep):
         read_sweep(write_sweep(arguments=[END])),
         ["val/acc1_truncate_w3", "val/acc1_float", "train/loss_w2", "storage/bytes"],
     )
+    check_arms(read_sweep(write_sweep(arguments=[END])), ["val/loss", "val/acc5_truncate_mean"])
+    task = "--model.task=language_modeling"
+    sweep = read_sweep(write_sweep(arguments=[END, task]))
+    check_arms(sweep, ["val/ppl_truncate_w2", "val/ppl_truncate_mean", "val/loss_w4"])
+    with pytest.raises(UserError, match=r"acc1_float' is never logged .*val/ppl_gap_w\{1,2,3"):
+        check_arms(sweep, ["val/acc1_float"])
+
+
+def test_a_metric_has_one_direction(write_sweep):
+    sweep = read_sweep(write_sweep())
+    both = {"val/acc1_truncate_w2": "maximize", "storage/bytes": "minimize"}
+    check_goals(sweep, {**both, "val/ppl_float": "minimize", "val/qt_gap_w2": "maximize"})
+    check_goals(sweep, {"val/ppl_gap_w2": "maximize", "own": "maximize"})
+    for name, wrong, right in (
+        ("val/ppl_truncate_mean", "maximize", "lower is better; set goal: minimize"),
+        ("train/loss_w2", "maximize", "lower is better; set goal: minimize"),
+        ("val/acc1_float", "minimize", "higher is better; set goal: maximize"),
+    ):
+        with pytest.raises(UserError, match=f"the goal of {name} is {wrong}, but {right}"):
+            check_goals(sweep, {name: wrong})
 
 
 @pytest.mark.parametrize("null", ["None", "null"])

@@ -78,6 +78,13 @@ def test_dumped_configuration_is_read_back_unchanged(verbs, fit):
         assert isinstance(parse_yaml(dump({"k": value}), "text", Loader)["k"], Text)
 
 
+def test_text_among_arguments_of_a_factory_is_dumped_without_a_warning(verbs, fit, recwarn):
+    config = fit("--data.data_args={file: 'a.zip', size: 3}", "--model.model_args={kind: b}")
+    written = verbs["fit"].dump(config)
+    assert "file: a.zip" in written and "kind: b" in written
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("arguments", "section", "key", "value"),
     [

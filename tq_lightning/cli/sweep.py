@@ -37,8 +37,9 @@ def main(argv: list[str], fit: str = FIT) -> int:
     options = read_options(given, sweep, extra, fit)
     point_count(sweep, options)
     if fit == FIT:
-        from tq_lightning.sweep.validation import check_arms
+        from tq_lightning.sweep.validation import check_arms, check_goals
 
+        check_goals(sweep, options.objectives)
         check_arms(sweep, list(options.objectives))
     try:
         return run(sweep, options, argv)

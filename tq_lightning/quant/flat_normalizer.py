@@ -1,10 +1,12 @@
 """Normalized weights in flat buffers: u, scale and the normalizer's backward pass for all layers.
 
 The operations and their order are those of `WeightQuantizer.normalize` and `Normalize`. A buffer is
-as large as all weights together. Two buffers are kept between calls: `u` and that of `tensors`.
+as large as all weights together. Two buffers are kept between calls: that of `tensors`, and `u`,
+which nested codes replace (`FlatWeights`).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ class NormalizedWeights:
             flat = torch.ones(sum(self._rows), ROW, device=self.device)
             torch._foreach_copy_(self._views(flat), list(values))
             return flat
-        repeats = torch.tensor(self._rows, device=self.device)
+        repeats = _on_device(tuple(self._rows), torch.int64, self.device)
         # without `output_size` this would synchronize with the device
         column = torch.stack(list(values)).repeat_interleave(repeats, output_size=sum(self._rows))
         return column.unsqueeze(1)
@@ -161,7 +163,7 @@ class NormalizedWeights:
             scales = [_finite_mean(m, h) for m, h in zip(means, huge, strict=True)]
             self.finite = torch.stack([s.isfinite().all() for s in scales]).all()
             return scales
-        sizes = torch.tensor([float(w.numel()) for w in self.originals], device=self.device)
+        sizes = _on_device(tuple(w.numel() for w in self.originals), torch.float32, self.device)
         all_huge = torch.stack(torch._foreach_norm(self.tensors, 1.0)) / sizes
         scale = _finite_mean(torch.stack(means), all_huge)
         self.finite = scale.isfinite().all()
@@ -199,6 +201,13 @@ class NormalizedWeights:
             torch._foreach_add_(self._range_sums, sums)
         else:
             self._range_sums = sums
+
+
+@lru_cache(maxsize=64)
+def _on_device(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copy constants to a device once, because each copy to a GPU waits for earlier work."""
+    with torch.inference_mode(False):  # training uses the cached tensor too
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _finite_mean(mean: Tensor, huge: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tq_lightning.quant.activation import ActivationQuantizer, WidthTensors
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS, codes_to_levels, dequantize, truncate_codes
 from tq_lightning.quant.flat_normalizer import NormalizedWeights
+from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import per_width_norms
@@ -77,7 +78,7 @@ class FlatWeights(NormalizedWeights):
             torch.sub(self._unit(), 0.5, out=self._buffer).mul_(2.0 * self._scale)
         else:
             codes = self._codes(bits, source)
-            self._table = self.rule.table(bits, self.device)
+            self._table = level_table(self.rule.level, self.rule.normalizer, bits, self.device)
             dequantize(
                 codes, bits, self._scale, self.rule.level, out=self._buffer, table=self._table
             )
@@ -90,12 +91,12 @@ class FlatWeights(NormalizedWeights):
 
     def _codes(self, bits: int, source: str) -> Tensor:
         max_bits = self.rule.width.max_bits
-        if source != "truncate":
+        if source != "truncate" and not self._quantizer.nested:
             return self._quantizer.codes(self._unit(), bits)
         if self._stored is None:
             self._stored = self._quantizer.codes(self._unit(), max_bits)
             if not self._per_element:
-                self._u = None  # an evaluation of truncated widths needs only the stored codes
+                self._u = None  # codes take a quarter of the memory; `_backward` recomputes u
         return truncate_codes(self._stored, max_bits, bits)
 
     def release(self) -> None:

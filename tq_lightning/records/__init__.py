@@ -13,7 +13,15 @@ from tq_lightning.records.inspect import (
     StorageBytes,
 )
 from tq_lightning.records.json_tree import SCHEMA, Number, Points, RecordError
-from tq_lightning.records.metrics import ACC1, PPL, TASKS, Metric, metric_of
+from tq_lightning.records.metrics import (
+    ACC1,
+    PPL,
+    STORAGE_BYTES,
+    TASKS,
+    Metric,
+    goal_of,
+    metric_of,
+)
 from tq_lightning.records.read_write import (
     NAME,
     mark_superseded,
@@ -24,7 +32,6 @@ from tq_lightning.records.read_write import (
 )
 from tq_lightning.records.run import (
     MONITOR,
-    STORAGE_BYTES,
     Evaluation,
     ModelBytes,
     Record,
@@ -58,6 +65,7 @@ __all__ = [
     "StorageBytes",
     "TestResult",
     "WidthResult",
+    "goal_of",
     "mark_superseded",
     "metric_of",
     "parse",

@@ -78,6 +78,7 @@ class Metric:
         return value < than if self.lower_is_better else value > than
 
 
+STORAGE_BYTES = "storage/bytes"  # a sweep objective: the size of the packed file
 ACC1 = Metric("acc1", "qt_gap", "top-1", "%", "points")
 PPL = Metric("ppl", "ppl_gap", "perplexity", "", "in perplexity", 2, True, "Perplexity")
 # task, a value of `model.task` -> its metric
@@ -89,3 +90,15 @@ def metric_of(keys: Iterable[str]) -> Metric:
     keys = set(keys)
     found = (m for m in TASKS.values() if any(f"/{m.key}_truncate" in key for key in keys))
     return next(found, ACC1)
+
+
+def goal_of(key: str) -> str | None:
+    """Return "minimize" or "maximize" for a metric with a known direction, else None.
+
+    Example: val/acc1_truncate_w2 -> "maximize". The gap between the sources has no direction.
+    """
+    name = key.rpartition("/")[2]
+    if name.startswith(("acc1_", "acc5_")):
+        return "maximize"
+    lower = name.startswith(("ppl_", "loss")) and not name.startswith(f"{PPL.gap_key}_")
+    return "minimize" if lower or key == STORAGE_BYTES else None

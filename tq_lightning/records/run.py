@@ -4,10 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tq_lightning.records.json_tree import SCHEMA, Number, Points, to_tree
-from tq_lightning.records.metrics import ACC1, metric_of
+from tq_lightning.records.metrics import ACC1, STORAGE_BYTES, metric_of
 
 MONITOR = ACC1.monitor  # the metric that selects the best epoch of a classification run
-STORAGE_BYTES = "storage/bytes"  # a sweep objective: the size of the packed file
 
 # quantizers of the first records, which lack the fields `ste` and `nested` -> (paired STE, nested)
 _PAIRED = {"floor": ("scaled", True), "round": ("identity", False)}

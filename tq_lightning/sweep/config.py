@@ -39,7 +39,7 @@ KEYS = (
 )
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
-COMMAND = "[${env}, python, -m, tq_lightning, fit, --config, FILE, ${args}]"
+COMMAND = '["${env}", python, -m, tq_lightning, fit, --config, FILE, "${args}"]'
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tq_lightning.errors import UserError, message_of
-from tq_lightning.records import STORAGE_BYTES
+from tq_lightning.records import STORAGE_BYTES, goal_of
 from tq_lightning.sweep.config import Sweep, argument
 from tq_lightning.sweep.parameters import rounded
 from tq_lightning.sweep.search_space import arguments
@@ -43,6 +43,23 @@ def check_arms(sweep: Sweep, metrics: list[str]) -> None:
                     f"{sweep.path}: metric {name!r} is never logged with {arm}; "
                     f"pass one of {_compact(logged)}"
                 )
+
+
+def check_goals(sweep: Sweep, objectives: dict[str, str]) -> None:
+    """Check that no objective is optimized in the wrong direction.
+
+    Raises:
+        UserError: an accuracy is minimized, or a loss, a perplexity or a size is maximized. A sweep
+            file without a goal minimizes its metric, as in W&B.
+    """
+    for name, goal in objectives.items():
+        expected = goal_of(name)
+        if expected not in (None, goal):
+            better = "higher" if expected == "maximize" else "lower"
+            raise UserError(
+                f"{sweep.path}: the goal of {name} is {goal}, but {better} is better; set "
+                f"goal: {expected}, or pass --objectives {name}:{expected[:3]}"
+            )
 
 
 def every_value(sweep: Sweep) -> Iterator[dict[str, Any]]:
@@ -105,7 +122,8 @@ def logged_metrics(config: Any) -> list[str]:
     """
     import torch
 
-    from tq_lightning.callbacks.width_metrics import width_metrics
+    from tq_lightning.callbacks.scores import SCORES
+    from tq_lightning.callbacks.width_metrics import Pass
     from tq_lightning.data.datamodule import TQDataModule
     from tq_lightning.quant.prepare import apply_config
     from tq_lightning.training.module import TQModule, width_key
@@ -118,10 +136,14 @@ def logged_metrics(config: Any) -> list[str]:
     )
     # name patterns refer to layers of the real network, which the toy network lacks
     apply_config(toy, replace(module.quant, skip=("first", "last"), shared_norms=()))
-    widths = range(1, given.max_bits + 1)
-    scores = {(bits, "truncate"): 0.0 for bits in (*widths, None)} | {(None, "quantize"): 0.0}
+    passes: list[Pass] = [(bits, "truncate") for bits in range(1, given.max_bits + 1)]
+    passes.append((None, "quantize"))
+    scores = SCORES[given.task](passes, given, module.widths, torch.device("cpu"))
+    logits = torch.zeros(1, 1, 2) if given.task == "language_modeling" else torch.zeros(1, 2)
+    scores.add(dict.fromkeys(passes, logits), torch.zeros(logits.shape[:-1], dtype=torch.int64))
+    counts = ("val/images", "val/tokens")
     return [
-        *width_metrics("val", scores, given.max_bits, module.widths),
+        *(key for key in scores.metrics("val", lambda sums: sums) if key not in counts),
         *(f"train/loss_{width_key(b)}" for b in module.passes),
         STORAGE_BYTES,
     ]

@@ -101,4 +101,4 @@ def as_plain_strings(value: Any) -> Any:
     return str(value) if isinstance(value, Text) else value
 
 
-register_type(Text, serializer=str, deserializer=Text)
+register_type(Text, serializer=Text, deserializer=Text)  # `dump` writes it as a string
