@@ -158,11 +158,24 @@ def test_return_value_of_a_data_factory_is_checked(folder):
         "def module(): return lightning.LightningDataModule()\n"
         "def text(): return 'no data'\n"
         "def pair(): return [1, 2, 3], [4]\n"
+        "def paths(): return 'train.csv', 'test.csv'\n"
+        "def empty(): return [1, 2, 3], []\n"
+        "def stream(): return iter([1]), iter([2])\n"
+        "def no_training(): return None, [1]\n"
     )
     assert isinstance(TQDataModule("own:module"), L.LightningDataModule)
     with pytest.raises(UserError, match=r"own:text: it returns a str; return a Lightning"):
         TQDataModule("own:text")
     assert TQDataModule("own:pair").num_classes is None
+    for name, got in (
+        ("paths", "a tuple of str, str"),
+        ("stream", "a tuple of list_iterator, list_iterator"),
+        ("no_training", "a tuple of NoneType, list"),
+    ):
+        with pytest.raises(UserError, match=f"own:{name}: it returns {got}; return a Lightning"):
+            TQDataModule(f"own:{name}")
+    with pytest.raises(UserError, match="own:empty: its test data set is empty"):
+        TQDataModule("own:empty")
     with pytest.raises(UserError, match=r"data.batch_size=0 is out of range"):
         TQDataModule("own:pair", batch_size=0)
     with pytest.raises(UserError, match=r"pass one of digits, .* or package.module:factory"):

@@ -84,6 +84,28 @@ def test_index_is_rebuilt_only_if_a_shard_changes(shards, monkeypatch):
     assert len(data_module(shards).splits.find("train").labels) == 41
 
 
+def test_labels_are_non_negative_integers():
+    for content, extension, label in (
+        (b"3\n", "cls", 3),
+        (b"007", "cls", 7),
+        (b'{"label": 2}', "json", 2),
+        (b'{"cls": "2"}', "json", 2),
+        (b'{"label": 2.0}', "json", 2),
+        (b"-1", "cls", None),
+        (b"cat", "cls", None),
+        (b'{"label": true}', "json", None),
+        (b'{"label": 2.5}', "json", None),
+        (b'{"label": [1]}', "json", None),
+        (b'{"other": 1}', "json", None),
+        (b"3", "json", None),
+        (b'"label"', "json", None),
+        (b"\xff", "json", None),
+        (b'{"label": 1e999}', "json", None),
+        (b"9" * 30, "cls", None),
+    ):
+        assert webdataset._label(content, extension) == label, content
+
+
 def test_damaged_members_are_reported(shards, capsys):
     members = {"x.png": encode_png(1), "y.png": encode_png(2), "y.cls": b"cat", "z.cls": b"1"}
     write_shard(shards / "set-train-3.tar", members | {"w.png": b"no image", "w.cls": b"0"})

@@ -46,13 +46,30 @@ def open_custom(
     if isinstance(made, lightning.LightningDataModule):
         return made
     parts = list(made) if isinstance(made, tuple | list) and 2 <= len(made) <= 3 else []
-    if not parts or not all(p is None or hasattr(p, "__getitem__") for p in parts):
+    if not parts or parts[0] is None or not all(p is None or _is_dataset(p) for p in parts):
         raise UserError(
-            f"data.name={name}: it returns a {type(made).__name__}; return a LightningDataModule, "
+            f"data.name={name}: it returns {_kind(made)}; return a LightningDataModule, "
             "or (train, test) or (train, val, test) data sets with __len__ and __getitem__"
         )
     named = dict(zip(("train", "test") if len(parts) == 2 else STAGES, parts, strict=True))
-    return DatasetModule(name, {k: v for k, v in named.items() if v is not None}, **options)
+    given = {stage: part for stage, part in named.items() if part is not None}
+    for stage, part in given.items():
+        if not len(part):
+            raise UserError(f"data.name={name}: its {stage} data set is empty; return samples")
+    return DatasetModule(name, given, **options)
+
+
+def _kind(made: Any) -> str:
+    """Return the type of a value, with those of its items if it is a tuple or a list."""
+    items = (
+        ", ".join(type(item).__name__ for item in made) if isinstance(made, tuple | list) else ""
+    )
+    return f"a {type(made).__name__}" + (f" of {items[:80]}" if items else "")
+
+
+def _is_dataset(part: Any) -> bool:
+    indexed = hasattr(part, "__getitem__") and hasattr(part, "__len__")
+    return indexed and not isinstance(part, str)
 
 
 class FactoryMeta(type):

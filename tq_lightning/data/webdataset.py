@@ -26,6 +26,7 @@ from tq_lightning.files import atomic_write
 
 VERSION = 1  # version of the cached index
 JSON_LABELS = ("label", "cls")  # keys of the class index in KEY.json
+MAX_LABEL = 2**20  # a larger number is not a class index, and would make as many classes
 
 
 class ShardIndex(NamedTuple):
@@ -219,11 +220,13 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
 
 def _label(content: bytes, extension: str) -> int | None:
     try:
-        value: Any = json.loads(content)
-        if isinstance(value, dict):
-            value = next(value[key] for key in JSON_LABELS if key in value)
-        elif extension == "json":
+        if extension == "cls":
+            value: Any = int(content)  # as the webdataset package decodes it
+        else:
+            found = json.loads(content)
+            value = next(found[key] for key in JSON_LABELS if key in found)
+        if isinstance(value, bool) or not 0 <= int(value) < MAX_LABEL:
             return None
-        return int(value) if int(value) >= 0 and float(value) == int(value) else None
-    except (ValueError, TypeError, StopIteration, RecursionError):
+        return int(value) if float(value) == int(value) else None
+    except (ValueError, TypeError, OverflowError, StopIteration, RecursionError):
         return None
