@@ -224,3 +224,14 @@ def test_inference_energy_has_one_row_per_accelerator_and_width(make):
     assert row["total [µJ]"] == ("12", 12e6) and row["traffic of weights [µJ]"] == ("8", 8e6)
     assert "not measured" in table.caption and table.notes == ("one image",)
     assert not [t for t in tables.build(compare(make.inspect())) if t.name == "inference"]
+
+
+def test_large_energies_are_shown_without_an_exponent(make):
+    energy = {
+        "assumptions": [],
+        "constants_pj": {},
+        "by_width": {"8": {"compute_pj": 1.5487e10}, "4": {"compute_pj": 9.5487e9}},
+    }
+    record = {**make.inspect(), "inference": {"TPU-like": energy}}
+    (table,) = [t for t in tables.build(compare(record)) if t.name == "inference"]
+    assert [row["total [µJ]"] for row in table.rows] == [("15490", 1.5487e10), ("9549", 9.5487e9)]

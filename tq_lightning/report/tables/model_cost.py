@@ -11,7 +11,10 @@ from tq_lightning.report.tables.render import Cell, Table
 
 
 def _scaled(value: float | None, factor: float, form: str) -> Cell:
-    return None if value is None else (f"{value * factor:{form}}", value)
+    if value is None:
+        return None
+    shown = f"{value * factor:{form}}"
+    return (f"{float(shown):.0f}" if "e+" in shown else shown), value
 
 
 def storage(comparisons: Comparisons) -> Table:
