@@ -55,7 +55,7 @@ def _split(path: str, reader: Any) -> Split:
     columns = reader.dataset.remove_columns(reader.image_key).with_format("numpy")
     labels = np.asarray(columns[reader.label_key])
     least = labels.min() if labels.size else None
-    if labels.dtype.kind not in "iu" or not labels.size or least < 0:
+    if labels.dtype.kind not in "iu" or least is None or least < 0:
         raise UserError(
             f"data.name=hfds/{path}: the column label has type {labels.dtype} (least: {least}); "
             "pass a data set with non-negative integer labels"
