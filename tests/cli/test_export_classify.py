@@ -70,9 +70,10 @@ def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--format", "tflite"], "invalid choice"),
         (["{packed}", "--out", "x", "--observer", "mse"], "--observer needs --calibrate"),
         (["{packed}", "--out", "x", "--calibrate", "nodata"], "no such folder or data set"),
+        (["{packed}", "--out", "x", "--calibrate", "."], "no images found under ."),
         (
-            ["{packed}", "--out", "x", "--format", "executorch", "--calibrate", "digits"],
-            "got --format executorch, which has no activation ranges",
+            ["{packed}", "--out", "x", "--format", "qonnx", "--calibrate", "digits"],
+            "got --format qonnx, which has no activation ranges",
         ),
         (["{packed}", "--out", "x", "--calibrate", "{packed}"], "is a file and not a folder"),
         (["{packed}", "--out", "x", "--calibrate", "run"], "not in the folder of a run"),

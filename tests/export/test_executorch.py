@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from tq_lightning import bit_width, load_packed, save_packed
+from tq_lightning import bit_width, calibrate_activations, load_packed, prepare, save_packed
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
 from tq_lightning.export.executorch import _to_integers, export_executorch
+from tq_lightning.export.executorch_layers import StaticConv
+from tq_lightning.export.executorch_static import static_network
 from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.quant.integer.arithmetic import integer_weight
 
@@ -78,6 +81,95 @@ def test_layers_that_stay_in_float_are_named(make, tmp_path):
     assert any(name.endswith(".conv_pw.weight") for name in program.integer)
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet8_cifar", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)]
+)
+def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
+    """They match integer mode, up to the additional quantizers of outputs that are not codes."""
+    pytest.importorskip("torch.ao.quantization.fx._decomposed")  # registers the operations
+    path = tmp_path / "m.safetensors"
+    model, images = make(name, norm="per_width" if "resnet" in name else "shared")
+    calibrate_activations(model, [images])
+    save_packed(model, path)
+    for bits in (8, 2):
+        packed = load_packed(path, bits=bits)
+        count = len(packed_weights(packed))
+        made = static_network(load_packed(path, bits=bits))
+        assert len(made.integer) + len(made.left_in_float) == count
+        depthwise = [weight for weight in made.fixed if ".conv_dw." in weight]
+        assert depthwise or "resnet" in name
+        with torch.no_grad():
+            expected, got = packed(images), made.network(images)
+            for layer in made.network.modules():
+                if isinstance(layer, StaticConv):
+                    layer.codes += 2
+            other = made.network(images)
+        assert (got - expected).norm() < 0.1 * expected.norm()
+        assert (other - expected).norm() > 2 * (got - expected).norm()
+
+
+@needs
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_static_program_has_the_predictions_of_its_network(tmp_path, capsys):
+    out = tmp_path / "m.pte"
+    args = ["export", str(DIGITS), "--out", str(out), "--bits", "4", "--calibrate", "digits"]
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    assert "6 layers run as integers" in printed and "6 have fixed activation ranges" in printed
+    images, labels = images_of_digits()
+    method = load(out)
+    logits = torch.cat([method.execute([image[None].contiguous()])[0] for image in images])
+    with torch.no_grad():
+        expected = load_packed(DIGITS, bits=4)(images)
+    right = [(x.argmax(1).numpy() == labels).mean() for x in (logits, expected)]
+    assert abs(right[0] - right[1]) <= 0.02
+    assert (logits - expected).norm() < 0.1 * expected.norm()
+
+
+class InvertedResidual(nn.Module):
+    """A dequantized tensor with two readers, a depthwise convolution, and a residual add."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6())
+        self.wide = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU6())
+        depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.depthwise = nn.Sequential(depthwise, nn.BatchNorm2d(16), nn.ReLU6())
+        self.narrow = nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8))
+        self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.head(x + self.narrow(self.depthwise(self.wide(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+@needs
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_depthwise_convolutions_run_as_integers_with_fixed_ranges(tmp_path):
+    torch.manual_seed(0)
+    model, images = InvertedResidual(), torch.randn(16, 3, 12, 12)
+    prepare(model, norm="shared", verbose=False)
+    model(images)  # statistics of the norms
+    calibrate_activations(model.eval(), [images])
+    path, out = tmp_path / "m.safetensors", tmp_path / "m.pte"
+    save_packed(model, path, preprocessing={"input_size": [3, 12, 12]})
+    program = export_executorch(path, out, 4, model=InvertedResidual())
+    assert "depthwise.0.weight" in program.fixed and not program.left_in_float
+    method = load(out)
+    logits = torch.cat([method.execute([image[None].contiguous()])[0] for image in images])
+    made = static_network(load_packed(path, bits=4, model=InvertedResidual()))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, made.network(images), rtol=1e-3, atol=1e-3)
+        for layer in made.network.modules():
+            if isinstance(layer, StaticConv):
+                layer.codes.neg_()
+        assert (logits - made.network(images)).abs().max() > 0.01
+
+
 @needs
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -143,8 +235,6 @@ def test_linear_layers_shrink_with_the_width(level, make, tmp_path):
 @pytest.mark.slow
 def test_sums_do_not_saturate(tmp_path):
     """For the largest integers and inputs, pairs of products exceed 16 bits."""
-    from torch import nn
-
     from tq_lightning.export.executorch import _backend
     from tq_lightning.export.executorch_layers import DynamicLayer
 

@@ -149,9 +149,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--integer writes opset 21, got --opset {a.opset}")
     if a.lean and (a.format != "onnx" or a.integer):
         raise UserError("--lean is for --format onnx without --integer")
-    if a.calibrate is not None and a.format != "packed" and not a.integer:
+    if a.calibrate is not None and a.format not in ("packed", "executorch") and not a.integer:
         raise UserError(
-            "--calibrate is for packed files and --integer, got "
+            "--calibrate is for packed files, ExecuTorch programs and --integer, got "
             f"--format {a.format}, which has no activation ranges"
         )
     for name in ("residual", "activation_codes", "exact"):

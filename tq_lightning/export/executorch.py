@@ -1,8 +1,9 @@
 """ExecuTorch program: a packed file at one width, with its codes as int8 and int4 weights.
 
 Quantized convolutions and linear layers run on XNNPACK's integer kernels. Their weights are the
-codes of the file, not quantized again. Inputs are quantized at run time, each with its own range
-(dynamic quantization), so no calibration is needed. All other operations run in float.
+codes of the file, not quantized again. The convolutions of a file with activation ranges use these
+ranges (static quantization, see `executorch_static`). Other layers quantize their inputs at run
+time, each with its own range (dynamic quantization). All other operations run in float.
 
 XNNPACK stores the weights of linear layers as int4 at 4 bits and below, and those of convolutions
 as int8 at every width. All integers are exact. If the odd integers of the levels `endpoint` and
@@ -19,10 +20,12 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.export.executorch_layers import DynamicLayer, linear_or_conv_weight
+from tq_lightning.export.executorch_static import static_network
 from tq_lightning.export.packed.reader import load_packed
 from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.activation_ranges import activation_ranges
 from tq_lightning.quant.bit_width import width_of
 
 INSTALL = "pip install 'tq_lightning[executorch]' in a separate environment"
@@ -39,12 +42,14 @@ class Program(NamedTuple):
 
     integer: list[str]
     left_in_float: dict[str, str]
+    fixed: list[str]
 
     def lines(self) -> list[str]:
         """Describe the program: integer layers, their storage, and each layer in float."""
         lines = [
             f"{len(self.integer)} layers run as integers, {len(self.left_in_float)} quantized "
-            "layers in float; activation ranges are computed at run time",
+            f"layers in float; {len(self.fixed)} have fixed activation ranges, the others "
+            "compute theirs at run time",
             "XNNPACK stores convolutions as int8 at every width, and linear layers as int4 at "
             "4 bits and below",
         ]
@@ -52,7 +57,11 @@ class Program(NamedTuple):
 
 
 def export_executorch(
-    path: str | Path, out: str | Path, bits: int, model: nn.Module | str | None = None
+    path: str | Path,
+    out: str | Path,
+    bits: int,
+    model: nn.Module | str | None = None,
+    static: bool | None = None,
 ) -> Program:
     """Write the program of a packed file at one width, for images in batches of 1.
 
@@ -61,6 +70,7 @@ def export_executorch(
         out: target file (.pte), written atomically.
         bits: width, one of those that the file supports.
         model: see `load_packed`.
+        static: use the activation ranges of the file for convolutions; None uses them if available.
 
     Returns:
         The layers that run as integers, and those that stay in float.
@@ -84,7 +94,7 @@ def export_executorch(
             f"{path} was trained with quantized activations, which --format executorch would "
             "replace with its own; pass --format onnx instead"
         )
-    program = _to_integers(model)
+    model, program = _integer_network(model, static)
     if not program.integer:
         name, reason = next(iter(program.left_in_float.items()))
         raise UserError(
@@ -118,6 +128,7 @@ def _backend() -> Any:
         ) from error
 
     def lower(exported: Any) -> bytes:
+        _dequantize_for_each_reader(exported)
         partitioners = [
             XnnpackPartitioner(
                 config_precisions=ConfigPrecisionType.DYNAMIC_QUANT, per_op_mode=True
@@ -130,11 +141,39 @@ def _backend() -> Any:
     return lower
 
 
+def _dequantize_for_each_reader(exported: Any) -> None:
+    """Copy each dequantize node with several readers, so that each reader has its own.
+
+    XNNPACK's lowering matches dequantize, operation and quantize as one pattern. It fails in
+    ChannelsLastTaggedReshapePass if a dequantized tensor has readers in several partitions.
+    """
+    graph = exported.graph_module.graph
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    for node in list(graph.nodes):
+        if node.target == dequantize:
+            for reader in list(node.users)[1:]:
+                with graph.inserting_after(node):
+                    copy = graph.node_copy(node)
+                reader.replace_input_with(node, copy)
+    exported.graph_module.recompile()
+
+
+def _integer_network(model: nn.Module, static: bool | None) -> tuple[nn.Module, Program]:
+    """Return a network with integer layers, and their names."""
+    if static is None:
+        convolutions = any(isinstance(w.module, nn.Conv2d) for w in packed_weights(model))
+        static = convolutions and bool(activation_ranges(model))
+    made = static_network(model) if static else None
+    if made is None:
+        return model, _to_integers(model)
+    return made.network, Program(made.integer, made.left_in_float, made.fixed)
+
+
 def _to_integers(model: nn.Module) -> Program:
     """Replace quantized layers by integer layers in place; other weights become float."""
     bits = width_of(model).bits
     assert bits is not None
-    program = Program([], {})
+    program = Program([], {}, [])
     for name, module, tensor, packed in packed_weights(model):
         codes = module.parametrizations[tensor].original  # type: ignore[index,union-attr]
         weight = getattr(module, tensor).detach().clone()

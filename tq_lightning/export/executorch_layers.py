@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tq_lightning.quant.integer.arithmetic import IntegerWeight, integer_weight
+from tq_lightning.quant.integer.activations import Codes
+from tq_lightning.quant.integer.arithmetic import (
+    MOST_BIAS_STEPS,
+    IntegerWeight,
+    bias_factors,
+    integer_weight,
+)
+from tq_lightning.quant.integer.kernels import Act
 
 
 class DynamicLayer(nn.Module):
@@ -79,3 +86,83 @@ def linear_or_conv_weight(codes: Tensor, bits: int, scale: Tensor, level: str) -
     """Return the exact integer weight of a `DynamicLayer`, in the range of int4 if possible."""
     largest = 7 if bits <= 4 and takes_int4(codes) else 127
     return integer_weight(codes, bits, scale, level, exact=True, largest=largest)
+
+
+class FixedCodes(nn.Module):
+    """Quantize to int8 codes of a fixed range, and dequantize.
+
+    Args:
+        codes: uint8 codes of the range; the int8 codes are smaller by 128.
+    """
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.how = (codes.step, codes.zero - 128, -128, 127, torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the dequantized codes of `x`, same shape."""
+        ops = torch.ops.quantized_decomposed
+        return ops.dequantize_per_tensor.default(
+            ops.quantize_per_tensor.default(x, *self.how), *self.how
+        )
+
+
+class StaticConv(nn.Module):
+    """Convolution with int8 weights and fixed ranges of input and output.
+
+    Args:
+        conv: layer to replace.
+        weight: integer weight of the layer, with the norm folded.
+        bias: float64 (out,).
+        step: step of the input codes.
+    """
+
+    def __init__(self, conv: nn.Conv2d, weight: IntegerWeight, bias: Tensor, step: float) -> None:
+        super().__init__()
+        gain = by_channel(weight.gain, weight.codes)
+        factors = bias_factors(weight.codes, bias / (step * gain))
+        codes = weight.codes * factors.to(torch.int8).view(-1, 1, 1, 1)
+        gain = gain / factors
+        # if the bias exceeds 32 bits, the products are negligible and are set to 0
+        alone = bias.abs() > MOST_BIAS_STEPS * step * gain
+        codes[alone] = 0
+        gain[alone] = bias[alone].abs() / step * 2.0**-20
+        self.register_buffer("codes", codes)
+        self.register_buffer("gain", gain.float())
+        self.register_buffer("zero", torch.zeros(len(codes), dtype=torch.int64))
+        self.register_buffer("bias", bias.float())
+        self.options: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve dequantized codes, (batch, in, height, width)."""
+        weight = torch.ops.quantized_decomposed.dequantize_per_channel(
+            self.codes, self.gain, self.zero, 0, -128, 127, torch.int8
+        )
+        return F.conv2d(x, weight, self.bias, *self.options)  # type: ignore[arg-type]
+
+
+class Chain(nn.Module):
+    """A layer with the operations that follow: quantizer, shortcut, activation, quantizer.
+
+    Args:
+        layer: the layer.
+        between: codes of the output of the layer; None for no quantizer.
+        act: activation.
+        out: codes of the result; None for no quantizer.
+    """
+
+    def __init__(
+        self, layer: nn.Module, between: Codes | None, act: Act, out: Codes | None
+    ) -> None:
+        super().__init__()
+        self.layer, self.act = layer, act
+        self.between = nn.Identity() if between is None else FixedCodes(between)
+        self.out = nn.Identity() if out is None else FixedCodes(out)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Run the layer and the operations on dequantized codes."""
+        y = self.between(self.layer(x))
+        if shortcut is not None:
+            y = y + shortcut
+        y = F.hardtanh(y, *self.act.args) if self.act.name == "hardtanh" else self.act.exact(y)
+        return self.out(y)
