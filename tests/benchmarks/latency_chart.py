@@ -119,7 +119,7 @@ def draw(axes: Any, runtime: str, mine: list[Point], points: list[Point]) -> Non
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlim(min(p.ms for p in points) / 1.5, max(p.ms for p in points) * 1.5)
-    axes.margins(y=0.22)
+    axes.margins(y=0.3)  # room for the number above a mark
 
 
 def entries(points: list[Point]) -> list[Any]:
