@@ -26,7 +26,7 @@ from tq_lightning.files import atomic_write
 
 VERSION = 1  # version of the cached index
 JSON_LABELS = ("label", "cls")  # keys of the class index in KEY.json
-MAX_LABEL = 2**20  # a larger number is not a class index, and would make as many classes
+MAX_LABEL = 2**20  # larger numbers are not class indices and would create too many classes
 
 
 class ShardIndex(NamedTuple):

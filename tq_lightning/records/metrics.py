@@ -40,7 +40,7 @@ class Metric:
 
     @property
     def suffix(self) -> str:
-        """The unit after a word in a label: ` [%]`, or "" if there is none."""
+        """The unit as a suffix of a label: ` [%]`, or "" if there is none."""
         return f" [{self.unit}]" if self.unit else ""
 
     @property
@@ -66,7 +66,7 @@ class Metric:
 
     @property
     def cut(self) -> str:
-        """Words on intervals in figures, which are cut at the ends of the range of a percentage."""
+        """Note for figures on the limits at which intervals of a percentage are cut."""
         return ", cut at 0 and 100 %" if self.unit == "%" else ""
 
     def gap(self, quantize: float, truncate: float) -> float:

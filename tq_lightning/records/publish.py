@@ -1,4 +1,4 @@
-"""Records as a report publishes them: printable, and without the paths of the machine."""
+"""Prepare records for publication in a report: printable text without absolute paths."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from tq_lightning.records.read_write import parse
 from tq_lightning.records.run import Record
 
 T = TypeVar("T")
-# An absolute path of the machine that ran: at least two folders deep, and not a part of a URL.
+# An absolute path on the machine of the run, at least two folders deep and not part of a URL.
 ABSOLUTE = re.compile(r"(?<![\w.:/…-])/(?:[^\s/'\",=:]+/)+([^\s/'\",=:]*)")
 
 

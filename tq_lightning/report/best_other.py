@@ -47,7 +47,7 @@ def _fixed(arm: Arm) -> list[str]:
 
 
 def _quality(arm: Arm, split: str) -> float:
-    """Mean over the trained widths, negative for a metric of which lower values are better."""
+    """Return the mean over the trained widths, negated if lower values are better."""
     found = [e.mean for w in arm.trained if (e := score(arm, "truncate", w, split)) is not None]
     mean = sum(found) / len(found) if found else float("-inf")
     return -mean if arm.metric.lower_is_better and found else mean
