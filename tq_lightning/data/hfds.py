@@ -54,11 +54,10 @@ def _cannot_open(path: str, error: Exception) -> UserError:
 def _split(path: str, reader: Any) -> Split:
     columns = reader.dataset.remove_columns(reader.image_key).with_format("numpy")
     labels = np.asarray(columns[reader.label_key])
-    least = labels.min() if labels.size else None
-    if labels.dtype.kind not in "iu" or least is None or least < 0:
+    if not labels.size or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise UserError(
-            f"data.name=hfds/{path}: the column label has type {labels.dtype} (least: {least}); "
-            "pass a data set with non-negative integer labels"
+            f"data.name=hfds/{path}: the column label has {labels.size} rows of type "
+            f"{labels.dtype}; pass a data set with non-negative integer labels (-1 is no label)"
         )
     names = reader.class_to_idx or {str(n): n for n in range(int(labels.max()) + 1)}
 
