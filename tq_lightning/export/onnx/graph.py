@@ -86,6 +86,8 @@ def trace(
             warnings.filterwarnings(
                 "ignore", "The tensor attributes? .* assigned during export", UserWarning
             )
+            # of PyTorch's own tracing of recurrent layers
+            warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
             program = torch.onnx.export(
                 model.eval(),
                 args,
