@@ -11,6 +11,7 @@ from fixtures.fits import TWO_STEPS
 from tq_lightning import bit_width, load_packed
 from tq_lightning.callbacks.width_metrics import evaluation_passes
 from tq_lightning.cli import main, run_fit
+from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.width_modules import TensorActivation, WidthTables
 from tq_lightning.quant import activation
 from tq_lightning.quant.activation import Activation, ActivationQuantizer
@@ -44,6 +45,8 @@ def test_new_quantizer_needs_one_row(ceil, tmp_path, capsys):
     assert all(record.widths[bits].disagree == 0 for bits in range(1, 9))
 
     checkpoint = run / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match="got model os:getcwd"):
+        load_checkpoint_model(checkpoint, "os:getcwd")
     model, hparams, _ = load_checkpoint_model(checkpoint)
     assert hparams["quantizer"] == "ceil"
     assert all(source == "truncate" for bits, source in evaluation_passes(model) if bits)

@@ -51,6 +51,7 @@ def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer):
         (["missing.ckpt", "--out", "x"], "no file missing.ckpt"),
         (["{packed}"], "--out"),
         (["{packed}", "--out", "x.onnx"], "pass --format onnx, onnx-dynamic or qonnx"),
+        (["{packed}", "--out", "x.ONNX"], "pass --format onnx, onnx-dynamic or qonnx"),
         (["{packed}", "--outt", "x"], "export: the following arguments are required: --out"),
         (["{packed}", "--out", "x", "--formt", "onnx"], "did you mean --format"),
         (["{packed}", "--out", "x", "--form", "onnx"], "unrecognized arguments: --form"),

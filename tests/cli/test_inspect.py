@@ -125,6 +125,10 @@ BAD = {
     "no number": (["--model.name=resnet8_cifar", "--model.widths=eight"], "expected integers"),
     "norm": (["--model.name=resnet8_cifar", "--model.norm=batch"], "norm"),
     "argument": (["--model.name=resnet8_cifar", "--model.model_args={shade: red}"], "shade"),
+    "own key": (
+        ["--model.name=resnet8_cifar", "--model.model_args={num_classes: 5}"],
+        "pass model.num_classes",
+    ),
     "no mapping": (["--model.name=resnet8_cifar", "--model.model_args=3"], "model_args"),
     "yaml": (["--model.name=resnet8_cifar", "--model.skip=[first"], "model.skip"),
     "config": (["--config=nowhere.yaml"], "nowhere.yaml"),

@@ -109,6 +109,17 @@ def test_decompression_bomb_is_an_error(monkeypatch):
         read_image(stream)
 
 
+@pytest.mark.parametrize(("size", "fits"), [((1, 1000), True), ((2001, 2), False)])
+def test_a_line_of_pixels_is_one_error(size, fits):
+    """Resized by its short side, it would have gigabytes."""
+    stream = file_of(Image.new("L", size), "PNG")
+    if fits:
+        assert read_image(stream).size == size
+    else:
+        with pytest.raises(UnreadableImage, match="2001 x 2 pixels"):
+            read_image(stream)
+
+
 def pattern(label):
     """Draw stripes along rows, along columns, or none, which differ in 16 and in 8 bits."""
     stripes = np.tile(np.arange(16) // 4 % 2 * 60 + 60, (16, 1)).astype(np.uint8)

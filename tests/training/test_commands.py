@@ -153,6 +153,29 @@ def test_resumed_run_keeps_its_seed(copied, capsys):
     assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--seed_everything", "5"], "seed_everything=0, not 5"),
+        (["--model.quantizer", "round"], "model.quantizer=floor, not round"),
+        (["--data.name", "synthetic", "--data.image_size", "8"], "data.name=digits, not synthetic"),
+    ],
+)
+def test_last_resumes_another_run_only_if_it_is_alike(copied, change, message):
+    """The run that was meant may have no checkpoint yet."""
+    root, run = copied
+    killed = root / "killed"
+    killed.mkdir()
+    shutil.copy(run / "config.yaml", killed)
+    before = contents(root)
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", "last", *change]
+    with pytest.raises(UserError, match="the newest of several runs") as error:
+        run_fit(small(root, *more))
+    assert message in str(error.value)
+    assert f"--ckpt_path {run / 'checkpoints' / 'last.ckpt'}" in str(error.value)
+    assert contents(root) == before
+
+
 @pytest.mark.slow
 def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
     root, run = copied
@@ -218,8 +241,11 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         (["--model.model_args", "{in_chans: 1}"], "got in_chans=1, but the images have 3 channels"),
         (["--model.warmup_epochs", "4"], "model.warmup_epochs: got 4, but trainer.max_epochs is 2"),
         (["--trainer.accelerator", "gpu"], "trainer.accelerator: got 'gpu', but PyTorch finds no"),
-        (["--trainer.accelerator", "gpu7"], "gpu7"),
-        (["--trainer.strategy", "dpp"], "dpp"),
+        (["--trainer.accelerator", "gpu7"], "trainer.accelerator: got 'gpu7', pass one of auto"),
+        (["--trainer.strategy", "dpp"], "trainer.strategy: got 'dpp', pass one of auto, ddp"),
+        (["--trainer.devices", "0"], "trainer.devices: got 0, pass a number from 1"),
+        (["--trainer.devices", "many"], "trainer.devices: got many, pass a number from 1"),
+        (["--trainer.num_nodes", "0"], "trainer.num_nodes: got 0, pass 1 or more"),
         (["--trainer.default_root_dir", "/proc/no/such"], "/proc"),
         (["--trainer.default_root_dir", "/dev/null/x"], "/dev/null"),
         (["--trainer.accelerator", "tpu"], "trainer.accelerator: this accelerator is not avai"),

@@ -116,9 +116,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: an invalid argument or combination of arguments.
     """
     a = parser().parse_args(argv)
-    if a.format is None and a.out.suffix == ".pte":
+    if a.format is None and a.out.suffix.lower() == ".pte":
         a.format = "executorch"
-    if a.format is None and a.out.suffix == ".onnx":
+    if a.format is None and a.out.suffix.lower() == ".onnx":
         raise UserError(
             f"--out {a.out} looks like an ONNX file; pass --format onnx, onnx-dynamic or qonnx, "
             "or a name that ends in .safetensors for a packed file"

@@ -68,10 +68,9 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, bool]:
     values |= {key: _value(key, text) for key, text in given.items() if text is not None}
     values["skip"] = as_list(values["skip"], "model.skip")
     values["widths"] = as_ints(values["widths"], "model.widths")
-    if not isinstance(values["model_args"] or {}, dict):
-        raise UserError(
-            f"model.model_args: got {values['model_args']!r}, pass a mapping, e.g. {{in_chans: 1}}"
-        )
+    from tq_lightning.models import check_arguments  # imports timm, which --help does not need
+
+    check_arguments(values["model_args"])
     if not isinstance(values["name"], str):
         raise UserError("inspect: no model given; pass --model.name NAME")
     if out is not None and (out.suffix != ".json" or not out.absolute().parent.is_dir()):

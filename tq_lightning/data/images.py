@@ -31,6 +31,7 @@ _SYSTEM_NAMES = {
 }  # fmt: skip
 _EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
+_MAX_RATIO = 1000  # of the sides: resizing the short one to 224 then makes 50 megapixels
 _INDIRECT = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB"}  # mode -> mode that converts directly
 
 
@@ -153,6 +154,7 @@ def read_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Any:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
             with Image.open(source) as image:
+                _check_ratio(image.size)
                 image.load()
                 return _to_8_bits(image).convert(mode)
     except UnreadableImage:
@@ -160,6 +162,14 @@ def read_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Any:
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         reason = message_of(error, 100) or type(error).__name__
         raise UnreadableImage(f"can't be read as an image ({reason})") from error
+
+
+def _check_ratio(size: tuple[int, int]) -> None:
+    if max(size) > _MAX_RATIO * min(size):
+        raise UnreadableImage(
+            f"has {size[0]} x {size[1]} pixels, and sides with a ratio above {_MAX_RATIO} can't be "
+            "resized to an input"
+        )
 
 
 def _to_8_bits(image: Any) -> Any:

@@ -92,6 +92,21 @@ def check_name(name: str) -> None:
     raise UserError(f"unknown model {name!r}; {hint}")
 
 
+def check_arguments(arguments: Any) -> None:
+    """Check `model.model_args`, the further arguments of a model.
+
+    Raises:
+        UserError: Not a mapping, or an argument that has a key of its own.
+    """
+    if not isinstance(arguments or {}, dict):
+        raise UserError(
+            f"model.model_args: got {arguments!r}, pass a mapping, e.g. {{in_chans: 1}}"
+        )
+    for key in ("name", "num_classes", "pretrained", "checkpoint_path"):
+        if key in (arguments or {}):
+            raise UserError(f"model.model_args: got {key}={arguments[key]}; pass model.{key}")
+
+
 def _own_model(
     name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any]
 ) -> nn.Module:

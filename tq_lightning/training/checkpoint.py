@@ -49,6 +49,8 @@ def load_checkpoint_model(
         check_local(name, path)
         unused = {"pretrained": False, "checkpoint_path": None, "teacher": "none", "compile": False}
         module = TQModule(**{**hparams, **unused})
+        if isinstance(model, str) and model != name:
+            raise UserError(f"{path} is a checkpoint of {name}, got model {model}")
     except UserError:
         raise
     except Exception as error:

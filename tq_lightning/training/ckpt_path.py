@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tq_lightning.errors import UserError
+<<<<<<< HEAD
 from tq_lightning.factories import is_factory
 from tq_lightning.models.weights import load_torch_file, why_not_loaded
 from tq_lightning.training.checkpoint_io import verify_checkpoint
@@ -17,11 +18,21 @@ from tq_lightning.training.resume_guard import (
     saved_batches,
 )
 from tq_lightning.training.run_folder import (
+=======
+from tq_lightning.records import NAME, read_record
+from tq_lightning.training.checkpoint import newest_checkpoint, read_progress, run_folder
+from tq_lightning.training.resume_guard import check_accumulation
+from tq_lightning.training.run_folder import (
+    CONFIG,
+>>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
     LAST,
     check_same_run,
     has_finished,
     is_finished,
+<<<<<<< HEAD
     run_of,
+=======
+>>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
 )
 from tq_lightning.training.trainer_validation import Progress, check_unfinished
 
@@ -123,6 +134,45 @@ def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
     check_unfinished(checkpoint.path, checkpoint.progress, finished, trainer)
     what = f"ckpt_path: {checkpoint.path}"
     check_accumulation(checkpoint.progress.inside_accumulation, what)
+
+
+def differences(run: Path | None, config: Any) -> list[str]:
+    """List the seed and the data set of a run that differ from those of a configuration."""
+    path = None if run is None else run / NAME
+    if path is None or not path.is_file():
+        return []
+    record = read_record(path)
+    theirs = {
+        "seed_everything": record.seed,
+        "data.name": (record.config.get("data") or {}).get("name"),
+    }
+    return [
+        f"{key}={value}, not {config[key]}"
+        for key, value in theirs.items()
+        if value is not None and str(value) != str(config[key])
+    ]
+
+
+def check_newest(checkpoint: GivenCheckpoint, root: Path, differing: list[str]) -> None:
+    """Check that `last` or `best` resumes the run that the configuration describes.
+
+    The newest of several runs may be another one, e.g. if the run that is meant has no checkpoint.
+
+    Args:
+        checkpoint: return value of `find_checkpoint`, without a run folder.
+        root: trainer.default_root_dir.
+        differing: settings of the run that differ from the configuration.
+
+    Raises:
+        UserError: they differ, and `root` has several runs.
+    """
+    several = len(list(root.glob(f"*/{CONFIG}"))) > 1
+    if checkpoint.given in ("last", "best") and several and differing:
+        raise UserError(
+            f"ckpt_path={checkpoint.given}: the newest of several runs under {root} is "
+            f"{checkpoint.run}, with {'; '.join(differing)}; pass --ckpt_path {checkpoint.path} "
+            "to resume it, or the checkpoint of another run"
+        )
 
 
 def find_auto(run_dir: Path, config: dict[str, Any]) -> Path | None:

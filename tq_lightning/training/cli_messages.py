@@ -48,6 +48,7 @@ def one_line(error: BaseException) -> str:
         _wrong_type,
         _wrong_flag,
         _no_accelerator,
+        _unknown_name,
     )
     for rewrite in rewrites:
         message = rewrite(text)
@@ -159,6 +160,23 @@ def _no_accelerator(text: str) -> str | None:
     if "No supported gpu backend found" in text:
         return "trainer.accelerator: got 'gpu', but PyTorch finds no GPU; pass cpu or auto"
     return None
+
+
+# trainer key -> names that it accepts; others need packages or shard the weights
+_NAMES = {
+    "accelerator": ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    "strategy": ("auto", "ddp", "ddp_spawn", "ddp_find_unused_parameters_true"),
+}
+
+
+def _unknown_name(text: str) -> str | None:
+    """Rewrite Lightning's message on an unknown accelerator or strategy."""
+    match = re.search(r"invalid (\w+) name: `\w+='([^']*)'`", text)
+    if match is None or match[1] not in _NAMES:
+        return None
+    known = _NAMES[match[1]]
+    hint = did_you_mean(match[2], known)
+    return f"trainer.{match[1]}: got {match[2]!r}, pass one of {', '.join(known)}{hint}"
 
 
 def quiet() -> None:

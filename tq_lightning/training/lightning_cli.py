@@ -31,8 +31,13 @@ from tq_lightning.training.arguments import (
 )
 from tq_lightning.training.ckpt_path import (
     GivenCheckpoint,
+<<<<<<< HEAD
     check_factories,
+=======
+    check_newest,
+>>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
     check_resumable,
+    differences,
     find_auto,
     find_checkpoint,
     overridden_arguments,
@@ -154,6 +159,7 @@ class TQCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         fits, root, given = self.config.subcommand == "fit", _root(config), config.get("ckpt_path")
         run_dir = None if config.run_dir is None else Path(config.run_dir)
+        differing: list[str] = []
         if given == "auto":
             if not fits:
                 raise UserError(
@@ -172,8 +178,7 @@ class TQCLI(LightningCLI):
             self.checkpoint = checkpoint = find_checkpoint(str(given), root, run_dir)
             if fits:
                 check_resumable(checkpoint, config.trainer)
-                if run_dir in (None, checkpoint.run) and checkpoint.progress.batches is None:
-                    self._keep_seed(checkpoint.run)
+                differing = differences(checkpoint.run, config) if run_dir is None else []
             self.resume_step = checkpoint.progress.step
             config.ckpt_path = str(checkpoint.path)
         given_model = config.model.as_dict()
@@ -181,6 +186,12 @@ class TQCLI(LightningCLI):
         kept_model = self.config[self.config.subcommand].model.as_dict()
         check_factories(given_model, kept_model, config.ckpt_path)
         kept = overridden_arguments(given_model, kept_model)
+        if fits and self.checkpoint is not None:
+            checkpoint = self.checkpoint
+            if run_dir is None:
+                check_newest(checkpoint, root, [*kept, *differing])
+            if run_dir in (None, checkpoint.run) and checkpoint.progress.batches is None:
+                self._keep_seed(checkpoint.run)
         if kept:
             print(
                 f"the model keeps the settings of its checkpoint: {'; '.join(kept)}",

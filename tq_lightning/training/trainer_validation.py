@@ -74,11 +74,26 @@ def _is_share(value: float) -> bool:
     return 0 <= value <= 1 or (value > 1 and float(value).is_integer())
 
 
+<<<<<<< HEAD
 _SHARE = (_is_share, "a fraction from 0.0 to 1.0, or a number of batches")
+=======
+def _is_devices(value: Any) -> bool:
+    """Return True for a count, -1, "auto", or a list of indices such as "0,1"."""
+    if isinstance(value, list):
+        return bool(value)
+    text = str(value).strip()
+    listed = re.fullmatch(r"\d+,|\d+(\s*,\s*\d+)+", text)
+    return text in ("auto", "-1") or bool(listed or re.fullmatch(r"0*[1-9]\d*", text))
+
+
+_SHARE = (_is_share, "a share from 0.0 to 1.0, or a number of batches")
+>>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
 
 # trainer key -> (test of a value that is not null, description of the accepted values). Lightning
 # accepts other values, and ignores them or divides by zero.
 _TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "devices": (_is_devices, "a number from 1, -1 for all, auto, or indices such as 0,1"),
+    "num_nodes": (lambda v: v >= 1, "1 or more"),
     "max_epochs": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
     "max_steps": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
     "max_time": (_is_time, "days:hours:minutes:seconds above 0, e.g. 00:01:00:00"),

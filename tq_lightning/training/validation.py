@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tq_lightning.errors import UserError, did_you_mean
-from tq_lightning.models import check_name
+from tq_lightning.models import check_arguments, check_name
 from tq_lightning.records import TASKS
 from tq_lightning.training.lists import as_floats
 from tq_lightning.training.losses import LOSSES, TEACHERS
@@ -71,6 +71,7 @@ def check(h: Any) -> None:
                 check_name(h[key])
             except UserError as error:
                 raise UserError(f"model.{key}: {error}") from None
+    check_arguments(h["model_args"])
     if h["task"] == "language_modeling" and h["loss"] != "cross_entropy":
         raise UserError(
             f"model.loss: got {h['loss']!r}, which is for classification; pass cross_entropy with "
@@ -93,7 +94,7 @@ def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int |
         passes: passes in the order of `width_weights`.
 
     Raises:
-        UserError: not one weight for each pass.
+        UserError: not one weight for each pass, a negative weight, or only zeros.
     """
     if width_weights is None:
         return dict.fromkeys(passes, 1.0)
@@ -102,5 +103,9 @@ def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int |
         raise UserError(
             f"model.width_weights: got {len(weights)} weights for {len(passes)} passes; "
             "pass one for each"
+        )
+    if min(weights) < 0 or sum(weights) == 0:
+        raise UserError(
+            f"model.width_weights: got {width_weights!r}, pass numbers from 0, at least one above 0"
         )
     return dict(zip(passes, weights, strict=True))

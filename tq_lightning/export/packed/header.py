@@ -43,7 +43,13 @@ _MAX_FLOAT = 3.4e38
 MAX_INPUTS = 64
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
 _CROPS = ("center", "squash", "border")
+<<<<<<< HEAD
 # Planes that are more times larger than their compressed file are a decompression bomb.
+=======
+_MAX_INPUT = 1 << 24  # values of an input image, e.g. 3 x 2364 x 2364
+_MAX_RESIZED = 1 << 13  # pixels of a side before the crop
+# Planes larger than this many times their compressed file are a decompression bomb.
+>>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
 _MAX_RATIO, _FREE_BYTES = 256, 16 << 20
 
 
@@ -129,12 +135,15 @@ def check_preprocessing(options: Mapping[str, Any] | None) -> None:
     if (
         not isinstance(size, list | tuple)
         or len(size) != 3
-        or any(type(n) is not int or not 0 < n <= 1 << 14 for n in size)
+        or any(type(n) is not int or not 0 < n <= _MAX_INPUT for n in size)
+        or math.prod(size) > _MAX_INPUT
     ):
         raise UserError(
-            f"preprocessing has input_size {str(size)[:40]}; expected [channels, height, width]"
+            f"preprocessing has input_size {str(size)[:40]}; expected [channels, height, width] "
+            f"with at most {_MAX_INPUT:,} values"
         )
-    numbers = [options.get("crop_pct", 1.0)]
+    crop = options.get("crop_pct", 1.0)
+    numbers = [crop]
     for key in ("mean", "std"):
         values = options.get(key, [])
         numbers += values if isinstance(values, list | tuple) else [None]
@@ -142,6 +151,9 @@ def check_preprocessing(options: Mapping[str, Any] | None) -> None:
         isinstance(n, bool) or not isinstance(n, int | float) or not abs(n) < 1e6 for n in numbers
     ):
         raise UserError("preprocessing has a mean, std or crop_pct that is not a number")
+    # images are resized to the size / crop_pct
+    if not max(size[1:]) / _MAX_RESIZED <= crop <= _MAX_RESIZED:
+        raise UserError(f"preprocessing has crop_pct {crop}; expected the share that is kept")
     if (
         options.get("interpolation", "bicubic") not in _INTERPOLATIONS
         or options.get("crop_mode", "center") not in _CROPS

@@ -19,6 +19,8 @@ from tq_lightning.quant.quantized_tensors import weight_quantizers
 _FORBIDDEN = ("name", "pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
 _MAX_ITEMS = 64  # arguments of a model, and items or characters of an argument
 _MAX_NUMBER = 1 << 16  # largest number in an argument
+# constructors of old timm versions loop in Python over all pairs of positions in a window
+_MAX_WINDOW = 64
 _MAX_SKIP = 1000  # skip patterns
 
 
@@ -47,7 +49,8 @@ def create_skeleton(spec: Mapping[str, Any], bounds: Bounds | None = None) -> nn
     if len(args) > _MAX_ITEMS:
         raise UserError(f"the file header has {len(args)} model arguments")
     for key, value in args.items():
-        if any(word in key for word in _FORBIDDEN) or not _is_plain(value):
+        largest = _MAX_WINDOW if "window" in key else _MAX_NUMBER
+        if any(word in key for word in _FORBIDDEN) or not _is_plain(value, largest):
             raise UserError(f"disallowed model argument in the file header: {str(key)[:40]!r}")
     with bounds.registrations() if bounds is not None else nullcontext():
         try:
@@ -61,16 +64,16 @@ def create_skeleton(spec: Mapping[str, Any], bounds: Bounds | None = None) -> nn
             return create_model(name, **args)
 
 
-def _is_plain(value: Any, depth: int = 0) -> bool:
+def _is_plain(value: Any, largest: int, depth: int = 0) -> bool:
     if isinstance(value, list):
-        return (
-            len(value) <= _MAX_ITEMS and depth < 3 and all(_is_plain(v, depth + 1) for v in value)
-        )
+        if len(value) > _MAX_ITEMS or depth > 2:
+            return False
+        return all(_is_plain(v, largest, depth + 1) for v in value)
     if isinstance(value, str):
         return len(value) <= _MAX_ITEMS and "/" not in value and "\\" not in value
     if value is None or isinstance(value, bool):
         return True
-    return isinstance(value, int | float) and abs(value) <= _MAX_NUMBER
+    return isinstance(value, int | float) and abs(value) <= largest
 
 
 def prepare_skeleton(
