@@ -92,3 +92,10 @@ def test_optimizer_state_of_another_shape_is_an_error_of_one_line():
     optimizer.state[weight]["momentum_buffer"] = torch.zeros(2)
     with pytest.raises(UserError, match=r"momentum_buffer has shape \(2,\), .* \(4, 3\)"):
         check_restored_state(optimizer)
+
+
+def test_a_text_file_is_not_taken_for_code(tmp_path):
+    path = tmp_path / "conf.yaml"
+    path.write_text("# a comment\nmodel:\n  name: resnet8_cifar\n")
+    with pytest.raises(UserError, match=r"not a file that torch\.save wrote"):
+        load_checkpoint_model(path)

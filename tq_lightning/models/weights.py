@@ -150,6 +150,9 @@ def load_torch_file(path: str | Path, mmap: bool = False) -> Any:
     Raises:
         Exception: see `torch.load` and `why_not_loaded`.
     """
+    with open(path, "rb") as file:
+        if file.read(1) not in (b"P", b"\x80"):  # torch would parse a text as a pickle
+            raise ValueError("not a zip archive and not a pickle")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickles and TorchScript archives, which are errors
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -173,8 +173,9 @@ def check_unfinished(path: Path, progress: Progress, finished: bool, trainer: An
         limit = trainer[key]
         # an interrupted run at the limit still has to record its result
         if limit not in (None, -1) and (done > limit or (done == limit and finished)):
+            unit = key.removeprefix("max_").removesuffix("s" if done == 1 else "")
             raise UserError(
-                f"ckpt_path: {path} has trained {done} {key.removeprefix('max_')}, and "
+                f"ckpt_path: {path} has trained {done} {unit}, and "
                 f"trainer.{key} is {limit}: nothing is left to train; pass a larger "
                 f"--trainer.{key} to continue, or evaluate it with `test`"
             )
