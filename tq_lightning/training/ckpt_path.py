@@ -2,13 +2,15 @@
 
 import inspect
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tq_lightning.errors import UserError
-<<<<<<< HEAD
 from tq_lightning.factories import is_factory
 from tq_lightning.models.weights import load_torch_file, why_not_loaded
+from tq_lightning.quant.config import QuantConfig
+from tq_lightning.records import NAME, read_record
 from tq_lightning.training.checkpoint_io import verify_checkpoint
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
@@ -18,21 +20,12 @@ from tq_lightning.training.resume_guard import (
     saved_batches,
 )
 from tq_lightning.training.run_folder import (
-=======
-from tq_lightning.records import NAME, read_record
-from tq_lightning.training.checkpoint import newest_checkpoint, read_progress, run_folder
-from tq_lightning.training.resume_guard import check_accumulation
-from tq_lightning.training.run_folder import (
     CONFIG,
->>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
     LAST,
     check_same_run,
     has_finished,
     is_finished,
-<<<<<<< HEAD
     run_of,
-=======
->>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
 )
 from tq_lightning.training.trainer_validation import Progress, check_unfinished
 
@@ -134,6 +127,11 @@ def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
     check_unfinished(checkpoint.path, checkpoint.progress, finished, trainer)
     what = f"ckpt_path: {checkpoint.path}"
     check_accumulation(checkpoint.progress.inside_accumulation, what)
+
+
+def network_keys() -> list[str]:
+    """Return the `model:` keys that define the quantized network, unlike e.g. a learning rate."""
+    return ["name", "model_args", "task", *(field.name for field in fields(QuantConfig))]
 
 
 def differences(run: Path | None, config: Any) -> list[str]:

@@ -31,16 +31,14 @@ from tq_lightning.training.arguments import (
 )
 from tq_lightning.training.ckpt_path import (
     GivenCheckpoint,
-<<<<<<< HEAD
     check_factories,
-=======
     check_newest,
->>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
     check_resumable,
     differences,
     find_auto,
     find_checkpoint,
     overridden_arguments,
+    network_keys,
 )
 from tq_lightning.training.cli_messages import one_line, quiet
 from tq_lightning.training.cluster import check_tasks
@@ -189,7 +187,9 @@ class TQCLI(LightningCLI):
         if fits and self.checkpoint is not None:
             checkpoint = self.checkpoint
             if run_dir is None:
-                check_newest(checkpoint, root, [*kept, *differing])
+                network = {key: given_model[key] for key in network_keys()}
+                differing += overridden_arguments(network, kept_model)
+                check_newest(checkpoint, root, differing)
             if run_dir in (None, checkpoint.run) and checkpoint.progress.batches is None:
                 self._keep_seed(checkpoint.run)
         if kept:
