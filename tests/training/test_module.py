@@ -322,3 +322,15 @@ def test_validation_draws_no_random_numbers():
     before = torch.get_rng_state()
     TQModule(opt="sgd", num_classes=10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_size_that_the_network_refuses_is_one_line():
+    """Only before the first forward pass: later errors have another cause."""
+    size = {"img_size": 32, "depth": 1, "embed_dim": 12, "num_heads": 1}
+    module = TQModule(name="vit_tiny_patch16_224", num_classes=2, model_args=size)
+    module.configure_model()
+    with pytest.raises(UserError, match=r"shape \(2, 3, 8, 8\) .*pass another data\.image_size"):
+        module(torch.zeros(2, 3, 8, 8))
+    assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+    with pytest.raises(AssertionError):
+        module(torch.zeros(2, 3, 8, 8))

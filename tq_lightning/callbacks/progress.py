@@ -51,6 +51,12 @@ class FitProgressBar(RichProgressBar):
         self._clock.start(trainer)
         super().on_train_start(trainer, pl_module)
 
+    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict:
+        """Return the metrics without the run's name, so that the bar fits 80 columns."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
     def configure_columns(self, trainer: L.Trainer) -> list:
         """Return Lightning's columns with the time column replaced."""
         left = _TimeLeft(trainer, self._clock)

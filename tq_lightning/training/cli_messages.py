@@ -157,6 +157,8 @@ def _no_accelerator(text: str) -> str | None:
             "trainer.accelerator: this accelerator is not available on this machine; "
             "pass cpu or auto"
         )
+    if "`devices` selected with `CPUAccelerator`" in text:
+        return "trainer.devices: on a CPU, pass the number of processes, e.g. 1"
     if "No supported gpu backend found" in text:
         return "trainer.accelerator: got 'gpu', but PyTorch finds no GPU; pass cpu or auto"
     return None
@@ -198,6 +200,7 @@ def quiet() -> None:
         ".*`isinstance\\(treespec.*",
         ".*Couldn't infer the batch indices.*",
         ".*The `srun` command is available.*",
+        "(?s).*Dump of a value that does not round-trip.*",  # `Text`, which becomes str
         ".*You requested to overfit but enabled train dataloader shuffling.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.data.sampling import run_seed
-from tq_lightning.errors import TrainingError, UserError
-from tq_lightning.factories import only_allow
+from tq_lightning.errors import TrainingError, UserError, first_line
+from tq_lightning.factories import is_factory, only_allow
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
@@ -188,6 +188,7 @@ class TQModule(L.LightningModule):
         """True if a checkpoint will be loaded, so that no pretrained weights are needed."""
         self.resumed_batches: dict[str, Any] | None = None
         """Loader state of the checkpoint to resume, if it was written within an epoch."""
+        self._ran = False  # True after the first forward pass
         self.began = False
         """True once the loop runs, after a checkpoint, if any, has been loaded."""
 
@@ -258,7 +259,22 @@ class TQModule(L.LightningModule):
         assert self.model is not None
         if self.hparams.channels_last and len(inputs) == 1 and inputs[0].dim() == 4:
             inputs = (inputs[0].contiguous(memory_format=torch.channels_last),)
-        return (self._compiled[0] if self._compiled else self.model)(*inputs, **named)
+        network = self._compiled[0] if self._compiled else self.model
+        try:
+            outputs = network(*inputs, **named)
+        except (AssertionError, RuntimeError) as error:
+            # timm and PyTorch refuse a size here; a network of the user may have bugs instead
+            unsuited = not (self._ran or self._compiled or is_factory(self.hparams.name))
+            if not unsuited or isinstance(error, torch.OutOfMemoryError):
+                raise
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
+            raise UserError(
+                f"model.name: {self.hparams.name} cannot process inputs of shape {shapes} "
+                f"({first_line(error)}); pass another data.image_size, or model.model_args with a "
+                "size, e.g. {img_size: 32}"
+            ) from error
+        self._ran = True
+        return outputs
 
     # -- joint step ------------------------------------------------------------------------------
     def step_widths(self, step: int) -> tuple[int | None, ...]:

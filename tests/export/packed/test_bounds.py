@@ -60,14 +60,16 @@ HUGE = {
     "depth": (network("vit_tiny_patch16_224", depth=65536), BY_NETWORK),
     "thin": (network("convnext_atto", depths=[10000] * 4, dims=[1] * 4), BY_NETWORK),
     "window": (
-        network("swin_tiny_patch4_window7_224", img_size=4096, window_size=64),
+        network("swin_tiny_patch4_window7_224", img_size=4096, window_size=32),
         BY_NETWORK,
     ),
     "Python loops over a window": (
-        network("tiny_vit_5m_224", window_sizes=[7, 7, 65, 7]),
+        network("tiny_vit_5m_224", window_sizes=[7, 7, 33, 7]),
         "disallowed model argument in the file header: 'window_sizes'",
     ),
     "input": (preprocessing(input_size=[3, 4096, 4096]), BY_FILE),
+    "means": (preprocessing(mean=[0.5] * 1000), BY_FILE),
+    "division by zero": (preprocessing(std=[0, 1, 1]), BY_FILE),
     "resized input": (preprocessing(crop_pct=1e-4), BY_FILE),
     "another network": (
         network("vit_tiny_patch16_224", depth=500, embed_dim=3, num_heads=1),

@@ -151,6 +151,11 @@ def check_preprocessing(options: Mapping[str, Any] | None) -> None:
         isinstance(n, bool) or not isinstance(n, int | float) or not abs(n) < 1e6 for n in numbers
     ):
         raise UserError("preprocessing has a mean, std or crop_pct that is not a number")
+    counts = {1, 3, size[0]}
+    if any(len(options.get(key, [0.5])) not in counts for key in ("mean", "std")):
+        raise UserError("preprocessing has a mean or std that is not one number per channel")
+    if min(options.get("std", [1.0])) <= 0.0:
+        raise UserError(f"preprocessing has std {options['std']}; expected numbers above 0")
     # images are resized to the size / crop_pct
     if not max(size[1:]) / _MAX_RESIZED <= crop <= _MAX_RESIZED:
         raise UserError(f"preprocessing has crop_pct {crop}; expected the share that is kept")

@@ -20,7 +20,7 @@ _FORBIDDEN = ("name", "pretrained", "checkpoint", "cache", "file", "path", "url"
 _MAX_ITEMS = 64  # arguments of a model, and items or characters of an argument
 _MAX_NUMBER = 1 << 16  # largest number in an argument
 # constructors of old timm versions loop in Python over all pairs of positions in a window
-_MAX_WINDOW = 64
+_MAX_WINDOW = 32
 _MAX_SKIP = 1000  # skip patterns
 
 
