@@ -34,16 +34,10 @@ ENERGIES = {
 PARTS = {"weights": "quantized weights", "float": "left in float", "norms": "norm layers"}
 PARTS |= {"scales": "scales"}
 METHOD = (
-<<<<<<< HEAD
     "Intervals are 95 % t intervals over seeds (mean ± t·s/√n). An arm with one seed has no "
-    "interval. Differences are paired by seed if both arms have the same seeds; otherwise their "
-    "interval is Welch's. Intervals are not corrected for multiple comparisons."
-=======
-    "Intervals are 95 % t intervals over seeds (mean ± t·s/√n); a single seed has none. "
-    "Figures clip intervals of accuracies to 0 and 100 %. "
-    "Differences are paired by seed if both arms have the same seeds, and Welch's otherwise. "
-    "There is no correction for multiple comparisons."
->>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
+    "interval. Figures clip the intervals of accuracies to 0 and 100 %. Differences are paired by "
+    "seed if both arms have the same seeds; otherwise their interval is Welch's. Intervals are not "
+    "corrected for multiple comparisons."
 )
 DEFINITIONS = {
     "Arm": "one configuration, trained with one or more seeds.",

@@ -37,8 +37,8 @@ from tq_lightning.training.ckpt_path import (
     differences,
     find_auto,
     find_checkpoint,
-    overridden_arguments,
     network_keys,
+    overridden_arguments,
 )
 from tq_lightning.training.cli_messages import one_line, quiet
 from tq_lightning.training.cluster import check_tasks

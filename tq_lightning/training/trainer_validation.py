@@ -74,9 +74,6 @@ def _is_share(value: float) -> bool:
     return 0 <= value <= 1 or (value > 1 and float(value).is_integer())
 
 
-<<<<<<< HEAD
-_SHARE = (_is_share, "a fraction from 0.0 to 1.0, or a number of batches")
-=======
 def _is_devices(value: Any) -> bool:
     """Return True for a count, -1, "auto", or a list of indices such as "0,1"."""
     if isinstance(value, list):
@@ -86,8 +83,7 @@ def _is_devices(value: Any) -> bool:
     return text in ("auto", "-1") or bool(listed or re.fullmatch(r"0*[1-9]\d*", text))
 
 
-_SHARE = (_is_share, "a share from 0.0 to 1.0, or a number of batches")
->>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
+_SHARE = (_is_share, "a fraction from 0.0 to 1.0, or a number of batches")
 
 # trainer key -> (test of a value that is not null, description of the accepted values). Lightning
 # accepts other values, and ignores them or divides by zero.

@@ -43,13 +43,9 @@ _MAX_FLOAT = 3.4e38
 MAX_INPUTS = 64
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random")
 _CROPS = ("center", "squash", "border")
-<<<<<<< HEAD
-# Planes that are more times larger than their compressed file are a decompression bomb.
-=======
 _MAX_INPUT = 1 << 24  # values of an input image, e.g. 3 x 2364 x 2364
 _MAX_RESIZED = 1 << 13  # pixels of a side before the crop
-# Planes larger than this many times their compressed file are a decompression bomb.
->>>>>>> b5e6364 (Refuse resuming an unlike run by last, hostile sizes, and values that Lightning blames on no key)
+# Planes that are more times larger than their compressed file are a decompression bomb.
 _MAX_RATIO, _FREE_BYTES = 256, 16 << 20
 
 
