@@ -112,7 +112,7 @@ def test_decompression_bomb_is_an_error(monkeypatch):
 @pytest.mark.parametrize(("size", "fits"), [((1, 1000), True), ((2001, 2), False)])
 def test_a_line_of_pixels_is_one_error(size, fits):
     """Resized by its short side, it would have gigabytes."""
-    stream = file_of(Image.new("L", size), "PNG")
+    stream = encoded(Image.new("L", size), "PNG")
     if fits:
         assert read_image(stream).size == size
     else:
