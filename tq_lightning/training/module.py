@@ -257,21 +257,23 @@ class TQModule(L.LightningModule):
         vocabulary). The model runs at the bit width in use.
         """
         assert self.model is not None
-        if self.hparams.channels_last and len(inputs) == 1 and inputs[0].dim() == 4:
+        image = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Tensor) else None
+        images = image is not None and image.dim() == 4
+        if self.hparams.channels_last and images:
             inputs = (inputs[0].contiguous(memory_format=torch.channels_last),)
         network = self._compiled[0] if self._compiled else self.model
         try:
             outputs = network(*inputs, **named)
         except (AssertionError, RuntimeError) as error:
-            # timm and PyTorch refuse a size here; a network of the user may have bugs instead
-            unsuited = not (self._ran or self._compiled or is_factory(self.hparams.name))
-            if not unsuited or isinstance(error, torch.OutOfMemoryError):
+            first = images and not (self._ran or self._compiled)
+            # a factory is the user's code, whose errors need their traceback
+            other = is_factory(self.hparams.name) or isinstance(error, torch.OutOfMemoryError)
+            if not first or other:
                 raise
-            shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
             raise UserError(
-                f"model.name: {self.hparams.name} cannot process inputs of shape {shapes} "
-                f"({first_line(error)}); pass another data.image_size, or model.model_args with a "
-                "size, e.g. {img_size: 32}"
+                f"model.name: {self.hparams.name} cannot process inputs of shape "
+                f"{tuple(inputs[0].shape)} ({first_line(error)}); pass another data.image_size, or "
+                "model.model_args with a size, e.g. {img_size: 32}"
             ) from error
         self._ran = True
         return outputs
