@@ -59,7 +59,7 @@ def test_surviving_rank_ends_with_an_error_of_one_line(tmp_path, dies):
     lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert lines == [
         f"error: rank {dies} of 2 ended before the others; see its own output for the "
-        "reason. Resume with --ckpt_path last"
+        f"reason; {run} has no checkpoint yet"
     ]
     assert "Traceback" not in printed
     if dies == 1:

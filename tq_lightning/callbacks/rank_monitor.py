@@ -29,10 +29,15 @@ class RankMonitor(L.Callback):
 
     Args:
         on_lost: called with the message before the process is ended; it marks the record as failed.
+        hint: returns how to resume the run; added to the message.
     """
 
-    def __init__(self, on_lost: Callable[[str], None] = lambda message: None) -> None:
-        self.on_lost = on_lost
+    def __init__(
+        self,
+        on_lost: Callable[[str], None] = lambda message: None,
+        hint: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.on_lost, self.hint = on_lost, hint
         self.message: str | None = None  # set once a peer is lost
         self._lost = threading.Event()
         self._ended = threading.Event()
@@ -104,9 +109,10 @@ class RankMonitor(L.Callback):
 
     def _end(self, rank: int) -> None:
         """Notify the other ranks, wait for the main thread to fail, and end the process."""
+        hint = self.hint()
         self.message = (
             f"rank {rank} of {self._size} ended before the others; see its own output for the "
-            "reason. Resume with --ckpt_path last"
+            f"reason{'; ' if hint else ''}{hint}"
         )
         self._lost.set()
         self._send(str(rank).encode())

@@ -287,7 +287,7 @@ class TQCLI(LightningCLI):
         if trainer["enable_model_summary"] is None:  # replaced by `QuantizationSummary`
             kwargs["enable_model_summary"] = False
         bar = kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
-        self._rank_monitor = RankMonitor(self._fail_record)
+        self._rank_monitor = RankMonitor(self._fail_record, self._how_to_resume)
         # RankMonitor comes first: it names the cause of an error before the record is written
         callbacks = [self._rank_monitor, WidthTable(), *progress_callbacks(bar, fits)]
         if fits:
