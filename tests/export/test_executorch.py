@@ -10,6 +10,7 @@ from torch import nn
 from tq_lightning import bit_width, calibrate_activations, load_packed, prepare, save_packed
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
+from tq_lightning.export import executorch
 from tq_lightning.export.executorch import _to_integers, export_executorch
 from tq_lightning.export.executorch_layers import StaticConv
 from tq_lightning.export.executorch_static import static_network
@@ -106,6 +107,32 @@ def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
             other = made.network(images)
         assert (got - expected).norm() < 0.1 * expected.norm()
         assert (other - expected).norm() > 2 * (got - expected).norm()
+
+
+def test_ranges_that_fail_in_the_lowering_are_not_used(make, tmp_path, monkeypatch):
+    pytest.importorskip("torch.ao.quantization.fx._decomposed")
+    monkeypatch.setattr(executorch, "_backend", lambda: lambda exported: b"program")
+    model, images = make()
+    calibrate_activations(model, [images])
+    path, out = tmp_path / "m.safetensors", tmp_path / "m.pte"
+    save_packed(model, path, preprocessing={"input_size": list(images.shape[1:])})
+    program = export_executorch(path, out, 4)
+    assert len(program.fixed) == 6 and program.no_fixed_ranges is None
+
+    def only_dynamic(exported):
+        if "choose_qparams" not in str(exported.graph):
+            raise RuntimeError("no fixed ranges")
+        return b"other program"
+
+    monkeypatch.setattr(executorch, "_backend", lambda: only_dynamic)
+    program = export_executorch(path, out, 4)
+    assert out.read_bytes() == b"other program"
+    assert not program.fixed and len(program.integer) == 6
+    assert "not used: ExecuTorch can't express this network (RuntimeError: no fixed ranges)" in (
+        "\n".join(program.lines())
+    )
+    with pytest.raises(UserError, match="no fixed ranges"):
+        export_executorch(path, out, 4, static=True)
 
 
 @needs

@@ -11,6 +11,7 @@ as int8 at every width. All integers are exact. If the odd integers of the level
 an additional output channel sums the inputs (see `integer_weight`).
 """
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +39,13 @@ class Program(NamedTuple):
         integer: names of the weights that run as integers.
         left_in_float: {name: reason} of the quantized weights that stay in float.
         fixed: subset of `integer` whose inputs have fixed ranges.
+        no_fixed_ranges: reason why the ranges of the file are not used, if they could not be.
     """
 
     integer: list[str]
     left_in_float: dict[str, str]
     fixed: list[str]
+    no_fixed_ranges: str | None = None
 
     def lines(self) -> list[str]:
         """Describe the program: integer layers, their storage, and each layer in float."""
@@ -53,6 +56,8 @@ class Program(NamedTuple):
             "XNNPACK stores convolutions as int8 at every width, and linear layers as int4 at "
             "4 bits and below",
         ]
+        if self.no_fixed_ranges is not None:
+            lines.append(f"the ranges of the file are not used: {self.no_fixed_ranges}")
         return lines + [f"left in float: {n}: {why}" for n, why in self.left_in_float.items()]
 
 
@@ -70,7 +75,8 @@ def export_executorch(
         out: target file (.pte), written atomically.
         bits: width, one of those that the file supports.
         model: see `load_packed`.
-        static: use the activation ranges of the file for convolutions; None uses them if available.
+        static: use the activation ranges of the file for convolutions. None uses them if the file
+            has them and ExecuTorch can lower the result.
 
     Returns:
         The layers that run as integers, and those that stay in float.
@@ -94,7 +100,29 @@ def export_executorch(
             f"{path} was trained with quantized activations, which --format executorch would "
             "replace with its own; pass --format onnx instead"
         )
-    model, program = _integer_network(model, static)
+    if static is None and _has_convolution_ranges(model):
+        # ExecuTorch may not lower the fixed ranges of every network
+        try:
+            buffer, program = _lower(copy.deepcopy(model), path, size, backend, True)
+        except _LoweringError as error:
+            buffer, program = _lower(model, path, size, backend, False)
+            program = program._replace(no_fixed_ranges=str(error))
+    else:
+        buffer, program = _lower(model, path, size, backend, bool(static))
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(buffer)
+    return program
+
+
+class _LoweringError(UserError):
+    """PyTorch or ExecuTorch can't express a network."""
+
+
+def _lower(
+    model: nn.Module, path: str | Path, size: list[int], backend: Any, static: bool
+) -> tuple[bytes, Program]:
+    """Return the bytes of the program, and its layers."""
+    network, program = _integer_network(model, static)
     if not program.integer:
         name, reason = next(iter(program.left_in_float.items()))
         raise UserError(
@@ -102,16 +130,13 @@ def export_executorch(
         )
     try:
         with torch.no_grad():
-            exported = torch.export.export(model.eval(), (torch.zeros(1, *size),), strict=False)
-            buffer = backend(exported)
+            exported = torch.export.export(network.eval(), (torch.zeros(1, *size),), strict=False)
+            return backend(exported), program
     except Exception as error:  # torch.export and the lowering raise many types
         reason = message_of(error, 200)
-        raise UserError(
+        raise _LoweringError(
             f"ExecuTorch can't express this network ({type(error).__name__}: {reason})"
         ) from error
-    with atomic_write(out) as temporary:
-        temporary.write_bytes(buffer)
-    return program
 
 
 def _backend() -> Any:
@@ -153,16 +178,18 @@ def _dequantize_for_each_reader(exported: Any) -> None:
         if node.target == dequantize:
             for reader in list(node.users)[1:]:
                 with graph.inserting_after(node):
-                    copy = graph.node_copy(node)
-                reader.replace_input_with(node, copy)
+                    own = graph.node_copy(node)
+                reader.replace_input_with(node, own)
     exported.graph_module.recompile()
 
 
-def _integer_network(model: nn.Module, static: bool | None) -> tuple[nn.Module, Program]:
+def _has_convolution_ranges(model: nn.Module) -> bool:
+    convolutions = any(isinstance(w.module, nn.Conv2d) for w in packed_weights(model))
+    return convolutions and bool(activation_ranges(model))
+
+
+def _integer_network(model: nn.Module, static: bool) -> tuple[nn.Module, Program]:
     """Return a network with integer layers, and their names."""
-    if static is None:
-        convolutions = any(isinstance(w.module, nn.Conv2d) for w in packed_weights(model))
-        static = convolutions and bool(activation_ranges(model))
     made = static_network(model) if static else None
     if made is None:
         return model, _to_integers(model)
