@@ -31,7 +31,7 @@ _SYSTEM_NAMES = {
 }  # fmt: skip
 _EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA"}
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
-_MAX_RATIO = 1000  # of the sides: resizing the short one to 224 then makes 50 megapixels
+_MAX_RATIO = 1000  # of the sides: resizing the short side to 224 would give 50 megapixels
 _INDIRECT = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB"}  # mode -> mode that converts directly
 
 

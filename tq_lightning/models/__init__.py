@@ -96,7 +96,7 @@ def check_arguments(arguments: Any) -> None:
     """Check `model.model_args`, the further arguments of a model.
 
     Raises:
-        UserError: Not a mapping, or an argument that has a key of its own.
+        UserError: not a mapping, or an argument that has a key of its own.
     """
     if not isinstance(arguments or {}, dict):
         raise UserError(
