@@ -63,7 +63,7 @@ def simulate_all(
         {simulation: picojoules by kind}, in the order of `simulations`.
     """
     found = {}
-    workers = min(len(simulations), _processors())
+    workers, others = min(len(simulations), _processors()), set(multiprocessing.active_children())
     # a forked process could inherit a lock that a thread of PyTorch holds
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         pending = {pool.submit(simulate, one): one for one in simulations}
@@ -72,8 +72,10 @@ def simulate_all(
                 found[pending[future]] = future.result()
                 if progress is not None:
                     progress(done, len(simulations))
-        except BaseException:
+        except BaseException:  # an interrupt does not wait for the simulations that are running
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
             raise
     return {one: found[one] for one in simulations}
 
