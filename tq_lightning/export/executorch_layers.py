@@ -164,5 +164,9 @@ class Chain(nn.Module):
         y = self.between(self.layer(x))
         if shortcut is not None:
             y = y + shortcut
-        y = F.hardtanh(y, *self.act.args) if self.act.name == "hardtanh" else self.act.exact(y)
+        if self.act.name == "hardtanh":
+            low, high = self.act.args
+            y = F.hardtanh(y, low, high)
+        else:
+            y = self.act.exact(y)
         return self.out(y)

@@ -155,8 +155,8 @@ def _layer(layer: IntegerLayer, has_shortcut: bool) -> Chain:
         conv = _conv(inner, inner.weight.detach().double() * factor.view(-1, 1, 1, 1), bias)
         return Chain(conv, None, layer.act, out)
     integers = integer_weight(narrow, width.bits, scale, weight.level)
-    conv = StaticConv(inner, integers, bias, layer.into.at(width).step)
-    return Chain(conv, between, layer.act, out)
+    static = StaticConv(inner, integers, bias, layer.into.at(width).step)
+    return Chain(static, between, layer.act, out)
 
 
 def _codes_of_norm(norm: nn.Module | None) -> Codes | None:
