@@ -182,6 +182,26 @@ def test_return_value_of_a_data_factory_is_checked(folder):
         TQDataModule("own:")
 
 
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ("(x, 0.5)", "the labels have type torch.float64; return integers"),
+        ("x", "a batch is a Tensor; return (inputs, labels)"),
+        ("{'input': x}", "a batch has the keys input, and no labels"),
+        ("{'input': x, 'other': x, 'label': 0}", "got an unexpected keyword argument 'other'"),
+    ],
+)
+def test_samples_that_do_not_fit_are_one_line(folder, capsys, sample, message):
+    (folder / "own.py").write_text(
+        OWN + f"x = torch.zeros(4)\ndef samples(): return ([{sample}] * 40,) * 2\n"
+    )
+    fit = ["fit", "--model.name=own:network", "--data.name=own:samples", "--model.num_classes=4"]
+    fit += ["--data.workers=0", "--data.batch_size=8", "--trainer.max_epochs=1"]
+    assert main([*fit, "--trainer.accelerator=cpu"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
 def test_factory_is_exported_on_the_command_line(folder, capsys):
     fit = ["fit", "--model.name=own_network:network", "--data.name=own_network:data_sets"]
     fit += ["--data.workers=0", "--trainer.max_epochs=1", "--run_dir=run", "--data.batch_size=64"]

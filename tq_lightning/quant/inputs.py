@@ -1,7 +1,7 @@
 """Batches as tensors, tuples or mappings: the inputs of a network, and the labels."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,19 +34,36 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
             `LABELS`; the other keys are then arguments of the network.
 
     Raises:
-        ValueError: the batch has no labels.
+        UserError: the batch has no labels.
     """
     if isinstance(batch, Mapping):
         key = next((key for key in LABELS if key in batch), None)
         if key is None:
-            raise ValueError(
+            raise UserError(
                 f"a batch has the keys {', '.join(map(str, batch))}, and no labels; add one of "
                 f"{', '.join(LABELS)}"
             )
         return {k: v for k, v in batch.items() if k != key}, batch[key]
     if not isinstance(batch, tuple | list) or len(batch) < 2:
-        raise ValueError(f"a batch is a {type(batch).__name__}, not (inputs, labels)")
+        raise UserError(
+            f"a batch is a {type(batch).__name__}; return (inputs, labels), or a dict with labels"
+        )
     return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+
+
+def check_arguments(model: nn.Module, args: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Check that inputs fit the parameters of a network.
+
+    Raises:
+        UserError: an argument is missing or unknown.
+    """
+    try:
+        inspect.signature(model.forward).bind(*args, **named)
+    except TypeError as error:
+        raise UserError(
+            f"the inputs of a batch do not fit {type(model).__name__}.forward: {error}; name them "
+            "like its parameters, or return them in the same order"
+        ) from None
 
 
 def check_logits(task: str, logits: Any, target: Tensor) -> None:
@@ -66,6 +83,8 @@ def check_logits(task: str, logits: Any, target: Tensor) -> None:
             "object with the attribute logits"
         )
     shape, labels = tuple(logits.shape), tuple(target.shape)
+    if target.dim() == 1 and target.is_floating_point():
+        raise UserError(f"the labels have type {target.dtype}; return integers, the class indices")
     if task == "language_modeling":
         if len(shape) != 3 or labels != shape[:2]:
             raise UserError(

@@ -15,6 +15,7 @@ from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import (
     call,
+    check_arguments,
     check_logits,
     check_shifted,
     describe_inputs,
@@ -264,6 +265,9 @@ class TQModule(L.LightningModule):
         network = self._compiled[0] if self._compiled else self.model
         try:
             outputs = network(*inputs, **named)
+        except TypeError:
+            check_arguments(self.model, inputs, named)
+            raise
         except (AssertionError, RuntimeError) as error:
             first = images and not (self._ran or self._compiled)
             # a factory is the user's code, whose errors need their traceback

@@ -88,6 +88,8 @@ def trace(
             )
             # of PyTorch's own tracing of recurrent layers
             warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
+            # inputs that share the name of their batch dimension
+            warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
             program = torch.onnx.export(
                 model.eval(),
                 args,
