@@ -109,7 +109,7 @@ def test_checkpoint_never_imports_a_factory(folder, capsys):
     torch.save(hostile, bad)
     with pytest.raises(UserError, match="names the factory 'own:network'"):
         load_checkpoint_model(bad)
-    with pytest.raises(UserError, match="names the factory 'own:network'"):
+    with pytest.raises(UserError, match="is a checkpoint of own:network, got model own_network:"):
         load_checkpoint_model(bad, model="own_network:network")
     with pytest.raises(UserError, match="names the factory 'own:network'"):
         TQModule.load_from_checkpoint(bad, weights_only=True)

@@ -85,7 +85,8 @@ def test_truncated_passes_shift_uint8_codes(monkeypatch):
     evaluate_batch(model, images, [(2, "truncate")])
     assert seen == [(8, 2)]  # all weights in one call
     seen.clear()
-    evaluate_batch(model, images, [(2, "quantize"), (None, "quantize")])
+    evaluate_batch(model, images, [(None, "quantize")])
+    evaluate_batch(network(quantizer="round"), images, [(2, "quantize")])
     assert seen == []
 
 

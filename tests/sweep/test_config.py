@@ -176,7 +176,7 @@ BAD = [
     ({"command": None}, "expected a list that ends in ${args}"),
     (
         {"command": ["python", "train.py", "${args}"]},
-        "expected [${env}, python, -m, tq_lightning, fit",
+        'expected ["${env}", python, -m, tq_lightning, fit',
     ),
     (
         {"command": ["python", "-m", "tq_lightning", "fit", "${args_json}", "${args}"]},

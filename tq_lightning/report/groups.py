@@ -104,7 +104,7 @@ def arm_config(run: Run) -> dict[str, Any]:
     config = {
         k: v
         for k, v in run.config.items()
-        if not NOT_AN_ARM.search(k) and not (k.startswith("trainer.") and v is None)
+        if not NOT_AN_ARM.search(k) and not (k.startswith(("trainer.", "data.")) and v is None)
     }
     found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}

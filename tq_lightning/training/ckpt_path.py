@@ -11,6 +11,7 @@ from tq_lightning.factories import is_factory
 from tq_lightning.models.weights import load_torch_file, why_not_loaded
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.records import NAME, read_record
+from tq_lightning.records.publish import flatten
 from tq_lightning.training.checkpoint_io import verify_checkpoint
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
@@ -142,7 +143,7 @@ def differences(run: Path | None, config: Any) -> list[str]:
     record = read_record(path)
     theirs = {
         "seed_everything": record.seed,
-        "data.name": (record.config.get("data") or {}).get("name"),
+        "data.name": flatten(record.config).get("data.name"),
     }
     return [
         f"{key}={value}, not {config[key]}"
