@@ -76,7 +76,7 @@ def test_preactivation_network_has_expansion_and_projection():
     report = prepare(model, skip=("first", "last", "*skip_conv"), verbose=False)
     assert sum("floor" in what for what in report.values()) == 18
     assert (model.forward_features(torch.randn(2, 3, 32, 32)) < 0).any(), (
-        "there is no ReLU before the pooling"
+        "no ReLU before the pooling"
     )
 
 

@@ -42,13 +42,13 @@ def test_width_follows_later_changes_of_the_modules(model):
     """Entering `bit_width` does not reuse modules found by an earlier call."""
     with bit_width(model, 4):
         pass
-    twin = copy.deepcopy(model)
-    with bit_width(twin, 2):
-        assert (width_of(twin).bits, width_of(model).bits) == (2, 8)
+    copied = copy.deepcopy(model)
+    with bit_width(copied, 2):
+        assert (width_of(copied).bits, width_of(model).bits) == (2, 8)
     parent = nn.Sequential(model)
     assert width_of(parent) is width_of(model)
-    parent._modules["0"] = twin  # as `prepare` swaps layers, which bypasses hooks
-    assert width_of(parent) is width_of(twin)
+    parent._modules["0"] = copied  # as `prepare` swaps layers, which bypasses hooks
+    assert width_of(parent) is width_of(copied)
     with bit_width(parent, 4):
         assert width_of(model).bits == 8
     parent.append(model)
@@ -56,7 +56,7 @@ def test_width_follows_later_changes_of_the_modules(model):
         pass
     del parent[0]
     with bit_width(parent, 4):
-        assert (width_of(model).bits, width_of(twin).bits) == (4, 8)
+        assert (width_of(model).bits, width_of(copied).bits) == (4, 8)
 
 
 def test_shared_and_cyclic_modules_are_visited_once(model):

@@ -47,17 +47,17 @@ def test_deep_copies_are_independent(model, images):
         model.train()(images).sum().backward()  # a copy may be taken in the middle of training
         model.eval()
     before = all_logits(model, images)
-    twin = copy.deepcopy(model)
-    assert all_equal(all_logits(twin, images), before) and twin.tq == model.tq
-    assert width_of(twin) is not width_of(model)
-    assert len({id(m.width) for m in twin.modules() if hasattr(m, "width")}) == 1
-    with bit_width(twin, 2, "truncate"):
+    copied = copy.deepcopy(model)
+    assert all_equal(all_logits(copied, images), before) and copied.tq == model.tq
+    assert width_of(copied) is not width_of(model)
+    assert len({id(m.width) for m in copied.modules() if hasattr(m, "width")}) == 1
+    with bit_width(copied, 2, "truncate"):
         assert width_of(model).bits == 8
         with bit_width(model, 8):
-            assert (width_of(twin).bits, width_of(twin).source) == (2, "truncate")
-    for p in twin.parameters():
+            assert (width_of(copied).bits, width_of(copied).source) == (2, "truncate")
+    for p in copied.parameters():
         p.data.zero_()
-    for b in twin.buffers():
+    for b in copied.buffers():
         b.zero_()
     assert all_equal(all_logits(model, images), before)
 
@@ -73,12 +73,12 @@ def test_copies_of_layers_with_several_weights_are_independent(make):
     with bit_width(model, 2):
         before = model[0](*inputs)[0]
         before.sum().backward()
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with torch.no_grad():
         for weight in weight_quantizers(model):
             weight.original.zero_()
-    with bit_width(twin, 2):
-        assert torch.equal(twin[0](*inputs)[0], before)
+    with bit_width(copied, 2):
+        assert torch.equal(copied[0](*inputs)[0], before)
     with bit_width(model, 2):
         assert not torch.equal(model[0](*inputs)[0], before)
 
@@ -183,13 +183,13 @@ def test_inductor_code_equals_eager_mode(fresh_dynamo):
 @pytest.mark.timeout(900)
 def test_compiled_training_step_equals_the_eager_step(net, images, fresh_dynamo):
     prepare(net, activations="pact_floor", skip=(), verbose=False)
-    twin = copy.deepcopy(net)
-    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    copied = copy.deepcopy(net)
+    compiled = torch.compile(copied, backend="aot_eager", fullgraph=True)
     for bits in (8, 4, 2, 1):
         for model in (net, compiled):
             with bit_width(model.train(), bits):
                 model(images).square().sum().backward()
-    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+    for (name, p), q in zip(net.named_parameters(), copied.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), name
 

@@ -85,7 +85,7 @@ def prepare(
 
     Raises:
         ValueError: a choice is unknown or unsupported, the model is already prepared, a layer
-            cannot be quantized, or there is no layer to quantize.
+            cannot be quantized, or the model has no layer to quantize.
 
     Source:
         TruncQuant, arXiv 2506.11431; per-width norms: Any-Precision DNNs, arXiv 1911.07346.

@@ -33,12 +33,12 @@ class Estimate:
 
     @property
     def low(self) -> float:
-        """Lower end of the interval, or the mean if there is no interval."""
+        """Lower end of the interval, or the mean of one seed."""
         return self.mean - (self.half or 0.0)
 
     @property
     def high(self) -> float:
-        """Upper end of the interval, or the mean if there is no interval."""
+        """Upper end of the interval, or the mean of one seed."""
         return self.mean + (self.half or 0.0)
 
     @property
@@ -68,7 +68,7 @@ class Difference:
 
     @property
     def interval(self) -> str:
-        """The interval as text, `[+0.40, +2.00]`; empty if there is no interval."""
+        """The interval as text, `[+0.40, +2.00]`; empty for one seed."""
         ends = [number(end, 2, "+") for end in (self.estimate.low, self.estimate.high)]
         return "" if self.estimate.half is None else f"[{', '.join(ends)}]"
 

@@ -36,8 +36,8 @@ def test_resident_weights_are_reused_only_for_the_same_width_model_and_state(
     name, module, tensor, weight = first.name, first.module, first.tensor, first.packed
     expected = {bits: logits(net[0], images, bits, "truncate") for bits in (8, 2)}
     assert torch.equal(logits(model, images, 8), expected[8])
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin, images, 2), expected[2])
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied, images, 2), expected[2])
     assert torch.equal(logits(model, images, 8), expected[8])
 
     made = []
@@ -46,8 +46,8 @@ def test_resident_weights_are_reused_only_for_the_same_width_model_and_state(
         type(weight), "forward", lambda self, codes: made.append(self.name) or real(self, codes)
     )
     assert getattr(module, tensor) is weight._weight and not made
-    assert getattr(twin.get_submodule(name.rpartition(".")[0]), tensor) is not weight._weight
-    for again in (lambda: model.to("cpu"), lambda: model.load_state_dict(twin.state_dict())):
+    assert getattr(copied.get_submodule(name.rpartition(".")[0]), tensor) is not weight._weight
+    for again in (lambda: model.to("cpu"), lambda: model.load_state_dict(copied.state_dict())):
         again()
         made.clear()
         assert torch.equal(logits(model, images, 8), expected[8]) and name in made

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from fixtures.codes import SCALES, WIDTHS, all_codes
 
 from tq_lightning.quant.codes import LEVELS, dequantize, truncate_codes
 from tq_lightning.quant.integer.arithmetic import (
@@ -13,13 +14,6 @@ from tq_lightning.quant.integer.arithmetic import (
     signed_level,
 )
 from tq_lightning.quant.integer.saturation import largest_integer
-
-WIDTHS = range(1, 9)
-SCALES = torch.tensor([1.0, -1.0, 0.37, -2.5e-3, 0.0, -0.0], dtype=torch.float64)
-
-
-def all_codes(bits):
-    return torch.arange(2**bits).to(torch.uint8)
 
 
 def exact_weight(k, bits, level):

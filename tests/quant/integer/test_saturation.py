@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fixtures.codes import SCALES, WIDTHS, all_codes
 
 from tq_lightning.quant.codes import LEVELS
 from tq_lightning.quant.integer.arithmetic import integer_weight
@@ -13,13 +14,6 @@ from tq_lightning.quant.integer.saturation import (
     split_weight,
 )
 
-WIDTHS = range(1, 9)
-SCALES = torch.tensor([1.0, -1.0, 0.37, -2.5e-3, 0.0, -0.0], dtype=torch.float64)
-
-
-def all_codes(bits):
-    return torch.arange(2**bits).to(torch.uint8)
-
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -27,15 +21,15 @@ def test_split_weights_are_exact_and_do_not_saturate(bits, level):
     """For all codes and signs, products with 255 fit 16 bits, unlike those of k'."""
     codes = all_codes(bits).expand(len(SCALES), -1)
     got = split_weight(codes, bits, SCALES[:, None], level)
-    whole = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
+    unsplit = integer_weight(codes, bits, SCALES[:, None], level, exact=True)
     assert all(part.dtype == torch.int8 for part in got.parts) and (got.gain > 0).all()
     high, low = (part.int() for part in got.parts)
     assert torch.equal(SPLIT * high + low, got.codes.int())
-    expected = whole.gain * (whole.codes.double() + whole.offset)
+    expected = unsplit.gain * (unsplit.codes.double() + unsplit.offset)
     assert torch.allclose(got.gain * got.codes.double(), expected, rtol=0, atol=1e-14)
     for part in (high, low):
         assert 2 * 255 * int(part.abs().max()) <= INT16_MAX
-    assert bits < 8 or 2 * 255 * int(whole.codes.abs().int().max()) > INT16_MAX
+    assert bits < 8 or 2 * 255 * int(unsplit.codes.abs().int().max()) > INT16_MAX
 
 
 @pytest.mark.parametrize("level", LEVELS)
