@@ -57,7 +57,8 @@ def _split(path: str, reader: Any) -> Split:
     if not labels.size or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise UserError(
             f"data.name=hfds/{path}: the column label has {labels.size} rows of type "
-            f"{labels.dtype}; pass a data set with non-negative integer labels (-1 marks a missing label)"
+            f"{labels.dtype}; pass a data set with non-negative "
+            "integer labels (-1 marks a missing label)"
         )
     names = reader.class_to_idx or {str(n): n for n in range(int(labels.max()) + 1)}
 
