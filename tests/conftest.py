@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: no network access, and one thread per process."""
 
 import os
+import signal
 
 import pytest
 
@@ -20,3 +21,11 @@ def own_rendezvous():
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture
+def interruptible():
+    """Raise KeyboardInterrupt on SIGINT, which a shell ignores in a background process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -1,6 +1,5 @@
 """The trial queue: every point runs exactly once, on every storage."""
 
-import signal
 import threading
 
 import optuna
@@ -155,14 +154,6 @@ def test_without_a_limit_one_more_trial_is_always_waiting(url):
         assert trial.user_attrs["point"] == point
         finish(queue, trial)
     assert not queue.finished()
-
-
-@pytest.fixture
-def interruptible():
-    """Raise KeyboardInterrupt on SIGINT as in `Worker.run`; background processes ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_worker_detects_that_its_trial_was_reassigned(url, interruptible):

@@ -107,6 +107,7 @@ def test_signal_stops_an_evaluation_at_once(tmp_path, capsys):
     assert not (run / ".lock").exists()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_names_only_an_existing_checkpoint(tmp_path, capsys):
     """Without a checkpoint, `--ckpt_path last` would resume another run."""
     run = tmp_path / "a"
