@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="config.yaml of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    parser.add_argument("--accelerator", default="cpu", help="cpu, gpu or auto")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
@@ -70,8 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         module, source = FloatNetwork(config["model"]), TQDataModule(**data, seed=seed)
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         epochs = config["trainer"]["max_epochs"]
-        trainer = L.Trainer(max_epochs=epochs, limit_val_batches=0, accelerator="cpu", **options)
+        options |= {"accelerator": args.accelerator, "limit_val_batches": 0}
+        trainer = L.Trainer(max_epochs=epochs, **options)
         trainer.fit(module, source)
+        torch.backends.cudnn.allow_tf32 = False  # evaluate in float32
         (result,) = trainer.test(module, source, verbose=False)
         row = {"model": config["model"]["name"], "epochs": epochs, "seed": seed}
         rows.append({**row, "test_acc1": round(result["acc1"], 2)})

@@ -35,6 +35,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 FITS = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)]
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """TF32 convolutions, the default on a GPU, round inputs to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def prepare_model(device, **how):
     torch.manual_seed(0)
     model = create_model("resnet8_cifar", num_classes=10)

@@ -9,7 +9,7 @@ from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import bit_width, width_of
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import call
+from tq_lightning.quant.inputs import call, overwrites_outputs
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.records import ACC1, PPL, Metric
 
@@ -55,7 +55,8 @@ def evaluate_batch(model: nn.Module, inputs: Any, passes: list[Pass]) -> dict[Pa
     with fused_weights(model):
         for bits, source in passes:
             with bit_width(model, bits, source):
-                logits[bits, source] = call(model, inputs)
+                out = call(model, inputs)
+                logits[bits, source] = out.clone() if overwrites_outputs(model) else out
     return logits
 
 

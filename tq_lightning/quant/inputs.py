@@ -26,6 +26,19 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return out if isinstance(out, Tensor) else getattr(out, "logits", out)
 
 
+def overwrites_outputs(model: nn.Module) -> bool:
+    """Return True if the next call of a compiled network may overwrite the outputs of this one.
+
+    CUDA graphs (`torch.compile(mode="reduce-overhead")`) write logits and gradients to the same
+    memory in every call.
+
+    Args:
+        model: a network, or a LightningModule with a `compiled_model`.
+    """
+    compiled = getattr(model, "compiled_model", model)
+    return hasattr(compiled, "_orig_mod") and next(compiled.parameters()).is_cuda
+
+
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
     """Split a batch into the inputs of the network and the labels.
 

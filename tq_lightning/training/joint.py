@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tq_lightning.errors import TrainingError
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import call
+from tq_lightning.quant.inputs import call, overwrites_outputs
 from tq_lightning.training.losses import WidthLoss
 
 
@@ -71,6 +71,7 @@ def joint_loss(
     position = {id(p): i for i, p in enumerate(params)}
     losses: dict[int | None, Tensor] = {}
     logits: dict[int | None, Tensor] = {}
+    copy = overwrites_outputs(model)
     with fused_weights(model, check=False) as fused:
         sums: list[Tensor | None] = [None] * len(params)
         for i, bits in enumerate(widths):
@@ -79,7 +80,8 @@ def joint_loss(
                     group.require_grad()
                 out = call(model, inputs)
                 loss = width_loss(bits, out, logits)
-            logits[bits], losses[bits] = out.detach(), loss.detach()
+            losses[bits] = loss.detach()
+            logits[bits] = out.detach().clone() if copy else out.detach()
             factor = loss_scale if weights is None else loss_scale * weights[i]
             # the weights of a width are leaves; their gradients go through the straight-through
             # rule here, and once per step through the normalizer
@@ -87,8 +89,10 @@ def joint_loss(
             with torch.autocast(params[0].device.type, enabled=False):
                 grads = torch.autograd.grad(loss * factor, [*params, *leaves], allow_unused=True)
             del out, loss
-            _accumulate(sums, _writable(grads[: len(params)]))
+            _accumulate(sums, _writable(grads[: len(params)]), copy)
             leaf_grads = iter(grads[len(params) :])
+            if copy and bits is None:  # the fused weights keep the gradients of the float pass
+                leaf_grads = iter([None if g is None else g.clone() for g in leaf_grads])
             for group in fused.groups:
                 group.add_grads([next(leaf_grads) for _ in group.leaves])
             del grads, leaf_grads
@@ -128,8 +132,10 @@ def _writable(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     return writable
 
 
-def _accumulate(sums: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    """Add `grads` to `sums` in place, with one fused call."""
+def _accumulate(
+    sums: list[Tensor | None], grads: Sequence[Tensor | None], copy: bool = False
+) -> None:
+    """Add `grads` to `sums` in place, with one fused call; the first of a sum may be copied."""
     old: list[Tensor] = []
     new: list[Tensor] = []
     for i, g in enumerate(grads):
@@ -137,7 +143,7 @@ def _accumulate(sums: list[Tensor | None], grads: Sequence[Tensor | None]) -> No
             continue
         total = sums[i]
         if total is None:
-            sums[i] = g
+            sums[i] = g.clone() if copy else g
         else:
             old.append(total)
             new.append(g)

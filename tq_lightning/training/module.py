@@ -262,9 +262,8 @@ class TQModule(L.LightningModule):
         images = image is not None and image.dim() == 4
         if self.hparams.channels_last and images:
             inputs = (inputs[0].contiguous(memory_format=torch.channels_last),)
-        network = self._compiled[0] if self._compiled else self.model
         try:
-            outputs = network(*inputs, **named)
+            outputs = self.compiled_model(*inputs, **named)
         except TypeError:
             check_arguments(self.model, inputs, named)
             raise
@@ -281,6 +280,11 @@ class TQModule(L.LightningModule):
             ) from error
         self._ran = True
         return outputs
+
+    @property
+    def compiled_model(self) -> Any:
+        """The network that runs: the compiled one with `compile`, which shares its parameters."""
+        return self._compiled[0] if self._compiled else self.model
 
     # -- joint step ------------------------------------------------------------------------------
     def step_widths(self, step: int) -> tuple[int | None, ...]:
