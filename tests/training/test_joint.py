@@ -11,10 +11,13 @@ from torch import nn
 from tq_lightning import bit_width, prepare
 from tq_lightning.errors import TrainingError
 from tq_lightning.models import create_model
+from tq_lightning.quant import bit_width as bit_width_file
+from tq_lightning.quant import fused_weights as fused_weights_file
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import train_float_norms
+from tq_lightning.training import joint as joint_file
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)
@@ -340,3 +343,29 @@ def test_few_buffers_are_kept_between_widths(how, most):
     (weights,) = {sum(4 * w.original.numel() for w in weight_quantizers(model))}
     assert len(held) == len(WIDTHS) and weights <= held[0] < held[-1]
     assert held[-1] <= most * weights + 2**16  # and a column per weight, and rows that are not full
+
+
+def test_joint_step_lists_the_modules_once(monkeypatch):
+    """A step of a small network on a GPU takes as long as the Python code around its operations."""
+    model = prepare_model(conv_net)
+    images, target = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    walks = []
+
+    def count(where, name):
+        original = getattr(where, name)
+
+        def counted(*args, **kwargs):
+            walks.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, counted)
+
+    for module in (bit_width_file, joint_file, fused_weights_file):
+        count(module, "walk_modules")
+    count(nn.Module, "named_modules")  # `modules` and `parameters` use it, too
+    loss, _ = joint_loss(model, images, WIDTHS, lambda b, out, w: F.cross_entropy(out, target))
+    loss.backward()
+    assert walks == ["walk_modules"]
+    with bit_width(model, 4):  # a switch by itself lists them again
+        model(images)
+    assert walks == ["walk_modules"] * 2

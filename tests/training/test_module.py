@@ -43,7 +43,7 @@ def width_losses(monkeypatch, teacher_net=False, **arguments):
         return torch.stack(list(losses.values())).sum(), losses
 
     monkeypatch.setattr(module_file, "joint_loss", joint)
-    monkeypatch.setattr(module_file, "unused_parameters", lambda model, loss: [])
+    monkeypatch.setattr(module_file, "unused_parameters", lambda loss: [])
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
     module._trainer = SimpleNamespace(fit_loop=loop, precision_plugin=SimpleNamespace())
     module.log = lambda *_, **__: None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.activation import ActivationQuantizer
-from tq_lightning.quant.bit_width import bit_width, width_of
+from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import call, overwrites_outputs
@@ -52,9 +52,9 @@ def evaluate_batch(model: nn.Module, inputs: Any, passes: list[Pass]) -> dict[Pa
     for all batches.
     """
     logits = {}
-    with fused_weights(model):
+    with fused_weights(model) as fused:
         for bits, source in passes:
-            with bit_width(model, bits, source):
+            with fused.at(bits, source):
                 out = call(model, inputs)
                 logits[bits, source] = out.clone() if overwrites_outputs(model) else out
     return logits

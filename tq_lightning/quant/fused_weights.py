@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.activation import ActivationQuantizer, WidthTensors
-from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.bit_width import WidthSwitch, walk_modules
 from tq_lightning.quant.codes import QUANTIZERS, codes_to_levels, dequantize, truncate_codes
 from tq_lightning.quant.flat_normalizer import NormalizedWeights
 from tq_lightning.quant.level_tables import level_table
-from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers
+from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers_of
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.switchable_norm import per_width_norms
+from tq_lightning.quant.switchable_norm import PerWidthNorm
 
 
 class FlatWeights(NormalizedWeights):
@@ -186,23 +186,27 @@ class FusedModel:
     """The fused weights of a model: one `FlatWeights` per device and choice of quantizer.
 
     Args:
-        model: a prepared model.
+        modules: the modules of a prepared model, from `walk_modules`.
         check: check once, when the weights are normalized, that all of them are finite, which
             synchronizes with the device. If False, the caller reads `finite` later.
+
+    Attributes:
+        at: `at(bits, source)` is `bit_width(model, bits, source)`, without listing the modules.
     """
 
-    def __init__(self, model: nn.Module, check: bool = True) -> None:
+    def __init__(self, modules: list[tuple[str, nn.Module]], check: bool = True) -> None:
         groups: dict[tuple, list[QuantizedTensor]] = {}
-        for w in weight_quantizers(model):
+        for w in weight_quantizers_of(modules):
             q = w.quantizer
             learned = q.range is not None
             key = (w.original.device, q.quantizer, q.ste, q.level, q.normalizer, q.scale, learned)
             groups.setdefault(key, []).append(w)
         self.groups = [FlatWeights(group) for group in groups.values()]
         self.check = check
-        self.width = width_of(model)
-        self.norms = per_width_norms(model)
-        clips = [m.clip for m in model.modules() if isinstance(m, ActivationQuantizer)]
+        switch = WidthSwitch(modules)
+        self.width, self.at = switch.width, switch.at
+        self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
+        clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
 
     def compute(self, bits: int | None, source: str) -> None:
@@ -231,7 +235,9 @@ class FusedModel:
 
 
 @contextmanager
-def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
+def fused_weights(
+    model: nn.Module, check: bool = True, modules: list[tuple[str, nn.Module]] | None = None
+) -> Iterator[FusedModel]:
     """Compute the weights of each width in a few calls; no weight may change inside the block.
 
     Entering `bit_width` computes them. A block inside another one of the same model shares its
@@ -240,6 +246,7 @@ def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
     Args:
         model: a prepared or packed model.
         check: as in `FusedModel`.
+        modules: `walk_modules(model)`, if the caller has it.
 
     Yields:
         The fused weights.
@@ -247,11 +254,12 @@ def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
     Raises:
         ValueError: the model is not prepared.
     """
-    width = width_of(model)
+    modules = walk_modules(model) if modules is None else modules
+    width = WidthSwitch(modules).width
     if width.fused is not None:
         yield width.fused
         return
-    width.fused = FusedModel(model, check)
+    width.fused = FusedModel(modules, check)
     try:
         yield width.fused
     finally:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.quant.bit_width import width_of
+from tq_lightning.quant.bit_width import walk_modules, width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
 from tq_lightning.quant.weight import WeightQuantizer
 
@@ -34,11 +34,16 @@ class QuantizedTensor(NamedTuple):
 
 def weight_quantizers(model: nn.Module) -> list[QuantizedTensor]:
     """List all weights with a quantizer, in model order."""
+    return weight_quantizers_of(walk_modules(model))
+
+
+def weight_quantizers_of(modules: list[tuple[str, nn.Module]]) -> list[QuantizedTensor]:
+    """List all weights with a quantizer of modules that `walk_modules` listed."""
     return [
         QuantizedTensor(f"{name}.{tensor}" if name else tensor, module, tensor, quantizer)
-        for name, module in model.named_modules()
+        for name, module in modules
         if parametrize.is_parametrized(module)
-        for tensor, chain in module.parametrizations.items()  # type: ignore[union-attr]
+        for tensor, chain in module.parametrizations.items()  # type: ignore[union-attr, operator]
         for quantizer in chain
         if isinstance(quantizer, WeightQuantizer)
     ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError
-from tq_lightning.quant.bit_width import bit_width
+from tq_lightning.quant.bit_width import walk_modules
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import call, overwrites_outputs
 from tq_lightning.training.losses import WidthLoss
@@ -29,6 +29,7 @@ class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: list[Tensor | None], *params: Tensor) -> Tensor:
         ctx.grads = grads
+        ctx.unused = [p for p, g in zip(params, grads, strict=True) if g is None]
         return loss.clone()
 
     @staticmethod
@@ -67,15 +68,17 @@ def joint_loss(
         TrainingError: a loss is not finite. The message names the width, and the first parameter
             that is not finite if there is one.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
+    modules = walk_modules(model)
+    everything = (p for _, m in modules for p in m._parameters.values() if p is not None)
+    params = [p for p in dict.fromkeys(everything) if p.requires_grad]
     position = {id(p): i for i, p in enumerate(params)}
     losses: dict[int | None, Tensor] = {}
     logits: dict[int | None, Tensor] = {}
     copy = overwrites_outputs(model)
-    with fused_weights(model, check=False) as fused:
+    with fused_weights(model, check=False, modules=modules) as fused:
         sums: list[Tensor | None] = [None] * len(params)
         for i, bits in enumerate(widths):
-            with bit_width(model, bits):
+            with fused.at(bits):
                 for group in fused.groups:
                     group.require_grad()
                 out = call(model, inputs)
@@ -112,11 +115,9 @@ def joint_loss(
     return _PrecomputedGradients.apply(total, sums, *params), losses
 
 
-def unused_parameters(model: nn.Module, loss: Tensor) -> list[nn.Parameter]:
+def unused_parameters(loss: Tensor) -> list[nn.Parameter]:
     """Return the parameters without a gradient from the joint `loss`: norms of other widths."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    grads = loss.grad_fn.grads  # type: ignore[union-attr]  # the context of _PrecomputedGradients
-    return [p for p, g in zip(params, grads, strict=True) if g is None]
+    return loss.grad_fn.unused  # type: ignore[union-attr]  # the context of _PrecomputedGradients
 
 
 def _writable(grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -335,7 +335,7 @@ class TQModule(L.LightningModule):
             raise TrainingError(
                 f"step {self.global_step}: {error} (learning rate {lr:g})"
             ) from None
-        self._unused = [p for p in unused_parameters(self, loss) if p.grad is None]
+        self._unused = [p for p in unused_parameters(loss) if p.grad is None]
         values = {f"train/loss_{width_key(b)}": value for b, value in losses.items()}
         if batch_idx == 0:
             self._epoch_losses.reset()
