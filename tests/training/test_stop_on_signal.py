@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from fixtures.runs import assert_same_run, last, record, rows
 
+from tq_lightning.callbacks.stop_on_signal import AGAIN, REQUEUE, STOP, SignalFlag
 from tq_lightning.cli import main
+from tq_lightning.errors import Interrupted
 
 TESTS = Path(__file__).parents[1]
 FIT = [
@@ -163,3 +165,24 @@ def test_two_ranks_resumed_inside_an_epoch_equal_an_uninterrupted_run(tmp_path):
     assert_same_run(run, tmp_path / "whole")
     losses = [float(row["train/loss_w8"]) for row in rows(run) if row["epoch"]]
     assert len(set(losses)) == 2
+
+
+def test_second_sigterm_stops_at_once(monkeypatch):
+    """Unless it arrives right after the first, as from `timeout`, or follows SLURM's SIGUSR1."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with SignalFlag() as flag:
+        flag.defer()
+        signal.raise_signal(signal.SIGTERM)
+        now[0] = AGAIN - 1
+        signal.raise_signal(signal.SIGTERM)
+        assert flag.request == STOP
+        now[0] = AGAIN + 1
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+    with SignalFlag() as flag:
+        flag.defer()
+        signal.raise_signal(signal.SIGUSR1)
+        now[0] += 2 * AGAIN
+        signal.raise_signal(signal.SIGTERM)
+        assert flag.request == REQUEUE

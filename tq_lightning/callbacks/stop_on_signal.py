@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,8 @@ from tq_lightning.callbacks.optimizer_steps import OptimizerSteps, validation_fo
 from tq_lightning.errors import Interrupted
 
 STOP, REQUEUE = 1, 2  # requests that ranks exchange; the larger one wins
+# seconds after which a second SIGTERM is another request; `timeout` sends the first one twice
+AGAIN = 5.0
 
 
 class SignalFlag:
@@ -21,11 +24,14 @@ class SignalFlag:
 
     SIGTERM requests a stop. SIGUSR1, the warning of a scheduler (`sbatch --signal=USR1@120`),
     requests a stop and a requeue. Before `defer` is called, there is nothing to save: SIGTERM
-    raises `Interrupted` at once, and SIGUSR1 takes effect after the first step.
+    raises `Interrupted` at once, and SIGUSR1 takes effect after the first step. A second SIGTERM,
+    `AGAIN` seconds after the first, raises at once, too: a step or a validation may never end, for
+    example if the processes of torch.compile got the first signal as well and are gone.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._asked: float | None = None  # time of the first SIGTERM
         self.deferred = False
         self._before: dict[int, Any] = {}
 
@@ -60,8 +66,12 @@ class SignalFlag:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.signum = self.signum or signum  # SLURM sends SIGTERM after its warning
-        if signum == signal.SIGTERM and not self.deferred:
+        if signum != signal.SIGTERM:
+            return
+        now = time.monotonic()
+        if not self.deferred or (self._asked is not None and now - self._asked > AGAIN):
             raise Interrupted(signum)
+        self._asked = now if self._asked is None else self._asked
 
 
 class StopOnSignal(L.Callback):
