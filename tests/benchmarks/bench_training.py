@@ -1,13 +1,15 @@
 """Cost of training and evaluation at several widths, as ratios to the float network.
 
     python tests/benchmarks/bench_training.py [--out training.csv] [--repeats 7] [--threads 2]
-        [--models resnet20_cifar] [--parts joint,evaluation,memory,compiled,start]
+        [--models resnet20_cifar] [--parts joint,evaluation,memory,compiled,launch,start]
 
 - joint: a joint step at 8/4/2/1 bits against four float steps
 - evaluation: 8 truncated widths against 8 float evaluations
 - memory: peak bytes of the joint step's tensors, without the weights of one width, against those of
   the float step
 - compiled: eager joint steps against compiled ones (torch.compile), after compilation
+- launch: a joint step against four float steps of a deep network of 4 channels, whose time is spent
+  between the operations, as that of a small network on a GPU
 - start: time of the imports and of --help
 
 A ratio is the median over pairs that are timed in turn, so that other load affects both sides. The
@@ -39,7 +41,7 @@ WIDTHS = (8, 4, 2, 1)
 BATCHES = 2  # of an evaluation
 # model, input size, batch of a training step, batch of an evaluation
 CASES = [("resnet20_cifar", 32, 128, 256), ("resnet50", 224, 8, 32)]
-PARTS = ("joint", "evaluation", "memory", "compiled", "start")
+PARTS = ("joint", "evaluation", "memory", "compiled", "launch", "start")
 Columns = tuple[float, str, str, str]  # of a row after the case: ratio, unit, aim, note
 
 
@@ -101,6 +103,35 @@ def joint_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
             plain()
 
     return ratio(repeats, float_steps, joint, "<= 1.03")
+
+
+def launch_ratio(repeats: int) -> Columns:
+    """Measure a joint step against float steps of a network with negligible arithmetic."""
+
+    def step_of(joint: bool) -> Callable[[], None]:
+        torch.manual_seed(0)
+        blocks: list[torch.nn.Module] = []
+        for _ in range(40):
+            conv = torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)
+            blocks += [conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU()]
+        head = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 10))
+        model = torch.nn.Sequential(*blocks, *head)
+        if joint:
+            prepare(model, widths=WIDTHS, verbose=False)
+        # one call for all parameters, the default on a GPU
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, foreach=True)
+        return train_step(model, torch.randn(1, 4, 4, 4), torch.tensor([1]), joint, optimizer)
+
+    plain, joint = step_of(False), step_of(True)
+
+    def float_steps() -> None:
+        for _ in WIDTHS:
+            plain()
+
+    for _ in range(3):
+        float_steps()
+        joint()
+    return ratio(5 * repeats, float_steps, joint, "")
 
 
 def compiled_ratio(name: str, size: int, batch: int, repeats: int, layout: str) -> Columns:
@@ -217,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
             for layout in ("contiguous_format", "channels_last"):
                 row = compiled_ratio(name, size, batch, args.repeats, layout)
                 table.add(f"{step}, {layout}: joint step, eager / compiled", *row)
+    if "launch" in parts:
+        row = launch_ratio(args.repeats)
+        table.add(f"40 convolutions of 4 channels: joint step / {len(WIDTHS)} float steps", *row)
     if "start" in parts:
         add_start_times(table)
     table.write(args.out)

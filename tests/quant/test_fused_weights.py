@@ -6,6 +6,7 @@ import pytest
 import torch
 from fixtures.pairings import pairings
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tq_lightning import bit_width, prepare
 from tq_lightning.quant.bit_width import width_of
@@ -265,3 +266,43 @@ def test_autocast_cache_does_not_mix_widths():
                             assert torch.equal(model(x), alone)
                         else:
                             model(x)
+
+
+def test_layers_have_their_original_class_while_their_weights_are_fused():
+    """Reading a weight then costs as much as in the float network."""
+    model = layers()
+    convolution, inner = model[1], type(model[1])
+    with fused_weights(model) as fused, bit_width(model, 4):
+        assert type(convolution) is nn.Conv2d
+        tensors = {t.data_ptr() for t in fused.groups[0].tensors}
+        assert convolution.weight.data_ptr() in tensors
+        with bit_width(model, 2):
+            assert type(convolution) is nn.Conv2d
+    assert type(convolution) is inner and "weight" not in vars(convolution)
+    with pytest.raises(RuntimeError), fused_weights(model), bit_width(model, 4):
+        raise RuntimeError
+    assert type(convolution) is inner and "weight" not in vars(convolution)
+
+
+def test_layers_with_another_parametrization_keep_their_class():
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    model = layers()
+    linear = model[0]
+    parametrize.register_parametrization(linear, "bias", Double())
+    inner = type(linear)
+    with fused_weights(model) as fused, bit_width(model, 4):
+        assert type(linear) is inner
+        assert linear.weight.data_ptr() in {t.data_ptr() for t in fused.groups[0].tensors}
+        assert torch.equal(linear.bias, 2 * linear.parametrizations.bias.original)
+
+
+def test_weights_in_another_dtype_are_cast():
+    model = layers().to(torch.bfloat16)
+    with fused_weights(model), bit_width(model, 4):
+        fused = model[1].weight
+        assert type(model[1]) is not nn.Conv2d and fused.dtype == torch.bfloat16
+    with bit_width(model, 4):
+        assert torch.equal(fused, model[1].weight)

@@ -86,8 +86,9 @@ class WidthSwitch:
     """
 
     def __init__(self, modules: list[tuple[str, nn.Module]]) -> None:
-        self._holders = _holders(modules)
-        found: dict[int, Width] = {id(h.width): h.width for h in self._holders}  # type: ignore[misc]
+        holders = _holders(modules)
+        self._checks = [h.check_width for h in holders if hasattr(type(h), "check_width")]
+        found: dict[int, Width] = {id(h.width): h.width for h in holders}  # type: ignore[misc]
         name = type(modules[0][1]).__name__
         if not found:
             raise ValueError(f"{name} has no quantizers; call prepare(model, ...) first")
@@ -118,10 +119,8 @@ class WidthSwitch:
             raise ValueError(
                 "a packed model stores codes, not weights to quantize; pass source='truncate'"
             )
-        for holder in self._holders:
-            check = getattr(holder, "check_width", None)
-            if check is not None:
-                check(bits)
+        for check in self._checks:
+            check(bits)  # type: ignore[operator]
         _allow_variants(width.max_bits)
         before = (width.bits, width.source)
         _set(width, bits, source)

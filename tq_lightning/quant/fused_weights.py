@@ -24,7 +24,7 @@ from tq_lightning.quant.flat_normalizer import NormalizedWeights
 from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers_of
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.switchable_norm import PerWidthNorm
+from tq_lightning.quant.switchable_norm import PerWidthNorm, width_name
 
 
 class FlatWeights(NormalizedWeights):
@@ -86,7 +86,7 @@ class FlatWeights(NormalizedWeights):
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # its keys are tensors, which do not change here
         for w, weight in zip(self.weights, self.tensors, strict=True):
-            w.quantizer.fused_weight = weight
+            w.quantizer.__dict__["fused_weight"] = weight  # `Module.__setattr__` takes much longer
         return fresh
 
     def _codes(self, bits: int, source: str) -> Tensor:
@@ -102,7 +102,7 @@ class FlatWeights(NormalizedWeights):
     def release(self) -> None:
         """Let each layer compute its own weight again."""
         for w in self.weights:
-            w.quantizer.fused_weight = None
+            w.quantizer.__dict__["fused_weight"] = None
 
     def require_grad(self) -> None:
         """Make the weights in training `leaves` of autograd."""
@@ -182,11 +182,55 @@ class FlatWeights(NormalizedWeights):
         return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
+class _PlainLayers:
+    """Layers that read their fused weights like float weights.
+
+    A parametrized layer has a class of its own, with a property for each weight that calls two
+    modules. While the weights are fused, the layer has its original class, and the weight is an
+    attribute. Layers with other parametrizations, or with weights in another dtype than float32,
+    keep theirs.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
+        own: dict[nn.Module, list[QuantizedTensor]] = {}
+        for w in weights:
+            own.setdefault(w.module, []).append(w)
+        self._layers = [
+            (layer, type(layer), found)
+            for layer, found in own.items()
+            if len(layer.parametrizations) == len(found)  # type: ignore[arg-type]
+            and all(len(chain) == 1 for chain in layer.parametrizations.values())  # type: ignore[union-attr,operator]
+            and all(w.original.dtype == torch.float32 for w in found)
+        ]
+        self._placed = False
+
+    def place(self) -> None:
+        """Give the layers their original class and the fused weights as attributes."""
+        if self._placed:
+            return
+        self._placed = True
+        for layer, parametrized, weights in self._layers:
+            object.__setattr__(layer, "__class__", parametrized.__bases__[0])
+            for w in weights:
+                layer.__dict__[w.tensor] = w.quantizer.fused_weight
+
+    def restore(self) -> None:
+        """Give the layers back their properties."""
+        if not self._placed:
+            return
+        self._placed = False
+        for layer, parametrized, weights in self._layers:
+            object.__setattr__(layer, "__class__", parametrized)
+            for w in weights:
+                del layer.__dict__[w.tensor]
+
+
 class FusedModel:
     """The fused weights of a model: one `FlatWeights` per device and choice of quantizer.
 
     Args:
         modules: the modules of a prepared model, from `walk_modules`.
+        switch: their width.
         check: check once, when the weights are normalized, that all of them are finite, which
             synchronizes with the device. If False, the caller reads `finite` later.
 
@@ -194,18 +238,22 @@ class FusedModel:
         at: `at(bits, source)` is `bit_width(model, bits, source)`, without listing the modules.
     """
 
-    def __init__(self, modules: list[tuple[str, nn.Module]], check: bool = True) -> None:
+    def __init__(
+        self, modules: list[tuple[str, nn.Module]], switch: WidthSwitch, check: bool = True
+    ) -> None:
         groups: dict[tuple, list[QuantizedTensor]] = {}
-        for w in weight_quantizers_of(modules):
+        weights = weight_quantizers_of(modules)
+        for w in weights:
             q = w.quantizer
             learned = q.range is not None
             key = (w.original.device, q.quantizer, q.ste, q.level, q.normalizer, q.scale, learned)
             groups.setdefault(key, []).append(w)
         self.groups = [FlatWeights(group) for group in groups.values()]
         self.check = check
-        switch = WidthSwitch(modules)
         self.width, self.at = switch.width, switch.at
+        self._layers = _PlainLayers(weights)
         self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
+        self._norm_parameters: dict[str, set[int]] = {}  # ids by name of the width
         clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
 
@@ -219,14 +267,26 @@ class FusedModel:
             fresh = group.compute(bits, source)
             if fresh and self.check:
                 group.check()
+        self._layers.place()
         for norm in self.norms:
             norm.select(bits)
         if self.tensors is not None:
             self.tensors.fill(bits, source, self.width.max_bits)
             self.width.tensors = self.tensors
 
+    def idle_parameters(self, bits: int | None) -> set[int]:
+        """Return the ids of the trained parameters in norms of other widths than `bits`."""
+        if not self._norm_parameters:
+            for norm in self.norms:
+                for name in norm.trained:
+                    ids = self._norm_parameters.setdefault(name, set())
+                    ids.update(map(id, norm.sets._modules[name]._parameters.values()))  # type: ignore[union-attr]
+        others = [ids for name, ids in self._norm_parameters.items() if name != width_name(bits)]
+        return set().union(*others)
+
     def release(self) -> None:
         """Let each layer compute its own weight again."""
+        self._layers.restore()
         for group in self.groups:
             group.release()
         for norm in self.norms:
@@ -255,11 +315,12 @@ def fused_weights(
         ValueError: the model is not prepared.
     """
     modules = walk_modules(model) if modules is None else modules
-    width = WidthSwitch(modules).width
+    switch = WidthSwitch(modules)
+    width = switch.width
     if width.fused is not None:
         yield width.fused
         return
-    width.fused = FusedModel(modules, check)
+    width.fused = FusedModel(modules, switch, check)
     try:
         yield width.fused
     finally:

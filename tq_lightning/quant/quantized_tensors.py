@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tq_lightning.quant.bit_width import walk_modules, width_of
 from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
@@ -42,8 +41,9 @@ def weight_quantizers_of(modules: list[tuple[str, nn.Module]]) -> list[Quantized
     return [
         QuantizedTensor(f"{name}.{tensor}" if name else tensor, module, tensor, quantizer)
         for name, module in modules
-        if parametrize.is_parametrized(module)
-        for tensor, chain in module.parametrizations.items()  # type: ignore[union-attr, operator]
+        # not `is_parametrized`, which is slow for modules that are not
+        if (chains := module.__dict__["_modules"].get("parametrizations")) is not None
+        for tensor, chain in chains.items()
         for quantizer in chain
         if isinstance(quantizer, WeightQuantizer)
     ]

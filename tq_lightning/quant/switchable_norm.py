@@ -66,9 +66,8 @@ class PerWidthNorm(nn.Module):
         `torch.compile` then sees one norm with different tensors, not one norm per width.
         """
         self.unselect()
-        norm = self.sets[width_name(bits)]
-        # not through __setattr__, which would register the norm a second time
-        self.__dict__["selected"] = norm
+        # not through `__setattr__`, which would register the norm a second time, and is slow
+        norm = self.__dict__["selected"] = self.sets._modules[width_name(bits)]
         if not torch.is_grad_enabled():
             # graphs depend on requires_grad even in evaluation, and untrained norms do not have it
             self._flagged = [p for p in norm.parameters() if not p.requires_grad]
@@ -80,7 +79,7 @@ class PerWidthNorm(nn.Module):
         self.__dict__["selected"] = None
         for p in self._flagged:
             p.requires_grad_(False)
-        self._flagged = []
+        self._flagged.clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the norm of the width in use."""

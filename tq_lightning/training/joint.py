@@ -89,11 +89,14 @@ def joint_loss(
             # the weights of a width are leaves; their gradients go through the straight-through
             # rule here, and once per step through the normalizer
             leaves = [leaf for group in fused.groups for leaf in group.leaves]
+            idle = fused.idle_parameters(bits)
+            used = [i for i, p in enumerate(params) if id(p) not in idle]
+            inputs_of_grad = [*(params[i] for i in used), *leaves]
             with torch.autocast(params[0].device.type, enabled=False):
-                grads = torch.autograd.grad(loss * factor, [*params, *leaves], allow_unused=True)
+                grads = torch.autograd.grad(loss * factor, inputs_of_grad, allow_unused=True)
             del out, loss
-            _accumulate(sums, _writable(grads[: len(params)]), copy)
-            leaf_grads = iter(grads[len(params) :])
+            _accumulate(sums, used, _writable(grads[: len(used)]), copy)
+            leaf_grads = iter(grads[len(used) :])
             if copy and bits is None:  # the fused weights keep the gradients of the float pass
                 leaf_grads = iter([None if g is None else g.clone() for g in leaf_grads])
             for group in fused.groups:
@@ -134,12 +137,15 @@ def _writable(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _accumulate(
-    sums: list[Tensor | None], grads: Sequence[Tensor | None], copy: bool = False
+    sums: list[Tensor | None], used: list[int], grads: Sequence[Tensor | None], copy: bool
 ) -> None:
-    """Add `grads` to `sums` in place, with one fused call; the first of a sum may be copied."""
+    """Add `grads` to the sums with the indices `used`, with one fused call.
+
+    The first gradient of a sum is copied, or taken over.
+    """
     old: list[Tensor] = []
     new: list[Tensor] = []
-    for i, g in enumerate(grads):
+    for i, g in zip(used, grads, strict=True):
         if g is None:
             continue
         total = sums[i]
