@@ -74,3 +74,14 @@ def test_lower_perplexity_is_better(make):
     assert "better by" in beyond_paper(found).answer
     worse = compare(*base, *(perplexities(record) for record in learned(make, -3.0)))
     assert best_other(worse, worse.by_quantizer[0]) is None
+
+
+def test_a_tested_arm_counts_on_the_validation_split_but_an_untested_one_not_on_the_test_split(
+    make,
+):
+    found = compare(*make.pair(), *learned(make, 3.0, test=True))
+    group = found.by_quantizer[0]
+    assert group.split == "val" and best_other(found, group) is not None
+    found = compare(*make.pair(test=True), *learned(make, 3.0))
+    group = found.by_quantizer[0]
+    assert group.split == "test" and best_other(found, group) is None

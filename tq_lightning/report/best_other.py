@@ -23,7 +23,7 @@ def best_other(comparisons: Comparisons, group: ComparisonGroup) -> tuple[Arm, s
         arm
         for arm in comparisons.arms
         if arm.nested and arm not in own and _fixed(arm) == _fixed(group.first)
-        if split_of(arm.runs) == group.split and not collapsed(arm)
+        if group.split in ("val", split_of(arm.runs)) and not collapsed(arm)
     ]
     best = max([*own, *others], key=lambda arm: _quality(arm, group.split), default=None)
     if best is None or best in own or not own:
