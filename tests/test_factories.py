@@ -26,6 +26,7 @@ Path("imported").touch()
 number = 3
 def network(num_classes=3): return torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
 def text(): return "no network"
+def needs(num_classes): return network(num_classes)
 def fails(): raise KeyError("a cause\\nand more")
 """
 
@@ -56,6 +57,7 @@ def test_factory_names_are_recognized():
         ("own:number", "got a int, pass a function"),
         ("own:text", "the factory returned a str; return an nn.Module"),
         ("own:fails", "the call with no arguments raised KeyError"),
+        ("own:needs", "the data set has no number of classes, pass model.num_classes"),
     ],
 )
 def test_invalid_factory_is_an_error(folder, name, message):
@@ -186,6 +188,8 @@ def test_return_value_of_a_data_factory_is_checked(folder):
     ("sample", "message"),
     [
         ("(x, 0.5)", "the labels have type torch.float64; return integers"),
+        ("(x, 4)", "the labels are between 4 and 4, but the network has 4 outputs; pass --model.n"),
+        ("(x, -1)", "the labels are between -1 and -1, but the network has 4 outputs; number the"),
         ("x", "a batch is a Tensor; return (inputs, labels)"),
         ("{'input': x}", "a batch has the keys input, and no labels"),
         ("{'input': x, 'other': x, 'label': 0}", "got an unexpected keyword argument 'other'"),
@@ -200,6 +204,17 @@ def test_samples_that_do_not_fit_are_one_line(folder, capsys, sample, message):
     assert main([*fit, "--trainer.accelerator=cpu"]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_label_that_only_a_later_batch_has_is_one_line(folder, capsys):
+    samples = "[(x, 0)] * 39 + [(x, 7)]"
+    (folder / "own.py").write_text(
+        OWN + f"x = torch.zeros(4)\ndef samples(): return {samples}, [(x, 0)] * 40\n"
+    )
+    fit = ["fit", "--model.name=own:network", "--data.name=own:samples", "--model.num_classes=4"]
+    fit += ["--data.workers=0", "--data.batch_size=8", "--trainer.max_epochs=1"]
+    assert main([*fit, "--trainer.accelerator=cpu"]) == 2
+    assert "and 7, but the network has 4 outputs; pass --model.n" in capsys.readouterr().err
 
 
 def test_factory_is_exported_on_the_command_line(folder, capsys):

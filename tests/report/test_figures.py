@@ -192,6 +192,16 @@ def test_disagreement_notes_omitted_arms(make):
     assert all(f"round, lr={k}.0, resnet20_cifar" in figure.alt for k in range(9))
 
 
+def test_disagreement_is_omitted_if_only_codes_that_nest_have_it(make):
+    rounded = [make.run("round", seed) for seed in (0, 1)]
+    floor = [make.run("floor", seed) for seed in (0, 1)]
+    assert drawn("disagreement", *rounded, *floor)
+    for record in rounded:  # as written by an earlier version
+        for width in record["widths"].values():
+            del width["disagree"]
+    assert drawn("disagreement", *rounded, *floor) == []
+
+
 @pytest.mark.parametrize("name", ["robustness", "pareto", "ste"])
 def test_figure_flags_unequal_budgets(make, name):
     def settings(epochs):

@@ -13,7 +13,7 @@ from torch import nn
 from tq_lightning.callbacks.scores import SCORES
 from tq_lightning.callbacks.width_metrics import Pass, evaluate_batch, evaluation_passes
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import check_logits, split_batch, to_device
+from tq_lightning.quant.inputs import check_labels, check_logits, split_batch, to_device
 from tq_lightning.quant.norm_calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths
 
@@ -84,7 +84,9 @@ class TruncationEval(L.Callback):
         inputs, target = split_batch(batch)
         with trainer.precision_plugin.forward_context():
             logits = evaluate_batch(module, inputs, self._passes)
-        check_logits(module.hparams.task, next(iter(logits.values())), target)
+        some = next(iter(logits.values()))
+        check_logits(module.hparams.task, some, target)
+        check_labels(some, target)
         self._scores.add(logits, target)
 
     def _end(self, trainer: L.Trainer, module: Any, stage: str) -> None:

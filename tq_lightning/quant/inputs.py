@@ -112,6 +112,28 @@ def check_logits(task: str, logits: Any, target: Tensor) -> None:
         )
 
 
+def check_labels(logits: Tensor, target: Tensor) -> None:
+    """Check that all class indices are outputs of the network. Reads the labels from the device.
+
+    Args:
+        logits: (..., classes).
+        target: labels; class probabilities are not checked.
+
+    Raises:
+        UserError: a label is below 0 or too large.
+    """
+    classes = logits.shape[-1]
+    labeled = target[target != IGNORED]
+    if target.is_floating_point() or not labeled.numel():
+        return
+    low, high = (int(value) for value in labeled.aminmax())
+    if low < 0 or high >= classes:
+        raise UserError(
+            f"the labels are between {low} and {high}, but the network has {classes} outputs; "
+            + (f"pass --model.num_classes {high + 1}" if low >= 0 else "number the classes from 0")
+        )
+
+
 def check_shifted(inputs: Any, target: Tensor) -> None:
     """Check that the labels of a language model are not its inputs, which it could simply copy.
 

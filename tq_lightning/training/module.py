@@ -16,6 +16,7 @@ from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import (
     call,
     check_arguments,
+    check_labels,
     check_logits,
     check_shifted,
     describe_inputs,
@@ -321,7 +322,13 @@ class TQModule(L.LightningModule):
 
         def width_loss(bits: int | None, logits: Any, wider: dict[int | None, Tensor]) -> Tensor:
             check_logits(h.task, logits, target)
-            return loss_of(bits, logits, wider)
+            if batch_idx == 0 and not wider:  # a GPU would fail without naming the label
+                check_labels(logits, target)
+            try:
+                return loss_of(bits, logits, wider)
+            except IndexError:
+                check_labels(logits, target)
+                raise
 
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0

@@ -62,7 +62,8 @@ def robustness(comparisons: Comparisons) -> Drawing:
 
 def disagreement(comparisons: Comparisons) -> Drawing:
     """Draw the share of weight codes on which the sources disagree, and the resulting QT gap."""
-    having = [g for g in comparisons.by_quantizer if any(_share(arm, 2) for _, arm in g.arms)]
+    every = comparisons.by_quantizer
+    having = [g for g in every if any(_share(a, 2) for _, a in g.arms if not a.nested)]
     groups, notes = capped(having, "Codes that disagree", 7)
     series = {f"{v}, {g.label}": arm for g in groups for v, arm in g.arms if not arm.nested}
     if not series:
