@@ -24,7 +24,7 @@ from tq_lightning.quant.flat_normalizer import NormalizedWeights
 from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers_of
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.switchable_norm import PerWidthNorm, width_name
+from tq_lightning.quant.switchable_norm import PerWidthNorm
 
 
 class FlatWeights(NormalizedWeights):
@@ -253,7 +253,6 @@ class FusedModel:
         self.width, self.at = switch.width, switch.at
         self._layers = _PlainLayers(weights)
         self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
-        self._norm_parameters: dict[str, set[int]] = {}  # ids by name of the width
         clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
 
@@ -274,15 +273,14 @@ class FusedModel:
             self.tensors.fill(bits, source, self.width.max_bits)
             self.width.tensors = self.tensors
 
-    def idle_parameters(self, bits: int | None) -> set[int]:
-        """Return the ids of the trained parameters in norms of other widths than `bits`."""
-        if not self._norm_parameters:
-            for norm in self.norms:
-                for name in norm.trained:
-                    ids = self._norm_parameters.setdefault(name, set())
-                    ids.update(map(id, norm.sets._modules[name]._parameters.values()))  # type: ignore[union-attr]
-        others = [ids for name, ids in self._norm_parameters.items() if name != width_name(bits)]
-        return set().union(*others)
+    def norm_widths(self, params: Sequence[nn.Parameter]) -> list[str | None]:
+        """Return the name of the width whose norm has a parameter, for each; None for others."""
+        owners: dict[int, str] = {}
+        for norm in self.norms:
+            for name in norm.trained:
+                own = norm.sets._modules[name]._parameters  # type: ignore[union-attr]
+                owners.update((id(p), name) for p in own.values())
+        return [owners.get(id(p)) for p in params]
 
     def release(self) -> None:
         """Let each layer compute its own weight again."""

@@ -17,6 +17,7 @@ from tq_lightning.errors import TrainingError
 from tq_lightning.quant.bit_width import walk_modules
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.inputs import call, overwrites_outputs
+from tq_lightning.quant.switchable_norm import width_name
 from tq_lightning.training.losses import WidthLoss
 
 
@@ -77,6 +78,7 @@ def joint_loss(
     copy = overwrites_outputs(model)
     with fused_weights(model, check=False, modules=modules) as fused:
         sums: list[Tensor | None] = [None] * len(params)
+        owners = fused.norm_widths(params)
         for i, bits in enumerate(widths):
             with fused.at(bits):
                 for group in fused.groups:
@@ -89,8 +91,8 @@ def joint_loss(
             # the weights of a width are leaves; their gradients go through the straight-through
             # rule here, and once per step through the normalizer
             leaves = [leaf for group in fused.groups for leaf in group.leaves]
-            idle = fused.idle_parameters(bits)
-            used = [i for i, p in enumerate(params) if id(p) not in idle]
+            own = (None, width_name(bits))
+            used = [i for i, owner in enumerate(owners) if owner in own]
             inputs_of_grad = [*(params[i] for i in used), *leaves]
             with torch.autocast(params[0].device.type, enabled=False):
                 grads = torch.autograd.grad(loss * factor, inputs_of_grad, allow_unused=True)

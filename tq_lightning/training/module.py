@@ -320,9 +320,12 @@ class TQModule(L.LightningModule):
             LOSSES[h.loss], target, h.teacher, external, h.distill_weight, h.temperature
         )
 
+        # a GPU would fail without naming the label; data sets with known classes were checked
+        first = batch_idx == 0 and getattr(self._datamodule, "num_classes", None) is None
+
         def width_loss(bits: int | None, logits: Any, wider: dict[int | None, Tensor]) -> Tensor:
             check_logits(h.task, logits, target)
-            if batch_idx == 0 and not wider:  # a GPU would fail without naming the label
+            if first and not wider:
                 check_labels(logits, target)
             try:
                 return loss_of(bits, logits, wider)
