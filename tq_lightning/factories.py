@@ -78,7 +78,12 @@ def call_factory(name: str, key: str, /, **arguments: Any) -> Any:
         raise
     except Exception as error:
         given = ", ".join(f"{k}={v!r}" for k, v in arguments.items()) or "no arguments"
-        unknown = isinstance(error, TypeError) and "num_classes" in str(error)
+        unknown = (
+            key == "model.name"
+            and "num_classes" not in arguments
+            and isinstance(error, TypeError)
+            and "num_classes" in str(error)
+        )
         hint = "; the data set has no number of classes, pass model.num_classes" * unknown
         raise UserError(
             f"{key}={name}: the call with {given} raised {type(error).__name__}: "

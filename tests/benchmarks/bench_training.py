@@ -8,8 +8,8 @@
 - memory: peak bytes of the joint step's tensors, without the weights of one width, against those of
   the float step
 - compiled: eager joint steps against compiled ones (torch.compile), after compilation
-- launch: a joint step against four float steps of a deep network of 4 channels, whose time is spent
-  between the operations, as that of a small network on a GPU
+- launch: a joint step against four float steps of 40 convolutions of 4 channels, where Python
+  overhead dominates, as for a small network on a GPU
 - start: time of the imports and of --help
 
 A ratio is the median over pairs that are timed in turn, so that other load affects both sides. The

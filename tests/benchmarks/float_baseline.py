@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         epochs = config["trainer"]["max_epochs"]
         options |= {"accelerator": args.accelerator, "limit_val_batches": 0}
         trainer = L.Trainer(max_epochs=epochs, **options)
+        torch.backends.cudnn.allow_tf32 = True  # the default
         trainer.fit(module, source)
         torch.backends.cudnn.allow_tf32 = False  # evaluate in float32
         (result,) = trainer.test(module, source, verbose=False)

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="CSV file to write")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda", help="cpu tries the script out")
+    parser.add_argument("--device", default="cuda", help="cpu runs a trial of the script")
     parser.add_argument("--cases", help="name:size:batch, separated by commas")
     parser.add_argument("--modes", default="eager,compiled")
     args = parser.parse_args(argv)
@@ -112,9 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             what = f"{name} batch {batch}, bf16, {mode}: joint step / {len(WIDTHS)} float steps"
             note = f"{card}; {1000 * seconds.clock:.1f} ms"
             table.add(what, ratio.clock, "x", AIMS[mode], note)
-            table.write(
-                args.out
-            )  # write now, so that a failure of a later case does not lose this row
+            # write now, so that a failure of a later case does not lose this row
+            table.write(args.out)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Fused weights against the weights that the layers compute themselves, bit for bit."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -306,3 +307,56 @@ def test_weights_in_another_dtype_are_cast():
         assert type(model[1]) is not nn.Conv2d and fused.dtype == torch.bfloat16
     with bit_width(model, 4):
         assert torch.equal(fused, model[1].weight)
+
+
+def test_layers_whose_class_was_derived_after_prepare_keep_it():
+    model = layers()
+    linear = model[0]
+    inner = type(linear)
+    linear.__class__ = type("Tripled", (inner,), {"forward": lambda self, x: 3 * x})
+    x = torch.randn(2, 7)
+    with fused_weights(model), bit_width(model, 4):
+        assert torch.equal(linear(x), 3 * x)
+    linear.__class__ = type("Mixed", (type("Mixin", (), {}), inner), {})
+    with fused_weights(model), bit_width(model, 4):
+        assert type(linear).__name__ == "Mixed"
+        linear.weight  # noqa: B018
+
+
+def test_copy_of_a_model_with_fused_weights_computes_its_own():
+    model = layers()
+    with fused_weights(model):
+        other = copy.deepcopy(model)
+    with torch.no_grad():
+        original(other[1], "weight").mul_(-1.5)
+    fresh = layers()
+    fresh.load_state_dict(other.state_dict())
+    with bit_width(other, 8), bit_width(fresh, 8):
+        assert torch.equal(other[1].weight, fresh[1].weight)
+    assert width_of(other).fused is None and width_of(other) is not width_of(model)
+
+
+def move_weights(self):
+    """Do what cuDNN does to the weights of an RNN: move them to one new buffer."""
+    weights = self._flat_weights
+    buffer = torch.cat([w.detach().reshape(-1) for w in weights])
+    for w, part in zip(weights, buffer.split([w.numel() for w in weights]), strict=True):
+        with torch.no_grad():
+            w.set_(part.view(w.shape))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_weights_stay_in_the_fused_buffer(kind, monkeypatch):
+    """Otherwise the first width would run at every width on a GPU."""
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", move_weights)
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(4, 6))
+    prepare(model, skip=(), verbose=False)
+    x = torch.randn(5, 2, 4)
+    with torch.no_grad(), fused_weights(model):
+        for bits in (8, 2):
+            with bit_width(model, bits):
+                got = model(x)[0]
+            alone = copy.deepcopy(model)
+            with bit_width(alone, bits):
+                assert torch.equal(got, alone(x)[0])

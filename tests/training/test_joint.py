@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tq_lightning import bit_width, prepare
 from tq_lightning.errors import TrainingError
@@ -16,7 +17,7 @@ from tq_lightning.quant import fused_weights as fused_weights_file
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.quantized_tensors import weight_quantizers
-from tq_lightning.quant.switchable_norm import train_float_norms
+from tq_lightning.quant.switchable_norm import per_width_norms, train_float_norms
 from tq_lightning.training import joint as joint_file
 from tq_lightning.training.joint import joint_loss
 
@@ -369,3 +370,41 @@ def test_joint_step_lists_the_modules_once(monkeypatch):
     with bit_width(model, 4):  # a switch by itself lists them again
         model(images)
     assert walks == ["walk_modules"] * 2
+
+
+def test_norm_parameter_tied_over_widths_has_the_gradient_of_both():
+    def gradients(tied):
+        model = prepare_model(conv_net)
+        sets = per_width_norms(model)[0].sets
+        if tied:
+            sets["2"].weight = sets["8"].weight
+        images, target = make_batch(2, 8)
+        loss, _ = joint_loss(model, images, WIDTHS, lambda b, out, w: F.cross_entropy(out, target))
+        loss.backward()
+        return [sets[key].weight.grad for key in ("8", "2")]
+
+    wide, narrow = gradients(False)
+    tied, same = gradients(True)
+    assert tied is same and torch.allclose(tied, wide + narrow, rtol=1e-4, atol=1e-6)
+
+
+def test_activation_checkpointing_recomputes_at_the_width():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.saves = conv_net(), False
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=False) if self.saves else self.net(x)
+
+    def gradients(saves):
+        model = prepare_model(Net)
+        model.saves = saves
+        images, target = make_batch(2, 8)
+        loss, _ = joint_loss(model, images, WIDTHS, lambda b, out, w: F.cross_entropy(out, target))
+        loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert plain.keys() == recomputed.keys()
+    assert all(torch.allclose(plain[n], recomputed[n], rtol=1e-5, atol=1e-7) for n in plain)

@@ -15,7 +15,7 @@ from torchmetrics.text import Perplexity
 from tq_lightning import bit_width
 from tq_lightning.cli import main, run_fit
 from tq_lightning.errors import UserError
-from tq_lightning.quant.inputs import check_logits, check_shifted
+from tq_lightning.quant.inputs import check_labels, check_logits, check_shifted
 from tq_lightning.records import PPL, read_record
 from tq_lightning.training.losses import cross_entropy, distillation
 from tq_lightning.training.module import TQModule
@@ -146,3 +146,19 @@ def test_large_cross_entropy_gives_a_finite_perplexity():
     values = scores.metrics("val", lambda x: x)
     assert values["val/ppl_truncate_w1"] == pytest.approx(math.exp(400.0))
     assert values["val/tokens"] == 1
+
+
+def test_labels_beyond_the_outputs_are_an_error():
+    logits = torch.zeros(2, 4)
+    check_labels(logits, torch.tensor([3, -100]))
+    check_labels(logits, torch.tensor([-100, -100]))
+    check_labels(logits, torch.tensor([[0, 3, 9, 0], [1, 0, 0, 0]]))  # soft labels
+    check_labels(logits, torch.tensor([9.0, 0.0]))  # another check reports the type
+    for labels, message in (
+        ([3, 4], "between 3 and 4, but the network has 4 outputs; pass --model.num_classes 5"),
+        ([-1, 2], "between -1 and 2, but the network has 4 outputs; number the classes from 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_labels(logits, torch.tensor(labels))
+    with pytest.raises(UserError, match="between 156 and 156"):  # -100 as uint8
+        check_labels(logits, torch.tensor([156, 156], dtype=torch.uint8))

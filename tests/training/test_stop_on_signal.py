@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fixtures.runs import assert_same_run, last, record, rows
 
-from tq_lightning.callbacks.stop_on_signal import AGAIN, REQUEUE, STOP, SignalFlag
+from tq_lightning.callbacks.stop_on_signal import REPEAT_SECONDS, REQUEUE, STOP, SignalFlag
 from tq_lightning.cli import main
 from tq_lightning.errors import Interrupted
 
@@ -174,15 +174,19 @@ def test_second_sigterm_stops_at_once(monkeypatch):
     with SignalFlag() as flag:
         flag.defer()
         signal.raise_signal(signal.SIGTERM)
-        now[0] = AGAIN - 1
+        now[0] = REPEAT_SECONDS - 1
         signal.raise_signal(signal.SIGTERM)
         assert flag.request == STOP
-        now[0] = AGAIN + 1
+        now[0] = REPEAT_SECONDS + 1
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGTERM)
     with SignalFlag() as flag:
         flag.defer()
         signal.raise_signal(signal.SIGUSR1)
-        now[0] += 2 * AGAIN
+        now[0] += 2 * REPEAT_SECONDS
         signal.raise_signal(signal.SIGTERM)
         assert flag.request == REQUEUE
+        now[0] += 2 * REPEAT_SECONDS
+        with pytest.raises(Interrupted) as stopped:
+            signal.raise_signal(signal.SIGTERM)
+        assert stopped.value.requeue

@@ -16,7 +16,7 @@ from tq_lightning.errors import Interrupted
 
 STOP, REQUEUE = 1, 2  # requests that ranks exchange; the larger one wins
 # seconds after which a second SIGTERM is another request; `timeout` sends the first one twice
-AGAIN = 5.0
+REPEAT_SECONDS = 5.0
 
 
 class SignalFlag:
@@ -24,9 +24,10 @@ class SignalFlag:
 
     SIGTERM requests a stop. SIGUSR1, the warning of a scheduler (`sbatch --signal=USR1@120`),
     requests a stop and a requeue. Before `defer` is called, there is nothing to save: SIGTERM
-    raises `Interrupted` at once, and SIGUSR1 takes effect after the first step. A second SIGTERM,
-    `AGAIN` seconds after the first, raises at once, too: a step or a validation may never end, for
-    example if the processes of torch.compile got the first signal as well and are gone.
+    raises `Interrupted` at once, and SIGUSR1 takes effect after the first step. A second SIGTERM
+    more than `REPEAT_SECONDS` after the first raises at once. The step or validation may never end,
+    for example if the worker processes of torch.compile received the first signal too and have
+    exited.
     """
 
     def __init__(self) -> None:
@@ -69,8 +70,10 @@ class SignalFlag:
         if signum != signal.SIGTERM:
             return
         now = time.monotonic()
-        if not self.deferred or (self._asked is not None and now - self._asked > AGAIN):
+        if not self.deferred:
             raise Interrupted(signum)
+        if self._asked is not None and now - self._asked > REPEAT_SECONDS:
+            raise Interrupted(self.signum, self.request == REQUEUE)
         self._asked = now if self._asked is None else self._asked
 
 

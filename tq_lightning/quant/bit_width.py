@@ -36,6 +36,10 @@ class Width:
     fused: Any = None
     tensors: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which computes its own weights."""
+        return {**self.__dict__, "fused": None, "tensors": None}
+
     def __post_init__(self) -> None:
         if self.bits is None and self.packed:
             self.bits = self.max_bits

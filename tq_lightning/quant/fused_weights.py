@@ -185,10 +185,10 @@ class FlatWeights(NormalizedWeights):
 class _PlainLayers:
     """Layers that read their fused weights like float weights.
 
-    A parametrized layer has a class of its own, with a property for each weight that calls two
+    Parametrization gives a layer a new class, in which each weight is a property that calls two
     modules. While the weights are fused, the layer has its original class, and the weight is an
-    attribute. Layers with other parametrizations, or with weights in another dtype than float32,
-    keep theirs.
+    attribute. Layers with other parametrizations, with a class that was derived later, or with
+    weights in another dtype than float32, keep their class.
     """
 
     def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
@@ -201,6 +201,8 @@ class _PlainLayers:
             if len(layer.parametrizations) == len(found)  # type: ignore[arg-type]
             and all(len(chain) == 1 for chain in layer.parametrizations.values())  # type: ignore[union-attr,operator]
             and all(w.original.dtype == torch.float32 for w in found)
+            and all(w.tensor in vars(type(layer)) for w in found)
+            and len(type(layer).__bases__) == 1
         ]
         self._placed = False
 
@@ -274,12 +276,13 @@ class FusedModel:
             self.width.tensors = self.tensors
 
     def norm_widths(self, params: Sequence[nn.Parameter]) -> list[str | None]:
-        """Return the name of the width whose norm has a parameter, for each; None for others."""
-        owners: dict[int, str] = {}
+        """Return, for each parameter, the name of the width whose norm owns it, or None."""
+        owners: dict[int, str | None] = {}
         for norm in self.norms:
             for name in norm.trained:
                 own = norm.sets._modules[name]._parameters  # type: ignore[union-attr]
-                owners.update((id(p), name) for p in own.values())
+                for p in own.values():  # a parameter of several norms has no owner
+                    owners[id(p)] = name if owners.get(id(p), name) == name else None
         return [owners.get(id(p)) for p in params]
 
     def release(self) -> None:

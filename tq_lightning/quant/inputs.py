@@ -35,8 +35,9 @@ def overwrites_outputs(model: nn.Module) -> bool:
     Args:
         model: a network, or a LightningModule with a `compiled_model`.
     """
-    compiled = getattr(model, "compiled_model", model)
-    return hasattr(compiled, "_orig_mod") and next(compiled.parameters()).is_cuda
+    network = getattr(model, "compiled_model", model)
+    compiled = hasattr(network, "_orig_mod") or network._compiled_call_impl is not None
+    return compiled and next(network.parameters()).is_cuda
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
@@ -117,14 +118,16 @@ def check_labels(logits: Tensor, target: Tensor) -> None:
 
     Args:
         logits: (..., classes).
-        target: labels; class probabilities are not checked.
+        target: labels; probabilities of the classes are not checked.
 
     Raises:
         UserError: a label is below 0 or too large.
     """
-    classes = logits.shape[-1]
-    labeled = target[target != IGNORED]
-    if target.is_floating_point() or not labeled.numel():
+    if target.is_floating_point() or target.shape == logits.shape:
+        return
+    classes, labels = logits.shape[-1], target.long()
+    labeled = labels[labels != IGNORED]
+    if not labeled.numel():
         return
     low, high = (int(value) for value in labeled.aminmax())
     if low < 0 or high >= classes:

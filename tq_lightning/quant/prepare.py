@@ -1,5 +1,6 @@
 """prepare(): attaches quantizers and per-width norms to any nn.Module, by layer name."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
@@ -229,6 +230,13 @@ def _attach_weight(layer: Layer, width: Width, config: QuantConfig) -> None:
         parametrize.register_parametrization(layer.module, tensor, quantizer, unsafe=True)
     if isinstance(layer.module, nn.RNNBase):
         layer.module.register_forward_hook(_release_graph)
+        # cuDNN would move the weights of a width to its own memory, away from the fused ones
+        layer.module.__dict__["flatten_parameters"] = _do_not_flatten
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous")
+
+
+def _do_not_flatten() -> None:
+    """Replace `RNNBase.flatten_parameters`: quantized weights change with every width."""
 
 
 def _release_graph(rnn: nn.RNNBase, args: object, output: object) -> None:

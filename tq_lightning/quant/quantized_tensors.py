@@ -42,9 +42,9 @@ def weight_quantizers_of(modules: list[tuple[str, nn.Module]]) -> list[Quantized
         QuantizedTensor(f"{name}.{tensor}" if name else tensor, module, tensor, quantizer)
         for name, module in modules
         # not `is_parametrized`, which is slow for modules that are not
-        if (chains := module.__dict__["_modules"].get("parametrizations")) is not None
+        if isinstance(chains := module.__dict__["_modules"].get("parametrizations"), nn.ModuleDict)
         for tensor, chain in chains.items()
-        for quantizer in chain
+        for quantizer in chain  # type: ignore[attr-defined]
         if isinstance(quantizer, WeightQuantizer)
     ]
 

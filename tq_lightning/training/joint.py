@@ -56,7 +56,9 @@ def joint_loss(
         inputs: inputs of the model: a tensor, a tuple of arguments, or a mapping of keyword
             arguments.
         widths: widths of this step, widest first; None is float.
-        width_loss: (width, its logits, {wider width: detached logits}) -> scalar loss.
+        width_loss: (width, its logits, {wider width: detached logits}) -> scalar loss. It depends
+            on the parameters only through the logits: no gradients of the norms of other widths
+            are computed.
         weights: weight of each loss, in the order of `widths`; None is 1 for each.
         loss_scale: factor of the inner backward passes, which is divided out afterward. In float16,
             pass the scale of the gradient scaler.
@@ -70,8 +72,8 @@ def joint_loss(
             that is not finite if there is one.
     """
     modules = walk_modules(model)
-    everything = (p for _, m in modules for p in m._parameters.values() if p is not None)
-    params = [p for p in dict.fromkeys(everything) if p.requires_grad]
+    all_parameters = (p for _, m in modules for p in m._parameters.values() if p is not None)
+    params = [p for p in dict.fromkeys(all_parameters) if p.requires_grad]
     position = {id(p): i for i, p in enumerate(params)}
     losses: dict[int | None, Tensor] = {}
     logits: dict[int | None, Tensor] = {}
@@ -85,17 +87,17 @@ def joint_loss(
                     group.require_grad()
                 out = call(model, inputs)
                 loss = width_loss(bits, out, logits)
-            losses[bits] = loss.detach()
-            logits[bits] = out.detach().clone() if copy else out.detach()
-            factor = loss_scale if weights is None else loss_scale * weights[i]
-            # the weights of a width are leaves; their gradients go through the straight-through
-            # rule here, and once per step through the normalizer
-            leaves = [leaf for group in fused.groups for leaf in group.leaves]
-            own = (None, width_name(bits))
-            used = [i for i, owner in enumerate(owners) if owner in own]
-            inputs_of_grad = [*(params[i] for i in used), *leaves]
-            with torch.autocast(params[0].device.type, enabled=False):
-                grads = torch.autograd.grad(loss * factor, inputs_of_grad, allow_unused=True)
+                losses[bits] = loss.detach()
+                logits[bits] = out.detach().clone() if copy else out.detach()
+                factor = loss_scale if weights is None else loss_scale * weights[i]
+                # the weights of a width are leaves; their gradients go through the straight-through
+                # rule here, and once per step through the normalizer
+                leaves = [leaf for group in fused.groups for leaf in group.leaves]
+                own = (None, width_name(bits))
+                used = [i for i, owner in enumerate(owners) if owner in own]
+                inputs_of_grad = [*(params[i] for i in used), *leaves]
+                with torch.autocast(params[0].device.type, enabled=False):
+                    grads = torch.autograd.grad(loss * factor, inputs_of_grad, allow_unused=True)
             del out, loss
             _accumulate(sums, used, _writable(grads[: len(used)]), copy)
             leaf_grads = iter(grads[len(used) :])
@@ -143,7 +145,7 @@ def _accumulate(
 ) -> None:
     """Add `grads` to the sums with the indices `used`, with one fused call.
 
-    The first gradient of a sum is copied, or taken over.
+    The first gradient becomes the sum itself, or a copy of it if `copy`.
     """
     old: list[Tensor] = []
     new: list[Tensor] = []

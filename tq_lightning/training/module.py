@@ -329,8 +329,9 @@ class TQModule(L.LightningModule):
                 check_labels(logits, target)
             try:
                 return loss_of(bits, logits, wider)
-            except IndexError:
-                check_labels(logits, target)
+            except (IndexError, RuntimeError):
+                if not target.is_cuda:  # a GPU that failed cannot be read
+                    check_labels(logits, target)
                 raise
 
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
