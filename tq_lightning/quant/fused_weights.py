@@ -22,6 +22,7 @@ from tq_lightning.quant.bit_width import WidthSwitch, walk_modules
 from tq_lightning.quant.codes import QUANTIZERS, codes_to_levels, dequantize, truncate_codes
 from tq_lightning.quant.flat_normalizer import NormalizedWeights
 from tq_lightning.quant.level_tables import level_table
+from tq_lightning.quant.plain_layers import PlainLayers
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers_of
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import PerWidthNorm
@@ -182,51 +183,6 @@ class FlatWeights(NormalizedWeights):
         return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
-class _PlainLayers:
-    """Layers that read their fused weights like float weights.
-
-    Parametrization gives a layer a new class, in which each weight is a property that calls two
-    modules. While the weights are fused, the layer has its original class, and the weight is an
-    attribute. Layers with other parametrizations, with a class that was derived later, or with
-    weights in another dtype than float32, keep their class.
-    """
-
-    def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
-        own: dict[nn.Module, list[QuantizedTensor]] = {}
-        for w in weights:
-            own.setdefault(w.module, []).append(w)
-        self._layers = [
-            (layer, type(layer), found)
-            for layer, found in own.items()
-            if len(layer.parametrizations) == len(found)  # type: ignore[arg-type]
-            and all(len(chain) == 1 for chain in layer.parametrizations.values())  # type: ignore[union-attr,operator]
-            and all(w.original.dtype == torch.float32 for w in found)
-            and all(w.tensor in vars(type(layer)) for w in found)
-            and len(type(layer).__bases__) == 1
-        ]
-        self._placed = False
-
-    def place(self) -> None:
-        """Give the layers their original class and the fused weights as attributes."""
-        if self._placed:
-            return
-        self._placed = True
-        for layer, parametrized, weights in self._layers:
-            object.__setattr__(layer, "__class__", parametrized.__bases__[0])
-            for w in weights:
-                layer.__dict__[w.tensor] = w.quantizer.fused_weight
-
-    def restore(self) -> None:
-        """Give the layers back their properties."""
-        if not self._placed:
-            return
-        self._placed = False
-        for layer, parametrized, weights in self._layers:
-            object.__setattr__(layer, "__class__", parametrized)
-            for w in weights:
-                del layer.__dict__[w.tensor]
-
-
 class FusedModel:
     """The fused weights of a model: one `FlatWeights` per device and choice of quantizer.
 
@@ -253,7 +209,7 @@ class FusedModel:
         self.groups = [FlatWeights(group) for group in groups.values()]
         self.check = check
         self.width, self.at = switch.width, switch.at
-        self._layers = _PlainLayers(weights)
+        self._layers = PlainLayers(weights)
         self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
         clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None

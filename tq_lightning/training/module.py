@@ -283,6 +283,11 @@ class TQModule(L.LightningModule):
         return outputs
 
     @property
+    def classes_are_known(self) -> bool:
+        """True if the data set has a number of classes, which was compared with the model's."""
+        return getattr(self._datamodule, "num_classes", None) is not None
+
+    @property
     def compiled_model(self) -> Any:
         """The network that runs: the compiled one with `compile`, which shares its parameters."""
         return self._compiled[0] if self._compiled else self.model
@@ -320,8 +325,8 @@ class TQModule(L.LightningModule):
             LOSSES[h.loss], target, h.teacher, external, h.distill_weight, h.temperature
         )
 
-        # a GPU would fail without naming the label; data sets with known classes were checked
-        first = batch_idx == 0 and getattr(self._datamodule, "num_classes", None) is None
+        # a GPU would fail without naming the label
+        first = batch_idx == 0 and not self.classes_are_known
 
         def width_loss(bits: int | None, logits: Any, wider: dict[int | None, Tensor]) -> Tensor:
             check_logits(h.task, logits, target)
