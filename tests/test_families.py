@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[str, int, dict[str, int]]] = {
     "cspnet": ("cs3darknet_focus_s", 32, {}),
     "cspnext": ("cspnext_tiny", 32, {}),
     "davit": ("davit_tiny", 32, {}),
-    "deepseek_vit": ("deepseek_vit_412m", 112, {}),
+    "deepseek_vit": ("deepseek_vit_412m", 112, {"depth": 2}),
     "deit": ("deit_tiny_patch16_224", 32, {"img_size": 32}),
     "densenet": ("densenet121", 32, {}),
     "dla": ("dla46x_c", 32, {}),
