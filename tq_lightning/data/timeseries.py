@@ -12,6 +12,12 @@ from torch import Tensor
 from tq_lightning.errors import UserError
 from tq_lightning.files import package_folder
 
+# lines of the header that are read as something else, if their value is true
+UNSUPPORTED = {
+    "@targetlabel": "the series have numbers to predict instead of classes",
+    "@timestamps": "the values are pairs of time and value",
+}
+
 
 class Series:
     """Series with labels, padded with zeros at the end.
@@ -57,13 +63,19 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
         One float32 array (channels, steps) per series, and the class of each.
 
     Raises:
-        UserError: the file does not have this format.
+        UserError: the file does not have this format, or its series have no classes.
     """
     series, labels, data = [], [], False
     for line in path.read_text(encoding="utf-8").splitlines():
         line = line.strip()
         if not data:
-            data = line.lower() == "@data"
+            key, _, value = line.lower().partition(" ")
+            if key in UNSUPPORTED and value.strip().startswith("true"):
+                raise UserError(
+                    f"{path}: {line!r} means that {UNSUPPORTED[key]}; pass a data set with a "
+                    "@classLabel and without timestamps"
+                )
+            data = key == "@data"
             continue
         if not line or line.startswith("#"):
             continue
@@ -99,7 +111,13 @@ def aeon_series(name: str = "JapaneseVowels") -> tuple[Series, Series]:
     root = package_folder("aeon", hint) / "datasets" / "data"
     files = [root / name / f"{name}_{split}.ts" for split in ("TRAIN", "TEST")]
     if not all(file.is_file() for file in files):
-        known = sorted(p.parent.name for p in root.glob("*/*_TRAIN.ts"))
+        known = sorted(
+            {
+                p.parent.name
+                for p in root.glob("*/*_TRAIN.ts")
+                if "@classlabel true" in p.read_text(encoding="utf-8", errors="replace").lower()
+            }
+        )
         raise UserError(
             f"data.data_args: aeon has no data set {name!r}; pass one of {', '.join(known)}"
         )
