@@ -154,6 +154,9 @@ def test_data_factory_supports_shuffling_resume_and_validation_split(folder):
     assert len(list(data[0].calibration_batches(2))) == 2
 
 
+SMALL = {"batch_size": 4}
+
+
 def test_return_value_of_a_data_factory_is_checked(folder):
     (folder / "own.py").write_text(
         "import lightning\n"
@@ -178,6 +181,14 @@ def test_return_value_of_a_data_factory_is_checked(folder):
             TQDataModule(f"own:{name}")
     with pytest.raises(UserError, match="own:empty: its test data set is empty"):
         TQDataModule("own:empty")
+    for name, key in (("pair", {"mixup": 0.2}), ("pair", {"image_size": 8}), ("module", SMALL)):
+        with pytest.raises(
+            UserError, match=rf"data.{next(iter(key))}=.* has no effect on the data"
+        ):
+            TQDataModule(f"own:{name}", **key)
+    assert TQDataModule("own:pair", root="elsewhere", **SMALL).batch_size == 4
+    with pytest.raises(UserError, match=r"data.data_args: got .*data.name=digits has no arguments"):
+        TQDataModule("digits", data_args={"a": 1})
     with pytest.raises(UserError, match=r"data.batch_size=0 is out of range"):
         TQDataModule("own:pair", batch_size=0)
     with pytest.raises(UserError, match=r"pass one of digits, .* or package.module:factory"):

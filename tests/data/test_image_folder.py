@@ -214,6 +214,16 @@ def test_folder_without_splits_is_split(tmp_path, packed):
         data.setup("test")
 
 
+@pytest.mark.parametrize(
+    ("classes", "merged"), [(["cat/2023", "dog/2023"], True), (["cat", "dog"], False)]
+)
+def test_folders_of_one_name_are_reported_as_one_class(tmp_path, capsys, classes, merged):
+    write_images(tmp_path, "train", [*classes, "fox/2024"], 2)
+    assert len(data_module(tmp_path, image_size=8).class_names) == (2 if merged else 3)
+    line = "1 classes have images in several folders, e.g. 2023 in cat/2023 and dog/2023"
+    assert (line in capsys.readouterr().err) == merged
+
+
 def test_imagenet_subset_keeps_the_class_indices(tmp_path):
     write_images(tmp_path, "val", ["n01440764", "n15075141"], 2)
     data = data_module(tmp_path, "imagenet", image_size=8)

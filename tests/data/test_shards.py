@@ -80,8 +80,36 @@ def test_index_is_rebuilt_only_if_a_shard_changes(shards, monkeypatch):
         assert len(data_module(shards).splits.find("train").labels) == 60
     write_shard(shards / "set-train-0.tar", {"a.png": encode_png(9), "a.cls": b"2"})
     assert data_module(shards).splits.find("train").labels.tolist()[0] == 2
-    cache.write_bytes(b"damaged")
-    assert len(data_module(shards).splits.find("train").labels) == 41
+    for content in (b"damaged", b"", cache.read_bytes()[:200]):
+        cache.write_bytes(content)
+        assert len(data_module(shards).splits.find("train").labels) == 41
+
+
+def test_class_names_are_one_per_line(shards):
+    def names(content):
+        (shards / "classes.txt").write_bytes(content)
+        data = data_module(shards)
+        data.splits.find("train")
+        return data.class_names
+
+    assert names(b"a\nb\n") == ["a", "b", "2"]
+    assert names(b"a\r\nb\r\nc\r\nd\n\n") == ["a", "b", "c", "d"]
+    for content, message in (
+        (b"a\nb\nb\n", "the classes 1 and 2 have the same name, 'b'; pass different names"),
+        (b"a\n\nb\nc\n", "line 2 is empty; pass the name of class 1"),
+        ("é\nb\nc".encode("latin-1"), "save it as UTF-8"),
+    ):
+        with pytest.raises(UserError, match=rf"classes.txt.*{message}"):
+            names(content)
+
+
+def test_shard_that_lies_about_sizes_is_an_error_of_one_line(shards):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1 << 44
+    content = header.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    (shards / "set-train-0.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"shard .*set-train-0.tar can't be read to its end"):
+        data_module(shards).splits.find("train")
 
 
 def test_labels_are_non_negative_integers():

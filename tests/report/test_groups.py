@@ -23,7 +23,10 @@ def test_inferred_and_explicit_number_of_classes_are_one_arm(make):
     assert len(group(runs(make.run(seed=0), make.run(seed=1, data_num_classes=5)), [])) == 2
 
 
-@pytest.mark.parametrize("widths", ["8,4,2,1", "[8, 4, 2, 1]", [1, 2, 4, 8], ["8", "4", "2", "1"]])
+@pytest.mark.parametrize(
+    "widths",
+    ["8,4,2,1", "(8,4,2,1)", "8.0,4,2,1,", "[8, 4, 2, 1]", [1, 2, 4, 8], ["8", "4", "2", "1"]],
+)
 def test_list_notation_does_not_split_arms(make, widths):
     (arm,) = group(runs(make.run(seed=0), make.run(seed=1, model_widths=widths)), [])
     assert arm.trained == [1, 2, 4, 8]
@@ -39,6 +42,42 @@ def test_checkpoint_names_that_differ_in_numbers_are_one_arm(make):
     assert (
         len(group(runs(*made, make.run(seed=2, model_checkpoint_path="other/last.ckpt")), [])) == 2
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "one", "two"),
+    [
+        ("data_name", "hfds/uoft-cs/cifar10", "hfds/uoft-cs/cifar100"),
+        ("model_name", "hf-hub:timm/resnet18.a1_in1k", "hf-hub:timm/resnet50.a1_in1k"),
+        ("data_data_args", {"file": "a/set1.csv"}, {"file": "a/set2.csv"}),
+        ("data_data_args", {"version": 1}, {"version": 2}),
+        ("model_model_args", {"group": 1}, {"group": 2}),
+        ("data_seed", 5, 6),
+    ],
+)
+def test_names_and_arguments_that_differ_in_a_number_are_two_arms(make, key, one, two):
+    made = [make.run(seed=s, **{key: value}) for s, value in enumerate((one, two))]
+    assert len(group(runs(*made), [])) == 2
+
+
+@pytest.mark.parametrize(("name", "arms"), [("imagefolder", 2), ("wds", 2), ("cifar10", 1)])
+def test_folder_identifies_the_data_of_a_user(make, name, arms):
+    made = [make.run(seed=s, data_name=name, data_root=r) for s, r in enumerate(("/cars", "/d"))]
+    assert len(group(runs(*made), [])) == arms
+
+
+def test_seed_of_the_data_that_is_the_seed_of_the_run_does_not_split_arms(make):
+    assert len(group(runs(*(make.run(seed=s, data_seed=s) for s in (0, 1))), [])) == 1
+
+
+def test_weights_of_widths_are_compared_in_the_order_of_the_widths(make):
+    def arm_count(widths, weights):
+        one = make.run(seed=0, model_widths="8,4,2,1", model_width_weights="1,1,.7,.3")
+        two = make.run(seed=1, model_widths=widths, model_width_weights=weights)
+        return len(group(runs(one, two), []))
+
+    assert arm_count([1, 2, 4, 8], [".3", ".7", "1", "1"]) == 1
+    assert arm_count([1, 2, 4, 8], ["1", "1", ".7", ".3"]) == 2
 
 
 @pytest.mark.parametrize(("quantizer", "ste"), [("floor", "scaled"), ("round", "identity")])

@@ -201,7 +201,7 @@ def optimizer_arguments(**changes):
     return SimpleNamespace(**{**plain, **changes})
 
 
-def learning_rates(batches=10, steps=40, accumulate=1, **changes):
+def learning_rates(batches=10, steps=40, accumulate=1, fast_dev_run=0, **changes):
     """Return the learning rate of every step of a run."""
     h = optimizer_arguments(**changes)
     optimizer = build_optimizer(torch.nn.Linear(2, 2), h)
@@ -209,6 +209,7 @@ def learning_rates(batches=10, steps=40, accumulate=1, **changes):
         estimated_stepping_batches=steps,
         num_training_batches=batches,
         accumulate_grad_batches=accumulate,
+        fast_dev_run=fast_dev_run,
     )
     scheduler = build_scheduler(optimizer, h, trainer)
     out = []
@@ -236,6 +237,14 @@ def test_warm_up_and_decay_count_epochs_of_updates():
         batches=20, accumulate=2, sched="multistep", decay_epochs=[1, 3], warmup_epochs=0.5
     )
     assert halved == pytest.approx(got)
+
+
+def test_warm_up_ends_with_the_training_at_the_latest():
+    """Also if trainer.max_steps ends it; a trial run with fast_dev_run may stop in the warm-up."""
+    with pytest.raises(UserError, match=r"warmup_epochs: got 0.8, which is 8 steps, but .* 7 \("):
+        learning_rates(steps=7, warmup_epochs=0.8)
+    assert learning_rates(steps=8, warmup_epochs=0.8)[0] == 0
+    assert learning_rates(steps=1, warmup_epochs=0.8, fast_dev_run=1) == [0]
 
 
 @pytest.mark.parametrize("sched", ["tanh", "poly", "step"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -153,6 +154,22 @@ def test_damaged_metrics_file_is_an_error_of_one_line(tmp_path, capsys):
         assert error.startswith(f"error: {run / 'metrics.csv'} is damaged")
         assert (run / "metrics.csv").read_bytes() == text
         assert before == ((run / "record.json").read_bytes(), (run / "config.yaml").read_bytes())
+
+
+def test_checkpoint_of_one_run_changes_no_other_run(tmp_path, capsys):
+    run_fit(arguments(tmp_path, trainer__max_epochs=1))
+    run, _ = only_run(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    for verb in ("fit", "test"):
+        given = [f"--run_dir={other}", f"--ckpt_path={checkpoint}"]
+        assert main([verb, *arguments(tmp_path, trainer__max_epochs=2), *given]) == 2
+        error = capsys.readouterr().err
+        assert f"run_dir={other} already has a run, and ckpt_path: {checkpoint} is not" in error
+    assert {p: p.read_bytes() for p in other.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.slow

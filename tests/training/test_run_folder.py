@@ -1,6 +1,7 @@
 """--run_dir and --ckpt_path auto: the folder of a run, and the check that it is the same run."""
 
 import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from tq_lightning.training.run_folder import (
     check_same_run,
     check_unused,
     is_finished,
+    is_same_folder,
 )
 
 CONFIG = {
@@ -30,7 +32,10 @@ def no_job(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    saved = CONFIG | {"model": CONFIG["model"] | {"num_classes": 10}}
+    saved = CONFIG | {
+        "model": CONFIG["model"] | {"num_classes": 10, "checkpoint_path": "float.pth"},
+        "data": CONFIG["data"] | {"samples": 500},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     return tmp_path
 
@@ -52,6 +57,7 @@ def test_same_run_may_have_another_data_path_and_more_epochs(run):
     check_same_run(run, CONFIG | {"data": {"name": "digits", "root": "/scratch"}})
     check_same_run(run, CONFIG | {"trainer": {"max_epochs": 9}})
     check_same_run(run / "new", CONFIG)
+    check_same_run(run, CONFIG | {"model": CONFIG["model"] | {"checkpoint_path": None}})
 
 
 @pytest.mark.parametrize(
@@ -60,6 +66,7 @@ def test_same_run_may_have_another_data_path_and_more_epochs(run):
         ({"seed_everything": 1}, "seed_everything=0, not 1"),
         ({"model": CONFIG["model"] | {"lr": 0.2}}, "model.lr=0.1, not 0.2"),
         ({"data": {"name": "cifar10"}}, "data.name=digits, not cifar10"),
+        ({"data": {"name": "digits", "samples": None}}, "data.samples=500, not None"),
     ],
 )
 def test_folder_of_another_run_is_an_error(run, change, message):
@@ -80,3 +87,22 @@ def test_folder_with_a_run_needs_ckpt_path_auto(run):
     (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match="pass --ckpt_path auto to resume it"):
         check_unused(run)
+
+
+@pytest.mark.parametrize("text", ["", "3", "model: [1", "model: 1\nmodel: 2"])
+def test_damaged_configuration_is_an_error_of_one_line(run, text):
+    (run / "config.yaml").write_text(text)
+    write_record(run / "record.json", Record("id", "finished", CONFIG))
+    for function in (check_same_run, is_finished):
+        with pytest.raises(UserError, match=r"config\.yaml"):
+            function(run, CONFIG)
+    (run / "config.yaml").write_text("seed_everything: 0\nmodel: null\n")  # without a trainer section
+    check_same_run(run, CONFIG)
+    assert not is_finished(run, CONFIG)
+
+
+def test_two_forms_of_a_path_are_one_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_same_folder(tmp_path / "a", Path("a"))
+    assert not is_same_folder(tmp_path / "a", Path("b"))
+    assert not is_same_folder(tmp_path / "a", None)

@@ -170,3 +170,20 @@ def test_signal_during_locking_leaves_no_files(tmp_path, no_job, monkeypatch, ex
     with pytest.raises(Interrupted):
         OpenRun(run)
     assert list(tmp_path.rglob("*")) == before
+
+
+def test_process_that_loses_the_race_for_a_new_folder_leaves_the_run_alone(
+    tmp_path, no_job, monkeypatch
+):
+    """The other process creates and locks the folder after this one found it missing."""
+    run = tmp_path / "runs" / "a"
+
+    def lock(folder):
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text("{}")
+        raise UserError("in use")
+
+    monkeypatch.setattr("tq_lightning.training.open_run.RunLock", lock)
+    with pytest.raises(UserError, match="in use"):
+        OpenRun(run)
+    assert (run / "record.json").read_text() == "{}"

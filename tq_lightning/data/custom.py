@@ -24,6 +24,10 @@ from tq_lightning.errors import UserError
 from tq_lightning.factories import call_factory, is_factory
 
 STAGES = ("train", "val", "test")
+# keys of the `data:` section that a factory's data module uses, or that only say where data is
+_USED_BY_MODULES = ("name", "data_args", "root", "download")
+_USED = (*_USED_BY_MODULES, "batch_size", "eval_batch_size", "workers", "val_fraction")
+_USED += ("samples", "seed")
 
 
 def open_custom(
@@ -92,8 +96,9 @@ class FactoryMeta(type):
         if not is_factory(values["name"]):
             return super().__call__(*args, **keys)
         check(values)
+        _check_unused(values, cls.__signature__, _USED)
         workers, seed = values["workers"], values["seed"]
-        return open_custom(
+        data = open_custom(
             values["name"],
             values["data_args"],
             batch_size=values["batch_size"],
@@ -103,6 +108,25 @@ class FactoryMeta(type):
             samples=values["samples"],
             seed=run_seed() if seed is None else seed,
         )
+        if not isinstance(data, DatasetModule):
+            _check_unused(values, cls.__signature__, _USED_BY_MODULES)
+        return data
+
+
+def _check_unused(
+    values: Mapping[str, Any], signature: inspect.Signature, used: Sequence[str]
+) -> None:
+    """Check that the other keys have their defaults: they would be recorded, but do nothing.
+
+    Raises:
+        UserError: a key has another value. The message names it.
+    """
+    for key, parameter in signature.parameters.items():
+        if key not in used and values[key] != parameter.default:
+            raise UserError(
+                f"data.{key}={values[key]} has no effect on the data of data.name="
+                f"{values['name']}; omit it, or pass it to the factory as one of data.data_args"
+            )
 
 
 class DatasetModule(lightning.LightningDataModule):
@@ -217,10 +241,13 @@ class DatasetModule(lightning.LightningDataModule):
 
 
 def _labels(dataset: Any) -> Tensor | None:
-    """Return the labels of a data set from `labels` or `targets`; None if it has neither."""
+    """Return the labels of a data set from `labels` or `targets`; None without class indices."""
     for key in ("labels", "targets"):
         values = getattr(dataset, key, None)
         if values is not None and len(values) == len(dataset):
-            labels = torch.as_tensor(values)
+            try:
+                labels = torch.as_tensor(values)
+            except (TypeError, ValueError, RuntimeError):  # e.g. class names
+                return None
             return labels.long() if labels.dim() == 1 else None
     return None

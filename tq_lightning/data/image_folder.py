@@ -151,10 +151,28 @@ def open_images(
         )
     if left_out.counts:
         _report(f"{path}: {len(paths)} images of {len(names)} classes; {left_out}")
+    _report_merged(path, paths)
     labels = [index[p.parent.name] for p in paths]
     places = None if members is None else [members[p] for p in paths]
     files = ImageFiles(path, [str(p) for p in paths], labels, places)
     return sorted(index, key=index.__getitem__), torch.tensor(labels), files
+
+
+def _report_merged(path: Path, paths: list[PurePosixPath]) -> None:
+    """Print a line if images of several folders form one class, because its name is the last part.
+
+    This is right for part1/cat and part2/cat, and wrong for cat/2023 and dog/2023.
+    """
+    folders: dict[str, set[str]] = {}
+    for folder in {image.parent for image in paths}:
+        folders.setdefault(folder.name, set()).add(str(folder))
+    merged = [name for name in folders if len(folders[name]) > 1]
+    if merged:
+        example = " and ".join(sorted(folders[merged[0]], key=_natural_key)[:2])
+        _report(
+            f"{path}: {len(merged)} classes have images in several folders, e.g. {merged[0]} in "
+            f"{example}: the innermost folder is the class"
+        )
 
 
 def class_names(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ class Member(NamedTuple):
     size: int
 
 
-class _BoundedFile:
+class BoundedFile:
     """Binary file that limits the size of reads to the remaining bytes.
 
     tarfile otherwise allocates any size that an extended header claims.
@@ -46,7 +46,7 @@ def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
     left_out = LeftOut()
     try:
         with open(path, "rb") as raw:
-            file = _BoundedFile(raw, path.stat().st_size)
+            file = BoundedFile(raw, path.stat().st_size)
             _list_members(file, 0, file.size, PurePosixPath(), members, left_out)
     except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
         reason = message_of(error, 100)
@@ -57,7 +57,7 @@ def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
 
 
 def _list_members(
-    file: "_BoundedFile",
+    file: "BoundedFile",
     start: int,
     end: int,
     inside: PurePosixPath,

@@ -56,6 +56,11 @@ def check(given: dict[str, Any]) -> None:
             raise UserError(
                 f"data.{key}: got {given[key]!r}, pass one of {', '.join(allowed)}{own}"
             )
+    if given["data_args"] and not is_factory(given["name"]):
+        raise UserError(
+            f"data.data_args: got {given['data_args']}, but data.name={given['name']} has no "
+            "arguments; omit it, or pass data.name=package.module:factory"
+        )
     for key, (low, high) in _RANGES.items():
         if given[key] is not None and not low <= given[key] <= high:
             raise UserError(f"data.{key}={given[key]} is out of range; pass {low} to {high}")

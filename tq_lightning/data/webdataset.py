@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import tarfile
+import zipfile
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tq_lightning.data.image_folder import SPLITS
 from tq_lightning.data.images import SUFFIXES, LeftOut, UnreadableImage, printable, read_image
 from tq_lightning.data.splits import Source, Split
+from tq_lightning.data.tar import BoundedFile
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.files import atomic_write
 
@@ -86,10 +88,32 @@ def find_shards(root: Path, split: str) -> list[Path]:
     return named
 
 
+def _read_names(file: Path) -> list[str]:
+    """Read class names, one per line; an empty list without the file.
+
+    Raises:
+        UserError: the file is not UTF-8, or two classes have the same name.
+    """
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{file} can't be read ({message_of(error, 100)}); save it as UTF-8"
+        ) from None
+    names = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+    for number, name in enumerate(names):
+        if not name:
+            raise UserError(f"{file}: line {number + 1} is empty; pass the name of class {number}")
+        if names.index(name) != number:
+            raise UserError(
+                f"{file}: the classes {names.index(name)} and {number} have the same name, "
+                f"{name[:60]!r}; pass different names"
+            )
+    return names
+
+
 def _classes(source: Source, index: ShardIndex, split: str) -> list[str]:
-    file = source.root / "classes.txt"
-    known = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    known = [name for name in known if name]
+    known = _read_names(source.root / "classes.txt")
     if source.index is None:
         count = max(int(index.labels.max()) + 1, source.num_classes or 0, len(known))
         source.index = {(known[n] if n < len(known) else str(n)): n for n in range(count)}
@@ -137,7 +161,8 @@ def cached_index(shards: list[Path]) -> ShardIndex:
     identity = json.dumps([VERSION, stats])
     digest = hashlib.sha256("\n".join(s.name for s in shards).encode()).hexdigest()[:12]
     path = shards[0].parent / f".tq_lightning-{digest}.npz"
-    with suppress(OSError, ValueError, KeyError), np.load(path, allow_pickle=False) as file:
+    damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+    with suppress(*damaged), np.load(path, allow_pickle=False) as file:
         if str(file["identity"]) == identity:
             return ShardIndex(*(file[name] for name in ShardIndex._fields))
     index = index_shards(shards)
@@ -184,7 +209,10 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
     broken: set[str] = set()
     total = shard.stat().st_size
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with (
+            open(shard, "rb") as raw,
+            tarfile.open(fileobj=BoundedFile(raw, total), mode="r:") as tar,  # type: ignore[call-overload]
+        ):
             for info in tar:
                 folder, _, base = info.name.rpartition("/")
                 key, _, extension = base.partition(".")
@@ -201,7 +229,7 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
                         broken.add(key)
                     elif key not in labels or extension == "cls":
                         labels[key] = label
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
         reason = message_of(error, 100)
         raise UserError(
             printable(f"shard {shard} can't be read to its end ({reason}); copy it again")

@@ -5,6 +5,7 @@ keys are keyed by the width in bits.
 """
 
 import math
+import re
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NewType, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -75,7 +76,7 @@ def check(kind: Any, value: Any, where: str) -> Any:
     if not accepts(value):
         raise RecordError(f"broken: {where} is {shortened(value)}, not {words}")
     if origin is dict and inner:
-        if inner[0] is int and not all(str(key).isdigit() for key in value):
+        if inner[0] is int and not all(re.fullmatch("[0-9]+", str(key)) for key in value):
             raise RecordError(f"broken: {where} has a key that is not a width in bits")
         return {inner[0](key): check(inner[1], v, f"{where}.{key}") for key, v in value.items()}
     if origin is list and inner:

@@ -1,6 +1,7 @@
 """Read and write record.json of either kind."""
 
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ def read_any(path: str | Path) -> Record | InspectRecord:
         raise RecordError(
             f"broken JSON, maybe half-written: {str(error).splitlines()[0]}"
         ) from None
-    return parse(tree)
+    try:
+        return parse(tree)
+    except (ValueError, OverflowError) as error:  # e.g. an integer of 400 digits
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"broken: {error}") from None
 
 
 def parse(tree: Any) -> Record | InspectRecord:
@@ -103,5 +109,7 @@ def mark_superseded(path: str | Path) -> None:
 
 def _is_widths(value: Any) -> bool:
     """Return True for a list of bits, or its text form on the command line."""
-    parts = value.strip("[]").split(",") if isinstance(value, str) else value
-    return isinstance(parts, list) and all(str(part).strip().isdigit() for part in parts)
+    if isinstance(value, str):
+        value = value.strip("[]() ").removesuffix(",").split(",")
+    parts = value if isinstance(value, list) else [value]
+    return all(re.fullmatch(r"[0-9]+(\.0*)?", str(part).strip(" '\"")) for part in parts)

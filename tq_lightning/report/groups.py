@@ -24,11 +24,12 @@ NOT_AN_ARM = re.compile(
     r"|^trainer\.(default_root_dir|logger|callbacks|plugins|profiler|accelerator|enable_\w+)(\.|$)"
     r"|^trainer\.(log_every_n_steps|barebones)(\.|$)|^trainer\.model_registry$"
     r"|^model\.(seed|compile|channels_last|num_classes)$"
-    r"|^data\.(eval_batch_size|root|num_workers|workers|download|pin_memory|seed|device)$"
-    r"|(^|\.)(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)"
-    r"(\.|$)"
+    r"|^data\.(eval_batch_size|num_workers|workers|download|pin_memory|device)$"
+    r"|^(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
 )
 START = "model.checkpoint_path"
+STARTS = (START, "model.teacher_checkpoint_path")
+OWN_DATA = ("imagefolder", "wds")  # data sets that are known by their folder, not by their name
 LISTS = ("model.widths", "model.skip", "model.shared_norms")
 ADDED: dict[str, Any] = {
     "model.scale": "mean",
@@ -39,7 +40,6 @@ ADDED: dict[str, Any] = {
 BUDGET = re.compile(
     r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$"
 )
-PATH_VALUE = re.compile(r"[/\\]|\.(ckpt|pth?|safetensors|npz|tar)$")
 TRUNCATED = "_truncate"  # suffix of activations that are truncated like the weights
 # Keys that every table shows. Arms are sorted by them, in this order.
 MAIN_KEYS: tuple[str, ...] = ("data.name", "model.name", "model.quantizer", "model.ste")
@@ -106,6 +106,10 @@ def arm_config(run: Run) -> dict[str, Any]:
         for k, v in run.config.items()
         if not NOT_AN_ARM.search(k) and not (k.startswith(("trainer.", "data.")) and v is None)
     }
+    if config.get("data.name") not in OWN_DATA:
+        config.pop("data.root", None)
+    if config.get("data.seed") == run.seed:
+        config.pop("data.seed", None)
     found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
     if "model.normalizer" in config:  # earlier versions did not record these keys
@@ -117,21 +121,30 @@ def arm_config(run: Run) -> dict[str, Any]:
         truncated = isinstance(kind, str) and kind.endswith(TRUNCATED)
         config["model.activations"] = kind.removesuffix(TRUNCATED) if truncated else kind
         config[ACTIVATIONS_SOURCE] = "truncate" if truncated else "quantize"
-    return {k: _listed(v) if k in LISTS else _shape(v) for k, v in config.items()}
+    widths, weights = (_items(config.get(f"model.{key}")) for key in ("widths", "width_weights"))
+    if weights:  # in the order of the widths, after the weight of the float pass
+        first = len(weights) - len(widths)
+        order = sorted(range(len(widths)), key=lambda n: -float(widths[n]))
+        config["model.width_weights"] = weights[:first] + [weights[first + n] for n in order]
+    for key in LISTS:
+        if items := _items(config.get(key)):
+            config[key] = sorted(items, key=lambda i: (-int(i) if i.isdecimal() else 0, i))
+    for key in STARTS:
+        if isinstance(config.get(key), str):
+            config[key] = _file_pattern(config[key])
+    return config
 
 
-def _listed(value: Any) -> Any:
-    """Normalize "8,4,2,1", "[8, 4, 2, 1]", [8, 4, 2, 1] and other orders to one value."""
-    items = re.split(r"[\s,\[\]]+", value) if isinstance(value, str) else value
-    order = sorted(filter(None, map(str, items or [])))
-    return sorted(order, key=lambda i: -int(i) if i.isdigit() else 0) if items else value
+def _items(value: Any) -> list[str]:
+    """Return the items of "8,4,2,1", "(8, 4)", [8, 4] or 8 as text; whole numbers as integers."""
+    items = re.split(r"[\s,\[\]()'\"]+", value) if isinstance(value, str) else value
+    items = items if isinstance(items, list) else [] if items is None else [items]
+    return [re.sub(r"^(\d+)\.0*$", r"\1", str(i)) for i in items if i not in ("", None)]
 
 
-def _shape(value: Any) -> Any:
-    """Reduce a path to its last parts and replace numbers by #, because they vary with the seed."""
-    if isinstance(value, str) and PATH_VALUE.search(value):
-        return re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", value)[-3:]))
-    return value
+def _file_pattern(path: str) -> str:
+    """Return the last parts of a path with # for numbers, because they vary with the seed."""
+    return re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", path)[-3:]))
 
 
 def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:

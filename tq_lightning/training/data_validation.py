@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tq_lightning.data.custom import DatasetModule
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
 
@@ -43,7 +44,8 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
             f"model.warmup_epochs: got {h.warmup_epochs:g}, but trainer.max_epochs is {epochs}; "
             "pass a shorter warm-up"
         )
-    if isinstance(data, TQDataModule):  # the loader of another data module may have no length
+    # the loader of another data module may have no length
+    if isinstance(data, (TQDataModule, DatasetModule)):
         # created here so that its errors are raised before a model is built
         _check_intervals(trainer, len(data.train_dataloader()))
 

@@ -54,7 +54,7 @@ from tq_lightning.training.run_callbacks import (
     make_plugins,
     progress_callbacks,
 )
-from tq_lightning.training.run_folder import LAST, auto_folder, check_unused
+from tq_lightning.training.run_folder import LAST, auto_folder, check_unused, is_same_folder
 from tq_lightning.training.run_messages import end_lines, start_line
 from tq_lightning.training.trainer_validation import check_run
 from tq_lightning.training.yaml_values import as_plain_strings
@@ -174,6 +174,8 @@ class TQCLI(LightningCLI):
             self.run_dir = run_dir
         if given is not None:
             self.checkpoint = checkpoint = find_checkpoint(str(given), root, run_dir)
+            if run_dir is not None and not is_same_folder(run_dir, checkpoint.run):
+                check_unused(run_dir, f"ckpt_path: {checkpoint.path} is not a checkpoint of it")
             if fits:
                 check_resumable(checkpoint, config.trainer)
                 differing = differences(checkpoint.run, config) if run_dir is None else []
@@ -190,7 +192,8 @@ class TQCLI(LightningCLI):
                 network = {key: given_model[key] for key in network_keys()}
                 differing += overridden_arguments(network, kept_model)
                 check_newest(checkpoint, root, differing)
-            if run_dir in (None, checkpoint.run) and checkpoint.progress.batches is None:
+            own = run_dir is None or is_same_folder(run_dir, checkpoint.run)
+            if own and checkpoint.progress.batches is None:
                 self._keep_seed(checkpoint.run)
         if kept:
             print(

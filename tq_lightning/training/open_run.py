@@ -27,7 +27,7 @@ class OpenRun:
         try:
             self._lock = RunLock(folder)
         except BaseException:  # also a signal
-            self._remove_created()
+            self._remove_empty(folder)  # it may be the run of another process by now
             raise
 
     def close(self, error: BaseException | None) -> None:
@@ -47,8 +47,14 @@ class OpenRun:
         if self._created is None:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove_empty(self.folder.parent)
+
+    def _remove_empty(self, lowest: Path) -> None:
+        """Remove `lowest` and its parents that this process created, as far as they are empty."""
+        if self._created is None:
+            return
         with contextlib.suppress(OSError):  # other runs are in it by now
-            for folder in self.folder.parents:
+            for folder in (lowest, *lowest.parents):
                 if folder.is_relative_to(self._created):
                     folder.rmdir()
 

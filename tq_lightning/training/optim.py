@@ -95,7 +95,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer
         The scheduler; None if `h.sched` is "none".
 
     Raises:
-        UserError: a training without an end.
+        UserError: a training without an end, or a warm-up that is longer than the training.
     """
     from timm.scheduler import create_scheduler_v2
 
@@ -108,6 +108,12 @@ def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer
             "or model.sched=none"
         )
     per_epoch = max(1, -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
+    warmup = round(h.warmup_epochs * per_epoch)
+    if warmup > total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise UserError(
+            f"model.warmup_epochs: got {h.warmup_epochs:g}, which is {warmup} steps, but the "
+            f"training ends after {int(total)} (trainer.max_steps); pass a shorter warm-up"
+        )
     milestones = [round(v * per_epoch) for v in as_floats(h.decay_epochs, "model.decay_epochs")]
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -118,7 +124,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer
         decay_rate=h.decay_rate,
         min_lr=h.min_lr,
         warmup_lr=h.warmup_lr,
-        warmup_epochs=round(h.warmup_epochs * per_epoch),
+        warmup_epochs=warmup,
         step_on_epochs=False,
         updates_per_epoch=1,
     )

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tq_lightning.errors import UserError
 from tq_lightning.records import NAME, read_record
+from tq_lightning.training.yaml_file import read_yaml
 
 LAST = "checkpoints/last.ckpt"
 CONFIG = "config.yaml"
 # data keys that may change when a run is resumed: location and reading of the data
 _PLACES = {"root", "download", "workers"}
+# keys that a resumed run does not need: filled in by the run, or weights that its checkpoint has
+_OPTIONAL = {"model.num_classes", "model.checkpoint_path", "model.teacher_checkpoint_path"}
 
 
 def auto_folder(run_dir: str | None, root: Path) -> Path:
@@ -44,13 +45,18 @@ def run_of(path: Path) -> Path | None:
     return run if (run / NAME).is_file() or (run / CONFIG).is_file() else None
 
 
-def check_unused(folder: Path) -> None:
-    """Raise UserError if `folder` already has a run."""
+def check_unused(folder: Path, reason: str = "") -> None:
+    """Raise UserError, with a reason, if `folder` already has a run."""
     if (folder / NAME).exists() or (folder / "checkpoints").exists():
         raise UserError(
-            f"run_dir={folder} already has a run; pass --ckpt_path auto to resume it, "
-            "or another folder"
+            f"run_dir={folder} already has a run{reason and f', and {reason}'}; pass --ckpt_path "
+            "auto to resume it, or another folder"
         )
+
+
+def is_same_folder(one: Path | None, two: Path | None) -> bool:
+    """Return True for two forms of the same path."""
+    return None not in (one, two) and one.resolve() == two.resolve()  # type: ignore[union-attr]
 
 
 def check_same_run(folder: Path, config: dict[str, Any]) -> None:
@@ -68,17 +74,27 @@ def check_same_run(folder: Path, config: dict[str, Any]) -> None:
     path = folder / CONFIG
     if not path.is_file():
         return
-    saved = yaml.safe_load(path.read_text())
+    saved = _read_config(path)
     for section in ("seed_everything", "model", "data"):
         ours, theirs = _flat(section, config.get(section)), _flat(section, saved.get(section))
         for key in ours:
-            # null values, such as the number of classes, were filled in by the run
-            if ours[key] is not None and str(ours[key]) != str(theirs.get(key, ours[key])):
+            optional = ours[key] is None and key in _OPTIONAL
+            if not optional and str(ours[key]) != str(theirs.get(key, ours[key])):
                 raise UserError(
                     f"{folder} is a run with {key}={theirs[key]}, not {ours[key]}; "
                     f"pass --run_dir for another run, or --ckpt_path {folder / LAST} "
                     "to continue this one with other settings"
                 )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read the saved configuration of a run. Raises UserError for a damaged file."""
+    saved = read_yaml(path)
+    if not isinstance(saved, dict):
+        raise UserError(
+            f"{path} is damaged: it has no settings; restore it, or pass another --run_dir"
+        )
+    return saved
 
 
 def _flat(section: str, value: Any) -> dict[str, Any]:
@@ -98,6 +114,6 @@ def is_finished(folder: Path, config: dict[str, Any]) -> bool:
     if not has_finished(folder):
         return False
     path = folder / CONFIG
-    saved = yaml.safe_load(path.read_text())["trainer"] if path.is_file() else {}
+    saved = (_read_config(path).get("trainer") or {}) if path.is_file() else {}
     given = config["trainer"]
     return all(given.get(key) == saved.get(key) for key in ("max_epochs", "max_steps", "max_time"))
