@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.batches import call_model
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
-from tq_lightning.quant.inputs import call
 from tq_lightning.quant.layers import is_embedding
 
 BINS = 4096
@@ -221,7 +221,7 @@ def _run(
         for bits in widths:
             with bit_width(model, bits, "truncate"):
                 for batch in batches:
-                    call(model, batch)
+                    call_model(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tq_lightning.quant.batches import call_model, samples_of
 from tq_lightning.quant.bit_width import bit_width, width_of
-from tq_lightning.quant.inputs import call, samples_of
 from tq_lightning.quant.switchable_norm import (
     PerWidthNorm,
     per_width_norms,
@@ -182,7 +182,7 @@ def _estimate(
                 images += size
                 for layer in layers:
                     layer.momentum = size / images  # the running mean over all images so far
-                call(model, batch)
+                call_model(model, batch)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum, layer.training = momentum, False

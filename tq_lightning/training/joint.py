@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError
+from tq_lightning.quant.batches import call_model, overwrites_outputs
 from tq_lightning.quant.bit_width import walk_modules
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import call, overwrites_outputs
 from tq_lightning.quant.switchable_norm import width_name
 from tq_lightning.training.losses import WidthLoss
 
@@ -85,7 +85,7 @@ def joint_loss(
             with fused.at(bits):
                 for group in fused.groups:
                     group.require_grad()
-                out = call(model, inputs)
+                out = call_model(model, inputs)
                 loss = width_loss(bits, out, logits)
                 losses[bits] = loss.detach()
                 logits[bits] = out.detach().clone() if copy else out.detach()

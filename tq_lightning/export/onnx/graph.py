@@ -22,7 +22,7 @@ from tq_lightning.export.onnx.width_modules import WidthTables, replace_activati
 from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.inputs import example_inputs
+from tq_lightning.quant.input_spec import example_inputs
 
 # first opset whose DequantizeLinear supports 4-bit integers, and first one with 2-bit integers
 OPSETS = (21, 25)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.entries import is_shape
-from tq_lightning.quant.inputs import TYPES
+from tq_lightning.quant.input_spec import TYPES
 
 _MAX_FLOAT = 3.4e38
 MAX_INPUTS = 64
