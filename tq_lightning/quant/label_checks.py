@@ -7,7 +7,7 @@ from torch import Tensor
 from tq_lightning.errors import UserError
 from tq_lightning.quant.batches import first_tensor
 
-IGNORE_INDEX = -100  # label of tokens excluded from losses and metrics, the default of PyTorch
+IGNORE_INDEX = -100  # label of tokens that losses and metrics exclude, the default of PyTorch
 
 
 def check_logits(task: str, logits: Any, target: Tensor) -> None:

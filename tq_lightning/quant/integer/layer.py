@@ -23,7 +23,7 @@ class IntegerLayer(nn.Module):
 
     Args:
         name: name of the layer in the model.
-        layer: `nn.Conv2d` or `nn.Linear` with quantized weights that `plan.refusal` accepts.
+        layer: `nn.Conv2d` or `nn.Linear` with quantized weights, without a `plan.reason_in_float`.
         width: the model's shared `Width`.
         into: codes of the input.
         norm: batch norm after the layer, per width or not.
