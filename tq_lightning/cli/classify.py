@@ -203,15 +203,13 @@ def read_preprocessed(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any
     from timm.data import create_transform
 
     from tq_lightning.data.images import UnreadableImage, read_image
+    from tq_lightning.export.packed.optional_fields import input_size
 
-    options = dict(model.tq_file["preprocessing"] or {})
-    if "input_size" not in options:
-        raise UserError(
-            "the packed file has no preprocessing; export it with preprocessing={'input_size': ...}"
-        )
+    channels = input_size(model.tq_file)[0]
+    options = model.tq_file["preprocessing"]
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{key: options[key] for key in keys if key in options})
-    mode = "L" if options["input_size"][0] == 1 else "RGB"
+    mode = "L" if channels == 1 else "RGB"
     for path in paths:
         try:
             yield path, transform(read_image(path, mode))

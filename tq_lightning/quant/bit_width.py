@@ -142,7 +142,12 @@ class WidthSwitch:
 
     @contextmanager
     def at(self, bits: int | None, source: str | None = None) -> Iterator[None]:
-        """Run the model at a width inside the `with` block; see `bit_width`."""
+        """Run the model at a width inside the `with` block; see `bit_width`.
+
+        Raises:
+            ValueError: an unknown width or source, float on a packed model, or an untrained width
+                without norm statistics.
+        """
         width = self.width
         source = width.default_source if source is None else source
         if source not in SOURCES:

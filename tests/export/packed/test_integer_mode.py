@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from fixtures.integer_oracle import compare
 from PIL import Image
 
 from tq_lightning import bit_width, calibrate_activations, load_packed, save_packed
@@ -16,7 +17,6 @@ from tq_lightning.export.packed import reader
 from tq_lightning.export.packed.edit import add_ranges
 from tq_lightning.quant.integer import IntegerModel, integer_layers, kernels
 from tq_lightning.quant.integer.kernels import missing_kernels
-from tq_lightning.quant.integer.oracle import compare
 
 pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
 

@@ -1,4 +1,4 @@
-"""Header fields that a caller gives: activation ranges, inputs and preprocessing.
+"""Optional header fields: activation ranges, inputs and preprocessing.
 
 The writer checks them before it writes a file, and the reader when it opens one.
 """
@@ -122,3 +122,22 @@ def check_preprocessing(options: Mapping[str, Any] | None) -> None:
             "preprocessing has an unknown interpolation or crop_mode; expected one of "
             f"{', '.join(_INTERPOLATIONS)} and one of {', '.join(_CROPS)}"
         )
+
+
+def input_size(header: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images of a packed file.
+
+    Args:
+        header: header of the file, or `tq_file` of its model.
+
+    Raises:
+        UserError: the file has no input size.
+    """
+    size = (header["preprocessing"] or {}).get("input_size")
+    if size is None:
+        raise UserError(
+            "the packed file has no input size; export it with preprocessing={'input_size': ...}, "
+            "or with inputs= if the network does not take images"
+        )
+    channels, height, width = size
+    return channels, height, width
