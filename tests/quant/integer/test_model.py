@@ -7,6 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures.integer_oracle import compare, simulated
 from torch import nn
 
 from tq_lightning import bit_width, calibrate_activations, calibrate_norms, prepare
@@ -18,7 +19,6 @@ from tq_lightning.quant.integer import integer_layers, integer_model, plan
 from tq_lightning.quant.integer import model as integer
 from tq_lightning.quant.integer.kernels import Conv2d, missing_kernels, sums_are_exact
 from tq_lightning.quant.integer.norms import folded_norm
-from tq_lightning.quant.integer.oracle import compare, simulated
 from tq_lightning.quant.integer.rewrite import CodePool
 from tq_lightning.quant.quantized_tensors import quantized_layers
 
