@@ -37,7 +37,7 @@ def graph_inputs(model: nn.Module) -> dict[str, Tensor | None]:
     rows = model.tq_file.get("inputs")  # type: ignore[operator,union-attr]
     if rows:
         return example_inputs(model, rows)
-    return {"images": torch.zeros(2, *input_size(model.tq_file))}
+    return {"images": torch.zeros(2, *input_size(model.tq_file))}  # type: ignore[arg-type]
 
 
 def batch_shapes(inputs: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
