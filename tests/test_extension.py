@@ -23,14 +23,14 @@ from tq_lightning.training.checkpoint import load_checkpoint_model
 FIT = [*TWO_STEPS, "--model.quantizer", "ceil", "--trainer.default_root_dir"]
 
 
-def _ceil_steps(u, top):
+def _unclamped_ceil(u, top):
     """Return codes of bins (k/2^n, (k+1)/2^n]: `floor` with edges in the lower bin."""
     return torch.ceil(u * (top + 1.0)) - 1.0
 
 
 @pytest.fixture
 def ceil(monkeypatch):
-    row = Quantizer(_ceil_steps, QUANTIZERS["floor"].edges, ste="slope", nested=True)
+    row = Quantizer(_unclamped_ceil, QUANTIZERS["floor"].edges, ste="slope", nested=True)
     monkeypatch.setitem(QUANTIZERS, "ceil", row)
     return row
 

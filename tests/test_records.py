@@ -44,8 +44,8 @@ def test_fields_of_later_versions_are_kept(tmp_path):
     ("change", "reason"),
     [
         ({"id": None}, "broken: id is missing"),
-        ({"steps": 1.5}, "broken: steps is '1.5', not a whole number"),
-        ({"steps": True}, "broken: steps is 'True', not a whole number"),
+        ({"steps": 1.5}, "broken: steps is '1.5', not an integer"),
+        ({"steps": True}, "broken: steps is 'True', not an integer"),
         ({"seconds": float("inf")}, "broken: seconds is 'inf', not a number"),
         ({"dirty": "no"}, "broken: dirty is 'no', not true or false"),
         ({"best": {"epoch": 1}}, "broken: best.metrics is missing"),
@@ -53,7 +53,7 @@ def test_fields_of_later_versions_are_kept(tmp_path):
             {"best": {"metrics": {"val/acc1_float": "x"}}},
             "broken: best.metrics.val/acc1_float is 'x', not a number",
         ),
-        ({"bytes": {"planes": {"8": "x"}}}, "broken: bytes.planes.8 is 'x', not a whole number"),
+        ({"bytes": {"planes": {"8": "x"}}}, "broken: bytes.planes.8 is 'x', not an integer"),
         ({"config": {"trainer": 3}}, "broken: config.trainer is '3', not a mapping"),
         (
             {"config": {"model": {"widths": "eight"}}},

@@ -36,7 +36,10 @@ from tq_lightning.export.onnx.integer import export_integer
 from tq_lightning.export.packed.edit import add_ranges
 from tq_lightning.quant.activation_ranges import OBSERVERS, activation_ranges
 from tq_lightning.quant.integer.model import integer_model
-from tq_lightning.quant.integer.oracle import simulated
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fixtures.integer_oracle import simulated
 
 BATCHES, BATCH_SIZE = 4, 128  # of the calibration
 COLUMNS = ("model", "runtime", "bits", "images", "top1", "lost", "differ")

@@ -13,9 +13,20 @@ from fixtures.packed import make, net, packed  # noqa: F401
 from PIL import Image
 
 from tq_lightning import bit_width, load_packed, save_packed
-from tq_lightning.cli import classify, main
+from tq_lightning.cli import classify, export_arguments, main
 from tq_lightning.cli import export as command
 from tq_lightning.errors import UserError
+
+
+def test_choices_of_the_parsers_are_those_of_the_library():
+    from tq_lightning.export.onnx import activation_nodes, qdq
+    from tq_lightning.export.packed import weight
+    from tq_lightning.quant.activation_ranges import OBSERVERS
+
+    assert classify.MODES == weight.MODES
+    assert tuple(OBSERVERS) == export_arguments.OBSERVERS
+    assert export_arguments.RUNTIMES == activation_nodes.RUNTIMES
+    assert export_arguments.RESIDUALS == qdq.RESIDUALS
 
 
 def test_packed_file_is_exported_again(packed, tmp_path, capsys):

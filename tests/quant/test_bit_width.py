@@ -210,7 +210,9 @@ def test_quantize_never_passes_through_stored_codes(net, images, monkeypatch, qu
         monkeypatch.setattr(user, "truncate_codes", shift)
     tops = []
     row = codes.QUANTIZERS[quantizer]
-    spy = replace(row, steps=lambda u, top: (tops.append(top), row.steps(u, top))[1])
+    spy = replace(
+        row, unclamped_codes=lambda u, top: (tops.append(top), row.unclamped_codes(u, top))[1]
+    )
     monkeypatch.setitem(codes.QUANTIZERS, quantizer, spy)
     for train in (False, True):
         for bits in (8, 4, 2, 1) if train else range(1, 9):

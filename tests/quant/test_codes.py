@@ -147,7 +147,7 @@ def test_nested_flag_is_true_only_if_codes_nest(name):
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_onnx_form_gives_the_same_codes(name, bits):
     quantizer, top = QUANTIZERS[name], torch.tensor([2.0**bits - 1])
-    assert torch.equal(quantizer.onnx(U, top), quantizer.codes(U, bits).float())
+    assert torch.equal(quantizer.float_codes(U, top), quantizer.codes(U, bits).float())
 
 
 TRUNCATE_CASES = {  # name -> (code, from, to, code after)

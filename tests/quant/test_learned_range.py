@@ -69,7 +69,7 @@ def test_range_gradient_equals_the_numerical_gradient(bits, level):
     for name, (size, channel_dim, groups, _) in SHAPES.items():
         w, upstream = weight(*size), weight(*size, seed=4).double()
         made = rule(w, bits, "learned_channel", channel_dim, groups, level=level)
-        made.learned = replace(made.learned, gain=1.0)
+        made.range_layout = replace(made.range_layout, gain=1.0)
         made(w).backward(upstream.float())
         with torch.no_grad():
             u, scale = made.normalize(w)
@@ -109,7 +109,7 @@ def test_range_gradient_is_divided_by_the_square_root_of_the_weight_count():
         made = rule(w, 3, normalizer)
         made(w).sum().backward()
         scaled, made.range.grad = made.range.grad.clone(), None
-        made.learned = replace(made.learned, gain=1.0)
+        made.range_layout = replace(made.range_layout, gain=1.0)
         made(w).sum().backward()
         torch.testing.assert_close(scaled * count**0.5, made.range.grad)
 

@@ -59,7 +59,7 @@ def test_copy_with_a_test_block_is_preferred(tmp_path, make):
             {"widths": {"four": {"quantize": 80.0, "truncate": 80.0}}},
             "broken: widths has a key that is not a width in bits",
         ),
-        ({"seed": [1]}, "broken: seed is '[1]', not a whole number"),
+        ({"seed": [1]}, "broken: seed is '[1]', not an integer"),
         ({"test": {"metrics": []}}, "broken: test.metrics is '[]', not a mapping"),
         ({"bytes": {"planes": 7}}, "broken: bytes.planes is '7', not a mapping"),
         (

@@ -15,8 +15,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from tq_lightning import bit_width, prepare
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.errors import UserError
-from tq_lightning.quant.activation import ActivationQuantizer, WidthTensors
-from tq_lightning.quant.bit_width import Width
+from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.bit_width import Width, WidthTensors
 from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import per_width_norms, train_float_norms

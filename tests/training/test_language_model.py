@@ -15,7 +15,7 @@ from torchmetrics.text import Perplexity
 from tq_lightning import bit_width
 from tq_lightning.cli import main, run_fit
 from tq_lightning.errors import UserError
-from tq_lightning.quant.inputs import check_labels, check_logits, check_shifted
+from tq_lightning.quant.label_checks import check_labels, check_labels_are_shifted, check_logits
 from tq_lightning.records import PPL, read_record
 from tq_lightning.training.losses import cross_entropy, distillation
 from tq_lightning.training.module import TQModule
@@ -126,13 +126,13 @@ def test_labels_of_another_task_are_an_error_of_one_line(folder, capsys):
 def test_logits_and_labels_are_checked():
     ids = torch.randint(0, 9, (2, 4))
     check_logits("language_modeling", torch.zeros(2, 4, 9), ids)
-    check_shifted({"input_ids": ids[:, :-1]}, ids[:, 1:])
-    check_shifted(ids, torch.full_like(ids, -100))
+    check_labels_are_shifted({"input_ids": ids[:, :-1]}, ids[:, 1:])
+    check_labels_are_shifted(ids, torch.full_like(ids, -100))
     for task, logits in (("language_modeling", torch.zeros(2, 9)), ("classification", ("x",))):
         with pytest.raises(UserError):
             check_logits(task, logits, ids)
     with pytest.raises(UserError, match="the input tokens themselves"):
-        check_shifted({"input_ids": ids}, ids)
+        check_labels_are_shifted({"input_ids": ids}, ids)
 
 
 def test_large_cross_entropy_gives_a_finite_perplexity():

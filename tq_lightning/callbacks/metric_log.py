@@ -7,7 +7,7 @@ import lightning as L
 import torch
 
 from tq_lightning.callbacks.optimizer_steps import OptimizerSteps
-from tq_lightning.quant.inputs import samples_of, split_batch
+from tq_lightning.quant.batches import samples_of, split_batch
 
 LOSS, RATE, SPEED = "train/loss", "train/lr", "train/images_per_second"
 

@@ -20,7 +20,7 @@ from tq_lightning.errors import Interrupted, UserError, first_line
 from tq_lightning.files import expand_path
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.config import QuantConfig
-from tq_lightning.quant.quantized_tensors import code_disagreement
+from tq_lightning.quant.disagreement import code_disagreement
 from tq_lightning.quant.switchable_norm import untrained_widths
 from tq_lightning.records import (
     NAME,

@@ -20,7 +20,7 @@ from tq_lightning.callbacks.width_metrics import (
     width_metrics,
 )
 from tq_lightning.errors import TrainingError
-from tq_lightning.quant.inputs import IGNORED
+from tq_lightning.quant.label_checks import IGNORE_INDEX
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
 MOST = 700.0  # largest cross-entropy whose exponential is finite in float64
@@ -102,8 +102,8 @@ class Perplexity:
         flat = target.flatten()
         for p, out in logits.items():
             rows = out.float().flatten(0, -2)
-            self._sums[p] += F.cross_entropy(rows, flat, ignore_index=IGNORED, reduction="sum")
-        self._tokens += (flat != IGNORED).sum()
+            self._sums[p] += F.cross_entropy(rows, flat, ignore_index=IGNORE_INDEX, reduction="sum")
+        self._tokens += (flat != IGNORE_INDEX).sum()
 
     def metrics(self, stage: str, reduce: Reduce) -> dict[str, float]:
         """Return the metrics of a stage, "val" or "test", by key.
@@ -113,7 +113,7 @@ class Perplexity:
         """
         tokens = int(reduce(self._tokens))
         if tokens == 0:
-            raise TrainingError(f"no token of the {stage} data has a label; all are {IGNORED}")
+            raise TrainingError(f"no token of the {stage} data has a label; all are {IGNORE_INDEX}")
         sums = reduce(torch.stack(list(self._sums.values())))
         losses = {p: float(s) / tokens for p, s in zip(self._sums, sums, strict=True)}
         perplexity = {p: math.exp(min(loss, MOST)) for p, loss in losses.items()}

@@ -12,8 +12,9 @@ from torch import nn
 
 from tq_lightning.callbacks.scores import SCORES
 from tq_lightning.callbacks.width_metrics import Pass, evaluate_batch, evaluation_passes
+from tq_lightning.quant.batches import split_batch, to_device
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import check_labels, check_logits, split_batch, to_device
+from tq_lightning.quant.label_checks import check_labels, check_logits
 from tq_lightning.quant.norm_calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.batches import call_model, overwrites_outputs
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.codes import QUANTIZERS
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import call, overwrites_outputs
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.records import ACC1, PPL, Metric
 
@@ -55,7 +55,7 @@ def evaluate_batch(model: nn.Module, inputs: Any, passes: list[Pass]) -> dict[Pa
     with fused_weights(model) as fused:
         for bits, source in passes:
             with fused.at(bits, source):
-                out = call(model, inputs)
+                out = call_model(model, inputs)
                 logits[bits, source] = out.clone() if overwrites_outputs(model) else out
     return logits
 

@@ -96,7 +96,7 @@ def _dataset_batches(model: Any, name: str) -> list[Any]:
 def _run_batches(checkpoint: Path) -> list[Any]:
     """Return training batches of the run that a checkpoint belongs to, deterministically."""
     from tq_lightning.data.datamodule import TQDataModule
-    from tq_lightning.quant.inputs import split_batch
+    from tq_lightning.quant.batches import split_batch
     from tq_lightning.training.run_folder import run_of
     from tq_lightning.training.yaml_file import read_yaml
 

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -11,6 +12,7 @@ from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
 
+# retyped, because --help must not import torch; a test compares them
 MODES = ("resident", "lean", "integer")
 COLUMNS = ("image", "rank", "class", "name", "probability")
 
@@ -69,18 +71,17 @@ def main(argv: list[str]) -> int:
     files = find_images(args.images)
 
     from tq_lightning.export.packed.reader import load_packed
+    from tq_lightning.quant.integer import IntegerModel
 
     mode = "lean" if args.lean else args.mode or "resident"
-    if mode == "integer":
-        from tq_lightning.quant.integer.kernels import missing_kernels
-
-        if (reason := missing_kernels()) is not None:
-            print(f"--mode integer is not available ({reason}); using resident", file=sys.stderr)
-            mode = "resident"
     check_images(args.model)
-    model = load_packed(args.model, bits=args.bits, model=args.factory, mode=mode)
-    if mode == "integer":
-        print(model.summary(), file=sys.stderr)  # type: ignore[operator]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "mode='integer' is not available")
+        model = load_packed(args.model, bits=args.bits, model=args.factory, mode=mode)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if isinstance(model, IntegerModel):
+        print(model.summary(), file=sys.stderr)
     if args.out is None:
         # file names that are not valid UTF-8 are written as raw bytes
         if hasattr(sys.stdout, "reconfigure"):
@@ -203,15 +204,13 @@ def read_preprocessed(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any
     from timm.data import create_transform
 
     from tq_lightning.data.images import UnreadableImage, read_image
+    from tq_lightning.export.packed.optional_fields import input_size
 
-    options = dict(model.tq_file["preprocessing"] or {})
-    if "input_size" not in options:
-        raise UserError(
-            "the packed file has no preprocessing; export it with preprocessing={'input_size': ...}"
-        )
+    channels = input_size(model.tq_file)[0]
+    options = model.tq_file["preprocessing"]
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{key: options[key] for key in keys if key in options})
-    mode = "L" if options["input_size"][0] == 1 else "RGB"
+    mode = "L" if channels == 1 else "RGB"
     for path in paths:
         try:
             yield path, transform(read_image(path, mode))

@@ -50,26 +50,26 @@ def main(argv: list[str]) -> int:
         UserError: wrong arguments, a file that is not a model, a network that ONNX can't express,
             or a runtime that can't be fetched.
     """
-    a = parser().parse_args(argv)
-    if not a.model.is_file():
-        raise UserError(f"no file {a.model}; pass a packed file or a training checkpoint")
+    args = parser().parse_args(argv)
+    if not args.model.is_file():
+        raise UserError(f"no file {args.model}; pass a packed file or a training checkpoint")
     try:
         from tq_lightning.export.demo_page.write import check_out, write_demo_page
     except ImportError as error:
         raise UserError(
             f"demo-page needs the onnx package ({error}); pip install 'tq_lightning[onnx]'"
         ) from error
-    check_out(a.out)
-    with packed_file(a.model) as (path, _):
+    check_out(args.out)
+    with packed_file(args.model) as (path, _):
         sizes = write_demo_page(
             path,
-            a.out,
-            title=a.title,
-            examples=_examples(a.images),
-            runtime=a.onnxruntime_web,
+            args.out,
+            title=args.title,
+            examples=_examples(args.images),
+            runtime=args.onnxruntime_web,
         )
-    print(f"wrote {a.out} ({len(sizes)} files, {sum(sizes.values()):,} bytes)")
-    print(f"serve it, for example: python -m http.server --directory {a.out}")
+    print(f"wrote {args.out} ({len(sizes)} files, {sum(sizes.values()):,} bytes)")
+    print(f"serve it, for example: python -m http.server --directory {args.out}")
     return 0
 
 

@@ -27,25 +27,32 @@ def main(argv: list[str]) -> int:
         UserError: wrong arguments, a file that can't be read or written, or a width that the file
             does not have.
     """
-    a = parse(argv)
-    if a.format == "packed":
-        sizes = _packed(a) if a.calibrate is None else _calibrated(a)
+    args = parse(argv)
+    if args.format == "packed":
+        sizes = _packed(args) if args.calibrate is None else _calibrated(args)
         print("\n".join(f"{name:<10}{size:>14,} bytes" for name, size in sizes.items()))
-        print(f"wrote {a.out}")
+        print(f"wrote {args.out}")
         return 0
-    with packed_file(a.source, a.factory, fold_norms=a.fold_norms) as (path, folder):
-        if a.calibrate is not None:
+    with packed_file(args.source, args.factory, fold_norms=args.fold_norms) as (path, folder):
+        if args.calibrate is not None:
             before, path = path, folder / "calibrated.safetensors"
-            calibrate(before, path, a.source, a.calibrate, a.observer or "percentile", a.factory)
+            calibrate(
+                before,
+                path,
+                args.source,
+                args.calibrate,
+                args.observer or "percentile",
+                args.factory,
+            )
         hint = ""
-        if a.format in ONE_WIDTH and a.bits is None:
-            a.bits = _widest(path)
-            hint = f": {a.bits} bits, pass --bits for another width"
-        if a.format == "executorch":
-            _executorch(a, path)
+        if args.format in ONE_WIDTH and args.bits is None:
+            args.bits = _widest(path)
+            hint = f": {args.bits} bits, pass --bits for another width"
+        if args.format == "executorch":
+            _executorch(args, path)
         else:
-            _onnx(a, path)
-    print(f"wrote {a.out} ({a.out.stat().st_size:,} bytes){hint}")
+            _onnx(args, path)
+    print(f"wrote {args.out} ({args.out.stat().st_size:,} bytes){hint}")
     return 0
 
 
@@ -115,39 +122,50 @@ def save_checkpoint(
     )
 
 
-def _calibrated(a: argparse.Namespace) -> dict[str, int]:
+def _calibrated(args: argparse.Namespace) -> dict[str, int]:
     """Write a packed file with activation ranges; nothing is written if they can't be observed."""
     with tempfile.TemporaryDirectory() as folder:
-        out, a.out = a.out, Path(folder) / "packed.safetensors"
-        _packed(a)
-        path, a.out = a.out, out
-        return calibrate(path, out, a.source, a.calibrate, a.observer or "percentile", a.factory)
+        out, args.out = args.out, Path(folder) / "packed.safetensors"
+        _packed(args)
+        path, args.out = args.out, out
+        return calibrate(
+            path, out, args.source, args.calibrate, args.observer or "percentile", args.factory
+        )
 
 
-def _packed(a: argparse.Namespace) -> dict[str, int]:
-    from tq_lightning.export.packed import edit as repack
+def _packed(args: argparse.Namespace) -> dict[str, int]:
+    from tq_lightning.export.packed import edit
 
-    if a.add is not None:
-        if a.max_bits is not None or a.fold_norms or a.compress or not is_packed(a.source):
+    if args.add is not None:
+        if (
+            args.max_bits is not None
+            or args.fold_norms
+            or args.compress
+            or not is_packed(args.source)
+        ):
             raise UserError(
                 "--add joins two packed files without changing them; "
                 "pass only a packed file, --add and --out"
             )
-        return repack.join(a.source, a.add, a.out)
-    if not is_packed(a.source):
-        options = {"max_bits": a.max_bits, "fold_norms": a.fold_norms, "compress": a.compress}
-        if a.rest is None:
-            return save_checkpoint(a.source, a.out, a.factory, **options)
+        return edit.join(args.source, args.add, args.out)
+    if not is_packed(args.source):
+        options = {
+            "max_bits": args.max_bits,
+            "fold_norms": args.fold_norms,
+            "compress": args.compress,
+        }
+        if args.rest is None:
+            return save_checkpoint(args.source, args.out, args.factory, **options)
         with tempfile.TemporaryDirectory() as folder:
             full = Path(folder) / "full.safetensors"
-            save_checkpoint(a.source, full, a.factory, fold_norms=a.fold_norms)
-            repack.write_rest(full, a.rest, a.max_bits)
-            return repack.repack(full, a.out, a.max_bits, a.compress)
-    if a.fold_norms:
+            save_checkpoint(args.source, full, args.factory, fold_norms=args.fold_norms)
+            edit.write_rest(full, args.rest, args.max_bits)
+            return edit.repack(full, args.out, args.max_bits, args.compress)
+    if args.fold_norms:
         raise UserError("--fold-norms needs the checkpoint, not a packed file; pass the .ckpt file")
-    if a.rest is not None:
-        repack.write_rest(a.source, a.rest, a.max_bits)
-    return repack.repack(a.source, a.out, a.max_bits, a.compress)
+    if args.rest is not None:
+        edit.write_rest(args.source, args.rest, args.max_bits)
+    return edit.repack(args.source, args.out, args.max_bits, args.compress)
 
 
 def _widest(path: Path) -> int:
@@ -160,28 +178,30 @@ def _widest(path: Path) -> int:
     return max(header["norm_widths"], default=header["stored_bits"])
 
 
-def _onnx(a: argparse.Namespace, path: Path) -> None:
+def _onnx(args: argparse.Namespace, path: Path) -> None:
     try:
         from tq_lightning.export.onnx import dynamic, integer, qonnx, static
     except ImportError as error:
         raise UserError(
-            f"--format {a.format} needs the onnx package ({error}); "
+            f"--format {args.format} needs the onnx package ({error}); "
             "pip install 'tq_lightning[onnx]'"
         ) from error
-    if a.integer:
-        options = {"residual": a.residual, "top": a.activation_codes, "exact": a.exact}
-        runtime = a.runtime or "onnxruntime"
-        made = integer.export_integer(path, a.out, a.bits, runtime, **options, model=a.factory)
+    if args.integer:
+        options = {"residual": args.residual, "top": args.activation_codes, "exact": args.exact}
+        runtime = args.runtime or "onnxruntime"
+        made = integer.export_integer(
+            path, args.out, args.bits, runtime, **options, model=args.factory
+        )
         print("\n".join(made.lines()))
-    elif a.format == "onnx":
-        static.export_static(path, a.out, a.bits, a.opset, a.lean, a.factory)
-    elif a.format == "onnx-dynamic":
-        dynamic.export_dynamic(path, a.out, model=a.factory)
+    elif args.format == "onnx":
+        static.export_static(path, args.out, args.bits, args.opset, args.lean, args.factory)
+    elif args.format == "onnx-dynamic":
+        dynamic.export_dynamic(path, args.out, model=args.factory)
     else:
-        qonnx.export_qonnx(path, a.out, a.bits, a.factory)
+        qonnx.export_qonnx(path, args.out, args.bits, args.factory)
 
 
-def _executorch(a: argparse.Namespace, path: Path) -> None:
+def _executorch(args: argparse.Namespace, path: Path) -> None:
     from tq_lightning.export.executorch import export_executorch
 
-    print("\n".join(export_executorch(path, a.out, a.bits, model=a.factory).lines()))
+    print("\n".join(export_executorch(path, args.out, args.bits, model=args.factory).lines()))

@@ -8,6 +8,10 @@ from tq_lightning.errors import UserError
 
 FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx", "executorch")
 ONE_WIDTH = ("onnx", "qonnx", "executorch")
+# retyped, because --help must not import torch; a test compares them
+OBSERVERS = ("percentile", "mse")
+RUNTIMES = ("onnxruntime", "openvino")
+RESIDUALS = ("int8", "float")
 
 
 def parser() -> Parser:
@@ -55,17 +59,17 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--observer",
-        choices=("percentile", "mse"),
+        choices=OBSERVERS,
         help="with --calibrate: ignore outliers (default), or minimize the squared error",
     )
     p.add_argument(
         "--runtime",
-        choices=("onnxruntime", "openvino"),
+        choices=RUNTIMES,
         help="with --format onnx: runtime to write the graph for (default: onnxruntime)",
     )
     p.add_argument(
         "--residual",
-        choices=("int8", "float"),
+        choices=RESIDUALS,
         help="with --integer: type of the inputs of residual adds (default: int8 for ONNX Runtime, "
         "float for OpenVINO and for networks trained with activation codes)",
     )
@@ -115,65 +119,71 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: an invalid argument or combination of arguments.
     """
-    a = parser().parse_args(argv)
-    if a.format is None and a.out.suffix.lower() == ".pte":
-        a.format = "executorch"
-    if a.format is None and a.out.suffix.lower() == ".onnx":
+    args = parser().parse_args(argv)
+    if args.format is None and args.out.suffix.lower() == ".pte":
+        args.format = "executorch"
+    if args.format is None and args.out.suffix.lower() == ".onnx":
         raise UserError(
-            f"--out {a.out} looks like an ONNX file; pass --format onnx, onnx-dynamic or qonnx, "
-            "or a name that ends in .safetensors for a packed file"
+            f"--out {args.out} looks like an ONNX file; pass --format onnx, onnx-dynamic or "
+            "qonnx, or a name that ends in .safetensors for a packed file"
         )
-    a.format = a.format or "packed"
-    if not a.source.is_file():
+    args.format = args.format or "packed"
+    if not args.source.is_file():
         raise UserError(
-            f"no file {a.source} to export; pass a training checkpoint or a packed file"
+            f"no file {args.source} to export; pass a training checkpoint or a packed file"
         )
-    if a.observer is not None and a.calibrate is None:
+    if args.observer is not None and args.calibrate is None:
         raise UserError("--observer needs --calibrate DATA; pass both")
-    if a.calibrate is not None and (a.rest is not None or a.add is not None):
+    if args.calibrate is not None and (args.rest is not None or args.add is not None):
         raise UserError(
             "--calibrate cannot be combined with --rest or --add; run export once for each"
         )
-    if a.rest is not None and a.max_bits is None:
+    if args.rest is not None and args.max_bits is None:
         raise UserError("--rest stores the planes that --max-bits omits; pass both")
-    if a.format not in ONE_WIDTH and a.bits is not None:
+    if args.format not in ONE_WIDTH and args.bits is not None:
         raise UserError(
             f"--bits is the width of {', '.join(ONE_WIDTH)} files; for fewer planes pass "
-            f"--max-bits {a.bits}"
+            f"--max-bits {args.bits}"
         )
-    if a.opset is not None and a.format != "onnx":
-        raise UserError(f"--opset is for --format onnx, got {a.format}")
-    if a.integer and a.format != "onnx":
-        raise UserError(f"--integer is for --format onnx, got {a.format}")
-    if a.integer and a.opset not in (None, 21):
-        raise UserError(f"--integer writes opset 21, got --opset {a.opset}")
-    if a.lean and (a.format != "onnx" or a.integer):
+    if args.opset is not None and args.format != "onnx":
+        raise UserError(f"--opset is for --format onnx, got {args.format}")
+    if args.integer and args.format != "onnx":
+        raise UserError(f"--integer is for --format onnx, got {args.format}")
+    if args.integer and args.opset not in (None, 21):
+        raise UserError(f"--integer writes opset 21, got --opset {args.opset}")
+    if args.lean and (args.format != "onnx" or args.integer):
         raise UserError("--lean is for --format onnx without --integer")
-    if a.calibrate is not None and a.format not in ("packed", "executorch") and not a.integer:
+    if (
+        args.calibrate is not None
+        and args.format not in ("packed", "executorch")
+        and not args.integer
+    ):
         raise UserError(
             "--calibrate is for packed files, ExecuTorch programs and --integer, got "
-            f"--format {a.format}, which has no activation ranges"
+            f"--format {args.format}, which has no activation ranges"
         )
     for name in ("residual", "activation_codes", "exact"):
-        if getattr(a, name) is not None and not a.integer:
+        if getattr(args, name) is not None and not args.integer:
             raise UserError(f"--{name.replace('_', '-')} needs --integer; pass both")
-    if a.runtime is not None and a.format != "onnx":
-        raise UserError(f"--runtime is for --format onnx, got {a.format}")
-    if a.runtime == "openvino" and a.opset is None:
-        a.opset = 21  # OpenVINO has no 2-bit integers
-    if a.runtime == "openvino" and a.opset == 25:
+    if args.runtime is not None and args.format != "onnx":
+        raise UserError(f"--runtime is for --format onnx, got {args.format}")
+    if args.runtime == "openvino" and args.opset is None:
+        args.opset = 21  # OpenVINO has no 2-bit integers
+    if args.runtime == "openvino" and args.opset == 25:
         raise UserError("OpenVINO does not support opset 25; pass --opset 21, or omit it")
-    if a.rest is not None and a.rest.resolve() == a.out.resolve():
+    if args.rest is not None and args.rest.resolve() == args.out.resolve():
         raise UserError("--rest and --out are the same file; pass two")
-    for flag, target in (("--out", a.out), ("--rest", a.rest)):
-        if target is not None and target.resolve() in {a.source.resolve(), *_resolved(a.add)}:
+    for flag, target in (("--out", args.out), ("--rest", args.rest)):
+        if target is not None and target.resolve() in {args.source.resolve(), *_resolved(args.add)}:
             raise UserError(f"{flag} {target} would replace a file that is read; pass another name")
-    if a.format != "packed" and (a.compress or a.rest or a.add or a.max_bits is not None):
+    if args.format != "packed" and (
+        args.compress or args.rest or args.add or args.max_bits is not None
+    ):
         raise UserError(
             "--compress, --rest, --add and --max-bits are for packed files, got "
-            f"--format {a.format}"
+            f"--format {args.format}"
         )
-    return a
+    return args
 
 
 def _resolved(path: Path | None) -> list[Path]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tq_lightning.errors import UserError
-from tq_lightning.files import MINILM, expand_path, package_folder
+from tq_lightning.files import expand_path
+from tq_lightning.package_data import minilm_folder
 
 ARCHIVE = "vaderSentiment-0.5.zip"
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -121,7 +122,7 @@ def movie_reviews(
     rated = [(r, text) for r, text in read_reviews(expand_path(archive)) if abs(r) >= margin]
     order = torch.randperm(len(rated), generator=torch.Generator().manual_seed(0)).tolist()
     held = int(TEST_SHARE * len(rated))
-    vocabulary = package_folder(*MINILM) / "model" / "tokenizer.json"
+    vocabulary = minilm_folder() / "tokenizer.json"
     test, train = (
         Texts(
             [rated[n][1] for n in numbers],

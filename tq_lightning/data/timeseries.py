@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tq_lightning.errors import UserError
-from tq_lightning.files import package_folder
+from tq_lightning.package_data import package_folder
 
 # lines of the header that are read as something else, if their value is true
 UNSUPPORTED = {

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.export.executorch_layers import DynamicLayer, linear_or_conv_weight
 from tq_lightning.export.executorch_static import static_network
+from tq_lightning.export.packed.optional_fields import input_size
 from tq_lightning.export.packed.reader import load_packed
-from tq_lightning.export.packed.weight import packed_weights
+from tq_lightning.export.packed.weight import packed_weights, replace_parametrized
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.activation_ranges import activation_ranges
@@ -90,11 +90,7 @@ def export_executorch(
     if model.tq_file.get("inputs"):  # type: ignore[operator,union-attr]
         raise UserError("ExecuTorch export is for networks of images; pass --format onnx")
     header: Any = model.tq_file
-    size = (header["preprocessing"] or {}).get("input_size")
-    if size is None:
-        raise UserError(
-            f"{path} has no input size; export it with preprocessing={{'input_size': ...}}"
-        )
+    size = input_size(header)
     if any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         raise UserError(
             f"{path} was trained with quantized activations, which --format executorch would "
@@ -119,7 +115,7 @@ class _LoweringError(UserError):
 
 
 def _lower(
-    model: nn.Module, path: str | Path, size: list[int], backend: Any, static: bool
+    model: nn.Module, path: str | Path, size: tuple[int, ...], backend: Any, static: bool
 ) -> tuple[bytes, Program]:
     """Return the bytes of the program, and its layers."""
     network, program = _integer_network(model, static)
@@ -204,9 +200,7 @@ def _to_integers(model: nn.Module) -> Program:
     for name, module, tensor, packed in packed_weights(model):
         codes = module.parametrizations[tensor].original  # type: ignore[index,union-attr]
         weight = getattr(module, tensor).detach().clone()
-        parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
-        delattr(module, tensor)
-        module.register_parameter(tensor, nn.Parameter(weight, requires_grad=False))
+        replace_parametrized(module, tensor, nn.Parameter(weight, requires_grad=False))
         reason = _why_float(module, tensor)
         if packed.table(bits) is not None:
             reason = f"level {packed.level!r} is a table and has no integer form"

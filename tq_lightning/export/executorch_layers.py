@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tq_lightning.quant.integer.activations import Codes
+from tq_lightning.quant.integer.activations import CodeParams
 from tq_lightning.quant.integer.arithmetic import (
     MOST_BIAS_STEPS,
     IntegerWeight,
@@ -95,7 +95,7 @@ class FixedCodes(nn.Module):
         codes: uint8 codes of the range; the int8 codes are smaller by 128.
     """
 
-    def __init__(self, codes: Codes) -> None:
+    def __init__(self, codes: CodeParams) -> None:
         super().__init__()
         self.how = (codes.step, codes.zero - 128, -128, 127, torch.int8)
 
@@ -141,7 +141,7 @@ class StaticConv(nn.Module):
         return F.conv2d(x, weight, self.bias, *self.options)  # type: ignore[arg-type]
 
 
-class Chain(nn.Module):
+class QuantizedChain(nn.Module):
     """A layer with the operations that follow: quantizer, shortcut, activation, quantizer.
 
     Args:
@@ -152,7 +152,7 @@ class Chain(nn.Module):
     """
 
     def __init__(
-        self, layer: nn.Module, between: Codes | None, act: Act, out: Codes | None
+        self, layer: nn.Module, between: CodeParams | None, act: Act, out: CodeParams | None
     ) -> None:
         super().__init__()
         self.layer, self.act = layer, act

@@ -7,7 +7,7 @@ the range of the input is computed at run time. Linear layers always compute it 
 XNNPACK can then store them as int4.
 
 8-bit `endpoint` and `centre` weights are rounded to the nearest int8, because an additional output
-channel with the sum of the inputs would be rounded to 8 bits, too.
+channel with the sum of the inputs would be rounded to 8 bits as well.
 """
 
 from typing import Any, NamedTuple
@@ -17,15 +17,15 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tq_lightning.export.executorch_layers import (
-    Chain,
     DynamicLayer,
     FixedCodes,
+    QuantizedChain,
     StaticConv,
     linear_or_conv_weight,
 )
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.codes import truncate_codes
-from tq_lightning.quant.integer.activations import Codes, Dequantize, Quantize
+from tq_lightning.quant.integer.activations import CodeParams, Dequantize, Quantize
 from tq_lightning.quant.integer.arithmetic import integer_weight
 from tq_lightning.quant.integer.float_conv import FloatConv
 from tq_lightning.quant.integer.kernels import NO_ACT, RELU
@@ -85,7 +85,7 @@ def _replace(graph: fx.GraphModule, in_float: dict[str, str]) -> list[str]:
     Layers in float are added to `in_float`. Tensors are dequantized codes instead of codes.
     """
     fixed = []
-    codes: dict[fx.Node, Codes] = {}  # of the tensors that are codes in integer mode
+    codes: dict[fx.Node, CodeParams] = {}  # of the tensors that are codes in integer mode
     for node in list(graph.graph.nodes):
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         made: nn.Module | None = None
@@ -119,12 +119,12 @@ def _replace(graph: fx.GraphModule, in_float: dict[str, str]) -> list[str]:
     return fixed
 
 
-def _codes_of_argument(node: fx.Node, codes: dict[fx.Node, Codes]) -> Codes | None:
+def _codes_of_argument(node: fx.Node, codes: dict[fx.Node, CodeParams]) -> CodeParams | None:
     first = node.args[0] if node.args else None
     return codes.get(first) if isinstance(first, fx.Node) else None
 
 
-def _insert_codes(graph: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Codes]) -> None:
+def _insert_codes(graph: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, CodeParams]) -> None:
     """Quantize the output of an operation that moves codes."""
     name = f"{node.name}_codes"
     graph.add_module(name, FixedCodes(codes[node]))
@@ -134,7 +134,7 @@ def _insert_codes(graph: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Cod
     codes[after] = codes[node]
 
 
-def _layer(layer: IntegerLayer, has_shortcut: bool) -> Chain:
+def _layer(layer: IntegerLayer, has_shortcut: bool) -> QuantizedChain:
     """Convert a layer of integer mode to a layer of the program."""
     width, inner = layer.width, layer.layer
     assert width.bits is not None
@@ -150,24 +150,23 @@ def _layer(layer: IntegerLayer, has_shortcut: bool) -> Chain:
     between = None if fused else _codes_of_norm(layer.norm)
     if not isinstance(inner, nn.Conv2d) or not (fused or between or inner.groups > 1):
         integers = linear_or_conv_weight(narrow, width.bits, scale, weight.level)
-        return Chain(DynamicLayer(_with_bias(inner, bias), integers), None, layer.act, out)
+        return QuantizedChain(DynamicLayer(_with_bias(inner, bias), integers), None, layer.act, out)
     if not fused and between is None:
         conv = _conv(inner, inner.weight.detach().double() * factor.view(-1, 1, 1, 1), bias)
-        return Chain(conv, None, layer.act, out)
+        return QuantizedChain(conv, None, layer.act, out)
     integers = integer_weight(narrow, width.bits, scale, weight.level)
     static = StaticConv(inner, integers, bias, layer.into.at(width).step)
-    return Chain(static, between, layer.act, out)
+    return QuantizedChain(static, between, layer.act, out)
 
 
-def _codes_of_norm(norm: nn.Module | None) -> Codes | None:
+def _codes_of_norm(norm: nn.Module | None) -> CodeParams | None:
     """Return codes for the output of a batch norm, by beta and gamma; None without them."""
     if isinstance(norm, PerWidthNorm):
         norm = norm.sets[str(norm.width.bits)]
     if norm is None or getattr(norm, "weight", None) is None:
         return None
     low, high = norm_spread(norm.bias.detach(), norm.weight.detach())  # type: ignore[operator,union-attr]
-    step, zero = ActivationRange(low, high).step(255)
-    return Codes(step, zero, 255, step, 0.0, 255, 0)
+    return CodeParams.of_range(ActivationRange(low, high), 255)
 
 
 def _with_bias(layer: nn.Module, bias: Tensor) -> nn.Module:

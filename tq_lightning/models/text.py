@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tq_lightning.errors import UserError
-from tq_lightning.files import MINILM, package_folder
+from tq_lightning.package_data import minilm_folder
 
 # names of the file -> names here, in this order
 _NAMES = (
@@ -105,7 +105,7 @@ def minilm(num_classes: int, depth: int = 6, from_package: bool = True) -> nn.Mo
     if from_package:
         from safetensors.torch import load_file
 
-        stored = load_file(package_folder(*MINILM) / "model" / "model.safetensors")
+        stored = load_file(minilm_folder() / "model.safetensors")
         weights = {}
         for name, value in stored.items():
             for pattern, new in _NAMES:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError, message_of
-from tq_lightning.models.checksum import verify_checkpoint
+from tq_lightning.models.checkpoint_checksum import verify_checkpoint
 from tq_lightning.quant.switchable_norm import FLOAT
 
 # Keys under which a checkpoint may store its tensors, averaged weights first.

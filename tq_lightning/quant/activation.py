@@ -40,42 +40,6 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-class WidthTensors(NamedTuple):
-    """A width as 0-dimensional tensors: inputs of a compiled graph that serves every width.
-
-    Attributes:
-        bits: float32; max_bits at float width.
-        top: float32, M_n = 2^bits - 1.
-        stored_top: float32, M_n of the width at which codes of `*_truncate` are computed.
-        step: float32, divisor of these codes: 2^(max_bits - bits), or 1.
-        is_float: bool, True for no quantization.
-    """
-
-    bits: Tensor
-    top: Tensor
-    stored_top: Tensor
-    step: Tensor
-    is_float: Tensor
-
-    @classmethod
-    def empty(cls, device: torch.device) -> "WidthTensors":
-        """Allocate the tensors of one width."""
-        bits, top, stored_top, step = (torch.ones((), device=device) for _ in range(4))
-        is_float = torch.zeros((), dtype=torch.bool, device=device)
-        return cls(bits, top, stored_top, step, is_float)
-
-    @torch.no_grad()
-    def fill(self, bits: int | None, source: str, max_bits: int) -> None:
-        """Write a width, in place."""
-        n = max_bits if bits is None else bits
-        stored = max_bits if source == "truncate" else n
-        self.bits.fill_(n)
-        self.top.fill_(2.0**n - 1)
-        self.stored_top.fill_(2.0**stored - 1)
-        self.step.fill_(2.0 ** (stored - n))
-        self.is_float.fill_(bits is None)
-
-
 class ActivationQuantizer(nn.Module):
     """Replace a ReLU by y = clip * level(code(u)), with u = x / clip clamped to [0, 1].
 
@@ -157,7 +121,8 @@ class ActivationQuantizer(nn.Module):
 
     def _at_any_width(self, u: Tensor, scale: Tensor, clipped: Tensor) -> Tensor:
         # do not read `bits` or `source` here: the graph would be compiled once for each value
-        width: WidthTensors = self.width.tensors
+        width = self.width.tensors
+        assert width is not None
         stored = (width.stored_top, width.step) if self.truncated else (None, None)
         quantized = FakeQuantizeTensors.apply(
             u, scale, width.bits, width.top, *stored, self.quantizer, self.ste

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.batches import call_model
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
-from tq_lightning.quant.inputs import call
+from tq_lightning.quant.eval_mode import eval_mode
 from tq_lightning.quant.layers import is_embedding
+from tq_lightning.quant.quantized_tensors import quantized_layers
 
 BINS = 4096
 PERCENTILE = 99.99
@@ -83,20 +84,6 @@ def _with_zero(low: float, high: float) -> ActivationRange:
     return ActivationRange(min(low, 0.0), max(high, 0.0))
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """List the layers of a prepared or packed model that have quantized weights, by name."""
-    return {
-        name or "(root)": module
-        for name, module in model.named_modules()
-        if parametrize.is_parametrized(module)
-        and any(
-            isinstance(getattr(quantizer, "width", None), Width)
-            for chain in module.parametrizations.values()  # type: ignore[union-attr,operator]
-            for quantizer in chain
-        )
-    }
-
-
 def activation_ranges(model: nn.Module) -> dict[str, ActivationRange]:
     """Return the ranges of a model: calibrated ones, and those of its activation quantizers.
 
@@ -151,8 +138,6 @@ def calibrate_activations(
     batches = list(batches)
     if not batches:
         raise ValueError("no batches to observe activations on; pass a list of image batches")
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     # the input of an embedding table is not an activation
     layers = {n: m for n, m in quantized_layers(model).items() if not is_embedding(m)}
     extremes: dict[tuple[str, int], ActivationRange] = {}
@@ -174,13 +159,10 @@ def calibrate_activations(
         key = name, bits
         histograms[key] = histograms[key] + counts if key in histograms else counts
 
-    try:
+    with eval_mode(model):
         widths = _usable_widths(model, width) if widths is None else widths
         for observe in (find_extremes, count):
             _run(model, layers, batches, widths, observe)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     ranges: dict[str, ActivationRange] = {}
     for (name, bits), counts in histograms.items():
         found = OBSERVERS[observer](counts, *extremes[name, bits])
@@ -221,7 +203,7 @@ def _run(
         for bits in widths:
             with bit_width(model, bits, "truncate"):
                 for batch in batches:
-                    call(model, batch)
+                    call_model(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

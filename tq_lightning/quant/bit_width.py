@@ -4,12 +4,49 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 SOURCES = ("quantize", "truncate")
+
+
+class WidthTensors(NamedTuple):
+    """A width as 0-dimensional tensors: inputs of a compiled graph that serves every width.
+
+    Attributes:
+        bits: float32; max_bits at float width.
+        top: float32, M_n = 2^bits - 1.
+        stored_top: float32, M_n of the width at which codes of `*_truncate` are computed.
+        step: float32, divisor of these codes: 2^(max_bits - bits), or 1.
+        is_float: bool, True for no quantization.
+    """
+
+    bits: Tensor
+    top: Tensor
+    stored_top: Tensor
+    step: Tensor
+    is_float: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "WidthTensors":
+        """Allocate the tensors of one width."""
+        bits, top, stored_top, step = (torch.ones((), device=device) for _ in range(4))
+        is_float = torch.zeros((), dtype=torch.bool, device=device)
+        return cls(bits, top, stored_top, step, is_float)
+
+    @torch.no_grad()
+    def fill(self, bits: int | None, source: str, max_bits: int) -> None:
+        """Write a width, in place."""
+        n = max_bits if bits is None else bits
+        stored = max_bits if source == "truncate" else n
+        self.bits.fill_(n)
+        self.top.fill_(2.0**n - 1)
+        self.stored_top.fill_(2.0**stored - 1)
+        self.step.fill_(2.0 ** (stored - n))
+        self.is_float.fill_(bits is None)
 
 
 @dataclass
@@ -34,7 +71,7 @@ class Width:
     packed: bool = False
     default_source: str = "quantize"
     fused: Any = None
-    tensors: Any = None
+    tensors: WidthTensors | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which computes its own weights."""
@@ -105,7 +142,12 @@ class WidthSwitch:
 
     @contextmanager
     def at(self, bits: int | None, source: str | None = None) -> Iterator[None]:
-        """Run the model at a width inside the `with` block; see `bit_width`."""
+        """Run the model at a width inside the `with` block; see `bit_width`.
+
+        Raises:
+            ValueError: an unknown width or source, float on a packed model, or an untrained width
+                without norm statistics.
+        """
         width = self.width
         source = width.default_source if source is None else source
         if source not in SOURCES:

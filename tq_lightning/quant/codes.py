@@ -36,7 +36,7 @@ class Quantizer:
     """A row of `QUANTIZERS`: a map from [0, 1] to codes, and everything that depends on it.
 
     Attributes:
-        steps: (u, top) -> codes as float32, not yet clamped to [0, top].
+        unclamped_codes: (u, top) -> codes as float32, not yet clamped to [0, top].
         edges: (u, bits) -> (inner bin edge nearest to each `u`, bin width).
         ste: the straight-through estimator that `ste="auto"` selects, a key of `ste.STES`.
         nested: True if the n-bit code always equals the N-bit code shifted right by N - n. The
@@ -45,7 +45,7 @@ class Quantizer:
             form that integer kernels compute. None if the quantizer has no such form.
     """
 
-    steps: Callable[[Tensor, Top], Tensor]
+    unclamped_codes: Callable[[Tensor, Top], Tensor]
     edges: Callable[[Tensor, int], tuple[Tensor, float]]
     ste: str
     nested: bool
@@ -53,20 +53,20 @@ class Quantizer:
 
     def codes(self, u: Tensor, bits: int) -> Tensor:
         """Quantize `u` (float32 in [0, 1], any shape) to uint8 codes of width `bits`."""
-        return _to_codes(self.steps, u, bits)
+        return _to_codes(self.unclamped_codes, u, bits)
 
-    def onnx(self, u: Tensor, top: Tensor) -> Tensor:
-        """Quantize `u` to float32 codes: the form of a graph with the width as an input."""
-        return torch.minimum(self.steps(u, top).clamp_min_(0.0), top)
+    def float_codes(self, u: Tensor, top: Tensor) -> Tensor:
+        """Quantize `u` to float32 codes with `top` as a tensor, for ONNX and compiled graphs."""
+        return torch.minimum(self.unclamped_codes(u, top).clamp_min_(0.0), top)
 
 
-def _to_codes(steps: Callable[[Tensor, Top], Tensor], u: Tensor, bits: int) -> Tensor:
+def _to_codes(unclamped: Callable[[Tensor, Top], Tensor], u: Tensor, bits: int) -> Tensor:
     check_bits(bits)
     top = 2.0**bits - 1
-    return steps(u, top).clamp_(0.0, top).to(torch.uint8)
+    return unclamped(u, top).clamp_(0.0, top).to(torch.uint8)
 
 
-def _floor_steps(u: Tensor, top: Top) -> Tensor:
+def _unclamped_floor(u: Tensor, top: Top) -> Tensor:
     return torch.mul(u, top + 1.0).floor_()
 
 
@@ -75,7 +75,7 @@ def _floor_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
     return (u / width).round().clamp_min(1).clamp_max(2**bits - 1) * width, width
 
 
-def _round_steps(u: Tensor, top: Top) -> Tensor:
+def _unclamped_round(u: Tensor, top: Top) -> Tensor:
     return torch.mul(u, top).round_()
 
 
@@ -85,8 +85,12 @@ def _round_edges(u: Tensor, bits: int) -> tuple[Tensor, float]:
 
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "floor": Quantizer(_floor_steps, _floor_edges, ste="scaled", nested=True, rounding=(1, -0.5)),
-    "round": Quantizer(_round_steps, _round_edges, ste="identity", nested=False, rounding=(0, 0.0)),
+    "floor": Quantizer(
+        _unclamped_floor, _floor_edges, ste="scaled", nested=True, rounding=(1, -0.5)
+    ),
+    "round": Quantizer(
+        _unclamped_round, _round_edges, ste="identity", nested=False, rounding=(0, 0.0)
+    ),
 }
 
 
@@ -109,7 +113,7 @@ def floor_codes(u: Tensor, bits: int) -> Tensor:
     Example:
         `floor_codes(0.4, 2)` is 1, and `floor_codes(0.4, 8) >> 6` is 102 >> 6 = 1.
     """
-    return _to_codes(_floor_steps, u, bits)
+    return _to_codes(_unclamped_floor, u, bits)
 
 
 def round_codes(u: Tensor, bits: int) -> Tensor:
@@ -134,7 +138,7 @@ def round_codes(u: Tensor, bits: int) -> Tensor:
         `round_codes(0.34, 2)` is 1. `round_codes(0.2, 2)` is 1 too, but `round_codes(0.2, 8) >> 6`
         is 51 >> 6 = 0.
     """
-    return _to_codes(_round_steps, u, bits)
+    return _to_codes(_unclamped_round, u, bits)
 
 
 def truncate_codes(codes: Tensor, from_bits: int, to_bits: int) -> Tensor:

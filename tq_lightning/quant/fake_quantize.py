@@ -87,7 +87,7 @@ class FakeQuantizeTensors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, scale, bits, top, stored_top, step, quantizer, ste):  # type: ignore[no-untyped-def]
         """Return the fake-quantized values of `u`."""
-        codes = QUANTIZERS[quantizer].onnx(u, top if stored_top is None else stored_top)
+        codes = QUANTIZERS[quantizer].float_codes(u, top if stored_top is None else stored_top)
         if step is not None:
             codes = torch.floor(codes / step)
         level = LEVELS["endpoint"](codes, top)

@@ -20,8 +20,8 @@ from tq_lightning.quant.weight import TINY, WeightQuantizer, span_of
 ROW = 256
 
 
-class NormalizedWeights:
-    """The weights of a model that share their quantizer, normalizer, level and STE.
+class FlatNormalizer:
+    """Normalize the weights of a model that share their quantizer, normalizer, level and STE.
 
     Args:
         weights: weights on one device. They must not change while this object is in use.
@@ -34,12 +34,12 @@ class NormalizedWeights:
 
     def __init__(self, weights: Sequence[QuantizedTensor]) -> None:
         self.weights = list(weights)
-        self.rule: WeightQuantizer = weights[0].quantizer
-        self.row = NORMALIZERS[self.rule.normalizer]
+        self.choices: WeightQuantizer = weights[0].quantizer  # those of all weights
+        self.row = NORMALIZERS[self.choices.normalizer]
         self.originals = [w.original for w in weights]
         self.device = self.originals[0].device
         self.ranges = [w.quantizer.range for w in weights if w.quantizer.range is not None]
-        self._learned = [w.quantizer.learned for w in weights]
+        self._range_layouts = [w.quantizer.range_layout for w in weights]
         self.finite: Tensor | None = None
         self.tensors: list[Tensor] = []
         self._rows = [-(-w.numel() // ROW) for w in self.originals]
@@ -94,23 +94,23 @@ class NormalizedWeights:
         if self.ranges:
             t = self._squash()
             scales = self._learned_ranges()
-            self._over = self._top = self._broadcast(scales)
+            self._grad_divisor = self._top = self._broadcast(scales)
         elif self.row.reference == "rms":
             torch._foreach_copy_(self.tensors, self.originals)
             rms = self._root_mean_squares()
             scales = [span_of(each, self.row) for each in rms]
-            self._over = self._rms = self._broadcast(rms)
+            self._grad_divisor = self._rms = self._broadcast(rms)
             t = self._squash()
         else:
             t = self._squash()
-            scales = self._means() if self.rule.scale == "mean" else self._maxima()
+            scales = self._means() if self.choices.scale_kind == "mean" else self._maxima()
             torch.abs(t, out=self._buffer)
             tops = self._reduce("max")
             torch._foreach_clamp_min_(tops, TINY)
-            self._over = self._top = self._broadcast(tops)
+            self._grad_divisor = self._top = self._broadcast(tops)
         self._scale = self._broadcast(scales)
-        if STES[self.rule.ste].value:
-            self._over = self._scale.clamp_min(TINY)
+        if STES[self.choices.ste].value:
+            self._grad_divisor = self._scale.clamp_min(TINY)
         self._u = self._to_unit(t)
 
     def _squash(self) -> Tensor:
@@ -149,9 +149,9 @@ class NormalizedWeights:
         return [m.sqrt().mul(t).clamp_min(TINY) for m, t in zip(means, tops, strict=True)]
 
     def _learned_ranges(self) -> list[Tensor]:
-        values = [x.value(r) for x, r in zip(self._learned, self.ranges, strict=True)]
-        every = torch.cat([v.flatten() for v in values])
-        self.finite = self._buffer.isfinite().all() & every.isfinite().all()
+        values = [x.value(r) for x, r in zip(self._range_layouts, self.ranges, strict=True)]
+        every_range = torch.cat([v.flatten() for v in values])
+        self.finite = self._buffer.isfinite().all() & every_range.isfinite().all()
         return values
 
     def _means(self) -> list[Tensor]:
@@ -183,7 +183,7 @@ class NormalizedWeights:
         dL/dw is dL/du (dt/dw) / (2 range of t), or / (2 scale) for the rule "value"; see
         `Normalize`, which has the same operations in the same order.
         """
-        slope = None if STES[self.rule.ste].value else self.row.slope
+        slope = None if STES[self.choices.ste].value else self.row.slope
         if self._clamped or slope is not None:
             u = self._unit()
             if self._clamped:
@@ -191,11 +191,11 @@ class NormalizedWeights:
             if slope is not None:
                 t = u.sub_(0.5).mul_(2.0)
                 grad.mul_(slope(t if self._top is None else t.mul_(self._top)))
-        torch.div(grad.mul_(0.5), self._over, out=self._buffer)
+        torch.div(grad.mul_(0.5), self._grad_divisor, out=self._buffer)
         self._u = None
 
     def _add_range_grads(self, each: Tensor) -> None:
-        each_weight = zip(self._learned, self._views(each), self.ranges, strict=True)
+        each_weight = zip(self._range_layouts, self._views(each), self.ranges, strict=True)
         sums = [x.grad(v, r) for x, v, r in each_weight]
         if self._range_sums:
             torch._foreach_add_(self._range_sums, sums)

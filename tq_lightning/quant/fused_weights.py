@@ -17,18 +17,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tq_lightning.quant.activation import ActivationQuantizer, WidthTensors
-from tq_lightning.quant.bit_width import WidthSwitch, walk_modules
+from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.bit_width import WidthSwitch, WidthTensors, walk_modules
 from tq_lightning.quant.codes import QUANTIZERS, codes_to_levels, dequantize, truncate_codes
-from tq_lightning.quant.flat_normalizer import NormalizedWeights
+from tq_lightning.quant.flat_normalizer import FlatNormalizer
 from tq_lightning.quant.level_tables import level_table
-from tq_lightning.quant.plain_layers import PlainLayers
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers_of
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import PerWidthNorm
+from tq_lightning.quant.unparametrized_layers import UnparametrizedLayers
 
 
-class FlatWeights(NormalizedWeights):
+class FlatWeights(FlatNormalizer):
     """The quantized weights of a model that share their quantizer, normalizer, level and STE.
 
     Args:
@@ -42,7 +42,8 @@ class FlatWeights(NormalizedWeights):
             for i, w in enumerate(self.originals)
             if w.requires_grad or (self.ranges and self.ranges[i].requires_grad)
         ]
-        self._quantizer, self._ste = QUANTIZERS[self.rule.quantizer], STES[self.rule.ste]
+        self._quantizer_row = QUANTIZERS[self.choices.quantizer]
+        self._ste = STES[self.choices.ste]
         self._per_element = self._ste.elementwise or bool(self.ranges)  # the rule reads u and level
         self._start()
 
@@ -69,7 +70,7 @@ class FlatWeights(NormalizedWeights):
         if not self.tensors:
             self._allocate()
         self.bits = bits
-        normalized = bits is not None or self.rule.float_pass == "normalized"
+        normalized = bits is not None or self.choices.float_pass == "normalized"
         fresh = normalized and self.finite is None
         if fresh:
             self.normalize()
@@ -79,9 +80,11 @@ class FlatWeights(NormalizedWeights):
             torch.sub(self._unit(), 0.5, out=self._buffer).mul_(2.0 * self._scale)
         else:
             codes = self._codes(bits, source)
-            self._table = level_table(self.rule.level, self.rule.normalizer, bits, self.device)
+            self._table = level_table(
+                self.choices.level, self.choices.normalizer, bits, self.device
+            )
             dequantize(
-                codes, bits, self._scale, self.rule.level, out=self._buffer, table=self._table
+                codes, bits, self._scale, self.choices.level, out=self._buffer, table=self._table
             )
             self._codes_in_use = codes if self._per_element else None
         if torch.is_autocast_enabled(self.device.type):
@@ -91,11 +94,11 @@ class FlatWeights(NormalizedWeights):
         return fresh
 
     def _codes(self, bits: int, source: str) -> Tensor:
-        max_bits = self.rule.width.max_bits
-        if source != "truncate" and not self._quantizer.nested:
-            return self._quantizer.codes(self._unit(), bits)
+        max_bits = self.choices.width.max_bits
+        if source != "truncate" and not self._quantizer_row.nested:
+            return self._quantizer_row.codes(self._unit(), bits)
         if self._stored is None:
-            self._stored = self._quantizer.codes(self._unit(), max_bits)
+            self._stored = self._quantizer_row.codes(self._unit(), max_bits)
             if not self._per_element:
                 self._u = None  # codes take a quarter of the memory; `_backward` recomputes u
         return truncate_codes(self._stored, max_bits, bits)
@@ -119,7 +122,7 @@ class FlatWeights(NormalizedWeights):
         """
         if all(g is None for g in grads):
             return
-        if self.bits is None and self.rule.float_pass == "plain":
+        if self.bits is None and self.choices.float_pass == "plain":
             pairs = zip(self._trained, grads, strict=True)
             self._float_grads = {i: g for i, g in pairs if g is not None}
             return
@@ -139,7 +142,7 @@ class FlatWeights(NormalizedWeights):
         level = None
         if self._codes_in_use is not None:
             level = codes_to_levels(
-                self._codes_in_use, self.bits, self.rule.level, table=self._table
+                self._codes_in_use, self.bits, self.choices.level, table=self._table
             )
         grad_level = grad * slope if self.ranges else grad.mul_(slope)
         grad_u = self._ste.rule(
@@ -147,11 +150,11 @@ class FlatWeights(NormalizedWeights):
             self._u,  # type: ignore[arg-type]  # only rules per element read it, and the level
             level,  # type: ignore[arg-type]
             self.bits,
-            self.rule.quantizer,
+            self.choices.quantizer,
         )
         if self.ranges:
             assert self._u is not None and level is not None
-            args = (self._u, level, self._scale, self.bits, self.rule.quantizer)
+            args = (self._u, level, self._scale, self.bits, self.choices.quantizer)
             self._add_range_grads(self._ste.scale_rule(grad, grad_u, *args))
         self._add(grad_u)
 
@@ -204,12 +207,20 @@ class FusedModel:
         for w in weights:
             q = w.quantizer
             learned = q.range is not None
-            key = (w.original.device, q.quantizer, q.ste, q.level, q.normalizer, q.scale, learned)
+            key = (
+                w.original.device,
+                q.quantizer,
+                q.ste,
+                q.level,
+                q.normalizer,
+                q.scale_kind,
+                learned,
+            )
             groups.setdefault(key, []).append(w)
         self.groups = [FlatWeights(group) for group in groups.values()]
         self.check = check
         self.width, self.at = switch.width, switch.at
-        self._layers = PlainLayers(weights)
+        self._layers = UnparametrizedLayers(weights)
         self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
         clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
@@ -224,7 +235,7 @@ class FusedModel:
             fresh = group.compute(bits, source)
             if fresh and self.check:
                 group.check()
-        self._layers.place()
+        self._layers.bypass()
         for norm in self.norms:
             norm.select(bits)
         if self.tensors is not None:

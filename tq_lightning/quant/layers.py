@@ -60,7 +60,7 @@ def _tensor_names(module: nn.Module, embeddings: bool) -> tuple[str, ...]:
     return ()
 
 
-def _refusal(module: nn.Module, tensors: tuple[str, ...]) -> str | None:
+def _unsupported_reason(module: nn.Module, tensors: tuple[str, ...]) -> str | None:
     """Return the reason why the weights of a layer cannot be quantized; None if they can."""
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its weight has no shape yet: run one batch through the model first"
@@ -117,10 +117,10 @@ def select_layers(
     ]
     listed = [name for name, _, tensors in named if tensors]
     names = [name for name, module, _ in named if name in listed and not is_embedding(module)]
-    refusals = {
+    unsupported = {
         name: why
         for name, module, tensors in named
-        if (why := _refusal(module, tensors)) is not None
+        if (why := _unsupported_reason(module, tensors)) is not None
     }
     reasons: dict[str, str] = {}
     for entry in skip:
@@ -131,7 +131,7 @@ def select_layers(
             matched = _configured(model, "classifier", names) or ([] if headless else names[-1:])
         else:
             matched = [name for name, _, _ in named if fnmatchcase(name, entry)]
-            if not any(name in listed or name in refusals for name in matched):
+            if not any(name in listed or name in unsupported for name in matched):
                 inside = [n for n in listed if any(n.startswith(f"{m}.") for m in matched)]
                 examples = [f"{entry}.*"] if inside else names[1:4]
                 raise ValueError(
@@ -143,9 +143,9 @@ def select_layers(
             reasons.setdefault(name, entry)
     layers = []
     for name, module, tensors in named:
-        if name in refusals and name not in reasons:
+        if name in unsupported and name not in reasons:
             raise ValueError(
-                f"cannot quantize layer {name}: {refusals[name]}; "
+                f"cannot quantize layer {name}: {unsupported[name]}; "
                 f"leave it in float with skip '{name}'"
             )
         if tensors:

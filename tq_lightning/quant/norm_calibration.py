@@ -6,16 +6,17 @@ average over about 1 / momentum = 10 updates, during which the weights change co
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tq_lightning.quant.batches import call_model, samples_of
 from tq_lightning.quant.bit_width import bit_width, width_of
-from tq_lightning.quant.inputs import call, samples_of
+from tq_lightning.quant.eval_mode import eval_mode
 from tq_lightning.quant.switchable_norm import (
     PerWidthNorm,
     per_width_norms,
@@ -69,7 +70,7 @@ def calibrate_norms(
     if not norms or not widths:
         return
     batches = _usable(batches)
-    with _in_eval_mode(model):
+    with eval_mode(model), _eager():
         for bits in widths:
             for norm in norms:
                 norm.copy_affine_from_wider(bits)
@@ -119,7 +120,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], widths: list[int 
     if not norms or not widths:
         return
     batches = _usable(batches)
-    with _in_eval_mode(model):
+    with eval_mode(model), _eager():
         for bits in widths:
             layers = _batch_norms(norms, bits)
             counts = [layer.num_batches_tracked.clone() for layer in layers]  # type: ignore[union-attr]
@@ -139,19 +140,11 @@ def _usable(batches: Iterable[Any]) -> list[Any]:
     return [batch for batch in batches if samples_of(batch) > 1] or batches
 
 
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Use evaluation mode, and eager mode: a graph would be compiled for every momentum."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+def _eager() -> AbstractContextManager[Any]:
+    """Run compiled models in eager mode: a graph would be compiled for every momentum."""
     # without torch._dynamo nothing is compiled, and its import takes a second
     loaded = "torch._dynamo" in sys.modules
-    try:
-        with torch.compiler.set_stance("force_eager") if loaded else nullcontext():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def _batch_norms(norms: list[PerWidthNorm], bits: int | None) -> list[_BatchNorm]:
@@ -182,7 +175,7 @@ def _estimate(
                 images += size
                 for layer in layers:
                     layer.momentum = size / images  # the running mean over all images so far
-                call(model, batch)
+                call_model(model, batch)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum, layer.training = momentum, False

@@ -172,11 +172,11 @@ class Normalize(torch.autograd.Function):
     t from it. `FlatWeights` computes the same for all weights of a model at once, in the same order
     of operations, with bit-identical results.
 
-    forward(w, t, top, over, normalizer, slope, clamped):
+    forward(w, t, top, grad_divisor, normalizer, slope, clamped):
 
     - `w` is the float32 weight, and `t` = squash(w), of any shape.
     - `top` is the range of t, broadcastable, or None for 1.
-    - `over` is the divisor of the gradient: dL/dw = dL/du (dt/dw) / (2 over). None is `top`,
+    - `grad_divisor` is broadcastable: dL/dw = dL/du (dt/dw) / (2 grad_divisor). None is `top`,
       because torch.compile does not trace a tensor that is passed twice.
     - `slope` includes the factor dt/dw in the gradient.
     - `clamped` clamps u to [0, 1]; the gradient is 0 at both ends.
@@ -185,7 +185,9 @@ class Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, w, t, top, over, normalizer, slope, clamped):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, w, t, top, grad_divisor, normalizer, slope, clamped
+    ):
         """Return u."""
         # halved first, since twice a maximum near 3e38 overflows
         u = t * 0.5
@@ -194,19 +196,19 @@ class Normalize(torch.autograd.Function):
         u.add_(0.5)
         if clamped:
             u.clamp_(0.0, 1.0)
-        ctx.save_for_backward(u, top, over)
+        ctx.save_for_backward(u, top, grad_divisor)
         ctx.rule = (NORMALIZERS[normalizer].slope if slope else None, clamped)
         return u
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        """Return dL/dw = dL/du (dt/dw) / (2 over), 0 where `u` was clamped."""
-        u, top, over = ctx.saved_tensors
-        over = top if over is None else over
+        """Return dL/dw = dL/du (dt/dw) / (2 grad_divisor), 0 where `u` was clamped."""
+        u, top, grad_divisor = ctx.saved_tensors
+        grad_divisor = top if grad_divisor is None else grad_divisor
         slope, clamped = ctx.rule
         if clamped:
             grad = grad * ((u > 0) & (u < 1))
         if slope is not None:
             t = (u - 0.5).mul_(2.0)
             grad = grad * slope(t if top is None else t.mul_(top))
-        return grad * 0.5 / over, None, None, None, None, None, None
+        return grad * 0.5 / grad_divisor, None, None, None, None, None, None

@@ -113,7 +113,12 @@ def prepare(
 
 
 def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
-    """Prepare `model` with `config`; see `prepare`, which builds the configuration."""
+    """Prepare `model` with `config`; see `prepare`, which builds the configuration.
+
+    Raises:
+        ValueError: the model is already prepared, has no activation to replace or no layer to
+            quantize, or a pattern matches nothing.
+    """
     if weight_quantizers(model):
         raise ValueError("the model is already prepared; pass a new model")
     if config.activations is not None and not any(

@@ -1,12 +1,11 @@
-"""List the quantized weights of a model, and measure how often their codes disagree."""
+"""Lists of the quantized weights and layers of a model."""
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from tq_lightning.quant.bit_width import walk_modules, width_of
-from tq_lightning.quant.codes import QUANTIZERS, truncate_codes
+from tq_lightning.quant.bit_width import Width, walk_modules
 from tq_lightning.quant.weight import WeightQuantizer
 
 
@@ -54,17 +53,15 @@ def original(module: nn.Module, tensor: str) -> Tensor:
     return module.parametrizations[tensor].original  # type: ignore[index,union-attr]
 
 
-@torch.no_grad()
-def code_disagreement(model: nn.Module) -> dict[int, float]:
-    """Return {width: share of the weight codes that differ between quantize and truncate}."""
-    differ = dict.fromkeys(range(1, width_of(model).max_bits + 1), 0)
-    total = 0
-    for weight in weight_quantizers(model):
-        q = weight.quantizer
-        u, quantizer = q.normalize(weight.original).u, QUANTIZERS[q.quantizer]
-        stored = quantizer.codes(u, q.width.max_bits)
-        total += stored.numel()
-        for bits in differ:
-            shifted = truncate_codes(stored, q.width.max_bits, bits)
-            differ[bits] += int((quantizer.codes(u, bits) != shifted).sum())
-    return {bits: count / total for bits, count in differ.items()}
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """List the layers of a prepared or packed model that have quantized weights, by name."""
+    return {
+        name or "(root)": module
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        and any(
+            isinstance(getattr(quantizer, "width", None), Width)
+            for chain in module.parametrizations.values()  # type: ignore[union-attr,operator]
+            for quantizer in chain
+        )
+    }

@@ -43,15 +43,16 @@ class PerWidthNorm(nn.Module):
     def __init__(self, layer: nn.Module, width: Width, only: Collection[int] | None = None) -> None:
         super().__init__()
         self.width = width
-        every: list[int | None] = [*range(1, width.max_bits + 1), None]
-        keys = [width_name(bits) for bits in every if only is None or bits in only]
+        all_widths: list[int | None] = [*range(1, width.max_bits + 1), None]
+        keys = [width_name(bits) for bits in all_widths if only is None or bits in only]
         # the memo keeps the width shared if the layer holds an activation quantizer
         self.sets = nn.ModuleDict({key: copy.deepcopy(layer, {id(width): width}) for key in keys})
         self.trained = {str(bits) for bits in width.widths}
         for key, norm in self.sets.items():
             if key not in self.trained:
                 norm.requires_grad_(False)
-            for m in norm.modules():  # `calibration.lagging_widths` counts updates from here on
+            # `norm_calibration.lagging_widths` counts updates from here on
+            for m in norm.modules():
                 if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None:
                     m.num_batches_tracked.zero_()
         self.register_buffer("calibrated", torch.zeros(width.max_bits + 1, dtype=torch.bool))

@@ -65,7 +65,7 @@ class WeightQuantizer(nn.Module):
     Attributes:
         range: learned range of t, see `LearnedRange`; None (the default) uses the range of the
             weight. A learned range is also the scale, and u is clamped to [0, 1].
-        learned: layout and gradient of `range`.
+        range_layout: layout and gradient of `range`.
     """
 
     range: nn.Parameter | None
@@ -82,13 +82,13 @@ class WeightQuantizer(nn.Module):
         config = config or QuantConfig()
         self.name, self.width = name, width
         self.quantizer, self.ste = config.quantizer, config.resolved_ste
-        self.level, self.normalizer, self.scale = config.level, config.normalizer, config.scale
-        every = range(1, width.max_bits + 1)
-        self.tables = {bits: level_table(self.level, self.normalizer, bits) for bits in every}
+        self.level, self.normalizer, self.scale_kind = config.level, config.normalizer, config.scale
+        all_widths = range(1, width.max_bits + 1)
+        self.tables = {bits: level_table(self.level, self.normalizer, bits) for bits in all_widths}
         self.float_pass = config.float_pass
         self.channel_dim, self.groups = channel_dim, groups
         self.register_parameter("range", None)
-        self.learned = LearnedRange()
+        self.range_layout = LearnedRange()
         # the weight in use, if `fused_weights` computes the weights of the model, else None
         self.fused_weight: Tensor | None = None
 
@@ -131,7 +131,7 @@ class WeightQuantizer(nn.Module):
         row, w = NORMALIZERS[self.normalizer], w.detach().float()
         groups = self.groups if row.per_channel and self.channel_dim == 1 else None
         first = span_of(self._rms(w.abs()), row)
-        self.learned, self.range = LearnedRange.start(w, first, groups)
+        self.range_layout, self.range = LearnedRange.start(w, first, groups)
 
     def check_finite(self, w: Tensor) -> None:
         """Raise ValueError if `w` contains NaN or infinity; the message names the tensor."""
@@ -170,22 +170,23 @@ class WeightQuantizer(nn.Module):
         if learned is not None:
             if not torch.compiler.is_compiling():
                 self.check_finite(w)
-            scale = self.learned.value(learned)
-            over = top = scale.detach()
+            scale = self.range_layout.value(learned)
+            grad_divisor = top = scale.detach()
             t = row.squash(raw)
         elif row.reference == "rms":
-            over = self._rms(magnitude)
-            scale = span_of(over, row)
-            t = row.squash(raw / over)
+            grad_divisor = self._rms(magnitude)
+            scale = span_of(grad_divisor, row)
+            t = row.squash(raw / grad_divisor)
         else:
-            scale = self._mean(magnitude) if self.scale == "mean" else self._max(magnitude)
+            scale = self._mean(magnitude) if self.scale_kind == "mean" else self._max(magnitude)
             t = row.squash(raw)
-            over = top = self.reduce(t.abs(), "max").clamp_min(TINY)  # for an all-zero weight
+            # at least TINY for an all-zero weight
+            grad_divisor = top = self.reduce(t.abs(), "max").clamp_min(TINY)
         if value:
-            over = scale.detach().clamp_min(TINY)
+            grad_divisor = scale.detach().clamp_min(TINY)
         clamped = learned is not None or row.reference == "rms"
-        own = None if over is top else over
-        u = Normalize.apply(w, t, top, own, self.normalizer, not value, clamped)
+        divisor_arg = None if grad_divisor is top else grad_divisor
+        u = Normalize.apply(w, t, top, divisor_arg, self.normalizer, not value, clamped)
         return Normalized(u, scale)
 
     def table(self, bits: int, device: torch.device) -> Tensor | None:
@@ -227,4 +228,4 @@ class WeightQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the quantizer in the printed model."""
         text = f"{self.quantizer}, ste={self.ste}, level={self.level}, normalizer={self.normalizer}"
-        return text if self.scale == "mean" else f"{text}, scale={self.scale}"
+        return text if self.scale_kind == "mean" else f"{text}, scale={self.scale_kind}"

@@ -76,8 +76,9 @@ class InspectRecord:
     command: str | None = None
     quantized_parameters: int | None = None
     layers: list[Layer] = field(default_factory=list)
+    # storage scheme, a key of STORAGE_LABELS -> its bytes
     ways: dict[str, StorageBytes] = field(default_factory=dict)
-    read_at: dict[int, Number] = field(default_factory=dict)
+    read_at: dict[int, Number] = field(default_factory=dict)  # width -> bytes read to run at it
     paper_ratio: Number | None = None
     policy_ratio: Number | None = None
     energy: Energy | None = None

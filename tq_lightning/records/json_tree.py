@@ -24,9 +24,9 @@ class RecordError(UserError):
 
 T = TypeVar("T")
 _KINDS: dict[Any, tuple[str, Any]] = {
-    str: ("a text", lambda v: isinstance(v, str)),
+    str: ("text", lambda v: isinstance(v, str)),
     bool: ("true or false", lambda v: isinstance(v, bool)),
-    int: ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    int: ("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool)),
     float: (
         "a number",
         lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v),

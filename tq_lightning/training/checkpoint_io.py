@@ -9,7 +9,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
-from tq_lightning.models.checksum import verify_checkpoint, with_checksum
+from tq_lightning.models.checkpoint_checksum import verify_checkpoint, with_checksum
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -40,7 +40,8 @@ def quant_config(h: Any) -> QuantConfig:
             {**h, "widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
         )
     except ValueError as error:
-        # the message begins with the key, e.g. "unknown level 'x'" or "level 'x' does not go with"
+        # the message begins with the key, e.g. "unknown level 'x'" or "level 'x' is not supported
+        # with ..."
         key = str(error).removeprefix("unknown ").split(maxsplit=1)[0]
         where = f"model.{key}" if key in h else "model"
         raise UserError(f"{where}: {error}") from None

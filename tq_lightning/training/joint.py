@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError
+from tq_lightning.quant.batches import call_model, overwrites_outputs
 from tq_lightning.quant.bit_width import walk_modules
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import call, overwrites_outputs
 from tq_lightning.quant.switchable_norm import width_name
 from tq_lightning.training.losses import WidthLoss
 
@@ -74,31 +74,32 @@ def joint_loss(
     modules = walk_modules(model)
     all_parameters = (p for _, m in modules for p in m._parameters.values() if p is not None)
     params = [p for p in dict.fromkeys(all_parameters) if p.requires_grad]
-    position = {id(p): i for i, p in enumerate(params)}
+    position = {id(p): index for index, p in enumerate(params)}
+    factors = [1.0] * len(widths) if weights is None else list(weights)
     losses: dict[int | None, Tensor] = {}
     logits: dict[int | None, Tensor] = {}
     copy = overwrites_outputs(model)
     with fused_weights(model, check=False, modules=modules) as fused:
         sums: list[Tensor | None] = [None] * len(params)
         owners = fused.norm_widths(params)
-        for i, bits in enumerate(widths):
+        for bits, factor in zip(widths, factors, strict=True):
             with fused.at(bits):
                 for group in fused.groups:
                     group.require_grad()
-                out = call(model, inputs)
+                out = call_model(model, inputs)
                 loss = width_loss(bits, out, logits)
                 losses[bits] = loss.detach()
                 logits[bits] = out.detach().clone() if copy else out.detach()
-                factor = loss_scale if weights is None else loss_scale * weights[i]
                 # the weights of a width are leaves; their gradients go through the straight-through
                 # rule here, and once per step through the normalizer
                 leaves = [leaf for group in fused.groups for leaf in group.leaves]
                 own = (None, width_name(bits))
-                used = [i for i, owner in enumerate(owners) if owner in own]
-                inputs_of_grad = [*(params[i] for i in used), *leaves]
+                used = [index for index, owner in enumerate(owners) if owner in own]
+                inputs_of_grad = [*(params[index] for index in used), *leaves]
                 with torch.autocast(params[0].device.type, enabled=False):
-                    grads = torch.autograd.grad(loss * factor, inputs_of_grad, allow_unused=True)
-            del out, loss
+                    scaled = loss * (loss_scale * factor)
+                    grads = torch.autograd.grad(scaled, inputs_of_grad, allow_unused=True)
+            del out, loss, scaled
             _accumulate(sums, used, _writable(grads[: len(used)]), copy)
             leaf_grads = iter(grads[len(used) :])
             if copy and bits is None:  # the fused weights keep the gradients of the float pass
@@ -109,15 +110,14 @@ def joint_loss(
         finite = [group.finite for group in fused.groups if group.finite is not None]
         for group in fused.groups:
             for parameter, grad in group.gradients():
-                i = position[id(parameter)]
-                before = sums[i]
-                sums[i] = grad if before is None else before.add_(grad)
+                index = position[id(parameter)]
+                before = sums[index]
+                sums[index] = grad if before is None else before.add_(grad)
     if loss_scale != 1.0:
         torch._foreach_div_([g for g in sums if g is not None], loss_scale)
     # the only synchronization of a step with the device
     if not bool(torch.stack([*(loss.isfinite() for loss in losses.values()), *finite]).all()):
         raise TrainingError(_not_finite(model, losses))
-    factors = [1.0] * len(widths) if weights is None else list(weights)
     total = torch.stack([f * losses[b].float() for f, b in zip(factors, widths, strict=True)]).sum()
     return _PrecomputedGradients.apply(total, sums, *params), losses
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from tq_lightning.quant.inputs import IGNORED
+from tq_lightning.quant.label_checks import IGNORE_INDEX
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -17,15 +17,15 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: (batch, classes), or (batch, tokens, vocabulary) of a language model.
         target: class indices (batch,) or soft labels (batch, classes); for a language model, token
-            indices (batch, tokens), with `IGNORED` for excluded tokens.
+            indices (batch, tokens), with `IGNORE_INDEX` for excluded tokens.
 
     Returns:
         A float32 scalar; 0 if no token has a label.
     """
     if logits.dim() == 3:
         rows, flat = logits.float().flatten(0, 1), target.flatten()
-        total = F.cross_entropy(rows, flat, ignore_index=IGNORED, reduction="sum")
-        return total / (flat != IGNORED).sum().clamp_min(1)
+        total = F.cross_entropy(rows, flat, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / (flat != IGNORE_INDEX).sum().clamp_min(1)
     return F.cross_entropy(logits.float(), target)
 
 
@@ -113,7 +113,7 @@ def make_width_loss(
             soft_target = list(wider.values())[0 if teacher == "widest" else -1]
         if soft_target is None:
             return label_loss(logits, target)
-        counted = target != IGNORED if logits.dim() == 3 else None
+        counted = target != IGNORE_INDEX if logits.dim() == 3 else None
         soft = distillation(logits, soft_target, temperature, counted)
         if distill_weight == 1.0:
             return soft

@@ -11,18 +11,11 @@ from tq_lightning.data.sampling import run_seed
 from tq_lightning.errors import TrainingError, UserError, first_line
 from tq_lightning.factories import is_factory, only_allow
 from tq_lightning.models.weights import check_fit
+from tq_lightning.quant.batches import call_model, samples_of, split_batch
 from tq_lightning.quant.bit_width import bit_width
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.inputs import (
-    call,
-    check_arguments,
-    check_labels,
-    check_logits,
-    check_shifted,
-    describe_inputs,
-    samples_of,
-    split_batch,
-)
+from tq_lightning.quant.input_spec import check_arguments, describe_inputs
+from tq_lightning.quant.label_checks import check_labels, check_labels_are_shifted, check_logits
 from tq_lightning.quant.prepare import PrepareReport
 from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
@@ -309,7 +302,7 @@ class TQModule(L.LightningModule):
         return run_seed()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the joint loss of a batch: (inputs, labels), see `quant.inputs.split_batch`."""
+        """Return the joint loss of a batch: (inputs, labels), see `quant.batches.split_batch`."""
         inputs, target = split_batch(batch)
         h = self.hparams
         if not self._inputs and self.model is not None:
@@ -318,9 +311,9 @@ class TQModule(L.LightningModule):
         external = None
         if self._teacher:
             with torch.no_grad():
-                external = call(self._teacher[0].to(self.device), inputs)
+                external = call_model(self._teacher[0].to(self.device), inputs)
         if h.task == "language_modeling" and batch_idx == 0:
-            check_shifted(inputs, target)
+            check_labels_are_shifted(inputs, target)
         loss_of = make_width_loss(
             LOSSES[h.loss], target, h.teacher, external, h.distill_weight, h.temperature
         )
@@ -384,7 +377,7 @@ class TQModule(L.LightningModule):
             )
         inputs = batch if isinstance(batch, Tensor) else split_batch(batch)[0]
         with fused_weights(self), bit_width(self, self.widths[0], "truncate"):
-            return call(self, inputs).float().softmax(1)
+            return call_model(self, inputs).float().softmax(1)
 
     # -- checkpoints -----------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -75,9 +75,9 @@ class RunLock:
                     continue
                 earlier = holder is not None and _earlier_attempt(holder)
                 if reach is None and not earlier:
-                    raise UserError(_refusal(self.path.parent, holder or {}))
+                    raise UserError(_locked_message(self.path.parent, holder or {}))
                 if reach == _THIS_HOST and holder and not earlier and _alive(self.path, holder):
-                    raise UserError(_refusal(self.path.parent, holder))
+                    raise UserError(_locked_message(self.path.parent, holder))
                 if reach is None:
                     # the lock of an attempt on a failed node, which the NFS server still keeps
                     os.close(handle)
@@ -210,7 +210,7 @@ def _alive(path: Path, holder: dict[str, Any]) -> bool:
     return False
 
 
-def _refusal(folder: Path, holder: dict[str, Any]) -> str:
+def _locked_message(folder: Path, holder: dict[str, Any]) -> str:
     who = f"process {holder.get('pid', '?')} on {holder.get('host', 'another host')}"
     if holder.get("job"):
         who += f" (SLURM job {holder['job']})"

@@ -12,7 +12,8 @@ from tq_lightning.export.onnx.dynamic import export_dynamic
 from tq_lightning.export.onnx.static import export_static
 from tq_lightning.models.sequence import cnn
 from tq_lightning.models.text import TextClassifier
-from tq_lightning.quant.inputs import call, describe_inputs, example_inputs
+from tq_lightning.quant.batches import call_model
+from tq_lightning.quant.input_spec import describe_inputs, example_inputs
 
 
 class OptionalArgument(nn.Module):
@@ -54,7 +55,7 @@ def test_graph_has_the_inputs_of_the_network(make, tmp_path):
     prepare(model, verbose=False, **embeddings)
     if make is series:
         for _ in range(2):
-            call(model.train(), inputs)
+            call_model(model.train(), inputs)
         calibrate_norms(model, [inputs])
     rows = describe_inputs(model, inputs)
     path, out = tmp_path / "m.safetensors", tmp_path / "m.onnx"
@@ -65,7 +66,7 @@ def test_graph_has_the_inputs_of_the_network(make, tmp_path):
     feeds = {name: value.numpy() for name, value in named.items()}
     for bits in (8, 2):
         with bit_width(packed, bits):
-            expected = call(packed, inputs)
+            expected = call_model(packed, inputs)
         export_static(path, out, bits, model=make()[0])
         session = onnxruntime.InferenceSession(out)
         assert [i.name for i in session.get_inputs()] == NAMES[make]

@@ -8,6 +8,7 @@ the activation codes that the processor allows ("allowed") and with 8-bit codes 
 import json
 
 import torch
+from fixtures.integer_oracle import compare
 from torch import nn
 
 from tq_lightning import bit_width, prepare
@@ -15,7 +16,6 @@ from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.codes import LEVELS
 from tq_lightning.quant.integer import integer_model
 from tq_lightning.quant.integer.kernels import sums_are_exact
-from tq_lightning.quant.integer.oracle import compare
 
 
 def main() -> None:

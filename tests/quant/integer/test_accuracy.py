@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures.integer_oracle import simulated
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -13,7 +14,6 @@ from tq_lightning.models import create_model
 from tq_lightning.quant.activation_ranges import OBSERVERS, ActivationRange
 from tq_lightning.quant.integer import integer_model
 from tq_lightning.quant.integer.kernels import missing_kernels
-from tq_lightning.quant.integer.oracle import simulated
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,20 +7,20 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures.integer_oracle import compare, simulated
 from torch import nn
 
 from tq_lightning import bit_width, calibrate_activations, calibrate_norms, prepare
 from tq_lightning.errors import UserError
 from tq_lightning.models import create_model
 from tq_lightning.quant.activation import ACTIVATIONS
-from tq_lightning.quant.activation_ranges import quantized_layers
 from tq_lightning.quant.codes import LEVELS
 from tq_lightning.quant.integer import integer_layers, integer_model, plan
 from tq_lightning.quant.integer import model as integer
 from tq_lightning.quant.integer.kernels import Conv2d, missing_kernels, sums_are_exact
 from tq_lightning.quant.integer.norms import folded_norm
-from tq_lightning.quant.integer.oracle import compare, simulated
 from tq_lightning.quant.integer.rewrite import CodePool
+from tq_lightning.quant.quantized_tensors import quantized_layers
 
 pytestmark = pytest.mark.skipif(missing_kernels() is not None, reason=str(missing_kernels()))
 WIDTHS = (8, 7, 4, 2, 1)

@@ -13,13 +13,13 @@ RUNTIMES = ("onnxruntime", "openvino")
 _MOVES = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
 
-class Codes(NamedTuple):
-    """An activation tensor as codes.
+class DequantizedTensor(NamedTuple):
+    """A dequantized activation tensor of a graph.
 
     Attributes:
-        float_name: name of the dequantized tensor.
-        step: step of the codes.
-        zero: zero point.
+        float_name: name of the tensor.
+        step: step of its codes.
+        zero: their zero point.
     """
 
     float_name: str
@@ -27,14 +27,14 @@ class Codes(NamedTuple):
     zero: int
 
 
-def codes_of(editor: GraphEditor, name: str) -> Codes | None:
+def codes_of(editor: GraphEditor, name: str) -> DequantizedTensor | None:
     """Return the codes of a tensor that DequantizeLinear produces, through moves; else None."""
     at = name
     while (node := editor.producer(at)) is not None:
         if node.op_type == "DequantizeLinear":
             step, zero = (editor.constant(n) for n in node.input[1:3])
             assert step is not None and zero is not None
-            return Codes(name, float(step), int(zero))
+            return DequantizedTensor(name, float(step), int(zero))
         if node.op_type not in _MOVES:
             return None
         at = node.input[0]
@@ -43,7 +43,7 @@ def codes_of(editor: GraphEditor, name: str) -> Codes | None:
 
 def add_codes(
     editor: GraphEditor, name: str, chosen: ActivationRange, top: int, runtime: str
-) -> Codes:
+) -> DequantizedTensor:
     """Quantize a tensor to uint8 codes in [0, top]; all its consumers read the dequantized codes.
 
     Args:
@@ -81,4 +81,4 @@ def add_codes(
     editor.add("DequantizeLinear", [at, scale, point], f"{name}/dequantized")
     new = tuple(node for node in editor.nodes if id(node) not in readers)
     editor.redirect(name, f"{name}/dequantized", keep=new)
-    return Codes(f"{name}/dequantized", step, zero)
+    return DequantizedTensor(f"{name}/dequantized", step, zero)

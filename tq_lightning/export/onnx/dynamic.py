@@ -26,7 +26,12 @@ from tq_lightning.export.onnx.width_modules import (
     replace_activations,
 )
 from tq_lightning.export.packed.reader import load_packed
-from tq_lightning.export.packed.weight import PackedTensor, PackedWeight, packed_weights
+from tq_lightning.export.packed.weight import (
+    PackedTensor,
+    PackedWeight,
+    packed_weights,
+    replace_parametrized,
+)
 from tq_lightning.quant.layers import replace_modules
 from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
 
@@ -97,8 +102,8 @@ def joined_table(packed: PackedWeight) -> Tensor | None:
     tables = {bits: packed.table(bits) for bits in packed.widths}
     if tables[packed.widths[0]] is None:
         return None
-    every = range(1, packed.stored + 1)
-    return torch.cat([t if (t := tables.get(n)) is not None else torch.zeros(2**n) for n in every])
+    widths = range(1, packed.stored + 1)
+    return torch.cat([t if (t := tables.get(n)) is not None else torch.zeros(2**n) for n in widths])
 
 
 class DynamicModel(nn.Module):
@@ -117,9 +122,7 @@ class DynamicModel(nn.Module):
         for weight in weights:
             _, module, tensor, packed = weight
             codes = weight.codes
-            parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
-            delattr(module, tensor)
-            module.register_buffer(tensor, codes)
+            replace_parametrized(module, tensor, codes)
             computed = TensorWeight(self.tables, packed.scale, packed.level, joined_table(packed))
             parametrize.register_parametrization(module, tensor, computed, unsafe=True)
         for norm in per_width_norms(model):

@@ -9,11 +9,11 @@ separate nodes, with codes up to 127.
 import numpy as np
 
 from tq_lightning.export.onnx.edit import GraphEditor
-from tq_lightning.export.onnx.integer_layers import IntegerLayer
+from tq_lightning.export.onnx.integer_layers import GraphLayer
 from tq_lightning.export.onnx.qdq import add_sum
 
 
-def put_dynamic_layers(editor: GraphEditor, layers: list[IntegerLayer], top: int) -> None:
+def put_dynamic_layers(editor: GraphEditor, layers: list[GraphLayer], top: int) -> None:
     """Add linear layers to the graph from which `take_layers` removed them.
 
     Args:

@@ -15,33 +15,17 @@ import onnx
 import torch
 from onnx import helper
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.export.onnx.width_modules import WidthTables, replace_activations
-from tq_lightning.export.packed.weight import packed_weights
+from tq_lightning.export.packed.optional_fields import input_size
+from tq_lightning.export.packed.weight import packed_weights, replace_parametrized
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.bit_width import width_of
-from tq_lightning.quant.inputs import example_inputs
+from tq_lightning.quant.input_spec import example_inputs
 
 # first opset whose DequantizeLinear supports 4-bit integers, and first one with 2-bit integers
 OPSETS = (21, 25)
-
-
-def image_size(model: nn.Module) -> tuple[int, ...]:
-    """Return (channels, height, width) of the images of a packed model.
-
-    Raises:
-        UserError: the packed file has no input size.
-    """
-    options = model.tq_file["preprocessing"] or {}  # type: ignore[index]
-    size = options.get("input_size") if isinstance(options, Mapping) else None
-    if not isinstance(size, list) or len(size) != 3:
-        raise UserError(
-            "the packed file has no input size; export it with preprocessing={'input_size': ...}, "
-            "or with inputs= if the network does not take images"
-        )
-    return tuple(size)
 
 
 def graph_inputs(model: nn.Module) -> dict[str, Tensor | None]:
@@ -53,7 +37,7 @@ def graph_inputs(model: nn.Module) -> dict[str, Tensor | None]:
     rows = model.tq_file.get("inputs")  # type: ignore[operator,union-attr]
     if rows:
         return example_inputs(model, rows)
-    return {"images": torch.zeros(2, *image_size(model))}
+    return {"images": torch.zeros(2, *input_size(model.tq_file))}  # type: ignore[arg-type]
 
 
 def batch_shapes(inputs: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
@@ -133,9 +117,7 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
     names = []
     for name, module, tensor, _ in packed_weights(model):
         value = getattr(module, tensor).detach().clone()
-        parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
-        delattr(module, tensor)
-        module.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
+        replace_parametrized(module, tensor, nn.Parameter(value, requires_grad=False))
         names.append(name)
     inputs = graph_inputs(model)
     given = [name for name, value in inputs.items() if value is not None]

@@ -126,7 +126,7 @@ def export_integer(
     trained = replace_activation_quantizers(model, width_of(model), runtime)
     # OpenVINO computes MatMulInteger in float, slower than a float graph
     static = bool(trained) or (runtime == "openvino" and bool(known))
-    dynamic = not static and _all_linear(model, [weight.module for weight in weights])
+    dynamic = not static and all(isinstance(weight.module, nn.Linear) for weight in weights)
     if not dynamic and not trained and not known:
         raise UserError(
             f"{path} has no activation ranges; pass --calibrate with a folder of images"
@@ -165,7 +165,3 @@ def export_integer(
         highest <= safe_top,
         all(layer.exact for layer in layers),
     )
-
-
-def _all_linear(model: nn.Module, modules: list[nn.Module]) -> bool:
-    return all(isinstance(module, nn.Linear) for module in modules)

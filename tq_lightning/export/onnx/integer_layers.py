@@ -29,7 +29,7 @@ from tq_lightning.quant.integer.norms import norm_spread
 from tq_lightning.quant.integer.saturation import INT16_MAX, SplitWeight, split_weight
 
 
-class IntegerLayer(NamedTuple):
+class GraphLayer(NamedTuple):
     """An integer layer of a graph.
 
     Attributes:
@@ -68,7 +68,7 @@ def take_layers(
     bits: int,
     refuse: Callable[[str, str], str | None],
     split: bool = False,
-) -> tuple[list[IntegerLayer], dict[str, str]]:
+) -> tuple[list[GraphLayer], dict[str, str]]:
     """Remove the layers of packed weights from a float graph and return them as integer layers.
 
     Args:
@@ -127,7 +127,7 @@ def take_layers(
         if op == "MatMul":
             codes = [np.ascontiguousarray(part.T) for part in codes]
         layers.append(
-            IntegerLayer(
+            GraphLayer(
                 name,
                 op,
                 node,
@@ -144,7 +144,7 @@ def take_layers(
     return layers, in_float
 
 
-def bias_codes(layer: IntegerLayer, step: float) -> tuple[IntegerLayer, np.ndarray]:
+def bias_codes(layer: GraphLayer, step: float) -> tuple[GraphLayer, np.ndarray]:
     """Quantize the bias of a layer to int32, in steps of (activation step) x (gain).
 
     The integers of a convolution are multiplied by `bias_factors`, which make these steps finer. If

@@ -12,9 +12,9 @@ needs neither.
 import numpy as np
 import onnx
 
-from tq_lightning.export.onnx.activation_nodes import Codes, add_codes, codes_of
+from tq_lightning.export.onnx.activation_nodes import DequantizedTensor, add_codes, codes_of
 from tq_lightning.export.onnx.edit import GraphEditor
-from tq_lightning.export.onnx.integer_layers import IntegerLayer, bias_codes
+from tq_lightning.export.onnx.integer_layers import GraphLayer, bias_codes
 from tq_lightning.quant.activation_ranges import ActivationRange
 from tq_lightning.quant.integer.saturation import SPLIT
 
@@ -23,7 +23,7 @@ RESIDUALS = ("int8", "float")
 
 def put_layers(
     editor: GraphEditor,
-    layers: list[IntegerLayer],
+    layers: list[GraphLayer],
     ranges: dict[str, ActivationRange],
     top: int,
     runtime: str,
@@ -72,7 +72,7 @@ def put_layers(
             _put_conv(editor, layer, codes)
 
 
-def _placeholder(editor: GraphEditor, layer: IntegerLayer) -> onnx.NodeProto:
+def _placeholder(editor: GraphEditor, layer: GraphLayer) -> onnx.NodeProto:
     editor.add("IntegerLayer", [layer.x], layer.y)
     return editor.nodes[-1]
 
@@ -98,7 +98,7 @@ def _dequantized(
     return editor.add("DequantizeLinear", inputs, f"{name}/dequantized", axis=axis)
 
 
-def _put_conv(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+def _put_conv(editor: GraphEditor, layer: GraphLayer, x: DequantizedTensor) -> None:
     layer, bias = bias_codes(layer, x.step)
     weight = _dequantized(editor, f"{layer.name}.weight", layer.codes, layer.gain, 0)
     step = np.float32(x.step) * layer.gain
@@ -107,7 +107,7 @@ def _put_conv(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
     editor.producer(node).attribute.extend(layer.node.attribute)  # type: ignore[union-attr]
 
 
-def _put_integer_product(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+def _put_integer_product(editor: GraphEditor, layer: GraphLayer, x: DequantizedTensor) -> None:
     """Add ConvInteger or MatMulInteger, then the scale and the bias in float."""
     if layer.low is None:
         layer, _ = bias_codes(layer, x.step)
@@ -126,7 +126,7 @@ def _put_integer_product(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> 
     editor.add("Add", [scaled, shift], layer.y)
 
 
-def add_sum(editor: GraphEditor, layer: IntegerLayer, codes: str, zero: str) -> str:
+def add_sum(editor: GraphEditor, layer: GraphLayer, codes: str, zero: str) -> str:
     """Add ConvInteger or MatMulInteger of a layer, or the sum of two. Return the int32 tensor.
 
     Args:
@@ -149,7 +149,7 @@ def add_sum(editor: GraphEditor, layer: IntegerLayer, codes: str, zero: str) -> 
     return editor.add("Add", [high, sums[1]], f"{layer.name}/whole_sum")
 
 
-def _put_two_layers(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+def _put_two_layers(editor: GraphEditor, layer: GraphLayer, x: DequantizedTensor) -> None:
     """Add two layers between DequantizeLinear nodes, summed in float, for an exact 8-bit weight."""
     assert layer.low is not None
     name, axis = layer.name, 1
@@ -170,7 +170,7 @@ def _put_two_layers(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
     editor.add("Add", [product, shift], layer.y)
 
 
-def _put_linear(editor: GraphEditor, layer: IntegerLayer, x: Codes) -> None:
+def _put_linear(editor: GraphEditor, layer: GraphLayer, x: DequantizedTensor) -> None:
     layer, _ = bias_codes(layer, x.step)
     weight = _dequantized(editor, f"{layer.name}.weight", layer.codes, layer.gain, 1)
     product = editor.add("MatMul", [x.float_name, weight], f"{layer.name}/product")

@@ -149,7 +149,7 @@ class TensorActivation(nn.Module):
         u = torch.minimum(x.clamp_min(0.0), clip) / clip
         tops: Tensor = now.tops_now  # type: ignore[assignment]
         top: Tensor = now.max_top if self.truncated else tops  # type: ignore[assignment]
-        k = QUANTIZERS[self.quantizer].onnx(u, top)
+        k = QUANTIZERS[self.quantizer].float_codes(u, top)
         if self.truncated:
             k = _shift_right(k.to(torch.uint8), now.down_now).float()  # type: ignore[arg-type]
         return LEVELS["endpoint"](k, tops) * clip

@@ -15,8 +15,8 @@ import numpy as np
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import Container, write_container
 from tq_lightning.export.packed.entries import section_of
-from tq_lightning.export.packed.given_fields import check_ranges
 from tq_lightning.export.packed.header import format_version, read_header
+from tq_lightning.export.packed.optional_fields import check_ranges
 from tq_lightning.export.packed.reader import read_planes
 from tq_lightning.export.packed.sections import (
     compress_planes,
@@ -89,7 +89,7 @@ def add_ranges(
         Bytes per section, with "header" and "total".
 
     Raises:
-        UserError: see `read_all` and `given_fields.check_ranges`.
+        UserError: see `read_all` and `optional_fields.check_ranges`.
     """
     header, tensors = read_all(path)
     names = [layer["name"] for layer in header["layers"]]

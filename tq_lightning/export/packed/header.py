@@ -7,7 +7,11 @@ from tq_lightning.errors import UserError
 from tq_lightning.export.packed.compression import CODING
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.entries import MAX_EXTENT, is_shape, section_of
-from tq_lightning.export.packed.given_fields import check_inputs, check_preprocessing, check_ranges
+from tq_lightning.export.packed.optional_fields import (
+    check_inputs,
+    check_preprocessing,
+    check_ranges,
+)
 from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.config import ADDED_CHOICES
 
@@ -37,7 +41,7 @@ _TYPES = {
     "norm": "F32",
     "plane": "U8",
 }
-_SET_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}
+WIDTH_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # of norm sets and level tables
 # Planes that are more times larger than their compressed file are a decompression bomb.
 _MAX_RATIO, _FREE_BYTES = 256, 16 << 20
 
@@ -133,7 +137,7 @@ def _check_additions(file: Container, header: Mapping[str, Any]) -> None:
     for name, entry in file.entries.items():
         if section_of(name).startswith("levels"):
             bits = name.removeprefix("levels")
-            if bits not in _SET_KEYS or entry.shape != (2 ** int(bits),):
+            if bits not in WIDTH_KEYS or entry.shape != (2 ** int(bits),):
                 raise file.damaged(f"tensor {name[:60]!r} is not a table of levels")
 
 

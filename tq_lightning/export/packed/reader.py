@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.bounds import Bounds
 from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container
-from tq_lightning.export.packed.filling import cast_to_header_dtype, fill_unquantized
 from tq_lightning.export.packed.header import read_header
-from tq_lightning.export.packed.network_match import (
+from tq_lightning.export.packed.load_tensors import cast_to_header_dtype, fill_unquantized
+from tq_lightning.export.packed.model_checks import (
     check_layers,
     check_names,
     check_parameters,
@@ -30,6 +29,7 @@ from tq_lightning.export.packed.sections import (
     named_tensors,
     split_norms,
 )
+from tq_lightning.export.packed.size_limits import SizeLimits
 from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
 from tq_lightning.export.packed.weight import MODES, PackedWeight, attach_packed_weight
 from tq_lightning.factories import only_allow
@@ -151,7 +151,7 @@ def _matching_skeleton(
     if model is None:
         tensors = len(header["layers"]) + len(shapes) + len(header["norms"])
         numbers = header["codes"] + sum(math.prod(shape) for shape in shapes.values())
-        model = create_skeleton(header["model"], Bounds(tensors, numbers))
+        model = create_skeleton(header["model"], SizeLimits(tensors, numbers))
         check_parameters(header, set(shapes), model)
     norm_sets = header["norm_widths"] if bits is None else [bits]
     model = prepare_skeleton(model, header["prepare"], norm_sets)
@@ -194,7 +194,18 @@ def _attach_codes(
     mode: str,
     tables: Mapping[int, Tensor],
 ) -> None:
-    """Replace every quantized float parameter by its codes and scale."""
+    """Replace every quantized float parameter by its codes and scale.
+
+    Args:
+        model: prepared network.
+        header: header of the file, with the layer map.
+        scales: float32 (n,), the scales of all layers in one row.
+        codes: uint8 (codes,), the codes of all layers in one row.
+        planes: width of the codes.
+        widths: widths that the model will run at.
+        mode: see `load_packed`.
+        tables: {width: its levels, float32 (2^width,)}; empty if the levels are a formula.
+    """
     width, start = width_of(model), 0
     weights = {weight.name: weight for weight in weight_quantizers(model)}
     for layer in header["layers"]:

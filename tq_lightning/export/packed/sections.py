@@ -99,7 +99,11 @@ def merge_norms(
 def split_norms(
     header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Undo `merge_norms`: "norm4" becomes "norm4/bn1.weight", and so on."""
+    """Undo `merge_norms`: "norm4" becomes "norm4/bn1.weight", and so on.
+
+    Raises:
+        UserError: a norm set does not have the size that the layout in the header gives.
+    """
     result = {}
     for name, array in tensors.items():
         if not name.startswith("norm"):

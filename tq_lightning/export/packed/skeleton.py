@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.bounds import TOO_LARGE, BoundedValues, Bounds, SkipInit
+from tq_lightning.export.packed.size_limits import TOO_LARGE, LimitResultSizes, SizeLimits
 from tq_lightning.factories import is_factory
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.config import QuantConfig
@@ -22,14 +23,48 @@ _MAX_NUMBER = 1 << 16  # largest number in an argument
 # constructors of old timm versions loop in Python over all pairs of positions in a window
 _MAX_WINDOW = 32
 _MAX_SKIP = 1000  # skip patterns
+# initializations that SkipInit skips
+_FILLS = {
+    Tensor.normal_,
+    Tensor.uniform_,
+    Tensor.fill_,
+    Tensor.zero_,
+    Tensor.erfinv_,
+    Tensor.mul_,
+    Tensor.add_,
+    Tensor.clamp_,
+}
 
 
-def create_skeleton(spec: Mapping[str, Any], bounds: Bounds | None = None) -> nn.Module:
+class SkipInit(TorchFunctionMode):
+    """Skip in-place initialization of tensors on the meta device, which have no values.
+
+    PyTorch would compute the result shape of every such call in Python, and load its compiler for
+    random numbers.
+
+    Args:
+        limits: counts all calls.
+    """
+
+    def __init__(self, limits: SizeLimits | None = None) -> None:
+        super().__init__()
+        self.limits = limits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` unless it only fills a meta tensor."""
+        if self.limits is not None:
+            self.limits.take("calls")
+        if func in _FILLS and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def create_skeleton(spec: Mapping[str, Any], limits: SizeLimits | None = None) -> nn.Module:
     """Create the network that a header names, on the meta device if possible.
 
     Args:
         spec: "model" of the header.
-        bounds: limits of the network. None sets none.
+        limits: limits of the network. None sets none.
 
     Raises:
         UserError: the model is unknown, too large, or would open files.
@@ -52,15 +87,15 @@ def create_skeleton(spec: Mapping[str, Any], bounds: Bounds | None = None) -> nn
         largest = _MAX_WINDOW if "window" in key else _MAX_NUMBER
         if any(word in key for word in _FORBIDDEN) or not _is_plain(value, largest):
             raise UserError(f"disallowed model argument in the file header: {str(key)[:40]!r}")
-    with bounds.registrations() if bounds is not None else nullcontext():
+    with limits.registrations() if limits is not None else nullcontext():
         try:
-            with torch.device("meta"), SkipInit(bounds):
+            with torch.device("meta"), SkipInit(limits):
                 return create_model(name, **args)
         except UserError as error:
             if "unknown model" in str(error) or TOO_LARGE in str(error):
                 raise
         # a constructor that computes with values
-        with BoundedValues(bounds) if bounds is not None else nullcontext():
+        with LimitResultSizes(limits) if limits is not None else nullcontext():
             return create_model(name, **args)
 
 
@@ -111,6 +146,6 @@ def prepare_skeleton(
         model.tq = config.to_dict()  # type: ignore[assignment]
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"its network can't be prepared with the options of the header ({error})"
+            f"the network in the file can't be prepared with the options of the header ({error})"
         ) from error
     return model

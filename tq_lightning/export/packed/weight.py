@@ -149,6 +149,22 @@ class PackedWeight(nn.Module):
         return f"{self.stored} bits stored, level={self.level}, {mode}"
 
 
+def replace_parametrized(module: nn.Module, tensor_name: str, value: Tensor) -> None:
+    """Replace a parametrized tensor of a layer by a plain one, under the same name.
+
+    Args:
+        module: owner of the tensor.
+        tensor_name: its name. All its parametrizations are removed.
+        value: registered as a parameter if it is an `nn.Parameter`, else as a buffer.
+    """
+    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
+    delattr(module, tensor_name)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(tensor_name, value)
+    else:
+        module.register_buffer(tensor_name, value)
+
+
 def attach_packed_weight(
     module: nn.Module, tensor_name: str, codes: Tensor, packed: PackedWeight
 ) -> None:
@@ -160,9 +176,7 @@ def attach_packed_weight(
         codes: uint8, shape of the weight.
         packed: parametrization of the codes.
     """
-    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
-    delattr(module, tensor_name)
-    module.register_buffer(tensor_name, codes)
+    replace_parametrized(module, tensor_name, codes)
     parametrize.register_parametrization(module, tensor_name, packed, unsafe=True)
     # torch.nn.utils.parametrize gave this module its own class, with a property for the tensor
     kind: type = type(module)

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 import tq_lightning
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import write_container
-from tq_lightning.export.packed.given_fields import check_inputs, check_preprocessing, check_ranges
 from tq_lightning.export.packed.header import format_version
-from tq_lightning.export.packed.network_match import check_names
+from tq_lightning.export.packed.model_checks import check_names
+from tq_lightning.export.packed.optional_fields import (
+    check_inputs,
+    check_preprocessing,
+    check_ranges,
+)
 from tq_lightning.export.packed.sections import (
     compress_planes,
     file_names,

@@ -13,8 +13,8 @@ from tq_lightning.quant.fake_quantize import width_codes
 from tq_lightning.quant.integer.saturation import activation_top
 
 
-class Codes(NamedTuple):
-    """Codes at one width: x = step * (code - zero), code in [0, top].
+class CodeParams(NamedTuple):
+    """Parameters of codes at one width: x = step * (code - zero), code in [0, top].
 
     A kernel computes them as round(x / make_step + zero + make_offset), clamps them to
     [0, make_top] and shifts them right by `shift`. The steps to make and to read codes differ only
@@ -30,6 +30,12 @@ class Codes(NamedTuple):
     make_top: int
     shift: int
 
+    @classmethod
+    def of_range(cls, span: ActivationRange, top: int) -> "CodeParams":
+        """Return the parameters of evenly spaced codes in [0, top] that span a range."""
+        step, zero = span.step(top)
+        return cls(step, zero, top, step, 0.0, top, 0)
+
 
 class CalibratedCodes:
     """Codes of a calibrated range: 8 bits at every width, or 7 bits if sums could saturate.
@@ -44,12 +50,11 @@ class CalibratedCodes:
         self.span, self.level, self.exact_sums = span, level, exact_sums
         self.signed = span.low < 0
 
-    def at(self, width: Width) -> Codes:
-        """Codes at the width in use."""
+    def at(self, width: Width) -> CodeParams:
+        """Return the parameters at the width in use."""
         assert width.bits is not None
         top = activation_top(width.bits, self.level, self.exact_sums)
-        step, zero = self.span.step(top)
-        return Codes(step, zero, top, step, 0.0, top, 0)
+        return CodeParams.of_range(self.span, top)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CalibratedCodes) and self.__dict__ == other.__dict__
@@ -92,8 +97,8 @@ class TrainedCodes:
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         self.quantizer = quantizer
 
-    def at(self, width: Width) -> Codes:
-        """Codes at the width in use."""
+    def at(self, width: Width) -> CodeParams:
+        """Return the parameters at the width in use."""
         rule, bits = self.quantizer, width.bits
         assert bits is not None
         clip = float(rule.effective_clip)
@@ -101,7 +106,7 @@ class TrainedCodes:
         made = width.max_bits if shifted else bits
         steps, offset = rounding_of(rule.quantizer, made)
         top = 2**bits - 1
-        return Codes(clip / top, 0, top, clip / steps, offset, 2**made - 1, made - bits)
+        return CodeParams(clip / top, 0, top, clip / steps, offset, 2**made - 1, made - bits)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TrainedCodes) and self.quantizer is other.quantizer

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tq_lightning.quant.integer.activations import Codes
+from tq_lightning.quant.integer.activations import CodeParams
 from tq_lightning.quant.integer.prepack import pad_input
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def exact_value(layer: "IntegerLayer", a: Tensor, residual: Tensor | None) -> Te
     return exact_codes(layer.act.exact(y), prepacked.out)
 
 
-def exact_codes(value: Tensor, out: Codes | None) -> Tensor:
+def exact_codes(value: Tensor, out: CodeParams | None) -> Tensor:
     """Convert values to codes without rounding; return them unchanged if `out` is None."""
     return value if out is None else value / out.make_step + out.zero
 
 
-def finish(value: Tensor, out: Codes | None) -> Tensor:
+def finish(value: Tensor, out: CodeParams | None) -> Tensor:
     """Round exact values to the output of the layer."""
     if out is None:
         return value.float()

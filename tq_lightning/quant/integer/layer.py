@@ -23,7 +23,7 @@ class IntegerLayer(nn.Module):
 
     Args:
         name: name of the layer in the model.
-        layer: `nn.Conv2d` or `nn.Linear` with quantized weights that `plan.refusal` accepts.
+        layer: `nn.Conv2d` or `nn.Linear` with quantized weights, without a `plan.reason_in_float`.
         width: the model's shared `Width`.
         into: codes of the input.
         norm: batch norm after the layer, per width or not.
@@ -53,7 +53,7 @@ class IntegerLayer(nn.Module):
         self.layer, self.norm = layer, norm
         self.into, self.out, self.residual, self.act = into, out, residual, act
         self.exact_sums, self.exact = exact_sums, exact
-        self.simulated = False  # see `oracle.simulated`
+        self.simulated = False  # set by the test oracle
         self._prepacked: Prepacked | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +113,11 @@ class IntegerLayer(nn.Module):
         return finish(exact_codes(self.act.exact(y), prepacked.out), prepacked.out)
 
     def prepacked(self, a: Tensor) -> Prepacked:
-        """Return the kernel of the width in use; build it if the width has changed."""
+        """Return the kernel of the width in use; build it if the width has changed.
+
+        Raises:
+            UserError: the input is not on the CPU.
+        """
         key = (self.width.bits, self.width.source)
         if self._prepacked is None or self._prepacked.key != key:
             if a.device.type != "cpu":

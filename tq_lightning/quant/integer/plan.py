@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tq_lightning.quant.activation_ranges import activation_ranges, quantized_layers
+from tq_lightning.quant.activation_ranges import activation_ranges
 from tq_lightning.quant.bit_width import Width, width_of
 from tq_lightning.quant.integer.activations import (
     ActivationCodes,
@@ -12,6 +12,7 @@ from tq_lightning.quant.integer.activations import (
 )
 from tq_lightning.quant.integer.arithmetic import signed_level
 from tq_lightning.quant.integer.stored_weight import stored_weight
+from tq_lightning.quant.quantized_tensors import quantized_layers
 
 NOT_QUANTIZED = "not quantized"
 NO_RANGE = "no activation range"
@@ -40,7 +41,7 @@ class IntegerPlan:
         quantized = quantized_layers(model)
         for name, module in self.modules.items():
             if name in quantized or (name == "" and "(root)" in quantized):
-                self.layers[name] = refusal(module) or "integer"
+                self.layers[name] = reason_in_float(module) or "integer"
             elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
                 self.layers[name] = NOT_QUANTIZED
 
@@ -56,7 +57,7 @@ class IntegerPlan:
         return isinstance(codes, TrainedCodes) if self.exact is None else self.exact
 
 
-def refusal(layer: nn.Module) -> str | None:
+def reason_in_float(layer: nn.Module) -> str | None:
     """Return the reason why a quantized layer cannot run on integers, or None if it can."""
     kind = type(layer).__name__.removeprefix("Parametrized")
     forward = type(layer).forward

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tq_lightning.quant.codes import truncate_codes
-from tq_lightning.quant.integer.activations import Codes
+from tq_lightning.quant.integer.activations import CodeParams
 from tq_lightning.quant.integer.arithmetic import IntegerWeight, integer_weight
 from tq_lightning.quant.integer.kernels import Conv2d, Linear, Requantization
 from tq_lightning.quant.integer.norms import folded_norm
@@ -43,8 +43,8 @@ class Prepacked(NamedTuple):
     key: tuple[Any, ...]
     kernel: Conv2d | Linear
     second: "SecondProduct | None"
-    into: Codes
-    out: Codes | None
+    into: CodeParams
+    out: CodeParams | None
     requantize: Requantization | None
     residual_step: float
     integers: Tensor

@@ -50,6 +50,7 @@ class _NewGraph:
         self.as_float: dict[fx.Node, fx.Node] = {}
 
     def build(self) -> fx.GraphModule:
+        """Return the new graph, with one group of nodes for each node or chain of the old one."""
         folded = {node.args[0]: node for node in self.network.graph.nodes if self.takes_conv(node)}
         for node in self.network.graph.nodes:
             chain = self.flow.chain_of.get(node)
@@ -72,6 +73,7 @@ class _NewGraph:
 
     # -- nodes -------------------------------------------------------------------------------------
     def add_node(self, node: fx.Node) -> None:
+        """Add a node outside of chains: it quantizes, moves codes, or computes in float."""
         codes = None if node.op == "output" else self.flow.codes_of(node)
         module = self.network.module(node)
         if isinstance(module, ActivationQuantizer) and codes is not None:
@@ -89,11 +91,13 @@ class _NewGraph:
             self.keep_module(node)
 
     def add_float_conv(self, conv: fx.Node, norm: fx.Node) -> None:
+        """Add a float convolution with its batch norm folded."""
         name, modules = str(conv.target), self.plan.modules
         made = FloatConv(modules[name], modules[str(norm.target)], self.plan.width)  # type: ignore[arg-type]
         self.as_float[norm] = self.call(name, made, self.read_float(conv.args[0]))
 
     def add_chain(self, chain: Chain) -> None:
+        """Add the integer layer of a chain, and the quantizers around it."""
         into = self.flow.into[chain.layer]
         a = self.read_codes(chain.layer.args[0], into)  # type: ignore[arg-type]
         out = chain.out or self.flow.codes_of(chain.end)
@@ -132,6 +136,7 @@ class _NewGraph:
             self.as_codes[chain.end] = value
 
     def keep_module(self, node: fx.Node) -> None:
+        """Reuse the module or tensor that a copied node refers to."""
         if node.op == "call_module":
             self.made[str(node.target)] = self.plan.modules[str(node.target)]
         elif node.op == "get_attr":

@@ -1,4 +1,4 @@
-"""Header fields that a caller gives: activation ranges, inputs and preprocessing.
+"""Optional header fields: activation ranges, inputs and preprocessing.
 
 The writer checks them before it writes a file, and the reader when it opens one.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.entries import is_shape
-from tq_lightning.quant.inputs import TYPES
+from tq_lightning.quant.input_spec import TYPES
 
 _MAX_FLOAT = 3.4e38
 MAX_INPUTS = 64
@@ -122,3 +122,22 @@ def check_preprocessing(options: Mapping[str, Any] | None) -> None:
             "preprocessing has an unknown interpolation or crop_mode; expected one of "
             f"{', '.join(_INTERPOLATIONS)} and one of {', '.join(_CROPS)}"
         )
+
+
+def input_size(header: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images of a packed file.
+
+    Args:
+        header: header of the file, or `tq_file` of its model.
+
+    Raises:
+        UserError: the file has no input size.
+    """
+    size = (header["preprocessing"] or {}).get("input_size")
+    if size is None:
+        raise UserError(
+            "the packed file has no input size; export it with preprocessing={'input_size': ...}, "
+            "or with inputs= if the network does not take images"
+        )
+    channels, height, width = size
+    return channels, height, width

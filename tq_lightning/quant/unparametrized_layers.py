@@ -8,7 +8,7 @@ from torch import nn
 from tq_lightning.quant.quantized_tensors import QuantizedTensor
 
 
-class PlainLayers:
+class UnparametrizedLayers:
     """Layers that read their fused weights like float weights.
 
     Parametrization gives a layer a new class, in which each weight is a property that calls two
@@ -30,13 +30,13 @@ class PlainLayers:
             and all(w.tensor in vars(type(layer)) for w in found)
             and len(type(layer).__bases__) == 1
         ]
-        self._placed = False
+        self._bypassed = False
 
-    def place(self) -> None:
-        """Give the layers their original class and the fused weights as attributes."""
-        if self._placed:
+    def bypass(self) -> None:
+        """Give the layers their original class, and the fused weights as attributes."""
+        if self._bypassed:
             return
-        self._placed = True
+        self._bypassed = True
         for layer, parametrized, weights in self._layers:
             object.__setattr__(layer, "__class__", parametrized.__bases__[0])
             for w in weights:
@@ -44,9 +44,9 @@ class PlainLayers:
 
     def restore(self) -> None:
         """Give the layers back their properties."""
-        if not self._placed:
+        if not self._bypassed:
             return
-        self._placed = False
+        self._bypassed = False
         for layer, parametrized, weights in self._layers:
             object.__setattr__(layer, "__class__", parametrized)
             for w in weights:

@@ -12,14 +12,12 @@ import torch
 from torch import nn
 
 from tq_lightning.errors import UserError
+from tq_lightning.export.packed.header import WIDTH_KEYS
 from tq_lightning.export.packed.sections import file_names, named_tensors
 from tq_lightning.quant.bit_planes import aligned
-from tq_lightning.quant.codes import STORED_BITS
 from tq_lightning.quant.level_tables import LEVEL_TABLES
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import PerWidthNorm
-
-_SET_KEYS = {str(bits) for bits in range(1, STORED_BITS + 1)}  # keys of norm sets
 
 
 def check_parameters(header: Mapping[str, Any], names: set[str], model: nn.Module) -> None:
@@ -45,7 +43,7 @@ def check_parameters(header: Mapping[str, Any], names: set[str], model: nn.Modul
     if missing:
         raise _mismatch(header, missing, set())
     if any(in_model.get(name) != shape for name, shape in quantized.items()):
-        raise UserError("its layer map does not match its network")
+        raise UserError("the layer map of the file does not match the network")
 
 
 def _mismatch(header: Mapping[str, Any], missing: set[str], extra: set[str]) -> UserError:
@@ -101,7 +99,7 @@ def _of_unbuilt_set(name: str, model: nn.Module) -> bool:
     """Check if a file name ("float64/bn1.sets.3.weight") is of a norm set that was not built."""
     norm_name, _, inside = name.partition("/")[2].partition(".sets.")
     key = inside.partition(".")[0]
-    if key not in _SET_KEYS:
+    if key not in WIDTH_KEYS:
         return False
     module: nn.Module | None = model
     for part in norm_name.split("."):
@@ -127,17 +125,17 @@ def check_layers(
     expected = {weight.name: tuple(weight.original.shape) for weight in weight_quantizers(model)}
     given = {layer["name"]: tuple(layer["shape"]) for layer in layers}
     if given != expected or len(given) != len(layers):
-        raise UserError("its layer map does not match its network")
+        raise UserError("the layer map of the file does not match the network")
     runs = {layer["offset"]: aligned(math.prod(layer["shape"])) for layer in layers}
     end = 0
     for offset, size in sorted(runs.items()):
         if offset != end:
-            raise UserError("its layers overlap or leave a gap")
+            raise UserError("the layers of the file overlap or leave a gap")
         end += size
     if any(aligned(math.prod(layer["shape"])) != runs[layer["offset"]] for layer in layers):
         raise UserError("two layers of different size share their codes")
     if end != header["codes"]:
-        raise UserError(f"its layers have {end} codes, its header gives {header['codes']}")
+        raise UserError(f"the layers have {end} codes, the header gives {header['codes']}")
     for p in range(header["stored_bits"]):
         shape = shapes[f"plane{p}"]
         if len(shape) != 1 or (header["compression"] is None and shape[0] != end // 8):
@@ -149,4 +147,4 @@ def check_layers(
         ):
             raise UserError(f"the scale of {layer['name']} does not match its weight")
     if shapes["scale"] != (sum(math.prod(layer["scale"]) for layer in layers),):
-        raise UserError("its number of scales does not match its header")
+        raise UserError("the number of scales in the file does not match its header")

@@ -18,7 +18,17 @@ from tq_lightning.quant.switchable_norm import per_width_norms
 def fill_unquantized(
     model: nn.Module, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray], widths: list[int]
 ) -> None:
-    """Set every unquantized tensor from the file, and delete the norm sets of other widths."""
+    """Set every unquantized tensor from the file, and delete the norm sets of other widths.
+
+    Args:
+        model: prepared network. Its unquantized tensors may be on the meta device.
+        header: header of the file.
+        arrays: arrays by file name, with the norm sets split by `sections.split_norms`.
+        widths: widths that the model will run at.
+
+    Raises:
+        UserError: a tensor has another shape in the file than in the network, or an invalid dtype.
+    """
     for full, value, name in file_names(model):
         module, leaf = _owner(model, full)
         if name.startswith("norm") and int(name[4]) not in widths:
@@ -28,7 +38,7 @@ def fill_unquantized(
             if array.shape != tuple(value.shape):
                 raise UserError(
                     f"{full} has shape {tuple(array.shape)} in the file, "
-                    f"{tuple(value.shape)} in its network"
+                    f"{tuple(value.shape)} in the network"
                 )
             filled = torch.tensor(array)
         else:  # statistics of a folded batch norm

@@ -9,7 +9,7 @@ from torch import nn
 
 from tq_lightning import load_packed
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.bounds import BoundedValues, Bounds
+from tq_lightning.export.packed.size_limits import LimitResultSizes, SizeLimits
 
 
 def network(name, **args):
@@ -98,14 +98,14 @@ def test_huge_headers_are_rejected_quickly(change, match, packed, tmp_path):
 @pytest.mark.slow
 def test_values_are_rejected_before_they_are_allocated():
     """A constructor that computes with values could allocate terabytes."""
-    with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
+    with pytest.raises(UserError, match=BY_NETWORK), LimitResultSizes(SizeLimits(10, 1000)):
         torch.zeros(1 << 44)
     rows = torch.arange(1 << 20)
-    with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
+    with pytest.raises(UserError, match=BY_NETWORK), LimitResultSizes(SizeLimits(10, 1000)):
         rows[:, None] - rows[None, :]
-    with BoundedValues(Bounds(10, 1000)):
+    with LimitResultSizes(SizeLimits(10, 1000)):
         layer = nn.Linear(100, 100)
         assert layer.weight.mul(2).view(-1)[0].item() == 2 * layer.weight[0, 0].item()
-    with pytest.raises(UserError, match=BY_NETWORK), BoundedValues(Bounds(10, 1000)):
+    with pytest.raises(UserError, match=BY_NETWORK), LimitResultSizes(SizeLimits(10, 1000)):
         while True:
             rows.add_(1)

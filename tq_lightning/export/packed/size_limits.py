@@ -12,7 +12,6 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -24,19 +23,9 @@ TOO_LARGE = "is many times larger than its file"
 # than 3 modules per tensor, or makes more than 14 calls of PyTorch per tensor.
 _TENSORS, _NUMBERS, _MODULES, _CALLS = 4, 4, 12, 60
 _MORE_TENSORS, _MORE_NUMBERS = 250, 1 << 22
-_FILLS = {
-    Tensor.normal_,
-    Tensor.uniform_,
-    Tensor.fill_,
-    Tensor.zero_,
-    Tensor.erfinv_,
-    Tensor.mul_,
-    Tensor.add_,
-    Tensor.clamp_,
-}
 
 
-class Bounds:
+class SizeLimits:
     """Remaining budget of tensors, modules and calls while a network is built.
 
     Args:
@@ -90,53 +79,30 @@ class Bounds:
                 handle.remove()
 
 
-class SkipInit(TorchFunctionMode):
-    """Skip in-place initialization of tensors on the meta device, which have no values.
-
-    PyTorch would compute the result shape of every such call in Python, and load its compiler for
-    random numbers.
-
-    Args:
-        bounds: counts all calls.
-    """
-
-    def __init__(self, bounds: Bounds | None = None) -> None:
-        super().__init__()
-        self.bounds = bounds
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` unless it only fills a meta tensor."""
-        if self.bounds is not None:
-            self.bounds.take("calls")
-        if func in _FILLS and args and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-class BoundedValues(TorchDispatchMode):
+class LimitResultSizes(TorchDispatchMode):
     """Reject operations whose results would be too large, before they allocate memory.
 
     The size of each result is computed on the meta device first.
 
     Args:
-        bounds: counts the calls, and the values of their results.
+        limits: counts the calls, and the values of their results.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, limits: SizeLimits) -> None:
         super().__init__()
-        self.bounds = bounds
+        self.limits = limits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func` if its results are within bounds."""
+        """Run `func` if its results are within the limits."""
         kwargs = kwargs or {}
-        self.bounds.take("calls")
+        self.limits.take("calls")
         in_place = any(result.alias_info is not None for result in func._schema.returns)
         if not in_place:  # views and in-place operations allocate nothing
             sizes: list[Any] = []
             with suppress(Exception):  # some operations have no meta implementation
                 on_meta = {**kwargs, "device": "meta"} if "device" in kwargs else kwargs
                 sizes = tree_leaves(func(*tree_map(_meta, args), **tree_map(_meta, on_meta)))
-            self.bounds.take("values", sum(s.numel() for s in sizes if isinstance(s, Tensor)))
+            self.limits.take("values", sum(s.numel() for s in sizes if isinstance(s, Tensor)))
         return func(*args, **kwargs)
 
 

@@ -1,0 +1,94 @@
+"""Batches of tensors, tuples or mappings: their inputs and labels, and calls of a network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tq_lightning.errors import UserError
+
+LABELS = ("labels", "label", "target")  # keys of the labels in a batch that is a mapping
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a network with a tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Returns:
+        The return value of the network, or its attribute `logits`.
+    """
+    if isinstance(inputs, Mapping):
+        out = model(**inputs)
+    else:
+        out = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    return out if isinstance(out, Tensor) else getattr(out, "logits", out)
+
+
+def overwrites_outputs(model: nn.Module) -> bool:
+    """Return True if the next call of a compiled network may overwrite the outputs of this one.
+
+    CUDA graphs (`torch.compile(mode="reduce-overhead")`) write logits and gradients to the same
+    memory in every call.
+
+    Args:
+        model: a network, or a LightningModule with a `compiled_model`.
+    """
+    network = getattr(model, "compiled_model", model)
+    compiled = hasattr(network, "_orig_mod") or network._compiled_call_impl is not None
+    return compiled and next(network.parameters()).is_cuda
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """Split a batch into the inputs of the network and the labels.
+
+    Args:
+        batch: (inputs, labels), (input, input, ..., labels), or a mapping with one of the keys
+            `LABELS`; the other keys are then arguments of the network.
+
+    Raises:
+        UserError: the batch has no labels.
+    """
+    if isinstance(batch, Mapping):
+        key = next((key for key in LABELS if key in batch), None)
+        if key is None:
+            raise UserError(
+                f"a batch has the keys {', '.join(map(str, batch))}, and no labels; add one of "
+                f"{', '.join(LABELS)}"
+            )
+        return {k: v for k, v in batch.items() if k != key}, batch[key]
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise UserError(
+            f"a batch is a {type(batch).__name__}; return (inputs, labels), or a dict with labels"
+        )
+    return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+
+
+def first_tensor(inputs: Any) -> Tensor:
+    """Return the first tensor in the inputs of a network.
+
+    Raises:
+        ValueError: the inputs contain no tensor.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs
+    for part in parts if isinstance(inputs, Mapping | tuple | list) else ():
+        if isinstance(part, Tensor | Mapping | tuple | list):
+            return first_tensor(part)
+    raise ValueError(f"no tensor in the inputs of the network, a {type(inputs).__name__}")
+
+
+def samples_of(inputs: Any) -> int:
+    """Return the number of samples in a batch of inputs."""
+    return len(first_tensor(inputs))
+
+
+def to_device(inputs: Any, device: torch.device | str) -> Any:
+    """Move all tensors of the inputs to a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {k: to_device(v, device) for k, v in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(to_device(v, device) for v in inputs)
+    return inputs
