@@ -31,15 +31,15 @@ class Accuracy:
 
     Args:
         passes: (width, source) pairs.
-        h: hyperparameters of the module, for `max_bits` and `num_classes`.
+        hparams: hyperparameters of the module, for `max_bits` and `num_classes`.
         widths: trained widths.
         device: device of the sums.
     """
 
     def __init__(
-        self, passes: list[Pass], h: Any, widths: tuple[int, ...], device: torch.device
+        self, passes: list[Pass], hparams: Any, widths: tuple[int, ...], device: torch.device
     ) -> None:
-        self.h, self.widths = h, widths
+        self.hparams, self.widths = hparams, widths
         zeros = torch.zeros(3, dtype=torch.int64, device=device)
         self._hits = {p: zeros.clone() for p in passes}  # (images, top-1, top-5)
         self._losses = {bits: torch.zeros((), device=device) for bits in widths}
@@ -48,7 +48,7 @@ class Accuracy:
         """Add a batch: logits (batch, classes) of every pass, and class indices (batch,)."""
         for p, out in logits.items():
             self._hits[p] += torch.stack(
-                [target.new_tensor(len(target)), *(h.sum() for h in hits(out, target))]
+                [target.new_tensor(len(target)), *(right.sum() for right in hits(out, target))]
             )
         for bits, total in self._losses.items():
             total += F.cross_entropy(logits[bits, "truncate"].float(), target, reduction="sum")
@@ -66,8 +66,8 @@ class Accuracy:
             }
             for found in (top1, top5)
         )
-        values = width_metrics(stage, accuracy, self.h.max_bits, self.widths)
-        if (self.h.num_classes or TOP) >= TOP:
+        values = width_metrics(stage, accuracy, self.hparams.max_bits, self.widths)
+        if (self.hparams.num_classes or TOP) >= TOP:
             values |= top5_metrics(stage, second, self.widths)
         losses = {b: float(s) / int(images[0]) for b, s in zip(self._losses, sums, strict=True)}
         values |= {f"{stage}/loss_w{bits}": loss for bits, loss in losses.items()}
@@ -84,15 +84,15 @@ class Perplexity:
 
     Args:
         passes: (width, source) pairs.
-        h: hyperparameters of the module, for `max_bits`.
+        hparams: hyperparameters of the module, for `max_bits`.
         widths: trained widths.
         device: device of the sums.
     """
 
     def __init__(
-        self, passes: list[Pass], h: Any, widths: tuple[int, ...], device: torch.device
+        self, passes: list[Pass], hparams: Any, widths: tuple[int, ...], device: torch.device
     ) -> None:
-        self.h, self.widths = h, widths
+        self.hparams, self.widths = hparams, widths
         kind = torch.float32 if device.type == "mps" else torch.float64
         self._sums = {p: torch.zeros((), dtype=kind, device=device) for p in passes}
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
@@ -117,7 +117,7 @@ class Perplexity:
         sums = reduce(torch.stack(list(self._sums.values())))
         losses = {p: float(s) / tokens for p, s in zip(self._sums, sums, strict=True)}
         perplexity = {p: math.exp(min(loss, MOST)) for p, loss in losses.items()}
-        values = perplexity_metrics(stage, perplexity, self.h.max_bits)
+        values = perplexity_metrics(stage, perplexity, self.hparams.max_bits)
         trained = {bits: losses[bits, "truncate"] for bits in self.widths}
         values |= {f"{stage}/loss_w{bits}": loss for bits, loss in trained.items()}
         values[f"{stage}/loss"] = sum(trained.values()) / len(trained)

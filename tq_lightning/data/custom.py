@@ -19,7 +19,7 @@ from tq_lightning.data.sampling import (
     run_seed,
     train_or_val_part,
 )
-from tq_lightning.data.validation import check
+from tq_lightning.data.validation import check_data_options
 from tq_lightning.errors import UserError
 from tq_lightning.factories import call_factory, is_factory
 
@@ -91,7 +91,7 @@ class FactoryMeta(type):
         values = given.arguments
         if not is_factory(values["name"]):
             return super().__call__(*args, **keys)
-        check(values)
+        check_data_options(values)
         workers, seed = values["workers"], values["seed"]
         return open_custom(
             values["name"],

@@ -17,7 +17,7 @@ from tq_lightning.data.datasets import DATASETS
 from tq_lightning.data.loaders import EvalLoader, TrainLoader, fit_progress
 from tq_lightning.data.sampling import CALIBRATION_SEED, TrainOrder, generator, run_seed
 from tq_lightning.data.splits import Source, Splits
-from tq_lightning.data.validation import check
+from tq_lightning.data.validation import check_data_options
 from tq_lightning.files import expand_path
 
 
@@ -116,7 +116,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         data_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check(locals())
+        check_data_options(locals())
         kind, _, path = name.partition("/")
         row = self._row = DATASETS[kind]
         self.name, self.batch_size = name, batch_size
