@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.training.cli_messages import one_line
+from tq_lightning.training.cli_messages import rewrite_parser_error
 from tq_lightning.training.fit_parser import preprocess_argv
 from tq_lightning.training.help_pages import page
 from tq_lightning.training.lightning_cli import TQCLI, TQDataModule, TQModule
@@ -46,7 +46,7 @@ def fit(verbs, tmp_path):
 def message(call, *arguments, **keys):
     with pytest.raises(Exception) as error:
         call(*arguments, **keys)
-    return one_line(error.value)
+    return rewrite_parser_error(error.value)
 
 
 FILE = """

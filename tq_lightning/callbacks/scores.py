@@ -23,7 +23,7 @@ from tq_lightning.errors import TrainingError
 from tq_lightning.quant.inputs import IGNORED
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
-MOST = 700.0  # largest cross-entropy whose exponential is finite in float64
+MAX_CROSS_ENTROPY = 700.0  # largest cross-entropy whose exponential is finite in float64
 
 
 class Accuracy:
@@ -59,7 +59,7 @@ class Accuracy:
         counts = reduce(torch.stack(list(self._hits.values())))
         sums = reduce(torch.stack(list(self._losses.values())))
         images, top1, top5 = counts.view(len(passes), 3).T.cpu()
-        accuracy, second = (
+        accuracy, accuracy5 = (
             {
                 p: round(100.0 * float(n / total), 5)
                 for p, n, total in zip(passes, found, images, strict=True)
@@ -68,7 +68,7 @@ class Accuracy:
         )
         values = width_metrics(stage, accuracy, self.hparams.max_bits, self.widths)
         if (self.hparams.num_classes or TOP) >= TOP:
-            values |= top5_metrics(stage, second, self.widths)
+            values |= top5_metrics(stage, accuracy5, self.widths)
         losses = {b: float(s) / int(images[0]) for b, s in zip(self._losses, sums, strict=True)}
         values |= {f"{stage}/loss_w{bits}": loss for bits, loss in losses.items()}
         values[f"{stage}/loss"] = sum(losses.values()) / len(losses)
@@ -116,12 +116,13 @@ class Perplexity:
             raise TrainingError(f"no token of the {stage} data has a label; all are {IGNORED}")
         sums = reduce(torch.stack(list(self._sums.values())))
         losses = {p: float(s) / tokens for p, s in zip(self._sums, sums, strict=True)}
-        perplexity = {p: math.exp(min(loss, MOST)) for p, loss in losses.items()}
+        perplexity = {p: math.exp(min(loss, MAX_CROSS_ENTROPY)) for p, loss in losses.items()}
         values = perplexity_metrics(stage, perplexity, self.hparams.max_bits)
         trained = {bits: losses[bits, "truncate"] for bits in self.widths}
         values |= {f"{stage}/loss_w{bits}": loss for bits, loss in trained.items()}
         values[f"{stage}/loss"] = sum(trained.values()) / len(trained)
-        values[f"{stage}/ppl_truncate_mean"] = math.exp(min(values[f"{stage}/loss"], MOST))
+        mean = values[f"{stage}/loss"]
+        values[f"{stage}/ppl_truncate_mean"] = math.exp(min(mean, MAX_CROSS_ENTROPY))
         values[f"{stage}/tokens"] = float(tokens)
         return values
 

@@ -27,7 +27,7 @@ from tq_lightning.training.checkpoint_settings import (
     overridden_arguments,
 )
 from tq_lightning.training.ckpt_path import GivenCheckpoint, check_newest, resolve_ckpt_path
-from tq_lightning.training.cli_messages import one_line, quiet
+from tq_lightning.training.cli_messages import quiet, rewrite_parser_error
 from tq_lightning.training.cluster import check_tasks
 from tq_lightning.training.fit_parser import (
     add_run_options,
@@ -203,7 +203,7 @@ class TQCLI(LightningCLI):
         except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(one_line(error)) from error
+            raise UserError(rewrite_parser_error(error)) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -302,7 +302,7 @@ def run(argv: list[str]) -> dict[str, Any]:
             args=argv,
         )
     except (ArgumentError, MisconfigurationException) as error:
-        raise UserError(one_line(error)) from None
+        raise UserError(rewrite_parser_error(error)) from None
     except OSError as error:
         known = file_error(error)
         if known is None:
