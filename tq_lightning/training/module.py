@@ -257,6 +257,9 @@ class TQModule(L.LightningModule):
 
         Other networks take their own arguments; a language model returns logits (batch, tokens,
         vocabulary). The model runs at the bit width in use.
+
+        Raises:
+            UserError: the model cannot process inputs of this shape, or takes other arguments.
         """
         assert self.model is not None
         image = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Tensor) else None
@@ -309,7 +312,12 @@ class TQModule(L.LightningModule):
         return run_seed()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the joint loss of a batch: (inputs, labels), see `quant.inputs.split_batch`."""
+        """Return the joint loss of a batch: (inputs, labels), see `quant.inputs.split_batch`.
+
+        Raises:
+            UserError: logits or labels do not fit the task.
+            TrainingError: a loss is not finite.
+        """
         inputs, target = split_batch(batch)
         hparams = self.hparams
         if not self._inputs and self.model is not None:
