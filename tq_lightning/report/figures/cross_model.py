@@ -105,10 +105,10 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     grid[1].set(ylabel=f"QT gap [{metric.gap_unit}]", title=where)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left")
     words = []
-    for name, points in found.items():
+    for name, by_width in found.items():
         parts = [
             f"{s.mean:.1f} % disagree and {g.mean:.1f} {metric.gap_unit} lost at {w}"
-            for w, (s, g) in points.items()
+            for w, (s, g) in by_width.items()
         ]
         words.append(f"{name}: {', '.join(parts)}")
     caption = (
