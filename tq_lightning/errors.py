@@ -68,7 +68,11 @@ def first_line(error: BaseException) -> str:
 
 
 def message_of(error: object, limit: int | None = None) -> str:
-    """Return the message of an error in one line, of at most `limit` characters."""
+    """Return the message of an error in one line, of at most `limit` characters.
+
+    Unlike `first_line`, it keeps all lines and does not mask passwords; pass its result to
+    `hide_password` if it may contain a URL.
+    """
     return " ".join(str(error).split())[:limit]
 
 

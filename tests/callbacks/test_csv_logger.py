@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from tq_lightning.callbacks.csv_logger import RunLogger
+from tq_lightning.callbacks.csv_logger import ResumableCSVLogger
 
 
 def rows_of(path):
@@ -13,7 +13,7 @@ def rows_of(path):
 
 
 def log(root, resume_step=None, rows=()):
-    logger = RunLogger(str(root), "run", resume_step)
+    logger = ResumableCSVLogger(str(root), "run", resume_step)
     for metrics, step in rows:
         logger.log_metrics(metrics, step)
     _ = logger.experiment

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import tensor
 
-from tq_lightning.callbacks.resume import MovedRun, StepSeeds
+from tq_lightning.callbacks.resume import StepSeeds, UpdateCheckpointFolder
 
 
 def test_best_checkpoint_path_follows_a_moved_run(tmp_path):
@@ -22,7 +22,9 @@ def test_best_checkpoint_path_follows_a_moved_run(tmp_path):
     )
     old.last_model_path = f"{now}/last.ckpt"  # in another folder: unchanged
     checkpoint = {"callbacks": {old.state_key: old.state_dict()}}
-    MovedRun().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[new]), None, checkpoint)
+    UpdateCheckpointFolder().on_load_checkpoint(
+        SimpleNamespace(checkpoint_callbacks=[new]), None, checkpoint
+    )
     new.load_state_dict(checkpoint["callbacks"][new.state_key])
     assert new.best_model_path == new.kth_best_model_path == f"{now}/best-3.ckpt"
     assert new.best_k_models == {f"{now}/best-3.ckpt": tensor(90.0)} and new.kth_value == 90.0
@@ -32,7 +34,7 @@ def test_best_checkpoint_path_follows_a_moved_run(tmp_path):
 
 def test_checkpoint_of_other_callbacks_is_unchanged(tmp_path):
     checkpoint = {"callbacks": {"Other": {"dirpath": "x"}}}
-    MovedRun().on_load_checkpoint(
+    UpdateCheckpointFolder().on_load_checkpoint(
         SimpleNamespace(checkpoint_callbacks=[ModelCheckpoint(tmp_path)]), None, checkpoint
     )
     assert checkpoint == {"callbacks": {"Other": {"dirpath": "x"}}}

@@ -235,7 +235,7 @@ class EpochMonitor(StopAt, EarlyStopping):
 def test_stopped_run_is_evaluated_once_at_its_end(tmp_path, stop, at, epochs):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from tq_lightning.callbacks.csv_logger import RunLogger
+    from tq_lightning.callbacks.csv_logger import ResumableCSVLogger
 
     seen = RecordValidations()
     kind = {"enable_version_counter": False}
@@ -248,7 +248,7 @@ def test_stopped_run_is_evaluated_once_at_its_end(tmp_path, stop, at, epochs):
         check_val_every_n_epoch=50,
         limit_val_batches=1,
         enable_checkpointing=True,
-        logger=RunLogger(str(tmp_path), "run"),
+        logger=ResumableCSVLogger(str(tmp_path), "run"),
     )
     assert seen.at == at and trainer.current_epoch == 2
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open(newline="")))

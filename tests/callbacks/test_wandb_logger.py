@@ -4,7 +4,7 @@ import pytest
 import wandb
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tq_lightning.callbacks.wandb_logger import OwnRunLogger, make_wandb_logger
+from tq_lightning.callbacks.wandb_logger import PerFitWandbLogger, make_wandb_logger
 from tq_lightning.errors import UserError
 
 
@@ -76,5 +76,5 @@ def test_wandb_is_called_without_warnings(tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(wandb, "init", lambda **kwargs: given.update(kwargs) or wandb.Run)
     monkeypatch.setattr(wandb.Run, "define_metric", lambda *_, **__: None)
-    _ = OwnRunLogger(tmp_path, project="p").experiment
+    _ = PerFitWandbLogger(tmp_path, project="p").experiment
     assert given["project"] == "p" and "anonymous" not in given

@@ -163,14 +163,14 @@ def test_invalid_input_is_an_error_of_one_line(
 
 
 def test_error_with_an_unknown_type_name_is_unchanged() -> None:
-    from tq_lightning.training.cli_messages import one_line
+    from tq_lightning.training.cli_messages import rewrite_parser_error
 
     text = (
         "Parser key \"a\": Expected a <class 'int'> Expected a Protocol of its own Given value: 7"
     )
-    assert one_line(ValueError(text)) == text
+    assert rewrite_parser_error(ValueError(text)) == text
     assert (
-        one_line(ValueError(text.replace("Expected a Protocol of its own ", "")))
+        rewrite_parser_error(ValueError(text.replace("Expected a Protocol of its own ", "")))
         == "a: got '7', pass an integer"
     )
 

@@ -1,6 +1,7 @@
 """The learned range: its initial value, its gradient at every width, and no weight decay."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_training_finds_a_range_with_a_smaller_error():
 def test_range_has_no_weight_decay(normalizer):
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     prepare(model, skip=(), normalizer=normalizer, verbose=False, **LEARNED)
-    options = {"opt": "sgd", "lr": 0.1, "weight_decay": 0.5, "momentum": 0.9, "opt_args": None}
+    options = SimpleNamespace(opt="sgd", lr=0.1, weight_decay=0.5, momentum=0.9, opt_args=None)
     optimizer = build_optimizer(model, options)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert len(decay) == len(list(model.parameters()))

@@ -3,10 +3,10 @@
 import pytest
 from fixtures.records import compare, runs
 
-from tq_lightning.report.caveats import flags_of, mixed
+from tq_lightning.report.caveats import flags_of, provenance_notes
 from tq_lightning.report.comparisons import make_groups
 from tq_lightning.report.groups import arm_config, group
-from tq_lightning.report.labels import spread, wrapped
+from tq_lightning.report.labels import format_range, wrapped
 
 
 def test_seed_paths_and_loggers_do_not_split_arms_but_the_learning_rate_does(make):
@@ -226,12 +226,12 @@ def test_mixed_commits_and_versions_are_reported(make):
         make.run("round"),
         make.run("floor", commit="ffff", versions={"tq_lightning": "0.2"}, dirty=True),
     ).by_quantizer
-    words = " ".join(mixed([arm for _, arm in setting.arms]))
+    words = " ".join(provenance_notes([arm for _, arm in setting.arms]))
     assert "different commits" in words
     assert "different versions of tq_lightning: 0.1.0, 0.2" in words
     assert "uncommitted" in words
     (same,) = compare(*make.pair()).by_quantizer
-    assert mixed([arm for _, arm in same.arms]) == []
+    assert provenance_notes([arm for _, arm in same.arms]) == []
 
 
 def test_only_the_kind_of_a_tested_checkpoint_is_compared(make):
@@ -240,10 +240,12 @@ def test_only_the_kind_of_a_tested_checkpoint_is_compared(make):
     for i, record in enumerate(records):
         record["test"]["checkpoint"] = f"runs/{i}/checkpoints/best-{i}.ckpt"
     (group,) = compare(*records).by_quantizer
-    assert mixed([arm for _, arm in group.arms]) == []
+    assert provenance_notes([arm for _, arm in group.arms]) == []
     records[0]["test"]["checkpoint"] = "runs\\0\\checkpoints\\last.ckpt"
     (group,) = compare(*records).by_quantizer
-    assert "kinds of tested checkpoints: best, last" in " ".join(mixed([a for _, a in group.arms]))
+    assert "kinds of tested checkpoints: best, last" in " ".join(
+        provenance_notes([a for _, a in group.arms])
+    )
 
 
 def test_a_missing_key_is_its_default(make):
@@ -279,6 +281,6 @@ def test_labels_are_unique_even_for_many_settings(make):
 
 
 def test_range_of_equally_printed_values_is_one_number():
-    assert spread([41.91, 41.94]) == "41.9"
-    assert spread([41.9, 42.0]) == "41.9 to 42.0"
-    assert spread([2.2, 1.8], 0) == "2"
+    assert format_range([41.91, 41.94]) == "41.9"
+    assert format_range([41.9, 42.0]) == "41.9 to 42.0"
+    assert format_range([2.2, 1.8], 0) == "2"

@@ -53,6 +53,8 @@ def test_figures_have_a_logarithmic_axis_and_a_pareto_front_of_low_values():
     assert first > last  # more bytes, lower perplexity
     assert all(name.endswith("_ppl") for name in names)
     assert not any("top-1" in f.caption or "top-1" in f.alt for f in drawn)
+    ends = [f for f in drawn if f.section == "Training curves"]
+    assert ends and not any("%" in f.title + f.alt for f in ends)
 
 
 def test_report_of_both_metrics_never_mixes_them(tmp_path, make, capsys):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.sweep.config import argument, grid_point, grid_size, read_sweep, with_extra
+from tq_lightning.sweep.config import format_argument, grid_point, grid_size, read_sweep, with_extra
 
 
 def grid(sweep):
@@ -65,13 +65,13 @@ def test_types_nesting_and_order_are_kept(write_sweep):
     "value", [None, True, False, 3, 0.1, 1e-7, [8, 4], [None, "a"], {"a": [1, None]}]
 )
 def test_argument_round_trip_keeps_the_type(value):
-    key, text = argument("model.x", value).split("=", 1)
+    key, text = format_argument("model.x", value).split("=", 1)
     back = yaml.safe_load(text.replace("e-", ".0e-") if "e-" in text else text)
     assert key == "--model.x" and back == value and type(back) is type(value)
 
 
 def test_string_is_passed_unchanged():
-    assert argument("model.ste", "identity") == "--model.ste=identity"
+    assert format_argument("model.ste", "identity") == "--model.ste=identity"
 
 
 @pytest.mark.parametrize(

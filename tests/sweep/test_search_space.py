@@ -10,10 +10,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from tq_lightning.sweep.config import grid_point, grid_size, read_sweep, with_extra
 from tq_lightning.sweep.parameters import Parameter
 from tq_lightning.sweep.search_space import (
-    arguments,
     decode,
     distribution,
     encode,
+    fit_arguments,
     pruner,
     sampler,
     suggest,
@@ -109,7 +109,7 @@ def test_searched_arguments_follow_those_of_the_command(write_sweep):
     )
     study = optuna.create_study()
     study.enqueue_trial(encode(sweep, grid_point(sweep, 0)))
-    assert arguments(sweep, suggest(sweep, study.ask())) == [
+    assert fit_arguments(sweep, suggest(sweep, study.ask())) == [
         "--config",
         "a.yaml",
         "--a=null",
@@ -129,7 +129,7 @@ def test_hyperband_settings_are_passed_to_the_pruner(write_sweep):
 def test_searched_arguments_follow_an_extra_config(write_sweep):
     parameters = {"model.lr": {"values": [0.1, 0.2]}, "trainer.max_epochs": {"value": 20}}
     sweep = with_extra(read_sweep(write_sweep(parameters=parameters)), ["--config", "b.yaml"])
-    given = arguments(sweep, {"model.lr": 0.2, "trainer.max_epochs": 20})
+    given = fit_arguments(sweep, {"model.lr": 0.2, "trainer.max_epochs": 20})
     assert given[-4:] == [
         "--trainer.max_epochs=20",
         "--config",

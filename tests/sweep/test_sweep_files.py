@@ -7,7 +7,7 @@ import yaml
 
 from tq_lightning.errors import UserError
 from tq_lightning.sweep.config import grid_point, grid_size, read_sweep
-from tq_lightning.sweep.search_space import arguments
+from tq_lightning.sweep.search_space import fit_arguments
 from tq_lightning.sweep.validation import (
     check_arms,
     check_goals,
@@ -53,7 +53,7 @@ def test_sweep_file_passes_the_parser_of_fit_and_its_grid_expands(path, parse, m
     sweep = read_sweep(path)
     check_arms(sweep, [sweep.metric])
     for values in every_value(sweep):
-        config = parse(arguments(sweep, values))
+        config = parse(fit_arguments(sweep, values))
         for key, value in values.items():
             assert config[key] == value and type(config[key]) is type(value), key
     if sweep.method == "grid":

@@ -96,7 +96,9 @@ def test_damaged_configuration_is_an_error_of_one_line(run, text):
     for function in (check_same_run, is_finished):
         with pytest.raises(UserError, match=r"config\.yaml"):
             function(run, CONFIG)
-    (run / "config.yaml").write_text("seed_everything: 0\nmodel: null\n")  # without a trainer section
+    (run / "config.yaml").write_text(
+        "seed_everything: 0\nmodel: null\n"
+    )  # without a trainer section
     check_same_run(run, CONFIG)
     assert not is_finished(run, CONFIG)
 

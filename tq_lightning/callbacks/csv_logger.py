@@ -1,4 +1,4 @@
-"""RunLogger: a CSV logger that continues the metrics.csv of a resumed run."""
+"""ResumableCSVLogger: a CSV logger that continues the metrics.csv of a resumed run."""
 
 import csv
 import os
@@ -79,7 +79,7 @@ class _ResumedWriter(ExperimentWriter):
             writer.writerows(rows)
 
 
-class RunLogger(CSVLogger):
+class ResumableCSVLogger(CSVLogger):
     """Logger of `root`/`run`/metrics.csv that writes each row to disk at once.
 
     Args:

@@ -20,6 +20,11 @@ class OptimizerSteps:
         return self.count > before
 
 
+def takes_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Return True if a training batch ends in an optimizer step; for `on_train_batch_start`."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
 def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
     """Return True if this training batch is followed by a validation or the end of the epoch.
 

@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import ProgressColumn
 from rich.text import Text
 
+from tq_lightning.callbacks.optimizer_steps import OptimizerSteps
+
 
 class FitClock:
     """Estimate the time left of a fit from the batches of this process so far.
@@ -45,10 +47,12 @@ class FitProgressBar(RichProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._clock = FitClock()
+        self._steps = OptimizerSteps()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
         self._clock.start(trainer)
+        self._steps.start(trainer)
         super().on_train_start(trainer, pl_module)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict:
@@ -86,17 +90,19 @@ class ProgressLines(L.Callback):
 
     def __init__(self) -> None:
         self._clock = FitClock()
+        self._steps = OptimizerSteps()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
         self._clock.start(trainer)
+        self._steps.start(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Print epoch, step, loss and the time left."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        stepped = self._steps.advanced(trainer)
         if not trainer.is_global_zero or not every or not stepped or trainer.global_step % every:
             return
         total = trainer.estimated_stepping_batches

@@ -1,8 +1,8 @@
 """Resuming a run: random states by step, checkpoints within an epoch, and moved run folders.
 
 `StepSeeds` makes the random state of a step independent of earlier steps. `StepCheckpoint` writes
-checkpoints from which a run resumes within an epoch. `MovedRun` updates the paths in a checkpoint
-of a moved run.
+checkpoints from which a run resumes within an epoch. `UpdateCheckpointFolder` updates the paths in
+a checkpoint of a moved run.
 """
 
 import os
@@ -35,7 +35,7 @@ class StepSeeds(L.Callback):
         torch.manual_seed(torch_seed)
 
 
-class MovedRun(L.Callback):
+class UpdateCheckpointFolder(L.Callback):
     """Replace the checkpoint folder stored in a checkpoint by its current folder.
 
     Lightning drops the best score if the folder has changed. The next epoch would then be saved as

@@ -94,6 +94,7 @@ class RunRecord(L.Callback):
             record,
             status="running",
             reason=None,
+            # not program_name(): records have one form, however the run was started
             command=" ".join(["python -m tq_lightning", *sys.argv[1:]]),
             config=config,
             seed=config.get("seed_everything"),

@@ -23,7 +23,7 @@ from tq_lightning.errors import TrainingError
 from tq_lightning.quant.label_checks import IGNORE_INDEX
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
-MOST = 700.0  # largest cross-entropy whose exponential is finite in float64
+MAX_CROSS_ENTROPY = 700.0  # largest cross-entropy whose exponential is finite in float64
 
 
 class Accuracy:
@@ -31,15 +31,15 @@ class Accuracy:
 
     Args:
         passes: (width, source) pairs.
-        h: hyperparameters of the module, for `max_bits` and `num_classes`.
+        hparams: hyperparameters of the module, for `max_bits` and `num_classes`.
         widths: trained widths.
         device: device of the sums.
     """
 
     def __init__(
-        self, passes: list[Pass], h: Any, widths: tuple[int, ...], device: torch.device
+        self, passes: list[Pass], hparams: Any, widths: tuple[int, ...], device: torch.device
     ) -> None:
-        self.h, self.widths = h, widths
+        self.hparams, self.widths = hparams, widths
         zeros = torch.zeros(3, dtype=torch.int64, device=device)
         self._hits = {p: zeros.clone() for p in passes}  # (images, top-1, top-5)
         self._losses = {bits: torch.zeros((), device=device) for bits in widths}
@@ -48,7 +48,7 @@ class Accuracy:
         """Add a batch: logits (batch, classes) of every pass, and class indices (batch,)."""
         for p, out in logits.items():
             self._hits[p] += torch.stack(
-                [target.new_tensor(len(target)), *(h.sum() for h in hits(out, target))]
+                [target.new_tensor(len(target)), *(right.sum() for right in hits(out, target))]
             )
         for bits, total in self._losses.items():
             total += F.cross_entropy(logits[bits, "truncate"].float(), target, reduction="sum")
@@ -59,16 +59,16 @@ class Accuracy:
         counts = reduce(torch.stack(list(self._hits.values())))
         sums = reduce(torch.stack(list(self._losses.values())))
         images, top1, top5 = counts.view(len(passes), 3).T.cpu()
-        accuracy, second = (
+        accuracy, accuracy5 = (
             {
                 p: round(100.0 * float(n / total), 5)
                 for p, n, total in zip(passes, found, images, strict=True)
             }
             for found in (top1, top5)
         )
-        values = width_metrics(stage, accuracy, self.h.max_bits, self.widths)
-        if (self.h.num_classes or TOP) >= TOP:
-            values |= top5_metrics(stage, second, self.widths)
+        values = width_metrics(stage, accuracy, self.hparams.max_bits, self.widths)
+        if (self.hparams.num_classes or TOP) >= TOP:
+            values |= top5_metrics(stage, accuracy5, self.widths)
         losses = {b: float(s) / int(images[0]) for b, s in zip(self._losses, sums, strict=True)}
         values |= {f"{stage}/loss_w{bits}": loss for bits, loss in losses.items()}
         values[f"{stage}/loss"] = sum(losses.values()) / len(losses)
@@ -84,15 +84,15 @@ class Perplexity:
 
     Args:
         passes: (width, source) pairs.
-        h: hyperparameters of the module, for `max_bits`.
+        hparams: hyperparameters of the module, for `max_bits`.
         widths: trained widths.
         device: device of the sums.
     """
 
     def __init__(
-        self, passes: list[Pass], h: Any, widths: tuple[int, ...], device: torch.device
+        self, passes: list[Pass], hparams: Any, widths: tuple[int, ...], device: torch.device
     ) -> None:
-        self.h, self.widths = h, widths
+        self.hparams, self.widths = hparams, widths
         kind = torch.float32 if device.type == "mps" else torch.float64
         self._sums = {p: torch.zeros((), dtype=kind, device=device) for p in passes}
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
@@ -116,12 +116,13 @@ class Perplexity:
             raise TrainingError(f"no token of the {stage} data has a label; all are {IGNORE_INDEX}")
         sums = reduce(torch.stack(list(self._sums.values())))
         losses = {p: float(s) / tokens for p, s in zip(self._sums, sums, strict=True)}
-        perplexity = {p: math.exp(min(loss, MOST)) for p, loss in losses.items()}
-        values = perplexity_metrics(stage, perplexity, self.h.max_bits)
+        perplexity = {p: math.exp(min(loss, MAX_CROSS_ENTROPY)) for p, loss in losses.items()}
+        values = perplexity_metrics(stage, perplexity, self.hparams.max_bits)
         trained = {bits: losses[bits, "truncate"] for bits in self.widths}
         values |= {f"{stage}/loss_w{bits}": loss for bits, loss in trained.items()}
         values[f"{stage}/loss"] = sum(trained.values()) / len(trained)
-        values[f"{stage}/ppl_truncate_mean"] = math.exp(min(values[f"{stage}/loss"], MOST))
+        mean = values[f"{stage}/loss"]
+        values[f"{stage}/ppl_truncate_mean"] = math.exp(min(mean, MAX_CROSS_ENTROPY))
         values[f"{stage}/tokens"] = float(tokens)
         return values
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from tq_lightning.callbacks.optimizer_steps import takes_step
 from tq_lightning.callbacks.scores import SCORES
 from tq_lightning.callbacks.width_metrics import Pass, evaluate_batch, evaluation_passes
 from tq_lightning.quant.batches import split_batch, to_device
@@ -108,8 +109,8 @@ class TruncationEval(L.Callback):
             self._fresh = False
         if trainer.check_val_every_n_epoch is None:  # the user chose an interval in batches
             return
-        steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if trainer.global_step + 1 == trainer.max_steps and steps:  # may end within an epoch
+        last = trainer.global_step + 1 == trainer.max_steps and takes_step(trainer, batch_idx)
+        if last:  # may end within an epoch
             trainer.check_val_every_n_epoch, trainer.val_check_batch = 1, batch_idx + 1
         elif trainer.current_epoch + 1 == trainer.max_epochs:
             trainer.check_val_every_n_epoch = 1

@@ -15,7 +15,7 @@ from tq_lightning.errors import UserError, first_line
 from tq_lightning.records import TASKS, read_record
 
 
-class OwnRunLogger(WandbLogger):
+class PerFitWandbLogger(WandbLogger):
     """A WandbLogger for one fit.
 
     Its W&B run ends with the fit; otherwise it would also receive the next fit of the same process,
@@ -78,7 +78,7 @@ def make_wandb_logger(run_dir: Path, config: dict[str, Any]) -> WandbLogger:
 
     in_sweep = "WANDB_SWEEP_ID" in os.environ
     project = None if in_sweep else os.environ.get("WANDB_PROJECT", "tq_lightning")
-    logger = OwnRunLogger(
+    logger = PerFitWandbLogger(
         run_dir,
         name=None if in_sweep else run_dir.name,
         project=project,

@@ -127,19 +127,19 @@ def find_images(path: Path) -> list[Path]:
     Raises:
         UserError: the path does not exist, or is a folder without images.
     """
-    from tq_lightning.data.images import SUFFIXES, list_images, printable
+    from tq_lightning.data.images import SUFFIXES, escape_undecodable, list_images
 
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(printable(f"no image or folder {path}"))
+        raise UserError(escape_undecodable(f"no image or folder {path}"))
     found, left_out = list_images(path)
     if not found:
         raise UserError(
-            printable(f"no images found under {path} (supported: {', '.join(SUFFIXES)})")
+            escape_undecodable(f"no images found under {path} (supported: {', '.join(SUFFIXES)})")
         )
     if left_out.counts:
-        print(f"{printable(str(path))}: {left_out}", file=sys.stderr)
+        print(f"{escape_undecodable(str(path))}: {left_out}", file=sys.stderr)
     return sorted(path / image for image in found)
 
 
@@ -149,7 +149,7 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
     from rich.console import Console
     from rich.progress import track
 
-    from tq_lightning.data.images import printable
+    from tq_lightning.data.images import escape_undecodable
     from tq_lightning.export.class_names import class_names
 
     names = class_names(model.tq_file)
@@ -167,9 +167,9 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
         for path, value in read_preprocessed(model, batch):
             if isinstance(value, str):
                 if files == [args.images]:
-                    raise UserError(printable(f"{path} {value}"))
+                    raise UserError(escape_undecodable(f"{path} {value}"))
                 bad.append(path)
-                print(printable(f"skipped {path}: {value}"), file=sys.stderr)
+                print(escape_undecodable(f"skipped {path}: {value}"), file=sys.stderr)
             else:
                 good.append(path)
                 pixels.append(value)
@@ -187,7 +187,7 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
                 rows.writerow([path, rank, index, name, f"{value:.6f}"])
     if len(bad) == len(files):
         raise UserError(
-            printable(f"none of {len(files)} images could be read, the first is {bad[0]}")
+            escape_undecodable(f"none of {len(files)} images could be read, the first is {bad[0]}")
         )
     return len(bad)
 

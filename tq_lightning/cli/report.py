@@ -1,4 +1,4 @@
-"""`tq_lightning report RUNS_OR_STUDIES... --out results/NAME`: write a report atomically."""
+"""The verb `report`: write tables, figures and an HTML page of runs."""
 
 import argparse
 import shlex
@@ -11,12 +11,12 @@ from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError, hide_password
 from tq_lightning.provenance import __version__
 from tq_lightning.records.publish import printable, shorten
-from tq_lightning.report.comparisons import Comparisons, gather
+from tq_lightning.report.comparisons import Comparisons, group_runs
 from tq_lightning.report.headline import title
 from tq_lightning.report.labels import counted
 from tq_lightning.report.runs import load
 from tq_lightning.report.tables.accuracy import arms
-from tq_lightning.report.write import check_out, make
+from tq_lightning.report.write import check_out, write_report
 
 ALWAYS = ("model", "data", "quantizer", "ste", "seeds", "split")
 BITS = ("8 bits", "4 bits", "2 bits", "1 bit")
@@ -53,38 +53,41 @@ def main(argv: list[str]) -> int:
     for key in arguments.ignore:
         if not any(key in run.config for run in loaded.runs):
             raise UserError(f"--ignore {key}: no run has this key; pass one such as model.lr")
-    comparisons = gather(loaded, arguments.ignore)
+    comparisons = group_runs(loaded, arguments.ignore)
+    # not program_name(): the same inputs give the same report, however it was started
     command = shorten(hide_password("python -m tq_lightning report " + shlex.join(argv)))
     heading = printable(arguments.title or title(comparisons.by_metric[0]))
-    show(comparisons, out, make(comparisons, out, heading, command, __version__))
+    show(comparisons, out, write_report(comparisons, out, heading, command, __version__))
     return 0
 
 
 def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
     """Print the arms, the skipped inputs and the folder, as a table or as plain lines."""
     frame = pd.concat([arms(part).shown for part in comparisons.by_metric]).fillna("")
-    telling = [column for column in IF_DIFFERENT if column in frame and frame[column].nunique() > 1]
-    heads = [column for column in frame if column in (*ALWAYS, *WIDTHS, *telling)]
-    rows = frame[heads].to_numpy().tolist()
+    varying_columns = [
+        column for column in IF_DIFFERENT if column in frame and frame[column].nunique() > 1
+    ]
+    columns = [column for column in frame if column in (*ALWAYS, *WIDTHS, *varying_columns)]
+    rows = frame[columns].to_numpy().tolist()
     if sys.stdout.isatty() and rows:
         from rich.console import Console
         from rich.table import Table
 
         # values that all arms share are one line, so that the table fits a narrow terminal
-        same = [head for head in heads if head not in WIDTHS and frame[head].nunique() == 1]
-        columns = [head for head in heads if head not in same]
+        same = [c for c in columns if c not in WIDTHS and frame[c].nunique() == 1]
+        differing = [column for column in columns if column not in same]
         names = " and ".join(part.metric.name for part in comparisons.by_metric)
         shown = Table(title=f"{names} truncated, mean ± 95 % t interval over seeds")
-        for column in columns:
+        for column in differing:
             shown.add_column(column, overflow="fold")
-        for row in frame[columns].to_numpy().tolist():
+        for row in frame[differing].to_numpy().tolist():
             shown.add_row(*row)
         console = Console(highlight=False)
         console.print(shown)
         if same:
-            console.print(", ".join(f"{head} {frame[head].iloc[0]}" for head in same))
+            console.print(", ".join(f"{column} {frame[column].iloc[0]}" for column in same))
     elif rows:
-        print("\n".join("\t".join(row) for row in [heads, *rows]))
+        print("\n".join("\t".join(row) for row in [columns, *rows]))
     for path, reason in comparisons.left_out:
         print(f"left out: {path}: {reason}")
     runs, left_out = sum(len(arm.runs) for arm in comparisons.arms), len(comparisons.left_out)

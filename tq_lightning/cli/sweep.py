@@ -1,4 +1,4 @@
-"""`python -m tq_lightning sweep FILE`: run a W&B sweep file with Optuna."""
+"""The verb `sweep`: run a W&B sweep file with Optuna."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError, hide_password, program_name
 from tq_lightning.files import expand_path
 from tq_lightning.sweep.config import GOALS, Sweep, read_sweep, with_extra
-from tq_lightning.sweep.study import FIT, Options, make_trial_queue, open_study, point_count
+from tq_lightning.sweep.study import FIT, Options, make_trial_queue, open_study, trial_limit
 from tq_lightning.sweep.trial_queue import STALE_SECONDS
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str], fit: str = FIT) -> int:
     given, extra = parser().parse_args(argv[:cut]), argv[cut + 1 :]
     sweep = with_extra(read_sweep(given.file), extra)
     options = read_options(given, sweep, extra, fit)
-    point_count(sweep, options)
+    trial_limit(sweep, options)
     if fit == FIT:
         from tq_lightning.sweep.validation import check_arms, check_goals
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tq_lightning.data.image_folder import class_names, find_split, missing, open_images
-from tq_lightning.data.images import UnreadableImage, printable
+from tq_lightning.data.images import UnreadableImage, escape_undecodable
 from tq_lightning.data.splits import Source, Split
 from tq_lightning.errors import UserError
 
@@ -87,7 +87,7 @@ def decode_all(path: Path, size: int) -> tuple[list[str], Tensor, Tensor]:
             raise UserError(f"{path}: {error}; copy or unpack the data set again") from error
         if image.size != (size, size):
             raise UserError(
-                printable(
+                escape_undecodable(
                     f"{path}: {files.names[n]} is {image.width}x{image.height}, expected "
                     f"{size}x{size}; use data.name=imagefolder"
                 )

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tq_lightning.data import augment
 from tq_lightning.data.batch_reader import BatchReader, ImageDataset, default_workers
-from tq_lightning.data.custom import FactoryMeta
 from tq_lightning.data.datasets import DATASETS
-from tq_lightning.data.loaders import EvalLoader, TrainLoader, fit_progress
-from tq_lightning.data.sampling import CALIBRATION_SEED, TrainOrder, generator, run_seed
+from tq_lightning.data.factory_meta import FactoryMeta
+from tq_lightning.data.loaders import EvalLoader, TrainLoader, make_train_loader, process_index
+from tq_lightning.data.sampling import CALIBRATION_SEED, generator, run_seed
 from tq_lightning.data.splits import Source, Splits
-from tq_lightning.data.validation import check
+from tq_lightning.data.validation import check_data_options
 from tq_lightning.files import expand_path
 
 
@@ -116,7 +116,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         data_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check(locals())
+        check_data_options(locals())
         kind, _, path = name.partition("/")
         row = self._row = DATASETS[kind]
         self.name, self.batch_size = name, batch_size
@@ -242,13 +242,8 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
     def train_dataloader(self) -> TrainLoader:
         """Create the loader of the training samples."""
         name, samples = self.splits.for_stage("train")
-        reader = self._reader(name, "train")
-        order = TrainOrder(samples, self.batch_size, self.seed, *self._place())
-        order.shuffle = not getattr(self.trainer, "overfit_batches", 0.0)
         self._augment = self._new_augment(self.seed)
-        loader = TrainLoader(reader, order, self._augment, str(self.name))
-        loader.progress = lambda: fit_progress(self.trainer, loader)
-        return loader
+        return make_train_loader(self, self._reader(name, "train"), samples, self._augment)
 
     def _new_augment(self, seed: int) -> augment.BatchAugment:
         files = self._row["size"] is None  # image files are cropped and mirrored one by one
@@ -269,15 +264,12 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
 
     def _eval_loader(self, stage: str) -> EvalLoader:
         name, samples = self.splits.for_stage(stage)
-        return EvalLoader(self._reader(name, stage), samples, self.eval_batch_size, *self._place())
+        place = process_index(self.trainer)
+        return EvalLoader(self._reader(name, stage), samples, self.eval_batch_size, *place)
 
     def teardown(self, stage: str) -> None:
         """End the worker processes."""
         self._readers.clear()
-
-    def _place(self) -> tuple[int, int]:
-        """Return (rank, number of processes)."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
         """Augment and normalize a batch of a loader.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tq_lightning.data.images import UnreadableImage, printable, read_image
+from tq_lightning.data.images import UnreadableImage, escape_undecodable, read_image
 from tq_lightning.data.splits import Source, Split
 from tq_lightning.errors import UserError, first_line
 
@@ -69,7 +69,7 @@ def _split(path: str, reader: Any) -> Split:
                 return read_image(file), int(label)
         except (UnreadableImage, OSError, AssertionError) as error:
             where = f"image {number} of hfds/{path}"
-            raise UnreadableImage(printable(f"{where} {error}")) from error
+            raise UnreadableImage(escape_undecodable(f"{where} {error}")) from error
 
     classes = sorted(names, key=names.__getitem__)
     return Split(classes, torch.from_numpy(labels.astype(np.int64)), read=read)

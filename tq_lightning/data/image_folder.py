@@ -15,9 +15,9 @@ from tq_lightning.data.images import (
     UNREAD,
     LeftOut,
     UnreadableImage,
+    escape_undecodable,
     is_hidden,
     list_images,
-    printable,
     read_image,
 )
 from tq_lightning.data.tar import Member, list_tar
@@ -55,7 +55,7 @@ class ImageFiles:
         try:
             return read_image(self._open(number)), self.labels[number]
         except (UnreadableImage, OSError) as error:
-            raise UnreadableImage(printable(f"{self.names[number]} {error}")) from error
+            raise UnreadableImage(escape_undecodable(f"{self.names[number]} {error}")) from error
 
     def _open(self, number: int) -> Path | io.BytesIO:
         if self.members is None:
@@ -202,12 +202,12 @@ def _scan(
 
 
 def _error(message: str) -> UserError:
-    return UserError(printable(message))
+    return UserError(escape_undecodable(message))
 
 
 @rank_zero_only
 def _report(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
+    print(escape_undecodable(line), file=sys.stderr, flush=True)
 
 
 def _natural_key(text: str) -> list[Any]:

@@ -55,10 +55,10 @@ class LeftOut:
 
     def __str__(self) -> str:
         parts = [f"{n} {reason} ({self.examples[reason]})" for reason, n in self.counts.items()]
-        return printable(f"skipped {self.counts.total()}: {', '.join(parts)}")
+        return escape_undecodable(f"skipped {self.counts.total()}: {', '.join(parts)}")
 
 
-def printable(text: str) -> str:
+def escape_undecodable(text: str) -> str:
     """Replace bytes of file names that are not UTF-8, so that the text can be printed anywhere."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -114,7 +114,9 @@ def _walk(
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(printable(f"can't read folder {folder} ({error.strerror})")) from error
+        raise UserError(
+            escape_undecodable(f"can't read folder {folder} ({error.strerror})")
+        ) from error
     identity = (info.st_dev, info.st_ino)
     if identity in ancestors:  # a link to a folder above
         return

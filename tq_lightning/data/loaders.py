@@ -90,6 +90,29 @@ def fit_progress(trainer: Any, loader: TrainLoader) -> tuple[int, int] | None:
     return fit.epoch_progress.current.processed, fit.epoch_loop.batch_progress.current.ready
 
 
+def process_index(trainer: Any) -> tuple[int, int]:
+    """Return (rank, number of processes) of a Trainer; (0, 1) without one."""
+    return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+
+def make_train_loader(
+    module: Any, reader: Any, samples: Tensor, augment: BatchAugment | None
+) -> TrainLoader:
+    """Create the loader of a data module's training samples, in the order of its seed.
+
+    Args:
+        module: a data module with `batch_size`, `seed` and `name`.
+        reader: a `BatchReader` or `DatasetReader` of the samples.
+        samples: (N,) sample indices.
+        augment: see `TrainLoader`.
+    """
+    order = TrainOrder(samples, module.batch_size, module.seed, *process_index(module.trainer))
+    order.shuffle = not getattr(module.trainer, "overfit_batches", 0.0)
+    loader = TrainLoader(reader, order, augment, str(module.name))
+    loader.progress = lambda: fit_progress(module.trainer, loader)
+    return loader
+
+
 class EvalLoader:
     """Evaluation batches (images uint8, labels) of one process, in order, each sample once.
 

@@ -107,14 +107,22 @@ class Splits:
         return split
 
     def class_names(self) -> list[str]:
-        """Return the class names by index, from the first existing split."""
+        """Return the class names by index, from the first existing split.
+
+        Raises:
+            UserError: no split exists.
+        """
         for name in ("train", "val", "test"):
             if (split := self.find(name)) is not None:
                 return split.classes
         raise UserError(missing(self.source.root, "train", "val", "test"))
 
     def for_stage(self, stage: str) -> tuple[str, Tensor]:
-        """Return (split to read, sample indices) of the stage train, val or test."""
+        """Return (split to read, sample indices) of the stage train, val or test.
+
+        Raises:
+            UserError: the split that the stage reads does not exist.
+        """
         own = self.find("val") is not None
         if stage == "test":
             name = self._first("test", "val")

@@ -4,7 +4,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from tq_lightning.data.images import LeftOut, is_hidden, printable, reason_to_skip
+from tq_lightning.data.images import LeftOut, escape_undecodable, is_hidden, reason_to_skip
 from tq_lightning.errors import UserError, message_of
 
 
@@ -51,7 +51,9 @@ def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
     except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
         reason = message_of(error, 100)
         raise UserError(
-            printable(f"{path} can't be read to its end ({reason}); copy or download it again")
+            escape_undecodable(
+                f"{path} can't be read to its end ({reason}); copy or download it again"
+            )
         ) from error
     return members, left_out
 

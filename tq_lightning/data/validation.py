@@ -40,7 +40,7 @@ def _is_other(name: str) -> bool:
     return is_factory(name) or (name.startswith("hfds/") and len(name) > 5)
 
 
-def check(given: dict[str, Any]) -> None:
+def check_data_options(given: dict[str, Any]) -> None:
     """Check the values of the `data:` keys.
 
     Args:

@@ -20,7 +20,13 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tq_lightning.data.image_folder import SPLITS
-from tq_lightning.data.images import SUFFIXES, LeftOut, UnreadableImage, printable, read_image
+from tq_lightning.data.images import (
+    SUFFIXES,
+    LeftOut,
+    UnreadableImage,
+    escape_undecodable,
+    read_image,
+)
 from tq_lightning.data.splits import Source, Split
 from tq_lightning.data.tar import BoundedFile
 from tq_lightning.errors import UserError, message_of
@@ -147,7 +153,7 @@ class Shards:
             return read_image(content), int(index.labels[number])
         except (UnreadableImage, OSError) as error:
             raise UnreadableImage(
-                printable(f"{index.keys[number]} in {shard.name} {error}")
+                escape_undecodable(f"{index.keys[number]} in {shard.name} {error}")
             ) from error
 
 
@@ -199,7 +205,7 @@ def index_shards(shards: list[Path]) -> ShardIndex:
 
 @rank_zero_only
 def _print(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
+    print(escape_undecodable(line), file=sys.stderr, flush=True)
 
 
 def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, str]]:
@@ -232,7 +238,7 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
     except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
         reason = message_of(error, 100)
         raise UserError(
-            printable(f"shard {shard} can't be read to its end ({reason}); copy it again")
+            escape_undecodable(f"shard {shard} can't be read to its end ({reason}); copy it again")
         ) from error
     rows = []
     for key, (offset, size, name) in images.items():

@@ -65,7 +65,7 @@ class Metric:
         return f"{self.name} {sides[0]} minus {sides[1]}"
 
     @property
-    def cut(self) -> str:
+    def clip_note(self) -> str:
         """Note for figures on the limits at which intervals of a percentage are cut."""
         return ", cut at 0 and 100 %" if self.unit == "%" else ""
 

@@ -3,7 +3,7 @@
 from tq_lightning.report.caveats import collapsed
 from tq_lightning.report.comparisons import ComparisonGroup, Comparisons
 from tq_lightning.report.groups import BUDGET, START, Arm
-from tq_lightning.report.labels import counted, short, text, varying
+from tq_lightning.report.labels import counted, format_setting, format_value, varying
 from tq_lightning.report.stats import score, split_of
 
 BEST = "best other arm"
@@ -29,10 +29,11 @@ def best_other(comparisons: Comparisons, group: ComparisonGroup) -> tuple[Arm, s
     if best is None or best in own or not own:
         return None
     keys = varying([best.config, own[0].config]) - {"model.quantizer"}
-    settings = ", ".join(f"{short(key)}={text(best[key])}" for key in sorted(keys))
+    settings = ", ".join(format_setting(key, best[key]) for key in sorted(keys))
     chosen = f"chosen from {counted(len(others), 'other arm')} on this split"
     how = chosen if len(others) > 1 else "the only other arm"
-    return best, f"{BEST.capitalize()}: {text(best['model.quantizer'])} with {settings} ({how})."
+    quantizer = format_value(best["model.quantizer"])
+    return best, f"{BEST.capitalize()}: {quantizer} with {settings} ({how})."
 
 
 def rows(comparisons: Comparisons, group: ComparisonGroup) -> list[tuple[str, Arm, str]]:
@@ -43,7 +44,7 @@ def rows(comparisons: Comparisons, group: ComparisonGroup) -> list[tuple[str, Ar
 
 def _fixed(arm: Arm) -> list[str]:
     budget = sorted(f"{k}={v}" for k, v in arm.config.items() if BUDGET.match(k))
-    return [*(text(arm[key]) for key in SHARED), arm.budget, *budget]
+    return [*(format_value(arm[key]) for key in SHARED), arm.budget, *budget]
 
 
 def _quality(arm: Arm, split: str) -> float:

@@ -9,14 +9,14 @@ from tq_lightning.report.labels import CLASSES, counted
 from tq_lightning.report.stats import mean_interval
 
 
-def flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
+def comparison_flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
     """Return sentences on unequal budgets or seeds of the named arms, and on collapsed seeds."""
     out = []
     budgets = {name: arm.budget for name, arm in arms}
     seeds = {name: ",".join(map(str, arm.seeds)) for name, arm in arms}
-    for what, of in (("budgets", budgets), ("seeds", seeds)):
-        if len(set(of.values())) > 1 or any(" or " in value for value in of.values()):
-            out.append(f"Unequal {what}: {'; '.join(f'{name} {v}' for name, v in of.items())}.")
+    for what, values in (("budgets", budgets), ("seeds", seeds)):
+        if len(set(values.values())) > 1 or any(" or " in value for value in values.values()):
+            out.append(f"Unequal {what}: {'; '.join(f'{name} {v}' for name, v in values.items())}.")
     if single := [name for name, arm in arms if len(arm.seeds) == 1]:
         out.append(f"One seed ({', '.join(single)}): no interval.")
     return (*out, *(words for name, arm in arms for words in collapsed(arm, name)))
@@ -36,7 +36,7 @@ def collapsed(arm: Arm, name: str = "") -> list[str]:
     if arm.metric.lower_is_better:
         if not isinstance(classes, int):
             return []
-        guess, found = 0.0, {s: [_rated(x, classes) for x in of] for s, of in found.items()}
+        guess, found = 0.0, {s: [_rated(x, classes) for x in v] for s, v in found.items()}
     gains = {
         seed: mean_interval([x for x in v if x is not None]).mean - guess
         for seed, v in found.items()
@@ -64,8 +64,8 @@ def flags_of(groups: list) -> list[str]:
         for flag in group.flags:
             flagged.setdefault(flag, []).append(group.label)
     every = len(groups) if len(groups) > 1 else 0
-    names = {f: "all settings" if len(of) == every else "; ".join(of) for f, of in flagged.items()}
-    own = [f"{of}: {flag}" for flag, of in names.items()]
+    names = {f: "all settings" if len(n) == every else "; ".join(n) for f, n in flagged.items()}
+    own = [f"{name}: {flag}" for flag, name in names.items()]
     return [*own, *between([[arm for _, arm in group.arms] for group in groups], "settings")]
 
 
@@ -77,7 +77,7 @@ def between(parts: list[list[Arm]], what: str) -> list[str]:
         pairs = zip(*frozenset().union(*budgets), strict=True)
         known = [sorted({v for v in values if v is not None}) for values in pairs]
         units = zip(known, ("epochs", "steps"), strict=True)
-        ranges = [f"{of[0]} to {of[-1]} {unit}" for of, unit in units if len(of) > 1]
+        ranges = [f"{v[0]} to {v[-1]} {unit}" for v, unit in units if len(v) > 1]
         out.append(f"Budgets differ between {what}: {', '.join(ranges) or 'not all recorded'}.")
     starts = {frozenset(arm.start for arm in arms) for arms in parts}
     if len(starts) > 1:
@@ -98,7 +98,7 @@ def _kind(checkpoint: str | None) -> str:
     return re.split(r"[-.]", re.split(r"[/\\]", str(checkpoint))[-1])[0]
 
 
-def mixed(part: Iterable[Arm]) -> list[str]:
+def provenance_notes(part: Iterable[Arm]) -> list[str]:
     """Name commits, versions, checkpoints and devices that differ between runs, for a caption."""
     runs = [run for arm in part for run in arm.runs]
     records = [run.record for run in runs]

@@ -5,17 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from tq_lightning.records import TASKS, InspectRecord, Metric
-from tq_lightning.report.caveats import collapsed, flags
+from tq_lightning.report import labels
+from tq_lightning.report.caveats import collapsed, comparison_flags
 from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
-from tq_lightning.report.labels import (
-    ACTIVATIONS_SOURCE,
-    labels,
-    short,
-    slug,
-    text,
-    unique,
-    varying,
-)
 from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
 
@@ -25,7 +17,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "model.ste": ("identity",),
     "model.level": ("endpoint", "centre", "centroid"),
     "model.activations": ("none",),
-    ACTIVATIONS_SOURCE: ("quantize",),
+    labels.ACTIVATIONS_SOURCE: ("quantize",),
     "model.normalizer": ("tanh", "learned"),
     "model.scale": ("mean",),
     "model.norm": ("per_width",),
@@ -101,7 +93,7 @@ class ComparisonGroup:
         """True if the arms match the paper's table, so that its numbers can be shown with them."""
         arm = self.first
         expansions = {str(v or 1) for k, v in arm.config.items() if k.endswith("expansion")}
-        fixed = (arm["model.name"], arm["data.name"], arm[ACTIVATIONS_SOURCE])
+        fixed = (arm["model.name"], arm["data.name"], arm[labels.ACTIVATIONS_SOURCE])
         return (
             fixed == ("preresnet20_cifar", "cifar10", "quantize")
             and expansions <= {"1", "1.0"}
@@ -140,7 +132,8 @@ class Comparisons:
     @cached_property
     def models(self) -> list[str]:
         """Names of the trained models, smallest number first."""
-        return sorted({text(arm["model.name"]) for arm in self.arms}, key=number_aware)
+        names = {labels.format_value(arm["model.name"]) for arm in self.arms}
+        return sorted(names, key=number_aware)
 
     @cached_property
     def by_quantizer(self) -> list[ComparisonGroup]:
@@ -163,7 +156,7 @@ class Comparisons:
         return found
 
 
-def gather(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:
+def group_runs(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:
     """Group records by configuration and drop duplicates of the same arm and seed."""
     left_out = list(loaded.left_out)
     arms = group(loaded.runs, left_out)
@@ -204,14 +197,14 @@ def make_groups(
         for part in _by_budget(members, factor)
         if enough(part)
     ]
-    named = labels([part[0] for part in parts], out)
-    slugs, arms_of = unique(list(map(slug, named))), [_named(part, factor, out) for part in parts]
-    every = zip(named, slugs, arms_of, strict=True)
-    return [ComparisonGroup(factor, label, name, of, flags(of)) for label, name, of in every]
+    named = labels.labels([part[0] for part in parts], out)
+    slugs = labels.unique([labels.slug(label) for label in named])
+    every = zip(named, slugs, [_named(part, factor, out) for part in parts], strict=True)
+    return [ComparisonGroup(factor, *each, comparison_flags(each[2])) for each in every]
 
 
 def _values(arms: list[Arm], key: str) -> set[str]:
-    return {text(arm[key]) for arm in arms}
+    return {labels.format_value(arm[key]) for arm in arms}
 
 
 def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
@@ -226,12 +219,12 @@ def _by_budget(members: list[Arm], factor: str) -> list[list[Arm]]:
 
 def _named(part: list[Arm], factor: str, ignored: set[str]) -> tuple[tuple[str, Arm], ...]:
     """Name each arm by the value of its factor, and by other differing keys if values repeat."""
-    names = [text(arm[factor]) for arm in part]
+    names = [labels.format_value(arm[factor]) for arm in part]
     known = {factor, "model.ste"} if factor == "model.quantizer" else {factor}
-    differing = sorted(varying([arm.config for arm in part]) - known)
+    differing = sorted(labels.varying([arm.config for arm in part]) - known)
     shown = [key for key in differing if key in ignored or BUDGET.match(key)]
     out = []
     for name, arm in zip(names, part, strict=True):
-        extras = [f"{short(key)}={text(arm[key])}" for key in shown if names.count(name) > 1]
+        extras = [labels.format_setting(key, arm[key]) for key in shown if names.count(name) > 1]
         out.append((", ".join([name, *extras]), arm))
     return tuple(out)

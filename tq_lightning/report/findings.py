@@ -131,7 +131,7 @@ def beyond_paper(comparisons: Comparisons) -> Finding | None:
                 side = "worse" if (d.sign > 0) == group.metric.lower_is_better else "better"
                 size = number(abs(d.estimate.mean), group.metric.digits)
                 sides[side].append(f"{size} {d.unit} at {counted(w, 'bit')}")
-        words = "; ".join(f"{side} by {', '.join(of)}" for side, of in sides.items() if of)
+        words = "; ".join(f"{side} by {', '.join(v)}" for side, v in sides.items() if v)
         shown = words or "no difference is shown at any trained width"
         answers.append(f"{group.label}, compared with {value} truncated: {shown}. {note}")
     question = "Is a setting better than that of the paper?"
@@ -218,12 +218,12 @@ def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
     return Finding(words.question, answer, tuple(c.line for c in found)) if found else None
 
 
-def _answer(words: Question, name: str, of: list[Compared]) -> str:
+def _answer(words: Question, name: str, compared: list[Compared]) -> str:
     """Return a sentence such as `No loss is shown in any of 4 comparisons with ...`."""
-    tested = [c for c in of if c.usable]
+    tested = [c for c in compared if c.usable]
     if not tested:
         return f"No conclusion (no interval) with {name}."
-    metric = of[0].group.metric
+    metric = compared[0].group.metric
     better = -1 if metric.lower_is_better else 1
     above, below = ([c for c in tested if c.difference.sign == s] for s in (better, -better))
     count = counted(len(tested), "comparison")

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tq_lightning.records import Metric
-from tq_lightning.report.labels import (
-    ACTIVATIONS_SOURCE,
-    CALIBRATION,
-    counted,
-    short,
-    text,
-    varying,
-)
+from tq_lightning.report import labels
 from tq_lightning.report.runs import Run
 
 # Keys that do not affect the result. model.num_classes is determined by the data set: it is null in
@@ -82,9 +75,7 @@ class Arm:
     def budget(self) -> str:
         """Epochs and steps taken; several if the seeds differ."""
         pairs = sorted({run.budget for run in self.runs}, key=str)
-        return " or ".join(
-            f"{counted(epochs or 0, 'epoch')} / {steps} steps" for epochs, steps in pairs
-        )
+        return " or ".join(f"{labels.counted(e or 0, 'epoch')} / {s} steps" for e, s in pairs)
 
     @property
     def start(self) -> str:
@@ -110,7 +101,7 @@ def arm_config(run: Run) -> dict[str, Any]:
         config.pop("data.root", None)
     if config.get("data.seed") == run.seed:
         config.pop("data.seed", None)
-    found = {"model.ste": run.record.ste_used, CALIBRATION: run.record.calibration}
+    found = {"model.ste": run.record.ste_used, labels.CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
     if "model.normalizer" in config:  # earlier versions did not record these keys
         config = {**ADDED, **config}
@@ -120,7 +111,7 @@ def arm_config(run: Run) -> dict[str, Any]:
         kind = config["model.activations"]
         truncated = isinstance(kind, str) and kind.endswith(TRUNCATED)
         config["model.activations"] = kind.removesuffix(TRUNCATED) if truncated else kind
-        config[ACTIVATIONS_SOURCE] = "truncate" if truncated else "quantize"
+        config[labels.ACTIVATIONS_SOURCE] = "truncate" if truncated else "quantize"
     widths, weights = (_items(config.get(f"model.{key}")) for key in ("widths", "width_weights"))
     if weights:  # in the order of the widths, after the weight of the float pass
         first = len(weights) - len(widths)
@@ -154,9 +145,9 @@ def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
         config = arm_config(run)
         members.setdefault(key_of(config), (config, []))[1].append(run)
     out = []
-    for config, of in members.values():
+    for config, same in members.values():
         latest: dict[int | None, Run] = {}
-        for run in sorted(of, key=lambda r: (r.record.started or "", r.id)):
+        for run in sorted(same, key=lambda r: (r.record.started or "", r.id)):
             if (older := latest.get(run.seed)) is not None:
                 reason = f"superseded by the later {run.path} with the same arm and seed {run.seed}"
                 left_out.append((older.path, reason))
@@ -179,5 +170,5 @@ def key_of(config: dict[str, Any]) -> str:
 
 def shown_extras(arms: list[Arm]) -> list[str]:
     """List, for each arm, the other keys that differ among the arms, as `key=value`."""
-    keys = sorted(varying([arm.config for arm in arms]) - set(MAIN_KEYS))
-    return [", ".join(f"{short(k)}={text(a[k])}" for k in keys if k in a.config) for a in arms]
+    keys = sorted(labels.varying([arm.config for arm in arms]) - set(MAIN_KEYS))
+    return [", ".join(labels.format_setting(k, a[k]) for k in keys if k in a.config) for a in arms]

@@ -33,10 +33,8 @@ def page(figure_folder: Path, runs: list[Run], **parts: Any) -> str:
         return f"data:image/svg+xml;base64,{data.decode()}"
 
     # JSON in browsers does not support NaN and infinity, so they become strings.
-    text_of_records = json.dumps({run.id: _details(run) for run in runs})
-    records = json.loads(text_of_records, parse_constant=str)
-    template = environment.get_template("report.html.j2")
-    return template.render(
+    records = json.loads(json.dumps({run.id: _details(run) for run in runs}), parse_constant=str)
+    return environment.get_template("report.html.j2").render(
         runs=runs, records=records, static=static, image=image, long=LONG, **parts
     )
 

@@ -49,23 +49,20 @@ PERPLEXITY = {
     "Perplexity": "exponential of the mean cross-entropy of the labeled tokens; lower is better.",
     "QT gap (perplexity)": "perplexity truncated minus perplexity quantized.",
 }
-# Classes of the built-in data sets, which give the chance accuracy.
+# Number of classes by data set name, for the chance accuracy of records without it.
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "imagenet": 1000, "svhn": 10, "mnist": 10}
 
 
 def labels(arms: list[Any], left_out: set[str]) -> list[str]:
     """Label arms by model, data set and distinguishing non-default values, except `left_out`."""
-    heads = [f"{text(arm['model.name'])} · {text(arm['data.name'])}" for arm in arms]
-    out = []
+    heads = [model_and_data(arm) for arm in arms]
+    named, out = {*left_out, "model.name", "data.name"}, []
     for head, arm in zip(heads, arms, strict=True):
         siblings = [other.config for h, other in zip(heads, arms, strict=True) if h == head]
         usual = {**USUAL, "model.ste": arm["model.ste"] if arm.paired else ""}
-        keys = sorted(
-            (varying(siblings) - {*left_out, "model.name", "data.name"}) & set(arm.config)
-        )
-        extras = [
-            _extra(k, arm[k]) for k in keys if k not in usual or text(arm[k]) != text(usual[k])
-        ]
+        omitted = {key: format_value(value) for key, value in usual.items()}
+        keys = sorted((varying(siblings) - named) & set(arm.config))
+        extras = [_extra(k, arm[k]) for k in keys if format_value(arm[k]) != omitted.get(k)]
         out.append(" · ".join([head, *extras]))
     return out
 
@@ -73,15 +70,20 @@ def labels(arms: list[Any], left_out: set[str]) -> list[str]:
 def varying(configs: list[dict[str, Any]]) -> set[str]:
     """Return the keys whose values differ among `configs`."""
     keys = {key for config in configs for key in config}
-    return {key for key in keys if len({text(config.get(key)) for config in configs}) > 1}
+    return {key for key in keys if len({format_value(config.get(key)) for config in configs}) > 1}
 
 
 def _extra(key: str, value: Any) -> str:
     if key == "model.quantizer":
-        return f"{text(value)} weights"
+        return f"{format_value(value)} weights"
     if (key, value) == (ACTIVATIONS_SOURCE, "truncate"):
         return "activations truncated too"
-    return f"{short(key)}={text(value)}"
+    return format_setting(key, value)
+
+
+def model_and_data(arm: Any) -> str:
+    """Return the model and the data set of an arm: `resnet20_cifar · cifar10`."""
+    return f"{format_value(arm['model.name'])} · {format_value(arm['data.name'])}"
 
 
 def wrapped(label: str, width: int) -> str:
@@ -103,20 +105,25 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
+def format_range(values: Sequence[float], digits: int = 1) -> str:
     """Format the range of the values, or one value if both ends are printed alike."""
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return low if low == high else f"{low} to {high}"
 
 
-def text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a configuration value as a label shows it: `8,4,2,1`, `none`."""
     if isinstance(value, list | tuple):
-        return ",".join(map(text, value))
+        return ",".join(map(format_value, value))
     return "none" if value is None else str(value)
 
 
-def short(key: str) -> str:
+def format_setting(key: str, value: Any) -> str:
+    """Format a configuration key and its value: `lr=0.1`."""
+    return f"{short_key(key)}={format_value(value)}"
+
+
+def short_key(key: str) -> str:
     """Return a flat configuration key without `model.` or `trainer.`."""
     return re.sub(r"^(model|trainer)\.", "", key)
 

@@ -10,7 +10,7 @@ from tq_lightning.records import InspectRecord, Metric, Record, RecordError, met
 from tq_lightning.records.publish import flatten, printable, published
 from tq_lightning.report.inputs import Candidate, find
 
-SOURCES = ("quantize", "truncate")
+SOURCES = ("quantize", "truncate")  # as quant.bit_width.SOURCES; report never imports torch
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,14 @@ def check_out(out: Path) -> None:
     check_replaceable(out, MARKER, KIND, "a report")
 
 
-def make(comparisons: Comparisons, out: Path, title: str, command: str, version: str) -> list[str]:
-    """Write the report to a temporary folder, rename it to `out`, and return its files."""
+def write_report(
+    comparisons: Comparisons, out: Path, title: str, command: str, version: str
+) -> list[str]:
+    """Write the report to a temporary folder, rename it to `out`, and return its files.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -30,10 +36,12 @@ def make(comparisons: Comparisons, out: Path, title: str, command: str, version:
         raise UserError(f"--out {out} cannot be written: {reason}") from error
     with atomic_write(out) as building:
         building.mkdir()
-        return fill(building, comparisons, title, command, version)
+        return write_files(building, comparisons, title, command, version)
 
 
-def fill(folder: Path, comparisons: Comparisons, title: str, command: str, version: str) -> list:
+def write_files(
+    folder: Path, comparisons: Comparisons, title: str, command: str, version: str
+) -> list[str]:
     """Write all files of a report into `folder`."""
     (folder / "figures").mkdir()
     (folder / "tables").mkdir()

@@ -158,7 +158,7 @@ def grid_point(sweep: Sweep, index: int) -> dict[str, Any]:
     return dict(reversed(point.items()))
 
 
-def argument(key: str, value: Any) -> str:
+def format_argument(key: str, value: Any) -> str:
     """Format `--key=value` so that the parser of `fit` reads a value of the same type."""
     return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 

@@ -17,7 +17,7 @@ from tq_lightning.sweep.progress import Progress
 from tq_lightning.sweep.storage import StorageOutage
 from tq_lightning.sweep.study import Options, make_trial_queue, open_study
 from tq_lightning.sweep.trial_queue import TrialQueue
-from tq_lightning.sweep.worker import DONE, REPLACE, STOPPED, without_launcher
+from tq_lightning.sweep.worker import DONE, REPLACE, STOP_SIGNALS, without_launcher
 
 CHECK_SECONDS = 1.0  # polling interval of the workers and the queue
 STOP_SECONDS = 120.0  # time for the workers to end their trials after Ctrl-C
@@ -49,7 +49,7 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
         raise KeyboardInterrupt
 
     # This includes SIGINT, which a background command of a script inherits as ignored.
-    before = {number: signal.signal(number, interrupt) for number in STOPPED}
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
         with Progress(queue, deadline, options.workers) as progress:
             for slot in range(options.workers):
@@ -131,7 +131,7 @@ class WorkerPool:
             lost = queue.fail_worker(name, "lost", f"worker {how}")
             del self.running[name]
             # a worker exits with REPLACE or a signal only after it stored its trial's result
-            if not lost and status not in (REPLACE, *(128 + number for number in STOPPED)):
+            if not lost and status not in (REPLACE, *(128 + number for number in STOP_SIGNALS)):
                 self.failed_starts += 1
             if self.failed_starts >= MAX_FAILED_STARTS:
                 log = self.options.folder / "logs" / f"{name}.log"

@@ -10,7 +10,7 @@ from tq_lightning.errors import UserError
 from tq_lightning.records import mark_superseded
 from tq_lightning.sweep.config import Sweep
 from tq_lightning.sweep.resume import EarlierRun, attempt_folder, copy_earlier_run
-from tq_lightning.sweep.search_space import arguments, pruner, sampler, suggest
+from tq_lightning.sweep.search_space import fit_arguments, pruner, sampler, suggest
 from tq_lightning.sweep.storage import retry_during_outage
 from tq_lightning.sweep.trial import Fit, TrialResult, read_result, run_trial
 from tq_lightning.sweep.trial_queue import RETRIED_CAUSES, TrialQueue
@@ -85,7 +85,7 @@ class Objective:
         study.sampler = sampler(self.sweep, point)
         study.pruner = pruner(self.sweep, len(self.metrics))
         trial = optuna.trial.Trial(study, claimed._trial_id)
-        argv = arguments(self.sweep, suggest(self.sweep, trial))
+        argv = fit_arguments(self.sweep, suggest(self.sweep, trial))
         trial.set_user_attr("run_dir", str(folder))
         trial.set_user_attr("arguments", argv)
         return trial, argv

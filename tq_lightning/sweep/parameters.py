@@ -74,7 +74,7 @@ def axis_value(parameter: Parameter, index: int) -> Any:
     """Return one value on an axis of a grid: a choice, or a step of a range."""
     if parameter.values:
         return parameter.values[index]
-    return rounded((multiples(parameter)[0] + index) * (parameter.q or 1), parameter)
+    return round_to_step((multiples(parameter)[0] + index) * (parameter.q or 1), parameter)
 
 
 def multiples(parameter: Parameter) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def multiples(parameter: Parameter) -> tuple[int, int]:
     return math.ceil(parameter.low / step - slack), math.floor(parameter.high / step + slack)
 
 
-def rounded(number: float, parameter: Parameter) -> int | float:
+def round_to_step(number: float, parameter: Parameter) -> int | float:
     """Round a number drawn from a range to a multiple of q; an int if the parameter is one."""
     if parameter.q is not None:
         # 12 digits: 0.3, not 0.30000000000000004

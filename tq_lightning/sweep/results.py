@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tq_lightning.files import atomic_write
 from tq_lightning.sweep import plots
-from tq_lightning.sweep.config import Sweep, argument
+from tq_lightning.sweep.config import Sweep, format_argument
 from tq_lightning.sweep.search_space import decode
 from tq_lightning.sweep.trial_queue import TrialQueue
 
@@ -174,7 +174,7 @@ def _searched(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]
     return {
         key: value
         if isinstance(value, bool | int | float | str)
-        else argument("", value).removeprefix("--=")
+        else format_argument("", value).removeprefix("--=")
         for key, value in values.items()
     }
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tq_lightning.errors import UserError
 from tq_lightning.files import atomic_write
-from tq_lightning.records import NAME, mark_superseded, read_record
-from tq_lightning.training.run_folder import LAST
+from tq_lightning.records import NAME, mark_superseded
+from tq_lightning.training.run_folder import LAST, has_finished
 
 if TYPE_CHECKING:
     import optuna
@@ -51,7 +51,7 @@ def copy_earlier_run(
         The copy; None if no earlier attempt reached a checkpoint, or if its folder is on another
         machine.
     """
-    from tq_lightning.training.ckpt_path import read_progress
+    from tq_lightning.training.checkpoint_progress import read_progress
 
     earlier = _earlier_runs(study, trial, folder.parent)
     originals = [run / NAME for run, _ in earlier if _is_finished(run)]
@@ -96,7 +96,8 @@ def _earlier_runs(
 
 
 def _is_finished(run: Path) -> bool:
+    """Return True for a finished run; one with a damaged record is trained again."""
     try:
-        return read_record(run / NAME).status == "finished"
+        return has_finished(run)
     except UserError:
         return False

@@ -19,8 +19,8 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
-from tq_lightning.sweep.config import Sweep, argument
-from tq_lightning.sweep.parameters import Parameter, multiples, rounded
+from tq_lightning.sweep.config import Sweep, format_argument
+from tq_lightning.sweep.parameters import Parameter, multiples, round_to_step
 
 if TYPE_CHECKING:
     import optuna
@@ -56,7 +56,7 @@ def decode(parameter: Parameter, stored: Any) -> Any:
     """Convert a stored value to the one passed to `fit`, with its type in the sweep file."""
     if parameter.values:
         return next(value for value in parameter.values if _label(value) == stored)
-    return rounded(stored, parameter)
+    return round_to_step(stored, parameter)
 
 
 def weighted_choices(sweep: Sweep, point: int) -> dict[str, Any]:
@@ -92,16 +92,18 @@ def suggest(sweep: Sweep, trial: "optuna.trial.Trial") -> dict[str, Any]:
     return values | sweep.constants
 
 
-def arguments(sweep: Sweep, values: dict[str, Any]) -> list[str]:
+def fit_arguments(sweep: Sweep, values: dict[str, Any]) -> list[str]:
     """Return the arguments of `fit` for one trial. Later arguments override earlier ones.
 
     The order is: the file's `command`, its constants, the arguments after `--`, the searched
     values. The searched values come last so that a `--config` after `--` can't override them.
     """
     constants = [
-        argument(key, value) for key, value in values.items() if key not in sweep.parameters
+        format_argument(key, value) for key, value in values.items() if key not in sweep.parameters
     ]
-    searched = [argument(key, value) for key, value in values.items() if key in sweep.parameters]
+    searched = [
+        format_argument(key, value) for key, value in values.items() if key in sweep.parameters
+    ]
     return [*sweep.arguments, *constants, *sweep.extra, *searched]
 
 

@@ -69,7 +69,7 @@ def open_study(sweep: Sweep, options: Options) -> "optuna.Study":
     """
     import optuna
 
-    point_count(sweep, options)
+    trial_limit(sweep, options)
     storage = open_storage(options.storage)
     try:
         existing = {s.study_name: s for s in storage.get_all_studies()}.get(options.study_name)
@@ -96,7 +96,7 @@ def open_study(sweep: Sweep, options: Options) -> "optuna.Study":
     return study
 
 
-def point_count(sweep: Sweep, options: Options) -> int | None:
+def trial_limit(sweep: Sweep, options: Options) -> int | None:
     """Return the number of points of a sweep, None if only a timeout ends it.
 
     Raises:
@@ -128,7 +128,7 @@ def make_trial_queue(sweep: Sweep, study: "optuna.Study", options: Options) -> T
             return encode(sweep, grid_point(sweep, point))
         return weighted_choices(sweep, point)
 
-    return TrialQueue(study, fixed_params, point_count(sweep, options), options.stale_after)
+    return TrialQueue(study, fixed_params, trial_limit(sweep, options), options.stale_after)
 
 
 def _identity(sweep: Sweep, options: Options) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.records import STORAGE_BYTES, goal_of
-from tq_lightning.sweep.config import Sweep, argument
-from tq_lightning.sweep.parameters import rounded
-from tq_lightning.sweep.search_space import arguments
+from tq_lightning.sweep.config import Sweep, format_argument
+from tq_lightning.sweep.parameters import round_to_step
+from tq_lightning.sweep.search_space import fit_arguments
 
 MAX_CHECKED = 1000  # arms; checking one takes a few milliseconds
 
@@ -30,9 +30,9 @@ def check_arms(sweep: Sweep, metrics: list[str]) -> None:
 
     parse = fit_parser()
     for values in itertools.islice(every_value(sweep), MAX_CHECKED):
-        arm = " ".join(argument(key, value) for key, value in values.items())
+        arm = " ".join(format_argument(key, value) for key, value in values.items())
         try:
-            config = parse(arguments(sweep, values))
+            config = parse(fit_arguments(sweep, values))
             check_run("fit", config)
             logged = logged_metrics(config)
         except (ValueError, TypeError) as error:
@@ -66,7 +66,7 @@ def every_value(sweep: Sweep) -> Iterator[dict[str, Any]]:
     """Yield the fewest points that contain every choice and both ends of every range."""
     axes = {
         key: parameter.values
-        or (rounded(parameter.low, parameter), rounded(parameter.high, parameter))
+        or (round_to_step(parameter.low, parameter), round_to_step(parameter.high, parameter))
         for key, parameter in sweep.parameters.items()
     }
     for i in range(max(map(len, axes.values()))):
@@ -82,7 +82,7 @@ def fit_parser() -> Callable[[list[str]], Any]:
     from jsonargparse import ArgumentError
 
     from tq_lightning.data.datamodule import TQDataModule
-    from tq_lightning.training.cli_messages import one_line
+    from tq_lightning.training.cli_messages import rewrite_parser_error
     from tq_lightning.training.lightning_cli import TQCLI
     from tq_lightning.training.module import TQModule
 
@@ -109,7 +109,7 @@ def fit_parser() -> Callable[[list[str]], Any]:
             hint = ""
             if "does not exist" in str(error):
                 hint = "; paths are relative to the folder where the sweep is started"
-            raise UserError(one_line(error) + hint) from None
+            raise UserError(rewrite_parser_error(error) + hint) from None
 
     return parse
 

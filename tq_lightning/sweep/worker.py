@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0  # polling interval of a queue without waiting trials
 # Signals that stop a sweep. Schedulers send SIGUSR1 as a warning; Windows does not have it.
-STOPPED = tuple(
+STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
 DONE = 0  # exit status: all points have a result, or the timeout was reached
@@ -70,7 +70,7 @@ class Worker:
     def run(self) -> int:
         """Run trials until the queue is finished. Return DONE, REPLACE or 128 plus a signal."""
         os.environ.update(self.environment)
-        before = {number: signal.signal(number, self._interrupt) for number in STOPPED}
+        before = {number: signal.signal(number, self._interrupt) for number in STOP_SIGNALS}
         outage = StorageOutage()
         try:
             while self.deadline is None or time.time() < self.deadline:
@@ -97,7 +97,7 @@ class Worker:
                 if self.parent is None:  # else the launcher shows the progress
                     with outage:
                         print(describe(self.queue, self.deadline), flush=True)
-                for number in STOPPED:  # fit has installed Lightning's handlers
+                for number in STOP_SIGNALS:  # fit has installed Lightning's handlers
                     signal.signal(number, self._interrupt)
             return DONE
         except KeyboardInterrupt:

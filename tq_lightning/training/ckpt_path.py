@@ -1,34 +1,33 @@
-"""Resolve --ckpt_path: the checkpoint, its progress, its run, and the arguments it overrides."""
+"""Resolve --ckpt_path and --run_dir: the checkpoint to load, and its run."""
 
-import inspect
 import sys
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tq_lightning.errors import UserError
-from tq_lightning.factories import is_factory
-from tq_lightning.models.weights import load_torch_file, why_not_loaded
-from tq_lightning.quant.config import QuantConfig
-from tq_lightning.records import NAME, read_record
-from tq_lightning.records.publish import flatten
-from tq_lightning.training.checkpoint_io import verify_checkpoint
-from tq_lightning.training.lists import as_list
-from tq_lightning.training.module import TQModule
-from tq_lightning.training.resume_guard import (
-    check_accumulation,
-    inside_accumulation,
-    saved_batches,
+from tq_lightning.training.checkpoint_progress import (
+    CheckpointProgress,
+    check_unfinished,
+    read_progress,
 )
+from tq_lightning.training.checkpoint_settings import (
+    differences,
+    network_keys,
+    overridden_arguments,
+)
+from tq_lightning.training.resume_guard import check_accumulation
 from tq_lightning.training.run_folder import (
     CONFIG,
     LAST,
+    auto_folder,
     check_same_run,
+    check_unused,
     has_finished,
     is_finished,
+    is_same_folder,
     run_of,
 )
-from tq_lightning.training.trainer_validation import Progress, check_unfinished
 
 
 class GivenCheckpoint(NamedTuple):
@@ -43,8 +42,73 @@ class GivenCheckpoint(NamedTuple):
 
     path: Path
     given: str
-    progress: Progress
+    progress: CheckpointProgress
     run: Path | None
+
+
+class ResolvedPath(NamedTuple):
+    """The run folder and the checkpoint of `--run_dir` and `--ckpt_path`.
+
+    Attributes:
+        run_dir: --run_dir, or the folder of `--ckpt_path auto`; None if neither was given.
+        checkpoint: the checkpoint to load; None without one.
+        resume_step: metrics from this step on are logged again; None for a new run.
+        differing: settings of the checkpoint's run that differ from the configuration of a fit.
+    """
+
+    run_dir: Path | None
+    checkpoint: GivenCheckpoint | None
+    resume_step: int | None
+    differing: list[str]
+
+    @property
+    def continues_run(self) -> bool:
+        """True if a fit resumes the run of its checkpoint, from the end of an epoch."""
+        checkpoint = self.checkpoint
+        return (
+            checkpoint is not None
+            and (self.run_dir is None or is_same_folder(self.run_dir, checkpoint.run))
+            and checkpoint.progress.batches is None
+        )
+
+
+def resolve_ckpt_path(
+    verb: str, config: Any, root: Path, plain_config: Callable[[], dict[str, Any]]
+) -> ResolvedPath:
+    """Resolve `--ckpt_path` and `--run_dir` before the checkpoint is loaded.
+
+    Args:
+        verb: fit, validate, test or predict.
+        config: the configuration of the verb.
+        root: trainer.default_root_dir.
+        plain_config: returns the configuration as plain types, for `auto`.
+
+    Raises:
+        UserError: the checkpoint does not exist or can't be resumed, or the folder already has
+            another run.
+        SystemExit: `auto`, and the run is finished.
+    """
+    fits, given = verb == "fit", config.ckpt_path
+    run_dir = None if config.run_dir is None else Path(config.run_dir)
+    if given == "auto":
+        if not fits:
+            raise UserError("ckpt_path=auto is for fit; pass best, last or a file, and --run_dir")
+        run_dir = auto_folder(config.run_dir, root)
+        given = find_auto(run_dir, plain_config())
+        if given is None:  # rows of an attempt without a checkpoint will be logged again
+            return ResolvedPath(run_dir, None, 0, [])
+    elif given is None:
+        if run_dir is not None and fits:
+            check_unused(run_dir)
+        return ResolvedPath(run_dir, None, None, [])
+    checkpoint = find_checkpoint(str(given), root, run_dir)
+    if run_dir is not None and not is_same_folder(run_dir, checkpoint.run):
+        check_unused(run_dir, f"ckpt_path: {checkpoint.path} is not a checkpoint of it")
+    differing: list[str] = []
+    if fits:
+        check_resumable(checkpoint, config.trainer)
+        differing = differences(checkpoint.run, config) if run_dir is None else []
+    return ResolvedPath(run_dir, checkpoint, checkpoint.progress.step, differing)
 
 
 def find_checkpoint(given: str, root: Path, run_dir: Path | None) -> GivenCheckpoint:
@@ -88,32 +152,6 @@ def newest_checkpoint(root: Path, which: str, run_dir: Path | None = None) -> Pa
     return found[-1]
 
 
-def read_progress(path: Path) -> Progress:
-    """Read the step and the epochs of a training checkpoint.
-
-    Raises:
-        UserError: the file is not a training checkpoint, or parts of it are missing.
-    """
-    verify_checkpoint(path)
-    try:
-        # mmap avoids reading the weights; formats that do not support it were not written by fit
-        checkpoint = load_torch_file(path, mmap=True)
-        if not all(isinstance(checkpoint[key], dict) for key in ("state_dict", "hyper_parameters")):
-            raise TypeError("no state dict or no hyperparameters")
-        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        return Progress(
-            int(checkpoint["global_step"]),
-            int(epochs),
-            saved_batches(checkpoint),
-            inside_accumulation(checkpoint),
-        )
-    except Exception as error:
-        raise UserError(
-            f"ckpt_path: {path} is not a training checkpoint ({why_not_loaded(error)}); "
-            "pass last, best, or a .ckpt file"
-        ) from None
-
-
 def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
     """Check that a fit can resume a checkpoint.
 
@@ -130,41 +168,28 @@ def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
     check_accumulation(checkpoint.progress.inside_accumulation, what)
 
 
-def network_keys() -> list[str]:
-    """Return the `model:` keys that define the quantized network, unlike e.g. a learning rate."""
-    return ["name", "model_args", "task", *(field.name for field in fields(QuantConfig))]
-
-
-def differences(run: Path | None, config: Any) -> list[str]:
-    """List the seed and the data set of a run that differ from those of a configuration."""
-    path = None if run is None else run / NAME
-    if path is None or not path.is_file():
-        return []
-    record = read_record(path)
-    theirs = {
-        "seed_everything": record.seed,
-        "data.name": flatten(record.config).get("data.name"),
-    }
-    return [
-        f"{key}={value}, not {config[key]}"
-        for key, value in theirs.items()
-        if value is not None and str(value) != str(config[key])
-    ]
-
-
-def check_newest(checkpoint: GivenCheckpoint, root: Path, differing: list[str]) -> None:
+def check_newest(
+    resolved: ResolvedPath, root: Path, given: dict[str, Any], kept: dict[str, Any]
+) -> None:
     """Check that `last` or `best` resumes the run that the configuration describes.
 
     The newest of several runs may be another one, e.g. if the run that is meant has no checkpoint.
+    A fit with --run_dir names its run, and is not checked.
 
     Args:
-        checkpoint: return value of `find_checkpoint`, without a run folder.
+        resolved: return value of `resolve_ckpt_path`.
         root: trainer.default_root_dir.
-        differing: settings of the run that differ from the configuration.
+        given: the `model:` section of the command line and files.
+        kept: the same section with the values of the checkpoint.
 
     Raises:
-        UserError: they differ, and `root` has several runs.
+        UserError: `root` has several runs, and settings of the newest one differ.
     """
+    checkpoint = resolved.checkpoint
+    if resolved.run_dir is not None or checkpoint is None:
+        return
+    network = {key: given[key] for key in network_keys()}
+    differing = resolved.differing + overridden_arguments(network, kept)
     several = len(list(root.glob(f"*/{CONFIG}"))) > 1
     if checkpoint.given in ("last", "best") and several and differing:
         raise UserError(
@@ -191,47 +216,3 @@ def find_auto(run_dir: Path, config: dict[str, Any]) -> Path | None:
         raise SystemExit(0)
     checkpoint = run_dir / LAST
     return checkpoint if checkpoint.is_file() else None
-
-
-def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[str]:
-    """List the model arguments that a checkpoint overrides, as `key=value, not value`.
-
-    Args:
-        given: the `model:` section of the command line and files. Default values do not count.
-        kept: the same section with the values of the checkpoint.
-    """
-    defaults = {key: p.default for key, p in inspect.signature(TQModule).parameters.items()}
-    return [
-        f"model.{key}={kept[key]}, not {value}"
-        for key, value in given.items()
-        if key in kept
-        and not _same(value, defaults.get(key), key)
-        and not _same(value, kept[key], key)
-    ]
-
-
-def check_factories(given: dict[str, Any], kept: dict[str, Any], path: Any) -> None:
-    """Check that every factory in a checkpoint was also passed by the user.
-
-    A factory is imported code, so a file must not be able to select it.
-
-    Args:
-        given: the `model:` section of the user.
-        kept: the same section with the values of the checkpoint.
-        path: path of the checkpoint, for the message.
-
-    Raises:
-        UserError: the checkpoint names a factory that the user did not pass.
-    """
-    for key in ("name", "teacher_name"):
-        if is_factory(kept[key]) and kept[key] != given[key]:
-            raise UserError(
-                f"ckpt_path: {path} names the factory {kept[key]}, which is not imported "
-                f"automatically; pass --model.{key} {kept[key]}"
-            )
-
-
-def _same(one: Any, two: Any, key: str) -> bool:
-    if isinstance(one, dict) and isinstance(two, dict):
-        return one.items() <= two.items()  # model_args of a checkpoint include the dropout rates
-    return [str(v) for v in as_list(one, f"model.{key}")] == [str(v) for v in as_list(two)]

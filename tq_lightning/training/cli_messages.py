@@ -35,7 +35,7 @@ def known_keys() -> Iterator[str]:
             yield f"{section}.{key}"
 
 
-def one_line(error: BaseException) -> str:
+def rewrite_parser_error(error: BaseException) -> str:
     """Return the message of an error as one line, with a hint for an unknown key."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines) or type(error).__name__

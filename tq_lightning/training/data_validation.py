@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from tq_lightning.data.custom import DatasetModule
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.data.dataset_module import DatasetModule
 from tq_lightning.errors import UserError
 
 
-def check_against_data(h: Any, data: Any, trainer: Any) -> None:
+def check_against_data(hparams: Any, data: Any, trainer: Any) -> None:
     """Check the `model:` keys against the data set and the length of the fit.
 
     Args:
-        h: hyperparameters of the TQModule.
+        hparams: hyperparameters of the TQModule.
         data: the TQDataModule, after its setup.
         trainer: the Trainer, in its setup.
 
@@ -20,12 +20,12 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
             warm-up that is longer than the training, or an interval without a batch.
     """
     classes = getattr(data, "num_classes", None)
-    if h.num_classes is not None and classes is not None and h.num_classes < classes:
+    if hparams.num_classes is not None and classes is not None and hparams.num_classes < classes:
         raise UserError(
-            f"model.num_classes: got {h.num_classes}, but the data has {classes} classes; "
+            f"model.num_classes: got {hparams.num_classes}, but the data has {classes} classes; "
             "pass that number, or null"
         )
-    channels = (h.model_args or {}).get("in_chans", 3)
+    channels = (hparams.model_args or {}).get("in_chans", 3)
     if hasattr(data, "input_shape") and channels != data.input_shape[0]:
         raise UserError(
             f"model.model_args: got in_chans={channels}, but the images have "
@@ -33,16 +33,17 @@ def check_against_data(h: Any, data: Any, trainer: Any) -> None:
         )
     if trainer.state.fn != "fit":
         return
-    if getattr(data, "mixup", None) is not None and h.num_classes not in (None, data.num_classes):
+    soft_targets = getattr(data, "mixup", None) is not None
+    if soft_targets and hparams.num_classes not in (None, data.num_classes):
         raise UserError(
-            f"model.num_classes: got {h.num_classes}, but mixup, cutmix and smoothing make targets "
-            f"of the data's {data.num_classes} classes; pass that number, or null"
+            f"model.num_classes: got {hparams.num_classes}, but mixup, cutmix and smoothing make "
+            f"targets of the data's {data.num_classes} classes; pass that number, or null"
         )
     epochs = trainer.max_epochs or 0
-    if h.sched != "none" and 0 < epochs < h.warmup_epochs:
+    if hparams.sched != "none" and 0 < epochs < hparams.warmup_epochs:
         raise UserError(
-            f"model.warmup_epochs: got {h.warmup_epochs:g}, but trainer.max_epochs is {epochs}; "
-            "pass a shorter warm-up"
+            f"model.warmup_epochs: got {hparams.warmup_epochs:g}, but trainer.max_epochs is "
+            f"{epochs}; pass a shorter warm-up"
         )
     # the loader of another data module may have no length
     if isinstance(data, (TQDataModule, DatasetModule)):

@@ -16,34 +16,35 @@ from tq_lightning.quant.switchable_norm import train_float_norms
 from tq_lightning.training.lists import as_ints, as_list
 
 
-def quant_config(h: Any) -> QuantConfig:
-    """Return the QuantConfig of the hyperparameters `h`, whose lists may be text.
+def quant_config(hparams: Any) -> QuantConfig:
+    """Return the QuantConfig of the hyperparameters of a TQModule, whose lists may be text.
 
     Raises:
         UserError: a value that is unknown or out of range.
     """
-    widths = as_ints(h["widths"], "model.widths")
-    skip = as_list(h["skip"], "model.skip")
-    shared = as_list(h["shared_norms"], "model.shared_norms")
-    if h["float_pass"] not in (True, False, "normalized"):
+    widths = as_ints(hparams.widths, "model.widths")
+    skip = as_list(hparams.skip, "model.skip")
+    shared = as_list(hparams.shared_norms, "model.shared_norms")
+    if hparams.float_pass not in (True, False, "normalized"):
         raise UserError(
-            f"model.float_pass: got {h['float_pass']!r}, pass true, false or normalized"
+            f"model.float_pass: got {hparams.float_pass!r}, pass true, false or normalized"
         )
-    float_pass = "normalized" if h["float_pass"] == "normalized" else "plain"
+    float_pass = "normalized" if hparams.float_pass == "normalized" else "plain"
     try:
-        check_widths(widths, h["max_bits"])
+        check_widths(widths, hparams.max_bits)
     except ValueError as error:
         key = "max_bits" if str(error).startswith("max_bits") else "widths"
         raise UserError(f"model.{key}: {error}") from None
     try:
         return QuantConfig.from_mapping(
-            {**h, "widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
+            hparams
+            | {"widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
         )
     except ValueError as error:
         # the message begins with the key, e.g. "unknown level 'x'" or "level 'x' is not supported
         # with ..."
         key = str(error).removeprefix("unknown ").split(maxsplit=1)[0]
-        where = f"model.{key}" if key in h else "model"
+        where = f"model.{key}" if key in hparams else "model"
         raise UserError(f"{where}: {error}") from None
 
 
@@ -70,64 +71,67 @@ def classes_of_data(name: str, data: Any) -> int | None:
     return classes
 
 
-def build_model(h: Any, start_weights: bool = True) -> nn.Module:
-    """Create the float model `h.name` and load the weights that it starts from.
+def build_model(hparams: Any, start_weights: bool = True) -> nn.Module:
+    """Create the float model `hparams.name` and load the weights that it starts from.
 
-    Adds the dropout rates to `h.model_args`, and replaces a name such as `hf-hub:...` by that of
-    the architecture, so that the model can be rebuilt from a checkpoint.
+    Adds the dropout rates to `hparams.model_args`, and replaces a name such as `hf-hub:...` by that
+    of the architecture, so that the model can be rebuilt from a checkpoint.
 
     Args:
-        h: hyperparameters of a TQModule.
+        hparams: hyperparameters of a TQModule.
         start_weights: False leaves the weights random, for a checkpoint to replace them.
 
     Raises:
         UserError: see `create_model`, or `check_local` without `start_weights`.
     """
-    if not start_weights and not is_factory(h.name):  # factory names were compared by the parser
-        check_local(h.name, "the checkpoint")
-    rates = {key: h[key] for key in ("drop_rate", "drop_path_rate") if h[key] is not None}
-    h.model_args = {**(h.model_args or {}), **rates}
-    pretrained, path = (h.pretrained, h.checkpoint_path) if start_weights else (False, None)
-    model = create_model(h.name, h.num_classes, pretrained, path, **h.model_args)
-    if is_remote(h.name):
+    # factory names were compared by the parser
+    if not start_weights and not is_factory(hparams.name):
+        check_local(hparams.name, "the checkpoint")
+    rates = {key: hparams[key] for key in ("drop_rate", "drop_path_rate")}
+    given_rates = {key: rate for key, rate in rates.items() if rate is not None}
+    hparams.model_args = {**(hparams.model_args or {}), **given_rates}
+    pretrained = hparams.pretrained if start_weights else False
+    path = hparams.checkpoint_path if start_weights else None
+    model = create_model(hparams.name, hparams.num_classes, pretrained, path, **hparams.model_args)
+    if is_remote(hparams.name):
         # the checkpoint stores the architecture, so that loading it does not need the hub
         fetched = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "num_classes"}
         architecture = model.pretrained_cfg["architecture"]  # type: ignore[index]
-        h.name, h.model_args = architecture, {**fetched, **h.model_args}
+        hparams.name, hparams.model_args = architecture, {**fetched, **hparams.model_args}
     return model
 
 
-def check_teacher(h: Any) -> None:
+def check_teacher(hparams: Any) -> None:
     """Check the external teacher before any model is built.
 
     Raises:
         UserError: its file of weights does not exist, or timm's weights have another number of
             classes (a new classifier would be random).
     """
-    if h.teacher_name is None:
+    if hparams.teacher_name is None:
         return
-    path = h.teacher_checkpoint_path
+    path = hparams.teacher_checkpoint_path
     if path is not None and not Path(path).is_file():
         raise UserError(f"model.teacher_checkpoint_path: {path} does not exist; pass a file")
-    known = get_pretrained_cfg(h.teacher_name)
-    if path is None and known is not None and known.num_classes != h.num_classes:
+    known = get_pretrained_cfg(hparams.teacher_name)
+    if path is None and known is not None and known.num_classes != hparams.num_classes:
         raise UserError(
-            f"model.teacher_name: the weights of {h.teacher_name} have {known.num_classes} "
-            f"classes, the data has {h.num_classes}; pass model.teacher_checkpoint_path"
+            f"model.teacher_name: the weights of {hparams.teacher_name} have {known.num_classes} "
+            f"classes, the data has {hparams.num_classes}; pass model.teacher_checkpoint_path"
         )
 
 
-def build_teacher(h: Any) -> nn.Module | None:
-    """Create the external teacher `h.teacher_name`, frozen; return None if there is no name.
+def build_teacher(hparams: Any) -> nn.Module | None:
+    """Create the external teacher `hparams.teacher_name`, frozen; return None if there is no name.
 
     Raises:
         UserError: see `create_model`.
     """
-    if h.teacher_name is None:
+    if hparams.teacher_name is None:
         return None
-    path = h.teacher_checkpoint_path
+    path = hparams.teacher_checkpoint_path
     try:
-        teacher = create_model(h.teacher_name, h.num_classes, path is None, path)
+        teacher = create_model(hparams.teacher_name, hparams.num_classes, path is None, path)
     except UserError as error:
         raise UserError(
             f"the teacher (model.teacher_name, model.teacher_checkpoint_path): {error}"
@@ -135,13 +139,13 @@ def build_teacher(h: Any) -> nn.Module | None:
     return teacher.eval().requires_grad_(False)
 
 
-def prepare_model(model: nn.Module, config: QuantConfig, h: Any) -> PrepareReport:
+def prepare_model(model: nn.Module, config: QuantConfig, hparams: Any) -> PrepareReport:
     """Attach the quantizers of `config` to `model`, in place.
 
     Args:
         model: a float model.
         config: how the model is quantized.
-        h: hyperparameters of a TQModule, for `float_pass` and `channels_last`.
+        hparams: hyperparameters of a TQModule, for `float_pass` and `channels_last`.
 
     Raises:
         UserError: a layer that can't be quantized, or a pattern that matches no layer.
@@ -150,8 +154,8 @@ def prepare_model(model: nn.Module, config: QuantConfig, h: Any) -> PrepareRepor
         report = apply_config(model, config)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    if h.float_pass:
+    if hparams.float_pass:
         train_float_norms(model)
-    if h.channels_last:
+    if hparams.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return report

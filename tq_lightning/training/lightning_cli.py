@@ -21,27 +21,22 @@ from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import Interrupted, TrainingError, UserError, file_error, first_line
 from tq_lightning.files import remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
-from tq_lightning.training.arguments import (
+from tq_lightning.training.checkpoint_settings import (
+    check_factories,
+    keep_seed,
+    overridden_arguments,
+)
+from tq_lightning.training.ckpt_path import GivenCheckpoint, check_newest, resolve_ckpt_path
+from tq_lightning.training.cli_messages import quiet, rewrite_parser_error
+from tq_lightning.training.cluster import check_tasks
+from tq_lightning.training.fit_parser import (
     add_run_options,
     check_nulls,
     drop_append_options,
     expand_paths,
     make_parser,
-    normalize,
+    preprocess_argv,
 )
-from tq_lightning.training.ckpt_path import (
-    GivenCheckpoint,
-    check_factories,
-    check_newest,
-    check_resumable,
-    differences,
-    find_auto,
-    find_checkpoint,
-    network_keys,
-    overridden_arguments,
-)
-from tq_lightning.training.cli_messages import one_line, quiet
-from tq_lightning.training.cluster import check_tasks
 from tq_lightning.training.help_pages import page, wanted_page
 from tq_lightning.training.module import TQModule
 from tq_lightning.training.open_run import OpenRun, check_writable
@@ -54,7 +49,7 @@ from tq_lightning.training.run_callbacks import (
     make_plugins,
     progress_callbacks,
 )
-from tq_lightning.training.run_folder import LAST, auto_folder, check_unused, is_same_folder
+from tq_lightning.training.run_folder import LAST
 from tq_lightning.training.run_messages import end_lines, start_line
 from tq_lightning.training.trainer_validation import check_run
 from tq_lightning.training.yaml_values import as_plain_strings
@@ -140,7 +135,7 @@ class TQCLI(LightningCLI):
         if section is not None:
             print(page(verb, section, self._subcommand_parsers[verb]))
             raise SystemExit(0)
-        super().parse_arguments(parser, normalize(args))
+        super().parse_arguments(parser, preprocess_argv(args))
         config = self.config[self.config.subcommand]
         for section in ("model", "data", "trainer"):
             if config[section] is None:
@@ -154,47 +149,23 @@ class TQCLI(LightningCLI):
         add_run_options(parser)
 
     def _parse_ckpt_path(self) -> None:
-        config = self.config[self.config.subcommand]
-        fits, root, given = self.config.subcommand == "fit", _root(config), config.get("ckpt_path")
-        run_dir = None if config.run_dir is None else Path(config.run_dir)
-        differing: list[str] = []
-        if given == "auto":
-            if not fits:
-                raise UserError(
-                    "ckpt_path=auto is for fit; pass best, last or a file, and --run_dir"
-                )
-            run_dir = auto_folder(config.run_dir, root)
-            dumped = self.parser.dump(self.config, skip_none=False, format="yaml")
-            given = find_auto(run_dir, yaml.safe_load(dumped)["fit"])
-            config.ckpt_path = None
-            self.resume_step = 0  # rows of an attempt without a checkpoint will be logged again
-        elif given is None and run_dir is not None and fits:
-            check_unused(run_dir)
-        if run_dir is not None:
-            self.run_dir = run_dir
-        if given is not None:
-            self.checkpoint = checkpoint = find_checkpoint(str(given), root, run_dir)
-            if run_dir is not None and not is_same_folder(run_dir, checkpoint.run):
-                check_unused(run_dir, f"ckpt_path: {checkpoint.path} is not a checkpoint of it")
-            if fits:
-                check_resumable(checkpoint, config.trainer)
-                differing = differences(checkpoint.run, config) if run_dir is None else []
-            self.resume_step = checkpoint.progress.step
-            config.ckpt_path = str(checkpoint.path)
+        verb = self.config.subcommand
+        config = self.config[verb]
+        root = _root(config)
+        resolved = resolve_ckpt_path(verb, config, root, self._plain_config)
+        if resolved.run_dir is not None:
+            self.run_dir = resolved.run_dir
+        self.checkpoint, self.resume_step = resolved.checkpoint, resolved.resume_step
+        config.ckpt_path = None if self.checkpoint is None else str(self.checkpoint.path)
         given_model = config.model.as_dict()
         super()._parse_ckpt_path()  # replaces the model arguments by those of the checkpoint
-        kept_model = self.config[self.config.subcommand].model.as_dict()
+        kept_model = self.config[verb].model.as_dict()
         check_factories(given_model, kept_model, config.ckpt_path)
+        if verb == "fit" and self.checkpoint is not None:
+            check_newest(resolved, root, given_model, kept_model)
+            if resolved.continues_run:
+                keep_seed(self.config[verb], self.checkpoint.run)
         kept = overridden_arguments(given_model, kept_model)
-        if fits and self.checkpoint is not None:
-            checkpoint = self.checkpoint
-            if run_dir is None:
-                network = {key: given_model[key] for key in network_keys()}
-                differing += overridden_arguments(network, kept_model)
-                check_newest(checkpoint, root, differing)
-            own = run_dir is None or is_same_folder(run_dir, checkpoint.run)
-            if own and checkpoint.progress.batches is None:
-                self._keep_seed(checkpoint.run)
         if kept:
             print(
                 f"the model keeps the settings of its checkpoint: {'; '.join(kept)}",
@@ -202,21 +173,11 @@ class TQCLI(LightningCLI):
                 flush=True,
             )
 
-    def _keep_seed(self, run: Path | None) -> None:
-        """Replace a different seed of a resumed run by the seed in its record.
-
-        The weights come from that seed. Within an epoch, another seed is an error instead.
-        """
-        config = self.config[self.config.subcommand]
-        path = None if run is None else run / NAME
-        seed = read_record(path).seed if path is not None and path.is_file() else None
-        if seed is not None and seed != config.seed_everything:
-            print(
-                f"the run keeps its seed: seed_everything={seed}, not {config.seed_everything}",
-                file=sys.stderr,
-                flush=True,
-            )
-            config.seed_everything = seed
+    def _plain_config(self) -> dict[str, Any]:
+        """Return the configuration of the verb as plain types."""
+        dumped = self.parser.dump(self.config, skip_none=False, format="yaml")
+        plain: dict[str, Any] = yaml.safe_load(dumped)[self.config.subcommand]
+        return plain
 
     def before_instantiate_classes(self) -> None:
         """Choose the run folder and lock it."""
@@ -242,7 +203,7 @@ class TQCLI(LightningCLI):
         except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(one_line(error)) from error
+            raise UserError(rewrite_parser_error(error)) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -341,7 +302,7 @@ def run(argv: list[str]) -> dict[str, Any]:
             args=argv,
         )
     except (ArgumentError, MisconfigurationException) as error:
-        raise UserError(one_line(error)) from None
+        raise UserError(rewrite_parser_error(error)) from None
     except OSError as error:
         known = file_error(error)
         if known is None:

@@ -29,7 +29,7 @@ from tq_lightning.training.preprocessing import preprocessing_of, report_other_c
 from tq_lightning.training.resume_guard import check_batches, check_resume
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.trainer_validation import check_trainer
-from tq_lightning.training.validation import check, pass_weights
+from tq_lightning.training.validation import check_hparams, pass_weights
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 
@@ -161,7 +161,7 @@ class TQModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.hparams.teacher = self.hparams.teacher or "none"
-        check(self.hparams)
+        check_hparams(self.hparams)
         self.quant = factory.quant_config(self.hparams)
         self.widths = self.quant.widths
         float_first: tuple[None, ...] = (None,) if float_pass else ()
@@ -228,14 +228,14 @@ class TQModule(L.LightningModule):
         """Build and prepare the model once; a null num_classes is taken from the data."""
         if self.model is not None:
             return
-        h = self.hparams
-        if h.num_classes is None:
-            h.num_classes = factory.classes_of_data(h.name, self._datamodule)
+        hparams = self.hparams
+        if hparams.num_classes is None:
+            hparams.num_classes = factory.classes_of_data(hparams.name, self._datamodule)
         if self._fits:
-            factory.check_teacher(h)
-        self.attach(factory.build_model(h, start_weights=not self.restored_from_checkpoint))
+            factory.check_teacher(hparams)
+        self.attach(factory.build_model(hparams, start_weights=not self.restored_from_checkpoint))
         if self._fits:
-            teacher = factory.build_teacher(h)
+            teacher = factory.build_teacher(hparams)
             self._teacher = [] if teacher is None else [teacher]
 
     def attach(self, model: nn.Module) -> None:
@@ -250,6 +250,9 @@ class TQModule(L.LightningModule):
 
         Other networks take their own arguments; a language model returns logits (batch, tokens,
         vocabulary). The model runs at the bit width in use.
+
+        Raises:
+            UserError: the model cannot process inputs of this shape, or takes other arguments.
         """
         assert self.model is not None
         image = inputs[0] if len(inputs) == 1 and isinstance(inputs[0], Tensor) else None
@@ -291,8 +294,8 @@ class TQModule(L.LightningModule):
 
         They depend only on the seed and the step, so a resumed run repeats them.
         """
-        h, rng = self.hparams, random.Random(f"{self.run_seed}-{step}")
-        return WIDTH_SCHEDULES[h.width_schedule](self.passes, h.sandwich_random, rng)
+        hparams, rng = self.hparams, random.Random(f"{self.run_seed}-{step}")
+        return WIDTH_SCHEDULES[hparams.width_schedule](self.passes, hparams.sandwich_random, rng)
 
     @property
     def run_seed(self) -> int:
@@ -302,9 +305,14 @@ class TQModule(L.LightningModule):
         return run_seed()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the joint loss of a batch: (inputs, labels), see `quant.batches.split_batch`."""
+        """Return the joint loss of a batch: (inputs, labels), see `quant.batches.split_batch`.
+
+        Raises:
+            UserError: logits or labels do not fit the task.
+            TrainingError: a loss is not finite.
+        """
         inputs, target = split_batch(batch)
-        h = self.hparams
+        hparams = self.hparams
         if not self._inputs and self.model is not None:
             self._inputs = describe_inputs(self.model, inputs)
         passes = self.step_widths(self.trainer.fit_loop.epoch_loop.total_batch_idx)
@@ -312,17 +320,22 @@ class TQModule(L.LightningModule):
         if self._teacher:
             with torch.no_grad():
                 external = call_model(self._teacher[0].to(self.device), inputs)
-        if h.task == "language_modeling" and batch_idx == 0:
+        if hparams.task == "language_modeling" and batch_idx == 0:
             check_labels_are_shifted(inputs, target)
         loss_of = make_width_loss(
-            LOSSES[h.loss], target, h.teacher, external, h.distill_weight, h.temperature
+            LOSSES[hparams.loss],
+            target,
+            hparams.teacher,
+            external,
+            hparams.distill_weight,
+            hparams.temperature,
         )
 
         # a GPU would fail without naming the label
         first = batch_idx == 0 and not self.classes_are_known
 
         def width_loss(bits: int | None, logits: Any, wider: dict[int | None, Tensor]) -> Tensor:
-            check_logits(h.task, logits, target)
+            check_logits(hparams.task, logits, target)
             if first and not wider:
                 check_labels(logits, target)
             try:

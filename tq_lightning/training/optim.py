@@ -13,8 +13,8 @@ from tq_lightning.training.lists import as_floats
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "none")
 
 
-def check_optimizer(h: Any) -> None:
-    """Check `h.opt` and `h.opt_args` on a single parameter.
+def check_optimizer(hparams: Any) -> None:
+    """Check `hparams.opt` and `hparams.opt_args` on a single parameter.
 
     Raises:
         UserError: a name or an argument that timm does not accept; the message names the key.
@@ -22,15 +22,15 @@ def check_optimizer(h: Any) -> None:
     from timm.optim import list_optimizers
 
     known = [str(name) for name in list_optimizers()]
-    if h["opt"].split("_", 1)[-1].lower() not in known and h["opt"].lower() not in known:
-        hint = did_you_mean(h["opt"], known) or "; timm.optim.list_optimizers() lists the names"
-        raise UserError(f"model.opt: got {h['opt']!r}{hint}")
+    if hparams.opt.split("_", 1)[-1].lower() not in known and hparams.opt.lower() not in known:
+        hint = did_you_mean(hparams.opt, known) or "; timm.optim.list_optimizers() lists the names"
+        raise UserError(f"model.opt: got {hparams.opt!r}{hint}")
     with torch.random.fork_rng(devices=[]):  # must not change the initial weights of the run
-        _create(nn.Linear(1, 1), h)
+        _create(nn.Linear(1, 1), hparams)
 
 
-def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
-    """Create timm's optimizer `h.opt` over the trainable parameters of `model`.
+def build_optimizer(model: nn.Module, hparams: Any) -> torch.optim.Optimizer:
+    """Create timm's optimizer `hparams.opt` over the trainable parameters of `model`.
 
     Biases, norms, learned ranges and the parameters that the model itself excludes (position
     embeddings, for example) have no weight decay. As in timm, "sgd" uses Nesterov momentum; with a
@@ -39,7 +39,7 @@ def build_optimizer(model: nn.Module, h: Any) -> torch.optim.Optimizer:
     Raises:
         UserError: a name or an argument that timm does not accept.
     """
-    optimizer = _create(model, vars(h) if not isinstance(h, dict) else h)
+    optimizer = _create(model, hparams)
     _exempt_ranges(optimizer, model)
     return optimizer
 
@@ -70,36 +70,39 @@ def check_restored_state(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-def _create(model: nn.Module, h: Any) -> torch.optim.Optimizer:
+def _create(model: nn.Module, hparams: Any) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2
 
-    args = {"opt": h["opt"], "lr": h["lr"], "weight_decay": h["weight_decay"]}
-    args["momentum"] = h["momentum"]
-    if h["opt"] in ("sgd", "sgdw") and not h["momentum"]:
+    args = {"opt": hparams.opt, "lr": hparams.lr, "weight_decay": hparams.weight_decay}
+    args["momentum"] = hparams.momentum
+    if hparams.opt in ("sgd", "sgdw") and not hparams.momentum:
         args["nesterov"] = False
-    further = h["opt_args"] or {}
+    further = hparams.opt_args or {}
     try:
         return create_optimizer_v2(model, **(args | further))
     except Exception as error:  # optimizers raise many types for invalid arguments
         if not further:
-            raise UserError(f"model.opt: got {h['opt']!r} ({first_line(error)})") from None
+            raise UserError(f"model.opt: got {hparams.opt!r} ({first_line(error)})") from None
         raise UserError(
-            f"model.opt_args: got {further}, which {h['opt']} does not accept ({first_line(error)})"
+            f"model.opt_args: got {further}, which {hparams.opt} does not accept "
+            f"({first_line(error)})"
         ) from None
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer) -> Any | None:
-    """Create timm's schedule `h.sched`, stepped every update over the length of the training.
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, hparams: Any, trainer: L.Trainer
+) -> Any | None:
+    """Create timm's schedule `hparams.sched`, stepped every update over the length of the training.
 
     Returns:
-        The scheduler; None if `h.sched` is "none".
+        The scheduler; None if `hparams.sched` is "none".
 
     Raises:
         UserError: a training without an end, or a warm-up that is longer than the training.
     """
     from timm.scheduler import create_scheduler_v2
 
-    if h.sched == "none":
+    if hparams.sched == "none":
         return None
     total = trainer.estimated_stepping_batches
     if total == float("inf"):
@@ -108,22 +111,23 @@ def build_scheduler(optimizer: torch.optim.Optimizer, h: Any, trainer: L.Trainer
             "or model.sched=none"
         )
     per_epoch = max(1, -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
-    warmup = round(h.warmup_epochs * per_epoch)
+    warmup = round(hparams.warmup_epochs * per_epoch)
     if warmup > total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise UserError(
-            f"model.warmup_epochs: got {h.warmup_epochs:g}, which is {warmup} steps, but the "
+            f"model.warmup_epochs: got {hparams.warmup_epochs:g}, which is {warmup} steps, but the "
             f"training ends after {int(total)} (trainer.max_steps); pass a shorter warm-up"
         )
-    milestones = [round(v * per_epoch) for v in as_floats(h.decay_epochs, "model.decay_epochs")]
+    decay_epochs = as_floats(hparams.decay_epochs, "model.decay_epochs")
+    milestones = [round(epoch * per_epoch) for epoch in decay_epochs]
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=h.sched,
+        sched=hparams.sched,
         num_epochs=max(1, int(total)),
         decay_epochs=max(1, milestones[0]),
         decay_milestones=milestones,
-        decay_rate=h.decay_rate,
-        min_lr=h.min_lr,
-        warmup_lr=h.warmup_lr,
+        decay_rate=hparams.decay_rate,
+        min_lr=hparams.min_lr,
+        warmup_lr=hparams.warmup_lr,
         warmup_epochs=warmup,
         step_on_epochs=False,
         updates_per_epoch=1,

@@ -8,11 +8,11 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
-from tq_lightning.callbacks.csv_logger import RunLogger
+from tq_lightning.callbacks.csv_logger import ResumableCSVLogger
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.progress import FitProgressBar, ProgressLines
 from tq_lightning.callbacks.quantization_summary import QuantizationSummary
-from tq_lightning.callbacks.resume import MovedRun, StepCheckpoint
+from tq_lightning.callbacks.resume import StepCheckpoint, UpdateCheckpointFolder
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.files import atomic_write
@@ -89,7 +89,7 @@ def fit_callbacks(
         every_n_epochs=1,
         save_on_train_epoch_end=True,
     )
-    callbacks += [MovedRun(), best, last]
+    callbacks += [UpdateCheckpointFolder(), best, last]
     if every > 0:
         callbacks.append(StepCheckpoint(folder, every))
     callbacks.append(CheckpointOnSignal(stop_flag, folder))
@@ -133,7 +133,7 @@ def make_loggers(
     """
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    loggers: list[Any] = [RunLogger(str(run_dir.parent), run_dir.name, resume_step)]
+    loggers: list[Any] = [ResumableCSVLogger(str(run_dir.parent), run_dir.name, resume_step)]
     if config["tensorboard"]:
         loggers.append(
             TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)

@@ -2,24 +2,9 @@
 
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tq_lightning.errors import UserError
-
-
-class Progress(NamedTuple):
-    """Progress of a training when it wrote a checkpoint."""
-
-    step: int
-    """Optimizer steps."""
-    epochs: int
-    """Completed epochs."""
-    batches: dict[str, Any] | None
-    """Loader state, if the checkpoint was written inside an epoch."""
-    inside_accumulation: bool = False
-    """See `resume_guard.inside_accumulation`."""
-
 
 # Lightning callbacks that are not supported -> reason and alternative
 _REFUSED_CALLBACKS = {
@@ -151,27 +136,3 @@ def check_run(verb: str, config: Any) -> None:
             "the training needs an end: pass --trainer.max_epochs, --trainer.max_steps or "
             "--trainer.max_time"
         )
-
-
-def check_unfinished(path: Path, progress: Progress, finished: bool, trainer: Any) -> None:
-    """Check that a resumed fit has steps left to train.
-
-    Args:
-        path: the checkpoint.
-        progress: its steps and epochs.
-        finished: True if the record of its run has the status "finished".
-        trainer: the `trainer:` section of the configuration.
-
-    Raises:
-        UserError: the checkpoint has reached `max_epochs` or `max_steps`.
-    """
-    for key, done in (("max_epochs", progress.epochs), ("max_steps", progress.step)):
-        limit = trainer[key]
-        # an interrupted run at the limit still has to record its result
-        if limit not in (None, -1) and (done > limit or (done == limit and finished)):
-            unit = key.removeprefix("max_").removesuffix("s" if done == 1 else "")
-            raise UserError(
-                f"ckpt_path: {path} has trained {done} {unit}, and "
-                f"trainer.{key} is {limit}: nothing is left to train; pass a larger "
-                f"--trainer.{key} to continue, or evaluate it with `test`"
-            )

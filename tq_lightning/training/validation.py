@@ -52,38 +52,41 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check(h: Any) -> None:
-    """Check the hyperparameters `h` of a TQModule.
+def check_hparams(hparams: Any) -> None:
+    """Check the hyperparameters of a TQModule.
 
     Raises:
         UserError: a value that is unknown or out of range; the message names the key.
     """
     for key, known in CHOICES.items():
-        if h[key] not in known:
-            hint = did_you_mean(h[key], known)
-            raise UserError(f"model.{key}: got {h[key]!r}, pass one of {', '.join(known)}{hint}")
+        if hparams[key] not in known:
+            hint = did_you_mean(hparams[key], known)
+            raise UserError(
+                f"model.{key}: got {hparams[key]!r}, pass one of {', '.join(known)}{hint}"
+            )
     for key, (fits, accepted) in _RANGES.items():
-        if not fits(h[key]):
-            raise UserError(f"model.{key}: got {h[key]}, pass {accepted}")
+        if not fits(hparams[key]):
+            raise UserError(f"model.{key}: got {hparams[key]}, pass {accepted}")
     for key in ("name", "teacher_name"):
-        if h[key] is not None:
+        if hparams[key] is not None:
             try:
-                check_name(h[key])
+                check_name(hparams[key])
             except UserError as error:
                 raise UserError(f"model.{key}: {error}") from None
-    check_arguments(h["model_args"])
-    if h["task"] == "language_modeling" and h["loss"] != "cross_entropy":
+    check_arguments(hparams.model_args)
+    if hparams.task == "language_modeling" and hparams.loss != "cross_entropy":
         raise UserError(
-            f"model.loss: got {h['loss']!r}, which is for classification; pass cross_entropy with "
-            "model.task=language_modeling"
+            f"model.loss: got {hparams.loss!r}, which is for classification; pass cross_entropy "
+            "with model.task=language_modeling"
         )
-    if h["teacher"] == "external" and h["teacher_name"] is None:
+    if hparams.teacher == "external" and hparams.teacher_name is None:
         raise UserError("model.teacher=external needs a teacher model: pass model.teacher_name")
-    if min(as_floats(h["decay_epochs"], "model.decay_epochs"), default=0.0) <= 0.0:
+    if min(as_floats(hparams.decay_epochs, "model.decay_epochs"), default=0.0) <= 0.0:
         raise UserError(
-            f"model.decay_epochs: got {h['decay_epochs']!r}, pass epochs above 0, e.g. 100,150,180"
+            f"model.decay_epochs: got {hparams.decay_epochs!r}, pass epochs above 0, e.g. "
+            "100,150,180"
         )
-    check_optimizer(h)
+    check_optimizer(hparams)
 
 
 def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int | None, float]:

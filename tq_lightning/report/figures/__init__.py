@@ -11,8 +11,8 @@ from functools import partial
 from tq_lightning.records import ACC1
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import accuracy, cross_model, model_cost, pareto
-from tq_lightning.report.figures.accuracy import Drawing, factor
-from tq_lightning.report.figures.style import Figure, styled
+from tq_lightning.report.figures.accuracy import factor
+from tq_lightning.report.figures.style import Drawing, Figure, styled
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
 
 # Keep the figures of a section next to each other.

@@ -5,29 +5,16 @@ from typing import Any
 
 from tq_lightning.records import ACC1, Metric
 from tq_lightning.report import best_other
-from tq_lightning.report.caveats import flags_of, mixed, seeds_words
+from tq_lightning.report.caveats import flags_of, provenance_notes, seeds_words
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.figures import style
-from tq_lightning.report.figures.style import FLOAT_AT, Figure
+from tq_lightning.report.figures.style import FLOAT_AT, Drawing, Figure, limit_groups
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.headline import message
-from tq_lightning.report.labels import METHOD, SPLIT_WORDS, counted, short, slug, wrapped
+from tq_lightning.report.labels import METHOD, SPLIT_WORDS, counted, short_key, slug, wrapped
 from tq_lightning.report.stats import Estimate, compare, number, score, score_float, split_of
 
-Drawing = tuple[list[Figure], list[str]]
-MAX_GROUPS = 12  # figures of one kind; the tables have all groups
 PANELS = 3
-
-
-def capped(
-    groups: list[ComparisonGroup], what: str, most: int = MAX_GROUPS
-) -> tuple[list[ComparisonGroup], list[str]]:
-    """Return the `most` groups with the most runs, and a note on the others."""
-    if len(groups) <= most:
-        return groups, []
-    chosen = sorted(groups, key=lambda group: -len(group.runs))[:most]
-    rest = f"the {most} with the most runs are drawn; the tables list all."
-    return [g for g in groups if g in chosen], [f"{what}: {len(groups)} settings, {rest}"]
 
 
 def curve(arm: Arm, source: str, split: str) -> dict[int, Estimate]:
@@ -38,7 +25,7 @@ def curve(arm: Arm, source: str, split: str) -> dict[int, Estimate]:
 def qt_gap(comparisons: Comparisons) -> Drawing:
     """Draw accuracy by width for the paper's rows, one figure per group of two or more rows."""
     groups = [group for group in comparisons.by_quantizer if len(group.rows) > 1]
-    drawn, notes = capped(groups, "QT gap")
+    drawn, notes = limit_groups(groups, "QT gap")
     return [_qt_gap(group, comparisons) for group in drawn], notes
 
 
@@ -51,7 +38,7 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
     axes = body.add_subplot()
     words, floats, hollow = [], papers, set(group.widths) > set(first.trained)
     for i, (name, arm, source) in enumerate(rows):
-        points, shift = curve(arm, source, split), style.spread(i, len(rows))
+        points, shift = curve(arm, source, split), style.series_offset(i, len(rows))
         look = style.arm_look(models, arm, source)
         if i >= len(group.rows):
             look["linestyle"] = "-."
@@ -81,10 +68,10 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
     caption = [
         f"{metric.title} on the {SPLIT_WORDS[split]} by width in use. Truncated: stored 8-bit "
         "codes shifted right. Quantized: codes computed from the float weights. Dots: seeds. Bars: "
-        f"95 % t interval{metric.cut}.",
+        f"95 % t interval{metric.clip_note}.",
         *["Thin lines with crosses: arXiv 2506.11431, on the original CIFAR-10."] * papers,
         *([found[1]] if found else []),
-        *mixed(arms),
+        *provenance_notes(arms),
     ]
     in_unit = f" in {metric.unit}" if metric.unit else ""
     alt = f"{metric.title}{in_unit} by bits. " + "; ".join(words)
@@ -97,12 +84,13 @@ def factor(comparisons: Comparisons, key: str, section: str) -> Drawing:
 
     A figure has up to three groups with the same reference, one column each.
     """
-    groups, notes = capped(comparisons.by_factor.get(key, []), section)
+    groups, notes = limit_groups(comparisons.by_factor.get(key, []), section)
     by_reference: dict[str, list[ComparisonGroup]] = {}
     for group in groups:
         by_reference.setdefault(group.reference[0], []).append(group)
-    chunks = [of[i : i + PANELS] for of in by_reference.values() for i in range(0, len(of), PANELS)]
-    stem, models = slug(short(key)), comparisons.models
+    parts = by_reference.values()
+    chunks = [part[i : i + PANELS] for part in parts for i in range(0, len(part), PANELS)]
+    stem, models = slug(short_key(key)), comparisons.models
     names = [f"{stem}_{i}" if len(chunks) > 1 else stem for i in range(1, len(chunks) + 1)]
     return [_factor(c, section, n, models) for c, n in zip(chunks, names, strict=True)], notes
 
@@ -126,7 +114,7 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
     for (top, bottom), group in zip(grid.T, groups, strict=True):
         for i, (value, arm) in enumerate(group.arms):
             look = style.series_look(models, arm, values.index(value))
-            shift = style.spread(i, len(group.arms))
+            shift = style.series_offset(i, len(group.arms))
             points = curve(arm, "truncate", split)
             style.line(top, points, value, arm, shift, metric is ACC1, **look)
             points = found.get((group, value), {})
@@ -151,7 +139,7 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         f"seeds. Hollow: width not trained. {METHOD}"
     )
     alt = f"{title}. Differences [{metric.gap_unit}] by bits. {'; '.join(words)}"
-    return Figure(name, section, title, " ".join([caption, *mixed(arms)]), alt, canvas)
+    return Figure(name, section, title, " ".join([caption, *provenance_notes(arms)]), alt, canvas)
 
 
 def _differences(group: ComparisonGroup, arm: Arm, split: str) -> dict[int, Estimate]:
@@ -170,17 +158,17 @@ def _ranges(
         if not has_collapsed(arm, group.reference[1]):
             spans.setdefault(value, []).extend(points[w].mean for w in arm.trained if w in points)
     parts = [
-        f"{value} minus {base} is {number(min(of), sign='+')} to {number(max(of), sign='+')} "
+        f"{value} minus {base} is {number(min(span), sign='+')} to {number(max(span), sign='+')} "
         f"{metric.gap_unit}"
-        for value, of in list(spans.items())[:2]
-        if of
+        for value, span in list(spans.items())[:2]
+        if span
     ]
     return f"{', '.join(parts)} at trained widths" if parts else f"compared with {base}"
 
 
 def curves(comparisons: Comparisons) -> Drawing:
     """Draw truncated validation accuracy by epoch, one line per trained width, a panel per arm."""
-    groups, notes = capped(comparisons.by_quantizer, "Training curves")
+    groups, notes = limit_groups(comparisons.by_quantizer, "Training curves")
     made, few = [], []
     for group in groups:
         arms = {value: arm for value, arm in group.arms if _epochs(arm, arm.trained[0])}
@@ -213,7 +201,9 @@ def _curves(group: ComparisonGroup, arms: dict[str, Arm], models: list[str]) -> 
         if (end := list(_epochs(arm, w).values() or [[]])[-1])
     }
     bits = min(last, key=lambda key: abs(key[1] - 2))[1]
-    ends = [f"{value} at {end:.1f} %" for (value, w), end in last.items() if w == bits]
+    metric = group.metric
+    shown = {key: number(end, metric.digits) for key, end in last.items()}
+    ends = [f"{v} at {end} {metric.unit}".strip() for (v, w), end in shown.items() if w == bits]
     title = f"After training, {' and '.join(ends)} when truncated to {counted(bits, 'bit')}"
     size = (max(5.2, 3.1 * len(arms) + 0.6), 2.9)
     canvas, body = style.new(size, title, group.label, group.flags)
@@ -225,11 +215,10 @@ def _curves(group: ComparisonGroup, arms: dict[str, Arm], models: list[str]) -> 
             look = {"color": style.width_color(width), "markevery": max(1, len(points) // 6)}
             shape = style.marker(models, arm)
             axes.plot(list(points), mean, label=counted(width, "bit"), marker=shape, **look)
-            for x, of in points.items():
-                axes.plot([x] * len(of), of, ".", color=look["color"], markersize=2.5, alpha=0.5)
+            for x, seeds in points.items():
+                axes.plot([x] * len(seeds), seeds, ".", color=look["color"], ms=2.5, alpha=0.5)
         axes.set(title=f"{value} ({counted(len(arm.runs), 'seed')})", xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    metric = group.metric
     grid[0].set_ylabel(f"{metric.truncated}, validation")
     style.clip(grid[0], metric)
     grid[0].legend(loc="best")
@@ -237,6 +226,6 @@ def _curves(group: ComparisonGroup, arms: dict[str, Arm], models: list[str]) -> 
         f"Validation {metric.name} of the truncated weights after each epoch at the trained "
         "widths. Lines: mean over seeds. Dots: seeds."
     )
-    words = [f"{value} at {w} bits ends at {end:.1f}" for (value, w), end in last.items()]
+    words = [f"{value} at {w} bits ends at {end}" for (value, w), end in shown.items()]
     name, alt = f"curves_{group.slug}", f"{title}. {'; '.join(words)}"
     return Figure(name, "Training curves", f"{title} ({group.label})", caption, alt, canvas)

@@ -2,13 +2,12 @@
 
 from tq_lightning.records import ACC1
 from tq_lightning.report import labels
-from tq_lightning.report.caveats import flags_of, mixed, seeds_words
+from tq_lightning.report.caveats import flags_of, provenance_notes, seeds_words
 from tq_lightning.report.comparisons import Comparisons, has_collapsed
 from tq_lightning.report.figures import style
-from tq_lightning.report.figures.accuracy import Drawing, capped
-from tq_lightning.report.figures.style import Figure
+from tq_lightning.report.figures.style import Drawing, Figure, limit_groups
 from tq_lightning.report.groups import Arm
-from tq_lightning.report.labels import spread
+from tq_lightning.report.labels import format_range
 from tq_lightning.report.stats import Estimate, gap, mean_interval, score, split_of
 
 LOW_BITS = (1, 2)
@@ -16,7 +15,7 @@ LOW_BITS = (1, 2)
 
 def robustness(comparisons: Comparisons) -> Drawing:
     """Draw top-1 at 1 and 2 bits for the rows of the paper, one line per setting."""
-    groups, notes = capped(comparisons.by_quantizer, "Low-bit robustness")
+    groups, notes = limit_groups(comparisons.by_quantizer, "Low-bit robustness")
     if len(groups) < 2:
         return [], notes
     arms = [arm for group in groups for _, arm in group.arms]
@@ -26,10 +25,8 @@ def robustness(comparisons: Comparisons) -> Drawing:
         if not has_collapsed(arm) and (e := score(arm, "truncate", 2, split)) is not None:
             kept.setdefault(str(arm["model.quantizer"]), []).append(e.mean)
     metric = comparisons.metric
-    spans = [
-        f"{name} keeps {spread(of)} %" if metric is ACC1 else f"{name} has {spread(of, 2)}"
-        for name, of in kept.items()
-    ]
+    verb, unit = ("keeps", " %") if metric is ACC1 else ("has", "")
+    spans = [f"{name} {verb} {format_range(v, metric.digits)}{unit}" for name, v in kept.items()]
     values = " and ".join(spans) + ("" if metric is ACC1 else " in perplexity")
     title = f"Truncated to 2 bits, {values}" if spans else f"{metric.quantity} at low widths"
     canvas, body = style.new((7.0, 1.1 + 0.55 * len(groups)), title, flags=flags_of(groups))
@@ -41,7 +38,7 @@ def robustness(comparisons: Comparisons) -> Drawing:
             if (estimate := score(arm, source, bits, split)) is None:
                 continue
             look = style.arm_look(comparisons.models, arm, source)
-            at = y + style.spread(i, len(group.rows), 0.5)
+            at = y + style.series_offset(i, len(group.rows), 0.5)
             style.bars(axes, {at: estimate}, look["color"], metric is ACC1, along="x")
             label = "_" if name in axes.get_legend_handles_labels()[1] else name
             axes.plot(estimate.mean, at, label=label, zorder=3, **look | {"linestyle": "none"})
@@ -53,9 +50,9 @@ def robustness(comparisons: Comparisons) -> Drawing:
     grid[0].set_ylim(len(groups) - 0.5, -0.5)
     style.clip(grid[0], metric, "x")
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    method = f"mean over seeds. Dots: seeds. Bars: 95 % t interval{metric.cut}."
+    method = f"mean over seeds. Dots: seeds. Bars: 95 % t interval{metric.clip_note}."
     text = f"{metric.title} on the {labels.SPLIT_WORDS[split]}, {method}"
-    caption = " ".join([text, *mixed(arms)])
+    caption = " ".join([text, *provenance_notes(arms)])
     name = "low_bit_robustness"
     return [Figure(name, "Low-bit robustness", title, caption, "; ".join(words), canvas)], notes
 
@@ -64,7 +61,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     """Draw the share of weight codes on which the sources disagree, and the resulting QT gap."""
     every = comparisons.by_quantizer
     having = [g for g in every if any(_share(a, 2) for _, a in g.arms if not a.nested)]
-    groups, notes = capped(having, "Codes that disagree", 7)
+    groups, notes = limit_groups(having, "Codes that disagree", 7)
     series = {f"{v}, {g.label}": arm for g in groups for v, arm in g.arms if not arm.nested}
     if not series:
         return [], notes
@@ -90,27 +87,28 @@ def disagreement(comparisons: Comparisons) -> Drawing:
         wrong: list[float] = [share.mean for share, _ in pairs if share]
         costs: list[float] = [cost.mean for _, cost in pairs if cost]
         title = (
-            f"At 2 bits, {spread(wrong, 0)} % of the shifted codes are wrong, "
-            f"which costs {spread(costs)} {comparisons.metric.gap_unit}"
+            f"At 2 bits, {format_range(wrong, 0)} % of the shifted codes are wrong, "
+            f"which costs {format_range(costs)} {comparisons.metric.gap_unit}"
         )
     canvas, body = style.new((7.0, 2.6 + 0.17 * len(series)), title, flags=flags_of(groups))
     grid = body.subplots(1, 2)
     for i, (name, arm) in enumerate(series.items()):
         look = style.arm_look(comparisons.models, arm)
         look["linestyle"] = style.DASHES[i % len(style.DASHES)]
+        shift = style.series_offset(i, len(series))
         for side, axes in enumerate(grid):
             points = {w: pair[side] for w, pair in found[name].items()}
-            style.line(axes, points, name, arm, style.spread(i, len(series)), side == 0, **look)
+            style.line(axes, points, name, arm, shift, side == 0, **look)
             style.width_axis(axes, sorted({w for g in groups for w in g.widths}))
     where = f"{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}"
     grid[0].set(ylabel="weight codes that disagree [%]", title="codes of both sources compared")
     grid[1].set(ylabel=f"QT gap [{metric.gap_unit}]", title=where)
     body.legend(*grid[0].get_legend_handles_labels(), loc="outside lower left")
     words = []
-    for name, of in found.items():
+    for name, by_width in found.items():
         parts = [
             f"{s.mean:.1f} % disagree and {g.mean:.1f} {metric.gap_unit} lost at {w}"
-            for w, (s, g) in of.items()
+            for w, (s, g) in by_width.items()
         ]
         words.append(f"{name}: {', '.join(parts)}")
     caption = (
@@ -118,7 +116,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
         f"n bits give different integers. Right: QT gap, {metric.gap_words}. Mean, "
         "seeds and 95 % t interval; hollow: width not trained."
     )
-    text, alt = " ".join([caption, *mixed(arms)]), "; ".join(words)
+    text, alt = " ".join([caption, *provenance_notes(arms)]), "; ".join(words)
     return [Figure("mechanism_trained", "Mechanism", title, text, alt, canvas)], notes
 
 

@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from tq_lightning.records import STORAGE_LABELS, InspectRecord
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
-from tq_lightning.report.figures.accuracy import Drawing
-from tq_lightning.report.figures.style import Figure
-from tq_lightning.report.labels import PARTS, counted, energy_name, spread
+from tq_lightning.report.figures.style import Drawing, Figure
+from tq_lightning.report.labels import PARTS, counted, energy_name, format_range
 from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
 
 PART_LOOKS = {  # slate tones, which no other figure uses
@@ -127,7 +126,7 @@ def energy(comparisons: Comparisons) -> Drawing:
     if {"refetch_float_pj", "shift_pj"} <= set(kinds):
         times = [pj["refetch_float_pj"] / pj["shift_pj"] for pj in every]
         title = (
-            f"Modeled, not measured: a shift in place takes {spread(times, 0)} "
+            f"Modeled, not measured: a shift in place takes {format_range(times, 0)} "
             "times less energy than refetching the float weights"
         )
     assumptions = list(dict.fromkeys(line for m in models.values() for line in m.assumptions))
@@ -139,7 +138,7 @@ def energy(comparisons: Comparisons) -> Drawing:
     for y, (name, model) in enumerate(models.items()):
         for i, kind in enumerate(kinds):
             values = {w: pj[kind] * 1e-6 for w, pj in sorted(model.by_width.items())}
-            at = [y + style.spread(i, len(kinds), 0.64)] * len(values)
+            at = [y + style.series_offset(i, len(kinds), 0.64)] * len(values)
             look: Any = {"color": style.SERIES[i % 6], "lw": 1, "marker": "|", "ms": 6}
             label = energy_name(kind)
             axes.plot(list(values.values()), at, label=label if y == 0 else None, **look)

@@ -5,11 +5,10 @@ from typing import Any
 
 from tq_lightning.records import ACC1
 from tq_lightning.report import labels
-from tq_lightning.report.caveats import between, mixed, seeds_words
+from tq_lightning.report.caveats import between, provenance_notes, seeds_words
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
-from tq_lightning.report.figures.accuracy import Drawing
-from tq_lightning.report.figures.style import Figure
+from tq_lightning.report.figures.style import Drawing, Figure
 from tq_lightning.report.groups import START, Arm
 from tq_lightning.report.stats import score, split_of
 
@@ -26,9 +25,9 @@ def pareto(comparisons: Comparisons) -> Drawing:
     stems = labels.unique([f"pareto_{labels.slug(name)}" for name in by_data])
     note = "Arms with an STE that the paper does not pair with their quantizer are not drawn."
     left = [note] * (len(comparisons.paired) < len(comparisons.arms))
-    every = zip(by_data.items(), stems, strict=True)
-    models = comparisons.models
-    return [_pareto(name, stem, of, models, left) for (name, of), stem in every if len(of) > 1], []
+    named, models = zip(by_data.items(), stems, strict=True), comparisons.models
+    several = [(stem, data, arms) for (data, arms), stem in named if len(arms) > 1]
+    return [_pareto(data, stem, arms, models, left) for stem, data, arms in several], []
 
 
 def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list[str]) -> Figure:
@@ -89,7 +88,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
         "Bytes: planes read, layers left in float, scales, and the norm layers of that width."
     )
     alt = "Pareto front: " + ", ".join(f"{shown(mean)} at {size:.0f} KiB" for size, mean in front)
-    text = " ".join([caption, *left, *mixed(arms)])
+    text = " ".join([caption, *left, *provenance_notes(arms)])
     return Figure(stem, "Pareto front", f"{title} ({data})", text, alt, canvas)
 
 

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.figure import SubFigure
 
 from tq_lightning.records import Metric
+from tq_lightning.report.comparisons import ComparisonGroup
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.stats import Estimate
 
@@ -43,6 +44,7 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "tq_lightning",  # identical records give identical files
 }
 FLOAT_AT = 9.4  # position of "float" on an axis of widths 1..8
+MAX_GROUPS = 12  # figures of one kind; the tables have all groups
 
 
 @dataclass
@@ -55,6 +57,20 @@ class Figure:
     caption: str
     alt: str
     canvas: Canvas
+
+
+Drawing = tuple[list[Figure], list[str]]  # figures, and notes on data that they do not show
+
+
+def limit_groups(
+    groups: list[ComparisonGroup], what: str, most: int = MAX_GROUPS
+) -> tuple[list[ComparisonGroup], list[str]]:
+    """Return the `most` groups with the most runs, and a note on the others."""
+    if len(groups) <= most:
+        return groups, []
+    chosen = sorted(groups, key=lambda group: -len(group.runs))[:most]
+    rest = f"the {most} with the most runs are drawn; the tables list all."
+    return [g for g in groups if g in chosen], [f"{what}: {len(groups)} settings, {rest}"]
 
 
 def new(
@@ -100,7 +116,7 @@ def width_color(bits: int) -> Any:
     return matplotlib.colormaps["RdPu"](0.3 + 0.7 * min(bits, 8) / 8)
 
 
-def spread(index: int, count: int, total: float = 0.36) -> float:
+def series_offset(index: int, count: int, total: float = 0.36) -> float:
     """Return a shift in bits for one of `count` series, so that markers do not overlap."""
     return total * (index / (count - 1) - 0.5) if count > 1 else 0.0
 

@@ -79,9 +79,9 @@ def qt_gap(comparisons: Comparisons) -> Table:
             unit = group.metric.gap_unit
             row = (f"QT gap of {value}", unit, len(arm.runs), gaps.get, None, split, flags)
             named.append(row)
-        for name, unit, count, cell, in_float, of, notes in named:
+        for name, unit, count, cell, in_float, split, flags in named:
             head = {"setting": group.label, "row": name, "unit": unit, "seeds": count}
-            tail = {"float": _estimate(in_float), "split": of, "flags": notes}
+            tail = {"float": _estimate(in_float), "split": split, "flags": flags}
             rows.append({**head, **by_width(widths, cell, ""), **tail})
     name = comparisons.metric.title
     what = f"{name} and QT gap by width, mean ± half-width of the 95 % t interval over seeds."
@@ -112,15 +112,15 @@ def _embedding_notes(comparisons: Comparisons) -> tuple[str, ...]:
         share = arm.runs[0].record.parameters_embedding
         if share:
             how = "quantized" if arm["model.quantize_embeddings"] else "in float"
-            name = f"{labels.text(arm['model.name'])} · {labels.text(arm['data.name'])}"
+            name = labels.model_and_data(arm)
             notes[f"{name}: {share:.1%} of the parameters are embedding tables, {how}."] = None
     return tuple(notes)
 
 
 def _facts(arm: Arm, last: int | None = None) -> Row:
     facts = {"model": arm["model.name"], "data": arm["data.name"]}
-    facts |= {labels.short(key): arm[key] for key in MAIN_KEYS[2:last]}
-    return {name: labels.text(value) for name, value in facts.items()}
+    facts |= {labels.short_key(key): arm[key] for key in MAIN_KEYS[2:last]}
+    return {name: labels.format_value(value) for name, value in facts.items()}
 
 
 def runs(comparisons: Comparisons) -> Table:
@@ -164,11 +164,12 @@ def differences(comparisons: Comparisons) -> Table:
             for b in group.rows:
                 rows += _differences(best_other.BEST, group, a, b)
     for key, groups in comparisons.by_factor.items():
+        factor = labels.short_key(key)
         for group in groups:
             base = (*group.reference, "truncate")
             for value, arm in group.arms:
                 if arm is not base[1]:
-                    rows += _differences(labels.short(key), group, (value, arm, "truncate"), base)
+                    rows += _differences(factor, group, (value, arm, "truncate"), base)
     what = f"Differences a - b of {comparisons.metric.name}, "
     what += "for truncated weights unless a row states otherwise."
     facets = ("factor", "setting", "width [bits]", "how")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tq_lightning.training.ckpt_path import overridden_arguments
+from tq_lightning.training.checkpoint_settings import overridden_arguments
 
 KEPT = {
     "lr": 0.05,

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.training.arguments import normalize
-from tq_lightning.training.cli_messages import one_line
+from tq_lightning.training.cli_messages import rewrite_parser_error
+from tq_lightning.training.fit_parser import preprocess_argv
 from tq_lightning.training.help_pages import page
 from tq_lightning.training.lightning_cli import TQCLI, TQDataModule, TQModule
 from tq_lightning.training.yaml_file import parse_yaml
@@ -38,7 +38,7 @@ def fit(verbs, tmp_path):
         if config is not None:
             (tmp_path / "c.yaml").write_text(config)
             arguments = ("--config", str(tmp_path / "c.yaml"), *arguments)
-        return verbs[""].parse_args(["fit", *normalize(arguments)]).fit
+        return verbs[""].parse_args(["fit", *preprocess_argv(arguments)]).fit
 
     return parse
 
@@ -46,7 +46,7 @@ def fit(verbs, tmp_path):
 def message(call, *arguments, **keys):
     with pytest.raises(Exception) as error:
         call(*arguments, **keys)
-    return one_line(error.value)
+    return rewrite_parser_error(error.value)
 
 
 FILE = """

@@ -1,4 +1,4 @@
-"""Arguments of fit, validate, test and predict: their parser, and what happens to `argv` before."""
+"""Parser of fit, validate, test and predict, and the preprocessing of `argv`."""
 
 import re
 from collections.abc import Sequence
@@ -121,7 +121,7 @@ def drop_append_options(parser: LightningArgumentParser) -> None:
                 del parser._option_string_actions[option]
 
 
-def normalize(argv: Sequence[str]) -> list[str]:
+def preprocess_argv(argv: Sequence[str]) -> list[str]:
     """Return command-line arguments with quoted values as `Text` and the content of section files.
 
     Sweep engines pass `--model.lr='1e-3'` with YAML quotes, which are removed. A file that is
@@ -130,23 +130,23 @@ def normalize(argv: Sequence[str]) -> list[str]:
     Raises:
         UserError: a file that is passed as a section is not valid YAML, or has no keys.
     """
-    normalized: list[str] = []
+    processed: list[str] = []
     for argument in argv:
         key, equals, value = argument.partition("=")
         option = argument.startswith("--") and bool(equals)
         text = _unquote(value if option else argument)
         if text is None:
-            normalized.append(argument)
+            processed.append(argument)
         else:
-            normalized += [key, text] if option else [text]
-    for i, (key, value) in enumerate(pairwise(normalized)):
+            processed += [key, text] if option else [text]
+    for i, (key, value) in enumerate(pairwise(processed)):
         if key.removeprefix("--") in _SECTIONS and _is_file(value):
-            normalized[i + 1] = _section(value)
-    for i, argument in enumerate(normalized):
+            processed[i + 1] = _section(value)
+    for i, argument in enumerate(processed):
         key, _, value = argument.partition("=")
         if key.startswith("--") and key[2:] in _SECTIONS and _is_file(value):
-            normalized[i] = f"{key}={_section(value)}"
-    return normalized
+            processed[i] = f"{key}={_section(value)}"
+    return processed
 
 
 def _is_file(value: str) -> bool:

@@ -1,0 +1,97 @@
+"""Settings of a checkpoint: compare them with the given ones, which it overrides."""
+
+import inspect
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tq_lightning.errors import UserError
+from tq_lightning.factories import is_factory
+from tq_lightning.quant.config import QuantConfig
+from tq_lightning.records import NAME, read_record
+from tq_lightning.records.publish import flatten
+from tq_lightning.training.lists import as_list
+from tq_lightning.training.module import TQModule
+
+
+def network_keys() -> list[str]:
+    """Return the `model:` keys that define the quantized network, unlike e.g. a learning rate."""
+    return ["name", "model_args", "task", *(field.name for field in fields(QuantConfig))]
+
+
+def differences(run: Path | None, config: Any) -> list[str]:
+    """List the seed and the data set of a run that differ from those of a configuration."""
+    path = None if run is None else run / NAME
+    if path is None or not path.is_file():
+        return []
+    record = read_record(path)
+    theirs = {
+        "seed_everything": record.seed,
+        "data.name": flatten(record.config).get("data.name"),
+    }
+    return [
+        f"{key}={value}, not {config[key]}"
+        for key, value in theirs.items()
+        if value is not None and str(value) != str(config[key])
+    ]
+
+
+def keep_seed(config: Any, run: Path | None) -> None:
+    """Replace a different seed of a resumed fit by the seed in the record of its run, in place.
+
+    The weights come from that seed. Within an epoch, another seed is an error instead.
+    """
+    path = None if run is None else run / NAME
+    seed = read_record(path).seed if path is not None and path.is_file() else None
+    if seed is not None and seed != config.seed_everything:
+        print(
+            f"the run keeps its seed: seed_everything={seed}, not {config.seed_everything}",
+            file=sys.stderr,
+            flush=True,
+        )
+        config.seed_everything = seed
+
+
+def overridden_arguments(given: dict[str, Any], kept: dict[str, Any]) -> list[str]:
+    """List the model arguments that a checkpoint overrides, as `key=value, not value`.
+
+    Args:
+        given: the `model:` section of the command line and files. Default values do not count.
+        kept: the same section with the values of the checkpoint.
+    """
+    defaults = {key: p.default for key, p in inspect.signature(TQModule).parameters.items()}
+    return [
+        f"model.{key}={kept[key]}, not {value}"
+        for key, value in given.items()
+        if key in kept
+        and not _same(value, defaults.get(key), key)
+        and not _same(value, kept[key], key)
+    ]
+
+
+def check_factories(given: dict[str, Any], kept: dict[str, Any], path: Any) -> None:
+    """Check that every factory in a checkpoint was also passed by the user.
+
+    A factory is imported code, so a file must not be able to select it.
+
+    Args:
+        given: the `model:` section of the user.
+        kept: the same section with the values of the checkpoint.
+        path: path of the checkpoint, for the message.
+
+    Raises:
+        UserError: the checkpoint names a factory that the user did not pass.
+    """
+    for key in ("name", "teacher_name"):
+        if is_factory(kept[key]) and kept[key] != given[key]:
+            raise UserError(
+                f"ckpt_path: {path} names the factory {kept[key]}, which is not imported "
+                f"automatically; pass --model.{key} {kept[key]}"
+            )
+
+
+def _same(one: Any, two: Any, key: str) -> bool:
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.items() <= two.items()  # model_args of a checkpoint include the dropout rates
+    return [str(v) for v in as_list(one, f"model.{key}")] == [str(v) for v in as_list(two)]
