@@ -16,8 +16,7 @@ from tq_lightning.factories import call_factory, is_factory
 STAGES = ("train", "val", "test")
 # keys of the `data:` section that a factory's data module uses, or that only say where data is
 _USED_BY_MODULES = ("name", "data_args", "root", "download")
-_USED = (*_USED_BY_MODULES, "batch_size", "eval_batch_size", "workers", "val_fraction")
-_USED += ("samples", "seed")
+_SAMPLING = ("batch_size", "eval_batch_size", "workers", "val_fraction", "samples", "seed")
 
 
 def open_custom(
@@ -86,7 +85,7 @@ class FactoryMeta(type):
         if not is_factory(values["name"]):
             return super().__call__(*args, **keys)
         check_data_options(values)
-        _check_unused(values, cls.__signature__, _USED)
+        _check_unused(values, cls.__signature__, _USED_BY_MODULES + _SAMPLING)
         workers, seed = values["workers"], values["seed"]
         data = open_custom(
             values["name"],

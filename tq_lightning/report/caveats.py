@@ -36,7 +36,8 @@ def collapsed(arm: Arm, name: str = "") -> list[str]:
     if arm.metric.lower_is_better:
         if not isinstance(classes, int):
             return []
-        guess, found = 0.0, {s: [_rated(x, classes) for x in v] for s, v in found.items()}
+        guess, top = 0.0, log(classes)
+        found = {s: [x and 100 * (1 - log(x) / top) for x in v] for s, v in found.items()}
     gains = {
         seed: mean_interval([x for x in v if x is not None]).mean - guess
         for seed, v in found.items()
@@ -46,15 +47,9 @@ def collapsed(arm: Arm, name: str = "") -> list[str]:
     for seed, gain in gains.items():
         others = sorted(g for s, g in gains.items() if s != seed) or [0.0]
         if (median := others[len(others) // 2]) > 5.0 and gain < 0.2 * median:
-            near = f"near chance ({gain + guess:.1f} % on average)"
-            if arm.metric.lower_is_better:
-                near = "near chance"
-            out.append(f"Collapsed: {f'{name} seed {seed}'.strip()} stayed {near}.")
+            mean = "" if arm.metric.lower_is_better else f" ({gain + guess:.1f} % on average)"
+            out.append(f"Collapsed: {f'{name} seed {seed}'.strip()} stayed near chance{mean}.")
     return out
-
-
-def _rated(perplexity: float | None, vocabulary: int) -> float | None:
-    return None if perplexity is None else 100 * (1 - log(perplexity) / log(vocabulary))
 
 
 def flags_of(groups: list) -> list[str]:

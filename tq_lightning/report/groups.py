@@ -112,17 +112,18 @@ def arm_config(run: Run) -> dict[str, Any]:
         truncated = isinstance(kind, str) and kind.endswith(TRUNCATED)
         config["model.activations"] = kind.removesuffix(TRUNCATED) if truncated else kind
         config[labels.ACTIVATIONS_SOURCE] = "truncate" if truncated else "quantize"
-    widths, weights = (_items(config.get(f"model.{key}")) for key in ("widths", "width_weights"))
-    if weights:  # in the order of the widths, after the weight of the float pass
-        first = len(weights) - len(widths)
-        order = sorted(range(len(widths)), key=lambda n: -float(widths[n]))
-        config["model.width_weights"] = weights[:first] + [weights[first + n] for n in order]
+    widths, weights = _items(config.get("model.widths")), _items(config.get("model.width_weights"))
+    if (
+        len(weights) >= len(widths) > 0
+    ):  # in the order of the widths, after the weight of the float pass
+        pairs = sorted(zip(widths, weights[-len(widths) :], strict=True), key=lambda p: -int(p[0]))
+        config["model.width_weights"] = weights[: -len(widths)] + [weight for _, weight in pairs]
     for key in LISTS:
         if items := _items(config.get(key)):
             config[key] = sorted(items, key=lambda i: (-int(i) if i.isdecimal() else 0, i))
-    for key in STARTS:
+    for key in STARTS:  # the last parts of the path, without numbers, which vary with the seed
         if isinstance(config.get(key), str):
-            config[key] = _file_pattern(config[key])
+            config[key] = re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", config[key])[-3:]))
     return config
 
 
@@ -131,11 +132,6 @@ def _items(value: Any) -> list[str]:
     items = re.split(r"[\s,\[\]()'\"]+", value) if isinstance(value, str) else value
     items = items if isinstance(items, list) else [] if items is None else [items]
     return [re.sub(r"^(\d+)\.0*$", r"\1", str(i)) for i in items if i not in ("", None)]
-
-
-def _file_pattern(path: str) -> str:
-    """Return the last parts of a path with # for numbers, because they vary with the seed."""
-    return re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", path)[-3:]))
 
 
 def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:

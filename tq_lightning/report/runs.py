@@ -127,9 +127,8 @@ def _one_of(same: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any
     path, record = same[0]
     if len({text for text, _ in texts}) > 1 or len({test for _, test in texts if test}) > 1:
         paths = ", ".join(p for p, _ in same)
-        left_out += [
-            (p, f"different runs with the same id ({record.id}): {paths}") for p, _ in same
-        ]
+        reason = f"different runs with the same id ({record.id}): {paths}"
+        left_out += [(p, reason) for p, _ in same]
         return None
     left_out += [(p, f"a copy of {path} (id {record.id}), counted once") for p, _ in same[1:]]
     return path, record

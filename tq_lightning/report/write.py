@@ -58,16 +58,14 @@ def write_files(
     texts |= {f"tables/{table.name}.tex": render.latex(table) for table in built}
     built += [accuracy.of_metric(accuracy.runs(p), p.metric) for p in parts if p.arms]
     answers = [finding for part in parts for finding in findings(part)]
-    definitions = dict(labels.DEFINITIONS)
-    if any(part.metric is PPL for part in parts):
-        definitions |= labels.PERPLEXITY
+    perplexity = labels.PERPLEXITY if any(part.metric is PPL for part in parts) else {}
     texts["summary.md"] = f"# {title}\n\n    {command}\n\n{summary(headline, answers, notes)}"
     data = dataframe.write(comparisons.arms, folder) if comparisons.arms else []
     texts["index.html"] = html.page(
         folder / "figures",
         [run for arm in comparisons.arms for run in arm.runs],
         comparisons=comparisons,
-        definitions=definitions,
+        definitions=labels.DEFINITIONS | perplexity,
         figures=drawn,
         title=title,
         headline=headline,
@@ -78,7 +76,7 @@ def write_files(
         version=version,
         files=[*data, "summary.md"],
     )
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     listed = sorted([*files, *texts])
     marker = {"kind": KIND, "schema": 1, "title": title, "command": command, "version": version}
     marker |= {"left_out": comparisons.left_out, "files": listed}
