@@ -15,6 +15,7 @@ from tq_lightning.quant.integer.stored_weight import stored_weight
 
 NOT_QUANTIZED = "not quantized"
 NO_RANGE = "no activation range"
+NOT_CALLED = "is not called as a module"
 
 
 class IntegerPlan:
