@@ -93,7 +93,7 @@ def own_network(monkeypatch):
 
 
 class Tokens(nn.Module):
-    """A linear layer on (b, 12, 36), then a batch norm of its 12 tokens; or a norm of its outputs."""
+    """A linear layer, then a batch norm of its 12 tokens, or with `flat` of its 12 outputs."""
 
     def __init__(self, flat=False):
         super().__init__()
