@@ -16,11 +16,12 @@ from torch.nn.utils import parametrize
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
 from tq_lightning.quant.inputs import call
-from tq_lightning.quant.layers import is_embedding
 
 BINS = 4096
 PERCENTILE = 99.99
 CLIPS = 80  # clipped ranges that the observer "mse" tries
+# layers with integer kernels in PyTorch or ONNX; attention and recurrent layers have none
+_WITH_INPUT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class ActivationRange(NamedTuple):
@@ -137,8 +138,8 @@ def calibrate_activations(
         widths: widths to observe at; None = all widths that the model can run at.
 
     Returns:
-        A dict from the name of a quantized layer to the range of its input. It has no entry for a
-        layer that was not called as a module. The dict is also stored as `model.tq_ranges`, which
+        A dict from the name of a quantized convolution or linear layer to the range of its input.
+        It has no entry for a layer that was not called as a module. The dict is also stored as `model.tq_ranges`, which
         `save_packed` writes.
 
     Raises:
@@ -153,8 +154,7 @@ def calibrate_activations(
         raise ValueError("no batches to observe activations on; pass a list of image batches")
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    # the input of an embedding table is not an activation
-    layers = {n: m for n, m in quantized_layers(model).items() if not is_embedding(m)}
+    layers = {n: m for n, m in quantized_layers(model).items() if isinstance(m, _WITH_INPUT)}
     extremes: dict[tuple[str, int], ActivationRange] = {}
     histograms: dict[tuple[str, int], Tensor] = {}
 
@@ -211,9 +211,15 @@ def _run(
 ) -> None:
     """Call `observe` with name, width and input of every quantized layer, at every width."""
     width = width_of(model)
+
+    def read(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(named.values()), None)
+        if isinstance(x, Tensor):
+            observe(name, width.bits or 0, x.float())
+
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, args, name=name: observe(name, width.bits or 0, args[0].float())
+            lambda _, args, named, name=name: read(name, args, named), with_kwargs=True
         )
         for name, module in layers.items()
     ]

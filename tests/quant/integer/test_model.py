@@ -377,6 +377,25 @@ def test_deepcopy_does_not_copy_the_kernel_cache():
     assert torch.equal(logits_at(copied, images, 2), before)
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)
+        self.c = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.drop(input=self.a(input=x))
+        return self.c(torch.flatten(input=self.b(input=x), start_dim=1))
+
+
+def test_layers_called_by_keyword_run_on_integers():
+    torch.manual_seed(0)
+    model, x = ByKeyword(), torch.rand(6, 8)
+    run = integer_copy(model, x)
+    assert [layer.name for layer in integer_layers(run)] == ["b"]
+    assert torch.allclose(logits_at(run, x, 4), logits_at(model, x, 4), atol=1e-2)
+
+
 class Tokens(nn.Module):
     """A linear layer on (b, 16, 8), then a batch norm of its 16 tokens or of its 16 outputs."""
 
