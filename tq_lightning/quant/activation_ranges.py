@@ -139,8 +139,8 @@ def calibrate_activations(
 
     Returns:
         A dict from the name of a quantized convolution or linear layer to the range of its input.
-        It has no entry for a layer that was not called as a module. The dict is also stored as `model.tq_ranges`, which
-        `save_packed` writes.
+        It has no entry for a layer that was not called as a module. The dict is also stored as
+        `model.tq_ranges`, which `save_packed` writes.
 
     Raises:
         ValueError: the model is not prepared, an unknown observer or width, no batches, or an
