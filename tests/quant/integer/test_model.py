@@ -562,6 +562,17 @@ def test_layers_inside_a_module_of_pytorch_are_counted_as_float(untraced):
     assert (logits_at(run, x, 4) - expected).norm() < 0.01 * expected.norm()
 
 
+def test_float_width_is_an_error_in_integer_mode():
+    torch.manual_seed(0)
+    x = torch.rand(6, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    run = integer_copy(model, x)
+    with pytest.raises(ValueError, match="integer mode has no float width; pass bits from 1 to 8"):
+        logits_at(run, x, None)
+    assert logits_at(run, x, 8).isfinite().all()
+    assert logits_at(model, x, None).isfinite().all()  # the prepared model has its float weights
+
+
 @pytest.mark.parametrize("quantizer", ["round", "floor"])
 def test_source_selects_the_codes_of_the_weights(quantizer):
     torch.manual_seed(0)

@@ -112,6 +112,17 @@ class IntegerLayer(nn.Module):
             y = y.add(residual, alpha=prepacked.residual_step)
         return finish(exact_codes(self.act.exact(y), prepacked.out), prepacked.out)
 
+    def check_width(self, bits: int | None) -> None:
+        """Check that a width can be used; `bit_width` calls this.
+
+        Raises:
+            ValueError: float, which needs the float weights.
+        """
+        if bits is None:
+            raise ValueError(
+                f"integer mode has no float width; pass bits from 1 to {self.width.max_bits}"
+            )
+
     def prepacked(self, a: Tensor) -> Prepacked:
         """Return the kernel of the width in use; build it if the width has changed."""
         key = (self.width.bits, self.width.source)
