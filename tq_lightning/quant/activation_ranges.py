@@ -154,7 +154,9 @@ def calibrate_activations(
         raise ValueError("no batches to observe activations on; pass a list of image batches")
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    layers = {n: m for n, m in quantized_layers(model).items() if isinstance(m, _WITH_INPUT)}
+    layers: dict[str, nn.Module] = {
+        n: m for n, m in quantized_layers(model).items() if isinstance(m, _WITH_INPUT)
+    }
     extremes: dict[tuple[str, int], ActivationRange] = {}
     histograms: dict[tuple[str, int], Tensor] = {}
 
