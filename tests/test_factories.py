@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from fixtures.packed import resign, set_in
 from torch import nn
 
 from tq_lightning import bit_width, load_packed, prepare, save_packed
@@ -83,6 +84,34 @@ def test_packed_file_never_imports_a_factory(folder):
     assert not Path("imported").exists()
     for passed in ("own:network", nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])):
         assert torch.equal(load_packed("own.safetensors", bits=4, model=passed)(x), expected)
+    assert Path("imported").exists()
+
+
+HOSTILE = {  # model of the header -> message
+    "path as argument": ({"name": "own:network", "args": {"block": "../x"}}, "'block'"),
+    "file as argument": ({"name": "own:network", "args": {"file": "x"}}, "argument.*'file'"),
+    "large number": ({"name": "own:network", "args": {"num_classes": 1 << 40}}, "'num_classes'"),
+    "list": ({"name": "own:network", "args": [1]}, "arguments in the file header are a list"),
+    "no arguments": ({"name": "own:network"}, "arguments in the file header are a NoneType"),
+    "no name": ({"args": {}}, "its network is 'None'"),
+    "no text": ({"name": ["own:network"], "args": {}}, "its network is"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_arguments_of_a_header_are_checked_before_a_factory_gets_them(case, folder):
+    model = create_model("own:network", 3)
+    prepare(model, verbose=False)
+    save_packed(model, "own.safetensors", name="own:network", model_args={"num_classes": 4})
+    raw, (described, message) = Path("own.safetensors").read_bytes(), HOSTILE[case]
+    Path("bad.safetensors").write_bytes(resign(raw, set_in("content", "model", described)))
+    del sys.modules["own"]
+    Path("imported").unlink()
+    with pytest.raises(UserError, match=message) as caught:
+        load_packed("bad.safetensors", model="own:network")
+    assert "pass" in str(caught.value) and "\n" not in str(caught.value)
+    assert not Path("imported").exists()
+    load_packed("own.safetensors", model="own:network")
     assert Path("imported").exists()
 
 

@@ -89,6 +89,28 @@ def test_inspect_prints_and_records_the_energy(simulated, tmp_path, capsys):
     assert not json.loads(out.read_text()).get("inference")
 
 
+@pytest.mark.parametrize(
+    "name", ["sequence:cnn", "sequence:lstm", "sequence:transformer", "resnet8_cifar"]
+)
+def test_network_of_other_inputs_is_an_error_of_one_line(name, simulated, capsys):
+    images = ":" not in name
+    name = name if images else f"tq_lightning.models.{name}"
+    argv = ["inspect", "--model.name", name, "--model.num_classes", "9", "--energy"]
+    assert main(argv) == (0 if images else 2)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert images or (len(lines) == 1 and "--energy needs a network of images" in lines[0])
+
+
+def test_any_error_of_the_network_is_one_line(simulated):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return {}["missing\nkey"]
+
+    with pytest.raises(UserError, match="needs a network of images") as caught:
+        inference_energy(nn.Sequential(Own(2, 2)), {"0"}, (2,))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.skipif(HAS_ZIGZAG, reason="zigzag-dse is installed")
 def test_missing_zigzag_error_says_what_to_install(capsys):
     assert main(["inspect", "--model.name", "resnet8_cifar", "--energy"]) == 2

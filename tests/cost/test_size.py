@@ -176,6 +176,12 @@ def test_parts_add_up_to_the_total(way):
         ("resnet8_cifar", {}),
         ("resnet8_cifar", {"norm": "shared", "skip": (), "normalizer": "absmax_channel"}),
         ("resnet8_cifar", {"activations": "pact_round", "max_bits": 4, "widths": (4, 2)}),
+        ("resnet8_cifar", {"normalizer": "float_e2", "level": "native", "scale": "span"}),
+        (
+            "resnet8_cifar",
+            {"normalizer": "gaussian", "level": "centroid", "scale": "span", "max_bits": 4}
+            | {"widths": (4, 2)},
+        ),
         ("test_vit", {"norm": "per_width_all"}),
         ("test_efficientnet", {}),
         ("test_maxvit", {}),  # index tables and constants beside its parameters
@@ -201,6 +207,21 @@ def test_predicted_size_is_the_file_size_without_header(tmp_path, name, policy):
     for bits in (1, max_bits):
         read = load_packed(tmp_path / "m.safetensors", bits=bits).tq_file["bytes_read"]
         assert read_at(rows, bits) == read - written["header"]
+
+
+def test_level_tables_are_counted_once():
+    rows = {}
+    for normalizer, level in (("gaussian", "centroid"), ("absmax", "centre")):
+        model = build_network()
+        prepare(
+            model, normalizer=normalizer, level=level, scale="span", skip=("first",), verbose=False
+        )
+        rows[level] = layer_rows(model)
+    values = 2 + 4 + 8 + 16 + 32 + 64 + 128 + 256
+    for way in WAYS:
+        more = total(rows["centroid"], way, 8).total - total(rows["centre"], way, 8).total
+        assert more == (4 * values if way == "packed" else 0)
+    assert read_at(rows["centroid"], 3) - read_at(rows["centre"], 3) == 4 * 8
 
 
 def test_predicted_size_counts_transposed_and_tied_weights_like_the_file(tmp_path):

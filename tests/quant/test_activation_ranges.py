@@ -111,3 +111,33 @@ def test_invalid_input_is_an_error(model, images):
     with pytest.raises(ValueError, match="input of conv contains NaN or infinity"):
         calibrate_activations(model, [images * torch.nan])
     assert not hasattr(model, "tq_ranges")
+
+
+class Named(nn.Module):
+    """Layers called by keyword, an attention called by keyword, and an LSTM of packed sequences."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.stem, self.fc, self.by_name = nn.Linear(4, 8), nn.Linear(8, 8), by_name
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = self.fc(input=x) if self.by_name else self.fc(x)
+        x, _ = self.attention(query=x, key=x, value=x)
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2]), batch_first=True)
+        return self.head(self.lstm(packed)[1][0][0])
+
+
+def test_layers_called_by_keyword_are_observed_and_other_kinds_are_not():
+    torch.manual_seed(0)
+    x, ranges = torch.rand(2, 3, 4), []
+    for by_name in (True, False):
+        torch.manual_seed(1)
+        model = Named(by_name)
+        prepare(model, verbose=False)
+        assert {"attention", "lstm"} <= quantized_layers(model).keys()
+        ranges.append(calibrate_activations(model.eval(), [x]))
+    assert ranges[0] == ranges[1] and list(ranges[0]) == ["fc"]
+    assert ranges[0]["fc"].low == 0 < ranges[0]["fc"].high

@@ -107,6 +107,18 @@ def test_error_during_estimation_leaves_the_model_unchanged(model, images):
         pass
 
 
+def test_error_during_estimation_restores_trained_statistics(model, images):
+    norm = model.bn1.sets["4"]
+    norm.num_batches_tracked.fill_(7)
+    before = copy.deepcopy(norm.state_dict())
+    with pytest.raises(RuntimeError):
+        reestimate_norms(model, [images, images[:, :2]], [4])
+    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
+    reestimate_norms(model, [images, images * 2], [4])
+    assert not torch.equal(before["running_mean"], norm.running_mean)
+    assert norm.num_batches_tracked == 7
+
+
 def test_running_averages_lag_until_enough_updates(model, images):
     """Trained widths get the statistics of a calibrated width, and nothing else changes."""
     assert lagging_widths(model) == [8, 4, 2]  # a pretrained count is not an update of this run

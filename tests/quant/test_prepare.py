@@ -250,6 +250,24 @@ def test_error_leaves_the_model_unchanged(net, case):
     prepare(net, verbose=False)
 
 
+@pytest.mark.parametrize("normalizer", ["learned", "learned_channel", "tanh"])
+def test_invalid_weight_leaves_the_model_unchanged(net, normalizer):
+    """A learned range starts from the weight; other normalizers read it at the first use."""
+    how = {"normalizer": normalizer, "skip": (), "verbose": False}
+    if normalizer != "tanh":
+        how |= {"level": "centre", "scale": "span"}
+    with torch.no_grad():
+        net.fc.weight[0, 0] = torch.nan
+    before = [type(m) for m in net.modules()]
+    if normalizer != "tanh":
+        with pytest.raises(ValueError, match=r"weight fc\.weight contains NaN or infinity"):
+            prepare(net, **how)
+        assert [type(m) for m in net.modules()] == before and not hasattr(net, "tq")
+        torch.nn.init.zeros_(net.fc.weight)
+    prepare(net, **how)
+    assert quantized_names(net) == ["stem.weight", "conv.weight", "fc.weight"]
+
+
 def test_model_without_relu_is_left_unchanged():
     model = nn.Sequential(nn.Linear(3, 3), nn.GELU())
     with pytest.raises(

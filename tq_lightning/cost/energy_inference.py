@@ -128,9 +128,12 @@ def layer_shapes(
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *size, device=device))
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # the network may be the user's: it may raise anything
         reason = message_of(error, 100)
-        raise UserError(f"the network does not run on an image of {size} ({reason})") from error
+        raise UserError(
+            f"--energy needs a network of images: this one does not run on an image of {size} "
+            f"({reason}); omit --energy"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

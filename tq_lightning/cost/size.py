@@ -8,7 +8,7 @@ of `export`, without the header.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Row:
             network could recompute, and a tied float tensor under its second name.
         norm_set: bytes of one norm set: parameters and statistics.
         sets: number of norm sets.
+        levels: True if the level tables of the file count with the scales of this layer: the first
+            quantized layer, if levels are tables.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Row:
     tables: int
     norm_set: int
     sets: int
+    levels: bool = False
 
 
 def meta_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.Module:
@@ -80,10 +83,12 @@ def meta_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.M
 def layer_rows(model: nn.Module) -> list[Row]:
     """Return a row for each layer of a prepared model that stores something, in model order."""
     seen: set[int] = set()
-    rows = (_row(name or "(root)", module, seen) for name, module in _layers(model))
-    return [
-        row for row in rows if row.codes or row.scales or row.floats or row.tables or row.norm_set
+    every = (_row(name or "(root)", module, seen) for name, module in _layers(model))
+    rows = [
+        row for row in every if row.codes or row.scales or row.floats or row.tables or row.norm_set
     ]
+    first = next((row for row in rows if row.levels), None)
+    return [replace(row, levels=row is first) for row in rows]
 
 
 def _layers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -119,6 +124,7 @@ def _row(name: str, module: nn.Module, seen: set[int]) -> Row:
         tables=tables,
         norm_set=kept_bytes if kind == "norm" else 0,
         sets=len(module.sets) - 1 if many else int(kind == "norm"),  # type: ignore[arg-type]
+        levels=any(q.tables[1] is not None for _, q in quantizers),
     )
 
 
@@ -186,7 +192,9 @@ def _master8(row: Row, bits: int) -> tuple[int, int, int, int]:
 
 
 def _packed(row: Row, bits: int) -> tuple[int, int, int, int]:
-    return row.plane * bits, row.scales, row.floats + row.tables, row.norm_set * row.sets
+    # one table of 2^n levels for every width n
+    levels = FLOAT_BYTES * (2 ** (bits + 1) - 2) if row.levels else 0
+    return row.plane * bits, row.scales + levels, row.floats + row.tables, row.norm_set * row.sets
 
 
 def _paper(row: Row, bits: int) -> tuple[int, int, int, int]:
@@ -214,9 +222,15 @@ def total(rows: Iterable[Row], way: str, max_bits: int) -> StorageBytes:
 
 
 def read_at(rows: Iterable[Row], bits: int) -> int:
-    """Return the bytes read to run at a width: planes, scales, float tensors and norm set."""
+    """Return the bytes read to run at a width: planes, scales, float tensors, norm set, levels."""
     return sum(
-        row.plane * bits + row.scales + row.floats + row.tables + row.norm_set for row in rows
+        row.plane * bits
+        + row.scales
+        + row.floats
+        + row.tables
+        + row.norm_set
+        + (FLOAT_BYTES * 2**bits if row.levels else 0)
+        for row in rows
     )
 
 

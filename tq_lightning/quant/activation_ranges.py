@@ -16,12 +16,13 @@ from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.batches import call_model
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
 from tq_lightning.quant.eval_mode import eval_mode
-from tq_lightning.quant.layers import is_embedding
 from tq_lightning.quant.quantized_tensors import quantized_layers
 
 BINS = 4096
 PERCENTILE = 99.99
 CLIPS = 80  # clipped ranges that the observer "mse" tries
+# layers with integer kernels in PyTorch or ONNX; attention and recurrent layers have none
+_WITH_INPUT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class ActivationRange(NamedTuple):
@@ -124,9 +125,9 @@ def calibrate_activations(
         widths: widths to observe at; None = all widths that the model can run at.
 
     Returns:
-        A dict from the name of a quantized layer to the range of its input. It has no entry for a
-        layer that was not called as a module. The dict is also stored as `model.tq_ranges`, which
-        `save_packed` writes.
+        A dict from the name of a quantized convolution or linear layer to the range of its input.
+        It has no entry for a layer that was not called as a module. The dict is also stored as
+        `model.tq_ranges`, which `save_packed` writes.
 
     Raises:
         ValueError: the model is not prepared, an unknown observer or width, no batches, or an
@@ -138,8 +139,9 @@ def calibrate_activations(
     batches = list(batches)
     if not batches:
         raise ValueError("no batches to observe activations on; pass a list of image batches")
-    # the input of an embedding table is not an activation
-    layers = {n: m for n, m in quantized_layers(model).items() if not is_embedding(m)}
+    layers: dict[str, nn.Module] = {
+        n: m for n, m in quantized_layers(model).items() if isinstance(m, _WITH_INPUT)
+    }
     extremes: dict[tuple[str, int], ActivationRange] = {}
     histograms: dict[tuple[str, int], Tensor] = {}
 
@@ -193,9 +195,15 @@ def _run(
 ) -> None:
     """Call `observe` with name, width and input of every quantized layer, at every width."""
     width = width_of(model)
+
+    def read(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(named.values()), None)
+        if isinstance(x, Tensor):
+            observe(name, width.bits or 0, x.float())
+
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, args, name=name: observe(name, width.bits or 0, args[0].float())
+            lambda _, args, named, name=name: read(name, args, named), with_kwargs=True
         )
         for name, module in layers.items()
     ]

@@ -160,8 +160,10 @@ def _batch_norms(norms: list[PerWidthNorm], bits: int | None) -> list[_BatchNorm
 def _estimate(
     model: nn.Module, norms: list[PerWidthNorm], batches: list[Any], bits: int | None
 ) -> None:
+    """Replace the statistics of a width. After an error, they are as before."""
     layers = _batch_norms(norms, bits)
     momenta = [layer.momentum for layer in layers]
+    before = [[b.clone() for b in layer.buffers(recurse=False)] for layer in layers]
     try:
         for norm in norms:
             norm.calibrating = True
@@ -176,6 +178,11 @@ def _estimate(
                 for layer in layers:
                     layer.momentum = size / images  # the running mean over all images so far
                 call_model(model, batch)
+    except BaseException:
+        for layer, values in zip(layers, before, strict=True):
+            for buffer, value in zip(layer.buffers(recurse=False), values, strict=True):
+                buffer.copy_(value)
+        raise
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum, layer.training = momentum, False

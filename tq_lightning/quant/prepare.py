@@ -1,7 +1,7 @@
 """prepare(): attaches quantizers and per-width norms to any nn.Module, by layer name."""
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -136,6 +136,12 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
         )
     _norms(model, config.norm, config.shared_norms)  # raises for a bad pattern before any change
     width = Width(config.max_bits, config.widths, bits=config.widths[0])
+    # before any change too: the start of a learned range checks the weight
+    quantizers = {
+        layer.name: _weight_quantizers(layer, width, config)
+        for layer in layers
+        if layer.skipped is None
+    }
     report = PrepareReport()
     report.set_shares(model, layers)
     for layer in layers:
@@ -143,7 +149,7 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
             "not known yet" if is_lazy(p) else str(tuple(p.shape)) for p in layer.parameters()
         )
         if layer.skipped is None:
-            _attach_weight(layer, width, config)
+            _attach_weight(layer, quantizers[layer.name])
             rule = f"{config.quantizer}, {config.normalizer}, {config.level}"
             if config.scale != "mean":
                 rule += f", {config.scale}"
@@ -219,10 +225,14 @@ def _norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn
     return {n: m for n, m in norms.items() if any(fnmatchcase(n, p) for p in patterns)}
 
 
-def _attach_weight(layer: Layer, width: Width, config: QuantConfig) -> None:
+def _weight_quantizers(
+    layer: Layer, width: Width, config: QuantConfig
+) -> dict[str, WeightQuantizer]:
+    """Create the quantizers of a layer, by tensor."""
     transposed = isinstance(layer.module, _ConvTransposeNd)
+    made = {}
     for tensor in layer.tensors:
-        quantizer = WeightQuantizer(
+        quantizer = made[tensor] = WeightQuantizer(
             f"{layer.name}.{tensor}",
             width,
             config,
@@ -231,6 +241,11 @@ def _attach_weight(layer: Layer, width: Width, config: QuantConfig) -> None:
         )
         if NORMALIZERS[config.normalizer].reference == "learned":
             quantizer.start_range(getattr(layer.module, tensor))
+    return made
+
+
+def _attach_weight(layer: Layer, quantizers: Mapping[str, WeightQuantizer]) -> None:
+    for tensor, quantizer in quantizers.items():
         # unsafe skips a check that would run the quantizer once
         parametrize.register_parametrization(layer.module, tensor, quantizer, unsafe=True)
     if isinstance(layer.module, nn.RNNBase):

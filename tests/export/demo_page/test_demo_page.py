@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -168,6 +169,19 @@ def test_npm_failure_is_an_error_of_one_line(script, message, tmp_path, monkeypa
         and "--onnxruntime-web" in lines[0] + ("--onnxruntime-web" if "has no" in message else "")
     )
     assert [p.name for p in tmp_path.iterdir()] == ["bin"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node.js on this machine")
+def test_page_waits_for_no_more_planes_than_the_file_has(tmp_path):
+    source = shutil.copy(write.HERE / "static" / "planes.js", tmp_path / "planes.mjs").as_uri()
+    cases = [[1, [1]], [2, [1, 2]], [8, [1, 2, 8]], [8, [4, 8]]]  # stored planes, widths
+    script = (
+        f"import(process.argv[1]).then(m => console.log(JSON.stringify({json.dumps(cases)}.map("
+        "([stored_bits, widths]) => m.firstPlanes({stored_bits, widths})))))"
+    )
+    command = ["node", "-e", script, source]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert json.loads(out) == [1, 2, 2, 4]
 
 
 class Server(ThreadingHTTPServer):

@@ -92,7 +92,26 @@ def own_network(monkeypatch):
     monkeypatch.setattr(integer, "load_packed", load)
 
 
-NETWORKS = {"residual": Residual, "linears": LinearNetwork}
+class Tokens(nn.Module):
+    """A linear layer, then a batch norm of its 12 tokens, or with `flat` of its 12 outputs."""
+
+    def __init__(self, flat=False):
+        super().__init__()
+        self.stem, self.fc = nn.Linear(432 if flat else 36, 8), nn.Linear(8, 12)
+        self.bn, self.head, self.flat = nn.BatchNorm1d(12), nn.Linear(12, 4), flat
+
+    def forward(self, x):
+        x = x.flatten(1) if self.flat else x.permute(0, 2, 1, 3).flatten(2)
+        x = torch.relu(self.bn(self.fc(torch.relu(self.stem(x)))))
+        return self.head(x if self.flat else x.mean(1))
+
+
+NETWORKS = {
+    "residual": Residual,
+    "linears": LinearNetwork,
+    "tokens": Tokens,
+    "flat": lambda: Tokens(flat=True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -323,3 +342,16 @@ def test_linear_networks_with_ranges_are_static_only_for_openvino(tmp_path):
         np.abs(logits - simulated(path, images, 1, LinearNetwork)).max()
         > 0.05 * np.abs(logits).max()
     )
+
+
+@pytest.mark.parametrize("name", ["tokens", "flat"])
+def test_norm_over_tokens_is_not_folded_into_a_linear_layer(name, tmp_path):
+    """The channels of the norm are the outputs of the layer only for a matrix, in a Gemm."""
+    path, out = tmp_path / f"{name}.safetensors", tmp_path / "m.onnx"
+    images = make(path, NETWORKS[name], norm="shared")
+    wrote = export_integer(path, out, 4)
+    assert wrote.dynamic and wrote.layers == ("fc",)
+    logits, nodes = run(out, images)
+    assert nodes["BatchNormalization"] == (name == "tokens")
+    expected = simulated(path, images, 4, NETWORKS[name])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=0.02 * np.abs(expected).max())

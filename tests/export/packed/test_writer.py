@@ -141,6 +141,27 @@ def test_folded_norms_agree_within_the_documented_tolerance(net, packed, tmp_pat
         assert torch.equal(got.argmax(1), expected.argmax(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("norm", ["shared", "per_width"])
+def test_folded_norms_keep_the_type_of_the_network(norm, dtype, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()
+        return nn.Sequential(*layers, nn.Linear(64, 3)).to(dtype)
+
+    model, images = build(), torch.randn(4, 3, 8, 8, dtype=dtype)
+    prepare(model, norm=norm, verbose=False)
+    model(images)  # in training mode, which gives the norm statistics
+    calibrate_norms(model.eval(), [images])
+    for fold in (True, False):
+        save_packed(model, tmp_path / "m.safetensors", fold_norms=fold)
+        loaded = load_packed(tmp_path / "m.safetensors", model=build())
+        expected, got = logits(model, images, 4, "truncate"), logits(loaded, images, 4)
+        assert got.dtype == dtype
+        assert fold or torch.equal(got, expected)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def test_compressed_file_is_lossless_and_read_by_prefix(net, tmp_path):
     model, images = net
     sizes = save_packed(model, tmp_path / "z.safetensors", compress=True)

@@ -375,3 +375,218 @@ def test_deepcopy_does_not_copy_the_kernel_cache():
     copied = copy.deepcopy(run)
     assert all(m._prepacked is None for m in integer_layers(copied))
     assert torch.equal(logits_at(copied, images, 2), before)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)
+        self.c = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.drop(input=self.a(input=x))
+        return self.c(torch.flatten(input=self.b(input=x), start_dim=1))
+
+
+def test_layers_called_by_keyword_run_on_integers():
+    torch.manual_seed(0)
+    model, x = ByKeyword(), torch.rand(6, 8)
+    run = integer_copy(model, x)
+    assert [layer.name for layer in integer_layers(run)] == ["b"]
+    assert torch.allclose(logits_at(run, x, 4), logits_at(model, x, 4), atol=1e-2)
+
+
+class Tokens(nn.Module):
+    """A linear layer on (b, 16, 8), then a batch norm of its 16 tokens or of its 16 outputs."""
+
+    def __init__(self, by_output=False):
+        super().__init__()
+        self.stem, self.fc, self.bn = nn.Linear(8, 8), nn.Linear(8, 16), nn.BatchNorm1d(16)
+        self.head, self.by_output = nn.Linear(16, 4), by_output
+        nn.init.uniform_(self.bn.weight, 0.2, 3.0)
+        nn.init.normal_(self.bn.bias)
+
+    def forward(self, x):
+        x = self.fc(torch.relu(self.stem(x)))
+        x = self.bn(x.transpose(1, 2)).transpose(1, 2) if self.by_output else self.bn(x)
+        return self.head(torch.relu(x).mean(1))
+
+
+def integer_copy(model, x, **how):
+    """Prepare a model, calibrate it unless its activations are trained, and copy it to integers."""
+    prepare(model.eval(), verbose=False, **how)
+    if "activations" not in how:
+        calibrate_activations(model, [x])
+    return integer_model(copy.deepcopy(model))
+
+
+def test_norm_over_tokens_is_not_folded_into_a_linear_layer():
+    torch.manual_seed(0)
+    x = torch.rand(4, 16, 8)
+    models = [Tokens(), Tokens(by_output=True)]
+    models[1].load_state_dict(models[0].state_dict())
+    logits = []
+    for model in models:
+        run = integer_copy(model, x, norm="shared")
+        (layer,) = integer_layers(run)
+        assert layer.norm is None
+        logits.append(logits_at(model, x, 4))
+        assert torch.allclose(logits_at(run, x, 4), logits[-1], atol=1e-3)
+    assert not torch.allclose(*logits, atol=0.1)  # a norm of the outputs is another network
+    convolutions = integer_copy(Grouped(), random_images(), norm="shared")
+    assert integer_layers(convolutions)[0].norm is not None
+
+
+class Reshaped(nn.Module):
+    """Tensors of computed size: the size is a value of the network, and not a code."""
+
+    def __init__(self, reshape):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.act, self.act2, self.act3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
+        self.fc, self.head, self.reshape = nn.Linear(512, 16), nn.Linear(16, 4), reshape
+
+    def forward(self, x):
+        x = self.reshape(self.act2(self.conv(self.act(self.stem(x)))))
+        return self.head(self.act3(self.fc(x)))
+
+
+def sliced(x):
+    b, c, h, w = x.shape
+    return x[:, :, : 2 * (h // 2)].reshape(b, c * h * w)
+
+
+def untraced_view(x):
+    return x.view(x.size(0), -1) if x.sum() > -1e9 else x
+
+
+RESHAPES = {
+    "size": lambda x: x.view(x.size(0), -1),
+    "shape": lambda x: x.view(x.shape[0], x.shape[1] * 64),
+    "slices": sliced,
+    "not traced": untraced_view,
+}
+
+
+@pytest.mark.parametrize("activations", [None, "clamp_round", "pact_floor"])
+@pytest.mark.parametrize("case", RESHAPES)
+def test_sizes_are_not_read_as_codes(case, activations):
+    torch.manual_seed(0)
+    images, how = random_images(), {} if activations is None else {"activations": activations}
+    model = Reshaped(RESHAPES[case])
+    if case == "not traced" and activations is not None:
+        with pytest.raises(UserError, match="Reshaped cannot be traced"):
+            integer_copy(model, images, **how)
+        return
+    run = integer_copy(model, images, **how)
+    assert [layer.name for layer in integer_layers(run)] == ["conv", "fc"]
+    for bits in (8, 2):
+        expected = logits_at(model, images, bits)
+        assert (logits_at(run, images, bits) - expected).norm() < 0.01 * expected.norm()
+
+
+class Broadcast(nn.Module):
+    """Sums whose shortcut has another shape than the output of the convolution."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.gate, self.pool = nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1)
+        self.pos, self.add = nn.Parameter(torch.randn(8, 1, 1)), add
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = torch.relu(self.conv(torch.relu(self.stem(x))))
+        return self.head(torch.relu(self.add(self, y)).mean((2, 3)))
+
+
+SUMS = {
+    "pooled": lambda net, y: y + net.gate(net.pool(y)),
+    "parameter": lambda net, y: net.gate(y) + net.pos,
+    "computed parameter": lambda net, y: net.gate(y) + net.pos.exp(),
+    "first image": lambda net, y: net.gate(y) + y[:1],
+    "mask": lambda net, y: net.gate(y) + (y > 0),
+    "equal": lambda net, y: net.gate(y) + y,
+}
+
+
+@pytest.mark.parametrize("level", ["endpoint", "left"])
+@pytest.mark.parametrize("case", SUMS)
+def test_sum_of_different_shapes_is_added_in_float(case, level):
+    torch.manual_seed(0)
+    images = random_images()
+    model = Broadcast(SUMS[case])
+    run = integer_copy(model, images, level=level)
+    layer = integer_layers(run)[1]
+    added = []
+    layer.in_parts = lambda *args: added.append(args) or type(layer).in_parts(layer, *args)
+    for bits in (8, 4):
+        added.clear()
+        expected = logits_at(model, images, bits)
+        assert (logits_at(run, images, bits) - expected).norm() < 0.01 * expected.norm()
+        with bit_width(run, bits, "truncate"):
+            assert all(a.wrong == 0 for a in compare(run, images).values())
+    # a parameter is added by another node
+    assert bool(added) == (case not in ("equal", "parameter"))
+
+
+class Encoder(nn.Module):
+    """`nn.TransformerEncoderLayer` reads the weights of its layers without calling them."""
+
+    def __init__(self, middle=None, untraced=False):
+        super().__init__()
+        self.stem, self.middle = nn.Linear(8, 16), middle or nn.Identity()
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head, self.untraced = nn.Linear(16, 4), untraced
+
+    def forward(self, x):
+        x = self.encoder(self.middle(self.stem(x)))
+        if self.untraced and x.sum() > 1e9:
+            return x
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("untraced", [False, True])
+def test_layers_inside_a_module_of_pytorch_are_counted_as_float(untraced):
+    torch.manual_seed(0)
+    x = torch.rand(4, 5, 8)
+    with pytest.raises(UserError, match="no layer can run on integers"):
+        integer_copy(Encoder(untraced=untraced), x)
+    model = Encoder(nn.Linear(16, 16), untraced)
+    run = integer_copy(model, x)
+    assert [layer.name for layer in integer_layers(run)] == ["middle"]
+    assert run.summary().startswith("1 of 7 layers run on integers")
+    for name in ("linear1", "linear2"):
+        assert run.layers[f"encoder.{name}"] == "is not called as a module"
+    expected = logits_at(model, x, 4)
+    assert (logits_at(run, x, 4) - expected).norm() < 0.01 * expected.norm()
+
+
+def test_float_width_is_an_error_in_integer_mode():
+    torch.manual_seed(0)
+    x = torch.rand(6, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    run = integer_copy(model, x)
+    with pytest.raises(ValueError, match="integer mode has no float width; pass bits from 1 to 8"):
+        logits_at(run, x, None)
+    assert logits_at(run, x, 8).isfinite().all()
+    assert logits_at(model, x, None).isfinite().all()  # the prepared model has its float weights
+
+
+@pytest.mark.parametrize("quantizer", ["round", "floor"])
+def test_source_selects_the_codes_of_the_weights(quantizer):
+    torch.manual_seed(0)
+    x = torch.randn(6, 8)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4))
+    run = integer_copy(model, x, quantizer=quantizer, norm="shared")
+    logits = {}
+    for source in ("quantize", "truncate", None):
+        with torch.inference_mode(), bit_width(model, 2, source):
+            expected = model(x)
+        with torch.inference_mode(), bit_width(run, 2, source):
+            logits[source] = run(x)
+        assert torch.allclose(logits[source], expected, atol=2e-3)
+    assert torch.equal(logits[None], logits["quantize"])
+    assert torch.allclose(logits["truncate"], logits["quantize"], atol=2e-3) == (
+        quantizer == "floor"
+    )

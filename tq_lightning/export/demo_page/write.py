@@ -72,7 +72,7 @@ def write_demo_page(
         repack(path, folder / MODEL)  # decompressed: browsers have no zstd
         export_dynamic(path, folder / GRAPH, codes_as_inputs=True)
         names = _copy_examples(examples, folder)
-        facts = _facts(folder) | {"title": title or header["model"]["name"] or "A network"}
+        facts = _facts(folder) | {"title": title or header["model"].get("name") or "A network"}
         text = json.dumps(facts | {"examples": names}, ensure_ascii=False, allow_nan=False)
         (folder / MARKER).write_text(text, encoding="utf-8")
         for source in (HERE / "static").iterdir():
@@ -113,7 +113,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     return {
         "kind": KIND,
         "schema": 1,
-        "model": header["model"]["name"],
+        "model": header["model"].get("name"),
         "quantizer": header["prepare"]["quantizer"],
         "classes": class_names(header),
         "preprocessing": header["preprocessing"],

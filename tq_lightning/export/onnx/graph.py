@@ -152,7 +152,7 @@ def write_graph(
         del node.metadata_props[:]
     header: dict[str, Any] = model.tq_file  # type: ignore[assignment]
     values = {
-        "model": header["model"]["name"],
+        "model": header["model"].get("name"),
         "quantizer": header["prepare"]["quantizer"],
         "widths": list(widths),
         "stored_bits": header["stored_bits"],

@@ -97,7 +97,9 @@ def take_layers(
         stored = codes_by_name[weight.name]
         outputs = stored.shape[0]
         factor, spread = np.ones(outputs), None
-        norm = editor.only_consumer(y, "BatchNormalization")
+        # the product of a MatMul may have tokens as channels of the norm: (batch, tokens, out)
+        by_channel = node.op_type in ("Conv", "Gemm")
+        norm = editor.only_consumer(y, "BatchNormalization") if by_channel else None
         if norm is not None:
             gamma, beta, mean, var = (
                 editor.constant(n).astype(np.float64)  # type: ignore[union-attr]

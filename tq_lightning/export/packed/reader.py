@@ -30,7 +30,7 @@ from tq_lightning.export.packed.sections import (
     split_norms,
 )
 from tq_lightning.export.packed.size_limits import SizeLimits
-from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
+from tq_lightning.export.packed.skeleton import check_args, create_skeleton, prepare_skeleton
 from tq_lightning.export.packed.weight import MODES, PackedWeight, attach_packed_weight
 from tq_lightning.factories import only_allow
 from tq_lightning.quant.activation_ranges import ActivationRange
@@ -134,13 +134,15 @@ def _own_network(spec: Mapping[str, Any], name: str, path: str | Path) -> nn.Mod
     """Call the factory `name`, which must also be the name in the header."""
     from tq_lightning.models import create_model
 
-    if spec["name"] != name:
+    stored, args = spec.get("name"), spec.get("args")
+    if stored != name:
         raise UserError(
-            f"its network is {spec['name']!r}, got model={name!r}; pass the name of its network, "
-            "or the network itself"
+            f"its network is {str(stored)[:60]!r}, got model={name!r}; pass the name of its "
+            "network, or the network itself"
         )
+    check_args(args, own=True)
     with only_allow(name, path):
-        return create_model(name, **spec["args"])
+        return create_model(name, **args)  # type: ignore[arg-type]
 
 
 def _matching_skeleton(

@@ -20,6 +20,7 @@ from tq_lightning.quant.quantized_tensors import weight_quantizers
 _FORBIDDEN = ("name", "pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
 _MAX_ITEMS = 64  # arguments of a model, and items or characters of an argument
 _MAX_NUMBER = 1 << 16  # largest number in an argument
+_MAX_OWN_NUMBER = 1 << 20  # the same for a factory that the caller names
 # constructors of old timm versions loop in Python over all pairs of positions in a window
 _MAX_WINDOW = 32
 _MAX_SKIP = 1000  # skip patterns
@@ -81,12 +82,7 @@ def create_skeleton(spec: Mapping[str, Any], limits: SizeLimits | None = None) -
         )
     if not isinstance(name, str) or ":" in name or not isinstance(args, dict):
         raise UserError(f"the file does not name a timm model: {str(name)[:60]!r}")
-    if len(args) > _MAX_ITEMS:
-        raise UserError(f"the file header has {len(args)} model arguments")
-    for key, value in args.items():
-        largest = _MAX_WINDOW if "window" in key else _MAX_NUMBER
-        if any(word in key for word in _FORBIDDEN) or not _is_plain(value, largest):
-            raise UserError(f"disallowed model argument in the file header: {str(key)[:40]!r}")
+    check_args(args)
     with limits.registrations() if limits is not None else nullcontext():
         try:
             with torch.device("meta"), SkipInit(limits):
@@ -97,6 +93,32 @@ def create_skeleton(spec: Mapping[str, Any], limits: SizeLimits | None = None) -
         # a constructor that computes with values
         with LimitResultSizes(limits) if limits is not None else nullcontext():
             return create_model(name, **args)
+
+
+def check_args(args: Any, own: bool = False) -> None:
+    """Check the model arguments of a header, before any code is called with them.
+
+    Args:
+        args: "args" of the header's model.
+        own: they are for a factory of the caller, with vocabularies and windows of any usual size.
+
+    Raises:
+        UserError: they are not a small mapping of plain values, or may name files.
+    """
+    hint = "pass the network itself as model="
+    if not isinstance(args, dict):
+        raise UserError(
+            f"the model arguments in the file header are a {type(args).__name__}; {hint}"
+        )
+    if len(args) > _MAX_ITEMS:
+        raise UserError(f"the file header has {len(args)} model arguments; {hint}")
+    for key, value in args.items():
+        largest = _MAX_WINDOW if "window" in key else _MAX_NUMBER
+        largest = _MAX_OWN_NUMBER if own else largest
+        if any(word in key for word in _FORBIDDEN) or not _is_plain(value, largest):
+            raise UserError(
+                f"disallowed model argument in the file header: {str(key)[:40]!r}; {hint}"
+            )
 
 
 def _is_plain(value: Any, largest: int, depth: int = 0) -> bool:

@@ -235,7 +235,8 @@ def _fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:
     """Fold the statistics of affine batch norms into weight and bias, in place.
 
     With weight = gamma / sqrt(var + eps) and bias = beta - mean * weight, computed in float64 and
-    rounded once, y = weight * x + bias. A reader sets the mean to 0 and the variance to 1 - eps.
+    rounded once to the type of gamma and beta, y = weight * x + bias. A reader sets the mean to 0
+    and the variance to 1 - eps.
     """
     for full, _, name in file_names(model):
         stem, _, leaf = name.rpartition(".")
@@ -243,6 +244,7 @@ def _fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:
             continue
         eps = float(model.get_submodule(full.rpartition(".")[0]).eps)  # type: ignore[arg-type]
         mean = tensors.pop(f"{stem}.running_mean").astype(np.float64)
-        weight = tensors[f"{stem}.weight"] / np.sqrt(tensors.pop(name).astype(np.float64) + eps)
-        tensors[f"{stem}.bias"] = (tensors[f"{stem}.bias"] - mean * weight).astype(np.float32)
-        tensors[f"{stem}.weight"] = weight.astype(np.float32)
+        gamma, beta = tensors[f"{stem}.weight"], tensors[f"{stem}.bias"]
+        weight = gamma / np.sqrt(tensors.pop(name).astype(np.float64) + eps)
+        tensors[f"{stem}.bias"] = (beta - mean * weight).astype(beta.dtype)
+        tensors[f"{stem}.weight"] = weight.astype(gamma.dtype)

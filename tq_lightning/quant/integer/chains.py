@@ -72,7 +72,9 @@ def find_chains(network: TracedNetwork, layers: Iterable[fx.Node]) -> list[Chain
     for chain in chains:
         node = only_user(chain.end)
         norm = None if node is None else network.module(node)
-        if node is not None and folds(norm):
+        # after a linear layer on tokens (batch, tokens, out), a norm has the tokens as channels
+        is_conv = isinstance(network.module(chain.layer), nn.Conv2d)
+        if node is not None and is_conv and folds(norm):
             chain.norm = norm
             chain.take(node)
             chain.take_act(act_of(norm), network)
@@ -97,7 +99,9 @@ def _take_shortcuts(network: TracedNetwork, chains: Iterable[Chain]) -> None:
         hosts = [h for h in hosts if isinstance(network.module(ends[h].layer), nn.Conv2d)]
         if hosts:
             host = max(hosts, key=lambda n: network.order[n])
+            residual = node.args[1] if node.args[0] is host else node.args[0]
+            if residual.op == "get_attr":  # a parameter, added in float
+                continue
             chain = ends[host]
-            chain.add = node
-            chain.residual = node.args[1] if node.args[0] is host else node.args[0]
+            chain.add, chain.residual = node, residual
             chain.take(node)

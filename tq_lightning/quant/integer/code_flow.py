@@ -8,7 +8,7 @@ from torch import fx
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.integer.activations import ActivationCodes, TrainedCodes
 from tq_lightning.quant.integer.chains import Chain
-from tq_lightning.quant.integer.plan import NO_RANGE, IntegerPlan
+from tq_lightning.quant.integer.plan import NO_RANGE, NOT_CALLED, IntegerPlan
 from tq_lightning.quant.integer.trace import TracedNetwork
 
 
@@ -27,7 +27,8 @@ def trained_source(network: TracedNetwork, node: Any) -> TrainedCodes | None:
 def input_codes(network: TracedNetwork, plan: IntegerPlan) -> dict[fx.Node, ActivationCodes]:
     """Find the codes that each integer layer reads: trained ones, else calibrated ones.
 
-    Layers that have neither are marked in the plan.
+    Layers that have neither are marked in the plan, and so are layers without a node: inside a
+    module that torch.fx does not trace into, such as `nn.TransformerEncoderLayer`.
     """
     into: dict[fx.Node, ActivationCodes] = {}
     for node in network.graph.nodes:
@@ -39,6 +40,10 @@ def input_codes(network: TracedNetwork, plan: IntegerPlan) -> dict[fx.Node, Acti
             plan.layers[name] = NO_RANGE
         else:
             into[node] = codes
+    called = {str(node.target) for node in into}
+    for name, why in plan.layers.items():
+        if why == "integer" and name not in called:
+            plan.layers[name] = NOT_CALLED
     return into
 
 

@@ -133,6 +133,7 @@ class Conv2d:
         self.gain, self.bias, self.step = gain, bias, step
         self.zeros = torch.zeros(len(gain), dtype=torch.int64)
         self.how = (list(stride), list(padding), list(dilation), groups)
+        self.channels, self.window = len(weight), weight.shape[2:]
         self.weight = torch.ops.onednn.qconv_prepack(weight, gain, step, 0, *self.how, list(shape))
 
     def __call__(
@@ -157,6 +158,12 @@ class Conv2d:
         return torch.ops.onednn.qconv2d_pointwise.binary(
             *head, residual, *middle, residual_step, 0, "sum", 1.0, *tail
         )
+
+    def out_shape(self, a: Tensor) -> tuple[int, ...]:
+        """Return the shape of the result for codes (batch, in, height, width)."""
+        axes = zip(a.shape[2:], self.window, *self.how[:3], strict=True)
+        pixels = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
+        return len(a), self.channels, *pixels
 
 
 class Linear:

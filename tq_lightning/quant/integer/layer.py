@@ -69,7 +69,8 @@ class IntegerLayer(nn.Module):
 
         Args:
             a: uint8 codes of `into`.
-            residual: shortcut, uint8 codes if the output is uint8, else float32. Overwritten.
+            residual: shortcut, uint8 codes if the output is uint8, else float32. Overwritten. If
+                its shape differs from that of the output, it is added in float.
 
         Returns:
             uint8 codes of `out`, or float32.
@@ -80,9 +81,9 @@ class IntegerLayer(nn.Module):
         prepacked = self.prepacked(a)
         if self.simulated:
             return finish(exact_value(self, a, residual), prepacked.out)
-        if prepacked.second is not None:
-            return self.in_parts(prepacked, a, residual)
         inputs = pad_input(self.layer, a, prepacked.into.zero)
+        if prepacked.second is not None or not _adds(prepacked, inputs, residual):
+            return self.in_parts(prepacked, inputs, residual)
         if residual is None:
             y = prepacked.kernel(inputs, prepacked.requantize, self.act)
         else:
@@ -97,20 +98,30 @@ class IntegerLayer(nn.Module):
                 y >>= prepacked.out.shift
         return y
 
-    def in_parts(self, prepacked: Prepacked, a: Tensor, residual: Tensor | None) -> Tensor:
-        """Add the products of two kernels whose integers sum to the weight.
+    def in_parts(self, prepacked: Prepacked, inputs: Tensor, residual: Tensor | None) -> Tensor:
+        """Add the products of two kernels whose integers sum to the weight, and the shortcut.
 
         They are k' and ones, whose product is the sum of the inputs, or, on processors that add
-        products in 16 bits, the upper bits and the two lowest bits of the weight.
+        products in 16 bits, the upper bits and the two lowest bits of the weight. There may be one
+        kernel only, and the shortcut may be broadcast.
         """
-        assert prepacked.second is not None
-        inputs = pad_input(self.layer, a, prepacked.into.zero)
-        y = prepacked.kernel(inputs, None).addcmul_(
-            prepacked.second.kernel(inputs, None), prepacked.second.factor
-        )
+        y = prepacked.kernel(inputs, None)
+        if prepacked.second is not None:
+            y.addcmul_(prepacked.second.kernel(inputs, None), prepacked.second.factor)
         if residual is not None:
-            y.add_(residual, alpha=prepacked.residual_step)
+            y = y.add(residual, alpha=prepacked.residual_step)
         return finish(exact_codes(self.act.exact(y), prepacked.out), prepacked.out)
+
+    def check_width(self, bits: int | None) -> None:
+        """Check that a width can be used; `bit_width` calls this.
+
+        Raises:
+            ValueError: float, which needs the float weights.
+        """
+        if bits is None:
+            raise ValueError(
+                f"integer mode has no float width; pass bits from 1 to {self.width.max_bits}"
+            )
 
     def prepacked(self, a: Tensor) -> Prepacked:
         """Return the kernel of the width in use; build it if the width has changed.
@@ -135,3 +146,12 @@ class IntegerLayer(nn.Module):
         parts = [self.act.name] if self.act != NO_ACT else []
         parts += ["sum"] if self.residual is not None else []
         return ", ".join([self.name, *parts, "float out" if self.out is None else "codes out"])
+
+
+def _adds(prepacked: Prepacked, inputs: Tensor, residual: Tensor | None) -> bool:
+    """Return True if the kernel can add the shortcut: one like its output, or none."""
+    if residual is None:
+        return True
+    assert isinstance(prepacked.kernel, Conv2d)
+    dtype = torch.float32 if prepacked.out is None else torch.uint8
+    return residual.dtype == dtype and residual.shape == prepacked.kernel.out_shape(inputs)

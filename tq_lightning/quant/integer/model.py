@@ -16,8 +16,9 @@ from tq_lightning.quant.activation_ranges import activation_ranges
 from tq_lightning.quant.integer.activations import Quantize
 from tq_lightning.quant.integer.kernels import missing_kernels, sums_are_exact
 from tq_lightning.quant.integer.layer import IntegerLayer
-from tq_lightning.quant.integer.plan import NO_RANGE, NOT_QUANTIZED, IntegerPlan
+from tq_lightning.quant.integer.plan import NO_RANGE, NOT_CALLED, NOT_QUANTIZED, IntegerPlan
 from tq_lightning.quant.integer.rewrite import rewrite
+from tq_lightning.quant.integer.trace import in_leaf
 
 
 class IntegerModel(nn.Module):
@@ -38,7 +39,8 @@ class IntegerModel(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Return the logits of images (batch, channels, height, width), or of other inputs."""
-        if inputs and inputs[0].dim() == 4:
+        traced = isinstance(self.network, fx.GraphModule)
+        if traced and inputs and inputs[0].dim() == 4:
             inputs = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
         return self.network(*inputs, **named)
 
@@ -113,8 +115,8 @@ def _replace_layers(plan: IntegerPlan) -> nn.Module:
         if why != "integer":
             continue
         codes = plan.calibrated(name)
-        if codes is None:
-            plan.layers[name] = NO_RANGE
+        if codes is None or in_leaf(plan.modules, name):
+            plan.layers[name] = NO_RANGE if codes is None else NOT_CALLED
             continue
         layer = plan.modules[name]
         made = nn.Sequential(
@@ -127,9 +129,18 @@ def _replace_layers(plan: IntegerPlan) -> nn.Module:
                 exact_sums=plan.exact_sums,
                 exact=plan.exact_weights(codes),
             ),
+            Contiguous(),
         )
         for holder in plan.modules.values():  # a shared layer has several parents
             for child, module in list(holder._modules.items()):
                 if module is layer and holder is not made[1]:
                     holder._modules[child] = made
     return plan.model
+
+
+class Contiguous(nn.Module):
+    """Undo the memory format of a kernel, for code that is not traced and calls `view`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`, contiguous."""
+        return x.contiguous()

@@ -16,6 +16,7 @@ from tq_lightning.quant.quantized_tensors import quantized_layers
 
 NOT_QUANTIZED = "not quantized"
 NO_RANGE = "no activation range"
+NOT_CALLED = "is not called as a module"
 
 
 class IntegerPlan:

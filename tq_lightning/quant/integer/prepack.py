@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tq_lightning.quant.codes import truncate_codes
 from tq_lightning.quant.integer.activations import CodeParams
 from tq_lightning.quant.integer.arithmetic import IntegerWeight, integer_weight
 from tq_lightning.quant.integer.kernels import Conv2d, Linear, Requantization
@@ -17,7 +16,7 @@ from tq_lightning.quant.integer.saturation import (
     activation_top,
     split_weight,
 )
-from tq_lightning.quant.integer.stored_weight import stored_weight
+from tq_lightning.quant.integer.stored_weight import codes_at, stored_weight
 
 if TYPE_CHECKING:
     from tq_lightning.quant.integer.layer import IntegerLayer
@@ -76,7 +75,7 @@ def prepack(layer: "IntegerLayer", a: Tensor) -> Prepacked:
     bits = width.bits
     assert bits is not None
     weight = stored_weight(inner)
-    narrow = truncate_codes(weight.codes, weight.stored, bits)
+    narrow = codes_at(inner, width)
     channels = narrow.shape[0]
     factor, shift = folded_norm(layer.norm, channels)
     per_channel = (channels, *(1,) * (narrow.dim() - 1))

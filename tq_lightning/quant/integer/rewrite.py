@@ -84,7 +84,10 @@ class _NewGraph:
                 moved = self.read_codes(node.args[0])  # type: ignore[arg-type]
                 self.as_codes[node] = self.call("pool", CodePool(module), moved)
             else:
-                self.as_codes[node] = self.new.node_copy(node, self.read_codes)
+                # other arguments, such as the sizes of a view, are not codes
+                self.as_codes[node] = self.new.node_copy(
+                    node, lambda n: self.read_codes(n) if n is node.args[0] else self.read_float(n)
+                )
                 self.keep_module(node)
         else:
             self.as_float[node] = self.new.node_copy(node, self.read_float)
@@ -215,6 +218,8 @@ class OwnedCopy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` or a copy, in the memory format of the kernels."""
+        if x.dim() != 4:  # broadcast by the sum, which does not overwrite it
+            return x
         if self.free and x.is_contiguous(memory_format=torch.channels_last):
             return x
         return x.clone(memory_format=torch.channels_last)

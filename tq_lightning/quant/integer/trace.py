@@ -1,6 +1,7 @@
 """Trace a network for integer mode, and classify its operations by their effect on codes."""
 
 import operator
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,13 @@ class _Tracer(fx.Tracer):
         )
 
 
+def in_leaf(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Return True if a layer is part of a module of `torch.nn`, which may read its weight."""
+    parts = name.split(".")
+    above = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return any(fx.Tracer().is_leaf_module(modules[n], n) for n in above if n in modules)
+
+
 class TracedNetwork:
     """Graph of a model, without modules that have no effect in evaluation mode.
 
@@ -48,6 +56,10 @@ class TracedNetwork:
         self.model, self.modules = model, modules
         self.graph = fx.GraphModule(model, _Tracer().trace(model)).graph
         for node in list(self.graph.nodes):
+            if node.op == "call_module" and not node.args and len(node.kwargs) == 1:
+                node.args, node.kwargs = tuple(node.kwargs.values()), {}
+            if node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
+                node.target = "reshape"  # kernels return channels_last tensors
             if isinstance(self.module(node), NO_OPS) or _takes_all(node):
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
@@ -59,6 +71,8 @@ class TracedNetwork:
 
     def moves(self, node: fx.Node, signed: bool) -> bool:
         """Return True if a node only moves the codes of its first argument."""
+        if not node.args:
+            return False
         if node.op == "call_module":
             return isinstance(self.module(node), _MOVES)
         if node.op == "call_method":

@@ -1,8 +1,7 @@
 import { env, InferenceSession, Tensor } from "./onnxruntime/ort.wasm.min.mjs";
-import { addPlane, loadPlanes } from "./planes.js";
+import { addPlane, firstPlanes, loadPlanes } from "./planes.js";
 import { preprocess } from "./preprocess.js";
 
-const FIRST_PLANES = 2;
 const TOP = 5;
 const TINY = 64; // pixels; smaller pictures are shown without smoothing
 
@@ -226,7 +225,7 @@ async function start() {
     const count = shape.reduce((a, b) => a * b, 1);
     return [name, new Tensor("uint8", codes.subarray(offset, offset + count), shape)];
   }));
-  const narrowest = Math.max(FIRST_PLANES, facts.widths[0]);
+  const narrowest = firstPlanes(facts);
   drawPlanes();
   showPlanes(0);
   listen();

@@ -1,5 +1,12 @@
 // Bit planes of a packed file -> stored codes, in the order in which the planes arrive.
 
+const FIRST_PLANES = 2;
+
+/** Number of planes to load before the first prediction: 2, or those of the narrowest width. */
+export function firstPlanes({ stored_bits: stored, widths }) {
+  return Math.max(Math.min(FIRST_PLANES, stored), widths[0]);
+}
+
 /** Put plane `p` into codes of `stored` bits. A plane has eight codes a byte, the first highest. */
 export function addPlane(codes, plane, p, stored) {
   const bit = 1 << (stored - 1 - p);
