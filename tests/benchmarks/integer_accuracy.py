@@ -93,8 +93,13 @@ def executorch_integer(path: Path, bits: int) -> Predict:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "program.pte"
         export_executorch(path, program, bits)
-        method = Runtime.get().load_program(program.read_bytes()).load_method("forward")
-    return lambda images: torch.cat([method.execute([x[None].contiguous()])[0] for x in images])
+        loaded = Runtime.get().load_program(program.read_bytes())
+
+    def predict(images: Tensor) -> Tensor:
+        method = loaded.load_method("forward")  # reads the memory of `loaded`
+        return torch.cat([method.execute([x[None].contiguous()])[0] for x in images])
+
+    return predict
 
 
 # (packed file with activation ranges, bits) -> (images -> logits); `float` comes first

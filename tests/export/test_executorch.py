@@ -34,7 +34,10 @@ needs = pytest.mark.skipif(Runtime is None, reason="ExecuTorch is not installed"
 
 
 def load(path):
-    return Runtime.get().load_program(str(path)).load_method("forward")
+    program = Runtime.get().load_program(str(path))
+    method = program.load_method("forward")
+    method.program = program  # it reads the memory of its program
+    return method
 
 
 def images_of_digits(count=100):
