@@ -21,8 +21,6 @@ NOT_AN_ARM = re.compile(
     r"|^(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
 )
 START = "model.checkpoint_path"
-STARTS = (START, "model.teacher_checkpoint_path")
-OWN_DATA = ("imagefolder", "wds")  # data sets that are known by their folder, not by their name
 LISTS = ("model.widths", "model.skip", "model.shared_norms")
 ADDED: dict[str, Any] = {
     "model.scale": "mean",
@@ -97,7 +95,7 @@ def arm_config(run: Run) -> dict[str, Any]:
         for k, v in run.config.items()
         if not NOT_AN_ARM.search(k) and not (k.startswith(("trainer.", "data.")) and v is None)
     }
-    if config.get("data.name") not in OWN_DATA:
+    if config.get("data.name") not in ("imagefolder", "wds"):  # the folder is the data set
         config.pop("data.root", None)
     if config.get("data.seed") == run.seed:
         config.pop("data.seed", None)
@@ -113,16 +111,14 @@ def arm_config(run: Run) -> dict[str, Any]:
         config["model.activations"] = kind.removesuffix(TRUNCATED) if truncated else kind
         config[labels.ACTIVATIONS_SOURCE] = "truncate" if truncated else "quantize"
     widths, weights = _items(config.get("model.widths")), _items(config.get("model.width_weights"))
-    if (
-        len(weights) >= len(widths) > 0
-    ):  # in the order of the widths, after the weight of the float pass
+    if len(weights) >= len(widths) > 0:  # the float pass comes first
         pairs = sorted(zip(widths, weights[-len(widths) :], strict=True), key=lambda p: -int(p[0]))
         config["model.width_weights"] = weights[: -len(widths)] + [weight for _, weight in pairs]
     for key in LISTS:
         if items := _items(config.get(key)):
             config[key] = sorted(items, key=lambda i: (-int(i) if i.isdecimal() else 0, i))
-    for key in STARTS:  # the last parts of the path, without numbers, which vary with the seed
-        if isinstance(config.get(key), str):
+    for key in (START, "model.teacher_checkpoint_path"):
+        if isinstance(config.get(key), str):  # numbers vary with the seed
             config[key] = re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", config[key])[-3:]))
     return config
 

@@ -176,10 +176,13 @@ def write(figure: Figure, folder: Path) -> None:
     """Write `NAME.png` (200 dpi) and `NAME.svg`, without a date, for reproducible files."""
     with styled():
         figure.canvas.set_dpi(200)
+        figure.canvas.draw_without_rendering()
+        figure.canvas.set_layout_engine("none")  # one layout for both files
+        for axes in figure.canvas.axes:  # SVG ids depend on the last digit of a position
+            axes.set_position([round(value, 4) for value in axes.get_position().bounds])
         FigureCanvasAgg(figure.canvas).print_png(folder / f"{figure.name}.png")
-        figure.canvas.set_layout_engine("none")  # keep the layout of the PNG
-        svg = FigureCanvasSVG(figure.canvas)
-        svg.print_svg(folder / f"{figure.name}.svg", metadata={"Date": None})
+        path = folder / f"{figure.name}.svg"
+        FigureCanvasSVG(figure.canvas).print_svg(path, metadata={"Date": None})
 
 
 @contextmanager
