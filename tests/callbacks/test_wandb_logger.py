@@ -3,6 +3,7 @@
 import pytest
 import wandb
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from wandb.sdk.wandb_run import Run  # also the name of versions before `wandb.Run`
 
 from tq_lightning.callbacks.wandb_logger import PerFitWandbLogger, make_wandb_logger
 from tq_lightning.errors import UserError
@@ -37,10 +38,8 @@ def test_only_rank_zero_creates_a_run_under_every_launcher(tmp_path, monkeypatch
 
 def test_resumed_fit_continues_its_run_and_repeats_no_step(tmp_path, monkeypatch):
     """Killed after step 1 and half of step 2, resumed from the checkpoint of step 1."""
-    import wandb
-
     logged = []
-    monkeypatch.setattr(wandb.Run, "log", lambda self, data, **_: logged.append(data))
+    monkeypatch.setattr(Run, "log", lambda self, data, **_: logged.append(data))
     logger = make_wandb_logger(tmp_path / "a", {"lr": 0.1})
     for step in (0, 1):
         logger.log_metrics({"x": step, "epoch": 0}, step=step)
@@ -74,7 +73,7 @@ def test_wandb_error_is_one_line(tmp_path, monkeypatch):
 
 def test_wandb_is_called_without_warnings(tmp_path, monkeypatch):
     given = {}
-    monkeypatch.setattr(wandb, "init", lambda **kwargs: given.update(kwargs) or wandb.Run)
-    monkeypatch.setattr(wandb.Run, "define_metric", lambda *_, **__: None)
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: given.update(kwargs) or Run)
+    monkeypatch.setattr(Run, "define_metric", lambda *_, **__: None)
     _ = PerFitWandbLogger(tmp_path, project="p").experiment
     assert given["project"] == "p" and "anonymous" not in given

@@ -76,6 +76,7 @@ class _Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         seen = mask[:, None].bool()  # (batch, 1, 1, steps)
         q, k, v = qkv
+        seen = seen.expand(-1, -1, x.shape[1], -1)  # ONNX Runtime's Attention does not broadcast it
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.down(self.act(self.up(self.norm2(x))))

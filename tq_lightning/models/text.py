@@ -46,7 +46,8 @@ class Block(nn.Module):
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        mask = seen.expand(-1, -1, x.shape[1], -1)  # ONNX Runtime's Attention does not broadcast it
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = self.norm1(x + self.proj(attended.transpose(1, 2).flatten(2)))
         return self.norm2(x + self.down(self.act(self.up(x))))
 
