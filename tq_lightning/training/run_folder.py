@@ -11,8 +11,6 @@ LAST = "checkpoints/last.ckpt"
 CONFIG = "config.yaml"
 # data keys that may change when a run is resumed: location and reading of the data
 _PLACES = {"root", "download", "workers"}
-# keys that a resumed run does not need: filled in by the run, or weights that its checkpoint has
-_OPTIONAL = {"model.num_classes", "model.checkpoint_path", "model.teacher_checkpoint_path"}
 
 
 def auto_folder(run_dir: str | None, root: Path) -> Path:
@@ -78,8 +76,9 @@ def check_same_run(folder: Path, config: dict[str, Any]) -> None:
     for section in ("seed_everything", "model", "data"):
         ours, theirs = _flat(section, config.get(section)), _flat(section, saved.get(section))
         for key in ours:
-            optional = ours[key] is None and key in _OPTIONAL
-            if not optional and str(ours[key]) != str(theirs.get(key, ours[key])):
+            if ours[key] is None and section == "model":
+                continue  # filled in by the run, such as the number of classes
+            if str(ours[key]) != str(theirs.get(key, ours[key])):
                 raise UserError(
                     f"{folder} is a run with {key}={theirs[key]}, not {ours[key]}; "
                     f"pass --run_dir for another run, or --ckpt_path {folder / LAST} "
