@@ -179,7 +179,8 @@ def write(figure: Figure, folder: Path) -> None:
         figure.canvas.draw_without_rendering()
         figure.canvas.set_layout_engine("none")  # one layout for both files
         for axes in figure.canvas.axes:  # SVG ids depend on the last digit of a position
-            axes.set_position([round(value, 4) for value in axes.get_position().bounds])
+            left, bottom, width, height = (round(x, 4) for x in axes.get_position().bounds)
+            axes.set_position((left, bottom, width, height))
         FigureCanvasAgg(figure.canvas).print_png(folder / f"{figure.name}.png")
         path = folder / f"{figure.name}.svg"
         FigureCanvasSVG(figure.canvas).print_svg(path, metadata={"Date": None})
