@@ -83,9 +83,11 @@ def meta_model(name: str, num_classes: int | None = None, **kwargs: Any) -> nn.M
 def layer_rows(model: nn.Module) -> list[Row]:
     """Return a row for each layer of a prepared model that stores something, in model order."""
     seen: set[int] = set()
-    every = (_row(name or "(root)", module, seen) for name, module in _layers(model))
+    candidates = (_row(name or "(root)", module, seen) for name, module in _layers(model))
     rows = [
-        row for row in every if row.codes or row.scales or row.floats or row.tables or row.norm_set
+        row
+        for row in candidates
+        if row.codes or row.scales or row.floats or row.tables or row.norm_set
     ]
     first = next((row for row in rows if row.levels), None)
     return [replace(row, levels=row is first) for row in rows]

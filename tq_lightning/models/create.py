@@ -145,7 +145,7 @@ def check_local(name: str, path: str | Path) -> None:
 
 @contextmanager
 def _offline_without_network() -> Iterator[None]:
-    """Put the client of the hub into offline mode if there is no network.
+    """Set the Hugging Face Hub client to offline mode if there is no network.
 
     Otherwise it would retry for most of a minute before it reads its cache. The test for a network
     is that the host of the hub has an address. It is skipped behind a proxy, which resolves

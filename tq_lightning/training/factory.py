@@ -122,7 +122,7 @@ def check_teacher(hparams: Any) -> None:
 
 
 def build_teacher(hparams: Any) -> nn.Module | None:
-    """Create the external teacher `hparams.teacher_name`, frozen; return None if there is no name.
+    """Create the frozen teacher model `hparams.teacher_name`, or return None if it is not set.
 
     Raises:
         UserError: see `create_model`.

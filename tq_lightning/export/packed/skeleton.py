@@ -113,8 +113,8 @@ def check_args(args: Any, own: bool = False) -> None:
     if len(args) > _MAX_ITEMS:
         raise UserError(f"the file header has {len(args)} model arguments; {hint}")
     for key, value in args.items():
-        largest = _MAX_WINDOW if "window" in key else _MAX_NUMBER
-        largest = _MAX_OWN_NUMBER if own else largest
+        timm_limit = _MAX_WINDOW if "window" in key else _MAX_NUMBER
+        largest = _MAX_OWN_NUMBER if own else timm_limit
         if any(word in key for word in _FORBIDDEN) or not _is_plain(value, largest):
             raise UserError(
                 f"disallowed model argument in the file header: {str(key)[:40]!r}; {hint}"

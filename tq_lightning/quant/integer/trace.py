@@ -34,7 +34,8 @@ def in_leaf(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Return True if a layer is part of a module of `torch.nn`, which may read its weight."""
     parts = name.split(".")
     above = [".".join(parts[:i]) for i in range(1, len(parts))]
-    return any(fx.Tracer().is_leaf_module(modules[n], n) for n in above if n in modules)
+    is_leaf = fx.Tracer().is_leaf_module
+    return any(is_leaf(modules[n], n) for n in above if n in modules)
 
 
 class TracedNetwork:
