@@ -18,7 +18,6 @@ from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.switchable_norm import per_width_norms, train_float_norms
-from tq_lightning.training import joint as joint_file
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)
@@ -361,15 +360,72 @@ def test_joint_step_lists_the_modules_once(monkeypatch):
 
         monkeypatch.setattr(where, name, counted)
 
-    for module in (bit_width_file, joint_file, fused_weights_file):
+    for module in (bit_width_file, fused_weights_file):
         count(module, "walk_modules")
     count(nn.Module, "named_modules")  # `modules` and `parameters` use it, too
-    loss, _ = joint_loss(model, images, WIDTHS, lambda b, out, w: F.cross_entropy(out, target))
-    loss.backward()
+
+    def step():
+        loss, _ = joint_loss(model, images, WIDTHS, lambda b, out, w: F.cross_entropy(out, target))
+        loss.backward()
+
+    step()
     assert walks == ["walk_modules"]
     with bit_width(model, 4):  # a switch by itself lists them again
         model(images)
     assert walks == ["walk_modules"] * 2
+    model.fused_model = None  # the model keeps its fused weights from now on
+    for _ in range(3):
+        step()
+    assert walks == ["walk_modules"] * 3
+
+
+def test_kept_weights_have_the_same_addresses_in_every_step():
+    """CUDA graphs read them there; a model that does not keep them has new ones."""
+    kept, plain = prepare_model(conv_net), prepare_model(conv_net)
+    kept.fused_model = None
+    images, target = make_batch()
+    addresses, losses = [], {kept: [], plain: []}
+    for step in range(4):
+        if step == 2:  # an evaluation in between uses the same memory
+            with torch.inference_mode(), fused_weights(kept), bit_width(kept, 4):
+                kept(images)
+        for model in (kept, plain):
+            loss, _ = joint_loss(model, images, WIDTHS, recursive_loss(target))
+            loss.backward()
+            with torch.no_grad():  # the weights change between the steps, and gradients are summed
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= 0.01 * p.grad
+            losses[model].append(loss.item())
+        (group,) = kept.fused_model.groups
+        addresses.append([t.data_ptr() for t in group.tensors])
+    assert all(a == addresses[0] for a in addresses)
+    assert losses[kept] == losses[plain] and len(set(losses[kept])) == 4
+    assert_same_grads(kept, plain)
+
+
+def test_kept_weights_follow_a_changed_model():
+    model = prepare_model(conv_net)
+    model.fused_model = None
+    images, target = make_batch()
+
+    def grads():
+        for p in model.parameters():
+            p.grad = None
+        joint_loss(model, images, WIDTHS, recursive_loss(target))[0].backward()
+        return {name for name, p in model.named_parameters() if p.grad is not None}
+
+    first, before = grads(), model.fused_model
+    assert grads() == first and model.fused_model is before
+    w = weight_quantizers(model)[0]
+    w.original.requires_grad_(False)
+    frozen = grads()
+    assert first - frozen == {w.name.replace("weight", "parametrizations.weight.original")}
+    assert model.fused_model is not before
+    w.original.requires_grad_(True)
+    assert grads() == first and model.fused_model.describes(model)
+    model.extra = nn.Identity()
+    assert not model.fused_model.describes(model) and model.fused_model.is_current()
 
 
 def test_norm_parameter_tied_over_widths_has_the_gradient_of_both():

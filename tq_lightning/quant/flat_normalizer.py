@@ -51,6 +51,10 @@ class FlatNormalizer:
     # -- buffers ---------------------------------------------------------------------------------
     def _allocate(self) -> None:
         """Allocate the buffer of `tensors`."""
+        with torch.inference_mode(False):  # training may use it after an evaluation
+            self._allocate_tensors()
+
+    def _allocate_tensors(self) -> None:
         self._buffer = torch.zeros(sum(self._rows), ROW, device=self.device)
         storage, start = self._buffer.untyped_storage(), 0
         # tensors that share the memory, without being views for autograd and `torch.compile`
@@ -73,7 +77,7 @@ class FlatNormalizer:
             flat = torch.ones(sum(self._rows), ROW, device=self.device)
             torch._foreach_copy_(self._views(flat), list(values))
             return flat
-        repeats = _on_device(tuple(self._rows), torch.int64, self.device)
+        repeats = constant(tuple(self._rows), torch.int64, self.device)
         # without `output_size` this would synchronize with the device
         column = torch.stack(list(values)).repeat_interleave(repeats, output_size=sum(self._rows))
         return column.unsqueeze(1)
@@ -163,7 +167,7 @@ class FlatNormalizer:
             scales = [_finite_mean(m, h) for m, h in zip(means, huge, strict=True)]
             self.finite = torch.stack([s.isfinite().all() for s in scales]).all()
             return scales
-        sizes = _on_device(tuple(w.numel() for w in self.originals), torch.float32, self.device)
+        sizes = constant(tuple(w.numel() for w in self.originals), torch.float32, self.device)
         all_huge = torch.stack(torch._foreach_norm(self.tensors, 1.0)) / sizes
         scale = _finite_mean(torch.stack(means), all_huge)
         self.finite = scale.isfinite().all()
@@ -178,7 +182,7 @@ class FlatNormalizer:
 
     # -- backward --------------------------------------------------------------------------------
     def _backward(self, grad: Tensor) -> None:
-        """Compute dL/dw in `tensors` from dL/du, which is overwritten.
+        """Compute dL/dw from dL/du, in place; `tensors` may be overwritten.
 
         dL/dw is dL/du (dt/dw) / (2 range of t), or / (2 scale) for the rule "value"; see
         `Normalize`, which has the same operations in the same order.
@@ -191,7 +195,7 @@ class FlatNormalizer:
             if slope is not None:
                 t = u.sub_(0.5).mul_(2.0)
                 grad.mul_(slope(t if self._top is None else t.mul_(self._top)))
-        torch.div(grad.mul_(0.5), self._grad_divisor, out=self._buffer)
+        grad.mul_(0.5).div_(self._grad_divisor)
         self._u = None
 
     def _add_range_grads(self, each: Tensor) -> None:
@@ -204,7 +208,7 @@ class FlatNormalizer:
 
 
 @lru_cache(maxsize=64)
-def _on_device(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copy constants to a device once, because each copy to a GPU waits for earlier work."""
     with torch.inference_mode(False):  # training uses the cached tensor too
         return torch.tensor(values, dtype=dtype, device=device)

@@ -13,6 +13,8 @@ so `torch.compile` builds one graph for all of them.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from tq_lightning.quant.flat_normalizer import FlatNormalizer
 from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers_of
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.switchable_norm import PerWidthNorm
+from tq_lightning.quant.switchable_norm import PerWidthNorm, width_name
 from tq_lightning.quant.unparametrized_layers import UnparametrizedLayers
 
 
@@ -45,13 +47,12 @@ class FlatWeights(FlatNormalizer):
         self._quantizer_row = QUANTIZERS[self.choices.quantizer]
         self._ste = STES[self.choices.ste]
         self._per_element = self._ste.elementwise or bool(self.ranges)  # the rule reads u and level
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
-        """Forget the weights and gradients of a step, whose memory may be used elsewhere by now."""
+    def start(self) -> None:
+        """Forget the values of a step, but keep the memory of `tensors`."""
         self.finite = self._u = None
         self.bits: int | None = None  # width of the weights in `tensors`
-        self.tensors = []
         self.leaves: list[Tensor] = []  # the weights in use that get a gradient
         self._stored: Tensor | None = None  # codes at max_bits
         self._codes_in_use: Tensor | None = None
@@ -117,8 +118,8 @@ class FlatWeights(FlatNormalizer):
     def add_grads(self, grads: Sequence[Tensor | None]) -> None:
         """Add the gradients of a width: dL/dleaf for each of `leaves`, None if it was not used.
 
-        The straight-through rule of the width is applied here, once for all weights. The gradients
-        reuse the memory of the weights, which are no longer needed.
+        The straight-through rule of the width is applied here, once for all weights. It reuses the
+        memory of the weights, which are no longer needed.
         """
         if all(g is None for g in grads):
             return
@@ -170,19 +171,21 @@ class FlatWeights(FlatNormalizer):
 
         The parameters are the weights and learned ranges that were used.
         """
+        summed: list[Tensor] = []
         if self._grad_sum is not None:
             self._backward(self._grad_sum)
+            summed = self._views(self._grad_sum)
         pairs: list[tuple[Tensor, Tensor]] = []
         for i, has in zip(self._trained, self._has_grad, strict=True):
-            grad = self.tensors[i].requires_grad_(False)
+            self.tensors[i].requires_grad_(False)
             if i in self._float_grads:
                 plain = self._float_grads[i]
-                pairs.append((self.originals[i], plain.add_(grad) if has else plain))
+                pairs.append((self.originals[i], plain.add_(summed[i]) if has else plain))
             elif has:
-                pairs.append((self.originals[i], grad))
+                pairs.append((self.originals[i], summed[i]))
             if has and self.ranges:
                 pairs.append((self.ranges[i], self._range_sums[i]))
-        self._start()
+        self.start()
         return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
@@ -190,20 +193,21 @@ class FusedModel:
     """The fused weights of a model: one `FlatWeights` per device and choice of quantizer.
 
     Args:
-        modules: the modules of a prepared model, from `walk_modules`.
+        modules: the modules of a prepared or packed model, from `walk_modules`.
         switch: their width.
-        check: check once, when the weights are normalized, that all of them are finite, which
-            synchronizes with the device. If False, the caller reads `finite` later.
 
     Attributes:
         at: `at(bits, source)` is `bit_width(model, bits, source)`, without listing the modules.
+        parameters: the parameters that require a gradient, in model order.
+        check: check once, when the weights are normalized, that all of them are finite, which
+            synchronizes with the device. If False, the caller reads `finite` later.
     """
 
-    def __init__(
-        self, modules: list[tuple[str, nn.Module]], switch: WidthSwitch, check: bool = True
-    ) -> None:
-        groups: dict[tuple, list[QuantizedTensor]] = {}
+    def __init__(self, modules: list[tuple[str, nn.Module]], switch: WidthSwitch) -> None:
+        self.width, self.at = switch.width, switch.at
+        self.check = True
         weights = weight_quantizers_of(modules)
+        groups: dict[tuple, list[QuantizedTensor]] = {}
         for w in weights:
             q = w.quantizer
             learned = q.range is not None
@@ -218,12 +222,55 @@ class FusedModel:
             )
             groups.setdefault(key, []).append(w)
         self.groups = [FlatWeights(group) for group in groups.values()]
-        self.check = check
-        self.width, self.at = switch.width, switch.at
         self._layers = UnparametrizedLayers(weights)
         self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
         clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
+        self._modules = [m for _, m in modules]
+        every = (p for m in self._modules for p in m._parameters.values() if p is not None)
+        self._parameters = list(dict.fromkeys(every))
+        self.parameters = [p for p in self._parameters if p.requires_grad]
+        self._owners = self._norm_widths()
+        self._used: dict[str, list[int]] = {}
+        self._chains: list[Any] = [w.module.parametrizations[w.tensor] for w in weights]  # type: ignore[index,union-attr]
+        self._state = self._describe()
+
+    def start(self, check: bool) -> None:
+        """Begin a block: the weights may have changed since the last one."""
+        self.check = check
+        for group in self.groups:
+            group.start()
+
+    def describes(self, model: nn.Module) -> bool:
+        """Return True if `model` has the same modules and parameters as before.
+
+        A step only checks `is_current`, which is faster.
+        """
+        modules = [m for _, m in walk_modules(model)]
+        every = (p for m in modules for p in m._parameters.values() if p is not None)
+        found = [*modules, *dict.fromkeys(every)]
+        known = [*self._modules, *self._parameters]
+        same = len(found) == len(known) and all(map(is_, found, known))
+        return same and self.is_current()
+
+    def is_current(self) -> bool:
+        """Return True if no parameter was frozen or unfrozen, and no weight replaced or moved."""
+        return self._describe() == self._state
+
+    def _describe(self) -> list[Any]:
+        originals = [chain._parameters["original"] for chain in self._chains]
+        return [
+            *map(id, originals),
+            *(p.device for p in originals if p is not None),
+            *(p.requires_grad for p in self._parameters),
+        ]
+
+    def parameters_used(self, bits: int | None) -> list[int]:
+        """List the indices of `parameters` that a width uses: all but the norms of other widths."""
+        name = width_name(bits)
+        if name not in self._used:
+            self._used[name] = [i for i, own in enumerate(self._owners) if own in (None, name)]
+        return self._used[name]
 
     def compute(self, bits: int | None, source: str) -> None:
         """Compute the weights of a width, and select its norms; see `FlatWeights.compute`.
@@ -242,15 +289,14 @@ class FusedModel:
             self.tensors.fill(bits, source, self.width.max_bits)
             self.width.tensors = self.tensors
 
-    def norm_widths(self, params: Sequence[nn.Parameter]) -> list[str | None]:
-        """Return, for each parameter, the name of the width whose norm owns it, or None."""
+    def _norm_widths(self) -> list[str | None]:
         owners: dict[int, str | None] = {}
         for norm in self.norms:
             for name in norm.trained:
                 own = norm.sets._modules[name]._parameters  # type: ignore[union-attr]
                 for p in own.values():  # a parameter of several norms has no owner
                     owners[id(p)] = name if owners.get(id(p), name) == name else None
-        return [owners.get(id(p)) for p in params]
+        return [owners.get(id(p)) for p in self.parameters]
 
     def release(self) -> None:
         """Let each layer compute its own weight again."""
@@ -263,18 +309,17 @@ class FusedModel:
 
 
 @contextmanager
-def fused_weights(
-    model: nn.Module, check: bool = True, modules: list[tuple[str, nn.Module]] | None = None
-) -> Iterator[FusedModel]:
+def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
     """Compute the weights of each width in a few calls; no weight may change inside the block.
 
     Entering `bit_width` computes them. A block inside another one of the same model shares its
-    normalized weights.
+    normalized weights. A model with an attribute `fused_model` (a `TQModule`) keeps the result from
+    one block to the next: the modules need not be listed in every step, and the weights stay at the
+    same addresses, which CUDA graphs need.
 
     Args:
         model: a prepared or packed model.
         check: as in `FusedModel`.
-        modules: `walk_modules(model)`, if the caller has it.
 
     Yields:
         The fused weights.
@@ -282,15 +327,24 @@ def fused_weights(
     Raises:
         ValueError: the model is not prepared.
     """
-    modules = walk_modules(model) if modules is None else modules
-    switch = WidthSwitch(modules)
-    width = switch.width
+    fused: FusedModel | None = model.__dict__.get("fused_model")
+    if fused is None or not (fused.width.fused is fused or fused.is_current()):
+        modules = walk_modules(model)
+        switch = WidthSwitch(modules)
+        if switch.width.fused is not None:
+            yield switch.width.fused
+            return
+        fused = FusedModel(modules, switch)
+        if "fused_model" in model.__dict__:
+            model.__dict__["fused_model"] = fused
+    width = fused.width
     if width.fused is not None:
         yield width.fused
         return
-    width.fused = FusedModel(modules, switch, check)
+    fused.start(check)
+    width.fused = fused
     try:
-        yield width.fused
+        yield fused
     finally:
-        width.fused.release()
+        fused.release()
         width.fused = None

@@ -13,6 +13,9 @@ from torch import nn
 
 from tq_lightning.errors import UserError
 
+# modes of torch.compile; reduce-overhead and max-autotune record CUDA graphs
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 def check_compiler(device: torch.device) -> None:
     """Check that torch.compile can generate code for `device`.
@@ -30,6 +33,11 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """Return the compiled `model`, which shares its parameters and compiles at the first call."""
-    return torch.compile(model)  # type: ignore[return-value]
+def compiled(model: nn.Module, mode: str = "default") -> nn.Module:
+    """Return the compiled `model`, which shares its parameters and compiles at the first call.
+
+    Args:
+        model: a prepared model.
+        mode: one of `COMPILE_MODES`.
+    """
+    return torch.compile(model, mode=mode)  # type: ignore[return-value]

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError
 from tq_lightning.quant.batches import call_model, overwrites_outputs
-from tq_lightning.quant.bit_width import walk_modules
+from tq_lightning.quant.flat_normalizer import constant
 from tq_lightning.quant.fused_weights import fused_weights
-from tq_lightning.quant.switchable_norm import width_name
 from tq_lightning.training.losses import WidthLoss
 
 
@@ -71,17 +70,13 @@ def joint_loss(
         TrainingError: a loss is not finite. The message names the width, and the first parameter
             that is not finite if there is one.
     """
-    modules = walk_modules(model)
-    all_parameters = (p for _, m in modules for p in m._parameters.values() if p is not None)
-    params = [p for p in dict.fromkeys(all_parameters) if p.requires_grad]
-    position = {id(p): index for index, p in enumerate(params)}
     factors = [1.0] * len(widths) if weights is None else list(weights)
     losses: dict[int | None, Tensor] = {}
     logits: dict[int | None, Tensor] = {}
     copy = overwrites_outputs(model)
-    with fused_weights(model, check=False, modules=modules) as fused:
+    with fused_weights(model, check=False) as fused:
+        params = fused.parameters
         sums: list[Tensor | None] = [None] * len(params)
-        owners = fused.norm_widths(params)
         for bits, factor in zip(widths, factors, strict=True):
             with fused.at(bits):
                 for group in fused.groups:
@@ -93,13 +88,13 @@ def joint_loss(
                 # the weights of a width are leaves; their gradients go through the straight-through
                 # rule here, and once per step through the normalizer
                 leaves = [leaf for group in fused.groups for leaf in group.leaves]
-                own = (None, width_name(bits))
-                used = [index for index, owner in enumerate(owners) if owner in own]
+                used = fused.parameters_used(bits)
                 inputs_of_grad = [*(params[index] for index in used), *leaves]
                 with torch.autocast(params[0].device.type, enabled=False):
-                    scaled = loss * (loss_scale * factor)
-                    grads = torch.autograd.grad(scaled, inputs_of_grad, allow_unused=True)
-            del out, loss, scaled
+                    if loss_scale * factor != 1.0:
+                        loss = loss * (loss_scale * factor)
+                    grads = torch.autograd.grad(loss, inputs_of_grad, allow_unused=True)
+            del out, loss
             _accumulate(sums, used, _writable(grads[: len(used)]), copy)
             leaf_grads = iter(grads[len(used) :])
             if copy and bits is None:  # the fused weights keep the gradients of the float pass
@@ -108,6 +103,7 @@ def joint_loss(
                 group.add_grads([next(leaf_grads) for _ in group.leaves])
             del grads, leaf_grads
         finite = [group.finite for group in fused.groups if group.finite is not None]
+        position = {id(p): index for index, p in enumerate(params)}
         for group in fused.groups:
             for parameter, grad in group.gradients():
                 index = position[id(parameter)]
@@ -115,10 +111,13 @@ def joint_loss(
                 sums[index] = grad if before is None else before.add_(grad)
     if loss_scale != 1.0:
         torch._foreach_div_([g for g in sums if g is not None], loss_scale)
+    values = torch.stack([losses[bits].float() for bits in widths])
     # the only synchronization of a step with the device
-    if not bool(torch.stack([*(loss.isfinite() for loss in losses.values()), *finite]).all()):
+    if not bool(torch.stack([values.isfinite().all(), *finite]).all()):
         raise TrainingError(_not_finite(model, losses))
-    total = torch.stack([f * losses[b].float() for f, b in zip(factors, widths, strict=True)]).sum()
+    if any(factor != 1.0 for factor in factors):
+        values = values * constant(tuple(factors), torch.float32, values.device)
+    total = values.sum()
     return _PrecomputedGradients.apply(total, sums, *params), losses
 
 

@@ -13,7 +13,7 @@ from tq_lightning.factories import is_factory, only_allow
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.batches import call_model, samples_of, split_batch
 from tq_lightning.quant.bit_width import bit_width
-from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.fused_weights import FusedModel, fused_weights
 from tq_lightning.quant.input_spec import check_arguments, describe_inputs
 from tq_lightning.quant.label_checks import check_labels, check_labels_are_shifted, check_logits
 from tq_lightning.quant.prepare import PrepareReport
@@ -103,6 +103,8 @@ class TQModule(L.LightningModule):
             widths.
         channels_last: use the channels_last memory format, which is faster on most devices.
         compile: run the model through torch.compile, with one graph for all widths.
+        compile_mode: mode of torch.compile: default, reduce-overhead (CUDA graphs, for small
+            networks on a GPU), max-autotune or max-autotune-no-cudagraphs.
         seed: seed of the width schedule and of the random state of each step; null for the seed of
             the run.
     """
@@ -156,6 +158,7 @@ class TQModule(L.LightningModule):
         calibration_batches: int = 8,
         channels_last: bool = False,
         compile: bool = False,
+        compile_mode: str = "default",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -175,6 +178,8 @@ class TQModule(L.LightningModule):
         # lists hide the teacher and the compiled model from parameters(), state_dict(), checkpoints
         self._teacher: list[nn.Module] = []
         self._compiled: list[Any] = []
+        self.fused_model: FusedModel | None = None
+        """Weights of a width, kept between steps and evaluations by `fused_weights`."""
         self._unused: list[nn.Parameter] = []
         self._inputs: list[dict[str, Any]] = []  # of a network of other inputs than images
         self._epoch_losses = EpochLosses()
@@ -243,7 +248,7 @@ class TQModule(L.LightningModule):
         self.report = factory.prepare_model(model, self.quant, self.hparams)
         self.model = model
         if self.hparams.compile:
-            self._compiled = [compiled(model)]
+            self._compiled = [compiled(model, self.hparams.compile_mode)]
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return logits (batch, classes) of images (batch, channels, height, width).
@@ -436,6 +441,10 @@ class TQModule(L.LightningModule):
         # where the earlier run ended, even if this run has more epochs.
         checkpoint["lr_schedulers"] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which computes its own weights."""
+        return {**super().__getstate__(), "fused_model": None}
+
     # -- start of a loop -------------------------------------------------------------------------
     def on_train_start(self) -> None:
         """Set the learning rate of this step, because the optimizer state has the earlier one."""
@@ -444,6 +453,15 @@ class TQModule(L.LightningModule):
         self.began = True
         for config in self.trainer.lr_scheduler_configs:
             self.lr_scheduler_step(config.scheduler, None)
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the kept weights if a callback has changed the model."""
+        self.drop_stale_weights()
+
+    def drop_stale_weights(self) -> None:
+        """Forget the kept weights of a model whose modules have changed since."""
+        if self.fused_model is not None and not self.fused_model.describes(self):
+            self.fused_model = None
 
     def on_validation_start(self) -> None:
         """Record that the loop runs."""

@@ -7,6 +7,7 @@ from typing import Any
 from tq_lightning.errors import UserError, did_you_mean
 from tq_lightning.models import check_arguments, check_name
 from tq_lightning.records import TASKS
+from tq_lightning.training.compiling import COMPILE_MODES
 from tq_lightning.training.lists import as_floats
 from tq_lightning.training.losses import LOSSES, TEACHERS
 from tq_lightning.training.optim import SCHEDULES, check_optimizer
@@ -18,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "teacher": TEACHERS,
     "width_schedule": tuple(WIDTH_SCHEDULES),
     "sched": SCHEDULES,
+    "compile_mode": COMPILE_MODES,
 }
 
 
