@@ -130,6 +130,7 @@ def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
 
 def test_ranges_that_fail_in_the_lowering_are_not_used(make, tmp_path, monkeypatch):
     pytest.importorskip("torch.ao.quantization.fx._decomposed")
+    monkeypatch.setattr(executorch, "_check_that_it_loads", lambda buffer: None)
     monkeypatch.setattr(executorch, "_backend", lambda: lambda exported: b"program")
     model, images = make()
     calibrate_activations(model, [images])
@@ -171,6 +172,27 @@ def test_static_program_has_the_predictions_of_its_network(tmp_path, capsys):
     right = [(x.argmax(1).numpy() == labels).mean() for x in (logits, expected)]
     assert abs(right[0] - right[1]) <= 0.02
     assert (logits - expected).norm() < 0.1 * expected.norm()
+
+
+@needs
+@pytest.mark.slow
+def test_ranges_that_the_runtime_refuses_are_not_used(tmp_path, capfd):
+    """XNNPACK has no convolution whose input scale times weight scale is 256 output scales."""
+    torch.manual_seed(0)
+    model, images = InvertedResidual(), torch.randn(16, 3, 12, 12)
+    prepare(model, norm="shared", verbose=False)
+    model(images)
+    calibrate_activations(model.eval(), [images])
+    model.tq_ranges["depthwise.0"] = (0.0, 1e-6)
+    path, out = tmp_path / "m.safetensors", tmp_path / "m.pte"
+    save_packed(model, path, preprocessing={"input_size": [3, 12, 12]})
+    with pytest.raises(UserError, match="runtime can.t load this program"):
+        export_executorch(path, out, 4, model=InvertedResidual(), static=True)
+    assert not out.exists()
+    program = export_executorch(path, out, 4, model=InvertedResidual())
+    assert not program.fixed and "can't load this program" in program.no_fixed_ranges
+    assert "xnn" not in capfd.readouterr().err.lower()
+    load(out).execute([images[:1].contiguous()])
 
 
 class InvertedResidual(nn.Module):

@@ -102,6 +102,7 @@ def test_joint_step_equals_the_cpu_and_synchronizes_once(device):
 def test_compiled_training_and_evaluation_equal_eager_mode(device, mode):
     """`reduce-overhead` records a CUDA graph for each set of input tensors."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = prepare_model(device, activations="pact_floor_truncate")
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, mode=mode)

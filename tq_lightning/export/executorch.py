@@ -12,6 +12,11 @@ an additional output channel sums the inputs (see `integer_weight`).
 """
 
 import copy
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,14 +81,15 @@ def export_executorch(
         bits: width, one of those that the file supports.
         model: see `load_packed`.
         static: use the activation ranges of the file for convolutions. None uses them if the file
-            has them and ExecuTorch can lower the result.
+            has them and ExecuTorch can lower and load the result.
 
     Returns:
         The layers that run as integers, and those that stay in float.
 
     Raises:
         UserError: see `load_packed`; ExecuTorch is not installed or was built for another PyTorch;
-            the network quantizes its activations; PyTorch or ExecuTorch can't express the network.
+            the network quantizes its activations; PyTorch or ExecuTorch can't express the network,
+            or ExecuTorch's runtime can't load the program.
     """
     backend = _backend()
     model = load_packed(path, bits=bits, model=model)
@@ -127,12 +133,14 @@ def _lower(
     try:
         with torch.no_grad():
             exported = torch.export.export(network.eval(), (torch.zeros(1, *size),), strict=False)
-            return backend(exported), program
+            buffer = backend(exported)
     except Exception as error:  # torch.export and the lowering raise many types
         reason = message_of(error, 200)
         raise _LoweringError(
             f"ExecuTorch can't express this network ({type(error).__name__}: {reason})"
         ) from error
+    _check_that_it_loads(buffer)
+    return buffer, program
 
 
 def _backend() -> Any:
@@ -160,6 +168,48 @@ def _backend() -> Any:
         return edge.to_executorch().buffer
 
     return lower
+
+
+def _check_that_it_loads(buffer: bytes) -> None:
+    """Load a program once, because XNNPACK chooses its kernels only then.
+
+    It refuses, for example, the fixed ranges of a network with random weights, where the range of a
+    sum exceeds that of the next layer by far.
+
+    Raises:
+        _LoweringError: ExecuTorch's runtime can't load the program.
+    """
+    try:
+        from executorch.runtime import Runtime
+    except ImportError:  # a build without the Python runtime
+        return
+    with tempfile.TemporaryFile() as log, _native_stderr(log.fileno()):
+        try:
+            program = Runtime.get().load_program(buffer)
+            program.load_method("forward")
+        except RuntimeError as error:
+            failed = error
+        else:
+            return
+        log.seek(0)
+        native = [
+            line for line in log.read().decode(errors="replace").splitlines() if "xnn" in line
+        ]
+    reason = native[0].partition("] ")[2] if native else message_of(failed, 200)
+    raise _LoweringError(f"ExecuTorch's runtime can't load this program ({reason})") from failed
+
+
+@contextmanager
+def _native_stderr(target: int) -> Iterator[None]:
+    """Redirect what C++ code writes to stderr to the file descriptor `target`."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    os.dup2(target, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _dequantize_for_each_reader(exported: Any) -> None:
