@@ -12,11 +12,8 @@ an additional output channel sums the inputs (see `integer_weight`).
 """
 
 import copy
-import os
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,33 +180,15 @@ def _check_that_it_loads(buffer: bytes) -> None:
         from executorch.runtime import Runtime
     except ImportError:  # a build without the Python runtime
         return
-    with tempfile.TemporaryFile() as log, _native_stderr(log.fileno()):
-        try:
+    log = io.StringIO()
+    try:
+        with redirect_stderr(log):  # the runtime logs there
             program = Runtime.get().load_program(buffer)
             program.load_method("forward")
-        except RuntimeError as error:
-            failed = error
-        else:
-            return
-        log.seek(0)
-        native = [
-            line for line in log.read().decode(errors="replace").splitlines() if "xnn" in line
-        ]
-    reason = native[0].partition("] ")[2] if native else message_of(failed, 200)
-    raise _LoweringError(f"ExecuTorch's runtime can't load this program ({reason})") from failed
-
-
-@contextmanager
-def _native_stderr(target: int) -> Iterator[None]:
-    """Redirect what C++ code writes to stderr to the file descriptor `target`."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    os.dup2(target, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+    except RuntimeError as error:
+        lines = [line for line in log.getvalue().splitlines() if "xnn" in line.lower()]
+        reason = lines[0].partition("] ")[2] if lines else message_of(error, 200)
+        raise _LoweringError(f"ExecuTorch's runtime can't load this program ({reason})") from error
 
 
 def _dequantize_for_each_reader(exported: Any) -> None:
