@@ -90,6 +90,7 @@ bench: $(VENV)/.peers
 gpu: $(READY)
 	WANDB_MODE=offline $(RUN) -m pytest -m gpu tests/training/test_gpu.py
 	$(RUN) tests/benchmarks/gpu.py --out results/benchmarks/gpu.csv
+	$(RUN) tests/benchmarks/run.py --tables
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(EXECUTORCH) build demo .pytest_cache .mypy_cache .ruff_cache

@@ -28,7 +28,7 @@ BLOCK = re.compile(
     re.M | re.S,
 )
 REASONS = {
-    "builds an environment; CI runs the same targets",
+    "builds an environment",
     "large data",
     "replaces a committed result",
     "needs a cluster",

@@ -1,6 +1,7 @@
 """Run every benchmark of this folder in turn and collect the tables (`make bench`).
 
 python tests/benchmarks/run.py [--out results/benchmarks] [--only training,loader]
+python tests/benchmarks/run.py --tables    # README.md alone, from the tables that are there
 """
 
 import argparse
@@ -9,7 +10,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import latency_table
@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--tables", action="store_true", help="run nothing, write README.md")
     args = parser.parse_args(argv)
     scripts = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
-    chosen = args.only.split(",") if args.only else list(scripts)
+    chosen = args.only.split(",") if args.only else [] if args.tables else list(scripts)
     unknown = [name for name in chosen if name not in scripts]
     if unknown:
         print(
@@ -47,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    only = f", {args.only} alone (the other tables are older)" if args.only else ""
     failed = []
     for name in chosen:
         print(f"== {name}", flush=True)
@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     lines = [
         "# Benchmarks",
         "",
-        f"    make bench    # {time.strftime('%Y-%m-%d')}{only}, "
-        f"{os.cpu_count()} cores, "
-        f"{platform.machine()}, Python {platform.python_version()}, "
-        f"load average of the last 5 minutes at the end {os.getloadavg()[1]:.1f}",
+        f"    make bench    # {os.cpu_count()} cores, {platform.machine()}",
+        "",
+        "Each table has the values of its last run; the tables were not measured on the same day.",
+        "`gpu` is written by `make gpu`.",
         "",
         f"{len(aimed) - len(short)} of {len(aimed)} aims are met{'; not met:' if short else '.'}",
         "",

@@ -154,6 +154,12 @@ def test_empty_batch_is_accepted():
     assert make_layer("pact_round", 2)(torch.zeros(0, 3)).shape == (0, 3)
 
 
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_input_may_be_passed_by_keyword_as_to_relu(kind):
+    layer, x = make_layer(kind, 4), torch.tensor([-1.0, 0.3, 2.0])
+    assert torch.equal(layer(input=x), layer(x)) and not torch.equal(layer(x), x)
+
+
 def test_unknown_kind_and_ste_are_errors():
     with pytest.raises(
         ValueError, match="unknown activations 'relu'; pass null or one of clamp_round"

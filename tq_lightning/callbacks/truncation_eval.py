@@ -59,7 +59,7 @@ class TruncationEval(L.Callback):
     def _start(self, trainer: L.Trainer, module: Any, calibrate: bool) -> None:
         self._weights.close()
         module.drop_stale_weights()
-        self._weights.enter_context(fused_weights(module))
+        self._weights.enter_context(fused_weights(module, keep=True))
         lagging = lagging_widths(module) if calibrate else []
         if calibrate and (lagging or untrained_widths(module)):
             if not self._batches:

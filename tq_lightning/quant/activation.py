@@ -43,8 +43,8 @@ ACTIVATIONS: dict[str, Activation] = {
 class ActivationQuantizer(nn.Module):
     """Replace a ReLU by y = clip * level(code(u)), with u = x / clip clamped to [0, 1].
 
-    The computation is in float32; the output has the dtype of `x`. `clamp_*` fixes the clip at 1
-    (DoReFa, arXiv 1606.06160; Any-Precision, arXiv 1911.07346). `pact_*` learns it: dy/dclip is 1
+    The computation is in float32; the output has the dtype of the input. `clamp_*` fixes the clip
+    at 1 (DoReFa, arXiv 1606.06160; Any-Precision, arXiv 1911.07346). `pact_*` learns it: dy/dclip is 1
     if x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), for every straight-through rule, because a
     rule only affects dy/dx. Codes are computed at the width in use. With `*_truncate` and the
     source "truncate", they are computed at max_bits and shifted. Levels are endpoint levels, so
@@ -83,9 +83,9 @@ class ActivationQuantizer(nn.Module):
         clip = self.clip.detach().float()
         return clip.clamp_min(PACT_LEAST) if self.learned else clip
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Clip and quantize `x` (any shape and float dtype); at float width, clip only."""
-        inside, scale = x.float(), self.effective_clip
+    def forward(self, input: Tensor) -> Tensor:  # named as in `nn.ReLU`, which it replaces
+        """Clip and quantize `input` (any shape and float dtype); at float width, clip only."""
+        inside, scale = input.float(), self.effective_clip
         if self.learned:
             over = inside >= scale
             # no gradient to x beyond the clip, and none to the clip through the quantizer
@@ -102,7 +102,7 @@ class ActivationQuantizer(nn.Module):
             out = self._at_width_in_use(u, scale, clipped)
         if self.learned and torch.is_grad_enabled():
             out = out + over * (self.clip - self.clip.detach())  # adds 0, and the clip's gradient
-        return out.to(x.dtype)
+        return out.to(input.dtype)
 
     def _at_width_in_use(self, u: Tensor, scale: Tensor, clipped: Tensor) -> Tensor:
         bits, max_bits = self.width.bits, self.width.max_bits

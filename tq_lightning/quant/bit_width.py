@@ -33,8 +33,9 @@ class WidthTensors(NamedTuple):
     @classmethod
     def empty(cls, device: torch.device) -> "WidthTensors":
         """Allocate the tensors of one width."""
-        bits, top, stored_top, step = (torch.ones((), device=device) for _ in range(4))
-        is_float = torch.zeros((), dtype=torch.bool, device=device)
+        with torch.inference_mode(False):  # training may use them after an evaluation
+            bits, top, stored_top, step = (torch.ones((), device=device) for _ in range(4))
+            is_float = torch.zeros((), dtype=torch.bool, device=device)
         return cls(bits, top, stored_top, step, is_float)
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ A product with 2^n is exact in float32. Hence, for every u in [0, 1] and every n
 
     floor_codes(u, n) == floor_codes(u, N) >> (N - n)
 
-(TruncQuant, arXiv 2506.11431). `round_codes` has no such identity for 1 < n < N.
+(TruncQuant, arXiv 2506.11431). `round_codes` has no such identity for 1 < n < N. At n = 1,
+only u = 1/2 violates it.
 
 To add a quantizer or a level map, write its functions and one row of `QUANTIZERS` or `LEVELS`.
 Levels that depend on the normalizer are tables, see `level_tables.py`.

@@ -26,7 +26,8 @@ from tq_lightning.quant.flat_normalizer import FlatNormalizer
 from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers_of
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.switchable_norm import PerWidthNorm, width_name
+from tq_lightning.quant.switchable_norm import PerWidthNorm
+from tq_lightning.quant.trained_parameters import TrainedParameters, parameter_slots
 from tq_lightning.quant.unparametrized_layers import UnparametrizedLayers
 
 
@@ -51,6 +52,11 @@ class FlatWeights(FlatNormalizer):
 
     def start(self) -> None:
         """Forget the values of a step, but keep the memory of `tensors`."""
+        for tensor in self.tensors:
+            tensor.requires_grad_(False)
+            tensor.grad = None
+        for name in ("_scale", "_grad_divisor", "_top", "_rms", "_table"):
+            self.__dict__.pop(name, None)
         self.finite = self._u = None
         self.bits: int | None = None  # width of the weights in `tensors`
         self.leaves: list[Tensor] = []  # the weights in use that get a gradient
@@ -177,7 +183,6 @@ class FlatWeights(FlatNormalizer):
             summed = self._views(self._grad_sum)
         pairs: list[tuple[Tensor, Tensor]] = []
         for i, has in zip(self._trained, self._has_grad, strict=True):
-            self.tensors[i].requires_grad_(False)
             if i in self._float_grads:
                 plain = self._float_grads[i]
                 pairs.append((self.originals[i], plain.add_(summed[i]) if has else plain))
@@ -198,7 +203,8 @@ class FusedModel:
 
     Attributes:
         at: `at(bits, source)` is `bit_width(model, bits, source)`, without listing the modules.
-        parameters: the parameters that require a gradient, in model order.
+        trained: the parameters that require a gradient.
+        depth: number of open blocks of `fused_weights`.
         check: check once, when the weights are normalized, that all of them are finite, which
             synchronizes with the device. If False, the caller reads `finite` later.
     """
@@ -226,51 +232,38 @@ class FusedModel:
         self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
         clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
-        self._modules = [m for _, m in modules]
-        every = (p for m in self._modules for p in m._parameters.values() if p is not None)
-        self._parameters = list(dict.fromkeys(every))
-        self.parameters = [p for p in self._parameters if p.requires_grad]
-        self._owners = self._norm_widths()
-        self._used: dict[str, list[int]] = {}
-        self._chains: list[Any] = [w.module.parametrizations[w.tensor] for w in weights]  # type: ignore[index,union-attr]
+        self._modules = [m for _, m in modules[1:]]  # without the root, which may keep this object
+        self._slots = parameter_slots(modules)
+        self.trained = TrainedParameters(modules)
+        self._quantized = [(w.module, w.original, w.quantizer) for w in weights]
         self._state = self._describe()
+        self.depth = 0
 
-    def start(self, check: bool) -> None:
-        """Begin a block: the weights may have changed since the last one."""
-        self.check = check
+    def end(self) -> None:
+        """End a block: keep nothing but the memory of the weights in use."""
+        self.release()
         for group in self.groups:
             group.start()
 
     def describes(self, model: nn.Module) -> bool:
-        """Return True if `model` has the same modules and parameters as before.
-
-        A step only checks `is_current`, which is faster.
-        """
-        modules = [m for _, m in walk_modules(model)]
-        every = (p for m in modules for p in m._parameters.values() if p is not None)
-        found = [*modules, *dict.fromkeys(every)]
-        known = [*self._modules, *self._parameters]
-        same = len(found) == len(known) and all(map(is_, found, known))
+        """Return True if `model` has the same modules, and parameters as in `is_current`."""
+        modules = [m for _, m in walk_modules(model)[1:]]
+        same = len(modules) == len(self._modules) and all(map(is_, modules, self._modules))
         return same and self.is_current()
 
     def is_current(self) -> bool:
-        """Return True if no parameter was frozen or unfrozen, and no weight replaced or moved."""
-        return self._describe() == self._state
+        """Return True if no parameter was replaced, moved, frozen or unfrozen.
+
+        It does not list the modules again, so it does not see added or replaced ones.
+        """
+        same = all(slot.get(name) is p for slot, name, p in self._slots)
+        return same and self._describe() == self._state
 
     def _describe(self) -> list[Any]:
-        originals = [chain._parameters["original"] for chain in self._chains]
         return [
-            *map(id, originals),
-            *(p.device for p in originals if p is not None),
-            *(p.requires_grad for p in self._parameters),
+            *(p.requires_grad for _, _, p in self._slots),
+            *((p.device, p.dtype, type(layer), q.ste, q.level) for layer, p, q in self._quantized),
         ]
-
-    def parameters_used(self, bits: int | None) -> list[int]:
-        """List the indices of `parameters` that a width uses: all but the norms of other widths."""
-        name = width_name(bits)
-        if name not in self._used:
-            self._used[name] = [i for i, own in enumerate(self._owners) if own in (None, name)]
-        return self._used[name]
 
     def compute(self, bits: int | None, source: str) -> None:
         """Compute the weights of a width, and select its norms; see `FlatWeights.compute`.
@@ -289,15 +282,6 @@ class FusedModel:
             self.tensors.fill(bits, source, self.width.max_bits)
             self.width.tensors = self.tensors
 
-    def _norm_widths(self) -> list[str | None]:
-        owners: dict[int, str | None] = {}
-        for norm in self.norms:
-            for name in norm.trained:
-                own = norm.sets._modules[name]._parameters  # type: ignore[union-attr]
-                for p in own.values():  # a parameter of several norms has no owner
-                    owners[id(p)] = name if owners.get(id(p), name) == name else None
-        return [owners.get(id(p)) for p in self.parameters]
-
     def release(self) -> None:
         """Let each layer compute its own weight again."""
         self._layers.restore()
@@ -309,17 +293,19 @@ class FusedModel:
 
 
 @contextmanager
-def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
+def fused_weights(model: nn.Module, check: bool = True, keep: bool = False) -> Iterator[FusedModel]:
     """Compute the weights of each width in a few calls; no weight may change inside the block.
 
     Entering `bit_width` computes them. A block inside another one of the same model shares its
-    normalized weights. A model with an attribute `fused_model` (a `TQModule`) keeps the result from
-    one block to the next: the modules need not be listed in every step, and the weights stay at the
-    same addresses, which CUDA graphs need.
+    normalized weights.
 
     Args:
         model: a prepared or packed model.
         check: as in `FusedModel`.
+        keep: use the `FusedModel` of the last such block if the model has an attribute
+            `fused_model` (a `TQModule`). The modules then need not be listed in every step, and the
+            weights stay at the same addresses, which CUDA graphs need. The caller ensures that no
+            module was replaced since then (`FusedModel.describes`).
 
     Yields:
         The fused weights.
@@ -327,24 +313,25 @@ def fused_weights(model: nn.Module, check: bool = True) -> Iterator[FusedModel]:
     Raises:
         ValueError: the model is not prepared.
     """
-    fused: FusedModel | None = model.__dict__.get("fused_model")
-    if fused is None or not (fused.width.fused is fused or fused.is_current()):
+    owner = model._modules.get("_orig_mod") or model  # of a compiled network
+    keep = keep and "fused_model" in owner.__dict__
+    kept: FusedModel | None = owner.__dict__["fused_model"] if keep else None
+    if kept is not None and (kept.depth or (kept.width.fused is None and kept.is_current())):
+        fused = kept
+    else:
         modules = walk_modules(model)
         switch = WidthSwitch(modules)
-        if switch.width.fused is not None:
-            yield switch.width.fused
-            return
-        fused = FusedModel(modules, switch)
-        if "fused_model" in model.__dict__:
-            model.__dict__["fused_model"] = fused
-    width = fused.width
-    if width.fused is not None:
-        yield width.fused
-        return
-    fused.start(check)
-    width.fused = fused
+        fused = switch.width.fused or FusedModel(modules, switch)
+        if keep and not fused.depth:
+            owner.__dict__["fused_model"] = fused
+    fused.depth += 1
     try:
+        if fused.depth == 1:
+            fused.check = check
+            fused.width.fused = fused
         yield fused
     finally:
-        fused.release()
-        width.fused = None
+        fused.depth -= 1
+        if not fused.depth:
+            fused.end()
+            fused.width.fused = None

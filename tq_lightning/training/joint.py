@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from tq_lightning.errors import TrainingError
 from tq_lightning.quant.batches import call_model, overwrites_outputs
+from tq_lightning.quant.bit_width import walk_modules
 from tq_lightning.quant.flat_normalizer import constant
 from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.trained_parameters import TrainedParameters
 from tq_lightning.training.losses import WidthLoss
 
 
@@ -74,8 +76,10 @@ def joint_loss(
     losses: dict[int | None, Tensor] = {}
     logits: dict[int | None, Tensor] = {}
     copy = overwrites_outputs(model)
-    with fused_weights(model, check=False) as fused:
-        params = fused.parameters
+    with fused_weights(model, check=False, keep=True) as fused:
+        inner = fused.depth > 1  # the block of a caller, who may have opened it for another module
+        trained = TrainedParameters(walk_modules(model)) if inner else fused.trained
+        params = trained.parameters
         sums: list[Tensor | None] = [None] * len(params)
         for bits, factor in zip(widths, factors, strict=True):
             with fused.at(bits):
@@ -88,7 +92,7 @@ def joint_loss(
                 # the weights of a width are leaves; their gradients go through the straight-through
                 # rule here, and once per step through the normalizer
                 leaves = [leaf for group in fused.groups for leaf in group.leaves]
-                used = fused.parameters_used(bits)
+                used = trained.used(bits)
                 inputs_of_grad = [*(params[index] for index in used), *leaves]
                 with torch.autocast(params[0].device.type, enabled=False):
                     if loss_scale * factor != 1.0:

@@ -179,7 +179,7 @@ class TQModule(L.LightningModule):
         self._teacher: list[nn.Module] = []
         self._compiled: list[Any] = []
         self.fused_model: FusedModel | None = None
-        """Weights of a width, kept between steps and evaluations by `fused_weights`."""
+        """Weights of a width, kept by `fused_weights` between the steps of a fit."""
         self._unused: list[nn.Parameter] = []
         self._inputs: list[dict[str, Any]] = []  # of a network of other inputs than images
         self._epoch_losses = EpochLosses()
@@ -247,6 +247,7 @@ class TQModule(L.LightningModule):
         """Prepare `model` with the hyperparameters and make it the model of this module."""
         self.report = factory.prepare_model(model, self.quant, self.hparams)
         self.model = model
+        self.fused_model = None
         if self.hparams.compile:
             self._compiled = [compiled(model, self.hparams.compile_mode)]
 
@@ -462,6 +463,10 @@ class TQModule(L.LightningModule):
         """Forget the kept weights of a model whose modules have changed since."""
         if self.fused_model is not None and not self.fused_model.describes(self):
             self.fused_model = None
+
+    def teardown(self, stage: str) -> None:
+        """Free the kept weights, which the Trainer does not move to the CPU."""
+        self.fused_model = None
 
     def on_validation_start(self) -> None:
         """Record that the loop runs."""

@@ -34,10 +34,9 @@ class CodeActivation(nn.Module):
         for name, value in (("zero", 0), ("by", self.shift), ("top_code", self.top)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in `nn.ReLU`, which it replaces
         """Quantize activations of any shape to codes, and dequantize them."""
-        if self.less:
-            x = x - self.less
+        x = input - self.less if self.less else input
         if self.top < 255 and self.runtime == "openvino":
             x = x.clamp(0.0, self.limit)
         codes = _node("QuantizeLinear", x, torch.uint8, self.step, self.zero)

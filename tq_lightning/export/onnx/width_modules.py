@@ -142,11 +142,11 @@ class TensorActivation(nn.Module):
         self.tables, self.quantizer, self.truncated = [tables], layer.quantizer, layer.truncated
         self.register_buffer("clip", layer.effective_clip.clone())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in `nn.ReLU`, which it replaces
         """Clip and quantize activations of any shape."""
         now = self.tables[0]
         clip: Tensor = self.clip  # type: ignore[assignment]
-        u = torch.minimum(x.clamp_min(0.0), clip) / clip
+        u = torch.minimum(input.clamp_min(0.0), clip) / clip
         tops: Tensor = now.tops_now  # type: ignore[assignment]
         top: Tensor = now.max_top if self.truncated else tops  # type: ignore[assignment]
         k = QUANTIZERS[self.quantizer].float_codes(u, top)
