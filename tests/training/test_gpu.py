@@ -105,6 +105,7 @@ def test_compiled_training_and_evaluation_equal_eager_mode(device, mode):
     torch._dynamo.utils.counters.clear()
     model = prepare_model(device, activations="pact_floor_truncate")
     eager = copy.deepcopy(model)
+    model.fused_model = None  # as in a TQModule: CUDA graphs need the same addresses in every step
     compiled = torch.compile(model, mode=mode)
     for _ in range(4):
         losses = joint_step(model, compiled, *make_batch(device))

@@ -428,6 +428,82 @@ def test_kept_weights_follow_a_changed_model():
     assert not model.fused_model.describes(model) and model.fused_model.is_current()
 
 
+@pytest.mark.parametrize("how", [{}, {"activations": "pact_floor"}])
+def test_kept_weights_train_after_an_evaluation_in_inference_mode(how):
+    model, plain = prepare_model(conv_net, **how), prepare_model(conv_net, **how)
+    model.fused_model = None
+    images, target = make_batch()
+    with torch.inference_mode(), fused_weights(model, keep=True), bit_width(model, 4):
+        model(images)
+    for each in (model, plain):
+        joint_loss(each, images, WIDTHS, recursive_loss(target))[0].backward()
+    assert_same_grads(model, plain)
+
+
+def test_kept_weights_follow_replaced_parameters():
+    model = prepare_model(conv_net)
+    model.fused_model = None
+    images, target = make_batch()
+
+    def step():
+        joint_loss(model, images, WIDTHS, recursive_loss(target))[0].backward()
+        return model.fused_model
+
+    first = step()
+    norm = per_width_norms(model)[0].sets["8"]
+    norm.bias = nn.Parameter(norm.bias.detach().clone())
+    assert step() is not first and norm.bias.grad is not None
+
+
+def test_blocks_that_do_not_keep_their_weights_do_not_use_kept_ones():
+    """A switch of modules between two calls is seen, as in a model that keeps nothing."""
+    model = prepare_model(conv_net)
+    model.fused_model = None
+    images, target = make_batch()
+    joint_loss(model, images, WIDTHS, recursive_loss(target))
+    with fused_weights(model) as fused:
+        assert fused is not model.fused_model
+        with fused_weights(model, keep=True) as inner:  # shares the open block
+            assert inner is fused
+
+
+def test_failed_step_leaves_no_gradient_on_kept_weights():
+    model = prepare_model(conv_net)
+    model.fused_model = None
+    images, target = make_batch()
+
+    def fail(bits, out, wider):
+        if bits == 4:
+            raise RuntimeError("failed")
+        return F.cross_entropy(out, target)
+
+    with pytest.raises(RuntimeError, match="failed"):
+        joint_loss(model, images, WIDTHS, fail)
+    (group,) = model.fused_model.groups
+    assert group.tensors and not any(t.requires_grad for t in group.tensors)
+
+
+def test_only_the_weights_of_one_width_are_kept_between_steps():
+    model = prepare_model(conv_net, normalizer="tanh_channel")
+    model.fused_model = None
+    images, target = make_batch()
+    joint_loss(model, images, WIDTHS, recursive_loss(target))
+    (group,) = model.fused_model.groups
+    kept = {id(v): v.nbytes for v in vars(group).values() if isinstance(v, torch.Tensor)}
+    assert sum(kept.values()) == group._buffer.nbytes
+
+
+def test_block_of_a_part_does_not_hide_parameters_of_the_whole_model():
+    model, plain = prepare_model(conv_net), prepare_model(conv_net)
+    images, target = make_batch()
+    part = next(m for m in model.children() if any(True for _ in weight_quantizers(m)))
+    with fused_weights(part):
+        joint_loss(model, images, WIDTHS, recursive_loss(target))[0].backward()
+    joint_loss(plain, images, WIDTHS, recursive_loss(target))[0].backward()
+    named = zip(model.named_parameters(), plain.parameters(), strict=True)
+    assert all((p.grad is None) == (q.grad is None) for (_, p), q in named)
+
+
 def test_norm_parameter_tied_over_widths_has_the_gradient_of_both():
     def gradients(tied):
         model = prepare_model(conv_net)
