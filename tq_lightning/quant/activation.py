@@ -45,9 +45,9 @@ class ActivationQuantizer(nn.Module):
 
     The computation is in float32; the output has the dtype of the input. `clamp_*` fixes the clip
     at 1 (DoReFa, arXiv 1606.06160; Any-Precision, arXiv 1911.07346). `pact_*` learns it: dy/dclip
-    is 1 if x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), for every straight-through rule, because a
-    rule only affects dy/dx. Codes are computed at the width in use. With `*_truncate` and the
-    source "truncate", they are computed at max_bits and shifted. Levels are endpoint levels, so
+    is 1 if x >= clip, else 0 (PACT, arXiv 1805.06085, eq. 3), for every straight-through rule,
+    because a rule only affects dy/dx. Codes are computed at the width in use. With `*_truncate` and
+    the source "truncate", they are computed at max_bits and shifted. Levels are endpoint levels, so
     that 0 stays 0 and 1 stays 1.
 
     Args:
