@@ -13,7 +13,7 @@ from fixtures.packed import make, net, packed  # noqa: F401
 from PIL import Image
 
 from tq_lightning import bit_width, load_packed, save_packed
-from tq_lightning.cli import classify, export_arguments, main
+from tq_lightning.cli import calibration, classify, export_arguments, main
 from tq_lightning.cli import export as command
 from tq_lightning.errors import UserError
 
@@ -39,6 +39,13 @@ def test_packed_file_is_exported_again(packed, tmp_path, capsys):
     assert f"wrote {out}" in capsys.readouterr().out
     assert command.main([str(out), "--add", str(rest), "--out", str(whole)]) == 0
     assert whole.read_bytes() == packed.read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 400, 511, 5000])
+def test_calibration_samples_every_part_of_the_images(count):
+    chosen = calibration._evenly(list(range(count)))
+    assert len(chosen) == min(256, count) == len(set(chosen))
+    assert count - chosen[-1] <= -(-count // 256)  # the last class too
 
 
 @pytest.mark.parametrize("observer", [None, "mse"])

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from tq_lightning.files import atomic_write
 from tq_lightning.sweep import plots
-from tq_lightning.sweep.config import Sweep, format_argument
+from tq_lightning.sweep.config import Sweep
+from tq_lightning.sweep.parameters import format_argument
 from tq_lightning.sweep.search_space import decode
 from tq_lightning.sweep.trial_queue import TrialQueue
 
