@@ -3,8 +3,10 @@
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +87,8 @@ def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--opset", "21"], "--opset is for"),
         (["{packed}", "--out", "x", "--fold-norms"], "needs the checkpoint"),
         (["{packed}", "--out", "nowhere/x"], "no folder"),
+        (["{packed}", "--out", "x", "--rest", "nowhere/y", "--max-bits", "2"], "no folder nowhere"),
+        (["{packed}", "--out", "nowhere/x", "--rest", "y", "--max-bits", "2"], "no folder nowhere"),
         (["{packed}", "--out", "x", "--max-bits", "9"], "from 1 to 8"),
         (["{packed}", "--out", "x", "--format", "tflite"], "invalid choice"),
         (["{packed}", "--out", "x", "--observer", "mse"], "--observer needs --calibrate"),
@@ -105,6 +109,25 @@ def test_export_error_is_one_line(argv, message, packed, tmp_path, monkeypatch, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [["--rest", "r", "--max-bits", "8"], ["--calibrate", "images"]])
+def test_error_names_the_file_of_the_user(how, packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = Path("run.ckpt")
+    source.write_bytes(b"PK a checkpoint")
+
+    def save(checkpoint, out, *_, **__):
+        shutil.copyfile(packed, out)
+
+    def fail(path, *_, **__):
+        raise UserError(f"{path} is not right")
+
+    monkeypatch.setattr(command, "save_checkpoint", save)
+    monkeypatch.setattr(command, "calibrate", fail)
+    with pytest.raises(UserError, match=r"^run\.ckpt (stores 8 planes|is not right)"):
+        command.main([str(source), "--out", "x", *how])
+    assert list(tmp_path.iterdir()) == [tmp_path / source]
 
 
 @pytest.mark.parametrize("kind", ["onnx", "qonnx"])
