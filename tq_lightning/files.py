@@ -50,8 +50,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path} (it is not a regular file); pass another name")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        if not path.parent.is_dir():
-            raise UserError(f"no folder {path.parent} to write {path.name} to; create it first")
+        check_parent(path)
         yield temporary
         _sync(temporary)
         if temporary.is_dir():
@@ -64,6 +63,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path} ({reason}); nothing was changed") from error
     finally:
         _remove(temporary)
+
+
+def check_parent(path: Path) -> None:
+    """Raise UserError if the folder of a file to write does not exist."""
+    path = path.resolve() if path.is_symlink() else path
+    if not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} to write {path.name} to; create it first")
 
 
 def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:

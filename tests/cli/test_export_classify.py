@@ -3,8 +3,10 @@
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from fixtures.packed import make, net, packed  # noqa: F401
 from PIL import Image
 
 from tq_lightning import bit_width, load_packed, save_packed
-from tq_lightning.cli import classify, export_arguments, main
+from tq_lightning.cli import calibration, classify, export_arguments, main
 from tq_lightning.cli import export as command
 from tq_lightning.errors import UserError
 
@@ -39,6 +41,13 @@ def test_packed_file_is_exported_again(packed, tmp_path, capsys):
     assert f"wrote {out}" in capsys.readouterr().out
     assert command.main([str(out), "--add", str(rest), "--out", str(whole)]) == 0
     assert whole.read_bytes() == packed.read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 400, 511, 5000])
+def test_calibration_samples_every_part_of_the_images(count):
+    chosen = calibration._evenly(list(range(count)))
+    assert len(chosen) == min(256, count) == len(set(chosen))
+    assert count - chosen[-1] <= -(-count // 256)  # the last class too
 
 
 @pytest.mark.parametrize("observer", [None, "mse"])
@@ -78,6 +87,8 @@ def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--opset", "21"], "--opset is for"),
         (["{packed}", "--out", "x", "--fold-norms"], "needs the checkpoint"),
         (["{packed}", "--out", "nowhere/x"], "no folder"),
+        (["{packed}", "--out", "x", "--rest", "nowhere/y", "--max-bits", "2"], "no folder nowhere"),
+        (["{packed}", "--out", "nowhere/x", "--rest", "y", "--max-bits", "2"], "no folder nowhere"),
         (["{packed}", "--out", "x", "--max-bits", "9"], "from 1 to 8"),
         (["{packed}", "--out", "x", "--format", "tflite"], "invalid choice"),
         (["{packed}", "--out", "x", "--observer", "mse"], "--observer needs --calibrate"),
@@ -98,6 +109,25 @@ def test_export_error_is_one_line(argv, message, packed, tmp_path, monkeypatch, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [["--rest", "r", "--max-bits", "8"], ["--calibrate", "images"]])
+def test_error_names_the_file_of_the_user(how, packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = Path("run.ckpt")
+    source.write_bytes(b"PK a checkpoint")
+
+    def save(checkpoint, out, *_, **__):
+        shutil.copyfile(packed, out)
+
+    def fail(path, *_, **__):
+        raise UserError(f"{path} is not right")
+
+    monkeypatch.setattr(command, "save_checkpoint", save)
+    monkeypatch.setattr(command, "calibrate", fail)
+    with pytest.raises(UserError, match=r"^run\.ckpt (stores 8 planes|is not right)"):
+        command.main([str(source), "--out", "x", *how])
+    assert list(tmp_path.iterdir()) == [tmp_path / source]
 
 
 @pytest.mark.parametrize("kind", ["onnx", "qonnx"])

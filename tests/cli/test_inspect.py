@@ -100,6 +100,10 @@ def test_model_section_of_a_configuration_is_read(tmp_path, capsys):
     )
     assert main(["--config", str(config)]) == 0
     assert "in float: first;" in capsys.readouterr().out
+    config.write_text("model: {name: resnet8_cifar, lr: 0.1, normalizr: absmax}")
+    with pytest.raises(UserError, match=r"unknown key model\.normalizr; did you mean normalizer"):
+        main(["--config", str(config)])
+    config.write_text("model: {name: resnet8_cifar, lr: 0.1, skip: [first]}")
     assert main(["--config", str(config), "--model.skip=last"]) == 0
     assert "in float: last;" in capsys.readouterr().out
 

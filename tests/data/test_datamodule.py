@@ -74,13 +74,13 @@ def test_synthetic_can_be_learned():
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_images_are_normalized_with_the_given_mean_and_std(split):
     module = TQDataModule(
-        "digits", pad=0, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0], eval_batch_size=7, batch_size=7
+        "digits", pad=0, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 1.0], eval_batch_size=7, batch_size=7
     )
     loader = getattr(module, f"{split}_dataloader")()
     raw = next(iter(loader))
     got, _ = module.on_after_batch_transfer(raw, 0)
     expected = (raw[0].double() / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor(
-        [0.5, 0.25, 2.0]
+        [0.5, 0.25, 1.0]
     ).view(3, 1, 1)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -180,6 +180,10 @@ def test_two_processes_split_the_batches_of_one(rank):
         ({"batch_size": 0}, "data.batch_size=0"),
         ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
         ({"mean": [0.5]}, "data.mean"),
+        ({"mean": [123.7, 116.3, 103.5]}, "divide values for 0..255 by 255"),
+        ({"mean": [0.5, 0.5, float("nan")]}, "data.mean"),
+        ({"std": [58.4, 57.1, 57.4]}, "divide values for 0..255 by 255"),
+        ({"std": [0.5, 0.5, 0]}, "data.std"),
         ({"remode": "noise"}, "const, rand, pixel"),
         ({"num_classes": 7}, "data.num_classes=7, but digits"),
     ],

@@ -1,6 +1,7 @@
 """Image data sets on disk: every supported layout, and one-line errors for broken ones."""
 
 import io
+import itertools
 import pickle
 import shutil
 import tarfile
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.data.image_folder import _natural_key
 from tq_lightning.errors import UserError
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -261,3 +263,9 @@ def test_calibration_during_validation_reads_the_same_split(folder, workers):
             for a, b in zip(some, others, strict=True)
             for x, y in zip(a, b, strict=True)
         )
+
+
+def test_class_order_is_total():
+    names = ["a01", "a1", "Cat", "cat", "cat2", "cat10"]
+    for order in itertools.permutations(names):
+        assert sorted(order, key=_natural_key) == names

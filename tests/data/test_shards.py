@@ -195,3 +195,11 @@ def test_missing_package_error_names_the_extra(monkeypatch):
     monkeypatch.setattr("tq_lightning.data.hfds.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'tq_lightning\[hfds\]'"):
         TQDataModule("hfds/somebody/images", root=str(Path())).splits.find("train")
+
+
+def test_shard_named_after_two_splits_is_an_error(shards):
+    (shards / "._set-train-0.tar").write_bytes(b"a companion of macOS is not a shard")
+    assert len(webdataset.find_shards(shards, "train")) == 3
+    (shards / "set-train-0.tar").rename(shards / "test-train-0.tar")
+    with pytest.raises(UserError, match=r"test-train-0\.tar: .* the splits train and test; move"):
+        webdataset.find_shards(shards, "train")

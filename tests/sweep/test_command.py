@@ -154,6 +154,9 @@ BAD = [
     (["--objectives", "a:max,a:min"], "each name once"),
     (["--workers", "-1"], "--workers: expected an integer >= 0, got -1"),
     (["--n-trials", "0"], "--n-trials: expected an integer >= 1, got 0"),
+    (["--storage", ""], "--storage: got ''; pass a value, or omit the option"),
+    (["--dir", " "], "--dir: got ' '; pass a value, or omit the option"),
+    (["--study-name", ""], "--study-name: got ''; pass a value, or omit the option"),
     (["--n-trials", "x"], "expected an integer >= 1, got x"),
     (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
     (

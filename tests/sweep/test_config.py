@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.sweep.config import format_argument, grid_point, grid_size, read_sweep, with_extra
+from tq_lightning.sweep.config import grid_point, grid_size, read_sweep, with_extra
+from tq_lightning.sweep.parameters import format_argument
 
 
 def grid(sweep):
@@ -167,6 +168,43 @@ BAD = [
     ({"metric": {"name": "x", "goal": "max"}}, "goal: expected minimize or maximize"),
     ({"metric": "x"}, "metric: expected name and goal"),
     ({"run_cap": 0}, "run_cap: expected an integer >= 1"),
+    *(
+        (
+            {"method": "random", "parameters": {"a": entry}},
+            f"parameters.a: got both {both}; keep one of them",
+        )
+        for entry, both in (
+            ({"value": 1, "values": [2]}, "value and values"),
+            ({"values": [2], "min": 1, "max": 2}, "values and min"),
+            ({"min": 1, "max": 2, "probabilities": [1]}, "min and probabilities"),
+            ({"parameters": {"b": {"value": 1}}, "value": 1}, "parameters and value"),
+            ({"value": 1, "distribution": "uniform"}, "value and distribution 'uniform'"),
+        )
+    ),
+    ({"parameters": {"a": {"values": [1, "1"]}}}, "1 and '1' are equal"),
+    ({"parameters": {"a": {"values": [None, "null"]}}}, "None and 'null' are equal"),
+    (
+        {"parameters": {"a": {"min": 1.5, "max": 3, "distribution": "int_uniform"}}},
+        "parameters.a: int_uniform needs integers, got min 1.5 and max 3",
+    ),
+    (
+        {"parameters": {"trainer.default_root_dir": {"values": ["a", "b"]}}},
+        "the sweep sets it; pass --dir",
+    ),
+    (
+        {
+            "parameters": {
+                "a": {"values": [1]},
+                "trainer": {"parameters": {"default_root_dir": {"value": "a"}}},
+            }
+        },
+        "the sweep sets it; pass --dir",
+    ),
+    ({"parameters": {"ckpt_path": {"values": ["a"]}}}, "the sweep resumes trials itself"),
+    (
+        {"early_terminate": {"type": "hyperband", "max_iter": 9, "s": 10**9}},
+        "early_terminate: expected eta**s <= 2**100",
+    ),
     ({"early_terminate": {"type": "envelope"}}, "type: expected hyperband"),
     ({"early_terminate": {"type": "hyperband"}}, "expected min_iter, or max_iter and s"),
     (
@@ -237,3 +275,29 @@ def test_extra_arguments_cannot_override_searched_keys(write_sweep):
     )
     with pytest.raises(UserError, match=r"searches model\.lr"):
         with_extra(sweep, ["--model.lr=1"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--trainer.default_root_dir=x"], "the sweep sets it; pass --dir"),
+        (["--trainer.default_root_dir", "x"], "the sweep sets it; pass --dir"),
+        (["--print_config"], "--print_config trains nothing"),
+        (["--print_config=skip_null"], "trains nothing"),
+    ],
+)
+def test_extra_arguments_that_the_sweep_cannot_run_are_an_error(write_sweep, extra, message):
+    with pytest.raises(UserError, match=message):
+        with_extra(read_sweep(write_sweep()), extra)
+
+
+def test_consistent_entries_are_read(write_sweep):
+    parameters = {
+        "a": {"value": 1, "distribution": "constant"},
+        "b": {"values": [1, "a"], "distribution": "categorical", "probabilities": [0.5, 0.5]},
+        "c": {"min": 1.0, "max": 3.0, "distribution": "int_uniform"},
+        "d": {"min": 1, "max": 8, "q": 2, "distribution": "q_uniform"},
+    }
+    early = {"type": "hyperband", "max_iter": 27, "s": 3}
+    path = write_sweep(method="random", parameters=parameters, early_terminate=early)
+    assert list(read_sweep(path).parameters) == ["b", "c", "d"]

@@ -79,3 +79,14 @@ def test_finished_worker_is_not_replaced(pool):
 def test_sweep_workers_are_not_slurm_ranks():
     kept = {"CUDA_VISIBLE_DEVICES": "1", "PATH": "/bin"}
     assert without_launcher(kept | {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}) == kept
+
+
+def test_workers_start_with_the_variables_of_the_command(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    options = Options(tmp_path, "sqlite:///study.db", "study", {"loss": "minimize"})
+    given = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(launcher.subprocess, "Popen", lambda *_, env, **__: given.append(env))
+    for environment in ({"OMP_NUM_THREADS": "3"}, {}):
+        WorkerPool(options, None, environment).start(0)
+    assert [env["OMP_NUM_THREADS"] for env in given] == ["3", "2"]

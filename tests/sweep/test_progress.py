@@ -1,11 +1,14 @@
 """The progress line: counts, the best trial, and a steady estimate of the time left."""
 
+import io
 from datetime import datetime, timedelta
 
 import optuna
+import pytest
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
-from tq_lightning.sweep.progress import describe
+from tq_lightning.sweep.progress import Progress, describe
 from tq_lightning.sweep.trial_queue import TrialQueue
 
 
@@ -43,3 +46,14 @@ def test_time_left_counts_a_worker_between_two_trials():
 
 def test_time_left_counts_workers_of_other_commands():
     assert line(running=4, workers=1).endswith("time left 2 min")  # (600 - 160) / 4 = 110 s
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_brackets_are_printed_literally(terminal):
+    study = optuna.create_study(direction="maximize")
+    study.set_metric_names(["val/[/v2]"])
+    study.add_trial(create_trial(value=1.0, user_attrs={"point": 0, "attempt": 0}))
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with Progress(TrialQueue(study, lambda point: {}, limit=1), None, 1, console) as progress:
+        progress.show()
+    assert "best val/[/v2] 1 (trial 0)" in console.file.getvalue()

@@ -41,3 +41,12 @@ def test_table_fits_and_names_omitted_columns(width):
 
 def test_table_without_rows_is_not_printed():
     assert printed(80, []) == ""
+
+
+def test_brackets_are_printed_literally():
+    row = {"trial": 0, "state": "failed", "[/v2]": "[first,last]", "reason": "[/red]"}
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    _print(console, "[/v2]: trials", [row])
+    text = console.file.getvalue()
+    assert "[/v2]: trials" in text and "[first,last]" in text and "trial 0: [/red]" in text
+    assert "[/v2]" in printed(20, [row | {"seconds": "x" * 30}])

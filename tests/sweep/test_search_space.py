@@ -136,3 +136,18 @@ def test_searched_arguments_follow_an_extra_config(write_sweep):
         "b.yaml",
         "--model.lr=0.2",
     ]  # constants may change
+
+
+@pytest.mark.parametrize("entry", [{"values": ["b.yaml"]}, {"value": "b.yaml"}])
+def test_config_of_the_parameters_overrides_only_configurations(write_sweep, entry):
+    parameters = {
+        "model.lr": {"values": [0.2]},
+        "config": entry,
+        "trainer.max_epochs": {"value": 2},
+    }
+    rest = ["--x=1", "--trainer.max_epochs=2", "--y=3", "--model.lr=0.2"]
+    values = {"model.lr": 0.2, "config": "b.yaml", "trainer.max_epochs": 2}
+    for before in ([], ["--config", "a.yaml"], ["--config=a.yaml"]):
+        path = write_sweep(arguments=[*before, "--x=1"], parameters=parameters)
+        sweep = with_extra(read_sweep(path), ["--y=3"])
+        assert fit_arguments(sweep, values) == [*before, "--config=b.yaml", *rest]

@@ -71,6 +71,18 @@ def test_point_enqueued_twice_runs_once(url):
     assert [t.state for t in queue.trials()] == [TrialState.COMPLETE]
 
 
+def test_heartbeat_satisfies_commands_with_a_shorter_timeout(url, monkeypatch):
+    monkeypatch.setattr("tq_lightning.sweep.heartbeat.STALE_SECONDS", 0.6)
+    queue, observer = queue_of(url, limit=1, stale=3600), queue_of(url, limit=1, stale=0.6)
+    queue.refresh()
+    trial = queue.claim("a")
+    with heartbeat(queue, trial, None):
+        for _ in range(20):
+            threading.Event().wait(0.1)
+            observer.refresh()
+    assert queue.study.trials[trial.number].state == TrialState.RUNNING
+
+
 def test_worker_without_heartbeat_loses_its_trial(url):
     queue = queue_of(url, limit=2, stale=0.6)
     queue.refresh()

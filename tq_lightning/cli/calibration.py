@@ -74,12 +74,17 @@ def _batches(model: Any, data: str) -> list[Any]:
             f"data set ({', '.join(DATASETS)})"
         )
     files = find_images(Path(data))
-    step = max(1, len(files) // IMAGES)  # sample every class folder
-    read = read_preprocessed(model, files[::step][:IMAGES])
+    read = read_preprocessed(model, _evenly(files))
     pixels = [value for _, value in read if not isinstance(value, str)]
     if not pixels:
         raise UserError(f"none of the {len(files)} images under {data} could be read")
     return list(torch.stack(pixels).split(BATCH_SIZE))
+
+
+def _evenly(files: list[Path]) -> list[Path]:
+    """Return up to `IMAGES` files at equal distances, so that every class folder is sampled."""
+    count = min(IMAGES, len(files))
+    return [files[i * len(files) // count] for i in range(count)]
 
 
 def _dataset_batches(model: Any, name: str) -> list[Any]:

@@ -1,5 +1,6 @@
 """The verb `demo-page`: write a page of static files that runs a model in a browser."""
 
+import sys
 from pathlib import Path
 
 from tq_lightning.cli.export import packed_file
@@ -74,8 +75,12 @@ def main(argv: list[str]) -> int:
 
 
 def _examples(path: Path | None) -> list[Path]:
-    """Return the first images below a folder that browsers can display, or the image itself."""
+    """Return the first images below a folder that browsers can display, or the image itself.
+
+    One line on standard error counts the images that can't be read.
+    """
     from tq_lightning.cli.classify import find_images
+    from tq_lightning.data.images import UnreadableImage, escape_undecodable, read_image
 
     shown = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
     if path is None:
@@ -85,4 +90,19 @@ def _examples(path: Path | None) -> list[Path]:
         raise UserError(
             f"--images {path}: no image that browsers display; pass {', '.join(shown)} files"
         )
-    return found[:MOST_EXAMPLES]
+    examples: list[Path] = []
+    unread: list[str] = []
+    for image in found:
+        try:
+            read_image(image)
+        except (UnreadableImage, OSError) as error:
+            unread.append(escape_undecodable(f"{image} {error}"))
+        else:
+            examples.append(image)
+        if len(examples) == MOST_EXAMPLES:
+            break
+    if not examples:
+        raise UserError(f"--images {path}: no image can be read ({unread[0]}); pass other images")
+    if unread:
+        print(f"skipped {len(unread)} examples, e.g. {unread[0]}", file=sys.stderr)
+    return examples

@@ -78,15 +78,22 @@ def packed_file(
         (packed file, temporary folder).
 
     Raises:
-        UserError: raised by the body; paths of temporary files are replaced by `source`.
+        UserError: raised by the body; see `_temporary_folder`.
     """
+    with _temporary_folder(source) as folder:
+        path = source
+        if not is_packed(path):
+            path = folder / "model.safetensors"
+            save_checkpoint(source, path, factory, **options)
+        yield path, folder
+
+
+@contextmanager
+def _temporary_folder(source: Path) -> Iterator[Path]:
+    """Yield a temporary folder. A UserError of the body names `source` instead of its files."""
     with tempfile.TemporaryDirectory() as name:
-        folder, path = Path(name), source
         try:
-            if not is_packed(path):
-                path = folder / "model.safetensors"
-                save_checkpoint(source, path, factory, **options)
-            yield path, folder
+            yield Path(name)
         except UserError as error:
             if name not in str(error):
                 raise
@@ -124,8 +131,8 @@ def save_checkpoint(
 
 def _calibrated(args: argparse.Namespace) -> dict[str, int]:
     """Write a packed file with activation ranges; nothing is written if they can't be observed."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, args.out = args.out, Path(folder) / "packed.safetensors"
+    with _temporary_folder(args.source) as folder:
+        out, args.out = args.out, folder / "packed.safetensors"
         _packed(args)
         path, args.out = args.out, out
         return calibrate(
@@ -156,8 +163,8 @@ def _packed(args: argparse.Namespace) -> dict[str, int]:
         }
         if args.rest is None:
             return save_checkpoint(args.source, args.out, args.factory, **options)
-        with tempfile.TemporaryDirectory() as folder:
-            full = Path(folder) / "full.safetensors"
+        with _temporary_folder(args.source) as folder:
+            full = folder / "full.safetensors"
             save_checkpoint(args.source, full, args.factory, fold_norms=args.fold_norms)
             edit.write_rest(full, args.rest, args.max_bits)
             return edit.repack(full, args.out, args.max_bits, args.compress)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
+from tq_lightning.files import check_parent
 
 FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx", "executorch")
 ONE_WIDTH = ("onnx", "qonnx", "executorch")
@@ -183,6 +184,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "--compress, --rest, --add and --max-bits are for packed files, got "
             f"--format {args.format}"
         )
+    for target in (args.out, args.rest):
+        if target is not None:
+            check_parent(target)
     return args
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tq_lightning.cli.inspect_tables import show
 from tq_lightning.cli.parser import Parser
 from tq_lightning.cost.record import inspect_record
-from tq_lightning.errors import UserError, program_name
+from tq_lightning.errors import UserError, did_you_mean, program_name
 from tq_lightning.records import InspectRecord, RecordError, read_any, write_record
 from tq_lightning.training.lists import as_ints, as_list
 from tq_lightning.training.yaml_file import parse_yaml, read_yaml
@@ -117,6 +117,13 @@ def _model_section(path: Path | None) -> dict[str, Any]:
     section = content.get("model") if isinstance(content, dict) else None
     if not isinstance(section, dict):
         raise UserError(f"--config {path}: no model: section")
+    from tq_lightning.training.cli_messages import known_keys  # imports Lightning
+
+    known = [key.removeprefix("model.") for key in known_keys() if key.startswith("model.")]
+    for key in section:
+        if key not in known:
+            hint = did_you_mean(key, known) or f"; inspect reads {', '.join(KEYS)}"
+            raise UserError(f"--config {path}: unknown key model.{key}{hint}")
     return section
 
 

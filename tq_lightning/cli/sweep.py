@@ -119,12 +119,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--timeout", type=_seconds, help="seconds after which this command starts no new trials"
     )
-    p.add_argument("--study-name", help="default: `name` of the file, or its file name")
+    p.add_argument("--study-name", type=_text, help="default: `name` of the file, or its file name")
     p.add_argument(
-        "--dir", help="folder for trials, logs, tables and plots (default: runs/sweeps/STUDY-NAME)"
+        "--dir",
+        type=_text,
+        help="folder for trials, logs, tables and plots (default: runs/sweeps/STUDY-NAME)",
     )
     p.add_argument(
         "--storage",
+        type=_text,
         help="Optuna storage: postgresql+psycopg://user@host/db, or journal:PATH "
         "(default: SQLite in --dir)",
     )
@@ -213,6 +216,12 @@ def _integer(least: int) -> Callable[[str], int]:
         return number
 
     return integer
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"got {text!r}; pass a value, or omit the option")
+    return text
 
 
 def _seconds(text: str) -> float:

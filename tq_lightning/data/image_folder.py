@@ -210,10 +210,13 @@ def _report(line: str) -> None:
     print(escape_undecodable(line), file=sys.stderr, flush=True)
 
 
-def _natural_key(text: str) -> list[Any]:
-    """Return a sort key that compares digits as numbers: "img2" before "img10"."""
+def _natural_key(text: str) -> tuple[list[Any], str]:
+    """Return a sort key that compares digits as numbers: "img2" before "img10".
+
+    The text itself orders names that are equal otherwise, such as Cat and cat, or a1 and a01.
+    """
     parts = re.split(r"(\d+)", text.lower())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
 def _check_empty_folders(path: Path) -> None:

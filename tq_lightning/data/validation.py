@@ -1,6 +1,5 @@
 """Validation of the `data:` keys."""
 
-import math
 from typing import Any
 
 from tq_lightning.data.datasets import DATASETS
@@ -73,8 +72,11 @@ def check_data_options(given: dict[str, Any]) -> None:
     for key in ("mean", "std"):
         if given[key] is not None and len(given[key]) != 3:
             raise UserError(f"data.{key}: got {given[key]}, pass 3 numbers, one per channel")
-    if given["std"] is not None and not all(0 < value < math.inf for value in given["std"]):
-        raise UserError(f"data.std: got {given['std']}, pass numbers above 0")
+    scaled = "pixels are scaled to 0..1, so divide values for 0..255 by 255"
+    if given["mean"] is not None and not all(0 <= value <= 1 for value in given["mean"]):
+        raise UserError(f"data.mean: got {given['mean']}, pass numbers from 0 to 1; {scaled}")
+    if given["std"] is not None and not all(0 < value <= 1 for value in given["std"]):
+        raise UserError(f"data.std: got {given['std']}, pass numbers above 0 and up to 1; {scaled}")
     if given["auto_augment"]:
         _check_policy(given["auto_augment"])
 

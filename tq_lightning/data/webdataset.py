@@ -25,6 +25,7 @@ from tq_lightning.data.images import (
     LeftOut,
     UnreadableImage,
     escape_undecodable,
+    is_hidden,
     read_image,
 )
 from tq_lightning.data.splits import Source, Split
@@ -80,18 +81,35 @@ def read_wds(source: Source, split: str) -> Split | None:
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
-    """List the shards of a split, sorted by name."""
+    """List the shards of a split, sorted by name; hidden files are not shards.
+
+    Raises:
+        UserError: the name of a shard of `root` contains two splits.
+    """
     for name in SPLITS[split]:
-        if shards := sorted((root / name).glob("*.tar")):
+        if shards := _list_tars(root / name):
             return shards
-    tars = sorted(root.glob("*.tar"))
+    tars = _list_tars(root)
     names = {split: set(names) for split, names in SPLITS.items()}
     words = {tar: set(re.split(r"[^a-z]+", tar.stem.lower())) for tar in tars}
+    for tar in tars:
+        found = [name for name in names if words[tar] & names[name]]
+        if len(found) > 1:
+            raise UserError(
+                escape_undecodable(
+                    f"shard {tar}: its name contains the splits {' and '.join(found)}; move the "
+                    f"shards to {root / found[0]}/ and {root / found[1]}/"
+                )
+            )
     named = [tar for tar in tars if words[tar] & names[split]]
     if not named and split == "train":
         every = set().union(*names.values())
         return [tar for tar in tars if not words[tar] & every]
     return named
+
+
+def _list_tars(folder: Path) -> list[Path]:
+    return sorted(tar for tar in folder.glob("*.tar") if not is_hidden((tar.name,)))
 
 
 def _read_names(file: Path) -> list[str]:

@@ -37,6 +37,7 @@ KEYS = (
     "project",  # project and entity belong to W&B's server and are ignored here
     "entity",
 )
+MAX_EXPONENT = 100  # of 2, for eta**s of early_terminate
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 COMMAND = '["${env}", python, -m, tq_lightning, fit, --config, FILE, "${args}"]'
@@ -101,6 +102,12 @@ def read_sweep(path: str | Path) -> Sweep:
             f"{path}: parameters: nothing to search; add `values`, or `min` and `max`, to at least "
             "one key"
         )
+    _check_free([*parameters, *constants], f"{path}: parameters")
+    if "ckpt_path" in parameters:
+        raise UserError(
+            f"{path}: parameters: ckpt_path can't be searched, because the sweep resumes trials "
+            "itself; remove it"
+        )
     metric, goal = _read_metric(raw.get("metric"), path)
     arguments, environment = _read_command(raw.get("command"), path)
     cap = raw.get("run_cap")
@@ -130,10 +137,16 @@ def with_extra(sweep: Sweep, extra: list[str]) -> Sweep:
     """Add arguments of `fit` to every trial.
 
     Raises:
-        UserError: an argument sets a key that is searched.
+        UserError: an argument sets a key that is searched or that the sweep sets, or prints the
+            configuration.
     """
-    for word in extra:
-        key = word.removeprefix("--").split("=", 1)[0]
+    keys = {word: word.removeprefix("--").split("=", 1)[0] for word in extra}
+    _check_free(list(keys.values()), "the arguments after --")
+    for word, key in keys.items():
+        if key == "print_config":
+            raise UserError(
+                f"{word} trains nothing; remove it from the arguments after --, or pass it to fit"
+            )
         if key in sweep.parameters:
             raise UserError(
                 f"{word}: {sweep.path} searches {key}; remove it from the arguments after --"
@@ -158,9 +171,12 @@ def grid_point(sweep: Sweep, index: int) -> dict[str, Any]:
     return dict(reversed(point.items()))
 
 
-def format_argument(key: str, value: Any) -> str:
-    """Format `--key=value` so that the parser of `fit` reads a value of the same type."""
-    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+def _check_free(keys: list[str], where: str) -> None:
+    """Raise UserError if the keys include the one that the sweep sets for every trial."""
+    if "trainer.default_root_dir" in keys:
+        raise UserError(
+            f"{where}: got trainer.default_root_dir, but the sweep sets it; pass --dir instead"
+        )
 
 
 def _read_metric(raw: Any, path: Path) -> tuple[str | None, str]:
@@ -191,6 +207,8 @@ def _read_early_terminate(raw: Any, path: Path) -> dict[str, float] | None:
         )
     if min(numbers.values()) < 1 or numbers.get("eta", 3) < 2:
         raise UserError(f"{where}: expected numbers >= 1 and eta >= 2, got {raw!r}")
+    if numbers.get("s", 1) * math.log2(numbers.get("eta", 3)) > MAX_EXPONENT:
+        raise UserError(f"{where}: expected eta**s <= 2**{MAX_EXPONENT}, got {raw!r}; reduce s")
     return numbers
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tq_lightning.sweep.trial_queue import TrialQueue
+from tq_lightning.sweep.trial_queue import STALE_SECONDS, TrialQueue
 
 if TYPE_CHECKING:
     import optuna
@@ -26,11 +26,13 @@ def heartbeat(
     from optuna.exceptions import UpdateFinishedTrialError
 
     stop = threading.Event()
+    # also often enough for a command that observes the trial with the default --stale-after
+    pause = min(queue.stale_after, STALE_SECONDS) / 6
     queue.trial_taken = False
 
     def beat() -> None:
         count = 0
-        while not stop.wait(queue.stale_after / 6 if count else 0):
+        while not stop.wait(pause if count else 0):
             count += 1
             try:
                 queue.storage.set_trial_user_attr(trial._trial_id, "heartbeat", count)

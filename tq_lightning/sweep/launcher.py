@@ -41,7 +41,7 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
     outage = StorageOutage()
     with outage:
         queue.refresh()
-    pool = WorkerPool(options, deadline)
+    pool = WorkerPool(options, deadline, sweep.environment)
     stopped_by: list[int] = []
 
     def interrupt(number: int, _: Any) -> None:
@@ -81,10 +81,14 @@ class WorkerPool:
     Args:
         options: options of the workers.
         deadline: `time.time()` after which no new trial is started.
+        environment: variables that the file's `command` sets. The workers start with them, because
+            torch reads some, such as OMP_NUM_THREADS, when it is imported.
     """
 
-    def __init__(self, options: Options, deadline: float | None) -> None:
-        self.options, self.deadline = options, deadline
+    def __init__(
+        self, options: Options, deadline: float | None, environment: dict[str, str] | None = None
+    ) -> None:
+        self.options, self.deadline, self.environment = options, deadline, environment or {}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.slots: dict[str, int] = {}  # worker -> its share of the machine
         self.failed_starts = 0
@@ -104,7 +108,9 @@ class WorkerPool:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=without_launcher(os.environ) | _slot_environment(slot, self.options.workers),
+                env=without_launcher(os.environ)
+                | _slot_environment(slot, self.options.workers)
+                | self.environment,
                 start_new_session=True,
                 preexec_fn=_default_sigint,
             )

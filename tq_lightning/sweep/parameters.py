@@ -1,5 +1,6 @@
 """Read `parameters` of a sweep file, nested or flat, as `Parameter`s and constants."""
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,14 @@ UNSUPPORTED = (
     "inv_log_uniform",
     "inv_log_uniform_values",
 )
+# key that defines the form of an entry -> keys that may accompany it; the first match counts
+FORMS = {
+    "parameters": (),
+    "value": ("distribution",),
+    "values": ("distribution", "probabilities"),
+    "min": ("max", "distribution", "q"),
+    "max": ("min", "distribution", "q"),
+}
 MAX_INTEGER = 2**53  # samplers draw floats, which do not represent larger integers exactly
 
 
@@ -60,6 +69,11 @@ class Parameter:
     log: bool = False
     q: float | None = None
     integer: bool = False
+
+
+def format_argument(key: str, value: Any) -> str:
+    """Format `--key=value` so that the parser of `fit` reads a value of the same type."""
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def axis_size(parameter: Parameter) -> int:
@@ -116,6 +130,7 @@ def read_parameters(
         if not isinstance(entry, dict):
             raise UserError(f"{here}: expected value, values or min and max, got {entry!r}")
         check_keys(entry, PARAMETER_KEYS, here)
+        _check_form(entry, here)
         if "parameters" in entry:
             read_parameters(entry["parameters"], f"{key}.", method, parameters, constants, here)
         elif key in parameters or key in constants:
@@ -128,6 +143,20 @@ def read_parameters(
             parameters[key] = _read_range(entry, method, here)
 
 
+def _check_form(entry: dict[str, Any], where: str) -> None:
+    """Raise UserError if two keys of an entry contradict each other; the message names both."""
+    form = next((form for form in FORMS if form in entry), None)
+    if form is None:
+        return
+    for key in entry:
+        if key != form and key not in FORMS[form]:
+            raise UserError(f"{where}: got both {form} and {key}; keep one of them")
+    if form == "value" and entry.get("distribution", "constant") != "constant":
+        raise UserError(
+            f"{where}: got both value and distribution {entry['distribution']!r}; keep one of them"
+        )
+
+
 def _read_choice(entry: dict[str, Any], where: str) -> Parameter:
     """Read `values`, with or without `probabilities`."""
     kinds = ("categorical", "categorical_w_probabilities")
@@ -137,10 +166,10 @@ def _read_choice(entry: dict[str, Any], where: str) -> Parameter:
         raise UserError(f"{where}: values: expected a list of at least one value, got {values!r}")
     seen: dict[Any, Any] = {}
     for value in values:
-        key = _hashable(value)
-        if key in seen:
-            raise UserError(f"{where}: values: {seen[key]!r} and {value!r} are equal; keep one")
-        seen[key] = value
+        for key in (_hashable(value), ("argument", format_argument("", value))):
+            if key in seen:
+                raise UserError(f"{where}: values: {seen[key]!r} and {value!r} are equal; keep one")
+            seen[key] = value
     if weights is None:
         return Parameter(values=tuple(values))
     numbers = [
@@ -182,6 +211,11 @@ def _read_range(entry: dict[str, Any], method: str, where: str) -> Parameter:
         integers = isinstance(entry["min"], int) and isinstance(entry["max"], int)
         name = "int_uniform" if integers else "uniform"
     one_of(name, RANGES, f"{where}: distribution")
+    if name == "int_uniform" and not (low.is_integer() and high.is_integer()):
+        raise UserError(
+            f"{where}: int_uniform needs integers, got min {entry['min']!r} and max "
+            f"{entry['max']!r}; round them, or use uniform"
+        )
     q = as_number(entry.get("q", 1), f"{where}: q") if name.startswith("q_") else None
     if "q" in entry and q is None:
         raise UserError(f"{where}: q needs a q_ distribution, got distribution {name}")

@@ -6,6 +6,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from tq_lightning.sweep.trial_queue import TrialQueue
 
@@ -47,15 +48,15 @@ class Progress:
     ) -> None:
         if self.live is not None:
             self.live.stop()
-            self.console.print(self.last, soft_wrap=True)
+            self.console.print(self.last, soft_wrap=True, markup=False)
 
     def show(self) -> None:
         """Update the live line; without a terminal, print a line if a count has changed."""
         line = describe(self.queue, self.deadline, self.workers)
         if self.live is not None:
-            self.live.update(line, refresh=True)
+            self.live.update(Text(line), refresh=True)
         elif line.split("; time left")[0] != self.last.split("; time left")[0]:
-            self.console.print(line, soft_wrap=True)
+            self.console.print(line, soft_wrap=True, markup=False)
         self.last = line
 
 

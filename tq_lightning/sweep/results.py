@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tq_lightning.files import atomic_write
 from tq_lightning.sweep import plots
-from tq_lightning.sweep.config import Sweep, format_argument
+from tq_lightning.sweep.config import Sweep
+from tq_lightning.sweep.parameters import format_argument
 from tq_lightning.sweep.search_space import decode
 from tq_lightning.sweep.trial_queue import TrialQueue
 
@@ -34,7 +36,7 @@ def write_results(
         folder: folder of the files.
         console: console to print to; None is the terminal.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 160  # for log files
     study, trials = queue.study, ranked(queue)
@@ -63,7 +65,7 @@ def write_results(
             "no parameter importances: they need two different results and a varying parameter"
         )
     drawn = plots.draw(study, folder / "plots", importances)
-    console.print(f"tables and {len(drawn)} plots in {folder}", soft_wrap=True)
+    console.print(f"tables and {len(drawn)} plots in {folder}", soft_wrap=True, markup=False)
 
 
 def ranked(queue: TrialQueue) -> list["optuna.trial.FrozenTrial"]:
@@ -192,7 +194,7 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows as a table that fits the terminal, and the reasons of failed trials below it.
 
     Columns that do not fit are omitted and listed below the table: seconds and states first, then
-    searched keys, starting with the last. Cells are never wrapped.
+    searched keys, starting with the last. Cells are never wrapped. Text is printed literally.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "reason"))
     optional: list[str] = [key for key in ("seconds", "state") if key in columns]
@@ -204,16 +206,16 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
         columns.remove(hidden[-1])
     if not rows:
         return
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
     for key in columns:
-        table.add_column(_short(key), no_wrap=True)
+        table.add_column(Text(_short(key)), no_wrap=True)
     for i in range(1, min(len(rows), MAX_ROWS) + 1):
-        table.add_row(*(cells[key][i] for key in columns))
+        table.add_row(*(Text(cells[key][i]) for key in columns))
     console.print(table)
     if len(rows) > MAX_ROWS:
         console.print(f"... and {len(rows) - MAX_ROWS} more in the CSV")
     if hidden:
-        console.print(f"not shown, but in the CSV: {', '.join(map(_short, hidden))}")
+        console.print(f"not shown, but in the CSV: {', '.join(map(_short, hidden))}", markup=False)
     for row in rows[:MAX_ROWS]:
         if row.get("reason"):
             console.print(f"trial {row['trial']}: {row['reason']}", markup=False)

@@ -19,8 +19,8 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
-from tq_lightning.sweep.config import Sweep, format_argument
-from tq_lightning.sweep.parameters import Parameter, multiples, round_to_step
+from tq_lightning.sweep.config import Sweep
+from tq_lightning.sweep.parameters import Parameter, format_argument, multiples, round_to_step
 
 if TYPE_CHECKING:
     import optuna
@@ -96,15 +96,28 @@ def fit_arguments(sweep: Sweep, values: dict[str, Any]) -> list[str]:
     """Return the arguments of `fit` for one trial. Later arguments override earlier ones.
 
     The order is: the file's `command`, its constants, the arguments after `--`, the searched
-    values. The searched values come last so that a `--config` after `--` can't override them.
+    values. The searched values come last so that a `--config` after `--` can't override them. A
+    searched or constant `config` follows the last `--config` of the command, or comes first, so
+    that it overrides only configuration files.
     """
+    config = [format_argument(key, value) for key, value in values.items() if key == "config"]
+    rest = {key: value for key, value in values.items() if key != "config"}
     constants = [
-        format_argument(key, value) for key, value in values.items() if key not in sweep.parameters
+        format_argument(key, value) for key, value in rest.items() if key not in sweep.parameters
     ]
     searched = [
-        format_argument(key, value) for key, value in values.items() if key in sweep.parameters
+        format_argument(key, value) for key, value in rest.items() if key in sweep.parameters
     ]
-    return [*sweep.arguments, *constants, *sweep.extra, *searched]
+    cut = max(
+        (
+            i + (1 if "=" in word else 2)
+            for i, word in enumerate(sweep.arguments)
+            if word.split("=", 1)[0] in ("--config", "-c")
+        ),
+        default=0,
+    )
+    first, others = sweep.arguments[:cut], sweep.arguments[cut:]
+    return [*first, *config, *others, *constants, *sweep.extra, *searched]
 
 
 def sampler(sweep: Sweep, point: int) -> "optuna.samplers.BaseSampler":

@@ -9,8 +9,8 @@ from typing import Any
 
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.records import STORAGE_BYTES, goal_of
-from tq_lightning.sweep.config import Sweep, format_argument
-from tq_lightning.sweep.parameters import round_to_step
+from tq_lightning.sweep.config import Sweep
+from tq_lightning.sweep.parameters import format_argument, round_to_step
 from tq_lightning.sweep.search_space import fit_arguments
 
 MAX_CHECKED = 1000  # arms; checking one takes a few milliseconds

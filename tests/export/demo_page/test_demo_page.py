@@ -20,6 +20,8 @@ from timm.data import create_transform
 
 from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_packed
 from tq_lightning.cli import main
+from tq_lightning.cli.demo_page import _examples
+from tq_lightning.errors import UserError
 from tq_lightning.export.demo_page import runtime, write
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.edit import repack
@@ -141,6 +143,19 @@ def test_errors_are_one_line_and_write_nothing(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert sorted(Path().rglob("*")) == before
+
+
+def test_unreadable_examples_are_skipped(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"no image can be read \(.*a\.png"):
+        _examples(tmp_path)
+    for name in "bcdefghijklmno":
+        Image.new("L", (2, 2)).save(tmp_path / f"{name}.png")
+    assert [path.stem for path in _examples(tmp_path)] == list("bcdefghijklm")
+    error = capsys.readouterr().err
+    assert error.startswith("skipped 1 examples, e.g. ") and error.count("\n") == 1
+    (tmp_path / "a.png").unlink()
+    assert len(_examples(tmp_path)) == 12 and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
