@@ -49,12 +49,9 @@ class FlatNormalizer:
         self._range_sums: list[Tensor] = []  # dL/drange, summed over the widths
 
     # -- buffers ---------------------------------------------------------------------------------
+    @torch.inference_mode(False)  # training may use the buffer after an evaluation
     def _allocate(self) -> None:
         """Allocate the buffer of `tensors`."""
-        with torch.inference_mode(False):  # training may use it after an evaluation
-            self._allocate_tensors()
-
-    def _allocate_tensors(self) -> None:
         self._buffer = torch.zeros(sum(self._rows), ROW, device=self.device)
         storage, start = self._buffer.untyped_storage(), 0
         # tensors that share the memory, without being views for autograd and `torch.compile`

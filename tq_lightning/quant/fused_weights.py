@@ -29,6 +29,7 @@ from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import PerWidthNorm
 from tq_lightning.quant.trained_parameters import TrainedParameters, parameter_slots
 from tq_lightning.quant.unparametrized_layers import UnparametrizedLayers
+from tq_lightning.quant.weight import WeightQuantizer
 
 
 class FlatWeights(FlatNormalizer):
@@ -48,18 +49,19 @@ class FlatWeights(FlatNormalizer):
         self._quantizer_row = QUANTIZERS[self.choices.quantizer]
         self._ste = STES[self.choices.ste]
         self._per_element = self._ste.elementwise or bool(self.ranges)  # the rule reads u and level
+        self.leaves: list[Tensor] = []  # the weights in use that get a gradient
         self.start()
 
     def start(self) -> None:
         """Forget the values of a step, but keep the memory of `tensors`."""
-        for tensor in self.tensors:
-            tensor.requires_grad_(False)
-            tensor.grad = None
+        for leaf in self.leaves:
+            leaf.requires_grad_(False)
+            leaf.grad = None
         for name in ("_scale", "_grad_divisor", "_top", "_rms", "_table"):
             self.__dict__.pop(name, None)
         self.finite = self._u = None
         self.bits: int | None = None  # width of the weights in `tensors`
-        self.leaves: list[Tensor] = []  # the weights in use that get a gradient
+        self.leaves = []
         self._stored: Tensor | None = None  # codes at max_bits
         self._codes_in_use: Tensor | None = None
         self._grad_sum: Tensor | None = None  # dL/du, summed over the widths
@@ -194,6 +196,12 @@ class FlatWeights(FlatNormalizer):
         return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
+def _group_key(original: Tensor, q: WeightQuantizer) -> tuple:
+    """Return what the weights of a `FlatWeights` have in common."""
+    learned = q.range is not None
+    return (original.device, q.quantizer, q.ste, q.level, q.normalizer, q.scale_kind, learned)
+
+
 class FusedModel:
     """The fused weights of a model: one `FlatWeights` per device and choice of quantizer.
 
@@ -215,18 +223,7 @@ class FusedModel:
         weights = weight_quantizers_of(modules)
         groups: dict[tuple, list[QuantizedTensor]] = {}
         for w in weights:
-            q = w.quantizer
-            learned = q.range is not None
-            key = (
-                w.original.device,
-                q.quantizer,
-                q.ste,
-                q.level,
-                q.normalizer,
-                q.scale_kind,
-                learned,
-            )
-            groups.setdefault(key, []).append(w)
+            groups.setdefault(_group_key(w.original, w.quantizer), []).append(w)
         self.groups = [FlatWeights(group) for group in groups.values()]
         self._layers = UnparametrizedLayers(weights)
         self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
@@ -262,7 +259,7 @@ class FusedModel:
     def _describe(self) -> list[Any]:
         return [
             *(p.requires_grad for _, _, p in self._slots),
-            *((p.device, p.dtype, type(layer), q.ste, q.level) for layer, p, q in self._quantized),
+            *((type(layer), p.dtype, *_group_key(p, q)) for layer, p, q in self._quantized),
         ]
 
     def compute(self, bits: int | None, source: str) -> None:
