@@ -1,51 +1,14 @@
-"""Build the model, quantizers and teacher of a run from its hyperparameters."""
+"""Build the float model and the teacher of a run from its hyperparameters."""
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.factories import is_factory
 from tq_lightning.models import check_local, create_model, is_remote
-from tq_lightning.quant.config import QuantConfig, check_widths
-from tq_lightning.quant.prepare import PrepareReport, apply_config
-from tq_lightning.quant.switchable_norm import train_float_norms
-from tq_lightning.training.lists import as_ints, as_list
-
-
-def quant_config(hparams: Any) -> QuantConfig:
-    """Return the QuantConfig of the hyperparameters of a TQModule, whose lists may be text.
-
-    Raises:
-        UserError: a value that is unknown or out of range.
-    """
-    widths = as_ints(hparams.widths, "model.widths")
-    skip = as_list(hparams.skip, "model.skip")
-    shared = as_list(hparams.shared_norms, "model.shared_norms")
-    if hparams.float_pass not in (True, False, "normalized"):
-        raise UserError(
-            f"model.float_pass: got {hparams.float_pass!r}, pass true, false or normalized"
-        )
-    float_pass = "normalized" if hparams.float_pass == "normalized" else "plain"
-    try:
-        check_widths(widths, hparams.max_bits)
-    except ValueError as error:
-        key = "max_bits" if str(error).startswith("max_bits") else "widths"
-        raise UserError(f"model.{key}: {error}") from None
-    try:
-        return QuantConfig.from_mapping(
-            hparams
-            | {"widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
-        )
-    except ValueError as error:
-        # the message begins with the key, e.g. "unknown level 'x'" or "level 'x' is not supported
-        # with ..."
-        key = str(error).removeprefix("unknown ").split(maxsplit=1)[0]
-        where = f"model.{key}" if key in hparams else "model"
-        raise UserError(f"{where}: {error}") from None
 
 
 def classes_of_data(name: str, data: Any) -> int | None:
@@ -137,25 +100,3 @@ def build_teacher(hparams: Any) -> nn.Module | None:
             f"the teacher (model.teacher_name, model.teacher_checkpoint_path): {error}"
         ) from None
     return teacher.eval().requires_grad_(False)
-
-
-def prepare_model(model: nn.Module, config: QuantConfig, hparams: Any) -> PrepareReport:
-    """Attach the quantizers of `config` to `model`, in place.
-
-    Args:
-        model: a float model.
-        config: how the model is quantized.
-        hparams: hyperparameters of a TQModule, for `float_pass` and `channels_last`.
-
-    Raises:
-        UserError: a layer that can't be quantized, or a pattern that matches no layer.
-    """
-    try:
-        report = apply_config(model, config)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
-    if hparams.float_pass:
-        train_float_norms(model)
-    if hparams.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return report

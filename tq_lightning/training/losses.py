@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from tq_lightning.quant.label_checks import IGNORE_INDEX
+from tq_lightning.quant.label_checks import IGNORE_INDEX, check_labels, check_logits
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -120,3 +120,32 @@ def make_width_loss(
         return (1 - distill_weight) * label_loss(logits, target) + distill_weight * soft
 
     return width_loss
+
+
+def with_label_checks(
+    width_loss: WidthLoss, task: str, target: Tensor, read_labels: bool
+) -> WidthLoss:
+    """Return `width_loss` with messages that say which logits or labels do not fit.
+
+    Args:
+        width_loss: loss of one width.
+        task: a value of `model.task`.
+        target: labels of the batch.
+        read_labels: read the labels at the first width, and not only after an error.
+
+    Returns:
+        The same loss. It raises UserError if logits or labels do not fit the task.
+    """
+
+    def checked(bits: int | None, logits: Tensor, wider: dict[int | None, Tensor]) -> Tensor:
+        check_logits(task, logits, target)
+        if read_labels and not wider:
+            check_labels(logits, target)
+        try:
+            return width_loss(bits, logits, wider)
+        except (IndexError, RuntimeError):
+            if not target.is_cuda:  # a GPU that failed cannot be read
+                check_labels(logits, target)
+            raise
+
+    return checked

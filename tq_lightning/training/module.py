@@ -13,23 +13,30 @@ from tq_lightning.factories import is_factory, only_allow
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.batches import call_model, samples_of, split_batch
 from tq_lightning.quant.bit_width import bit_width
+from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.fused_weights import FusedModel, fused_weights
 from tq_lightning.quant.input_spec import check_arguments, describe_inputs
-from tq_lightning.quant.label_checks import check_labels, check_labels_are_shifted, check_logits
-from tq_lightning.quant.prepare import PrepareReport
+from tq_lightning.quant.label_checks import check_labels_are_shifted
+from tq_lightning.quant.prepare import PrepareReport, apply_config
+from tq_lightning.quant.switchable_norm import train_float_norms
 from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
 from tq_lightning.training.data_validation import check_against_data
 from tq_lightning.training.epoch_losses import EpochLosses
 from tq_lightning.training.joint import joint_loss, unused_parameters
 from tq_lightning.training.lists import as_ints
-from tq_lightning.training.losses import LOSSES, make_width_loss
+from tq_lightning.training.losses import LOSSES, make_width_loss, with_label_checks
 from tq_lightning.training.optim import build_optimizer, build_scheduler, check_restored_state
 from tq_lightning.training.preprocessing import preprocessing_of, report_other_classes
 from tq_lightning.training.resume_guard import check_batches, check_resume
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.trainer_validation import check_trainer
-from tq_lightning.training.validation import check_hparams, pass_weights
+from tq_lightning.training.validation import (
+    check_hparams,
+    naming_model_keys,
+    pass_weights,
+    quant_choices,
+)
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
 
 
@@ -165,7 +172,9 @@ class TQModule(L.LightningModule):
         self.save_hyperparameters()
         self.hparams.teacher = self.hparams.teacher or "none"
         check_hparams(self.hparams)
-        self.quant = factory.quant_config(self.hparams)
+        choices = quant_choices(self.hparams)
+        with naming_model_keys(self.hparams):
+            self.quant = QuantConfig.from_mapping(choices)
         self.widths = self.quant.widths
         float_first: tuple[None, ...] = (None,) if float_pass else ()
         self.passes: tuple[int | None, ...] = float_first + self.widths
@@ -244,8 +253,19 @@ class TQModule(L.LightningModule):
             self._teacher = [] if teacher is None else [teacher]
 
     def attach(self, model: nn.Module) -> None:
-        """Prepare `model` with the hyperparameters and make it the model of this module."""
-        self.report = factory.prepare_model(model, self.quant, self.hparams)
+        """Prepare `model` with the hyperparameters and make it the model of this module.
+
+        Raises:
+            UserError: a layer that can't be quantized, or a pattern that matches no layer.
+        """
+        try:
+            self.report = apply_config(model, self.quant)
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+        if self.hparams.float_pass:
+            train_float_norms(model)
+        if self.hparams.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
         self.fused_model = None
         if self.hparams.compile:
@@ -328,7 +348,7 @@ class TQModule(L.LightningModule):
                 external = call_model(self._teacher[0].to(self.device), inputs)
         if hparams.task == "language_modeling" and batch_idx == 0:
             check_labels_are_shifted(inputs, target)
-        loss_of = make_width_loss(
+        width_loss = make_width_loss(
             LOSSES[hparams.loss],
             target,
             hparams.teacher,
@@ -336,21 +356,9 @@ class TQModule(L.LightningModule):
             hparams.distill_weight,
             hparams.temperature,
         )
-
         # a GPU would fail without naming the label
-        first = batch_idx == 0 and not self.classes_are_known
-
-        def width_loss(bits: int | None, logits: Any, wider: dict[int | None, Tensor]) -> Tensor:
-            check_logits(hparams.task, logits, target)
-            if first and not wider:
-                check_labels(logits, target)
-            try:
-                return loss_of(bits, logits, wider)
-            except (IndexError, RuntimeError):
-                if not target.is_cuda:  # a GPU that failed cannot be read
-                    check_labels(logits, target)
-                raise
-
+        read_labels = batch_idx == 0 and not self.classes_are_known
+        width_loss = with_label_checks(width_loss, hparams.task, target, read_labels)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         weights = [self.width_weights[b] for b in passes]

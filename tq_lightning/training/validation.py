@@ -1,14 +1,16 @@
 """Validation of the `model:` keys, before any model is built."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tq_lightning.errors import UserError, did_you_mean
 from tq_lightning.models import check_arguments, check_name
+from tq_lightning.quant.config import check_widths
 from tq_lightning.records import TASKS
 from tq_lightning.training.compiling import COMPILE_MODES
-from tq_lightning.training.lists import as_floats
+from tq_lightning.training.lists import as_floats, as_ints, as_list
 from tq_lightning.training.losses import LOSSES, TEACHERS
 from tq_lightning.training.optim import SCHEDULES, check_optimizer
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
@@ -89,6 +91,44 @@ def check_hparams(hparams: Any) -> None:
             "100,150,180"
         )
     check_optimizer(hparams)
+
+
+def quant_choices(hparams: Any) -> dict[str, Any]:
+    """Return the hyperparameters with the lists of a `QuantConfig` parsed, which may be text.
+
+    Raises:
+        UserError: a list cannot be parsed, widths are out of range, or `float_pass` is unknown.
+    """
+    widths = as_ints(hparams.widths, "model.widths")
+    skip = as_list(hparams.skip, "model.skip")
+    shared = as_list(hparams.shared_norms, "model.shared_norms")
+    if hparams.float_pass not in (True, False, "normalized"):
+        raise UserError(
+            f"model.float_pass: got {hparams.float_pass!r}, pass true, false or normalized"
+        )
+    float_pass = "normalized" if hparams.float_pass == "normalized" else "plain"
+    try:
+        check_widths(widths, hparams.max_bits)
+    except ValueError as error:
+        key = "max_bits" if str(error).startswith("max_bits") else "widths"
+        raise UserError(f"model.{key}: {error}") from None
+    lists = {"widths": widths, "skip": skip, "shared_norms": shared, "float_pass": float_pass}
+    return hparams | lists
+
+
+@contextmanager
+def naming_model_keys(hparams: Any) -> Iterator[None]:
+    """Raise the ValueError of a `QuantConfig` as a UserError that names the key.
+
+    The message of the ValueError begins with the key, e.g. "unknown level 'x'" or "level 'x' is not
+    supported with ...".
+    """
+    try:
+        yield
+    except ValueError as error:
+        key = str(error).removeprefix("unknown ").split(maxsplit=1)[0]
+        where = f"model.{key}" if key in hparams else "model"
+        raise UserError(f"{where}: {error}") from None
 
 
 def pass_weights(width_weights: Any, passes: Sequence[int | None]) -> dict[int | None, float]:
