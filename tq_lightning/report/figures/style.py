@@ -78,15 +78,15 @@ def new(
 ) -> tuple[Canvas, SubFigure]:
     """Create a figure with a body of `size` inches between titles and caveats."""
     width, height = size
-    heads = textwrap.wrap(title.replace(" %", "\u00a0%"), int(width * 12))
+    heads = textwrap.wrap(title.replace(" %", "\u00a0%"), int(width * 12.5))
     subs = textwrap.wrap(subtitle, int(width * 15))
     warned = [line for flag in flags for line in textwrap.wrap(f"⚠ {flag}", int(width * 18))]
     feet = textwrap.wrap(foot, int(width * 20))
-    above = 0.1 + 0.18 * len(heads) + 0.15 * len(subs)
+    above = 0.16 + 0.18 * len(heads) + 0.15 * len(subs)
     below = 0.04 + 0.13 * (len(warned) + len(feet))
     canvas = Canvas(figsize=(width, above + height + below), layout="constrained")
     parts: Any = canvas.subfigures(3, 1, height_ratios=[above, height, below])
-    parts[0].text(0.01, 1.0, "\n".join(heads), va="top", fontsize=10, fontweight="bold")
+    parts[0].text(0.01, 1 - 0.06 / above, "\n".join(heads), va="top", size=10, weight="bold")
     parts[0].text(0.01, 0.0, "\n".join(subs), va="bottom", fontsize=8.5, color="#444444")
     parts[2].text(0.01, 1.0, "\n".join(warned), va="top", fontsize=7, color=RED)
     parts[2].text(0.01, 0.0, "\n".join(feet), va="bottom", fontsize=6.5)
