@@ -234,6 +234,17 @@ def test_mixed_commits_and_versions_are_reported(make):
     assert provenance_notes([arm for _, arm in same.arms]) == []
 
 
+def test_an_unknown_calibration_is_reported_where_untrained_widths_are_shown(make):
+    def notes(**how):
+        (group,) = compare(*(make.run(q, **how) for q in ("round", "floor"))).by_quantizer
+        return " ".join(provenance_notes([arm for _, arm in group.arms]))
+
+    assert "do not say how the norms of untrained widths were calibrated" in notes(calibration=None)
+    assert "calibrated" not in notes(calibration="augmented")
+    all_widths = [8, 7, 6, 5, 4, 3, 2, 1]
+    assert "calibrated" not in notes(calibration=None, model_widths=all_widths)
+
+
 def test_only_the_kind_of_a_tested_checkpoint_is_compared(make):
     """The path and the epoch differ between runs; a last checkpoint beside best ones is named."""
     records = make.pair(test=True)

@@ -1,7 +1,7 @@
 """Caveats of a comparison: unequal arms, and seeds that failed to train."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import log
 
 from tq_lightning.report.groups import START, Arm
@@ -93,9 +93,9 @@ def _kind(checkpoint: str | None) -> str:
     return re.split(r"[-.]", re.split(r"[/\\]", str(checkpoint))[-1])[0]
 
 
-def provenance_notes(part: Iterable[Arm]) -> list[str]:
+def provenance_notes(arms: Sequence[Arm]) -> list[str]:
     """Name commits, versions, checkpoints and devices that differ between runs, for a caption."""
-    runs = [run for arm in part for run in arm.runs]
+    runs = [run for arm in arms for run in arm.runs]
     records = [run.record for run in runs]
     sources = {
         "commits": {str(record.commit)[:8] for record in records},
@@ -115,6 +115,9 @@ def provenance_notes(part: Iterable[Arm]) -> list[str]:
     if count < len(runs) and any(run.config.get(START) for run in runs):
         start = "Some runs start from trained weights"
         out.append(f"{start}, which may have been trained on the validation images.")
+    if any({*r.widths} - {*a.trained} and not r.record.calibration for a in arms for r in a.runs):
+        old = "Some records do not say how the norms of untrained widths were calibrated"
+        out.append(f"{old}; early versions used images without augmentation, which lowers them.")
     if any(record.dirty for record in records):
         out.append("Some runs come from a working tree with uncommitted changes.")
     return out

@@ -167,8 +167,9 @@ def _weights(c: Compared) -> str:
 
 QUESTIONS = {
     "model.ste": Question(
-        "Is the scaled STE needed (open question 1 of the paper)?",
-        lambda c: f"the {c.value} STE and {_weights(c)}",
+        "Does another straight-through estimator help (is the scaled one needed: open question 1 "
+        "of the paper)?",
+        lambda c: f"the {c.value} STE (reference: {c.group.reference[0]}) and {_weights(c)}",
         "It helps",
         "It does not help: accuracy is below the reference",
         "No benefit is shown",
@@ -228,11 +229,7 @@ def _answer(words: Question, name: str, compared: list[Compared]) -> str:
     above, below = ([c for c in tested if c.difference.sign == s] for s in (better, -better))
     count = counted(len(tested), "comparison")
     if above and below:
-        sides = f"above the reference in {len(above)} and below it in {len(below)} of {count}"
-        if metric.lower_is_better:
-            sides = (
-                f"better than the reference in {len(above)} and worse in {len(below)} of {count}"
-            )
+        sides = f"better than the reference in {len(above)} and worse in {len(below)} of {count}"
         return f"Mixed with {name}: {sides}."
     if not above and not below:
         widest = max(c.difference.estimate.half or 0.0 for c in tested)
