@@ -266,6 +266,7 @@ def test_factory_is_exported_on_the_command_line(folder, capsys):
     assert main(["export", last, *name, "--out", "m.safetensors", "--calibrate", "run"]) == 0
     packed = load_packed("m.safetensors", model=name[1])
     assert packed.tq_file["inputs"] == [{"name": "points", "shape": [2], "type": "float32"}]
+    assert packed.tq_file["class_names"] == ["inner", "middle", "outer"]
     assert set(packed.tq_ranges) == {"second"}
     capsys.readouterr()
     (folder / "x.png").touch()

@@ -30,6 +30,10 @@ def test_preprocessing_of_images_has_plain_types_and_is_none_for_other_data():
     }
     assert preprocessing_of(None) is None
     assert preprocessing_of(SimpleNamespace(num_classes=3)) is None
+    assert preprocessing_of(SimpleNamespace(class_names=["0", "1"])) is None  # no names
+    assert preprocessing_of(SimpleNamespace(class_names=["up", "down"])) == {
+        "classes": ["up", "down"]
+    }
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def load_checkpoint_model(
         (model, hparams, preprocessing). The model is on the CPU, in evaluation mode, with the
         norms of all widths. `hparams` is the `model:` section that it was trained with.
         `preprocessing` has the keys input_size, mean, std, interpolation, crop_pct, classes; or,
-        for other inputs than images, `inputs`, see `quant.input_spec.describe_inputs`.
+        for other inputs than images, `inputs`, see `quant.input_spec.describe_inputs`, and
+        `classes` if they have names.
 
     Raises:
         UserError: the file does not exist, is not a training checkpoint, names a model on a hub,

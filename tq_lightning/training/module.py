@@ -408,7 +408,7 @@ class TQModule(L.LightningModule):
 
     # -- checkpoints -----------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the losses of the epoch and the preprocessing, which `export` needs."""
+        """Add the losses of the epoch, and what `export` needs: preprocessing, classes, inputs."""
         gather = self.trainer.strategy.all_gather
         checkpoint["epoch_losses"] = self._epoch_losses.state_dict(
             lambda sums: gather(sums).view(-1, *sums.shape)
@@ -416,7 +416,7 @@ class TQModule(L.LightningModule):
         preprocessing = preprocessing_of(self._datamodule)
         if preprocessing is not None:
             checkpoint["preprocessing"] = preprocessing
-        elif self._inputs:
+        if self._inputs and "mean" not in (preprocessing or {}):
             checkpoint["inputs"] = self._inputs
 
     @classmethod

@@ -8,13 +8,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 def preprocessing_of(data: Any) -> dict[str, Any] | None:
-    """Return the evaluation preprocessing of images in plain types; None for other data.
+    """Return the evaluation preprocessing and the class names of the data, in plain types.
 
     Args:
         data: the TQDataModule, another data module, or None.
+
+    Returns:
+        The preprocessing of images with their `classes`; of other data only `classes`, or None if
+        its classes have no names.
     """
     if not hasattr(data, "mean"):
-        return None
+        names = [str(name) for name in getattr(data, "class_names", None) or ()]
+        named = names != [str(index) for index in range(len(names))]
+        return {"classes": names} if named else None
     return {
         "input_size": list(data.input_shape),
         "mean": list(data.mean),
