@@ -58,7 +58,7 @@ def test_factory_names_are_recognized():
         ("own:number", "got a int, pass a function"),
         ("own:text", "the factory returned a str; return an nn.Module"),
         ("own:fails", "the call with no arguments raised KeyError"),
-        ("own:needs", "the data set has no number of classes, pass model.num_classes"),
+        ("own:needs", "the number of classes is not known, pass model.num_classes"),
     ],
 )
 def test_invalid_factory_is_an_error(folder, name, message):
@@ -276,11 +276,13 @@ def test_factory_is_exported_on_the_command_line(folder, capsys):
             "not imported automatically",
         ),
         (["classify", "m.safetensors", "x.png"], "takes points; run it with load_packed"),
+        (["demo-page", "m.safetensors", "--out", "page"], "takes points; run it with load_packed"),
+        (["demo-page", last, "--out", "page"], "pass --model.name own_network:network"),
     ):
         assert main(command) == 2
         error = capsys.readouterr().err
         assert message in error and len(error.strip().splitlines()) == 1, error
-    assert not (folder / "n.onnx").exists()
+    assert not (folder / "n.onnx").exists() and not (folder / "page").exists()
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -54,7 +54,7 @@ def call_factory(name: str, key: str, /, **arguments: Any) -> Any:
     if guard is not None and guard[0] != name:
         raise UserError(
             f"{guard[1]} names the factory {name!r}, which is not imported automatically; pass "
-            f"the same name, or the network itself as model="
+            f"--model.name {name} (in Python, model={name!r} or the network itself)"
         )
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -84,7 +84,7 @@ def call_factory(name: str, key: str, /, **arguments: Any) -> Any:
             and isinstance(error, TypeError)
             and "num_classes" in str(error)
         )
-        hint = "; the data set has no number of classes, pass model.num_classes" * unknown
+        hint = "; the number of classes is not known, pass model.num_classes" * unknown
         raise UserError(
             f"{key}={name}: the call with {given} raised {type(error).__name__}: "
             f"{first_line(error)}{hint}"

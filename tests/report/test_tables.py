@@ -110,7 +110,9 @@ def test_ste_finding_follows_the_intervals(make):
     assert answer(*arms(3.0)).startswith("It helps in 4 of 4 comparisons")
     below = "It does not help: accuracy is below the reference in 4 of 4"
     assert answer(*arms(-3.0)).startswith(below)
-    none = "No conclusion (no interval) with the scaled STE (reference: identity) and floor weights."
+    none = (
+        "No conclusion (no interval) with the scaled STE (reference: identity) and floor weights."
+    )
     assert answer(*arms(3.0, seeds=(0,))) == none
     assert finding("ste", *make.pair()) is None
 

@@ -70,11 +70,15 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--lean means --mode lean, got --mode {args.mode} too; pass only one")
     files = find_images(args.images)
 
+    from tq_lightning.export.packed.container import Container
+    from tq_lightning.export.packed.header import read_header
+    from tq_lightning.export.packed.optional_fields import check_takes_images
     from tq_lightning.export.packed.reader import load_packed
     from tq_lightning.quant.integer import IntegerModel
 
     mode = "lean" if args.lean else args.mode or "resident"
-    check_images(args.model)
+    with Container(args.model) as file:
+        check_takes_images(read_header(file), args.model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "mode='integer' is not available")
         model = load_packed(args.model, bits=args.bits, model=args.factory, mode=mode)
@@ -98,25 +102,6 @@ def main(argv: list[str]) -> int:
     ):
         skipped = _run(model, files, args, file)
     return _report(len(files), skipped)
-
-
-def check_images(path: Path) -> None:
-    """Check that the network of a packed file takes images.
-
-    Raises:
-        UserError: it takes other inputs; the message names them.
-    """
-    from tq_lightning.export.packed.container import Container
-    from tq_lightning.export.packed.header import read_header
-
-    with Container(path) as file:
-        rows = read_header(file).get("inputs") or []
-    if rows:
-        names = ", ".join(row["name"] for row in rows)
-        raise UserError(
-            f"classify is for images, and the network of {path} takes {names}; run it with "
-            "load_packed"
-        )
 
 
 def find_images(path: Path) -> list[Path]:

@@ -28,6 +28,12 @@ def parser() -> Parser:
         type=Path,
         help=f"image or folder of images to use as examples on the page, at most {MOST_EXAMPLES}",
     )
+    p.add_argument(
+        "--model.name",
+        dest="factory",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="factory that MODEL names; it is imported only if you pass it",
+    )
     p.add_argument("--title", help="title of the page (default: the name of the model)")
     p.add_argument(
         "--onnxruntime-web",
@@ -61,13 +67,14 @@ def main(argv: list[str]) -> int:
             f"demo-page needs the onnx package ({error}); pip install 'tq_lightning[onnx]'"
         ) from error
     check_out(args.out)
-    with packed_file(args.model) as (path, _):
+    with packed_file(args.model, args.factory) as (path, _):
         sizes = write_demo_page(
             path,
             args.out,
             title=args.title,
             examples=_examples(args.images),
             runtime=args.onnxruntime_web,
+            model=args.factory,
         )
     print(f"wrote {args.out} ({len(sizes)} files, {sum(sizes.values()):,} bytes)")
     print(f"serve it, for example: python -m http.server --directory {args.out}")

@@ -1,5 +1,6 @@
 """The demo page: its files, and its predictions in headless Chromium against PyTorch."""
 
+import importlib
 import io
 import json
 import os
@@ -73,6 +74,28 @@ def test_page_is_self_contained_and_can_be_rewritten(no_runtime, tmp_path, capsy
     assert begin + size * facts["stored_bits"] == len(raw) == facts["file_bytes"]
     with Container(DIGITS / "model.safetensors") as file:
         assert raw[begin : begin + size] == file.read("plane0")["plane0"].tobytes()
+
+
+def test_own_network_gets_a_page_if_its_factory_is_named(no_runtime, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_images.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes=3):\n"
+        "    parts = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()\n"
+        "    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)\n"
+        "    return nn.Sequential(*parts, *head)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = importlib.import_module("own_images").net()
+    prepare(model, verbose=False)
+    calibrate_norms(model, [torch.randn(8, 3, 8, 8)])
+    seen = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_packed(model, "m", name="own_images:net", preprocessing=seen)
+    more = ["--onnxruntime-web", no_runtime]
+    assert demo("m", "page", *more) == 2
+    assert "pass --model.name own_images:net" in capsys.readouterr().err
+    assert demo("m", "page", "--model.name", "own_images:net", *more) == 0
+    assert json.loads((tmp_path / "page" / write.MARKER).read_text())["title"] == "own_images:net"
 
 
 @pytest.mark.slow

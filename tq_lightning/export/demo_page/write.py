@@ -20,6 +20,7 @@ from tq_lightning.export.onnx.dynamic import export_dynamic
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.edit import repack
 from tq_lightning.export.packed.header import read_header
+from tq_lightning.export.packed.optional_fields import check_takes_images
 from tq_lightning.files import atomic_write, check_replaceable
 
 HERE = Path(__file__).parent
@@ -40,6 +41,7 @@ def write_demo_page(
     title: str | None = None,
     examples: Sequence[Path] = (),
     runtime: Path | None = None,
+    model: str | None = None,
 ) -> dict[str, int]:
     """Write a page that runs a packed file in a browser.
 
@@ -49,17 +51,19 @@ def write_demo_page(
         title: title of the page. None takes the name of the model.
         examples: example images on the page.
         runtime: folder with the files of ONNX Runtime Web. None downloads its npm package.
+        model: factory of the network, if the file names one; see `load_packed`.
 
     Returns:
         Bytes of each file.
 
     Raises:
-        UserError: see `export_dynamic` and `copy_runtime`; the images have neither 1 nor 3
-            channels; the target can't be replaced.
+        UserError: see `export_dynamic` and `copy_runtime`; the network does not take images, or
+            has neither 1 nor 3 channels; the target can't be replaced.
     """
     check_out(out)
     with Container(path) as file:
         header = read_header(file)
+    check_takes_images(header, path)
     size = (header["preprocessing"] or {}).get("input_size") or [0]
     if size[0] not in (0, 1, 3):
         raise UserError(
@@ -70,7 +74,7 @@ def write_demo_page(
         (folder / "onnxruntime").mkdir()
         copy_runtime(folder / "onnxruntime", runtime)
         repack(path, folder / MODEL)  # decompressed: browsers have no zstd
-        export_dynamic(path, folder / GRAPH, codes_as_inputs=True)
+        export_dynamic(path, folder / GRAPH, codes_as_inputs=True, model=model)
         names = _copy_examples(examples, folder)
         facts = _facts(folder) | {"title": title or header["model"].get("name") or "A network"}
         text = json.dumps(facts | {"examples": names}, ensure_ascii=False, allow_nan=False)

@@ -141,3 +141,17 @@ def input_size(header: Mapping[str, Any]) -> tuple[int, int, int]:
         )
     channels, height, width = size
     return channels, height, width
+
+
+def check_takes_images(header: Mapping[str, Any], path: Any) -> None:
+    """Check that the network of a packed file takes images.
+
+    Raises:
+        UserError: it takes other inputs; the message names them.
+    """
+    if rows := header.get("inputs"):
+        names = ", ".join(row["name"] for row in rows)
+        raise UserError(
+            f"only images are supported, and the network of {path} takes {names}; run it with "
+            "load_packed"
+        )

@@ -78,7 +78,7 @@ def create_skeleton(spec: Mapping[str, Any], limits: SizeLimits | None = None) -
     if is_factory(name):
         raise UserError(
             f"the file names the factory {name}, which is not imported automatically; pass "
-            f"model={name!r}, or the network itself as model="
+            f"--model.name {name} (in Python, model={name!r} or the network itself)"
         )
     if not isinstance(name, str) or ":" in name or not isinstance(args, dict):
         raise UserError(f"the file does not name a timm model: {str(name)[:60]!r}")
