@@ -58,3 +58,30 @@ def test_static_graph_equals_pytorch(served, bits, tmp_path):
     export_static(path, tmp_path / "m.onnx", bits)
     images = torch.randn(3, 3, 32, 32)
     check(run(tmp_path / "m.onnx", images=images.numpy()), model, images, bits)
+
+
+def test_float_graphs_fold_in_onnx_runtime_and_keep_4_bit_codes_in_openvino(served, tmp_path):
+    import onnx
+
+    from tq_lightning.export.onnx.static import export_static
+
+    openvino = pytest.importorskip("openvino")
+    path, model = served
+    images, left = torch.randn(3, 3, 32, 32), {}
+    for lean in (False, True):
+        graph, optimized = tmp_path / f"{lean}.onnx", tmp_path / "optimized.onnx"
+        export_static(path, graph, 4, lean=lean)
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(optimized)
+        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        stored = onnx.load(optimized).graph.initializer
+        left[lean] = sum(tensor.data_type == onnx.TensorProto.UINT4 for tensor in stored)
+    assert left == {False: 0, True: 5}  # folded without an option, and only in the default form
+    compiled = openvino.Core().compile_model(str(tmp_path / "False.onnx"), "CPU")
+    check(compiled({"images": images.numpy()})[0], model, images, 4)
+    linears = [
+        op.input(1).get_element_type().get_type_name()
+        for op in compiled.get_runtime_model().get_ops()
+        if op.get_rt_info()["layerType"].astype(str) == "FullyConnected"
+    ]
+    assert linears == ["u4"] * 5
