@@ -203,3 +203,14 @@ def test_shard_named_after_two_splits_is_an_error(shards):
     (shards / "set-train-0.tar").rename(shards / "test-train-0.tar")
     with pytest.raises(UserError, match=r"test-train-0\.tar: .* the splits train and test; move"):
         webdataset.find_shards(shards, "train")
+
+
+def test_split_in_two_places_is_an_error(shards):
+    assert len(webdataset.find_shards(shards, "train")) == 3
+    write_shard(shards / "train" / "0.tar", {"0.png": encode_png(0), "0.cls": b"0"})
+    message = r"train shards in several places \(train/, set-train-0\.tar\); move all but one"
+    with pytest.raises(UserError, match=message):
+        webdataset.find_shards(shards, "train")
+    for shard in shards.glob("set-train-*.tar"):
+        shard.unlink()
+    assert webdataset.find_shards(shards, "train") == [shards / "train" / "0.tar"]

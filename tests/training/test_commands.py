@@ -11,6 +11,7 @@ import yaml
 from tq_lightning.callbacks.resume import StepCheckpoint
 from tq_lightning.cli import main, run_fit
 from tq_lightning.errors import UserError
+from tq_lightning.training.run_messages import start_line
 from tq_lightning.training.trainer_validation import _is_share
 
 SMALL = [
@@ -256,6 +257,8 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         ),
         (["--trainer.val_check_interval", "1.5"], "trainer.val_check_interval: got 1.5, pass a fr"),
         (["--data.root", "null"], "data.root: got null, expected text"),
+        (["--data.name", "imagefolder", "--data.root", "no/such"], "no data at"),
+        (["--data.crop_pct", "0.5"], "data.crop_pct=0.5 has no effect on the data of data.name"),
         (["--model.quantizer", "flor"], "model.quantizer: unknown quantizer 'flor'; pass one of"),
         (["--model.level", "centr"], "model.level: unknown level 'centr'; pass one of"),
         (["--model.ste", "scald"], "model.ste: unknown ste 'scald'"),
@@ -275,9 +278,10 @@ def test_invalid_values_are_errors_before_a_model_is_built(
         else ["--trainer.max_epochs", "2"]
     )
     assert main(["fit", *small(tmp_path / "runs", *end, *arguments)]) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    printed = capsys.readouterr()
+    (line,) = [x for x in printed.err.splitlines() if x.startswith("error: ")]
     assert message in line
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and "run folder" not in printed.out
 
 
 @pytest.mark.parametrize(
@@ -294,6 +298,15 @@ def test_empty_section_is_an_error_of_one_line(tmp_path, capsys):
     assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: model: the section is empty; add keys to it, or remove it"
+
+
+def test_start_line_names_only_a_folder_that_the_verb_writes(copied):
+    run, checkpoint = copied[1], Path("some/last.ckpt")
+    name = f"run folder: {run}"
+    assert start_line("fit", run, None, None) == name
+    assert start_line("test", run, checkpoint, 3) == f"{name} (test last.ckpt, step 3)"
+    for verb in ("test", "validate"):
+        assert start_line(verb, Path("new"), checkpoint, 3) == f"{verb} some/last.ckpt, step 3"
 
 
 def test_warm_up_may_be_as_long_as_the_training(tmp_path):

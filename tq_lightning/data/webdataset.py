@@ -84,11 +84,10 @@ def find_shards(root: Path, split: str) -> list[Path]:
     """List the shards of a split, sorted by name; hidden files are not shards.
 
     Raises:
-        UserError: the name of a shard of `root` contains two splits.
+        UserError: the name of a shard of `root` contains two splits, or the split is in several
+            places, of which one may be outdated.
     """
-    for name in SPLITS[split]:
-        if shards := _list_tars(root / name):
-            return shards
+    folders = [folder for name in SPLITS[split] if _list_tars(folder := root / name)]
     tars = _list_tars(root)
     names = {split: set(names) for split, names in SPLITS.items()}
     words = {tar: set(re.split(r"[^a-z]+", tar.stem.lower())) for tar in tars}
@@ -102,6 +101,16 @@ def find_shards(root: Path, split: str) -> list[Path]:
                 )
             )
     named = [tar for tar in tars if words[tar] & names[split]]
+    places = [*(f"{folder.name}/" for folder in folders), *(tar.name for tar in named[:1])]
+    if len(places) > 1:
+        raise UserError(
+            escape_undecodable(
+                f"{root} has {split} shards in several places ({', '.join(places)}); move all but "
+                "one elsewhere"
+            )
+        )
+    if folders:
+        return _list_tars(folders[0])
     if not named and split == "train":
         every = set().union(*names.values())
         return [tar for tar in tars if not words[tar] & every]

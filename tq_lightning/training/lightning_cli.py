@@ -50,7 +50,7 @@ from tq_lightning.training.run_callbacks import (
     progress_callbacks,
 )
 from tq_lightning.training.run_folder import LAST
-from tq_lightning.training.run_messages import end_lines, start_line
+from tq_lightning.training.run_messages import StartLine, end_lines, start_line
 from tq_lightning.training.trainer_validation import check_run
 from tq_lightning.training.yaml_values import as_plain_strings
 
@@ -213,9 +213,6 @@ class TQCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         first = getattr(rank_zero_only, "rank", 0) == 0
-        if first:
-            path = None if self.checkpoint is None else self.checkpoint.path
-            print(start_line(subcommand, self.run_dir, path, self.resume_step), flush=True)
         try:
             super()._run_subcommand(subcommand)
         except UserError as error:
@@ -253,7 +250,10 @@ class TQCLI(LightningCLI):
         bar = kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
         self._rank_monitor = RankMonitor(self._fail_record, self._how_to_resume)
         # RankMonitor comes first: it names the cause of an error before the record is written
-        callbacks = [self._rank_monitor, WidthTable(), *progress_callbacks(bar, fits)]
+        path = None if given is None else given.path
+        line = start_line(str(self.subcommand), self.run_dir, path, self.resume_step)
+        callbacks = [self._rank_monitor, StartLine(line), WidthTable()]
+        callbacks += progress_callbacks(bar, fits)
         if fits:
             self.save_config_kwargs = {"run_dir": self.run_dir}
             if self._open_run is not None:
