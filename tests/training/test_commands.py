@@ -216,6 +216,21 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         (["--model.max_bits", "9"], "model.max_bits: max_bits must be an integer from 1 to 8"),
         (["--data.mean", "[a, b, c]"], "data.mean: pass 3 numbers, e.g. [0.5, 0.5, 0.5], or null"),
         (["--trainer.callbacks", "nonsense"], "trainer.callbacks: got 'nonsense', pass the import"),
+        (
+            ["--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStopping"],
+            "trainer.callbacks: EarlyStopping needs monitor; pass --trainer.callbacks.monitor V",
+        ),
+        (
+            ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitr", "val/loss"],
+            "trainer.callbacks: EarlyStopping has no argument monitr; omit it",
+        ),
+        (["--trainer.callbacks", "BatchSizeFinder"], "BatchSizeFinder changes the batch size, but"),
+        (["--trainer.callbacks", "LearningRateFinder"], "LearningRateFinder changes the learning"),
+        (
+            ["--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"],
+            "trainer.precision: got 16-mixed, which this device does not support; pass bf16-mixed",
+        ),
+        (["--data.image_size", "100000"], "data.image_size=100000 is out of range; pass 1 to 8192"),
         (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true converts the weights"),
         (["--trainer.precision", "64-true"], "trainer.precision: 64-true converts the weights"),
         (
@@ -298,6 +313,15 @@ def test_empty_section_is_an_error_of_one_line(tmp_path, capsys):
     assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: model: the section is empty; add keys to it, or remove it"
+
+
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
+def test_callback_on_a_metric_that_is_not_logged_is_an_error_of_one_line(tmp_path, capsys, name):
+    given = ["--trainer.callbacks", name, "--trainer.callbacks.monitor", "val/acc1_truncate_w9"]
+    assert main(["fit", *small(tmp_path, "--trainer.max_epochs", "1", *given)]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    message = "error: trainer.callbacks: the metric 'val/acc1_truncate_w9' is not logged; did you"
+    assert line.startswith(message) and "val/acc1_truncate_w8" in line
 
 
 def test_start_line_names_only_a_folder_that_the_verb_writes(copied):

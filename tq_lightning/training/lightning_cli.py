@@ -51,7 +51,7 @@ from tq_lightning.training.run_callbacks import (
 )
 from tq_lightning.training.run_folder import LAST
 from tq_lightning.training.run_messages import StartLine, end_lines, start_line
-from tq_lightning.training.trainer_validation import check_run
+from tq_lightning.training.trainer_validation import check_precision, check_run
 from tq_lightning.training.yaml_values import as_plain_strings
 
 ROOT = "runs"  # the default of trainer.default_root_dir
@@ -222,6 +222,8 @@ class TQCLI(LightningCLI):
         except (TrainingError, MisconfigurationException, OSError):
             raise
         except Exception as error:
+            if "Early stopping conditioned on metric" in str(error):
+                raise UserError(rewrite_parser_error(error)) from None
             lost = self._rank_monitor and self._rank_monitor.message
             if self.checkpoint is None or self.model.began or lost:
                 raise
@@ -254,11 +256,11 @@ class TQCLI(LightningCLI):
         line = start_line(str(self.subcommand), self.run_dir, path, self.resume_step)
         callbacks = [self._rank_monitor, StartLine(line), WidthTable()]
         callbacks += progress_callbacks(bar, fits)
+        if self._open_run is not None:
+            remove_temporaries(self.run_dir)
+            remove_temporaries(self.run_dir / "checkpoints")
         if fits:
             self.save_config_kwargs = {"run_dir": self.run_dir}
-            if self._open_run is not None:
-                remove_temporaries(self.run_dir)
-                remove_temporaries(self.run_dir / "checkpoints")
             callbacks += fit_callbacks(self.run_dir, config, self.config_dump, self.stop_flag)
             if trainer["logger"] in (None, True):
                 kwargs["logger"] = make_loggers(
@@ -274,6 +276,7 @@ class TQCLI(LightningCLI):
         kwargs["callbacks"] = [*listed(trainer["callbacks"]), *callbacks]
         made = super().instantiate_trainer(**kwargs)
         check_tasks(made.num_devices, made.num_nodes, fits)
+        check_precision(trainer["precision"], made.precision)
         return made
 
 
