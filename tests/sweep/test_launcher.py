@@ -8,9 +8,10 @@ import pytest
 from optuna.exceptions import StorageInternalError
 
 from tq_lightning.errors import TrainingError
-from tq_lightning.sweep import launcher
+from tq_lightning.sweep import launcher, worker
 from tq_lightning.sweep.launcher import WorkerPool, run_sweep
 from tq_lightning.sweep.study import Options
+from tq_lightning.sweep.trial import TrialResult
 from tq_lightning.sweep.worker import DONE, REPLACE, without_launcher
 
 
@@ -77,6 +78,23 @@ def test_trials_of_killed_workers_have_the_reason_of_the_end(tmp_path, monkeypat
     with suppress(TrainingError):
         run_sweep(SimpleNamespace(environment={}), options)
     assert failed == [("worker", "interrupted", reason)]
+
+
+@pytest.mark.parametrize(
+    ("parent", "reason"), [(-1, "the sweep command ended"), (None, "stopped by the user")]
+)
+def test_worker_whose_command_has_ended_says_so(tmp_path, monkeypatch, parent, reason):
+    stored = []
+    monkeypatch.setattr(worker, "heartbeat", lambda *_: nullcontext())
+    queue, sweep = SimpleNamespace(trial_taken=False), SimpleNamespace(environment={})
+    orphan = worker.Worker(queue, sweep, ["loss"], tmp_path, None, parent=parent)
+    orphan.stopped_by = signal.SIGINT  # the heartbeat sends it to its own process
+    orphan.objective = SimpleNamespace(
+        run=lambda _: TrialResult("interrupted", reason="stopped by the user"),
+        store=lambda _, result: stored.append(result.reason),
+    )
+    orphan.run_claimed(None)
+    assert stored == [reason]
 
 
 @pytest.mark.parametrize("status", [REPLACE, 1, -9])

@@ -157,6 +157,26 @@ def test_resumed_run_keeps_its_seed(copied, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--data.name", "synthetic"], "data.name: got synthetic, but {} was trained with digits"),
+        (["--data.val_fraction", "0.2"], "data.val_fraction: got 0.2, but {} was trained with 0.1"),
+    ],
+)
+def test_run_is_not_resumed_on_other_data(copied, change, message):
+    """Its record would have one data set, and a best epoch on the other one."""
+    root, run = copied
+    before = contents(root)
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", "last"]
+    with pytest.raises(UserError) as error:
+        run_fit(small(root, *more, *change))
+    assert str(error.value).startswith(message.format(run)) and contents(root) == before
+    new = ["--run_dir", str(root / "new"), "--data.image_size", "8"]
+    run_fit(small(root, *more, *change, *new))
+    assert json.loads((run / "record.json").read_bytes())["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (["--seed_everything", "5"], "seed_everything=0, not 5"),
         (["--model.quantizer", "round"], "model.quantizer=floor, not round"),
         (["--data.name", "synthetic", "--data.image_size", "8"], "data.name=digits, not synthetic"),

@@ -23,6 +23,7 @@ from tq_lightning.files import remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
 from tq_lightning.training.checkpoint_settings import (
     check_factories,
+    check_same_data,
     keep_seed,
     overridden_arguments,
 )
@@ -164,6 +165,7 @@ class TQCLI(LightningCLI):
         if verb == "fit" and self.checkpoint is not None:
             check_newest(resolved, root, given_model, kept_model)
             if resolved.continues_run:
+                check_same_data(self.config[verb], self.checkpoint.run)
                 keep_seed(self.config[verb], self.checkpoint.run)
         kept = overridden_arguments(given_model, kept_model)
         if kept:
