@@ -165,7 +165,7 @@ def test_run_is_not_resumed_on_other_data(copied, change, message):
     """Its record would have one data set, and a best epoch on the other one."""
     root, run = copied
     before = contents(root)
-    more = ["--trainer.max_epochs", "2", "--ckpt_path", "last"]
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     with pytest.raises(UserError) as error:
         run_fit(small(root, *more, *change))
     assert str(error.value).startswith(message.format(run)) and contents(root) == before

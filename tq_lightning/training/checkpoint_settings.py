@@ -51,7 +51,7 @@ def check_same_data(config: Any, run: Path | None) -> None:
         if key in data and data[key] != config.data[key]:
             raise UserError(
                 f"data.{key}: got {config.data[key]}, but {run} was trained with {data[key]}; pass "
-                "the same data, or also --run_dir with a new folder"
+                "the same data, or the checkpoint file and a new --run_dir"
             )
 
 
