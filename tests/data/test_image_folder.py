@@ -279,8 +279,39 @@ def test_class_named_after_a_split_is_an_error_that_says_so(tmp_path, name):
     assert f"move the class folders into {tmp_path / 'train'}" in message
 
 
+def test_split_whose_name_is_capitalized_is_not_a_class(tmp_path):
+    """Otherwise the images of Val would be training images too."""
+    write_images(tmp_path, "Train", ["ant", "bee"], 3, (40, 30))
+    write_images(tmp_path, "Val", ["ant", "bee"], 3, (40, 30))
+    message = f"{tmp_path / 'Train'} is not read as a split; rename it to train"
+    assert error_message(tmp_path) == message
+    flat = tmp_path / "vehicles"
+    write_images(flat, ".", ["Train", "Car"], 4, (40, 30))
+    data = data_module(flat)
+    data.setup("fit")
+    assert data.class_names == ["Car", "Train"]
+
+
+def test_compressed_tar_is_an_error_that_says_so(folder):
+    with tarfile.open(folder / "train.tar", "w:gz") as tar:
+        tar.add(folder / "train", "train")
+    assert error_message(folder) == (
+        f"{folder / 'train.tar'} is compressed; unpack it, e.g. to a .tar without gzip"
+    )
+    assert "train.tar is compressed" in error_message(folder, "wds")
+
+
+def test_class_of_one_split_only_is_an_error_with_advice_that_helps(folder):
+    (folder / "val" / "cow").rename(folder / "val" / "dog")
+    message = error_message(folder)
+    assert "not among the 3 expected classes (dog): unpack it again; for other classes" in message
+
+
 def test_other_folders_next_to_the_splits_are_no_classes(folder):
     (folder / "notes").mkdir()
+    make_image(0).save(folder / "test.png")
+    (folder / "test").mkdir()
+    (folder / "test.png").rename(folder / "test" / "0.png")  # images without labels, as in ImageNet
     data = data_module(folder)
     data.setup("fit")
     assert data.class_names == ["ant", "bee", "cow"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -214,3 +215,22 @@ def test_split_in_two_places_is_an_error(shards):
     for shard in shards.glob("set-train-*.tar"):
         shard.unlink()
     assert webdataset.find_shards(shards, "train") == [shards / "train" / "0.tar"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "broken link"])
+def test_shard_that_is_not_a_regular_file_is_an_error(shards, kind):
+    path = shards / "set-train-9.tar"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"set-train-9\.tar is not a regular file; move it"):
+        data_module(shards).setup("fit")
+
+
+def test_shards_without_labels_are_an_error_of_one_line(tmp_path):
+    write_shard(tmp_path / "0.tar", {"a.txt": b"x"})
+    with pytest.raises(UserError, match=r"no image in [^(]* has a label; pass shards"):
+        data_module(tmp_path).setup("fit")

@@ -84,7 +84,7 @@ def is_flat(root: Path) -> bool:
     """Return True if `root` is a tar of class folders, or has class folders instead of splits.
 
     Raises:
-        UserError: a class folder has the name of a split.
+        UserError: a class folder has the name of a split, or a split that of a class, e.g. Train.
     """
     if root.is_file():
         return root.suffix == ".tar"
@@ -93,13 +93,17 @@ def is_flat(root: Path) -> bool:
     splits = [path for split in SPLITS if (path := find_split(root, split)) is not None]
     folders = _subfolders(root)
     classes = [name for name in folders if name not in _SPLIT_NAMES]
-    for path in splits:
-        if classes and path.is_dir() and not _subfolders(path) and any(path.iterdir()):
-            raise _error(
-                f"{root} has the folder {path.name} without class folders next to "
-                f"{', '.join(classes[:3])}; if {path.name} is a class too, move the class folders "
-                f"into {root / 'train'}"
-            )
+    plain = [path for path in splits if path.is_dir() and not _subfolders(path)]
+    if classes and plain == splits and any(any(path.iterdir()) for path in plain):
+        name = plain[0].name
+        raise _error(
+            f"{root} has the folder {name} without class folders next to "
+            f"{', '.join(classes[:3])}; if {name} is a class too, move the class folders into "
+            f"{root / 'train'}"
+        )
+    for name in classes:
+        if name.lower() in _SPLIT_NAMES and _subfolders(root / name):
+            raise _error(f"{root / name} is not read as a split; rename it to {name.lower()}")
     return not splits and bool(folders)
 
 
@@ -167,8 +171,8 @@ def open_images(
     if unknown:
         raise _error(
             f"{path} has {len(unknown)} class folders that are not among the {len(index)} "
-            f"expected classes ({', '.join(unknown[:3])}): unpack it again, or pass "
-            "data.name=imagefolder for other classes"
+            f"expected classes ({', '.join(unknown[:3])}): unpack it again; for other classes, "
+            "pass data.name=imagefolder and a data.root with a training split of them"
         )
     if left_out.counts:
         _report(f"{path}: {len(paths)} images of {len(names)} classes; {left_out}")
