@@ -205,6 +205,7 @@ BAD = [
         ({"parameters": {"a": {"values": [1]}, **more}}, message)
         for more, message in (
             ({"ckpt_path": {"value": "a"}}, "got ckpt_path, but the sweep resumes trials itself"),
+            ({"print_config": {"value": ""}}, "got print_config, but it trains nothing"),
             ({"run_dir": {"value": "a"}}, "got run_dir, but each trial has its own folder"),
             (
                 {"trainer": {"value": {"max_epochs": 1, "default_root_dir": "a"}}},

@@ -44,6 +44,7 @@ _DECIDED = {
     "trainer.default_root_dir": "the sweep sets it; pass --dir instead",
     "run_dir": "each trial has its own folder; pass --dir instead",
     "ckpt_path": "the sweep resumes trials itself; remove it",
+    "print_config": "it trains nothing; remove it",
 }
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
@@ -146,12 +147,13 @@ def with_extra(sweep: Sweep, extra: list[str]) -> Sweep:
             the configuration.
     """
     keys = {word: _key_of(word) for word in extra}
-    check_free(list(keys.values()), "the arguments after --")
     for word, key in keys.items():
         if key == "print_config":
             raise UserError(
                 f"{word} trains nothing; remove it from the arguments after --, or pass it to fit"
             )
+    check_free(list(keys.values()), "the arguments after --")
+    for word, key in keys.items():
         if key in sweep.parameters:
             raise UserError(
                 f"{word}: {sweep.path} searches {key}; remove it from the arguments after --"
