@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -85,6 +86,23 @@ def test_packed_file_never_imports_a_factory(folder):
     for passed in ("own:network", nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])):
         assert torch.equal(load_packed("own.safetensors", bits=4, model=passed)(x), expected)
     assert Path("imported").exists()
+
+
+def test_packed_file_whose_arguments_are_refused_is_a_warning(folder):
+    """The model arguments of training may name files; a header may not."""
+    model = create_model("own:network", 3)
+    prepare(model, verbose=False)
+    args = {"name": "own:network", "model_args": {"sizes": (1, 2)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_packed(model, "own.safetensors", **args)
+    args["model_args"]["vocabulary"] = "data/words.txt"
+    message = "can't be loaded by the name own:network: disallowed model argument .*'vocabulary'"
+    with pytest.warns(UserWarning, match=message):
+        save_packed(model, "own.safetensors", **args)
+    with pytest.raises(UserError, match=r"disallowed model argument .*'vocabulary'"):
+        load_packed("own.safetensors", model="own:network")
+    load_packed("own.safetensors", model=nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]))
 
 
 HOSTILE = {  # model of the header -> message

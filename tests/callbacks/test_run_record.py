@@ -341,6 +341,30 @@ def test_fit_without_steps_leaves_the_record_unchanged(tmp_path):
     assert (tmp_path / "record.json").read_bytes() == before
 
 
+def test_run_killed_after_its_last_checkpoint_is_completed(tmp_path, monkeypatch):
+    """It has no step left, but its record has no result yet."""
+    more = ["--model.ema_decay", "0.5", "--trainer.default_root_dir"]
+    run_fit([*RUN, *more, str(tmp_path / "a")])
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "on_fit_end", kill)
+        with pytest.raises(KeyboardInterrupt):
+            run_fit([*RUN, *more, str(tmp_path / "b")])
+    killed = record_of(tmp_path / "b")
+    assert killed["status"] == "interrupted" and killed.get("bytes") is None
+    run_fit([*RUN, *more, str(tmp_path / "b"), "--ckpt_path", "last"])
+    record, expected = record_of(tmp_path / "b"), record_of(tmp_path / "a")
+    assert record["status"] == "finished" and record.get("reason") is None
+    for key in ("steps", "epochs", "bytes", "widths"):
+        assert record[key] == expected[key], key
+    assert record["seconds"] >= killed["seconds"] and record["id"] == killed["id"]
+    with pytest.raises(UserError, match="nothing is left to train"):
+        run_fit([*RUN, *more, str(tmp_path / "b"), "--ckpt_path", "last"])
+
+
 @pytest.mark.parametrize("text", ["", "{", "\x00", '{"schema": 1}'])
 def test_damaged_record_is_an_error_before_any_write(tmp_path, text):
     (tmp_path / "record.json").write_text(text)

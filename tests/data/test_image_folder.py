@@ -269,3 +269,85 @@ def test_class_order_is_total():
     names = ["a01", "a1", "Cat", "cat", "cat2", "cat10"]
     for order in itertools.permutations(names):
         assert sorted(order, key=_natural_key) == names
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_class_named_after_a_split_is_an_error_that_says_so(tmp_path, name):
+    write_images(tmp_path, ".", [name, "car", "bus"], 3, (40, 30))
+    message = error_message(tmp_path)
+    assert f"the folder {name} without class folders next to bus, car" in message
+    assert f"move the class folders into {tmp_path / 'train'}" in message
+
+
+def test_split_whose_name_is_capitalized_is_not_a_class(tmp_path):
+    """Otherwise the images of Val would be training images too."""
+    write_images(tmp_path, "Train", ["ant", "bee"], 3, (40, 30))
+    write_images(tmp_path, "Val", ["ant", "bee"], 3, (40, 30))
+    message = f"{tmp_path / 'Train'} is not read as a split; rename it to train"
+    assert error_message(tmp_path) == message
+    flat = tmp_path / "vehicles"
+    write_images(flat, ".", ["Train", "Car"], 4, (40, 30))
+    data = data_module(flat)
+    data.setup("fit")
+    assert data.class_names == ["Car", "Train"]
+
+
+def test_compressed_tar_is_an_error_that_says_so(folder):
+    with tarfile.open(folder / "train.tar", "w:gz") as tar:
+        tar.add(folder / "train", "train")
+    assert error_message(folder) == (
+        f"{folder / 'train.tar'} is compressed; unpack it, e.g. to a .tar without gzip"
+    )
+    assert "train.tar is compressed" in error_message(folder, "wds")
+
+
+def test_class_of_one_split_only_is_an_error_with_advice_that_helps(folder):
+    (folder / "val" / "cow").rename(folder / "val" / "dog")
+    message = error_message(folder)
+    assert "not among the 3 expected classes (dog): unpack it again; for other classes" in message
+
+
+def test_other_folders_next_to_the_splits_are_no_classes(folder):
+    (folder / "notes").mkdir()
+    make_image(0).save(folder / "test.png")
+    (folder / "test").mkdir()
+    (folder / "test.png").rename(folder / "test" / "0.png")  # images without labels, as in ImageNet
+    data = data_module(folder)
+    data.setup("fit")
+    assert data.class_names == ["ant", "bee", "cow"]
+
+
+def test_one_line_names_the_split_that_is_used_of_two(folder, capsys):
+    """The folder may be newer than the tar that it was unpacked from."""
+    shutil.copytree(folder / "train", folder / "copy")
+    pack_tar(folder, "train")
+    data_module(folder).setup("fit")
+    assert "using" not in capsys.readouterr().err
+    (folder / "copy").rename(folder / "train")
+    data_module(folder).setup("fit")
+    assert capsys.readouterr().err.splitlines() == [f"{folder}: using train.tar, not train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("digits", "crop_pct", 0.5),
+        ("synthetic", "scale", 0.5),
+        ("cifar10", "train_interpolation", "bicubic"),
+        ("imagefolder", "pad", 4),
+        ("wds", "pad", 0),
+    ],
+)
+def test_key_without_effect_is_an_error(name, key, value):
+    with pytest.raises(UserError) as caught:
+        TQDataModule(name, **{key: value})
+    assert str(caught.value) == (
+        f"data.{key}={value} has no effect on the data of data.name={name}; omit it"
+    )
+
+
+def test_keys_with_an_effect_are_accepted(folder):
+    """`classify` resizes its images with `interpolation`; crops of image files have a `scale`."""
+    assert TQDataModule("digits", interpolation="bilinear", pad=2).interpolation == "bilinear"
+    keys = {"crop_pct": 0.9, "scale": 0.5, "train_interpolation": "bicubic"}
+    assert data_module(folder, **keys).crop_pct == 0.9

@@ -251,7 +251,8 @@ def test_class_of_unsupported_images_is_an_error(folder, packed, capsys):
     data = data_module(folder)
     data.setup("fit")
     assert data.class_names == list(CLASSES)
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    *choice, line = capsys.readouterr().err.strip().splitlines()
+    assert choice == ([f"{folder}: using train.tar, not train"] if packed else [])
     assert "1 images in unsupported formats (bee/0.heic), 1 not images" in line.replace(
         "train/", ""
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -203,3 +204,33 @@ def test_shard_named_after_two_splits_is_an_error(shards):
     (shards / "set-train-0.tar").rename(shards / "test-train-0.tar")
     with pytest.raises(UserError, match=r"test-train-0\.tar: .* the splits train and test; move"):
         webdataset.find_shards(shards, "train")
+
+
+def test_split_in_two_places_is_an_error(shards):
+    assert len(webdataset.find_shards(shards, "train")) == 3
+    write_shard(shards / "train" / "0.tar", {"0.png": encode_png(0), "0.cls": b"0"})
+    message = r"train shards in several places \(train/, set-train-0\.tar\); move all but one"
+    with pytest.raises(UserError, match=message):
+        webdataset.find_shards(shards, "train")
+    for shard in shards.glob("set-train-*.tar"):
+        shard.unlink()
+    assert webdataset.find_shards(shards, "train") == [shards / "train" / "0.tar"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "broken link"])
+def test_shard_that_is_not_a_regular_file_is_an_error(shards, kind):
+    path = shards / "set-train-9.tar"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"set-train-9\.tar is not a regular file; move it"):
+        data_module(shards).setup("fit")
+
+
+def test_shards_without_labels_are_an_error_of_one_line(tmp_path):
+    write_shard(tmp_path / "0.tar", {"a.txt": b"x"})
+    with pytest.raises(UserError, match=r"no image in [^(]* has a label; pass shards"):
+        data_module(tmp_path).setup("fit")

@@ -201,6 +201,26 @@ BAD = [
         "the sweep sets it; pass --dir",
     ),
     ({"parameters": {"ckpt_path": {"values": ["a"]}}}, "the sweep resumes trials itself"),
+    *(
+        ({"parameters": {"a": {"values": [1]}, **more}}, message)
+        for more, message in (
+            ({"ckpt_path": {"value": "a"}}, "got ckpt_path, but the sweep resumes trials itself"),
+            ({"print_config": {"value": ""}}, "got print_config, but it trains nothing"),
+            ({"run_dir": {"value": "a"}}, "got run_dir, but each trial has its own folder"),
+            (
+                {"trainer": {"value": {"max_epochs": 1, "default_root_dir": "a"}}},
+                "got trainer.default_root_dir, but the sweep sets it; pass --dir",
+            ),
+            (
+                {"trainer": {"values": [{"max_epochs": 1}, {"default_root_dir": "a"}]}},
+                "got trainer.default_root_dir, but the sweep sets it; pass --dir",
+            ),
+        )
+    ),
+    (
+        {"command": ["python", "-m", "tq_lightning", "fit", "--run_dir=a", "${args}"]},
+        "command: got run_dir, but each trial has its own folder",
+    ),
     (
         {"early_terminate": {"type": "hyperband", "max_iter": 9, "s": 10**9}},
         "early_terminate: expected eta**s <= 2**100",
@@ -282,6 +302,8 @@ def test_extra_arguments_cannot_override_searched_keys(write_sweep):
     [
         (["--trainer.default_root_dir=x"], "the sweep sets it; pass --dir"),
         (["--trainer.default_root_dir", "x"], "the sweep sets it; pass --dir"),
+        (["--run_dir", "x"], "each trial has its own folder"),
+        (["--ckpt_path=last"], "the sweep resumes trials itself"),
         (["--print_config"], "--print_config trains nothing"),
         (["--print_config=skip_null"], "trains nothing"),
     ],

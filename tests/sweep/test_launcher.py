@@ -1,13 +1,17 @@
 """The worker pool of `sweep`: replacement of exited workers, and CPU and GPU shares."""
 
+import signal
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
 from optuna.exceptions import StorageInternalError
 
-from tq_lightning.sweep import launcher
-from tq_lightning.sweep.launcher import WorkerPool
+from tq_lightning.errors import TrainingError
+from tq_lightning.sweep import launcher, worker
+from tq_lightning.sweep.launcher import WorkerPool, run_sweep
 from tq_lightning.sweep.study import Options
+from tq_lightning.sweep.trial import TrialResult
 from tq_lightning.sweep.worker import DONE, REPLACE, without_launcher
 
 
@@ -41,6 +45,56 @@ class Queue:
         if self.missed >= 0:
             raise StorageInternalError
         return 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt, "stopped by the user"),
+        (TrainingError("no trial starts"), "the sweep command failed: no trial starts"),
+    ],
+)
+def test_trials_of_killed_workers_have_the_reason_of_the_end(tmp_path, monkeypatch, error, reason):
+    failed = []
+
+    class Pool(WorkerPool):
+        def start(self, slot):
+            self.running["worker"] = SimpleNamespace(
+                pid=0, poll=lambda: DONE, wait=lambda: None, send_signal=lambda number: None
+            )
+
+        def replace_exited(self, queue):
+            if error is KeyboardInterrupt:
+                signal.raise_signal(signal.SIGINT)
+            raise error
+
+    queue = SimpleNamespace(refresh=lambda: None, fail_worker=lambda *given: failed.append(given))
+    monkeypatch.setattr(launcher, "WorkerPool", Pool)
+    monkeypatch.setattr(launcher, "open_study", lambda *_: None)
+    monkeypatch.setattr(launcher, "make_trial_queue", lambda *_: queue)
+    monkeypatch.setattr(launcher, "Progress", lambda *_: nullcontext())
+    monkeypatch.setattr(launcher.os, "killpg", lambda *_: None)
+    options = Options(tmp_path, "sqlite:///study.db", "study", {"loss": "minimize"})
+    with suppress(TrainingError):
+        run_sweep(SimpleNamespace(environment={}), options)
+    assert failed == [("worker", "interrupted", reason)]
+
+
+@pytest.mark.parametrize(
+    ("parent", "reason"), [(-1, "the sweep command ended"), (None, "stopped by the user")]
+)
+def test_worker_whose_command_has_ended_says_so(tmp_path, monkeypatch, parent, reason):
+    stored = []
+    monkeypatch.setattr(worker, "heartbeat", lambda *_: nullcontext())
+    queue, sweep = SimpleNamespace(trial_taken=False), SimpleNamespace(environment={})
+    orphan = worker.Worker(queue, sweep, ["loss"], tmp_path, None, parent=parent)
+    orphan.stopped_by = signal.SIGINT  # the heartbeat sends it to its own process
+    orphan.objective = SimpleNamespace(
+        run=lambda _: TrialResult("interrupted", reason="stopped by the user"),
+        store=lambda _, result: stored.append(result.reason),
+    )
+    orphan.run_claimed(None)
+    assert stored == [reason]
 
 
 @pytest.mark.parametrize("status", [REPLACE, 1, -9])

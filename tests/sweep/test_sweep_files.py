@@ -114,6 +114,18 @@ def test_values_that_fit_rejects_are_errors_before_training(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_folder_or_checkpoint_of_a_configuration_is_an_error(write_sweep, tmp_path):
+    """Every trial would write the same folder; the parent of run folders is overridden."""
+    file = tmp_path / "fit.yaml"
+    sweep = read_sweep(write_sweep(arguments=["--config", str(file), END]))
+    file.write_text("trainer: {default_root_dir: elsewhere}")
+    check_arms(sweep, [sweep.metric])
+    for key in ("run_dir", "ckpt_path"):
+        file.write_text(f"{key}: somewhere")
+        with pytest.raises(UserError, match=f"--model.lr=0.1: fit: got {key}, but "):
+            check_arms(sweep, [sweep.metric])
+
+
 def test_fit_without_an_end_is_an_error_before_any_trial(write_sweep):
     with pytest.raises(UserError, match=r"the training needs an end: pass --trainer\.max_epochs"):
         check_arms(read_sweep(write_sweep()), ["val/acc1_float"])

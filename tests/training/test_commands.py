@@ -11,6 +11,7 @@ import yaml
 from tq_lightning.callbacks.resume import StepCheckpoint
 from tq_lightning.cli import main, run_fit
 from tq_lightning.errors import UserError
+from tq_lightning.training.run_messages import start_line
 from tq_lightning.training.trainer_validation import _is_share
 
 SMALL = [
@@ -156,6 +157,26 @@ def test_resumed_run_keeps_its_seed(copied, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--data.name", "synthetic"], "data.name: got synthetic, but {} was trained with digits"),
+        (["--data.val_fraction", "0.2"], "data.val_fraction: got 0.2, but {} was trained with 0.1"),
+    ],
+)
+def test_run_is_not_resumed_on_other_data(copied, change, message):
+    """Its record would have one data set, and a best epoch on the other one."""
+    root, run = copied
+    before = contents(root)
+    more = ["--trainer.max_epochs", "2", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
+    with pytest.raises(UserError) as error:
+        run_fit(small(root, *more, *change))
+    assert str(error.value).startswith(message.format(run)) and contents(root) == before
+    new = ["--run_dir", str(root / "new"), "--data.image_size", "8"]
+    run_fit(small(root, *more, *change, *new))
+    assert json.loads((run / "record.json").read_bytes())["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (["--seed_everything", "5"], "seed_everything=0, not 5"),
         (["--model.quantizer", "round"], "model.quantizer=floor, not round"),
         (["--data.name", "synthetic", "--data.image_size", "8"], "data.name=digits, not synthetic"),
@@ -215,6 +236,21 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         (["--model.max_bits", "9"], "model.max_bits: max_bits must be an integer from 1 to 8"),
         (["--data.mean", "[a, b, c]"], "data.mean: pass 3 numbers, e.g. [0.5, 0.5, 0.5], or null"),
         (["--trainer.callbacks", "nonsense"], "trainer.callbacks: got 'nonsense', pass the import"),
+        (
+            ["--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStopping"],
+            "trainer.callbacks: EarlyStopping needs monitor; pass --trainer.callbacks.monitor V",
+        ),
+        (
+            ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitr", "val/loss"],
+            "trainer.callbacks: EarlyStopping has no argument monitr; omit it",
+        ),
+        (["--trainer.callbacks", "BatchSizeFinder"], "BatchSizeFinder changes the batch size, but"),
+        (["--trainer.callbacks", "LearningRateFinder"], "LearningRateFinder changes the learning"),
+        (
+            ["--trainer.precision", "16-mixed", "--trainer.accelerator", "cpu"],
+            "trainer.precision: got 16-mixed, which this device does not support; pass bf16-mixed",
+        ),
+        (["--data.image_size", "100000"], "data.image_size=100000 is out of range; pass 1 to 8192"),
         (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true converts the weights"),
         (["--trainer.precision", "64-true"], "trainer.precision: 64-true converts the weights"),
         (
@@ -256,6 +292,8 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         ),
         (["--trainer.val_check_interval", "1.5"], "trainer.val_check_interval: got 1.5, pass a fr"),
         (["--data.root", "null"], "data.root: got null, expected text"),
+        (["--data.name", "imagefolder", "--data.root", "no/such"], "no data at"),
+        (["--data.crop_pct", "0.5"], "data.crop_pct=0.5 has no effect on the data of data.name"),
         (["--model.quantizer", "flor"], "model.quantizer: unknown quantizer 'flor'; pass one of"),
         (["--model.level", "centr"], "model.level: unknown level 'centr'; pass one of"),
         (["--model.ste", "scald"], "model.ste: unknown ste 'scald'"),
@@ -275,9 +313,10 @@ def test_invalid_values_are_errors_before_a_model_is_built(
         else ["--trainer.max_epochs", "2"]
     )
     assert main(["fit", *small(tmp_path / "runs", *end, *arguments)]) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    printed = capsys.readouterr()
+    (line,) = [x for x in printed.err.splitlines() if x.startswith("error: ")]
     assert message in line
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and "run folder" not in printed.out
 
 
 @pytest.mark.parametrize(
@@ -294,6 +333,24 @@ def test_empty_section_is_an_error_of_one_line(tmp_path, capsys):
     assert main(["fit", "--config", str(tmp_path / "c.yaml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: model: the section is empty; add keys to it, or remove it"
+
+
+@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint"])
+def test_callback_on_a_metric_that_is_not_logged_is_an_error_of_one_line(tmp_path, capsys, name):
+    given = ["--trainer.callbacks", name, "--trainer.callbacks.monitor", "val/acc1_truncate_w9"]
+    assert main(["fit", *small(tmp_path, "--trainer.max_epochs", "1", *given)]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    message = "error: trainer.callbacks: the metric 'val/acc1_truncate_w9' is not logged; did you"
+    assert line.startswith(message) and "val/acc1_truncate_w8" in line
+
+
+def test_start_line_names_only_a_folder_that_the_verb_writes(copied):
+    run, checkpoint = copied[1], Path("some/last.ckpt")
+    name = f"run folder: {run}"
+    assert start_line("fit", run, None, None) == name
+    assert start_line("test", run, checkpoint, 3) == f"{name} (test last.ckpt, step 3)"
+    for verb in ("test", "validate"):
+        assert start_line(verb, Path("new"), checkpoint, 3) == f"{verb} some/last.ckpt, step 3"
 
 
 def test_warm_up_may_be_as_long_as_the_training(tmp_path):

@@ -201,6 +201,26 @@ def test_run_stopped_in_the_last_validation_repeats_it(train, resnet, tmp_path):
     assert_same(dict(rest.state_dict()), dict(uninterrupted.state_dict()))
 
 
+@pytest.mark.parametrize("flags", [{"max_steps": 6, "max_epochs": -1}, {"max_steps": 6}])
+def test_run_with_max_steps_resumes_at_the_end_of_an_epoch(train, resnet, tmp_path, flags):
+    """Lightning would count the epoch twice, and the next one would have other batches."""
+
+    def fit_steps(root, *callbacks, resume=None):
+        end = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+        last = ModelCheckpoint(root, "last", enable_version_counter=False, **end)
+        given = {"max_epochs": 3, "limit_train_batches": 4, "enable_checkpointing": True, **flags}
+        return train(root, resnet, callbacks=[last, *callbacks], ckpt_path=resume, **given)
+
+    expected, uninterrupted = fit_steps(tmp_path / "a")
+    with pytest.raises(SystemExit):
+        fit_steps(tmp_path / "b", Stop(1, 0))
+    checkpoint = tmp_path / "b" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 4
+    trainer, rest = fit_steps(tmp_path / "b", resume=checkpoint)
+    assert_same(dict(rest.state_dict()), dict(uninterrupted.state_dict()))
+    assert (trainer.current_epoch, trainer.global_step) == (expected.current_epoch, 6)
+
+
 class Kill(L.Callback):
     """Interrupt at the start of the n-th batch of this process."""
 

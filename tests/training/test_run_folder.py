@@ -10,6 +10,7 @@ from tq_lightning.errors import UserError
 from tq_lightning.records import Record, write_record
 from tq_lightning.training.run_folder import (
     auto_folder,
+    check_no_other_files,
     check_same_run,
     check_unused,
     is_finished,
@@ -87,6 +88,20 @@ def test_folder_with_a_run_needs_ckpt_path_auto(run):
     (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match="pass --ckpt_path auto to resume it"):
         check_unused(run)
+
+
+def test_files_of_the_user_are_not_replaced(run):
+    """`fit --config FOLDER/config.yaml --run_dir FOLDER` would write the resolved one there."""
+    with pytest.raises(UserError, match=r"has no run, but a config\.yaml that a fit would replace"):
+        check_no_other_files(run)
+    write_record(run / "record.json", Record("id", "running", CONFIG))
+    check_no_other_files(run)
+    (run / "record.json").unlink()
+    (run / "config.yaml").rename(run / "fit.yaml")
+    check_no_other_files(run)
+    (run / "metrics.csv").touch()
+    with pytest.raises(UserError, match=r"a metrics\.csv"):
+        check_no_other_files(run)
 
 
 @pytest.mark.parametrize("text", ["", "3", "model: [1", "model: 1\nmodel: 2"])

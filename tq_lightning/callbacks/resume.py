@@ -24,6 +24,14 @@ class StepSeeds(L.Callback):
     checkpoint and independent of evaluations in between.
     """
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let a fit with `max_steps` resume at the end of an epoch like other fits.
+
+        Lightning would end that epoch again, count it twice and thereby change the order of the
+        data.
+        """
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from tq_lightning.callbacks.ema import MovingAverage
 from tq_lightning.callbacks.metric_log import MetricLog
 from tq_lightning.callbacks.truncation_eval import CALIBRATION
 from tq_lightning.cost.size import record_bytes
@@ -139,10 +140,8 @@ class RunRecord(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._record is None:
-            raise UserError(
-                f"nothing to train: the run is at epoch {trainer.current_epoch}, step "
-                f"{trainer.global_step}; pass a larger trainer.max_epochs, max_steps or max_time"
-            )
+            self._take_over(trainer, pl_module)
+        assert self._record is not None
         self._take_training_metrics(trainer)
         status, reason = "interrupted" if trainer.interrupted else "finished", None
         if self._record.best is None:
@@ -160,6 +159,28 @@ class RunRecord(L.Callback):
             reason=reason,
         )
         self._save(trainer)
+
+    def _take_over(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Complete the record of a run that was killed after its last step.
+
+        Raises:
+            UserError: the record is finished, or of another step than the checkpoint.
+        """
+        earlier = self._earlier
+        if earlier is None or earlier.status == "finished" or earlier.steps != trainer.global_step:
+            raise UserError(
+                f"nothing to train: the run is at epoch {trainer.current_epoch}, step "
+                f"{trainer.global_step}; pass a larger trainer.max_epochs, max_steps or max_time"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, MovingAverage):  # the weights at the end of a fit
+                callback.on_train_end(trainer, pl_module)
+        self._record = earlier
+        self._curves = {
+            key: {int(epoch): value for epoch, value in points}
+            for key, points in (earlier.curves or {}).items()
+        }
+        self._start = time.monotonic() - earlier.seconds
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self._record is None or self._record.status != "running":

@@ -3,6 +3,7 @@
 Its signature is the `data:` section of a configuration.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from tq_lightning.data.factory_meta import FactoryMeta
 from tq_lightning.data.loaders import EvalLoader, TrainLoader, make_train_loader, process_index
 from tq_lightning.data.sampling import CALIBRATION_SEED, generator, run_seed
 from tq_lightning.data.splits import Source, Splits
-from tq_lightning.data.validation import check_data_options
+from tq_lightning.data.validation import UNUSED, check_data_options, check_unused
 from tq_lightning.files import expand_path
 
 
@@ -65,7 +66,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         mean: per-channel mean of the images in 0..1; null is the default of the data set.
         std: per-channel standard deviation of the images in 0..1; null is the default of the data
             set.
-        interpolation: resizing in evaluation, bilinear or bicubic.
+        interpolation: resizing in evaluation and `classify`, bilinear or bicubic.
         train_interpolation: resizing of image files in training, random, bilinear or bicubic.
         crop_pct: in evaluation, image files are resized so that the crop covers this fraction of
             their shorter side.
@@ -73,8 +74,10 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
             data set, 4 for cifar.
         hflip: probability of mirroring a training image; null is the default of the data set, 0.5
             except for digits.
-        scale: smallest fraction of the area of an image file that a random crop covers.
+        scale: smallest fraction of the area of an image file that a random crop covers. This key,
+            train_interpolation and crop_pct are for image files only, pad for other images only.
         color_jitter: timm's color jitter; null is the default of the data set, 0.4 for image files.
+            timm applies it without auto_augment only.
         auto_augment: timm's policy, e.g. rand-m9-mstd0.5-inc1; null for none.
         reprob: probability of timm's random erasing.
         remode: fill of random erasing, const, rand or pixel.
@@ -116,9 +119,11 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         data_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_data_options(locals())
+        given = locals()
+        check_data_options(given)
         kind, _, path = name.partition("/")
         row = self._row = DATASETS[kind]
+        check_unused(given, inspect.signature(TQDataModule), UNUSED[row["size"] is not None])
         self.name, self.batch_size = name, batch_size
         self.image_size = image_size or row["size"] or 224
         self.input_shape = (3, self.image_size, self.image_size)

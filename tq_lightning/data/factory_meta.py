@@ -1,7 +1,7 @@
 """Data modules from a user's factory: `data.name: package.module:factory`."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -9,7 +9,7 @@ import lightning
 from tq_lightning.data.batch_reader import default_workers
 from tq_lightning.data.dataset_module import DatasetModule
 from tq_lightning.data.sampling import run_seed
-from tq_lightning.data.validation import check_data_options
+from tq_lightning.data.validation import check_data_options, check_unused
 from tq_lightning.errors import UserError
 from tq_lightning.factories import call_factory, is_factory
 
@@ -85,7 +85,10 @@ class FactoryMeta(type):
         if not is_factory(values["name"]):
             return super().__call__(*args, **keys)
         check_data_options(values)
-        _check_unused(values, cls.__signature__, _USED_BY_MODULES + _SAMPLING)
+        hint = ", or pass it to the factory as one of data.data_args"
+        unused = [key for key in values if key not in ("self", *_USED_BY_MODULES)]
+        images = [key for key in unused if key not in _SAMPLING]
+        check_unused(values, cls.__signature__, images, hint)
         workers, seed = values["workers"], values["seed"]
         data = open_custom(
             values["name"],
@@ -98,21 +101,5 @@ class FactoryMeta(type):
             seed=run_seed() if seed is None else seed,
         )
         if not isinstance(data, DatasetModule):
-            _check_unused(values, cls.__signature__, _USED_BY_MODULES)
+            check_unused(values, cls.__signature__, unused, hint)
         return data
-
-
-def _check_unused(
-    values: Mapping[str, Any], signature: inspect.Signature, used: Sequence[str]
-) -> None:
-    """Check that the other keys have their defaults: they would be recorded, but do nothing.
-
-    Raises:
-        UserError: a key has another value. The message names it.
-    """
-    for key, parameter in signature.parameters.items():
-        if key not in used and values[key] != parameter.default:
-            raise UserError(
-                f"data.{key}={values[key]} has no effect on the data of data.name="
-                f"{values['name']}; omit it, or pass it to the factory as one of data.data_args"
-            )

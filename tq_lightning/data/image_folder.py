@@ -1,5 +1,6 @@
 """Images in class folders, or in a tar of class folders."""
 
+import functools
 import io
 import re
 import sys
@@ -68,23 +69,47 @@ class ImageFiles:
 
 
 def find_split(root: Path, split: str) -> Path | None:
-    """Find the .tar or folder of a split under `root`."""
-    for name in SPLITS[split]:
-        for path in (root / f"{name}.tar", root / name):
-            if path.exists():
-                return path
-    return None
+    """Find the .tar or folder of a split under `root`.
+
+    If there are several, e.g. train.tar and train/, one line names the one that is used.
+    """
+    paths = [path for name in SPLITS[split] for path in (root / f"{name}.tar", root / name)]
+    found = [path for path in paths if path.exists()]
+    if len(found) > 1:
+        _report_once(f"{root}: using {found[0].name}, not {', '.join(p.name for p in found[1:])}")
+    return found[0] if found else None
 
 
 def is_flat(root: Path) -> bool:
-    """Return True if `root` is a tar of class folders, or has class folders instead of splits."""
+    """Return True if `root` is a tar of class folders, or has class folders instead of splits.
+
+    Raises:
+        UserError: a class folder has the name of a split, or a split that of a class, e.g. Train.
+    """
     if root.is_file():
         return root.suffix == ".tar"
-    return (
-        root.is_dir()
-        and not any(find_split(root, split) for split in SPLITS)
-        and any(path.is_dir() for path in root.iterdir())
-    )
+    if not root.is_dir():
+        return False
+    splits = [path for split in SPLITS if (path := find_split(root, split)) is not None]
+    folders = _subfolders(root)
+    classes = [name for name in folders if name not in _SPLIT_NAMES]
+    plain = [path for path in splits if path.is_dir() and not _subfolders(path)]
+    if classes and plain == splits and any(any(path.iterdir()) for path in plain):
+        name = plain[0].name
+        raise _error(
+            f"{root} has the folder {name} without class folders next to "
+            f"{', '.join(classes[:3])}; if {name} is a class too, move the class folders into "
+            f"{root / 'train'}"
+        )
+    for name in classes:
+        if name.lower() in _SPLIT_NAMES and _subfolders(root / name):
+            raise _error(f"{root / name} is not read as a split; rename it to {name.lower()}")
+    return not splits and bool(folders)
+
+
+def _subfolders(path: Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, without hidden ones."""
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not is_hidden((p.name,)))
 
 
 def missing(root: Path, *splits: str) -> str:
@@ -146,8 +171,8 @@ def open_images(
     if unknown:
         raise _error(
             f"{path} has {len(unknown)} class folders that are not among the {len(index)} "
-            f"expected classes ({', '.join(unknown[:3])}): unpack it again, or pass "
-            "data.name=imagefolder for other classes"
+            f"expected classes ({', '.join(unknown[:3])}): unpack it again; for other classes, "
+            "pass data.name=imagefolder and a data.root with a training split of them"
         )
     if left_out.counts:
         _report(f"{path}: {len(paths)} images of {len(names)} classes; {left_out}")
@@ -208,6 +233,11 @@ def _error(message: str) -> UserError:
 @rank_zero_only
 def _report(line: str) -> None:
     print(escape_undecodable(line), file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _report_once(line: str) -> None:
+    _report(line)
 
 
 def _natural_key(text: str) -> tuple[list[Any], str]:

@@ -7,6 +7,9 @@ from typing import IO, NamedTuple
 from tq_lightning.data.images import LeftOut, escape_undecodable, is_hidden, reason_to_skip
 from tq_lightning.errors import UserError, message_of
 
+# first bytes of gzip, bzip2, xz and zstd
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+
 
 class Member(NamedTuple):
     """Byte range of a file in a tar."""
@@ -30,6 +33,19 @@ class BoundedFile:
         return self.file.read(max(0, min(size, self.size - self.tell())))
 
 
+def check_not_compressed(path: Path) -> None:
+    """Raise UserError for a compressed tar, whose members can't be read by byte range."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(6)
+    except OSError:  # the reader of the tar says why
+        return
+    if start.startswith(_COMPRESSED):
+        raise UserError(
+            escape_undecodable(f"{path} is compressed; unpack it, e.g. to a .tar without gzip")
+        )
+
+
 def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
     """List the images of a tar, and of the tars inside it.
 
@@ -40,10 +56,11 @@ def list_tar(path: Path) -> tuple[dict[PurePosixPath, Member], LeftOut]:
         Byte range of each image by its path, and the skipped files.
 
     Raises:
-        UserError: the tar is damaged, or its member sizes contradict its content.
+        UserError: the tar is compressed or damaged, or its member sizes contradict its content.
     """
     members: dict[PurePosixPath, Member] = {}
     left_out = LeftOut()
+    check_not_compressed(path)
     try:
         with open(path, "rb") as raw:
             file = BoundedFile(raw, path.stat().st_size)

@@ -1,5 +1,7 @@
 """Validation of the `data:` keys."""
 
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tq_lightning.data.datasets import DATASETS
@@ -9,7 +11,7 @@ from tq_lightning.factories import is_factory
 _COUNT, _SHARE, _STRENGTH = (1, 10**9), (0.0, 1.0), (0.0, 1000.0)
 _RANGES: dict[str, tuple[float, float]] = {
     "num_classes": _COUNT,
-    "image_size": _COUNT,
+    "image_size": (1, 8192),
     "batch_size": _COUNT,
     "eval_batch_size": _COUNT,
     "samples": _COUNT,
@@ -26,6 +28,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "color_jitter": _STRENGTH,
     "seed": (0, 2**63 - 1),
 }
+# keys without effect, by whether images are in memory: those are not cropped one by one
+UNUSED = {True: ("train_interpolation", "crop_pct", "scale"), False: ("pad",)}
 _CHOICES = {
     "name": (*(name for name in DATASETS if name != "hfds"), "hfds/PATH"),
     "interpolation": ("bilinear", "bicubic"),
@@ -79,6 +83,28 @@ def check_data_options(given: dict[str, Any]) -> None:
         raise UserError(f"data.std: got {given['std']}, pass numbers above 0 and up to 1; {scaled}")
     if given["auto_augment"]:
         _check_policy(given["auto_augment"])
+
+
+def check_unused(
+    values: Mapping[str, Any], signature: inspect.Signature, keys: Iterable[str], hint: str = ""
+) -> None:
+    """Check that keys have their defaults: other values would be recorded, but do nothing.
+
+    Args:
+        values: value by key, of all arguments of the data module.
+        signature: signature of the data module, for the defaults.
+        keys: keys without effect on the data set.
+        hint: end of the message.
+
+    Raises:
+        UserError: a key has another value. The message names it.
+    """
+    for key in keys:
+        if values[key] != signature.parameters[key].default:
+            raise UserError(
+                f"data.{key}={values[key]} has no effect on the data of data.name="
+                f"{values['name']}; omit it{hint}"
+            )
 
 
 def _check_policy(policy: str) -> None:

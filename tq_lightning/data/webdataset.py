@@ -29,7 +29,7 @@ from tq_lightning.data.images import (
     read_image,
 )
 from tq_lightning.data.splits import Source, Split
-from tq_lightning.data.tar import BoundedFile
+from tq_lightning.data.tar import BoundedFile, check_not_compressed
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.files import atomic_write
 
@@ -84,11 +84,10 @@ def find_shards(root: Path, split: str) -> list[Path]:
     """List the shards of a split, sorted by name; hidden files are not shards.
 
     Raises:
-        UserError: the name of a shard of `root` contains two splits.
+        UserError: the name of a shard of `root` contains two splits, or the split is in several
+            places, of which one may be outdated.
     """
-    for name in SPLITS[split]:
-        if shards := _list_tars(root / name):
-            return shards
+    folders = [folder for name in SPLITS[split] if _list_tars(folder := root / name)]
     tars = _list_tars(root)
     names = {split: set(names) for split, names in SPLITS.items()}
     words = {tar: set(re.split(r"[^a-z]+", tar.stem.lower())) for tar in tars}
@@ -102,6 +101,16 @@ def find_shards(root: Path, split: str) -> list[Path]:
                 )
             )
     named = [tar for tar in tars if words[tar] & names[split]]
+    places = [*(f"{folder.name}/" for folder in folders), *(tar.name for tar in named[:1])]
+    if len(places) > 1:
+        raise UserError(
+            escape_undecodable(
+                f"{root} has {split} shards in several places ({', '.join(places)}); move all but "
+                "one elsewhere"
+            )
+        )
+    if folders:
+        return _list_tars(folders[0])
     if not named and split == "train":
         every = set().union(*names.values())
         return [tar for tar in tars if not words[tar] & every]
@@ -181,6 +190,11 @@ def cached_index(shards: list[Path]) -> ShardIndex:
     The index is created again if the size or modification time of a shard changes, and by every
     run if the folder is read-only.
     """
+    for shard in shards:
+        if not shard.is_file():  # opening a FIFO would wait forever
+            raise UserError(
+                escape_undecodable(f"shard {shard} is not a regular file; move it elsewhere")
+            )
     stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
     identity = json.dumps([VERSION, stats])
     digest = hashlib.sha256("\n".join(s.name for s in shards).encode()).hexdigest()[:12]
@@ -210,8 +224,9 @@ def index_shards(shards: list[Path]) -> ShardIndex:
     for number, shard in enumerate(shards):
         rows += [(number, *row) for row in _index_shard(shard, left_out)]
     if not rows:
+        reason = f" ({left_out})" if left_out.counts else ""
         raise UserError(
-            f"no image in {shards[0].parent} has a label ({left_out}); pass shards with KEY.jpg "
+            f"no image in {shards[0].parent} has a label{reason}; pass shards with KEY.jpg "
             f"and KEY.cls, or KEY.json with one of the keys {', '.join(JSON_LABELS)}"
         )
     if left_out.counts:
@@ -232,6 +247,7 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
     labels: dict[str, int] = {}
     broken: set[str] = set()
     total = shard.stat().st_size
+    check_not_compressed(shard)
     try:
         with (
             open(shard, "rb") as raw,

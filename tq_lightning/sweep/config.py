@@ -15,6 +15,7 @@ from typing import Any
 
 from tq_lightning.errors import UserError
 from tq_lightning.files import expand_path
+from tq_lightning.records.publish import flatten
 from tq_lightning.sweep.parameters import (
     Parameter,
     axis_size,
@@ -38,6 +39,13 @@ KEYS = (
     "entity",
 )
 MAX_EXPONENT = 100  # of 2, for eta**s of early_terminate
+# keys of `fit` that must not be in a sweep -> reason and alternative
+_DECIDED = {
+    "trainer.default_root_dir": "the sweep sets it; pass --dir instead",
+    "run_dir": "each trial has its own folder; pass --dir instead",
+    "ckpt_path": "the sweep resumes trials itself; remove it",
+    "print_config": "it trains nothing; remove it",
+}
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 COMMAND = '["${env}", python, -m, tq_lightning, fit, --config, FILE, "${args}"]'
@@ -102,14 +110,12 @@ def read_sweep(path: str | Path) -> Sweep:
             f"{path}: parameters: nothing to search; add `values`, or `min` and `max`, to at least "
             "one key"
         )
-    _check_free([*parameters, *constants], f"{path}: parameters")
-    if "ckpt_path" in parameters:
-        raise UserError(
-            f"{path}: parameters: ckpt_path can't be searched, because the sweep resumes trials "
-            "itself; remove it"
-        )
+    where = f"{path}: parameters"
+    values = [{key: value} for key, p in parameters.items() for value in p.values or [None]]
+    check_free([key for given in (*values, constants) for key in flatten(given)], where)
     metric, goal = _read_metric(raw.get("metric"), path)
     arguments, environment = _read_command(raw.get("command"), path)
+    check_free([_key_of(word) for word in arguments], f"{path}: command")
     cap = raw.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
         raise UserError(f"{path}: run_cap: expected an integer >= 1, got {cap!r}")
@@ -137,16 +143,17 @@ def with_extra(sweep: Sweep, extra: list[str]) -> Sweep:
     """Add arguments of `fit` to every trial.
 
     Raises:
-        UserError: an argument sets a key that is searched or that the sweep sets, or prints the
-            configuration.
+        UserError: an argument sets a key that is searched or that the sweep decides, or prints
+            the configuration.
     """
-    keys = {word: word.removeprefix("--").split("=", 1)[0] for word in extra}
-    _check_free(list(keys.values()), "the arguments after --")
+    keys = {word: _key_of(word) for word in extra}
     for word, key in keys.items():
         if key == "print_config":
             raise UserError(
                 f"{word} trains nothing; remove it from the arguments after --, or pass it to fit"
             )
+    check_free(list(keys.values()), "the arguments after --")
+    for word, key in keys.items():
         if key in sweep.parameters:
             raise UserError(
                 f"{word}: {sweep.path} searches {key}; remove it from the arguments after --"
@@ -171,12 +178,16 @@ def grid_point(sweep: Sweep, index: int) -> dict[str, Any]:
     return dict(reversed(point.items()))
 
 
-def _check_free(keys: list[str], where: str) -> None:
-    """Raise UserError if the keys include the one that the sweep sets for every trial."""
-    if "trainer.default_root_dir" in keys:
-        raise UserError(
-            f"{where}: got trainer.default_root_dir, but the sweep sets it; pass --dir instead"
-        )
+def check_free(keys: list[str], where: str) -> None:
+    """Raise UserError if the keys include one that the sweep decides for every trial."""
+    for key in keys:
+        if key in _DECIDED:
+            raise UserError(f"{where}: got {key}, but {_DECIDED[key]}")
+
+
+def _key_of(word: str) -> str:
+    """Return the key of a command-line word `--key` or `--key=value`."""
+    return word.removeprefix("--").split("=", 1)[0]
 
 
 def _read_metric(raw: Any, path: Path) -> tuple[str | None, str]:

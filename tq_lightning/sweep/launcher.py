@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any
 
-from tq_lightning.errors import TrainingError
+from tq_lightning.errors import TrainingError, first_line
 from tq_lightning.sweep.config import Sweep
 from tq_lightning.sweep.progress import Progress
 from tq_lightning.sweep.storage import StorageOutage
@@ -43,6 +43,7 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
         queue.refresh()
     pool = WorkerPool(options, deadline, sweep.environment)
     stopped_by: list[int] = []
+    reason = "stopped by the user"
 
     def interrupt(number: int, _: Any) -> None:
         stopped_by.append(number)
@@ -66,8 +67,11 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
     except KeyboardInterrupt:
         pool.stop(signal.SIGINT if stopped_by[0] == signal.SIGINT else signal.SIGTERM)
         return 128 + stopped_by[0]
+    except BaseException as error:
+        reason = f"the sweep command failed: {first_line(error)}"
+        raise
     finally:
-        pool.kill(queue)
+        pool.kill(queue, reason)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -165,7 +169,7 @@ class WorkerPool:
             ):
                 time.sleep(0.1)
 
-    def kill(self, queue: TrialQueue) -> None:
+    def kill(self, queue: TrialQueue, reason: str) -> None:
         """Kill the remaining workers with their children and fail their running trials."""
         from optuna.exceptions import StorageInternalError
 
@@ -174,7 +178,7 @@ class WorkerPool:
                 os.killpg(process.pid, signal.SIGKILL)  # further ranks and data loaders too
             process.wait()
             with contextlib.suppress(StorageInternalError):  # else the heartbeat will time out
-                queue.fail_worker(name, "interrupted", "stopped by the user")
+                queue.fail_worker(name, "interrupted", reason)
 
 
 def _slot_environment(slot: int, workers: int) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.records import STORAGE_BYTES, goal_of
-from tq_lightning.sweep.config import Sweep
+from tq_lightning.sweep.config import Sweep, check_free
 from tq_lightning.sweep.parameters import format_argument, round_to_step
 from tq_lightning.sweep.search_space import fit_arguments
 
@@ -34,6 +34,8 @@ def check_arms(sweep: Sweep, metrics: list[str]) -> None:
         try:
             config = parse(fit_arguments(sweep, values))
             check_run("fit", config)
+            # of a file in --config; trainer.default_root_dir of one is overridden
+            check_free([key for key in ("run_dir", "ckpt_path") if config[key] is not None], "fit")
             logged = logged_metrics(config)
         except (ValueError, TypeError) as error:
             raise UserError(f"{sweep.path}: {arm}: {message_of(error)}") from None

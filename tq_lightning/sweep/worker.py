@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ class Worker:
         outage = StorageOutage()
         try:
             while self.deadline is None or time.time() < self.deadline:
-                if self.parent is not None and os.getppid() != self.parent:
+                if self._is_orphan():
                     return 128 + signal.SIGTERM
                 claimed, finished = None, False
                 with outage:
@@ -130,8 +131,14 @@ class Worker:
             # only fit received a signal, or another rank died
             reason = "fit was stopped by another process"
             result = TrialResult("lost", reason=reason, record=result.record)
+        if result.state == "interrupted" and self._is_orphan():  # the heartbeat stopped the trial
+            result = replace(result, reason="the sweep command ended")
         retry_during_outage(lambda: self.objective.store(claimed, result))
         return result
+
+    def _is_orphan(self) -> bool:
+        """Return True if the launcher has ended."""
+        return self.parent is not None and os.getppid() != self.parent
 
     def _interrupt(self, number: int, _: Any) -> None:
         if not self.queue.trial_taken:  # if it was taken, the heartbeat interrupts only the trial

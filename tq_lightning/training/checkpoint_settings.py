@@ -37,6 +37,24 @@ def differences(run: Path | None, config: Any) -> list[str]:
     ]
 
 
+def check_same_data(config: Any, run: Path | None) -> None:
+    """Check that a resumed fit reads the data of its run, whose record has one data set.
+
+    Raises:
+        UserError: another data set, other arguments of it, or other held-out samples.
+    """
+    path = None if run is None else run / NAME
+    if path is None or not path.is_file():
+        return
+    data = read_record(path).config.get("data") or {}
+    for key in ("name", "data_args", "val_fraction"):
+        if key in data and data[key] != config.data[key]:
+            raise UserError(
+                f"data.{key}: got {config.data[key]}, but {run} was trained with {data[key]}; pass "
+                "the same data, or the checkpoint file and a new --run_dir"
+            )
+
+
 def keep_seed(config: Any, run: Path | None) -> None:
     """Replace a different seed of a resumed fit by the seed in the record of its run, in place.
 

@@ -21,6 +21,7 @@ from tq_lightning.training.run_folder import (
     CONFIG,
     LAST,
     auto_folder,
+    check_no_other_files,
     check_same_run,
     check_unused,
     has_finished,
@@ -94,16 +95,20 @@ def resolve_ckpt_path(
         if not fits:
             raise UserError("ckpt_path=auto is for fit; pass best, last or a file, and --run_dir")
         run_dir = auto_folder(config.run_dir, root)
+        check_no_other_files(run_dir)
         given = find_auto(run_dir, plain_config())
         if given is None:  # rows of an attempt without a checkpoint will be logged again
             return ResolvedPath(run_dir, None, 0, [])
     elif given is None:
         if run_dir is not None and fits:
             check_unused(run_dir)
+            check_no_other_files(run_dir)
         return ResolvedPath(run_dir, None, None, [])
     checkpoint = find_checkpoint(str(given), root, run_dir)
     if run_dir is not None and not is_same_folder(run_dir, checkpoint.run):
         check_unused(run_dir, f"ckpt_path: {checkpoint.path} is not a checkpoint of it")
+        if fits:
+            check_no_other_files(run_dir)
     differing: list[str] = []
     if fits:
         check_resumable(checkpoint, config.trainer)

@@ -45,10 +45,12 @@ def rewrite_parser_error(error: BaseException) -> str:
         _wrong_section,
         _wrong_list,
         _not_a_class,
+        _wrong_class_argument,
         _wrong_type,
         _wrong_flag,
         _no_accelerator,
         _unknown_name,
+        _not_logged,
     )
     for rewrite in rewrites:
         message = rewrite(text)
@@ -143,6 +145,21 @@ def _not_a_class(text: str) -> str | None:
     )
 
 
+def _wrong_class_argument(text: str) -> str | None:
+    """Rewrite jsonargparse's message on an unknown or missing argument of a callback or logger."""
+    match = re.match(
+        r'Parser key "([\w.]+)": .*?Problem with given class_path \'[\w.]*?(\w+)\': '
+        r"(?:Option '([^']*)' is not accepted|the following arguments are required: (\w+))",
+        text,
+    )
+    if match is None:
+        return None
+    key, name, unknown, missing = match.groups()
+    if unknown:
+        return f"{key}: {name} has no argument {unknown}; omit it"
+    return f"{key}: {name} needs {missing}; pass --{key}.{missing} VALUE"
+
+
 def _wrong_flag(text: str) -> str | None:
     """Rewrite argparse's message on a flag that is neither true nor false."""
     match = re.search(r"argument (--\w+)\S*: invalid _boolean_type value: (.*)", text)
@@ -179,6 +196,19 @@ def _unknown_name(text: str) -> str | None:
     known = _NAMES[match[1]]
     hint = did_you_mean(match[2], known)
     return f"trainer.{match[1]}: got {match[2]!r}, pass one of {', '.join(known)}{hint}"
+
+
+def _not_logged(text: str) -> str | None:
+    """Rewrite Lightning's message on a callback that monitors an unknown metric."""
+    match = re.search(
+        r"conditioned on metric `([^`]*)`|\(monitor='([^']*)'\)` could not find", text
+    )
+    if match is None:
+        return None
+    name = match[1] or match[2]
+    known = [key for key in re.findall(r"[`']([a-z]+/\w+)[`']", text) if key != name]
+    hint = did_you_mean(name, known) or "; pass e.g. val/acc1_truncate_mean or val/loss"
+    return f"trainer.callbacks: the metric {name!r} is not logged{hint}"
 
 
 def quiet() -> None:

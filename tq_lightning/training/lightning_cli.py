@@ -23,6 +23,7 @@ from tq_lightning.files import remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
 from tq_lightning.training.checkpoint_settings import (
     check_factories,
+    check_same_data,
     keep_seed,
     overridden_arguments,
 )
@@ -50,8 +51,8 @@ from tq_lightning.training.run_callbacks import (
     progress_callbacks,
 )
 from tq_lightning.training.run_folder import LAST
-from tq_lightning.training.run_messages import end_lines, start_line
-from tq_lightning.training.trainer_validation import check_run
+from tq_lightning.training.run_messages import StartLine, end_lines, start_line
+from tq_lightning.training.trainer_validation import check_precision, check_run
 from tq_lightning.training.yaml_values import as_plain_strings
 
 ROOT = "runs"  # the default of trainer.default_root_dir
@@ -164,6 +165,7 @@ class TQCLI(LightningCLI):
         if verb == "fit" and self.checkpoint is not None:
             check_newest(resolved, root, given_model, kept_model)
             if resolved.continues_run:
+                check_same_data(self.config[verb], self.checkpoint.run)
                 keep_seed(self.config[verb], self.checkpoint.run)
         kept = overridden_arguments(given_model, kept_model)
         if kept:
@@ -213,9 +215,6 @@ class TQCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         first = getattr(rank_zero_only, "rank", 0) == 0
-        if first:
-            path = None if self.checkpoint is None else self.checkpoint.path
-            print(start_line(subcommand, self.run_dir, path, self.resume_step), flush=True)
         try:
             super()._run_subcommand(subcommand)
         except UserError as error:
@@ -225,6 +224,8 @@ class TQCLI(LightningCLI):
         except (TrainingError, MisconfigurationException, OSError):
             raise
         except Exception as error:
+            if "Early stopping conditioned on metric" in str(error):
+                raise UserError(rewrite_parser_error(error)) from None
             lost = self._rank_monitor and self._rank_monitor.message
             if self.checkpoint is None or self.model.began or lost:
                 raise
@@ -253,12 +254,15 @@ class TQCLI(LightningCLI):
         bar = kwargs.get("enable_progress_bar", trainer["enable_progress_bar"])
         self._rank_monitor = RankMonitor(self._fail_record, self._how_to_resume)
         # RankMonitor comes first: it names the cause of an error before the record is written
-        callbacks = [self._rank_monitor, WidthTable(), *progress_callbacks(bar, fits)]
+        path = None if given is None else given.path
+        line = start_line(str(self.subcommand), self.run_dir, path, self.resume_step)
+        callbacks = [self._rank_monitor, StartLine(line), WidthTable()]
+        callbacks += progress_callbacks(bar, fits)
+        if self._open_run is not None:
+            remove_temporaries(self.run_dir)
+            remove_temporaries(self.run_dir / "checkpoints")
         if fits:
             self.save_config_kwargs = {"run_dir": self.run_dir}
-            if self._open_run is not None:
-                remove_temporaries(self.run_dir)
-                remove_temporaries(self.run_dir / "checkpoints")
             callbacks += fit_callbacks(self.run_dir, config, self.config_dump, self.stop_flag)
             if trainer["logger"] in (None, True):
                 kwargs["logger"] = make_loggers(
@@ -274,6 +278,7 @@ class TQCLI(LightningCLI):
         kwargs["callbacks"] = [*listed(trainer["callbacks"]), *callbacks]
         made = super().instantiate_trainer(**kwargs)
         check_tasks(made.num_devices, made.num_nodes, fits)
+        check_precision(trainer["precision"], made.precision)
         return made
 
 

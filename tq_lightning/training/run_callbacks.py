@@ -136,7 +136,13 @@ def make_loggers(
     loggers: list[Any] = [ResumableCSVLogger(str(run_dir.parent), run_dir.name, resume_step)]
     if config["tensorboard"]:
         loggers.append(
-            TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)
+            TensorBoardLogger(
+                run_dir,
+                name="",
+                version="tensorboard",
+                default_hp_metric=False,
+                purge_step=resume_step,  # the steps from there on are logged again
+            )
         )
     if config["wandb"]:
         from tq_lightning.callbacks.wandb_logger import make_wandb_logger

@@ -9,6 +9,7 @@ from tq_lightning.training.yaml_file import read_yaml
 
 LAST = "checkpoints/last.ckpt"
 CONFIG = "config.yaml"
+_WRITTEN = (CONFIG, "metrics.csv")  # files that a fit replaces or extends
 # data keys that may change when a run is resumed: location and reading of the data
 _PLACES = {"root", "download", "workers"}
 
@@ -50,6 +51,18 @@ def check_unused(folder: Path, reason: str = "") -> None:
             f"run_dir={folder} already has a run{reason and f', and {reason}'}; pass --ckpt_path "
             "auto to resume it, or another folder"
         )
+
+
+def check_no_other_files(folder: Path) -> None:
+    """Raise UserError if `folder` has no run, but files that a fit would replace."""
+    if (folder / NAME).exists() or (folder / "checkpoints").exists():
+        return
+    for name in _WRITTEN:
+        if (folder / name).exists():
+            raise UserError(
+                f"run_dir={folder} has no run, but a {name} that a fit would replace; pass another "
+                "folder"
+            )
 
 
 def is_same_folder(one: Path | None, two: Path | None) -> bool:

@@ -2,10 +2,35 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
 
 from tq_lightning.errors import program_name
 from tq_lightning.records import NAME, metric_of, read_record
 from tq_lightning.training.run_folder import CONFIG, LAST
+
+
+class StartLine(Callback):
+    """Print a line when a verb has read its data and loaded its model.
+
+    A run that fails earlier has no folder that the line could name.
+    """
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Print the line of a fit."""
+        if trainer.is_global_zero:
+            print(self.line, flush=True)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Print the line of another verb."""
+        if trainer.is_global_zero and trainer.state.fn != "fit":
+            print(self.line, flush=True)
+
+    on_test_start = on_predict_start = on_validation_start
 
 
 def start_line(verb: str, run_dir: Path, checkpoint: Path | None, step: int | None) -> str:
@@ -13,6 +38,8 @@ def start_line(verb: str, run_dir: Path, checkpoint: Path | None, step: int | No
     if checkpoint is None:
         return f"run folder: {run_dir}" if verb == "fit" else "no checkpoint: initial weights"
     action = "resume" if verb == "fit" else verb
+    if verb in ("validate", "test") and not (run_dir / NAME).is_file():
+        return f"{verb} {checkpoint}, step {step}"  # a checkpoint outside of a run folder
     return f"run folder: {run_dir} ({action} {checkpoint.name}, step {step})"
 
 

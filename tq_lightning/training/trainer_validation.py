@@ -10,6 +10,10 @@ from tq_lightning.errors import UserError
 _REFUSED_CALLBACKS = {
     "StochasticWeightAveraging": "resets the norm statistics of all widths; use model.ema_decay",
     "ModelPruning": "replaces the weights that are quantized; pass a model that is pruned already",
+    "WeightAveraging": "averages the counters of norms too; use model.ema_decay",
+    "EMAWeightAveraging": "averages the counters of norms too; use model.ema_decay",
+    "BatchSizeFinder": "changes the batch size, but not in the record; pass data.batch_size",
+    "LearningRateFinder": "changes the learning rate, but not in the record; pass model.lr",
 }
 
 
@@ -45,6 +49,18 @@ def check_trainer(trainer: Any) -> None:
         raise UserError(
             f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, "
             "pass 1 or more"
+        )
+
+
+def check_precision(given: Any, used: Any) -> None:
+    """Check that the Trainer uses the given precision: on a CPU, Lightning replaces float16.
+
+    Raises:
+        UserError: it uses another one, which the record of the run would not have.
+    """
+    if str(given) in ("16", "16-mixed") and str(used) != "16-mixed":
+        raise UserError(
+            f"trainer.precision: got {given}, which this device does not support; pass {used}"
         )
 
 

@@ -3,6 +3,8 @@
 docs/format.md is the specification, docs/read_packed.py a reader in plain NumPy.
 """
 
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from tq_lightning.export.packed.sections import (
     merge_norms,
     section_sizes,
 )
-from tq_lightning.export.packed.skeleton import create_skeleton, prepare_skeleton
+from tq_lightning.export.packed.skeleton import check_args, create_skeleton, prepare_skeleton
 from tq_lightning.factories import is_factory
 from tq_lightning.quant.bit_planes import aligned, pack_planes
 from tq_lightning.quant.bit_width import width_of
@@ -99,7 +101,9 @@ def save_packed(
         header["folded"] = True
         _fold(model, tensors)
     header["norms"], tensors = merge_norms(tensors)
-    if header["model"]["name"] is not None and not is_factory(header["model"]["name"]):
+    if is_factory(header["model"]["name"]):
+        _warn_of_arguments(header["model"], path)
+    elif header["model"]["name"] is not None:
         skeleton = prepare_skeleton(create_skeleton(header["model"]), header["prepare"])
         check_names(header, set(tensors), skeleton)
     header, tensors = keep_planes(header, tensors, stored)
@@ -107,6 +111,14 @@ def save_packed(
         header, tensors = compress_planes(header, tensors)
     version = format_version(header, tensors)
     return section_sizes(tensors, write_container(path, tensors, header, version))
+
+
+def _warn_of_arguments(spec: Mapping[str, Any], path: str | Path) -> None:
+    """Warn if `load_packed` will refuse to call the factory with the arguments of the file."""
+    try:
+        check_args(json.loads(json.dumps(spec["args"])), own=True)
+    except UserError as error:
+        warnings.warn(f"{path} can't be loaded by the name {spec['name']}: {error}", stacklevel=3)
 
 
 def _describe(
