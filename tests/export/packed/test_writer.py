@@ -265,6 +265,50 @@ def test_invalid_input_is_an_error(make, net, packed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_only_affine_batch_norms_are_folded(tmp_path):
+    class Other(nn.Module):
+        """A norm with a variance and no mean, such as EvoNorm."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+            self.register_buffer("running_var", torch.full((8,), 4.0))
+
+        def forward(self, x):
+            return x / self.running_var.sqrt() * self.weight + self.bias
+
+    def network():
+        layers = nn.Linear(8, 8), Other(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        return nn.Sequential(*layers)
+
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(4, 8)
+    prepare(model, norm="shared", verbose=False)
+    model[1].running_var.fill_(3.0)
+    model[3].running_var.fill_(5.0)
+    save_packed(model.eval(), tmp_path / "x.safetensors", fold_norms=True)
+    served = load_packed(tmp_path / "x.safetensors", model=network())
+    assert served[1].running_var.eq(3.0).all() and served[3].running_var.lt(1.0).all()
+    with torch.no_grad(), bit_width(model, 8, "truncate"):
+        assert torch.allclose(served(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["layer1.0.conv1.parametrizations.weight.original", "bn1.sets.4.running_var", "fc.bias"]
+)
+def test_model_that_contains_nan_is_an_error(name, make, tmp_path):
+    model, _ = make()
+    values = dict([*model.named_parameters(), *model.named_buffers()])[name]
+    with torch.no_grad():
+        values.view(-1)[0] = torch.nan
+    with pytest.raises(UserError, match="contains NaN"):
+        save_packed(model, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+    with torch.no_grad():
+        values.view(-1)[0] = 1.0
+    save_packed(model, tmp_path / "x.safetensors")
+
+
 def test_interrupted_write_keeps_the_old_file(net, packed, tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     path.write_bytes(packed.read_bytes())
