@@ -134,11 +134,16 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
 
 
 def _use_first_names(graph: onnx.ModelProto, model: nn.Module) -> None:
-    """Name each parameter of a layer with several names by its first one, as packed files do."""
-    first: dict[int, str] = {}
-    new: dict[str, str] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        new[name] = first.setdefault(id(value), name)
+    """Name the parameters of a layer with several names by its first name, as packed files do."""
+    first = {id(module): name for name, module in model.named_modules()}
+    new = {
+        f"{name}.{leaf}": f"{first[id(module)]}.{leaf}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        for leaf in module._parameters
+        if name != first[id(module)]
+    }
+    present = {initializer.name for initializer in graph.graph.initializer}
+    new = {old: name for old, name in new.items() if old in present and name not in present}
     for initializer in graph.graph.initializer:
         initializer.name = new.get(initializer.name, initializer.name)
     for node in graph.graph.node:
