@@ -593,6 +593,7 @@ int main(int argc, char **argv) {
     free(ramp);
     free(codes);
     free(data);
+    if (fflush(stdout) != 0 || ferror(stdout)) return perror("read_packed: standard output"), 2;
     return found ? 0 : 2;
 }
 

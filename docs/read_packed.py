@@ -24,14 +24,18 @@ def read_header(file):
         raise ValueError("not a safetensors file")
     raw = file.read(size)
     index = json.loads(raw)
-    metadata = index.pop("__metadata__", {})
+    metadata = dict(index.pop("__metadata__", {})) if isinstance(index, dict) else {}
     kind, version = metadata.get("format"), metadata.get("format_version")
     if kind != "tq_packed" or version not in ("1", "2"):
         raise ValueError(f"not a packed file of version 1 or 2 (format {kind}, version {version})")
-    blank = raw.replace(metadata["header_sha256"].encode(), b"0" * 64, 1)
-    if hashlib.sha256(blank).hexdigest() != metadata["header_sha256"]:
+    digest = str(metadata.get("header_sha256"))
+    blank = raw.replace(digest.encode(), b"0" * 64, 1)
+    if hashlib.sha256(blank).hexdigest() != digest:
         raise ValueError("the header is damaged")
-    return json.loads(metadata["header"]), index, 8 + size
+    header = json.loads(metadata["header"])
+    if header.get("rest_of") is not None:
+        raise ValueError("a rest file, without the first planes; join it with `export --add`")
+    return header, index, 8 + size
 
 
 def read_tensor(file, header, index, start, name):

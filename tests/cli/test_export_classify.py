@@ -86,6 +86,9 @@ def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--max-bits", "0"], "from 1 to 8"),
         (["{packed}", "--out", "x", "--opset", "21"], "--opset is for"),
         (["{packed}", "--out", "x", "--fold-norms"], "needs the checkpoint"),
+        (["{packed}", "--out", "x", "--fold-norms", "--format", "onnx"], "needs the checkpoint"),
+        (["{packed}", "--out", "."], "--out . is a folder"),
+        (["{packed}", "--out", "x", "--rest", ".", "--max-bits", "2"], "--rest . is a folder"),
         (["{packed}", "--out", "nowhere/x"], "no folder"),
         (["{packed}", "--out", "x", "--rest", "nowhere/y", "--max-bits", "2"], "no folder nowhere"),
         (["{packed}", "--out", "nowhere/x", "--rest", "y", "--max-bits", "2"], "no folder nowhere"),
@@ -94,6 +97,7 @@ def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer):
         (["{packed}", "--out", "x", "--observer", "mse"], "--observer needs --calibrate"),
         (["{packed}", "--out", "x", "--calibrate", "nodata"], "no such folder or data set"),
         (["{packed}", "--out", "x", "--calibrate", "."], "no images found under ."),
+        (["{packed}", "--out", "x", "--calibrate", ""], "--calibrate got an empty value"),
         (
             ["{packed}", "--out", "x", "--format", "qonnx", "--calibrate", "digits"],
             "got --format qonnx, which has no activation ranges",
@@ -128,6 +132,44 @@ def test_error_names_the_file_of_the_user(how, packed, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^run\.ckpt (stores 8 planes|is not right)"):
         command.main([str(source), "--out", "x", *how])
     assert list(tmp_path.iterdir()) == [tmp_path / source]
+
+
+def test_narrow_and_rest_file_are_written_together_or_not_at_all(packed, tmp_path, monkeypatch):
+    from tq_lightning.export.packed import edit
+
+    def fail(*_):
+        raise UserError("cannot write x (No space left on device); nothing was changed")
+
+    monkeypatch.setattr(edit, "repack", fail)
+    out, rest = tmp_path / "x", tmp_path / "rest"
+    rest.write_text("of another model")
+    with pytest.raises(UserError, match="nothing was changed"):
+        command.main([str(packed), "--out", str(out), "--max-bits", "2", "--rest", str(rest)])
+    assert list(tmp_path.iterdir()) == [rest] and rest.read_text() == "of another model"
+
+
+def test_calibration_counts_the_images_that_it_skips(packed, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    argv = ["export", str(packed), "--out", str(tmp_path / "x"), "--calibrate", str(folder)]
+    assert main(argv) == 0 and capsys.readouterr().err == ""
+    (folder / "b.png").write_bytes(b"not an image")
+    assert main(argv) == 0
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("skipped 1 of 2 images, e.g. ") and "b.png" in line
+
+
+def test_calibration_of_a_model_with_nan_is_one_line(packed, tmp_path, monkeypatch, capsys):
+    def batches(*_):
+        return [torch.full((1, 3, 32, 32), torch.nan)]
+
+    monkeypatch.setattr(calibration, "_batches", batches)
+    argv = ["export", str(packed), "--out", str(tmp_path / "x"), "--calibrate", "data"]
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: --calibrate data: the input of ") and "NaN" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["onnx", "qonnx"])

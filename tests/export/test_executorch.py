@@ -92,6 +92,23 @@ def test_layers_that_stay_in_float_are_named(make, tmp_path):
     assert any(name.endswith(".conv_pw.weight") for name in program.integer)
 
 
+def test_layer_with_two_names_is_replaced_under_both(tmp_path):
+    def network():
+        layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        layers.add_module("first", layers[0])
+        return nn.ModuleDict({"named": layers[1], "layers": layers})
+
+    model = network()
+    prepare(model, verbose=False, skip=["last"])
+    save_packed(model, tmp_path / "m.safetensors")
+    packed = load_packed(tmp_path / "m.safetensors", bits=4, model=network())
+    assert _to_integers(packed).integer == ["named.weight", "layers.0.weight"]
+    layers = packed["layers"]
+    assert packed["named"] is layers[1] and layers.first is layers[0]
+    kinds = [type(layer).__name__ for layer in layers]
+    assert kinds == ["DynamicLayer", "DynamicLayer", "Linear", "DynamicLayer"]
+
+
 @pytest.mark.parametrize(
     "name", ["resnet8_cifar", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)]
 )

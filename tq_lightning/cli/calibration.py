@@ -1,5 +1,6 @@
 """`export --calibrate`: observe activation ranges on images and store them in a packed file."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def calibrate(
         Bytes per section, with "header" and "total".
 
     Raises:
-        UserError: the data does not exist, or the run has no config.yaml.
+        UserError: the data does not exist, the run has no config.yaml, or an activation is NaN or
+            infinite.
     """
     from tq_lightning.export.packed.edit import add_ranges
     from tq_lightning.export.packed.reader import load_packed
@@ -36,7 +38,10 @@ def calibrate(
     if data != RUN and model.tq_file.get("inputs"):  # type: ignore[operator,union-attr]
         raise UserError(f"--calibrate {data} is for networks of images; pass --calibrate run")
     batches = _run_batches(source) if data == RUN else _batches(model, data)
-    ranges = calibrate_activations(model, batches, observer)
+    try:
+        ranges = calibrate_activations(model, batches, observer)
+    except ValueError as error:
+        raise UserError(f"--calibrate {data}: {error}") from error
     return add_ranges(path, out, ranges)
 
 
@@ -66,7 +71,7 @@ def _batches(model: Any, data: str) -> list[Any]:
     import torch
 
     from tq_lightning.cli.classify import find_images, read_preprocessed
-    from tq_lightning.data.images import SUFFIXES
+    from tq_lightning.data.images import SUFFIXES, escape_undecodable
 
     if Path(data).is_file() and Path(data).suffix.lower() not in SUFFIXES:
         raise UserError(
@@ -74,10 +79,14 @@ def _batches(model: Any, data: str) -> list[Any]:
             f"data set ({', '.join(DATASETS)})"
         )
     files = find_images(Path(data))
-    read = read_preprocessed(model, _evenly(files))
+    read = list(read_preprocessed(model, _evenly(files)))
     pixels = [value for _, value in read if not isinstance(value, str)]
     if not pixels:
         raise UserError(f"none of the {len(files)} images under {data} could be read")
+    unread = [f"{path} {value}" for path, value in read if isinstance(value, str)]
+    if unread:
+        example = escape_undecodable(unread[0])
+        print(f"skipped {len(unread)} of {len(read)} images, e.g. {example}", file=sys.stderr)
     return list(torch.stack(pixels).split(BATCH_SIZE))
 
 

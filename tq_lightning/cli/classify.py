@@ -185,7 +185,11 @@ def _report(count: int, skipped: int) -> int:
 
 
 def read_preprocessed(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any]]:
-    """Yield each path with its normalized (channels, height, width) tensor, or with an error."""
+    """Yield each path with its normalized (channels, height, width) tensor, or with an error.
+
+    Tensors have the type of the model's parameters, e.g. float16.
+    """
+    import torch
     from timm.data import create_transform
 
     from tq_lightning.data.images import UnreadableImage, read_image
@@ -196,8 +200,10 @@ def read_preprocessed(model: Any, paths: list[Path]) -> Iterator[tuple[Path, Any
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     transform = create_transform(**{key: options[key] for key in keys if key in options})
     mode = "L" if channels == 1 else "RGB"
+    dtypes = (value.dtype for value in model.parameters() if value.is_floating_point())
+    dtype = next(dtypes, torch.float32)
     for path in paths:
         try:
-            yield path, transform(read_image(path, mode))
+            yield path, transform(read_image(path, mode)).to(dtype)
         except UnreadableImage as error:
             yield path, str(error)

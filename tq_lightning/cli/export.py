@@ -12,6 +12,7 @@ from tq_lightning.cli.calibration import calibrate
 from tq_lightning.cli.export_arguments import ONE_WIDTH, parse
 from tq_lightning.errors import UserError
 from tq_lightning.factories import is_factory
+from tq_lightning.files import atomic_write
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> int:
         print("\n".join(f"{name:<10}{size:>14,} bytes" for name, size in sizes.items()))
         print(f"wrote {args.out}")
         return 0
+    if args.fold_norms:
+        _check_checkpoint(args.source)
     with packed_file(args.source, args.factory, fold_norms=args.fold_norms) as (path, folder):
         if args.calibrate is not None:
             before, path = path, folder / "calibrated.safetensors"
@@ -166,13 +169,27 @@ def _packed(args: argparse.Namespace) -> dict[str, int]:
         with _temporary_folder(args.source) as folder:
             full = folder / "full.safetensors"
             save_checkpoint(args.source, full, args.factory, fold_norms=args.fold_norms)
-            edit.write_rest(full, args.rest, args.max_bits)
-            return edit.repack(full, args.out, args.max_bits, args.compress)
+            return _split(args, full)
     if args.fold_norms:
+        _check_checkpoint(args.source)
+    return _split(args, args.source)
+
+
+def _split(args: argparse.Namespace, full: Path) -> dict[str, int]:
+    """Write the first planes of a packed file, and with --rest the others: both files or none."""
+    from tq_lightning.export.packed import edit
+
+    if args.rest is None:
+        return edit.repack(full, args.out, args.max_bits, args.compress)
+    with atomic_write(args.rest) as temporary:
+        edit.write_rest(full, temporary, args.max_bits)
+        return edit.repack(full, args.out, args.max_bits, args.compress)
+
+
+def _check_checkpoint(source: Path) -> None:
+    """Raise UserError if --fold-norms is given with a packed file."""
+    if is_packed(source):
         raise UserError("--fold-norms needs the checkpoint, not a packed file; pass the .ckpt file")
-    if args.rest is not None:
-        edit.write_rest(args.source, args.rest, args.max_bits)
-    return edit.repack(args.source, args.out, args.max_bits, args.compress)
 
 
 def _widest(path: Path) -> int:

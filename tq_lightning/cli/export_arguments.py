@@ -135,6 +135,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     if args.observer is not None and args.calibrate is None:
         raise UserError("--observer needs --calibrate DATA; pass both")
+    if args.calibrate == "":
+        raise UserError(
+            "--calibrate got an empty value; pass a folder of images, a data set or run"
+        )
     if args.calibrate is not None and (args.rest is not None or args.add is not None):
         raise UserError(
             "--calibrate cannot be combined with --rest or --add; run export once for each"
@@ -184,8 +188,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "--compress, --rest, --add and --max-bits are for packed files, got "
             f"--format {args.format}"
         )
-    for target in (args.out, args.rest):
+    for flag, target in (("--out", args.out), ("--rest", args.rest)):
         if target is not None:
+            if target.is_dir():
+                raise UserError(f"{flag} {target} is a folder; pass the name of a file")
             check_parent(target)
     return args
 

@@ -238,8 +238,10 @@ def _to_integers(model: nn.Module) -> Program:
             continue
         integers = linear_or_conv_weight(codes, bits, packed.scale, packed.level)
         layer = DynamicLayer(module, integers)
-        parent, _, leaf = name.rpartition(".")[0].rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        for parent in list(model.modules()):  # the layer may have several names
+            for child, value in parent._modules.items():
+                if value is module:
+                    parent._modules[child] = layer
         program.integer.append(name)
     return program
 

@@ -100,3 +100,29 @@ def test_invalid_inputs_are_errors(tmp_path):
     save_packed(model, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="inputs= if the network does not take images"):
         export_static(tmp_path / "m.safetensors", tmp_path / "m.onnx", 4, model=OptionalArgument())
+
+
+class TwoNames(nn.Module):
+    """A layer with two names, which is called under the second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.d = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.c = self.b
+
+    def forward(self, x):
+        return self.d(self.c(self.a(x)).relu())
+
+
+def test_layer_with_two_names_is_exported(tmp_path):
+    path, out = tmp_path / "m.safetensors", tmp_path / "m.onnx"
+    torch.manual_seed(0)
+    model, x = TwoNames(), torch.randn(5, 4)
+    prepare(model, verbose=False)
+    save_packed(model, path, inputs=[{"name": "x", "shape": [4], "type": "float32"}])
+    export_static(path, out, 3, model=TwoNames())
+    logits = onnxruntime.InferenceSession(out).run(None, {"x": x.numpy()})[0]
+    for bits in (3, 2):  # another width has other logits
+        with torch.no_grad(), bit_width(model, bits, "truncate"):
+            equal = torch.allclose(model(x), torch.from_numpy(logits), atol=1e-6)
+        assert equal == (bits == 3)

@@ -106,8 +106,23 @@ class Tokens(nn.Module):
         return self.head(x if self.flat else x.mean(1))
 
 
+class Sums(nn.Module):
+    """Linear layers without a bias, whose outputs are added to themselves and to five constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.twice = nn.Linear(36, 8), nn.Linear(8, 8, bias=False)
+        self.one, self.head = nn.Linear(8, 1, bias=False), nn.Linear(5, 4)
+        self.constants = nn.Parameter(torch.linspace(-2.0, 2.0, 5))
+
+    def forward(self, x):
+        x = self.twice(torch.relu(self.stem(x.permute(0, 2, 1, 3).flatten(2))))
+        return self.head(torch.relu(self.one(torch.relu(x + x)) + self.constants).mean(1))
+
+
 NETWORKS = {
     "residual": Residual,
+    "sums": Sums,
     "linears": LinearNetwork,
     "tokens": Tokens,
     "flat": lambda: Tokens(flat=True),
@@ -355,3 +370,14 @@ def test_norm_over_tokens_is_not_folded_into_a_linear_layer(name, tmp_path):
     assert nodes["BatchNormalization"] == (name == "tokens")
     expected = simulated(path, images, 4, NETWORKS[name])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def test_only_a_constant_of_the_size_of_the_output_is_a_bias(tmp_path):
+    path, out = tmp_path / "sums.safetensors", tmp_path / "m.onnx"
+    images = make(path, Sums, norm="shared")
+    assert export_integer(path, out, 4).layers == ("twice", "one")
+    logits = exact_outputs(out, images)[0]
+    for bits in (4, 1):  # another width has other logits
+        expected = simulated(path, images, bits, Sums)
+        error = np.abs(logits - expected).max() / np.abs(expected).max()
+        assert (error < 0.01) == (bits == 4)

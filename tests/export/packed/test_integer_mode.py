@@ -47,6 +47,23 @@ def test_file_runs_on_integers_at_all_widths(trained):
             assert all(a.wrong == 0 for a in compare(model, images).values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_run_on_integers_in_float32(dtype, net, tmp_path, picture, capsys):
+    path, images = tmp_path / "m.safetensors", net[1]
+    model = copy.deepcopy(net[0])
+    calibrate_activations(model, [images])
+    expected = logits_at(model, images, 4)
+    save_packed(model.to(dtype), path, preprocessing={"input_size": [3, 32, 32]})
+    run = load_packed(path, mode="integer")
+    logits = logits_at(run, images.to(dtype), 4)
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+    assert load_packed(path).fc.weight.dtype == dtype
+    for mode in ("resident", "integer"):
+        rows, _ = classify_output(capsys, path, picture, "--bits", "4", "--mode", mode)
+        assert len(rows) == 5
+
+
 def test_file_loaded_at_one_width_runs_on_integers(trained):
     path, images = trained
     model = load_packed(path, bits=2, mode="integer")

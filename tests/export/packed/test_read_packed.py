@@ -1,12 +1,14 @@
 """docs/read_packed.py against the library: the same integers and weights, bit for bit."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tq_lightning import bit_width, load_packed, save_packed
+from tq_lightning.export.packed.edit import write_rest
 from tq_lightning.export.packed.weight import packed_weights
 
 READER = Path(__file__).parents[3] / "docs" / "read_packed.py"
@@ -85,3 +87,26 @@ def test_invalid_command_line_is_one_line_and_status_2(reader, packed, tmp_path,
     for args in ([str(packed), "9"], [str(tmp_path / "text"), "2"], [str(tmp_path / "none"), "2"]):
         assert reader.main(args) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        None,
+        [1],
+        {"__metadata__": []},
+        {"__metadata__": {"format": "tq_packed", "format_version": "1", "header_sha256": 5}},
+        {"__metadata__": {"format": "tq_packed", "format_version": "1"}},
+    ],
+)
+def test_malformed_header_is_one_line_and_status_2(reader, index, tmp_path, capsys):
+    raw = json.dumps(index).encode()
+    (tmp_path / "x").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    assert reader.main([str(tmp_path / "x"), "2"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_rest_file_is_named(reader, packed, tmp_path, capsys):
+    write_rest(packed, tmp_path / "rest", 4)
+    assert reader.main([str(tmp_path / "rest"), "2"]) == 2
+    assert "a rest file" in capsys.readouterr().err

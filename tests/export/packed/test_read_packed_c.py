@@ -100,6 +100,15 @@ def test_invalid_files_and_arguments_are_errors(reader, net, packed, tmp_path):
         assert message in done.stderr.decode() and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", [[], ["layer1.0.conv1.weight"]])
+def test_full_disk_is_an_error(reader, packed, name):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*map(str, reader), packed, "2", *name], stdout=full, check=False)
+    assert done.returncode == 2
+    assert run(*reader, packed, 2, *name).returncode == 0
+
+
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("choices", [{}, {"normalizer": "log", "level": "native", "scale": "span"}])
 def test_mutated_files_never_crash_the_reader(make, tmp_path, count, choices):

@@ -12,6 +12,7 @@ from torch import nn
 from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_packed
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import Container, write_container
+from tq_lightning.export.packed.edit import read_all
 from tq_lightning.export.packed.weight import packed_weights
 from tq_lightning.quant.switchable_norm import per_width_norms
 
@@ -263,6 +264,95 @@ def test_invalid_input_is_an_error(make, net, packed, tmp_path):
     with pytest.raises(UserError, match="compared with the network"):
         save_packed(other, tmp_path / "x.safetensors", name="resnet8_cifar")
     assert not list(tmp_path.iterdir())
+
+
+class TwoNames(nn.Module):
+    """Modules with two names each, which are called under the second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc1, self.bn, self.fc2 = (
+            nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        )  # fmt: skip
+        self.layers = nn.Sequential(self.stem, self.fc1, self.bn, nn.ReLU(), self.fc2)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("norm", ["per_width", "shared"])
+def test_modules_with_two_names_are_stored_once(norm, fold, tmp_path):
+    torch.manual_seed(0)
+    path, model, x = tmp_path / "x.safetensors", TwoNames(), torch.randn(16, 8)
+    prepare(model, norm=norm, verbose=False)
+    calibrate_norms(model, [x])
+    save_packed(model.eval(), path, fold_norms=fold)
+    with Container(path) as file:
+        assert not [name for name in file.entries if "layers." in name or "fc1" in name]
+    for bits in (3, None):
+        served = load_packed(path, bits=bits, model=TwoNames())
+        with torch.no_grad(), bit_width(model, 3, "truncate"), bit_width(served, 3):
+            assert torch.allclose(served(x), model(x), atol=1e-5 if fold else 0.0)
+
+
+def test_file_with_tensors_under_second_names_loads(tmp_path):
+    torch.manual_seed(0)
+    path, model = tmp_path / "x.safetensors", TwoNames()
+    prepare(model, norm="shared", verbose=False)
+    save_packed(model.eval(), path)
+    header, tensors = read_all(path)
+    for name in ("float/layers.2.bias", "float/other.2.bias"):
+        write_container(path, {**tensors, name: tensors["float/bn.bias"]}, header)
+        if "other" in name:
+            with pytest.raises(UserError, match=r"adds float/other\.2\.bias"):
+                load_packed(path, model=TwoNames())
+        else:
+            load_packed(path, model=TwoNames())
+
+
+def test_only_affine_batch_norms_are_folded(tmp_path):
+    class Other(nn.Module):
+        """A norm with a variance and no mean, such as EvoNorm."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+            self.register_buffer("running_var", torch.full((8,), 4.0))
+
+        def forward(self, x):
+            return x / self.running_var.sqrt() * self.weight + self.bias
+
+    def network():
+        layers = nn.Linear(8, 8), Other(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        return nn.Sequential(*layers)
+
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(4, 8)
+    prepare(model, norm="shared", verbose=False)
+    model[1].running_var.fill_(3.0)
+    model[3].running_var.fill_(5.0)
+    save_packed(model.eval(), tmp_path / "x.safetensors", fold_norms=True)
+    served = load_packed(tmp_path / "x.safetensors", model=network())
+    assert served[1].running_var.eq(3.0).all() and served[3].running_var.lt(1.0).all()
+    with torch.no_grad(), bit_width(model, 8, "truncate"):
+        assert torch.allclose(served(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["layer1.0.conv1.parametrizations.weight.original", "bn1.sets.4.running_var", "fc.bias"]
+)
+def test_model_that_contains_nan_is_an_error(name, make, tmp_path):
+    model, _ = make()
+    values = dict([*model.named_parameters(), *model.named_buffers()])[name]
+    with torch.no_grad():
+        values.view(-1)[0] = torch.nan
+    with pytest.raises(UserError, match="contains NaN"):
+        save_packed(model, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+    with torch.no_grad():
+        values.view(-1)[0] = 1.0
+    save_packed(model, tmp_path / "x.safetensors")
 
 
 def test_interrupted_write_keeps_the_old_file(net, packed, tmp_path, monkeypatch):

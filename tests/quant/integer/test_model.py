@@ -17,7 +17,7 @@ from tq_lightning.quant.activation import ACTIVATIONS
 from tq_lightning.quant.codes import LEVELS
 from tq_lightning.quant.integer import integer_layers, integer_model, plan
 from tq_lightning.quant.integer import model as integer
-from tq_lightning.quant.integer.kernels import Conv2d, missing_kernels, sums_are_exact
+from tq_lightning.quant.integer.kernels import RELU, Conv2d, missing_kernels, sums_are_exact
 from tq_lightning.quant.integer.norms import folded_norm
 from tq_lightning.quant.integer.rewrite import CodePool
 from tq_lightning.quant.quantized_tensors import quantized_layers
@@ -394,6 +394,33 @@ def test_layers_called_by_keyword_run_on_integers():
     run = integer_copy(model, x)
     assert [layer.name for layer in integer_layers(run)] == ["b"]
     assert torch.allclose(logits_at(run, x, 4), logits_at(model, x, 4), atol=1e-2)
+
+
+class Named(nn.Module):
+    """Modules with the names of functions that integer mode knows."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.relu, self.view = act, nn.Tanh()
+
+    def forward(self, x):
+        return self.c(self.view(self.relu(self.b(self.a(x)))))
+
+
+@pytest.mark.parametrize("act", [nn.Sigmoid(), nn.PReLU(init=0.7), nn.ReLU()])
+def test_activation_is_chosen_by_type_and_not_by_name(act):
+    torch.manual_seed(0)
+    x = torch.randn(32, 8)
+    model = Named(act)
+    run = integer_copy(model, x)
+    (layer,) = integer_layers(run)
+    is_relu = isinstance(act, nn.ReLU)
+    assert (layer.act == RELU) == is_relu
+    logits = logits_at(model, x, 4)
+    assert torch.allclose(logits_at(run, x, 4), logits, atol=1e-2)
+    model.relu = nn.ReLU()  # another network, unless it has a ReLU
+    assert torch.allclose(logits_at(model, x, 4), logits, atol=1e-2) == is_relu
 
 
 class Tokens(nn.Module):

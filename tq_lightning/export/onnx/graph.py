@@ -122,6 +122,7 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
     inputs = graph_inputs(model)
     given = [name for name, value in inputs.items() if value is not None]
     graph = trace(model, tuple(inputs.values()), given, batch_shapes(inputs), opset)
+    _use_first_names(graph, model)
     present = {initializer.name for initializer in graph.graph.initializer}
     missing = [name for name in names if name not in present]
     if missing:
@@ -130,6 +131,24 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
             "kind of layer"
         )
     return graph
+
+
+def _use_first_names(graph: onnx.ModelProto, model: nn.Module) -> None:
+    """Name the parameters of a layer with several names by its first name, as packed files do."""
+    first = {id(module): name for name, module in model.named_modules()}
+    new = {
+        f"{name}.{leaf}": f"{first[id(module)]}.{leaf}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        for leaf in module._parameters
+        if name != first[id(module)]
+    }
+    present = {initializer.name for initializer in graph.graph.initializer}
+    new = {old: name for old, name in new.items() if old in present and name not in present}
+    for initializer in graph.graph.initializer:
+        initializer.name = new.get(initializer.name, initializer.name)
+    for node in graph.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = new.get(name, name)
 
 
 def write_graph(

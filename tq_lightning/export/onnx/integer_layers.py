@@ -216,9 +216,11 @@ def _find(
             y, used, bias = product.output[0], [node, product], np.zeros(1)
             added = editor.only_consumer(y, "Add")
             if added is not None:
-                other = next(name for name in added.input if name != y)
+                other = added.input[1] if added.input[0] == y else added.input[0]
                 value = editor.constant(other)
-                if value is not None and value.ndim <= 1:
+                outputs = len(editor.constant(weight))  # type: ignore[arg-type]
+                # a longer constant is not a bias: it broadcasts the only output
+                if value is not None and value.ndim <= 1 and value.size in (1, outputs):
                     bias, y, used = value.astype(np.float64), added.output[0], [*used, added]
             return product, product.input[0], y, used, bias
     return f"its weight is an input of {node.op_type}"

@@ -13,7 +13,7 @@ from torch import nn
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.packed.header import WIDTH_KEYS
-from tq_lightning.export.packed.sections import file_names, named_tensors
+from tq_lightning.export.packed.sections import file_names, named_tensors, second_names
 from tq_lightning.quant.bit_planes import aligned
 from tq_lightning.quant.level_tables import LEVEL_TABLES
 from tq_lightning.quant.quantized_tensors import weight_quantizers
@@ -78,7 +78,12 @@ def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) ->
     if header["prepare"].get("level") in LEVEL_TABLES:
         expected |= {f"levels{n}" for n in range(1, header["stored_bits"] + 1)}
     missing = expected - names
-    extra = {name for name in names - expected if not _of_unbuilt_set(name, model)}
+    allowed = second_names(model)
+    extra = {
+        name
+        for name in names - expected
+        if name.partition("/")[2] not in allowed and not _of_unbuilt_set(name, model)
+    }
     if header["norm_widths"]:
         # all sets have the same layout, so checking one of them is enough
         shapes = {

@@ -24,9 +24,27 @@ from tq_lightning.quant.switchable_norm import FLOAT, PerWidthNorm
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers under every name they have."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Yield the parameters and buffers of every module, under its first name.
+
+    A tensor that several modules share has several names.
+    """
+    modules = list(model.named_modules())
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for leaf, value in getattr(module, kind).items():
+                if value is not None:
+                    yield f"{prefix}.{leaf}" if prefix else leaf, value
+
+
+def second_names(model: nn.Module) -> set[str]:
+    """Return the other names of the tensors of modules that have several names.
+
+    Files of version 0.1.0 also have the tensors under these names.
+    """
+    first = {name for name, _ in named_tensors(model)}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    every |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return every - first
 
 
 def file_names(model: nn.Module) -> list[tuple[str, Tensor, str]]:

@@ -81,7 +81,7 @@ def save_packed(
         Bytes per section of the file, with "header" and "total".
 
     Raises:
-        UserError: the model is not prepared, or can't be rebuilt from the file.
+        UserError: the model is not prepared, contains NaN, or can't be rebuilt from the file.
     """
     header, tensors = _describe(model, name, model_args, preprocessing, class_names)
     if activation_ranges is None:
@@ -185,7 +185,10 @@ def _codes(model: nn.Module) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarr
     layers: list[dict[str, Any]] = []
     offsets: dict[int, int] = {}  # of parameters already written
     for weight in weight_quantizers(model):
-        codes, scale = weight.quantizer.codes(weight.original.detach())
+        try:
+            codes, scale = weight.quantizer.codes(weight.original.detach())
+        except ValueError as error:  # NaN or infinity
+            raise UserError(str(error)) from error
         if id(weight.original) not in offsets:  # tied weights share their codes
             row = codes.cpu().numpy().reshape(-1)
             rows.append(np.pad(row, (0, aligned(row.size) - row.size)))
@@ -210,6 +213,8 @@ def _unquantized(model: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str
     for full, value, name in file_names(model):
         if name.startswith("norm") and int(name[4]) not in usable:
             continue
+        if value.is_floating_point() and value.isnan().any():
+            raise UserError(f"{full} contains NaN; repair the checkpoint, or pass an earlier one")
         tensors[name] = _array(value)
         if value.dtype not in _STORED_AS_IS:
             dtypes[full] = str(value.dtype).removeprefix("torch.")
@@ -252,8 +257,10 @@ def _fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:
     """
     for full, _, name in file_names(model):
         stem, _, leaf = name.rpartition(".")
-        if leaf != "running_var" or f"{stem}.weight" not in tensors:
+        if leaf != "running_var":
             continue
+        if any(f"{stem}.{key}" not in tensors for key in ("running_mean", "weight", "bias")):
+            continue  # not affine, or another norm, such as EvoNorm
         eps = float(model.get_submodule(full.rpartition(".")[0]).eps)  # type: ignore[arg-type]
         mean = tensors.pop(f"{stem}.running_mean").astype(np.float64)
         gamma, beta = tensors[f"{stem}.weight"], tensors[f"{stem}.bias"]

@@ -83,7 +83,9 @@ def find_chains(network: TracedNetwork, layers: Iterable[fx.Node]) -> list[Chain
         node = only_user(chain.end)
         if node is None or chain.act != NO_ACT or chain.out is not None:
             continue
-        act = nn.ReLU() if node.target in _RELU_CALLS else network.module(node)
+        act = network.module(node)
+        if node.op != "call_module" and node.target in _RELU_CALLS:  # not a module named "relu"
+            act = nn.ReLU()
         if chain.take_act(act, network):
             chain.take(node)
     return chains

@@ -38,7 +38,9 @@ class IntegerModel(nn.Module):
                 setattr(self, name, getattr(model, name))
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Return the logits of images (batch, channels, height, width), or of other inputs."""
+        """Return float32 logits of images (batch, channels, height, width), or of other inputs."""
+        inputs = tuple(_to_float32(value) for value in inputs)
+        named = {name: _to_float32(value) for name, value in named.items()}
         traced = isinstance(self.network, fx.GraphModule)
         if traced and inputs and inputs[0].dim() == 4:
             inputs = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
@@ -50,6 +52,11 @@ class IntegerModel(nn.Module):
         count = len(self.layers) - len(rest)
         text = f"{count} of {len(self.layers)} layers run on integers"
         return f"{text}; in float: {', '.join(rest)}" if rest else text
+
+
+def _to_float32(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.float() if floating else value
 
 
 def integer_layers(model: nn.Module) -> list[IntegerLayer]:
@@ -64,7 +71,8 @@ def integer_model(
 
     Args:
         model: a prepared or packed model with activation ranges: trained with `activations=`, or
-            calibrated with `calibrate_activations`. Its modules become part of the result.
+            calibrated with `calibrate_activations`. Its modules become part of the result, in
+            float32.
         exact_sums: use 8-bit activation codes at all widths of the weights. None decides by the
             processor, see `kernels.sums_are_exact`; without VNNI, some widths then use 7-bit codes.
         exact: use the exact weights at 8 bits too, which takes a second product with `endpoint` and
@@ -82,7 +90,7 @@ def integer_model(
     if reason is not None:
         raise UserError(f"integer mode is not available: {reason}; pass mode='resident'")
     exact_sums = sums_are_exact() if exact_sums is None else exact_sums
-    model = model.eval()
+    model = model.eval().float()
     if not activation_ranges(model):
         raise UserError(
             "the model has no activation ranges, which integer mode needs; call "

@@ -59,7 +59,8 @@ class TracedNetwork:
         for node in list(self.graph.nodes):
             if node.op == "call_module" and not node.args and len(node.kwargs) == 1:
                 node.args, node.kwargs = tuple(node.kwargs.values()), {}
-            if node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
+            views = node.op == "call_method" and node.target == "view"
+            if views and not any(isinstance(a, torch.dtype) for a in node.args):
                 node.target = "reshape"  # kernels return channels_last tensors
             if isinstance(self.module(node), NO_OPS) or _takes_all(node):
                 node.replace_all_uses_with(node.args[0])
