@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.activation_nodes import RUNTIMES, codes_of
@@ -127,10 +128,16 @@ def export_integer(
     # OpenVINO computes MatMulInteger in float, slower than a float graph
     static = bool(trained) or (runtime == "openvino" and bool(known))
     dynamic = not static and all(isinstance(weight.module, nn.Linear) for weight in weights)
-    if not dynamic and not trained and not known:
+    if not any(isinstance(weight.module, nn.Linear | _ConvNd) for weight in weights):
+        kinds = ", ".join(sorted({type(weight.module).__name__ for weight in weights}))
         raise UserError(
-            f"{path} has no activation ranges; pass --calibrate with a folder of images"
+            f"no layer of {path} can be computed in integers (its quantized layers are {kinds}); "
+            "omit --integer"
         )
+    if not dynamic and not trained and not known:
+        own = model.tq_file.get("inputs")  # type: ignore[operator,union-attr]
+        data = "run, with the checkpoint of a run" if own else "with a folder of images"
+        raise UserError(f"{path} has no activation ranges; pass --calibrate {data}")
     split = bits == 8 and (bool(trained) if exact is None else exact)
     safe_top = min(activation_top(bits, level, exact_sums=split) for level in levels)
     used_top = safe_top if top is None else top
