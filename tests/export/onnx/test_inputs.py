@@ -9,8 +9,9 @@ from torch import nn
 from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_packed
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.dynamic import export_dynamic
+from tq_lightning.export.onnx.integer import export_integer
 from tq_lightning.export.onnx.static import export_static
-from tq_lightning.models.sequence import cnn
+from tq_lightning.models.sequence import cnn, lstm
 from tq_lightning.models.text import TextClassifier
 from tq_lightning.quant.batches import call_model
 from tq_lightning.quant.input_spec import describe_inputs, example_inputs
@@ -126,3 +127,19 @@ def test_layer_with_two_names_is_exported(tmp_path):
         with torch.no_grad(), bit_width(model, bits, "truncate"):
             equal = torch.allclose(model(x), torch.from_numpy(logits), atol=1e-6)
         assert equal == (bits == 3)
+
+
+def test_recurrent_layers_are_named_instead_of_asking_for_ranges(tmp_path):
+    networks = {make: make(channels=3, num_classes=2, width=4) for make in (lstm, cnn)}
+    series = {"x": torch.randn(4, 3, 5), "lengths": torch.tensor([5, 4, 3, 2])}
+    messages = {
+        lstm: r"its quantized layers are LSTM\); omit --integer",
+        cnn: "no activation ranges; pass --calibrate run, with",
+    }
+    for make, model in networks.items():
+        prepare(model, verbose=False)
+        calibrate_norms(model, [series])
+        save_packed(model, tmp_path / "m", inputs=describe_inputs(model, series))
+        plain = make(channels=3, num_classes=2, width=4)
+        with pytest.raises(UserError, match=messages[make]):
+            export_integer(tmp_path / "m", tmp_path / "m.onnx", 4, model=plain)

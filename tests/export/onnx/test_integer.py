@@ -338,21 +338,6 @@ def test_invalid_input_is_an_error(served, tmp_path):
     assert wrote.layers == ("conv1",) and set(wrote.in_float) == {"conv2", "depth", "fc"}
 
 
-def test_recurrent_layers_are_named_instead_of_asking_for_ranges(tmp_path):
-    from tq_lightning.models.sequence import lstm
-
-    model = lstm(channels=3, num_classes=2, width=4)
-    prepare(model, verbose=False)
-    inputs = [
-        {"name": "x", "shape": [3, 5], "type": "float32"},
-        {"name": "lengths", "shape": [], "type": "int64"},
-    ]
-    save_packed(model, tmp_path / "m", inputs=inputs)
-    plain = lstm(channels=3, num_classes=2, width=4)
-    with pytest.raises(UserError, match=r"its quantized layers are LSTM\); omit --integer"):
-        export_integer(tmp_path / "m", tmp_path / "m.onnx", 4, ranges={}, model=plain)
-
-
 def test_linear_networks_with_ranges_are_static_only_for_openvino(tmp_path):
     path, out = tmp_path / "linears.safetensors", tmp_path / "m.onnx"
     images = make(path, LinearNetwork)

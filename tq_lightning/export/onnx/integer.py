@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.activation_nodes import RUNTIMES, codes_of
@@ -129,7 +130,9 @@ def export_integer(
     static = bool(trained) or (runtime == "openvino" and bool(known))
     dynamic = not static and all(isinstance(weight.module, nn.Linear) for weight in weights)
     if not any(isinstance(weight.module, nn.Linear | _ConvNd) for weight in weights):
-        kinds = ", ".join(sorted({type(weight.module).__name__ for weight in weights}))
+        kinds = ", ".join(
+            sorted({type_before_parametrizations(weight.module).__name__ for weight in weights})
+        )
         raise UserError(
             f"no layer of {path} can be computed in integers (its quantized layers are {kinds}); "
             "omit --integer"
