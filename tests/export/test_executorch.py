@@ -109,9 +109,8 @@ def test_layer_with_two_names_is_replaced_under_both(tmp_path):
     assert kinds == ["DynamicLayer", "DynamicLayer", "Linear", "DynamicLayer"]
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet8_cifar", pytest.param("mobilenetv3_small_050", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet8_cifar", "mobilenetv3_small_050"])
 def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
     """They match integer mode, up to the additional quantizers of outputs that are not codes."""
     pytest.importorskip("torch.ao.quantization.fx._decomposed")  # registers the operations

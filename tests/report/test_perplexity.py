@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pytest
 from fixtures import records as made
 
 from tq_lightning.cli import main
@@ -57,6 +58,7 @@ def test_figures_have_a_logarithmic_axis_and_a_pareto_front_of_low_values():
     assert ends and not any("%" in f.title + f.alt for f in ends)
 
 
+@pytest.mark.slow
 def test_report_of_both_metrics_never_mixes_them(tmp_path, make, capsys):
     runs = make.write(tmp_path / "runs", *make.pair(), *language_models())
     out = tmp_path / "out"

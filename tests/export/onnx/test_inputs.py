@@ -48,7 +48,13 @@ def gap():
 NAMES = {text: ["input_ids", "attention_mask"], series: ["x", "lengths"], gap: ["x", "scale"]}
 
 
-@pytest.mark.parametrize("make", NAMES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [
+        series,
+        *(pytest.param(make, marks=pytest.mark.slow, id=make.__name__) for make in (text, gap)),
+    ],
+)
 def test_graph_has_the_inputs_of_the_network(make, tmp_path):
     torch.manual_seed(0)
     model, inputs = make()

@@ -60,6 +60,7 @@ def test_static_graph_equals_pytorch(served, bits, tmp_path):
     check(run(tmp_path / "m.onnx", images=images.numpy()), model, images, bits)
 
 
+@pytest.mark.slow
 def test_float_graphs_fold_in_onnx_runtime_and_keep_4_bit_codes_in_openvino(served, tmp_path):
     import onnx
 
