@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tq_lightning.data import webdataset
+from tq_lightning.data import shard_index, webdataset
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
 
@@ -77,7 +77,7 @@ def test_index_is_rebuilt_only_if_a_shard_changes(shards, monkeypatch):
     data_module(shards).splits.find("train")
     (cache, *_) = shards.glob(".tq_lightning-*.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(webdataset, "index_shards", None)  # fails if it is called
+        patch.setattr(shard_index, "index_shards", None)  # fails if it is called
         assert len(data_module(shards).splits.find("train").labels) == 60
     write_shard(shards / "set-train-0.tar", {"a.png": encode_png(9), "a.cls": b"2"})
     assert data_module(shards).splits.find("train").labels.tolist()[0] == 2
@@ -132,7 +132,7 @@ def test_labels_are_non_negative_integers():
         (b'{"label": 1e999}', "json", None),
         (b"9" * 30, "cls", None),
     ):
-        assert webdataset._label(content, extension) == label, content
+        assert shard_index._label(content, extension) == label, content
 
 
 def test_damaged_members_are_reported(shards, capsys):

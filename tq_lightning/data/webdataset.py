@@ -4,56 +4,23 @@ The shards are indexed once, and images are then read by index, as from a folder
 resume, several processes and held-out samples work as for every other data set.
 """
 
-import hashlib
 import io
-import json
 import re
-import sys
-import tarfile
-import zipfile
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tq_lightning.data.image_folder import SPLITS
 from tq_lightning.data.images import (
-    SUFFIXES,
-    LeftOut,
     UnreadableImage,
     escape_undecodable,
     is_hidden,
     read_image,
 )
+from tq_lightning.data.shard_index import ShardIndex, cached_index
 from tq_lightning.data.splits import Source, Split
-from tq_lightning.data.tar import BoundedFile, check_not_compressed
 from tq_lightning.errors import UserError, message_of
-from tq_lightning.files import atomic_write
-
-VERSION = 1  # version of the cached index
-JSON_LABELS = ("label", "cls")  # keys of the class index in KEY.json
-MAX_LABEL = 2**20  # larger numbers are not class indices and would create too many classes
-
-
-class ShardIndex(NamedTuple):
-    """Location and label of every image.
-
-    Attributes:
-        shards: (images,) int64, index of the shard.
-        offsets: (images,) int64, first byte in the shard.
-        sizes: (images,) int64, bytes.
-        labels: (images,) int64, class indices.
-        keys: (images,) str, KEY.ext.
-    """
-
-    shards: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-    keys: np.ndarray
 
 
 def read_wds(source: Source, split: str) -> Split | None:
@@ -182,119 +149,3 @@ class Shards:
             raise UnreadableImage(
                 escape_undecodable(f"{index.keys[number]} in {shard.name} {error}")
             ) from error
-
-
-def cached_index(shards: list[Path]) -> ShardIndex:
-    """Read the cached index of shards, or create it and store it next to them.
-
-    The index is created again if the size or modification time of a shard changes, and by every
-    run if the folder is read-only.
-    """
-    for shard in shards:
-        if not shard.is_file():  # opening a FIFO would wait forever
-            raise UserError(
-                escape_undecodable(f"shard {shard} is not a regular file; move it elsewhere")
-            )
-    stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
-    identity = json.dumps([VERSION, stats])
-    digest = hashlib.sha256("\n".join(s.name for s in shards).encode()).hexdigest()[:12]
-    path = shards[0].parent / f".tq_lightning-{digest}.npz"
-    damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
-    with suppress(*damaged), np.load(path, allow_pickle=False) as file:
-        if str(file["identity"]) == identity:
-            return ShardIndex(*(file[name] for name in ShardIndex._fields))
-    index = index_shards(shards)
-    with (
-        suppress(OSError, UserError),
-        atomic_write(path) as temporary,
-        open(temporary, "wb") as out,
-    ):
-        np.savez(out, identity=np.array(identity), **index._asdict())  # type: ignore[arg-type]
-    return index
-
-
-def index_shards(shards: list[Path]) -> ShardIndex:
-    """List the images of shards with their labels. One line counts skipped members.
-
-    Raises:
-        UserError: a shard is damaged, or no image has a label.
-    """
-    left_out = LeftOut()
-    rows: list[tuple[int, int, int, int, str]] = []
-    for number, shard in enumerate(shards):
-        rows += [(number, *row) for row in _index_shard(shard, left_out)]
-    if not rows:
-        reason = f" ({left_out})" if left_out.counts else ""
-        raise UserError(
-            f"no image in {shards[0].parent} has a label{reason}; pass shards with KEY.jpg "
-            f"and KEY.cls, or KEY.json with one of the keys {', '.join(JSON_LABELS)}"
-        )
-    if left_out.counts:
-        _print(f"{shards[0].parent}: {len(rows)} images in {len(shards)} shards; {left_out}")
-    *numbers, keys = zip(*rows, strict=True)
-    number_of, offset, size, label = (np.array(n, np.int64) for n in numbers)
-    return ShardIndex(number_of, offset, size, label, np.array(keys))
-
-
-@rank_zero_only
-def _print(line: str) -> None:
-    print(escape_undecodable(line), file=sys.stderr, flush=True)
-
-
-def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, str]]:
-    """List (offset, size, label, name) of the labeled images of a shard, in file order."""
-    images: dict[str, tuple[int, int, str]] = {}
-    labels: dict[str, int] = {}
-    broken: set[str] = set()
-    total = shard.stat().st_size
-    check_not_compressed(shard)
-    try:
-        with (
-            open(shard, "rb") as raw,
-            tarfile.open(fileobj=BoundedFile(raw, total), mode="r:") as tar,  # type: ignore[call-overload]
-        ):
-            for info in tar:
-                folder, _, base = info.name.rpartition("/")
-                key, _, extension = base.partition(".")
-                key, extension = f"{folder}/{key}", extension.lower()
-                if info.offset_data + info.size > total:
-                    raise tarfile.ReadError(f"{info.name[:60]!r} extends beyond its end")
-                if not info.isreg():
-                    continue
-                if f".{extension}" in SUFFIXES:
-                    images[key] = (info.offset_data, info.size, info.name)
-                elif extension in ("cls", "json"):
-                    label = _label(tar.extractfile(info).read(1 << 20), extension)  # type: ignore[union-attr]
-                    if label is None:
-                        broken.add(key)
-                    elif key not in labels or extension == "cls":
-                        labels[key] = label
-    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
-        reason = message_of(error, 100)
-        raise UserError(
-            escape_undecodable(f"shard {shard} can't be read to its end ({reason}); copy it again")
-        ) from error
-    rows = []
-    for key, (offset, size, name) in images.items():
-        if key in labels:
-            rows.append((offset, size, labels[key], name))
-        else:
-            why = "with a label that can't be read" if key in broken else "without a label"
-            left_out.add(why, PurePosixPath(shard.name, name))
-    for key in labels.keys() - images.keys():
-        left_out.add("labels without an image", PurePosixPath(shard.name, key.lstrip("/")))
-    return rows
-
-
-def _label(content: bytes, extension: str) -> int | None:
-    try:
-        if extension == "cls":
-            value: Any = int(content)  # as the webdataset package decodes it
-        else:
-            found = json.loads(content)
-            value = next(found[key] for key in JSON_LABELS if key in found)
-        if isinstance(value, bool) or not 0 <= int(value) < MAX_LABEL:
-            return None
-        return int(value) if float(value) == int(value) else None
-    except (ValueError, TypeError, OverflowError, StopIteration, RecursionError):
-        return None
