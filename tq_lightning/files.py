@@ -95,10 +95,15 @@ def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:
         raise UserError(f"--out {out}: the folder exists and is not {what}; pass a new folder")
 
 
+def is_temporary(name: str) -> bool:
+    """Return True for the name of a temporary file or folder of `atomic_write`."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete the temporary files of killed writers; no other process may be writing to `folder`."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _TEMPORARY.fullmatch(path.name):
+        if is_temporary(path.name):
             _remove(path)
 
 

@@ -1,17 +1,29 @@
 """Reading records: which are used, and the reasons for those left out."""
 
 import json
+import shutil
 import sqlite3
 
 import pytest
 
 from tq_lightning.errors import UserError
 from tq_lightning.records.publish import flatten, shorten
+from tq_lightning.report.inputs import find
 from tq_lightning.report.runs import load
 
 
 def reasons(loaded):
     return [reason for _, reason in loaded.left_out]
+
+
+def test_copies_of_a_killed_writer_are_not_read(tmp_path, make):
+    """A worker that is killed while it copies a run leaves a hidden temporary folder."""
+    make.write(tmp_path, make.run())
+    (run,) = [path.parent for path in tmp_path.rglob("record.json")]
+    shutil.copytree(run, tmp_path / ".0001-retry1.0a1b2c3d.tmp" / "run")
+    assert len(find([str(tmp_path)])) == 1
+    shutil.copytree(run, tmp_path / ".hidden" / "run")  # not a temporary name
+    assert len(find([str(tmp_path)])) == 2
 
 
 def test_folder_glob_file_and_overlap_read_each_run_once(tmp_path, make):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tq_lightning.errors import UserError, first_line, hide_password
-from tq_lightning.files import expand_path
+from tq_lightning.files import expand_path, is_temporary
 from tq_lightning.records import NAME
 from tq_lightning.records.publish import printable
 
@@ -96,7 +96,7 @@ def _from_folder(folder: Path) -> list[Candidate]:
     out: list[Candidate] = []
     seen = 0
     for where, folders, files in os.walk(folder):
-        skipped = {f for f in folders if (Path(where) / f / "report.json").exists()}
+        skipped = {f for f in folders if is_temporary(f) or Path(where, f, "report.json").exists()}
         folders[:] = sorted({*folders} - skipped - {"checkpoints"})
         seen += len(files)
         for path in (Path(where) / name for name in sorted(files)):
