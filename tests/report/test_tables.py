@@ -4,6 +4,7 @@ import pandas as pd
 from fixtures.records import compare
 
 from tq_lightning.report import dataframe, findings, tables
+from tq_lightning.report.headline import title
 from tq_lightning.report.tables import accuracy
 from tq_lightning.report.tables.render import Table, latex, markdown
 
@@ -237,3 +238,16 @@ def test_large_energies_are_shown_without_an_exponent(make):
     record = {**make.inspect(), "inference": {"TPU-like": energy}}
     (table,) = [t for t in tables.build(compare(record)) if t.name == "inference"]
     assert [row["total [µJ]"] for row in table.rows] == [("15490", 1.5487e10), ("9549", 9.5487e9)]
+
+
+def test_title_names_the_width_that_truncation_changes_most(make):
+    """Also if truncation helps, as at bin centers; at the stored width there is no shift."""
+    records = make.pair()
+    for record in records:
+        metrics = record["best"]["metrics"]
+        for w in range(1, 9):
+            better = metrics[f"val/acc1_quantize_w{w}"] + 1.5 * (w == 2)
+            if record["config"]["model"]["quantizer"] == "round":
+                metrics[f"val/acc1_truncate_w{w}"] = record["widths"][str(w)]["truncate"] = better
+    assert title(compare(*records)).startswith("Truncated to 2 bits, round goes from ")
+    assert title(compare(*make.pair())).startswith("Truncated to 2 bits, round goes from ")

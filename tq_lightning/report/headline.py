@@ -32,7 +32,7 @@ def message(group: ComparisonGroup) -> tuple[float, str] | None:
     ]
     if not gaps:
         return None
-    lost, bits = max(gaps)
+    lost, bits = max(gaps, key=lambda pair: abs(pair[0]))  # truncation may also help
     words = []
     for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
         found = [score(arm, source, bits, split) for source in ("quantize", "truncate")]
