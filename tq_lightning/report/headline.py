@@ -18,10 +18,7 @@ def title(comparisons: Comparisons) -> str:
 
 
 def message(group: ComparisonGroup) -> tuple[float, str] | None:
-    """Return (largest QT gap, sentence with the accuracies at its width), or None without a gap.
-
-    Example: (28.2, "Truncated to 2 bits, round goes from 63.7 to 35.5 % and floor stays at 64 %").
-    """
+    """Return (largest QT gap, sentence with the accuracies at its width), or None without a gap."""
     split = group.split
     arms = [(value, arm) for value, arm in group.arms if not has_collapsed(arm)]
     gaps = [

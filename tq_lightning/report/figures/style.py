@@ -178,7 +178,9 @@ def write(figure: Figure, folder: Path) -> None:
         figure.canvas.set_dpi(200)
         figure.canvas.draw_without_rendering()
         figure.canvas.set_layout_engine("none")  # one layout for both files
-        for axes in figure.canvas.axes:  # SVG ids depend on the last digit of a position
+        for part in figure.canvas.subfigs:  # SVG ids depend on the last digit of a position
+            part.bbox_relative.set_points(part.bbox_relative.get_points().round(4))
+        for axes in figure.canvas.axes:
             left, bottom, width, height = (round(x, 4) for x in axes.get_position().bounds)
             axes.set_position((left, bottom, width, height))
         FigureCanvasAgg(figure.canvas).print_png(folder / f"{figure.name}.png")
