@@ -241,7 +241,7 @@ def test_large_energies_are_shown_without_an_exponent(make):
 
 
 def test_title_names_the_width_that_truncation_changes_most(make):
-    """Also if truncation helps, as at bin centers; at the stored width there is no shift."""
+    """Truncation may also raise the accuracy. The widest width is not named, as nothing changes."""
     records = make.pair()
     for record in records:
         metrics = record["best"]["metrics"]

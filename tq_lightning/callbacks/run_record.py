@@ -86,8 +86,7 @@ class RunRecord(L.Callback):
             record = record_at(earlier, trainer.current_epoch, trainer.global_step)
             # the model section of the earlier record has values that came from the data set
             config = config | {"model": earlier.config.get("model", config.get("model"))}
-        self._curves = {key: dict(points) for key, points in (record.curves or {}).items()}
-        self._start = time.monotonic() - record.seconds
+        self._resume(record)
         quant = QuantConfig(**pl_module.model.tq)
         commit, dirty = git_state()
         device = trainer.strategy.root_device
@@ -176,11 +175,12 @@ class RunRecord(L.Callback):
             if isinstance(callback, MovingAverage):  # the weights at the end of a fit
                 callback.on_train_end(trainer, pl_module)
         self._record = earlier
-        self._curves = {
-            key: {int(epoch): value for epoch, value in points}
-            for key, points in (earlier.curves or {}).items()
-        }
-        self._start = time.monotonic() - earlier.seconds
+        self._resume(earlier)
+
+    def _resume(self, record: Record) -> None:
+        """Take over the curves and the training time of a record."""
+        self._curves = {key: dict(points) for key, points in (record.curves or {}).items()}
+        self._start = time.monotonic() - record.seconds
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         if self._record is None or self._record.status != "running":

@@ -9,7 +9,7 @@ from typing import Any
 from tq_lightning.errors import UserError
 from tq_lightning.factories import is_factory
 from tq_lightning.quant.config import QuantConfig
-from tq_lightning.records import NAME, read_record
+from tq_lightning.records import NAME, Record, read_record
 from tq_lightning.records.publish import flatten
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
@@ -20,12 +20,17 @@ def network_keys() -> list[str]:
     return ["name", "model_args", "task", *(field.name for field in fields(QuantConfig))]
 
 
+def _record_of(run: Path | None) -> Record | None:
+    """Read the record of a run; None if there is no run, or it has none yet."""
+    path = None if run is None else run / NAME
+    return read_record(path) if path is not None and path.is_file() else None
+
+
 def differences(run: Path | None, config: Any) -> list[str]:
     """List the seed and the data set of a run that differ from those of a configuration."""
-    path = None if run is None else run / NAME
-    if path is None or not path.is_file():
+    record = _record_of(run)
+    if record is None:
         return []
-    record = read_record(path)
     theirs = {
         "seed_everything": record.seed,
         "data.name": flatten(record.config).get("data.name"),
@@ -43,10 +48,8 @@ def check_same_data(config: Any, run: Path | None) -> None:
     Raises:
         UserError: another data set, other arguments of it, or other held-out samples.
     """
-    path = None if run is None else run / NAME
-    if path is None or not path.is_file():
-        return
-    data = read_record(path).config.get("data") or {}
+    record = _record_of(run)
+    data = {} if record is None else record.config.get("data") or {}
     for key in ("name", "data_args", "val_fraction"):
         if key in data and data[key] != config.data[key]:
             raise UserError(
@@ -60,8 +63,8 @@ def keep_seed(config: Any, run: Path | None) -> None:
 
     The weights come from that seed. Within an epoch, another seed is an error instead.
     """
-    path = None if run is None else run / NAME
-    seed = read_record(path).seed if path is not None and path.is_file() else None
+    record = _record_of(run)
+    seed = None if record is None else record.seed
     if seed is not None and seed != config.seed_everything:
         print(
             f"the run keeps its seed: seed_everything={seed}, not {config.seed_everything}",
