@@ -117,7 +117,9 @@ def find_images(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(escape_undecodable(f"no image or folder {path}"))
+        raise UserError(
+            escape_undecodable(f"no image or folder {path}; pass an image, or a folder of images")
+        )
     found, left_out = list_images(path)
     if not found:
         raise UserError(

@@ -231,6 +231,7 @@ def quiet() -> None:
         ".*Couldn't infer the batch indices.*",
         ".*The `srun` command is available.*",
         "(?s).*Dump of a value that does not round-trip.*",  # `Text`, which becomes str
+        ".*AMP with fp16 is not supported on CPU.*",  # an error of `check_precision`
         ".*You requested to overfit but enabled train dataloader shuffling.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

@@ -39,7 +39,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def second_names(model: nn.Module) -> set[str]:
     """Return the other names of the tensors of modules that have several names.
 
-    Files of version 0.1.0 also have the tensors under these names.
+    Files written before modules were stored once have the tensors under these names too.
     """
     first = {name for name, _ in named_tensors(model)}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
