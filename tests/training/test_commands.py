@@ -202,8 +202,11 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
     root, run = copied
     config = ["--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(root)]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["checkpoint_path"]
+    left = run / ".record.json.0a1b2c3d.tmp"  # of a killed command
+    left.touch()
     for verb in ("test", "validate", "predict"):
         assert main([verb, *config, "--ckpt_path", "best"]) == 0, capsys.readouterr().err
+    assert not left.exists()
     capsys.readouterr()
     assert main(["fit", *config, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
     assert main(["fit", *config]) == 2
