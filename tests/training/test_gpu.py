@@ -121,6 +121,32 @@ def test_compiled_training_and_evaluation_equal_eager_mode(device, mode):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("compile_mode", [None, "default"])
+def test_recorded_steps_train_like_eager_ones(
+    train, resnet, tmp_path, device, precision, compile_mode, monkeypatch
+):
+    """With one CUDA graph for a step; float activations have the same kernels in both runs."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch._dynamo.reset()
+    how = {**resnet, "float_pass": True, "activations": "pact_floor_truncate"}
+    how["compile"] = compile_mode is not None
+    flags = {
+        "accelerator": device, "precision": precision, "limit_train_batches": 8, "max_epochs": 2,
+        "accumulate_grad_batches": 2,
+    }  # fmt: skip
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda g: replays.append(replay(g)))
+    _, eager = train(tmp_path, how, **flags)
+    _, recorded = train(tmp_path, {**how, "cuda_graph": True}, **flags)
+    assert len(replays) == 13
+    for (name, p), q in zip(recorded.named_parameters(), eager.parameters(), strict=True):
+        print(f"{(p - q).abs().max():.2e} of {q.abs().max():.2e}: {name}")
+        assert torch.allclose(p, q, rtol=1e-2, atol=2e-3), name
+
+
 FIT_PRECISIONS = [
     pytest.param("cpu", "bf16-mixed", marks=pytest.mark.slow),
     *(pytest.param("cuda", p, marks=GPU) for p in ("32-true", "bf16-mixed", "16-mixed")),

@@ -11,6 +11,7 @@ from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.training import module as module_file
 from tq_lightning.training.lists import as_ints, as_list
 from tq_lightning.training.losses import bce, cross_entropy, distillation
+from tq_lightning.training.joint import JointGradients
 from tq_lightning.training.module import TQModule
 
 LOGITS = {
@@ -40,9 +41,9 @@ def width_losses(monkeypatch, teacher_net=False, **arguments):
             losses[bits] = width_loss(bits, LOGITS[bits], dict(seen))
             seen[bits] = LOGITS[bits]
         passed.update(weights=weights, scale=scale, widths=widths)
-        return torch.stack(list(losses.values())).sum(), losses
+        return JointGradients(torch.stack(list(losses.values())), torch.tensor(True), [], [])
 
-    monkeypatch.setattr(module_file, "joint_loss", joint)
+    monkeypatch.setattr(module_file, "joint_gradients", joint)
     monkeypatch.setattr(module_file, "unused_parameters", lambda loss: [])
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
     module._trainer = SimpleNamespace(fit_loop=loop, precision_plugin=SimpleNamespace())

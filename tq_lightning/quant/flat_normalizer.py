@@ -6,7 +6,7 @@ which nested codes replace (`FlatWeights`).
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -204,9 +204,12 @@ class FlatNormalizer:
             self._range_sums = sums
 
 
-@lru_cache(maxsize=64)
+@cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy constants to a device once, because each copy to a GPU waits for earlier work."""
+    """Copy constants to a device once, because each copy to a GPU waits for earlier work.
+
+    They are never freed: recorded CUDA graphs read them.
+    """
     with torch.inference_mode(False):  # training uses the cached tensor too
         return torch.tensor(values, dtype=dtype, device=device)
 

@@ -16,7 +16,7 @@ NOT_AN_ARM = re.compile(
     r"^(seed_everything|config|ckpt_path|verbose|weights_only|checkpoint_every_n_steps)$"
     r"|^trainer\.(default_root_dir|logger|callbacks|plugins|profiler|accelerator|enable_\w+)(\.|$)"
     r"|^trainer\.(log_every_n_steps|barebones)(\.|$)|^trainer\.model_registry$"
-    r"|^model\.(seed|compile|compile_mode|channels_last|num_classes)$"
+    r"|^model\.(seed|compile|compile_mode|cuda_graph|channels_last|num_classes)$"
     r"|^data\.(eval_batch_size|num_workers|workers|download|pin_memory|device)$"
     r"|^(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
 )

@@ -8,7 +8,7 @@ per step instead of once per width.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,23 @@ class _PrecomputedGradients(torch.autograd.Function):
         return None, None, *grads
 
 
+class JointGradients(NamedTuple):
+    """The tensors that a joint step computes, without reading any of them.
+
+    Attributes:
+        losses: loss of each width, not weighted, float32 (widths,).
+        finite: scalar bool: whether all losses and weights are finite.
+        grads: gradient of the weighted sum of the losses for each of `parameters`; None if it was
+            not used.
+        parameters: the parameters of the model that require a gradient.
+    """
+
+    losses: Tensor
+    finite: Tensor
+    grads: list[Tensor | None]
+    parameters: list[nn.Parameter]
+
+
 def joint_loss(
     model: nn.Module,
     inputs: Any,
@@ -72,8 +89,47 @@ def joint_loss(
         TrainingError: a loss is not finite. The message names the width, and the first parameter
             that is not finite if there is one.
     """
+    step = joint_gradients(model, inputs, widths, width_loss, weights, loss_scale)
+    return loss_with_gradients(model, step, widths, weights)
+
+
+def loss_with_gradients(
+    model: nn.Module,
+    step: JointGradients,
+    widths: Sequence[int | None],
+    weights: Sequence[float] | None = None,
+) -> tuple[Tensor, dict[int | None, Tensor]]:
+    """Return what `joint_loss` returns, from the tensors of `joint_gradients`.
+
+    The gradients become those of the parameters, without a copy.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    losses = dict(zip(widths, step.losses.unbind(), strict=True))
+    if not bool(step.finite):  # the only synchronization of a step with the device
+        raise TrainingError(_not_finite(model, losses))
+    values, factors = step.losses, tuple(weights or ())
+    if any(factor != 1.0 for factor in factors):
+        values = values * constant(factors, torch.float32, values.device)
+    total = values.sum()
+    return _PrecomputedGradients.apply(total, step.grads, *step.parameters), losses
+
+
+def joint_gradients(
+    model: nn.Module,
+    inputs: Any,
+    widths: Sequence[int | None],
+    width_loss: WidthLoss,
+    weights: Sequence[float] | None = None,
+    loss_scale: float = 1.0,
+) -> JointGradients:
+    """Run forward and backward at every width; see `joint_loss` for the arguments.
+
+    Nothing is read from the device, so the kernels can be recorded as a CUDA graph.
+    """
     factors = [1.0] * len(widths) if weights is None else list(weights)
-    losses: dict[int | None, Tensor] = {}
+    losses: list[Tensor] = []
     logits: dict[int | None, Tensor] = {}
     copy = overwrites_outputs(model)
     with fused_weights(model, check=False, keep=True) as fused:
@@ -87,7 +143,7 @@ def joint_loss(
                     group.require_grad()
                 out = call_model(model, inputs)
                 loss = width_loss(bits, out, logits)
-                losses[bits] = loss.detach()
+                losses.append(loss.detach().float())
                 logits[bits] = out.detach().clone() if copy else out.detach()
                 # the weights of a width are leaves; their gradients go through the straight-through
                 # rule here, and once per step through the normalizer
@@ -115,14 +171,9 @@ def joint_loss(
                 sums[index] = grad if before is None else before.add_(grad)
     if loss_scale != 1.0:
         torch._foreach_div_([g for g in sums if g is not None], loss_scale)
-    values = torch.stack([losses[bits].float() for bits in widths])
-    # the only synchronization of a step with the device
-    if not bool(torch.stack([values.isfinite().all(), *finite]).all()):
-        raise TrainingError(_not_finite(model, losses))
-    if any(factor != 1.0 for factor in factors):
-        values = values * constant(tuple(factors), torch.float32, values.device)
-    total = values.sum()
-    return _PrecomputedGradients.apply(total, sums, *params), losses
+    values = torch.stack(losses)
+    all_finite = torch.stack([values.isfinite().all(), *finite]).all()
+    return JointGradients(values, all_finite, sums, params)
 
 
 def unused_parameters(loss: Tensor) -> list[nn.Parameter]:

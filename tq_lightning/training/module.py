@@ -23,12 +23,18 @@ from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
 from tq_lightning.training.data_validation import check_against_data
 from tq_lightning.training.epoch_losses import EpochLosses
-from tq_lightning.training.joint import joint_loss, unused_parameters
+from tq_lightning.training.joint import (
+    JointGradients,
+    joint_gradients,
+    loss_with_gradients,
+    unused_parameters,
+)
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, make_width_loss, with_label_checks
 from tq_lightning.training.optim import build_optimizer, build_scheduler, check_restored_state
 from tq_lightning.training.preprocessing import preprocessing_of, report_other_classes
 from tq_lightning.training.resume_guard import check_batches, check_resume
+from tq_lightning.training.step_graph import StepGraphs, check_cuda_graph
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.trainer_validation import check_trainer
 from tq_lightning.training.validation import (
@@ -112,6 +118,8 @@ class TQModule(L.LightningModule):
         compile: run the model through torch.compile, with one graph for all widths.
         compile_mode: mode of torch.compile: default, reduce-overhead (CUDA graphs, for small
             networks on a GPU), max-autotune or max-autotune-no-cudagraphs.
+        cuda_graph: record the joint step, all widths forward and backward, as one CUDA graph, for
+            small networks on a GPU.
         seed: seed of the width schedule and of the random state of each step; null for the seed of
             the run.
     """
@@ -166,6 +174,7 @@ class TQModule(L.LightningModule):
         channels_last: bool = False,
         compile: bool = False,
         compile_mode: str = "default",
+        cuda_graph: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -189,6 +198,7 @@ class TQModule(L.LightningModule):
         self._compiled: list[Any] = []
         self.fused_model: FusedModel | None = None
         """Weights of a width, kept by `fused_weights` between the steps of a fit."""
+        self._step_graphs: StepGraphs | None = None
         self._unused: list[nn.Parameter] = []
         self._inputs: list[dict[str, Any]] = []  # of a network of other inputs than images
         self._epoch_losses = EpochLosses()
@@ -222,6 +232,9 @@ class TQModule(L.LightningModule):
         check_trainer(self.trainer)
         if self.hparams.compile:
             check_compiler(self.trainer.strategy.root_device)
+        if self.hparams.cuda_graph and stage == "fit":
+            check_cuda_graph(self.trainer, self.hparams)
+            self._step_graphs = StepGraphs()
         use_timm_sync_batchnorm(self.trainer)
         data = self._datamodule
         if data is not None:
@@ -348,22 +361,32 @@ class TQModule(L.LightningModule):
                 external = call_model(self._teacher[0].to(self.device), inputs)
         if hparams.task == "language_modeling" and batch_idx == 0:
             check_labels_are_shifted(inputs, target)
-        width_loss = make_width_loss(
-            LOSSES[hparams.loss],
-            target,
-            hparams.teacher,
-            external,
-            hparams.distill_weight,
-            hparams.temperature,
-        )
-        # a GPU would fail without naming the label
-        read_labels = batch_idx == 0 and not self.classes_are_known
-        width_loss = with_label_checks(width_loss, hparams.task, target, read_labels)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         weights = [self.width_weights[b] for b in passes]
+        # a GPU would fail without naming the label
+        read_labels = batch_idx == 0 and not self.classes_are_known
+
+        def gradients(tensors: tuple[Any, Tensor, Tensor | None]) -> JointGradients:
+            inputs, target, external = tensors
+            width_loss = make_width_loss(
+                LOSSES[hparams.loss],
+                target,
+                hparams.teacher,
+                external,
+                hparams.distill_weight,
+                hparams.temperature,
+            )
+            width_loss = with_label_checks(width_loss, hparams.task, target, read_labels)
+            return joint_gradients(self, inputs, passes, width_loss, weights, scale)
+
+        tensors = (inputs, target, external)
         try:
-            loss, losses = joint_loss(self, inputs, passes, width_loss, weights, scale)
+            if self._step_graphs is None or read_labels:
+                step = gradients(tensors)
+            else:
+                step = self._step_graphs(self, (passes, *weights), gradients, tensors)
+            loss, losses = loss_with_gradients(self, step, passes, weights)
         except UserError:
             raise
         except (TrainingError, ValueError, IndexError) as error:
@@ -452,7 +475,7 @@ class TQModule(L.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which computes its own weights."""
-        return {**super().__getstate__(), "fused_model": None}
+        return {**super().__getstate__(), "fused_model": None, "_step_graphs": None}
 
     # -- start of a loop -------------------------------------------------------------------------
     def on_train_start(self) -> None:
@@ -473,8 +496,8 @@ class TQModule(L.LightningModule):
             self.fused_model = None
 
     def teardown(self, stage: str) -> None:
-        """Free the kept weights, which the Trainer does not move to the CPU."""
-        self.fused_model = None
+        """Free the kept weights and graphs, which the Trainer does not move to the CPU."""
+        self.fused_model = self._step_graphs = None
 
     def on_validation_start(self) -> None:
         """Record that the loop runs."""
