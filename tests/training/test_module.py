@@ -9,9 +9,9 @@ from torch import nn
 
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.training import module as module_file
+from tq_lightning.training.joint import JointGradients
 from tq_lightning.training.lists import as_ints, as_list
 from tq_lightning.training.losses import bce, cross_entropy, distillation
-from tq_lightning.training.joint import JointGradients
 from tq_lightning.training.module import TQModule
 
 LOGITS = {
