@@ -12,7 +12,11 @@ from fixtures.dispatch import HOST_READ, Operations
 from tq_lightning import prepare
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.models import create_model
+from tq_lightning.quant.activation import ACTIVATIONS
+from tq_lightning.quant.codes import LEVELS, QUANTIZERS
 from tq_lightning.quant.fused_weights import fused_weights
+from tq_lightning.quant.normalizers import NORMALIZERS
+from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import per_width_norms
 from tq_lightning.training.joint import joint_loss
 
@@ -55,13 +59,29 @@ def test_joint_step_dispatches_few_operations(name, size, limit):
     assert joint[HOST_READ] == 1 and one[HOST_READ] == 0
 
 
-@pytest.mark.parametrize(
-    "how", [{"normalizer": "tanh_channel"}, {"quantizer": "round", "ste": "dsq"}]
-)
-def test_other_choices_read_one_value_from_the_device(how):
-    images, target = torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
+CHOICES = [
+    *({"activations": kind} for kind in ACTIVATIONS),
+    *({"ste": name} for name in STES if name != "value"),
+    *({"quantizer": name} for name in QUANTIZERS),
+    *(
+        {"normalizer": name, "ste": "auto", "scale": row.scales[-1], "level": level}
+        for name, row in NORMALIZERS.items()
+        for level in row.levels or LEVELS
+    ),
+]
+
+
+@pytest.mark.parametrize("how", CHOICES, ids=lambda how: "-".join(how.values()))
+def test_every_choice_reads_one_value_from_the_device(how):
+    images, target = torch.randn(2, 3, 8, 8), torch.randint(0, 10, (2,))
     model = build("resnet8_cifar", True, **how).train()
     assert count(lambda: joint_step(model, images, target))[HOST_READ] == 1
+
+
+def test_operations_that_wait_for_a_gpu_only_are_counted():
+    mask, value = torch.tensor([True, False]), torch.tensor(1.0)
+    reads = count(lambda: torch.zeros(2).masked_fill(mask, value))[HOST_READ]
+    assert reads == 1 and count(lambda: torch.zeros(2).masked_fill(mask, 1.0))[HOST_READ] == 0
 
 
 class CountOperations(L.Callback):

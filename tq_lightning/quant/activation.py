@@ -93,7 +93,8 @@ class ActivationQuantizer(nn.Module):
             u = (inside / scale).clamp_min(0.0).masked_fill(over, 1.0)
         else:
             u = inside.clamp(0.0, 1.0)
-        clipped = inside.clamp_min(0.0).masked_fill(over, scale) if self.learned else u
+        # `masked_fill` with a tensor as value would wait for a GPU
+        clipped = torch.where(over, scale, inside.clamp_min(0.0)) if self.learned else u
         if self.float_relu:
             clipped = inside.relu()
         if torch.compiler.is_compiling() and self.width.tensors is not None:
