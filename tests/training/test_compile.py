@@ -16,11 +16,12 @@ from tq_lightning import bit_width, prepare
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.errors import UserError
 from tq_lightning.quant.activation import ActivationQuantizer
+from tq_lightning.quant.batches import may_record_graphs
 from tq_lightning.quant.bit_width import Width, WidthTensors
 from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.ste import STES
 from tq_lightning.quant.switchable_norm import per_width_norms, train_float_norms
-from tq_lightning.training.compiling import check_compiler
+from tq_lightning.training.compiling import COMPILE_MODES, check_compiler
 from tq_lightning.training.joint import joint_loss
 
 PASSES = [(b, s) for b in range(8, 0, -1) for s in ("quantize", "truncate")] + [(None, "quantize")]
@@ -234,3 +235,16 @@ def test_inductor_code_equals_eager_mode(activations):
     assert all(torch.allclose(logits[p], expected[p], atol=1e-4) for p in PASSES)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", COMPILE_MODES)
+def test_only_modes_with_cuda_graphs_overwrite_outputs(mode):
+    """Copies of logits and gradients would cost a launch for each parameter."""
+    graphs = mode in ("reduce-overhead", "max-autotune")
+    assert may_record_graphs(torch.compile(nn.Linear(2, 2), mode=mode)) == graphs
+
+
+def test_unknown_backends_may_overwrite_outputs():
+    model = nn.Linear(2, 2)
+    model.compile(backend="eager")
+    assert may_record_graphs(model) and may_record_graphs(torch.compile(model, backend="eager"))

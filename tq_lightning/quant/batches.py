@@ -35,10 +35,10 @@ def overwrites_outputs(model: nn.Module) -> bool:
     """
     network = getattr(model, "compiled_model", model)
     compiled = hasattr(network, "_orig_mod") or network._compiled_call_impl is not None
-    return compiled and next(network.parameters()).is_cuda and _may_record_graphs(network)
+    return compiled and next(network.parameters()).is_cuda and may_record_graphs(network)
 
 
-def _may_record_graphs(compiled: nn.Module) -> bool:
+def may_record_graphs(compiled: nn.Module) -> bool:
     """Return False if a compiled network is known to run without CUDA graphs."""
     config = getattr(getattr(compiled, "dynamo_ctx", None), "compiler_config", None)
     return config is None or bool(config.get("triton.cudagraphs", True))
