@@ -117,7 +117,7 @@ def test_image_files_resume_with_the_same_batches(folder, tmp_path, workers):
     assert_same(rest.seen, whole.seen[3:])
 
 
-@pytest.mark.parametrize("after_training", [True, False])
+@pytest.mark.parametrize("after_training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_resuming_at_the_end_of_an_epoch_starts_the_next_one(tmp_path, after_training):
     """Checkpoints written before and after the validation that ends an epoch."""
     whole = fit(SMALL, tmp_path / "a", epochs=3)

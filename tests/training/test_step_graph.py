@@ -77,24 +77,41 @@ class Freeze(L.Callback):
 FLAGS = {"limit_train_batches": 8, "max_epochs": 2}
 
 
+RUNS = {
+    "plain": ({}, {}, 1),
+    "float pass": ({"name": "resnet8_cifar", "model_args": {}, "float_pass": True}, {}, 1),
+    "average, accumulation, clipping": (
+        {"ema_decay": 0.5},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0},
+        1,
+    ),
+    "learned range, weights": (
+        {"normalizer": "learned", "level": "centre", "scale": "span", "width_weights": "1,1,.7,.3"},
+        {},
+        1,
+    ),
+    "dropout": ({"drop_rate": 0.2, "teacher": "widest", "distill_weight": 0.5}, {}, 1),
+    "sandwich": ({"width_schedule": "sandwich"}, {}, 2),
+    "teacher": (
+        {
+            "teacher": "external",
+            "teacher_name": "resnet8_cifar",
+            "teacher_checkpoint_path": "teacher.th",
+        },
+        {},
+        1,
+    ),
+}
+FAST = ("average, accumulation, clipping", "sandwich", "teacher")
+
+
 @pytest.mark.parametrize(
     ("how", "flags", "kinds"),
     [
-        ({}, {}, 1),
-        ({"name": "resnet8_cifar", "model_args": {}, "float_pass": True}, {}, 1),
-        ({"ema_decay": 0.5}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}, 1),
-        (
-            {"normalizer": "learned", "level": "centre", "scale": "span",
-             "width_weights": [1, 1, 0.7, 0.3]}, {}, 1,
-        ),
-        ({"drop_rate": 0.2, "teacher": "widest", "distill_weight": 0.5}, {}, 1),
-        ({"width_schedule": "sandwich"}, {}, 2),
-        (
-            {"teacher": "external", "teacher_name": "resnet8_cifar",
-             "teacher_checkpoint_path": "teacher.th"}, {}, 1,
-        ),
+        pytest.param(*run, id=name, marks=[] if name in FAST else [pytest.mark.slow])
+        for name, run in RUNS.items()
     ],
-)  # fmt: skip
+)
 def test_recorded_steps_train_the_same_weights(
     train, tmp_path, recorder, monkeypatch, how, flags, kinds
 ):
