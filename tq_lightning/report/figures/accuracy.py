@@ -64,7 +64,7 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
     found = best_other.best_other(comparisons, group)
     axes.set_ylabel(f"{metric.label}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
     style.clip(axes, metric)
-    axes.legend(loc="best")
+    axes.legend(loc="lower center" if papers else "best")  # "best" ignores thin lines
     caption = [
         f"{metric.title} on the {SPLIT_WORDS[split]} by width in use. Truncated: stored 8-bit "
         "codes shifted right. Quantized: codes computed from the float weights. Dots: seeds. Bars: "
