@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -82,6 +83,23 @@ def test_width_is_restored_on_exit_in_nested_blocks_and_after_an_error(model):
     with pytest.raises(RuntimeError), bit_width(model, 4):
         model(torch.zeros(1, 7, 6, 6))  # a wrong number of channels
     assert (width.bits, width.source) == (8, "quantize")
+
+
+def test_another_thread_cannot_switch_the_width_inside_a_block(model):
+    """Its images would run at a width that nobody asked for. A copy belongs to no thread."""
+
+    def switch(network):
+        with bit_width(network, 2):
+            return width_of(network).bits
+
+    with ThreadPoolExecutor(1) as other, bit_width(model, 4):
+        copied = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match=r"another thread .* its own copy, e\.g\. copy"):
+            other.submit(switch, model).result()
+        assert width_of(model).bits == 4 and other.submit(switch, copied).result() == 2
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(switch, model).result() == 2
+    assert (width_of(model).bits, width_of(model).depth) == (8, 0)
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.0, "4", True])

@@ -1,6 +1,7 @@
 """The width in use: `Width`, shared by all quantizers of a model; `bit_width` sets it."""
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 SOURCES = ("quantize", "truncate")
+_SWITCHING = threading.Lock()  # two threads may enter the blocks of one model at the same time
 
 
 class WidthTensors(NamedTuple):
@@ -63,6 +65,8 @@ class Width:
         default_source: the source of `bit_width` if none is passed.
         fused: the `FusedModel` that computes the weights inside `fused_weights`, else None.
         tensors: the width in use as `WidthTensors`, set by `fused`, else None.
+        thread: the thread inside a `bit_width` block, else None.
+        depth: number of nested blocks of that thread.
     """
 
     max_bits: int
@@ -73,10 +77,12 @@ class Width:
     default_source: str = "quantize"
     fused: Any = None
     tensors: WidthTensors | None = None
+    thread: int | None = None
+    depth: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy, which computes its own weights."""
-        return {**self.__dict__, "fused": None, "tensors": None}
+        """Return the state of a copy, which computes its own weights and belongs to no thread."""
+        return {**self.__dict__, "fused": None, "tensors": None, "thread": None, "depth": 0}
 
     def __post_init__(self) -> None:
         if self.bits is None and self.packed:
@@ -148,6 +154,7 @@ class WidthSwitch:
         Raises:
             ValueError: an unknown width or source, float on a packed model, or an untrained width
                 without norm statistics.
+            RuntimeError: another thread is inside a block of this model.
         """
         width = self.width
         source = width.default_source if source is None else source
@@ -169,9 +176,10 @@ class WidthSwitch:
         for check in self._checks:
             check(bits)  # type: ignore[operator]
         _allow_variants(width.max_bits)
+        _enter(width)
         before = (width.bits, width.source)
-        _set(width, bits, source)
         try:
+            _set(width, bits, source)
             if width.fused is not None:
                 width.fused.compute(bits, source)
             yield
@@ -179,6 +187,7 @@ class WidthSwitch:
             if width.fused is not None:
                 width.fused.release()
             _set(width, *before)
+            _leave(width)
 
 
 def width_of(model: nn.Module) -> Width:
@@ -196,6 +205,27 @@ def _allow_variants(max_bits: int) -> None:
     dynamo: Any = sys.modules.get("torch._dynamo.config")
     if dynamo is not None:
         dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * (2 * max_bits + 1))
+
+
+def _enter(width: Width) -> None:
+    """Count a block. The width is a state of the model, so only one thread may switch it."""
+    thread = threading.get_ident()
+    # a checkpointed function runs again in a thread of autograd, while its caller waits
+    in_backward = torch._C._current_graph_task_id() != -1
+    with _SWITCHING:
+        if width.depth and width.thread != thread and not in_backward:
+            raise RuntimeError(
+                "another thread is inside a bit_width block of this model; "
+                "pass each thread its own copy, e.g. copy.deepcopy(model)"
+            )
+        width.thread = width.thread if width.depth else thread
+        width.depth += 1
+
+
+def _leave(width: Width) -> None:
+    with _SWITCHING:
+        width.depth -= 1
+        width.thread = width.thread if width.depth else None
 
 
 def _set(width: Width, bits: int | None, source: str) -> None:
@@ -221,6 +251,8 @@ def bit_width(model: nn.Module, bits: int | None, source: str | None = None) -> 
     Raises:
         ValueError: an unknown width or source, float on a packed model, or an untrained width
             without norm statistics.
+        RuntimeError: another thread is inside a block of this model. The width is a state of the
+            model; pass each thread its own copy.
     """
     with WidthSwitch(walk_modules(model)).at(bits, source):
         yield model
