@@ -40,6 +40,13 @@ def test_fields_of_later_versions_are_kept(tmp_path):
     assert json.loads((tmp_path / "record.json").read_text())["carbon"] == {"kg": 2}
 
 
+def nested(depth):
+    tree = []
+    for _ in range(depth):
+        tree = [tree]
+    return tree
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -61,6 +68,27 @@ def test_fields_of_later_versions_are_kept(tmp_path):
         ),
         ({"bytes": {"planes": {"²": 1}}}, "broken: bytes.planes has a key that is not a width in"),
         ({"config": {"model": {"widths": "8,²"}}}, "broken: config.model.widths is '8,²', not a"),
+        (
+            {"test": {"metrics": {"test/acc1_truncate_w2": 900}}},
+            "broken: test.metrics.test/acc1_truncate_w2 is 900, not an accuracy from 0 to 100 %",
+        ),
+        (
+            {"best": {"metrics": {"val/acc5_float": -1}}},
+            "broken: best.metrics.val/acc5_float is -1, not an accuracy",
+        ),
+        (
+            {"curves": {"val/acc1_truncate_w2": [[0, 9.0], [1, 101.5]]}},
+            "broken: curves.val/acc1_truncate_w2[1] is 101.5, not an accuracy",
+        ),
+        (
+            {
+                "best": {"metrics": {"val/acc1_truncate_w2": 9}},
+                "widths": {"2": {"quantize": 9, "truncate": 101}},
+            },
+            "broken: widths.2.truncate is 101, not an accuracy",
+        ),
+        ({"bytes": {"planes": {"8": -3}}}, "broken: bytes.planes.8 is -3, not a number of bytes"),
+        ({"later": nested(900)}, "broken: more than 100 nested mappings or lists"),
         ({"kind": "sweep"}, "kind 'sweep'; supported kinds are run and inspect"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any, NewType, TypeVar, Union, cast, get_args, get_origin, get
 
 from tq_lightning.errors import UserError
 
+MAX_DEPTH = 100  # nested mappings and lists; the functions here are recursive
 SCHEMA = 1  # fields are added to it, never renamed or removed
 Number = float  # an alias, because some fields are named "float"
 Points = NewType("Points", list)  # [[epoch, value], ...]
@@ -45,6 +46,21 @@ _KINDS: dict[Any, tuple[str, Any]] = {
 
 def _is_number(value: Any) -> bool:
     return bool(_KINDS[float][1](value))
+
+
+def check_depth(tree: Any) -> None:
+    """Check that JSON types are nested at most MAX_DEPTH deep.
+
+    Raises:
+        RecordError: they are nested deeper.
+    """
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [child for values in inner for child in values if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise RecordError(f"broken: more than {MAX_DEPTH} nested mappings or lists")
 
 
 def shortened(value: Any) -> str:

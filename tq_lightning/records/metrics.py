@@ -92,13 +92,18 @@ def metric_of(keys: Iterable[str]) -> Metric:
     return next(found, ACC1)
 
 
+def is_accuracy(key: str) -> bool:
+    """Return True for the key of an accuracy in percent: val/acc1_truncate_w4, test/acc5_float."""
+    return key.rpartition("/")[2].startswith(("acc1_", "acc5_"))
+
+
 def goal_of(key: str) -> str | None:
     """Return "minimize" or "maximize" for a metric with a known direction, else None.
 
     Example: val/acc1_truncate_w2 -> "maximize". The gap between the sources has no direction.
     """
-    name = key.rpartition("/")[2]
-    if name.startswith(("acc1_", "acc5_")):
+    if is_accuracy(key):
         return "maximize"
+    name = key.rpartition("/")[2]
     lower = name.startswith(("ppl_", "loss")) and not name.startswith(f"{PPL.gap_key}_")
     return "minimize" if lower or key == STORAGE_BYTES else None

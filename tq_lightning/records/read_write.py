@@ -14,12 +14,15 @@ from tq_lightning.records.json_tree import (
     Number,
     RecordError,
     check,
+    check_depth,
     from_tree,
     shortened,
 )
-from tq_lightning.records.run import Record
+from tq_lightning.records.metrics import ACC1, is_accuracy, metric_of
+from tq_lightning.records.run import ModelBytes, Record
 
 NAME = "record.json"
+SOURCES = ("quantize", "truncate")  # of the weights, fields of WidthResult
 
 
 def read_any(path: str | Path) -> Record | InspectRecord:
@@ -50,6 +53,7 @@ def parse(tree: Any) -> Record | InspectRecord:
     """Build a record from JSON types. Raises RecordError like `read_any`."""
     if not isinstance(tree, dict) or "schema" not in tree:
         raise RecordError("not a record of tq_lightning: the key 'schema' is missing")
+    check_depth(tree)
     if tree["schema"] != SCHEMA:
         raise RecordError(
             f"schema {tree['schema']!r}; this version reads schema {SCHEMA}: "
@@ -75,6 +79,7 @@ def parse(tree: Any) -> Record | InspectRecord:
         check(
             Number | None, record.best.metrics.get("val/acc1_float"), "best.metrics.val/acc1_float"
         )
+    _check_ranges(record)
     known = {f.name for f in fields(Record)} | {"schema", "kind"}
     return replace(record, more={key: value for key, value in tree.items() if key not in known})
 
@@ -105,6 +110,37 @@ def mark_superseded(path: str | Path) -> None:
     """Mark the record of a trial that was given to another worker, so that it counts only once."""
     reason = "its trial was given to another worker"
     write_record(path, replace(read_record(path), status="interrupted", reason=reason))
+
+
+def _check_ranges(record: Record) -> None:
+    """Check that accuracies lie in 0..100 and that byte counts are not negative.
+
+    Raises:
+        RecordError: a value is out of range.
+    """
+    blocks = {"best": record.best, "last": record.last, "test": record.test}
+    blocks |= {f"tests[{i}]": test for i, test in enumerate(record.tests or [])}
+    found = {
+        f"{name}.metrics.{key}": value
+        for name, block in blocks.items()
+        for key, value in (block.metrics if block is not None else {}).items()
+        if is_accuracy(key)
+    }
+    for key, points in (record.curves or {}).items():
+        if is_accuracy(key):
+            found |= {f"curves.{key}[{i}]": value for i, (_, value) in enumerate(points)}
+    if record.best is not None and metric_of(record.best.metrics) is ACC1:
+        for bits, width in (record.widths or {}).items():
+            found |= {f"widths.{bits}.{source}": getattr(width, source) for source in SOURCES}
+    for where, value in found.items():
+        if isinstance(value, int | float) and not 0 <= value <= 100:
+            raise RecordError(f"broken: {where} is {value:g}, not an accuracy from 0 to 100 %")
+    size = record.bytes or ModelBytes()
+    counts = {"float": size.float, "packed": size.packed}
+    counts |= {f"planes.{bits}": count for bits, count in size.planes.items()}
+    for key, count in counts.items():
+        if count is not None and count < 0:
+            raise RecordError(f"broken: bytes.{key} is {count}, not a number of bytes")
 
 
 def _is_widths(value: Any) -> bool:
