@@ -1,12 +1,14 @@
 """Norm statistics estimated from batches: weights, short batches, and lagging running averages."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from tq_lightning import bit_width, prepare
+from tq_lightning.quant.activation_ranges import calibrate_activations
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.norm_calibration import (
     SETTLED,
@@ -91,6 +93,37 @@ def test_only_untrained_widths_can_be_estimated(model, images):
         calibrate_norms(plain, [images], widths=[3])
     with pytest.raises(ValueError, match="width 9 has no norm"):
         calibrate_norms(model, [images], widths=[9])
+
+
+BATCHES = {  # case -> (batches made of images, start of the error)
+    "tensor": (lambda x: x, "the batches .* must be a list, got a Tensor; pass"),
+    "none": (lambda x: None, "the batches .* must be a list, got a NoneType; pass"),
+    "empty": (lambda x: [], "no batches to "),
+    "with labels": (
+        lambda x: [(x, torch.zeros(len(x)))],
+        "is a tuple of 2 parts that Sequential.forward does not take .*; pass its inputs without",
+    ),
+    "mapping": (lambda x: [{"image": x}], "is a dict of 1 parts that Sequential.forward"),
+    "arrays": (lambda x: [x.numpy()], "no tensor in the inputs of the network, a ndarray"),
+}
+
+
+@pytest.mark.parametrize("calibrate", [calibrate_norms, calibrate_activations])
+@pytest.mark.parametrize("case", BATCHES)
+def test_batches_that_the_network_does_not_take_are_errors(model, images, calibrate, case):
+    make, message = BATCHES[case]
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, make(images))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_images_that_are_not_finite_leave_no_statistics(model, images, value):
+    """Their statistics are NaN, so that every output at that width would be."""
+    before = copy.deepcopy(model.state_dict())
+    images[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="contains NaN or infinity; check the images"):
+        calibrate_norms(model, [images])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_error_during_estimation_leaves_the_model_unchanged(model, images):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.quant.activation import ActivationQuantizer
-from tq_lightning.quant.batches import call_model
+from tq_lightning.quant.batches import call_model, list_batches
 from tq_lightning.quant.bit_width import Width, bit_width, width_of
 from tq_lightning.quant.eval_mode import eval_mode
 from tq_lightning.quant.quantized_tensors import quantized_layers
@@ -130,15 +130,13 @@ def calibrate_activations(
         `model.tq_ranges`, which `save_packed` writes.
 
     Raises:
-        ValueError: the model is not prepared, an unknown observer or width, no batches, or an
-            input that contains NaN or infinity.
+        ValueError: the model is not prepared, an unknown observer or width, no batches, batches
+            that the network does not take, or an input that contains NaN or infinity.
     """
     if observer not in OBSERVERS:
         raise ValueError(f"unknown observer {observer!r}; pass one of {', '.join(OBSERVERS)}")
     width = width_of(model)
-    batches = list(batches)
-    if not batches:
-        raise ValueError("no batches to observe activations on; pass a list of image batches")
+    batches = list_batches(model, batches, "to observe activations on")
     layers: dict[str, nn.Module] = {
         n: m for n, m in quantized_layers(model).items() if isinstance(m, _WITH_INPUT)
     }

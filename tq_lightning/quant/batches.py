@@ -1,6 +1,7 @@
 """Batches of tensors, tuples or mappings: their inputs and labels, and calls of a network."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,42 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     else:
         out = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
     return out if isinstance(out, Tensor) else getattr(out, "logits", out)
+
+
+def list_batches(model: nn.Module, batches: Iterable[Any], purpose: str) -> list[Any]:
+    """List batches of inputs, after checks that the network can be called with each.
+
+    Args:
+        model: the network.
+        batches: tensors, tuples of arguments or mappings.
+        purpose: what they are for, named in errors: "to observe activations on".
+
+    Raises:
+        UserError: there are no batches, `batches` is not a list of them, one has no tensor, or one
+            has other arguments than the network, e.g. labels.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise UserError(
+            f"the batches {purpose} must be a list, got a {type(batches).__name__}; "
+            "pass e.g. [images]"
+        )
+    batches = list(batches)
+    if not batches:
+        raise UserError(f"no batches {purpose}; pass a list of image batches")
+    signature = inspect.signature(model.forward)
+    for batch in batches:
+        first_tensor(batch)
+        args = batch if isinstance(batch, tuple | list) else ()
+        named = batch if isinstance(batch, Mapping) else {}
+        try:
+            signature.bind(*args, **named) if args or named else None
+        except TypeError as error:
+            raise UserError(
+                f"a batch {purpose} is a {type(batch).__name__} of {len(batch)} parts that "
+                f"{type(model).__name__}.forward does not take ({error}); pass its inputs without "
+                "labels, e.g. [images for images, _ in loader]"
+            ) from None
+    return batches
 
 
 def overwrites_outputs(model: nn.Module) -> bool:

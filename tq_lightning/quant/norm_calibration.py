@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tq_lightning.quant.batches import call_model, samples_of
+from tq_lightning.errors import UserError
+from tq_lightning.quant.batches import call_model, first_tensor, list_batches, samples_of
 from tq_lightning.quant.bit_width import bit_width, width_of
 from tq_lightning.quant.eval_mode import eval_mode
 from tq_lightning.quant.switchable_norm import (
@@ -49,8 +50,9 @@ def calibrate_norms(
         widths: widths to estimate; None = every untrained width and float.
 
     Raises:
-        ValueError: a width in `widths` is trained or has no norm, there are no batches, or the
-            model is packed or not prepared.
+        ValueError: a width in `widths` is trained or has no norm, there are no batches, the
+            network does not take them, one contains NaN or infinity, or the model is packed or not
+            prepared.
     """
     if width_of(model).packed:
         raise ValueError(
@@ -69,7 +71,11 @@ def calibrate_norms(
             )
     if not norms or not widths:
         return
-    batches = _usable(batches)
+    batches = _usable(model, batches)
+    if not all(first_tensor(batch).isfinite().all() for batch in batches):
+        raise UserError(
+            "a batch to estimate norm statistics from contains NaN or infinity; check the images"
+        )
     with eval_mode(model), _eager():
         for bits in widths:
             for norm in norms:
@@ -119,7 +125,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], widths: list[int 
     norms = per_width_norms(model)
     if not norms or not widths:
         return
-    batches = _usable(batches)
+    batches = _usable(model, batches)
     with eval_mode(model), _eager():
         for bits in widths:
             layers = _batch_norms(norms, bits)
@@ -129,12 +135,8 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], widths: list[int 
                 layer.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
-def _usable(batches: Iterable[Any]) -> list[Any]:
-    batches = list(batches)
-    if not batches:
-        raise ValueError(
-            "no batches to estimate norm statistics from; pass a list of image batches"
-        )
+def _usable(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
+    batches = list_batches(model, batches, "to estimate norm statistics from")
     if len(batches) > 1 and samples_of(batches[-1]) < max(map(samples_of, batches)):
         del batches[-1]
     return [batch for batch in batches if samples_of(batch) > 1] or batches
