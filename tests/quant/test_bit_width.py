@@ -164,6 +164,13 @@ def test_model_must_be_exactly_one_prepared_model(net):
         pass
 
 
+@pytest.mark.parametrize("other", ["resnet18", nn.Linear, None])
+def test_another_object_than_a_module_is_an_error(other):
+    for call in (prepare, lambda model: bit_width(model, 4).__enter__(), width_of):
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got .*; pass"):
+            call(other)
+
+
 def test_width_applies_to_submodules(model):
     with bit_width(model.conv, 2):
         assert width_of(model).bits == 2 and model.fc.weight.unique().numel() <= 4

@@ -51,6 +51,21 @@ def test_unknown_choice_is_an_error_of_one_line(key):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"widths": 8}, "widths must be a list of integers, got 8; pass"),
+        ({"widths": "8,4"}, "widths must be a list of integers, got '8,4'; pass"),
+        ({"skip": None}, "skip must be a list of layer names, got None; pass"),
+        ({"skip": [3]}, r"skip must be a list of layer names, got \[3\]; pass"),
+        ({"shared_norms": 3}, "shared_norms must be a list of layer names, got 3; pass"),
+    ],
+)
+def test_list_of_another_type_is_an_error(choices, message):
+    with pytest.raises(ValueError, match=message):
+        QuantConfig(**choices)
+
+
 PAIRINGS = {  # supported pairings; all others are errors
     ("tanh", "endpoint"): ("mean", "span"),
     ("absmax_channel", "left"): ("mean", "span"),

@@ -94,7 +94,13 @@ def walk_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     The nested generators of `named_modules` would slow down a switch between two images, and a
     step on a GPU. Nothing is cached, so that copied, replaced and added modules are found.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"{model!r:.80}"
+        raise TypeError(f"the model must be a torch.nn.Module, got {what}; pass the network itself")
     seen: set[int] = set()
     todo: list[tuple[str, nn.Module]] = [("", model)]
     found = []

@@ -101,6 +101,10 @@ class QuantConfig:
             value = getattr(self, key)
             if isinstance(value, str):
                 raise ValueError(f"{key} must be a list, got {value!r}; pass [{value!r}]")
+            if not isinstance(value, Iterable) or not all(isinstance(v, str) for v in value):
+                raise ValueError(
+                    f"{key} must be a list of layer names, got {value!r}; pass e.g. []"
+                )
             object.__setattr__(self, key, tuple(value))
         fixed = [name for name, row in NORMALIZERS.items() if row.reference == "max"]
         if self.float_pass == "normalized" and self.normalizer not in fixed:
@@ -211,6 +215,8 @@ def check_widths(widths: Iterable[int], max_bits: int) -> tuple[int, ...]:
             twice.
     """
     check_bits(max_bits, "max_bits")
+    if isinstance(widths, str) or not isinstance(widths, Iterable):
+        raise ValueError(f"widths must be a list of integers, got {widths!r}; pass e.g. [8, 4]")
     given = list(widths)
     if not given or any(type(b) is not int or not 1 <= b <= max_bits for b in given):
         raise ValueError(f"widths must be integers from 1 to max_bits={max_bits}, got {given!r}")

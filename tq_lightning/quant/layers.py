@@ -72,6 +72,8 @@ def _unsupported_reason(module: nn.Module, tensors: tuple[str, ...]) -> str | No
             return f"its {tensor} is not a parameter (old-style weight_norm or spectral_norm?)"
         if not weight.is_floating_point() or weight.layout != torch.strided:
             return f"its {tensor} is {weight.dtype}, {weight.layout}, not a dense float tensor"
+        if not weight.numel():
+            return f"its {tensor} of shape {tuple(weight.shape)} is empty"
     if tensors and isinstance(module, EMBEDDINGS):
         if module.max_norm is not None:
             return "its max_norm rescales the table in place"

@@ -266,6 +266,16 @@ def test_invalid_input_is_an_error(make, net, packed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_network_that_does_not_fit_a_file_without_a_model_name_is_named_as_passed(tmp_path):
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    prepare(net, skip=(), verbose=False)
+    save_packed(net, tmp_path / "net.safetensors")
+    with pytest.raises(UserError, match=r"with the network passed as model=; pass the network"):
+        load_packed(tmp_path / "net.safetensors", model=nn.Sequential(nn.Linear(8, 8, bias=False)))
+    with pytest.raises(UserError, match="got the class Linear; pass the network itself"):
+        load_packed(tmp_path / "net.safetensors", model=nn.Linear)
+
+
 class TwoNames(nn.Module):
     """Modules with two names each, which are called under the second one."""
 

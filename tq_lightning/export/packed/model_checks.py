@@ -52,6 +52,11 @@ def _mismatch(header: Mapping[str, Any], missing: set[str], extra: set[str]) -> 
         for verb, names in (("lacks", missing), ("adds", extra))
         if names
     ]
+    if header["model"].get("name") is None:
+        return UserError(
+            f"the file {' and '.join(differences)} compared with the network passed as model=; "
+            "pass the network that the file was written from"
+        )
     return UserError(
         f"the file {' and '.join(differences)} compared with the network "
         f"{header['model'].get('name')!r} made with {str(header['model'].get('args'))[:200]}; pass "
