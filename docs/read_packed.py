@@ -20,9 +20,9 @@ def read_header(file):
     """Return (header, tensor index, start of the data) of an open file."""
     head = file.read(8)
     size = int.from_bytes(head, "little")
-    if len(head) < 8 or size > 1 << 26:
-        raise ValueError("not a safetensors file")
-    raw = file.read(size)
+    raw = file.read(size) if size <= 1 << 26 else b""
+    if len(head) < 8 or raw[:1] != b"{" or len(raw) < size:
+        raise ValueError("not a safetensors file, or cut off inside its header")
     index = json.loads(raw)
     metadata = dict(index.pop("__metadata__", {})) if isinstance(index, dict) else {}
     kind, version = metadata.get("format"), metadata.get("format_version")

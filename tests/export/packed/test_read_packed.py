@@ -106,6 +106,19 @@ def test_malformed_header_is_one_line_and_status_2(reader, index, tmp_path, caps
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [(5, "not a safetensors"), (100, "cut off inside its header"), (20_000, "is damaged")],
+)
+def test_truncated_file_is_named_as_such(reader, packed, tmp_path, capsys, end, message):
+    (tmp_path / "x").write_bytes(packed.read_bytes()[:end])
+    assert reader.main([str(tmp_path / "x"), "8"]) == 2
+    assert message in capsys.readouterr().err
+    (tmp_path / "x").write_bytes((50).to_bytes(8, "little") + b"#" * 100)
+    assert reader.main([str(tmp_path / "x"), "8"]) == 2
+    assert "not a safetensors file, or cut off" in capsys.readouterr().err
+
+
 def test_rest_file_is_named(reader, packed, tmp_path, capsys):
     write_rest(packed, tmp_path / "rest", 4)
     assert reader.main([str(tmp_path / "rest"), "2"]) == 2
