@@ -301,6 +301,10 @@ def test_classify_error_is_one_line(packed, folder, tmp_path):
         classify.main([str(packed), str(folder), "--bits", "9"])
     with pytest.raises(UserError, match="at least 1"):
         classify.main([str(packed), str(folder), "--top", "0"])
+    with pytest.raises(
+        UserError, match=r"unrecognized arguments: .*; .* pass a folder for several"
+    ):
+        classify.main([str(packed), *map(str, sorted(folder.rglob("*.png")))])
     (tmp_path / "empty" / "bad.png").write_bytes(b"x")
     with pytest.raises(UserError, match="none of 1 images"):
         classify.main([str(packed), str(tmp_path / "empty"), "--out", str(tmp_path / "o.csv")])

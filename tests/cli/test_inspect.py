@@ -123,6 +123,15 @@ def test_mechanism_shows_that_floor_equals_its_shift_and_round_does_not():
 BAD = {
     "no model": ([], "pass --model.name"),
     "unknown model": (["--model.name=resnet5O"], "unknown model"),
+    "name without its key": (["resnet18"], "arguments: resnet18; pass the name of a model as --mo"),
+    "negative classes": (
+        ["--model.name=resnet8_cifar", "--model.num_classes=-1"],
+        "model.num_classes: got -1, pass an integer >= 0 or null",
+    ),
+    "classes as text": (
+        ["--model.name=resnet8_cifar", "--model.num_classes=ten"],
+        "model.num_classes: got 'ten', pass an integer >= 0 or null",
+    ),
     "unknown key": (["--model.name=resnet8_cifar", "--model.skp=first"], "unrecognized"),
     "pattern": (["--model.name=resnet8_cifar", "--model.skip=layer9.*"], "layer9"),
     "width": (["--model.name=resnet8_cifar", "--model.widths=9"], "widths"),

@@ -19,7 +19,8 @@ COLUMNS = ("image", "rank", "class", "name", "probability")
 
 def parser() -> Parser:
     """Build the parser of the verb."""
-    p = Parser("classify", description=__doc__)
+    stray = "IMAGES is one image or one folder: pass a folder for several images"
+    p = Parser("classify", stray, description=__doc__)
     p.add_argument("model", metavar="MODEL", type=Path, help="packed file written by `export`")
     p.add_argument(
         "images",

@@ -42,7 +42,11 @@ KEYS: dict[str, tuple[Any, str]] = {
 
 def parser() -> Parser:
     """Build the parser of the verb."""
-    p = Parser("inspect", description="Storage and energy of a model, without training it.")
+    p = Parser(
+        "inspect",
+        stray="pass the name of a model as --model.name NAME",
+        description="Storage and energy of a model, without training it.",
+    )
     p.add_argument(
         "--config", type=Path, help="YAML file; its model: section sets the defaults of the keys"
     )
@@ -73,6 +77,9 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, bool]:
     check_arguments(values["model_args"])
     if not isinstance(values["name"], str):
         raise UserError("inspect: no model given; pass --model.name NAME")
+    classes = values["num_classes"]
+    if classes is not None and (type(classes) is not int or classes < 0):
+        raise UserError(f"model.num_classes: got {classes!r}, pass an integer >= 0 or null")
     if out is not None and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
         raise UserError(f"--out {out}: pass a file that ends in .json, in a folder that exists")
     if out is not None and out.exists():

@@ -16,12 +16,13 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         verb: the verb, for the usage line and for errors.
+        stray: what to pass instead of a surplus argument that is not an option.
         **kwargs: arguments of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, verb: str, **kwargs: Any) -> None:
+    def __init__(self, verb: str, stray: str = "", **kwargs: Any) -> None:
         super().__init__(prog=f"{program_name()} {verb}", allow_abbrev=False, **kwargs)
-        self.verb = verb
+        self.verb, self.stray = verb, stray
         self.register("type", Path, _path)  # type=Path expands ~
 
     def error(self, message: str) -> NoReturn:
@@ -29,6 +30,8 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
         if unknown.startswith("--") and message.startswith("unrecognized"):
             message += did_you_mean(unknown, self._option_string_actions)
+        elif message.startswith("unrecognized") and self.stray:
+            message += f"; {self.stray}"
         raise UserError(f"{self.verb}: {message}; {self.prog} --help lists the options")
 
 
