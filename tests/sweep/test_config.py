@@ -141,6 +141,10 @@ BAD = [
         {"method": "random", "parameters": {"a": {"min": 0.1, "max": 1, "distribution": "normal"}}},
         "normal is not supported by Optuna",
     ),
+    (
+        {"method": "random", "parameters": {"a": {"distribution": "normal", "mu": 0, "sigma": 1}}},
+        "normal is not supported by Optuna",
+    ),
     ({"method": "random", "parameters": {"a": {"mu": 0, "sigma": 1}}}, "unknown key 'mu'"),
     (
         {

@@ -129,6 +129,11 @@ def read_parameters(
         key, here = f"{prefix}{name}", f"{where}.{name}"
         if not isinstance(entry, dict):
             raise UserError(f"{here}: expected value, values or min and max, got {entry!r}")
+        if entry.get("distribution") in UNSUPPORTED:  # before its keys, such as mu, are checked
+            raise UserError(
+                f"{here}: distribution {entry['distribution']} is not supported by Optuna; "
+                "use uniform, log_uniform_values or a q_ form"
+            )
         check_keys(entry, PARAMETER_KEYS, here)
         _check_form(entry, here)
         if "parameters" in entry:
@@ -196,11 +201,6 @@ def _hashable(value: Any) -> Any:
 def _read_range(entry: dict[str, Any], method: str, where: str) -> Parameter:
     """Read `min`, `max`, `q` and the name of a distribution."""
     name = entry.get("distribution")
-    if name in UNSUPPORTED:
-        raise UserError(
-            f"{where}: distribution {name} is not supported by Optuna; "
-            "use uniform, log_uniform_values or a q_ form"
-        )
     if "min" not in entry or "max" not in entry:
         raise UserError(
             f"{where}: expected value, values or both min and max, "
