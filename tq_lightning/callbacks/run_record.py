@@ -15,10 +15,10 @@ import torch
 
 from tq_lightning.callbacks.ema import MovingAverage
 from tq_lightning.callbacks.metric_log import MetricLog
+from tq_lightning.callbacks.setting_changes import changes_at, is_same
 from tq_lightning.callbacks.truncation_eval import CALIBRATION
 from tq_lightning.cost.size import record_bytes
 from tq_lightning.errors import Interrupted, UserError, first_line
-from tq_lightning.files import expand_path
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.disagreement import code_disagreement
@@ -40,7 +40,7 @@ Curves = dict[str, dict[int, float]]  # {metric: {epoch: value}}
 # keys that must match for a test to count as one of the run's own data
 DATA_KEYS = ("name", "root", "data_args", "image_size", "mean", "std", "interpolation", "crop_pct")
 # synthetic images depend on these too; for other data they only select training images
-_SYNTHETIC_KEYS = ("samples", "num_classes")
+SYNTHETIC_KEYS = ("samples", "num_classes")
 
 
 class RunRecord(L.Callback):
@@ -49,7 +49,7 @@ class RunRecord(L.Callback):
     Only training and tests change the record. Its status is "running" once training starts, then
     "finished", "failed" or "interrupted" with a reason. Its metrics come from `MetricLog` and
     from the validations. It is written before each checkpoint, so it is never older than one. A
-    test adds its block.
+    resume with other settings adds them to `changes`. A test adds its block.
 
     Args:
         run_dir: the run's folder.
@@ -109,6 +109,12 @@ class RunRecord(L.Callback):
             parameters_quantized=pl_module.report.share,
             parameters_embedding=pl_module.report.embedding_share or None,
         )
+        if earlier is not None:
+            changes = changes_at(earlier, self._record, trainer.current_epoch, trainer.global_step)
+            self._record = replace(self._record, changes=changes)
+            new = [c.key for c in changes or [] if c.step == trainer.global_step]
+            if new and trainer.is_global_zero:
+                print(f"changed since the last step: {', '.join(new)} (see changes in {self.path})")
         self._save(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -203,8 +209,8 @@ class RunRecord(L.Callback):
         trained, given = record.config.get("data") or {}, self.config.get("data") or {}
         loaders = trainer.test_dataloaders
         sizes = [len(x) for x in (loaders if isinstance(loaders, list) else [loaders])]  # type: ignore[arg-type]
-        keys = DATA_KEYS + (_SYNTHETIC_KEYS if given.get("name") == "synthetic" else ())
-        other = [key for key in keys if not _same(trained.get(key), given.get(key))]
+        keys = DATA_KEYS + (SYNTHETIC_KEYS if given.get("name") == "synthetic" else ())
+        other = [key for key in keys if not is_same(trained.get(key), given.get(key))]
         result = TestResult(
             metrics,
             self.checkpoint,
@@ -277,10 +283,3 @@ def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 def _count(value: float | None) -> int | None:
     return None if value is None else int(value)
-
-
-def _same(one: Any, two: Any) -> bool:
-    """Return True for equal values and for two forms of the same path."""
-    if isinstance(one, str) and isinstance(two, str):
-        return one == two or expand_path(one).resolve() == expand_path(two).resolve()
-    return one == two

@@ -52,6 +52,17 @@ class TestResult:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A setting that changed when the run was resumed: `before` held until that step."""
+
+    key: str  # dotted: a `trainer` or `data` key, or device, processes, commit, versions.torch, ...
+    epoch: int  # completed epochs at the resume
+    step: int  # optimizer steps at the resume
+    before: Any = None
+    after: Any = None
+
+
+@dataclass(frozen=True)
 class ModelBytes:
     """Bytes of the float parameters, of the packed file, and read to run at each width."""
 
@@ -93,6 +104,7 @@ class Record:
     bytes: ModelBytes | None = None
     test: TestResult | None = None  # on the full test split of the run's own data
     tests: list[TestResult] | None = None  # on other data or a part of the split; not in reports
+    changes: list[Change] | None = None  # `config` and the environment are those of the last resume
     more: dict[str, Any] = field(default_factory=dict)  # unknown top-level fields
 
     @property
