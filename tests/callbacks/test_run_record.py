@@ -165,11 +165,11 @@ class Report:
         return ()
 
 
-def running(path, trainer=None, **config):
-    trainer = trainer or EndedTrainer()
+def running(path, place=None, **config):
+    place = place or EndedTrainer()
     record = RunRecord(path, {"seed_everything": 1, **config})
-    record.setup(trainer, Report(), "fit")
-    record.on_train_start(trainer, Report())
+    record.setup(place, Report(), "fit")
+    record.on_train_start(place, Report())
     return record
 
 
@@ -442,8 +442,9 @@ class Tested(EndedTrainer):
 OWN = {"data": {"name": "cifar10", "root": "data", "image_size": None, "batch_size": 128}}
 
 
-def test_block(path, trainer, checkpoint="best", **data):
-    record = RunRecord(path, {"data": {**OWN["data"], **data}}, checkpoint)
+def test_block(path, trainer, checkpoint="best", precision=None, **data):
+    config = {"trainer": {"precision": precision}, "data": {**OWN["data"], **data}}
+    record = RunRecord(path, config, checkpoint)
     record.setup(trainer, Report(), "test")
     record.on_test_end(trainer, type("Module", (), {"loaded_epoch": 3})())
     return read(path)
@@ -491,3 +492,21 @@ def test_other_test_is_recorded_separately(tmp_path, capsys, trainer, data, why)
     assert got["tests"][0].get("batches") == (2 if why == "a part of the split" else None)
     assert f"not a test of the run's own data ({why})" in capsys.readouterr().out
     assert len(test_block(tmp_path, trainer, **data)["tests"]) == 2
+
+
+def test_test_in_another_precision_is_recorded_separately(tmp_path, capsys):
+    trainer = {"precision": "bf16", "plugins": None}
+    validate(running(tmp_path, **OWN, trainer=trainer), at(0, 10, 50.0))
+    for same in ("bf16", "bf16-mixed"):
+        got = test_block(tmp_path, Tested(), precision=same)
+        assert got["test"]["images"] == 40 and "tests" not in got
+    for other in (None, "32-true", "16-mixed"):
+        got = test_block(tmp_path, Tested(acc=60.0), precision=other)
+        assert got["test"]["metrics"] == {"test/acc1_truncate_w2": 70.0}
+        assert "not a test of the run's own settings (precision)" in capsys.readouterr().out
+    assert [test["precision"] for test in got["tests"]] == ["32-true", "32-true", "16-mixed"]
+    given = {"data": OWN["data"], "trainer": trainer | {"plugins": ["Other"]}}
+    record = RunRecord(tmp_path, given, "best")
+    record.setup(Tested(), Report(), "test")
+    record.on_test_end(Tested(), type("Module", (), {"loaded_epoch": 3})())
+    assert len(read(tmp_path)["tests"]) == 4

@@ -211,6 +211,8 @@ class RunRecord(L.Callback):
         sizes = [len(x) for x in (loaders if isinstance(loaders, list) else [loaders])]  # type: ignore[arg-type]
         keys = DATA_KEYS + (SYNTHETIC_KEYS if given.get("name") == "synthetic" else ())
         other = [key for key in keys if not is_same(trained.get(key), given.get(key))]
+        other += _other_arithmetic(record.config, self.config)
+        tested = (self.config.get("trainer") or {}).get("precision")
         result = TestResult(
             metrics,
             self.checkpoint,
@@ -220,12 +222,14 @@ class RunRecord(L.Callback):
             data={key: given.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
+            precision=_precision(tested) if "precision" in other else None,
         )
         if result.batches is None and not other:
             record = replace(record, test=result)
         else:
             why = ", ".join([*(["a part of the split"] if result.batches else []), *other])
-            print(f"not a test of the run's own data ({why}): added to tests in {self.path}")
+            own = "data" if set(other) <= set(keys) else "settings"
+            print(f"not a test of the run's own {own} ({why}): added to tests in {self.path}")
             record = replace(record, tests=[*(record.tests or []), result])
         self._earlier = record
         write_record(self.path, record)
@@ -275,6 +279,20 @@ def _calibration(earlier: Record, model: torch.nn.Module) -> str | None:
     if earlier.calibration is not None and earlier.calibration.endswith(f", then {now}"):
         return earlier.calibration
     return f"{earlier.calibration or 'not augmented'}, then {now}"
+
+
+def _other_arithmetic(trained: dict[str, Any], tested: dict[str, Any]) -> list[str]:
+    """Return the keys of the Trainer by which a test computes with other numbers than the run."""
+    one, two = (config.get("trainer") or {} for config in (trained, tested))
+    out = [] if one.get("plugins") == two.get("plugins") else ["plugins"]
+    same = _precision(one.get("precision")) == _precision(two.get("precision"))
+    return out if same else ["precision", *out]
+
+
+def _precision(value: Any) -> str:
+    """Return the one name that Lightning gives to a precision, e.g. 32-true for 32 and null."""
+    short = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "None": "32-true"}
+    return short.get(str(value), str(value))
 
 
 def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -48,6 +48,7 @@ class TestResult:
     data: dict[str, Any] | None = None  # name and root
     split: str | None = None
     batches: int | None = None  # number of batches, if only a part of the split was tested
+    precision: str | None = None  # as given, if it is not that of the run
     __test__ = False  # not a pytest test case
 
 
@@ -103,7 +104,8 @@ class Record:
     widths: dict[int, WidthResult] | None = None
     bytes: ModelBytes | None = None
     test: TestResult | None = None  # on the full test split of the run's own data
-    tests: list[TestResult] | None = None  # on other data or a part of the split; not in reports
+    # on other data, a part of the split, or in another precision; not in reports
+    tests: list[TestResult] | None = None
     changes: list[Change] | None = None  # `config` and the environment are those of the last resume
     more: dict[str, Any] = field(default_factory=dict)  # unknown top-level fields
 
