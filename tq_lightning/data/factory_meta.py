@@ -9,13 +9,12 @@ import lightning
 from tq_lightning.data.batch_reader import default_workers
 from tq_lightning.data.dataset_module import DatasetModule
 from tq_lightning.data.sampling import run_seed
-from tq_lightning.data.validation import check_data_options, check_unused
+from tq_lightning.data.validation import check_data_options, check_unused, check_val_fraction
 from tq_lightning.errors import UserError
 from tq_lightning.factories import call_factory, is_factory
 
 STAGES = ("train", "val", "test")
-# keys of the `data:` section that a factory's data module uses, or that only say where data is
-_USED_BY_MODULES = ("name", "data_args", "root", "download")
+_USED_BY_MODULES = ("name", "data_args", "download")  # nothing of ours is downloaded for a factory
 _SAMPLING = ("batch_size", "eval_batch_size", "workers", "val_fraction", "samples", "seed")
 
 
@@ -102,4 +101,6 @@ class FactoryMeta(type):
         )
         if not isinstance(data, DatasetModule):
             check_unused(values, cls.__signature__, unused, hint)
+        elif "val" in data.parts:
+            check_val_fraction(data.name, data.val_fraction, cls.__signature__)
         return data
