@@ -504,7 +504,7 @@ def test_test_in_another_precision_is_recorded_separately(tmp_path, capsys):
         got = test_block(tmp_path, Tested(acc=60.0), precision=other)
         assert got["test"]["metrics"] == {"test/acc1_truncate_w2": 70.0}
         assert "not a test of the run's own settings (precision)" in capsys.readouterr().out
-    assert [test["precision"] for test in got["tests"]] == ["32-true", "32-true", "16-mixed"]
+    assert [test["other_precision"] for test in got["tests"]] == ["32-true", "32-true", "16-mixed"]
     given = {"data": OWN["data"], "trainer": trainer | {"plugins": ["Other"]}}
     record = RunRecord(tmp_path, given, "best")
     record.setup(Tested(), Report(), "test")

@@ -222,7 +222,7 @@ class RunRecord(L.Callback):
             data={key: given.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
-            precision=_precision(tested) if "precision" in other else None,
+            other_precision=_precision(tested) if "precision" in other else None,
         )
         if result.batches is None and not other:
             record = replace(record, test=result)

@@ -48,7 +48,7 @@ class TestResult:
     data: dict[str, Any] | None = None  # name and root
     split: str | None = None
     batches: int | None = None  # number of batches, if only a part of the split was tested
-    precision: str | None = None  # as given, if it is not that of the run
+    other_precision: str | None = None  # trainer.precision, if it is not that of the run
     __test__ = False  # not a pytest test case
 
 

@@ -57,7 +57,7 @@ def check_same_data(config: Any, run: Path | None) -> None:
     """
     record = _record_of(run)
     data = {} if record is None else record.config.get("data") or {}
-    keys = _VALIDATION_KEYS + (SYNTHETIC_KEYS if config.data["name"] == "synthetic" else ())
+    keys = _VALIDATION_KEYS + (SYNTHETIC_KEYS if config.data.name == "synthetic" else ())
     for key in keys:
         if key in data and data[key] != config.data[key]:
             raise UserError(
