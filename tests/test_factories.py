@@ -229,14 +229,14 @@ def test_return_value_of_a_data_factory_is_checked(folder):
             TQDataModule(f"own:{name}")
     with pytest.raises(UserError, match="own:empty: its test data set is empty"):
         TQDataModule("own:empty")
-    for name, key in (("pair", {"mixup": 0.2}), ("pair", {"root": "x"}), ("module", SMALL)):
+    for name, key in (("pair", {"mixup": 0.2}), ("pair", {"image_size": 8}), ("module", SMALL)):
         with pytest.raises(
             UserError, match=rf"data.{next(iter(key))}=.* has no effect on the data"
         ):
             TQDataModule(f"own:{name}", **key)
     with pytest.raises(UserError, match=r"data.val_fraction=0.2 .* there is a validation split"):
         TQDataModule("own:triple", val_fraction=0.2)
-    assert TQDataModule("own:pair", val_fraction=0.2, **SMALL).batch_size == 4
+    assert TQDataModule("own:pair", root="elsewhere", val_fraction=0.2, **SMALL).batch_size == 4
     with pytest.raises(UserError, match=r"data.data_args: got .*data.name=digits has no arguments"):
         TQDataModule("digits", data_args={"a": 1})
     with pytest.raises(UserError, match=r"data.batch_size=0 is out of range"):

@@ -54,7 +54,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         root: folder with <split>/<class>/<image>, or <split>.tar with the same content; split is
             train, val or test. cifar10 and cifar100 also accept torchvision's files, imagefolder
             also accepts a folder or tar of classes without splits. For hfds, the cache folder. Not
-            for digits and synthetic.
+            read for digits, synthetic and your own data.
         download: let torchvision download cifar10 or cifar100 into root if it is not found.
         num_classes: number of classes to generate for synthetic (10), or to require of other data
             sets; null accepts any number.

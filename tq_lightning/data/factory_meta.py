@@ -14,7 +14,8 @@ from tq_lightning.errors import UserError
 from tq_lightning.factories import call_factory, is_factory
 
 STAGES = ("train", "val", "test")
-_USED_BY_MODULES = ("name", "data_args", "download")  # nothing of ours is downloaded for a factory
+# keys of the `data:` section that a factory's data module uses, or that only say where data is
+_USED_BY_MODULES = ("name", "data_args", "root", "download")
 _SAMPLING = ("batch_size", "eval_batch_size", "workers", "val_fraction", "samples", "seed")
 
 

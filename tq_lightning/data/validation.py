@@ -30,7 +30,6 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 # keys without effect, by whether images are in memory: those are not cropped one by one
 _UNUSED = {True: ("train_interpolation", "crop_pct", "scale"), False: ("pad",)}
-_WITHOUT_FILES = ("digits", "synthetic")
 _CHOICES = {
     "name": (*(name for name in DATASETS if name != "hfds"), "hfds/PATH"),
     "interpolation": ("bilinear", "bicubic"),
@@ -98,8 +97,8 @@ def unused_keys(name: str) -> tuple[str, ...]:
     Args:
         name: key of `DATASETS`.
     """
-    keys = _UNUSED[DATASETS[name]["size"] is not None]
-    return (*keys, "root") if name in _WITHOUT_FILES else keys
+    # not data.root: a configuration with one is tried with --data.name synthetic
+    return _UNUSED[DATASETS[name]["size"] is not None]
 
 
 def check_val_fraction(name: str | None, fraction: float, signature: inspect.Signature) -> None:
