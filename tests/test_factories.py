@@ -212,6 +212,7 @@ def test_return_value_of_a_data_factory_is_checked(folder):
         "def pair(): return [1, 2, 3], [4]\n"
         "def paths(): return 'train.csv', 'test.csv'\n"
         "def empty(): return [1, 2, 3], []\n"
+        "def triple(): return [(1, 0)], [(1, 0)], [(1, 0)]\n"
         "def stream(): return iter([1]), iter([2])\n"
         "def no_training(): return None, [1]\n"
     )
@@ -233,7 +234,9 @@ def test_return_value_of_a_data_factory_is_checked(folder):
             UserError, match=rf"data.{next(iter(key))}=.* has no effect on the data"
         ):
             TQDataModule(f"own:{name}", **key)
-    assert TQDataModule("own:pair", root="elsewhere", **SMALL).batch_size == 4
+    with pytest.raises(UserError, match=r"data.val_fraction=0.2 .* there is a validation split"):
+        TQDataModule("own:triple", val_fraction=0.2)
+    assert TQDataModule("own:pair", root="elsewhere", val_fraction=0.2, **SMALL).batch_size == 4
     with pytest.raises(UserError, match=r"data.data_args: got .*data.name=digits has no arguments"):
         TQDataModule("digits", data_args={"a": 1})
     with pytest.raises(UserError, match=r"data.batch_size=0 is out of range"):

@@ -1,5 +1,6 @@
 """Atomic writes: concurrent and failing writers, folders, a full disk, leftover files."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -8,8 +9,9 @@ import time
 
 import pytest
 
+from tq_lightning import files
 from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write, expand_path, remove_temporaries
+from tq_lightning.files import atomic_write, check_replaceable, expand_path, remove_temporaries
 
 
 def test_file_is_replaced_by_a_rename_in_its_folder(tmp_path):
@@ -72,6 +74,7 @@ def test_folder_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
         real(source, goal)
 
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(files, "_exchange", lambda one, two: False)
     with pytest.raises(UserError, match="Permission denied"), atomic_write(target) as building:
         building.mkdir()
     assert (target / "old.html").read_text() == "old" and list(tmp_path.iterdir()) == [target]
@@ -143,3 +146,87 @@ def test_write_to_a_link_replaces_its_target(tmp_path):
 def test_empty_path_is_an_error():
     with pytest.raises(UserError, match="empty path"):
         expand_path("")
+
+
+def replace_folder(path, text):
+    with atomic_write(path) as temporary:
+        temporary.mkdir()
+        (temporary / "page").write_text(text)
+        (temporary / "kind.json").write_text('{"kind": "page"}')
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def swap(request, monkeypatch):
+    """Replace folders in one step, or as on systems that cannot."""
+    if request.param == "two renames":
+        monkeypatch.setattr(files, "_exchange", lambda one, two: False)
+    elif sys.platform != "linux":
+        pytest.skip("exchange of folders is tested on Linux")
+    return request.param
+
+
+def test_replaced_folder_leaves_nothing_behind(tmp_path, swap):
+    for text in ("old", "new"):
+        replace_folder(tmp_path / "out", text)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "page").read_text() == "new"
+
+
+def kill_at_rename(number, monkeypatch, out):
+    """Replace a folder; from the n-th rename on, the process does nothing more."""
+    rename, calls = os.replace, []
+
+    def until(one, two):
+        calls.append(one)
+        if len(calls) >= number:
+            raise KeyboardInterrupt
+        rename(one, two)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", until)
+        patch.setattr(files, "_remove", lambda path: None)
+        with contextlib.suppress(KeyboardInterrupt):
+            replace_folder(out, "new")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("start", ["write", "check", "remove_temporaries"])
+def test_next_start_finds_a_folder_after_a_kill(tmp_path, swap, monkeypatch, start, number):
+    out = tmp_path / "out"
+    replace_folder(out, "old")
+    kill_at_rename(number, monkeypatch, out)
+    assert out.exists() == (swap == "exchange" or number != 2)
+    if start == "write":
+        with pytest.raises(ValueError, match="stop"), atomic_write(out):
+            raise ValueError("stop")
+    elif start == "check":
+        check_replaceable(out, "kind.json", "page", "a page")
+    else:
+        remove_temporaries(tmp_path)
+        assert list(tmp_path.iterdir()) == [out]
+    new = swap == "exchange" or number == 3
+    assert (out / "page").read_text() == ("new" if new else "old")
+
+
+def test_signal_between_two_renames_restores_the_folder(tmp_path, monkeypatch):
+    out, rename, calls = tmp_path / "out", os.replace, []
+    replace_folder(out, "old")
+
+    def interrupted(one, two):
+        calls.append(one)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(one, two)
+
+    monkeypatch.setattr(files, "_exchange", lambda one, two: False)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(out, "new")
+    assert (out / "page").read_text() == "old" and list(tmp_path.iterdir()) == [out]
+
+
+def test_old_folder_is_removed_if_the_new_one_is_there(tmp_path):
+    replace_folder(tmp_path / "out", "new")
+    replace_folder(tmp_path / ".out.0123abcd.old", "old")
+    remove_temporaries(tmp_path)
+    assert (tmp_path / "out" / "page").read_text() == "new" and len(list(tmp_path.iterdir())) == 1

@@ -1,5 +1,6 @@
 """Atomic file writes, safe with concurrent writers."""
 
+import ctypes
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tq_lightning.errors import UserError
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
 
 
 def expand_path(path: str | Path) -> Path:
@@ -51,6 +52,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         check_parent(path)
+        restore_folder(path)
         yield temporary
         _sync(temporary)
         if temporary.is_dir():
@@ -84,6 +86,7 @@ def check_replaceable(out: Path, marker: str, kind: str, what: str) -> None:
     Raises:
         UserError: `out` is a file, or a folder with other content.
     """
+    restore_folder(out)
     if not out.is_dir() and (out.exists() or out.is_symlink()):
         raise UserError(f"--out {out} is a file; pass a new folder or one with {what}")
     try:
@@ -102,9 +105,24 @@ def is_temporary(name: str) -> bool:
 
 def remove_temporaries(folder: Path) -> None:
     """Delete the temporary files of killed writers; no other process may be writing to `folder`."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if is_temporary(path.name):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _TEMPORARY.fullmatch(path.name):
+            restore_folder(folder / match[1])
             _remove(path)
+
+
+def restore_folder(path: Path) -> None:
+    """Rename an old folder back to `path` if its writer was killed before the new one was there.
+
+    This is a step of `atomic_write`, whose readers would find no folder otherwise.
+    """
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return
+    for old in path.parent.iterdir():
+        match = _TEMPORARY.fullmatch(old.name)
+        if match and (match[1], match[2]) == (path.name, "old") and old.is_dir():
+            os.replace(old, path)
+            return
 
 
 def _remove(path: Path) -> None:
@@ -130,15 +148,37 @@ def _sync(path: Path, deep: bool = True) -> None:
 
 
 def _swap_folder(new: Path, target: Path) -> None:
-    """Replace a folder by another one; the old one is restored if the rename fails."""
+    """Replace a folder by another one; the old one is restored if the rename fails.
+
+    Where the system can't exchange two folders in one step, there is none at `target` between two
+    renames. `restore_folder` repairs a kill between them.
+    """
     if not target.exists() or not any(target.iterdir()):
         os.replace(new, target)
+        return
+    if _exchange(new, target):  # `new` is the old folder now, which `atomic_write` removes
         return
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     os.replace(target, aside)
     try:
         os.replace(new, target)
-    except OSError:
+    except BaseException:  # also a signal
         os.replace(aside, target)
         raise
-    _remove(aside)
+    # under a name that is not restored, because a kill may leave a part of it
+    removed = aside.with_suffix(".tmp")
+    with suppress(OSError):
+        os.replace(aside, removed)
+    _remove(removed)
+
+
+def _exchange(one: Path, two: Path) -> bool:
+    """Exchange two paths in one step. Return False if the system or the file system can't."""
+    names = os.fsencode(one), os.fsencode(two)
+    try:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "renameat2"):  # Linux; AT_FDCWD, RENAME_EXCHANGE
+            return bool(libc.renameat2(-100, names[0], -100, names[1], 2) == 0)
+        return bool(libc.renamex_np(*names, 2) == 0)  # macOS; RENAME_SWAP
+    except (AttributeError, OSError, TypeError):
+        return False

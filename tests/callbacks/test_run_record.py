@@ -165,11 +165,11 @@ class Report:
         return ()
 
 
-def running(path, trainer=None, **config):
-    trainer = trainer or EndedTrainer()
+def running(path, place=None, **config):
+    place = place or EndedTrainer()
     record = RunRecord(path, {"seed_everything": 1, **config})
-    record.setup(trainer, Report(), "fit")
-    record.on_train_start(trainer, Report())
+    record.setup(place, Report(), "fit")
+    record.on_train_start(place, Report())
     return record
 
 
@@ -315,6 +315,60 @@ def test_resumed_run_records_both_calibrations(tmp_path, monkeypatch):
         )
 
 
+def resumed(path, epoch, step, **data):
+    """Return the changes of the record of a run that resumes at a step with other data keys."""
+    running(path, at(epoch, step), model={}, data={"batch_size": 16, **data})
+    return read(path).get("changes")
+
+
+def test_settings_that_change_at_a_resume_are_recorded(tmp_path):
+    assert resumed(tmp_path, 0, 0) is None
+    assert resumed(tmp_path, 1, 10) is None
+    entry = {"key": "data.batch_size", "epoch": 2, "step": 20, "before": 16, "after": 32}
+    assert resumed(tmp_path, 2, 20, batch_size=32) == [entry]
+    assert resumed(tmp_path, 3, 30, batch_size=32) == [entry]  # unchanged since
+    second = {"key": "data.batch_size", "epoch": 4, "step": 40, "before": 32, "after": 8}
+    assert resumed(tmp_path, 4, 40, batch_size=8) == [entry, second]
+
+
+def test_changes_after_the_checkpoint_of_a_resume_are_undone(tmp_path):
+    """The steps that were trained with them are trained again."""
+    resumed(tmp_path, 0, 0)
+    resumed(tmp_path, 2, 20, batch_size=32)
+    assert resumed(tmp_path, 2, 20) is None
+    resumed(tmp_path, 2, 20, batch_size=32)
+    got = resumed(tmp_path, 1, 10, batch_size=32)
+    assert [(c["step"], c["before"], c["after"]) for c in got] == [(10, 16, 32)]
+    assert resumed(tmp_path, 0, 0, batch_size=32) is None  # nothing was trained with 16
+
+
+def test_environment_that_changes_at_a_resume_is_recorded(tmp_path):
+    running(tmp_path, model={})
+    tree = read(tmp_path) | {"processes": 2, "commit": None}
+    tree["versions"]["torch"] = "2.0"
+    (tmp_path / "record.json").write_text(json.dumps(tree))
+    running(tmp_path, at(1, 10), model={})
+    got = read(tmp_path)["changes"]
+    assert [(c["key"], c["before"]) for c in got] == [("processes", 2), ("versions.torch", "2.0")]
+
+
+@pytest.mark.slow
+def test_resume_with_another_batch_size_and_precision(tmp_path, capsys):
+    root = ("--trainer.default_root_dir", str(tmp_path))
+    run_fit([*RUN, *root, "--trainer.max_epochs", "1"])
+    other = ("--data.batch_size", "32", "--data.samples", "500", "--trainer.precision")
+    more = (*other, "bf16-mixed", "--trainer.accumulate_grad_batches", "2", "--ckpt_path", "last")
+    with pytest.raises(UserError, match=r"data.image_size: got 16, but .* pass the same data"):
+        run_fit([*RUN, *root, *more, "--data.image_size", "16"])
+    run_fit([*RUN, *root, *more])
+    keys = ["precision", "max_epochs", "accumulate_grad_batches"]
+    expected = [*(f"trainer.{key}" for key in keys), "data.batch_size", "data.samples"]
+    assert [change["key"] for change in record_of(tmp_path)["changes"]] == expected
+    assert f"changed since the last step: {', '.join(expected)}" in capsys.readouterr().out
+    (run,) = tmp_path.iterdir()
+    assert (run / "config.yaml").read_text().startswith("# settings of the last resume")
+
+
 def test_sanity_check_is_not_recorded(tmp_path):
     record = running(tmp_path)
     sanity = at(0, 0, 50.0)
@@ -388,8 +442,9 @@ class Tested(EndedTrainer):
 OWN = {"data": {"name": "cifar10", "root": "data", "image_size": None, "batch_size": 128}}
 
 
-def test_block(path, trainer, checkpoint="best", **data):
-    record = RunRecord(path, {"data": {**OWN["data"], **data}}, checkpoint)
+def test_block(path, trainer, checkpoint="best", precision=None, **data):
+    config = {"trainer": {"precision": precision}, "data": {**OWN["data"], **data}}
+    record = RunRecord(path, config, checkpoint)
     record.setup(trainer, Report(), "test")
     record.on_test_end(trainer, type("Module", (), {"loaded_epoch": 3})())
     return read(path)
@@ -437,3 +492,21 @@ def test_other_test_is_recorded_separately(tmp_path, capsys, trainer, data, why)
     assert got["tests"][0].get("batches") == (2 if why == "a part of the split" else None)
     assert f"not a test of the run's own data ({why})" in capsys.readouterr().out
     assert len(test_block(tmp_path, trainer, **data)["tests"]) == 2
+
+
+def test_test_in_another_precision_is_recorded_separately(tmp_path, capsys):
+    trainer = {"precision": "bf16", "plugins": None}
+    validate(running(tmp_path, **OWN, trainer=trainer), at(0, 10, 50.0))
+    for same in ("bf16", "bf16-mixed"):
+        got = test_block(tmp_path, Tested(), precision=same)
+        assert got["test"]["images"] == 40 and "tests" not in got
+    for other in (None, "32-true", "16-mixed"):
+        got = test_block(tmp_path, Tested(acc=60.0), precision=other)
+        assert got["test"]["metrics"] == {"test/acc1_truncate_w2": 70.0}
+        assert "not a test of the run's own settings (precision)" in capsys.readouterr().out
+    assert [test["other_precision"] for test in got["tests"]] == ["32-true", "32-true", "16-mixed"]
+    given = {"data": OWN["data"], "trainer": trainer | {"plugins": ["Other"]}}
+    record = RunRecord(tmp_path, given, "best")
+    record.setup(Tested(), Report(), "test")
+    record.on_test_end(Tested(), type("Module", (), {"loaded_epoch": 3})())
+    assert len(read(tmp_path)["tests"]) == 4

@@ -3,8 +3,16 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tq_lightning.data.augment import BatchAugment, crop_flip, seeded
+from tq_lightning.data.augment import (
+    BatchAugment,
+    ColorTransform,
+    crop_flip,
+    posterize,
+    seeded,
+    train_transform,
+)
 from tq_lightning.data.sampling import share
 
 
@@ -95,3 +103,22 @@ def test_no_augmentation_leaves_images_unchanged():
     assert plain.draw(0, 0, 4, torch.arange(4)) == {}
     assert torch.equal(out, images)
     assert torch.equal(same, labels)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10-w3", "original-mstd0.5", "v0"])
+def test_strongest_posterize_is_black_with_every_version_of_pillow(policy):
+    """The policies of timm keep 0 bits at their strongest level, which Pillow 13 refuses."""
+    color = {"color_jitter": None, "auto_augment": policy, "mean": (0.5, 0.5, 0.5)}
+    made = train_transform(16, 0.08, 0.5, "bicubic", **color)
+    small = ColorTransform(16, **color).operations
+    operations = []
+    for part in [*made.transforms, *small.transforms]:
+        policies = [getattr(part, "ops", ()), *getattr(part, "policy", ())]
+        operations += [one for policy in policies for one in policy]
+    assert operations
+    found = [one.aug_fn for one in operations if "posterize" in one.aug_fn.__name__]
+    assert found and set(found) == {posterize}
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    assert posterize(image, 0).getextrema() == ((0, 0),) * 3
+    assert posterize(image, 2).getpixel((0, 0)) == (192, 64, 0)
+    assert posterize(image, 8) is image

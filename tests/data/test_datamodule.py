@@ -186,12 +186,24 @@ def test_two_processes_split_the_batches_of_one(rank):
         ({"std": [0.5, 0.5, 0]}, "data.std"),
         ({"remode": "noise"}, "const, rand, pixel"),
         ({"num_classes": 7}, "data.num_classes=7, but digits"),
+        ({"name": "synthetic", "val_fraction": 0.2}, "omit it, since there is a validation split"),
+        (
+            {"auto_augment": "rand-m9", "color_jitter": 0.4},
+            "data.color_jitter=0.4 has no effect beside data.auto_augment=rand-m9; omit one",
+        ),
     ],
 )
 def test_invalid_key_is_an_error_of_one_line(keys, message):
     with pytest.raises(UserError, match=message) as caught:
         TQDataModule(**keys).setup("fit")
     assert "\n" not in str(caught.value)
+
+
+def test_keys_that_only_say_what_is_so_are_accepted():
+    TQDataModule("synthetic", val_fraction=0.0, samples=64).setup("fit")
+    TQDataModule("digits", root="elsewhere", val_fraction=0.3).setup("fit")
+    TQDataModule("digits", auto_augment="rand-m9", color_jitter=0.0)
+    TQDataModule("digits", auto_augment="3a", color_jitter=0.4)  # timm applies both
 
 
 def test_every_key_has_a_help_text_and_a_default():

@@ -234,6 +234,20 @@ def test_mixed_commits_and_versions_are_reported(make):
     assert provenance_notes([arm for _, arm in same.arms]) == []
 
 
+def test_settings_that_changed_at_a_resume_are_named_and_form_an_arm(make):
+    change = {"epoch": 5, "step": 1500, "before": 64, "after": 128}
+    keys = ("data.batch_size", "data.workers", "trainer.max_epochs", "versions.torch", "data.root")
+    changes = [{"key": key, **change} for key in keys]
+    loaded = compare(make.run("floor"), make.run("floor", changes=changes, id="other"))
+    assert len(loaded.arms) == 2  # none of them supersedes the other
+    (changed,) = [arm for arm in loaded.arms if arm["data.batch_size"] != 128]
+    assert changed["data.batch_size"] == "64, then 128 (epoch 5)"
+    assert provenance_notes([changed]) == [
+        "Changed when runs were resumed: data.batch_size 64, then 128 (epoch 5); "
+        "trainer.max_epochs 64, then 128 (epoch 5); torch."
+    ]
+
+
 def test_an_unknown_calibration_is_reported_where_untrained_widths_are_shown(make):
     def notes(**how):
         (group,) = compare(*(make.run(q, **how) for q in ("round", "floor"))).by_quantizer

@@ -15,10 +15,10 @@ import torch
 
 from tq_lightning.callbacks.ema import MovingAverage
 from tq_lightning.callbacks.metric_log import MetricLog
+from tq_lightning.callbacks.setting_changes import changes_at, is_same
 from tq_lightning.callbacks.truncation_eval import CALIBRATION
 from tq_lightning.cost.size import record_bytes
 from tq_lightning.errors import Interrupted, UserError, first_line
-from tq_lightning.files import expand_path
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.disagreement import code_disagreement
@@ -40,7 +40,7 @@ Curves = dict[str, dict[int, float]]  # {metric: {epoch: value}}
 # keys that must match for a test to count as one of the run's own data
 DATA_KEYS = ("name", "root", "data_args", "image_size", "mean", "std", "interpolation", "crop_pct")
 # synthetic images depend on these too; for other data they only select training images
-_SYNTHETIC_KEYS = ("samples", "num_classes")
+SYNTHETIC_KEYS = ("samples", "num_classes")
 
 
 class RunRecord(L.Callback):
@@ -49,7 +49,7 @@ class RunRecord(L.Callback):
     Only training and tests change the record. Its status is "running" once training starts, then
     "finished", "failed" or "interrupted" with a reason. Its metrics come from `MetricLog` and
     from the validations. It is written before each checkpoint, so it is never older than one. A
-    test adds its block.
+    resume with other settings adds them to `changes`. A test adds its block.
 
     Args:
         run_dir: the run's folder.
@@ -109,6 +109,12 @@ class RunRecord(L.Callback):
             parameters_quantized=pl_module.report.share,
             parameters_embedding=pl_module.report.embedding_share or None,
         )
+        if earlier is not None:
+            changes = changes_at(earlier, self._record, trainer.current_epoch, trainer.global_step)
+            self._record = replace(self._record, changes=changes)
+            new = [c.key for c in changes or [] if c.step == trainer.global_step]
+            if new and trainer.is_global_zero:
+                print(f"changed since the last step: {', '.join(new)} (see changes in {self.path})")
         self._save(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -203,8 +209,10 @@ class RunRecord(L.Callback):
         trained, given = record.config.get("data") or {}, self.config.get("data") or {}
         loaders = trainer.test_dataloaders
         sizes = [len(x) for x in (loaders if isinstance(loaders, list) else [loaders])]  # type: ignore[arg-type]
-        keys = DATA_KEYS + (_SYNTHETIC_KEYS if given.get("name") == "synthetic" else ())
-        other = [key for key in keys if not _same(trained.get(key), given.get(key))]
+        keys = DATA_KEYS + (SYNTHETIC_KEYS if given.get("name") == "synthetic" else ())
+        other = [key for key in keys if not is_same(trained.get(key), given.get(key))]
+        other += _other_arithmetic(record.config, self.config)
+        tested = (self.config.get("trainer") or {}).get("precision")
         result = TestResult(
             metrics,
             self.checkpoint,
@@ -214,12 +222,14 @@ class RunRecord(L.Callback):
             data={key: given.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
             batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
+            other_precision=_precision(tested) if "precision" in other else None,
         )
         if result.batches is None and not other:
             record = replace(record, test=result)
         else:
             why = ", ".join([*(["a part of the split"] if result.batches else []), *other])
-            print(f"not a test of the run's own data ({why}): added to tests in {self.path}")
+            own = "data" if set(other) <= set(keys) else "settings"
+            print(f"not a test of the run's own {own} ({why}): added to tests in {self.path}")
             record = replace(record, tests=[*(record.tests or []), result])
         self._earlier = record
         write_record(self.path, record)
@@ -271,16 +281,23 @@ def _calibration(earlier: Record, model: torch.nn.Module) -> str | None:
     return f"{earlier.calibration or 'not augmented'}, then {now}"
 
 
+def _other_arithmetic(trained: dict[str, Any], tested: dict[str, Any]) -> list[str]:
+    """Return the keys of the Trainer by which a test computes with other numbers than the run."""
+    one, two = (config.get("trainer") or {} for config in (trained, tested))
+    out = [] if one.get("plugins") == two.get("plugins") else ["plugins"]
+    same = _precision(one.get("precision")) == _precision(two.get("precision"))
+    return out if same else ["precision", *out]
+
+
+def _precision(value: Any) -> str:
+    """Return the one name that Lightning gives to a precision, e.g. 32-true for 32 and null."""
+    short = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "None": "32-true"}
+    return short.get(str(value), str(value))
+
+
 def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
     return {k: round(float(v), 5) for k, v in metrics.items() if k.startswith(prefix)}
 
 
 def _count(value: float | None) -> int | None:
     return None if value is None else int(value)
-
-
-def _same(one: Any, two: Any) -> bool:
-    """Return True for equal values and for two forms of the same path."""
-    if isinstance(one, str) and isinstance(two, str):
-        return one == two or expand_path(one).resolve() == expand_path(two).resolve()
-    return one == two

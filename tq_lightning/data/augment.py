@@ -169,7 +169,34 @@ def train_transform(
     from timm.data import create_transform
 
     crop: dict[str, Any] = {"scale": (scale, 1.0), "hflip": hflip, "interpolation": interpolation}
-    return create_transform(size, is_training=True, normalize=False, **crop, **color)
+    made = create_transform(size, is_training=True, normalize=False, **crop, **color)
+    return _with_posterize(made)
+
+
+def _with_posterize(made: Any) -> Any:
+    """Replace timm's posterize by `posterize` in a composed transform."""
+    from timm.data import auto_augment
+
+    for part in made.transforms:
+        policies = [getattr(part, "ops", ()), *getattr(part, "policy", ())]
+        for operation in (one for policy in policies for one in policy):
+            if getattr(operation, "aug_fn", None) is auto_augment.posterize:
+                operation.aug_fn = posterize
+    return made
+
+
+def posterize(image: Any, bits_to_keep: int, **options: Any) -> Any:
+    """Keep the upper bits of each pixel, as timm does.
+
+    The strongest level of timm's policies keeps 0 bits, which Pillow 13 refuses. Earlier versions
+    return a black image.
+    """
+    from PIL import Image
+    from timm.data import auto_augment
+
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **options)
 
 
 class ColorTransform:
@@ -188,6 +215,7 @@ class ColorTransform:
         _, self.operations, self.to_tensor = create_transform(
             size, is_training=True, normalize=False, separate=True, **color
         )
+        _with_posterize(self.operations)
 
     def __call__(self, image: Any) -> Tensor:
         """Transform a PIL image to uint8 (3, H, W)."""

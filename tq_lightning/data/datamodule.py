@@ -18,7 +18,12 @@ from tq_lightning.data.factory_meta import FactoryMeta
 from tq_lightning.data.loaders import EvalLoader, TrainLoader, make_train_loader, process_index
 from tq_lightning.data.sampling import CALIBRATION_SEED, generator, run_seed
 from tq_lightning.data.splits import Source, Splits
-from tq_lightning.data.validation import UNUSED, check_data_options, check_unused
+from tq_lightning.data.validation import (
+    check_data_options,
+    check_unused,
+    check_val_fraction,
+    unused_keys,
+)
 from tq_lightning.files import expand_path
 
 
@@ -48,7 +53,8 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
             data sets (train, test) or (train, val, test).
         root: folder with <split>/<class>/<image>, or <split>.tar with the same content; split is
             train, val or test. cifar10 and cifar100 also accept torchvision's files, imagefolder
-            also accepts a folder or tar of classes without splits.
+            also accepts a folder or tar of classes without splits. For hfds, the cache folder. Not
+            read for digits, synthetic and your own data.
         download: let torchvision download cifar10 or cifar100 into root if it is not found.
         num_classes: number of classes to generate for synthetic (10), or to require of other data
             sets; null accepts any number.
@@ -77,7 +83,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         scale: smallest fraction of the area of an image file that a random crop covers. This key,
             train_interpolation and crop_pct are for image files only, pad for other images only.
         color_jitter: timm's color jitter; null is the default of the data set, 0.4 for image files.
-            timm applies it without auto_augment only.
+            Not with auto_augment, except for its policies 3a, as in timm.
         auto_augment: timm's policy, e.g. rand-m9-mstd0.5-inc1; null for none.
         reprob: probability of timm's random erasing.
         remode: fill of random erasing, const, rand or pixel.
@@ -123,7 +129,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         check_data_options(given)
         kind, _, path = name.partition("/")
         row = self._row = DATASETS[kind]
-        check_unused(given, inspect.signature(TQDataModule), UNUSED[row["size"] is not None])
+        check_unused(given, inspect.signature(TQDataModule), unused_keys(kind))
         self.name, self.batch_size = name, batch_size
         self.image_size = image_size or row["size"] or 224
         self.input_shape = (3, self.image_size, self.image_size)
@@ -243,6 +249,9 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         """
         for part in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ("test",)):
             self.splits.for_stage(part)
+        if stage == "fit" and self.splits.find("val") is not None:
+            signature = inspect.signature(TQDataModule)
+            check_val_fraction(self.name, self.splits.val_fraction, signature)
 
     def train_dataloader(self) -> TrainLoader:
         """Create the loader of the training samples."""

@@ -9,7 +9,7 @@ import lightning
 from tq_lightning.data.batch_reader import default_workers
 from tq_lightning.data.dataset_module import DatasetModule
 from tq_lightning.data.sampling import run_seed
-from tq_lightning.data.validation import check_data_options, check_unused
+from tq_lightning.data.validation import check_data_options, check_unused, check_val_fraction
 from tq_lightning.errors import UserError
 from tq_lightning.factories import call_factory, is_factory
 
@@ -102,4 +102,6 @@ class FactoryMeta(type):
         )
         if not isinstance(data, DatasetModule):
             check_unused(values, cls.__signature__, unused, hint)
+        elif "val" in data.parts:
+            check_val_fraction(data.name, data.val_fraction, cls.__signature__)
         return data

@@ -29,7 +29,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
 }
 # keys without effect, by whether images are in memory: those are not cropped one by one
-UNUSED = {True: ("train_interpolation", "crop_pct", "scale"), False: ("pad",)}
+_UNUSED = {True: ("train_interpolation", "crop_pct", "scale"), False: ("pad",)}
 _CHOICES = {
     "name": (*(name for name in DATASETS if name != "hfds"), "hfds/PATH"),
     "interpolation": ("bilinear", "bicubic"),
@@ -83,6 +83,33 @@ def check_data_options(given: dict[str, Any]) -> None:
         raise UserError(f"data.std: got {given['std']}, pass numbers above 0 and up to 1; {scaled}")
     if given["auto_augment"]:
         _check_policy(given["auto_augment"])
+    policy = given["auto_augment"] or ""
+    if policy and given["color_jitter"] and "3a" not in policy:  # as in timm
+        raise UserError(
+            f"data.color_jitter={given['color_jitter']} has no effect beside data.auto_augment="
+            f"{policy}; omit one of them"
+        )
+
+
+def unused_keys(name: str) -> tuple[str, ...]:
+    """Return the keys without effect on a data set.
+
+    Args:
+        name: key of `DATASETS`.
+    """
+    # not data.root: a configuration with one is tried with --data.name synthetic
+    return _UNUSED[DATASETS[name]["size"] is not None]
+
+
+def check_val_fraction(name: str | None, fraction: float, signature: inspect.Signature) -> None:
+    """Check that no share of a data set with a validation split was asked for; 0 is accepted.
+
+    Raises:
+        UserError: `data.val_fraction` has another value than its default.
+    """
+    values = {"name": name, "val_fraction": fraction}
+    if fraction:
+        check_unused(values, signature, ("val_fraction",), ", since there is a validation split")
 
 
 def check_unused(

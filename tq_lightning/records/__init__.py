@@ -32,6 +32,7 @@ from tq_lightning.records.read_write import (
 )
 from tq_lightning.records.run import (
     MONITOR,
+    Change,
     Evaluation,
     ModelBytes,
     Record,
@@ -51,6 +52,7 @@ __all__ = [
     "STORAGE_BYTES",
     "STORAGE_LABELS",
     "TASKS",
+    "Change",
     "Energy",
     "Evaluation",
     "InspectRecord",

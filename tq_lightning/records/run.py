@@ -48,7 +48,19 @@ class TestResult:
     data: dict[str, Any] | None = None  # name and root
     split: str | None = None
     batches: int | None = None  # number of batches, if only a part of the split was tested
+    other_precision: str | None = None  # trainer.precision, if it is not that of the run
     __test__ = False  # not a pytest test case
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that changed when the run was resumed: `before` held until that step."""
+
+    key: str  # dotted: a `trainer` or `data` key, or device, processes, commit, versions.torch, ...
+    epoch: int  # completed epochs at the resume
+    step: int  # optimizer steps at the resume
+    before: Any = None
+    after: Any = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,9 @@ class Record:
     widths: dict[int, WidthResult] | None = None
     bytes: ModelBytes | None = None
     test: TestResult | None = None  # on the full test split of the run's own data
-    tests: list[TestResult] | None = None  # on other data or a part of the split; not in reports
+    # on other data, a part of the split, or in another precision; not in reports
+    tests: list[TestResult] | None = None
+    changes: list[Change] | None = None  # `config` and the environment are those of the last resume
     more: dict[str, Any] = field(default_factory=dict)  # unknown top-level fields
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tq_lightning.callbacks.run_record import DATA_KEYS, SYNTHETIC_KEYS
 from tq_lightning.errors import UserError
 from tq_lightning.factories import is_factory
 from tq_lightning.quant.config import QuantConfig
@@ -13,6 +14,9 @@ from tq_lightning.records import NAME, Record, read_record
 from tq_lightning.records.publish import flatten
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
+
+# data keys that define the validation images and how they are read
+_VALIDATION_KEYS = (*(key for key in DATA_KEYS if key != "root"), "val_fraction")
 
 
 def network_keys() -> list[str]:
@@ -45,12 +49,16 @@ def differences(run: Path | None, config: Any) -> list[str]:
 def check_same_data(config: Any, run: Path | None) -> None:
     """Check that a resumed fit reads the data of its run, whose record has one data set.
 
+    Other settings may change, and the record lists them. These may not: the scores of the epochs
+    would not be comparable, and the best one could be of either data.
+
     Raises:
-        UserError: another data set, other arguments of it, or other held-out samples.
+        UserError: another data set, other arguments of it, or other validation images.
     """
     record = _record_of(run)
     data = {} if record is None else record.config.get("data") or {}
-    for key in ("name", "data_args", "val_fraction"):
+    keys = _VALIDATION_KEYS + (SYNTHETIC_KEYS if config.data.name == "synthetic" else ())
+    for key in keys:
         if key in data and data[key] != config.data[key]:
             raise UserError(
                 f"data.{key}: got {config.data[key]}, but {run} was trained with {data[key]}; pass "

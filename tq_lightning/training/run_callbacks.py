@@ -16,7 +16,7 @@ from tq_lightning.callbacks.resume import StepCheckpoint, UpdateCheckpointFolder
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.files import atomic_write
-from tq_lightning.records import NAME, TASKS
+from tq_lightning.records import NAME, TASKS, read_record
 from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
 from tq_lightning.training.cluster import cluster_environment
 from tq_lightning.training.run_folder import CONFIG
@@ -40,10 +40,16 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             config = self.config.clone()
             config.pop("ckpt_path", None)
-            text = self.parser.dump(config, skip_none=False)
+            text = self._changes() + self.parser.dump(config, skip_none=False)
             self.run_dir.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.run_dir / CONFIG) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+
+    def _changes(self) -> str:
+        """Return a comment on settings that changed at a resume; RunRecord has written them."""
+        record = self.run_dir / NAME
+        changes = read_record(record).changes if record.is_file() else None
+        return f"# settings of the last resume; see changes in {NAME}\n" if changes else ""
 
 
 def fit_callbacks(

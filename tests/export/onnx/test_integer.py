@@ -381,3 +381,29 @@ def test_only_a_constant_of_the_size_of_the_output_is_a_bias(tmp_path):
         expected = simulated(path, images, bits, Sums)
         error = np.abs(logits - expected).max() / np.abs(expected).max()
         assert (error < 0.01) == (bits == 4)
+
+
+class CallsTwice(nn.Module):
+    """A convolution and a linear layer that are called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc, self.out, self.num_classes = nn.Linear(8, 8), nn.Linear(8, 4), 4
+
+    def forward(self, x):
+        x = self.conv(self.conv(self.stem(x).relu()).relu()).relu().mean((-2, -1))
+        return self.out(self.fc(self.fc(x).relu()))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_layer_that_is_called_twice_is_named_with_the_reason(tmp_path, runtime, monkeypatch):
+    model, path = CallsTwice(), tmp_path / "m.safetensors"
+    monkeypatch.setitem(NETWORKS, "m", CallsTwice)
+    prepare(model, skip=())
+    calibrate_activations(model, [torch.rand(4, 3, 8, 8)])
+    save_packed(model, path, preprocessing={"input_size": [3, 8, 8]})
+    graph = export_integer(path, tmp_path / "m.onnx", 4, runtime)
+    assert graph.layers == ("stem", "out") and set(graph.in_float) == {"conv", "fc"}
+    why = "stays in float: the network calls it 2 times, with inputs of different ranges"
+    assert {f"  {name} {why}" for name in ("conv", "fc")} <= set(graph.lines())

@@ -14,6 +14,7 @@ from tq_lightning.errors import UserError
 from tq_lightning.export.packed.container import Container, write_container
 from tq_lightning.export.packed.edit import read_all
 from tq_lightning.export.packed.weight import packed_weights
+from tq_lightning.models import create_model
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 CASES = {
@@ -414,3 +415,25 @@ def test_header_with_a_huge_network_is_rejected_at_once(make, tmp_path):
                 write_container(tmp_path / "absurd.safetensors", tensors, header)
             load_packed(tmp_path / "absurd.safetensors")
     assert not torch.nn.modules.module._global_parameter_registration_hooks
+
+
+@pytest.mark.parametrize("norm", ["per_width", "shared"])
+def test_float64_model_of_a_float32_network_is_an_error_that_says_so(tmp_path, norm):
+    model = create_model("resnet8_cifar", num_classes=4)
+    prepare(model, norm=norm)
+    saved = tmp_path / "m.safetensors"
+    with pytest.raises(UserError, match=r"conv1.weight is float64 in the file, but not in the net"):
+        save_packed(model.double(), saved, name="resnet8_cifar")
+    assert not saved.exists()
+    model.pretrained_cfg = {}  # without a name, the network is given to load_packed
+    save_packed(model, saved)
+    with pytest.raises(UserError, match=r"is float64 in the file.* of the type of the file") as got:
+        load_packed(saved, model=create_model("resnet8_cifar", num_classes=4))
+    assert "model_args" not in str(got.value) and "\n" not in str(got.value)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    loaded = load_packed(saved, model=create_model("resnet8_cifar", num_classes=4).double())
+    with bit_width(loaded, 4), bit_width(model, 4, source="truncate"):
+        assert torch.equal(loaded(images), model.eval()(images))
+    save_packed(model.float(), saved, name="resnet8_cifar")
+    with pytest.raises(UserError, match=r"is float64 in the network, but not in the file"):
+        load_packed(saved, model=create_model("resnet8_cifar", num_classes=4).double())

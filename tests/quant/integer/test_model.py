@@ -617,3 +617,33 @@ def test_source_selects_the_codes_of_the_weights(quantizer):
     assert torch.allclose(logits["truncate"], logits["quantize"], atol=2e-3) == (
         quantizer == "floor"
     )
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_input_of_another_shape_is_an_error_of_one_line(traced, monkeypatch):
+    if not traced:
+        monkeypatch.setattr(integer, "rewrite", lambda plan: operator.truediv(plan, None))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    prepare(net, skip=())
+    calibrate_activations(net, [torch.rand(4, 3, 4, 4)])
+    model = integer_model(net)
+    takes = r"layer 0 takes an input of shape \(batch, 3, height, width\), got "
+    for shape, got in (
+        ((3, 4, 4), takes + r"\(3, 4, 4\); pass a batch"),
+        ((2, 4, 4, 4), takes + r"\(2, 4, 4, 4\)"),
+        ((1, 2, 3, 4, 4), takes),
+        ((2, 3, 5, 4), r"layer 3 takes an input of shape \(..., 32\), got \(2, 48\)"),
+    ):
+        with pytest.raises(UserError, match=got) as caught, bit_width(model, 4):
+            model(torch.rand(shape))
+        assert "\n" not in str(caught.value)
+    with bit_width(model, 4):
+        assert model(torch.rand(2, 3, 4, 4)).shape == (2, 4)
+
+
+def test_model_that_is_a_single_layer_has_a_name_in_the_message():
+    layer = nn.Linear(8, 4)
+    prepare(layer, skip=())
+    calibrate_activations(layer, [torch.rand(4, 8)])
+    with pytest.raises(UserError, match=r"\(root\): it is the whole model; put it into nn.Seq"):
+        integer_model(layer)

@@ -85,7 +85,7 @@ def take_layers(
     """
     layers, in_float = [], {}
     for weight in weights:
-        name = weight.name.removesuffix(f".{weight.tensor}")
+        name = weight.name[: -len(weight.tensor) - 1] or "(root)"
         found = _find(editor, weight.name)
         if isinstance(found, str):
             in_float[name] = found
@@ -195,7 +195,11 @@ def _find(
     """
     readers = editor.consumers(weight)
     if len(readers) != 1:
-        return f"its weight is read by {len(readers)} nodes"
+        calls = {reader.op_type for reader in readers} <= {"Conv", "Gemm", "Transpose"}
+        if len(readers) > 1 and calls:
+            return f"the network calls it {len(readers)} times, with inputs of different ranges"
+        uses = ", ".join(reader.op_type for reader in readers)
+        return f"its weight is read by {len(readers)} nodes{uses and f' ({uses})'}"
     node = readers[0]
     if node.op_type == "Conv" and node.input[1] == weight:
         bias = np.zeros(1)

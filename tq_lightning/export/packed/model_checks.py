@@ -77,6 +77,7 @@ def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) ->
     """
     folded = (".running_mean", ".running_var") if header["folded"] else ()
     in_model = file_names(model)
+    _check_float64(names, in_model)
     expected = {name for _, _, name in in_model if not name.startswith("norm")} | {"scale"}
     expected |= {f"norm{n}" for n in header["norm_widths"] if header["norms"]}
     expected |= {f"plane{p}" for p in range(header["stored_bits"])}
@@ -103,6 +104,23 @@ def check_names(header: Mapping[str, Any], names: set[str], model: nn.Module) ->
         missing = {name for name in missing if not name.endswith(folded)}
     if missing or extra:
         raise _mismatch(header, missing, extra)
+
+
+def _check_float64(names: set[str], in_model: list[tuple[str, torch.Tensor, str]]) -> None:
+    """Check that file and network agree on the tensors that are float64.
+
+    Raises:
+        UserError: a tensor is float64 in only one of them, e.g. after `model.double()`.
+    """
+    in_file = {name.partition("/")[2]: name.startswith("float64/") for name in names}
+    for full, value, _ in in_model:
+        wide = value.dtype == torch.float64
+        if value.is_floating_point() and in_file.get(full, wide) != wide:
+            one, two = ("network", "file") if wide else ("file", "network")
+            raise UserError(
+                f"{full} is float64 in the {one}, but not in the {two}; pass model.float() to "
+                "save_packed, or a model= of the type of the file to load_packed"
+            )
 
 
 def _of_unbuilt_set(name: str, model: nn.Module) -> bool:

@@ -76,8 +76,9 @@ class IntegerLayer(nn.Module):
             uint8 codes of `out`, or float32.
 
         Raises:
-            UserError: the model was moved off the CPU.
+            UserError: the model was moved off the CPU, or the input has another shape.
         """
+        self.check_shape(a)
         prepacked = self.prepacked(a)
         if self.simulated:
             return finish(exact_value(self, a, residual), prepacked.out)
@@ -122,6 +123,27 @@ class IntegerLayer(nn.Module):
             raise ValueError(
                 f"integer mode has no float width; pass bits from 1 to {self.width.max_bits}"
             )
+
+    def check_shape(self, a: Tensor) -> None:
+        """Check the shape of the input: the kernels need a batch dimension.
+
+        Raises:
+            UserError: another number of dimensions or of channels.
+        """
+        layer, shape = self.layer, a.shape
+        if isinstance(layer, nn.Conv2d):
+            if len(shape) == 4 and shape[1] == layer.in_channels:
+                return
+            takes = f"(batch, {layer.in_channels}, height, width)"
+        else:
+            assert isinstance(layer, nn.Linear)
+            if shape and shape[-1] == layer.in_features:
+                return
+            takes = f"(..., {layer.in_features})"
+        raise UserError(
+            f"layer {self.name} takes an input of shape {takes}, got {tuple(shape)}; pass a batch "
+            "with the input size of the model"
+        )
 
     def prepacked(self, a: Tensor) -> Prepacked:
         """Return the kernel of the width in use; build it if the width has changed.

@@ -17,6 +17,7 @@ from tq_lightning.quant.quantized_tensors import quantized_layers
 NOT_QUANTIZED = "not quantized"
 NO_RANGE = "no activation range"
 NOT_CALLED = "is not called as a module"
+SINGLE = "it is the whole model; put it into nn.Sequential"
 
 
 class IntegerPlan:
@@ -41,7 +42,9 @@ class IntegerPlan:
         self.layers: dict[str, str] = {}
         quantized = quantized_layers(model)
         for name, module in self.modules.items():
-            if name in quantized or (name == "" and "(root)" in quantized):
+            if name == "" and "(root)" in quantized:
+                self.layers["(root)"] = reason_in_float(module) or SINGLE
+            elif name in quantized:
                 self.layers[name] = reason_in_float(module) or "integer"
             elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
                 self.layers[name] = NOT_QUANTIZED
