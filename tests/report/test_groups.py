@@ -244,7 +244,7 @@ def test_settings_that_changed_at_a_resume_are_named_and_form_an_arm(make):
     assert changed["data.batch_size"] == "64, then 128 (epoch 5)"
     assert provenance_notes([changed]) == [
         "Changed when runs were resumed: data.batch_size 64, then 128 (epoch 5); "
-        "trainer.max_epochs 64, then 128 (epoch 5); torch."
+        "trainer.max_epochs 64, then 128 (epoch 5); versions.torch 64, then 128 (epoch 5)."
     ]
 
 

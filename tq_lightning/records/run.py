@@ -132,6 +132,18 @@ class Record:
         """`nested`, also in records without the field."""
         return self._quantizer[1] if self.nested is None else self.nested
 
+    @property
+    def changed(self) -> dict[str, str]:
+        """What changed when the run was resumed: {"data.batch_size": "64, then 128 (epoch 5)"}."""
+        out: dict[str, str] = {}
+        named = (self.config.get("data") or {}).get("name")
+        for change in self.changes or []:
+            # a folder that moved; for these two data sets, the folder is the data set
+            if change.key != "data.root" or named in ("imagefolder", "wds"):
+                before = out.get(change.key, _setting(change.before))
+                out[change.key] = f"{before}, then {_setting(change.after)} (epoch {change.epoch})"
+        return out
+
     def tree(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
         """Return the record as JSON types, except the fields in `without`."""
         tree = {"schema": SCHEMA, **to_tree(self)}
@@ -203,3 +215,9 @@ def width_results(best: Evaluation) -> dict[int, WidthResult]:
             int(key.removeprefix(prefix)) for key in metrics if key.startswith(prefix)
         )
     }
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(_setting, value))
+    return "none" if value is None else str(value)

@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from math import log
 
-from tq_lightning.report.groups import START, Arm, changed_settings
+from tq_lightning.report.groups import NOT_AN_ARM, START, Arm
 from tq_lightning.report.labels import CLASSES, counted
-from tq_lightning.report.runs import Run
 from tq_lightning.report.stats import mean_interval
 
 
@@ -94,19 +93,6 @@ def _kind(checkpoint: str | None) -> str:
     return re.split(r"[-.]", re.split(r"[/\\]", str(checkpoint))[-1])[0]
 
 
-def _resumed_with_changes(runs: Sequence[Run]) -> list[str]:
-    """Name the settings and the environment that changed when runs were resumed."""
-    settings = [f"{key} {both}" for run in runs for key, both in changed_settings(run).items()]
-    environment = {
-        change.key.removeprefix("versions.")
-        for run in runs
-        for change in run.record.changes or []
-        if not change.key.startswith(("trainer.", "data."))
-    }
-    found = [*dict.fromkeys(settings), *sorted(environment)]
-    return [f"Changed when runs were resumed: {'; '.join(found)}."] if found else []
-
-
 def provenance_notes(arms: Sequence[Arm]) -> list[str]:
     """Name commits, versions, checkpoints and devices that differ between runs, for a caption."""
     runs = [run for arm in arms for run in arm.runs]
@@ -122,7 +108,10 @@ def provenance_notes(arms: Sequence[Arm]) -> list[str]:
         for what, values in sources.items()
         if len(values) > 1
     ]
-    out += _resumed_with_changes(runs)
+    changes = [change for record in records for change in record.changed.items()]
+    changed = {f"{key} {values}": 1 for key, values in changes if not NOT_AN_ARM.search(key)}
+    if changed:
+        out.append(f"Changed when runs were resumed: {'; '.join(changed)}.")
     count = sum(run.has_test for run in runs)
     if 0 < count < len(runs):
         share = f"{count} of {len(runs)} runs were tested"

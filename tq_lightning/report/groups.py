@@ -20,7 +20,6 @@ NOT_AN_ARM = re.compile(
     r"|^data\.(eval_batch_size|num_workers|workers|download|pin_memory|device)$"
     r"|^(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
 )
-FOLDER_DATA = ("imagefolder", "wds")  # the folder, data.root, is the data set
 START = "model.checkpoint_path"
 LISTS = ("model.widths", "model.skip", "model.shared_norms")
 ADDED: dict[str, Any] = {
@@ -92,16 +91,17 @@ def arm_config(run: Run) -> dict[str, Any]:
     included if the record has it, and a setting that changed at a resume has all its values, so
     that no mean mixes different calibrations or settings.
     """
+    changed = {k: v for k, v in run.record.changed.items() if not BUDGET.match(k)}
+    config = run.config | {k: v for k, v in changed.items() if k in run.config}
     config = {
         k: v
-        for k, v in run.config.items()
+        for k, v in config.items()
         if not NOT_AN_ARM.search(k) and not (k.startswith(("trainer.", "data.")) and v is None)
     }
-    if config.get("data.name") not in FOLDER_DATA:
+    if config.get("data.name") not in ("imagefolder", "wds"):  # the folder is the data set
         config.pop("data.root", None)
     if config.get("data.seed") == run.seed:
         config.pop("data.seed", None)
-    config |= {key: both for key, both in changed_settings(run).items() if not BUDGET.match(key)}
     found = {"model.ste": run.record.ste_used, labels.CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
     if "model.normalizer" in config:  # earlier versions did not record these keys
@@ -124,23 +124,6 @@ def arm_config(run: Run) -> dict[str, Any]:
         if isinstance(config.get(key), str):  # numbers vary with the seed
             config[key] = re.sub(r"\d+", "#", "/".join(re.split(r"[/\\]", config[key])[-3:]))
     return config
-
-
-def changed_settings(run: Run) -> dict[str, str]:
-    """Return the settings that changed when the run was resumed, e.g. "16, then 32 (epoch 1)".
-
-    Keys that do not affect results are left out, and so is the environment, e.g. the device.
-    """
-    out: dict[str, str] = {}
-    for change in run.record.changes or []:
-        moved = change.key == "data.root" and run.config.get("data.name") not in FOLDER_DATA
-        if change.key.startswith(("trainer.", "data.")) and not (
-            moved or NOT_AN_ARM.search(change.key)
-        ):
-            before = out.get(change.key, labels.format_value(change.before))
-            after = labels.format_value(change.after)
-            out[change.key] = f"{before}, then {after} (epoch {change.epoch})"
-    return out
 
 
 def _items(value: Any) -> list[str]:

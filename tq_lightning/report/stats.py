@@ -9,7 +9,7 @@ from scipy.special import stdtrit  # quantile of Student's t; importing scipy.st
 
 from tq_lightning.records import ACC1, Metric
 from tq_lightning.report.groups import Arm
-from tq_lightning.report.runs import Run
+from tq_lightning.report.runs import SOURCES, Run
 
 LEVEL = 0.95
 
@@ -74,9 +74,8 @@ class Difference:
 
     def verdict(self) -> str:
         """Return the conclusion for a table cell."""
-        if self.estimate.half is None:
-            return "one seed: no interval"
-        return {1: "a above b", -1: "a below b", 0: "no difference shown"}[self.sign]
+        words = {1: "a above b", -1: "a below b", 0: "no difference shown"}
+        return "one seed: no interval" if self.estimate.half is None else words[self.sign]
 
     def words(self, a: str, b: str) -> str:
         """Describe the difference: `floor is above round by 1.20 points [+0.40, +2.00], paired`."""
@@ -113,8 +112,7 @@ def difference(
     x, y = np.array(list(a.values()), dtype=float), np.array(list(b.values()), dtype=float)
     mean, half = float(x.mean() - y.mean()), 0.0
     if min(x.size, y.size) < 2:
-        estimate = Estimate(mean, None, digits=metric.digits)
-        return Difference(estimate, "one seed", metric.gap_unit)
+        return Difference(Estimate(mean, None, digits=metric.digits), "one seed", metric.gap_unit)
     va, vb = x.var(ddof=1) / x.size, y.var(ddof=1) / y.size
     if va + vb > 0:
         dof = (va + vb) ** 2 / (va**2 / (x.size - 1) + vb**2 / (y.size - 1))
@@ -129,8 +127,7 @@ def split_of(runs: Sequence[Run]) -> str:
 
 def by_seed(arm: Arm, source: str, width: int, split: str) -> dict[int | None, float]:
     """Return {seed: metric} of an arm, without runs that lack the width."""
-    values = {run.seed: run.score(source, width, split) for run in arm.runs}
-    return {seed: value for seed, value in values.items() if value is not None}
+    return {r.seed: v for r in arm.runs if (v := r.score(source, width, split)) is not None}
 
 
 def score(arm: Arm, source: str, width: int, split: str) -> Estimate | None:
@@ -141,9 +138,8 @@ def score(arm: Arm, source: str, width: int, split: str) -> Estimate | None:
 
 def score_float(arm: Arm, split: str) -> Estimate | None:
     """Return the metric of the float weights over the seeds, or None unless every run has it."""
-    values = [run.score_float(split) for run in arm.runs]
-    kept = [v for v in values if v is not None]
-    return mean_interval(kept, arm.metric.digits) if len(kept) == len(values) else None
+    kept = [v for run in arm.runs if (v := run.score_float(split)) is not None]
+    return mean_interval(kept, arm.metric.digits) if len(kept) == len(arm.runs) else None
 
 
 def compare(
@@ -156,7 +152,5 @@ def compare(
 
 def gap(arm: Arm, width: int, split: str) -> Difference | None:
     """Return the QT gap of an arm at `width` bits, in the unit of its metric."""
-    better, worse = "quantize", "truncate"
-    if arm.metric.lower_is_better:
-        better, worse = worse, better
+    better, worse = SOURCES[::-1] if arm.metric.lower_is_better else SOURCES
     return compare(arm, arm, better, worse, width, split)
