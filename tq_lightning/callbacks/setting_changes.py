@@ -22,7 +22,7 @@ def changes_at(earlier: Record, now: Record, epoch: int, step: int) -> list[Chan
         step: its optimizer steps. At step 0 nothing was trained yet.
 
     Returns:
-        The changes, in the order of their steps; None if there are none.
+        The changes in the order of their steps, or None.
     """
     if step == 0:
         return None

@@ -24,6 +24,7 @@ from tq_lightning.records.metrics import (
 )
 from tq_lightning.records.read_write import (
     NAME,
+    SOURCES,
     mark_superseded,
     parse,
     read_any,
@@ -38,6 +39,7 @@ from tq_lightning.records.run import (
     Record,
     TestResult,
     WidthResult,
+    format_value,
     record_at,
     value_of,
     width_results,
@@ -49,6 +51,7 @@ __all__ = [
     "NAME",
     "PPL",
     "SCHEMA",
+    "SOURCES",
     "STORAGE_BYTES",
     "STORAGE_LABELS",
     "TASKS",
@@ -67,6 +70,7 @@ __all__ = [
     "StorageBytes",
     "TestResult",
     "WidthResult",
+    "format_value",
     "goal_of",
     "mark_superseded",
     "metric_of",

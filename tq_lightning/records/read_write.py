@@ -22,7 +22,7 @@ from tq_lightning.records.metrics import ACC1, is_accuracy, metric_of
 from tq_lightning.records.run import ModelBytes, Record
 
 NAME = "record.json"
-SOURCES = ("quantize", "truncate")  # of the weights, fields of WidthResult
+SOURCES = ("quantize", "truncate")  # fields of WidthResult, as quant.bit_width.SOURCES
 
 
 def read_any(path: str | Path) -> Record | InspectRecord:

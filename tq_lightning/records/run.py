@@ -140,8 +140,10 @@ class Record:
         for change in self.changes or []:
             # a folder that moved; for these two data sets, the folder is the data set
             if change.key != "data.root" or named in ("imagefolder", "wds"):
-                before = out.get(change.key, _setting(change.before))
-                out[change.key] = f"{before}, then {_setting(change.after)} (epoch {change.epoch})"
+                before = out.get(change.key, format_value(change.before))
+                out[change.key] = (
+                    f"{before}, then {format_value(change.after)} (epoch {change.epoch})"
+                )
         return out
 
     def tree(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -217,7 +219,8 @@ def width_results(best: Evaluation) -> dict[int, WidthResult]:
     }
 
 
-def _setting(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Return a configuration value as a label shows it: `8,4,2,1`, `none`."""
     if isinstance(value, list | tuple):
-        return ",".join(map(_setting, value))
+        return ",".join(map(format_value, value))
     return "none" if value is None else str(value)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pandas as pd
 
+from tq_lightning.records import SOURCES
 from tq_lightning.report.groups import MAIN_KEYS, Arm
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE
-from tq_lightning.report.runs import SOURCES, Run
+from tq_lightning.report.runs import Run
 
 FACTS: tuple[str, ...] = ("model.name", "data.name", *MAIN_KEYS[2:], ACTIVATIONS_SOURCE)
 FACTS += ("model.normalizer", "model.norm", "model.scale")

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tq_lightning.records import format_value
+
 # Keys that the report adds to a configuration.
 ACTIVATIONS_SOURCE = "model.activations_source"
 CALIBRATION = "calibration"
@@ -109,13 +111,6 @@ def format_range(values: Sequence[float], digits: int = 1) -> str:
     """Format the range of the values, or one value if both ends are printed alike."""
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return low if low == high else f"{low} to {high}"
-
-
-def format_value(value: Any) -> str:
-    """Return a configuration value as a label shows it: `8,4,2,1`, `none`."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(format_value, value))
-    return "none" if value is None else str(value)
 
 
 def format_setting(key: str, value: Any) -> str:

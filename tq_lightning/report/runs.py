@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tq_lightning.errors import UserError
-from tq_lightning.records import InspectRecord, Metric, Record, RecordError, metric_of, read_any
+from tq_lightning.records import SOURCES, InspectRecord, Metric, Record, metric_of, read_any
 from tq_lightning.records.publish import flatten, printable, published
 from tq_lightning.report.inputs import Candidate, find
-
-SOURCES = ("quantize", "truncate")  # as quant.bit_width.SOURCES; report never imports torch
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def read(candidate: Candidate) -> tuple[Record | InspectRecord | None, str]:
         return None, candidate.refusal
     try:
         record = read_any(candidate.path)
-    except RecordError as error:
+    except UserError as error:
         return None, printable(str(error))
     if isinstance(record, InspectRecord):
         return record, ""

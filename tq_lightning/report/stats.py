@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit  # quantile of Student's t; importing scipy.stats takes a second
 
-from tq_lightning.records import ACC1, Metric
+from tq_lightning.records import ACC1, SOURCES, Metric
 from tq_lightning.report.groups import Arm
-from tq_lightning.report.runs import SOURCES, Run
+from tq_lightning.report.runs import Run
 
 LEVEL = 0.95
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from tq_lightning.errors import UserError
 
-# modes of torch.compile; reduce-overhead and max-autotune record CUDA graphs
+# modes of torch.compile
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # those that record CUDA graphs
 
 
 def check_compiler(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from tq_lightning.errors import UserError, first_line
+from tq_lightning.training.compiling import GRAPH_MODES
 from tq_lightning.training.joint import JointGradients
 
 # eager steps of a kind before it is recorded: they compile, choose algorithms and fill caches
@@ -47,7 +48,7 @@ def check_cuda_graph(trainer: Any, hparams: Any) -> None:
             f"model.cuda_graph: got trainer.precision={trainer.precision}, whose loss scale "
             "changes from step to step; pass bf16-mixed or 32-true"
         )
-    if hparams.compile and hparams.compile_mode in ("reduce-overhead", "max-autotune"):
+    if hparams.compile and hparams.compile_mode in GRAPH_MODES:
         raise UserError(
             f"model.cuda_graph: got model.compile_mode={hparams.compile_mode}, which records "
             "graphs of its own; pass default or max-autotune-no-cudagraphs"
@@ -58,7 +59,7 @@ class CudaGraphs:
     """Records functions as CUDA graphs, which share their memory for intermediate results."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._last: Any = None  # kept, because a pool without a graph cannot be used again
 
     def record(
         self, function: Callable[[], JointGradients]
@@ -74,10 +75,11 @@ class CudaGraphs:
         # the graph be used after it
         torch.clear_autocast_cache()
         # the thread of the data loader that pins memory may go on meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        pool = None if self._last is None else self._last.pool()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             results = function()
         torch.clear_autocast_cache()
-        self._pool = graph.pool()
+        self._last = graph
         return results, graph.replay
 
 
