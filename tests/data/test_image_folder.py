@@ -5,6 +5,7 @@ import itertools
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,11 +124,13 @@ def test_missing_cifar_is_an_error_without_a_download(tmp_path, monkeypatch):
     assert "cifar-100-python" in error_message(tmp_path, "cifar100")
 
     def no_network(self):
+        Path(self.root).mkdir(exist_ok=True)
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
-    message = error_message(tmp_path, "cifar10", download=True)
+    message = error_message(tmp_path / "new", "cifar10", download=True)
     assert "download failed (Name or service not known)" in message
+    assert not (tmp_path / "new").exists()  # no empty folder for a mistyped data.root
 
 
 def test_incomplete_cifar_is_an_error(cifar):

@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 in memory: from images in folders or tars, or torchvision's files."""
 
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -132,6 +133,8 @@ def torchvision_cifar(
         try:
             data = factory(str(root), train=train, download=True)
         except Exception as error:  # urllib, ssl, socket, tar or disk errors
+            with suppress(OSError):  # only an empty folder, which torchvision has made
+                root.rmdir()
             raise UserError(
                 f"no {name}, and the download failed ({error}): {looked}; pass data.root"
             ) from error
