@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -328,6 +329,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},  # it may not be installed there
         )
         self.version = self.ask(version=True)["version"]
 
