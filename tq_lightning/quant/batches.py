@@ -82,7 +82,7 @@ def may_record_graphs(compiled: nn.Module) -> bool:
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """Split a batch into the inputs of the network and the labels.
+    """Split a batch into the inputs of the network and the labels, int64 or floating point.
 
     Args:
         batch: (inputs, labels), (input, input, ..., labels), or a mapping with one of the keys
@@ -91,6 +91,12 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     Raises:
         UserError: the batch has no labels.
     """
+    inputs, labels = _parts(batch)
+    integers = isinstance(labels, Tensor) and not labels.is_floating_point()
+    return inputs, labels.long() if integers else labels
+
+
+def _parts(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         key = next((key for key in LABELS if key in batch), None)
         if key is None:
