@@ -25,7 +25,7 @@ def encode_png(value):
 def write_shard(path, members):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
+        for name, content in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -227,6 +227,41 @@ def test_shard_that_is_not_a_regular_file_is_an_error(shards, kind):
     else:
         path.symlink_to("nowhere")
     with pytest.raises(UserError, match=r"set-train-9\.tar is not a regular file; move it"):
+        data_module(shards).setup("fit")
+
+
+def test_last_member_of_a_key_counts(tmp_path, capsys):
+    members = [("1.png", encode_png(1)), ("1.json", b'{"label": 0}'), ("2.png", encode_png(2))]
+    members += [("2.cls", b"1"), ("1.png", encode_png(9)), ("1.json", b'{"label": 2}')]
+    members += [("2.json", b'{"label": 2}'), ("2.seg.png", encode_png(3))]
+    write_shard(tmp_path / "0.tar", members)
+    split = data_module(tmp_path).splits.find("train")
+    read = [split.read(n) for n in range(2)]
+    assert [(image.getpixel((0, 0))[0], label) for image, label in read] == [(9, 2), (2, 1)]
+    line = "2 images in 1 shards; skipped 2: 1 replaced by a later image of the same key (0.tar/1."
+    error = capsys.readouterr().err
+    assert line in error and "1 with several extensions (0.tar/2.seg.png)" in error
+
+
+def test_later_label_that_cant_be_read_is_not_replaced_by_an_earlier_one(tmp_path, capsys):
+    members = [("1.png", encode_png(1)), ("1.cls", b"0"), ("1.png", encode_png(2)), ("1.cls", b"x")]
+    write_shard(tmp_path / "0.tar", [*members, ("2.png", encode_png(2)), ("2.cls", b"1")])
+    assert data_module(tmp_path).splits.find("train").labels.tolist() == [1]
+    assert "1 with a label that can't be read (0.tar/1.png)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["damaged header", "concatenated", "cut in a header"])
+def test_members_after_the_end_of_a_shard_are_an_error(shards, kind):
+    path = shards / "set-train-0.tar"
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[10].offset
+    if kind == "damaged header":
+        content[offset + 100] ^= 0xFF
+    path.write_bytes(content * 2 if kind == "concatenated" else content)
+    if kind == "cut in a header":
+        os.truncate(path, offset + 100)
+    with pytest.raises(UserError, match=r"set-train-0\.tar can't be read to its end .*; copy it"):
         data_module(shards).setup("fit")
 
 
