@@ -13,6 +13,7 @@ from PIL import Image
 
 from tq_lightning.data import shard_index, webdataset
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.data.images import UnreadableImage
 from tq_lightning.errors import UserError
 
 
@@ -190,6 +191,59 @@ def test_hugging_face_data_set_is_read(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(UserError, match=r"hfds/.*nowhere can't be opened"):
         TQDataModule(f"hfds/{tmp_path / 'nowhere'}", **keys).splits.find("train")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "img"}, r"own: no column image among img, label; pass a data set with the col"),
+        ({"label": "labels"}, r"own: no column label among image, labels; pass a data set with"),
+        ([[0], [1, 0], [1], [0]], r"the column label has 4 rows of type object; pass a data set"),
+        (
+            [[0], [1], [1], [0]],
+            r"the column label has 4 rows of type int64 lists; pass a data set with",
+        ),
+        ([0, 1, 2, 5], r"the val split of hfds/.*own has the class index 5, but there are 3 class"),
+        ("mixed", r"own can't be opened \(ValueError: Couldn't infer the same data file format"),
+    ],
+)
+def test_hugging_face_data_set_of_another_form_is_one_line(tmp_path, monkeypatch, change, message):
+    datasets = pytest.importorskip("datasets", reason="an optional extra")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = {"image": [encode_png(n) for n in range(4)], "label": [0, 1, 2, 1]}
+    names = change if isinstance(change, dict) else {}
+    rows = {names.get(key, key): values for key, values in rows.items()}
+    (tmp_path / "own").mkdir()
+    for split in ("train", "validation"):
+        if isinstance(change, list) and (split == "validation" or isinstance(change[0], list)):
+            rows["label"] = change
+        made = datasets.Dataset.from_dict(rows)
+        image = names.get("image", "image")
+        made.cast_column(image, datasets.Image()).to_parquet(
+            str(tmp_path / "own" / f"{split}.parquet")
+        )
+    if change == "mixed":
+        (tmp_path / "own" / "train.parquet").rename(tmp_path / "own" / "train.csv")
+    data = TQDataModule(f"hfds/{tmp_path / 'own'}", root=str(tmp_path / "cache"), workers=0)
+    with pytest.raises(UserError, match=message):
+        data.setup("fit")
+
+
+def test_hugging_face_row_without_an_image_is_skipped(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="an optional extra")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = {"image": [encode_png(0), None, encode_png(2)], "label": [0, 1, 2]}
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    (tmp_path / "own").mkdir()
+    made.to_parquet(str(tmp_path / "own" / "train.parquet"))
+    rows = {"image": rows["image"][:1], "label": [1]}  # has fewer classes
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    made.to_parquet(str(tmp_path / "own" / "validation.parquet"))
+    keys = {"root": str(tmp_path / "cache"), "num_classes": 3, "workers": 0}
+    data = TQDataModule(f"hfds/{tmp_path / 'own'}", **keys)
+    with pytest.raises(UnreadableImage, match=r"image 1 of hfds/.* is missing"):
+        data.splits.find("train").read(1)
+    assert data.splits.find("val").classes == ["0", "1", "2"]
 
 
 def test_missing_package_error_names_the_extra(monkeypatch):
