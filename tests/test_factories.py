@@ -316,6 +316,24 @@ def test_label_that_only_a_later_batch_has_is_one_line(folder, capsys):
     assert "and 7, but the network has 4 outputs; pass --model.n" in capsys.readouterr().err
 
 
+def test_run_with_a_data_module_of_the_user_gives_activation_ranges(folder):
+    (folder / "own.py").write_text(
+        OWN + "import lightning\n"
+        "class Module(lightning.LightningDataModule):\n"
+        "    num_classes = 3\n"
+        "    def setup(self, stage): self.samples = [(torch.ones(4), n % 3) for n in range(16)]\n"
+        "    def train_dataloader(self): return torch.utils.data.DataLoader(self.samples, 8)\n"
+        "    val_dataloader = train_dataloader\n"
+        "def module(): return Module()\n"
+    )
+    name = "--model.name=own:network"
+    fit = ["fit", name, "--model.num_classes=3", "--data.name=own:module", "--run_dir=run"]
+    assert main([*fit, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]) == 0
+    export = ["export", "run/checkpoints/last.ckpt", name, "--out=m.safetensors"]
+    assert main([*export, "--calibrate=run"]) == 0
+    assert load_packed("m.safetensors", model="own:network").tq_ranges
+
+
 def test_factory_is_exported_on_the_command_line(folder, capsys):
     fit = ["fit", "--model.name=own_network:network", "--data.name=own_network:data_sets"]
     fit += ["--data.workers=0", "--trainer.max_epochs=1", "--run_dir=run", "--data.batch_size=64"]
