@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tq_lightning import bit_width
 from tq_lightning.callbacks.truncation_eval import TruncationEval
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.errors import UserError
 from tq_lightning.quant import fused_weights
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.quantized_tensors import weight_quantizers
@@ -419,3 +420,10 @@ def test_reading_calibration_batches_keeps_the_random_state(tmp_path):
     before = torch.get_rng_state()
     assert len(TruncationEval(2)._calibration_inputs(trainer, module)) == 2
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loaders_without_a_data_module_are_an_error_of_one_line(tmp_path):
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path)
+    loader = DataLoader([(torch.zeros(3, 8, 8), 0)] * 8, batch_size=8)
+    with pytest.raises(UserError, match="got loaders; pass datamodule=, a LightningDataModule"):
+        trainer.validate(TQModule(num_classes=2), loader, verbose=False)

@@ -13,6 +13,7 @@ from tq_lightning.callbacks.optimizer_steps import takes_step
 from tq_lightning.callbacks.resume import seed_all
 from tq_lightning.callbacks.scores import SCORES
 from tq_lightning.callbacks.width_metrics import Pass, evaluate_batch, evaluation_passes
+from tq_lightning.errors import UserError
 from tq_lightning.quant.batches import split_batch, to_device, training_batches
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.label_checks import check_labels, check_logits
@@ -75,6 +76,11 @@ class TruncationEval(L.Callback):
 
     def _calibration_inputs(self, trainer: L.Trainer, module: Any) -> list[Any]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise UserError(
+                "norm statistics are estimated from training batches of a data module, got "
+                "loaders; pass datamodule=, a LightningDataModule, to the Trainer"
+            )
         if hasattr(data, "calibration_batches"):
             batches = data.calibration_batches(self.calibration_batches)
         else:  # a data module of the user
