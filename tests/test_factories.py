@@ -17,6 +17,7 @@ from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.errors import UserError
 from tq_lightning.factories import is_factory
 from tq_lightning.models import create_model
+from tq_lightning.quant.batches import split_batch
 from tq_lightning.training.checkpoint import load_checkpoint_model
 from tq_lightning.training.module import TQModule
 
@@ -267,6 +268,43 @@ def test_samples_that_do_not_fit_are_one_line(folder, capsys, sample, message):
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("training", "evaluation", "message"),
+    [
+        ("0", "torch.tensor([0])", "logits (8, 4) for labels (8, 1); expected (batch, classes)"),
+        ("torch.tensor([0])", "0", "logits (8, 4) for labels (8, 1); expected (batch, classes)"),
+        ("torch.eye(4)[n % 4]", "torch.eye(4)[0]", "labels of an evaluation are probabilities (8,"),
+        ("torch.eye(4).long()[0]", "0", None),
+        ("n % 4", "7", "the labels are between 7 and 7, but the network has 4 outputs"),
+        ("n % 4", "-1", "the labels are between -1 and -1, but the network has 4 outputs"),
+        ("str(n)", "0", "the labels of a batch are a tuple; return a tensor of class indices"),
+    ],
+)
+def test_labels_of_another_form_are_one_line(folder, capsys, training, evaluation, message):
+    (folder / "own.py").write_text(
+        OWN + "class Samples(list): num_classes = 4\n"
+        "def samples():\n"
+        f"    train = Samples((torch.zeros(4), {training}) for n in range(40))\n"
+        f"    test = [(torch.zeros(4), {evaluation}) for n in range(8)]\n"
+        "    return train, test, test\n"
+    )
+    fit = ["fit", "--model.name=own:network", "--data.name=own:samples", "--model.num_classes=4"]
+    fit += ["--data.workers=0", "--data.batch_size=8", "--trainer.max_epochs=1"]
+    loss = [] if message else ["--model.loss=bce"]
+    status = main([*fit, *loss, "--trainer.accelerator=cpu"])
+    error = capsys.readouterr().err
+    assert status == (2 if message else 0) and (message or "") in error, error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int32", "bool"])
+def test_labels_of_every_integer_type_are_class_indices(kind):
+    batch = {"x": torch.zeros(300, 4), "labels": torch.ones(300).to(getattr(torch, kind))}
+    labels = split_batch(batch)[1]
+    assert labels.dtype == torch.int64 and labels.tolist() == [1] * 300
+    assert split_batch((batch["x"], ["a"] * 300))[1] == ["a"] * 300  # predict reads no labels
+
+
 def test_label_that_only_a_later_batch_has_is_one_line(folder, capsys):
     samples = "[(x, 0)] * 39 + [(x, 7)]"
     (folder / "own.py").write_text(
@@ -276,6 +314,24 @@ def test_label_that_only_a_later_batch_has_is_one_line(folder, capsys):
     fit += ["--data.workers=0", "--data.batch_size=8", "--trainer.max_epochs=1"]
     assert main([*fit, "--trainer.accelerator=cpu"]) == 2
     assert "and 7, but the network has 4 outputs; pass --model.n" in capsys.readouterr().err
+
+
+def test_run_with_a_data_module_of_the_user_gives_activation_ranges(folder):
+    (folder / "own.py").write_text(
+        OWN + "import lightning\n"
+        "class Module(lightning.LightningDataModule):\n"
+        "    num_classes = 3\n"
+        "    def setup(self, stage): self.samples = [(torch.ones(4), n % 3) for n in range(16)]\n"
+        "    def train_dataloader(self): return torch.utils.data.DataLoader(self.samples, 8)\n"
+        "    val_dataloader = train_dataloader\n"
+        "def module(): return Module()\n"
+    )
+    name = "--model.name=own:network"
+    fit = ["fit", name, "--model.num_classes=3", "--data.name=own:module", "--run_dir=run"]
+    assert main([*fit, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]) == 0
+    export = ["export", "run/checkpoints/last.ckpt", name, "--out=m.safetensors"]
+    assert main([*export, "--calibrate=run"]) == 0
+    assert load_packed("m.safetensors", model="own:network").tq_ranges
 
 
 def test_factory_is_exported_on_the_command_line(folder, capsys):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import DataLoader
 
 from tq_lightning import bit_width
 from tq_lightning.callbacks.truncation_eval import TruncationEval
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.errors import UserError
 from tq_lightning.quant import fused_weights
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.quantized_tensors import weight_quantizers
@@ -373,3 +375,55 @@ def test_last_batch_of_one_image_is_left_out_of_the_calibration(tmp_path):
         f"--trainer.default_root_dir {tmp_path}".split()
     )
     assert all(f"val/acc1_truncate_w{bits}" in metrics for bits in range(1, 9))
+
+
+class OwnModule(L.LightningDataModule):
+    """Data module of a user: shuffled by the global random state, scaled before the transfer."""
+
+    num_classes = 2
+
+    def setup(self, stage):
+        if stage == "fit":
+            self.train = [(torch.full((3, 8, 8), float(n)), n % 2) for n in range(32)]
+        self.held = [(torch.zeros(3, 8, 8), 0)] * 8
+
+    def train_dataloader(self):
+        return DataLoader(self.train, batch_size=8, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.held, batch_size=8)
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] / 100, batch[1]]
+
+
+def test_norm_statistics_with_a_data_module_of_the_user(tmp_path):
+    """They come from the same batches in every process, as training sees them."""
+    inputs = []
+    for seed in (0, 1):
+        L.seed_everything(seed)
+        module = TQModule(calibration_batches=2)
+        trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path)
+        callback = TruncationEval(2)
+        with mock.patch.object(TQModule, "configure_callbacks", lambda self, c=callback: [c]):
+            trainer.validate(module, OwnModule(), verbose=False)
+        inputs.append(callback._batches)
+    assert len(inputs[0]) == 2 and inputs[0][0].max() <= 0.31
+    assert all(torch.equal(a, b) for a, b in zip(*inputs, strict=True))
+
+
+def test_reading_calibration_batches_keeps_the_random_state(tmp_path):
+    data, module = OwnModule(), mock.Mock(device=torch.device("cpu"))
+    data.setup("fit")
+    trainer = mock.Mock(datamodule=data)
+    trainer.state.fn = "fit"
+    before = torch.get_rng_state()
+    assert len(TruncationEval(2)._calibration_inputs(trainer, module)) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loaders_without_a_data_module_are_an_error_of_one_line(tmp_path):
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path)
+    loader = DataLoader([(torch.zeros(3, 8, 8), 0)] * 8, batch_size=8)
+    with pytest.raises(UserError, match="got loaders; pass datamodule=, a LightningDataModule"):
+        trainer.validate(TQModule(num_classes=2), loader, verbose=False)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tq_lightning.data import shard_index, webdataset
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.data.images import UnreadableImage
 from tq_lightning.errors import UserError
 
 
@@ -25,7 +26,7 @@ def encode_png(value):
 def write_shard(path, members):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
+        for name, content in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -192,6 +193,59 @@ def test_hugging_face_data_set_is_read(tmp_path, monkeypatch):
         TQDataModule(f"hfds/{tmp_path / 'nowhere'}", **keys).splits.find("train")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "img"}, r"own: no column image among img, label; pass a data set with the col"),
+        ({"label": "labels"}, r"own: no column label among image, labels; pass a data set with"),
+        ([[0], [1, 0], [1], [0]], r"the column label has 4 rows of type object; pass a data set"),
+        (
+            [[0], [1], [1], [0]],
+            r"the column label has 4 rows of type int64 lists; pass a data set with",
+        ),
+        ([0, 1, 2, 5], r"the val split of hfds/.*own has the class index 5, but there are 3 class"),
+        ("mixed", r"own can't be opened \(ValueError: Couldn't infer the same data file format"),
+    ],
+)
+def test_hugging_face_data_set_of_another_form_is_one_line(tmp_path, monkeypatch, change, message):
+    datasets = pytest.importorskip("datasets", reason="an optional extra")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = {"image": [encode_png(n) for n in range(4)], "label": [0, 1, 2, 1]}
+    names = change if isinstance(change, dict) else {}
+    rows = {names.get(key, key): values for key, values in rows.items()}
+    (tmp_path / "own").mkdir()
+    for split in ("train", "validation"):
+        if isinstance(change, list) and (split == "validation" or isinstance(change[0], list)):
+            rows["label"] = change
+        made = datasets.Dataset.from_dict(rows)
+        image = names.get("image", "image")
+        made.cast_column(image, datasets.Image()).to_parquet(
+            str(tmp_path / "own" / f"{split}.parquet")
+        )
+    if change == "mixed":
+        (tmp_path / "own" / "train.parquet").rename(tmp_path / "own" / "train.csv")
+    data = TQDataModule(f"hfds/{tmp_path / 'own'}", root=str(tmp_path / "cache"), workers=0)
+    with pytest.raises(UserError, match=message):
+        data.setup("fit")
+
+
+def test_hugging_face_row_without_an_image_is_skipped(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="an optional extra")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    rows = {"image": [encode_png(0), None, encode_png(2)], "label": [0, 1, 2]}
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    (tmp_path / "own").mkdir()
+    made.to_parquet(str(tmp_path / "own" / "train.parquet"))
+    rows = {"image": rows["image"][:1], "label": [1]}  # has fewer classes
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    made.to_parquet(str(tmp_path / "own" / "validation.parquet"))
+    keys = {"root": str(tmp_path / "cache"), "num_classes": 3, "workers": 0}
+    data = TQDataModule(f"hfds/{tmp_path / 'own'}", **keys)
+    with pytest.raises(UnreadableImage, match=r"image 1 of hfds/.* is missing"):
+        data.splits.find("train").read(1)
+    assert data.splits.find("val").classes == ["0", "1", "2"]
+
+
 def test_missing_package_error_names_the_extra(monkeypatch):
     monkeypatch.setattr("tq_lightning.data.hfds.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'tq_lightning\[hfds\]'"):
@@ -227,6 +281,41 @@ def test_shard_that_is_not_a_regular_file_is_an_error(shards, kind):
     else:
         path.symlink_to("nowhere")
     with pytest.raises(UserError, match=r"set-train-9\.tar is not a regular file; move it"):
+        data_module(shards).setup("fit")
+
+
+def test_last_member_of_a_key_counts(tmp_path, capsys):
+    members = [("1.png", encode_png(1)), ("1.json", b'{"label": 0}'), ("2.png", encode_png(2))]
+    members += [("2.cls", b"1"), ("1.png", encode_png(9)), ("1.json", b'{"label": 2}')]
+    members += [("2.json", b'{"label": 2}'), ("2.seg.png", encode_png(3))]
+    write_shard(tmp_path / "0.tar", members)
+    split = data_module(tmp_path).splits.find("train")
+    read = [split.read(n) for n in range(2)]
+    assert [(image.getpixel((0, 0))[0], label) for image, label in read] == [(9, 2), (2, 1)]
+    line = "2 images in 1 shards; skipped 2: 1 replaced by a later image of the same key (0.tar/1."
+    error = capsys.readouterr().err
+    assert line in error and "1 with several extensions (0.tar/2.seg.png)" in error
+
+
+def test_later_label_that_cant_be_read_is_not_replaced_by_an_earlier_one(tmp_path, capsys):
+    members = [("1.png", encode_png(1)), ("1.cls", b"0"), ("1.png", encode_png(2)), ("1.cls", b"x")]
+    write_shard(tmp_path / "0.tar", [*members, ("2.png", encode_png(2)), ("2.cls", b"1")])
+    assert data_module(tmp_path).splits.find("train").labels.tolist() == [1]
+    assert "1 with a label that can't be read (0.tar/1.png)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["damaged header", "concatenated", "cut in a header"])
+def test_members_after_the_end_of_a_shard_are_an_error(shards, kind):
+    path = shards / "set-train-0.tar"
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[10].offset
+    if kind == "damaged header":
+        content[offset + 100] ^= 0xFF
+    path.write_bytes(content * 2 if kind == "concatenated" else content)
+    if kind == "cut in a header":
+        os.truncate(path, offset + 100)
+    with pytest.raises(UserError, match=r"set-train-0\.tar can't be read to its end .*; copy it"):
         data_module(shards).setup("fit")
 
 

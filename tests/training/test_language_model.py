@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
 from tq_lightning import bit_width
+from tq_lightning.callbacks.scores import SCORES
 from tq_lightning.cli import main, run_fit
-from tq_lightning.errors import UserError
+from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.quant.label_checks import check_labels, check_labels_are_shifted, check_logits
 from tq_lightning.records import PPL, read_record
 from tq_lightning.training.losses import cross_entropy, distillation
@@ -136,16 +137,30 @@ def test_logits_and_labels_are_checked():
 
 
 def test_large_cross_entropy_gives_a_finite_perplexity():
-    from tq_lightning.callbacks.scores import Perplexity as Scores
-
     h = type("H", (), {"max_bits": 1})()
-    scores = Scores([(1, "truncate"), (None, "quantize")], h, (1,), torch.device("cpu"))
+    passes = [(1, "truncate"), (None, "quantize")]
+    scores = SCORES["language_modeling"](passes, h, (1,), torch.device("cpu"))
     logits = torch.zeros(1, 2, 3)
     logits[..., 0] = 400.0
     scores.add(dict.fromkeys(scores._sums, logits), torch.tensor([[1, -100]]))
     values = scores.metrics("val", lambda x: x)
     assert values["val/ppl_truncate_w1"] == pytest.approx(math.exp(400.0))
     assert values["val/tokens"] == 1
+
+
+def test_samples_without_a_label_are_not_counted():
+    h = type("H", (), {"max_bits": 1, "num_classes": 3})()
+    passes = [(1, "truncate"), (None, "quantize")]
+    scores = SCORES["classification"](passes, h, (1,), torch.device("cpu"))
+    logits = torch.eye(3) * 9
+    scores.add(dict.fromkeys(scores._hits, logits), torch.tensor([0, -100, 0]))
+    values = scores.metrics("val", lambda x: x)
+    assert (values["val/acc1_truncate_w1"], values["val/images"]) == (50.0, 2.0)
+    assert values["val/loss"] == pytest.approx(4.5, abs=0.01)
+    scores = SCORES["classification"](passes, h, (1,), torch.device("cpu"))
+    scores.add(dict.fromkeys(scores._hits, logits), torch.tensor([-100, -100, -100]))
+    with pytest.raises(TrainingError, match="no val sample has a label; all are -100"):
+        scores.metrics("val", lambda x: x)
 
 
 def test_labels_beyond_the_outputs_are_an_error():

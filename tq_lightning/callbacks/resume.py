@@ -36,11 +36,15 @@ class StepSeeds(L.Callback):
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.fit_loop.epoch_loop.total_batch_idx
-        sequence = np.random.SeedSequence([pl_module.run_seed, step, trainer.global_rank])
-        python, numpy, torch_seed = (int(v) for v in sequence.generate_state(3))
-        random.seed(python)
-        np.random.seed(numpy)
-        torch.manual_seed(torch_seed)
+        seed_all(pl_module.run_seed, step, trainer.global_rank)
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed Python, NumPy and torch from non-negative integers."""
+    python, numpy, torch_seed = np.random.SeedSequence(numbers).generate_state(3).tolist()
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.manual_seed(torch_seed)
 
 
 class UpdateCheckpointFolder(L.Callback):

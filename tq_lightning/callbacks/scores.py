@@ -45,20 +45,29 @@ class Accuracy:
         self._losses = {bits: torch.zeros((), device=device) for bits in widths}
 
     def add(self, logits: dict[Pass, Tensor], target: Tensor) -> None:
-        """Add a batch: logits (batch, classes) of every pass, and class indices (batch,)."""
+        """Add a batch: logits (batch, classes) of every pass, and class indices (batch,).
+
+        Samples with the label `IGNORE_INDEX` are not counted, as in the loss.
+        """
         for p, out in logits.items():
             self._hits[p] += torch.stack(
-                [target.new_tensor(len(target)), *(right.sum() for right in hits(out, target))]
+                [(target != IGNORE_INDEX).sum(), *(right.sum() for right in hits(out, target))]
             )
         for bits, total in self._losses.items():
             total += F.cross_entropy(logits[bits, "truncate"].float(), target, reduction="sum")
 
     def metrics(self, stage: str, reduce: Reduce) -> dict[str, float]:
-        """Return the metrics of a stage, "val" or "test", by key."""
+        """Return the metrics of a stage, "val" or "test", by key.
+
+        Raises:
+            TrainingError: no sample has a label.
+        """
         passes = list(self._hits)
         counts = reduce(torch.stack(list(self._hits.values())))
         sums = reduce(torch.stack(list(self._losses.values())))
         images, top1, top5 = counts.view(len(passes), 3).T.cpu()
+        if not images[0]:
+            raise TrainingError(f"no {stage} sample has a label; all are {IGNORE_INDEX}")
         accuracy, accuracy5 = (
             {
                 p: round(100.0 * float(n / total), 5)

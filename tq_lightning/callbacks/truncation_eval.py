@@ -1,7 +1,6 @@
 """TruncationEval: evaluate every width truncated and, if the result can differ, quantized."""
 
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from tq_lightning.callbacks.optimizer_steps import takes_step
+from tq_lightning.callbacks.resume import seed_all
 from tq_lightning.callbacks.scores import SCORES
 from tq_lightning.callbacks.width_metrics import Pass, evaluate_batch, evaluation_passes
-from tq_lightning.quant.batches import split_batch, to_device
+from tq_lightning.errors import UserError
+from tq_lightning.quant.batches import split_batch, to_device, training_batches
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.label_checks import check_labels, check_logits
 from tq_lightning.quant.norm_calibration import calibrate_norms, lagging_widths, reestimate_norms
@@ -63,7 +64,7 @@ class TruncationEval(L.Callback):
         lagging = lagging_widths(module) if calibrate else []
         if calibrate and (lagging or untrained_widths(module)):
             if not self._batches:
-                self._batches = self._calibration_inputs(trainer)
+                self._batches = self._calibration_inputs(trainer, module)
             batches = [to_device(inputs, module.device) for inputs in self._batches]
             with trainer.precision_plugin.forward_context():
                 calibrate_norms(module, batches)
@@ -73,15 +74,22 @@ class TruncationEval(L.Callback):
         scores = SCORES[module.hparams.task]
         self._scores = scores(self._passes, module.hparams, module.widths, module.device)
 
-    def _calibration_inputs(self, trainer: L.Trainer) -> list[Any]:
+    def _calibration_inputs(self, trainer: L.Trainer, module: Any) -> list[Any]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise UserError(
+                "norm statistics are estimated from training batches of a data module, got "
+                "loaders; pass datamodule=, a LightningDataModule, to the Trainer"
+            )
         if hasattr(data, "calibration_batches"):
             batches = data.calibration_batches(self.calibration_batches)
         else:  # a data module of the user
-            loader = islice(data.train_dataloader(), self.calibration_batches)
             with isolate_rng():
-                batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
-        return [split_batch(batch)[0] for batch in batches]
+                seed_all(0)  # the same batches after a resume
+                if trainer.state.fn != "fit":
+                    data.setup("fit")
+                batches = training_batches(data, self.calibration_batches, module.device)
+        return [to_device(split_batch(batch)[0], "cpu") for batch in batches]
 
     def _score(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
         inputs, target = split_batch(batch)

@@ -109,8 +109,11 @@ def _dataset_batches(model: Any, name: str) -> list[Any]:
 
 def _run_batches(checkpoint: Path) -> list[Any]:
     """Return training batches of the run that a checkpoint belongs to, deterministically."""
+    from tq_lightning.data.augment import seeded
     from tq_lightning.data.datamodule import TQDataModule
-    from tq_lightning.quant.batches import split_batch
+    from tq_lightning.data.dataset_module import DatasetModule
+    from tq_lightning.data.sampling import CALIBRATION_SEED
+    from tq_lightning.quant.batches import split_batch, training_batches
     from tq_lightning.training.run_folder import run_of
     from tq_lightning.training.yaml_file import read_yaml
 
@@ -126,9 +129,16 @@ def _run_batches(checkpoint: Path) -> list[Any]:
             pass
         case _:
             section = {}
-    data = TQDataModule(**{**section.get("init_args", section), "workers": 0})
+    data = TQDataModule(**section.get("init_args", section))
+    if isinstance(data, TQDataModule | DatasetModule):
+        data.workers = 0
     if isinstance(data, TQDataModule):
         batches = data.calibration_batches(IMAGES // BATCH_SIZE, BATCH_SIZE)
-    else:  # of a factory, which has its own batch size
+    elif isinstance(data, DatasetModule):  # has its own batch size
         batches = data.calibration_batches(max(1, IMAGES // data.batch_size))
+    else:
+        with seeded(CALIBRATION_SEED):
+            data.prepare_data()
+            data.setup("fit")
+            batches = training_batches(data, IMAGES // BATCH_SIZE)
     return [split_batch(batch)[0] for batch in batches]

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tq_lightning.data.images import SUFFIXES, LeftOut, escape_undecodable
-from tq_lightning.data.tar import BoundedFile, check_not_compressed
+from tq_lightning.data.images import SUFFIXES, LeftOut, escape_undecodable, reason_to_skip
+from tq_lightning.data.tar import BoundedFile, check_end, check_not_compressed
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.files import atomic_write
 
-VERSION = 1  # version of the cached index
+VERSION = 2  # version of the cached index
 JSON_LABELS = ("label", "cls")  # keys of the class index in KEY.json
 MAX_LABEL = 2**20  # larger numbers are not class indices and would create too many classes
 
@@ -101,16 +101,19 @@ def _print(line: str) -> None:
 
 
 def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, str]]:
-    """List (offset, size, label, name) of the labeled images of a shard, in file order."""
+    """List (offset, size, label, name) of the labeled images of a shard, in file order.
+
+    As in an unpacked tar, the last member of a name counts. KEY.cls precedes KEY.json.
+    """
     images: dict[str, tuple[int, int, str]] = {}
-    labels: dict[str, int] = {}
+    found: dict[str, dict[str, int]] = {"json": {}, "cls": {}}
     broken: set[str] = set()
     total = shard.stat().st_size
     check_not_compressed(shard)
     try:
         with (
             open(shard, "rb") as raw,
-            tarfile.open(fileobj=BoundedFile(raw, total), mode="r:") as tar,  # type: ignore[call-overload]
+            tarfile.open(fileobj=(file := BoundedFile(raw, total)), mode="r:") as tar,  # type: ignore[call-overload]
         ):
             for info in tar:
                 folder, _, base = info.name.rpartition("/")
@@ -121,19 +124,26 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
                 if not info.isreg():
                     continue
                 if f".{extension}" in SUFFIXES:
+                    if key in images:
+                        replaced = PurePosixPath(shard.name, images[key][2])
+                        left_out.add("replaced by a later image of the same key", replaced)
                     images[key] = (info.offset_data, info.size, info.name)
-                elif extension in ("cls", "json"):
+                elif extension in found:
                     label = _label(tar.extractfile(info).read(1 << 20), extension)  # type: ignore[union-attr]
+                    found[extension].pop(key, None)
                     if label is None:
                         broken.add(key)
-                    elif key not in labels or extension == "cls":
-                        labels[key] = label
+                    else:
+                        found[extension][key] = label
+                elif reason_to_skip(PurePosixPath(base)) is None:
+                    left_out.add("with several extensions", PurePosixPath(shard.name, info.name))
+            check_end(file, tar.offset, total)
     except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:
         reason = message_of(error, 100)
         raise UserError(
             escape_undecodable(f"shard {shard} can't be read to its end ({reason}); copy it again")
         ) from error
-    rows = []
+    rows, labels = [], found["json"] | found["cls"]
     for key, (offset, size, name) in images.items():
         if key in labels:
             rows.append((offset, size, labels[key], name))

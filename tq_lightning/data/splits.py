@@ -62,6 +62,32 @@ class Source:
     files: dict[str, Split | None] = field(default_factory=dict)
 
 
+def classes_of(source: Source, labels: Tensor, known: list[str], have: str) -> list[str]:
+    """Return the class names of a split whose labels are class indices, and set `source.index`.
+
+    The first split defines the classes.
+
+    Args:
+        source: configuration of the reader.
+        labels: (N,) int64.
+        known: names of the first classes; the others are named by their index.
+        have: subject and verb of the error, e.g. "the val split of hfds/PATH has".
+
+    Raises:
+        UserError: a label is not among the classes.
+    """
+    top = int(labels.max())
+    if source.index is None:
+        count = max(top + 1, source.num_classes or 0, len(known))
+        source.index = {(known[n] if n < len(known) else str(n)): n for n in range(count)}
+    if top >= len(source.index):
+        raise UserError(
+            f"{have} the class index {top}, but there are {len(source.index)} classes; "
+            "pass data.num_classes"
+        )
+    return sorted(source.index, key=source.index.__getitem__)
+
+
 class Splits:
     """The splits of one data set, each read once.
 

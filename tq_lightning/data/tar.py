@@ -103,8 +103,23 @@ def _list_members(
                 left_out.add(reason, path)
             else:
                 members[path] = Member(first, info.size)
-        file.seek(tar.offset)
-    # tarfile interprets any data that is not a header as the end of the archive
+        check_end(file, tar.offset, end)
+
+
+def check_end(file: BoundedFile, offset: int, end: int) -> None:
+    """Check that only zeros follow the last member of a tar.
+
+    tarfile interprets any data that is not a header as the end of the archive.
+
+    Args:
+        file: the tar.
+        offset: end of the last member.
+        end: end of the tar.
+
+    Raises:
+        tarfile.ReadError: other data follows, such as members after a damaged header.
+    """
+    file.seek(offset)
     remaining = end - file.tell()
     while remaining > 0:
         chunk = file.read(min(remaining, 1 << 20))

@@ -19,7 +19,7 @@ from tq_lightning.data.images import (
     read_image,
 )
 from tq_lightning.data.shard_index import ShardIndex, cached_index
-from tq_lightning.data.splits import Source, Split
+from tq_lightning.data.splits import Source, Split, classes_of
 from tq_lightning.errors import UserError, message_of
 
 
@@ -42,9 +42,10 @@ def read_wds(source: Source, split: str) -> Split | None:
     if source.index is None and split != "train":
         read_wds(source, "train")  # the training split defines the classes
     index = cached_index(shards)
-    return Split(
-        _classes(source, index, split), torch.from_numpy(index.labels), read=Shards(shards, index)
-    )
+    labels = torch.from_numpy(index.labels)
+    known = _read_names(source.root / "classes.txt")
+    have = f"the {split} shards in {source.root} have"
+    return Split(classes_of(source, labels, known, have), labels, read=Shards(shards, index))
 
 
 def find_shards(root: Path, split: str) -> list[Path]:
@@ -110,19 +111,6 @@ def _read_names(file: Path) -> list[str]:
                 f"{name[:60]!r}; pass different names"
             )
     return names
-
-
-def _classes(source: Source, index: ShardIndex, split: str) -> list[str]:
-    known = _read_names(source.root / "classes.txt")
-    if source.index is None:
-        count = max(int(index.labels.max()) + 1, source.num_classes or 0, len(known))
-        source.index = {(known[n] if n < len(known) else str(n)): n for n in range(count)}
-    if int(index.labels.max()) >= len(source.index):
-        raise UserError(
-            f"the {split} shards in {source.root} have the class index {index.labels.max()}, but "
-            f"there are {len(source.index)} classes; pass data.num_classes"
-        )
-    return sorted(source.index, key=source.index.__getitem__)
 
 
 class Shards:

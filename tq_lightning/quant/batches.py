@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -61,6 +62,22 @@ def list_batches(model: nn.Module, batches: Iterable[Any], purpose: str) -> list
     return batches
 
 
+def training_batches(data: Any, n: int, device: torch.device | str = "cpu") -> list[Any]:
+    """Return up to `n` batches of a LightningDataModule's training loader, as a fit gets them.
+
+    Args:
+        data: the data module, after `setup("fit")`.
+        n: number of batches.
+        device: device of the batches.
+    """
+    batches = []
+    for batch in islice(data.train_dataloader(), n):
+        batch = data.on_before_batch_transfer(batch, 0)
+        batch = data.transfer_batch_to_device(batch, torch.device(device), 0)
+        batches.append(data.on_after_batch_transfer(batch, 0))
+    return batches
+
+
 def overwrites_outputs(model: nn.Module) -> bool:
     """Return True if the next call of a compiled network may overwrite the outputs of this one.
 
@@ -82,7 +99,7 @@ def may_record_graphs(compiled: nn.Module) -> bool:
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """Split a batch into the inputs of the network and the labels.
+    """Split a batch into the inputs of the network and the labels, int64 or floating point.
 
     Args:
         batch: (inputs, labels), (input, input, ..., labels), or a mapping with one of the keys
@@ -91,6 +108,12 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     Raises:
         UserError: the batch has no labels.
     """
+    inputs, labels = _parts(batch)
+    integers = isinstance(labels, Tensor) and not labels.is_floating_point()
+    return inputs, labels.long() if integers else labels
+
+
+def _parts(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         key = next((key for key in LABELS if key in batch), None)
         if key is None:

@@ -10,21 +10,26 @@ from tq_lightning.quant.batches import first_tensor
 IGNORE_INDEX = -100  # label of tokens that losses and metrics exclude, the default of PyTorch
 
 
-def check_logits(task: str, logits: Any, target: Tensor) -> None:
+def check_logits(task: str, logits: Any, target: Tensor, soft: bool = False) -> None:
     """Check that the logits of a network fit the task and the labels.
 
     Args:
         task: a value of `model.task`.
         logits: return value of `batches.call_model`.
         target: labels of the batch.
+        soft: accept probabilities of the classes as labels, as in training.
 
     Raises:
-        UserError: the logits are not a tensor, or their shape does not fit.
+        UserError: the logits or labels are not tensors, or their shapes do not fit.
     """
     if not isinstance(logits, Tensor):
         raise UserError(
             f"the network returns a {type(logits).__name__}; return a tensor of logits, or an "
             "object with the attribute logits"
+        )
+    if not isinstance(target, Tensor):
+        raise UserError(
+            f"the labels of a batch are a {type(target).__name__}; return a tensor of class indices"
         )
     shape, labels = tuple(logits.shape), tuple(target.shape)
     if target.dim() == 1 and target.is_floating_point():
@@ -35,7 +40,11 @@ def check_logits(task: str, logits: Any, target: Tensor) -> None:
                 "model.task=language_modeling needs logits (batch, tokens, vocabulary) and labels "
                 f"(batch, tokens), got {shape} and {labels}"
             )
-    elif len(shape) != 2 or labels[:1] != shape[:1]:
+    elif target.is_floating_point() and labels == shape and not soft:
+        raise UserError(
+            f"the labels of an evaluation are probabilities {labels}; return class indices (batch,)"
+        )
+    elif len(shape) != 2 or labels not in (shape[:1], shape):
         hint = "; pass model.task=language_modeling for a label per token" * (len(shape) == 3)
         raise UserError(
             f"the network returns logits {shape} for labels {labels}; expected (batch, classes) "

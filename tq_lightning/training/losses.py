@@ -138,7 +138,7 @@ def with_label_checks(
     """
 
     def checked(bits: int | None, logits: Tensor, wider: dict[int | None, Tensor]) -> Tensor:
-        check_logits(task, logits, target)
+        check_logits(task, logits, target, soft=True)
         if read_labels and not wider:
             check_labels(logits, target)
         try:

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.data.sampling import run_seed
 from tq_lightning.errors import TrainingError, UserError, first_line
 from tq_lightning.factories import is_factory, only_allow
@@ -319,8 +320,11 @@ class TQModule(L.LightningModule):
 
     @property
     def classes_are_known(self) -> bool:
-        """True if the data set has a number of classes, which was compared with the model's."""
-        return getattr(self._datamodule, "num_classes", None) is not None
+        """True if the labels were compared with the number of classes when the data was read.
+
+        This is not the case for the data sets of a user's factory.
+        """
+        return isinstance(self._datamodule, TQDataModule)
 
     @property
     def compiled_model(self) -> Any:
