@@ -343,3 +343,33 @@ def test_error_about_a_temporary_file_names_the_checkpoint(packed, tmp_path, mon
     with pytest.raises(UserError, match=message), command.packed_file(packed) as (path, _):
         raise UserError(f"{path} is used as it is")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda y: {"maps": y, "logits": y.mean((2, 3))}, None),
+        (lambda y: y, "(1, 10, 8, 8)"),
+        (lambda y: {"maps": y}, "dict"),
+        (lambda y: (y.mean((2, 3)), y), "tuple"),
+    ],
+)
+def test_classify_needs_logits(output, message, packed, tmp_path, capsys, monkeypatch):
+    class Network(torch.nn.Module):
+        tq_file = load_packed(packed).tq_file
+
+        def forward(self, x):
+            return output(torch.ones(len(x), 10, 8, 8))
+
+    from tq_lightning.export.packed import reader
+
+    image = tmp_path / "image.png"
+    Image.new("RGB", (32, 32)).save(image)
+    monkeypatch.setattr(reader, "load_packed", lambda *args, **named: Network())
+    status = main(["classify", str(packed), str(image), "--out", str(tmp_path / "out.csv")])
+    lines = capsys.readouterr().err.strip().splitlines()
+    if message is None:
+        assert status == 0
+    else:
+        assert status == 2 and len(lines) == 1 and f"returns {message};" in lines[0]
+    assert (tmp_path / "out.csv").exists() == (message is None)

@@ -109,6 +109,27 @@ def test_layer_with_two_names_is_replaced_under_both(tmp_path):
     assert kinds == ["DynamicLayer", "DynamicLayer", "Linear", "DynamicLayer"]
 
 
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+def test_convolution_in_float_keeps_its_padding_mode(mode, tmp_path):
+    pytest.importorskip("torch.ao.quantization.fx._decomposed")  # registers the operations
+
+    def network():
+        torch.manual_seed(0)
+        stem = nn.Conv2d(3, 8, 5, padding=2, padding_mode=mode)
+        return nn.Sequential(stem, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU())
+
+    model, images = network(), torch.rand(2, 3, 8, 8)
+    prepare(model, verbose=False, skip=["first"], norm="shared")
+    calibrate_activations(model.eval(), [images])
+    save_packed(model, tmp_path / "m.safetensors")
+    packed = load_packed(tmp_path / "m.safetensors", bits=4, model=network())
+    with torch.no_grad():
+        expected = packed(images)
+        made = static_network(load_packed(tmp_path / "m.safetensors", bits=4, model=network()))
+        assert made.integer == ["3.weight"]
+        assert (made.network(images) - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet8_cifar", "mobilenetv3_small_050"])
 def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):

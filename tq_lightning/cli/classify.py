@@ -139,6 +139,7 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
 
     from tq_lightning.data.images import escape_undecodable
     from tq_lightning.export.class_names import class_names
+    from tq_lightning.quant.batches import call_model
 
     names = class_names(model.tq_file)
     rows, bad = csv.writer(out), []
@@ -167,7 +168,14 @@ def _run(model: Any, files: list[Path], args: argparse.Namespace, out: IO[str]) 
             rows.writerow(COLUMNS)
             started = True
         with torch.inference_mode():
-            probabilities = model(torch.stack(pixels)).float().softmax(1)
+            logits = call_model(model, torch.stack(pixels))
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+            shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+            raise UserError(
+                f"classify needs logits of shape (images, classes), but the network of "
+                f"{args.model} returns {shape}; pass the file of a classifier"
+            )
+        probabilities = logits.float().softmax(1)
         values, classes = probabilities.topk(min(args.top, probabilities.shape[1]))
         for path, row, indices in zip(good, values.tolist(), classes.tolist(), strict=True):
             for rank, (value, index) in enumerate(zip(row, indices, strict=True), 1):

@@ -64,9 +64,8 @@ def static_network(model: nn.Module) -> StaticNetwork | None:
     """
     plan = IntegerPlan(model.eval(), exact_sums=True, exact=False)
     with torch.no_grad():
-        try:
-            graph = rewrite(plan)
-        except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError, NotImplementedError):
+        graph = rewrite(plan)
+        if graph is None:
             return None
         in_float = {k: v for k, v in plan.layers.items() if v not in ("integer", NOT_QUANTIZED)}
         fixed = _replace(graph, in_float)
@@ -176,7 +175,7 @@ def _with_bias(layer: nn.Module, bias: Tensor) -> nn.Module:
 
 def _conv(like: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """Create a float convolution with the options of another one."""
-    options: Any = (like.stride, like.padding, like.dilation, like.groups)
+    options: Any = (like.stride, like.padding, like.dilation, like.groups, True, like.padding_mode)
     made = nn.Conv2d(like.in_channels, like.out_channels, like.kernel_size, *options)  # type: ignore[arg-type]
     made.weight = nn.Parameter(weight.float(), requires_grad=False)
     made.bias = nn.Parameter(bias.float(), requires_grad=False)

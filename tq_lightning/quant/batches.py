@@ -17,12 +17,14 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call a network with a tensor, a tuple of arguments or a mapping of keyword arguments.
 
     Returns:
-        The return value of the network, or its attribute `logits`.
+        The return value of the network, or its attribute or key `logits`.
     """
     if isinstance(inputs, Mapping):
         out = model(**inputs)
     else:
         out = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    if isinstance(out, Mapping):
+        return out.get("logits", out)
     return out if isinstance(out, Tensor) else getattr(out, "logits", out)
 
 

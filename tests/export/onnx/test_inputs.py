@@ -109,6 +109,33 @@ def test_invalid_inputs_are_errors(tmp_path):
         export_static(tmp_path / "m.safetensors", tmp_path / "m.onnx", 4, model=OptionalArgument())
 
 
+class NamedOutputs(nn.Module):
+    """Return the logits after another output."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.b(self.a(x).relu())
+        return {"features": h, "logits": self.c(h)}
+
+
+def test_output_logits_is_that_of_a_mapping_in_any_order(tmp_path):
+    path, out = tmp_path / "m.safetensors", tmp_path / "m.onnx"
+    torch.manual_seed(0)
+    model, x = NamedOutputs(), torch.randn(5, 4)
+    prepare(model, verbose=False)
+    save_packed(model, path, inputs=[{"name": "x", "shape": [4], "type": "float32"}])
+    export_static(path, out, 3, model=NamedOutputs())
+    session = onnxruntime.InferenceSession(out)
+    logits, features = session.run(None, {"x": x.numpy()})
+    assert session.get_outputs()[0].name == "logits"
+    with torch.no_grad(), bit_width(model, 3, "truncate"):
+        assert torch.allclose(call_model(model, x), torch.from_numpy(logits), atol=1e-6)
+        assert torch.allclose(model(x)["features"], torch.from_numpy(features), atol=1e-6)
+
+
 class TwoNames(nn.Module):
     """A layer with two names, which is called under the second one."""
 

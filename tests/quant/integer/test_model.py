@@ -97,7 +97,7 @@ def prepare_with_statistics(model, images, **how):
         for bits in model.tq["widths"]:
             with bit_width(model, bits):
                 model(images)
-    calibrate_norms(model.eval(), [images])
+    calibrate_norms(model.eval(), [[images]])
     return model
 
 
@@ -295,6 +295,64 @@ def test_untraceable_model_runs_layer_by_layer():
 class OwnForward(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight)
+
+
+class FromInput(nn.Module):
+    """Call `own` with the network and its input, to choose what the rest of it reads."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.bn, self.own, self.head = nn.BatchNorm2d(8), own, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.own(self, x).mean((2, 3)))
+
+    def features(self, x):
+        return torch.relu(self.conv(torch.relu(self.stem(x))))
+
+
+def check_of_type(net, x):
+    if not isinstance(x, torch.Tensor) or isinstance(x, torch.fx.Proxy):
+        raise ValueError(f"expected a tensor, got {type(x).__name__}")
+    return net.features(x)
+
+
+FROM_INPUT = {  # name -> (own, input for images, True if it can be traced)
+    "mapping": (lambda net, x: net.features(x["images"]), lambda x: {"images": x}, True),
+    "list": (lambda net, x: net.features(x[0]), lambda x: [x], True),
+    "number": (lambda net, x: net.conv(torch.relu(net.stem(x))) + x.shape[1], None, True),
+    "own check": (check_of_type, None, False),
+    "parameter of a norm": (
+        lambda net, x: net.bn(net.features(x)) * net.bn.weight.view(-1, 1, 1),
+        None,
+        False,
+    ),
+    "statistics of a norm": (
+        lambda net, x: net.bn(net.features(x)) * net.bn.running_var.sqrt().view(-1, 1, 1),
+        None,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FROM_INPUT)
+def test_model_runs_on_integers_at_every_width_whatever_it_reads(case):
+    torch.manual_seed(0)
+    own, wrap, traced = FROM_INPUT[case]
+    images = random_images()
+    x = images if wrap is None else wrap(images)
+    model = prepare_with_statistics(FromInput(own), x)
+    with torch.no_grad():
+        for bits, norm in enumerate(model.bn.sets.values(), 1):
+            norm.weight.fill_(bits)
+    calibrate_activations(model, [[x]])
+    run = integer_model(copy.deepcopy(model))
+    assert isinstance(run.network, torch.fx.GraphModule) == traced
+    assert [layer.name for layer in integer_layers(run)] == ["conv"]
+    for bits in (8, 4, 1):
+        expected = logits_at(model, x, bits)
+        assert (logits_at(run, x, bits) - expected).norm() < 0.03 * expected.norm()
 
 
 def test_layers_without_an_integer_kernel_are_named_and_stay_in_float():
@@ -622,7 +680,7 @@ def test_source_selects_the_codes_of_the_weights(quantizer):
 @pytest.mark.parametrize("traced", [True, False])
 def test_input_of_another_shape_is_an_error_of_one_line(traced, monkeypatch):
     if not traced:
-        monkeypatch.setattr(integer, "rewrite", lambda plan: operator.truediv(plan, None))
+        monkeypatch.setattr(integer, "rewrite", lambda plan: None)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
     prepare(net, skip=())
     calibrate_activations(net, [torch.rand(4, 3, 4, 4)])

@@ -64,6 +64,7 @@ def trace(
     Raises:
         UserError: PyTorch can't export the model.
     """
+    hook = model.register_forward_hook(_logits_first)
     try:
         with warnings.catch_warnings():
             # WidthTables.select assigns attributes during the trace on purpose
@@ -90,10 +91,18 @@ def trace(
         raise UserError(
             f"PyTorch can't export this network to ONNX ({type(error).__name__}: {reason})"
         ) from error
+    finally:
+        hook.remove()
     assert program is not None
     buffer = io.BytesIO()
     program.save(buffer)  # type: ignore[arg-type]
     return onnx.load_model_from_string(buffer.getvalue())
+
+
+def _logits_first(model: nn.Module, args: Any, out: Any) -> Any:
+    """Move the logits to the front of a mapping: the first output of a graph has their name."""
+    has_logits = isinstance(out, Mapping) and "logits" in out
+    return {"logits": out["logits"], **out} if has_logits else out
 
 
 def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:

@@ -42,7 +42,7 @@ class IntegerModel(nn.Module):
         inputs = tuple(_to_float32(value) for value in inputs)
         named = {name: _to_float32(value) for name, value in named.items()}
         traced = isinstance(self.network, fx.GraphModule)
-        if traced and inputs and inputs[0].dim() == 4:
+        if traced and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 4:
             inputs = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
         return self.network(*inputs, **named)
 
@@ -97,10 +97,7 @@ def integer_model(
             "calibrate_activations(model, batches), or export it with --calibrate"
         )
     plan = IntegerPlan(model, exact_sums, exact)
-    try:
-        network: nn.Module = rewrite(plan)
-    except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError, NotImplementedError):
-        network = _replace_layers(plan)
+    network: nn.Module = rewrite(plan) or _replace_layers(plan)
     if all(why != "integer" for why in plan.layers.values()):
         name, why = next(
             (item for item in plan.layers.items() if item[1] != NOT_QUANTIZED),

@@ -16,16 +16,19 @@ from tq_lightning.quant.integer.plan import IntegerPlan
 from tq_lightning.quant.integer.trace import TracedNetwork, only_user
 
 
-def rewrite(plan: IntegerPlan) -> fx.GraphModule:
+def rewrite(plan: IntegerPlan) -> fx.GraphModule | None:
     """Trace a model and rewrite it for integer layers.
 
     Args:
         plan: the layers; those without an activation range are marked in it.
 
-    Raises:
-        Exception: see `TracedNetwork`.
+    Returns:
+        The new network; None if torch.fx cannot trace the model.
     """
-    network = TracedNetwork(plan.model, plan.modules)
+    try:
+        network = TracedNetwork(plan.model, plan.modules)
+    except Exception:  # the network may be the user's: it may raise anything
+        return None
     into = input_codes(network, plan)
     flow = CodeFlow(network, into, find_chains(network, into))
     return _NewGraph(plan, network, flow).build()
@@ -216,8 +219,10 @@ class OwnedCopy(nn.Module):
         super().__init__()
         self.free = free
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | float) -> Tensor:
         """Return `x` or a copy, in the memory format of the kernels."""
+        if not isinstance(x, Tensor):  # a number that the network computes, such as a size
+            return torch.tensor(float(x))
         if x.dim() != 4:  # broadcast by the sum, which does not overwrite it
             return x
         if self.free and x.is_contiguous(memory_format=torch.channels_last):

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.layers import LAYER_NORMS
-from tq_lightning.quant.switchable_norm import PerWidthNorm
+from tq_lightning.quant.switchable_norm import PerWidthNorm, per_width_norms
 
 # modules without effect in evaluation mode
 NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -22,6 +23,16 @@ _MOVE_METHODS = ("flatten", "view", "reshape", "contiguous")
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        norms = per_width_norms(model)
+        self.of_norms = {id(t) for norm in norms for t in (*norm.parameters(), *norm.buffers())}
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if id(attr_val) in self.of_norms:
+            raise fx.proxy.TraceError(f"{attr} of a norm is read, which depends on the width")
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         return (
             parametrize.is_parametrized(m)
@@ -55,7 +66,7 @@ class TracedNetwork:
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         self.model, self.modules = model, modules
-        self.graph = fx.GraphModule(model, _Tracer().trace(model)).graph
+        self.graph = fx.GraphModule(model, _Tracer(model).trace(model)).graph
         for node in list(self.graph.nodes):
             if node.op == "call_module" and not node.args and len(node.kwargs) == 1:
                 node.args, node.kwargs = tuple(node.kwargs.values()), {}
