@@ -288,6 +288,12 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         (["--trainer.default_root_dir", "/proc/no/such"], "/proc"),
         (["--trainer.default_root_dir", "/dev/null/x"], "/dev/null"),
         (["--trainer.accelerator", "tpu"], "trainer.accelerator: this accelerator is not avai"),
+        (["--trainer.num_nodes", "9" * 20], f"num_nodes: got {'9' * 20}, pass 1 or more, up to 21"),
+        (["--trainer.devices", "9" * 20], f"trainer.devices: got {'9' * 20}, pass a number"),
+        (["--trainer.accumulate_grad_batches", "9" * 20], "accumulate_grad_batches: got 99999"),
+        (["--trainer.max_time", "{hour: 1}"], "trainer.max_time: got {'hour': 1}, pass days:hours"),
+        (["--trainer.val_check_interval", "{}"], "trainer.val_check_interval: got {}, pass a frac"),
+        (["--trainer.val_check_interval", "nan"], "val_check_interval: got nan, pass a fraction"),
         (["--trainer.max_time", "soon"], "trainer.max_time: got soon, pass days:hours:minutes:sec"),
         (
             ["--trainer.limit_val_batches", "1.5"],
