@@ -278,6 +278,11 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         (["--data.batch_size", "5000"], "data.batch_size=5000 is too large: 1293 training samples"),
         (["--model.num_classes", "4"], "model.num_classes: got 4, but the data has 10 classes"),
         (["--model.model_args", "{in_chans: 1}"], "got in_chans=1, but the images have 3 channels"),
+        (["--model.model_args", "{1: 2}"], "model.model_args: got {1: 2}, pass a mapping of names"),
+        (
+            ["--data.name", "os:getcwd", "--data.data_args", "{1: 2}"],
+            "data.data_args: got {1: 2}, pass a mapping of names",
+        ),
         (["--model.warmup_epochs", "4"], "model.warmup_epochs: got 4, but trainer.max_epochs is 2"),
         (["--trainer.accelerator", "gpu"], "trainer.accelerator: got 'gpu', but PyTorch finds no"),
         (["--trainer.accelerator", "gpu7"], "trainer.accelerator: got 'gpu7', pass one of auto"),
