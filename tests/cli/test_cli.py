@@ -146,6 +146,17 @@ def test_later_config_files_override_earlier_ones(
             [*DIGITS, "--trainer.precision", "7"],
             "error: trainer.precision: got '7', pass 64, 32, 16 or 'transformer-engine'",
         ),
+        # the parser repeats the value for each type that the key accepts
+        (
+            [*DIGITS, "--trainer.max_epochs", "true"],
+            "error: trainer.max_epochs: got 'true', pass an integer or null",
+        ),
+        (
+            [*DIGITS, "--data.samples", "1e400"],
+            "error: data.samples: got '1e400', pass an integer or null",
+        ),
+        ([*DIGITS, "--model.lr="], "error: model.lr: got '', pass a number"),
+        ([*DIGITS, "--model.num_classes="], "model.num_classes: got '', pass an integer or null"),
         ([*DIGITS, "--model.widths", "9"], "from 1 to max_bits=8, got [9]"),
         ([*DIGITS, "--model.widths", "a,b"], "got 'a,b', expected integers"),
         ([*DIGITS, "--model.teacher", "wide"], "pass one of none, widest"),

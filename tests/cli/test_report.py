@@ -39,6 +39,15 @@ def test_narrow_terminal_truncates_no_text(tmp_path, make, quick, capsys, monkey
     assert re.search(r"^model \S+, data ", out, re.MULTILINE)
 
 
+def test_name_with_a_line_break_stays_in_its_row(tmp_path, make, quick, capsys):
+    record = make.run()
+    record["config"]["model"]["name"] = "local-dir:a\nb"
+    make.write(tmp_path / "runs", record)
+    assert command.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    assert len(rows) == 2 and rows[1].startswith("local-dir:a b\t")
+
+
 @pytest.mark.slow
 def test_report_is_complete_without_importing_torch(tmp_path, make):
     failed = make.run(seed=5, status="failed", reason="out of memory")

@@ -227,6 +227,9 @@ BAD = {  # name -> (arguments, message)
     ),
     "activations": ({"activations": "relu"}, "unknown activations 'relu'; pass null or one of"),
     "ste with activations": ({"activations": "pact_floor", "ste": "ceil"}, "unknown ste 'ceil'"),
+    "a mapping for level": ({"level": {"a": 1}}, "unknown level {'a': 1}; pass one of endpoint"),
+    "a list for ste": ({"ste": ["scaled"]}, r"unknown ste \['scaled'\]; pass auto or one of"),
+    "a list for activations": ({"activations": []}, r"unknown activations \[\]; pass null or one"),
     "norm": (
         {"norm": "batch"},
         "unknown norm 'batch'; pass one of per_width, per_width_all, shared",

@@ -1,6 +1,7 @@
 """Reading records: which are used, and the reasons for those left out."""
 
 import json
+import os
 import shutil
 import sqlite3
 
@@ -155,6 +156,8 @@ def test_different_runs_with_the_same_id_are_left_out(tmp_path, make):
         ("empty", "the folder is empty"),
         ("photos", "no record.json among its 1 files"),
         ("photos/a.txt", "neither a JSON record nor an Optuna study"),
+        ("dir", "no usable record among 1: dir/record.json: not a regular file"),
+        ("pipe", "no usable record among 1: pipe/record.json: not a regular file"),
         ("half/record.json", "no usable record among 1: half/record.json: broken JSON"),
         ("sqlite:///absent.db", "no such SQLite file"),
         ("notes.db", "notes.db: not readable as an Optuna study"),
@@ -163,8 +166,9 @@ def test_different_runs_with_the_same_id_are_left_out(tmp_path, make):
 )
 def test_invalid_input_is_an_error_of_one_line(tmp_path, monkeypatch, given, words):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "photos", "half"):
-        (tmp_path / name).mkdir()
+    for name in ("empty", "photos", "half", "dir/record.json", "pipe"):
+        (tmp_path / name).mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe" / "record.json")
     (tmp_path / "photos" / "a.txt").write_text("x")
     (tmp_path / "half" / "record.json").write_text('{"schema": 1,')
     with sqlite3.connect(tmp_path / "notes.db") as base:

@@ -153,6 +153,7 @@ BAD = [
     (["--objectives", "a"], "expected NAME:max or NAME:min"),
     (["--objectives", "a:max,a:min"], "each name once"),
     (["--workers", "-1"], "--workers: expected an integer >= 0, got -1"),
+    (["--workers", "9" * 20], "--workers: expected an integer <= 1024, got 99999999999999999999"),
     (["--n-trials", "0"], "--n-trials: expected an integer >= 1, got 0"),
     (["--storage", ""], "--storage: got ''; pass a value, or omit the option"),
     (["--dir", " "], "--dir: got ' '; pass a value, or omit the option"),

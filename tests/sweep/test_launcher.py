@@ -144,3 +144,29 @@ def test_workers_start_with_the_variables_of_the_command(tmp_path, monkeypatch):
     for environment in ({"OMP_NUM_THREADS": "3"}, {}):
         WorkerPool(options, None, environment).start(0)
     assert [env["OMP_NUM_THREADS"] for env in given] == ["3", "2"]
+
+
+def test_no_more_workers_than_trials(tmp_path, monkeypatch):
+    started = []
+
+    class Pool:
+        running = ()
+
+        def __init__(self, *_):
+            pass
+
+        def start(self, slot):
+            started.append(slot)
+
+        def kill(self, *_):
+            pass
+
+    queue = SimpleNamespace(limit=2, refresh=lambda: None)
+    progress = SimpleNamespace(show=lambda: None)
+    monkeypatch.setattr(launcher, "open_study", lambda *_: None)
+    monkeypatch.setattr(launcher, "make_trial_queue", lambda *_: queue)
+    monkeypatch.setattr(launcher, "Progress", lambda *_: nullcontext(progress))
+    monkeypatch.setattr(launcher, "WorkerPool", Pool)
+    options = Options(tmp_path, "sqlite:///study.db", "study", {"loss": "minimize"}, workers=100)
+    assert run_sweep(SimpleNamespace(environment={}), options) == 0
+    assert started == [0, 1]

@@ -76,6 +76,13 @@ def test_run_with_a_time_limit_is_evaluated_at_its_end(tmp_path):
     assert list((run / "checkpoints").glob("best-*.ckpt"))
 
 
+@pytest.mark.parametrize("interval", ["00:00:00:01", "{hours: 1}"])
+def test_run_with_validations_by_time_has_a_result(tmp_path, interval):
+    run_fit(arguments(tmp_path, trainer__val_check_interval=interval, trainer__max_epochs=1))
+    _, record = only_run(tmp_path)
+    assert record["status"] == "finished" and record["widths"]["2"]["truncate"] > 0
+
+
 @pytest.mark.slow
 def test_best_values_are_those_of_the_best_checkpoint_within_an_epoch(tmp_path):
     """The best values of the record are those of the best checkpoint, also within an epoch."""

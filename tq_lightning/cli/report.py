@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
 def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
     """Print the arms, the skipped inputs and the folder, as a table or as plain lines."""
     frame = pd.concat([arms(part).shown for part in comparisons.by_metric]).fillna("")
+    frame = frame.replace(r"\s+", " ", regex=True)  # a name may contain a line break
     varying_columns = [
         column for column in IF_DIFFERENT if column in frame and frame[column].nunique() > 1
     ]

@@ -15,6 +15,8 @@ from tq_lightning.sweep.config import GOALS, Sweep, read_sweep, with_extra
 from tq_lightning.sweep.study import FIT, Options, make_trial_queue, open_study, trial_limit
 from tq_lightning.sweep.trial_queue import STALE_SECONDS
 
+MAX_WORKERS = 1024  # processes of one command
+
 
 def main(argv: list[str], fit: str = FIT) -> int:
     """Run or join the sweep of a file.
@@ -107,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("file", help="sweep file in the W&B format, e.g. sweeps/digits.yaml")
     p.add_argument(
         "--workers",
-        type=_integer(0),
+        type=_integer(0, MAX_WORKERS),
         default=1,
         help="worker processes on this machine (default: 1; 0 runs the trials in this process)",
     )
@@ -205,7 +207,7 @@ def read_objectives(text: str | None, sweep: Sweep) -> dict[str, str]:
     return objectives
 
 
-def _integer(least: int) -> Callable[[str], int]:
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
     def integer(text: str) -> int:
         try:
             number = int(text)
@@ -213,6 +215,8 @@ def _integer(least: int) -> Callable[[str], int]:
             number = least - 1
         if number < least:
             raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
+        if most is not None and number > most:
+            raise argparse.ArgumentTypeError(f"expected an integer <= {most}, got {text}")
         return number
 
     return integer

@@ -33,8 +33,11 @@ def open_custom(
         The LightningDataModule that the factory returns, or a `DatasetModule` of its data sets.
 
     Raises:
-        UserError: see `call_factory`; or the factory returns another type.
+        UserError: see `call_factory`; an argument without a name; or the factory returns another
+            type.
     """
+    if not all(isinstance(key, str) for key in arguments or {}):
+        raise UserError(f"data.data_args: got {arguments}, pass a mapping of names, e.g. {{n: 1}}")
     made = call_factory(name, "data.name", **(arguments or {}))
     if isinstance(made, lightning.LightningDataModule):
         return made

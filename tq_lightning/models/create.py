@@ -93,11 +93,13 @@ def check_arguments(arguments: Any) -> None:
     """Check `model.model_args`, the further arguments of a model.
 
     Raises:
-        UserError: not a mapping, or an argument that has a key of its own.
+        UserError: not a mapping of names, or an argument that has a key of its own.
     """
-    if not isinstance(arguments or {}, dict):
+    if not isinstance(arguments or {}, dict) or not all(
+        isinstance(k, str) for k in arguments or {}
+    ):
         raise UserError(
-            f"model.model_args: got {arguments!r}, pass a mapping, e.g. {{in_chans: 1}}"
+            f"model.model_args: got {arguments!r}, pass a mapping of names, e.g. {{in_chans: 1}}"
         )
     for key in ("name", "num_classes", "pretrained", "checkpoint_path"):
         if key in (arguments or {}):

@@ -85,14 +85,15 @@ class QuantConfig:
             ("scale", SCALES),
         ):
             value = getattr(self, key)
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 hint = did_you_mean(value, known)
                 raise ValueError(f"unknown {key} {value!r}; pass one of {', '.join(known)}{hint}")
         if not isinstance(self.quantize_embeddings, bool):
             raise ValueError(
                 f"quantize_embeddings must be true or false, got {self.quantize_embeddings!r}"
             )
-        if self.activations is not None and self.activations not in ACTIVATIONS:
+        named = self.activations is None or isinstance(self.activations, str)
+        if not named or self.activations not in (None, *ACTIVATIONS):
             raise ValueError(
                 f"unknown activations {self.activations!r}; "
                 f"pass null or one of {', '.join(ACTIVATIONS)}"

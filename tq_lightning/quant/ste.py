@@ -180,6 +180,6 @@ def resolve_ste(ste: str, quantizer: str) -> str:
     """
     if ste == "auto":
         return QUANTIZERS[quantizer].ste
-    if ste not in STES:
+    if not isinstance(ste, str) or ste not in STES:
         raise ValueError(f"unknown ste {ste!r}; pass auto or one of {', '.join(STES)}")
     return ste

@@ -31,6 +31,8 @@ def read_any(path: str | Path) -> Record | InspectRecord:
     Raises:
         RecordError: the file is missing, unreadable or damaged, or does not match the schema.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a folder, or a pipe, which could block
+        raise RecordError("not a regular file")
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

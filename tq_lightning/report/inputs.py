@@ -99,7 +99,7 @@ def _from_folder(folder: Path) -> list[Candidate]:
         skipped = {f for f in folders if is_temporary(f) or Path(where, f, "report.json").exists()}
         folders[:] = sorted({*folders} - skipped - {"checkpoints"})
         seen += len(files)
-        for path in (Path(where) / name for name in sorted(files)):
+        for path in (Path(where) / name for name in sorted({*files, *({NAME} & {*folders})})):
             if path.name == NAME or (path.suffix == ".json" and _looks_like_inspect(path)):
                 out.append(Candidate(path, shown(path)))
         # The record of a pruned trial has the status "finished", like one that stopped early.

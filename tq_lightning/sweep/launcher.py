@@ -53,7 +53,7 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
     before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
         with Progress(queue, deadline, options.workers) as progress:
-            for slot in range(options.workers):
+            for slot in range(min(options.workers, queue.limit or options.workers)):
                 pool.start(slot)
             while pool.running:
                 with outage:

@@ -101,7 +101,8 @@ def _wrong_type(text: str) -> str | None:
     """Rewrite jsonargparse's message on a value of the wrong type: "key: got value, pass types"."""
     key = re.match(r'Parser key "([\w.]+)": ', text)
     types = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[([^]]*)\])", text)
-    given = re.search(r"(?:Given|Got) value: (.*)$", text)
+    # "Given value:" at the end is the text; "Got value:" is repeated for each type of a union
+    given = re.search(r"Given value:\s*(.*)$", text) or re.search(r"Got value:\s*(.*)$", text)
     if not key or not types or not given or text.count("Expected a") != len(types):
         return None
     accepted = [_TYPES.get(name, name) or values for name, values in types]

@@ -60,7 +60,9 @@ def _check_intervals(trainer: Any, batches: int) -> None:
             "larger fraction, or a number of batches"
         )
     batches = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
-    every, by_epoch = trainer.val_check_interval, trainer.check_val_every_n_epoch is not None
+    # Lightning sets no `val_check_interval` for one in time
+    every = getattr(trainer, "val_check_interval", None)
+    by_epoch = trainer.check_val_every_n_epoch is not None
     if isinstance(every, int) and by_epoch and every > batches:
         raise UserError(
             f"trainer.val_check_interval: got {every}, but an epoch has {batches} batches; pass at "

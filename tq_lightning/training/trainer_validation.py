@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from tq_lightning.errors import UserError
@@ -65,8 +66,14 @@ def check_precision(given: Any, used: Any) -> None:
 
 
 def _is_time(value: Any) -> bool:
-    text = str(value)
-    form = not isinstance(value, str) or re.fullmatch(r"\d+:\d\d:\d\d:\d\d", text.strip())
+    """Return True for days:hours:minutes:seconds, or arguments of a timedelta, above 0."""
+    if isinstance(value, dict):
+        try:
+            return timedelta(**value) > timedelta()
+        except (TypeError, OverflowError):
+            return False
+    text = str(value).strip()
+    form = re.fullmatch(r"\d+:\d\d:\d\d:\d\d", text)
     return bool(form) and any(c in "123456789" for c in text)
 
 
@@ -75,29 +82,37 @@ def _is_share(value: float) -> bool:
     return 0 <= value <= 1 or (value > 1 and float(value).is_integer())
 
 
+def _is_count(value: int) -> bool:
+    """Return True for a number from 1 that fits the 32-bit integers of PyTorch."""
+    return 1 <= value < 2**31
+
+
 def _is_devices(value: Any) -> bool:
     """Return True for a count, -1, "auto", or a list of indices such as "0,1"."""
     if isinstance(value, list):
         return bool(value)
     text = str(value).strip()
     listed = re.fullmatch(r"\d+,|\d+(\s*,\s*\d+)+", text)
-    return text in ("auto", "-1") or bool(listed or re.fullmatch(r"0*[1-9]\d*", text))
+    counted = re.fullmatch(r"0*[1-9]\d*", text) and _is_count(int(text))
+    return text in ("auto", "-1") or bool(listed or counted)
 
 
+_COUNT = (_is_count, f"1 or more, up to {2**31 - 1}")
 _SHARE = (_is_share, "a fraction from 0.0 to 1.0, or a number of batches")
 
 # trainer key -> (test of a value that is not null, description of the accepted values). Lightning
 # accepts other values, and ignores them or divides by zero.
 _TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "devices": (_is_devices, "a number from 1, -1 for all, auto, or indices such as 0,1"),
-    "num_nodes": (lambda v: v >= 1, "1 or more"),
+    "num_nodes": _COUNT,
+    "accumulate_grad_batches": _COUNT,
     "max_epochs": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
     "max_steps": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
     "max_time": (_is_time, "days:hours:minutes:seconds above 0, e.g. 00:01:00:00"),
     "check_val_every_n_epoch": (lambda v: v >= 1, "1 or more"),
     "val_check_interval": (
-        lambda v: isinstance(v, str | dict) or (v != 0 and _is_share(v)),
-        "a fraction of an epoch up to 1.0, or a number of batches",
+        lambda v: _is_time(v) if isinstance(v, str | dict) else v != 0 and _is_share(v),
+        "a fraction of an epoch up to 1.0, a number of batches, or days:hours:minutes:seconds",
     ),
     "log_every_n_steps": (lambda v: v >= 0, "1 or more, or 0 for never"),
     "gradient_clip_val": (lambda v: v >= 0, "a number from 0"),

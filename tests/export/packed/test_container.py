@@ -1,5 +1,7 @@
 """Damaged, foreign, newer and hostile files raise a UserError and never return a model."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +178,9 @@ def test_foreign_file_is_an_error(content, tmp_path):
         load_packed(tmp_path / "missing.safetensors")
     with pytest.raises(UserError, match="cannot open"):
         load_packed(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"cannot open .*pipe .not a regular file"):
+        load_packed(tmp_path / "pipe")
 
 
 def test_deeply_nested_json_does_not_crash(tmp_path):

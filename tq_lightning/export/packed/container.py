@@ -110,6 +110,8 @@ class Container:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+            raise UserError(f"cannot open {path} (not a regular file)")  # a pipe could block
         try:
             with open(self.path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
