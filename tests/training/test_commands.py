@@ -347,6 +347,24 @@ def test_callback_on_a_metric_that_is_not_logged_is_an_error_of_one_line(tmp_pat
     assert line.startswith(message) and "val/acc1_truncate_w8" in line
 
 
+def test_callback_with_the_state_of_one_of_ours_is_an_error_of_one_line(tmp_path, capsys):
+    """Lightning raised RuntimeError for a ModelCheckpoint with its default arguments."""
+    given = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+    assert main(["fit", *small(tmp_path, "--trainer.max_epochs", "1", *given)]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    message = "error: trainer.callbacks: two of type ModelCheckpoint have the same monitor and"
+    assert line.startswith(message) and "pass another monitor, e.g. val/loss" in line
+
+
+def test_seed_true_is_a_number_that_auto_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    more = ["--run_dir", str(tmp_path / "run"), "--ckpt_path", "auto", "--seed_everything", "true"]
+    arguments = small(tmp_path, "--trainer.max_epochs", "1", *more)
+    assert json.loads(Path(run_fit(arguments)["record"]).read_text())["seed"] == 7
+    assert main(["fit", *arguments]) == 0
+    assert f"{tmp_path / 'run'} is finished" in capsys.readouterr().err
+
+
 def test_start_line_names_only_a_folder_that_the_verb_writes(copied):
     run, checkpoint = copied[1], Path("some/last.ckpt")
     name = f"run folder: {run}"

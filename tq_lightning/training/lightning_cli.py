@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError
+from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -144,6 +145,8 @@ class TQCLI(LightningCLI):
             check_nulls(section, config[section])
         expand_paths(config)
         check_run(self.config.subcommand, config)
+        if config.seed_everything is True:  # a number: a later start compares it with the record
+            config.seed_everything = seed_everything()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options outside of the sections."""
@@ -204,6 +207,10 @@ class TQCLI(LightningCLI):
             super().instantiate_classes()
         except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
             if isinstance(error, UserError):
+                raise
+            raise UserError(rewrite_parser_error(error)) from error
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
                 raise
             raise UserError(rewrite_parser_error(error)) from error
 
