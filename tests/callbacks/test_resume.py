@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import tensor
 
-from tq_lightning.callbacks.resume import StepSeeds, UpdateCheckpointFolder
+from tq_lightning.callbacks.resume import RemoveLaterBest, StepSeeds, UpdateCheckpointFolder
 
 
 def test_best_checkpoint_path_follows_a_moved_run(tmp_path):
@@ -38,6 +38,27 @@ def test_checkpoint_of_other_callbacks_is_unchanged(tmp_path):
         SimpleNamespace(checkpoint_callbacks=[ModelCheckpoint(tmp_path)]), None, checkpoint
     )
     assert checkpoint == {"callbacks": {"Other": {"dirpath": "x"}}}
+
+
+def test_best_checkpoints_after_the_resumed_one_are_deleted(tmp_path):
+    """Of a run that is resumed after 3 epochs, with other settings; its best epoch was 2."""
+    names = ["best-2", "best-3", "best-10", "best-mine", "last", "best-11"]
+    for name in names:
+        (tmp_path / f"{name}.ckpt").touch()
+    best = ModelCheckpoint(tmp_path, monitor="acc", mode="max")
+    best.best_model_path = str(tmp_path / "best-2.ckpt")
+    trainer = SimpleNamespace(
+        checkpoint_callbacks=[best],
+        current_epoch=3,
+        ckpt_path=tmp_path / "best-10.ckpt",  # moved here by the user
+        is_global_zero=False,
+    )
+    RemoveLaterBest(tmp_path).on_train_start(trainer, None)
+    assert len(list(tmp_path.iterdir())) == len(names)
+    trainer.is_global_zero = True
+    RemoveLaterBest(tmp_path).on_train_start(trainer, None)
+    kept = {path.stem for path in tmp_path.iterdir()}
+    assert kept == {"best-2", "best-10", "best-mine", "last"}
 
 
 def draws(step, seed=0, rank=0):

@@ -1,6 +1,7 @@
 """The verbs fit, test, validate and predict: the run that they belong to, and their errors."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 from tq_lightning.callbacks.resume import StepCheckpoint
 from tq_lightning.cli import main, run_fit
 from tq_lightning.errors import UserError
-from tq_lightning.training.run_messages import start_line
+from tq_lightning.training.run_messages import next_command, start_line
 from tq_lightning.training.trainer_validation import _is_share
 
 SMALL = [
@@ -356,6 +357,55 @@ def test_callback_on_a_metric_that_is_not_logged_is_an_error_of_one_line(tmp_pat
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     message = "error: trainer.callbacks: the metric 'val/acc1_truncate_w9' is not logged; did you"
     assert line.startswith(message) and "val/acc1_truncate_w8" in line
+
+
+def test_callback_with_the_state_of_one_of_ours_is_an_error_of_one_line(tmp_path, capsys):
+    """Lightning raised RuntimeError for a ModelCheckpoint with its default arguments."""
+    given = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+    assert main(["fit", *small(tmp_path, "--trainer.max_epochs", "1", *given)]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    message = "error: trainer.callbacks: two of type ModelCheckpoint have the same monitor and"
+    assert line.startswith(message) and "pass another monitor, e.g. val/loss" in line
+
+
+def test_seed_true_is_a_number_that_auto_resumes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    more = ["--run_dir", str(tmp_path / "run"), "--ckpt_path", "auto", "--seed_everything", "true"]
+    arguments = small(tmp_path, "--trainer.max_epochs", "1", *more)
+    assert json.loads(Path(run_fit(arguments)["record"]).read_text())["seed"] == 7
+    assert main(["fit", *arguments]) == 0
+    assert f"{tmp_path / 'run'} is finished" in capsys.readouterr().err
+
+
+def test_seed_true_is_not_that_of_an_earlier_fit_of_the_process(tmp_path, monkeypatch):
+    """As in a sweep, whose workers run one trial after another."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    once = small(tmp_path, "--trainer.max_epochs", "1")
+    runs = [run_fit([*once, "--seed_everything", seed]) for seed in ("3", "true")]
+    assert [json.loads(Path(r["record"]).read_text())["seed"] for r in runs] == [3, 0]
+    assert "PL_GLOBAL_SEED" not in os.environ
+
+
+@pytest.mark.parametrize("flag", ["--wandb", "--tensorboard"])
+@pytest.mark.parametrize("logger", ["false", "CSVLogger"])
+def test_logger_flag_beside_own_loggers_is_an_error(tmp_path, capsys, flag, logger):
+    """The flag had no effect: nothing was logged to W&B."""
+    more = ["--trainer.max_epochs", "1", flag, "--trainer.logger", logger]
+    more += ["--trainer.logger.save_dir", str(tmp_path)] if logger != "false" else []
+    assert main(["fit", *small(tmp_path, *more)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {flag[2:]}: got true, but trainer.logger replaces the loggers")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_next_command_names_the_newest_best_checkpoint(tmp_path):
+    """A kill between two writes leaves both best-9 and best-10, which text sorts before 9."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for seconds, name in enumerate(["best-9.ckpt", "best-10.ckpt"], 1):
+        (folder / name).touch()
+        os.utime(folder / name, (seconds, seconds))
+    assert next_command("fit", tmp_path).endswith(f"--ckpt_path {folder / 'best-10.ckpt'}")
 
 
 def test_start_line_names_only_a_folder_that_the_verb_writes(copied):

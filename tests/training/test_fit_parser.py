@@ -78,6 +78,17 @@ def test_dumped_configuration_is_read_back_unchanged(verbs, fit):
         assert isinstance(parse_yaml(dump({"k": value}), "text", Loader)["k"], Text)
 
 
+def test_dumped_arguments_of_a_class_are_read_back_unchanged(verbs, fit):
+    """They were text in config.yaml and record.json, and config.yaml could not be read."""
+    given = ["EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    config = fit("--trainer.callbacks", *given)
+    text = verbs["fit"].dump(config, skip_none=False)
+    (saved,) = parse_yaml(text, "text", Loader)["trainer"]["callbacks"]
+    assert saved["init_args"]["monitor"] == "val/loss"
+    assert fit(config=text).trainer.callbacks == config.trainer.callbacks
+    assert fit("--data.root", "a: b").data.root == "a: b"
+
+
 def test_text_among_arguments_of_a_factory_is_dumped_without_a_warning(verbs, fit, recwarn):
     config = fit("--data.data_args={file: 'a.zip', size: 3}", "--model.model_args={kind: b}")
     written = verbs["fit"].dump(config)

@@ -2,11 +2,12 @@
 
 `StepSeeds` makes the random state of a step independent of earlier steps. `StepCheckpoint` writes
 checkpoints from which a run resumes within an epoch. `UpdateCheckpointFolder` updates the paths in
-a checkpoint of a moved run.
+a checkpoint of a moved run. `RemoveLaterBest` deletes best checkpoints after the resumed one.
 """
 
 import os
 import random
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -68,6 +69,31 @@ class UpdateCheckpointFolder(L.Callback):
                 checkpoint["callbacks"][callback.state_key] = _moved(
                     state, str(state["dirpath"]), str(callback.dirpath)
                 )
+
+
+class RemoveLaterBest(L.Callback):
+    """Delete best checkpoints of later epochs than the checkpoint that a run resumes from.
+
+    These epochs are trained again, maybe with other settings, and the record drops their results.
+    A remaining file would be taken for the best one of the run.
+
+    Args:
+        folder: the run's checkpoints.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        kept = {Path(str(trainer.ckpt_path)).resolve()}
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                kept.add(Path(callback.best_model_path).resolve())
+        for path in self.folder.glob("best-*.ckpt"):
+            epoch = path.stem.removeprefix("best-")
+            later = epoch.isdecimal() and int(epoch) >= trainer.current_epoch
+            if trainer.is_global_zero and later and path.resolve() not in kept:
+                path.unlink()
 
 
 def _moved(value: Any, before: str, now: str) -> Any:

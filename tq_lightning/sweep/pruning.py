@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 # (step, value) -> True to stop. The worker sets it while its trial runs in this process. It is a
 # module attribute, not an argument, because the configuration of a trial is saved and logged, and
@@ -17,7 +18,8 @@ class ReportToStudy(pl.Callback):
 
     Under DDP, rank 0, which is the process of the worker, reports and decides for all ranks. A
     pruned trial ends like a completed run and writes its record. A resumed fit first reports the
-    values in its checkpoint, so that the pruner sees the full curve.
+    values in its checkpoint, so that the pruner sees the full curve. Outside of a
+    sweep, as in a fit with the saved configuration of a trial, it does nothing.
 
     Args:
         monitor: key of the metric.
@@ -46,7 +48,8 @@ class ReportToStudy(pl.Callback):
         """Report the metric and stop the trial if the pruner decides to.
 
         Raises:
-            RuntimeError: the metric is not logged, or rank 0 is not the process of the worker.
+            RuntimeError: the metric is not logged, or Lightning started rank 0 in a new process,
+                which is not the worker.
         """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
@@ -57,11 +60,13 @@ class ReportToStudy(pl.Callback):
         self.values.append(value)
         stop: Any = False
         if trainer.is_global_zero:
-            if report is None:
+            launcher = trainer.strategy.launcher
+            if report is None and isinstance(launcher, _MultiProcessingLauncher):
                 raise RuntimeError(
                     "pruning needs the worker to be rank 0; pass trainer.strategy ddp instead of "
                     "ddp_spawn or ddp_fork, or use one process"
                 )
-            stop = math.isfinite(value) and report(len(self.values), value)
+            if report is not None and math.isfinite(value):
+                stop = report(len(self.values), value)
         if trainer.strategy.broadcast(stop):
             trainer.should_stop = True

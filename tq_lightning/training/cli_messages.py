@@ -51,6 +51,7 @@ def rewrite_parser_error(error: BaseException) -> str:
         _no_accelerator,
         _unknown_name,
         _not_logged,
+        _same_callback,
     )
     for rewrite in rewrites:
         message = rewrite(text)
@@ -210,6 +211,18 @@ def _not_logged(text: str) -> str | None:
     known = [key for key in re.findall(r"[`']([a-z]+/\w+)[`']", text) if key != name]
     hint = did_you_mean(name, known) or "; pass e.g. val/acc1_truncate_mean or val/loss"
     return f"trainer.callbacks: the metric {name!r} is not logged{hint}"
+
+
+def _same_callback(text: str) -> str | None:
+    """Rewrite Lightning's message on two callbacks whose states have the same key."""
+    match = re.search(r"more than one stateful callback of type `(\w+)`", text)
+    if match is None:
+        return None
+    own = ", like best-*.ckpt and last.ckpt of the run" if match[1] == "ModelCheckpoint" else ""
+    return (
+        f"trainer.callbacks: two of type {match[1]} have the same monitor and interval{own}; "
+        "pass another monitor, e.g. val/loss"
+    )
 
 
 def quiet() -> None:

@@ -1,5 +1,6 @@
 """fit, validate, test and predict: LightningCLI over TQModule and TQDataModule."""
 
+import os
 import shlex
 import sys
 import time
@@ -18,6 +19,7 @@ from tq_lightning.callbacks.rank_monitor import RankMonitor
 from tq_lightning.callbacks.stop_on_signal import SignalFlag
 from tq_lightning.callbacks.width_table import WidthTable
 from tq_lightning.data.datamodule import TQDataModule
+from tq_lightning.data.sampling import run_seed
 from tq_lightning.errors import Interrupted, TrainingError, UserError, file_error, first_line
 from tq_lightning.files import remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
@@ -144,6 +146,8 @@ class TQCLI(LightningCLI):
             check_nulls(section, config[section])
         expand_paths(config)
         check_run(self.config.subcommand, config)
+        if config.seed_everything is True:  # a number: a later start compares it with the record
+            config.seed_everything = run_seed()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options outside of the sections."""
@@ -204,6 +208,10 @@ class TQCLI(LightningCLI):
             super().instantiate_classes()
         except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
             if isinstance(error, UserError):
+                raise
+            raise UserError(rewrite_parser_error(error)) from error
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
                 raise
             raise UserError(rewrite_parser_error(error)) from error
 
@@ -292,6 +300,7 @@ def run(argv: list[str]) -> dict[str, Any]:
         UserError, TrainingError, KeyboardInterrupt: as `cli.run_fit`.
     """
     quiet()
+    seed = os.environ.get("PL_GLOBAL_SEED")
     try:
         cli = TQCLI(
             TQModule,
@@ -317,6 +326,10 @@ def run(argv: list[str]) -> dict[str, Any]:
         if stop.code in (0, None):  # --help, --print_config
             return {}
         raise
+    finally:  # Lightning sets it; seed_everything=true would repeat the seed in the next fit
+        os.environ.pop("PL_GLOBAL_SEED", None)
+        if seed is not None:
+            os.environ["PL_GLOBAL_SEED"] = seed
     metrics = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
     return {**metrics, "run_dir": str(cli.run_dir), "record": str(cli.run_dir / NAME)}
 

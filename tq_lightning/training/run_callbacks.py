@@ -12,7 +12,11 @@ from tq_lightning.callbacks.csv_logger import ResumableCSVLogger
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.progress import FitProgressBar, ProgressLines
 from tq_lightning.callbacks.quantization_summary import QuantizationSummary
-from tq_lightning.callbacks.resume import StepCheckpoint, UpdateCheckpointFolder
+from tq_lightning.callbacks.resume import (
+    RemoveLaterBest,
+    StepCheckpoint,
+    UpdateCheckpointFolder,
+)
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
 from tq_lightning.files import atomic_write
@@ -95,7 +99,7 @@ def fit_callbacks(
         every_n_epochs=1,
         save_on_train_epoch_end=True,
     )
-    callbacks += [UpdateCheckpointFolder(), best, last]
+    callbacks += [UpdateCheckpointFolder(), RemoveLaterBest(folder), best, last]
     if every > 0:
         callbacks.append(StepCheckpoint(folder, every))
     callbacks.append(CheckpointOnSignal(stop_flag, folder))

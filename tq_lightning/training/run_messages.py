@@ -6,8 +6,9 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from tq_lightning.errors import program_name
+from tq_lightning.errors import UserError, program_name
 from tq_lightning.records import NAME, metric_of, read_record
+from tq_lightning.training.ckpt_path import newest_checkpoint
 from tq_lightning.training.run_folder import CONFIG, LAST
 
 
@@ -74,10 +75,13 @@ def next_command(verb: str, run_dir: Path) -> str | None:
         out = shlex.quote(f"results/{run_dir.name}")
         return f"{program} report {shlex.quote(str(run_dir))} --out {out}"
     config = shlex.quote(str(run_dir / CONFIG))
-    best = sorted((run_dir / "checkpoints").glob("best*.ckpt")) or [run_dir / LAST]
-    if not best[-1].is_file():
+    try:
+        best = newest_checkpoint(run_dir, "best", run_dir)
+    except UserError:  # none
+        best = run_dir / LAST
+    if not best.is_file():
         return None
-    return f"{program} test --config {config} --ckpt_path {shlex.quote(str(best[-1]))}"
+    return f"{program} test --config {config} --ckpt_path {shlex.quote(str(best))}"
 
 
 def _trained(config: dict) -> list[int]:

@@ -153,6 +153,12 @@ def check_run(verb: str, config: Any) -> None:
             raise UserError(
                 f"trainer.{least}: got {trainer[least]}, but trainer.{most} is {trainer[most]}"
             )
+    for flag in ("wandb", "tensorboard"):
+        if verb == "fit" and config[flag] and trainer.logger not in (None, True):
+            raise UserError(
+                f"{flag}: got true, but trainer.logger replaces the loggers of a fit; omit "
+                "trainer.logger, or add the logger to it"
+            )
     without_end = trainer.max_epochs in (None, -1) and trainer.max_steps == -1
     if verb in ("test", "predict") and config.ckpt_path is None:
         raise UserError(f"{verb} needs a checkpoint: pass --ckpt_path best, last, or a file")

@@ -82,7 +82,9 @@ def load(text: str, path: str = "") -> Any:
         if path or text.lstrip()[:1] == "{":
             raise
         raise yaml.YAMLError(str(error)) from None
-    if not path and isinstance(value, dict) and not text.lstrip().startswith("{"):
+    # jsonargparse dumps the `init_args` of a class and loads them again, with a newline at the end
+    mapping = text.lstrip().startswith("{") or text.endswith("\n")
+    if not path and isinstance(value, dict) and not mapping:
         return text  # a value such as "C:" or "a: b" is text
     return value
 
