@@ -53,10 +53,17 @@ def test_best_checkpoints_after_the_resumed_one_are_deleted(tmp_path):
         ckpt_path=tmp_path / "best-10.ckpt",  # moved here by the user
         is_global_zero=False,
     )
-    RemoveLaterBest(tmp_path).on_train_start(trainer, None)
+
+    def train_an_epoch():
+        callback = RemoveLaterBest(tmp_path)
+        callback.on_train_start(trainer, None)
+        assert len(list(tmp_path.iterdir())) == len(names)
+        callback.on_train_epoch_end(trainer, None)
+
+    train_an_epoch()
     assert len(list(tmp_path.iterdir())) == len(names)
     trainer.is_global_zero = True
-    RemoveLaterBest(tmp_path).on_train_start(trainer, None)
+    train_an_epoch()
     kept = {path.stem for path in tmp_path.iterdir()}
     assert kept == {"best-2", "best-10", "best-mine", "last"}
 

@@ -70,6 +70,31 @@ def test_seed_of_the_data_that_is_the_seed_of_the_run_does_not_split_arms(make):
     assert len(group(runs(*(make.run(seed=s, data_seed=s) for s in (0, 1))), [])) == 1
 
 
+def test_callbacks_split_arms_unless_they_only_watch(make):
+    def callback(name, **arguments):
+        path = f"lightning.pytorch.callbacks.{name}"
+        return {"class_path": path} | ({"init_args": arguments} if arguments else {})
+
+    plain = make.run(seed=0)
+    watched = make.run(seed=1)
+    watched["config"]["trainer"]["callbacks"] = [
+        callback("ModelCheckpoint", monitor="val/loss"),
+        {"class_path": "tq_lightning.sweep.pruning.ReportToStudy"},
+        callback("LearningRateMonitor"),
+    ]
+    assert len(group(runs(plain, watched), [])) == 1
+    swa = make.run(seed=1)
+    swa["config"]["trainer"]["callbacks"] = [
+        callback("StochasticWeightAveraging", swa_lrs=0.05),
+        callback("RichProgressBar"),
+    ]
+    arms = group(runs(plain, swa), [])
+    assert [arm["trainer.callbacks"] for arm in arms] == [
+        None,
+        ["StochasticWeightAveraging{'swa_lrs': 0.05}"],
+    ]
+
+
 def test_weights_of_widths_are_compared_in_the_order_of_the_widths(make):
     def arm_count(widths, weights):
         one = make.run(seed=0, model_widths="8,4,2,1", model_width_weights="1,1,.7,.3")

@@ -75,7 +75,8 @@ class RemoveLaterBest(L.Callback):
     """Delete best checkpoints of later epochs than the checkpoint that a run resumes from.
 
     These epochs are trained again, maybe with other settings, and the record drops their results.
-    A remaining file would be taken for the best one of the run.
+    A remaining file would be taken for the best one of the run. The files are deleted when the
+    first epoch has been trained again, so that a resume that fails before loses nothing.
 
     Args:
         folder: the run's checkpoints.
@@ -83,16 +84,22 @@ class RemoveLaterBest(L.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.first_epoch: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.first_epoch = trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        first, self.first_epoch = self.first_epoch, None
+        if first is None or not trainer.is_global_zero:
+            return
         kept = {Path(str(trainer.ckpt_path)).resolve()}
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 kept.add(Path(callback.best_model_path).resolve())
         for path in self.folder.glob("best-*.ckpt"):
             epoch = path.stem.removeprefix("best-")
-            later = epoch.isdecimal() and int(epoch) >= trainer.current_epoch
-            if trainer.is_global_zero and later and path.resolve() not in kept:
+            if epoch.isdecimal() and int(epoch) >= first and path.resolve() not in kept:
                 path.unlink()
 
 

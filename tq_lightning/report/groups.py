@@ -14,12 +14,14 @@ from tq_lightning.report.runs import Run
 # a new run and a number in a resumed one.
 NOT_AN_ARM = re.compile(
     r"^(seed_everything|config|ckpt_path|verbose|weights_only|checkpoint_every_n_steps)$"
-    r"|^trainer\.(default_root_dir|logger|callbacks|plugins|profiler|accelerator|enable_\w+)(\.|$)"
+    r"|^trainer\.(default_root_dir|logger|profiler|accelerator|enable_\w+)(\.|$)"
     r"|^trainer\.(log_every_n_steps|barebones)(\.|$)|^trainer\.model_registry$"
     r"|^model\.(seed|compile|compile_mode|cuda_graph|channels_last|num_classes)$"
     r"|^data\.(eval_batch_size|num_workers|workers|download|pin_memory|device)$"
     r"|^(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
 )
+# callbacks that do not affect it either
+PASSIVE = re.compile(r"\b(ReportToStudy|ModelCheckpoint|\w+Monitor|\w+Bar|\w*Summary)\b")
 START = "model.checkpoint_path"
 LISTS = ("model.widths", "model.skip", "model.shared_norms")
 ADDED: dict[str, Any] = {
@@ -102,6 +104,10 @@ def arm_config(run: Run) -> dict[str, Any]:
         config.pop("data.root", None)
     if config.get("data.seed") == run.seed:
         config.pop("data.seed", None)
+    acting = [c for c in _items(config.pop("trainer.callbacks", None)) if not PASSIVE.search(c)]
+    if acting:  # as Name{arguments}
+        head = re.compile(r"^\{'class_path': '(?:\w+\.)*(\w+)'(?:, 'init_args': )?(.*)\}$")
+        config["trainer.callbacks"] = [head.sub(r"\1\2", c) for c in acting]
     found = {"model.ste": run.record.ste_used, labels.CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
     if "model.normalizer" in config:  # earlier versions did not record these keys
