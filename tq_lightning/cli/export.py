@@ -210,6 +210,7 @@ def _onnx(args: argparse.Namespace, path: Path) -> None:
             f"--format {args.format} needs the onnx package ({error}); "
             "pip install 'tq_lightning[onnx]'"
         ) from error
+    left_out: list[str] = []
     if args.integer:
         options = {"residual": args.residual, "top": args.activation_codes, "exact": args.exact}
         runtime = args.runtime or "onnxruntime"
@@ -218,11 +219,15 @@ def _onnx(args: argparse.Namespace, path: Path) -> None:
         )
         print("\n".join(made.lines()))
     elif args.format == "onnx":
-        static.export_static(path, args.out, args.bits, args.opset, args.lean, args.factory)
+        left_out = static.export_static(
+            path, args.out, args.bits, args.opset, args.lean, args.factory
+        )
     elif args.format == "onnx-dynamic":
         dynamic.export_dynamic(path, args.out, model=args.factory)
     else:
-        qonnx.export_qonnx(path, args.out, args.bits, args.factory)
+        left_out = qonnx.export_qonnx(path, args.out, args.bits, args.factory)
+    for name in left_out:
+        print(f"  {name} is left out: the network does not call its layer")
 
 
 def _executorch(args: argparse.Namespace, path: Path) -> None:

@@ -10,6 +10,7 @@ from tq_lightning import bit_width, calibrate_norms, load_packed, prepare, save_
 from tq_lightning.errors import UserError
 from tq_lightning.export.onnx.dynamic import export_dynamic
 from tq_lightning.export.onnx.integer import export_integer
+from tq_lightning.export.onnx.qonnx import export_qonnx
 from tq_lightning.export.onnx.static import export_static
 from tq_lightning.models.sequence import cnn, lstm
 from tq_lightning.models.text import TextClassifier
@@ -176,3 +177,53 @@ def test_recurrent_layers_are_named_instead_of_asking_for_ranges(tmp_path):
         plain = make(channels=3, num_classes=2, width=4)
         with pytest.raises(UserError, match=messages[make]):
             export_integer(tmp_path / "m", tmp_path / "m.onnx", 4, model=plain)
+
+
+class Unused(nn.Module):
+    """A layer that forward does not call, such as an auxiliary head of the training."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.aux = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()))
+
+
+def test_layer_that_is_not_called_is_left_out(tmp_path):
+    path, out = tmp_path / "m.safetensors", tmp_path / "m.onnx"
+    torch.manual_seed(0)
+    model, x = Unused(), torch.randn(5, 4)
+    prepare(model, verbose=False)
+    save_packed(model, path, inputs=[{"name": "x", "shape": [4], "type": "float32"}])
+    assert export_static(path, out, 3, model=Unused()) == ["aux.weight"]
+    with torch.no_grad(), bit_width(model, 3, "truncate"):
+        logits = onnxruntime.InferenceSession(out).run(None, {"x": x.numpy()})[0]
+        assert torch.allclose(model(x), torch.from_numpy(logits), atol=1e-6)
+    assert not any("aux" in tensor.name for tensor in onnx.load(out).graph.initializer)
+    assert export_qonnx(path, out, 3, model=Unused()) == ["aux.weight"]
+    made = export_integer(path, out, 3, model=Unused())
+    assert made.layers == ("b",) and made.in_float == {"aux": "the network does not call it"}
+
+
+class Refuses(NamedOutputs):
+    def forward(self, x):
+        raise KeyError("no such head")
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype", "message"),
+    [
+        (Refuses, torch.float32, r"to ONNX \(KeyError: 'no such head'\)$"),
+        (Unused, torch.bfloat16, r"; its parameters are bfloat16, pass model.float\(\) to save"),
+    ],
+)
+def test_network_that_is_not_exported_is_an_error_with_its_cause(network, dtype, message, tmp_path):
+    model = network()
+    prepare(model, verbose=False)
+    rows = [{"name": "x", "shape": [4], "type": "float32"}]
+    save_packed(model.to(dtype), tmp_path / "m.safetensors", inputs=rows)
+    with pytest.raises(UserError, match=message):
+        export_static(tmp_path / "m.safetensors", tmp_path / "m.onnx", 3, model=network())
+    assert not (tmp_path / "m.onnx").exists()

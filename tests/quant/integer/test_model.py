@@ -705,3 +705,18 @@ def test_model_that_is_a_single_layer_has_a_name_in_the_message():
     calibrate_activations(layer, [torch.rand(4, 8)])
     with pytest.raises(UserError, match=r"\(root\): it is the whole model; put it into nn.Seq"):
         integer_model(layer)
+
+
+@pytest.mark.parametrize("name", ["stem", "grouped", "bn", "relu", "drop", "fc1"])
+def test_forward_hooks_run_in_integer_mode(name):
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 8, 8)
+    model = Mixed()
+    prepare(model, norm="shared", verbose=False)
+    model.get_submodule(name).register_forward_hook(lambda module, args, out: 3 * out)
+    calibrate_activations(model, [x])
+    model.eval()
+    run = integer_model(copy.deepcopy(model))
+    assert run.layers.get(name) in (None, "not quantized", "has forward hooks")
+    expected = logits_at(model, x, 8)
+    assert (logits_at(run, x, 8) - expected).abs().max() < 0.02 * expected.abs().max()

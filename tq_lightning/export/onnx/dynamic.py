@@ -65,7 +65,7 @@ def export_dynamic(
     inputs = graph_inputs(packed)
     given = [name for name, value in inputs.items() if value is not None]
     shapes = ((*batch_shapes(inputs), None),)
-    graph = trace(switched, (*inputs.values(), torch.tensor(4)), [*given, "bits"], shapes)
+    graph, _ = trace(switched, (*inputs.values(), torch.tensor(4)), [*given, "bits"], shapes)
     if codes_as_inputs:
         _take_codes_as_inputs(graph, weights)
     write_graph(graph, packed, widths, out)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.export.onnx.width_modules import WidthTables, replace_activations
 from tq_lightning.export.packed.optional_fields import input_size
-from tq_lightning.export.packed.weight import packed_weights, replace_parametrized
+from tq_lightning.export.packed.weight import PackedTensor, packed_weights, replace_parametrized
 from tq_lightning.files import atomic_write
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.input_spec import example_inputs
@@ -48,7 +48,7 @@ def batch_shapes(inputs: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
 
 def trace(
     model: nn.Module, args: tuple[Any, ...], inputs: list[str], shapes: Any, opset: int = OPSETS[0]
-) -> onnx.ModelProto:
+) -> tuple[onnx.ModelProto, set[str]]:
     """Export a model to a graph without optimizing it.
 
     Args:
@@ -59,13 +59,16 @@ def trace(
         opset: opset of the graph.
 
     Returns:
-        The graph, with the output "logits".
+        (graph with the output "logits", names of the parameters that the network does not read).
 
     Raises:
         UserError: PyTorch can't export the model.
     """
+    types = {p.dtype for p in model.parameters()} - {torch.float32}
     hook = model.register_forward_hook(_logits_first)
     try:
+        if types:  # the exporter accepts products of two types, which runtimes do not
+            model.eval()(*args)
         with warnings.catch_warnings():
             # WidthTables.select assigns attributes during the trace on purpose
             warnings.filterwarnings(
@@ -87,16 +90,27 @@ def trace(
                 verbose=False,
             )
     except Exception as error:  # torch.export and the translation to ONNX raise many types
-        reason = message_of(error, 200)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps the error in advice to developers
+            cause = cause.__cause__
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+        hint = f"; its parameters are {names}, pass model.float() to save_packed" if names else ""
         raise UserError(
-            f"PyTorch can't export this network to ONNX ({type(error).__name__}: {reason})"
+            "PyTorch can't export this network to ONNX "
+            f"({type(cause).__name__}: {message_of(cause, 200)}){hint}"
         ) from error
     finally:
         hook.remove()
-    assert program is not None
+    assert program is not None and program.exported_program is not None
+    parameters = program.exported_program.graph_signature.inputs_to_parameters
+    unused = {
+        parameters[node.name]
+        for node in program.exported_program.graph.nodes
+        if node.name in parameters and not node.users
+    }
     buffer = io.BytesIO()
     program.save(buffer)  # type: ignore[arg-type]
-    return onnx.load_model_from_string(buffer.getvalue())
+    return onnx.load_model_from_string(buffer.getvalue()), unused
 
 
 def _logits_first(model: nn.Module, args: Any, out: Any) -> Any:
@@ -114,7 +128,7 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
 
     Returns:
         Graph with input "images" (batch, channels, height, width), or the inputs that the file
-        names, and output "logits".
+        names, and output "logits". It lacks the weights of layers that the network does not call.
 
     Raises:
         UserError: PyTorch can't export the model, or the exported graph lacks a weight.
@@ -130,16 +144,25 @@ def float_graph(model: nn.Module, opset: int = OPSETS[0]) -> onnx.ModelProto:
         names.append(name)
     inputs = graph_inputs(model)
     given = [name for name, value in inputs.items() if value is not None]
-    graph = trace(model, tuple(inputs.values()), given, batch_shapes(inputs), opset)
+    graph, unused = trace(model, tuple(inputs.values()), given, batch_shapes(inputs), opset)
     _use_first_names(graph, model)
     present = {initializer.name for initializer in graph.graph.initializer}
-    missing = [name for name in names if name not in present]
+    missing = [name for name in names if name not in present | unused]
     if missing:
         raise UserError(
             f"the exported graph has no weight {missing[0]}; ONNX export does not support this "
             "kind of layer"
         )
     return graph
+
+
+def weights_of(
+    graph: onnx.ModelProto, weights: Sequence[PackedTensor]
+) -> tuple[list[PackedTensor], list[str]]:
+    """Return the weights that a graph of `float_graph` has, and the names of the others."""
+    present = {initializer.name for initializer in graph.graph.initializer}
+    used = [weight for weight in weights if weight.name in present]
+    return used, [weight.name for weight in weights if weight.name not in present]
 
 
 def _use_first_names(graph: onnx.ModelProto, model: nn.Module) -> None:

@@ -194,6 +194,8 @@ def _find(
         belong to a supported layer.
     """
     readers = editor.consumers(weight)
+    if not readers:
+        return "the network does not call it"
     if len(readers) != 1:
         calls = {reader.op_type for reader in readers} <= {"Conv", "Gemm", "Transpose"}
         if len(readers) > 1 and calls:

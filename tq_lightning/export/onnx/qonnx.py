@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx.graph import float_graph, write_graph
+from tq_lightning.export.onnx.graph import float_graph, weights_of, write_graph
 from tq_lightning.export.onnx.weight_nodes import (
     affine_nodes,
     levels_affine,
@@ -30,7 +30,7 @@ TRUNC_VERSION = 1  # version 2 also takes an output scale and a sign
 
 def export_qonnx(
     path: str | Path, out: str | Path, bits: int, model: nn.Module | str | None = None
-) -> None:
+) -> list[str]:
     """Write the graph of a packed file at one width, with weights at the stored width and Trunc.
 
     Args:
@@ -38,6 +38,9 @@ def export_qonnx(
         out: target file, written atomically.
         bits: width, one of those that the file supports.
         model: see `load_packed`.
+
+    Returns:
+        Names of the packed weights that the network does not read, which the graph lacks.
 
     Raises:
         UserError: see `load_packed`; the width is not available; PyTorch can't export the network.
@@ -53,6 +56,7 @@ def export_qonnx(
     codes = {weight.name: weight.codes.numpy().astype(np.float32) for weight in weights}
     with bit_width(model, bits):
         graph = float_graph(model)
+    weights, left_out = weights_of(graph, weights)
     constants = {"one": 1.0, "zero": 0.0, "stored_bits": first.stored, "bits": bits}
     graph.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(value, np.float32), f"trunc/{key}")
@@ -80,3 +84,4 @@ def export_qonnx(
     put_nodes(graph, nodes)
     graph.opset_import.append(helper.make_opsetid(DOMAIN, TRUNC_VERSION))
     write_graph(graph, model, [bits], out)
+    return left_out

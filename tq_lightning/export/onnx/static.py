@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.onnx.graph import OPSETS, float_graph, write_graph
+from tq_lightning.export.onnx.graph import OPSETS, float_graph, weights_of, write_graph
 from tq_lightning.export.onnx.weight_nodes import (
     affine_nodes,
     levels_affine,
@@ -48,7 +48,7 @@ def export_static(
     opset: int | None = None,
     lean: bool = False,
     model: nn.Module | str | None = None,
-) -> None:
+) -> list[str]:
     """Write the graph of a packed file at one width.
 
     The input is "images" (batch, channels, height, width), or the inputs that the file names; the
@@ -62,6 +62,9 @@ def export_static(
         lean: write DequantizeLinear nodes, which ONNX Runtime computes in every run.
         model: see `load_packed`.
 
+    Returns:
+        Names of the packed weights that the network does not read, which the graph lacks.
+
     Raises:
         UserError: see `load_packed`; an unsupported opset; PyTorch can't export the network, or
             the file can't be written.
@@ -71,6 +74,7 @@ def export_static(
     weights = packed_weights(model)
     codes = {weight.name: weight.codes.numpy() for weight in weights}
     graph = float_graph(model, opset)
+    weights, left_out = weights_of(graph, weights)
     nodes: list[onnx.NodeProto] = []
     for name, _, _, packed in weights:
         stored = helper.make_tensor(
@@ -99,6 +103,7 @@ def export_static(
         nodes += affine_nodes(graph, name, f"{name}/levels", None, b, packed.scale)
     put_nodes(graph, nodes)
     write_graph(graph, model, [bits], out)
+    return left_out
 
 
 def _cast_nodes(

@@ -12,6 +12,7 @@ from tq_lightning.quant.integer.activations import (
 )
 from tq_lightning.quant.integer.arithmetic import signed_level
 from tq_lightning.quant.integer.stored_weight import stored_weight
+from tq_lightning.quant.integer.trace import has_hooks
 from tq_lightning.quant.quantized_tensors import quantized_layers
 
 NOT_QUANTIZED = "not quantized"
@@ -73,6 +74,8 @@ def reason_in_float(layer: nn.Module) -> str | None:
         layer.padding_mode != "zeros" or isinstance(layer.padding, str)
     ):
         return f"its padding is {layer.padding_mode}, {layer.padding}"
+    if has_hooks(layer):
+        return "has forward hooks"
     if not parametrize.is_parametrized(layer, "weight"):
         return "its weight is not quantized"
     weight = stored_weight(layer)

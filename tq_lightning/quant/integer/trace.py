@@ -49,6 +49,11 @@ def in_leaf(modules: Mapping[str, nn.Module], name: str) -> bool:
     return any(is_leaf(modules[n], n) for n in above if n in modules)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a module or a part of it has forward hooks, which no kernel can call."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 class TracedNetwork:
     """Graph of a model, without modules that have no effect in evaluation mode.
 
@@ -79,8 +84,9 @@ class TracedNetwork:
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """Return the module that a node calls, or None."""
-        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+        """Return the module that a node calls; None for other nodes and modules with hooks."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        return None if module is None or has_hooks(module) else module
 
     def moves(self, node: fx.Node, signed: bool) -> bool:
         """Return True if a node only moves the codes of its first argument."""
