@@ -68,7 +68,9 @@ def test_trials_of_killed_workers_have_the_reason_of_the_end(tmp_path, monkeypat
                 signal.raise_signal(signal.SIGINT)
             raise error
 
-    queue = SimpleNamespace(refresh=lambda: None, fail_worker=lambda *given: failed.append(given))
+    queue = SimpleNamespace(
+        limit=None, refresh=lambda: None, fail_worker=lambda *given: failed.append(given)
+    )
     monkeypatch.setattr(launcher, "WorkerPool", Pool)
     monkeypatch.setattr(launcher, "open_study", lambda *_: None)
     monkeypatch.setattr(launcher, "make_trial_queue", lambda *_: queue)
