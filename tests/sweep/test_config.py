@@ -161,6 +161,10 @@ BAD = [
         "no multiple of q",
     ),
     (
+        {"parameters": {"a": {"min": 0.1, "max": 1, "q": 1e-320, "distribution": "q_uniform"}}},
+        "parameters.a: q: expected at most 2^53 multiples, got q 1e-320 with min 0.1 and max 1",
+    ),
+    (
         {"method": "random", "parameters": {"a": {"min": 1, "max": 2, "q": 8}}},
         "q needs a q_ distribution",
     ),
