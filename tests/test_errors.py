@@ -2,7 +2,7 @@
 
 import pytest
 
-from tq_lightning.errors import first_line, hide_password, message_of
+from tq_lightning.errors import first_line, hide_password, message_of, one_line
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,8 @@ def test_message_is_one_line_of_limited_length():
     error = RuntimeError("a message\n  of two lines")
     assert message_of(error) == "a message of two lines"
     assert message_of(error, 9) == "a message"
+
+
+def test_control_characters_are_escaped_and_other_text_is_kept():
+    assert one_line("a\nb\r\x1b[2J\u2028c") == "a\\nb\\r\\x1b[2J\\u2028c"
+    assert one_line("größe  🙂 \\n\udcff") == "größe  🙂 \\n\udcff"

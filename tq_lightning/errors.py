@@ -19,6 +19,8 @@ _IN_QUERY = re.compile(
     r"((?:^|[?&;\s'\"(])\w*(?:password|passwd|pwd)=)('[^']*'|[^\s&;'\")]*)", re.I
 )
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line breaks, terminal escapes
+
 
 class UserError(ValueError):
     """Bad input from the user (a key, a path, a value, a file).
@@ -65,6 +67,11 @@ def file_error(error: OSError) -> UserError | None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, without passwords; its class if it is empty."""
     return hide_password((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def one_line(text: object) -> str:
+    """Return a text with its control characters, such as line breaks in a file name, as escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def message_of(error: object, limit: int | None = None) -> str:

@@ -173,6 +173,29 @@ def test_invalid_input_is_an_error_of_one_line(
     assert message in error_of(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "no\nsuch", "--out", "out"],
+        ["export", "no\nsuch", "--out", "out"],
+        ["inspect", "--config", "no\nsuch"],
+        ["classify", "model", "no\nsuch"],
+        ["sweep", "no\nsuch"],
+        ["fit", "--config", "no\nsuch"],
+    ],
+)
+def test_line_break_in_a_name_leaves_the_error_one_line(
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "no\\nsuch" in err and err.count("\n") == 1
+
+
 def test_error_with_an_unknown_type_name_is_unchanged() -> None:
     from tq_lightning.training.cli_messages import rewrite_parser_error
 

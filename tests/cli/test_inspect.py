@@ -122,6 +122,8 @@ def test_mechanism_shows_that_floor_equals_its_shift_and_round_does_not():
 
 BAD = {
     "no model": ([], "pass --model.name"),
+    "empty model": (["--model.name="], "model.name: got '', pass the name of a model"),
+    "model as a number": (["--model.name=5"], "model.name: got '5', pass the name of a model"),
     "unknown model": (["--model.name=resnet5O"], "unknown model"),
     "name without its key": (["resnet18"], "arguments: resnet18; pass the name of a model as --mo"),
     "negative classes": (

@@ -161,6 +161,10 @@ BAD = [
         "no multiple of q",
     ),
     (
+        {"parameters": {"a": {"min": 0.1, "max": 1, "q": 1e-320, "distribution": "q_uniform"}}},
+        "parameters.a: q: expected at most 2^53 multiples, got q 1e-320 with min 0.1 and max 1",
+    ),
+    (
         {"method": "random", "parameters": {"a": {"min": 1, "max": 2, "q": 8}}},
         "q needs a q_ distribution",
     ),
@@ -183,6 +187,26 @@ BAD = [
             ({"min": 1, "max": 2, "probabilities": [1]}, "min and probabilities"),
             ({"parameters": {"b": {"value": 1}}, "value": 1}, "parameters and value"),
             ({"value": 1, "distribution": "uniform"}, "value and distribution 'uniform'"),
+        )
+    ),
+    *(
+        ({"parameters": parameters}, message)
+        for parameters, message in (
+            (
+                {"model.lr": {"values": [1, 2]}, "model": {"values": [{"lr": 3}, {"opt": "sgd"}]}},
+                "model.lr is set by both model.lr and model; keep one",
+            ),
+            (
+                {"model": {"values": [{"lr": 3}, {"lr": 4}]}, "model.lr": {"min": 1, "max": 2}},
+                "model.lr is set by both model and model.lr; keep one",
+            ),
+            (
+                {
+                    "model.opt_args.nesterov": {"values": [True, False]},
+                    "model.opt_args": {"values": [{"dampening": 0}, {"dampening": 0.1}]},
+                },
+                "model.opt_args.nesterov is set by both model.opt_args.nesterov and model.opt_args",
+            ),
         )
     ),
     ({"parameters": {"a": {"values": [1, "1"]}}}, "1 and '1' are equal"),
@@ -323,7 +347,11 @@ def test_consistent_entries_are_read(write_sweep):
         "b": {"values": [1, "a"], "distribution": "categorical", "probabilities": [0.5, 0.5]},
         "c": {"min": 1.0, "max": 3.0, "distribution": "int_uniform"},
         "d": {"min": 1, "max": 8, "q": 2, "distribution": "q_uniform"},
+        "model": {"values": [{"ste": "scaled", "opt": "sgd"}, {"ste": "identity"}]},
+        "model.lr": {"values": [0.1, 0.2]},
+        "model.opt_args": {"values": [{"dampening": 0}, {"dampening": 0.1}]},
+        "model.opt_args.nesterov": {"values": [True, False]},
     }
     early = {"type": "hyperband", "max_iter": 27, "s": 3}
     path = write_sweep(method="random", parameters=parameters, early_terminate=early)
-    assert list(read_sweep(path).parameters) == ["b", "c", "d"]
+    assert list(read_sweep(path).parameters) == [key for key in parameters if key != "a"]

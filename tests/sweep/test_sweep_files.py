@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.sweep.config import grid_point, grid_size, read_sweep
+from tq_lightning.sweep.config import grid_point, grid_size, read_sweep, with_extra
 from tq_lightning.sweep.search_space import fit_arguments
 from tq_lightning.sweep.validation import (
     check_arms,
@@ -112,6 +112,15 @@ def test_values_that_fit_rejects_are_errors_before_training(
     with pytest.raises(UserError) as caught:
         check_arms(sweep, [metric or sweep.metric])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["-h", "--help", "--optimizer.help"])
+def test_request_for_help_is_an_error_and_prints_no_page(write_sweep, capsys, option):
+    """The parser prints the page and exits with status 0, as if the sweep had run."""
+    sweep = with_extra(read_sweep(write_sweep(arguments=[END])), [option])
+    with pytest.raises(UserError, match=r"asks for help and trains nothing; remove it"):
+        check_arms(sweep, [sweep.metric])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_folder_or_checkpoint_of_a_configuration_is_an_error(write_sweep, tmp_path):

@@ -37,6 +37,7 @@ def test_empty_file_is_none_and_merge_keys_are_supported(tmp_path):
         (b"a: 1\n# f\xfcr\nb: 2\n", "line 2: not UTF-8 text (byte 0xfc)"),
         ("a: \u00fc".encode("utf-16-le"), "line 1: not UTF-8 text (byte 0xfc)"),
         (b"a: \x00", "not valid YAML"),
+        (b'a: 1\nb: ["x\\0y"]\n', r"line 2: 'x\x00y' has a NUL character; remove it"),
         (b"a: 1\nb: [1, 2\nc: 3\n", "line 3: not valid YAML: "),
         (b"a: {b: 1}}\n", "line 1: not valid YAML: "),
         (b"a: 1\n b: 2\n", "line 2: not valid YAML: "),

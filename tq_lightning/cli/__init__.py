@@ -20,6 +20,7 @@ from tq_lightning.errors import (
     UserError,
     did_you_mean,
     file_error,
+    one_line,
     program_name,
 )
 
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         known = file_error(error)
         if known is None:
             raise
-        print(f"error: {known}", file=sys.stderr)
+        print(f"error: {one_line(known)}", file=sys.stderr)
         _close_stdout()
         return 2
 
@@ -162,11 +163,11 @@ def _run(argv: list[str]) -> int:
         return status
     except UserError as error:
         if str(error):  # empty if another rank prints it
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except TrainingError as error:
         if str(error):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)

@@ -75,8 +75,11 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Path | None, bool]:
     from tq_lightning.models import check_arguments  # imports timm, which --help does not need
 
     check_arguments(values["model_args"])
-    if not isinstance(values["name"], str):
+    name = values["name"] if given["name"] is None else given["name"]
+    if name is None:
         raise UserError("inspect: no model given; pass --model.name NAME")
+    if not isinstance(values["name"], str) or not name:
+        raise UserError(f"model.name: got {name!r}, pass the name of a model, e.g. resnet50")
     classes = values["num_classes"]
     if classes is not None and (type(classes) is not int or classes < 0):
         raise UserError(f"model.num_classes: got {classes!r}, pass an integer >= 0 or null")

@@ -113,6 +113,7 @@ def read_sweep(path: str | Path) -> Sweep:
     where = f"{path}: parameters"
     values = [{key: value} for key, p in parameters.items() for value in p.values or [None]]
     check_free([key for given in (*values, constants) for key in flatten(given)], where)
+    _check_overlaps(parameters, where)
     metric, goal = _read_metric(raw.get("metric"), path)
     arguments, environment = _read_command(raw.get("command"), path)
     check_free([_key_of(word) for word in arguments], f"{path}: command")
@@ -183,6 +184,26 @@ def check_free(keys: list[str], where: str) -> None:
     for key in keys:
         if key in _DECIDED:
             raise UserError(f"{where}: got {key}, but {_DECIDED[key]}")
+
+
+def _check_overlaps(parameters: dict[str, Parameter], where: str) -> None:
+    """Raise UserError if a searched key overrides the values of an earlier one in every trial.
+
+    `model: {values: [{lr: 0.1}, ...]}` sets model.lr. A mapping for a key below a section, such as
+    model.opt_args, replaces the whole mapping.
+    """
+    set_by: dict[str, tuple[str, str]] = {}  # key or its prefix -> key, and the parameter
+    for key, parameter in parameters.items():
+        mappings = [value for value in parameter.values if isinstance(value, dict)]
+        sets = [key] if "." in key else [f"{key}.{name}" for value in mappings for name in value]
+        for name in sets:
+            if name in set_by:
+                inner, earlier = set_by[name]
+                raise UserError(f"{where}: {inner} is set by both {earlier} and {key}; keep one")
+        for name in sets:
+            parts = name.split(".")
+            for i in range(2, len(parts) + 1):
+                set_by[".".join(parts[:i])] = name, key
 
 
 def _key_of(word: str) -> str:

@@ -240,6 +240,10 @@ def _read_range(entry: dict[str, Any], method: str, where: str) -> Parameter:
     parameter = Parameter(low=low, high=high, log="log" in name, q=q, integer=integer)
     if parameter.log and low <= 0:
         raise UserError(f"{where}: min of a logarithmic range must be > 0, got {entry['min']!r}")
+    if q is not None and max(abs(low), abs(high)) / q > MAX_INTEGER:
+        raise UserError(
+            f"{where}: q: expected at most 2^53 multiples, got q {entry['q']!r} with {given}"
+        )
     if q is not None and axis_size(parameter) < 1:
         raise UserError(f"{where}: no multiple of q {entry['q']!r} between {given}")
     if method == "grid" and name not in ("int_uniform", "q_uniform"):

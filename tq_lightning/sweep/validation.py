@@ -1,6 +1,8 @@
 """Check a sweep before any training starts: every arm passes the real command-line parser."""
 
+import contextlib
 import functools
+import io
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -105,8 +107,12 @@ def fit_parser() -> Callable[[list[str]], Any]:
         parser = built.args[0]
 
     def parse(argv: list[str]) -> Any:
+        page = io.StringIO()
         try:
-            return parser.parse_args(["fit", *argv])["fit"]
+            with contextlib.redirect_stdout(page), contextlib.redirect_stderr(page):
+                return parser.parse_args(["fit", *argv])["fit"]
+        except SystemExit:  # -h, --help, --optimizer.help
+            raise UserError("an argument asks for help and trains nothing; remove it") from None
         except ArgumentError as error:
             hint = ""
             if "does not exist" in str(error):

@@ -107,7 +107,8 @@ def _wrong_type(text: str) -> str | None:
     if not key or not types or not given or text.count("Expected a") != len(types):
         return None
     accepted = [_TYPES.get(name, name) or values for name, values in types]
-    return f"{key[1]}: got {given[1]!r}, pass {' or '.join(dict.fromkeys(accepted))}"
+    got = "null" if given[1] == "None" else repr(given[1])
+    return f"{key[1]}: got {got}, pass {' or '.join(dict.fromkeys(accepted))}"
 
 
 def _wrong_section(text: str) -> str | None:

@@ -55,6 +55,8 @@ def build_model(hparams: Any, start_weights: bool = True) -> nn.Module:
     hparams.model_args = {**(hparams.model_args or {}), **given_rates}
     pretrained = hparams.pretrained if start_weights else False
     path = hparams.checkpoint_path if start_weights else None
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"model.checkpoint_path: no checkpoint at {path}; pass a file")
     model = create_model(hparams.name, hparams.num_classes, pretrained, path, **hparams.model_args)
     if is_remote(hparams.name):
         # the checkpoint stores the architecture, so that loading it does not need the hub

@@ -7,6 +7,7 @@ from typing import Any
 
 from tq_lightning.errors import UserError
 
+MAX_DEVICES = 1024  # processes of one machine
 # Lightning callbacks that are not supported -> reason and alternative
 _REFUSED_CALLBACKS = {
     "StochasticWeightAveraging": "resets the norm statistics of all widths; use model.ema_decay",
@@ -88,22 +89,30 @@ def _is_count(value: int) -> bool:
 
 
 def _is_devices(value: Any) -> bool:
-    """Return True for a count, -1, "auto", or a list of indices such as "0,1"."""
+    """Return True for a count, -1, "auto", or a list of indices such as "0,1".
+
+    On a CPU, Lightning starts as many processes as it is told to.
+    """
     if isinstance(value, list):
         return bool(value)
     text = str(value).strip()
     listed = re.fullmatch(r"\d+,|\d+(\s*,\s*\d+)+", text)
-    counted = re.fullmatch(r"0*[1-9]\d*", text) and _is_count(int(text))
+    counted = re.fullmatch(r"0*\d{1,4}", text) and 1 <= int(text) <= MAX_DEVICES
     return text in ("auto", "-1") or bool(listed or counted)
 
 
 _COUNT = (_is_count, f"1 or more, up to {2**31 - 1}")
 _SHARE = (_is_share, "a fraction from 0.0 to 1.0, or a number of batches")
 
+_PROFILERS = ("simple", "advanced", "pytorch", "xla")
+
 # trainer key -> (test of a value that is not null, description of the accepted values). Lightning
 # accepts other values, and ignores them or divides by zero.
 _TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "devices": (_is_devices, "a number from 1, -1 for all, auto, or indices such as 0,1"),
+    "devices": (
+        _is_devices,
+        f"a number from 1 to {MAX_DEVICES}, -1 for all, auto, or indices such as 0,1",
+    ),
     "num_nodes": _COUNT,
     "accumulate_grad_batches": _COUNT,
     "max_epochs": (lambda v: v >= 1 or v == -1, "1 or more, or -1 for no limit"),
@@ -122,6 +131,13 @@ _TRAINER_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "limit_predict_batches": _SHARE,
     "overfit_batches": _SHARE,
     "num_sanity_val_steps": (lambda v: v >= -1, "0 or more, or -1 for all"),
+    "fast_dev_run": (lambda v: v >= 0, "true, false, or a number of batches from 0"),
+    "gradient_clip_algorithm": (lambda v: v.lower() in ("norm", "value"), "norm or value"),
+    "profiler": (
+        lambda v: not isinstance(v, str) or v.lower() in _PROFILERS,
+        f"{', '.join(_PROFILERS)} or null",
+    ),
+    "reload_dataloaders_every_n_epochs": (lambda v: v >= 0, "0 or more"),
     "barebones": (lambda v: not v, "false: a fit needs its record"),
 }
 

@@ -1,8 +1,9 @@
 """Read YAML files that users write: configurations of `fit` and sweep files.
 
 PyYAML keeps the last of two equal keys, expands aliases without limit and does not name the file in
-its errors. This module raises a one-line `UserError` with the file and the line for duplicate keys,
-files that are too large, and syntax errors.
+its errors. No path or environment variable can hold a NUL character. This module raises a one-line
+`UserError` with the file and the line for duplicate keys, NUL characters, files that are too large,
+and syntax errors.
 """
 
 from pathlib import Path
@@ -28,8 +29,8 @@ def read_yaml(path: str | Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader)
         The document: mappings, lists and scalars; None for an empty file.
 
     Raises:
-        UserError: the file can't be read, is not valid YAML, has a duplicate key, or exceeds
-            MAX_BYTES, MAX_VALUES or MAX_DEPTH.
+        UserError: the file can't be read, is not valid YAML, has a duplicate key or a NUL
+            character, or exceeds MAX_BYTES, MAX_VALUES or MAX_DEPTH.
     """
     return parse_yaml(read_text(path), str(path), loader)
 
@@ -114,6 +115,8 @@ def _check(
             raise UserError(f"{where}: an anchor contains its own alias")
         return size
     known[id(node)] = None
+    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+        raise UserError(f"{where}: {node.value!r} has a NUL character; remove it")
     below: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         _check_duplicates(node, source)
