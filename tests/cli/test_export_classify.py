@@ -179,6 +179,7 @@ def test_export_without_bits_uses_the_widest_width(kind, packed, tmp_path, monke
 
     def write(path, out, bits, *opset):
         out.write_text(str(bits))
+        return ["aux.weight"]
 
     monkeypatch.setattr(static, "export_static", write)
     monkeypatch.setattr(qonnx, "export_qonnx", write)
@@ -187,7 +188,9 @@ def test_export_without_bits_uses_the_widest_width(kind, packed, tmp_path, monke
         out = tmp_path / "m.onnx"
         assert main(["export", str(source), "--out", str(out), "--format", kind]) == 0
         assert out.read_text() == str(expected)
-        assert f": {expected} bits, pass --bits for another width" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f": {expected} bits, pass --bits for another width" in printed
+        assert "aux.weight is left out: the network does not call its layer" in printed
     main(["export", str(packed), "--out", str(out), "--format", kind, "--bits", "2"])
     assert out.read_text() == "2" and "pass --bits" not in capsys.readouterr().out
 
