@@ -1,6 +1,10 @@
 """Tables, their Markdown and LaTeX forms, the tidy table and the findings."""
 
+import os
+import sys
+
 import pandas as pd
+import pytest
 from fixtures.records import compare
 
 from tq_lightning.report import dataframe, findings, tables
@@ -87,6 +91,14 @@ def test_tidy_table_has_one_row_per_run_source_and_width(tmp_path, make):
         pd.testing.assert_frame_equal(
             pd.read_parquet(tmp_path / "runs.parquet"), frame, check_dtype=False
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 on this system")
+def test_folder_whose_name_is_not_utf8_gets_every_table(tmp_path, make):
+    folder = tmp_path / os.fsdecode(b"o\xff")
+    folder.mkdir()
+    written = dataframe.write(compare(*make.pair()).arms, folder)
+    assert sorted(written) == sorted(path.name for path in folder.iterdir())
 
 
 def finding(key, *records):

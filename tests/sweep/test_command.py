@@ -158,6 +158,8 @@ BAD = [
     (["--storage", ""], "--storage: got ''; pass a value, or omit the option"),
     (["--dir", " "], "--dir: got ' '; pass a value, or omit the option"),
     (["--study-name", ""], "--study-name: got ''; pass a value, or omit the option"),
+    (["--study-name", "s\udcff"], r"--study-name: got 's\udcff', pass a name in UTF-8"),
+    (["--dir", "d\udcff"], r"--dir: got 'd\udcff', pass a name in UTF-8"),
     (["--n-trials", "x"], "expected an integer >= 1, got x"),
     (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
     (

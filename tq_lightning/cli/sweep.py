@@ -155,6 +155,11 @@ def read_options(
 
     study_name = given.study_name or sweep.name
     folder = expand_path(given.dir) if given.dir else default_folder(study_name, sweep)
+    for option, text in (("--study-name", study_name), ("--dir", str(folder))):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # databases store UTF-8
+            raise UserError(f"{option}: got {text!a}, pass a name in UTF-8") from None
     return Options(
         folder=folder,
         storage=given.storage or sqlite_url(folder / "study.db"),

@@ -67,5 +67,5 @@ def write(arms: list[Arm], folder: Path) -> list[str]:
         import pyarrow  # noqa: F401
     except ImportError:
         return ["runs.csv"]
-    frame.to_parquet(folder / "runs.parquet", index=False)
+    (folder / "runs.parquet").write_bytes(frame.to_parquet(index=False))
     return ["runs.csv", "runs.parquet"]

@@ -96,6 +96,10 @@ def test_own_network_gets_a_page_if_its_factory_is_named(no_runtime, tmp_path, m
     assert "pass --model.name own_images:net" in capsys.readouterr().err
     assert demo("m", "page", "--model.name", "own_images:net", *more) == 0
     assert json.loads((tmp_path / "page" / write.MARKER).read_text())["title"] == "own_images:net"
+    more += ["--model.name", "own_images:net", "--title", "caf\udce9"]  # as a name in Latin-1
+    assert demo("m", "page", *more) == 0
+    assert "caf?" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "page" / write.MARKER).read_text())["title"] == "caf?"
 
 
 @pytest.mark.slow

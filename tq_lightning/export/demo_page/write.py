@@ -78,13 +78,13 @@ def write_demo_page(
         names = _copy_examples(examples, folder)
         facts = _facts(folder) | {"title": title or header["model"].get("name") or "A network"}
         text = json.dumps(facts | {"examples": names}, ensure_ascii=False, allow_nan=False)
-        (folder / MARKER).write_text(text, encoding="utf-8")
+        (folder / MARKER).write_text(text, encoding="utf-8", errors="replace")
         for source in (HERE / "static").iterdir():
             shutil.copyfile(source, folder / source.name)
         loader = FileSystemLoader(HERE / "templates", encoding="utf-8")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
         page = environment.get_template("index.html.j2").render(facts=facts)
-        (folder / "index.html").write_text(page, encoding="utf-8")
+        (folder / "index.html").write_text(page, encoding="utf-8", errors="replace")
         return {
             p.relative_to(folder).as_posix(): p.stat().st_size
             for p in sorted(folder.rglob("*"))
