@@ -1,10 +1,12 @@
 """TruncationEval: evaluate every width truncated and, if the result can differ, quantized."""
 
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -14,13 +16,39 @@ from tq_lightning.callbacks.resume import seed_all
 from tq_lightning.callbacks.scores import SCORES
 from tq_lightning.callbacks.width_metrics import Pass, evaluate_batch, evaluation_passes
 from tq_lightning.errors import UserError
-from tq_lightning.quant.batches import split_batch, to_device, training_batches
+from tq_lightning.quant.batches import split_batch, to_device
 from tq_lightning.quant.fused_weights import fused_weights
 from tq_lightning.quant.label_checks import check_labels, check_logits
 from tq_lightning.quant.norm_calibration import calibrate_norms, lagging_widths, reestimate_norms
 from tq_lightning.quant.switchable_norm import per_width_norms, untrained_widths
 
 CALIBRATION = "augmented"  # value of `calibration` in records
+
+
+def training_batches(
+    data: Any, n: int, device: torch.device | str = "cpu", set_up: bool = True
+) -> list[Any]:
+    """Return up to `n` batches of a user's LightningDataModule, as a fit gets them.
+
+    They do not depend on the random state, so they are the same after a resume, and do not change
+    it.
+
+    Args:
+        data: the data module.
+        n: number of batches.
+        device: device of the batches.
+        set_up: call `setup("fit")` first.
+    """
+    batches = []
+    with isolate_rng():
+        seed_all(0)
+        if set_up:
+            data.setup("fit")
+        for batch in islice(data.train_dataloader(), n):
+            batch = data.on_before_batch_transfer(batch, 0)
+            batch = data.transfer_batch_to_device(batch, torch.device(device), 0)
+            batches.append(data.on_after_batch_transfer(batch, 0))
+    return batches
 
 
 class TruncationEval(L.Callback):
@@ -84,11 +112,8 @@ class TruncationEval(L.Callback):
         if hasattr(data, "calibration_batches"):
             batches = data.calibration_batches(self.calibration_batches)
         else:  # a data module of the user
-            with isolate_rng():
-                seed_all(0)  # the same batches after a resume
-                if trainer.state.fn != "fit":
-                    data.setup("fit")
-                batches = training_batches(data, self.calibration_batches, module.device)
+            set_up = trainer.state.fn != "fit"
+            batches = training_batches(data, self.calibration_batches, module.device, set_up)
         return [to_device(split_batch(batch)[0], "cpu") for batch in batches]
 
     def _score(self, trainer: L.Trainer, module: Any, batch: Any) -> None:

@@ -109,11 +109,10 @@ def _dataset_batches(model: Any, name: str) -> list[Any]:
 
 def _run_batches(checkpoint: Path) -> list[Any]:
     """Return training batches of the run that a checkpoint belongs to, deterministically."""
-    from tq_lightning.data.augment import seeded
+    from tq_lightning.callbacks.truncation_eval import training_batches
     from tq_lightning.data.datamodule import TQDataModule
     from tq_lightning.data.dataset_module import DatasetModule
-    from tq_lightning.data.sampling import CALIBRATION_SEED
-    from tq_lightning.quant.batches import split_batch, training_batches
+    from tq_lightning.quant.batches import split_batch
     from tq_lightning.training.run_folder import run_of
     from tq_lightning.training.yaml_file import read_yaml
 
@@ -137,8 +136,6 @@ def _run_batches(checkpoint: Path) -> list[Any]:
     elif isinstance(data, DatasetModule):  # has its own batch size
         batches = data.calibration_batches(max(1, IMAGES // data.batch_size))
     else:
-        with seeded(CALIBRATION_SEED):
-            data.prepare_data()
-            data.setup("fit")
-            batches = training_batches(data, IMAGES // BATCH_SIZE)
+        data.prepare_data()
+        batches = training_batches(data, IMAGES // BATCH_SIZE)
     return [split_batch(batch)[0] for batch in batches]

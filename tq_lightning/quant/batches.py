@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -61,22 +60,6 @@ def list_batches(model: nn.Module, batches: Iterable[Any], purpose: str) -> list
                 f"{type(model).__name__}.forward does not take ({error}); pass its inputs without "
                 "labels, e.g. [images for images, _ in loader]"
             ) from None
-    return batches
-
-
-def training_batches(data: Any, n: int, device: torch.device | str = "cpu") -> list[Any]:
-    """Return up to `n` batches of a LightningDataModule's training loader, as a fit gets them.
-
-    Args:
-        data: the data module, after `setup("fit")`.
-        n: number of batches.
-        device: device of the batches.
-    """
-    batches = []
-    for batch in islice(data.train_dataloader(), n):
-        batch = data.on_before_batch_transfer(batch, 0)
-        batch = data.transfer_batch_to_device(batch, torch.device(device), 0)
-        batches.append(data.on_after_batch_transfer(batch, 0))
     return batches
 
 

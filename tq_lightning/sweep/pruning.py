@@ -18,8 +18,8 @@ class ReportToStudy(pl.Callback):
 
     Under DDP, rank 0, which is the process of the worker, reports and decides for all ranks. A
     pruned trial ends like a completed run and writes its record. A resumed fit first reports the
-    values in its checkpoint, so that the pruner sees the full curve. Outside of a
-    sweep, as in a fit with the saved configuration of a trial, it does nothing.
+    values in its checkpoint, so that the pruner sees the full curve. Outside of a sweep, as in
+    a fit with the saved configuration of a trial, it does nothing.
 
     Args:
         monitor: key of the metric.
