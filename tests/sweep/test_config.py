@@ -259,15 +259,6 @@ BAD = [
         {"early_terminate": {"type": "hyperband", "min_iter": 2, "strict": True}},
         "unknown key 'strict'",
     ),
-    ({"command": None}, "expected a list that ends in ${args}"),
-    (
-        {"command": ["python", "train.py", "${args}"]},
-        'expected ["${env}", python, -m, tq_lightning, fit',
-    ),
-    (
-        {"command": ["python", "-m", "tq_lightning", "fit", "${args_json}", "${args}"]},
-        "${args_json} is not supported after `fit`",
-    ),
 ]
 
 
@@ -292,25 +283,6 @@ def test_file_that_is_not_a_sweep_is_an_error(tmp_path):
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(UserError, match="is not a sweep file"):
         read_sweep(tmp_path / "list.yaml")
-
-
-def test_command_sets_arguments_and_environment(write_sweep, monkeypatch):
-    monkeypatch.setenv("CONF", "conf/a.yaml")
-    command = [
-        "${env}",
-        "WANDB_MODE=offline",
-        "python",
-        "-m",
-        "tq_lightning",
-        "fit",
-        "--config",
-        "${envvar:CONF}",
-        "--wandb",
-        "${args}",
-    ]
-    sweep = read_sweep(write_sweep(command=command))
-    assert sweep.environment == {"WANDB_MODE": "offline"}
-    assert sweep.arguments == ("--config", "conf/a.yaml")  # --wandb is for W&B's agents
 
 
 def test_extra_arguments_cannot_override_searched_keys(write_sweep):

@@ -7,8 +7,6 @@ them for Optuna.
 import dataclasses
 import json
 import math
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from tq_lightning.sweep.parameters import (
     axis_value,
     read_parameters,
 )
+from tq_lightning.sweep.trial_command import read_command
 from tq_lightning.sweep.value_checks import as_number, check_keys, check_plain, one_of
 from tq_lightning.training.yaml_file import read_yaml
 
@@ -48,7 +47,6 @@ _DECIDED = {
 }
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
-COMMAND = '["${env}", python, -m, tq_lightning, fit, --config, FILE, "${args}"]'
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def read_sweep(path: str | Path) -> Sweep:
     check_free([key for given in (*values, constants) for key in flatten(given)], where)
     _check_overlaps(parameters, where)
     metric, goal = _read_metric(raw.get("metric"), path)
-    arguments, environment = _read_command(raw.get("command"), path)
+    arguments, environment = read_command(raw.get("command"), path)
     check_free([_key_of(word) for word in arguments], f"{path}: command")
     cap = raw.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
@@ -242,33 +240,3 @@ def _read_early_terminate(raw: Any, path: Path) -> dict[str, float] | None:
     if numbers.get("s", 1) * math.log2(numbers.get("eta", 3)) > MAX_EXPONENT:
         raise UserError(f"{where}: expected eta**s <= 2**{MAX_EXPONENT}, got {raw!r}; reduce s")
     return numbers
-
-
-def _read_command(command: Any, path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the arguments of `fit` before ${args}, and the NAME=VALUE words before the program."""
-    where = f"{path}: command"
-    if not isinstance(command, list) or command[-1:] != ["${args}"] or command.count("${args}") > 1:
-        raise UserError(
-            f"{where}: expected a list that ends in ${{args}}, e.g. {COMMAND}; got {command!r}"
-        )
-    words = [
-        re.sub(r"\$\{envvar:(\w+)\}", lambda m: os.environ.get(m[1], m[1]), str(word))
-        for word in command[:-1]
-    ]
-    starts = [i for i in range(len(words) - 2) if words[i : i + 3] == ["-m", "tq_lightning", "fit"]]
-    if not starts:
-        raise UserError(
-            f"{where}: expected {COMMAND}, got {command!r}; each trial runs `tq_lightning fit`"
-        )
-    # --wandb is for W&B's agents. With Optuna, the study stores the curves. --wandb can still be
-    # passed after -- on the command line.
-    arguments = [word for word in words[starts[0] + 3 :] if word != "--wandb"]
-    for word in arguments:
-        if word.startswith("${"):
-            raise UserError(
-                f"{where}: {word} is not supported after `fit`; use only ${{args}}, at the end"
-            )
-    settings = [
-        word.split("=", 1) for word in words[: starts[0]] if re.match(r"[A-Za-z_]\w*=", word)
-    ]
-    return tuple(arguments), {word[0]: word[1] for word in settings}
