@@ -11,13 +11,21 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+_KEY = r"\w*(?:password|passwd|pwd)="
 # scheme://user:PASSWORD@host. A password may contain "/", "@" and "%". It ends at the last "@"
-# before white space, or, if it contains white space, at the next "@" of the line before a host.
-_IN_AUTHORITY = re.compile(r"(\w[\w+.-]*://[^\s:/@]*):(\S*@|[^\n]*?@(?=[^\s@/?]*(?:[/?\s]|$)))")
-# ?password=PASSWORD and &sslpassword=PASSWORD of a URL, password=PASSWORD of a connection string
-_IN_QUERY = re.compile(
-    r"((?:^|[?&;\s'\"(])\w*(?:password|passwd|pwd)=)('[^']*'|[^\s&;'\")]*)", re.I
+# before white space or before ?password=, or, if it contains white space, at the next "@" of the
+# line before a host. Without an "@" there, what is no port is a password.
+_IN_AUTHORITY = re.compile(
+    rf"(\w[\w+.-]*://[^\s:/@]*):(?:(?:(?![?&]{_KEY})\S)*@"
+    rf"|(?:(?![?&]{_KEY})[^\n])*?@(?=[^\s@/?]*(?:[/?\s]|$))|(?!\d*\?)[^\s@/]*(?=\?{_KEY}))",
+    re.I,
 )
+# ?password=PASSWORD and &sslpassword=PASSWORD of a URL end at "&" or white space, and
+# password=PASSWORD of a connection string at white space or its quote. Punctuation that follows
+# belongs to the text.
+_END = r"""(?=['")\],;.]*(?:\s|$))"""
+_IN_QUERY = re.compile(rf"([?&]{_KEY})[^\s&]*?(?=&|{_END})", re.I)
+_IN_STRING = re.compile(rf"""((?:^|[;\s'"(]){_KEY})('(?:\\.|[^'\\])*'|(?!')\S*?{_END}|'.*)""", re.I)
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line breaks, terminal escapes
 
@@ -94,7 +102,8 @@ def hide_password(text: str) -> str:
         >>> hide_password("cannot reach postgresql://me:se/cr@t@host/db?sslpassword=x")
         'cannot reach postgresql://me:***@host/db?sslpassword=***'
     """
-    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1:***@", text))
+    text = _IN_AUTHORITY.sub(r"\1:***@", text)
+    return _IN_STRING.sub(r"\1***", _IN_QUERY.sub(r"\1***", text))
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
