@@ -376,3 +376,20 @@ def test_classify_needs_logits(output, message, packed, tmp_path, capsys, monkey
     else:
         assert status == 2 and len(lines) == 1 and f"returns {message};" in lines[0]
     assert (tmp_path / "out.csv").exists() == (message is None)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+@pytest.mark.parametrize(
+    "verb", [["export", "--format", "onnx", "--bits", "4"], ["demo-page"]], ids=["export", "page"]
+)
+def test_missing_package_of_the_export_is_an_error_that_names_it(verb, package, packed, tmp_path):
+    code = f"import sys; sys.modules[{package!r}] = None; from tq_lightning.cli import main; "
+    arguments = [verb[0], str(packed), "--out", str(tmp_path / "out"), *verb[1:]]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}sys.exit(main({arguments!r}))"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert package in done.stderr and "pip install 'tq_lightning[onnx]'" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -241,7 +241,7 @@ def test_every_row_equals_the_reference(key, row):
         with suppress(ValueError):
             model = model or build(**{**others, key: row})
     assert model is not None
-    *results, reference = train_both(model, 2)
+    *results, reference = train_both(model, STEPS)
     assert_same(*results, model, reference)
     images = Convolutions.batch(torch.Generator().manual_seed(3))
     calibrate_norms(model, [images])

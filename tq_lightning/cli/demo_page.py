@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         from tq_lightning.export.demo_page.write import check_out, write_demo_page
     except ImportError as error:
         raise UserError(
-            f"demo-page needs the onnx package ({error}); pip install 'tq_lightning[onnx]'"
+            f"demo-page needs onnx and onnxscript ({error}); pip install 'tq_lightning[onnx]'"
         ) from error
     check_out(args.out)
     with packed_file(args.model, args.factory) as (path, _):

@@ -207,7 +207,7 @@ def _onnx(args: argparse.Namespace, path: Path) -> None:
         from tq_lightning.export.onnx import dynamic, integer, qonnx, static
     except ImportError as error:
         raise UserError(
-            f"--format {args.format} needs the onnx package ({error}); "
+            f"--format {args.format} needs onnx and onnxscript ({error}); "
             "pip install 'tq_lightning[onnx]'"
         ) from error
     left_out: list[str] = []

@@ -29,7 +29,12 @@ class CodeActivation(nn.Module):
         self.shift, self.top, self.runtime = codes.shift, codes.make_top, runtime
         self.less = -codes.make_offset * codes.make_step
         self.limit = codes.make_top * codes.make_step
-        for name, value in (("step", codes.make_step), ("out_step", codes.step)):
+        for name, value in (
+            ("step", codes.make_step),
+            ("out_step", codes.step),
+            ("one", 1.0),
+            ("divisor", 2.0**self.shift),
+        ):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         for name, value in (("zero", 0), ("by", self.shift), ("top_code", self.top)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
@@ -42,7 +47,13 @@ class CodeActivation(nn.Module):
         codes = _node("QuantizeLinear", x, torch.uint8, self.step, self.zero)
         if self.top < 255 and self.runtime != "openvino":
             codes = _node("Clip", codes, torch.uint8, self.zero, self.top_code)
-        if self.shift:
+        if self.shift and self.runtime == "openvino":
+            # OpenVINO (2026.4) computes another network if a BitShift stands between quantized
+            # layers. Rounding (k - (2^s - 1) / 2) / 2^s, which has no ties, gives k >> s as well.
+            k = _node("DequantizeLinear", codes, torch.float32, self.one, self.zero)
+            k = k - (2**self.shift - 1) / 2
+            codes = _node("QuantizeLinear", k, torch.uint8, self.divisor, self.zero)
+        elif self.shift:
             codes = _node("BitShift", codes, torch.uint8, self.by, direction="RIGHT")
         return _node("DequantizeLinear", codes, torch.float32, self.out_step, self.zero)
 

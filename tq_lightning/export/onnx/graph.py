@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxscript  # noqa: F401  # PyTorch's exporter imports it late, within its own errors
 import torch
 from onnx import helper
 from torch import Tensor, nn
