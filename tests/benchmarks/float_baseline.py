@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.models import create_model
 from tq_lightning.models.weights import load_weights
-from tq_lightning.training.optim import build_optimizer, build_scheduler
+from tq_lightning.training.optim import optimizer_and_schedule
 
 
 class FloatNetwork(L.LightningModule):
@@ -42,12 +42,7 @@ class FloatNetwork(L.LightningModule):
         self.log("acc1", 100 * right, on_epoch=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> dict:
-        optimizer = build_optimizer(self.model, self.config)
-        scheduler = build_scheduler(optimizer, self.config, self.trainer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return optimizer_and_schedule(self.model, self.config, self.trainer)
 
     def lr_scheduler_step(self, scheduler, metric) -> None:
         scheduler.step_update(self.global_step)

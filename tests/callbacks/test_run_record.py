@@ -296,9 +296,9 @@ def test_resuming_from_the_best_checkpoint_keeps_its_validation(tmp_path):
 
 
 def test_resumed_run_records_both_calibrations(tmp_path, monkeypatch):
-    from tq_lightning.callbacks import run_record
+    from tq_lightning.callbacks import setting_changes
 
-    monkeypatch.setattr(run_record, "untrained_widths", lambda model: [7])
+    monkeypatch.setattr(setting_changes, "untrained_widths", lambda model: [7])
     trainer = EndedTrainer()
     trainer.current_epoch = 1
     assert running(tmp_path, trainer, model={})._record.calibration == "augmented"

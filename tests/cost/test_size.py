@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from tq_lightning import load_packed, save_packed
+from tq_lightning.cost.layer_bytes import layer_rows
 from tq_lightning.cost.size import (
     WAYS,
     float_over,
-    layer_rows,
     meta_model,
     paper_rows,
     read_at,

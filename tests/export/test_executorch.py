@@ -17,7 +17,7 @@ from tq_lightning import (
 )
 from tq_lightning.cli import main
 from tq_lightning.errors import UserError
-from tq_lightning.export import executorch
+from tq_lightning.export import executorch, executorch_lowering
 from tq_lightning.export.executorch import _to_integers, export_executorch
 from tq_lightning.export.executorch_layers import StaticConv
 from tq_lightning.export.executorch_static import static_network
@@ -167,8 +167,8 @@ def test_files_with_ranges_make_static_convolutions(name, make, tmp_path):
 
 def test_ranges_that_fail_in_the_lowering_are_not_used(make, tmp_path, monkeypatch):
     pytest.importorskip("torch.ao.quantization.fx._decomposed")
-    monkeypatch.setattr(executorch, "_check_that_it_loads", lambda buffer: None)
-    monkeypatch.setattr(executorch, "_backend", lambda: lambda exported: b"program")
+    monkeypatch.setattr(executorch_lowering, "_check_that_it_loads", lambda buffer: None)
+    monkeypatch.setattr(executorch, "xnnpack_backend", lambda: lambda exported: b"program")
     model, images = make()
     calibrate_activations(model, [images])
     path, out = tmp_path / "m.safetensors", tmp_path / "m.pte"
@@ -181,7 +181,7 @@ def test_ranges_that_fail_in_the_lowering_are_not_used(make, tmp_path, monkeypat
             raise RuntimeError("no fixed ranges")
         return b"other program"
 
-    monkeypatch.setattr(executorch, "_backend", lambda: only_dynamic)
+    monkeypatch.setattr(executorch, "xnnpack_backend", lambda: only_dynamic)
     program = export_executorch(path, out, 4)
     assert out.read_bytes() == b"other program"
     assert not program.fixed and len(program.integer) == 6
@@ -340,8 +340,8 @@ def test_linear_layers_shrink_with_the_width(level, make, tmp_path):
 @pytest.mark.slow
 def test_sums_do_not_saturate(tmp_path):
     """For the largest integers and inputs, pairs of products exceed 16 bits."""
-    from tq_lightning.export.executorch import _backend
     from tq_lightning.export.executorch_layers import DynamicLayer
+    from tq_lightning.export.executorch_lowering import xnnpack_backend
 
     for bits in (7, 8):
         codes = torch.full((8, 64), 2**bits - 1, dtype=torch.uint8)
@@ -351,7 +351,7 @@ def test_sums_do_not_saturate(tmp_path):
         x = torch.ones(1, 64)
         x[0, 0] = 0.0
         exported = torch.export.export(layer.eval(), (x,), strict=False)
-        (tmp_path / "m.pte").write_bytes(_backend()(exported))
+        (tmp_path / "m.pte").write_bytes(xnnpack_backend()(exported))
         got = load(tmp_path / "m.pte").execute([x])[0]
         np.testing.assert_allclose(got[0], np.tile([-63.0, 63.0], 4), rtol=1e-2)
 

@@ -4,7 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tq_lightning.training.preprocessing import preprocessing_of, report_other_classes
+from tq_lightning.training.preprocessing import (
+    export_fields,
+    preprocessing_of,
+    report_other_classes,
+)
 
 
 def image_data(names, data="imagefolder"):
@@ -34,6 +38,15 @@ def test_preprocessing_of_images_has_plain_types_and_is_none_for_other_data():
     assert preprocessing_of(SimpleNamespace(class_names=["up", "down"])) == {
         "classes": ["up", "down"]
     }
+
+
+def test_only_a_network_of_other_inputs_than_images_stores_them():
+    rows = [{"name": "x", "shape": [3], "type": "float32"}]
+    images, series = image_data(["cat"]), SimpleNamespace(class_names=["up", "down"])
+    assert list(export_fields(images, rows)) == ["preprocessing"]
+    assert export_fields(series, rows)["inputs"] == rows
+    assert export_fields(None, rows) == {"inputs": rows}
+    assert export_fields(None, []) == {}
 
 
 @pytest.mark.parametrize(

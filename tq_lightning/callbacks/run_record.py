@@ -15,14 +15,12 @@ import torch
 
 from tq_lightning.callbacks.ema import MovingAverage
 from tq_lightning.callbacks.metric_log import MetricLog
-from tq_lightning.callbacks.setting_changes import changes_at, is_same
-from tq_lightning.callbacks.truncation_eval import CALIBRATION
+from tq_lightning.callbacks.setting_changes import calibration_of, changes_at, is_same
 from tq_lightning.cost.size import record_bytes
 from tq_lightning.errors import Interrupted, UserError, first_line
 from tq_lightning.provenance import git_state, package_versions
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.disagreement import code_disagreement
-from tq_lightning.quant.switchable_norm import untrained_widths
 from tq_lightning.records import (
     NAME,
     Evaluation,
@@ -100,7 +98,7 @@ class RunRecord(L.Callback):
             seed=config.get("seed_everything"),
             ste=quant.resolved_ste,
             nested=quant.nested,
-            calibration=_calibration(record, pl_module),
+            calibration=calibration_of(record, pl_module),
             versions=package_versions(),
             commit=commit,
             dirty=dirty,
@@ -269,16 +267,6 @@ class RunRecord(L.Callback):
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_record(self.path, self._record)
-
-
-def _calibration(earlier: Record, model: torch.nn.Module) -> str | None:
-    """Return the calibration of a run, or both if earlier epochs used another one."""
-    now = CALIBRATION if untrained_widths(model) else None
-    if earlier.calibration == now or not earlier.curves:
-        return now
-    if earlier.calibration is not None and earlier.calibration.endswith(f", then {now}"):
-        return earlier.calibration
-    return f"{earlier.calibration or 'not augmented'}, then {now}"
 
 
 def _other_arithmetic(trained: dict[str, Any], tested: dict[str, Any]) -> list[str]:

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from torch import nn
+
+from tq_lightning.callbacks.truncation_eval import CALIBRATION
 from tq_lightning.files import expand_path
+from tq_lightning.quant.switchable_norm import untrained_widths
 from tq_lightning.records import Change, Record
 
 _SECTIONS = ("trainer", "data")  # the model section of a resumed run is that of its checkpoint
@@ -49,6 +53,16 @@ def _settings(record: Record) -> dict[str, Any]:
     known = {key: getattr(record, key) for key in _ENVIRONMENT}
     known |= {f"versions.{name}": version for name, version in record.versions.items()}
     return out | {key: value for key, value in known.items() if value is not None}
+
+
+def calibration_of(earlier: Record, model: nn.Module) -> str | None:
+    """Return the calibration of a run, or both if earlier epochs used another one."""
+    now = CALIBRATION if untrained_widths(model) else None
+    if earlier.calibration == now or not earlier.curves:
+        return now
+    if earlier.calibration is not None and earlier.calibration.endswith(f", then {now}"):
+        return earlier.calibration
+    return f"{earlier.calibration or 'not augmented'}, then {now}"
 
 
 def is_same(one: Any, two: Any) -> bool:

@@ -33,10 +33,10 @@ def inspect_record(
         UserError: the model is unknown, or the policy is invalid for it.
     """
     from tq_lightning.cost.energy import energy_model
+    from tq_lightning.cost.layer_bytes import layer_rows
     from tq_lightning.cost.size import (
         WAYS,
         float_over,
-        layer_rows,
         meta_model,
         paper_rows,
         read_at,
@@ -51,7 +51,7 @@ def inspect_record(
     model = meta_model(*make, **(values["model_args"] or {}))
     try:
         apply_config(model, QuantConfig.from_mapping(policy))
-        rows = {way: layer_rows(model) for way in WAYS}
+        rows = dict.fromkeys(WAYS, layer_rows(model))
         rows["paper"] = paper_rows(meta_model(*make, **(values["model_args"] or {})))
     except UserError:
         raise

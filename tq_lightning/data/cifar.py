@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tq_lightning.data.image_folder import class_names, find_split, missing, open_images
+from tq_lightning.data.image_folder import class_names, open_images
 from tq_lightning.data.images import UnreadableImage, escape_undecodable
+from tq_lightning.data.split_folders import find_split, missing
 from tq_lightning.data.splits import Source, Split
 from tq_lightning.errors import UserError
 

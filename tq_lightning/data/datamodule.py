@@ -16,7 +16,7 @@ from tq_lightning.data.batch_reader import BatchReader, ImageDataset, default_wo
 from tq_lightning.data.datasets import DATASETS
 from tq_lightning.data.factory_meta import FactoryMeta
 from tq_lightning.data.loaders import EvalLoader, TrainLoader, make_train_loader, process_index
-from tq_lightning.data.sampling import CALIBRATION_SEED, generator, run_seed
+from tq_lightning.data.sampling import CALIBRATION_SEED, calibration_samples, run_seed
 from tq_lightning.data.splits import Source, Splits
 from tq_lightning.data.validation import (
     check_data_options,
@@ -190,9 +190,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         """
         size = batch_size or self.batch_size
         split, samples = self.splits.for_stage("train")
-        samples = samples[
-            torch.randperm(samples.numel(), generator=generator(CALIBRATION_SEED))[: n * size]
-        ]
+        samples = calibration_samples(samples, n * size)
         augmentation = self._new_augment(CALIBRATION_SEED)
         if augmentation.mixup is not None:  # it pairs the images of a batch
             samples = samples[: samples.numel() // 2 * 2]
@@ -272,9 +270,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         """Create the loader of the test samples."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> EvalLoader:
-        """Create the loader of the test samples."""
-        return self._eval_loader("test")
+    predict_dataloader = test_dataloader
 
     def _eval_loader(self, stage: str) -> EvalLoader:
         name, samples = self.splits.for_stage(stage)

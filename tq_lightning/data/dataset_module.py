@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from tq_lightning.data.dataset_reader import DatasetReader
 from tq_lightning.data.loaders import EvalLoader, TrainLoader, make_train_loader, process_index
-from tq_lightning.data.sampling import CALIBRATION_SEED, generator, train_or_val_part
+from tq_lightning.data.sampling import CALIBRATION_SEED, calibration_samples, train_or_val_part
 from tq_lightning.errors import UserError
 
 
@@ -110,8 +110,7 @@ class DatasetModule(lightning.LightningDataModule):
     def calibration_batches(self, n: int) -> Iterator[Any]:
         """Yield fixed training batches to estimate norm statistics from."""
         dataset, samples = self._part("train")
-        order = torch.randperm(samples.numel(), generator=generator(CALIBRATION_SEED))
-        chosen = samples[order[: n * self.batch_size]]
+        chosen = calibration_samples(samples, n * self.batch_size)
         yield from self._reader(dataset)(
             lambda: iter(chosen.split(self.batch_size)), CALIBRATION_SEED
         )

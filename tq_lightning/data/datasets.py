@@ -5,10 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tq_lightning.data import image_folder
 from tq_lightning.data.cifar import read_cifar10, read_cifar100
 from tq_lightning.data.hfds import read_hfds
+from tq_lightning.data.image_folder import open_images
 from tq_lightning.data.sampling import generator, stratified
+from tq_lightning.data.split_folders import SPLITS, find_split, is_flat, missing
 from tq_lightning.data.splits import Source, Split
 from tq_lightning.data.webdataset import read_wds
 from tq_lightning.errors import UserError
@@ -87,15 +88,15 @@ def _read_files(source: Source, split: str) -> Split | None:
 
 def _index_files(source: Source, split: str) -> Split | None:
     root = source.root
-    flat = image_folder.is_flat(root)
-    path = image_folder.find_split(root, split)
+    flat = is_flat(root)
+    path = find_split(root, split)
     if path is None and split == "train" and flat:
         path = root
     if path is None:
-        if not flat and not any(image_folder.find_split(root, s) for s in image_folder.SPLITS):
-            raise UserError(image_folder.missing(root, split))
+        if not flat and not any(find_split(root, s) for s in SPLITS):
+            raise UserError(missing(root, split))
         return None
-    classes, labels, files = image_folder.open_images(path, source.index)
+    classes, labels, files = open_images(path, source.index)
     source.index = {name: number for number, name in enumerate(classes)}
     return Split(classes, labels, read=files.__getitem__)
 

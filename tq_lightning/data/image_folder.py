@@ -1,14 +1,11 @@
 """Images in class folders, or in a tar of class folders."""
 
-import functools
 import io
 import re
-import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from tq_lightning.data.images import (
@@ -20,13 +17,11 @@ from tq_lightning.data.images import (
     is_hidden,
     list_images,
     read_image,
+    report,
 )
+from tq_lightning.data.split_folders import SPLIT_NAMES
 from tq_lightning.data.tar import Member, list_tar
 from tq_lightning.errors import UserError
-
-# file and folder names of each split
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
-_SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 
 
 class ImageFiles:
@@ -66,65 +61,6 @@ class ImageFiles:
         with open(self.root, "rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
-
-
-def find_split(root: Path, split: str) -> Path | None:
-    """Find the .tar or folder of a split under `root`.
-
-    If there are several, e.g. train.tar and train/, one line names the one that is used.
-    """
-    paths = [path for name in SPLITS[split] for path in (root / f"{name}.tar", root / name)]
-    found = [path for path in paths if path.exists()]
-    if len(found) > 1:
-        _report_once(f"{root}: using {found[0].name}, not {', '.join(p.name for p in found[1:])}")
-    return found[0] if found else None
-
-
-def is_flat(root: Path) -> bool:
-    """Return True if `root` is a tar of class folders, or has class folders instead of splits.
-
-    Raises:
-        UserError: a class folder has the name of a split, or a split that of a class, e.g. Train.
-    """
-    if root.is_file():
-        return root.suffix == ".tar"
-    if not root.is_dir():
-        return False
-    splits = [path for split in SPLITS if (path := find_split(root, split)) is not None]
-    folders = _subfolders(root)
-    classes = [name for name in folders if name not in _SPLIT_NAMES]
-    plain = [path for path in splits if path.is_dir() and not _subfolders(path)]
-    if classes and plain == splits and any(any(path.iterdir()) for path in plain):
-        name = plain[0].name
-        raise _error(
-            f"{root} has the folder {name} without class folders next to "
-            f"{', '.join(classes[:3])}; if {name} is a class too, move the class folders into "
-            f"{root / 'train'}"
-        )
-    for name in classes:
-        if name.lower() in _SPLIT_NAMES and _subfolders(root / name):
-            raise _error(f"{root / name} is not read as a split; rename it to {name.lower()}")
-    return not splits and bool(folders)
-
-
-def _subfolders(path: Path) -> list[str]:
-    """Return the sorted names of the folders in a folder, without hidden ones."""
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not is_hidden((p.name,)))
-
-
-def missing(root: Path, *splits: str) -> str:
-    """Return the error message for splits that were not found under `root`."""
-    at = root.absolute()
-    if not root.exists():
-        return (
-            f"no data at {at}: data.root must contain train/ or train.tar with one folder of "
-            "images per class"
-        )
-    looked = ", ".join(f"{name}/, {name}.tar" for split in splits for name in SPLITS[split])
-    return (
-        f"no {splits[0]} split in {at}: looked for {looked}; unpack the data set there, or pass "
-        "another data.root"
-    )
 
 
 def open_images(
@@ -175,7 +111,7 @@ def open_images(
             "pass data.name=imagefolder and a data.root with a training split of them"
         )
     if left_out.counts:
-        _report(f"{path}: {len(paths)} images of {len(names)} classes; {left_out}")
+        report(f"{path}: {len(paths)} images of {len(names)} classes; {left_out}")
     _report_merged(path, paths)
     labels = [index[p.parent.name] for p in paths]
     places = None if members is None else [members[p] for p in paths]
@@ -194,7 +130,7 @@ def _report_merged(path: Path, paths: list[PurePosixPath]) -> None:
     merged = [name for name in folders if len(folders[name]) > 1]
     if merged:
         example = " and ".join(sorted(folders[merged[0]], key=_natural_key)[:2])
-        _report(
+        report(
             f"{path}: {len(merged)} classes have images in several folders, e.g. {merged[0]} in "
             f"{example}: the innermost folder is the class"
         )
@@ -230,16 +166,6 @@ def _error(message: str) -> UserError:
     return UserError(escape_undecodable(message))
 
 
-@rank_zero_only
-def _report(line: str) -> None:
-    print(escape_undecodable(line), file=sys.stderr, flush=True)
-
-
-@functools.cache
-def _report_once(line: str) -> None:
-    _report(line)
-
-
 def _natural_key(text: str) -> tuple[list[Any], str]:
     """Return a sort key that compares digits as numbers: "img2" before "img10".
 
@@ -267,7 +193,7 @@ def _in_class_folders(
     if len(tops) == 1:
         top = tops.pop()
         # a single folder that contains all class folders
-        if any(len(p.parts) > 2 for p in paths) or top in _SPLIT_NAMES | {root.stem}:
+        if any(len(p.parts) > 2 for p in paths) or top in SPLIT_NAMES | {root.stem}:
             depth = 1
     kept = []
     for p in paths:

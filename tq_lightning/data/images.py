@@ -4,6 +4,7 @@ Training, evaluation and `classify` share this module, so that they read the sam
 """
 
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -61,6 +62,14 @@ class LeftOut:
 def escape_undecodable(text: str) -> str:
     """Replace bytes of file names that are not UTF-8, so that the text can be printed anywhere."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def report(line: str) -> None:
+    """Print a line about a data set on standard error, on the first rank only."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only  # `classify` does not need it
+
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        print(escape_undecodable(line), file=sys.stderr, flush=True)
 
 
 def is_hidden(parts: tuple[str, ...]) -> bool:

@@ -95,6 +95,17 @@ def train_or_val_part(
     return rest
 
 
+def calibration_samples(samples: Tensor, count: int) -> Tensor:
+    """Pick at most `count` training samples to estimate norm statistics from, the same in any run.
+
+    Args:
+        samples: (N,) sample indices.
+        count: number of samples.
+    """
+    order = torch.randperm(samples.numel(), generator=generator(CALIBRATION_SEED))
+    return samples[order[:count]]
+
+
 def share(size: int, rank: int, world: int) -> Tensor:
     """Return the positions in a global batch that belong to one process.
 

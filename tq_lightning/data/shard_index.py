@@ -5,7 +5,6 @@ The shards are indexed once, and the index is stored next to them.
 
 import hashlib
 import json
-import sys
 import tarfile
 import zipfile
 from contextlib import suppress
@@ -13,9 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tq_lightning.data.images import SUFFIXES, LeftOut, escape_undecodable, reason_to_skip
+from tq_lightning.data.images import SUFFIXES, LeftOut, escape_undecodable, reason_to_skip, report
 from tq_lightning.data.tar import BoundedFile, check_end, check_not_compressed
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.files import atomic_write
@@ -89,15 +87,10 @@ def index_shards(shards: list[Path]) -> ShardIndex:
             f"and KEY.cls, or KEY.json with one of the keys {', '.join(JSON_LABELS)}"
         )
     if left_out.counts:
-        _print(f"{shards[0].parent}: {len(rows)} images in {len(shards)} shards; {left_out}")
+        report(f"{shards[0].parent}: {len(rows)} images in {len(shards)} shards; {left_out}")
     *numbers, keys = zip(*rows, strict=True)
     number_of, offset, size, label = (np.array(n, np.int64) for n in numbers)
     return ShardIndex(number_of, offset, size, label, np.array(keys))
-
-
-@rank_zero_only
-def _print(line: str) -> None:
-    print(escape_undecodable(line), file=sys.stderr, flush=True)
 
 
 def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, str]]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tq_lightning.data.image_folder import missing
 from tq_lightning.data.sampling import train_or_val_part
+from tq_lightning.data.split_folders import missing
 from tq_lightning.errors import UserError
 
 

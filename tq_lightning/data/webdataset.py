@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from tq_lightning.data.image_folder import SPLITS
 from tq_lightning.data.images import (
     UnreadableImage,
     escape_undecodable,
@@ -19,6 +18,7 @@ from tq_lightning.data.images import (
     read_image,
 )
 from tq_lightning.data.shard_index import ShardIndex, cached_index
+from tq_lightning.data.split_folders import SPLITS
 from tq_lightning.data.splits import Source, Split, classes_of
 from tq_lightning.errors import UserError, message_of
 

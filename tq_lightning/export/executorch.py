@@ -12,16 +12,14 @@ an additional output channel sums the inputs (see `integer_weight`).
 """
 
 import copy
-import io
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from tq_lightning.errors import UserError, message_of
+from tq_lightning.errors import UserError
 from tq_lightning.export.executorch_layers import DynamicLayer, linear_or_conv_weight
+from tq_lightning.export.executorch_lowering import Backend, LoweringError, lower, xnnpack_backend
 from tq_lightning.export.executorch_static import static_network
 from tq_lightning.export.packed.optional_fields import input_size
 from tq_lightning.export.packed.reader import load_packed
@@ -30,8 +28,6 @@ from tq_lightning.files import atomic_write
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.activation_ranges import activation_ranges
 from tq_lightning.quant.bit_width import width_of
-
-INSTALL = "pip install 'tq_lightning[executorch]' in a separate environment"
 
 
 class Program(NamedTuple):
@@ -88,7 +84,7 @@ def export_executorch(
             the network quantizes its activations; PyTorch or ExecuTorch can't express the network,
             or ExecuTorch's runtime can't load the program.
     """
-    backend = _backend()
+    backend = xnnpack_backend()
     model = load_packed(path, bits=bits, model=model)
     if model.tq_file.get("inputs"):  # type: ignore[operator,union-attr]
         raise UserError("ExecuTorch export is for networks of images; pass --format onnx")
@@ -102,23 +98,19 @@ def export_executorch(
     if static is None and _has_convolution_ranges(model):
         # ExecuTorch may not lower the fixed ranges of every network
         try:
-            buffer, program = _lower(copy.deepcopy(model), path, size, backend, True)
-        except _LoweringError as error:
-            buffer, program = _lower(model, path, size, backend, False)
+            buffer, program = _make_program(copy.deepcopy(model), path, size, backend, True)
+        except LoweringError as error:
+            buffer, program = _make_program(model, path, size, backend, False)
             program = program._replace(no_fixed_ranges=str(error))
     else:
-        buffer, program = _lower(model, path, size, backend, bool(static))
+        buffer, program = _make_program(model, path, size, backend, bool(static))
     with atomic_write(out) as temporary:
         temporary.write_bytes(buffer)
     return program
 
 
-class _LoweringError(UserError):
-    """PyTorch or ExecuTorch can't express a network."""
-
-
-def _lower(
-    model: nn.Module, path: str | Path, size: tuple[int, ...], backend: Any, static: bool
+def _make_program(
+    model: nn.Module, path: str | Path, size: tuple[int, ...], backend: Backend, static: bool
 ) -> tuple[bytes, Program]:
     """Return the bytes of the program, and its layers."""
     network, program = _integer_network(model, static)
@@ -127,85 +119,7 @@ def _lower(
         raise UserError(
             f"no layer of {path} can run on integers ({name}: {reason}); pass --format onnx instead"
         )
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(network.eval(), (torch.zeros(1, *size),), strict=False)
-            buffer = backend(exported)
-    except Exception as error:  # torch.export and the lowering raise many types
-        reason = message_of(error, 200)
-        raise _LoweringError(
-            f"ExecuTorch can't express this network ({type(error).__name__}: {reason})"
-        ) from error
-    _check_that_it_loads(buffer)
-    return buffer, program
-
-
-def _backend() -> Any:
-    """Return a function that lowers an exported program to the bytes of an ExecuTorch program."""
-    try:
-        from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-    except Exception as error:  # an ExecuTorch built for another PyTorch fails in many ways
-        reason = message_of(error, 120)
-        raise UserError(
-            f"--format executorch needs ExecuTorch for PyTorch {torch.__version__} ({reason}); "
-            f"{INSTALL}"
-        ) from error
-
-    def lower(exported: Any) -> bytes:
-        _dequantize_for_each_reader(exported)
-        partitioners = [
-            XnnpackPartitioner(
-                config_precisions=ConfigPrecisionType.DYNAMIC_QUANT, per_op_mode=True
-            ),
-            XnnpackPartitioner(),
-        ]
-        edge = to_edge_transform_and_lower(exported, partitioner=partitioners)
-        return edge.to_executorch().buffer
-
-    return lower
-
-
-def _check_that_it_loads(buffer: bytes) -> None:
-    """Load a program once, because XNNPACK chooses its kernels only then.
-
-    It refuses, for example, the fixed ranges of a network with random weights, where the range of a
-    sum exceeds that of the next layer by far.
-
-    Raises:
-        _LoweringError: ExecuTorch's runtime can't load the program.
-    """
-    try:
-        from executorch.runtime import Runtime
-    except ImportError:  # a build without the Python runtime
-        return
-    log = io.StringIO()
-    try:
-        with redirect_stderr(log):  # the runtime logs there
-            program = Runtime.get().load_program(buffer)
-            program.load_method("forward")
-    except RuntimeError as error:
-        lines = [line for line in log.getvalue().splitlines() if "xnn" in line.lower()]
-        reason = lines[0].partition("] ")[2] if lines else message_of(error, 200)
-        raise _LoweringError(f"ExecuTorch's runtime can't load this program ({reason})") from error
-
-
-def _dequantize_for_each_reader(exported: Any) -> None:
-    """Copy each dequantize node with several readers, so that each reader has its own.
-
-    XNNPACK's lowering matches dequantize, operation and quantize as one pattern. It fails in
-    ChannelsLastTaggedReshapePass if a dequantized tensor has readers in several partitions.
-    """
-    graph = exported.graph_module.graph
-    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
-    for node in list(graph.nodes):
-        if node.target == dequantize:
-            for reader in list(node.users)[1:]:
-                with graph.inserting_after(node):
-                    own = graph.node_copy(node)
-                reader.replace_input_with(node, own)
-    exported.graph_module.recompile()
+    return lower(network, size, backend), program
 
 
 def _has_convolution_ranges(model: nn.Module) -> bool:

@@ -1,29 +1,21 @@
 """prepare(): attaches quantizers and per-width norms to any nn.Module, by layer name."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from tq_lightning.quant.activation import ActivationQuantizer
 from tq_lightning.quant.bit_width import Width
-from tq_lightning.quant.config import NORMS, QuantConfig
-from tq_lightning.quant.layers import (
-    LAYER_NORMS,
-    Layer,
-    embedding_tables,
-    replace_modules,
-    select_layers,
-)
+from tq_lightning.quant.config import QuantConfig
+from tq_lightning.quant.layers import Layer, embedding_tables, replace_modules, select_layers
 from tq_lightning.quant.normalizers import NORMALIZERS
 from tq_lightning.quant.prepare_report import PrepareReport
 from tq_lightning.quant.quantized_tensors import weight_quantizers
-from tq_lightning.quant.switchable_norm import PerWidthNorm
+from tq_lightning.quant.switchable_norm import attach_norms, shared_norms
 from tq_lightning.quant.weight import WeightQuantizer
 
 _RELUS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
@@ -134,7 +126,9 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
             f"nothing left to quantize in {type(model).__name__} with skip={list(config.skip)!r}; "
             "skip fewer layers"
         )
-    _norms(model, config.norm, config.shared_norms)  # raises for a bad pattern before any change
+    shared_norms(
+        model, config.norm, config.shared_norms
+    )  # raises for a bad pattern before any change
     width = Width(config.max_bits, config.widths, bits=config.widths[0])
     # before any change too: the start of a learned range checks the weight
     quantizers = {
@@ -168,61 +162,6 @@ def apply_config(model: nn.Module, config: QuantConfig) -> PrepareReport:
     report.update(attach_norms(model, config.norm, width, shared=config.shared_norms))
     model.tq = config.to_dict()  # type: ignore[assignment]
     return report
-
-
-def attach_norms(
-    model: nn.Module,
-    norm: str,
-    width: Width,
-    only: Collection[int] | None = None,
-    shared: Sequence[str] = (),
-) -> dict[str, str]:
-    """Replace norms by `PerWidthNorm`, after all quantizers are attached.
-
-    Args:
-        model: a model with its quantizers attached.
-        norm: as in `prepare`.
-        width: the model's shared `Width`.
-        only: as in `PerWidthNorm`.
-        shared: patterns of norms to leave as they are.
-
-    Returns:
-        A dict from layer name to a description of the attached modules.
-
-    Raises:
-        ValueError: an unknown `norm`, or a pattern that matches no norm.
-    """
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; pass one of {', '.join(NORMS)}")
-    if norm == "shared":
-        return {}
-    kinds = _norm_kinds(norm)
-    kept = _norms(model, norm, shared)
-    replaced = replace_modules(
-        model, kinds, lambda m: PerWidthNorm(m, width, only), list(kept.values())
-    )
-    trained = ", ".join(map(str, width.widths))
-    return {
-        **dict.fromkeys(replaced, f"norm per width: trained {trained}; the others estimated"),
-        **dict.fromkeys(kept, "norm shared by all widths"),
-    }
-
-
-def _norm_kinds(norm: str) -> tuple[type[nn.Module], ...]:
-    return (_BatchNorm, *LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
-
-
-def _norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    """Find the norms that match a pattern, by name."""
-    kinds = _norm_kinds(norm)
-    norms: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in norms):
-            examples = ", ".join(map(repr, list(norms)[:3])) or "none"
-            raise ValueError(
-                f"shared_norms pattern {pattern!r} matches no norm; the model has {examples}"
-            )
-    return {n: m for n, m in norms.items() if any(fnmatchcase(n, p) for p in patterns)}
 
 
 def _weight_quantizers(

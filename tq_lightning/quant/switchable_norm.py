@@ -8,7 +8,8 @@ an error.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tq_lightning.quant.bit_width import Width, width_of
+from tq_lightning.quant.layers import LAYER_NORMS, replace_modules
 
 FLOAT = "none"  # key of bits=None; ModuleDict does not accept "float", a method of every module
 
@@ -137,6 +139,63 @@ class PerWidthNorm(nn.Module):
         trained = sorted(int(key) for key in self.trained if key != FLOAT)
         wider = next((b for b in trained if bits is not None and b >= bits), trained[-1])
         self.sets[width_name(bits)].load_state_dict(self.sets[str(wider)].state_dict())
+
+
+def attach_norms(
+    model: nn.Module,
+    norm: str,
+    width: Width,
+    only: Collection[int] | None = None,
+    shared: Sequence[str] = (),
+) -> dict[str, str]:
+    """Replace norms by `PerWidthNorm`, after all quantizers are attached.
+
+    Args:
+        model: a model with its quantizers attached.
+        norm: as in `prepare`.
+        width: the model's shared `Width`.
+        only: as in `PerWidthNorm`.
+        shared: patterns of norms to leave as they are.
+
+    Returns:
+        A dict from layer name to a description of the attached modules.
+
+    Raises:
+        ValueError: a pattern matches no norm.
+    """
+    if norm == "shared":
+        return {}
+    kinds = _norm_kinds(norm)
+    kept = shared_norms(model, norm, shared)
+    replaced = replace_modules(
+        model, kinds, lambda m: PerWidthNorm(m, width, only), list(kept.values())
+    )
+    trained = ", ".join(map(str, width.widths))
+    return {
+        **dict.fromkeys(replaced, f"norm per width: trained {trained}; the others estimated"),
+        **dict.fromkeys(kept, "norm shared by all widths"),
+    }
+
+
+def _norm_kinds(norm: str) -> tuple[type[nn.Module], ...]:
+    return (_BatchNorm, *LAYER_NORMS) if norm == "per_width_all" else (_BatchNorm,)
+
+
+def shared_norms(model: nn.Module, norm: str, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Find the norms that match a pattern, by name.
+
+    Raises:
+        ValueError: a pattern matches no norm.
+    """
+    kinds = _norm_kinds(norm)
+    norms: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in norms):
+            examples = ", ".join(map(repr, list(norms)[:3])) or "none"
+            raise ValueError(
+                f"shared_norms pattern {pattern!r} matches no norm; the model has {examples}"
+            )
+    return {n: m for n, m in norms.items() if any(fnmatchcase(n, p) for p in patterns)}
 
 
 def per_width_norms(model: nn.Module) -> list[PerWidthNorm]:

@@ -8,16 +8,6 @@ from typing import Any
 from tq_lightning.errors import UserError
 from tq_lightning.sweep.value_checks import as_number, check_keys, one_of
 
-PARAMETER_KEYS = (
-    "value",
-    "values",
-    "probabilities",
-    "distribution",
-    "min",
-    "max",
-    "q",
-    "parameters",
-)
 RANGES = (
     "int_uniform",
     "uniform",
@@ -45,6 +35,7 @@ FORMS = {
     "min": ("max", "distribution", "q"),
     "max": ("min", "distribution", "q"),
 }
+PARAMETER_KEYS = tuple(dict.fromkeys([*FORMS, *(key for keys in FORMS.values() for key in keys)]))
 MAX_INTEGER = 2**53  # samplers draw floats, which do not represent larger integers exactly
 
 

@@ -1,4 +1,4 @@
-"""Settings of a checkpoint: compare them with the given ones, which it overrides."""
+"""Settings of a checkpoint and its run: compare them with the given ones, which they override."""
 
 import inspect
 import sys
@@ -12,11 +12,72 @@ from tq_lightning.factories import is_factory
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.records import NAME, Record, read_record
 from tq_lightning.records.publish import flatten
+from tq_lightning.training.ckpt_path import ResolvedPath
 from tq_lightning.training.lists import as_list
 from tq_lightning.training.module import TQModule
+from tq_lightning.training.run_folder import CONFIG
 
 # data keys that define the validation images and how they are read
 _VALIDATION_KEYS = (*(key for key in DATA_KEYS if key != "root"), "val_fraction")
+
+
+def check_settings(
+    verb: str, resolved: ResolvedPath, root: Path, given: dict[str, Any], config: Any
+) -> list[str]:
+    """Check the settings of a loaded checkpoint, and keep the seed of a resumed run, in place.
+
+    Args:
+        verb: fit, validate, test or predict.
+        resolved: return value of `resolve_ckpt_path`.
+        root: trainer.default_root_dir.
+        given: the `model:` section of the command line and files.
+        config: the configuration of the verb, with the model settings of the checkpoint.
+
+    Returns:
+        The given model settings that the checkpoint overrides.
+
+    Raises:
+        UserError: a factory that was not given, other data than that of the run, or another run
+            than the configuration describes.
+    """
+    kept, checkpoint = config.model.as_dict(), resolved.checkpoint
+    check_factories(given, kept, config.ckpt_path)
+    if verb == "fit" and checkpoint is not None:
+        _check_newest(resolved, root, given, config)
+        if resolved.continues_run:
+            check_same_data(config, checkpoint.run)
+            keep_seed(config, checkpoint.run)
+    return overridden_arguments(given, kept)
+
+
+def _check_newest(resolved: ResolvedPath, root: Path, given: dict[str, Any], config: Any) -> None:
+    """Check that `last` or `best` resumes the run that the configuration describes.
+
+    The newest of several runs may be another one, e.g. if the run that is meant has no checkpoint.
+    A fit with --run_dir names its run, and is not checked.
+
+    Args:
+        resolved: return value of `resolve_ckpt_path`.
+        root: trainer.default_root_dir.
+        given: the `model:` section of the command line and files.
+        config: the configuration of the fit, with the model settings of the checkpoint.
+
+    Raises:
+        UserError: `root` has several runs, and settings of the newest one differ.
+    """
+    checkpoint = resolved.checkpoint
+    if resolved.run_dir is not None or checkpoint is None:
+        return
+    network = {key: given[key] for key in network_keys()}
+    differing = _differences(checkpoint.run, config)
+    differing += overridden_arguments(network, config.model.as_dict())
+    several = len(list(root.glob(f"*/{CONFIG}"))) > 1
+    if checkpoint.given in ("last", "best") and several and differing:
+        raise UserError(
+            f"ckpt_path={checkpoint.given}: the newest of several runs under {root} is "
+            f"{checkpoint.run}, with {'; '.join(differing)}; pass --ckpt_path {checkpoint.path} "
+            "to resume it, or the checkpoint of another run"
+        )
 
 
 def network_keys() -> list[str]:
@@ -30,7 +91,7 @@ def _record_of(run: Path | None) -> Record | None:
     return read_record(path) if path is not None and path.is_file() else None
 
 
-def differences(run: Path | None, config: Any) -> list[str]:
+def _differences(run: Path | None, config: Any) -> list[str]:
     """List the seed and the data set of a run that differ from those of a configuration."""
     record = _record_of(run)
     if record is None:

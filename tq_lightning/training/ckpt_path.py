@@ -11,14 +11,8 @@ from tq_lightning.training.checkpoint_progress import (
     check_unfinished,
     read_progress,
 )
-from tq_lightning.training.checkpoint_settings import (
-    differences,
-    network_keys,
-    overridden_arguments,
-)
 from tq_lightning.training.resume_guard import check_accumulation
 from tq_lightning.training.run_folder import (
-    CONFIG,
     LAST,
     auto_folder,
     check_no_other_files,
@@ -54,13 +48,11 @@ class ResolvedPath(NamedTuple):
         run_dir: --run_dir, or the folder of `--ckpt_path auto`; None if neither was given.
         checkpoint: the checkpoint to load; None without one.
         resume_step: metrics from this step on are logged again; None for a new run.
-        differing: settings of the checkpoint's run that differ from the configuration of a fit.
     """
 
     run_dir: Path | None
     checkpoint: GivenCheckpoint | None
     resume_step: int | None
-    differing: list[str]
 
     @property
     def continues_run(self) -> bool:
@@ -98,22 +90,20 @@ def resolve_ckpt_path(
         check_no_other_files(run_dir)
         given = find_auto(run_dir, plain_config())
         if given is None:  # rows of an attempt without a checkpoint will be logged again
-            return ResolvedPath(run_dir, None, 0, [])
+            return ResolvedPath(run_dir, None, 0)
     elif given is None:
         if run_dir is not None and fits:
             check_unused(run_dir)
             check_no_other_files(run_dir)
-        return ResolvedPath(run_dir, None, None, [])
+        return ResolvedPath(run_dir, None, None)
     checkpoint = find_checkpoint(str(given), root, run_dir)
     if run_dir is not None and not is_same_folder(run_dir, checkpoint.run):
         check_unused(run_dir, f"ckpt_path: {checkpoint.path} is not a checkpoint of it")
         if fits:
             check_no_other_files(run_dir)
-    differing: list[str] = []
     if fits:
         check_resumable(checkpoint, config.trainer)
-        differing = differences(checkpoint.run, config) if run_dir is None else []
-    return ResolvedPath(run_dir, checkpoint, checkpoint.progress.step, differing)
+    return ResolvedPath(run_dir, checkpoint, checkpoint.progress.step)
 
 
 def find_checkpoint(given: str, root: Path, run_dir: Path | None) -> GivenCheckpoint:
@@ -171,37 +161,6 @@ def check_resumable(checkpoint: GivenCheckpoint, trainer: Any) -> None:
     check_unfinished(checkpoint.path, checkpoint.progress, finished, trainer)
     what = f"ckpt_path: {checkpoint.path}"
     check_accumulation(checkpoint.progress.inside_accumulation, what)
-
-
-def check_newest(
-    resolved: ResolvedPath, root: Path, given: dict[str, Any], kept: dict[str, Any]
-) -> None:
-    """Check that `last` or `best` resumes the run that the configuration describes.
-
-    The newest of several runs may be another one, e.g. if the run that is meant has no checkpoint.
-    A fit with --run_dir names its run, and is not checked.
-
-    Args:
-        resolved: return value of `resolve_ckpt_path`.
-        root: trainer.default_root_dir.
-        given: the `model:` section of the command line and files.
-        kept: the same section with the values of the checkpoint.
-
-    Raises:
-        UserError: `root` has several runs, and settings of the newest one differ.
-    """
-    checkpoint = resolved.checkpoint
-    if resolved.run_dir is not None or checkpoint is None:
-        return
-    network = {key: given[key] for key in network_keys()}
-    differing = resolved.differing + overridden_arguments(network, kept)
-    several = len(list(root.glob(f"*/{CONFIG}"))) > 1
-    if checkpoint.given in ("last", "best") and several and differing:
-        raise UserError(
-            f"ckpt_path={checkpoint.given}: the newest of several runs under {root} is "
-            f"{checkpoint.run}, with {'; '.join(differing)}; pass --ckpt_path {checkpoint.path} "
-            "to resume it, or the checkpoint of another run"
-        )
 
 
 def find_auto(run_dir: Path, config: dict[str, Any]) -> Path | None:

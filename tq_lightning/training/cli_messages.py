@@ -1,9 +1,7 @@
 """Rewrite errors of the command-line parser and of Lightning as one line with a remedy."""
 
 import inspect
-import logging
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,29 +222,3 @@ def _same_callback(text: str) -> str | None:
         f"trainer.callbacks: two of type {match[1]} have the same monitor and interval{own}; "
         "pass another monitor, e.g. val/loss"
     )
-
-
-def quiet() -> None:
-    """Silence messages and warnings of Lightning that do not concern the user."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*args parameter is intended to run from within Python.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*LeafSpec.*",
-        ".*sync_dist=True.*",
-        ".*nn.functional.all_gather is deprecated.*",
-        ".*overrides the configure_model callback.*",
-        ".*The number of training batches.*",
-        ".*when using `ckpt_path`, callbacks used to create the checkpoint.*",
-        ".*The dirpath has changed from.*",
-        ".*`weights_only` was not set.*",
-        ".*`isinstance\\(treespec.*",
-        ".*Couldn't infer the batch indices.*",
-        ".*The `srun` command is available.*",
-        "(?s).*Dump of a value that does not round-trip.*",  # `Text`, which becomes str
-        ".*AMP with fp16 is not supported on CPU.*",  # an error of `check_precision`
-        ".*You requested to overfit but enabled train dataloader shuffling.*",
-    ):
-        warnings.filterwarnings("ignore", message=pattern)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.data.dataset_module import DatasetModule
-from tq_lightning.errors import UserError
+from tq_lightning.errors import UserError, first_line
 
 
 def check_against_data(hparams: Any, data: Any, trainer: Any) -> None:
@@ -73,3 +75,18 @@ def _check_intervals(trainer: Any, batches: int) -> None:
             f"trainer.val_check_interval: got {every:g}, which is less than one of {batches} "
             "batches; pass a larger fraction"
         )
+
+
+def refused_shape(name: str, images: Tensor, error: BaseException) -> UserError:
+    """Return the error for images (batch, channels, height, width) that a network cannot process.
+
+    Args:
+        name: name of the network.
+        images: its input.
+        error: the error that it raised.
+    """
+    return UserError(
+        f"model.name: {name} cannot process inputs of shape {tuple(images.shape)} "
+        f"({first_line(error)}); pass another data.image_size, or model.model_args with a size, "
+        "e.g. {img_size: 32}"
+    )

@@ -1,7 +1,6 @@
 """fit, validate, test and predict: LightningCLI over TQModule and TQDataModule."""
 
 import os
-import shlex
 import sys
 import time
 import uuid
@@ -23,14 +22,9 @@ from tq_lightning.data.sampling import run_seed
 from tq_lightning.errors import Interrupted, TrainingError, UserError, file_error, first_line
 from tq_lightning.files import remove_temporaries
 from tq_lightning.records import NAME, read_record, write_record
-from tq_lightning.training.checkpoint_settings import (
-    check_factories,
-    check_same_data,
-    keep_seed,
-    overridden_arguments,
-)
-from tq_lightning.training.ckpt_path import GivenCheckpoint, check_newest, resolve_ckpt_path
-from tq_lightning.training.cli_messages import quiet, rewrite_parser_error
+from tq_lightning.training.checkpoint_settings import check_settings
+from tq_lightning.training.ckpt_path import GivenCheckpoint, resolve_ckpt_path
+from tq_lightning.training.cli_messages import rewrite_parser_error
 from tq_lightning.training.cluster import check_tasks
 from tq_lightning.training.fit_parser import (
     add_run_options,
@@ -52,8 +46,13 @@ from tq_lightning.training.run_callbacks import (
     make_plugins,
     progress_callbacks,
 )
-from tq_lightning.training.run_folder import LAST
-from tq_lightning.training.run_messages import StartLine, end_lines, start_line
+from tq_lightning.training.run_messages import (
+    StartLine,
+    end_lines,
+    how_to_resume,
+    quiet,
+    start_line,
+)
 from tq_lightning.training.trainer_validation import check_precision, check_run
 from tq_lightning.training.yaml_values import as_plain_strings
 
@@ -107,13 +106,7 @@ class TQCLI(LightningCLI):
             write_record(path, replace(read_record(path), status="failed", reason=reason))
 
     def _how_to_resume(self) -> str:
-        """Return the option that resumes a fit. `last` could be the checkpoint of another run."""
-        if self.subcommand != "fit":
-            return ""
-        last = self.run_dir / LAST
-        if not last.is_file():
-            return f"{self.run_dir} has no checkpoint yet"
-        return f"resume with the same command and --ckpt_path {shlex.quote(str(last))}"
+        return how_to_resume(str(self.subcommand), self.run_dir)
 
     def _stop_children(self) -> None:
         """Forward SIGTERM to the ranks that Lightning started; in a fit, ranks agree on signals."""
@@ -164,14 +157,7 @@ class TQCLI(LightningCLI):
         config.ckpt_path = None if self.checkpoint is None else str(self.checkpoint.path)
         given_model = config.model.as_dict()
         super()._parse_ckpt_path()  # replaces the model arguments by those of the checkpoint
-        kept_model = self.config[verb].model.as_dict()
-        check_factories(given_model, kept_model, config.ckpt_path)
-        if verb == "fit" and self.checkpoint is not None:
-            check_newest(resolved, root, given_model, kept_model)
-            if resolved.continues_run:
-                check_same_data(self.config[verb], self.checkpoint.run)
-                keep_seed(self.config[verb], self.checkpoint.run)
-        kept = overridden_arguments(given_model, kept_model)
+        kept = check_settings(verb, resolved, root, given_model, self.config[verb])
         if kept:
             print(
                 f"the model keeps the settings of its checkpoint: {'; '.join(kept)}",

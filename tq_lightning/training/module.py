@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tq_lightning.data.datamodule import TQDataModule
 from tq_lightning.data.sampling import run_seed
-from tq_lightning.errors import TrainingError, UserError, first_line
+from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.factories import is_factory, only_allow
 from tq_lightning.models.weights import check_fit
 from tq_lightning.quant.batches import call_model, samples_of, split_batch
@@ -22,7 +22,7 @@ from tq_lightning.quant.prepare import PrepareReport, apply_config
 from tq_lightning.quant.switchable_norm import train_float_norms
 from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
-from tq_lightning.training.data_validation import check_against_data
+from tq_lightning.training.data_validation import check_against_data, refused_shape
 from tq_lightning.training.epoch_losses import EpochLosses
 from tq_lightning.training.joint import (
     JointGradients,
@@ -32,9 +32,10 @@ from tq_lightning.training.joint import (
 )
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, make_width_loss, with_label_checks
-from tq_lightning.training.optim import build_optimizer, build_scheduler, check_restored_state
-from tq_lightning.training.preprocessing import preprocessing_of, report_other_classes
+from tq_lightning.training.optim import check_restored_state, optimizer_and_schedule
+from tq_lightning.training.preprocessing import export_fields, report_other_classes
 from tq_lightning.training.resume_guard import check_batches, check_resume
+from tq_lightning.training.run_callbacks import module_callbacks
 from tq_lightning.training.step_graph import StepGraphs, check_cuda_graph
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.trainer_validation import check_trainer
@@ -213,20 +214,8 @@ class TQModule(L.LightningModule):
         """True once the loop runs, after a checkpoint, if any, has been loaded."""
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callbacks of every run; the moving average comes before the evaluation."""
-        from tq_lightning.callbacks.ema import MovingAverage
-        from tq_lightning.callbacks.metric_log import MetricLog
-        from tq_lightning.callbacks.resume import StepSeeds
-        from tq_lightning.callbacks.truncation_eval import TruncationEval
-
-        callbacks: list[L.Callback] = [
-            StepSeeds(),
-            TruncationEval(self.hparams.calibration_batches),
-            MetricLog(),
-        ]
-        if self.hparams.ema_decay is not None:
-            callbacks.insert(0, MovingAverage(self.hparams.ema_decay))
-        return callbacks
+        """Return the callbacks of every run."""
+        return module_callbacks(self.hparams)
 
     def setup(self, stage: str) -> None:
         """Check the Trainer and the data before a model is built."""
@@ -310,11 +299,7 @@ class TQModule(L.LightningModule):
             other = is_factory(self.hparams.name) or isinstance(error, torch.OutOfMemoryError)
             if not first or other:
                 raise
-            raise UserError(
-                f"model.name: {self.hparams.name} cannot process inputs of shape "
-                f"{tuple(inputs[0].shape)} ({first_line(error)}); pass another data.image_size, or "
-                "model.model_args with a size, e.g. {img_size: 32}"
-            ) from error
+            raise refused_shape(self.hparams.name, inputs[0], error) from error
         self._ran = True
         return outputs
 
@@ -440,11 +425,7 @@ class TQModule(L.LightningModule):
         checkpoint["epoch_losses"] = self._epoch_losses.state_dict(
             lambda sums: gather(sums).view(-1, *sums.shape)
         )
-        preprocessing = preprocessing_of(self._datamodule)
-        if preprocessing is not None:
-            checkpoint["preprocessing"] = preprocessing
-        if self._inputs and "mean" not in (preprocessing or {}):
-            checkpoint["inputs"] = self._inputs
+        checkpoint |= export_fields(self._datamodule, self._inputs)
 
     @classmethod
     def load_from_checkpoint(
@@ -513,14 +494,7 @@ class TQModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Create timm's optimizer and schedule."""
         assert self.model is not None
-        optimizer = build_optimizer(self.model, self.hparams)
-        scheduler = build_scheduler(optimizer, self.hparams, self.trainer)
-        if scheduler is None:
-            return {"optimizer": optimizer}
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return optimizer_and_schedule(self.model, self.hparams, self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop the zero gradients that DDP's reducer assigns to the norms of unused widths.

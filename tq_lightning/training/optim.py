@@ -29,6 +29,19 @@ def check_optimizer(hparams: Any) -> None:
         _create(nn.Linear(1, 1), hparams)
 
 
+def optimizer_and_schedule(model: nn.Module, hparams: Any, trainer: L.Trainer) -> dict[str, Any]:
+    """Create the optimizer and the schedule of a training, in the form of Lightning.
+
+    Raises:
+        UserError: see `build_optimizer` and `build_scheduler`.
+    """
+    optimizer = build_optimizer(model, hparams)
+    scheduler = build_scheduler(optimizer, hparams, trainer)
+    if scheduler is None:
+        return {"optimizer": optimizer}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 def build_optimizer(model: nn.Module, hparams: Any) -> torch.optim.Optimizer:
     """Create timm's optimizer `hparams.opt` over the trainable parameters of `model`.
 

@@ -1,4 +1,4 @@
-"""Preprocessing and class names of the data, which checkpoints store for deployment."""
+"""Preprocessing, class names and inputs, which checkpoints store for deployment."""
 
 import sys
 from itertools import zip_longest
@@ -29,6 +29,20 @@ def preprocessing_of(data: Any) -> dict[str, Any] | None:
         "crop_pct": data.crop_pct,
         "classes": list(data.class_names),
     }
+
+
+def export_fields(data: Any, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a checkpoint stores for `export`: preprocessing, or the inputs of other networks.
+
+    Args:
+        data: the data module, or None.
+        inputs: rows of `quant.input_spec.describe_inputs`, [] before the first step.
+    """
+    preprocessing = preprocessing_of(data)
+    fields: dict[str, Any] = {} if preprocessing is None else {"preprocessing": preprocessing}
+    if inputs and "mean" not in (preprocessing or {}):
+        fields["inputs"] = inputs
+    return fields
 
 
 @rank_zero_only

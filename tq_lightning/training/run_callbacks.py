@@ -9,16 +9,20 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from tq_lightning.callbacks.csv_logger import ResumableCSVLogger
+from tq_lightning.callbacks.ema import MovingAverage
+from tq_lightning.callbacks.metric_log import MetricLog
 from tq_lightning.callbacks.prediction_writer import PredictionWriter
 from tq_lightning.callbacks.progress import FitProgressBar, ProgressLines
 from tq_lightning.callbacks.quantization_summary import QuantizationSummary
 from tq_lightning.callbacks.resume import (
     RemoveLaterBest,
     StepCheckpoint,
+    StepSeeds,
     UpdateCheckpointFolder,
 )
 from tq_lightning.callbacks.run_record import RunRecord
 from tq_lightning.callbacks.stop_on_signal import CheckpointOnSignal, SignalFlag, StopOnSignal
+from tq_lightning.callbacks.truncation_eval import TruncationEval
 from tq_lightning.files import atomic_write
 from tq_lightning.records import NAME, TASKS, read_record
 from tq_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -54,6 +58,21 @@ class SaveConfig(SaveConfigCallback):
         record = self.run_dir / NAME
         changes = read_record(record).changes if record.is_file() else None
         return f"# settings of the last resume; see changes in {NAME}\n" if changes else ""
+
+
+def module_callbacks(hparams: Any) -> list[Callback]:
+    """Create the callbacks that a TQModule adds to every Trainer.
+
+    The moving average comes before the evaluation, which uses its weights.
+    """
+    callbacks: list[Callback] = [
+        StepSeeds(),
+        TruncationEval(hparams.calibration_batches),
+        MetricLog(),
+    ]
+    if hparams.ema_decay is not None:
+        callbacks.insert(0, MovingAverage(hparams.ema_decay))
+    return callbacks
 
 
 def fit_callbacks(

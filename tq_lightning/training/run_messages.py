@@ -1,6 +1,11 @@
-"""Messages at the start and the end of a verb: the run folder, the best epoch, the next command."""
+"""Messages of a verb: the run folder, the best epoch, the next command.
 
+Those of Lightning that do not concern the user are silenced.
+"""
+
+import logging
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +89,44 @@ def next_command(verb: str, run_dir: Path) -> str | None:
     return f"{program} test --config {config} --ckpt_path {shlex.quote(str(best))}"
 
 
+def how_to_resume(verb: str, run_dir: Path) -> str:
+    """Return the option that resumes a fit. `last` could be the checkpoint of another run."""
+    if verb != "fit":
+        return ""
+    last = run_dir / LAST
+    if not last.is_file():
+        return f"{run_dir} has no checkpoint yet"
+    return f"resume with the same command and --ckpt_path {shlex.quote(str(last))}"
+
+
 def _trained(config: dict) -> list[int]:
     from tq_lightning.training.lists import as_ints
 
     widths = config.get("model", {}).get("widths", [])
     return sorted(as_ints(widths, "model.widths"), reverse=True)
+
+
+def quiet() -> None:
+    """Silence messages and warnings of Lightning that do not concern the user."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*args parameter is intended to run from within Python.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*LeafSpec.*",
+        ".*sync_dist=True.*",
+        ".*nn.functional.all_gather is deprecated.*",
+        ".*overrides the configure_model callback.*",
+        ".*The number of training batches.*",
+        ".*when using `ckpt_path`, callbacks used to create the checkpoint.*",
+        ".*The dirpath has changed from.*",
+        ".*`weights_only` was not set.*",
+        ".*`isinstance\\(treespec.*",
+        ".*Couldn't infer the batch indices.*",
+        ".*The `srun` command is available.*",
+        "(?s).*Dump of a value that does not round-trip.*",  # `Text`, which becomes str
+        ".*AMP with fp16 is not supported on CPU.*",  # an error of `check_precision`
+        ".*You requested to overfit but enabled train dataloader shuffling.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tq_lightning.errors import UserError
-from tq_lightning.export.packed.sections import (
-    file_names,
-    named_tensors,
-)
+from tq_lightning.export.packed.sections import file_names, named_tensors
 from tq_lightning.quant.switchable_norm import per_width_norms
 
 

@@ -20,15 +20,8 @@ from tq_lightning.export.packed.compression import decompress_plane
 from tq_lightning.export.packed.container import Container
 from tq_lightning.export.packed.header import read_header
 from tq_lightning.export.packed.load_tensors import cast_to_header_dtype, fill_unquantized
-from tq_lightning.export.packed.model_checks import (
-    check_layers,
-    check_names,
-    check_parameters,
-)
-from tq_lightning.export.packed.sections import (
-    named_tensors,
-    split_norms,
-)
+from tq_lightning.export.packed.model_checks import check_layers, check_names, check_parameters
+from tq_lightning.export.packed.sections import named_tensors, split_norms
 from tq_lightning.export.packed.size_limits import SizeLimits
 from tq_lightning.export.packed.skeleton import check_args, create_skeleton, prepare_skeleton
 from tq_lightning.export.packed.weight import MODES, PackedWeight, attach_packed_weight

@@ -15,6 +15,7 @@ from tq_lightning.factories import is_factory
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.config import QuantConfig
 from tq_lightning.quant.quantized_tensors import weight_quantizers
+from tq_lightning.quant.switchable_norm import attach_norms
 
 # Substrings of model arguments that name files to open or weights to fetch.
 _FORBIDDEN = ("name", "pretrained", "checkpoint", "cache", "file", "path", "url", "hf_hub")
@@ -149,7 +150,7 @@ def prepare_skeleton(
     Raises:
         UserError: the network can't be prepared with these options.
     """
-    from tq_lightning.quant.prepare import apply_config, attach_norms
+    from tq_lightning.quant.prepare import apply_config
 
     try:
         config = QuantConfig(**options)

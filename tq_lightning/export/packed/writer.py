@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tq_lightning
 from tq_lightning.errors import UserError
@@ -25,19 +24,21 @@ from tq_lightning.export.packed.optional_fields import (
 )
 from tq_lightning.export.packed.sections import (
     compress_planes,
-    file_names,
     keep_planes,
     merge_norms,
     section_sizes,
 )
 from tq_lightning.export.packed.skeleton import check_args, create_skeleton, prepare_skeleton
+from tq_lightning.export.packed.store_tensors import (
+    fold_batch_norms,
+    unquantized_tensors,
+    usable_norm_widths,
+)
 from tq_lightning.factories import is_factory
 from tq_lightning.quant.bit_planes import aligned, pack_planes
 from tq_lightning.quant.bit_width import width_of
 from tq_lightning.quant.quantized_tensors import weight_quantizers
-from tq_lightning.quant.switchable_norm import per_width_norms
 
-_STORED_AS_IS = (torch.float32, torch.float64, torch.int64)  # other types are widened
 _PREPROCESSING_KEYS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -99,7 +100,7 @@ def save_packed(
         )
     if fold_norms:
         header["folded"] = True
-        _fold(model, tensors)
+        fold_batch_norms(model, tensors)
     header["norms"], tensors = merge_norms(tensors)
     if is_factory(header["model"]["name"]):
         _warn_of_arguments(header["model"], path)
@@ -149,7 +150,7 @@ def _describe(
         raise UserError(
             f"{len(class_names)} class names for a model of {classes} classes; pass one per class"
         )
-    tensors, dtypes = _unquantized(model)
+    tensors, dtypes = unquantized_tensors(model)
     codes, layers, tensors["scale"] = _codes(model)
     stored = width_of(model).max_bits
     for p, plane in enumerate(pack_planes(codes, stored)):
@@ -167,7 +168,7 @@ def _describe(
         "codes": codes.size,
         "layers": layers,
         "dtypes": dtypes,
-        "norm_widths": _norm_widths(model),
+        "norm_widths": usable_norm_widths(model),
         "norms": [],
         "folded": False,
         "compression": None,
@@ -204,66 +205,3 @@ def _codes(model: nn.Module) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarr
         )
         scales.append(scale.detach().cpu().float().numpy().reshape(-1))
     return np.concatenate(rows), layers, np.concatenate(scales)
-
-
-def _unquantized(model: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return unquantized tensors by file name, and the dtypes of all tensors the file widens."""
-    usable = _norm_widths(model)
-    tensors, dtypes = {}, {}
-    for full, value, name in file_names(model):
-        if name.startswith("norm") and int(name[4]) not in usable:
-            continue
-        if value.is_floating_point() and value.isnan().any():
-            raise UserError(f"{full} contains NaN; repair the checkpoint, or pass an earlier one")
-        tensors[name] = _array(value)
-        if value.dtype not in _STORED_AS_IS:
-            dtypes[full] = str(value.dtype).removeprefix("torch.")
-    for weight in weight_quantizers(model):
-        if weight.original.dtype != torch.float32:
-            dtypes[weight.name] = str(weight.original.dtype).removeprefix("torch.")
-    return tensors, dtypes
-
-
-def _array(value: Tensor) -> np.ndarray:
-    """Convert a value to float32, float64 or int64, whichever represents it exactly."""
-    value = value.detach().cpu()
-    if value.is_complex():
-        raise UserError(
-            f"a packed file can't store {value.dtype} tensors; keep them out of the model's buffers"
-        )
-    if value.dtype not in _STORED_AS_IS:
-        value = value.float() if value.is_floating_point() else value.long()
-    return value.numpy()
-
-
-def _norm_widths(model: nn.Module) -> list[int]:
-    """List the widths whose norm sets are trained or calibrated; empty without such norms."""
-    norms = per_width_norms(model)
-    if not norms:
-        return []
-    return [
-        n
-        for n in range(1, norms[0].width.max_bits + 1)
-        if all(str(n) in norm.trained or bool(norm.calibrated[n]) for norm in norms)
-    ]
-
-
-def _fold(model: nn.Module, tensors: dict[str, np.ndarray]) -> None:
-    """Fold the statistics of affine batch norms into weight and bias, in place.
-
-    With weight = gamma / sqrt(var + eps) and bias = beta - mean * weight, computed in float64 and
-    rounded once to the type of gamma and beta, y = weight * x + bias. A reader sets the mean to 0
-    and the variance to 1 - eps.
-    """
-    for full, _, name in file_names(model):
-        stem, _, leaf = name.rpartition(".")
-        if leaf != "running_var":
-            continue
-        if any(f"{stem}.{key}" not in tensors for key in ("running_mean", "weight", "bias")):
-            continue  # not affine, or another norm, such as EvoNorm
-        eps = float(model.get_submodule(full.rpartition(".")[0]).eps)  # type: ignore[arg-type]
-        mean = tensors.pop(f"{stem}.running_mean").astype(np.float64)
-        gamma, beta = tensors[f"{stem}.weight"], tensors[f"{stem}.bias"]
-        weight = gamma / np.sqrt(tensors.pop(name).astype(np.float64) + eps)
-        tensors[f"{stem}.bias"] = (beta - mean * weight).astype(beta.dtype)
-        tensors[f"{stem}.weight"] = weight.astype(gamma.dtype)
