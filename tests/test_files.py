@@ -122,6 +122,28 @@ def test_only_leftover_files_of_a_killed_writer_are_removed(tmp_path):
     remove_temporaries(tmp_path / "absent")
 
 
+def test_write_removes_temporaries_of_its_target_once_they_are_old(tmp_path, monkeypatch):
+    """The times of a change can't be set, so this test shortens the age."""
+    old = tmp_path / ".model.safetensors.0123abcd.tmp"
+    old.write_text("half")
+    folder = tmp_path / ".report.0123abcd.old"
+    (folder / "figures").mkdir(parents=True)
+    others = [".other.safetensors.0123abcd.tmp", ".model.safetensors.backup.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    with atomic_write(tmp_path / "model.safetensors") as temporary:
+        temporary.write_text("before")
+    assert old.is_file(), "its writer may be alive"
+    monkeypatch.setattr(files, "STALE_HOURS", 0.0)
+    time.sleep(0.05)
+    with atomic_write(tmp_path / "model.safetensors") as temporary:
+        temporary.write_text("after")
+    with atomic_write(tmp_path / "report") as building:
+        building.mkdir()
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "report", *others}
+    assert (tmp_path / "model.safetensors").read_text() == "after"
+
+
 def test_device_is_not_replaced(tmp_path):
     """As root, a rename over /dev/null would succeed."""
     os.mkfifo(tmp_path / "pipe")
