@@ -11,7 +11,13 @@ import pytest
 
 from tq_lightning import files
 from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write, check_replaceable, expand_path, remove_temporaries
+from tq_lightning.files import (
+    atomic_write,
+    check_replaceable,
+    expand_path,
+    expand_storage,
+    remove_temporaries,
+)
 
 
 def test_file_is_replaced_by_a_rename_in_its_folder(tmp_path):
@@ -165,9 +171,29 @@ def test_write_to_a_link_replaces_its_target(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "link", "real"]
 
 
+@pytest.mark.parametrize(
+    ("url", "expanded"),
+    [
+        ("sqlite:///~/x.db", "sqlite:////home/me/x.db"),
+        ("sqlite+pysqlite:///~/x.db?timeout=9", "sqlite+pysqlite:////home/me/x.db?timeout=9"),
+        ("sqlite:///file:~/x.db?uri=true", "sqlite:///file:/home/me/x.db?uri=true"),
+        ("journal:~/x.log", "journal:/home/me/x.log"),
+        ("journal:x.log", "journal:x.log"),
+        ("sqlite:///x~.db", "sqlite:///x~.db"),
+        ("sqlite:////data/~/x.db", "sqlite:////data/~/x.db"),
+        ("postgresql+psycopg://me@host/~", "postgresql+psycopg://me@host/~"),
+    ],
+)
+def test_home_is_expanded_in_the_path_of_a_storage(monkeypatch, url, expanded):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_storage(url) == expanded
+
+
 def test_empty_path_is_an_error():
     with pytest.raises(UserError, match="empty path"):
         expand_path("")
+    with pytest.raises(UserError, match="empty path"):
+        expand_storage("journal:")
 
 
 def replace_folder(path, text):

@@ -27,6 +27,16 @@ def expand_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def expand_storage(url: str) -> str:
+    """Return the URL of an Optuna storage with `~` expanded in the path of a file.
+
+    Raises:
+        UserError: the path of a journal is empty.
+    """
+    match = re.match(r"journal:|sqlite(\+\w+)?:///(file:)?(?=~)", url)
+    return f"{match[0]}{expand_path(url[match.end() :])}" if match else url
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`. Its content replaces `path` on success.
