@@ -2,12 +2,15 @@
 
 import pytest
 import wandb
+from fixtures.fits import TWO_STEPS
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from wandb.sdk.wandb_run import Run  # also the name of versions before `wandb.Run`
 
 from tq_lightning.callbacks.metric_log import SPEED
 from tq_lightning.callbacks.wandb_logger import PerFitWandbLogger, make_wandb_logger
+from tq_lightning.cli import run_fit
 from tq_lightning.errors import UserError
+from tq_lightning.records import read_record
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +118,13 @@ def test_wandb_is_called_without_warnings(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "define_metric", lambda *_, **__: None)
     _ = PerFitWandbLogger(tmp_path, project="p").experiment
     assert given["project"] == "p" and "anonymous" not in given
+
+
+def test_disabled_wandb_keeps_nothing(tmp_path, monkeypatch):
+    """Also no list of what was logged, by which a resumed fit would skip values."""
+    wandb.teardown()  # it reads the mode once per process
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    found = run_fit([*TWO_STEPS, "--wandb", "--run_dir", str(tmp_path / "run")])
+    wandb.teardown()
+    assert read_record(found["record"]).status == "finished"
+    assert [path for path in (tmp_path / "run").rglob("*") if "wandb" in path.name] == []

@@ -55,7 +55,7 @@ class PerFitWandbLogger(WandbLogger):
                 f"from step {step} on, values differ from those that W&B has of the same steps: "
                 "its curves show both, metrics.csv only the new ones"
             )
-        if step is not None:
+        if step is not None and not _is_disabled(self.experiment):
             self._logged_file.parent.mkdir(parents=True, exist_ok=True)
             with self._logged_file.open("a") as file:
                 file.writelines(f"{step} {key}\t{texts[key]}\n" for key in texts if key in new)
@@ -68,6 +68,11 @@ class PerFitWandbLogger(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
+
+
+def _is_disabled(run: Any) -> bool:
+    """Return True if W&B keeps nothing of a run: WANDB_MODE=disabled."""
+    return not Path(run.dir).is_dir()
 
 
 def _text(value: Any) -> str:
@@ -150,7 +155,7 @@ class WandbRecord(L.Callback):
             figure = _figure(rows, f"{metric.name} ({metric.unit})" if metric.unit else metric.name)
             run.log({"widths": table, "qt_gap": wandb.Image(figure)})
             figure.clf()
-        if not Path(run.dir).is_dir():  # WANDB_MODE=disabled
+        if _is_disabled(run):
             return
         shutil.copyfile(self.record, Path(run.dir) / self.record.name)
         run.save(str(Path(run.dir) / self.record.name), base_path=run.dir, policy="end")
