@@ -43,6 +43,7 @@ test-lowest: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test]'
 	$(TEST_ENV) $(LOWEST)/bin/python -m pytest -m "not slow and not families and not gpu" -n 2
+	$(TEST_ENV) $(LOWEST)/bin/python -m pytest tests/test_versions.py
 
 # the sdist, and the wheel built from it, in an empty environment and from another folder
 test-wheel: $(READY)

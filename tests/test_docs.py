@@ -172,6 +172,11 @@ def test_blocks_that_are_not_run_are_listed():
     assert {page: count for page, count in marked.items() if count} == MARKED
 
 
+def test_readme_has_the_first_commands():
+    found = [argv for b in blocks(ROOT / "README.md") for argv in commands(b.code)]
+    assert {argv[0] for argv in found} >= {"classify", "fit", "test", "export", "report", "sweep"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_command_lines_are_accepted(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

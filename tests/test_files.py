@@ -11,7 +11,13 @@ import pytest
 
 from tq_lightning import files
 from tq_lightning.errors import UserError
-from tq_lightning.files import atomic_write, check_replaceable, expand_path, remove_temporaries
+from tq_lightning.files import (
+    atomic_write,
+    check_replaceable,
+    expand_path,
+    expand_storage,
+    remove_temporaries,
+)
 
 
 def test_file_is_replaced_by_a_rename_in_its_folder(tmp_path):
@@ -122,6 +128,28 @@ def test_only_leftover_files_of_a_killed_writer_are_removed(tmp_path):
     remove_temporaries(tmp_path / "absent")
 
 
+def test_write_removes_temporaries_of_its_target_once_they_are_old(tmp_path, monkeypatch):
+    """The times of a change can't be set, so this test shortens the age."""
+    old = tmp_path / ".model.safetensors.0123abcd.tmp"
+    old.write_text("half")
+    folder = tmp_path / ".report.0123abcd.old"
+    (folder / "figures").mkdir(parents=True)
+    others = [".other.safetensors.0123abcd.tmp", ".model.safetensors.backup.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    with atomic_write(tmp_path / "model.safetensors") as temporary:
+        temporary.write_text("before")
+    assert old.is_file(), "its writer may be alive"
+    monkeypatch.setattr(files, "STALE_HOURS", 0.0)
+    time.sleep(0.05)
+    with atomic_write(tmp_path / "model.safetensors") as temporary:
+        temporary.write_text("after")
+    with atomic_write(tmp_path / "report") as building:
+        building.mkdir()
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "report", *others}
+    assert (tmp_path / "model.safetensors").read_text() == "after"
+
+
 def test_device_is_not_replaced(tmp_path):
     """As root, a rename over /dev/null would succeed."""
     os.mkfifo(tmp_path / "pipe")
@@ -143,9 +171,29 @@ def test_write_to_a_link_replaces_its_target(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "link", "real"]
 
 
+@pytest.mark.parametrize(
+    ("url", "expanded"),
+    [
+        ("sqlite:///~/x.db", "sqlite:////home/me/x.db"),
+        ("sqlite+pysqlite:///~/x.db?timeout=9", "sqlite+pysqlite:////home/me/x.db?timeout=9"),
+        ("sqlite:///file:~/x.db?uri=true", "sqlite:///file:/home/me/x.db?uri=true"),
+        ("journal:~/x.log", "journal:/home/me/x.log"),
+        ("journal:x.log", "journal:x.log"),
+        ("sqlite:///x~.db", "sqlite:///x~.db"),
+        ("sqlite:////data/~/x.db", "sqlite:////data/~/x.db"),
+        ("postgresql+psycopg://me@host/~", "postgresql+psycopg://me@host/~"),
+    ],
+)
+def test_home_is_expanded_in_the_path_of_a_storage(monkeypatch, url, expanded):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_storage(url) == expanded
+
+
 def test_empty_path_is_an_error():
     with pytest.raises(UserError, match="empty path"):
         expand_path("")
+    with pytest.raises(UserError, match="empty path"):
+        expand_storage("journal:")
 
 
 def replace_folder(path, text):

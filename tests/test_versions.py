@@ -26,3 +26,9 @@ def test_offline_wandb_fit_ends(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list(tmp_path.glob("*/wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+def test_lowest_versions_run_this_file():
+    """The test above is slow, and the rest of `make test-lowest` excludes slow tests."""
+    recipe = (ROOT / "Makefile").read_text().partition("\ntest-lowest:")[2].partition("\n\n")[0]
+    assert "pytest tests/test_versions.py" in recipe

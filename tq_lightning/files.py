@@ -13,6 +13,7 @@ from pathlib import Path
 from tq_lightning.errors import UserError
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
+STALE_HOURS = 24.0  # age of a temporary file whose writer must have been killed
 
 
 def expand_path(path: str | Path) -> Path:
@@ -26,6 +27,16 @@ def expand_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def expand_storage(url: str) -> str:
+    """Return the URL of an Optuna storage with `~` expanded in the path of a file.
+
+    Raises:
+        UserError: the path of a journal is empty.
+    """
+    match = re.match(r"journal:|sqlite(\+\w+)?:///(file:)?(?=~)", url)
+    return f"{match[0]}{expand_path(url[match.end() :])}" if match else url
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`. Its content replaces `path` on success.
@@ -34,7 +45,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     renamed, so a reader (or the next start after a crash) sees either the old or the new content.
     If the block raises, `path` does not change and the temporary path is removed. Each writer has
     its own temporary name. The temporary file of a killed writer remains until
-    `remove_temporaries` deletes it.
+    `remove_temporaries` deletes it, or a write of the same `path` that is `STALE_HOURS` later.
 
     Args:
         path: target file or folder. Its parent folder must exist. For a symbolic link, its target
@@ -60,6 +71,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         else:
             os.replace(temporary, path)
         _sync(path.parent, deep=False)
+        _remove_stale(path)
     except OSError as error:
         reason = (error.strerror or str(error)).splitlines()[0]
         raise UserError(f"cannot write {path} ({reason}); nothing was changed") from error
@@ -123,6 +135,21 @@ def restore_folder(path: Path) -> None:
         if match and (match[1], match[2]) == (path.name, "old") and old.is_dir():
             os.replace(old, path)
             return
+
+
+def _remove_stale(path: Path) -> None:
+    """Delete old temporary files of `path`, which was just written.
+
+    Their age, not the process id, tells the writers that were killed: another host may write too.
+    Both times are those of the file system, so the clock of this host does not count. They are the
+    times of the last change, which unlike those of the content can't be set.
+    """
+    with suppress(OSError):
+        latest = path.stat().st_ctime - 3600 * STALE_HOURS
+        for other in path.parent.iterdir():
+            match = _TEMPORARY.fullmatch(other.name)
+            if match and match[1] == path.name and other.lstat().st_ctime < latest:
+                _remove(other)
 
 
 def _remove(path: Path) -> None:

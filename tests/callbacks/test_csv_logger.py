@@ -52,3 +52,17 @@ def test_partial_row_of_a_killed_run_is_dropped(tmp_path, torn):
 
 def test_every_row_is_written_immediately(tmp_path):
     assert len(rows_of(log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9)]))) == 1
+
+
+def test_metrics_of_the_step_and_epoch_of_the_last_row_are_added_to_it(tmp_path):
+    first = [({"epoch": 0, "a": 1.0}, 9), ({"epoch": 1, "a": 2.0}, 19)]
+    other = [({"epoch": 1, "a": 3.0}, 19), ({"b": 4.0}, 19), ({"epoch": 1, "b": 5.0}, 20)]
+    path = log(tmp_path, rows=[*first, ({"epoch": 1, "b": 0.1}, 19), *other])
+    assert path.read_text().splitlines() == [
+        "a,b,epoch,step",
+        "1.0,,0,9",
+        "2.0,0.1,1,19",
+        "3.0,,1,19",  # a value is not replaced
+        ",4.0,,19",
+        ",5.0,1,20",
+    ]

@@ -51,14 +51,15 @@ def test_calibration_samples_every_part_of_the_images(count):
 
 
 @pytest.mark.parametrize("observer", [None, "mse"])
-def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer):
+def test_export_stores_calibrated_activation_ranges(packed, tmp_path, observer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell does not expand the path of --calibrate=~/x
     out, folder = tmp_path / "calibrated.safetensors", tmp_path / "images"
     folder.mkdir()
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     how = [] if observer is None else ["--observer", observer]
-    argv = [str(packed), "--out", str(out), "--calibrate", str(folder), *how]
+    argv = [str(packed), "--out", str(out), "--calibrate=~/images", *how]
     assert command.main(argv) == 0
     model = load_packed(out)
     assert len(model.tq_ranges) == 6 and all(high > 0 for _, high in model.tq_ranges.values())

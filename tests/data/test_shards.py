@@ -170,6 +170,7 @@ def test_missing_data_is_an_error_of_one_line(tmp_path):
 def test_hugging_face_data_set_is_read(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="an optional extra")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HOME", str(tmp_path))
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=["even", "odd"])
     )
@@ -181,7 +182,8 @@ def test_hugging_face_data_set_is_read(tmp_path, monkeypatch):
             str(tmp_path / "own" / f"{split}.parquet")
         )
     keys = {"root": str(tmp_path / "cache"), "image_size": 8, "batch_size": 8, "seed": 2}
-    one, two = (TQDataModule(f"hfds/{tmp_path / 'own'}", workers=w, **keys) for w in (0, 2))
+    names = (f"hfds/{tmp_path / 'own'}", "hfds/~/own")
+    one, two = (TQDataModule(n, workers=w, **keys) for n, w in zip(names, (0, 2), strict=True))
     assert one.class_names == ["even", "odd"] and len(one.splits.for_stage("val")[1]) == 40
     pairs = zip(
         pixels_and_labels(one.train_dataloader()),

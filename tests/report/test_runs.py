@@ -252,7 +252,12 @@ def test_journal_of_a_sweep_is_read(tmp_path, monkeypatch, make):
             state=optuna.trial.TrialState.COMPLETE, value=1.0, user_attrs=attributes
         )
     )
-    assert [run.id for run in load(["journal:study.log"]).runs] == [record["id"]]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("journal:study.log", "journal:~/study.log"):
+        assert [run.id for run in load([given]).runs] == [record["id"]]
+    study = optuna.create_study(storage="sqlite:///study.db")
+    study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
+    assert [run.id for run in load(["sqlite:///~/study.db"]).runs] == [record["id"]]
 
 
 def test_paths_of_the_machine_are_shortened_and_urls_kept():

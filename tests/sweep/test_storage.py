@@ -26,6 +26,13 @@ def test_other_errors_are_raised():
         raise ValueError("mine")
 
 
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_storage("sqlite:///~/study.db")
+    open_storage("journal:~/study.log")
+    assert {path.name for path in tmp_path.iterdir()} == {"study.db", "study.log"}
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite:///:memory:"])
 def test_in_memory_storage_is_an_error(url):
     with pytest.raises(UserError, match="in-memory database"):

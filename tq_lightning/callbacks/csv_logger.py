@@ -41,12 +41,14 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 class _ResumedWriter(ExperimentWriter):
     """Writer that keeps the rows before the resumed step of an existing metrics.csv.
 
-    Later rows are logged again.
+    Later rows are logged again. Metrics of the same step and epoch as the last row, e.g. those of
+    the validation at the end of a stopped run, are added to that row.
     """
 
     def __init__(self, log_dir: str, resume_step: int | None) -> None:
         self._resume_step = resume_step
         self._trimmed = False
+        self._last: dict[str, Any] = {}  # the last row
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
@@ -57,7 +59,20 @@ class _ResumedWriter(ExperimentWriter):
         if not self._trimmed:
             self._trimmed = True
             self._trim()
+        place = {k: v for k, v in metrics_dict.items() if k == "epoch"} | {"step": step}
+        same = place.items() <= self._last.items()
+        if same and self._last.keys() & metrics_dict.keys() == {"epoch"}:
+            self._add_to_last_row(metrics_dict)
+            return
         super().log_metrics(metrics_dict, step)
+        self._last = self.metrics[-1]
+
+    def _add_to_last_row(self, metrics: dict[str, float]) -> None:
+        rows: list[dict[str, Any]] = list(read_rows(self.metrics_file_path))
+        rows[-1] |= metrics
+        self._last = self._last | metrics
+        self.metrics_keys = sorted({*self.metrics_keys, *metrics})
+        self._rewrite(rows)
 
     def _trim(self) -> None:
         if not os.path.isfile(self.metrics_file_path):

@@ -15,7 +15,13 @@ import torch
 
 from tq_lightning.callbacks.ema import MovingAverage
 from tq_lightning.callbacks.metric_log import MetricLog
-from tq_lightning.callbacks.setting_changes import calibration_of, changes_at, is_same
+from tq_lightning.callbacks.own_data import (
+    describe,
+    other_settings,
+    part_of_split,
+    precision_name,
+)
+from tq_lightning.callbacks.setting_changes import calibration_of, changes_at
 from tq_lightning.cost.size import record_bytes
 from tq_lightning.errors import Interrupted, UserError, first_line
 from tq_lightning.provenance import git_state, package_versions
@@ -35,10 +41,6 @@ from tq_lightning.records import (
 )
 
 Curves = dict[str, dict[int, float]]  # {metric: {epoch: value}}
-# keys that must match for a test to count as one of the run's own data
-DATA_KEYS = ("name", "root", "data_args", "image_size", "mean", "std", "interpolation", "crop_pct")
-# synthetic images depend on these too; for other data they only select training images
-SYNTHETIC_KEYS = ("samples", "num_classes")
 
 
 class RunRecord(L.Callback):
@@ -204,12 +206,9 @@ class RunRecord(L.Callback):
             return
         metrics = _rounded(trainer.callback_metrics, "test/")
         data = trainer.datamodule  # type: ignore[attr-defined]
-        trained, given = record.config.get("data") or {}, self.config.get("data") or {}
-        loaders = trainer.test_dataloaders
-        sizes = [len(x) for x in (loaders if isinstance(loaders, list) else [loaders])]  # type: ignore[arg-type]
-        keys = DATA_KEYS + (SYNTHETIC_KEYS if given.get("name") == "synthetic" else ())
-        other = [key for key in keys if not is_same(trained.get(key), given.get(key))]
-        other += _other_arithmetic(record.config, self.config)
+        given = self.config.get("data") or {}
+        part = part_of_split(trainer.num_test_batches, trainer.test_dataloaders)
+        other = other_settings(record.config, self.config, part)
         tested = (self.config.get("trainer") or {}).get("precision")
         result = TestResult(
             metrics,
@@ -219,15 +218,13 @@ class RunRecord(L.Callback):
             tokens=_count(metrics.pop("test/tokens", None)),
             data={key: given.get(key) for key in ("name", "root")},
             split=data.split_of("test") if hasattr(data, "split_of") else "test",
-            batches=None if trainer.num_test_batches == sizes else sum(trainer.num_test_batches),  # type: ignore[arg-type]
-            other_precision=_precision(tested) if "precision" in other else None,
+            batches=part,
+            other_precision=precision_name(tested) if "precision" in other else None,
         )
-        if result.batches is None and not other:
+        if not other:
             record = replace(record, test=result)
         else:
-            why = ", ".join([*(["a part of the split"] if result.batches else []), *other])
-            own = "data" if set(other) <= set(keys) else "settings"
-            print(f"not a test of the run's own {own} ({why}): added to tests in {self.path}")
+            print(f"not a test of {describe(other)}: added to tests in {self.path}")
             record = replace(record, tests=[*(record.tests or []), result])
         self._earlier = record
         write_record(self.path, record)
@@ -267,20 +264,6 @@ class RunRecord(L.Callback):
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_record(self.path, self._record)
-
-
-def _other_arithmetic(trained: dict[str, Any], tested: dict[str, Any]) -> list[str]:
-    """Return the keys of the Trainer by which a test computes with other numbers than the run."""
-    one, two = (config.get("trainer") or {} for config in (trained, tested))
-    out = [] if one.get("plugins") == two.get("plugins") else ["plugins"]
-    same = _precision(one.get("precision")) == _precision(two.get("precision"))
-    return out if same else ["precision", *out]
-
-
-def _precision(value: Any) -> str:
-    """Return the one name that Lightning gives to a precision, e.g. 32-true for 32 and null."""
-    short = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "None": "32-true"}
-    return short.get(str(value), str(value))
 
 
 def _rounded(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from tq_lightning.callbacks.metric_log import SPEED
 from tq_lightning.errors import UserError, first_line
 from tq_lightning.records import TASKS, read_record
 
@@ -20,7 +21,8 @@ class PerFitWandbLogger(WandbLogger):
 
     Its W&B run ends with the fit; otherwise it would also receive the next fit of the same process,
     e.g. in a sweep. A resumed fit continues the W&B run of its folder and skips values that are
-    already logged, which are bit-identical.
+    already logged. W&B cannot replace a value: if a repeated step has another one now, e.g. because
+    the configuration changed, its curve has both, and a line says so.
 
     Args:
         run_dir: the run's folder.
@@ -31,21 +33,33 @@ class PerFitWandbLogger(WandbLogger):
         super().__init__(save_dir=run_dir, log_model=False, **kwargs)
         self._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect
         self._logged_file = run_dir / "wandb" / "logged.txt"
-        self._logged: set[tuple[str, str]] = set()
+        self._logged: dict[tuple[str, str], set[str]] = {}  # (step, key) -> values, "" if not known
+        self._reported = False
         if self._logged_file.is_file():
-            lines = self._logged_file.read_text().splitlines()
-            self._logged = {(step, key) for step, _, key in (line.partition(" ") for line in lines)}
+            for line in self._logged_file.read_text().splitlines():
+                step, _, rest = line.partition(" ")
+                key, _, value = rest.partition("\t")
+                self._logged.setdefault((step, key), set()).add(value)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
-        new = {key: v for key, v in metrics.items() if (str(step), key) not in self._logged}
-        if not set(new) - {"epoch"}:
+        texts = {key: _text(value) for key, value in metrics.items() if key != "epoch"}
+        before = {key: self._logged.get((str(step), key), set()) for key in texts}
+        other = {k for k, was in before.items() if was and not was & {"", texts[k]}} - {SPEED}
+        new = other | {key for key, was in before.items() if not was}
+        if not new:
             return
-        if step is not None:
+        if other and not self._reported:
+            self._reported = True
+            print(
+                f"from step {step} on, values differ from those that W&B has of the same steps: "
+                "its curves show both, metrics.csv only the new ones"
+            )
+        if step is not None and not _is_disabled(self.experiment):
             self._logged_file.parent.mkdir(parents=True, exist_ok=True)
             with self._logged_file.open("a") as file:
-                file.writelines(f"{step} {key}\n" for key in new if key != "epoch")
-        super().log_metrics(new | {k: v for k, v in metrics.items() if k == "epoch"}, step)
+                file.writelines(f"{step} {key}\t{texts[key]}\n" for key in texts if key in new)
+        super().log_metrics({k: v for k, v in metrics.items() if k in new | {"epoch"}}, step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -54,6 +68,19 @@ class PerFitWandbLogger(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
+
+
+def _is_disabled(run: Any) -> bool:
+    """Return True if W&B keeps nothing of a run: WANDB_MODE=disabled."""
+    return not Path(run.dir).is_dir()
+
+
+def _text(value: Any) -> str:
+    """Return a number as text; "" for other values, which are not compared."""
+    try:
+        return repr(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        return ""
 
 
 def earlier_id(run_dir: Path) -> str | None:
@@ -128,7 +155,7 @@ class WandbRecord(L.Callback):
             figure = _figure(rows, f"{metric.name} ({metric.unit})" if metric.unit else metric.name)
             run.log({"widths": table, "qt_gap": wandb.Image(figure)})
             figure.clf()
-        if not Path(run.dir).is_dir():  # WANDB_MODE=disabled
+        if _is_disabled(run):
             return
         shutil.copyfile(self.record, Path(run.dir) / self.record.name)
         run.save(str(Path(run.dir) / self.record.name), base_path=run.dir, policy="end")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError
-from tq_lightning.files import check_parent
+from tq_lightning.files import check_parent, expand_path
 
 FORMATS = ("packed", "onnx", "onnx-dynamic", "qonnx", "executorch")
 ONE_WIDTH = ("onnx", "qonnx", "executorch")
@@ -139,6 +139,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(
             "--calibrate got an empty value; pass a folder of images, a data set or run"
         )
+    if args.calibrate is not None:
+        args.calibrate = str(expand_path(args.calibrate))
     if args.calibrate is not None and (args.rest is not None or args.add is not None):
         raise UserError(
             "--calibrate cannot be combined with --rest or --add; run export once for each"

@@ -128,6 +128,7 @@ class TQDataModule(lightning.LightningDataModule, metaclass=FactoryMeta):
         given = locals()
         check_data_options(given)
         kind, _, path = name.partition("/")
+        path = path and str(expand_path(path))
         row = self._row = DATASETS[kind]
         check_unused(given, inspect.signature(TQDataModule), unused_keys(kind))
         self.name, self.batch_size = name, batch_size

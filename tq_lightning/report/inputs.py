@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tq_lightning.errors import UserError, first_line, hide_password
-from tq_lightning.files import expand_path, is_temporary
+from tq_lightning.files import expand_path, expand_storage, is_temporary
 from tq_lightning.records import NAME
 from tq_lightning.records.publish import printable
 
@@ -47,7 +47,7 @@ def find(inputs: list[str]) -> list[Candidate]:
 
 def _expand(given: str) -> list[Candidate]:
     if URL.match(given):
-        return _from_study(given, None)
+        return _from_study(expand_storage(given), None)
     given = str(expand_path(given.removeprefix("journal:")))  # as `sweep --storage` writes it
     if Path(given).exists():
         return _from_path(Path(given))

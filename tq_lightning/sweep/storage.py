@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from tq_lightning.errors import TrainingError, UserError, hide_password, message_of
-from tq_lightning.files import expand_path
+from tq_lightning.files import expand_storage
 
 if TYPE_CHECKING:
     import optuna
@@ -55,11 +55,12 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
         )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
+        url = expand_storage(url)
         if url.startswith("journal:"):
             from optuna.storages.journal import JournalFileBackend
 
-            path = str(expand_path(url.removeprefix("journal:")))
-            return optuna.storages.JournalStorage(JournalFileBackend(path))
+            backend = JournalFileBackend(url.removeprefix("journal:"))
+            return optuna.storages.JournalStorage(backend)
         # create_study uses the same wrapper, which caches reads of this process
         return optuna.storages._CachedStorage(_open_database(url))
     except Exception as error:  # each driver has its own exception types

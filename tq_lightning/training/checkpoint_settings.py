@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tq_lightning.callbacks.run_record import DATA_KEYS, SYNTHETIC_KEYS
+from tq_lightning.callbacks.own_data import DATA_KEYS, SYNTHETIC_KEYS
 from tq_lightning.errors import UserError
 from tq_lightning.factories import is_factory
 from tq_lightning.quant.config import QuantConfig

@@ -143,7 +143,7 @@ def evaluation_callbacks(
     """
     callbacks: list[Callback] = [StopOnSignal(stop_flag)]
     if verb == "predict":
-        callbacks.append(PredictionWriter(run_dir))
+        callbacks.append(PredictionWriter(run_dir, config_dump))
     if verb == "test" and checkpoint is not None:
         callbacks.append(RunRecord(run_dir, config_dump, checkpoint))
     return callbacks

@@ -1,6 +1,9 @@
 """Small files with valid checksums and huge networks are rejected quickly in little memory."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +96,46 @@ def test_huge_headers_are_rejected_quickly(change, match, packed, tmp_path):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     assert not nn.modules.module._global_parameter_registration_hooks
     assert not nn.modules.module._global_module_registration_hooks
+
+
+PEAK = """
+import resource, sys
+from tq_lightning import load_packed
+from tq_lightning.errors import UserError
+
+def peak():
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+
+load_packed(sys.argv[1])  # the imports are not part of the measurement
+last = peak()
+for path in sys.argv[2:]:
+    try:
+        load_packed(path)
+    except UserError:
+        print(path, peak() - last)  # in MiB
+        last = peak()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_huge_headers_are_rejected_in_little_memory(packed, tmp_path):
+    pytest.importorskip("resource", reason="not on Windows")
+    for number, (change, _) in enumerate(HUGE.values()):
+        (tmp_path / str(number)).write_bytes(resign(packed.read_bytes(), change))
+    paths = [packed, *(tmp_path / str(number) for number in range(len(HUGE)))]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    rises = {path: int(rise) for path, rise in map(str.split, done.stdout.splitlines())}
+    assert len(rises) == len(HUGE), "a file was not rejected"
+    assert sum(rises.values()) < 300, dict(zip(HUGE, rises.values(), strict=True))
 
 
 @pytest.mark.slow
