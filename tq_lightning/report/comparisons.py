@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from tq_lightning.records import TASKS, InspectRecord, Metric
+from tq_lightning.records import SOURCES, TASKS, InspectRecord, Metric
 from tq_lightning.report import labels
 from tq_lightning.report.caveats import collapsed, comparison_flags
 from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
@@ -28,11 +28,12 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "model.width_schedule": ("all",),
 }
 # Top-1 in % by width, from table 1 of arXiv 2506.11431 (ResNet-20, expansion 1, CIFAR-10).
-PAPER: dict[str, dict[str, float]] = {
-    "round, quantized": {"1": 72.5, "2": 86.0, "4": 87.5, "8": 87.7, "float": 87.7},
-    "round, truncated": {"1": 72.6, "2": 57.5, "4": 84.9, "8": 87.7, "float": 87.7},
-    "floor, truncated": {"1": 72.1, "2": 85.8, "4": 87.6, "8": 87.8, "float": 87.8},
+PAPER: dict[str, dict[int | None, float]] = {  # None: float
+    "round, quantized": {1: 72.5, 2: 86.0, 4: 87.5, 8: 87.7, None: 87.7},
+    "round, truncated": {1: 72.6, 2: 57.5, 4: 84.9, 8: 87.7, None: 87.7},
+    "floor, truncated": {1: 72.1, 2: 85.8, 4: 87.6, 8: 87.8, None: 87.8},
 }
+NamedArm = tuple[str, Arm, str]  # a row of the paper's table: its name, arm and source
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class ComparisonGroup:
     @property
     def metric(self) -> Metric:
         """Metric of the task of the arms."""
-        return self.arms[0][1].metric
+        return self.first.metric
 
     @property
     def widths(self) -> list[int]:
@@ -78,11 +79,11 @@ class ComparisonGroup:
         return arms.get(next(usual, ""), self.arms[0])
 
     @property
-    def rows(self) -> list[tuple[str, Arm, str]]:
+    def rows(self) -> list[NamedArm]:
         """The paper's rows as (name, arm, source). Nested arms have only a truncated row."""
         out = [
             (f"{value}, {source}d", arm, source)
-            for source in ("quantize", "truncate")
+            for source in SOURCES
             for value, arm in self.arms
             if source == "truncate" or not arm.nested
         ]
@@ -139,8 +140,8 @@ class Comparisons:
     def by_quantizer(self) -> list[ComparisonGroup]:
         """Groups for the paper's rows: nested and other codes if possible, else one kind."""
         ignore = {*self.ignore, "model.ste"}
-        for required in ({True, False}, {False}, set()):
-            enough = partial(lambda kinds, arms: kinds <= {arm.nested for arm in arms}, required)
+        for kinds in ({True, False}, {False}, set[bool]()):
+            enough = partial(lambda kinds, arms: kinds <= {arm.nested for arm in arms}, kinds)
             if found := make_groups(self.paired, "model.quantizer", ignore, enough):
                 return found
         return []
@@ -148,12 +149,9 @@ class Comparisons:
     @cached_property
     def by_factor(self) -> dict[str, list[ComparisonGroup]]:
         """Groups in which a key of FACTORS has two or more values, by key."""
-        found = {}
-        for key in FACTORS:
-            enough = partial(lambda key, arms: len(_values(arms, key)) > 1, key)
-            if groups := make_groups(self.arms, key, self.ignore, enough):
-                found[key] = groups
-        return found
+        several = {key: partial(lambda k, arms: len(_values(arms, k)) > 1, key) for key in FACTORS}
+        found = {k: make_groups(self.arms, k, self.ignore, several[k]) for k in FACTORS}
+        return {key: groups for key, groups in found.items() if groups}
 
 
 def group_runs(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:
@@ -190,13 +188,8 @@ def make_groups(
     for arm in arms:
         rest = {k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}
         groups.setdefault(key_of(rest), []).append(arm)
-    parts = [
-        part
-        for members in groups.values()
-        if enough(members)
-        for part in _by_budget(members, factor)
-        if enough(part)
-    ]
+    budgets = (part for members in groups.values() for part in _by_budget(members, factor))
+    parts = [part for part in budgets if enough(part)]
     named = labels.labels([part[0] for part in parts], out)
     slugs = labels.unique([labels.slug(label) for label in named])
     every = zip(named, slugs, [_named(part, factor, out) for part in parts], strict=True)

@@ -9,7 +9,7 @@ from tq_lightning.report.best_other import BEST, best_other
 from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, SPLIT_WORDS, counted
-from tq_lightning.report.stats import LEVEL, Difference, compare, gap, number
+from tq_lightning.report.stats import LEVEL, Difference, compare, gaps, number
 
 
 @dataclass(frozen=True)
@@ -63,48 +63,47 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
     """Report the cost of truncation: the QT gap of each quantizer, and the paper's rows."""
     lines: list[str] = []
     worst: dict[str, float] = {}
+    metric = comparisons.metric
     for group in comparisons.by_quantizer:
         for value, arm in group.arms:
-            found = [(w, d.estimate) for w in arm.trained if (d := gap(arm, w, group.split))]
-            if not found:
+            if not (found := gaps(arm, arm.trained, group.split)):
                 continue
-            bits, lost = max(found, key=lambda pair: pair[1].mean)
-            size = f"{lost.text()} {group.metric.gap_unit}"
-            cost = f"truncation costs most at {counted(bits, 'bit')}, {size}"
-            if max(abs(e.mean) for _, e in found) < 0.005:
-                cost = "truncation costs nothing at any trained width"
-            lines.append(f"{group.label}, {value}: {cost} ({SPLIT_WORDS[group.split]}).")
+            bits, lost = max(found.items(), key=lambda pair: pair[1].mean)
+            cost = f"most at {counted(bits, 'bit')}, {lost.text()} {metric.gap_unit}"
+            if max(abs(e.mean) for e in found.values()) < 0.005:
+                cost = "nothing at any trained width"
+            where = f"{group.label}, {value}"
+            lines.append(f"{where}: truncation costs {cost} ({SPLIT_WORDS[group.split]}).")
             # Truncated activations lose accuracy too, independently of the weights.
             too = " with activations truncated too" if arm[ACTIVATIONS_SOURCE] == "truncate" else ""
             name = f"{arm['model.quantizer']}{too}"
             if not has_collapsed(arm):
                 worst[name] = max(worst.get(name, lost.mean), lost.mean)
-        lines += _against_quantized(group)
-    metric = comparisons.metric
-    costs = {
-        n: f"up to {m:.{metric.digits}f} {metric.gap_unit}" if m >= 0.05 else "nothing"
-        for n, m in worst.items()
-    }
-    answer = "; ".join(f"{name} loses {cost}" for name, cost in costs.items())
-    answer = f"At trained widths, {answer}."
+        nested = [pair for pair in group.arms if pair[1].nested]
+        others = [pair for pair in group.arms if not pair[1].nested]
+        if nested and others:
+            lines.append(_against(group, *nested[0], *others[0], "quantize"))
+    costs = [
+        f"{name} loses "
+        + (f"up to {most:.{metric.digits}f} {metric.gap_unit}" if most >= 0.05 else "nothing")
+        for name, most in worst.items()
+    ]
+    answer = f"At trained widths, {'; '.join(costs)}."
     return Finding("What does truncation cost?", answer, tuple(lines)) if worst else None
 
 
-def _against_quantized(group: ComparisonGroup) -> list[str]:
-    """Compare a truncated nested quantizer with another quantizer's quantized weights."""
-    nested = [(value, arm) for value, arm in group.arms if arm.nested]
-    others = [(value, arm) for value, arm in group.arms if not arm.nested]
-    return [_against(group, *nested[0], *others[0], "quantize")] if nested and others else []
+def _trained(a: Arm, b: Arm, split: str, source: str = "truncate") -> dict[int, Difference]:
+    """Compare an arm, truncated, with another one at the widths that both were trained at."""
+    shared = sorted(set(a.trained) & set(b.trained))
+    return compare(a, b, shared, split, source_b=source)
 
 
 def _against(
     group: ComparisonGroup, a: str, arm: Arm, b: str, base: Arm, source: str = "truncate"
 ) -> str:
-    """Compare an arm, truncated, with another one at the widths that both were trained at."""
     words = [
-        f"{counted(w, 'bit')}: {d.words(f'{a} truncated', f'{b} {source}d')}"
-        for w in sorted(set(arm.trained) & set(base.trained))
-        if (d := compare(arm, base, "truncate", source, w, group.split)) is not None
+        f"{counted(w, 'bit')}: {difference.words(f'{a} truncated', f'{b} {source}d')}"
+        for w, difference in _trained(arm, base, group.split, source).items()
     ]
     return f"{group.label}, {'; '.join(words)}."
 
@@ -119,15 +118,11 @@ def beyond_paper(comparisons: Comparisons) -> Finding | None:
         best, note = found
         value, floor = next(pair for pair in group.arms if pair[1].nested)
         lines.append(_against(group, BEST, best, value, floor))
-        lines += [
-            _against(group, BEST, best, v, arm, "quantize")
-            for v, arm in group.arms
-            if not arm.nested
-        ]
+        others = [pair for pair in group.arms if not pair[1].nested]
+        lines += [_against(group, BEST, best, *pair, "quantize") for pair in others]
         sides: dict[str, list[str]] = {"better": [], "worse": []}
-        for w in best.trained:
-            d = compare(best, floor, "truncate", "truncate", w, group.split)
-            if d is not None and d.sign:
+        for w, d in _trained(best, floor, group.split).items():
+            if d.sign:
                 side = "worse" if (d.sign > 0) == group.metric.lower_is_better else "better"
                 size = number(abs(d.estimate.mean), group.metric.digits)
                 sides[side].append(f"{size} {d.unit} at {counted(w, 'bit')}")
@@ -141,13 +136,12 @@ def beyond_paper(comparisons: Comparisons) -> Finding | None:
 def compared(comparisons: Comparisons, key: str) -> list[Compared]:
     """Compare each value of a key with the reference: truncated weights, trained widths."""
     return [
-        Compared(group, value, bits, found, has_collapsed(arm, base))
+        Compared(group, value, bits, difference, has_collapsed(arm, base))
         for group in comparisons.by_factor.get(key, [])
         for base in [group.reference[1]]
         for value, arm in group.arms
         if arm is not base
-        for bits in sorted(set(arm.trained) & set(base.trained))
-        if (found := compare(arm, base, "truncate", "truncate", bits, group.split)) is not None
+        for bits, difference in _trained(arm, base, group.split).items()
     ]
 
 

@@ -67,9 +67,14 @@ class Arm:
         return any(run.record.ste_is_paired for run in self.runs)
 
     @property
+    def widths(self) -> list[int]:
+        """Recorded widths of the first run in bits, ascending."""
+        return self.runs[0].widths
+
+    @property
     def trained(self) -> list[int]:
         """Trained widths in bits, ascending; all recorded widths if none are configured."""
-        return sorted(int(w) for w in self.config.get("model.widths") or []) or self.runs[0].widths
+        return sorted(int(w) for w in self["model.widths"] or []) or self.widths
 
     @property
     def budget(self) -> str:
@@ -94,10 +99,9 @@ def arm_config(run: Run) -> dict[str, Any]:
     that no mean mixes different calibrations or settings.
     """
     changed = {k: v for k, v in run.record.changed.items() if not BUDGET.match(k)}
-    config = run.config | {k: v for k, v in changed.items() if k in run.config}
     config = {
-        k: v
-        for k, v in config.items()
+        k: changed.get(k, v)
+        for k, v in run.config.items()
         if not NOT_AN_ARM.search(k) and not (k.startswith(("trainer.", "data.")) and v is None)
     }
     if config.get("data.name") not in ("imagefolder", "wds"):  # the folder is the data set

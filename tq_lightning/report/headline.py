@@ -1,8 +1,9 @@
 """The title of a report, and the sentence about a group of arms that it is taken from."""
 
+from tq_lightning.records import SOURCES
 from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
 from tq_lightning.report.labels import counted
-from tq_lightning.report.stats import gap, score
+from tq_lightning.report.stats import gaps, scores
 
 
 def title(comparisons: Comparisons) -> str:
@@ -21,19 +22,18 @@ def message(group: ComparisonGroup) -> tuple[float, str] | None:
     """Return (largest QT gap, sentence with the accuracies at its width), or None without a gap."""
     split = group.split
     arms = [(value, arm) for value, arm in group.arms if not has_collapsed(arm)]
-    gaps = [
-        (d.estimate.mean, bits)
+    lost = [
+        (gap.mean, bits)
         for _, arm in arms
-        for bits in arm.trained
-        if not arm.nested and (d := gap(arm, bits, split)) is not None
+        if not arm.nested
+        for bits, gap in gaps(arm, arm.trained, split).items()
     ]
-    if not gaps:
+    if not lost:
         return None
-    lost, bits = max(gaps, key=lambda pair: abs(pair[0]))  # truncation may also help
+    largest, bits = max(lost, key=lambda pair: abs(pair[0]))  # truncation may also help
     words = []
     for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
-        found = [score(arm, source, bits, split) for source in ("quantize", "truncate")]
-        before, after = (e.short for e in found if e is not None)
+        before, after = (scores(arm, source, [bits], split)[bits].short for source in SOURCES)
         how = "stays at" if before == after else f"goes from {before} to"
         words.append(f"{value} {how} {after} {group.metric.unit}".strip())
-    return lost, f"Truncated to {counted(bits, 'bit')}, {' and '.join(words)}"
+    return largest, f"Truncated to {counted(bits, 'bit')}, {' and '.join(words)}"

@@ -12,14 +12,9 @@ from tq_lightning.report.figures.style import FLOAT_AT, Drawing, Figure, limit_g
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.headline import message
 from tq_lightning.report.labels import METHOD, SPLIT_WORDS, counted, short_key, slug, wrapped
-from tq_lightning.report.stats import Estimate, compare, number, score, score_float, split_of
+from tq_lightning.report.stats import Difference, compare, number, score_float, scores, split_of
 
 PANELS = 3
-
-
-def curve(arm: Arm, source: str, split: str) -> dict[int, Estimate]:
-    """Return {width: metric} of an arm."""
-    return {w: e for w in arm.runs[0].widths if (e := score(arm, source, w, split)) is not None}
 
 
 def qt_gap(comparisons: Comparisons) -> Drawing:
@@ -30,15 +25,14 @@ def qt_gap(comparisons: Comparisons) -> Drawing:
 
 
 def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
-    models, rows = comparisons.models, best_other.rows(comparisons, group)
-    split, first, papers = group.split, group.first, group.is_papers
-    metric = group.metric
+    models, (rows, note) = comparisons.models, best_other.rows(comparisons, group)
+    split, papers, metric = group.split, group.is_papers, group.metric
     title = (message(group) or (0, f"{metric.quantity} by width"))[1]
     canvas, body = style.new((6.4, 3.4), title, group.label, group.flags)
     axes = body.add_subplot()
-    words, floats, hollow = [], papers, set(group.widths) > set(first.trained)
+    words, floats, hollow = [], papers, set(group.widths) > set(group.first.trained)
     for i, (name, arm, source) in enumerate(rows):
-        points, shift = curve(arm, source, split), style.series_offset(i, len(rows))
+        points, shift = scores(arm, source, arm.widths, split), style.series_offset(i, len(rows))
         look = style.arm_look(models, arm, source)
         if i >= len(group.rows):
             look["linestyle"] = "-."
@@ -52,7 +46,7 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
             axes.plot(FLOAT_AT + shift, estimate.mean, shape, color=color, markerfacecolor=fill)
         words.append(f"{name}: " + ", ".join(f"{e.text()} at {w}" for w, e in points.items()))
         if papers and name in PAPER:
-            at = {FLOAT_AT if key == "float" else float(key): v for key, v in PAPER[name].items()}
+            at = {FLOAT_AT if w is None else w: value for w, value in PAPER[name].items()}
             thin = look | {"linewidth": 0.7, "marker": "x", "markersize": 4}
             axes.plot(list(at), list(at.values()), alpha=0.75, zorder=1, **thin)
     if hollow:
@@ -61,7 +55,6 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
         axes.plot([], [], color=style.GRAY, lw=0.8, marker="x", label="paper, same row (thin)")
     style.width_axis(axes, group.widths, floats)
     arms = list(dict.fromkeys(arm for _, arm, _ in rows))
-    found = best_other.best_other(comparisons, group)
     axes.set_ylabel(f"{metric.label}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
     style.clip(axes, metric)
     axes.legend(loc="lower center" if papers else "best")  # "best" ignores thin lines
@@ -70,7 +63,7 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
         "codes shifted right. Quantized: codes computed from the float weights. Dots: seeds. Bars: "
         f"95 % t interval{metric.clip_note}.",
         *["Thin lines with crosses: arXiv 2506.11431, on the original CIFAR-10."] * papers,
-        *([found[1]] if found else []),
+        *note,
         *provenance_notes(arms),
     ]
     in_unit = f" in {metric.unit}" if metric.unit else ""
@@ -100,7 +93,7 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
     base, split = groups[0].reference[0], split_of([run for g in groups for run in g.runs])
     values = list(dict.fromkeys([base, *(value for g in groups for value, _ in g.arms)]))
     found = {
-        (group, value): _differences(group, arm, split)
+        (group, value): compare(arm, group.reference[1], arm.widths, split)
         for group in groups
         for value, arm in group.arms
         if arm is not group.reference[1]
@@ -115,9 +108,9 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         for i, (value, arm) in enumerate(group.arms):
             look = style.series_look(models, arm, values.index(value))
             shift = style.series_offset(i, len(group.arms))
-            points = curve(arm, "truncate", split)
+            points = scores(arm, "truncate", arm.widths, split)
             style.line(top, points, value, arm, shift, metric is ACC1, **look)
-            points = found.get((group, value), {})
+            points = {w: d.estimate for w, d in found.get((group, value), {}).items()}
             style.line(bottom, points, value, arm, shift, percent=False, **look)
             listed = ", ".join(f"{number(e.mean, sign='+')} at {w}" for w, e in points.items())
             words += [f"{group.label}, {value} - {base}: {listed}"] * bool(points)
@@ -142,21 +135,16 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
     return Figure(name, section, title, " ".join([caption, *provenance_notes(arms)]), alt, canvas)
 
 
-def _differences(group: ComparisonGroup, arm: Arm, split: str) -> dict[int, Estimate]:
-    base = group.reference[1]
-    found = {w: compare(arm, base, "truncate", "truncate", w, split) for w in arm.runs[0].widths}
-    return {w: d.estimate for w, d in found.items() if d is not None}
-
-
 def _ranges(
-    found: dict[tuple[ComparisonGroup, str], dict[int, Estimate]], base: str, metric: Metric
+    found: dict[tuple[ComparisonGroup, str], dict[int, Difference]], base: str, metric: Metric
 ) -> str:
     """Describe each value: `scaled minus identity is -8.4 to +0.6 points at trained widths`."""
     spans: dict[str, list[float]] = {}
     for (group, value), points in found.items():
         arm = dict(group.arms)[value]
         if not has_collapsed(arm, group.reference[1]):
-            spans.setdefault(value, []).extend(points[w].mean for w in arm.trained if w in points)
+            means = (points[w].estimate.mean for w in arm.trained if w in points)
+            spans.setdefault(value, []).extend(means)
     parts = [
         f"{value} minus {base} is {number(min(span), sign='+')} to {number(max(span), sign='+')} "
         f"{metric.gap_unit}"

@@ -10,7 +10,7 @@ from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import Drawing, Figure
 from tq_lightning.report.groups import START, Arm
-from tq_lightning.report.stats import score, split_of
+from tq_lightning.report.stats import scores, split_of
 
 # Keys that a legend shows unless they have their default.
 EXTRAS = ("model.level", "model.activations", labels.ACTIVATIONS_SOURCE)
@@ -36,8 +36,8 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
         (read[w] / 1024, estimate, arm, w)
         for arm in arms
         for read in [arm.runs[0].record.bytes.planes]  # type: ignore[union-attr]
-        for w in arm.runs[0].widths
-        if w in read and (estimate := score(arm, "truncate", w, split)) is not None
+        for w, estimate in scores(arm, "truncate", arm.widths, split).items()
+        if w in read
     ]
     metric = arms[0].metric
     sign = -1.0 if metric.lower_is_better else 1.0

@@ -39,9 +39,9 @@ def read_at(comparisons: Comparisons) -> Table:
     records = smallest_first(comparisons.inspects, "read_at")
     widths = sorted({w for record in records.values() for w in record.read_at})
     rows: list[Row] = []
-    for name, r in records.items():
-        sizes = {w: _scaled(r.read_at.get(w), 1 / MIB, ".2f") for w in widths}
-        rows.append({"model": name, **by_width(widths, sizes.get, " [MiB]")})
+    for name, record in records.items():
+        sizes = {w: _scaled(size, 1 / MIB, ".2f") for w, size in record.read_at.items()}
+        rows.append({"model": name, **by_width(widths, sizes, " [MiB]")})
     caption = "Bytes read from the packed file, by width."
     return Table("read_at", "Bytes read", caption, rows)
 
