@@ -9,6 +9,7 @@ import pandas as pd
 
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError, hide_password
+from tq_lightning.files import check_replaceable
 from tq_lightning.provenance import __version__
 from tq_lightning.records.publish import printable, shorten
 from tq_lightning.report.comparisons import Comparisons, group_runs
@@ -16,7 +17,7 @@ from tq_lightning.report.headline import title
 from tq_lightning.report.labels import counted
 from tq_lightning.report.runs import load
 from tq_lightning.report.tables.accuracy import arms
-from tq_lightning.report.write import check_out, write_report
+from tq_lightning.report.write import KIND, MARKER, write_report
 
 ALWAYS = ("model", "data", "quantizer", "ste", "seeds", "split")
 BITS = ("8 bits", "4 bits", "2 bits", "1 bit")
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     """
     arguments = parser().parse_args(argv)
     out = arguments.out
-    check_out(out)
+    check_replaceable(out, MARKER, KIND, "a report")
     loaded = load(arguments.inputs, arguments.full_paths)
     for key in arguments.ignore:
         if not any(key in run.config for run in loaded.runs):

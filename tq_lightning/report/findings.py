@@ -1,6 +1,5 @@
 """Findings: sentences derived from the comparisons, each with its interval."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ class Finding:
 
     question: str
     answer: str
-    lines: tuple[str, ...]
+    lines: list[str]
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,10 @@ class Compared:
 
 def findings(comparisons: Comparisons) -> list[Finding]:
     """Return every finding that the comparisons allow."""
-    made = [
-        qt_gap(comparisons),
-        beyond_paper(comparisons),
-        *(by_factor(comparisons, key) for key in QUESTIONS),
-    ]
-    found = [finding for finding in made if finding is not None]
-    if comparisons.metric is ACC1:
-        return found
-    return [replace(f, question=f"{f.question} ({comparisons.metric.name})") for f in found]
+    answers = [by_factor(comparisons, key) for key in QUESTIONS]
+    made = [qt_gap(comparisons), beyond_paper(comparisons), *answers]
+    suffix = "" if comparisons.metric is ACC1 else f" ({comparisons.metric.name})"
+    return [replace(f, question=f"{f.question}{suffix}") for f in made if f is not None]
 
 
 def qt_gap(comparisons: Comparisons) -> Finding | None:
@@ -83,13 +77,10 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
         others = [pair for pair in group.arms if not pair[1].nested]
         if nested and others:
             lines.append(_against(group, *nested[0], *others[0], "quantize"))
-    costs = [
-        f"{name} loses "
-        + (f"up to {most:.{metric.digits}f} {metric.gap_unit}" if most >= 0.05 else "nothing")
-        for name, most in worst.items()
-    ]
+    up_to = {n: f"up to {m:.{metric.digits}f} {metric.gap_unit}" for n, m in worst.items()}
+    costs = [f"{n} loses {up_to[n] if most >= 0.05 else 'nothing'}" for n, most in worst.items()]
     answer = f"At trained widths, {'; '.join(costs)}."
-    return Finding("What does truncation cost?", answer, tuple(lines)) if worst else None
+    return Finding("What does truncation cost?", answer, lines) if worst else None
 
 
 def _trained(a: Arm, b: Arm, split: str, source: str = "truncate") -> dict[int, Difference]:
@@ -130,12 +121,59 @@ def beyond_paper(comparisons: Comparisons) -> Finding | None:
         shown = words or "no difference is shown at any trained width"
         answers.append(f"{group.label}, compared with {value} truncated: {shown}. {note}")
     question = "Is a setting better than that of the paper?"
-    return Finding(question, " ".join(answers), tuple(lines)) if answers else None
+    return Finding(question, " ".join(answers), lines) if answers else None
 
 
-def compared(comparisons: Comparisons, key: str) -> list[Compared]:
-    """Compare each value of a key with the reference: truncated weights, trained widths."""
-    return [
+class Question(NamedTuple):
+    """A question about one key, the name of a comparison in its answer, and the other phrases."""
+
+    question: str
+    name: str
+    above: str = "Accuracy is above the reference"
+    below: str = "Accuracy is below the reference"
+    same: str = "No difference is shown"
+
+
+QUESTIONS = {
+    "model.ste": Question(
+        "Does another straight-through estimator help (is the scaled one needed: open question 1 "
+        "of the paper)?",
+        "the {value} STE (reference: {reference}) and {quantizer} weights",
+        "It helps",
+        "It does not help: accuracy is below the reference",
+        "No benefit is shown",
+    ),
+    ACTIVATIONS_SOURCE: Question(
+        "Can activations be truncated like the weights (open question 2 of the paper)?",
+        "{activations} activations and {quantizer} weights",
+        "They gain accuracy",
+        "They lose accuracy",
+        "No loss is shown",
+    ),
+    "model.level": Question(
+        "Does the level within the bin matter?",
+        "{value} levels (reference: {reference}) and {quantizer} weights",
+    ),
+    "model.normalizer": Question(
+        "Does another normalizer help, such as one with non-uniform codes (open question 3 of the "
+        "paper)?",
+        "the {value} normalizer (reference: {reference})",
+    ),
+    "model.scale": Question(
+        "Does a scale that preserves the values of weights help?",
+        "the scale {value} (reference: {reference})",
+    ),
+    "model.width_weights": Question(
+        "Do weights on the loss of each width help?",
+        "the weights {value} (reference: {reference})",
+    ),
+}
+
+
+def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
+    """Answer a question about truncated weights at trained widths, with one sentence per name."""
+    words, named = QUESTIONS[key], dict[str, list[Compared]]()
+    found = [
         Compared(group, value, bits, difference, has_collapsed(arm, base))
         for group in comparisons.by_factor.get(key, [])
         for base in [group.reference[1]]
@@ -143,74 +181,20 @@ def compared(comparisons: Comparisons, key: str) -> list[Compared]:
         if arm is not base
         for bits, difference in _trained(arm, base, group.split).items()
     ]
-
-
-class Question(NamedTuple):
-    """A question about one key, a function that names the answers, and their phrases."""
-
-    question: str
-    name: Callable[[Compared], str]
-    above: str = "Accuracy is above the reference"
-    below: str = "Accuracy is below the reference"
-    same: str = "No difference is shown"
-
-
-def _weights(c: Compared) -> str:
-    return f"{c.group.first['model.quantizer']} weights"
-
-
-QUESTIONS = {
-    "model.ste": Question(
-        "Does another straight-through estimator help (is the scaled one needed: open question 1 "
-        "of the paper)?",
-        lambda c: f"the {c.value} STE (reference: {c.group.reference[0]}) and {_weights(c)}",
-        "It helps",
-        "It does not help: accuracy is below the reference",
-        "No benefit is shown",
-    ),
-    ACTIVATIONS_SOURCE: Question(
-        "Can activations be truncated like the weights (open question 2 of the paper)?",
-        lambda c: f"{c.group.first['model.activations']} activations and {_weights(c)}",
-        "They gain accuracy",
-        "They lose accuracy",
-        "No loss is shown",
-    ),
-    "model.level": Question(
-        "Does the level within the bin matter?",
-        lambda c: f"{c.value} levels (reference: {c.group.reference[0]}) and {_weights(c)}",
-    ),
-    "model.normalizer": Question(
-        "Does another normalizer help, such as one with non-uniform codes (open question 3 of the "
-        "paper)?",
-        lambda c: f"the {c.value} normalizer (reference: {c.group.reference[0]})",
-    ),
-    "model.scale": Question(
-        "Does a scale that preserves the values of weights help?",
-        lambda c: f"the scale {c.value} (reference: {c.group.reference[0]})",
-    ),
-    "model.width_weights": Question(
-        "Do weights on the loss of each width help?",
-        lambda c: f"the weights {c.value} (reference: {c.group.reference[0]})",
-    ),
-}
-
-
-def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
-    """Answer a question from its usable comparisons, with one sentence per name."""
-    words, found = QUESTIONS[key], compared(comparisons, key)
-    names = dict.fromkeys(map(words.name, found))
-    answer = " ".join(_answer(words, n, [c for c in found if words.name(c) == n]) for n in names)
+    for c in found:
+        facts = {k: c.group.first[f"model.{k}"] for k in ("quantizer", "activations")}
+        name = words.name.format(value=c.value, reference=c.group.reference[0], **facts)
+        named.setdefault(name, []).append(c)
+    answer = " ".join(_answer(words, name, same) for name, same in named.items())
     tested = [c for c in found if c.usable]
     if any(c.difference.sign for c in tested):
         chance = f"about {(1 - LEVEL) * len(tested):.1f} are expected to exclude 0 by chance"
         answer += f" (Of {len(tested)} such intervals, {chance}.)"
     if left := sum(c.collapsed for c in found):
         where = "; ".join(dict.fromkeys(c.group.label for c in found if c.collapsed))
-        are = "is" if left == 1 else "are"
-        answer += (
-            f" {counted(left, 'comparison')} with a collapsed seed ({where}) {are} not counted."
-        )
-    return Finding(words.question, answer, tuple(c.line for c in found)) if found else None
+        count = f"{counted(left, 'comparison')} with a collapsed seed ({where})"
+        answer += f" {count} {'is' if left == 1 else 'are'} not counted."
+    return Finding(words.question, answer, [c.line for c in found]) if found else None
 
 
 def _answer(words: Question, name: str, compared: list[Compared]) -> str:
@@ -227,10 +211,8 @@ def _answer(words: Question, name: str, compared: list[Compared]) -> str:
         return f"Mixed with {name}: {sides}."
     if not above and not below:
         widest = max(c.difference.estimate.half or 0.0 for c in tested)
-        rest = f"; effects of up to {widest:.1f} {metric.gap_unit} cannot be ruled out" * (
-            widest >= 0.05
-        )
-        return f"{words.same} in any of {count} with {name}{rest}."
+        limit = f"; effects of up to {widest:.1f} {metric.gap_unit} cannot be ruled out"
+        return f"{words.same} in any of {count} with {name}{limit if widest >= 0.05 else ''}."
     shown = above or below
     most = max(shown, key=lambda c: abs(c.difference.estimate.mean))
     size = f"{abs(most.difference.estimate.mean):.{metric.digits}f} {metric.gap_unit}"

@@ -1,10 +1,9 @@
 """Tables of accuracy: the first table of the page, the QT gap, arms, runs and differences."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
-from tq_lightning.records import ACC1, Metric
+from tq_lightning.records import ACC1
 from tq_lightning.report import best_other, labels
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, NamedArm
 from tq_lightning.report.groups import MAIN_KEYS, Arm, shown_extras
@@ -12,13 +11,6 @@ from tq_lightning.report.stats import Estimate, compare, gaps, number, score_flo
 from tq_lightning.report.tables.render import Cell, Link, Table
 
 Row = dict[str, Cell]
-
-
-def of_metric(table: Table, metric: Metric) -> Table:
-    """Add the metric to the name and title of a table, unless it is top-1."""
-    if metric is ACC1:
-        return table
-    return replace(table, name=f"{table.name}_{metric.key}", title=f"{table.title} ({metric.name})")
 
 
 def _widths(arms: Iterable[Arm]) -> list[int]:
@@ -181,3 +173,9 @@ def _differences(factor: str, group: ComparisonGroup, a: NamedArm, b: NamedArm) 
         }
         for width, found in compare(a[1], b[1], a[1].widths, group.split, a[2], b[2]).items()
     ]
+
+
+def left_out(comparisons: Comparisons) -> Table:
+    """Return the files that were found but not used, each with the reason."""
+    rows: list[Row] = [{"record": path, "reason": why} for path, why in comparisons.left_out]
+    return Table("left_out", "Left out", "Found, but not used in this report.", rows)
