@@ -8,8 +8,7 @@ from fixtures import records as made
 
 from tq_lightning.cli import main
 from tq_lightning.report import figures
-from tq_lightning.report.findings import findings
-from tq_lightning.report.headline import title
+from tq_lightning.report.findings import findings, title
 from tq_lightning.report.stats import compare, gaps
 from tq_lightning.report.tables import accuracy as build
 

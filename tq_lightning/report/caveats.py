@@ -26,10 +26,10 @@ def comparison_flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
 def collapsed(arm: Arm, name: str = "") -> list[str]:
     """Name the seeds that failed to train while the other seeds of the arm learned.
 
-    The gain of a seed is its mean quantized accuracy at the trained widths minus chance accuracy.
-    A seed has collapsed if the median gain of the others is more than 5 points and its own gain is
-    less than a fifth of the median. A perplexity is converted to an accuracy as
-    100 (1 - log perplexity / log vocabulary).
+    Means with such a seed are not usable. The gain of a seed is its mean quantized accuracy at the
+    trained widths minus chance accuracy. A seed has collapsed if the median gain of the others is
+    more than 5 points and its own gain is less than a fifth of the median. A perplexity is
+    converted to an accuracy as 100 (1 - log perplexity / log vocabulary).
     """
     classes = arm.runs[0].config.get("model.num_classes") or CLASSES.get(str(arm["data.name"]))
     guess = 100 / classes if isinstance(classes, int) else 0.0

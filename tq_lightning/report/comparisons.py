@@ -1,12 +1,12 @@
 """Comparisons: groups of arms that are equal except for one factor."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from tq_lightning.records import SOURCES, TASKS, InspectRecord, Metric
 from tq_lightning.report import labels
-from tq_lightning.report.caveats import collapsed, comparison_flags
+from tq_lightning.report.caveats import comparison_flags
 from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
 from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
@@ -141,16 +141,14 @@ class Comparisons:
         """Groups for the paper's rows: nested and other codes if possible, else one kind."""
         ignore = {*self.ignore, "model.ste"}
         for kinds in ({True, False}, {False}, set[bool]()):
-            enough = partial(lambda kinds, arms: kinds <= {arm.nested for arm in arms}, kinds)
-            if found := make_groups(self.paired, "model.quantizer", ignore, enough):
+            if found := make_groups(self.paired, "model.quantizer", ignore, kinds=kinds):
                 return found
         return []
 
     @cached_property
     def by_factor(self) -> dict[str, list[ComparisonGroup]]:
         """Groups in which a key of FACTORS has two or more values, by key."""
-        several = {key: partial(lambda k, arms: len(_values(arms, k)) > 1, key) for key in FACTORS}
-        found = {k: make_groups(self.arms, k, self.ignore, several[k]) for k in FACTORS}
+        found = {key: make_groups(self.arms, key, self.ignore, least=2) for key in FACTORS}
         return {key: groups for key, groups in found.items() if groups}
 
 
@@ -161,27 +159,18 @@ def group_runs(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:
     return Comparisons(arms, loaded.inspects, sorted(left_out), tuple(ignore))
 
 
-def has_collapsed(*arms: Arm) -> bool:
-    """Return True if a seed of the arms failed to train, so that their means are not usable."""
-    return any(collapsed(arm) for arm in arms)
-
-
 def make_groups(
     arms: list[Arm],
     factor: str,
     ignore: Iterable[str] = (),
-    enough: Callable[[list[Arm]], bool] = bool,
+    least: int = 1,
+    kinds: Set[bool] = frozenset(),
 ) -> list[ComparisonGroup]:
-    """Group arms that are equal except for `factor`.
+    """Group arms that are equal except for `factor` and the keys in `ignore`.
 
-    A group is split by training budget if at least one budget has an arm for each value. Otherwise
-    its arms stay together, and the unequal budget is flagged.
-
-    Args:
-        arms: the arms to group.
-        factor: flat key that is compared.
-        ignore: keys that may differ within a group.
-        enough: returns True if arms form a group.
+    A group has `least` values of the factor, and `kinds` of codes, which nest (True) or do not. It
+    is split by training budget if at least one budget has an arm for each value. Otherwise its arms
+    stay together, and the unequal budget is flagged.
     """
     out = {factor, *ignore}
     groups: dict[str, list[Arm]] = {}
@@ -189,7 +178,8 @@ def make_groups(
         rest = {k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}
         groups.setdefault(key_of(rest), []).append(arm)
     budgets = (part for members in groups.values() for part in _by_budget(members, factor))
-    parts = [part for part in budgets if enough(part)]
+    several = (part for part in budgets if len(_values(part, factor)) >= least)
+    parts = [part for part in several if kinds <= {arm.nested for arm in part}]
     named = labels.labels([part[0] for part in parts], out)
     slugs = labels.unique([labels.slug(label) for label in named])
     every = zip(named, slugs, [_named(part, factor, out) for part in parts], strict=True)

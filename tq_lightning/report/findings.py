@@ -1,14 +1,15 @@
-"""Findings: sentences derived from the comparisons, each with its interval."""
+"""Findings: sentences derived from the comparisons, each with its interval, and the title."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from tq_lightning.records import ACC1
+from tq_lightning.records import ACC1, SOURCES
 from tq_lightning.report.best_other import BEST, best_other
-from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
+from tq_lightning.report.caveats import collapsed
+from tq_lightning.report.comparisons import ComparisonGroup, Comparisons
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, SPLIT_WORDS, counted
-from tq_lightning.report.stats import LEVEL, Difference, compare, gaps, number
+from tq_lightning.report.stats import LEVEL, Difference, compare, gaps, number, scores
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
             # Truncated activations lose accuracy too, independently of the weights.
             too = " with activations truncated too" if arm[ACTIVATIONS_SOURCE] == "truncate" else ""
             name = f"{arm['model.quantizer']}{too}"
-            if not has_collapsed(arm):
+            if not collapsed(arm):
                 worst[name] = max(worst.get(name, lost.mean), lost.mean)
         nested = [pair for pair in group.arms if pair[1].nested]
         others = [pair for pair in group.arms if not pair[1].nested]
@@ -174,7 +175,7 @@ def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
     """Answer a question about truncated weights at trained widths, with one sentence per name."""
     words, named = QUESTIONS[key], dict[str, list[Compared]]()
     found = [
-        Compared(group, value, bits, difference, has_collapsed(arm, base))
+        Compared(group, value, bits, difference, bool(collapsed(arm) or collapsed(base)))
         for group in comparisons.by_factor.get(key, [])
         for base in [group.reference[1]]
         for value, arm in group.arms
@@ -221,3 +222,36 @@ def _answer(words: Question, name: str, compared: list[Compared]) -> str:
     if metric.lower_is_better:
         verb = "Perplexity is lower" if above else "Perplexity is higher"
     return f"{verb} in {len(shown)} of {count} with {name}, {where}."
+
+
+def title(comparisons: Comparisons) -> str:
+    """Return the title of a report: its first result as a sentence."""
+    candidates = [(message(group), group.label) for group in comparisons.by_quantizer]
+    if messages := [(*found, label) for found, label in candidates if found is not None]:
+        _, words, label = max(messages)
+        return f"{words} {comparisons.metric.name} ({label})"
+    if comparisons.arms:
+        arms = counted(len(comparisons.arms), "arm")
+        return f"{comparisons.metric.quantity} of truncated weights in {arms}"
+    return f"Size and energy of {counted(len(comparisons.inspects), 'model')}"
+
+
+def message(group: ComparisonGroup) -> tuple[float, str] | None:
+    """Return (largest QT gap, sentence with the accuracies at its width), or None without a gap."""
+    split = group.split
+    arms = [(value, arm) for value, arm in group.arms if not collapsed(arm)]
+    lost = [
+        (gap.mean, bits)
+        for _, arm in arms
+        if not arm.nested
+        for bits, gap in gaps(arm, arm.trained, split).items()
+    ]
+    if not lost:
+        return None
+    largest, bits = max(lost, key=lambda pair: abs(pair[0]))  # truncation may also help
+    words = []
+    for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
+        before, after = (scores(arm, source, [bits], split)[bits].short for source in SOURCES)
+        how = "stays at" if before == after else f"goes from {before} to"
+        words.append(f"{value} {how} {after} {group.metric.unit}".strip())
+    return largest, f"Truncated to {counted(bits, 'bit')}, {' and '.join(words)}"

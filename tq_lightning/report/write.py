@@ -15,10 +15,10 @@ MARKER = "report.json"  # marks a folder as a report, which a new one may replac
 KIND = "tq_lightning report"
 
 
-def write_report(
-    comparisons: Comparisons, out: Path, title: str, command: str, version: str
-) -> list[str]:
+def write_report(comparisons: Comparisons, out: Path, about: dict[str, str]) -> list[str]:
     """Write all files of a report to a temporary folder, rename it to `out`, and list them.
+
+    The page and report.json state `about`: the title, the command and the version.
 
     Raises:
         UserError: `out` cannot be written.
@@ -39,29 +39,21 @@ def write_report(
         texts |= {f"tables/{table.name}.tex": render.latex(table) for table in built}
         answers = [finding for part in comparisons.by_metric for finding in findings(part)]
         headline = accuracy.headline(comparisons.by_metric[0])
-        texts["summary.md"] = f"# {title}\n\n    {command}\n\n{summary(headline, answers, notes)}"
+        heading = f"# {about['title']}\n\n    {about['command']}"
+        texts["summary.md"] = f"{heading}\n\n{summary(headline, answers, notes)}"
+        parts = {"figures": drawn, "headline": headline, "findings": answers, "notes": notes}
+        parts["tables"] = sorted([*built, *runs], key=lambda table: table.name == "left_out")
         data = dataframe.write(comparisons.arms, folder) if comparisons.arms else []
-        texts["index.html"] = html.page(
-            folder / "figures",
-            comparisons,
-            figures=drawn,
-            title=title,
-            headline=headline,
-            findings=answers,
-            notes=notes,
-            tables=sorted([*built, *runs], key=lambda table: table.name == "left_out"),
-            command=command,
-            version=version,
-            files=[*data, "summary.md"],
-        )
+        parts["files"] = [*data, "summary.md"]
+        texts["index.html"] = html.page(folder / "figures", comparisons, **about, **parts)
         files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-        listed = sorted([*files, *texts])
-        marker = {"kind": KIND, "schema": 1, "title": title, "command": command}
-        marker |= {"version": version, "left_out": comparisons.left_out, "files": listed}
+        files = sorted([*files, *texts])
+        marker = {"kind": KIND, "schema": 1, **about, "left_out": comparisons.left_out}
+        marker["files"] = files
         texts[MARKER] = json.dumps(marker, indent=1, ensure_ascii=False) + "\n"
         for name, content in texts.items():
             (folder / name).write_text(content, encoding="utf-8")
-    return listed
+    return files
 
 
 def summary(headline: render.Table, answers: list[Finding], notes: list[str]) -> str:

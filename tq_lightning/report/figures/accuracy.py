@@ -5,12 +5,12 @@ from typing import Any
 
 from tq_lightning.records import ACC1, Metric
 from tq_lightning.report import best_other
-from tq_lightning.report.caveats import flags_of, provenance_notes, seeds_words
-from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, has_collapsed
+from tq_lightning.report.caveats import collapsed, flags_of, provenance_notes, seeds_words
+from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import FLOAT_AT, Drawing, Figure, limit_groups
+from tq_lightning.report.findings import message
 from tq_lightning.report.groups import Arm
-from tq_lightning.report.headline import message
 from tq_lightning.report.labels import METHOD, SPLIT_WORDS, counted, short_key, slug, wrapped
 from tq_lightning.report.stats import Difference, compare, number, score_float, scores, split_of
 
@@ -78,10 +78,8 @@ def factor(comparisons: Comparisons, key: str, section: str) -> Drawing:
     A figure has up to three groups with the same reference, one column each.
     """
     groups, notes = limit_groups(comparisons.by_factor.get(key, []), section)
-    by_reference: dict[str, list[ComparisonGroup]] = {}
-    for group in groups:
-        by_reference.setdefault(group.reference[0], []).append(group)
-    parts = by_reference.values()
+    references = dict.fromkeys(group.reference[0] for group in groups)
+    parts = [[g for g in groups if g.reference[0] == reference] for reference in references]
     chunks = [part[i : i + PANELS] for part in parts for i in range(0, len(part), PANELS)]
     stem, models = slug(short_key(key)), comparisons.models
     names = [f"{stem}_{i}" if len(chunks) > 1 else stem for i in range(1, len(chunks) + 1)]
@@ -142,15 +140,12 @@ def _ranges(
     spans: dict[str, list[float]] = {}
     for (group, value), points in found.items():
         arm = dict(group.arms)[value]
-        if not has_collapsed(arm, group.reference[1]):
+        if not collapsed(arm) and not collapsed(group.reference[1]):
             means = (points[w].estimate.mean for w in arm.trained if w in points)
             spans.setdefault(value, []).extend(means)
-    parts = [
-        f"{value} minus {base} is {number(min(span), sign='+')} to {number(max(span), sign='+')} "
-        f"{metric.gap_unit}"
-        for value, span in list(spans.items())[:2]
-        if span
-    ]
+    first = [(value, span) for value, span in list(spans.items())[:2] if span]
+    ends = {v: [number(end(span), sign="+") for end in (min, max)] for v, span in first}
+    parts = [f"{v} minus {base} is {' to '.join(e)} {metric.gap_unit}" for v, e in ends.items()]
     return f"{', '.join(parts)} at trained widths" if parts else f"compared with {base}"
 
 
@@ -164,21 +159,16 @@ def curves(comparisons: Comparisons) -> Drawing:
             made.append(_curves(group, dict(list(arms.items())[:4]), comparisons.models))
         elif arms:
             few.append(group.label)
-    if few:
-        listed = "; ".join(few)
-        notes = [*notes, f"Training curves need at least three validations. Omitted: {listed}."]
-    return made, notes
+    few_words = f"Training curves need at least three validations. Omitted: {'; '.join(few)}."
+    return made, [*notes, *[few_words] * bool(few)]
 
 
 def _epochs(arm: Arm, width: int) -> dict[int, list[float]]:
     """Return {epoch: truncated validation accuracies over the seeds} at `width` bits."""
-    out: dict[int, list[float]] = {}
     key = f"val/{arm.metric.key}_truncate_w{width}"
-    for run in arm.runs:
-        for epoch, value in (run.record.curves or {}).get(key, []):
-            if isinstance(value, int | float) and math.isfinite(value):
-                out.setdefault(int(epoch), []).append(value)
-    return dict(sorted(out.items()))
+    points = [point for run in arm.runs for point in (run.record.curves or {}).get(key, [])]
+    kept = [(int(e), v) for e, v in points if isinstance(v, int | float) and math.isfinite(v)]
+    return {epoch: [v for e, v in kept if e == epoch] for epoch in sorted({e for e, _ in kept})}
 
 
 def _curves(group: ComparisonGroup, arms: dict[str, Arm], models: list[str]) -> Figure:

@@ -2,8 +2,8 @@
 
 from tq_lightning.records import ACC1
 from tq_lightning.report import labels
-from tq_lightning.report.caveats import flags_of, provenance_notes, seeds_words
-from tq_lightning.report.comparisons import Comparisons, has_collapsed
+from tq_lightning.report.caveats import collapsed, flags_of, provenance_notes, seeds_words
+from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import Drawing, Figure, limit_groups
 from tq_lightning.report.groups import Arm
@@ -22,7 +22,7 @@ def robustness(comparisons: Comparisons) -> Drawing:
     split = split_of([run for arm in arms for run in arm.runs])
     kept: dict[str, list[float]] = {}
     for arm in sorted(arms, key=lambda arm: arm.nested):
-        if not has_collapsed(arm) and (at_2 := scores(arm, "truncate", [2], split).get(2)):
+        if not collapsed(arm) and (at_2 := scores(arm, "truncate", [2], split).get(2)):
             kept.setdefault(str(arm["model.quantizer"]), []).append(at_2.mean)
     metric = comparisons.metric
     verb, unit = ("keeps", " %") if metric is ACC1 else ("has", "")
@@ -77,7 +77,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
         for name, arm in series.items()
         for lost in [gaps(arm, arm.widths, split)]
     }
-    claims = [n for n, arm in series.items() if not arm.nested and not has_collapsed(arm)]
+    claims = [n for n, arm in series.items() if not arm.nested and not collapsed(arm)]
     metric = comparisons.metric
     title = f"Weight codes that disagree, and the resulting loss of {metric.quantity.lower()}"
     if pairs := [found[name][2] for name in claims if 2 in found[name]]:

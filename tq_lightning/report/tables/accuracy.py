@@ -134,30 +134,19 @@ def runs(comparisons: Comparisons) -> Table:
 
 def differences(comparisons: Comparisons) -> Table:
     """Return every difference between two arms of a group, with interval and conclusion."""
-    rows: list[Row] = []
+    pairs: list[tuple[str, ComparisonGroup, NamedArm, NamedArm]] = []
     for group in comparisons.by_quantizer:
-        for b in (row for row in group.rows if not row[1].nested):
-            for a in (row for row in group.rows if row[1].nested):
-                rows += _differences("quantizer", group, a, b)
-        for a in best_other.rows(comparisons, group)[0][len(group.rows) :]:
-            for b in group.rows:
-                rows += _differences(best_other.BEST, group, a, b)
-    for key, groups in comparisons.by_factor.items():
-        factor = labels.short_key(key)
-        for group in groups:
-            base = (*group.reference, "truncate")
-            for value, arm in group.arms:
-                if arm is not base[1]:
-                    rows += _differences(factor, group, (value, arm, "truncate"), base)
-    what = f"Differences a - b of {comparisons.metric.name}, "
-    what += "for truncated weights unless a row states otherwise."
-    facets = ("factor", "setting", "width [bits]", "how")
-    return Table("differences", "Differences between arms", f"{what} {labels.METHOD}", rows, facets)
-
-
-def _differences(factor: str, group: ComparisonGroup, a: NamedArm, b: NamedArm) -> list[Row]:
-    unit = group.metric.gap_unit
-    return [
+        others = [row for row in group.rows if not row[1].nested]
+        nested = [row for row in group.rows if row[1].nested]
+        best = best_other.rows(comparisons, group)[0][len(group.rows) :]
+        pairs += [("quantizer", group, a, b) for b in others for a in nested]
+        pairs += [(best_other.BEST, group, a, b) for a in best for b in group.rows]
+    for group in (group for groups in comparisons.by_factor.values() for group in groups):
+        factor, base = labels.short_key(group.factor), (*group.reference, "truncate")
+        compared = [(*pair, "truncate") for pair in group.arms if pair[1] is not base[1]]
+        pairs += [(factor, group, a, base) for a in compared]
+    unit = comparisons.metric.gap_unit
+    rows: list[Row] = [
         {
             "factor": factor,
             "setting": group.label,
@@ -171,8 +160,13 @@ def _differences(factor: str, group: ComparisonGroup, a: NamedArm, b: NamedArm) 
             "split": group.split,
             "flags": " ".join(group.flags),
         }
+        for factor, group, a, b in pairs
         for width, found in compare(a[1], b[1], a[1].widths, group.split, a[2], b[2]).items()
     ]
+    what = f"Differences a - b of {comparisons.metric.name}, "
+    what += "for truncated weights unless a row states otherwise."
+    facets = ("factor", "setting", "width [bits]", "how")
+    return Table("differences", "Differences between arms", f"{what} {labels.METHOD}", rows, facets)
 
 
 def left_out(comparisons: Comparisons) -> Table:
