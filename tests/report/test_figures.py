@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from tq_lightning.report import figures
 from tq_lightning.report.figures import pareto, style
-from tq_lightning.report.model_costs import ratio
+from tq_lightning.report.tables.model_cost import ratio
 
 
 def drawn(name, *records, **more):

@@ -8,9 +8,8 @@ from fixtures import records as made
 
 from tq_lightning.cli import main
 from tq_lightning.report import figures
-from tq_lightning.report.findings import findings
-from tq_lightning.report.headline import title
-from tq_lightning.report.stats import gap
+from tq_lightning.report.findings import findings, title
+from tq_lightning.report.stats import compare, gaps
 from tq_lightning.report.tables import accuracy as build
 
 
@@ -27,9 +26,10 @@ def test_lower_perplexity_is_reported_as_better():
     assert found.metric.key == "ppl" and len(found.by_metric) == 1
     group = next(g for g in found.by_quantizer if len(g.arms) > 1)
     arm = next(arm for _, arm in group.arms if not arm.nested)
-    cost = gap(arm, 2, "val")
-    assert cost.estimate.mean > 10 and cost.unit == "in perplexity"
-    assert gap(next(a for _, a in group.arms if a.nested), 2, "val").estimate.mean == 0
+    cost = gaps(arm, [2], "val")[2]
+    assert cost.mean > 10
+    assert compare(arm, arm, [2], "val", "truncate", "quantize")[2].unit == "in perplexity"
+    assert gaps(next(a for _, a in group.arms if a.nested), [2], "val")[2].mean == 0
     said = {f.question: f for f in findings(found)}
     lost = said["What does truncation cost? (perplexity)"]
     assert "round loses up to" in lost.answer and "in perplexity" in lost.answer

@@ -8,7 +8,7 @@ import pytest
 from fixtures.records import compare
 
 from tq_lightning.report import dataframe, findings, tables
-from tq_lightning.report.headline import title
+from tq_lightning.report.findings import title
 from tq_lightning.report.tables import accuracy
 from tq_lightning.report.tables.render import Table, latex, markdown
 

@@ -9,14 +9,15 @@ import pandas as pd
 
 from tq_lightning.cli.parser import Parser
 from tq_lightning.errors import UserError, hide_password
+from tq_lightning.files import check_replaceable
 from tq_lightning.provenance import __version__
 from tq_lightning.records.publish import printable, shorten
 from tq_lightning.report.comparisons import Comparisons, group_runs
-from tq_lightning.report.headline import title
+from tq_lightning.report.findings import title
 from tq_lightning.report.labels import counted
 from tq_lightning.report.runs import load
 from tq_lightning.report.tables.accuracy import arms
-from tq_lightning.report.write import check_out, write_report
+from tq_lightning.report.write import KIND, MARKER, write_report
 
 ALWAYS = ("model", "data", "quantizer", "ste", "seeds", "split")
 BITS = ("8 bits", "4 bits", "2 bits", "1 bit")
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     """
     arguments = parser().parse_args(argv)
     out = arguments.out
-    check_out(out)
+    check_replaceable(out, MARKER, KIND, "a report")
     loaded = load(arguments.inputs, arguments.full_paths)
     for key in arguments.ignore:
         if not any(key in run.config for run in loaded.runs):
@@ -56,8 +57,9 @@ def main(argv: list[str]) -> int:
     comparisons = group_runs(loaded, arguments.ignore)
     # not program_name(): the same inputs give the same report, however it was started
     command = shorten(hide_password("python -m tq_lightning report " + shlex.join(argv)))
-    heading = printable(arguments.title or title(comparisons.by_metric[0]))
-    show(comparisons, out, write_report(comparisons, out, heading, command, __version__))
+    about = {"title": printable(arguments.title or title(comparisons.by_metric[0]))}
+    about |= {"command": command, "version": __version__}
+    show(comparisons, out, write_report(comparisons, out, about))
     return 0
 
 
@@ -65,30 +67,27 @@ def show(comparisons: Comparisons, out: Path, files: list[str]) -> None:
     """Print the arms, the skipped inputs and the folder, as a table or as plain lines."""
     frame = pd.concat([arms(part).shown for part in comparisons.by_metric]).fillna("")
     frame = frame.replace(r"\s+", " ", regex=True)  # a name may contain a line break
-    varying_columns = [
-        column for column in IF_DIFFERENT if column in frame and frame[column].nunique() > 1
-    ]
-    columns = [column for column in frame if column in (*ALWAYS, *WIDTHS, *varying_columns)]
-    rows = frame[columns].to_numpy().tolist()
-    if sys.stdout.isatty() and rows:
+    varying = [column for column in frame if frame[column].nunique() > 1]
+    shown = (*ALWAYS, *WIDTHS, *(column for column in IF_DIFFERENT if column in varying))
+    frame = frame[[column for column in frame if column in shown]]
+    if sys.stdout.isatty() and len(frame):
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
         # values that all arms share are one line, so that the table fits a narrow terminal
-        same = [c for c in columns if c not in WIDTHS and frame[c].nunique() == 1]
-        differing = [column for column in columns if column not in same]
+        same = [column for column in frame if column not in (*WIDTHS, *varying)]
+        differing = frame.drop(columns=same)
         names = " and ".join(part.metric.name for part in comparisons.by_metric)
-        shown = Table(title=f"{names} truncated, mean ± 95 % t interval over seeds")
-        for column in differing:
-            shown.add_column(column, overflow="fold")
-        for row in frame[differing].to_numpy().tolist():
-            shown.add_row(*row)
+        title = f"{names} truncated, mean ± 95 % t interval over seeds"
+        table = Table(*(Column(name, overflow="fold") for name in differing), title=title)
+        for row in differing.to_numpy():
+            table.add_row(*row)
         console = Console(highlight=False)
-        console.print(shown)
+        console.print(table)
         if same:
             console.print(", ".join(f"{column} {frame[column].iloc[0]}" for column in same))
-    elif rows:
-        print("\n".join("\t".join(row) for row in [columns, *rows]))
+    elif len(frame):
+        print("\n".join("\t".join(row) for row in [frame.columns, *frame.to_numpy()]))
     for path, reason in comparisons.left_out:
         print(f"left out: {path}: {reason}")
     runs, left_out = sum(len(arm.runs) for arm in comparisons.arms), len(comparisons.left_out)

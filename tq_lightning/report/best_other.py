@@ -1,10 +1,10 @@
 """The best other arm: a row below the paper's rows, with settings that the paper does not have."""
 
 from tq_lightning.report.caveats import collapsed
-from tq_lightning.report.comparisons import ComparisonGroup, Comparisons
+from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, NamedArm
 from tq_lightning.report.groups import BUDGET, START, Arm
 from tq_lightning.report.labels import counted, format_setting, format_value, varying
-from tq_lightning.report.stats import score, split_of
+from tq_lightning.report.stats import scores, split_of
 
 BEST = "best other arm"
 # Keys that an arm must share with a group to be comparable with it, besides its budget.
@@ -36,10 +36,11 @@ def best_other(comparisons: Comparisons, group: ComparisonGroup) -> tuple[Arm, s
     return best, f"{BEST.capitalize()}: {quantizer} with {settings} ({how})."
 
 
-def rows(comparisons: Comparisons, group: ComparisonGroup) -> list[tuple[str, Arm, str]]:
-    """Return the paper's rows of a group, and below them the best other arm, if there is one."""
-    found = best_other(comparisons, group)
-    return group.rows + ([(f"{BEST}, truncated", found[0], "truncate")] if found else [])
+def rows(comparisons: Comparisons, group: ComparisonGroup) -> tuple[list[NamedArm], list[str]]:
+    """Return the paper's rows of a group, then the best other arm, and the note on that arm."""
+    if (found := best_other(comparisons, group)) is None:
+        return group.rows, []
+    return [*group.rows, (f"{BEST}, truncated", found[0], "truncate")], [found[1]]
 
 
 def _fixed(arm: Arm) -> list[str]:
@@ -49,6 +50,6 @@ def _fixed(arm: Arm) -> list[str]:
 
 def _quality(arm: Arm, split: str) -> float:
     """Return the mean over the trained widths, negated if lower values are better."""
-    found = [e.mean for w in arm.trained if (e := score(arm, "truncate", w, split)) is not None]
+    found = [e.mean for e in scores(arm, "truncate", arm.trained, split).values()]
     mean = sum(found) / len(found) if found else float("-inf")
     return -mean if arm.metric.lower_is_better and found else mean

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from math import log
+from typing import Any
 
 from tq_lightning.report.groups import NOT_AN_ARM, START, Arm
 from tq_lightning.report.labels import CLASSES, counted
@@ -12,9 +13,9 @@ from tq_lightning.report.stats import mean_interval
 def comparison_flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
     """Return sentences on unequal budgets or seeds of the named arms, and on collapsed seeds."""
     out = []
-    budgets = {name: arm.budget for name, arm in arms}
-    seeds = {name: ",".join(map(str, arm.seeds)) for name, arm in arms}
-    for what, values in (("budgets", budgets), ("seeds", seeds)):
+    facts = {"budgets": {name: arm.budget for name, arm in arms}}
+    facts["seeds"] = {name: ",".join(map(str, arm.seeds)) for name, arm in arms}
+    for what, values in facts.items():
         if len(set(values.values())) > 1 or any(" or " in value for value in values.values()):
             out.append(f"Unequal {what}: {'; '.join(f'{name} {v}' for name, v in values.items())}.")
     if single := [name for name, arm in arms if len(arm.seeds) == 1]:
@@ -25,24 +26,22 @@ def comparison_flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
 def collapsed(arm: Arm, name: str = "") -> list[str]:
     """Name the seeds that failed to train while the other seeds of the arm learned.
 
-    The gain of a seed is its mean quantized accuracy at the trained widths minus chance accuracy.
-    A seed has collapsed if the median gain of the others is more than 5 points and its own gain is
-    less than a fifth of the median. A perplexity is converted to an accuracy as
-    100 (1 - log perplexity / log vocabulary).
+    Means with such a seed are not usable. The gain of a seed is its mean quantized accuracy at the
+    trained widths minus chance accuracy. A seed has collapsed if the median gain of the others is
+    more than 5 points and its own gain is less than a fifth of the median. A perplexity is
+    converted to an accuracy as 100 (1 - log perplexity / log vocabulary).
     """
     classes = arm.runs[0].config.get("model.num_classes") or CLASSES.get(str(arm["data.name"]))
     guess = 100 / classes if isinstance(classes, int) else 0.0
-    found = {r.seed: [r.score("quantize", w, "val") for w in arm.trained] for r in arm.runs}
+    found: dict[Any, list[Any]] = {
+        run.seed: [run.score("quantize", w, "val") for w in arm.trained] for run in arm.runs
+    }
     if arm.metric.lower_is_better:
         if not isinstance(classes, int):
             return []
         guess, top = 0.0, log(classes)
         found = {s: [x and 100 * (1 - log(x) / top) for x in v] for s, v in found.items()}
-    gains = {
-        seed: mean_interval([x for x in v if x is not None]).mean - guess
-        for seed, v in found.items()
-        if None not in v
-    }
+    gains = {s: mean_interval(v).mean - guess for s, v in found.items() if None not in v}
     out = []
     for seed, gain in gains.items():
         others = sorted(g for s, g in gains.items() if s != seed) or [0.0]

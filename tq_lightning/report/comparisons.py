@@ -1,12 +1,12 @@
 """Comparisons: groups of arms that are equal except for one factor."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
-from tq_lightning.records import TASKS, InspectRecord, Metric
+from tq_lightning.records import SOURCES, TASKS, InspectRecord, Metric
 from tq_lightning.report import labels
-from tq_lightning.report.caveats import collapsed, comparison_flags
+from tq_lightning.report.caveats import comparison_flags
 from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
 from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
@@ -28,11 +28,12 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "model.width_schedule": ("all",),
 }
 # Top-1 in % by width, from table 1 of arXiv 2506.11431 (ResNet-20, expansion 1, CIFAR-10).
-PAPER: dict[str, dict[str, float]] = {
-    "round, quantized": {"1": 72.5, "2": 86.0, "4": 87.5, "8": 87.7, "float": 87.7},
-    "round, truncated": {"1": 72.6, "2": 57.5, "4": 84.9, "8": 87.7, "float": 87.7},
-    "floor, truncated": {"1": 72.1, "2": 85.8, "4": 87.6, "8": 87.8, "float": 87.8},
+PAPER: dict[str, dict[int | None, float]] = {  # None: float
+    "round, quantized": {1: 72.5, 2: 86.0, 4: 87.5, 8: 87.7, None: 87.7},
+    "round, truncated": {1: 72.6, 2: 57.5, 4: 84.9, 8: 87.7, None: 87.7},
+    "floor, truncated": {1: 72.1, 2: 85.8, 4: 87.6, 8: 87.8, None: 87.8},
 }
+NamedArm = tuple[str, Arm, str]  # a row of the paper's table: its name, arm and source
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class ComparisonGroup:
     @property
     def metric(self) -> Metric:
         """Metric of the task of the arms."""
-        return self.arms[0][1].metric
+        return self.first.metric
 
     @property
     def widths(self) -> list[int]:
@@ -78,11 +79,11 @@ class ComparisonGroup:
         return arms.get(next(usual, ""), self.arms[0])
 
     @property
-    def rows(self) -> list[tuple[str, Arm, str]]:
+    def rows(self) -> list[NamedArm]:
         """The paper's rows as (name, arm, source). Nested arms have only a truncated row."""
         out = [
             (f"{value}, {source}d", arm, source)
-            for source in ("quantize", "truncate")
+            for source in SOURCES
             for value, arm in self.arms
             if source == "truncate" or not arm.nested
         ]
@@ -139,21 +140,16 @@ class Comparisons:
     def by_quantizer(self) -> list[ComparisonGroup]:
         """Groups for the paper's rows: nested and other codes if possible, else one kind."""
         ignore = {*self.ignore, "model.ste"}
-        for required in ({True, False}, {False}, set()):
-            enough = partial(lambda kinds, arms: kinds <= {arm.nested for arm in arms}, required)
-            if found := make_groups(self.paired, "model.quantizer", ignore, enough):
+        for kinds in ({True, False}, {False}, set[bool]()):
+            if found := make_groups(self.paired, "model.quantizer", ignore, kinds=kinds):
                 return found
         return []
 
     @cached_property
     def by_factor(self) -> dict[str, list[ComparisonGroup]]:
         """Groups in which a key of FACTORS has two or more values, by key."""
-        found = {}
-        for key in FACTORS:
-            enough = partial(lambda key, arms: len(_values(arms, key)) > 1, key)
-            if groups := make_groups(self.arms, key, self.ignore, enough):
-                found[key] = groups
-        return found
+        found = {key: make_groups(self.arms, key, self.ignore, least=2) for key in FACTORS}
+        return {key: groups for key, groups in found.items() if groups}
 
 
 def group_runs(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:
@@ -163,40 +159,27 @@ def group_runs(loaded: Loaded, ignore: Iterable[str] = ()) -> Comparisons:
     return Comparisons(arms, loaded.inspects, sorted(left_out), tuple(ignore))
 
 
-def has_collapsed(*arms: Arm) -> bool:
-    """Return True if a seed of the arms failed to train, so that their means are not usable."""
-    return any(collapsed(arm) for arm in arms)
-
-
 def make_groups(
     arms: list[Arm],
     factor: str,
     ignore: Iterable[str] = (),
-    enough: Callable[[list[Arm]], bool] = bool,
+    least: int = 1,
+    kinds: Set[bool] = frozenset(),
 ) -> list[ComparisonGroup]:
-    """Group arms that are equal except for `factor`.
+    """Group arms that are equal except for `factor` and the keys in `ignore`.
 
-    A group is split by training budget if at least one budget has an arm for each value. Otherwise
-    its arms stay together, and the unequal budget is flagged.
-
-    Args:
-        arms: the arms to group.
-        factor: flat key that is compared.
-        ignore: keys that may differ within a group.
-        enough: returns True if arms form a group.
+    A group has `least` values of the factor, and `kinds` of codes, which nest (True) or do not. It
+    is split by training budget if at least one budget has an arm for each value. Otherwise its arms
+    stay together, and the unequal budget is flagged.
     """
     out = {factor, *ignore}
     groups: dict[str, list[Arm]] = {}
     for arm in arms:
         rest = {k: v for k, v in arm.config.items() if k not in out and not BUDGET.match(k)}
         groups.setdefault(key_of(rest), []).append(arm)
-    parts = [
-        part
-        for members in groups.values()
-        if enough(members)
-        for part in _by_budget(members, factor)
-        if enough(part)
-    ]
+    budgets = (part for members in groups.values() for part in _by_budget(members, factor))
+    several = (part for part in budgets if len(_values(part, factor)) >= least)
+    parts = [part for part in several if kinds <= {arm.nested for arm in part}]
     named = labels.labels([part[0] for part in parts], out)
     slugs = labels.unique([labels.slug(label) for label in named])
     every = zip(named, slugs, [_named(part, factor, out) for part in parts], strict=True)

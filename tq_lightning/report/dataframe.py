@@ -14,21 +14,11 @@ FACTS: tuple[str, ...] = ("model.name", "data.name", *MAIN_KEYS[2:], ACTIVATIONS
 FACTS += ("model.normalizer", "model.norm", "model.scale")
 
 
-def rows(arms: list[Arm]) -> list[dict[str, Any]]:
-    """Return rows: accuracies in %, qt_gap in points, bytes_read in bytes, disagree as a share.
+def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, Any]:
+    """Return a row: accuracies in %, qt_gap in points, bytes_read in bytes, disagree as a share.
 
     A language model has perplexities in place of accuracies, such as `val_ppl`.
     """
-    return [
-        _row(number, arm, run, source, width)
-        for number, arm in enumerate(arms)
-        for run in arm.runs
-        for source in SOURCES
-        for width in run.widths
-    ]
-
-
-def _row(number: int, arm: Arm, run: Run, source: str, width: int) -> dict[str, Any]:
     record, result = run.record, (run.record.widths or {})[width]
     key = run.metric.key
     return {
@@ -61,11 +51,12 @@ def _plain(value: Any) -> str:
 
 def write(arms: list[Arm], folder: Path) -> list[str]:
     """Write `runs.csv`, and `runs.parquet` if pyarrow is installed; return the names written."""
-    frame = pd.DataFrame(rows(arms))
+    runs = [(number, arm, run) for number, arm in enumerate(arms) for run in arm.runs]
+    frame = pd.DataFrame(_row(*run, s, w) for run in runs for s in SOURCES for w in run[2].widths)
     frame.to_csv(folder / "runs.csv", index=False, encoding="utf-8")
     try:
-        import pyarrow  # noqa: F401
+        content = frame.to_parquet(engine="pyarrow", index=False)
     except ImportError:
         return ["runs.csv"]
-    (folder / "runs.parquet").write_bytes(frame.to_parquet(index=False))
+    (folder / "runs.parquet").write_bytes(content)
     return ["runs.csv", "runs.parquet"]

@@ -1,15 +1,15 @@
-"""Findings: sentences derived from the comparisons, each with its interval."""
+"""Findings: sentences derived from the comparisons, each with its interval, and the title."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from tq_lightning.records import ACC1
+from tq_lightning.records import ACC1, SOURCES
 from tq_lightning.report.best_other import BEST, best_other
-from tq_lightning.report.comparisons import ComparisonGroup, Comparisons, has_collapsed
+from tq_lightning.report.caveats import collapsed
+from tq_lightning.report.comparisons import ComparisonGroup, Comparisons
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.labels import ACTIVATIONS_SOURCE, SPLIT_WORDS, counted
-from tq_lightning.report.stats import LEVEL, Difference, compare, gap, number
+from tq_lightning.report.stats import LEVEL, Difference, compare, gaps, number, scores
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Finding:
 
     question: str
     answer: str
-    lines: tuple[str, ...]
+    lines: list[str]
 
 
 @dataclass(frozen=True)
@@ -48,63 +48,54 @@ class Compared:
 
 def findings(comparisons: Comparisons) -> list[Finding]:
     """Return every finding that the comparisons allow."""
-    made = [
-        qt_gap(comparisons),
-        beyond_paper(comparisons),
-        *(by_factor(comparisons, key) for key in QUESTIONS),
-    ]
-    found = [finding for finding in made if finding is not None]
-    if comparisons.metric is ACC1:
-        return found
-    return [replace(f, question=f"{f.question} ({comparisons.metric.name})") for f in found]
+    answers = [by_factor(comparisons, key) for key in QUESTIONS]
+    made = [qt_gap(comparisons), beyond_paper(comparisons), *answers]
+    suffix = "" if comparisons.metric is ACC1 else f" ({comparisons.metric.name})"
+    return [replace(f, question=f"{f.question}{suffix}") for f in made if f is not None]
 
 
 def qt_gap(comparisons: Comparisons) -> Finding | None:
     """Report the cost of truncation: the QT gap of each quantizer, and the paper's rows."""
     lines: list[str] = []
     worst: dict[str, float] = {}
+    metric = comparisons.metric
     for group in comparisons.by_quantizer:
         for value, arm in group.arms:
-            found = [(w, d.estimate) for w in arm.trained if (d := gap(arm, w, group.split))]
-            if not found:
+            if not (found := gaps(arm, arm.trained, group.split)):
                 continue
-            bits, lost = max(found, key=lambda pair: pair[1].mean)
-            size = f"{lost.text()} {group.metric.gap_unit}"
-            cost = f"truncation costs most at {counted(bits, 'bit')}, {size}"
-            if max(abs(e.mean) for _, e in found) < 0.005:
-                cost = "truncation costs nothing at any trained width"
-            lines.append(f"{group.label}, {value}: {cost} ({SPLIT_WORDS[group.split]}).")
+            bits, lost = max(found.items(), key=lambda pair: pair[1].mean)
+            cost = f"most at {counted(bits, 'bit')}, {lost.text()} {metric.gap_unit}"
+            if max(abs(e.mean) for e in found.values()) < 0.005:
+                cost = "nothing at any trained width"
+            where = f"{group.label}, {value}"
+            lines.append(f"{where}: truncation costs {cost} ({SPLIT_WORDS[group.split]}).")
             # Truncated activations lose accuracy too, independently of the weights.
             too = " with activations truncated too" if arm[ACTIVATIONS_SOURCE] == "truncate" else ""
             name = f"{arm['model.quantizer']}{too}"
-            if not has_collapsed(arm):
+            if not collapsed(arm):
                 worst[name] = max(worst.get(name, lost.mean), lost.mean)
-        lines += _against_quantized(group)
-    metric = comparisons.metric
-    costs = {
-        n: f"up to {m:.{metric.digits}f} {metric.gap_unit}" if m >= 0.05 else "nothing"
-        for n, m in worst.items()
-    }
-    answer = "; ".join(f"{name} loses {cost}" for name, cost in costs.items())
-    answer = f"At trained widths, {answer}."
-    return Finding("What does truncation cost?", answer, tuple(lines)) if worst else None
+        nested = [pair for pair in group.arms if pair[1].nested]
+        others = [pair for pair in group.arms if not pair[1].nested]
+        if nested and others:
+            lines.append(_against(group, *nested[0], *others[0], "quantize"))
+    up_to = {n: f"up to {m:.{metric.digits}f} {metric.gap_unit}" for n, m in worst.items()}
+    costs = [f"{n} loses {up_to[n] if most >= 0.05 else 'nothing'}" for n, most in worst.items()]
+    answer = f"At trained widths, {'; '.join(costs)}."
+    return Finding("What does truncation cost?", answer, lines) if worst else None
 
 
-def _against_quantized(group: ComparisonGroup) -> list[str]:
-    """Compare a truncated nested quantizer with another quantizer's quantized weights."""
-    nested = [(value, arm) for value, arm in group.arms if arm.nested]
-    others = [(value, arm) for value, arm in group.arms if not arm.nested]
-    return [_against(group, *nested[0], *others[0], "quantize")] if nested and others else []
+def _trained(a: Arm, b: Arm, split: str, source: str = "truncate") -> dict[int, Difference]:
+    """Compare an arm, truncated, with another one at the widths that both were trained at."""
+    shared = sorted(set(a.trained) & set(b.trained))
+    return compare(a, b, shared, split, source_b=source)
 
 
 def _against(
     group: ComparisonGroup, a: str, arm: Arm, b: str, base: Arm, source: str = "truncate"
 ) -> str:
-    """Compare an arm, truncated, with another one at the widths that both were trained at."""
     words = [
-        f"{counted(w, 'bit')}: {d.words(f'{a} truncated', f'{b} {source}d')}"
-        for w in sorted(set(arm.trained) & set(base.trained))
-        if (d := compare(arm, base, "truncate", source, w, group.split)) is not None
+        f"{counted(w, 'bit')}: {difference.words(f'{a} truncated', f'{b} {source}d')}"
+        for w, difference in _trained(arm, base, group.split, source).items()
     ]
     return f"{group.label}, {'; '.join(words)}."
 
@@ -119,15 +110,11 @@ def beyond_paper(comparisons: Comparisons) -> Finding | None:
         best, note = found
         value, floor = next(pair for pair in group.arms if pair[1].nested)
         lines.append(_against(group, BEST, best, value, floor))
-        lines += [
-            _against(group, BEST, best, v, arm, "quantize")
-            for v, arm in group.arms
-            if not arm.nested
-        ]
+        others = [pair for pair in group.arms if not pair[1].nested]
+        lines += [_against(group, BEST, best, *pair, "quantize") for pair in others]
         sides: dict[str, list[str]] = {"better": [], "worse": []}
-        for w in best.trained:
-            d = compare(best, floor, "truncate", "truncate", w, group.split)
-            if d is not None and d.sign:
+        for w, d in _trained(best, floor, group.split).items():
+            if d.sign:
                 side = "worse" if (d.sign > 0) == group.metric.lower_is_better else "better"
                 size = number(abs(d.estimate.mean), group.metric.digits)
                 sides[side].append(f"{size} {d.unit} at {counted(w, 'bit')}")
@@ -135,88 +122,80 @@ def beyond_paper(comparisons: Comparisons) -> Finding | None:
         shown = words or "no difference is shown at any trained width"
         answers.append(f"{group.label}, compared with {value} truncated: {shown}. {note}")
     question = "Is a setting better than that of the paper?"
-    return Finding(question, " ".join(answers), tuple(lines)) if answers else None
-
-
-def compared(comparisons: Comparisons, key: str) -> list[Compared]:
-    """Compare each value of a key with the reference: truncated weights, trained widths."""
-    return [
-        Compared(group, value, bits, found, has_collapsed(arm, base))
-        for group in comparisons.by_factor.get(key, [])
-        for base in [group.reference[1]]
-        for value, arm in group.arms
-        if arm is not base
-        for bits in sorted(set(arm.trained) & set(base.trained))
-        if (found := compare(arm, base, "truncate", "truncate", bits, group.split)) is not None
-    ]
+    return Finding(question, " ".join(answers), lines) if answers else None
 
 
 class Question(NamedTuple):
-    """A question about one key, a function that names the answers, and their phrases."""
+    """A question about one key, the name of a comparison in its answer, and the other phrases."""
 
     question: str
-    name: Callable[[Compared], str]
+    name: str
     above: str = "Accuracy is above the reference"
     below: str = "Accuracy is below the reference"
     same: str = "No difference is shown"
-
-
-def _weights(c: Compared) -> str:
-    return f"{c.group.first['model.quantizer']} weights"
 
 
 QUESTIONS = {
     "model.ste": Question(
         "Does another straight-through estimator help (is the scaled one needed: open question 1 "
         "of the paper)?",
-        lambda c: f"the {c.value} STE (reference: {c.group.reference[0]}) and {_weights(c)}",
+        "the {value} STE (reference: {reference}) and {quantizer} weights",
         "It helps",
         "It does not help: accuracy is below the reference",
         "No benefit is shown",
     ),
     ACTIVATIONS_SOURCE: Question(
         "Can activations be truncated like the weights (open question 2 of the paper)?",
-        lambda c: f"{c.group.first['model.activations']} activations and {_weights(c)}",
+        "{activations} activations and {quantizer} weights",
         "They gain accuracy",
         "They lose accuracy",
         "No loss is shown",
     ),
     "model.level": Question(
         "Does the level within the bin matter?",
-        lambda c: f"{c.value} levels (reference: {c.group.reference[0]}) and {_weights(c)}",
+        "{value} levels (reference: {reference}) and {quantizer} weights",
     ),
     "model.normalizer": Question(
         "Does another normalizer help, such as one with non-uniform codes (open question 3 of the "
         "paper)?",
-        lambda c: f"the {c.value} normalizer (reference: {c.group.reference[0]})",
+        "the {value} normalizer (reference: {reference})",
     ),
     "model.scale": Question(
         "Does a scale that preserves the values of weights help?",
-        lambda c: f"the scale {c.value} (reference: {c.group.reference[0]})",
+        "the scale {value} (reference: {reference})",
     ),
     "model.width_weights": Question(
         "Do weights on the loss of each width help?",
-        lambda c: f"the weights {c.value} (reference: {c.group.reference[0]})",
+        "the weights {value} (reference: {reference})",
     ),
 }
 
 
 def by_factor(comparisons: Comparisons, key: str) -> Finding | None:
-    """Answer a question from its usable comparisons, with one sentence per name."""
-    words, found = QUESTIONS[key], compared(comparisons, key)
-    names = dict.fromkeys(map(words.name, found))
-    answer = " ".join(_answer(words, n, [c for c in found if words.name(c) == n]) for n in names)
+    """Answer a question about truncated weights at trained widths, with one sentence per name."""
+    words, named = QUESTIONS[key], dict[str, list[Compared]]()
+    found = [
+        Compared(group, value, bits, difference, bool(collapsed(arm) or collapsed(base)))
+        for group in comparisons.by_factor.get(key, [])
+        for base in [group.reference[1]]
+        for value, arm in group.arms
+        if arm is not base
+        for bits, difference in _trained(arm, base, group.split).items()
+    ]
+    for c in found:
+        facts = {k: c.group.first[f"model.{k}"] for k in ("quantizer", "activations")}
+        name = words.name.format(value=c.value, reference=c.group.reference[0], **facts)
+        named.setdefault(name, []).append(c)
+    answer = " ".join(_answer(words, name, same) for name, same in named.items())
     tested = [c for c in found if c.usable]
     if any(c.difference.sign for c in tested):
         chance = f"about {(1 - LEVEL) * len(tested):.1f} are expected to exclude 0 by chance"
         answer += f" (Of {len(tested)} such intervals, {chance}.)"
     if left := sum(c.collapsed for c in found):
         where = "; ".join(dict.fromkeys(c.group.label for c in found if c.collapsed))
-        are = "is" if left == 1 else "are"
-        answer += (
-            f" {counted(left, 'comparison')} with a collapsed seed ({where}) {are} not counted."
-        )
-    return Finding(words.question, answer, tuple(c.line for c in found)) if found else None
+        count = f"{counted(left, 'comparison')} with a collapsed seed ({where})"
+        answer += f" {count} {'is' if left == 1 else 'are'} not counted."
+    return Finding(words.question, answer, [c.line for c in found]) if found else None
 
 
 def _answer(words: Question, name: str, compared: list[Compared]) -> str:
@@ -233,10 +212,8 @@ def _answer(words: Question, name: str, compared: list[Compared]) -> str:
         return f"Mixed with {name}: {sides}."
     if not above and not below:
         widest = max(c.difference.estimate.half or 0.0 for c in tested)
-        rest = f"; effects of up to {widest:.1f} {metric.gap_unit} cannot be ruled out" * (
-            widest >= 0.05
-        )
-        return f"{words.same} in any of {count} with {name}{rest}."
+        limit = f"; effects of up to {widest:.1f} {metric.gap_unit} cannot be ruled out"
+        return f"{words.same} in any of {count} with {name}{limit if widest >= 0.05 else ''}."
     shown = above or below
     most = max(shown, key=lambda c: abs(c.difference.estimate.mean))
     size = f"{abs(most.difference.estimate.mean):.{metric.digits}f} {metric.gap_unit}"
@@ -245,3 +222,36 @@ def _answer(words: Question, name: str, compared: list[Compared]) -> str:
     if metric.lower_is_better:
         verb = "Perplexity is lower" if above else "Perplexity is higher"
     return f"{verb} in {len(shown)} of {count} with {name}, {where}."
+
+
+def title(comparisons: Comparisons) -> str:
+    """Return the title of a report: its first result as a sentence."""
+    candidates = [(message(group), group.label) for group in comparisons.by_quantizer]
+    if messages := [(*found, label) for found, label in candidates if found is not None]:
+        _, words, label = max(messages)
+        return f"{words} {comparisons.metric.name} ({label})"
+    if comparisons.arms:
+        arms = counted(len(comparisons.arms), "arm")
+        return f"{comparisons.metric.quantity} of truncated weights in {arms}"
+    return f"Size and energy of {counted(len(comparisons.inspects), 'model')}"
+
+
+def message(group: ComparisonGroup) -> tuple[float, str] | None:
+    """Return (largest QT gap, sentence with the accuracies at its width), or None without a gap."""
+    split = group.split
+    arms = [(value, arm) for value, arm in group.arms if not collapsed(arm)]
+    lost = [
+        (gap.mean, bits)
+        for _, arm in arms
+        if not arm.nested
+        for bits, gap in gaps(arm, arm.trained, split).items()
+    ]
+    if not lost:
+        return None
+    largest, bits = max(lost, key=lambda pair: abs(pair[0]))  # truncation may also help
+    words = []
+    for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
+        before, after = (scores(arm, source, [bits], split)[bits].short for source in SOURCES)
+        how = "stays at" if before == after else f"goes from {before} to"
+        words.append(f"{value} {how} {after} {group.metric.unit}".strip())
+    return largest, f"Truncated to {counted(bits, 'bit')}, {' and '.join(words)}"

@@ -15,7 +15,7 @@ from tq_lightning.report.runs import Run
 NOT_AN_ARM = re.compile(
     r"^(seed_everything|config|ckpt_path|verbose|weights_only|checkpoint_every_n_steps)$"
     r"|^trainer\.(default_root_dir|logger|profiler|accelerator|enable_\w+)(\.|$)"
-    r"|^trainer\.(log_every_n_steps|barebones)(\.|$)|^trainer\.model_registry$"
+    r"|^trainer\.(log_every_n_steps|barebones|model_registry)(\.|$)"
     r"|^model\.(seed|compile|compile_mode|cuda_graph|channels_last|num_classes)$"
     r"|^data\.(eval_batch_size|num_workers|workers|download|pin_memory|device)$"
     r"|^(run_name|save_dir|out|version|tags|project|group|notes|wandb|tensorboard|offline)(\.|$)"
@@ -24,12 +24,7 @@ NOT_AN_ARM = re.compile(
 PASSIVE = re.compile(r"\b(ReportToStudy|ModelCheckpoint|\w+Monitor|\w+Bar|\w*Summary)\b")
 START = "model.checkpoint_path"
 LISTS = ("model.widths", "model.skip", "model.shared_norms")
-ADDED: dict[str, Any] = {
-    "model.scale": "mean",
-    "model.quantize_embeddings": False,
-    "model.shared_norms": [],
-    "model.task": "classification",
-}
+ADDED = {k: labels.USUAL[k] for k in ("model.scale", "model.quantize_embeddings", "model.task")}
 BUDGET = re.compile(
     r"^trainer\.((min|max)_(epochs|steps|time)|limit_(train|val|test)_batches|overfit_batches)$"
 )
@@ -67,9 +62,14 @@ class Arm:
         return any(run.record.ste_is_paired for run in self.runs)
 
     @property
+    def widths(self) -> list[int]:
+        """Recorded widths of the first run in bits, ascending."""
+        return self.runs[0].widths
+
+    @property
     def trained(self) -> list[int]:
         """Trained widths in bits, ascending; all recorded widths if none are configured."""
-        return sorted(int(w) for w in self.config.get("model.widths") or []) or self.runs[0].widths
+        return sorted(int(w) for w in self["model.widths"] or []) or self.widths
 
     @property
     def budget(self) -> str:
@@ -94,10 +94,9 @@ def arm_config(run: Run) -> dict[str, Any]:
     that no mean mixes different calibrations or settings.
     """
     changed = {k: v for k, v in run.record.changed.items() if not BUDGET.match(k)}
-    config = run.config | {k: v for k, v in changed.items() if k in run.config}
     config = {
-        k: v
-        for k, v in config.items()
+        k: changed.get(k, v)
+        for k, v in run.config.items()
         if not NOT_AN_ARM.search(k) and not (k.startswith(("trainer.", "data.")) and v is None)
     }
     if config.get("data.name") not in ("imagefolder", "wds"):  # the folder is the data set
@@ -111,7 +110,7 @@ def arm_config(run: Run) -> dict[str, Any]:
     found = {"model.ste": run.record.ste_used, labels.CALIBRATION: run.record.calibration}
     config |= {key: value for key, value in found.items() if value is not None}
     if "model.normalizer" in config:  # earlier versions did not record these keys
-        config = {**ADDED, **config}
+        config = {**ADDED, "model.shared_norms": [], **config}
     # Split activations into a quantizer and a source, so that each can be compared separately.
     # Float activations count as not truncated: they are the reference for quantized ones.
     if "model.activations" in config:

@@ -1,10 +1,10 @@
 """Find record files in folders, globs, Optuna studies and W&B run folders."""
 
 import glob
-import json
 import os
 import re
 import sqlite3
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,11 @@ def find(inputs: list[str]) -> list[Candidate]:
         UserError: an input does not exist or has no record.
     """
     found: dict[str, Candidate] = {}
-    for given in inputs:
-        for candidate in _expand(given):
-            key = str(candidate.path.resolve()) if candidate.path.name else candidate.shown
-            # A study lists pruned trials, so its refusal takes precedence over the folder.
-            if key not in found or (candidate.refusal and not found[key].refusal):
-                found[key] = candidate
+    for candidate in (candidate for given in inputs for candidate in _expand(given)):
+        key = str(candidate.path.resolve()) if candidate.path.name else candidate.shown
+        # A study lists pruned trials, so its refusal takes precedence over the folder.
+        if key not in found or (candidate.refusal and not found[key].refusal):
+            found[key] = candidate
     return list(found.values())
 
 
@@ -51,12 +50,11 @@ def _expand(given: str) -> list[Candidate]:
     given = str(expand_path(given.removeprefix("journal:")))  # as `sweep --storage` writes it
     if Path(given).exists():
         return _from_path(Path(given))
-    kinds = "run folders, record.json files, a glob or an Optuna study"
-    if not glob.has_magic(given):
-        raise UserError(f"{printable(given)}: no such file or folder; pass {kinds}")
     matches = sorted(glob.glob(given, recursive=True))
     out: list[Candidate] = []
-    last = f"the pattern matches no file or folder; pass {kinds}"
+    none = "the pattern matches no" if glob.has_magic(given) else "no such"
+    kinds = "run folders, record.json files, a glob or an Optuna study"
+    last = f"{none} file or folder; pass {kinds}"
     for match in matches:  # files without a record are skipped, unless no match has one
         try:
             out += _from_path(Path(match))
@@ -78,16 +76,12 @@ def _from_path(path: Path) -> list[Candidate]:
     try:
         with path.open("rb") as file:
             line = file.readline(2**20)
-        if line.startswith(b"SQLite format 3"):
-            return _from_study(f"sqlite:///{path}", path)
-        if "op_code" in json.loads(line):
-            return _from_study(str(path), path)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError):
-        pass
+    if line.startswith(b"SQLite format 3"):
+        return _from_study(f"sqlite:///{path}", path)
+    if line.startswith(b"{") and b'"op_code":' in line:
+        return _from_study(str(path), path)
     raise UserError(f"{name}: neither a JSON record nor an Optuna study (journal or SQLite file)")
 
 
@@ -104,7 +98,9 @@ def _from_folder(folder: Path) -> list[Candidate]:
                 out.append(Candidate(path, shown(path)))
         # The record of a pruned trial has the status "finished", like one that stopped early.
         if SWEEP_STUDY in files:
-            out += _refusals(Path(where) / SWEEP_STUDY)
+            study = Path(where) / SWEEP_STUDY
+            with suppress(UserError):  # an unreadable study excludes nothing
+                out += [c for c in _from_study(f"sqlite:///{study}", study) if c.refusal]
     if not out:
         what = f"no record.json among its {seen} files" if seen else "the folder is empty"
         raise UserError(f"{shown(folder)}: {what}; pass a folder of runs or a study file")
@@ -130,18 +126,9 @@ def _from_study(storage: str, path: Path | None) -> list[Candidate]:
         reason = first_line(error.__cause__ or error).strip()  # Optuna's message has no reason
         raise UserError(f"{name}: not readable as an Optuna study: {reason}") from error
     out = [_from_trial(f"{name}, study {s}, trial {t.number}", t, path) for s, t in trials]
-    if not any(candidate.path.name for candidate in out):
-        count = f"none of the {len(out)} trials has a record (user attribute 'record')"
-        raise UserError(f"{name}: {count}")
-    return out
-
-
-def _refusals(study: Path) -> list[Candidate]:
-    """Return the trials that the study next to the records excludes; empty if it is unreadable."""
-    try:
-        return [c for c in _from_study(f"sqlite:///{study}", study) if c.refusal]
-    except UserError:
-        return []
+    if any(candidate.path.name for candidate in out):
+        return out
+    raise UserError(f"{name}: none of the {len(out)} trials has a record (user attribute 'record')")
 
 
 def _trials(storage: str) -> list[tuple[str, Any]]:

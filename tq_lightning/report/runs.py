@@ -39,29 +39,22 @@ class Run:
     @functools.cached_property
     def has_test(self) -> bool:
         """True if the test block has a value for every width and both sources."""
-        return all(
-            self._test(f"{self.metric.key}_{s}_w{w}") is not None
-            for s in SOURCES
-            for w in self.widths
-        )
+        return all(self.score(s, w, "test") is not None for s in SOURCES for w in self.widths)
 
-    def _test(self, metric: str) -> float | None:
-        test = self.record.test
-        return None if test is None else test.metrics.get(f"test/{metric}")
+    def _recorded(self, split: str, name: str) -> float | None:
+        block = self.record.test if split == "test" else self.record.best
+        return None if block is None else block.metrics.get(f"{split}/{self.metric.key}_{name}")
 
     def score(self, source: str, width: int, split: str) -> float | None:
         """Metric of `source` at `width` bits on `split`: "test", or "val" at the best epoch."""
         if split == "test":
-            return self._test(f"{self.metric.key}_{source}_w{width}")
+            return self._recorded(split, f"{source}_w{width}")
         result = (self.record.widths or {}).get(width)
         return None if result is None else getattr(result, source)
 
     def score_float(self, split: str) -> float | None:
         """Metric of the float weights, or None if it was not evaluated."""
-        if split == "test":
-            return self._test(f"{self.metric.key}_float")
-        best = self.record.best
-        return None if best is None else best.metrics.get(f"val/{self.metric.key}_float")
+        return self._recorded(split, "float")
 
 
 @dataclass
@@ -120,24 +113,18 @@ def _one_of(same: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any
 
     A copy made before `test` added its block (W&B keeps one) is not a contradiction.
     """
-    texts = [_texts(record) for _, record in same]
     same = sorted(same, key=lambda r: (getattr(r[1], "test", None) is None, r[0].count("/")))
     path, record = same[0]
-    if len({text for text, _ in texts}) > 1 or len({test for _, test in texts if test}) > 1:
+    trees = [record.tree() for _, record in same]
+    tests = {json.dumps(tree["test"], sort_keys=True) for tree in trees if "test" in tree}
+    rests = {json.dumps(tree | {"test": "", "tests": ""}, sort_keys=True) for tree in trees}
+    if len(rests) > 1 or len(tests) > 1:  # as text, NaN equals NaN
         paths = ", ".join(p for p, _ in same)
         reason = f"different runs with the same id ({record.id}): {paths}"
         left_out += [(p, reason) for p, _ in same]
         return None
     left_out += [(p, f"a copy of {path} (id {record.id}), counted once") for p, _ in same[1:]]
     return path, record
-
-
-def _texts(record: Record | InspectRecord) -> tuple[str, str]:
-    """Return (record without its tests, its test) as text, in which NaN equals NaN."""
-    if isinstance(record, InspectRecord):
-        return json.dumps(record.tree(), sort_keys=True), ""
-    tree = record.tree(without=("test", "tests"))
-    return json.dumps(tree, sort_keys=True), repr(record.test) if record.test else ""
 
 
 def _run(path: str, record: Record, full_paths: bool) -> Run:

@@ -1,7 +1,7 @@
 """Statistics over seeds: means and differences with their t intervals."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,10 +130,10 @@ def by_seed(arm: Arm, source: str, width: int, split: str) -> dict[int | None, f
     return {r.seed: v for r in arm.runs if (v := r.score(source, width, split)) is not None}
 
 
-def score(arm: Arm, source: str, width: int, split: str) -> Estimate | None:
-    """Return the metric over the seeds of an arm, or None if no run has that width."""
-    values = by_seed(arm, source, width, split)
-    return mean_interval(list(values.values()), arm.metric.digits) if values else None
+def scores(arm: Arm, source: str, widths: Iterable[int], split: str) -> dict[int, Estimate]:
+    """Return {width: metric over the seeds} of an arm, without widths that no run has."""
+    found = {width: by_seed(arm, source, width, split) for width in widths}
+    return {w: mean_interval([*v.values()], arm.metric.digits) for w, v in found.items() if v}
 
 
 def score_float(arm: Arm, split: str) -> Estimate | None:
@@ -143,14 +143,15 @@ def score_float(arm: Arm, split: str) -> Estimate | None:
 
 
 def compare(
-    a: Arm, b: Arm, source_a: str, source_b: str, width: int, split: str
-) -> Difference | None:
-    """Metric of (a, source_a) minus (b, source_b) at a width, or None if either lacks it."""
-    x, y = by_seed(a, source_a, width, split), by_seed(b, source_b, width, split)
-    return difference(x, y, a.metric) if x and y else None
+    a: Arm, b: Arm, widths: Iterable[int], split: str, source_a="truncate", source_b="truncate"
+) -> dict[int, Difference]:
+    """Return {width: metric of (a, source_a) minus (b, source_b)}, if both have the width."""
+    found = {w: (by_seed(a, source_a, w, split), by_seed(b, source_b, w, split)) for w in widths}
+    return {w: difference(x, y, a.metric) for w, (x, y) in found.items() if x and y}
 
 
-def gap(arm: Arm, width: int, split: str) -> Difference | None:
-    """Return the QT gap of an arm at `width` bits, in the unit of its metric."""
+def gaps(arm: Arm, widths: Iterable[int], split: str) -> dict[int, Estimate]:
+    """Return {width: QT gap} of an arm, in the unit of its metric."""
     better, worse = SOURCES[::-1] if arm.metric.lower_is_better else SOURCES
-    return compare(arm, arm, better, worse, width, split)
+    found = compare(arm, arm, widths, split, better, worse)
+    return {width: difference.estimate for width, difference in found.items()}

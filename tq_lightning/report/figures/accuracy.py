@@ -5,21 +5,16 @@ from typing import Any
 
 from tq_lightning.records import ACC1, Metric
 from tq_lightning.report import best_other
-from tq_lightning.report.caveats import flags_of, provenance_notes, seeds_words
-from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, has_collapsed
+from tq_lightning.report.caveats import collapsed, flags_of, provenance_notes, seeds_words
+from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import FLOAT_AT, Drawing, Figure, limit_groups
+from tq_lightning.report.findings import message
 from tq_lightning.report.groups import Arm
-from tq_lightning.report.headline import message
 from tq_lightning.report.labels import METHOD, SPLIT_WORDS, counted, short_key, slug, wrapped
-from tq_lightning.report.stats import Estimate, compare, number, score, score_float, split_of
+from tq_lightning.report.stats import Difference, compare, number, score_float, scores, split_of
 
 PANELS = 3
-
-
-def curve(arm: Arm, source: str, split: str) -> dict[int, Estimate]:
-    """Return {width: metric} of an arm."""
-    return {w: e for w in arm.runs[0].widths if (e := score(arm, source, w, split)) is not None}
 
 
 def qt_gap(comparisons: Comparisons) -> Drawing:
@@ -30,15 +25,14 @@ def qt_gap(comparisons: Comparisons) -> Drawing:
 
 
 def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
-    models, rows = comparisons.models, best_other.rows(comparisons, group)
-    split, first, papers = group.split, group.first, group.is_papers
-    metric = group.metric
+    models, (rows, note) = comparisons.models, best_other.rows(comparisons, group)
+    split, papers, metric = group.split, group.is_papers, group.metric
     title = (message(group) or (0, f"{metric.quantity} by width"))[1]
     canvas, body = style.new((6.4, 3.4), title, group.label, group.flags)
     axes = body.add_subplot()
-    words, floats, hollow = [], papers, set(group.widths) > set(first.trained)
+    words, floats, hollow = [], papers, set(group.widths) > set(group.first.trained)
     for i, (name, arm, source) in enumerate(rows):
-        points, shift = curve(arm, source, split), style.series_offset(i, len(rows))
+        points, shift = scores(arm, source, arm.widths, split), style.series_offset(i, len(rows))
         look = style.arm_look(models, arm, source)
         if i >= len(group.rows):
             look["linestyle"] = "-."
@@ -52,7 +46,7 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
             axes.plot(FLOAT_AT + shift, estimate.mean, shape, color=color, markerfacecolor=fill)
         words.append(f"{name}: " + ", ".join(f"{e.text()} at {w}" for w, e in points.items()))
         if papers and name in PAPER:
-            at = {FLOAT_AT if key == "float" else float(key): v for key, v in PAPER[name].items()}
+            at = {FLOAT_AT if w is None else w: value for w, value in PAPER[name].items()}
             thin = look | {"linewidth": 0.7, "marker": "x", "markersize": 4}
             axes.plot(list(at), list(at.values()), alpha=0.75, zorder=1, **thin)
     if hollow:
@@ -61,7 +55,6 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
         axes.plot([], [], color=style.GRAY, lw=0.8, marker="x", label="paper, same row (thin)")
     style.width_axis(axes, group.widths, floats)
     arms = list(dict.fromkeys(arm for _, arm, _ in rows))
-    found = best_other.best_other(comparisons, group)
     axes.set_ylabel(f"{metric.label}\n{SPLIT_WORDS[split]}, {seeds_words(arms)}")
     style.clip(axes, metric)
     axes.legend(loc="lower center" if papers else "best")  # "best" ignores thin lines
@@ -70,7 +63,7 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
         "codes shifted right. Quantized: codes computed from the float weights. Dots: seeds. Bars: "
         f"95 % t interval{metric.clip_note}.",
         *["Thin lines with crosses: arXiv 2506.11431, on the original CIFAR-10."] * papers,
-        *([found[1]] if found else []),
+        *note,
         *provenance_notes(arms),
     ]
     in_unit = f" in {metric.unit}" if metric.unit else ""
@@ -85,10 +78,8 @@ def factor(comparisons: Comparisons, key: str, section: str) -> Drawing:
     A figure has up to three groups with the same reference, one column each.
     """
     groups, notes = limit_groups(comparisons.by_factor.get(key, []), section)
-    by_reference: dict[str, list[ComparisonGroup]] = {}
-    for group in groups:
-        by_reference.setdefault(group.reference[0], []).append(group)
-    parts = by_reference.values()
+    references = dict.fromkeys(group.reference[0] for group in groups)
+    parts = [[g for g in groups if g.reference[0] == reference] for reference in references]
     chunks = [part[i : i + PANELS] for part in parts for i in range(0, len(part), PANELS)]
     stem, models = slug(short_key(key)), comparisons.models
     names = [f"{stem}_{i}" if len(chunks) > 1 else stem for i in range(1, len(chunks) + 1)]
@@ -100,7 +91,7 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
     base, split = groups[0].reference[0], split_of([run for g in groups for run in g.runs])
     values = list(dict.fromkeys([base, *(value for g in groups for value, _ in g.arms)]))
     found = {
-        (group, value): _differences(group, arm, split)
+        (group, value): compare(arm, group.reference[1], arm.widths, split)
         for group in groups
         for value, arm in group.arms
         if arm is not group.reference[1]
@@ -115,9 +106,9 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
         for i, (value, arm) in enumerate(group.arms):
             look = style.series_look(models, arm, values.index(value))
             shift = style.series_offset(i, len(group.arms))
-            points = curve(arm, "truncate", split)
+            points = scores(arm, "truncate", arm.widths, split)
             style.line(top, points, value, arm, shift, metric is ACC1, **look)
-            points = found.get((group, value), {})
+            points = {w: d.estimate for w, d in found.get((group, value), {}).items()}
             style.line(bottom, points, value, arm, shift, percent=False, **look)
             listed = ", ".join(f"{number(e.mean, sign='+')} at {w}" for w, e in points.items())
             words += [f"{group.label}, {value} - {base}: {listed}"] * bool(points)
@@ -142,27 +133,19 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
     return Figure(name, section, title, " ".join([caption, *provenance_notes(arms)]), alt, canvas)
 
 
-def _differences(group: ComparisonGroup, arm: Arm, split: str) -> dict[int, Estimate]:
-    base = group.reference[1]
-    found = {w: compare(arm, base, "truncate", "truncate", w, split) for w in arm.runs[0].widths}
-    return {w: d.estimate for w, d in found.items() if d is not None}
-
-
 def _ranges(
-    found: dict[tuple[ComparisonGroup, str], dict[int, Estimate]], base: str, metric: Metric
+    found: dict[tuple[ComparisonGroup, str], dict[int, Difference]], base: str, metric: Metric
 ) -> str:
     """Describe each value: `scaled minus identity is -8.4 to +0.6 points at trained widths`."""
     spans: dict[str, list[float]] = {}
     for (group, value), points in found.items():
         arm = dict(group.arms)[value]
-        if not has_collapsed(arm, group.reference[1]):
-            spans.setdefault(value, []).extend(points[w].mean for w in arm.trained if w in points)
-    parts = [
-        f"{value} minus {base} is {number(min(span), sign='+')} to {number(max(span), sign='+')} "
-        f"{metric.gap_unit}"
-        for value, span in list(spans.items())[:2]
-        if span
-    ]
+        if not collapsed(arm) and not collapsed(group.reference[1]):
+            means = (points[w].estimate.mean for w in arm.trained if w in points)
+            spans.setdefault(value, []).extend(means)
+    first = [(value, span) for value, span in list(spans.items())[:2] if span]
+    ends = {v: [number(end(span), sign="+") for end in (min, max)] for v, span in first}
+    parts = [f"{v} minus {base} is {' to '.join(e)} {metric.gap_unit}" for v, e in ends.items()]
     return f"{', '.join(parts)} at trained widths" if parts else f"compared with {base}"
 
 
@@ -176,21 +159,16 @@ def curves(comparisons: Comparisons) -> Drawing:
             made.append(_curves(group, dict(list(arms.items())[:4]), comparisons.models))
         elif arms:
             few.append(group.label)
-    if few:
-        listed = "; ".join(few)
-        notes = [*notes, f"Training curves need at least three validations. Omitted: {listed}."]
-    return made, notes
+    few_words = f"Training curves need at least three validations. Omitted: {'; '.join(few)}."
+    return made, [*notes, *[few_words] * bool(few)]
 
 
 def _epochs(arm: Arm, width: int) -> dict[int, list[float]]:
     """Return {epoch: truncated validation accuracies over the seeds} at `width` bits."""
-    out: dict[int, list[float]] = {}
     key = f"val/{arm.metric.key}_truncate_w{width}"
-    for run in arm.runs:
-        for epoch, value in (run.record.curves or {}).get(key, []):
-            if isinstance(value, int | float) and math.isfinite(value):
-                out.setdefault(int(epoch), []).append(value)
-    return dict(sorted(out.items()))
+    points = [point for run in arm.runs for point in (run.record.curves or {}).get(key, [])]
+    kept = [(int(e), v) for e, v in points if isinstance(v, int | float) and math.isfinite(v)]
+    return {epoch: [v for e, v in kept if e == epoch] for epoch in sorted({e for e, _ in kept})}
 
 
 def _curves(group: ComparisonGroup, arms: dict[str, Arm], models: list[str]) -> Figure:

@@ -2,13 +2,13 @@
 
 from tq_lightning.records import ACC1
 from tq_lightning.report import labels
-from tq_lightning.report.caveats import flags_of, provenance_notes, seeds_words
-from tq_lightning.report.comparisons import Comparisons, has_collapsed
+from tq_lightning.report.caveats import collapsed, flags_of, provenance_notes, seeds_words
+from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import Drawing, Figure, limit_groups
 from tq_lightning.report.groups import Arm
 from tq_lightning.report.labels import format_range
-from tq_lightning.report.stats import Estimate, gap, mean_interval, score, split_of
+from tq_lightning.report.stats import Estimate, gaps, mean_interval, scores, split_of
 
 LOW_BITS = (1, 2)
 
@@ -22,8 +22,8 @@ def robustness(comparisons: Comparisons) -> Drawing:
     split = split_of([run for arm in arms for run in arm.runs])
     kept: dict[str, list[float]] = {}
     for arm in sorted(arms, key=lambda arm: arm.nested):
-        if not has_collapsed(arm) and (e := score(arm, "truncate", 2, split)) is not None:
-            kept.setdefault(str(arm["model.quantizer"]), []).append(e.mean)
+        if not collapsed(arm) and (at_2 := scores(arm, "truncate", [2], split).get(2)):
+            kept.setdefault(str(arm["model.quantizer"]), []).append(at_2.mean)
     metric = comparisons.metric
     verb, unit = ("keeps", " %") if metric is ACC1 else ("has", "")
     spans = [f"{name} {verb} {format_range(v, metric.digits)}{unit}" for name, v in kept.items()]
@@ -35,7 +35,7 @@ def robustness(comparisons: Comparisons) -> Drawing:
     for axes, bits in zip(grid, LOW_BITS, strict=True):
         for y, i, group in ((y, i, g) for y, g in enumerate(groups) for i in range(len(g.rows))):
             name, arm, source = group.rows[i]
-            if (estimate := score(arm, source, bits, split)) is None:
+            if (estimate := scores(arm, source, [bits], split).get(bits)) is None:
                 continue
             look = style.arm_look(comparisons.models, arm, source)
             at = y + style.series_offset(i, len(group.rows), 0.5)
@@ -60,7 +60,7 @@ def robustness(comparisons: Comparisons) -> Drawing:
 def disagreement(comparisons: Comparisons) -> Drawing:
     """Draw the share of weight codes on which the sources disagree, and the resulting QT gap."""
     every = comparisons.by_quantizer
-    having = [g for g in every if any(_share(a, 2) for _, a in g.arms if not a.nested)]
+    having = [g for g in every if any(2 in _shares(a) for _, a in g.arms if not a.nested)]
     groups, notes = limit_groups(having, "Codes that disagree", 7)
     series = {f"{v}, {g.label}": arm for g in groups for v, arm in g.arms if not arm.nested}
     if not series:
@@ -68,27 +68,23 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     arms = [arm for group in groups for _, arm in group.arms]
     split = split_of([run for arm in arms for run in arm.runs])
     if nested := [(value, arm) for g in groups for value, arm in g.arms if arm.nested]:
-        of_nested = [_share(arm, w) for _, arm in nested for w in arm.runs[0].widths]
-        rest = "" if any(e and e.mean for e in of_nested) else "; all are 0 at every width"
+        some = any(share.mean for _, arm in nested for share in _shares(arm).values())
+        rest = "" if some else "; all are 0 at every width"
         many = "1 arm" if len(nested) == 1 else f"{len(nested)} arms, the first drawn"
         series[f"{nested[0][0]} ({many}{rest})"] = nested[0][1]
     found = {
-        name: {
-            w: (share, d.estimate)
-            for w in arm.runs[0].widths
-            if (share := _share(arm, w)) is not None and (d := gap(arm, w, split)) is not None
-        }
+        name: {w: (share, lost[w]) for w, share in _shares(arm).items() if w in lost}
         for name, arm in series.items()
+        for lost in [gaps(arm, arm.widths, split)]
     }
-    claims = [n for n, arm in series.items() if not arm.nested and not has_collapsed(arm)]
+    claims = [n for n, arm in series.items() if not arm.nested and not collapsed(arm)]
     metric = comparisons.metric
     title = f"Weight codes that disagree, and the resulting loss of {metric.quantity.lower()}"
     if pairs := [found[name][2] for name in claims if 2 in found[name]]:
-        wrong: list[float] = [share.mean for share, _ in pairs if share]
-        costs: list[float] = [cost.mean for _, cost in pairs if cost]
+        wrong, costs = ([estimate.mean for estimate in side] for side in zip(*pairs, strict=True))
         title = (
             f"At 2 bits, {format_range(wrong, 0)} % of the shifted codes are wrong, "
-            f"which costs {format_range(costs)} {comparisons.metric.gap_unit}"
+            f"which costs {format_range(costs)} {metric.gap_unit}"
         )
     canvas, body = style.new((7.0, 2.6 + 0.17 * len(series)), title, flags=flags_of(groups))
     grid = body.subplots(1, 2)
@@ -120,8 +116,11 @@ def disagreement(comparisons: Comparisons) -> Drawing:
     return [Figure("mechanism_trained", "Mechanism", title, text, alt, canvas)], notes
 
 
-def _share(arm: Arm, width: int) -> Estimate | None:
-    """Return the share of disagreeing codes in % over seeds, or None if a run lacks it."""
-    results = [(run.record.widths or {}).get(width) for run in arm.runs]
-    values = [r.disagree for r in results if r is not None and r.disagree is not None]
-    return mean_interval([100.0 * v for v in values]) if len(values) == len(results) else None
+def _shares(arm: Arm) -> dict[int, Estimate]:
+    """Return {width: share of disagreeing codes in % over seeds}, if every run has it."""
+    found: dict[int, list[float]] = {}
+    for run in arm.runs:
+        for width, result in sorted((run.record.widths or {}).items()):
+            if result.disagree is not None:
+                found.setdefault(width, []).append(100.0 * result.disagree)
+    return {w: mean_interval(v) for w, v in found.items() if len(v) == len(arm.runs)}

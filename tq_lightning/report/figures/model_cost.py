@@ -10,7 +10,7 @@ from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import Drawing, Figure
 from tq_lightning.report.labels import PARTS, counted, energy_name, format_range
-from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
+from tq_lightning.report.tables.model_cost import MIB, energies, ratio, smallest_first
 
 PART_LOOKS = {  # slate tones, which no other figure uses
     "weights": ("#33475b", ""),

@@ -3,14 +3,14 @@
 from collections import Counter
 from typing import Any
 
-from tq_lightning.records import ACC1
+from tq_lightning.records import ACC1, Metric
 from tq_lightning.report import labels
 from tq_lightning.report.caveats import between, provenance_notes, seeds_words
 from tq_lightning.report.comparisons import Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import Drawing, Figure
 from tq_lightning.report.groups import START, Arm
-from tq_lightning.report.stats import score, split_of
+from tq_lightning.report.stats import scores, split_of
 
 # Keys that a legend shows unless they have their default.
 EXTRAS = ("model.level", "model.activations", labels.ACTIVATIONS_SOURCE)
@@ -36,19 +36,14 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
         (read[w] / 1024, estimate, arm, w)
         for arm in arms
         for read in [arm.runs[0].record.bytes.planes]  # type: ignore[union-attr]
-        for w in arm.runs[0].widths
-        if w in read and (estimate := score(arm, "truncate", w, split)) is not None
+        for w, estimate in scores(arm, "truncate", arm.widths, split).items()
+        if w in read
     ]
     metric = arms[0].metric
-    sign = -1.0 if metric.lower_is_better else 1.0
-    signed = pareto_front([(size, sign * e.mean) for size, e, _, _ in points])
-    front = [(size, sign * mean) for size, mean in signed]
-
-    def shown(mean: float) -> str:
-        return f"{mean:.{metric.digits}f} {metric.unit}".strip()
-
-    (small, least), (large, most) = front[0], front[-1]
-    title = f"From {small:.0f} KiB read at {shown(least)} to {large:.0f} KiB at {shown(most)}"
+    front = pareto_front([(size, e.mean) for size, e, _, _ in points], metric)
+    shown = {size: f"{mean:.{metric.digits}f} {metric.unit}".strip() for size, mean in front}
+    small, large = min(shown), max(shown)
+    title = f"From {small:.0f} KiB read at {shown[small]} to {large:.0f} KiB at {shown[large]}"
     flags = between([[arm] for arm in arms], "arms")
     if single := sorted({_name(arm) for arm in arms if len(arm.runs) == 1}):
         listed = ", ".join(single) if len(single) <= 6 else labels.counted(len(single), "arm")
@@ -87,7 +82,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
         "Bars: 95 % t interval of the arms on the front. The front is computed from the means. "
         "Bytes: planes read, layers left in float, scales, and the norm layers of that width."
     )
-    alt = "Pareto front: " + ", ".join(f"{shown(mean)} at {size:.0f} KiB" for size, mean in front)
+    alt = "Pareto front: " + ", ".join(f"{mean} at {size:.0f} KiB" for size, mean in shown.items())
     text = " ".join([caption, *left, *provenance_notes(arms)])
     return Figure(stem, "Pareto front", f"{title} ({data})", text, alt, canvas)
 
@@ -98,13 +93,16 @@ def _name(arm: Arm) -> str:
     return ", ".join([str(arm["model.name"]), str(arm["model.quantizer"]), *extra, *start])
 
 
-def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_front(
+    points: list[tuple[float, float]], metric: Metric = ACC1
+) -> list[tuple[float, float]]:
     """Return the points (cost, value) that no other point dominates, in ascending order of cost.
 
     Example: [(1, 5), (2, 4), (3, 9)] -> [(1, 5), (3, 9)].
     """
     front: list[tuple[float, float]] = []
-    for cost, value in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not front or value > front[-1][1]:
+    sign = 1 if metric.lower_is_better else -1
+    for cost, value in sorted(points, key=lambda p: (p[0], sign * p[1])):
+        if not front or metric.is_better(value, than=front[-1][1]):
             front.append((cost, value))
     return front

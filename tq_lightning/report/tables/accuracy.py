@@ -1,58 +1,46 @@
 """Tables of accuracy: the first table of the page, the QT gap, arms, runs and differences."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tq_lightning.records import ACC1, Metric
+from tq_lightning.records import ACC1
 from tq_lightning.report import best_other, labels
-from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
+from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, NamedArm
 from tq_lightning.report.groups import MAIN_KEYS, Arm, shown_extras
-from tq_lightning.report.stats import Estimate, compare, gap, number, score, score_float, split_of
+from tq_lightning.report.stats import Estimate, compare, gaps, number, score_float, scores, split_of
 from tq_lightning.report.tables.render import Cell, Link, Table
 
 Row = dict[str, Cell]
-
-
-def of_metric(table: Table, metric: Metric) -> Table:
-    """Add the metric to the name and title of a table, unless it is top-1."""
-    if metric is ACC1:
-        return table
-    return replace(table, name=f"{table.name}_{metric.key}", title=f"{table.title} ({metric.name})")
 
 
 def _widths(arms: Iterable[Arm]) -> list[int]:
     return sorted({w for arm in arms for run in arm.runs for w in run.widths}, reverse=True)
 
 
-def by_width(widths: list[int], cell: Callable[[int], Any], unit: str) -> Row:
+def by_width(widths: list[int], cells: Mapping[Any, Any], unit: str = "") -> Row:
     """Return one cell per width, with the unit in the column header."""
-    return {f"{labels.counted(width, 'bit')}{unit}": _estimate(cell(width)) for width in widths}
+    return {f"{labels.counted(width, 'bit')}{unit}": _cell(cells.get(width)) for width in widths}
 
 
-def _estimate(value: Any) -> Cell:
+def _cell(value: Any) -> Cell:
     return (value.text(), value.mean) if isinstance(value, Estimate) else value
 
 
 def headline(comparisons: Comparisons) -> Table:
     """Return the paper's rows at the trained widths, and below them the best other arm."""
     rows: list[Row] = []
-    groups = comparisons.by_quantizer
+    groups, metric = comparisons.by_quantizer, comparisons.metric
     trained = sorted({w for g in groups for _, arm in g.arms for w in arm.trained}, reverse=True)
     notes: list[str] = []
     for group in groups:
-        if found := best_other.best_other(comparisons, group):
-            notes.append(f"{group.label}. {found[1]}")
-        for name, arm, source in best_other.rows(comparisons, group):
-            cells = partial(score, arm, source, split=group.split)
-            values = by_width(trained, cells, comparisons.metric.suffix)
-            split = labels.SPLIT_WORDS[group.split].partition(",")[0]
-            row = {"setting": group.label, "weights": name, **values}
-            rows.append({**row, "seeds": len(arm.runs), "split": split})
-            if any(g.flags for g in groups):
-                rows[-1]["note"] = " ".join(group.flags)
-    metric = comparisons.metric
+        named, note = best_other.rows(comparisons, group)
+        notes += [f"{group.label}. {words}" for words in note]
+        split = labels.SPLIT_WORDS[group.split].partition(",")[0]
+        for name, arm, source in named:
+            cells = by_width(trained, scores(arm, source, trained, group.split), metric.suffix)
+            row = {"setting": group.label, "weights": name, **cells, "seeds": len(arm.runs)}
+            flags = {"note": " ".join(group.flags)} if any(g.flags for g in groups) else {}
+            rows.append({**row, "split": split, **flags})
     what = "Top-1 accuracy" if metric is ACC1 else metric.quantity
     caption = f"{what} at each trained width, mean ± half-width of the 95 % t interval over seeds."
     return Table("headline", f"{metric.quantity} by width", caption, rows, notes=tuple(notes))
@@ -64,25 +52,23 @@ def qt_gap(comparisons: Comparisons) -> Table:
     widths = _widths(arm for group in groups for _, arm in group.arms)
     rows: list[Row] = []
     for group in groups:
-        split, flags = group.split, " ".join(group.flags)
-        named: list[tuple[str, str, int | None, Callable[[int], Any], Any, str, str]] = []
+        unit, gap_unit, split = group.metric.unit, group.metric.gap_unit, group.split
+        last = (split, " ".join(group.flags))
+        named: list[tuple[str, str, int | None, Mapping[Any, Any], str, str]] = []
         for name, arm, source in group.rows:
-            values = {w: score(arm, source, w, split) for w in widths}
-            seeds, in_float = len(arm.runs), score_float(arm, split)
-            named.append((name, group.metric.unit, seeds, values.get, in_float, split, flags))
+            cells: dict[Any, Any] = {None: score_float(arm, split)}
+            cells |= scores(arm, source, widths, split)
+            named.append((name, unit, len(arm.runs), cells, *last))
             if name in PAPER and group.is_papers:
-                paper = {int(k): v for k, v in PAPER[name].items() if k != "float"}
-                last = (PAPER[name]["float"], "test", "arXiv 2506.11431")
-                named.append((f"{name} (paper)", "%", None, paper.get, *last))
+                own = (f"{name} (paper)", "%", None, PAPER[name], "test", "arXiv 2506.11431")
+                named.append(own)
         for value, arm in group.arms:
-            gaps = {w: d.estimate for w in widths if (d := gap(arm, w, split)) is not None}
-            unit = group.metric.gap_unit
-            row = (f"QT gap of {value}", unit, len(arm.runs), gaps.get, None, split, flags)
-            named.append(row)
-        for name, unit, count, cell, in_float, split, flags in named:
-            head = {"setting": group.label, "row": name, "unit": unit, "seeds": count}
-            tail = {"float": _estimate(in_float), "split": split, "flags": flags}
-            rows.append({**head, **by_width(widths, cell, ""), **tail})
+            found = gaps(arm, widths, split)
+            named.append((f"QT gap of {value}", gap_unit, len(arm.runs), found, *last))
+        for name, unit, seeds, values, split, flags in named:
+            head = {"setting": group.label, "row": name, "unit": unit, "seeds": seeds}
+            tail = {"float": _cell(values.get(None)), "split": split, "flags": flags}
+            rows.append({**head, **by_width(widths, values), **tail})
     name = comparisons.metric.title
     what = f"{name} and QT gap by width, mean ± half-width of the 95 % t interval over seeds."
     return Table("qt_gap", "QT gap", f"{what} {labels.METHOD}", rows, ("setting", "row"))
@@ -96,7 +82,7 @@ def arms(comparisons: Comparisons) -> Table:
         split, seconds = split_of(arm.runs), sum(run.record.seconds for run in arm.runs)
         seeds = (",".join(map(str, arm.seeds)), len(arm.seeds))
         row = {**_facts(arm), "also": extra, "seeds": seeds, "budget": arm.budget}
-        cells = partial(score, arm, "truncate", split=split)
+        cells = scores(arm, "truncate", widths, split)
         row |= by_width(widths, cells, comparisons.metric.suffix)
         rows.append({**row, "split": split, "time [s]": (f"{seconds:.0f}", seconds)})
     name = comparisons.metric.title
@@ -129,20 +115,13 @@ def runs(comparisons: Comparisons) -> Table:
     rows: list[Row] = []
     for index, arm in enumerate(comparisons.arms):
         for run in arm.runs:
-            split = "test" if run.has_test else "val"
-            pairs = [
-                [run.score(s, w, split) for s in ("quantize", "truncate")] for w in arm.trained
-            ]
-            gaps = [run.metric.gap(q, t) for q, t in pairs if q is not None and t is not None]
+            split, alone = split_of([run]), Arm(arm.config, (run,))
+            lost = [gap.mean for gap in gaps(alone, arm.trained, split).values()]
+            cells = {w: run.score("truncate", w, split) for w in widths}
             row = {"run": Link(run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
-            row |= {"seed": run.seed}
-            cells = partial(run.score, "truncate", split=split)
-            row |= by_width(widths, cells, comparisons.metric.suffix)
-            row |= {
-                f"largest QT gap [{run.metric.gap_unit}]": max(gaps, default=None),
-                "split": split,
-            }
-            row |= {"epochs": run.record.epochs, "time [s]": run.record.seconds}
+            row |= {"seed": run.seed, **by_width(widths, cells, comparisons.metric.suffix)}
+            row |= {f"largest QT gap [{run.metric.gap_unit}]": max(lost, default=None)}
+            row |= {"split": split, "epochs": run.record.epochs, "time [s]": run.record.seconds}
             rows.append({**row, "commit": str(run.record.commit)[:8]})
     caption = (
         f"{comparisons.metric.title} of the truncated weights by width, and the largest QT gap at "
@@ -155,48 +134,42 @@ def runs(comparisons: Comparisons) -> Table:
 
 def differences(comparisons: Comparisons) -> Table:
     """Return every difference between two arms of a group, with interval and conclusion."""
-    rows: list[Row] = []
+    pairs: list[tuple[str, ComparisonGroup, NamedArm, NamedArm]] = []
     for group in comparisons.by_quantizer:
-        for b in (row for row in group.rows if not row[1].nested):
-            for a in (row for row in group.rows if row[1].nested):
-                rows += _differences("quantizer", group, a, b)
-        for a in best_other.rows(comparisons, group)[len(group.rows) :]:
-            for b in group.rows:
-                rows += _differences(best_other.BEST, group, a, b)
-    for key, groups in comparisons.by_factor.items():
-        factor = labels.short_key(key)
-        for group in groups:
-            base = (*group.reference, "truncate")
-            for value, arm in group.arms:
-                if arm is not base[1]:
-                    rows += _differences(factor, group, (value, arm, "truncate"), base)
-    what = f"Differences a - b of {comparisons.metric.name}, "
-    what += "for truncated weights unless a row states otherwise."
-    facets = ("factor", "setting", "width [bits]", "how")
-    return Table("differences", "Differences between arms", f"{what} {labels.METHOD}", rows, facets)
-
-
-def _differences(
-    factor: str, group: ComparisonGroup, a: tuple[str, Arm, str], b: tuple[str, Arm, str]
-) -> list[Row]:
-    unit = group.metric.gap_unit
-    return [
+        others = [row for row in group.rows if not row[1].nested]
+        nested = [row for row in group.rows if row[1].nested]
+        best = best_other.rows(comparisons, group)[0][len(group.rows) :]
+        pairs += [("quantizer", group, a, b) for b in others for a in nested]
+        pairs += [(best_other.BEST, group, a, b) for a in best for b in group.rows]
+    for group in (group for groups in comparisons.by_factor.values() for group in groups):
+        factor, base = labels.short_key(group.factor), (*group.reference, "truncate")
+        compared = [(*pair, "truncate") for pair in group.arms if pair[1] is not base[1]]
+        pairs += [(factor, group, a, base) for a in compared]
+    unit = comparisons.metric.gap_unit
+    rows: list[Row] = [
         {
             "factor": factor,
             "setting": group.label,
             "a": a[0],
             "b": b[0],
             "width [bits]": width,
-            f"a - b [{group.metric.gap_unit}]": (
-                number(found.estimate.mean, 2, "+"),
-                found.estimate.mean,
-            ),
+            f"a - b [{unit}]": (number(found.estimate.mean, 2, "+"), found.estimate.mean),
             f"95 % interval [{unit}]": found.interval,
             "how": found.how,
             "conclusion": found.verdict(),
             "split": group.split,
             "flags": " ".join(group.flags),
         }
-        for width in a[1].runs[0].widths
-        if (found := compare(a[1], b[1], a[2], b[2], width, group.split)) is not None
+        for factor, group, a, b in pairs
+        for width, found in compare(a[1], b[1], a[1].widths, group.split, a[2], b[2]).items()
     ]
+    what = f"Differences a - b of {comparisons.metric.name}, "
+    what += "for truncated weights unless a row states otherwise."
+    facets = ("factor", "setting", "width [bits]", "how")
+    return Table("differences", "Differences between arms", f"{what} {labels.METHOD}", rows, facets)
+
+
+def left_out(comparisons: Comparisons) -> Table:
+    """Return the files that were found but not used, each with the reason."""
+    rows: list[Row] = [{"record": path, "reason": why} for path, why in comparisons.left_out]
+    return Table("left_out", "Left out", "Found, but not used in this report.", rows)

@@ -2,12 +2,34 @@
 
 from typing import Any
 
-from tq_lightning.records import STORAGE_LABELS
+from tq_lightning.records import STORAGE_LABELS, Energy, InspectRecord
 from tq_lightning.report import labels
 from tq_lightning.report.comparisons import Comparisons
-from tq_lightning.report.model_costs import MIB, energies, ratio, smallest_first
 from tq_lightning.report.tables.accuracy import Row, by_width
 from tq_lightning.report.tables.render import Cell, Table
+
+MIB = 2**20
+
+
+def smallest_first(records: list[InspectRecord], field: str) -> dict[str, InspectRecord]:
+    """Return {unique name: record} of the records that have `field`, smallest model first."""
+    held = [record for record in records if getattr(record, field)]
+    held.sort(key=lambda record: (record.parameters, record.model))
+    names = [record.model for record in held]
+    return {
+        f"{r.model} (skip {r.skipped})" if names.count(r.model) > 1 else r.model: r for r in held
+    }
+
+
+def energies(records: list[InspectRecord]) -> dict[str, Energy]:
+    """Return {name: energy model} of the records that have one, smallest model first."""
+    held = smallest_first(records, "energy")
+    return {name: r.energy for name, r in held.items() if r.energy and r.energy.by_width}
+
+
+def ratio(record: InspectRecord, scheme: str) -> float:
+    """Return the size of the float parameters, 4 bytes each, divided by the size of a scheme."""
+    return 4 * record.parameters / record.ways[scheme].total
 
 
 def _scaled(value: float | None, factor: float, form: str) -> Cell:
@@ -39,9 +61,9 @@ def read_at(comparisons: Comparisons) -> Table:
     records = smallest_first(comparisons.inspects, "read_at")
     widths = sorted({w for record in records.values() for w in record.read_at})
     rows: list[Row] = []
-    for name, r in records.items():
-        sizes = {w: _scaled(r.read_at.get(w), 1 / MIB, ".2f") for w in widths}
-        rows.append({"model": name, **by_width(widths, sizes.get, " [MiB]")})
+    for name, record in records.items():
+        sizes = {w: _scaled(size, 1 / MIB, ".2f") for w, size in record.read_at.items()}
+        rows.append({"model": name, **by_width(widths, sizes, " [MiB]")})
     caption = "Bytes read from the packed file, by width."
     return Table("read_at", "Bytes read", caption, rows)
 
