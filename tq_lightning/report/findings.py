@@ -156,8 +156,8 @@ QUESTIONS = {
         "{value} levels (reference: {reference}) and {quantizer} weights",
     ),
     "model.normalizer": Question(
-        "Does another normalizer help, such as one with non-uniform codes (open question 3 of the "
-        "paper)?",
+        "Does another normalizer help (non-uniform codes against uniform ones: open question 3 "
+        "of the paper)?",
         "the {value} normalizer (reference: {reference})",
     ),
     "model.scale": Question(
