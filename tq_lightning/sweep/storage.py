@@ -1,5 +1,6 @@
 """The storage of a study: open an Optuna URL, and tolerate outages."""
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -56,10 +57,12 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         if url.startswith("journal:"):
-            from optuna.storages.journal import JournalFileBackend
+            from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
             path = str(expand_path(url.removeprefix("journal:")))
-            return optuna.storages.JournalStorage(JournalFileBackend(path))
+            # Optuna's default is a symbolic link, for which Windows demands a privilege
+            lock = JournalFileOpenLock(path) if os.name == "nt" else None
+            return optuna.storages.JournalStorage(JournalFileBackend(path, lock))
         # create_study uses the same wrapper, which caches reads of this process
         return optuna.storages._CachedStorage(_open_database(url))
     except Exception as error:  # each driver has its own exception types
