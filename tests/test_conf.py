@@ -82,6 +82,8 @@ def test_conf_file_trains_two_steps(
                 "1",
                 "--model.warmup_epochs",
                 "0",
+                "--model.decay_epochs",
+                "0.5",
             ],
             *[
                 "--data.name",

@@ -167,7 +167,8 @@ def _sync(path: Path, deep: bool = True) -> None:
             _sync(entry)
         if os.name == "nt":  # Windows cannot open a folder
             return
-    handle = os.open(path, os.O_RDONLY)
+    # Windows flushes only files that are open for writing
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -180,7 +181,7 @@ def _swap_folder(new: Path, target: Path) -> None:
     Where the system can't exchange two folders in one step, there is none at `target` between two
     renames. `restore_folder` repairs a kill between them.
     """
-    if not target.exists() or not any(target.iterdir()):
+    if not target.exists():
         os.replace(new, target)
         return
     if _exchange(new, target):  # `new` is the old folder now, which `atomic_write` removes

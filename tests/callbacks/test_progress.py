@@ -1,5 +1,6 @@
-"""The progress bar fits a terminal of 80 columns."""
+"""The progress bar fits a terminal of 80 columns. Printed losses are those of metrics.csv."""
 
+import csv
 import os
 import re
 import struct
@@ -10,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from fixtures.fits import TWO_STEPS
+from lightning.pytorch.callbacks import Callback
 
 from tq_lightning.callbacks.progress import FitProgressBar
+from tq_lightning.cli import run_fit
 
 
 def test_the_bar_has_the_loss_but_not_the_name_of_the_run():
@@ -84,3 +87,32 @@ def test_bar_and_tables_share_a_terminal_of_80_columns(tmp_path):
     bars = [line for line in lines if line.startswith("Epoch ") and " left" in line]
     assert len(bars) == 1, shown  # the others were replaced by the next one
     assert "train/loss" in bars[0] and "━" in bars[0]
+
+
+class BarLosses(Callback):
+    """Collect the loss of the progress bar after each optimizer step."""
+
+    losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step > len(self.losses):
+            self.losses.append(float(trainer.progress_bar_metrics["train/loss"]))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_printed_loss_is_the_logged_one(tmp_path, capsys, monkeypatch, accumulate):
+    monkeypatch.setattr(BarLosses, "losses", [])
+    flags = {
+        "limit_train_batches": 4,
+        "accumulate_grad_batches": accumulate,
+        "log_every_n_steps": 1,
+        "callbacks": f"{__name__}.BarLosses",
+    }
+    args = [text for key, value in flags.items() for text in (f"--trainer.{key}", str(value))]
+    run_fit([*TWO_STEPS, *args, "--run_dir", str(tmp_path / "run")])
+    printed = [float(text) for text in re.findall(r", loss (\S+),", capsys.readouterr().out)]
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        logged = [float(row["train/loss"]) for row in csv.DictReader(file) if not row["epoch"]]
+    assert len(printed) == 4 // accumulate
+    assert printed == pytest.approx(logged, rel=1e-3)
+    assert BarLosses.losses == pytest.approx(logged, rel=1e-5)

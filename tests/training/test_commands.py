@@ -236,6 +236,12 @@ def test_initial_weights_are_needed_only_at_the_start(copied, capsys):
         (["--trainer.detect_anomaly", "None"], "trainer.detect_anomaly: got null, pass true or"),
         (["--trainer.fast_dev_run", "-1"], "trainer.fast_dev_run: got -1, pass true, false, or"),
         (["--trainer.gradient_clip_algorithm", "max"], "gradient_clip_algorithm: got max, pass no"),
+        (["--trainer.gradient_clip_algorithm", "norm"], "got norm, but no gradient is clipped"),
+        (
+            ["--trainer.enable_checkpointing", "false", "--checkpoint_every_n_steps", "9"],
+            "checkpoint_every_n_steps: got 9, but trainer.enable_checkpointing is false",
+        ),
+        (["--data.num_classes", "1"], "data.num_classes=1 is out of range; pass 2 to 1000000000"),
         (["--trainer.profiler", "fast"], "trainer.profiler: got fast, pass simple, advanced, "),
         (["--trainer.reload_dataloaders_every_n_epochs", "-1"], "every_n_epochs: got -1, pass 0"),
         (["--trainer.devices", "1025"], "trainer.devices: got 1025, pass a number from 1 to 1024"),

@@ -247,6 +247,19 @@ def test_warm_up_ends_with_the_training_at_the_latest():
     assert learning_rates(steps=1, warmup_epochs=0.8, fast_dev_run=1) == [0]
 
 
+@pytest.mark.parametrize("sched", ["step", "multistep"])
+def test_a_decay_comes_before_the_end_of_the_training(sched):
+    with pytest.raises(UserError, match=r"decay_epochs: got \[4.0\], but .* after 4 epochs"):
+        learning_rates(sched=sched, decay_epochs=4)
+    assert learning_rates(sched=sched, decay_epochs=3.8)[-1] == pytest.approx(0.05)
+    assert learning_rates(steps=1, sched=sched, fast_dev_run=1) == [0.5]
+
+
+def test_milestones_may_be_in_any_order():
+    one = learning_rates(sched="multistep", decay_epochs="1,2,3")
+    assert learning_rates(sched="multistep", decay_epochs="3,1,2") == one
+
+
 @pytest.mark.parametrize("sched", ["tanh", "poly", "step"])
 def test_other_schedules_decrease_the_rate(sched):
     got = learning_rates(sched=sched, decay_epochs=1, decay_rate=1.0 if sched == "poly" else 0.1)

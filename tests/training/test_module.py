@@ -9,10 +9,12 @@ from torch import nn
 
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.training import module as module_file
+from tq_lightning.training.data_validation import check_against_data
 from tq_lightning.training.joint import JointGradients
 from tq_lightning.training.lists import as_ints, as_list
 from tq_lightning.training.losses import bce, cross_entropy, distillation
 from tq_lightning.training.module import TQModule
+from tq_lightning.training.validation import check_fit_keys
 
 LOGITS = {
     None: torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 0.0]]),
@@ -205,6 +207,57 @@ def test_invalid_value_is_an_error_that_names_the_key(arguments, message):
         TQModule(**arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_lr": 0.1}, "model.min_lr: got 0.1, which is above model.lr=0.05"),
+        ({"warmup_lr": 0.1, "warmup_epochs": 1}, "model.warmup_lr: got 0.1, which is above"),
+        (
+            {"sched": "step", "decay_epochs": "1,2"},
+            "decay_epochs: got '1,2', but model.sched=step",
+        ),
+        ({"opt_args": {"lr": 1.0}}, "model.opt_args: got lr; pass it as model.lr instead"),
+        ({"opt_args": {"weight_decay": 0}}, "model.opt_args: got weight_decay"),
+        (
+            {"width_schedule": "sandwich", "sandwich_random": 3},
+            "model.sandwich_random: got 3, but there are 2 passes between",
+        ),
+        ({"teacher_checkpoint_path": "a.pth"}, "model.teacher_checkpoint_path: got a.pth, which"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused_by_a_fit_only(arguments, message):
+    module = TQModule(**arguments)  # of a checkpoint to test or export
+    with pytest.raises(UserError) as error:
+        check_fit_keys(module.hparams)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"lr": 1e-6},  # below the default of warmup_lr, without a warm-up
+        {"min_lr": 0.1, "sched": "none"},
+        {"sched": "multistep", "decay_epochs": "1,2"},
+        {"width_schedule": "sandwich", "widths": [8, 1]},
+        {"width_schedule": "sandwich", "sandwich_random": 3, "float_pass": True},
+    ],
+)
+def test_defaults_and_valid_combinations_are_accepted_by_a_fit(arguments):
+    check_fit_keys(TQModule(**arguments).hparams)
+
+
+def test_fit_checks_its_keys_before_a_model_is_built(train, tmp_path):
+    with pytest.raises(UserError, match=r"model\.min_lr: got 9, which is above model\.lr"):
+        train(tmp_path, {"min_lr": 9.0, "sched": "cosine"})
+
+
+def test_fit_on_one_class_is_refused():
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    with pytest.raises(UserError, match="the training data has 1 class; pass data with 2 or more"):
+        check_against_data(TQModule().hparams, SimpleNamespace(num_classes=1), trainer)
 
 
 @pytest.mark.parametrize("text", ["[8, 4", "8, 4]", "(8, 4]", "8,,4", ",8", "[8, [4]"])

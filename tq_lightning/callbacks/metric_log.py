@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from tq_lightning.callbacks.optimizer_steps import OptimizerSteps
+from tq_lightning.callbacks.optimizer_steps import OptimizerSteps, batch_loss
 from tq_lightning.quant.batches import samples_of, split_batch
 
 LOSS, RATE, SPEED = "train/loss", "train/lr", "train/images_per_second"
@@ -51,9 +51,7 @@ class MetricLog(L.Callback):
         stepped = self._steps.advanced(trainer)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
         if stepped and every and self._steps.count % every == 0:
-            # Lightning divides the loss by the number of accumulated batches
-            loss = outputs["loss"] * trainer.accumulate_grad_batches
-            self._write(trainer, {LOSS: float(loss), RATE: self._rate})
+            self._write(trainer, {LOSS: batch_loss(trainer, outputs), RATE: self._rate})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if pl_module.device.type == "cuda":

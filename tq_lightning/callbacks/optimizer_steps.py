@@ -1,4 +1,6 @@
-"""Count optimizer steps in callbacks: under accumulation, only some batches take a step."""
+"""Optimizer steps and losses in callbacks: under accumulation, only some batches take a step."""
+
+from typing import Any
 
 import lightning as L
 
@@ -23,6 +25,14 @@ class OptimizerSteps:
 def takes_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Return True if a training batch ends in an optimizer step; for `on_train_batch_start`."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def batch_loss(trainer: L.Trainer, outputs: Any) -> float:
+    """Return the loss of a training batch; for `on_train_batch_end`.
+
+    Lightning divides the loss in `outputs` by the number of accumulated batches.
+    """
+    return float(outputs["loss"] * trainer.accumulate_grad_batches)
 
 
 def validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:

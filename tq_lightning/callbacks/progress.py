@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import ProgressColumn
 from rich.text import Text
 
-from tq_lightning.callbacks.optimizer_steps import OptimizerSteps
+from tq_lightning.callbacks.optimizer_steps import OptimizerSteps, batch_loss
 
 
 class FitClock:
@@ -107,7 +107,7 @@ class ProgressLines(L.Callback):
             return
         total = trainer.estimated_stepping_batches
         steps = f"{trainer.global_step}" + ("" if total == float("inf") else f"/{total:.0f}")
-        loss = float(outputs["loss"] if isinstance(outputs, dict) else outputs)
+        loss = batch_loss(trainer, outputs)
         print(
             f"epoch {trainer.current_epoch}, step {steps}, loss {loss:.4g}, "
             f"{self._clock.left(trainer)} left",

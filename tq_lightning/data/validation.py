@@ -10,7 +10,7 @@ from tq_lightning.factories import is_factory
 
 _COUNT, _SHARE, _STRENGTH = (1, 10**9), (0.0, 1.0), (0.0, 1000.0)
 _RANGES: dict[str, tuple[float, float]] = {
-    "num_classes": _COUNT,
+    "num_classes": (2, 10**9),
     "image_size": (1, 8192),
     "batch_size": _COUNT,
     "eval_batch_size": _COUNT,

@@ -39,12 +39,12 @@ def heartbeat(
             except UpdateFinishedTrialError:
                 if not stop.is_set():
                     queue.trial_taken = True
-                    os.kill(os.getpid(), signal.SIGINT)
+                    _interrupt()
                 return
             except Exception:  # a storage outage must not end the training
                 pass
-            if parent is not None and os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGINT)
+            if has_ended(parent):
+                _interrupt()
                 return
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
@@ -54,3 +54,16 @@ def heartbeat(
     finally:
         stop.set()
         thread.join(timeout=5)
+
+
+def has_ended(parent: int | None) -> bool:
+    """Return True if the parent process has ended; always False on Windows, which can't tell."""
+    return parent is not None and os.name != "nt" and os.getppid() != parent
+
+
+def _interrupt() -> None:
+    """Interrupt the main thread as Ctrl-C does."""
+    if os.name == "nt":  # os.kill would end the process
+        signal.raise_signal(signal.SIGINT)
+    else:
+        os.kill(os.getpid(), signal.SIGINT)

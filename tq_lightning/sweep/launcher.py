@@ -79,8 +79,8 @@ def run_sweep(sweep: Sweep, options: Options) -> int:
 class WorkerPool:
     """The worker processes of one `sweep` command.
 
-    Each worker has its own session, so that Ctrl-C reaches only this process, which then signals
-    every worker once.
+    Each worker has its own session (on Windows, a process group), so that Ctrl-C reaches only this
+    process, which then signals every worker once.
 
     Args:
         options: options of the workers.
@@ -116,7 +116,8 @@ class WorkerPool:
                 | _slot_environment(slot, self.options.workers)
                 | self.environment,
                 start_new_session=True,
-                preexec_fn=_default_sigint,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                preexec_fn=None if os.name == "nt" else _default_sigint,
             )
         self.slots[name] = slot
 
@@ -155,12 +156,13 @@ class WorkerPool:
     def stop(self, number: int) -> None:
         """Send every worker a signal and wait until it has ended its trial.
 
-        After SIGTERM, `fit` writes a checkpoint first. The wait ends on a second signal or after
+        After SIGTERM, `fit` writes a checkpoint first. On Windows, a process group receives only
+        Ctrl-Break. The wait ends on a second signal or after
         STOP_SECONDS.
         """
         for process in self.running.values():
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+                process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", number))
         until = time.monotonic() + STOP_SECONDS
         with contextlib.suppress(KeyboardInterrupt):
             while (
@@ -175,7 +177,7 @@ class WorkerPool:
 
         for name, process in self.running.items():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # further ranks and data loaders too
+                _kill(process)
             process.wait()
             with contextlib.suppress(StorageInternalError):  # else the heartbeat will time out
                 queue.fail_worker(name, "interrupted", reason)
@@ -197,6 +199,14 @@ def _slot_environment(slot: int, workers: int) -> dict[str, str]:
         first = slot * each % count
         share["CUDA_VISIBLE_DEVICES"] = ",".join(given[first : first + each])
     return share
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a worker with its further ranks and data loaders; on Windows, these end with it."""
+    if os.name == "nt":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _default_sigint() -> None:

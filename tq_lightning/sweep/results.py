@@ -184,7 +184,7 @@ def _searched(sweep: Sweep, trial: "optuna.trial.FrozenTrial") -> dict[str, Any]
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows; the columns are in the order of their first appearance."""
     columns = dict.fromkeys(key for row in rows for key in row)
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -1,5 +1,6 @@
 """The storage of a study: open an Optuna URL, and tolerate outages."""
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -57,10 +58,12 @@ def open_storage(url: str) -> "optuna.storages.BaseStorage":
     try:
         url = expand_storage(url)
         if url.startswith("journal:"):
-            from optuna.storages.journal import JournalFileBackend
+            from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-            backend = JournalFileBackend(url.removeprefix("journal:"))
-            return optuna.storages.JournalStorage(backend)
+            # Optuna's default is a symbolic link, for which Windows demands a privilege
+            path = url.removeprefix("journal:")
+            lock = JournalFileOpenLock(path) if os.name == "nt" else None
+            return optuna.storages.JournalStorage(JournalFileBackend(path, lock))
         # create_study uses the same wrapper, which caches reads of this process
         return optuna.storages._CachedStorage(_open_database(url))
     except Exception as error:  # each driver has its own exception types

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tq_lightning.errors import TrainingError, UserError
 from tq_lightning.sweep.config import Sweep, read_sweep, with_extra
-from tq_lightning.sweep.heartbeat import heartbeat
+from tq_lightning.sweep.heartbeat import has_ended, heartbeat
 from tq_lightning.sweep.objective import Objective
 from tq_lightning.sweep.progress import describe
 from tq_lightning.sweep.storage import StorageOutage, retry_during_outage
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     import optuna
 
 POLL_SECONDS = 1.0  # polling interval of a queue without waiting trials
-# Signals that stop a sweep. Schedulers send SIGUSR1 as a warning; Windows does not have it.
+# Signals that stop a sweep. Schedulers send SIGUSR1 as a warning. Windows has SIGBREAK instead.
 STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+    if hasattr(signal, name)
 )
 DONE = 0  # exit status: all points have a result, or the timeout was reached
 REPLACE = 75  # exit status: CUDA is broken in this process; start a new one
@@ -75,7 +77,7 @@ class Worker:
         outage = StorageOutage()
         try:
             while self.deadline is None or time.time() < self.deadline:
-                if self._is_orphan():
+                if has_ended(self.parent):
                     return 128 + signal.SIGTERM
                 claimed, finished = None, False
                 with outage:
@@ -131,14 +133,11 @@ class Worker:
             # only fit received a signal, or another rank died
             reason = "fit was stopped by another process"
             result = TrialResult("lost", reason=reason, record=result.record)
-        if result.state == "interrupted" and self._is_orphan():  # the heartbeat stopped the trial
+        if result.state == "interrupted" and has_ended(self.parent):
+            # the heartbeat stopped the trial
             result = replace(result, reason="the sweep command ended")
         retry_during_outage(lambda: self.objective.store(claimed, result))
         return result
-
-    def _is_orphan(self) -> bool:
-        """Return True if the launcher has ended."""
-        return self.parent is not None and os.getppid() != self.parent
 
     def _interrupt(self, number: int, _: Any) -> None:
         if not self.queue.trial_taken:  # if it was taken, the heartbeat interrupts only the trial

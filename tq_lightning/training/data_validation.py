@@ -18,8 +18,8 @@ def check_against_data(hparams: Any, data: Any, trainer: Any) -> None:
         trainer: the Trainer, in its setup.
 
     Raises:
-        UserError: fewer outputs than classes, another number of channels than the images, a
-            warm-up that is longer than the training, or an interval without a batch.
+        UserError: a fit on one class, fewer outputs than classes, another number of channels than
+            the images, a warm-up that is longer than the training, or an interval without a batch.
     """
     classes = getattr(data, "num_classes", None)
     if hparams.num_classes is not None and classes is not None and hparams.num_classes < classes:
@@ -35,6 +35,8 @@ def check_against_data(hparams: Any, data: Any, trainer: Any) -> None:
         )
     if trainer.state.fn != "fit":
         return
+    if classes == 1:
+        raise UserError("data: the training data has 1 class; pass data with 2 or more")
     soft_targets = getattr(data, "mixup", None) is not None
     if soft_targets and hparams.num_classes not in (None, data.num_classes):
         raise UserError(

@@ -40,6 +40,7 @@ from tq_lightning.training.step_graph import StepGraphs, check_cuda_graph
 from tq_lightning.training.sync_batchnorm import use_timm_sync_batchnorm
 from tq_lightning.training.trainer_validation import check_trainer
 from tq_lightning.training.validation import (
+    check_fit_keys,
     check_hparams,
     naming_model_keys,
     pass_weights,
@@ -220,6 +221,8 @@ class TQModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check the Trainer and the data before a model is built."""
         check_trainer(self.trainer)
+        if stage == "fit":
+            check_fit_keys(self.hparams)
         if self.hparams.compile:
             check_compiler(self.trainer.strategy.root_device)
         if self.hparams.cuda_graph and stage == "fit":

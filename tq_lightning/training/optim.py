@@ -111,7 +111,8 @@ def build_scheduler(
         The scheduler; None if `hparams.sched` is "none".
 
     Raises:
-        UserError: a training without an end, or a warm-up that is longer than the training.
+        UserError: a training without an end, a warm-up that is longer than the training, or a
+            decay only after it.
     """
     from timm.scheduler import create_scheduler_v2
 
@@ -131,7 +132,14 @@ def build_scheduler(
             f"training ends after {int(total)} (trainer.max_steps); pass a shorter warm-up"
         )
     decay_epochs = as_floats(hparams.decay_epochs, "model.decay_epochs")
-    milestones = [round(epoch * per_epoch) for epoch in decay_epochs]
+    milestones = sorted(round(epoch * per_epoch) for epoch in decay_epochs)
+    decays = hparams.sched in ("step", "multistep")
+    if decays and milestones[0] >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise UserError(
+            f"model.decay_epochs: got {decay_epochs}, but the training ends after "
+            f"{total / per_epoch:g} epochs (trainer.max_epochs, max_steps); pass fewer, or "
+            "model.sched=none"
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=hparams.sched,

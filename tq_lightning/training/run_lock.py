@@ -3,12 +3,13 @@
 It uses three mechanisms, each for cases that the previous one does not cover:
 
 1. A POSIX record lock (`fcntl.lockf`) on RUN/.lock. The kernel, or the NFS server, releases it when
-   its holder dies. Forked data loader workers do not inherit it.
+   its holder dies. Forked data loader workers do not inherit it. Windows locks one byte behind the
+   text (`msvcrt.locking`), because other processes can't read locked bytes there.
 2. The file names its holder: host, process and SLURM job. Some file systems have no locks or keep
    them local to a host (NFS mounted with `nolock` or `local_lock`, Lustre with `localflock`). On
-   these, a holder on this host is looked up by its process id. A holder on another host touches the
-   file every `BEAT_SECONDS`; it is considered dead if the file does not change for `STALE_SECONDS`.
-   The new process watches the file during that time, so no clocks are compared.
+   these, a holder on this host is looked up by its process id, except on Windows. Any other holder
+   touches the file every `BEAT_SECONDS`; it is considered dead if the file does not change for
+   `STALE_SECONDS`. The new process watches the file during that time, so no clocks are compared.
 3. SLURM starts a requeued job after the earlier attempt has ended or its node has failed. A lock
    of the same job with a lower restart count is taken over at once. If that node comes back, the
    old holder notices at its next heartbeat and exits.
@@ -30,12 +31,13 @@ from tq_lightning.training.cluster import slurm_job
 
 try:
     import fcntl
-except ImportError:  # Windows has only process ids and heartbeats
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0
+_MAX_BYTES = 4096  # of the text in the file
 _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "localflock"}  # mount options
 
 
@@ -83,17 +85,18 @@ class RunLock:
                     os.close(handle)
                     handle = self._replace()
                 if self._is_current(handle):
-                    try:
-                        self._write(handle)
-                    except BaseException:  # a full disk, a signal
-                        self.path.unlink(missing_ok=True)
-                        raise
-                    return handle
+                    break
                 os.close(handle)  # the holder removed the file in the meantime
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.close(handle)
                 raise
+        try:
+            self._write(handle)
+        except BaseException:  # a full disk, a signal
+            self._remove(handle)
+            raise
+        return handle
 
     def _replace(self) -> int:
         """Replace a locked file by a new one that this process locks. Return its handle."""
@@ -105,6 +108,8 @@ class RunLock:
 
     def _is_current(self, handle: int) -> bool:
         """Return True if RUN/.lock is still the file behind `handle`."""
+        if fcntl is None:  # Windows keeps open files in place
+            return True
         try:
             return os.path.samestat(os.fstat(handle), self.path.stat())
         except FileNotFoundError:
@@ -115,7 +120,8 @@ class RunLock:
         job, restarts = slurm_job()
         text = json.dumps(holder | {"job": job, "restarts": restarts}).encode()
         os.ftruncate(handle, 0)
-        os.pwrite(handle, text, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, text)
         os.fsync(handle)
 
     def _beat(self) -> None:
@@ -139,10 +145,19 @@ class RunLock:
         if self._ended.is_set():
             return
         self._ended.set()
+        self._remove(self._file)
+
+    def _remove(self, handle: int) -> None:
+        """Close `handle`, and remove the lock file if it is still the one behind it."""
+        current = False
         with contextlib.suppress(OSError):
-            if self._is_current(self._file):
+            current = self._is_current(handle)
+            if current and fcntl is not None:  # another process could lock a closed file
                 self.path.unlink()
-        os.close(self._file)
+        os.close(handle)
+        if current and fcntl is None:  # Windows can't remove an open file
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
 
 _EVERYWHERE, _THIS_HOST = "everywhere", "this host"
@@ -150,10 +165,14 @@ _EVERYWHERE, _THIS_HOST = "everywhere", "this host"
 
 def _try_lock(handle: int) -> str | None:
     """Lock `handle`. Return the scope of the lock, or None if another process holds it."""
-    if fcntl is None:
-        return _THIS_HOST
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            os.lseek(handle, _MAX_BYTES, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except (BlockingIOError, PermissionError):
         return None
     except OSError:  # no locks on this file system
@@ -177,7 +196,8 @@ def _mount_options(handle: int) -> set[str]:
 def _read(handle: int) -> dict[str, Any] | None:
     """Return the holder named in a lock file; None if the file is empty or partly written."""
     try:
-        holder = json.loads(os.pread(handle, 4096, 0))
+        os.lseek(handle, 0, os.SEEK_SET)
+        holder = json.loads(os.read(handle, _MAX_BYTES))
     except ValueError:
         return None
     return holder if isinstance(holder, dict) else None
@@ -191,7 +211,8 @@ def _earlier_attempt(holder: dict[str, Any]) -> bool:
 
 def _alive(path: Path, holder: dict[str, Any]) -> bool:
     """Return True if a holder is alive, by its process id or by its heartbeat."""
-    if holder.get("host") == socket.gethostname():
+    # os.kill ends a process on Windows
+    if holder.get("host") == socket.gethostname() and fcntl is not None:
         try:
             os.kill(int(holder["pid"]), 0)
         except ProcessLookupError:

@@ -161,9 +161,19 @@ def check_run(verb: str, config: Any) -> None:
             "or 0 for a checkpoint at every epoch only"
         )
     trainer = config.trainer
+    if verb == "fit" and config.checkpoint_every_n_steps and trainer.enable_checkpointing is False:
+        raise UserError(
+            f"checkpoint_every_n_steps: got {config.checkpoint_every_n_steps}, but "
+            "trainer.enable_checkpointing is false; omit one of them"
+        )
     for key, (fits, accepted) in _TRAINER_RANGES.items():
         if trainer[key] is not None and not fits(trainer[key]):
             raise UserError(f"trainer.{key}: got {trainer[key]}, pass {accepted}")
+    if trainer.gradient_clip_algorithm is not None and trainer.gradient_clip_val is None:
+        raise UserError(
+            f"trainer.gradient_clip_algorithm: got {trainer.gradient_clip_algorithm}, but no "
+            "gradient is clipped; pass trainer.gradient_clip_val, or omit it"
+        )
     for least, most in (("min_epochs", "max_epochs"), ("min_steps", "max_steps")):
         if trainer[least] is not None and -1 != (trainer[most] or -1) < trainer[least]:
             raise UserError(

@@ -93,6 +93,43 @@ def check_hparams(hparams: Any) -> None:
     check_optimizer(hparams)
 
 
+def check_fit_keys(hparams: Any) -> None:
+    """Check the keys that only a fit uses against each other; checkpoints with others still load.
+
+    Raises:
+        UserError: a key contradicts another one, or has no effect beside it.
+    """
+    rates = ("min_lr", "warmup_lr") if hparams.warmup_epochs else ("min_lr",)
+    for key in rates:
+        if hparams.sched != "none" and hparams[key] > hparams.lr:
+            raise UserError(
+                f"model.{key}: got {hparams[key]:g}, which is above model.lr={hparams.lr:g}; pass "
+                "at most that"
+            )
+    decays = as_floats(hparams.decay_epochs, "model.decay_epochs")
+    if hparams.sched == "step" and len(decays) > 1:
+        raise UserError(
+            f"model.decay_epochs: got {hparams.decay_epochs!r}, but model.sched=step has one "
+            "interval; pass one number, or model.sched=multistep"
+        )
+    for key in ("lr", "weight_decay", "momentum"):
+        if key in (hparams.opt_args or {}):
+            raise UserError(f"model.opt_args: got {key}; pass it as model.{key} instead")
+    inner = len(as_ints(hparams.widths, "model.widths")) + bool(hparams.float_pass) - 2
+    # the default is 1
+    if hparams.width_schedule == "sandwich" and hparams.sandwich_random > max(1, inner):
+        raise UserError(
+            f"model.sandwich_random: got {hparams.sandwich_random}, but there are {inner} passes "
+            "between the widest and the narrowest; pass at most that number, or "
+            "model.width_schedule=all"
+        )
+    if hparams.teacher_checkpoint_path is not None and hparams.teacher_name is None:
+        raise UserError(
+            f"model.teacher_checkpoint_path: got {hparams.teacher_checkpoint_path}, which needs a "
+            "teacher model; pass model.teacher_name"
+        )
+
+
 def quant_choices(hparams: Any) -> dict[str, Any]:
     """Return the hyperparameters with the lists of a `QuantConfig` parsed, which may be text.
 
