@@ -7,6 +7,8 @@ them for Optuna.
 import dataclasses
 import json
 import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,14 @@ from tq_lightning.sweep.parameters import (
     axis_value,
     read_parameters,
 )
-from tq_lightning.sweep.trial_command import read_command
-from tq_lightning.sweep.value_checks import as_number, check_keys, check_plain, one_of
+from tq_lightning.sweep.value_checks import (
+    as_number,
+    check_free,
+    check_keys,
+    check_overlaps,
+    check_plain,
+    one_of,
+)
 from tq_lightning.training.yaml_file import read_yaml
 
 KEYS = (
@@ -38,15 +46,13 @@ KEYS = (
     "entity",
 )
 MAX_EXPONENT = 100  # of 2, for eta**s of early_terminate
-# keys of `fit` that must not be in a sweep -> reason and alternative
-_DECIDED = {
-    "trainer.default_root_dir": "the sweep sets it; pass --dir instead",
-    "run_dir": "each trial has its own folder; pass --dir instead",
-    "ckpt_path": "the sweep resumes trials itself; remove it",
-    "print_config": "it trains nothing; remove it",
-}
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
+COMMAND = '["${env}", python, -m, tq_lightning, fit, --config, FILE, "${args}"]'
+# how the program is named in a command
+_FIT = (["-m", "tq_lightning", "fit"], ["tq-lightning", "fit"])
+_SETTING = re.compile(r"[A-Za-z_]\w*=")  # NAME=VALUE
+_ENV = ("env", "/usr/bin/env", "${env}")
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,9 @@ def read_sweep(path: str | Path) -> Sweep:
     where = f"{path}: parameters"
     values = [{key: value} for key, p in parameters.items() for value in p.values or [None]]
     check_free([key for given in (*values, constants) for key in flatten(given)], where)
-    _check_overlaps(parameters, where)
+    check_overlaps(parameters, where)
     metric, goal = _read_metric(raw.get("metric"), path)
-    arguments, environment = read_command(raw.get("command"), path)
+    arguments, environment = _read_command(raw.get("command"), path)
     check_free([_key_of(word) for word in arguments], f"{path}: command")
     cap = raw.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
@@ -177,33 +183,6 @@ def grid_point(sweep: Sweep, index: int) -> dict[str, Any]:
     return dict(reversed(point.items()))
 
 
-def check_free(keys: list[str], where: str) -> None:
-    """Raise UserError if the keys include one that the sweep decides for every trial."""
-    for key in keys:
-        if key in _DECIDED:
-            raise UserError(f"{where}: got {key}, but {_DECIDED[key]}")
-
-
-def _check_overlaps(parameters: dict[str, Parameter], where: str) -> None:
-    """Raise UserError if a searched key overrides the values of an earlier one in every trial.
-
-    `model: {values: [{lr: 0.1}, ...]}` sets model.lr. A mapping for a key below a section, such as
-    model.opt_args, replaces the whole mapping.
-    """
-    set_by: dict[str, tuple[str, str]] = {}  # key or its prefix -> key, and the parameter
-    for key, parameter in parameters.items():
-        mappings = [value for value in parameter.values if isinstance(value, dict)]
-        sets = [key] if "." in key else [f"{key}.{name}" for value in mappings for name in value]
-        for name in sets:
-            if name in set_by:
-                inner, earlier = set_by[name]
-                raise UserError(f"{where}: {inner} is set by both {earlier} and {key}; keep one")
-        for name in sets:
-            parts = name.split(".")
-            for i in range(2, len(parts) + 1):
-                set_by[".".join(parts[:i])] = name, key
-
-
 def _key_of(word: str) -> str:
     """Return the key of a command-line word `--key` or `--key=value`."""
     return word.removeprefix("--").split("=", 1)[0]
@@ -240,3 +219,58 @@ def _read_early_terminate(raw: Any, path: Path) -> dict[str, float] | None:
     if numbers.get("s", 1) * math.log2(numbers.get("eta", 3)) > MAX_EXPONENT:
         raise UserError(f"{where}: expected eta**s <= 2**{MAX_EXPONENT}, got {raw!r}; reduce s")
     return numbers
+
+
+def _read_command(command: Any, path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the arguments of `fit` before ${args}, and the NAME=VALUE words before the program.
+
+    W&B's agents start the command as it stands. The workers of a study run `fit` themselves, so a
+    launcher in front of the program would have no effect, and is refused.
+    """
+    where = f"{path}: command"
+    if not isinstance(command, list) or command[-1:] != ["${args}"] or command.count("${args}") > 1:
+        raise UserError(
+            f"{where}: expected a list that ends in ${{args}}, e.g. {COMMAND}; got {command!r}"
+        )
+    words = [
+        re.sub(r"\$\{envvar:(\w+)\}", lambda m: os.environ.get(m[1], m[1]), str(word))
+        for word in command[:-1]
+    ]
+    program = _program(words)
+    if program is None:
+        raise UserError(
+            f"{where}: expected {COMMAND}, got {command!r}; each trial runs `tq_lightning fit`"
+        )
+    before, after = words[: program[0]], words[program[1] :]
+    settings = [word.split("=", 1) for word in before if _SETTING.match(word)]
+    for word in before:
+        if not (_SETTING.match(word) or word in _ENV or _is_python(word)):
+            raise UserError(
+                f"{where}: {word!r} is not supported before the program, because the workers of "
+                "the sweep run `fit` themselves; use only ${env}, NAME=VALUE and python there, and "
+                "set devices with trainer.devices"
+            )
+    # --wandb is for W&B's agents. With Optuna, the study stores the curves. --wandb can still be
+    # passed after -- on the command line.
+    arguments = [word for word in after if word != "--wandb"]
+    for word in arguments:
+        if word.startswith("${"):
+            raise UserError(
+                f"{where}: {word} is not supported after `fit`; use only ${{args}}, at the end"
+            )
+    return tuple(arguments), dict(settings)
+
+
+def _program(words: list[str]) -> tuple[int, int] | None:
+    """Return where the words of the program start and end."""
+    for i in range(len(words)):
+        for fit in _FIT:
+            if [Path(words[i]).name, *words[i + 1 : i + len(fit)]] == fit:
+                return i, i + len(fit)
+    return None
+
+
+def _is_python(word: str) -> bool:
+    """Return True for an interpreter and its options, e.g. python3.12 and -u."""
+    name = Path(word).name
+    return word.startswith(("-", "${interpreter}")) or bool(re.fullmatch(r"python[\d.]*", name))

@@ -11,9 +11,10 @@ from typing import Any
 
 from tq_lightning.errors import UserError, message_of
 from tq_lightning.records import STORAGE_BYTES, goal_of
-from tq_lightning.sweep.config import Sweep, check_free
+from tq_lightning.sweep.config import Sweep
 from tq_lightning.sweep.parameters import format_argument, round_to_step
 from tq_lightning.sweep.search_space import fit_arguments
+from tq_lightning.sweep.value_checks import check_free
 
 MAX_CHECKED = 1000  # arms; checking one takes a few milliseconds
 
