@@ -115,9 +115,9 @@ def _one_of(same: list[tuple[str, Any]], left_out: list[tuple[str, str]]) -> Any
     """
     same = sorted(same, key=lambda r: (getattr(r[1], "test", None) is None, r[0].count("/")))
     path, record = same[0]
-    trees = [record.tree() for _, record in same]
-    tests = {json.dumps(tree["test"], sort_keys=True) for tree in trees if "test" in tree}
-    rests = {json.dumps(tree | {"test": "", "tests": ""}, sort_keys=True) for tree in trees}
+    tests = {repr(r.test) for _, r in same if getattr(r, "test", None) is not None}
+    trees = ({k: v for k, v in r.tree().items() if k not in ("test", "tests")} for _, r in same)
+    rests = {json.dumps(tree, sort_keys=True) for tree in trees}
     if len(rests) > 1 or len(tests) > 1:  # as text, NaN equals NaN
         paths = ", ".join(p for p, _ in same)
         reason = f"different runs with the same id ({record.id}): {paths}"
