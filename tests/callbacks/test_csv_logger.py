@@ -50,6 +50,13 @@ def test_partial_row_of_a_killed_run_is_dropped(tmp_path, torn):
     assert [r["step"] for r in rows_of(path)] == ["9", "19", "29"]
 
 
+def test_empty_file_of_a_killed_run_is_continued(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").touch()
+    log(tmp_path, resume_step=2, rows=[({"a": 1.0}, 2)])
+    assert [row["step"] for row in rows_of(tmp_path / "run" / "metrics.csv")] == ["2"]
+
+
 def test_every_row_is_written_immediately(tmp_path):
     assert len(rows_of(log(tmp_path, rows=[({"epoch": 0, "a": 1.0}, 9)]))) == 1
 

@@ -163,6 +163,26 @@ def test_damaged_metrics_file_is_an_error_of_one_line(tmp_path, capsys):
         assert before == ((run / "record.json").read_bytes(), (run / "config.yaml").read_bytes())
 
 
+def test_missing_file_of_a_run_is_an_error_of_one_line(tmp_path, capsys):
+    run_fit(arguments(tmp_path, trainer__max_epochs=1))
+    run, _ = only_run(tmp_path)
+    more = arguments(tmp_path, trainer__max_epochs=2)
+    auto = ["--run_dir", str(run), "--ckpt_path", "auto"]
+    for name in ("metrics.csv", "record.json", "config.yaml"):
+        (run / name).rename(tmp_path / name)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        assert main(["fit", *more, *auto]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        missing = "record.json" if name == "config.yaml" else name
+        assert error.startswith(f"error: {run / missing} is missing; restore it, or")
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for name in ("record.json", "config.yaml"):
+        (tmp_path / name).rename(run / name)
+    (run / "metrics.csv").touch()
+    assert main(["fit", *more, *auto]) == 0
+    assert json.loads((run / "record.json").read_text())["epochs"] == 2
+
+
 def test_checkpoint_of_one_run_changes_no_other_run(tmp_path, capsys):
     run_fit(arguments(tmp_path, trainer__max_epochs=1))
     run, _ = only_run(tmp_path)

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from tq_lightning.errors import UserError
-from tq_lightning.records import Record, write_record
+from tq_lightning.records import Change, Points, Record, write_record
 from tq_lightning.training.run_folder import (
     auto_folder,
+    check_files,
     check_no_other_files,
     check_same_run,
     check_unused,
@@ -102,6 +103,43 @@ def test_files_of_the_user_are_not_replaced(run):
     (run / "metrics.csv").touch()
     with pytest.raises(UserError, match=r"a metrics\.csv"):
         check_no_other_files(run)
+
+
+TRAINED = {"train/loss": Points([[0, 1.0]])}
+
+
+def test_run_without_its_record_is_not_resumed(run):
+    with pytest.raises(
+        UserError, match=r"record\.json is missing; restore it, or pass --ckpt_path"
+    ):
+        check_files(run, run / "checkpoints" / "last.ckpt", None)
+
+
+@pytest.mark.parametrize(
+    ("logger", "curves", "changes", "missing"),
+    [
+        (None, TRAINED, [], True),
+        (None, None, [], False),  # killed before the first row
+        (None, {"val/loss": Points([[0, 1.0]])}, [], False),  # and after a validation
+        (False, TRAINED, [], False),
+        (None, TRAINED, [Change("trainer.logger", 1, 9, False, None)], False),
+    ],
+)
+def test_run_without_the_metrics_that_it_wrote_is_not_resumed(
+    run, logger, curves, changes, missing
+):
+    config = CONFIG | {"trainer": CONFIG["trainer"] | {"logger": logger}}
+    record = Record("id", "running", config, curves=curves, changes=changes or None)
+    write_record(run / "record.json", record)
+    last = run / "checkpoints" / "last.ckpt"
+    if missing:
+        with pytest.raises(UserError, match=r"metrics\.csv is missing; restore it, or create an"):
+            check_files(run, last, None)
+    else:
+        check_files(run, last, None)
+    check_files(run, last, False)  # this fit writes none
+    (run / "metrics.csv").touch()
+    check_files(run, last, None)
 
 
 @pytest.mark.parametrize("text", ["", "3", "model: [1", "model: 1\nmodel: 2"])

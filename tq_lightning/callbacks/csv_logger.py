@@ -26,14 +26,15 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
+            header = reader.fieldnames or ["step"]  # a kill may leave an empty file
             rows = list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
-            f"{path} is damaged ({error}); restore or delete it to resume the run"
+            f"{path} is damaged ({error}); restore or empty it to resume the run"
         ) from None
-    if "step" not in (reader.fieldnames or ["step"]):
+    if "step" not in header:
         raise UserError(
-            f"{path} is damaged (its header has no column step); restore or delete it to resume"
+            f"{path} is damaged (its header has no column step); restore or empty it to resume"
         )
     return [row for row in rows if None not in row and (row.get("step") or "").isdigit()]
 

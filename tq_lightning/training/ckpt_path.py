@@ -15,6 +15,7 @@ from tq_lightning.training.resume_guard import check_accumulation
 from tq_lightning.training.run_folder import (
     LAST,
     auto_folder,
+    check_files,
     check_no_other_files,
     check_same_run,
     check_unused,
@@ -97,6 +98,9 @@ def resolve_ckpt_path(
             check_no_other_files(run_dir)
         return ResolvedPath(run_dir, None, None)
     checkpoint = find_checkpoint(str(given), root, run_dir)
+    folder = checkpoint.run if run_dir is None else run_dir
+    if fits and is_same_folder(folder, checkpoint.path.absolute().parent.parent):
+        check_files(folder, checkpoint.path, config.trainer.logger)  # type: ignore[arg-type]
     if run_dir is not None and not is_same_folder(run_dir, checkpoint.run):
         check_unused(run_dir, f"ckpt_path: {checkpoint.path} is not a checkpoint of it")
         if fits:

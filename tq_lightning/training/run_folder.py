@@ -65,6 +65,36 @@ def check_no_other_files(folder: Path) -> None:
             )
 
 
+def check_files(folder: Path, checkpoint: Path, logger: Any) -> None:
+    """Check that a run to resume has its record and its metrics.csv: new ones would lack epochs.
+
+    A run writes its record before its first checkpoint, and the first row of metrics.csv before the
+    record has training metrics.
+
+    Args:
+        folder: the run folder.
+        checkpoint: the checkpoint to resume, for the message.
+        logger: trainer.logger of the fit; only the default one writes metrics.csv.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    path = folder / NAME
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing; restore it, or pass --ckpt_path {checkpoint} and --run_dir with a "
+            "new folder to continue as another run"
+        )
+    record, metrics = read_record(path), folder / "metrics.csv"
+    loggers = [logger, (record.config.get("trainer") or {}).get("logger")]
+    loggers += [change.before for change in record.changes or [] if change.key == "trainer.logger"]
+    has_rows = any(key.startswith("train/") for key in record.curves or {})
+    if has_rows and all(one in (None, True) for one in loggers) and not metrics.exists():
+        raise UserError(
+            f"{metrics} is missing; restore it, or create an empty file to resume without its rows"
+        )
+
+
 def is_same_folder(one: Path | None, two: Path | None) -> bool:
     """Return True for two forms of the same path."""
     return None not in (one, two) and one.resolve() == two.resolve()  # type: ignore[union-attr]
