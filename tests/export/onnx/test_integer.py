@@ -1,7 +1,11 @@
 """Integer graphs: fusion by ONNX Runtime, exact sums, trained activation codes, folded norms."""
 
 import collections
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,15 +264,19 @@ def test_trained_activation_codes_equal_their_simulation(kind, bits, tmp_path):
 )
 def test_trained_activation_codes_equal_their_simulation_in_openvino(kind, tmp_path):
     """OpenVINO computed another network below 8 bits where a BitShift made the codes."""
-    openvino = pytest.importorskip("openvino")
-    path, out = tmp_path / "residual.safetensors", tmp_path / "m.onnx"
+    importlib.util.find_spec("openvino") or pytest.skip("needs openvino")
+    path = tmp_path / "residual.safetensors"
     images = make(path, activations=kind)
+    np.save(tmp_path / "images.npy", images)
     for bits in (4, 2, 1):
-        export_integer(path, out, bits, "openvino")
-        ops = {node.op_type for node in onnx.load(out).graph.node}
+        export_integer(path, tmp_path / f"w{bits}.onnx", bits, "openvino")
+        ops = {node.op_type for node in onnx.load(tmp_path / f"w{bits}.onnx").graph.node}
         assert "BitShift" not in ops
-        compiled = openvino.Core().compile_model(str(out), "CPU")
-        logits = next(iter(compiled([images]).values()))
+    # in a process of its own: OpenVINO's objects crashed the tests when they were collected later
+    script = Path(__file__).with_name("run_graphs.py")
+    subprocess.run([sys.executable, str(script), str(tmp_path), "openvino"], check=True)
+    for bits in (4, 2, 1):
+        logits = np.load(tmp_path / f"w{bits}.openvino.npy")
         expected = simulated(path, images, bits)
         different = np.abs(logits - expected).max(1) > 1e-4 * np.abs(expected).max()
         assert different.mean() <= 1 / 8, bits  # ties may round either way
