@@ -14,7 +14,8 @@ from pathlib import Path
 _KEY = r"\w*(?:password|passwd|pwd)="
 # scheme://user:PASSWORD@host. A password may contain "/", "@" and "%". It ends at the last "@"
 # before white space or before ?password=, or, if it contains white space, at the next "@" of the
-# line before a host. Without an "@" there, what is no port is a password.
+# line before a host. In scheme://user:TEXT?password=..., TEXT is part of a password unless it is a
+# port number.
 _IN_AUTHORITY = re.compile(
     rf"(\w[\w+.-]*://[^\s:/@]*):(?:(?:(?![?&]{_KEY})\S)*@"
     rf"|(?:(?![?&]{_KEY})[^\n])*?@(?=[^\s@/?]*(?:[/?\s]|$))|(?!\d*\?)[^\s@/]*(?=\?{_KEY}))",

@@ -157,8 +157,7 @@ class WorkerPool:
         """Send every worker a signal and wait until it has ended its trial.
 
         After SIGTERM, `fit` writes a checkpoint first. On Windows, a process group receives only
-        Ctrl-Break. The wait ends on a second signal or after
-        STOP_SECONDS.
+        Ctrl-Break. The wait ends on a second signal or after STOP_SECONDS.
         """
         for process in self.running.values():
             with contextlib.suppress(ProcessLookupError):
