@@ -123,6 +123,8 @@ def test_labels_are_non_negative_integers():
         (b'{"label": 2.0}', "json", 2),
         (b"-1", "cls", None),
         (b"cat", "cls", None),
+        (b"1_0", "cls", None),
+        (b'{"label": "1_0"}', "json", None),
         (b'{"label": true}', "json", None),
         (b'{"label": 2.5}', "json", None),
         (b'{"label": [1]}', "json", None),

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,19 @@ class PredictionWriter(BasePredictionWriter):
                         [next(numbers), c, names[c] if c < len(names) else c, f"{p:.6f}"]
                     )
                     number += 1
+        if trainer.is_global_zero:
+            self._remove_ranks(name, trainer.world_size)
         what = f" (not of {describe(other)})" if other else ""
         print(f"{number} predictions{what}: {target}")
+
+    def _remove_ranks(self, name: str, processes: int) -> None:
+        """Remove the files of an earlier call with another number of processes."""
+        written = {f"{name}-{rank}.csv" for rank in range(processes)}
+        if processes == 1:
+            written = {f"{name}.csv"}
+        for path in self.folder.glob(f"{name}*.csv"):
+            if re.fullmatch(r"(-\d+)?", path.stem.removeprefix(name)) and path.name not in written:
+                path.unlink(missing_ok=True)
 
     def _other(self, trainer: L.Trainer) -> list[str]:
         """Return the settings by which these are not predictions of the run's own data."""

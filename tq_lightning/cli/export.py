@@ -223,7 +223,7 @@ def _onnx(args: argparse.Namespace, path: Path) -> None:
             path, args.out, args.bits, args.opset, args.lean, args.factory
         )
     elif args.format == "onnx-dynamic":
-        dynamic.export_dynamic(path, args.out, model=args.factory)
+        left_out = dynamic.export_dynamic(path, args.out, model=args.factory)
     else:
         left_out = qonnx.export_qonnx(path, args.out, args.bits, args.factory)
     for name in left_out:

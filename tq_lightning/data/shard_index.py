@@ -151,11 +151,13 @@ def _index_shard(shard: Path, left_out: LeftOut) -> list[tuple[int, int, int, st
 def _label(content: bytes, extension: str) -> int | None:
     try:
         if extension == "cls":
-            value: Any = int(content)  # as the webdataset package decodes it
+            value: Any = content.decode("ascii")
         else:
             found = json.loads(content)
             value = next(found[key] for key in JSON_LABELS if key in found)
-        if isinstance(value, bool) or not 0 <= int(value) < MAX_LABEL:
+        if isinstance(value, bool) or "_" in str(value):  # int() reads 1_0 as 10
+            return None
+        if not 0 <= int(value) < MAX_LABEL:
             return None
         return int(value) if float(value) == int(value) else None
     except (ValueError, TypeError, OverflowError, StopIteration, RecursionError):

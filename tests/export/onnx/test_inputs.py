@@ -203,6 +203,7 @@ def test_layer_that_is_not_called_is_left_out(tmp_path):
         assert torch.allclose(model(x), torch.from_numpy(logits), atol=1e-6)
     assert not any("aux" in tensor.name for tensor in onnx.load(out).graph.initializer)
     assert export_qonnx(path, out, 3, model=Unused()) == ["aux.weight"]
+    assert export_dynamic(path, out, model=Unused()) == ["aux.weight"]
     made = export_integer(path, out, 3, model=Unused())
     assert made.layers == ("b",) and made.in_float == {"aux": "the network does not call it"}
 

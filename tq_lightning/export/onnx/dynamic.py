@@ -41,7 +41,7 @@ def export_dynamic(
     out: str | Path,
     codes_as_inputs: bool = False,
     model: nn.Module | str | None = None,
-) -> None:
+) -> list[str]:
     """Write the graph of all widths of a packed file.
 
     The inputs are "images" (batch, channels, height, width), or those that the file names, and
@@ -55,6 +55,9 @@ def export_dynamic(
             one.
         model: see `load_packed`.
 
+    Returns:
+        Names of the packed weights that the network does not read, which the graph lacks.
+
     Raises:
         UserError: see `export_static`.
     """
@@ -65,10 +68,17 @@ def export_dynamic(
     inputs = graph_inputs(packed)
     given = [name for name, value in inputs.items() if value is not None]
     shapes = ((*batch_shapes(inputs), None),)
-    graph, _ = trace(switched, (*inputs.values(), torch.tensor(4)), [*given, "bits"], shapes)
+    graph, unused = trace(switched, (*inputs.values(), torch.tensor(4)), [*given, "bits"], shapes)
     if codes_as_inputs:
         _take_codes_as_inputs(graph, weights)
     write_graph(graph, packed, widths, out)
+    return [weight.name for weight in weights if _codes_of(weight) in unused]
+
+
+def _codes_of(weight: PackedTensor) -> str:
+    """Return the name of the codes of a weight in the graph."""
+    owner = weight.name.removesuffix(weight.tensor)
+    return f"model.{owner}parametrizations.{weight.tensor}.original"
 
 
 def _take_codes_as_inputs(graph: onnx.ModelProto, weights: list[PackedTensor]) -> None:
@@ -77,8 +87,7 @@ def _take_codes_as_inputs(graph: onnx.ModelProto, weights: list[PackedTensor]) -
     stored = {initializer.name: initializer for initializer in body.initializer}
     new: dict[str, str] = {}
     for weight in weights:
-        owner = weight.name.removesuffix(weight.tensor)
-        old = f"model.{owner}parametrizations.{weight.tensor}.original"
+        old = _codes_of(weight)
         if old in stored:
             new[old] = weight.name
             body.initializer.remove(stored[old])
