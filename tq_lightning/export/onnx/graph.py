@@ -60,7 +60,8 @@ def trace(
         opset: opset of the graph.
 
     Returns:
-        (graph with the output "logits", names of the parameters that the network does not read).
+        (graph with the output "logits", names of the parameters and
+        buffers that the network does not read).
 
     Raises:
         UserError: PyTorch can't export the model.
@@ -103,11 +104,12 @@ def trace(
     finally:
         hook.remove()
     assert program is not None and program.exported_program is not None
-    parameters = program.exported_program.graph_signature.inputs_to_parameters
+    signature = program.exported_program.graph_signature
+    tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     unused = {
-        parameters[node.name]
+        tensors[node.name]
         for node in program.exported_program.graph.nodes
-        if node.name in parameters and not node.users
+        if node.name in tensors and not node.users
     }
     buffer = io.BytesIO()
     program.save(buffer)  # type: ignore[arg-type]
