@@ -118,6 +118,7 @@ def launch_ratio(repeats: int) -> Columns:
         model = torch.nn.Sequential(*blocks, *head)
         if joint:
             prepare(model, widths=WIDTHS, verbose=False)
+            model.__dict__["fused_model"] = None  # kept between the steps, as `TQModule` does
         # one call for all parameters, the default on a GPU
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, foreach=True)
         return train_step(model, torch.randn(1, 4, 4, 4), torch.tensor([1]), joint, optimizer)

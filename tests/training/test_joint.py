@@ -379,6 +379,47 @@ def test_joint_step_lists_the_modules_once(monkeypatch):
     assert walks == ["walk_modules"] * 3
 
 
+def test_joint_step_switches_the_layers_once(monkeypatch):
+    model = conv_net()
+    prepare(model, verbose=False)
+    images, loss = torch.randn(2, 3, 32, 32), lambda bits, out, wider: out.square().mean()
+    restored = []
+    restore = fused_weights_file.UnparametrizedLayers.restore
+
+    def count(self):
+        restored.append(self)
+        restore(self)
+
+    monkeypatch.setattr(fused_weights_file.UnparametrizedLayers, "restore", count)
+    joint_loss(model, images, WIDTHS, loss)
+    assert len(restored) == 2  # by the joint step, and by its block of fused weights
+    with fused_weights(model) as fused:  # the counter-example: widths on their own
+        for bits in WIDTHS:
+            with fused.at(bits):
+                model(images)
+    assert len(restored) == 2 + len(WIDTHS) + 1
+
+
+def test_loss_may_run_the_model_at_another_width():
+    model = conv_net()
+    prepare(model, verbose=False)
+    images, seen = torch.randn(2, 3, 32, 32), {}
+
+    def loss(bits, out, wider):
+        with torch.no_grad(), bit_width(model, 1):
+            narrow = model(images)
+        with torch.no_grad():
+            seen[bits] = model(images), narrow
+        return out.square().mean()
+
+    joint_loss(model, images, (8, 2), loss)
+    for bits, (again, narrow) in seen.items():
+        with torch.no_grad(), bit_width(model, bits):
+            assert torch.equal(again, model(images))
+        assert not torch.equal(again, narrow)
+    assert not any(w.quantizer.fused_weight is not None for w in weight_quantizers(model))
+
+
 def test_kept_weights_have_the_same_addresses_in_every_step():
     """CUDA graphs read them there; a model that does not keep them has new ones."""
     kept, plain = prepare_model(conv_net), prepare_model(conv_net)

@@ -13,7 +13,7 @@ so `torch.compile` builds one graph for all of them.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class FlatWeights(FlatNormalizer):
         self._ste = STES[self.choices.ste]
         self._per_element = self._ste.elementwise or bool(self.ranges)  # the rule reads u and level
         self.leaves: list[Tensor] = []  # the weights in use that get a gradient
+        self._in_use = False  # whether the layers read `tensors`
         self.start()
 
     def start(self) -> None:
@@ -98,8 +99,10 @@ class FlatWeights(FlatNormalizer):
             self._codes_in_use = codes if self._per_element else None
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # its keys are tensors, which do not change here
-        for w, weight in zip(self.weights, self.tensors, strict=True):
-            w.quantizer.__dict__["fused_weight"] = weight  # `Module.__setattr__` takes much longer
+        if not self._in_use:
+            self._in_use = True
+            for w, weight in zip(self.weights, self.tensors, strict=True):
+                w.quantizer.__dict__["fused_weight"] = weight  # `Module.__setattr__` is slow
         return fresh
 
     def _codes(self, bits: int, source: str) -> Tensor:
@@ -114,6 +117,7 @@ class FlatWeights(FlatNormalizer):
 
     def release(self) -> None:
         """Let each layer compute its own weight again."""
+        self._in_use = False
         for w in self.weights:
             w.quantizer.__dict__["fused_weight"] = None
 
@@ -230,11 +234,28 @@ class FusedModel:
         clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
         self._modules = [m for _, m in modules[1:]]  # without the root, which may keep this object
-        self._slots = parameter_slots(modules)
+        slots = parameter_slots(modules)
+        self._owners = [owner for owner, _, _ in slots]
+        self._names = [name for _, name, _ in slots]
+        self._parameters = [p for _, _, p in slots]
         self.trained = TrainedParameters(modules)
         self._quantized = [(w.module, w.original, w.quantizer) for w in weights]
         self._state = self._describe()
         self.depth = 0
+        self._held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the fused weights in use between the widths of a block, where no layer is called.
+
+        In a small network, releasing them for each width takes longer than its arithmetic.
+        """
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self.release()
 
     def end(self) -> None:
         """End a block: keep nothing but the memory of the weights in use."""
@@ -253,12 +274,12 @@ class FusedModel:
 
         It does not list the modules again, so it does not see added or replaced ones.
         """
-        same = all(slot.get(name) is p for slot, name, p in self._slots)
-        return same and self._describe() == self._state
+        in_place = map(dict.get, self._owners, self._names)
+        return all(map(is_, in_place, self._parameters)) and self._describe() == self._state
 
     def _describe(self) -> list[Any]:
         return [
-            *(p.requires_grad for _, _, p in self._slots),
+            *map(attrgetter("requires_grad"), self._parameters),
             *((type(layer), p.dtype, *_group_key(p, q)) for layer, p, q in self._quantized),
         ]
 
@@ -280,7 +301,9 @@ class FusedModel:
             self.width.tensors = self.tensors
 
     def release(self) -> None:
-        """Let each layer compute its own weight again."""
+        """Let each layer compute its own weight again, except between the widths of `held`."""
+        if self._held and self.width.depth == 1:  # not the width of a block inside of another
+            return
         self._layers.restore()
         for group in self.groups:
             group.release()

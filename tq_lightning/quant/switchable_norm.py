@@ -68,9 +68,11 @@ class PerWidthNorm(nn.Module):
 
         `torch.compile` then sees one norm with different tensors, not one norm per width.
         """
-        self.unselect()
-        # not through `__setattr__`, which would register the norm a second time, and is slow
-        norm = self.__dict__["selected"] = self.sets._modules[width_name(bits)]
+        if self._flagged:
+            self.unselect()
+        # not through `__setattr__`, which would register the norm a second time; both are slow
+        sets: Any = self._modules["sets"]
+        norm = self.__dict__["selected"] = sets._modules[width_name(bits)]
         if not torch.is_grad_enabled():
             # graphs depend on requires_grad even in evaluation, and untrained norms do not have it
             self._flagged = [p for p in norm.parameters() if not p.requires_grad]

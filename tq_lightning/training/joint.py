@@ -132,7 +132,7 @@ def joint_gradients(
     losses: list[Tensor] = []
     logits: dict[int | None, Tensor] = {}
     copy = overwrites_outputs(model)
-    with fused_weights(model, check=False, keep=True) as fused:
+    with fused_weights(model, check=False, keep=True) as fused, fused.held():
         inner = fused.depth > 1  # the block of a caller, who may have opened it for another module
         trained = TrainedParameters(walk_modules(model)) if inner else fused.trained
         params = trained.parameters
