@@ -52,7 +52,7 @@ def evaluate_batch(model: nn.Module, inputs: Any, passes: list[Pass]) -> dict[Pa
     for all batches.
     """
     logits = {}
-    with fused_weights(model) as fused:
+    with fused_weights(model) as fused, fused.held():
         for bits, source in passes:
             with fused.at(bits, source):
                 out = call_model(model, inputs)
