@@ -26,14 +26,14 @@ def test_difference_is_paired_only_if_seeds_match():
     paired = difference(a, b)
     interval = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval()
     assert paired.how == "paired"
-    assert (paired.estimate.low, paired.estimate.high) == pytest.approx(tuple(interval))
+    assert (paired.low, paired.high) == pytest.approx(tuple(interval))
     assert paired.sign == 1
     welch = difference(a, {3: 79.5, 4: 81.4, 5: 84.6})
     interval = stats.ttest_ind(
         list(a.values()), list(b.values()), equal_var=False
     ).confidence_interval()
     assert welch.how == "Welch"
-    assert (welch.estimate.low, welch.estimate.high) == pytest.approx(tuple(interval))
+    assert (welch.low, welch.high) == pytest.approx(tuple(interval))
     assert welch.sign == 0  # the same numbers, significant only if paired
 
 

@@ -61,7 +61,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
             kind = look["color"] + look["marker"]
             look["linestyle"] = style.DASHES[seen[kind] % len(style.DASHES)]
             seen[kind] += 1
-            style.bars(axes, own, look["color"], percent=metric is ACC1)
+            style.bars(axes, own, look["color"])
             label, means = f"{_name(arm)} (on the front)", [e.mean for e in own.values()]
             axes.plot(list(own), means, linewidth=0.9, label=label, **look)
     for size, e, _, w in points:
