@@ -115,7 +115,7 @@ TYPE = (
 )
 
 CHOOSE = (
-    "(pick => {{ pick.value = {1!r}; pick.dispatchEvent(new Event('change')); }})"
+    "(pick => {{ pick.value = {1!r}; pick.dispatchEvent(new Event('input')); }})"
     "([...document.querySelectorAll('[data-name=runs] label')]"
     ".find(label => label.textContent.startsWith({0!r})).querySelector('select'))"
 )
