@@ -54,31 +54,7 @@ const openRun = ({path, config, record}) => {
     element('h3', 'Rest of the record'), element('pre', JSON.stringify(record, null, 2)));
   document.getElementById('run').showModal();
 };
-const openFigure = image => {
-  document.getElementById('large-h').textContent = image.closest('figure').dataset.title;
-  document.getElementById('large-body').replaceChildren(image.cloneNode());
-  document.getElementById('large').showModal();
-};
 document.addEventListener('click', event => {
-  const button = event.target.closest('button.run'), frame = event.target.closest('a.frame');
+  const button = event.target.closest('button.run');
   if (button) openRun(records[button.dataset.run]);
-  if (frame) {
-    event.preventDefault();
-    openFigure(frame.querySelector('img'));
-  }
-});
-
-const theme = document.getElementById('theme'), themes = ['system', 'light', 'dark'];
-const paint = name => {
-  const root = document.documentElement;
-  if (name === 'system') delete root.dataset.theme; else root.dataset.theme = name;
-  theme.textContent = `Colors: ${name}`;
-};
-let current = 'system';
-try { current = localStorage.getItem('tq-theme') || 'system'; } catch { /* no local storage */ }
-paint(current);
-theme.addEventListener('click', () => {
-  current = themes[(themes.indexOf(current) + 1) % themes.length];
-  try { localStorage.setItem('tq-theme', current); } catch { /* kept until the page is closed */ }
-  paint(current);
 });
