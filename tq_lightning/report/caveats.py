@@ -73,10 +73,11 @@ def between(parts: list[list[Arm]], what: str) -> list[str]:
         units = zip(known, ("epochs", "steps"), strict=True)
         ranges = [f"{v[0]} to {v[-1]} {unit}" for v, unit in units if len(v) > 1]
         out.append(f"Budgets differ between {what}: {', '.join(ranges) or 'not all recorded'}.")
-    starts = {frozenset(arm.start for arm in arms) for arms in parts}
+    starts = {frozenset(arm[START] or "" for arm in arms) for arms in parts}
     if len(starts) > 1:
-        listed = ", ".join(sorted(frozenset().union(*starts)))
-        out.append(f"Initial weights differ between {what}: {listed}.")
+        names = frozenset().union(*starts)
+        listed = sorted(f"from trained weights ({n})" if n else "from scratch" for n in names)
+        out.append(f"Initial weights differ between {what}: {', '.join(listed)}.")
     return out
 
 

@@ -77,11 +77,6 @@ class Arm:
         pairs = sorted({run.budget for run in self.runs}, key=str)
         return " or ".join(f"{labels.counted(e or 0, 'epoch')} / {s} steps" for e, s in pairs)
 
-    @property
-    def start(self) -> str:
-        """The weights that training started from."""
-        return f"from trained weights ({self[START]})" if self[START] else "from scratch"
-
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)
 

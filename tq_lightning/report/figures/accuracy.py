@@ -6,7 +6,7 @@ from typing import Any
 from tq_lightning.records import Metric
 from tq_lightning.report import best_other
 from tq_lightning.report.caveats import collapsed, flags_of, provenance_notes, seeds_words
-from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
+from tq_lightning.report.comparisons import FACTORS, PAPER, ComparisonGroup, Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import FLOAT_AT, Drawing, Figure, limit_groups
 from tq_lightning.report.findings import message
@@ -72,11 +72,12 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
     return Figure(name, "QT gap", f"{title} ({group.label})", " ".join(caption), alt, canvas)
 
 
-def factor(comparisons: Comparisons, key: str, section: str) -> Drawing:
+def factor(comparisons: Comparisons, key: str) -> Drawing:
     """Draw the truncated accuracy for each value of a key, and its difference from a reference.
 
     A figure has up to three groups with the same reference, one column each.
     """
+    section = FACTORS[key][0]
     groups, notes = limit_groups(comparisons.by_factor.get(key, []), section)
     references = dict.fromkeys(group.reference[0] for group in groups)
     parts = [[g for g in groups if g.reference[0] == reference] for reference in references]

@@ -8,7 +8,7 @@ from tq_lightning.report import best_other, labels
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, NamedArm
 from tq_lightning.report.groups import MAIN_KEYS, Arm, shown_extras
 from tq_lightning.report.stats import Estimate, compare, gaps, number, score_float, scores, split_of
-from tq_lightning.report.tables.render import Cell, Link, Table
+from tq_lightning.report.tables.render import Cell, Table
 
 Row = dict[str, Cell]
 
@@ -115,7 +115,7 @@ def runs(comparisons: Comparisons) -> Table:
             split, alone = split_of([run]), Arm(arm.config, (run,))
             lost = [gap.mean for gap in gaps(alone, arm.trained, split).values()]
             cells = {w: run.score("truncate", w, split) for w in widths}
-            row = {"run": Link(run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
+            row = {"run": (run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
             row |= {"seed": run.seed, **by_width(widths, cells, comparisons.metric.suffix)}
             row |= {f"largest QT gap [{run.metric.gap_unit}]": max(lost, default=None)}
             row |= {"split": split, "epochs": run.record.epochs, "time [s]": run.record.seconds}

@@ -2,18 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
-Cell = Any  # str, int, float or None; (text, sort key) if the text has another order
-
-
-class Link(NamedTuple):
-    """A cell that opens the details of a run."""
-
-    shown: str
-    run: str
+# str, int, float or None; (text, sort key) if the text has another order. The column "run" has
+# (text, id): its cells open the details of a run.
+Cell = Any
 
 
 @dataclass
