@@ -14,11 +14,11 @@ def comparison_flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
     """Return sentences on unequal budgets or seeds of the named arms, and on collapsed seeds."""
     out = []
     facts = {"budgets": {name: arm.budget for name, arm in arms}}
-    facts["seeds"] = {name: ",".join(map(str, arm.seeds)) for name, arm in arms}
+    facts["seeds"] = {name: arm.seeds for name, arm in arms}
     for what, values in facts.items():
         if len(set(values.values())) > 1 or any(" or " in value for value in values.values()):
             out.append(f"Unequal {what}: {'; '.join(f'{name} {v}' for name, v in values.items())}.")
-    if single := [name for name, arm in arms if len(arm.seeds) == 1]:
+    if single := [name for name, arm in arms if len(arm.runs) == 1]:
         out.append(f"One seed ({', '.join(single)}): no interval.")
     return (*out, *(words for name, arm in arms for words in collapsed(arm, name)))
 

@@ -127,11 +127,6 @@ class Comparisons:
         return [Comparisons(parts[0], self.inspects, self.left_out, self.ignore), *rest]
 
     @cached_property
-    def paired(self) -> list[Arm]:
-        """Arms with the STE that the paper pairs with their quantizer."""
-        return [arm for arm in self.arms if arm.paired]
-
-    @cached_property
     def models(self) -> list[str]:
         """Names of the trained models, smallest number first."""
         names = {labels.format_value(arm["model.name"]) for arm in self.arms}
@@ -140,9 +135,9 @@ class Comparisons:
     @cached_property
     def by_quantizer(self) -> list[ComparisonGroup]:
         """Groups for the paper's rows: nested and other codes if possible, else one kind."""
-        ignore = {*self.ignore, "model.ste"}
+        ignore, paired = {*self.ignore, "model.ste"}, [arm for arm in self.arms if arm.paired]
         for kinds in ({True, False}, {False}, set[bool]()):
-            if found := make_groups(self.paired, "model.quantizer", ignore, kinds=kinds):
+            if found := make_groups(paired, "model.quantizer", ignore, kinds=kinds):
                 return found
         return []
 

@@ -225,8 +225,8 @@ def _answer(words: Question, name: str, compared: list[Compared]) -> str:
 
 def title(comparisons: Comparisons) -> str:
     """Return the title of a report: its first result as a sentence."""
-    candidates = [(message(group), group.label) for group in comparisons.by_quantizer]
-    if messages := [(*found, label) for found, label in candidates if found is not None]:
+    groups = comparisons.by_quantizer
+    if messages := [(*found, group.label) for group in groups if (found := message(group))]:
         _, words, label = max(messages)
         return f"{words} {comparisons.metric.name} ({label})"
     if comparisons.arms:
@@ -250,7 +250,8 @@ def message(group: ComparisonGroup) -> tuple[float, str] | None:
     largest, bits = max(lost, key=lambda pair: abs(pair[0]))  # truncation may also help
     words = []
     for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
-        before, after = (scores(arm, source, [bits], split)[bits].short for source in SOURCES)
+        means = (scores(arm, source, [bits], split)[bits].mean for source in SOURCES)
+        before, after = (number(mean, group.metric.digits) for mean in means)
         how = "stays at" if before == after else f"goes from {before} to"
         words.append(f"{value} {how} {after} {group.metric.unit}".strip())
     return largest, f"Truncated to {counted(bits, 'bit')}, {' and '.join(words)}"

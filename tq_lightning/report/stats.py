@@ -43,14 +43,10 @@ class Estimate:
         """Upper end of the interval, or the mean of one seed."""
         return self.mean + (self.half or 0.0)
 
-    @property
-    def short(self) -> str:
-        """The mean as text: `86.3`."""
-        return number(self.mean, self.digits)
-
     def text(self) -> str:
         """Return `86.3 ± 0.4`, or `86.3` for one seed."""
-        return self.short + ("" if self.half is None else f" ± {self.half:.{self.digits}f}")
+        interval = "" if self.half is None else f" ± {self.half:.{self.digits}f}"
+        return f"{number(self.mean, self.digits)}{interval}"
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ EXTRAS = ("model.level", "model.activations", labels.ACTIVATIONS_SOURCE)
 def pareto(comparisons: Comparisons) -> Drawing:
     """Draw truncated accuracy against the bytes read per width, one figure per data set."""
     by_data: dict[str, list[Arm]] = {}
-    for arm in comparisons.paired:
-        if all(run.record.bytes and run.record.bytes.planes for run in arm.runs):
+    for arm in comparisons.arms:
+        known = all(run.record.bytes and run.record.bytes.planes for run in arm.runs)
+        if arm.paired and known:
             by_data.setdefault(str(arm["data.name"]), []).append(arm)
     stems = labels.unique([f"pareto_{labels.slug(name)}" for name in by_data])
     note = "Arms with an STE that the paper does not pair with their quantizer are not drawn."
-    left = [note] * (len(comparisons.paired) < len(comparisons.arms))
+    left = [note] * (not all(arm.paired for arm in comparisons.arms))
     named, models = zip(by_data.items(), stems, strict=True), comparisons.models
     several = [(stem, data, arms) for (data, arms), stem in named if len(arms) > 1]
     return [_pareto(data, stem, arms, models, left) for stem, data, arms in several], []

@@ -80,7 +80,7 @@ def arms(comparisons: Comparisons) -> Table:
     rows: list[Row] = []
     for arm, extra in zip(comparisons.arms, shown_extras(comparisons.arms), strict=True):
         split, seconds = split_of(arm.runs), sum(run.record.seconds for run in arm.runs)
-        seeds = (",".join(map(str, arm.seeds)), len(arm.seeds))
+        seeds = (arm.seeds, len(arm.runs))
         row = {**_facts(arm), "also": extra, "seeds": seeds, "budget": arm.budget}
         cells = scores(arm, "truncate", widths, split)
         row |= by_width(widths, cells, comparisons.metric.suffix)
