@@ -34,15 +34,15 @@ def write_report(comparisons: Comparisons, out: Path, about: dict[str, str]) -> 
         drawn, notes = figures.draw(comparisons)
         for figure in drawn:
             style.write(figure, folder / "figures")
-        built, runs = tables.build(comparisons), tables.build(comparisons, [accuracy.runs])
-        texts = {f"tables/{table.name}.md": render.markdown(table) for table in built}
-        texts |= {f"tables/{table.name}.tex": render.latex(table) for table in built}
+        built = tables.build(comparisons)
+        texts = {f"tables/{t.name}.md": render.markdown(t) for t in built if t.has_files}
+        texts |= {f"tables/{t.name}.tex": render.latex(t) for t in built if t.has_files}
         answers = [finding for part in comparisons.by_metric for finding in findings(part)]
         headline = accuracy.headline(comparisons.by_metric[0])
         heading = f"# {about['title']}\n\n    {about['command']}"
         texts["summary.md"] = f"{heading}\n\n{summary(headline, answers, notes)}"
         parts = {"figures": drawn, "headline": headline, "findings": answers, "notes": notes}
-        parts["tables"] = sorted([*built, *runs], key=lambda table: table.name == "left_out")
+        parts["tables"] = sorted(built, key=lambda t: (t.name == "left_out", not t.has_files))
         parts["files"] = [*dataframe.write(comparisons.arms, folder), "summary.md"]
         texts["index.html"] = html.page(folder / "figures", comparisons, **about, **parts)
         files = sorted([*texts, *(p.relative_to(folder).as_posix() for p in folder.rglob("*.*"))])

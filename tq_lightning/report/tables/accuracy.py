@@ -126,7 +126,7 @@ def runs(comparisons: Comparisons) -> Table:
         "runs.csv has the full table, with one row per run, source and width."
     )
     facets = ("model", "data", "quantizer", "ste", "level", "seed")
-    return Table("runs", "Runs", caption, rows, facets)
+    return Table("runs", "Runs", caption, rows, facets, has_files=False)
 
 
 def differences(comparisons: Comparisons) -> Table:

@@ -13,7 +13,7 @@ Cell = Any
 
 @dataclass
 class Table:
-    """A table: rows of {column: cell} with equal columns; facets are columns with a filter."""
+    """A table: rows of {column: cell}; facets are columns with a filter."""
 
     name: str
     title: str
@@ -21,11 +21,12 @@ class Table:
     rows: list[dict[str, Cell]]
     facets: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    has_files: bool = True  # False: only on the page
 
     @property
     def columns(self) -> list[str]:
-        """Column headers."""
-        return list(self.rows[0]) if self.rows else []
+        """Column headers. A row may lack some of them."""
+        return list(dict.fromkeys(column for row in self.rows for column in row))
 
     @property
     def shown(self) -> pd.DataFrame:
@@ -37,7 +38,7 @@ def text(cell: Cell) -> str:
     """Format a cell."""
     if isinstance(cell, tuple):
         return str(cell[0])
-    if cell is None:
+    if pd.isna(cell):
         return ""
     return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
 
