@@ -147,12 +147,12 @@ def bars(axes: Axes, at: Mapping[float, Estimate], color: Any, along="y") -> Non
             axes.plot(*dots, ".", markersize=4, alpha=0.6, **look)
 
 
-def line(axes: Axes, points: Mapping[int, Estimate], label: str, arm: Arm, shift=0.0, **look):
+def line(axes: Axes, points: Mapping[int, Estimate], name: str, arm: Arm, shift=0, **look) -> None:
     """Draw means, intervals and seeds by width, with hollow markers at untrained widths."""
     if not points:
         return
     shape, color = look.pop("marker"), look["color"]
-    axes.plot([], [], label=label, marker=shape, **look)  # entry of the legend
+    axes.plot([], [], label=name, marker=shape, **look)  # entry of the legend
     at = {w + shift: e for w, e in points.items()}
     axes.plot(list(at), [e.mean for e in at.values()], zorder=2, **look)
     bars(axes, at, color)
