@@ -13,8 +13,7 @@ from tq_lightning.report.stats import mean_interval
 def comparison_flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
     """Return sentences on unequal budgets or seeds of the named arms, and on collapsed seeds."""
     out = []
-    facts = {"budgets": {name: arm.budget for name, arm in arms}}
-    facts["seeds"] = {name: arm.seeds for name, arm in arms}
+    facts = {"budgets": {n: a.budget for n, a in arms}, "seeds": {n: a.seeds for n, a in arms}}
     for what, values in facts.items():
         if len(set(values.values())) > 1 or any(" or " in value for value in values.values()):
             out.append(f"Unequal {what}: {'; '.join(f'{name} {v}' for name, v in values.items())}.")
@@ -68,10 +67,9 @@ def between(parts: list[list[Arm]], what: str) -> list[str]:
     budgets = {frozenset(run.budget for arm in arms for run in arm.runs) for arms in parts}
     out = []
     if len(budgets) > 1:
-        pairs = zip(*frozenset().union(*budgets), strict=True)
-        known = [sorted({v for v in values if v is not None}) for values in pairs]
-        units = zip(known, ("epochs", "steps"), strict=True)
-        ranges = [f"{v[0]} to {v[-1]} {unit}" for v, unit in units if len(v) > 1]
+        every: Iterable[tuple[Any, Any]] = frozenset().union(*budgets)
+        known = {"epochs": {e for e, _ in every} - {None}, "steps": {s for _, s in every} - {None}}
+        ranges = [f"{min(v)} to {max(v)} {unit}" for unit, v in known.items() if len(v) > 1]
         out.append(f"Budgets differ between {what}: {', '.join(ranges) or 'not all recorded'}.")
     starts = {frozenset(arm[START] or "" for arm in arms) for arms in parts}
     if len(starts) > 1:

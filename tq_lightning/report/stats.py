@@ -34,14 +34,9 @@ class Estimate:
     percent: bool = False  # True for a value between 0 and 100 %
 
     @property
-    def low(self) -> float:
-        """Lower end of the interval, or the mean of one seed."""
-        return self.mean - (self.half or 0.0)
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval, or the mean of one seed."""
-        return self.mean + (self.half or 0.0)
+    def ends(self) -> tuple[float, float]:
+        """Ends of the interval; both are the mean of one seed."""
+        return self.mean - (self.half or 0.0), self.mean + (self.half or 0.0)
 
     def text(self) -> str:
         """Return `86.3 ± 0.4`, or `86.3` for one seed."""
@@ -59,14 +54,14 @@ class Difference(Estimate):
     @property
     def sign(self) -> int:
         """1 if the interval is above 0, -1 if it is below, 0 if it includes 0 or is missing."""
-        if self.half is None or self.low <= 0.0 <= self.high:
+        if self.half is None or self.ends[0] <= 0.0 <= self.ends[1]:
             return 0
         return 1 if self.mean > 0 else -1
 
     @property
     def interval(self) -> str:
         """The interval as text, `[+0.40, +2.00]`; empty for one seed."""
-        ends = [number(end, 2, "+") for end in (self.low, self.high)]
+        ends = [number(end, 2, "+") for end in self.ends]
         return "" if self.half is None else f"[{', '.join(ends)}]"
 
     def verdict(self) -> str:

@@ -136,8 +136,8 @@ def bars(axes: Axes, at: Mapping[float, Estimate], color: Any, along="y") -> Non
     look: dict[str, Any] = {"color": color, "zorder": 2}
     for place, e in at.items():
         if e.half is not None:
-            low, high = (0.0, 100.0) if e.percent else (-np.inf, np.inf)
-            ends = [[e.mean - max(e.low, low)], [min(e.high, high) - e.mean]]
+            low, high = np.clip(e.ends, 0.0, 100.0) if e.percent else e.ends
+            ends = [[e.mean - low], [high - e.mean]]
             point: tuple[Any, Any] = (place, e.mean)
             dots: tuple[Any, Any] = ([place] * len(e.values), e.values)
             if along != "y":

@@ -80,10 +80,9 @@ def arms(comparisons: Comparisons) -> Table:
     rows: list[Row] = []
     for arm, extra in zip(comparisons.arms, shown_extras(comparisons.arms), strict=True):
         split, seconds = split_of(arm.runs), sum(run.record.seconds for run in arm.runs)
-        seeds = (arm.seeds, len(arm.runs))
-        row = {**_facts(arm), "also": extra, "seeds": seeds, "budget": arm.budget}
+        row = {**_facts(arm), "also": extra, "seeds": (arm.seeds, len(arm.runs))}
         cells = scores(arm, "truncate", widths, split)
-        row |= by_width(widths, cells, comparisons.metric.suffix)
+        row |= {"budget": arm.budget, **by_width(widths, cells, comparisons.metric.suffix)}
         rows.append({**row, "split": split, "time [s]": (f"{seconds:.0f}", seconds)})
     name = comparisons.metric.title
     caption = f"{name} of the truncated weights by width (val: at the best epoch). {labels.METHOD}"
