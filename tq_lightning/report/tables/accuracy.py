@@ -40,7 +40,7 @@ def headline(comparisons: Comparisons) -> Table:
         for name, arm, source in named:
             cells = by_width(trained, scores(arm, source, trained, group.split), metric.suffix)
             row = {"setting": group.label, "weights": name, **cells, "seeds": len(arm.runs)}
-            flags = {"note": " ".join(group.flags)} if any(g.flags for g in groups) else {}
+            flags = {"note": " ".join(group.flags)} if group.flags else {}
             rows.append({**row, "split": split, **flags})
     what = "Top-1 accuracy" if metric is ACC1 else metric.quantity
     caption = f"{what} at each trained width, mean ± half-width of the 95 % t interval over seeds."
