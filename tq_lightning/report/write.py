@@ -15,10 +15,10 @@ MARKER = "report.json"  # marks a folder as a report, which a new one may replac
 KIND = "tq_lightning report"
 
 
-def write_report(comparisons: Comparisons, out: Path, about: dict[str, str]) -> list[str]:
+def write_report(comparisons: Comparisons, out: Path, made: dict[str, str]) -> list[str]:
     """Write all files of a report to a temporary folder, rename it to `out`, and list them.
 
-    The page and report.json state `about`: the title, the command and the version.
+    The page and report.json state `made`: the title, the command and the version.
 
     Raises:
         UserError: `out` cannot be written.
@@ -39,15 +39,15 @@ def write_report(comparisons: Comparisons, out: Path, about: dict[str, str]) -> 
         texts |= {f"tables/{t.name}.tex": render.latex(t) for t in built if t.has_files}
         answers = [finding for part in comparisons.by_metric for finding in findings(part)]
         headline = accuracy.headline(comparisons.by_metric[0])
-        heading = f"# {about['title']}\n\n    {about['command']}"
+        heading = f"# {made['title']}\n\n    {made['command']}"
         texts["summary.md"] = f"{heading}\n\n{summary(headline, answers, notes)}"
         parts = {"figures": drawn, "headline": headline, "findings": answers, "notes": notes}
         parts["tables"] = sorted(built, key=lambda t: (t.name == "left_out", not t.has_files))
         parts["files"] = [*dataframe.write(comparisons.arms, folder), "summary.md"]
-        texts["index.html"] = html.page(folder / "figures", comparisons, **about, **parts)
+        texts["index.html"] = html.page(folder / "figures", comparisons, **made, **parts)
         files = sorted([*texts, *(p.relative_to(folder).as_posix() for p in folder.rglob("*.*"))])
         left_out = comparisons.left_out
-        marker = {"kind": KIND, "schema": 1, **about, "left_out": left_out, "files": files}
+        marker = {"kind": KIND, "schema": 1, **made, "left_out": left_out, "files": files}
         texts[MARKER] = json.dumps(marker, indent=1, ensure_ascii=False) + "\n"
         for name, content in texts.items():
             (folder / name).write_text(content, encoding="utf-8")
