@@ -13,12 +13,11 @@ from tq_lightning.report.stats import mean_interval
 def comparison_flags(arms: tuple[tuple[str, Arm], ...]) -> tuple[str, ...]:
     """Return sentences on unequal budgets or seeds of the named arms, and on collapsed seeds."""
     out = []
-    facts = {"budgets": {name: arm.budget for name, arm in arms}}
-    facts["seeds"] = {name: ",".join(map(str, arm.seeds)) for name, arm in arms}
+    facts = {"budgets": {n: a.budget for n, a in arms}, "seeds": {n: a.seeds for n, a in arms}}
     for what, values in facts.items():
         if len(set(values.values())) > 1 or any(" or " in value for value in values.values()):
             out.append(f"Unequal {what}: {'; '.join(f'{name} {v}' for name, v in values.items())}.")
-    if single := [name for name, arm in arms if len(arm.seeds) == 1]:
+    if single := [name for name, arm in arms if len(arm.runs) == 1]:
         out.append(f"One seed ({', '.join(single)}): no interval.")
     return (*out, *(words for name, arm in arms for words in collapsed(arm, name)))
 
@@ -68,15 +67,15 @@ def between(parts: list[list[Arm]], what: str) -> list[str]:
     budgets = {frozenset(run.budget for arm in arms for run in arm.runs) for arms in parts}
     out = []
     if len(budgets) > 1:
-        pairs = zip(*frozenset().union(*budgets), strict=True)
-        known = [sorted({v for v in values if v is not None}) for values in pairs]
-        units = zip(known, ("epochs", "steps"), strict=True)
-        ranges = [f"{v[0]} to {v[-1]} {unit}" for v, unit in units if len(v) > 1]
+        every: Iterable[tuple[Any, Any]] = frozenset().union(*budgets)
+        known = {"epochs": {e for e, _ in every} - {None}, "steps": {s for _, s in every} - {None}}
+        ranges = [f"{min(v)} to {max(v)} {unit}" for unit, v in known.items() if len(v) > 1]
         out.append(f"Budgets differ between {what}: {', '.join(ranges) or 'not all recorded'}.")
-    starts = {frozenset(arm.start for arm in arms) for arms in parts}
+    starts = {frozenset(arm[START] or "" for arm in arms) for arms in parts}
     if len(starts) > 1:
-        listed = ", ".join(sorted(frozenset().union(*starts)))
-        out.append(f"Initial weights differ between {what}: {listed}.")
+        names = frozenset().union(*starts)
+        listed = sorted(f"from trained weights ({n})" if n else "from scratch" for n in names)
+        out.append(f"Initial weights differ between {what}: {', '.join(listed)}.")
     return out
 
 

@@ -11,21 +11,22 @@ from tq_lightning.report.groups import BUDGET, Arm, group, key_of, number_aware
 from tq_lightning.report.runs import Loaded, Run
 from tq_lightning.report.stats import split_of
 
-# Compared keys and their reference values, by preference. A group without any of these uses its
-# first value. Quantizers are compared separately, in the rows of the paper.
-FACTORS: dict[str, tuple[str, ...]] = {
-    "model.ste": ("identity",),
-    "model.level": ("endpoint", "centre", "centroid"),
-    "model.activations": ("none",),
-    labels.ACTIVATIONS_SOURCE: ("quantize",),
-    "model.normalizer": ("tanh", "learned"),
-    "model.scale": ("mean",),
-    "model.norm": ("per_width",),
-    "model.widths": (),
-    "model.width_weights": ("none",),
-    "model.teacher": ("recursive",),
-    "model.loss": (),
-    "model.width_schedule": ("all",),
+# Compared keys, the section of their figures ("" for none) and their reference values, by
+# preference. A group without any of these uses its first value. Quantizers are compared separately,
+# in the rows of the paper.
+FACTORS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "model.ste": ("STE", ("identity",)),
+    "model.level": ("Levels", ("endpoint", "centre", "centroid")),
+    "model.activations": ("Activations", ("none",)),
+    labels.ACTIVATIONS_SOURCE: ("Truncated activations", ("quantize",)),
+    "model.normalizer": ("Normalizers", ("tanh", "learned")),
+    "model.scale": ("Scales", ("mean",)),
+    "model.norm": ("", ("per_width",)),
+    "model.widths": ("Sets of widths", ()),
+    "model.width_weights": ("Weights of widths", ("none",)),
+    "model.teacher": ("Teachers", ("recursive",)),
+    "model.loss": ("", ()),
+    "model.width_schedule": ("", ("all",)),
 }
 # Top-1 in % by width, from table 1 of arXiv 2506.11431 (ResNet-20, expansion 1, CIFAR-10).
 PAPER: dict[str, dict[int | None, float]] = {  # None: float
@@ -75,7 +76,7 @@ class ComparisonGroup:
     def reference(self) -> tuple[str, Arm]:
         """Reference value of the group and its arm, see `FACTORS`."""
         arms = {value: (value, arm) for value, arm in reversed(self.arms)}
-        usual = (value for value in FACTORS.get(self.factor, ()) if value in arms)
+        usual = (value for value in FACTORS.get(self.factor, ("", ()))[1] if value in arms)
         return arms.get(next(usual, ""), self.arms[0])
 
     @property
@@ -126,11 +127,6 @@ class Comparisons:
         return [Comparisons(parts[0], self.inspects, self.left_out, self.ignore), *rest]
 
     @cached_property
-    def paired(self) -> list[Arm]:
-        """Arms with the STE that the paper pairs with their quantizer."""
-        return [arm for arm in self.arms if arm.paired]
-
-    @cached_property
     def models(self) -> list[str]:
         """Names of the trained models, smallest number first."""
         names = {labels.format_value(arm["model.name"]) for arm in self.arms}
@@ -139,9 +135,9 @@ class Comparisons:
     @cached_property
     def by_quantizer(self) -> list[ComparisonGroup]:
         """Groups for the paper's rows: nested and other codes if possible, else one kind."""
-        ignore = {*self.ignore, "model.ste"}
+        ignore, paired = {*self.ignore, "model.ste"}, [arm for arm in self.arms if arm.paired]
         for kinds in ({True, False}, {False}, set[bool]()):
-            if found := make_groups(self.paired, "model.quantizer", ignore, kinds=kinds):
+            if found := make_groups(paired, "model.quantizer", ignore, kinds=kinds):
                 return found
         return []
 

@@ -51,6 +51,8 @@ def _plain(value: Any) -> str:
 
 def write(arms: list[Arm], folder: Path) -> list[str]:
     """Write `runs.csv`, and `runs.parquet` if pyarrow is installed; return the names written."""
+    if not arms:
+        return []
     runs = [(number, arm, run) for number, arm in enumerate(arms) for run in arm.runs]
     frame = pd.DataFrame(_row(*run, s, w) for run in runs for s in SOURCES for w in run[2].widths)
     frame.to_csv(folder / "runs.csv", index=False, encoding="utf-8")

@@ -34,7 +34,7 @@ class Compared:
     @property
     def usable(self) -> bool:
         """True if there is an interval and no seed collapsed."""
-        return self.difference.estimate.half is not None and not self.collapsed
+        return self.difference.half is not None and not self.collapsed
 
     @property
     def line(self) -> str:
@@ -77,7 +77,7 @@ def qt_gap(comparisons: Comparisons) -> Finding | None:
         nested = [pair for pair in group.arms if pair[1].nested]
         others = [pair for pair in group.arms if not pair[1].nested]
         if nested and others:
-            lines.append(_against(group, *nested[0], *others[0], "quantize"))
+            lines.append(_against(group, *nested[0], *others[0]))
     up_to = {n: f"up to {m:.{metric.digits}f} {metric.gap_unit}" for n, m in worst.items()}
     costs = [f"{n} loses {up_to[n] if most >= 0.05 else 'nothing'}" for n, most in worst.items()]
     answer = f"At trained widths, {'; '.join(costs)}."
@@ -90,9 +90,9 @@ def _trained(a: Arm, b: Arm, split: str, source: str = "truncate") -> dict[int, 
     return compare(a, b, shared, split, source_b=source)
 
 
-def _against(
-    group: ComparisonGroup, a: str, arm: Arm, b: str, base: Arm, source: str = "truncate"
-) -> str:
+def _against(group: ComparisonGroup, a: str, arm: Arm, b: str, base: Arm) -> str:
+    """Compare an arm, truncated, with a base, which is quantized unless its codes nest."""
+    source = "truncate" if base.nested else "quantize"
     words = [
         f"{counted(w, 'bit')}: {difference.words(f'{a} truncated', f'{b} {source}d')}"
         for w, difference in _trained(arm, base, group.split, source).items()
@@ -109,14 +109,13 @@ def beyond_paper(comparisons: Comparisons) -> Finding | None:
             continue
         best, note = found
         value, floor = next(pair for pair in group.arms if pair[1].nested)
-        lines.append(_against(group, BEST, best, value, floor))
         others = [pair for pair in group.arms if not pair[1].nested]
-        lines += [_against(group, BEST, best, *pair, "quantize") for pair in others]
+        lines += [_against(group, BEST, best, *pair) for pair in [(value, floor), *others]]
         sides: dict[str, list[str]] = {"better": [], "worse": []}
         for w, d in _trained(best, floor, group.split).items():
             if d.sign:
                 side = "worse" if (d.sign > 0) == group.metric.lower_is_better else "better"
-                size = number(abs(d.estimate.mean), group.metric.digits)
+                size = number(abs(d.mean), group.metric.digits)
                 sides[side].append(f"{size} {d.unit} at {counted(w, 'bit')}")
         words = "; ".join(f"{side} by {', '.join(v)}" for side, v in sides.items() if v)
         shown = words or "no difference is shown at any trained width"
@@ -211,12 +210,12 @@ def _answer(words: Question, name: str, compared: list[Compared]) -> str:
         sides = f"better than the reference in {len(above)} and worse in {len(below)} of {count}"
         return f"Mixed with {name}: {sides}."
     if not above and not below:
-        widest = max(c.difference.estimate.half or 0.0 for c in tested)
+        widest = max(c.difference.half or 0.0 for c in tested)
         limit = f"; effects of up to {widest:.1f} {metric.gap_unit} cannot be ruled out"
         return f"{words.same} in any of {count} with {name}{limit if widest >= 0.05 else ''}."
     shown = above or below
-    most = max(shown, key=lambda c: abs(c.difference.estimate.mean))
-    size = f"{abs(most.difference.estimate.mean):.{metric.digits}f} {metric.gap_unit}"
+    most = max(shown, key=lambda c: abs(c.difference.mean))
+    size = f"{abs(most.difference.mean):.{metric.digits}f} {metric.gap_unit}"
     where = f"by up to {size} for {most.group.label} at {counted(most.bits, 'bit')}"
     verb = words.above if above else words.below
     if metric.lower_is_better:
@@ -226,8 +225,8 @@ def _answer(words: Question, name: str, compared: list[Compared]) -> str:
 
 def title(comparisons: Comparisons) -> str:
     """Return the title of a report: its first result as a sentence."""
-    candidates = [(message(group), group.label) for group in comparisons.by_quantizer]
-    if messages := [(*found, label) for found, label in candidates if found is not None]:
+    groups = comparisons.by_quantizer
+    if messages := [(*found, group.label) for group in groups if (found := message(group))]:
         _, words, label = max(messages)
         return f"{words} {comparisons.metric.name} ({label})"
     if comparisons.arms:
@@ -251,7 +250,8 @@ def message(group: ComparisonGroup) -> tuple[float, str] | None:
     largest, bits = max(lost, key=lambda pair: abs(pair[0]))  # truncation may also help
     words = []
     for value, arm in sorted(arms, key=lambda pair: pair[1].nested):
-        before, after = (scores(arm, source, [bits], split)[bits].short for source in SOURCES)
+        means = (scores(arm, source, [bits], split)[bits].mean for source in SOURCES)
+        before, after = (number(mean, group.metric.digits) for mean in means)
         how = "stays at" if before == after else f"goes from {before} to"
         words.append(f"{value} {how} {after} {group.metric.unit}".strip())
     return largest, f"Truncated to {counted(bits, 'bit')}, {' and '.join(words)}"

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tq_lightning.records import Metric
@@ -42,9 +43,9 @@ class Arm:
     runs: tuple[Run, ...]
 
     @property
-    def seeds(self) -> tuple[int | None, ...]:
-        """The seeds, in the order of the runs."""
-        return tuple(run.seed for run in self.runs)
+    def seeds(self) -> str:
+        """The seeds, in the order of the runs: `0,1,2`."""
+        return ",".join(str(run.seed) for run in self.runs)
 
     @property
     def metric(self) -> Metric:
@@ -76,11 +77,6 @@ class Arm:
         """Epochs and steps taken; several if the seeds differ."""
         pairs = sorted({run.budget for run in self.runs}, key=str)
         return " or ".join(f"{labels.counted(e or 0, 'epoch')} / {s} steps" for e, s in pairs)
-
-    @property
-    def start(self) -> str:
-        """The weights that training started from."""
-        return f"from trained weights ({self[START]})" if self[START] else "from scratch"
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key)
@@ -146,14 +142,14 @@ def group(runs: Iterable[Run], left_out: list[tuple[str, str]]) -> list[Arm]:
         members.setdefault(key_of(config), (config, []))[1].append(run)
     out = []
     for config, same in members.values():
-        latest: dict[int | None, Run] = {}
-        for run in sorted(same, key=lambda r: (r.record.started or "", r.id)):
-            if (older := latest.get(run.seed)) is not None:
+        same.sort(
+            key=lambda run: (run.seed is None, run.seed or 0, run.record.started or "", run.id)
+        )
+        for older, run in pairwise(same):
+            if older.seed == run.seed:
                 reason = f"superseded by the later {run.path} with the same arm and seed {run.seed}"
                 left_out.append((older.path, reason))
-            latest[run.seed] = run
-        ordered = sorted(latest.values(), key=lambda r: (r.seed is None, r.seed or 0))
-        out.append(Arm(config, tuple(ordered)))
+        out.append(Arm(config, tuple({run.seed: run for run in same}.values())))
     return sorted(out, key=lambda arm: [number_aware(str(arm[k])) for k in MAIN_KEYS])
 
 

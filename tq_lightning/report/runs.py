@@ -49,8 +49,7 @@ class Run:
         """Metric of `source` at `width` bits on `split`: "test", or "val" at the best epoch."""
         if split == "test":
             return self._recorded(split, f"{source}_w{width}")
-        result = (self.record.widths or {}).get(width)
-        return None if result is None else getattr(result, source)
+        return getattr((self.record.widths or {}).get(width), source, None)
 
     def score_float(self, split: str) -> float | None:
         """Metric of the float weights, or None if it was not evaluated."""

@@ -18,7 +18,7 @@ KIND = "tq_lightning report"
 def write_report(comparisons: Comparisons, out: Path, made: dict[str, str]) -> list[str]:
     """Write all files of a report to a temporary folder, rename it to `out`, and list them.
 
-    The page and report.json state `about`: the title, the command and the version.
+    The page and report.json state `made`: the title, the command and the version.
 
     Raises:
         UserError: `out` cannot be written.
@@ -34,22 +34,20 @@ def write_report(comparisons: Comparisons, out: Path, made: dict[str, str]) -> l
         drawn, notes = figures.draw(comparisons)
         for figure in drawn:
             style.write(figure, folder / "figures")
-        built, runs = tables.build(comparisons), tables.build(comparisons, [accuracy.runs])
-        texts = {f"tables/{table.name}.md": render.markdown(table) for table in built}
-        texts |= {f"tables/{table.name}.tex": render.latex(table) for table in built}
+        built = tables.build(comparisons)
+        texts = {f"tables/{t.name}.md": render.markdown(t) for t in built if t.has_files}
+        texts |= {f"tables/{t.name}.tex": render.latex(t) for t in built if t.has_files}
         answers = [finding for part in comparisons.by_metric for finding in findings(part)]
         headline = accuracy.headline(comparisons.by_metric[0])
         heading = f"# {made['title']}\n\n    {made['command']}"
         texts["summary.md"] = f"{heading}\n\n{summary(headline, answers, notes)}"
         parts = {"figures": drawn, "headline": headline, "findings": answers, "notes": notes}
-        parts["tables"] = sorted([*built, *runs], key=lambda table: table.name == "left_out")
-        data = dataframe.write(comparisons.arms, folder) if comparisons.arms else []
-        parts["files"] = [*data, "summary.md"]
+        parts["tables"] = sorted(built, key=lambda t: (t.name == "left_out", not t.has_files))
+        parts["files"] = [*dataframe.write(comparisons.arms, folder), "summary.md"]
         texts["index.html"] = html.page(folder / "figures", comparisons, **made, **parts)
-        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-        files = sorted([*files, *texts])
-        marker = {"kind": KIND, "schema": 1, **made, "left_out": comparisons.left_out}
-        marker["files"] = files
+        files = sorted([*texts, *(p.relative_to(folder).as_posix() for p in folder.rglob("*.*"))])
+        left_out = comparisons.left_out
+        marker = {"kind": KIND, "schema": 1, **made, "left_out": left_out, "files": files}
         texts[MARKER] = json.dumps(marker, indent=1, ensure_ascii=False) + "\n"
         for name, content in texts.items():
             (folder / name).write_text(content, encoding="utf-8")

@@ -37,48 +37,42 @@ def draw(study: "optuna.Study", folder: Path, importances: Sequence[Any] = ()) -
 
     pyplot.switch_backend("Agg")  # matplotlib may have been imported with another backend
     style: list[Any] = ["default", {"figure.constrained_layout.use": True}]
-    drawn = []
-    with pyplot.style.context(style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna marks these plots as experimental
+    written = []
+    # Optuna marks these plots as experimental
+    with pyplot.style.context(style), warnings.catch_warnings(action="ignore"):
         for name, figure in figures(study, importances):
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / f"{name}.png") as temporary:
+            written.append(folder / f"{name}.png")
+            with atomic_write(written[-1]) as temporary:
                 figure.savefig(temporary, dpi=120, format="png")
-            drawn.append(folder / f"{name}.png")
             pyplot.close(figure)
-    return drawn
+    return written
 
 
 def figures(study: "optuna.Study", importances: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (file name without suffix, figure) for each plot."""
     from optuna.importance import FanovaImportanceEvaluator as Fanova
-    from optuna.trial import TrialState
-    from optuna.visualization.matplotlib import (
-        plot_optimization_history,
-        plot_parallel_coordinate,
-        plot_param_importances,
-        plot_pareto_front,
-        plot_slice,
-    )
+    from optuna.visualization import matplotlib as plots
 
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    names = [with_unit(name) for name in study.metric_names or ["value"]] if complete else []
+    # there are no best trials without complete ones
+    names = [with_unit(n) for n in study.metric_names or ["value"]] if study.best_trials else []
     for i, name in enumerate(names):
         suffix, given = "", dict[str, Any](target_name=name)
         if len(names) > 1:
             suffix, given = f"_{i + 1}", given | {"target": lambda t, i=i: t.values[i]}
-        yield f"optimization_history{suffix}", _lay_out(plot_optimization_history(study, **given))
+        ax = plots.plot_optimization_history(study, **given)
+        yield f"optimization_history{suffix}", _lay_out(ax)
         if any(importances[i : i + 1]):
-            ax = plot_param_importances(study, evaluator=Fanova(seed=0), **given)
+            ax = plots.plot_param_importances(study, evaluator=Fanova(seed=0), **given)
             ax.set_xlabel("share of the variance (fANOVA)")
             yield f"param_importances{suffix}", _lay_out(ax)
-        ax = plot_parallel_coordinate(study, **given)
+        ax = plots.plot_parallel_coordinate(study, **given)
         yield f"parallel_coordinate{suffix}", _widen(_lay_out(ax, slanted=20))
-        yield f"slice{suffix}", _lay_out(plot_slice(study, **given), slanted=30)
+        yield f"slice{suffix}", _lay_out(plots.plot_slice(study, **given), slanted=30)
     for a, b in itertools.combinations(range(len(names)), 2):
         two = itemgetter(a, b)
-        targets: dict[str, Any] = {"targets": lambda t, two=two: two(t.values)}
-        ax = plot_pareto_front(study, target_names=list(two(names)), **targets)
+        given = {"target_names": [*two(names)], "targets": lambda t, two=two: two(t.values)}
+        ax = plots.plot_pareto_front(study, **given)
         for t in study.best_trials:
             ax.annotate(str(t.number), two(t.values), xytext=(4, 4), textcoords="offset points")
         yield f"pareto_front{f'_{a + 1}_{b + 1}' if len(names) > 2 else ''}", _lay_out(ax)

@@ -1,4 +1,4 @@
-"""The figures of a report. Each is one function and one row of FIGURES.
+"""The figures of a report. Each is one function and one row of FIGURES or of FACTORS.
 
 A function returns its figures, and notes on data that it does not draw. The list of figures is
 empty if there is nothing to compare.
@@ -9,11 +9,10 @@ from dataclasses import replace
 from functools import partial
 
 from tq_lightning.records import ACC1
-from tq_lightning.report.comparisons import Comparisons
+from tq_lightning.report.comparisons import FACTORS, Comparisons
 from tq_lightning.report.figures import accuracy, cross_model, model_cost, pareto
-from tq_lightning.report.figures.accuracy import factor
 from tq_lightning.report.figures.style import Drawing, Figure, styled
-from tq_lightning.report.labels import ACTIVATIONS_SOURCE
+from tq_lightning.report.labels import short_key
 
 # Keep the figures of a section next to each other.
 FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
@@ -22,15 +21,11 @@ FIGURES: dict[str, Callable[[Comparisons], Drawing]] = {
     "disagreement": cross_model.disagreement,
     "storage": model_cost.storage,
     "energy": model_cost.energy,
-    "ste": partial(factor, key="model.ste", section="STE"),
-    "level": partial(factor, key="model.level", section="Levels"),
-    "activations": partial(factor, key="model.activations", section="Activations"),
-    "activations_source": partial(factor, key=ACTIVATIONS_SOURCE, section="Truncated activations"),
-    "normalizer": partial(factor, key="model.normalizer", section="Normalizers"),
-    "scale": partial(factor, key="model.scale", section="Scales"),
-    "width_weights": partial(factor, key="model.width_weights", section="Weights of widths"),
-    "widths": partial(factor, key="model.widths", section="Sets of widths"),
-    "teacher": partial(factor, key="model.teacher", section="Teachers"),
+    **{
+        short_key(k): partial(accuracy.factor, key=k)
+        for k, (section, _) in FACTORS.items()
+        if section
+    },
     "curves": accuracy.curves,
     "robustness": cross_model.robustness,
     "pareto": pareto.pareto,

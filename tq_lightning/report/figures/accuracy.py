@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-from tq_lightning.records import ACC1, Metric
+from tq_lightning.records import Metric
 from tq_lightning.report import best_other
 from tq_lightning.report.caveats import collapsed, flags_of, provenance_notes, seeds_words
-from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons
+from tq_lightning.report.comparisons import FACTORS, PAPER, ComparisonGroup, Comparisons
 from tq_lightning.report.figures import style
 from tq_lightning.report.figures.style import FLOAT_AT, Drawing, Figure, limit_groups
 from tq_lightning.report.findings import message
@@ -36,12 +36,12 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
         look = style.arm_look(models, arm, source)
         if i >= len(group.rows):
             look["linestyle"] = "-."
-        style.line(axes, points, name, arm, shift, metric is ACC1, **look)
+        style.line(axes, points, name, arm, shift, **look)
         estimate, color, shape = score_float(arm, split), look["color"], look["marker"]
         if estimate is not None and (source == "quantize" or arm.nested):
             floats, trained = True, bool(arm["model.float_pass"])
             hollow |= not trained
-            style.bars(axes, {FLOAT_AT + shift: estimate}, color, percent=metric is ACC1)
+            style.bars(axes, {FLOAT_AT + shift: estimate}, color)
             fill = color if trained else "white"
             axes.plot(FLOAT_AT + shift, estimate.mean, shape, color=color, markerfacecolor=fill)
         words.append(f"{name}: " + ", ".join(f"{e.text()} at {w}" for w, e in points.items()))
@@ -72,11 +72,12 @@ def _qt_gap(group: ComparisonGroup, comparisons: Comparisons) -> Figure:
     return Figure(name, "QT gap", f"{title} ({group.label})", " ".join(caption), alt, canvas)
 
 
-def factor(comparisons: Comparisons, key: str, section: str) -> Drawing:
+def factor(comparisons: Comparisons, key: str) -> Drawing:
     """Draw the truncated accuracy for each value of a key, and its difference from a reference.
 
     A figure has up to three groups with the same reference, one column each.
     """
+    section = FACTORS[key][0]
     groups, notes = limit_groups(comparisons.by_factor.get(key, []), section)
     references = dict.fromkeys(group.reference[0] for group in groups)
     parts = [[g for g in groups if g.reference[0] == reference] for reference in references]
@@ -107,11 +108,11 @@ def _factor(groups: list[ComparisonGroup], section: str, name: str, models: list
             look = style.series_look(models, arm, values.index(value))
             shift = style.series_offset(i, len(group.arms))
             points = scores(arm, "truncate", arm.widths, split)
-            style.line(top, points, value, arm, shift, metric is ACC1, **look)
-            points = {w: d.estimate for w, d in found.get((group, value), {}).items()}
-            style.line(bottom, points, value, arm, shift, percent=False, **look)
-            listed = ", ".join(f"{number(e.mean, sign='+')} at {w}" for w, e in points.items())
-            words += [f"{group.label}, {value} - {base}: {listed}"] * bool(points)
+            style.line(top, points, value, arm, shift, **look)
+            if differences := found.get((group, value)):
+                style.line(bottom, differences, value, arm, shift, **look)
+                ends = [f"{number(d.mean, sign='+')} at {w}" for w, d in differences.items()]
+                words.append(f"{group.label}, {value} - {base}: {', '.join(ends)}")
         model, _, rest = group.label.partition(" · ")
         top.set_title(f"{model}\n{wrapped(rest, 38)}", fontsize=8)
         bottom.axhline(0, color=style.GRAY, linewidth=0.8)
@@ -141,7 +142,7 @@ def _ranges(
     for (group, value), points in found.items():
         arm = dict(group.arms)[value]
         if not collapsed(arm) and not collapsed(group.reference[1]):
-            means = (points[w].estimate.mean for w in arm.trained if w in points)
+            means = (points[w].mean for w in arm.trained if w in points)
             spans.setdefault(value, []).extend(means)
     first = [(value, span) for value, span in list(spans.items())[:2] if span]
     ends = {v: [number(end(span), sign="+") for end in (min, max)] for v, span in first}

@@ -39,7 +39,7 @@ def robustness(comparisons: Comparisons) -> Drawing:
                 continue
             look = style.arm_look(comparisons.models, arm, source)
             at = y + style.series_offset(i, len(group.rows), 0.5)
-            style.bars(axes, {at: estimate}, look["color"], metric is ACC1, along="x")
+            style.bars(axes, {at: estimate}, look["color"], along="x")
             label = "_" if name in axes.get_legend_handles_labels()[1] else name
             axes.plot(estimate.mean, at, label=label, zorder=3, **look | {"linestyle": "none"})
             words.append(f"{group.label}, {name}, {labels.counted(bits, 'bit')}: {estimate.text()}")
@@ -94,7 +94,7 @@ def disagreement(comparisons: Comparisons) -> Drawing:
         shift = style.series_offset(i, len(series))
         for side, axes in enumerate(grid):
             points = {w: pair[side] for w, pair in found[name].items()}
-            style.line(axes, points, name, arm, shift, side == 0, **look)
+            style.line(axes, points, name, arm, shift, **look)
             style.width_axis(axes, sorted({w for g in groups for w in g.widths}))
     where = f"{labels.SPLIT_WORDS[split]}, {seeds_words(arms)}"
     grid[0].set(ylabel="weight codes that disagree [%]", title="codes of both sources compared")

@@ -19,12 +19,13 @@ EXTRAS = ("model.level", "model.activations", labels.ACTIVATIONS_SOURCE)
 def pareto(comparisons: Comparisons) -> Drawing:
     """Draw truncated accuracy against the bytes read per width, one figure per data set."""
     by_data: dict[str, list[Arm]] = {}
-    for arm in comparisons.paired:
-        if all(run.record.bytes and run.record.bytes.planes for run in arm.runs):
+    for arm in comparisons.arms:
+        known = all(run.record.bytes and run.record.bytes.planes for run in arm.runs)
+        if arm.paired and known:
             by_data.setdefault(str(arm["data.name"]), []).append(arm)
     stems = labels.unique([f"pareto_{labels.slug(name)}" for name in by_data])
     note = "Arms with an STE that the paper does not pair with their quantizer are not drawn."
-    left = [note] * (len(comparisons.paired) < len(comparisons.arms))
+    left = [note] * (not all(arm.paired for arm in comparisons.arms))
     named, models = zip(by_data.items(), stems, strict=True), comparisons.models
     several = [(stem, data, arms) for (data, arms), stem in named if len(arms) > 1]
     return [_pareto(data, stem, arms, models, left) for stem, data, arms in several], []
@@ -61,7 +62,7 @@ def _pareto(data: str, stem: str, arms: list[Arm], models: list[str], left: list
             kind = look["color"] + look["marker"]
             look["linestyle"] = style.DASHES[seen[kind] % len(style.DASHES)]
             seen[kind] += 1
-            style.bars(axes, own, look["color"], percent=metric is ACC1)
+            style.bars(axes, own, look["color"])
             label, means = f"{_name(arm)} (on the front)", [e.mean for e in own.values()]
             axes.plot(list(own), means, linewidth=0.9, label=label, **look)
     for size, e, _, w in points:

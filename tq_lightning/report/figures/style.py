@@ -8,7 +8,7 @@ factors have the colors of SERIES, with different line styles for grayscale prin
 
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,13 +131,13 @@ def width_axis(axes: Axes, widths: list[int], with_float: bool = False) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def bars(axes: Axes, at: dict[float, Estimate], color: Any, percent: bool, along="y") -> None:
-    """Draw intervals, clipped to 0 and 100 % for accuracies, and one dot per seed."""
-    low, high = (0.0, 100.0) if percent else (-np.inf, np.inf)
+def bars(axes: Axes, at: Mapping[float, Estimate], color: Any, along="y") -> None:
+    """Draw intervals, clipped to 0 and 100 % for percentages, and one dot per seed."""
     look: dict[str, Any] = {"color": color, "zorder": 2}
     for place, e in at.items():
         if e.half is not None:
-            ends = [[e.mean - max(e.low, low)], [min(e.high, high) - e.mean]]
+            low, high = np.clip(e.ends, 0.0, 100.0) if e.percent else e.ends
+            ends = [[e.mean - low], [high - e.mean]]
             point: tuple[Any, Any] = (place, e.mean)
             dots: tuple[Any, Any] = ([place] * len(e.values), e.values)
             if along != "y":
@@ -147,17 +147,15 @@ def bars(axes: Axes, at: dict[float, Estimate], color: Any, percent: bool, along
             axes.plot(*dots, ".", markersize=4, alpha=0.6, **look)
 
 
-def line(
-    axes: Axes, points: dict[int, Estimate], label: str, arm: Arm, shift=0.0, percent=True, **look
-) -> None:
+def line(axes: Axes, points: Mapping[int, Estimate], name: str, arm: Arm, shift=0, **look) -> None:
     """Draw means, intervals and seeds by width, with hollow markers at untrained widths."""
     if not points:
         return
     shape, color = look.pop("marker"), look["color"]
-    axes.plot([], [], label=label, marker=shape, **look)  # entry of the legend
+    axes.plot([], [], label=name, marker=shape, **look)  # entry of the legend
     at = {w + shift: e for w, e in points.items()}
     axes.plot(list(at), [e.mean for e in at.values()], zorder=2, **look)
-    bars(axes, at, color, percent)
+    bars(axes, at, color)
     for w, e in points.items():
         fill = color if w in arm.trained else "white"
         axes.plot(w + shift, e.mean, shape, color=color, markerfacecolor=fill, zorder=3)

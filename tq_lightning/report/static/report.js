@@ -1,7 +1,12 @@
 'use strict';
 const records = JSON.parse(document.getElementById('records').textContent);
 
-for (const box of document.querySelectorAll('.table[data-name]')) {
+const element = (name, textContent) => Object.assign(document.createElement(name), {textContent});
+const collator = new Intl.Collator('en', {numeric: true});
+const compare = (a, b) =>
+  typeof a === 'number' && typeof b === 'number' ? a - b : collator.compare(a, b);
+
+for (const box of document.querySelectorAll('section[data-name]')) {
   const body = box.querySelector('tbody'), input = box.querySelector('input');
   const out = box.querySelector('output'), rows = [...body.rows];
   const picks = [...box.querySelectorAll('select')], heads = [...box.querySelectorAll('th')];
@@ -13,15 +18,8 @@ for (const box of document.querySelectorAll('.table[data-name]')) {
         !pick.value || row.cells[pick.dataset.column].textContent === pick.value));
     out.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length} rows`;
   };
-  for (const control of [input, ...picks])
-    for (const kind of ['input', 'change']) control.addEventListener(kind, filter);
-  const compare = (a, b) => {
-    // Numbers before words. Digits within words compare as numbers.
-    if (typeof a === 'number' && typeof b === 'number') return a - b;
-    if (typeof a !== typeof b) return typeof a === 'number' ? -1 : 1;
-    return a.localeCompare(b, 'en', {numeric: true});
-  };
-  heads.forEach((head, column) => head.querySelector('button').addEventListener('click', () => {
+  for (const control of [input, ...picks]) control.addEventListener('input', filter);
+  const sort = (head, column) => {
     const sign = head.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
     for (const other of heads) other.setAttribute('aria-sort', 'none');
     head.setAttribute('aria-sort', sign < 0 ? 'descending' : 'ascending');
@@ -32,52 +30,31 @@ for (const box of document.querySelectorAll('.table[data-name]')) {
     const empty = row => keys.get(row) === '';
     rows.sort((a, b) => empty(a) - empty(b) || sign * compare(keys.get(a), keys.get(b)));
     body.append(...rows);
-  }));
+  };
+  heads.forEach((head, column) => {
+    const button = Object.assign(element('button', head.textContent), {type: 'button'});
+    button.addEventListener('click', () => sort(head, column));
+    head.setAttribute('aria-sort', 'none');
+    head.replaceChildren(button);
+  });
 }
 
-const element = (name, textContent) => Object.assign(document.createElement(name), {textContent});
 const openRun = ({path, config, record}) => {
   document.getElementById('run-h').textContent = `Run ${record.id}`;
-  const facts = document.createElement('dl');
   const {seed, versions, device, command, started, seconds, epochs, steps} = record;
   const commit = record.commit && record.commit + (record.dirty ? ' (uncommitted changes)' : '');
-  const details = {seed, commit, versions, device, command, started, 'time [s]': seconds, epochs,
-    steps, record: path};
-  for (const [name, value] of Object.entries(details)) {
-    const pairs = value && typeof value === 'object' && Object.entries(value);
-    const shown = pairs ? pairs.map(pair => pair.join(' ')).join(', ') : value;
-    facts.append(element('dt', name), element('dd', shown ?? 'not recorded'));
-  }
+  const packages = Object.entries(versions).map(pair => pair.join(' ')).join(', ');
+  const details = {seed, commit, versions: packages, device, command, started,
+    'time [s]': seconds, epochs, steps, record: path};
+  const facts = document.createElement('dl');
+  for (const [name, value] of Object.entries(details))
+    facts.append(element('dt', name), element('dd', value ?? 'not recorded'));
   document.getElementById('run-body').replaceChildren(facts,
     element('h3', 'Configuration'), element('pre', JSON.stringify(config, null, 2)),
     element('h3', 'Rest of the record'), element('pre', JSON.stringify(record, null, 2)));
   document.getElementById('run').showModal();
 };
-const openFigure = image => {
-  document.getElementById('large-h').textContent = image.closest('figure').dataset.title;
-  document.getElementById('large-body').replaceChildren(image.cloneNode());
-  document.getElementById('large').showModal();
-};
 document.addEventListener('click', event => {
-  const button = event.target.closest('button.run'), frame = event.target.closest('a.frame');
+  const button = event.target.closest('button.run');
   if (button) openRun(records[button.dataset.run]);
-  if (frame) {
-    event.preventDefault();
-    openFigure(frame.querySelector('img'));
-  }
-});
-
-const theme = document.getElementById('theme'), themes = ['system', 'light', 'dark'];
-const paint = name => {
-  const root = document.documentElement;
-  if (name === 'system') delete root.dataset.theme; else root.dataset.theme = name;
-  theme.textContent = `Colors: ${name}`;
-};
-let current = 'system';
-try { current = localStorage.getItem('tq-theme') || 'system'; } catch { /* no local storage */ }
-paint(current);
-theme.addEventListener('click', () => {
-  current = themes[(themes.indexOf(current) + 1) % themes.length];
-  try { localStorage.setItem('tq-theme', current); } catch { /* kept until the page is closed */ }
-  paint(current);
 });

@@ -1,6 +1,5 @@
 """The tables of a report."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tq_lightning.records import ACC1
@@ -19,19 +18,18 @@ TABLES = (
     model_cost.energy,
     model_cost.inference,
     model_cost.constants,
+    accuracy.runs,
     accuracy.left_out,
 )
 
 
-def build(
-    comparisons: Comparisons, functions: Sequence[Callable[[Comparisons], Table]] = TABLES
-) -> list[Table]:
+def build(comparisons: Comparisons) -> list[Table]:
     """Return the tables that have rows; each name and title has the metric, unless it is top-1."""
     built = []
     for i, part in enumerate(comparisons.by_metric):
         metric = part.metric
         suffixes = ("", "") if metric is ACC1 else (f"_{metric.key}", f" ({metric.name})")
-        for table in (function(part) for function in functions):
+        for table in (function(part) for function in TABLES):
             name, title = f"{table.name}{suffixes[0]}", f"{table.title}{suffixes[1]}"
             if table.rows and (i or table.name != "headline"):
                 built.append(replace(table, name=name, title=title))

@@ -8,7 +8,7 @@ from tq_lightning.report import best_other, labels
 from tq_lightning.report.comparisons import PAPER, ComparisonGroup, Comparisons, NamedArm
 from tq_lightning.report.groups import MAIN_KEYS, Arm, shown_extras
 from tq_lightning.report.stats import Estimate, compare, gaps, number, score_float, scores, split_of
-from tq_lightning.report.tables.render import Cell, Link, Table
+from tq_lightning.report.tables.render import Cell, Table
 
 Row = dict[str, Cell]
 
@@ -17,9 +17,10 @@ def _widths(arms: Iterable[Arm]) -> list[int]:
     return sorted({w for arm in arms for run in arm.runs for w in run.widths}, reverse=True)
 
 
-def by_width(widths: list[int], cells: Mapping[Any, Any], unit: str = "") -> Row:
-    """Return one cell per width, with the unit in the column header."""
-    return {f"{labels.counted(width, 'bit')}{unit}": _cell(cells.get(width)) for width in widths}
+def by_width(widths: Iterable[int | None], cells: Mapping[Any, Any], unit: str = "") -> Row:
+    """Return one cell per width, with the unit in the column header. None stands for float."""
+    heads = {w: "float" if w is None else f"{labels.counted(w, 'bit')}{unit}" for w in widths}
+    return {head: _cell(cells.get(width)) for width, head in heads.items()}
 
 
 def _cell(value: Any) -> Cell:
@@ -39,7 +40,7 @@ def headline(comparisons: Comparisons) -> Table:
         for name, arm, source in named:
             cells = by_width(trained, scores(arm, source, trained, group.split), metric.suffix)
             row = {"setting": group.label, "weights": name, **cells, "seeds": len(arm.runs)}
-            flags = {"note": " ".join(group.flags)} if any(g.flags for g in groups) else {}
+            flags = {"note": " ".join(group.flags)} if group.flags else {}
             rows.append({**row, "split": split, **flags})
     what = "Top-1 accuracy" if metric is ACC1 else metric.quantity
     caption = f"{what} at each trained width, mean ± half-width of the 95 % t interval over seeds."
@@ -48,29 +49,28 @@ def headline(comparisons: Comparisons) -> Table:
 
 def qt_gap(comparisons: Comparisons) -> Table:
     """Return the paper's rows for every group and the QT gap of each arm, at all widths."""
-    groups = comparisons.by_quantizer
+    groups, metric = comparisons.by_quantizer, comparisons.metric
     widths = _widths(arm for group in groups for _, arm in group.arms)
+    columns = [*widths, None]  # None: float
     rows: list[Row] = []
     for group in groups:
-        unit, gap_unit, split = group.metric.unit, group.metric.gap_unit, group.split
-        last = (split, " ".join(group.flags))
-        named: list[tuple[str, str, int | None, Mapping[Any, Any], str, str]] = []
+        last = {"split": group.split, "flags": " ".join(group.flags)}
         for name, arm, source in group.rows:
-            cells: dict[Any, Any] = {None: score_float(arm, split)}
-            cells |= scores(arm, source, widths, split)
-            named.append((name, unit, len(arm.runs), cells, *last))
+            found = scores(arm, source, widths, group.split)
+            cells = by_width(columns, {**found, None: score_float(arm, group.split)})
+            row = {"setting": group.label, "row": name, "unit": metric.unit, "seeds": len(arm.runs)}
+            rows.append({**row, **cells, **last})
             if name in PAPER and group.is_papers:
-                own = (f"{name} (paper)", "%", None, PAPER[name], "test", "arXiv 2506.11431")
-                named.append(own)
+                row |= {"row": f"{name} (paper)", "unit": "%", "seeds": None}
+                row |= by_width(columns, PAPER[name])
+                rows.append({**row, "split": "test", "flags": "arXiv 2506.11431"})
         for value, arm in group.arms:
-            found = gaps(arm, widths, split)
-            named.append((f"QT gap of {value}", gap_unit, len(arm.runs), found, *last))
-        for name, unit, seeds, values, split, flags in named:
-            head = {"setting": group.label, "row": name, "unit": unit, "seeds": seeds}
-            tail = {"float": _cell(values.get(None)), "split": split, "flags": flags}
-            rows.append({**head, **by_width(widths, values), **tail})
-    name = comparisons.metric.title
-    what = f"{name} and QT gap by width, mean ± half-width of the 95 % t interval over seeds."
+            row = {"setting": group.label, "row": f"QT gap of {value}", "unit": metric.gap_unit}
+            cells = by_width(columns, gaps(arm, widths, group.split))
+            rows.append({**row, "seeds": len(arm.runs), **cells, **last})
+    what = (
+        f"{metric.title} and QT gap by width, mean ± half-width of the 95 % t interval over seeds."
+    )
     return Table("qt_gap", "QT gap", f"{what} {labels.METHOD}", rows, ("setting", "row"))
 
 
@@ -80,27 +80,23 @@ def arms(comparisons: Comparisons) -> Table:
     rows: list[Row] = []
     for arm, extra in zip(comparisons.arms, shown_extras(comparisons.arms), strict=True):
         split, seconds = split_of(arm.runs), sum(run.record.seconds for run in arm.runs)
-        seeds = (",".join(map(str, arm.seeds)), len(arm.seeds))
-        row = {**_facts(arm), "also": extra, "seeds": seeds, "budget": arm.budget}
+        row = {**_facts(arm), "also": extra, "seeds": (arm.seeds, len(arm.runs))}
         cells = scores(arm, "truncate", widths, split)
-        row |= by_width(widths, cells, comparisons.metric.suffix)
+        row |= {"budget": arm.budget, **by_width(widths, cells, comparisons.metric.suffix)}
         rows.append({**row, "split": split, "time [s]": (f"{seconds:.0f}", seconds)})
     name = comparisons.metric.title
     caption = f"{name} of the truncated weights by width (val: at the best epoch). {labels.METHOD}"
     facets = ("model", "data", "quantizer", "ste")
-    return Table("arms", "Arms", caption, rows, facets, _embedding_notes(comparisons))
+    notes = tuple(dict.fromkeys(filter(None, map(_embedding_note, comparisons.arms))))
+    return Table("arms", "Arms", caption, rows, facets, notes)
 
 
-def _embedding_notes(comparisons: Comparisons) -> tuple[str, ...]:
-    """Return the share of embedding tables in the parameters of each model, as notes."""
-    notes: dict[str, None] = {}
-    for arm in comparisons.arms:
-        share = arm.runs[0].record.parameters_embedding
-        if share:
-            how = "quantized" if arm["model.quantize_embeddings"] else "in float"
-            name = labels.model_and_data(arm)
-            notes[f"{name}: {share:.1%} of the parameters are embedding tables, {how}."] = None
-    return tuple(notes)
+def _embedding_note(arm: Arm) -> str:
+    """Return the share of embedding tables in the parameters of a model, if it has any."""
+    share = arm.runs[0].record.parameters_embedding
+    how = "quantized" if arm["model.quantize_embeddings"] else "in float"
+    words = f"of the parameters are embedding tables, {how}."
+    return f"{labels.model_and_data(arm)}: {share:.1%} {words}" if share else ""
 
 
 def _facts(arm: Arm, last: int | None = None) -> Row:
@@ -118,7 +114,7 @@ def runs(comparisons: Comparisons) -> Table:
             split, alone = split_of([run]), Arm(arm.config, (run,))
             lost = [gap.mean for gap in gaps(alone, arm.trained, split).values()]
             cells = {w: run.score("truncate", w, split) for w in widths}
-            row = {"run": Link(run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
+            row = {"run": (run.id[:10], run.id), "arm": index, **_facts(arm, -1)}
             row |= {"seed": run.seed, **by_width(widths, cells, comparisons.metric.suffix)}
             row |= {f"largest QT gap [{run.metric.gap_unit}]": max(lost, default=None)}
             row |= {"split": split, "epochs": run.record.epochs, "time [s]": run.record.seconds}
@@ -129,7 +125,7 @@ def runs(comparisons: Comparisons) -> Table:
         "runs.csv has the full table, with one row per run, source and width."
     )
     facets = ("model", "data", "quantizer", "ste", "level", "seed")
-    return Table("runs", "Runs", caption, rows, facets)
+    return Table("runs", "Runs", caption, rows, facets, has_files=False)
 
 
 def differences(comparisons: Comparisons) -> Table:
@@ -153,7 +149,7 @@ def differences(comparisons: Comparisons) -> Table:
             "a": a[0],
             "b": b[0],
             "width [bits]": width,
-            f"a - b [{unit}]": (number(found.estimate.mean, 2, "+"), found.estimate.mean),
+            f"a - b [{unit}]": (number(found.mean, 2, "+"), found.mean),
             f"95 % interval [{unit}]": found.interval,
             "how": found.how,
             "conclusion": found.verdict(),

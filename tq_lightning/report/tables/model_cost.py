@@ -32,11 +32,18 @@ def ratio(record: InspectRecord, scheme: str) -> float:
     return 4 * record.parameters / record.ways[scheme].total
 
 
-def _scaled(value: float | None, factor: float, form: str) -> Cell:
-    if value is None:
-        return None
-    shown = f"{value * factor:{form}}"
-    return (f"{float(shown):.0f}" if "e+" in shown else shown), value
+def _mebibytes(size: float) -> Cell:
+    return f"{size / MIB:.2f}", size
+
+
+def _microjoules(energies: dict[str, float]) -> Row:
+    """Return one cell per kind of energy, given in pJ: four digits, without an exponent."""
+    cells: Row = {}
+    for kind, value in energies.items():
+        shown = f"{value * 1e-6:.4g}"
+        shown = f"{float(shown):.0f}" if "e+" in shown else shown
+        cells[f"{labels.energy_name(kind)} [µJ]"] = (shown, value)
+    return cells
 
 
 def storage(comparisons: Comparisons) -> Table:
@@ -48,8 +55,7 @@ def storage(comparisons: Comparisons) -> Table:
         for key in (key for key in STORAGE_LABELS if key in record.ways):
             way, times = record.ways[key], ratio(record, key)
             row = {"model": name, "storage": STORAGE_LABELS[key], "size [bytes]": int(way.total)}
-            sizes = {f"{words} [MiB]": getattr(way, part) for part, words in parts.items()}
-            row |= {header: _scaled(size, 1 / MIB, ".2f") for header, size in sizes.items()}
+            row |= {f"{words} [MiB]": _mebibytes(getattr(way, p)) for p, words in parts.items()}
             rows.append({**row, "float parameters / total": (f"{times:.3f}×", times)})
     notes = tuple(f"{name}: {line}" for name, r in records.items() for line in r.accounting)
     caption = "Bytes to serve every width from 1 to 8 bits; the notes give the accounting."
@@ -62,7 +68,7 @@ def read_at(comparisons: Comparisons) -> Table:
     widths = sorted({w for record in records.values() for w in record.read_at})
     rows: list[Row] = []
     for name, record in records.items():
-        sizes = {w: _scaled(size, 1 / MIB, ".2f") for w, size in record.read_at.items()}
+        sizes = {width: _mebibytes(size) for width, size in record.read_at.items()}
         rows.append({"model": name, **by_width(widths, sizes, " [MiB]")})
     caption = "Bytes read from the packed file, by width."
     return Table("read_at", "Bytes read", caption, rows)
@@ -71,12 +77,11 @@ def read_at(comparisons: Comparisons) -> Table:
 def energy(comparisons: Comparisons) -> Table:
     """Return the energy model by model and width."""
     models = energies(comparisons.inspects)
-    every = [(name, w, pj) for name, m in models.items() for w, pj in sorted(m.by_width.items())]
-    kinds = dict.fromkeys(kind for _, _, pj in every for kind in pj if kind.endswith("_pj"))
-    rows: list[Row] = []
-    for name, width, pj in every:
-        cells = {f"{labels.energy_name(k)} [µJ]": _scaled(pj.get(k), 1e-6, ".4g") for k in kinds}
-        rows.append({"model": name, "width [bits]": width, **cells})
+    rows: list[Row] = [
+        {"model": name, "width [bits]": width, **_microjoules(pj)}
+        for name, model in models.items()
+        for width, pj in sorted(model.by_width.items())
+    ]
     notes = tuple(dict.fromkeys(line for m in models.values() for line in m.assumptions))
     return Table("energy", "Energy", "Modeled, not measured.", rows, ("model",), notes)
 
@@ -89,13 +94,8 @@ def inference(comparisons: Comparisons) -> Table:
         for accelerator, model in record.inference.items():
             notes |= dict.fromkeys(model.assumptions)
             for width, pj in sorted(model.by_width.items(), reverse=True):
-                cells = {
-                    f"{labels.energy_name(kind)} [µJ]": _scaled(value, 1e-6, ".4g")
-                    for kind, value in pj.items()
-                }
-                total = _scaled(sum(pj.values()), 1e-6, ".4g")
                 row: Row = {"model": name, "accelerator": accelerator, "width [bits]": width}
-                rows.append({**row, **cells, "total [µJ]": total})
+                rows.append({**row, **_microjoules({**pj, "total_pj": sum(pj.values())})})
     caption = "Energy of one inference, modeled by ZigZag, not measured."
     keys = ("model", "accelerator")
     return Table("inference", "Energy of an inference", caption, rows, keys, tuple(notes))

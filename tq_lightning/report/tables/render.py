@@ -2,23 +2,18 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
-Cell = Any  # str, int, float or None; (text, sort key) if the text has another order
-
-
-class Link(NamedTuple):
-    """A cell that opens the details of a run."""
-
-    shown: str
-    run: str
+# str, int, float or None; (text, sort key) if the text has another order. The column "run" has
+# (text, id): its cells open the details of a run.
+Cell = Any
 
 
 @dataclass
 class Table:
-    """A table: rows of {column: cell} with equal columns; facets are columns with a filter."""
+    """A table: rows of {column: cell}; facets are columns with a filter."""
 
     name: str
     title: str
@@ -26,11 +21,12 @@ class Table:
     rows: list[dict[str, Cell]]
     facets: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    has_files: bool = True  # False: only on the page
 
     @property
     def columns(self) -> list[str]:
-        """Column headers."""
-        return list(self.rows[0]) if self.rows else []
+        """Column headers. A row may lack some of them."""
+        return list(dict.fromkeys(column for row in self.rows for column in row))
 
     @property
     def shown(self) -> pd.DataFrame:
@@ -42,7 +38,7 @@ def text(cell: Cell) -> str:
     """Format a cell."""
     if isinstance(cell, tuple):
         return str(cell[0])
-    if cell is None:
+    if pd.isna(cell):
         return ""
     return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
 
