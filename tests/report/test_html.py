@@ -176,14 +176,14 @@ class TestChromium:
         page.run("document.querySelector('button.run').focus()")
         run = page.run("document.activeElement.dataset.run")
         page.key("Enter", 13, "\r")
-        assert page.run("document.getElementById('run').open")
-        words = page.run("document.getElementById('run').innerText")
+        assert page.run("document.getElementById('details').open")
+        words = page.run("document.getElementById('details').innerText")
         assert run in words
         assert '"quantizer": "' in words
         assert "0123456789abcdef" in words
         assert "torch 2.8.0" in words
         page.key("Escape", 27)
-        assert not page.run("document.getElementById('run').open")
+        assert not page.run("document.getElementById('details').open")
         assert page.run("document.activeElement.dataset.run") == run  # focus returns
 
     def test_tab_reaches_link_button_filter_and_head_in_turn_with_a_visible_focus(self, page):
@@ -232,6 +232,14 @@ class TestChromium:
         first = "document.getElementById('t-headline')"
         assert page.run(f"{first}.scrollWidth <= {first}.parentElement.clientWidth")
         page.send("Emulation.clearDeviceMetricsOverride")
+
+    def test_click_opens_a_large_figure(self, page):
+        page.run("document.querySelector('a.frame').click()")
+        assert page.run("document.getElementById('details').open")
+        shown = page.run("document.querySelector('dialog img').getBoundingClientRect().width")
+        assert shown >= 1000
+        page.key("Escape", 27)
+        assert not page.run("document.getElementById('details').open")
 
     def test_left_out_records_are_on_the_page(self, page):
         assert "unfinished: status failed" in page.run(

@@ -11,6 +11,7 @@ from tq_lightning.errors import UserError
 from tq_lightning.records.publish import flatten, shorten
 from tq_lightning.report.inputs import find
 from tq_lightning.report.runs import load
+from tq_lightning.sweep.storage import sqlite_url
 
 
 def reasons(loaded):
@@ -258,6 +259,10 @@ def test_journal_of_a_sweep_is_read(tmp_path, monkeypatch, make):
     study = optuna.create_study(storage="sqlite:///study.db")
     study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
     assert [run.id for run in load(["sqlite:///~/study.db"]).runs] == [record["id"]]
+    (tmp_path / "study.db").rename(tmp_path / "a {b} ?.db")
+    url = sqlite_url(tmp_path / "a {b} ?.db")  # as a sweep in such a folder prints it
+    assert "?uri=true" in url
+    assert [run.id for run in load([url]).runs] == [record["id"]]
 
 
 def test_paths_of_the_machine_are_shortened_and_urls_kept():

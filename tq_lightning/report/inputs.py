@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from tq_lightning.errors import UserError, first_line, hide_password
 from tq_lightning.files import expand_path, expand_storage, is_temporary
@@ -46,7 +47,9 @@ def find(inputs: list[str]) -> list[Candidate]:
 
 def _expand(given: str) -> list[Candidate]:
     if URL.match(given):
-        return _from_study(expand_storage(given), None)
+        # a sweep writes the URL of a path with special characters as file:PATH?uri=true
+        plain = re.sub(r"(?<=^sqlite:///)file:(.*)\?.*", lambda m: unquote(m[1]), given)
+        return _from_study(expand_storage(plain), None)
     given = str(expand_path(given.removeprefix("journal:")))  # as `sweep --storage` writes it
     if Path(given).exists():
         return _from_path(Path(given))

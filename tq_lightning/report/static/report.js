@@ -39,8 +39,12 @@ for (const box of document.querySelectorAll('section[data-name]')) {
   });
 }
 
+const openDialog = (title, ...nodes) => {
+  document.getElementById('details-h').textContent = title;
+  document.getElementById('details-body').replaceChildren(...nodes);
+  document.getElementById('details').showModal();
+};
 const openRun = ({path, config, record}) => {
-  document.getElementById('run-h').textContent = `Run ${record.id}`;
   const {seed, versions, device, command, started, seconds, epochs, steps} = record;
   const commit = record.commit && record.commit + (record.dirty ? ' (uncommitted changes)' : '');
   const packages = Object.entries(versions).map(pair => pair.join(' ')).join(', ');
@@ -49,12 +53,16 @@ const openRun = ({path, config, record}) => {
   const facts = document.createElement('dl');
   for (const [name, value] of Object.entries(details))
     facts.append(element('dt', name), element('dd', value ?? 'not recorded'));
-  document.getElementById('run-body').replaceChildren(facts,
+  openDialog(`Run ${record.id}`, facts,
     element('h3', 'Configuration'), element('pre', JSON.stringify(config, null, 2)),
     element('h3', 'Rest of the record'), element('pre', JSON.stringify(record, null, 2)));
-  document.getElementById('run').showModal();
 };
 document.addEventListener('click', event => {
-  const button = event.target.closest('button.run');
+  const button = event.target.closest('button.run'), frame = event.target.closest('a.frame');
   if (button) openRun(records[button.dataset.run]);
+  if (frame) {
+    event.preventDefault();
+    const title = frame.parentElement.querySelector('strong').textContent;
+    openDialog(title, frame.firstChild.cloneNode());
+  }
 });
