@@ -47,9 +47,11 @@ def find(inputs: list[str]) -> list[Candidate]:
 
 def _expand(given: str) -> list[Candidate]:
     if URL.match(given):
-        # a sweep writes the URL of a path with special characters as file:PATH?uri=true
-        plain = re.sub(r"(?<=^sqlite:///)file:(.*)\?.*", lambda m: unquote(m[1]), given)
-        return _from_study(expand_storage(plain), None)
+        storage = expand_storage(given)
+        file = storage.removeprefix("sqlite:///")
+        if file != storage and not Path(file).exists():  # a sweep escapes special characters
+            storage = f"sqlite:///{unquote(re.sub(r'^file:|[?]uri=true$', '', file))}"
+        return _from_study(storage, None)
     given = str(expand_path(given.removeprefix("journal:")))  # as `sweep --storage` writes it
     if Path(given).exists():
         return _from_path(Path(given))
