@@ -50,7 +50,6 @@ class FlatWeights(FlatNormalizer):
         self._ste = STES[self.choices.ste]
         self._per_element = self._ste.elementwise or bool(self.ranges)  # the rule reads u and level
         self.leaves: list[Tensor] = []  # the weights in use that get a gradient
-        self._in_use = False  # whether the layers read `tensors`
         self.start()
 
     def start(self) -> None:
@@ -99,8 +98,7 @@ class FlatWeights(FlatNormalizer):
             self._codes_in_use = codes if self._per_element else None
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # its keys are tensors, which do not change here
-        if not self._in_use:
-            self._in_use = True
+        if self.weights[0].quantizer.fused_weight is not self.tensors[0]:  # not held
             for w, weight in zip(self.weights, self.tensors, strict=True):
                 w.quantizer.__dict__["fused_weight"] = weight  # `Module.__setattr__` is slow
         return fresh
@@ -117,7 +115,6 @@ class FlatWeights(FlatNormalizer):
 
     def release(self) -> None:
         """Let each layer compute its own weight again."""
-        self._in_use = False
         for w in self.weights:
             w.quantizer.__dict__["fused_weight"] = None
 

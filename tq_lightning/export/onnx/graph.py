@@ -60,8 +60,8 @@ def trace(
         opset: opset of the graph.
 
     Returns:
-        (graph with the output "logits", names of the parameters and
-        buffers that the network does not read).
+        (graph with the output "logits", names of the parameters and buffers that the network does
+        not read).
 
     Raises:
         UserError: PyTorch can't export the model.
