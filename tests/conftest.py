@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -13,9 +14,12 @@ RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "
 
 @pytest.fixture(autouse=True)
 def own_rendezvous():
-    """Remove the port of a process group, which Lightning leaves in the environment."""
+    """Remove a process group and its port, which Lightning leaves in the process."""
     before = {name: os.environ.get(name) for name in RENDEZVOUS}
     yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

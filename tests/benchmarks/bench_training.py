@@ -1,13 +1,12 @@
 """Cost of training and evaluation at several widths, as ratios to the float network.
 
     python tests/benchmarks/bench_training.py [--out training.csv] [--repeats 7] [--threads 2]
-        [--models resnet20_cifar] [--parts joint,evaluation,memory,compiled,launch,start]
+        [--models resnet20_cifar] [--parts joint,evaluation,memory,launch,start]
 
 - joint: a joint step at 8/4/2/1 bits against four float steps
 - evaluation: 8 truncated widths against 8 float evaluations
 - memory: peak bytes of the joint step's tensors, without the weights of one width, against those of
   the float step
-- compiled: eager joint steps against compiled ones (torch.compile), after compilation
 - launch: a joint step against four float steps of 40 convolutions of 4 channels, where Python
   overhead dominates, as for a small network on a GPU
 - start: time of the imports and of --help
@@ -23,11 +22,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measuring import Table, keep_memory, paired
+from measuring import Calls, Table, keep_memory, paired
 
 from tq_lightning.callbacks.width_metrics import evaluate_batch
 from tq_lightning.models import create_model
@@ -38,10 +38,9 @@ from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.training.joint import joint_loss
 
 WIDTHS = (8, 4, 2, 1)
-BATCHES = 2  # of an evaluation
 # model, input size, batch of a training step, batch of an evaluation
-CASES = [("resnet20_cifar", 32, 128, 256), ("resnet50", 224, 8, 32)]
-PARTS = ("joint", "evaluation", "memory", "compiled", "launch", "start")
+CASES = [("resnet20_cifar", 32, 128, 256), ("resnet50", 224, 8, 64)]
+PARTS = ("joint", "evaluation", "memory", "launch", "start")
 Columns = tuple[float, str, str, str]  # of a row after the case: ratio, unit, aim, note
 
 
@@ -88,7 +87,7 @@ def train_step(
     return step
 
 
-def ratio(repeats: int, base: Callable[[], None], other: Callable[[], None], aim: str) -> Columns:
+def ratio(repeats: int, base: Calls, other: Calls, aim: str) -> Columns:
     took = paired(repeats, base, other)
     return took.clock, "x", aim, f"by processor time {took.busy:.3f}"
 
@@ -135,36 +134,32 @@ def launch_ratio(repeats: int) -> Columns:
     return ratio(5 * repeats, float_steps, joint, "")
 
 
-def compiled_ratio(name: str, size: int, batch: int, repeats: int, layout: str) -> Columns:
-    """Measure an eager joint step against a compiled one."""
-    eager = train_step(*build(name, size, batch, True, layout), True)
-    model, images, target = build(name, size, batch, True, layout)
-    compiled = train_step(torch.compile(model), images, target, True)  # type: ignore[arg-type]
-    compiled()
-    # oneDNN is already fastest with channels_last, so the remaining gain is smaller
-    return ratio(repeats, compiled, eager, ">= 1.2" if layout == "contiguous_format" else "")
-
-
 def evaluation_ratio(name: str, size: int, batch: int, repeats: int) -> Columns:
-    """Measure the evaluation of 8 truncated widths against 8 float evaluations."""
+    """Measure the evaluation of 8 truncated widths against 8 float evaluations, of one batch.
+
+    A float pass is timed next to the pass of each width. The first width includes the time to
+    normalize the weights, which an evaluation of many batches needs once too.
+    """
     reference, images, _ = build(name, size, batch, False)
     model, _, _ = build(name, size, batch, True)
     calibrate_norms(model, [images])
-    passes = [(bits, "truncate") for bits in range(8, 0, -1)]
     reference.eval()
     model.eval()
+    widths = range(8, 0, -1)
 
     def evaluate_float() -> None:
         with torch.no_grad():
-            for _ in range(BATCHES * len(passes)):
-                reference(images)
+            reference(images)
 
-    def evaluate_widths() -> None:
-        with fused_weights(model):  # as the callback does, for all batches
-            for _ in range(BATCHES):
-                evaluate_batch(model, images, passes)
+    with fused_weights(model) as fused:  # as the callback does, for all batches
 
-    return ratio(repeats, evaluate_float, evaluate_widths, "<= 1.02")
+        def evaluate_width(bits: int) -> None:
+            if bits == widths[0]:
+                fused.end()  # as after an evaluation: the weights are normalized again
+            evaluate_batch(model, images, [(bits, "truncate")])
+
+        passes = [partial(evaluate_width, bits) for bits in widths]
+        return ratio(repeats, [evaluate_float] * len(widths), passes, "<= 1.02")
 
 
 def peak_bytes(name: str, size: int, batch: int, joint: bool) -> int:
@@ -240,15 +235,11 @@ def main(argv: list[str] | None = None) -> int:
             table.add(f"{step}: joint step / {len(WIDTHS)} float steps", *row)
         if "evaluation" in parts:
             row = evaluation_ratio(name, size, eval_batch, few)
-            what = f"{BATCHES} batches of {eval_batch}: 8 truncated widths / 8 float evaluations"
+            what = f"batch of {eval_batch}: 8 truncated widths / 8 float evaluations"
             table.add(f"{name}, {what}", *row)
         if "memory" in parts:
             row = memory_ratio(name, size, batch)
             table.add(f"{step}: peak bytes, joint without one width's weights / float step", *row)
-        if "compiled" in parts:
-            for layout in ("contiguous_format", "channels_last"):
-                row = compiled_ratio(name, size, batch, args.repeats, layout)
-                table.add(f"{step}, {layout}: joint step, eager / compiled", *row)
     if "launch" in parts:
         row = launch_ratio(args.repeats)
         table.add(f"40 convolutions of 4 channels: joint step / {len(WIDTHS)} float steps", *row)

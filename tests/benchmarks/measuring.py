@@ -5,13 +5,17 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 # glibc returns the memory of large tensors to the system and requests it again page by page. This
 # can take a quarter of a step and affects both sides of a ratio differently.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
+# a call, or calls whose times are added
+Calls = Callable[[], object] | Sequence[Callable[[], object]]
 
 
 class Timing(NamedTuple):
@@ -42,21 +46,24 @@ def alternately(repeats: int, **calls: Callable[[], object]) -> dict[str, Timing
     }
 
 
-def paired(repeats: int, base: Callable[[], object], other: Callable[[], object]) -> Timing:
+def paired(repeats: int, base: Calls, other: Calls) -> Timing:
     """Return the median ratio of `other` to `base` over pairs of consecutive runs.
 
-    The order within a pair alternates. The first pair is a warm-up.
+    Of sequences, each call of one is timed next to that of the other. The order within a pair
+    alternates. The first turn is a warm-up.
     """
+    sides = [[calls] if callable(calls) else calls for calls in (base, other)]
     ratios: list[tuple[float, float]] = []
     for turn in range(repeats + 1):
-        took = {}
-        for call in (base, other) if turn % 2 else (other, base):
-            clock, busy = time.perf_counter(), time.process_time()
-            call()
-            took[call] = (time.perf_counter() - clock, time.process_time() - busy)
+        took = [[0.0, 0.0], [0.0, 0.0]]  # of base and other: wall time, processor time
+        for pair in zip(*sides, strict=True):
+            for side in (0, 1) if turn % 2 else (1, 0):
+                clock, busy = time.perf_counter(), time.process_time()
+                pair[side]()
+                took[side][0] += time.perf_counter() - clock
+                took[side][1] += time.process_time() - busy
         if turn:
-            pairs = zip(took[other], took[base], strict=True)
-            ratios.append(tuple(a / b for a, b in pairs))  # type: ignore[arg-type]
+            ratios.append((took[1][0] / took[0][0], took[1][1] / took[0][1]))
     return Timing(*map(statistics.median, zip(*ratios, strict=True)))
 
 

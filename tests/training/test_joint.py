@@ -219,6 +219,28 @@ def test_incoming_gradient_is_scaled_and_accumulated():
     assert_same_grads(once, twice)
 
 
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradients_are_the_same_if_autograd_assigns_them(hook):
+    """A hook of a parameter is called by the backward pass of the joint loss."""
+    direct = prepare_model(conv_net).to(memory_format=torch.channels_last)
+    observed, called = copy.deepcopy(direct), []
+    images, target = make_batch()
+    getattr(per_width_norms(observed)[0].sets["8"].weight, hook)(lambda _: called.append(1))
+    trained = sum(p.requires_grad for p in direct.parameters())
+    for model, nodes in ((direct, 1), (observed, trained)):
+        for _ in range(2):  # the second one adds to the gradients of the first
+            loss, _ = joint_loss(model, images, WIDTHS, recursive_loss(target))
+            called.clear()  # a hook of the tensor also sees its gradient of a width
+            (loss * 0.5).backward()
+            assert sum(node is not None for node, _ in loss.grad_fn.next_functions) == nodes
+        assert len(called) == (model is observed)
+    for (name, p), q in zip(direct.named_parameters(), observed.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            assert torch.equal(p.grad, q.grad) and p.grad.stride() == q.grad.stride(), name
+            assert p.grad.stride() == p.stride()
+
+
 def test_gradient_scaler_is_applied_inside_and_removed():
     """The scale factor is applied inside, where float16 gradients would underflow."""
     plain, scaled = prepare_model(vit), prepare_model(vit)

@@ -25,7 +25,7 @@ from tq_lightning.quant.norm_calibration import calibrate_norms
 from tq_lightning.quant.normalizers import NORMALIZERS, SCALES
 from tq_lightning.quant.quantized_tensors import weight_quantizers
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.switchable_norm import PerWidthNorm, train_float_norms
+from tq_lightning.quant.switchable_norm import SelectedNorms, train_float_norms
 from tq_lightning.training.joint import joint_loss
 from tq_lightning.training.losses import LOSSES, make_width_loss
 from tq_lightning.training.width_schedules import WIDTH_SCHEDULES
@@ -261,7 +261,7 @@ BROKEN = {
         plain(self, grad * ERROR))),
     "the normalizer's backward": (FlatWeights, "_backward", lambda plain, self, grad: (
         plain(self, grad * ERROR))),
-    "norms": (PerWidthNorm, "select", lambda plain, self, bits: plain(self, bits and 8)),
+    "norms": (SelectedNorms, "select", lambda plain, self, bits: plain(self, bits and 8)),
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from tq_lightning.quant.flat_normalizer import FlatNormalizer
 from tq_lightning.quant.level_tables import level_table
 from tq_lightning.quant.quantized_tensors import QuantizedTensor, weight_quantizers_of
 from tq_lightning.quant.ste import STES
-from tq_lightning.quant.switchable_norm import PerWidthNorm
+from tq_lightning.quant.switchable_norm import PerWidthNorm, SelectedNorms
 from tq_lightning.quant.trained_parameters import TrainedParameters, parameter_slots
 from tq_lightning.quant.unparametrized_layers import UnparametrizedLayers
 from tq_lightning.quant.weight import WeightQuantizer
@@ -197,10 +197,13 @@ class FlatWeights(FlatNormalizer):
         return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
+# what the weights of a `FlatWeights` have in common, besides the device and whether a range is
+# learned
+_CHOICES = attrgetter("quantizer", "ste", "level", "normalizer", "scale_kind")
+
+
 def _group_key(original: Tensor, q: WeightQuantizer) -> tuple:
-    """Return what the weights of a `FlatWeights` have in common."""
-    learned = q.range is not None
-    return (original.device, q.quantizer, q.ste, q.level, q.normalizer, q.scale_kind, learned)
+    return (original.device, q.range is not None, *_CHOICES(q))
 
 
 class FusedModel:
@@ -227,7 +230,7 @@ class FusedModel:
             groups.setdefault(_group_key(w.original, w.quantizer), []).append(w)
         self.groups = [FlatWeights(group) for group in groups.values()]
         self._layers = UnparametrizedLayers(weights)
-        self.norms = [m for _, m in modules if isinstance(m, PerWidthNorm)]
+        self._norms = SelectedNorms([m for _, m in modules if isinstance(m, PerWidthNorm)])
         clips = [m.clip for _, m in modules if isinstance(m, ActivationQuantizer)]
         self.tensors = WidthTensors.empty(clips[0].device) if clips else None
         self._modules = [m for _, m in modules[1:]]  # without the root, which may keep this object
@@ -236,7 +239,9 @@ class FusedModel:
         self._names = [name for _, name, _ in slots]
         self._parameters = [p for _, _, p in slots]
         self.trained = TrainedParameters(modules)
-        self._quantized = [(w.module, w.original, w.quantizer) for w in weights]
+        self._layers_of_weights = [w.module for w in weights]
+        self._originals = [w.original for w in weights]
+        self._quantizers = [w.quantizer for w in weights]
         self._state = self._describe()
         self.depth = 0
         self._held = False
@@ -277,7 +282,9 @@ class FusedModel:
     def _describe(self) -> list[Any]:
         return [
             *map(attrgetter("requires_grad"), self._parameters),
-            *((type(layer), p.dtype, *_group_key(p, q)) for layer, p, q in self._quantized),
+            *map(type, self._layers_of_weights),
+            *map(attrgetter("dtype", "device"), self._originals),
+            *map(_CHOICES, self._quantizers),
         ]
 
     def compute(self, bits: int | None, source: str) -> None:
@@ -291,8 +298,7 @@ class FusedModel:
             if fresh and self.check:
                 group.check()
         self._layers.bypass()
-        for norm in self.norms:
-            norm.select(bits)
+        self._norms.select(bits)
         if self.tensors is not None:
             self.tensors.fill(bits, source, self.width.max_bits)
             self.width.tensors = self.tensors
@@ -304,8 +310,7 @@ class FusedModel:
         self._layers.restore()
         for group in self.groups:
             group.release()
-        for norm in self.norms:
-            norm.unselect()
+        self._norms.unselect()
         self.width.tensors = None
 
 

@@ -59,32 +59,8 @@ class PerWidthNorm(nn.Module):
                     m.num_batches_tracked.zero_()
         self.register_buffer("calibrated", torch.zeros(width.max_bits + 1, dtype=torch.bool))
         self.calibrating = False
-        self.selected: nn.Module | None = None
-        self._flagged: list[nn.Parameter] = []
+        self.selected: nn.Module | None = None  # see `SelectedNorms`
         self._read: tuple[Tensor, int | None, list[bool]] | None = None
-
-    def select(self, bits: int | None) -> None:
-        """Use the norm of a width regardless of the width in use, until `unselect`.
-
-        `torch.compile` then sees one norm with different tensors, not one norm per width.
-        """
-        if self._flagged:
-            self.unselect()
-        # not through `__setattr__`, which would register the norm a second time; both are slow
-        sets: Any = self._modules["sets"]
-        norm = self.__dict__["selected"] = sets._modules[width_name(bits)]
-        if not torch.is_grad_enabled():
-            # graphs depend on requires_grad even in evaluation, and untrained norms do not have it
-            self._flagged = [p for p in norm.parameters() if not p.requires_grad]
-            for p in self._flagged:
-                p.requires_grad_(True)
-
-    def unselect(self) -> None:
-        """Follow the width in use again."""
-        self.__dict__["selected"] = None
-        for p in self._flagged:
-            p.requires_grad_(False)
-        self._flagged.clear()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the norm of the width in use."""
@@ -141,6 +117,49 @@ class PerWidthNorm(nn.Module):
         trained = sorted(int(key) for key in self.trained if key != FLOAT)
         wider = next((b for b in trained if bits is not None and b >= bits), trained[-1])
         self.sets[width_name(bits)].load_state_dict(self.sets[str(wider)].state_dict())
+
+
+class SelectedNorms:
+    """Makes all norms of a model use the norm of a width regardless of the width in use.
+
+    `torch.compile` then sees one norm with different tensors, not one norm per width.
+
+    Args:
+        norms: the norms of the model. One that is replaced later is not seen.
+    """
+
+    def __init__(self, norms: Sequence[PerWidthNorm]) -> None:
+        self._norms = norms
+        self._of: dict[int | None, list[nn.Module]] = {}  # norms of a width
+        self._parameters: dict[int | None, list[nn.Parameter]] = {}
+        self._flagged: list[nn.Parameter] = []
+
+    def select(self, bits: int | None) -> None:
+        """Use the norms of a width, until `unselect`."""
+        if bits not in self._of:
+            self._of[bits] = [norm.sets[width_name(bits)] for norm in self._norms]
+        for norm, selected in zip(self._norms, self._of[bits], strict=True):
+            # `Module.__setattr__` is slow, and would register the norm a second time
+            norm.__dict__["selected"] = selected
+        self._unflag()
+        if not torch.is_grad_enabled():
+            # graphs depend on requires_grad even in evaluation, and untrained norms do not have it
+            if bits not in self._parameters:
+                self._parameters[bits] = [p for norm in self._of[bits] for p in norm.parameters()]
+            self._flagged = [p for p in self._parameters[bits] if not p.requires_grad]
+            for p in self._flagged:
+                p.requires_grad_(True)
+
+    def unselect(self) -> None:
+        """Follow the width in use again."""
+        for norm in self._norms:
+            norm.__dict__["selected"] = None
+        self._unflag()
+
+    def _unflag(self) -> None:
+        for p in self._flagged:
+            p.requires_grad_(False)
+        self._flagged.clear()
 
 
 def attach_norms(

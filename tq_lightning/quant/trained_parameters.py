@@ -13,11 +13,13 @@ class TrainedParameters:
 
     Attributes:
         parameters: each of them once, in model order.
+        indices: index in `parameters` by the `id` of a parameter.
     """
 
     def __init__(self, modules: list[tuple[str, nn.Module]]) -> None:
         every = dict.fromkeys(p for *_, p in parameter_slots(modules))
         self.parameters = [p for p in every if p.requires_grad]
+        self.indices = {id(p): index for index, p in enumerate(self.parameters)}
         self._widths = self._norm_widths([m for _, m in modules if isinstance(m, PerWidthNorm)])
         self._used: dict[str, list[int]] = {}
 
