@@ -27,7 +27,7 @@ class _PrecomputedGradients(torch.autograd.Function):
 
     The gradients are multiplied by the incoming gradient of the loss. Autograd assigns those of
     `inputs`, and calls their hooks. Without inputs, `backward` assigns the gradients of
-    `parameters`, with the same result; autograd takes five times as long for many small ones.
+    `parameters` with the same result, in a third of the time if there are hundreds of small ones.
     """
 
     @staticmethod
@@ -118,8 +118,9 @@ def joint_loss(
             pass the scale of the gradient scaler.
 
     Returns:
-        (loss, losses). `loss` is a scalar; its backward pass sets the `.grad` of every parameter
-        that was used. `losses` is {width: detached loss, not weighted}.
+        (loss, losses). `loss` is a scalar; `loss.backward()` adds to the `.grad` of every parameter
+        that was used (`torch.autograd.grad` does not find the parameters). `losses` is {width:
+        detached loss, not weighted}.
 
     Raises:
         TrainingError: a loss is not finite. The message names the width, and the first parameter
