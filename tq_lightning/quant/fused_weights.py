@@ -197,13 +197,10 @@ class FlatWeights(FlatNormalizer):
         return [(p, g.to(p.dtype)) for p, g in pairs if p.requires_grad]
 
 
-# what the weights of a `FlatWeights` have in common, besides the device and whether a range is
-# learned
-_CHOICES = attrgetter("quantizer", "ste", "level", "normalizer", "scale_kind")
-
-
 def _group_key(original: Tensor, q: WeightQuantizer) -> tuple:
-    return (original.device, q.range is not None, *_CHOICES(q))
+    """Return what the weights of a `FlatWeights` have in common."""
+    learned = q.range is not None
+    return (original.device, q.quantizer, q.ste, q.level, q.normalizer, q.scale_kind, learned)
 
 
 class FusedModel:
@@ -239,9 +236,7 @@ class FusedModel:
         self._names = [name for _, name, _ in slots]
         self._parameters = [p for _, _, p in slots]
         self.trained = TrainedParameters(modules)
-        self._layers_of_weights = [w.module for w in weights]
-        self._originals = [w.original for w in weights]
-        self._quantizers = [w.quantizer for w in weights]
+        self._quantized = [(w.module, w.original, w.quantizer) for w in weights]
         self._state = self._describe()
         self.depth = 0
         self._held = False
@@ -282,9 +277,7 @@ class FusedModel:
     def _describe(self) -> list[Any]:
         return [
             *map(attrgetter("requires_grad"), self._parameters),
-            *map(type, self._layers_of_weights),
-            *map(attrgetter("dtype", "device"), self._originals),
-            *map(_CHOICES, self._quantizers),
+            *((type(layer), p.dtype, *_group_key(p, q)) for layer, p, q in self._quantized),
         ]
 
     def compute(self, bits: int | None, source: str) -> None:

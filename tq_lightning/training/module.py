@@ -24,15 +24,11 @@ from tq_lightning.training import factory
 from tq_lightning.training.compiling import check_compiler, compiled
 from tq_lightning.training.data_validation import check_against_data, refused_shape
 from tq_lightning.training.epoch_losses import EpochLosses
-from tq_lightning.training.joint import (
-    JointGradients,
-    joint_gradients,
-    loss_with_gradients,
-    unused_parameters,
-)
+from tq_lightning.training.joint import JointGradients, joint_gradients, loss_with_gradients
 from tq_lightning.training.lists import as_ints
 from tq_lightning.training.losses import LOSSES, make_width_loss, with_label_checks
 from tq_lightning.training.optim import check_restored_state, optimizer_and_schedule
+from tq_lightning.training.precomputed_gradients import unused_parameters
 from tq_lightning.training.preprocessing import export_fields, report_other_classes
 from tq_lightning.training.resume_guard import check_batches, check_resume
 from tq_lightning.training.run_callbacks import module_callbacks
